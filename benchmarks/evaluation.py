@@ -31,16 +31,27 @@ def build(args: Namespace) -> dict[str, Contender]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("models", nargs="+", help="run directories or shipped models, the baseline first")
-    options.add_argument("--data", default="english", help="corpus or text file; windows are from its test split")
-    options.add_argument("--windows", type=int, default=32, help="evenly spaced windows of each model's context")
+    options.add_argument(
+        "models", nargs="+", help="run directories or shipped models, the baseline first"
+    )
+    options.add_argument(
+        "--data", default="english", help="corpus or text file; windows are from its test split"
+    )
+    options.add_argument(
+        "--windows", type=int, default=32, help="evenly spaced windows of each model's context"
+    )
     options.add_argument("--samples", type=int, default=1, help="posterior samples of flows")
     args = options.parse_args()
     found = run(build, args)
     first = next(iter(found.values()))
     rows = []
     for name, c in found.items():
-        row = {"": name, **c.info, "us per token": 1e6 / c.rate, "time over the first": 1 / c.over(first)}
+        row = {
+            "": name,
+            **c.info,
+            "us per token": 1e6 / c.rate,
+            "time over the first": 1 / c.over(first),
+        }
         rows.append(row | {"time over the other checkout": c.over_other_checkout})
     show(args, rows)
 

@@ -1,11 +1,12 @@
 """Tokens per second of trained models by decoder, over those of the first model.
 
     python benchmarks/generation.py english-mini-ar english-mini              # batches of 1 and 16
-    python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers       # beside models of transformers
-    python benchmarks/generation.py english-mini --compare 100                # do decoders give the same tokens?
+    python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers       # beside models of
+    transformers python benchmarks/generation.py english-mini --compare 100                # do
+    decoders give the same tokens?
 
-"steps" inverts every block position by position with the KV cache, "steps below sweeps" only block 1, with sweeps in
-the blocks above; "auto" takes the cheaper of the two in every block.
+"steps" inverts every block position by position with the KV cache, "steps below sweeps" only block
+1, with sweeps in the blocks above; "auto" takes the cheaper of the two in every block.
 """
 
 from argparse import Namespace
@@ -24,7 +25,9 @@ def decoders(model: Any) -> dict[str, Any]:
     if model.is_exact:
         return {"steps": steps}
     above = [sweeps] * (model.num_blocks - 1)
-    return {"steps": steps, "auto": "auto"} | ({"steps below sweeps": (*above, steps)} if above else {})
+    return {"steps": steps, "auto": "auto"} | (
+        {"steps below sweeps": (*above, steps)} if above else {}
+    )
 
 
 def build(args: Namespace) -> dict[str, Contender]:
@@ -39,7 +42,9 @@ def build(args: Namespace) -> dict[str, Contender]:
 
     def draw(model: Any, decoder: Any, num: int, seed: int = 0) -> Any:
         length, generator = args.length or model.config.context, torch.Generator().manual_seed(seed)
-        return generate(model, num_tokens=length, num=num, decoder=decoder, generator=generator).tokens
+        return generate(
+            model, num_tokens=length, num=num, decoder=decoder, generator=generator
+        ).tokens
 
     for batch in args.batches:
         for name, model in models.items():
@@ -54,22 +59,37 @@ def build(args: Namespace) -> dict[str, Contender]:
             length = args.length or config.context
             for name, sample in samplers(config, device).items():
                 call = partial(sample, batch, length)
-                found[f"{name}, KV cache, batch {batch}"] = Contender(call, batch * length, {"batch": batch})
+                found[f"{name}, KV cache, batch {batch}"] = Contender(
+                    call, batch * length, {"batch": batch}
+                )
     for name, model in models.items() if args.compare else ():
-        texts = {way: draw(model, decoder, args.compare, seed=1) for way, decoder in decoders(model).items()}
+        texts = {
+            way: draw(model, decoder, args.compare, seed=1)
+            for way, decoder in decoders(model).items()
+        }
         for way, tokens in texts.items():
             differing = int((tokens != texts["steps"]).sum())
-            found[f"{name}, {way}, batch {args.batches[0]}"].info["differing"] = f"{differing} of {tokens.numel()}"
+            found[f"{name}, {way}, batch {args.batches[0]}"].info["differing"] = (
+                f"{differing} of {tokens.numel()}"
+            )
     return found
 
 
 def main() -> None:
     options = parser(__doc__, rounds=3)
-    options.add_argument("models", nargs="+", help="run directories or shipped models, the baseline first")
+    options.add_argument(
+        "models", nargs="+", help="run directories or shipped models, the baseline first"
+    )
     options.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="samples at once")
-    options.add_argument("--length", type=int, help="tokens per sample; the default is the trained context")
-    options.add_argument("--compare", type=int, default=0, metavar="N", help="count tokens of N samples that differ")
-    options.add_argument("--peers", action="store_true", help="beside a GPT-2 and a Llama of the first model's shape")
+    options.add_argument(
+        "--length", type=int, help="tokens per sample; the default is the trained context"
+    )
+    options.add_argument(
+        "--compare", type=int, default=0, metavar="N", help="count tokens of N samples that differ"
+    )
+    options.add_argument(
+        "--peers", action="store_true", help="beside a GPT-2 and a Llama of the first model's shape"
+    )
     args = options.parse_args()
     found = run(build, args)
     rows, first = [], {}

@@ -4,9 +4,10 @@
     python benchmarks/numerics.py                                  # needs zuko
     python benchmarks/numerics.py --loss --against ../other-checkout
 
-The errors are those of u after a round trip through the contender's own inverse and forward map, less one ulp of z,
-against our float64 map (which the tests hold to 50 digits). Half of the mixtures are hard: |u| to 30, scales e^-6 to
-e^2, modes up to 20 scales apart, weights to e^-12. "|u| to" is the largest u that comes back to 1e-3.
+The errors are those of u after a round trip through the contender's own inverse and forward map,
+less one ulp of z, against our float64 map (which the tests hold to 50 digits). Half of the mixtures
+are hard: |u| to 30, scales e^-6 to e^2, modes up to 20 scales apart, weights to e^-12. "|u| to" is
+the largest u that comes back to 1e-3.
 """
 
 import math
@@ -27,7 +28,9 @@ class Library(NamedTuple):
     forward: Callable[..., Any]
     inverse: Callable[..., Any]
     dtype: torch.dtype = torch.float32
-    equal_weights: bool = False  # without weights, an implementation is measured on mixtures of equal ones
+    equal_weights: bool = (
+        False  # without weights, an implementation is measured on mixtures of equal ones
+    )
 
 
 def libraries() -> dict[str, Library]:
@@ -45,7 +48,10 @@ def libraries() -> dict[str, Library]:
         return torch.special.ndtri(distribution.cdf(z))
 
     def bisection(u, log_w, mean, log_std):
-        distribution, candidates = mixture(log_w, mean, log_std), mean + log_std.exp() * u[..., None]
+        distribution, candidates = (
+            mixture(log_w, mean, log_std),
+            mean + log_std.exp() * u[..., None],
+        )
         low, high, goal = candidates.amin(-1), candidates.amax(-1), torch.special.ndtr(u)
         for _ in range(30):
             middle = (low + high) / 2
@@ -54,7 +60,9 @@ def libraries() -> dict[str, Library]:
         return (low + high) / 2
 
     found = {
-        f"ours, {str(dtype)[6:]}": Library(lambda *given: mixture_cdf(*given)[0], mixture_cdf_inverse, dtype)
+        f"ours, {str(dtype)[6:]}": Library(
+            lambda *given: mixture_cdf(*given)[0], mixture_cdf_inverse, dtype
+        )
         for dtype in (torch.float32, torch.float64)
     }
     found["torch, bisection"] = Library(plain_forward, bisection)
@@ -70,7 +78,11 @@ def libraries() -> dict[str, Library]:
     def zuko_forward(z, _, mean, log_std):
         return transform(mean, log_std).call_and_ladj(z)[0]
 
-    return found | {"zuko": Library(zuko_forward, lambda u, _, *given: transform(*given).inv(u), equal_weights=True)}
+    return found | {
+        "zuko": Library(
+            zuko_forward, lambda u, _, *given: transform(*given).inv(u), equal_weights=True
+        )
+    }
 
 
 def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
@@ -81,16 +93,28 @@ def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
     params = torch.zeros_like(log_w) if library.equal_weights else log_w, mean, log_std
     z = library.inverse(u, *params)
     back = library.forward(z, *params).double()
-    near, doubles = (torch.nextafter(z, z - 1), z, torch.nextafter(z, z + 1)), [p.double() for p in params]
+    near, doubles = (
+        (torch.nextafter(z, z - 1), z, torch.nextafter(z, z + 1)),
+        [p.double() for p in params],
+    )
     low, exact, high = (mixture_cdf(x.double(), *doubles)[0] for x in near)
     ulp = torch.maximum((low - exact).abs(), (high - exact).abs())
-    error = ((back - u.double()).abs() - ulp.nan_to_num()).clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf)
+    error = (
+        ((back - u.double()).abs() - ulp.nan_to_num())
+        .clamp(min=0)
+        .nan_to_num(nan=math.inf, posinf=math.inf)
+    )
     return error.median().item(), error.max().item()
 
 
 def largest_u(library: Library) -> float:
-    """Largest u up to which all come back to 1e-3, for the mixture of two equal unit normals at -1 and 1."""
-    u, zero = torch.linspace(0, 60, 601, dtype=library.dtype), torch.zeros(601, 2, dtype=library.dtype)
+    """Largest u up to which all come back to 1e-3, for the mixture of two equal unit normals at -1
+    and 1.
+    """
+    u, zero = (
+        torch.linspace(0, 60, 601, dtype=library.dtype),
+        torch.zeros(601, 2, dtype=library.dtype),
+    )
     params = zero, zero + torch.tensor([-1.0, 1.0], dtype=library.dtype), zero
     fine = (library.forward(library.inverse(u, *params), *params) - u).abs() < 1e-3
     return float(u[int(torch.cumprod(fine.long(), 0).sum()) - 1])
@@ -105,12 +129,16 @@ def build(args: Namespace) -> dict[str, Contender]:
     found = {}
     for K in args.components:
         g, shape = torch.Generator().manual_seed(0), (args.tokens, args.channels)
-        u, *draws = (torch.randn(*s, generator=g, dtype=torch.float64) for s in (shape, *[(*shape, K)] * 3))
+        u, *draws = (
+            torch.randn(*s, generator=g, dtype=torch.float64) for s in (shape, *[(*shape, K)] * 3)
+        )
         params = draws[0], 2 * draws[1], 0.3 * draws[2]
         z = mixture_cdf_inverse(u, *params)
         uniform = torch.rand(3, args.accuracy, K, generator=g, dtype=torch.float64)
         log_std = 8 * uniform[0] - 6
-        apart = torch.cumsum(20 * torch.exp(torch.maximum(log_std, log_std.roll(1, -1))) * uniform[1], -1)
+        apart = torch.cumsum(
+            20 * torch.exp(torch.maximum(log_std, log_std.roll(1, -1))) * uniform[1], -1
+        )
         hard = -12 * uniform[2], apart - apart.mean(-1, keepdim=True), log_std
         hard_u = 60 * torch.rand(args.accuracy, generator=g, dtype=torch.float64) - 30
         for name, library in libraries().items():
@@ -118,24 +146,37 @@ def build(args: Namespace) -> dict[str, Contender]:
             info["hard, median"], info["hard, worst"] = round_trip(library, hard_u, hard)
             info["|u| to"] = largest_u(library)
             for way, x in (("forward", z), ("inverse", u)):
-                call = partial(getattr(library, way), *(value.to(library.dtype) for value in (x, *params)))
-                found[f"{way}, {name}, K = {K}"] = Contender(call, u.numel(), info if way == "inverse" else {"K": K})
+                call = partial(
+                    getattr(library, way), *(value.to(library.dtype) for value in (x, *params))
+                )
+                found[f"{way}, {name}, K = {K}"] = Contender(
+                    call, u.numel(), info if way == "inverse" else {"K": K}
+                )
     return found
 
 
 def losses(args: Namespace) -> dict[str, Contender]:
-    """Forward and backward of the Mix-d loss over a vocabulary, and of cross-entropy in recomputed chunks.
+    """Forward and backward of the Mix-d loss over a vocabulary, and of cross-entropy in recomputed
+    chunks.
 
-    Latents are drawn at the codes of the targets, whose neighbours typically are `--separation` standard deviations
-    away: 12 at the start of training, 22 in english-small."""
+    Latents are drawn at the codes of the targets, whose neighbours typically are `--separation`
+    standard deviations away: 12 at the start of training, 22 in english-small.
+    """
     from tarflowlm.flow.codebook import typical_neighbour_distance
     from tarflowlm.flow.numerics import mixture_log_prob_from_features
 
     K, N, E, d, g = 50_257, args.tokens, 256, 16, torch.Generator().manual_seed(0)
-    noise, features, weight, mean = (torch.randn(*s, generator=g) for s in ((N, d), (N, E), (K, E), (K, d)))
-    target, scale = torch.randint(K, (N,), generator=g), typical_neighbour_distance(mean) / args.separation
+    noise, features, weight, mean = (
+        torch.randn(*s, generator=g) for s in ((N, d), (N, E), (K, E), (K, d))
+    )
+    target, scale = (
+        torch.randint(K, (N,), generator=g),
+        typical_neighbour_distance(mean) / args.separation,
+    )
     log_std, z = torch.full((K,), math.log(scale)), mean[target] + scale * noise
-    leaves = [t.requires_grad_() for t in (z, features, 0.05 * weight, torch.zeros(K), mean, log_std)]
+    leaves = [
+        t.requires_grad_() for t in (z, features, 0.05 * weight, torch.zeros(K), mean, log_std)
+    ]
     z, features, weight, bias, mean, log_std = leaves
 
     def part(x: Any, y: Any) -> Any:
@@ -147,10 +188,15 @@ def losses(args: Namespace) -> dict[str, Contender]:
         torch.autograd.grad(total / N, (features, weight, bias))
 
     def mixd() -> None:
-        loss = -mixture_log_prob_from_features(z, features, weight, bias, mean, log_std, relative=True).mean()
+        loss = -mixture_log_prob_from_features(
+            z, features, weight, bias, mean, log_std, relative=True
+        ).mean()
         torch.autograd.grad(loss, leaves)
 
-    return {"cross-entropy, chunks recomputed": Contender(chunks, N), "Mix-d loss": Contender(mixd, N)}
+    return {
+        "cross-entropy, chunks recomputed": Contender(chunks, N),
+        "Mix-d loss": Contender(mixd, N),
+    }
 
 
 def main() -> None:
@@ -160,7 +206,9 @@ def main() -> None:
     options.add_argument("--components", type=int, nargs="+", default=[2, 8, 27])
     options.add_argument("--accuracy", type=int, default=10_000, help="hard mixtures")
     options.add_argument("--separation", type=float, default=12.0, help="of the codes, with --loss")
-    options.add_argument("--loss", action="store_true", help="time the Mix-d loss, K = 50,257, beside cross-entropy")
+    options.add_argument(
+        "--loss", action="store_true", help="time the Mix-d loss, K = 50,257, beside cross-entropy"
+    )
     args = options.parse_args()
     found = run(build, args)
     rows, first = [], {}
@@ -169,7 +217,9 @@ def main() -> None:
         reference = first.setdefault((K, "loss" if args.loss else name.split(",")[0]), contender)
         row = {"": name, "ms": 1000 * contender.units / contender.rate}
         row["first one's time over it"] = contender.over(reference)
-        rows.append(row | contender.info | {"time over the other checkout": contender.over_other_checkout})
+        rows.append(
+            row | contender.info | {"time over the other checkout": contender.over_other_checkout}
+        )
     show(args, rows)
 
 

@@ -1,18 +1,23 @@
-"""Models of others in the shape of ours: a GPT-2 and a Llama to time, and the tables of docs/comparison.md.
+"""Models of others in the shape of ours: a GPT-2 and a Llama to time, and the tables of
+docs/comparison.md.
 
     pip install flow-matching
-    python benchmarks/peers.py --data english27.txt.xz --judge runs/judge --ours runs/mini-ar runs/mini-mixd
+    python benchmarks/peers.py --data english27.txt.xz --judge runs/judge --ours runs/mini-ar
+    runs/mini-mixd
 
-trains two peers, measures them and the finished runs --ours in the same way, and prints a table. The peers:
+trains two peers, measures them and the finished runs --ours in the same way, and prints a table.
+The peers:
 
 gpt2    GPT-2 of `transformers`, with a start token. Its likelihood is exact.
-masked  Discrete flow matching with a masked source, which is masked diffusion: path, loss and sampler of Meta's
-        `flow-matching` (Gat et al. 2024; licence CC BY-NC, for which reason nothing else here uses it), posterior by
-        a ModernBERT of `transformers` with attention in all directions. Its generalised KL loss, averaged over t, is
-        an upper bound on the negative log-likelihood (Shaul et al. 2024; with a linear schedule that of MDLM).
+masked  Discrete flow matching with a masked source, which is masked diffusion: path, loss and
+sampler of Meta's
+        `flow-matching` (Gat et al. 2024; licence CC BY-NC, for which reason nothing else here uses
+        it), posterior by a ModernBERT of `transformers` with attention in all directions. Its
+        generalised KL loss, averaged over t, is an upper bound on the negative log-likelihood
+        (Shaul et al. 2024; with a linear schedule that of MDLM).
 
-Both have the width, layers and heads of mini-ar, its batches in the same order, its optimisers and its schedule.
-Options of theirs that only affect speed are set to the faster choice.
+Both have the width, layers and heads of mini-ar, its batches in the same order, its optimisers and
+its schedule. Options of theirs that only affect speed are set to the faster choice.
 """
 
 import argparse
@@ -46,61 +51,99 @@ DENOISING_STEPS = (64, 16)
 
 
 def gpt2(config: Any) -> nn.Module:
-    """A GPT-2 in the shape of a `BaselineConfig`: learned positions, biases, output weights tied to the embedding."""
+    """A GPT-2 in the shape of a `BaselineConfig`: learned positions, biases, output weights tied to
+    the embedding.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     trunk = config.trunk
-    # GELU in its tanh form by PyTorch's single kernel; the default uses eight operations for the same numbers
+    # GELU in its tanh form by PyTorch's single kernel; the default uses eight operations for the
+    # same numbers
     theirs = GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.context, n_embd=trunk.width, n_layer=config.layers,
-        n_head=trunk.num_heads, n_inner=trunk.mlp_ratio * trunk.width, activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        vocab_size=config.vocab_size,
+        n_positions=config.context,
+        n_embd=trunk.width,
+        n_layer=config.layers,
+        n_head=trunk.num_heads,
+        n_inner=trunk.mlp_ratio * trunk.width,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     return GPT2LMHeadModel(theirs)
 
 
 def gated_shape(config: Any) -> dict[str, Any]:
-    """The shape of models whose MLPs have three matrices where ours has two: 2/3 as wide, in whole registers."""
+    """The shape of models whose MLPs have three matrices where ours has two: 2/3 as wide, in whole
+    registers.
+    """
     trunk, hidden = config.trunk, 2 * config.trunk.mlp_ratio * config.trunk.width // 3
     return {
-        "vocab_size": config.vocab_size, "max_position_embeddings": config.context, "hidden_size": trunk.width,
-        "num_hidden_layers": config.layers, "num_attention_heads": trunk.num_heads,
-        "intermediate_size": max(16, hidden - hidden % 16), "attn_implementation": "sdpa",
-    }  # fmt: skip
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "hidden_size": trunk.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": trunk.num_heads,
+        "intermediate_size": max(16, hidden - hidden % 16),
+        "attn_implementation": "sdpa",
+    }
 
 
 def llama(config: Any) -> nn.Module:
     """A Llama in the shape of a `BaselineConfig`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**gated_shape(config), use_cache=False, bos_token_id=0, eos_token_id=0))
+    return LlamaForCausalLM(
+        LlamaConfig(**gated_shape(config), use_cache=False, bos_token_id=0, eos_token_id=0)
+    )
 
 
 def modernbert(config: Any) -> nn.Module:
     """A ModernBERT in the shape of a `BaselineConfig`, with full attention in every layer."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    # its default of 0.02 is for width 768: at width 128 that taught nothing but frequencies of letters in 900 steps
-    options: dict[str, Any] = dict.fromkeys(f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep"))
-    options |= {"layer_types": ["full_attention"] * config.layers, "initializer_range": config.trunk.width**-0.5}
+    # its default of 0.02 is for width 768: at width 128 that taught nothing but frequencies of
+    # letters in 900 steps
+    options: dict[str, Any] = dict.fromkeys(
+        f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep")
+    )
+    options |= {
+        "layer_types": ["full_attention"] * config.layers,
+        "initializer_range": config.trunk.width**-0.5,
+    }
     return ModernBertForMaskedLM(ModernBertConfig(**gated_shape(config), **options))
 
 
 def training_steps(run: Any, device: torch.device) -> dict[str, Callable[[Tensor], object]]:
-    """A training step of each with AdamW and the settings of `run`: name -> function of tokens [B, T]."""
+    """A training step of each with AdamW and the settings of `run`: name -> function of tokens [B,
+    T].
+    """
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> None:
         # without a start vector, the first token has nothing to be predicted from
-        loss = F.cross_entropy(model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss = F.cross_entropy(
+            model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
         descend(loss, model, optimizers, run.optim.grad_clip)
 
-    models = {"GPT-2": gpt2(run.model).to(device).train(), "Llama": llama(run.model).to(device).train()}
+    models = {
+        "GPT-2": gpt2(run.model).to(device).train(),
+        "Llama": llama(run.model).to(device).train(),
+    }
     optim = replace(run.optim, optimizer="adamw")
-    return {name: partial(step, model, build_optimizers(optim, model)) for name, model in models.items()}
+    return {
+        name: partial(step, model, build_optimizers(optim, model)) for name, model in models.items()
+    }
 
 
-def descend(loss: Tensor, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> None:
+def descend(
+    loss: Tensor, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float
+) -> None:
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     for optimizer in optimizers:
@@ -120,7 +163,9 @@ def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int]
 
 @torch.inference_mode()
 def continued(model: nn.Module, first: Tensor, length: int, vocab_size: int) -> Tensor:
-    """The tokens `first` [B, 1] and those drawn after them over a KV cache, [B, length], below `vocab_size`."""
+    """The tokens `first` [B, 1] and those drawn after them over a KV cache, [B, length], below
+    `vocab_size`.
+    """
     from transformers import DynamicCache
 
     # transformers 5.24 renamed it
@@ -139,16 +184,27 @@ class Gpt2:
     """Predicts each token from those before it and a start token."""
 
     def __init__(self, config: Any) -> None:
-        self.model, self.extra = gpt2(replace(config, vocab_size=config.vocab_size + 1)), config.vocab_size
+        self.model, self.extra = (
+            gpt2(replace(config, vocab_size=config.vocab_size + 1)),
+            config.vocab_size,
+        )
 
     def nats(self, tokens: Tensor, times: int = 1) -> Tensor:
         """The negative log-likelihood of each token [B, T]."""
         start = torch.full_like(tokens[:, :1], self.extra)
-        logits = self.model(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits[..., : self.extra].float()
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        logits = (
+            self.model(input_ids=torch.cat([start, tokens[:, :-1]], 1))
+            .logits[..., : self.extra]
+            .float()
+        )
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(
+            tokens.shape
+        )
 
     def sample(self, batch: int, length: int) -> Tensor:
-        return continued(self.model, torch.full((batch, 1), self.extra), length + 1, self.extra)[:, 1:]
+        return continued(self.model, torch.full((batch, 1), self.extra), length + 1, self.extra)[
+            :, 1:
+        ]
 
 
 class Masked:
@@ -159,13 +215,20 @@ class Masked:
         from flow_matching.path import MixtureDiscreteProbPath
         from flow_matching.path.scheduler import PolynomialConvexScheduler
 
-        self.model, self.extra = modernbert(replace(config, vocab_size=config.vocab_size + 1)), config.vocab_size
+        self.model, self.extra = (
+            modernbert(replace(config, vocab_size=config.vocab_size + 1)),
+            config.vocab_size,
+        )
         self.path = MixtureDiscreteProbPath(PolynomialConvexScheduler(n=1.0))
         self.loss = MixturePathGeneralizedKL(self.path, reduction="none")
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of p(x_1 | x_t), float32; the mask itself has none."""
-        return self.model(input_ids=tokens).logits.float().index_fill(-1, torch.tensor([self.extra]), -math.inf)
+        return (
+            self.model(input_ids=tokens)
+            .logits.float()
+            .index_fill(-1, torch.tensor([self.extra]), -math.inf)
+        )
 
     def nats(self, tokens: Tensor, times: int = 1) -> Tensor:
         """A bound on the negative log-likelihood of each token [B, T], from `times` values of t."""
@@ -193,14 +256,25 @@ class Masked:
 
 
 def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
-    """Train like `tarflowlm train`: Muon for the matrices of the layers, AdamW for everything else."""
+    """Train like `tarflowlm train`: Muon for the matrices of the layers, AdamW for everything
+    else.
+    """
     named = list(peer.model.named_parameters())
     is_matrix = {name: p.ndim == 2 and (".h." in name or ".layers." in name) for name, p in named}
-    matrices, rest = ([p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False))
+    matrices, rest = (
+        [p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False)
+    )
     betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
     wide, narrow = ([p for p in rest if (p.ndim >= 2) is wanted] for wanted in (True, False))
-    groups = [{"params": p, "weight_decay": d, "lr_scale": 1.0} for p, d in ((wide, decay), (narrow, 0.0))]
-    muon = Muon([{"params": matrices, "lr_scale": 1.0}], precision="float32", weight_decay=decay, momentum=0.95)
+    groups = [
+        {"params": p, "weight_decay": d, "lr_scale": 1.0} for p, d in ((wide, decay), (narrow, 0.0))
+    ]
+    muon = Muon(
+        [{"params": matrices, "lr_scale": 1.0}],
+        precision="float32",
+        weight_decay=decay,
+        momentum=0.95,
+    )
     optimizers = [torch.optim.AdamW(groups, betas=betas, eps=1e-10), muon]
     text, window = corpus.split("train"), run.model.context
     batches = WindowSampler(text, window=window, batch=run.train.batch_size, seed=run.seed)
@@ -210,38 +284,66 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
             loss = peer.nats(batches.next()).mean()
         descend(loss, peer.model, optimizers, run.optim.grad_clip)
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1} of {steps}: {bits(loss.item()):.3f} bits", file=sys.stderr, flush=True)
+            print(
+                f"step {step + 1} of {steps}: {bits(loss.item()):.3f} bits",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
-def measure(name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], text: Tensor, *readers: Any) -> str:
-    """Print the row of as many samples as `text` [N, T] has; returns that of the text. Readers: tokenizer, judge."""
+def measure(
+    name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], text: Tensor, *readers: Any
+) -> str:
+    """Print the row of as many samples as `text` [N, T] has; returns that of the text. Readers:
+    tokenizer, judge.
+    """
     start = time.perf_counter()
     samples = torch.cat([draw(len(part), text.shape[1]) for part in text.split(BATCH)])
     rate = samples.numel() / (time.perf_counter() - start)
     drawn, real, similarity = compare_texts(samples, text, *readers)
     row = f"| {name} | {sum(p.numel() for p in model.parameters()):,} | {bpc} | {drawn.perplexity:.3f} | "
-    print(f"{row}{similarity:.3f} | {drawn.entropy:.3f} | {drawn.word_entropy:.3f} | {rate:,.0f} |", flush=True)
+    print(
+        f"{row}{similarity:.3f} | {drawn.entropy:.3f} | {drawn.word_entropy:.3f} | {rate:,.0f} |",
+        flush=True,
+    )
     return f"| real text | | | {real.perplexity:.3f} | 1 | {real.entropy:.3f} | {real.word_entropy:.3f} | |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="text in lower case; its splits are those of tarflowlm")
-    parser.add_argument("--judge", required=True, help="run of a baseline on another text, or one of transformers")
-    parser.add_argument("--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm")
-    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights of the peers, trained once")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", required=True, help="text in lower case; its splits are those of tarflowlm"
+    )
+    parser.add_argument(
+        "--judge", required=True, help="run of a baseline on another text, or one of transformers"
+    )
+    parser.add_argument(
+        "--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/peers"), help="weights of the peers, trained once"
+    )
     parser.add_argument("--steps", type=int, help="fewer, for a quick look")
     parser.add_argument("--windows", type=int, default=4096)
     parser.add_argument("--num", type=int, default=500, help="samples")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of training")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of training"
+    )
     args = parser.parse_args()
     run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
     run = replace(run, train=replace(run.train, precision=args.precision))
     corpus, judge = cached_corpus(args.data, run.data.tokenizer), load_judge(args.judge)
-    windows, text = (eval_windows(corpus.split("test"), run.model.context, num) for num in (args.windows, args.num))
+    windows, text = (
+        eval_windows(corpus.split("test"), run.model.context, num)
+        for num in (args.windows, args.num)
+    )
     config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
-    print("| model | parameters | bits per character | perplexity | MAUVE | entropy | of words | tokens/s |")
+    print(
+        "| model | parameters | bits per character | perplexity | MAUVE | entropy | of words | tokens/s |"
+    )
     print("|" + " --- |" * 8)
     for name, kind in {"gpt2": Gpt2, "masked": Masked}.items():
         weights = args.out / f"{name}.pt"
@@ -254,11 +356,16 @@ def main() -> None:
                 torch.save(peer.model.state_dict(), weights)
         peer.model.eval()
         with seeded(run.seed), torch.inference_mode():
-            nats = torch.cat([peer.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)])
+            nats = torch.cat(
+                [peer.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)]
+            )
         bpc = f"{bits(nats.mean().item()):.4f} ± {bits(nats.std().item()) / len(nats) ** 0.5:.4f}"
         draws = {name: peer.sample}
         if isinstance(peer, Masked):
-            bpc, draws = f"<= {bpc}", {f"{name}, {n} steps": partial(peer.sample, steps=n) for n in DENOISING_STEPS}
+            bpc, draws = (
+                f"<= {bpc}",
+                {f"{name}, {n} steps": partial(peer.sample, steps=n) for n in DENOISING_STEPS},
+            )
         for label, draw in draws.items():
             with seeded(run.seed):
                 real = measure(label, bpc, peer.model, draw, text, corpus.tokenizer, judge)
@@ -266,8 +373,12 @@ def main() -> None:
         model, generator = load_checkpoint(directory).model, torch.Generator().manual_seed(run.seed)
         found = evaluate(model, windows, torch.from_numpy(corpus.tokenizer.characters_per_token))
 
-        def draw(batch: int, length: int, model: Any = model, generator: torch.Generator = generator) -> Tensor:
-            return generate(model, num_tokens=length, num=batch, generator=generator, decoder="auto").tokens
+        def draw(
+            batch: int, length: int, model: Any = model, generator: torch.Generator = generator
+        ) -> Tensor:
+            return generate(
+                model, num_tokens=length, num=batch, generator=generator, decoder="auto"
+            ).tokens
 
         bpc = f"{'' if model.is_exact else '<= '}{found.bpc:.4f} ± {bits(found.stderr):.4f}"
         real = measure(directory.name, bpc, model, draw, text, corpus.tokenizer, judge)

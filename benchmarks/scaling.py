@@ -1,6 +1,7 @@
 """The same global batch in one process and in two, by DDP and FSDP2 over gloo, one thread each.
 
-python benchmarks/scaling.py [PRESET ...]     # mini-ar and mini-mixd; a progressive preset trains its first stage
+python benchmarks/scaling.py [PRESET ...]     # mini-ar and mini-mixd; a progressive preset trains
+its first stage
 """
 
 import os
@@ -35,7 +36,13 @@ def seconds_per_step(args: Namespace) -> dict[tuple[str, str], float]:
 
 
 def _in_process(rank: int, world: int, port: int, args: Namespace, answers: Any) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1",
+    }
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -72,7 +79,9 @@ def main() -> None:
     options = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd"])
     options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
+    options.add_argument(
+        "--batch-size", type=int, help="sequences per step; the default is the preset's"
+    )
     options.add_argument("--json", action="store_true", help="print one JSON object")
     args = options.parse_args()
     args.vocab_size, args.precision, args.muon_precision = None, None, "auto"
@@ -83,7 +92,13 @@ def main() -> None:
         for (preset, label), time_per_step in seconds.items():
             if preset == name:
                 speed = seconds[name, "1 process"] / time_per_step
-                rows.append({"": f"{name}, {label}", "tokens/s": tokens / time_per_step, "over one process": speed})
+                rows.append(
+                    {
+                        "": f"{name}, {label}",
+                        "tokens/s": tokens / time_per_step,
+                        "over one process": speed,
+                    }
+                )
     show(args, rows)
 
 

@@ -1,7 +1,8 @@
-"""Contenders timed in turn, round after round, each checkout in a process of its own; ratios and tables.
+"""Contenders timed in turn, round after round, each checkout in a process of its own; ratios and
+tables.
 
-A slow moment of the machine affects all contenders of a round. Numbers are medians over rounds, and a ratio is the
-median of the rounds' own ratios.
+A slow moment of the machine affects all contenders of a round. Numbers are medians over rounds, and
+a ratio is the median of the rounds' own ratios.
 """
 
 import json
@@ -28,7 +29,9 @@ class Contender:
     units: int = 1  # tokens or elements per call
     info: dict[str, Any] = field(default_factory=dict)  # for the table
     seconds: list[float] = field(default_factory=list)
-    """Seconds per call in every round; below, those of the other checkout, where it has this contender."""
+    """Seconds per call in every round; below, those of the other checkout, where it has this
+    contender.
+    """
     against: list[float] = field(default_factory=list)
 
     @property
@@ -54,16 +57,22 @@ def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
 def parser(description: str | None, *, rounds: int = 5, calls: int = 1) -> ArgumentParser:
     """A parser with the options of all benchmarks."""
     found = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    found.add_argument("--rounds", type=int, default=rounds, help="rounds; a first one is not counted")
+    found.add_argument(
+        "--rounds", type=int, default=rounds, help="rounds; a first one is not counted"
+    )
     found.add_argument("--calls", type=int, default=calls, help="calls per timing")
     found.add_argument("--threads", type=int, default=1, help="CPU threads")
     found.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    found.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout to time in turn")
+    found.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="another checkout to time in turn"
+    )
     found.add_argument("--json", action="store_true", help="print one JSON object")
     return found
 
 
-def run(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) -> dict[str, Contender]:
+def run(
+    build: Callable[[Namespace], dict[str, Contender]], args: Namespace
+) -> dict[str, Contender]:
     """Time the contenders of `build(args)` in turn, here and in the checkout --against."""
     if WORKER in os.environ:
         _serve(build, args)
@@ -109,7 +118,9 @@ class _Worker:
 
 
 def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) -> None:
-    """Answer the requests of `_Worker`: the contenders first, then the seconds of each that is named on stdin."""
+    """Answer the requests of `_Worker`: the contenders first, then the seconds of each that is
+    named on stdin.
+    """
     import torch
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -130,7 +141,9 @@ def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) 
 
 
 def find(name: str, *modules: str) -> Any:
-    """The first `name` found in these modules of tarflowlm: checkouts differ in the places of things."""
+    """The first `name` found in these modules of tarflowlm: checkouts differ in the places of
+    things.
+    """
     for module in modules:
         try:
             return getattr(import_module(f"tarflowlm.{module}"), name)
@@ -140,8 +153,12 @@ def find(name: str, *modules: str) -> Any:
 
 
 def show(args: Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table, or as one JSON object with --json. Columns without a value are left out."""
-    rows = [{name: row.get(name) for name in dict.fromkeys(n for r in rows for n in r)} for row in rows]
+    """Print the rows as a table, or as one JSON object with --json. Columns without a value are
+    left out.
+    """
+    rows = [
+        {name: row.get(name) for name in dict.fromkeys(n for r in rows for n in r)} for row in rows
+    ]
     if args.json:
         options = {name: str(value) for name, value in vars(args).items() if value is not None}
         print(json.dumps({"options": options, "rows": rows}))
@@ -156,4 +173,6 @@ def show(args: Namespace, rows: list[dict[str, Any]]) -> None:
     table = [names, *([cell(row[name]) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        print("  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
+        )

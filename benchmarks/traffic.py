@@ -1,12 +1,15 @@
-"""Memory traffic of vocabulary-sized work on an accelerator, counted on a CPU, and the hours that follow from it.
+"""Memory traffic of vocabulary-sized work on an accelerator, counted on a CPU, and the hours that
+follow from it.
 
     python benchmarks/traffic.py                 # bytes per (token, component)
-    python benchmarks/traffic.py --hours         # the table of docs/scaling.md: hours on 1, 8 and 64 H100
-    python benchmarks/traffic.py --nodes         # operations in the compiled graphs of a step of owt-mixd
+    python benchmarks/traffic.py --hours         # the table of docs/scaling.md: hours on 1, 8 and
+    64 H100 python benchmarks/traffic.py --nodes         # operations in the compiled graphs of a
+    step of owt-mixd
 
-Every operation counts what it reads and writes, as kernels without fusion do; logsumexp counts five passes. The
-accelerators' paths run on the CPU at OpenWebText's vocabulary. Which components matter depends on the data, so the
-tensors are real: random codes, typical neighbours `--separation` standard deviations apart, 12 as training begins and
+Every operation counts what it reads and writes, as kernels without fusion do; logsumexp counts five
+passes. The accelerators' paths run on the CPU at OpenWebText's vocabulary. Which components matter
+depends on the data, so the tensors are real: random codes, typical neighbours `--separation`
+standard deviations apart, 12 as training begins and
 22 in the trained english-small.
 """
 
@@ -26,18 +29,42 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.flow.codebook import typical_neighbour_distance
-from tarflowlm.flow.numerics import layout, mixture_log_prob, mixture_log_prob_from_features, rosenblatt
+from tarflowlm.flow.numerics import (
+    layout,
+    mixture_log_prob,
+    mixture_log_prob_from_features,
+    rosenblatt,
+)
 from tarflowlm.presets import preset
 
 VIEWS = (
-    "view", "expand", "slice", "t", "transpose", "unsqueeze", "squeeze", "select", "split", "alias", "permute",
-    "detach", "_unsafe_view", "as_strided", "empty", "unbind", "_reshape_alias", "new_empty", "empty_like",
-)  # fmt: skip
+    "view",
+    "expand",
+    "slice",
+    "t",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "select",
+    "split",
+    "alias",
+    "permute",
+    "detach",
+    "_unsafe_view",
+    "as_strided",
+    "empty",
+    "unbind",
+    "_reshape_alias",
+    "new_empty",
+    "empty_like",
+)
 COMPONENTS, CHANNELS, WIDTH = 50_257, 16, 768
 FLOPS, BYTES = 396e12, 2.8e12
 """Of one H100, per second: 40 % of the dense bfloat16 peak, and most of the memory's 3.35 TB/s."""
 OVERHEAD, WITHIN, ACROSS = 6e-3, 300e9, 40e9
-"""Seconds per step of launches, clipping, optimiser; bytes per second of a gradient average, in and across nodes."""
+"""Seconds per step of launches, clipping, optimiser; bytes per second of a gradient average, in and
+across nodes.
+"""
 
 
 class Traffic(TorchDispatchMode):
@@ -51,11 +78,16 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1].rstrip("_")
         if name not in VIEWS:
-            read = {id(t): t for t in tree_iter((args, kwargs or {})) if isinstance(t, torch.Tensor)}
+            read = {
+                id(t): t for t in tree_iter((args, kwargs or {})) if isinstance(t, torch.Tensor)
+            }
             written = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
             # an expanded axis is in memory once
             axes = [(t, zip(t.shape, t.stride(), strict=True)) for t in read.values()]
-            size = sum(t.element_size() * math.prod(n for n, stride in pairs if stride) for t, pairs in axes)
+            size = sum(
+                t.element_size() * math.prod(n for n, stride in pairs if stride)
+                for t, pairs in axes
+            )
             size += sum(t.element_size() * t.numel() for t in written)
             self.bytes[name] += size + (16 * args[0].numel() if name == "logsumexp" else 0)
             self.calls[name] += 1
@@ -73,7 +105,10 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
     tokens = torch.distributions.Categorical(logits=log_w).sample()
     sigma = typical_neighbour_distance(mean) / separation
     z, log_std = mean[tokens] + sigma * noise, torch.full((COMPONENTS,), math.log(sigma))
-    leaves = [t.clone().requires_grad_() for t in (z, features, weight, torch.zeros(COMPONENTS), mean, log_std)]
+    leaves = [
+        t.clone().requires_grad_()
+        for t in (z, features, weight, torch.zeros(COMPONENTS), mean, log_std)
+    ]
 
     def loss() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -91,18 +126,24 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
     work: dict[str, Callable[[], Any]] = {"loss of stage 1": loss, "cross-entropy": cross_entropy}
     work["frozen map"] = torch.no_grad()(lambda: rosenblatt(z, log_w, mean, log_std))
     work["normaliser"] = torch.no_grad()(lambda: mixture_log_prob(z, None, mean, log_std))
-    work["normaliser, trained"] = lambda: mixture_log_prob(leaves[0], None, *leaves[4:]).sum().backward()
+    work["normaliser, trained"] = lambda: (
+        mixture_log_prob(leaves[0], None, *leaves[4:]).sum().backward()
+    )
     for name, call in work.items():
         with Traffic() as traffic:
             call()
         found[name] = sum(traffic.bytes.values()) / args.tokens / COMPONENTS
         for operation, size in traffic.bytes.most_common(args.top):
-            print(f"{name}: {operation:20} {size / args.tokens / COMPONENTS:8.1f} x {traffic.calls[operation]}")
+            print(
+                f"{name}: {operation:20} {size / args.tokens / COMPONENTS:8.1f} x {traffic.calls[operation]}"
+            )
     return found
 
 
 def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for every stage of every OpenWebText preset, from bytes at the start of training and after it."""
+    """A row for every stage of every OpenWebText preset, from bytes at the start of training and
+    after it.
+    """
     rows = []
     for name in ("owt-ar", "owt-affine", "owt-mix1", "owt-mixd"):
         config = preset(name)
@@ -112,7 +153,11 @@ def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, A
                 work = size["cross-entropy"]
             elif name == "owt-mixd":
                 # the head's logits, in bfloat16 and float32, are part of the map
-                work = trained["frozen map"] + trained["normaliser"] + 8 if stage else size["loss of stage 1"]
+                work = (
+                    trained["frozen map"] + trained["normaliser"] + 8
+                    if stage
+                    else size["loss of stage 1"]
+                )
             else:
                 work = size["normaliser, trained"]
             model, context = config.model_of_stage(stage), config.model.context
@@ -126,14 +171,19 @@ def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, A
                 average = 0 if world == 1 else 2 * 4 * 0.12e9 / (WITHIN if world <= 8 else ACROSS)
                 seconds = work_seconds + OVERHEAD + max(0, average - 2 / 3 * work_seconds)
                 if world == 8:
-                    row |= {"ms: products": 1e3 * tokens * flops / FLOPS, "traffic": 1e3 * tokens * traffic / BYTES}
+                    row |= {
+                        "ms: products": 1e3 * tokens * flops / FLOPS,
+                        "traffic": 1e3 * tokens * traffic / BYTES,
+                    }
                 row[f"hours on {world}"] = config.train.stage_steps[stage] * seconds / 3600
             rows.append(row)
     return rows
 
 
 def nodes() -> list[dict[str, Any]]:
-    """Operations (aten nodes) of all graphs that steps of `owt-mixd` compile, by sequences; small, but as deep."""
+    """Operations (aten nodes) of all graphs that steps of `owt-mixd` compile, by sequences; small,
+    but as deep.
+    """
     from functools import partial
 
     from functorch.compile import make_boxed_func
@@ -150,7 +200,9 @@ def nodes() -> list[dict[str, Any]]:
         return make_boxed_func(graph.forward)
 
     torch.compile = partial(torch.compile, backend=aot_autograd(fw_compiler=count))  # type: ignore[assignment]
-    model = replace(config.model, vocab_size=31, context=32, trunk=TransformerConfig(width=16, num_heads=2))
+    model = replace(
+        config.model, vocab_size=31, context=32, trunk=TransformerConfig(width=16, num_heads=2)
+    )
     config = replace(config, model=model, train=replace(config.train, compile=True, accumulate=1))
     with seeded(0):
         trained = config.model_of_stage(0).build()
@@ -164,7 +216,9 @@ def nodes() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--separation", type=float, nargs="+", default=[12.0, 22.0])
     options.add_argument("--top", type=int, default=0, help="operations to list")

@@ -1,10 +1,12 @@
 """Speed of a training step of presets, over that of the first one.
 
-    python benchmarks/training.py                                  # mini-ar, mini-mixd, mini-mix1, mini-affine
-    python benchmarks/training.py mini-ar mini-mixd mini-mix1 english-small --against ../other-checkout
-    python benchmarks/training.py mini-ar --peers --rounds 9       # beside models of transformers, with AdamW
+    python benchmarks/training.py                                  # mini-ar, mini-mixd, mini-mix1,
+    mini-affine python benchmarks/training.py mini-ar mini-mixd mini-mix1 english-small --against
+    ../other-checkout python benchmarks/training.py mini-ar --peers --rounds 9       # beside models
+    of transformers, with AdamW
 
-Progressive presets are timed stage by stage, on random tokens. TFLOP/s count model FLOPs (`evaluation.flops`).
+Progressive presets are timed stage by stage, on random tokens. TFLOP/s count model FLOPs
+(`evaluation.flops`).
 """
 
 from argparse import Namespace
@@ -18,7 +20,9 @@ from timing import Contender, find, parser, run, show
 
 
 def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Callable[[Any], Any]:
-    """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new model."""
+    """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new
+    model.
+    """
     with suppress(ImportError):  # up to commit 615369d
         return find("TrainingStep", "training.step")(config, stage, device, *processes)
     import torch
@@ -38,16 +42,29 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
 
         config = with_precision(config, model, device)
     parallel = ParallelModel(model, config, *processes, frozen=stage)
-    optimizers, generator = build_optimizers(config.optim, model), torch.Generator(device=device).manual_seed(0)
+    optimizers, generator = (
+        build_optimizers(config.optim, model),
+        torch.Generator(device=device).manual_seed(0),
+    )
     return lambda tokens: optimizer_step(parallel, optimizers, tokens, generator=generator)[0]
 
 
 def configuration(name: str, args: Namespace) -> Any:
     """The preset with a size of the vocabulary, which training takes from the tokenizer."""
     config = find("preset", "presets", "runs.presets")(name)
-    size = args.vocab_size or (config.data.tokenizer.vocab_size if config.data.tokenizer.kind == "bpe" else 27)
-    precision, batch_size = args.precision or config.train.precision, args.batch_size or config.train.batch_size
-    train = replace(config.train, precision=precision, batch_size=batch_size, accumulate=config.train.accumulate or 1)
+    size = args.vocab_size or (
+        config.data.tokenizer.vocab_size if config.data.tokenizer.kind == "bpe" else 27
+    )
+    precision, batch_size = (
+        args.precision or config.train.precision,
+        args.batch_size or config.train.batch_size,
+    )
+    train = replace(
+        config.train,
+        precision=precision,
+        batch_size=batch_size,
+        accumulate=config.train.accumulate or 1,
+    )
     optim = replace(config.optim, muon_precision=args.muon_precision)
     return replace(config, model=replace(config.model, vocab_size=size), train=train, optim=optim)
 
@@ -72,7 +89,10 @@ def build(args: Namespace) -> dict[str, Contender]:
             tokens, step = random_tokens(config), training_step(config, stage, device)
             flops = len(tokens) * training_flops(config.model_of_stage(stage), frozen=stage)
             label = name if config.num_stages == 1 else f"{name} stage {stage + 1}"
-            info = {"flops": flops, "device": torch.cuda.get_device_name() if args.device == "cuda" else ""}
+            info = {
+                "flops": flops,
+                "device": torch.cuda.get_device_name() if args.device == "cuda" else "",
+            }
             found[label] = Contender(partial(step, tokens), tokens.numel(), info)
     if args.peers:
         from peers import training_steps
@@ -86,12 +106,20 @@ def build(args: Namespace) -> dict[str, Contender]:
 
 def main() -> None:
     options = parser(__doc__, rounds=7, calls=2)
-    options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"])
+    options.add_argument(
+        "presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"]
+    )
     options.add_argument("--precision", choices=["float32", "bfloat16"], help="of matrix products")
-    options.add_argument("--muon-precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    options.add_argument(
+        "--muon-precision", default="auto", choices=["auto", "float32", "bfloat16"]
+    )
     options.add_argument("--vocab-size", type=int, help="the default is 27 for characters")
-    options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
-    options.add_argument("--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape")
+    options.add_argument(
+        "--batch-size", type=int, help="sequences per step; the default is the preset's"
+    )
+    options.add_argument(
+        "--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape"
+    )
     args = options.parse_args()
     found = run(build, args)  # the processes that work, here and in an older checkout, end there
     from tarflowlm.evaluation.flops import peak_flops

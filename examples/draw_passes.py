@@ -1,6 +1,8 @@
-"""The picture of the README: the latents of a sample after every pass, in the plane of the codebook.
+"""The picture of the README: the latents of a sample after every pass, in the plane of the
+codebook.
 
-python examples/draw_passes.py [MODEL] [OUT.png]      # english-passes, docs/passes.png; needs the extra `plots`
+python examples/draw_passes.py [MODEL] [OUT.png]      # english-passes, docs/passes.png; needs the
+extra `plots`
 """
 
 import sys
@@ -13,26 +15,47 @@ import torch
 
 import tarflowlm
 
-LENGTH, SEED, TEMPERATURE = 96, 0, 0.8  # those of `tarflowlm sample english-passes --length 96 --passes --seed 0`
+LENGTH, SEED, TEMPERATURE = (
+    96,
+    0,
+    0.8,
+)  # those of `tarflowlm sample english-passes --length 96 --passes --seed 0`
 INK, ACCENT, PALE = "#1d2a3a", "#e07a5f", "#dbe2ea"
 
 
 def main(name: str = "english-passes", out: str = "docs/passes.png") -> None:
     model, tokenizer = tarflowlm.load(name)
     generator = torch.Generator().manual_seed(SEED)
-    result = tarflowlm.generate(model, num_tokens=LENGTH, temperature=TEMPERATURE, generator=generator)
+    result = tarflowlm.generate(
+        model, num_tokens=LENGTH, temperature=TEMPERATURE, generator=generator
+    )
     mean, std = model.codebook.mean.detach(), model.codebook.log_std.detach().exp()
     # the two principal components of the codebook
     plane = torch.linalg.svd(mean - mean.mean(0)).Vh[:2].T
     codes = (mean - mean.mean(0)) @ plane
     num = len(result.passes)
     titles = ["noise u", *(f"block {block} inverted" for block in range(num - 1, 0, -1))]
-    figure, grid = plt.subplots(1, num, figsize=(5.2 * num, 5.6), sharex=True, sharey=True, squeeze=False)
+    figure, grid = plt.subplots(
+        1, num, figsize=(5.2 * num, 5.6), sharex=True, sharey=True, squeeze=False
+    )
     final = result.passes[-1][0]
-    for axes, title, state, tokens in zip(grid.flat, titles, result.states, result.passes, strict=False):
-        for (x, y), radius, symbol in zip(codes.tolist(), std.tolist(), tokenizer.symbols, strict=True):
+    for axes, title, state, tokens in zip(
+        grid.flat, titles, result.states, result.passes, strict=False
+    ):
+        for (x, y), radius, symbol in zip(
+            codes.tolist(), std.tolist(), tokenizer.symbols, strict=True
+        ):
             axes.add_patch(plt.Circle((x, y), 2 * radius, color=PALE, lw=0))
-            axes.text(x, y, symbol.replace(" ", "␣"), color=INK, ha="center", va="center", fontsize=11, zorder=4)
+            axes.text(
+                x,
+                y,
+                symbol.replace(" ", "␣"),
+                color=INK,
+                ha="center",
+                va="center",
+                fontsize=11,
+                zorder=4,
+            )
         points = (state[0] - mean.mean(0)) @ plane
         axes.scatter(*points.T, s=42, color=ACCENT, alpha=0.55, lw=0, zorder=3)
         share = (tokens[0] == final).double().mean().item()

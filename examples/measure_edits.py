@@ -1,8 +1,10 @@
-"""The tables of docs/math.md, section 10: what every edit of real text keeps, and how likely its result is.
+"""The tables of docs/math.md, section 10: what every edit of real text keeps, and how likely its
+result is.
 
 python examples/measure_edits.py english27.txt.xz [MODEL] [JUDGE] [ROWS] > edits.md
 
-MODEL is english-mini, JUDGE english-mini-ar; ROWS limits the table to rows whose name holds it. Texts go to stderr.
+MODEL is english-mini, JUDGE english-mini-ar; ROWS limits the table to rows whose name holds it.
+Texts go to stderr.
 """
 
 import sys
@@ -14,7 +16,16 @@ import torch
 
 import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
-from tarflowlm.editing import blend, bound, encode, informative_level, interpolate, renoise, rewrite, token_costs
+from tarflowlm.editing import (
+    blend,
+    bound,
+    encode,
+    informative_level,
+    interpolate,
+    renoise,
+    rewrite,
+    token_costs,
+)
 from tarflowlm.editing.edits import num_words
 from tarflowlm.editing.words import blended_spans, merge_words, pick_words, words_of
 from tarflowlm.language_model import LanguageModel
@@ -22,7 +33,9 @@ from tarflowlm.language_model import LanguageModel
 TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7
 
 
-def main(source: str, name: str = "english-mini", judge_name: str = "english-mini-ar", rows: str = "") -> None:
+def main(
+    source: str, name: str = "english-mini", judge_name: str = "english-mini-ar", rows: str = ""
+) -> None:
     torch.set_flush_denormal(True)
     model, tokenizer = tarflowlm.load(name)
     judge, _ = tarflowlm.load(judge_name)
@@ -43,7 +56,9 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     def chosen(strength: float, pick: str = "random") -> list:
         g = generator(1)
         return [
-            pick_words(row, num_words(strength, row), LENGTH, g, costs=cost if pick == "unlikely" else None)
+            pick_words(
+                row, num_words(strength, row), LENGTH, g, costs=cost if pick == "unlikely" else None
+            )
             for row, cost in zip(words, costs, strict=True)
         ]
 
@@ -54,7 +69,11 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
         new = edit(*how).cpu()
         seconds = time.perf_counter() - start
         kept = (new == texts).double().mean().item()
-        whole = [bool((new[i, a:b] == texts[i, a:b]).all()) for i, row in enumerate(words) for a, b in row]
+        whole = [
+            bool((new[i, a:b] == texts[i, a:b]).all())
+            for i, row in enumerate(words)
+            for a, b in row
+        ]
         ratios = [bits(one, new) / old for one, old in zip((model, judge), before, strict=True)]
         print(
             f"| {label} | {kept:.1%} | {sum(whole) / len(whole):.1%} | {ratios[0]:.3f} | {ratios[1]:.3f} | "
@@ -64,19 +83,34 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
         print(f"{label}: {tokenizer.decode(new[0].tolist())}", file=sys.stderr, flush=True)
 
     def redrawn(strength: float, pick: str, temperature: float, level: int = told) -> torch.Tensor:
-        spans = [merge_words(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)]
+        spans = [
+            merge_words(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)
+        ]
         return rewrite(
-            model, text, spans, candidates=CANDIDATES, temperature=temperature, level=level, generator=generator(2)
+            model,
+            text,
+            spans,
+            candidates=CANDIDATES,
+            temperature=temperature,
+            level=level,
+            generator=generator(2),
         ).tokens
 
     def noisy(level: int, strength: float, share: float | None = None) -> torch.Tensor:
         if share is None:
-            return renoise(model, text, level=level, strength=strength, generator=generator(2), decoder="auto").tokens
+            return renoise(
+                model, text, level=level, strength=strength, generator=generator(2), decoder="auto"
+            ).tokens
         each = zip(range(TEXTS), mask(chosen(share)), strict=True)
         return torch.cat(
             [
                 renoise(
-                    model, text.row(i), level=level, strength=strength, generator=generator(2), where=where
+                    model,
+                    text.row(i),
+                    level=level,
+                    strength=strength,
+                    generator=generator(2),
+                    where=where,
                 ).tokens
                 for i, where in each
             ]
@@ -95,7 +129,14 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
             start = int(torch.randint(len(second) - count + 1, (), generator=g))
             spans.append(blended_spans(words[i], second, second[start : start + count], LENGTH))
         return blend(
-            model, text, other, spans, candidates=CANDIDATES, temperature=usual, level=told, generator=generator(2)
+            model,
+            text,
+            other,
+            spans,
+            candidates=CANDIDATES,
+            temperature=usual,
+            level=told,
+            generator=generator(2),
         ).tokens
 
     print(f"the original texts: <= {before[0]:.3f} bits per character, judge {before[1]:.3f}\n")
@@ -111,7 +152,9 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     for level, strength in product(levels, (0.01, 0.05, 0.1, 0.3, 0.6)):
         show(f"re-noise state {level}, strength {strength}", noisy, level, strength)
     for level in levels:
-        show(f"re-noise state {level} of a tenth of the words, strength 0.3", noisy, level, 0.3, 0.1)
+        show(
+            f"re-noise state {level} of a tenth of the words, strength 0.3", noisy, level, 0.3, 0.1
+        )
     for level in levels:
         show(f"interpolate states {level}, weight 0.5", arc, level, 0.5)
     for weight in (0.25, 0.5):

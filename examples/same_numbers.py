@@ -1,12 +1,15 @@
-"""Did a change of the code change its numbers? Two checkouts of this repository do the same work, to the bit.
+"""Did a change of the code change its numbers? Two checkouts of this repository do the same work,
+to the bit.
 
-    python examples/same_numbers.py OLD_CHECKOUT NEW_CHECKOUT [--quick] [--tolerance 1e-5] [--keep DIR]
+    python examples/same_numbers.py OLD_CHECKOUT NEW_CHECKOUT [--quick] [--tolerance 1e-5] [--keep
+    DIR]
 
-Both train every family of presets at a tiny size on the same small text, and use what they trained: `eval`, `sample`,
-`edit`, the bound and its gradients. NEW uses what OLD trained, too: inference is compared on equal weights even where
-training differs. Modules and fields may have moved between the two: only the command line, public names of `import
-tarflowlm` and files of run directories are relied on. On the CPU, in one thread, some minutes (--quick: one or two).
-Exit status: 0 if everything is the same (with --tolerance, up to that relative difference of numbers), 1 otherwise.
+Both train every family of presets at a tiny size on the same small text, and use what they trained:
+`eval`, `sample`, `edit`, the bound and its gradients. NEW uses what OLD trained, too: inference is
+compared on equal weights even where training differs. Modules and fields may have moved between the
+two: only the command line, public names of `import tarflowlm` and files of run directories are
+relied on. On the CPU, in one thread, some minutes (--quick: one or two). Exit status: 0 if
+everything is the same (with --tolerance, up to that relative difference of numbers), 1 otherwise.
 """
 
 import argparse
@@ -45,7 +48,8 @@ WAYS = {
     "AdamW": ADAMW,
     "AdamW, bfloat16": f"{ADAMW} --train.precision bfloat16 --train.accumulate 2 --train.checkpoint-activations",
 }
-# _ stands for a space; the decoder `auto` is left out, because that of commit 615369d reads the clock
+# _ stands for a space; the decoder `auto` is left out, because that of commit 615369d reads the
+# clock
 SAMPLES = (
     "--passes --states --length 32 --decoder sequential",
     "--passes --states --length 32 --decoder parallel",
@@ -79,7 +83,9 @@ def uses(label: str, target: str, text: Path, folder: Path) -> Iterator[Job]:
         yield "eval --stride", label, [*evaluate, "--stride", "16"]
     commands = [("sample", "--num 2", options) for options in SAMPLES]
     if label in BASELINES:  # they have no passes
-        commands = [(*command, options.replace("--passes --states ", "")) for *command, options in commands]
+        commands = [
+            (*command, options.replace("--passes --states ", "")) for *command, options in commands
+        ]
     if label not in BASELINES:
         commands += [("edit", "--text the_water_of_the_people", options) for options in EDITS]
     for command, always, options in commands:
@@ -91,7 +97,9 @@ def uses(label: str, target: str, text: Path, folder: Path) -> Iterator[Job]:
 
 
 def work(folder: Path) -> None:
-    """The jobs of a folder one after another, in a process of their own that imports one checkout."""
+    """The jobs of a folder one after another, in a process of their own that imports one
+    checkout.
+    """
     jobs, results = json.loads((folder / "jobs.json").read_text(encoding="utf-8")), []
     for index, (item, label, argv) in enumerate(jobs):
         if not index or label != jobs[index - 1][1]:
@@ -105,7 +113,9 @@ def work(folder: Path) -> None:
 
 
 def output_of(argv: list[str]) -> Any:
-    """The JSON of `python -m tarflowlm ARGV`, in this process: others would mostly import PyTorch."""
+    """The JSON of `python -m tarflowlm ARGV`, in this process: others would mostly import
+    PyTorch.
+    """
     out, said, status = io.StringIO(), io.StringIO(), None
     sys.argv = ["tarflowlm", *argv, "--device", "cpu", "--json"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
@@ -129,7 +139,9 @@ def measured(target: str, file: str) -> dict[str, Any]:
     tokens = torch.randint(model.config.vocab_size, (4, model.config.context), generator=draw)
     bound = tarflowlm.importance_weighted_bound(model, tokens, samples=2, generator=draw)
     bound.mean().backward()
-    save_file({name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}, file)
+    save_file(
+        {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}, file
+    )
     found = {"importance_weighted_bound": bound.tolist(), "its gradients": {"tensors": file}}
     characters = torch.from_numpy(tokenizer.characters_per_token)
     found["evaluate"] = tarflowlm.evaluate(model, tokens, characters, samples=2).to_json()
@@ -151,20 +163,28 @@ class Checkout:
             sys.exit(f"{path} is no checkout of this repository: src/tarflowlm is missing")
         self.folder.mkdir()
         own = {"PYTHONPATH": str(source), "TARFLOWLM_CACHE": str(self.folder / "cache")}
-        self.environment = os.environ | own | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self.environment = (
+            os.environ | own | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        )
 
     def run(self, what: str, jobs: list[Job]) -> Results:
         print(f"{self.name} {what}: {len(jobs)} commands", file=sys.stderr, flush=True)
         (self.folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-        subprocess.run([sys.executable, __file__, "--work", str(self.folder)], env=self.environment, check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--work", str(self.folder)], env=self.environment, check=True
+        )
         found = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
         return {(item, label): value for item, label, value in found}
 
     def train(self, presets: tuple[str, ...], ways: tuple[str, ...]) -> dict[str, Results]:
         """Every preset in every way, into folder/WAY/PRESET; the results of every way."""
         asked = [sys.executable, "-m", "tarflowlm", "train", "mini-ar", "--help"]
-        known = subprocess.run(asked, env=self.environment, check=True, capture_output=True, text=True).stdout
-        held = " ".join(f"{option} {value}" for option, value in HELD_OPTIONS.items() if option in known)
+        known = subprocess.run(
+            asked, env=self.environment, check=True, capture_output=True, text=True
+        ).stdout
+        held = " ".join(
+            f"{option} {value}" for option, value in HELD_OPTIONS.items() if option in known
+        )
         jobs: list[Job] = []
         for way, preset in ((way, preset) for way in ways for preset in presets):
             options = f"{SIZES} {'12' if preset in JOINT else '5 4 3'} {held if way == HELD else WAYS[way]}".split()
@@ -185,8 +205,15 @@ class Checkout:
         """Results of the models of `trained`, and of the shipped ones, in this checkout."""
         folder = self.folder / f"gradients of {trained.name}"
         folder.mkdir()
-        targets = {label: label if label in SHIPPED else str(trained.folder / DEFAULT / label) for label in labels}
-        jobs = [job for label, target in targets.items() for job in uses(label, target, self.text, folder)]
+        targets = {
+            label: label if label in SHIPPED else str(trained.folder / DEFAULT / label)
+            for label in labels
+        }
+        jobs = [
+            job
+            for label, target in targets.items()
+            for job in uses(label, target, self.text, folder)
+        ]
         return self.run(f"uses what {trained.name} trained", jobs)
 
 
@@ -199,14 +226,22 @@ def cut(directory: Path, out: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         (out / name).write_bytes((directory / name).read_bytes())
     with safe_open(weights, framework="np") as file:
-        info = {key: value for key, value in file.metadata().items() if key not in ("manifest", "sha256")}
+        info = {
+            key: value
+            for key, value in file.metadata().items()
+            if key not in ("manifest", "sha256")
+        }
     above = tuple(f"prior.blocks.{index}." for index in range(1, int(info["blocks"])))
-    kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith(above)}
+    kept = {
+        name: tensor for name, tensor in load_file(weights).items() if not name.startswith(above)
+    }
     save_file(kept, out / "model.safetensors", metadata=info | {"blocks": "1"})
 
 
 def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors, numbers, texts and plain lists of a result with their places, without times and names of decoders."""
+    """Tensors, numbers, texts and plain lists of a result with their places, without times and
+    names of decoders.
+    """
     if isinstance(value, dict) and "tensors" in value:
         yield from load_file(value["tensors"]).items()
     elif isinstance(value, dict):
@@ -221,9 +256,11 @@ def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def difference(old: Any, new: Any, tolerance: float) -> str:
-    """The difference between two results in words; empty if they are the same. Fields of `new` alone do not count.
+    """The difference between two results in words; empty if they are the same. Fields of `new`
+    alone do not count.
 
-    For numbers it is the largest one, relative to the larger number, or to the largest one of a list or a tensor.
+    For numbers it is the largest one, relative to the larger number, or to the largest one of a
+    list or a tensor.
     """
     for name, result in (("OLD", old), ("NEW", new)):
         if result is None or (isinstance(result, dict) and "failed" in result):
@@ -239,22 +276,30 @@ def difference(old: Any, new: Any, tolerance: float) -> str:
             relative = np.nan_to_num(absolute / scale, nan=np.inf)
             if relative <= tolerance:
                 continue
-            numbers.append((relative, f"{relative:.1e} (absolute {absolute:.1e}) {where and 'at '}{where}"))
+            numbers.append(
+                (relative, f"{relative:.1e} (absolute {absolute:.1e}) {where and 'at '}{where}")
+            )
         elif where not in right or value != right[where]:
             others.append(where)
     largest = [max(numbers)[1]] if numbers else []
     if numbers and isinstance(old, list) and max(numbers) != numbers[0]:
         largest.append(f"first {numbers[0][1]}")
-    return ", ".join(largest + ([f"{len(others)} texts or fields, as {min(others)}"] if others else []))
+    return ", ".join(
+        largest + ([f"{len(others)} texts or fields, as {min(others)}"] if others else [])
+    )
 
 
 def compare(title: str, old: Results, new: Results, tolerance: float) -> set[str]:
-    """Print a line for every item, and one for every model in which it differs; returns these models."""
+    """Print a line for every item, and one for every model in which it differs; returns these
+    models.
+    """
     print(f"\n{title}")
     differing: set[str] = set()
     for item in dict.fromkeys(item for item, _ in old):
         olds = {label: value for (other, label), value in old.items() if other == item}
-        news = {label: new.get((item, label), new.get((item.split(":")[0], label))) for label in olds}
+        news = {
+            label: new.get((item, label), new.get((item.split(":")[0], label))) for label in olds
+        }
         found = {label: difference(olds[label], news[label], tolerance) for label in olds}
         if same := [label for label in found if not found[label]]:
             print(f"  same     {item[:60]:<60}  {', '.join(same)}")
@@ -266,7 +311,9 @@ def compare(title: str, old: Results, new: Results, tolerance: float) -> set[str
 
 def same_numbers(old: Checkout, new: Checkout, *, quick: bool, tolerance: float) -> bool:
     """Train and use with both and print what differs; whether nothing does."""
-    old.text.write_text(" ".join(random.Random(0).choices(WORDS.split(), k=70_000)), encoding="utf-8")
+    old.text.write_text(
+        " ".join(random.Random(0).choices(WORDS.split(), k=70_000)), encoding="utf-8"
+    )
     presets, ways = (QUICK, (*WAYS,)[:3]) if quick else (JOINT + PROGRESSIVE, (*WAYS,))
     trained = [checkout.train(presets, ways) for checkout in (old, new)]
     for checkout in (old, new):
@@ -274,23 +321,39 @@ def same_numbers(old: Checkout, new: Checkout, *, quick: bool, tolerance: float)
     models, shipped = [*presets, ONE_BLOCK], SHIPPED[:1] if quick else SHIPPED
     used, crossed = (checkout.use(old, [*models, *shipped]) for checkout in (old, new))
     own = new.use(new, models)
-    differing = [compare(f"training, {way}", trained[0][way], trained[1][way], tolerance) for way in ways]
+    differing = [
+        compare(f"training, {way}", trained[0][way], trained[1][way], tolerance) for way in ways
+    ]
     apart = differing[0] | ({ONE_BLOCK} if CUT_FROM in differing[0] else set())
     differing.append(compare("models that OLD trained, and shipped ones", used, crossed, tolerance))
     equal = {key: value for key, value in used.items() if key in own and key[1] not in apart}
-    failed: Results = {key: {} for key, value in own.items() if "failed" in value}  # whatever the weights
-    differing.append(compare("models that each has trained, where they are the same", equal | failed, own, tolerance))
+    failed: Results = {
+        key: {} for key, value in own.items() if "failed" in value
+    }  # whatever the weights
+    differing.append(
+        compare(
+            "models that each has trained, where they are the same", equal | failed, own, tolerance
+        )
+    )
     return not any(differing)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old", type=Path, metavar="OLD_CHECKOUT")
     parser.add_argument("new", type=Path, metavar="NEW_CHECKOUT")
-    parser.add_argument("--quick", action="store_true", help="fewer presets, ways to train and shipped models")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="largest relative difference of equal numbers")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="new directory for all that is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer presets, ways to train and shipped models"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest relative difference of equal numbers"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="new directory for all that is written"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = (args.keep or Path(temporary) / "runs").resolve()

@@ -2,8 +2,9 @@
 
     python examples/spelled_words.py english_raw.txt.xz english-small english-small-ar
 
-prints one line per model and temperature. A word is a run of letters; it counts as found if it occurs in the text at
-least three times, whatever the case. The first and the last word of a sample may be cut and are left out.
+prints one line per model and temperature. A word is a run of letters; it counts as found if it
+occurs in the text at least three times, whatever the case. The first and the last word of a sample
+may be cut and are left out.
 """
 
 import re

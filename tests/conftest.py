@@ -1,23 +1,17 @@
-"""Fixtures shared by the tests of the model: sizes are tiny and everything random comes from a seed."""
+"""Fixtures shared by all tests: sizes are tiny and everything random comes from a seed."""
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from run_cases import FLOW, TRUNK, save_run
-from tarflowlm.baseline import BaselineConfig, TokenLM
+from helpers import FLOW, TRUNK, save_run, tiny_flow
+from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import DataConfig, RunConfig, TrainConfig
-from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.language_model import seeded
-from tarflowlm.model import FlowConfig, TarFlowLM, stack
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,92 +38,15 @@ def subnormal_numbers():
     torch.set_flush_denormal(False)
 
 
-@pytest.fixture(scope="session")
-def normal() -> Callable[..., Tensor]:
-    """normal(*shape, seed=0): float64 noise."""
-
-    def draw(*shape: int, seed: int = 0) -> Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-    return draw
-
-
-@pytest.fixture(scope="session")
-def randomise() -> Callable[..., Any]:
-    """randomise(module, seed=0, scale=0.3): the module in float64, noise added to all of its parameters.
-
-    At the start of training heads and residual branches are zero, which would hide most mistakes.
-    """
-
-    def change(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
-        module.double()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        return module
-
-    return change
-
-
-@pytest.fixture(scope="session")
-def tiny_trunk() -> TransformerConfig:
-    return TRUNK
-
-
-@pytest.fixture(scope="session")
-def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
-    """tiny_flow(log_std=..., seed=0, scale=0.3, **FlowConfig fields): a randomised float64 TarFlowLM.
-
-    `log_std` sets every log sigma of the codebook; -0.5 makes neighbours overlap, -6 keeps them well apart.
-    """
-
-    def build(*, log_std: float = -0.5, seed: int = 0, scale: float = 0.3, **fields: Any) -> TarFlowLM:
-        couplings = fields.pop("couplings", ("mixd", "mix1"))
-        usual = {"token-affine": 1, "affine": 1, "mix1": 3, "mixd": 4}
-        components = tuple(0 if (i, c) == (0, "mixd") else usual[c] for i, c in enumerate(couplings))
-        layers = fields.pop("layers", (1,) * len(couplings))
-        of_block = {name: fields.pop(name) for name in ("sees_channels", "sees_tokens") if name in fields}
-        certainty = fields.pop("certainty", 0.0)
-        defaults = {
-            "vocab_size": 5,
-            "context": 8,
-            "latent_dim": 2,
-            "trunk": tiny_trunk,
-            "blocks": tuple(
-                replace(block, certainty=certainty, **of_block)
-                for block in stack(couplings, layers, fields.pop("components", components))
-            ),
-            "head_hidden": 4,
-        }
-        with seeded(seed):
-            model = TarFlowLM(FlowConfig(**(defaults | fields)))
-        randomise(model, seed, scale)
-        with torch.no_grad():
-            model.codebook.log_std.fill_(log_std)
-        return model
-
-    return build
-
-
-@pytest.fixture(scope="session")
-def tiny_ar(randomise, tiny_trunk) -> Callable[..., TokenLM]:
-    """tiny_ar(seed=0, scale=0.3, **BaselineConfig fields): a randomised float64 baseline."""
-
-    def build(*, seed: int = 0, scale: float = 0.3, **fields: Any) -> TokenLM:
-        defaults = {"vocab_size": 5, "context": 8, "trunk": tiny_trunk, "layers": 1}
-        with seeded(seed):
-            model = TokenLM(BaselineConfig(**(defaults | fields)))
-        return randomise(model, seed, scale)
-
-    return build
-
-
 @pytest.fixture
-def trained(tmp_path, tiny_flow) -> Path:
-    """A run directory of a tiny model of two blocks, with more in it than a model, trained on a file elsewhere."""
+def trained(tmp_path) -> Path:
+    """A run directory of a tiny model of two blocks, with more in it than a model, trained on a
+    file elsewhere.
+    """
     model = tiny_flow(vocab_size=27, context=16).eval()
-    folder = save_run(tmp_path / "run", model, source="/somewhere/else/text.txt", step="1", tokens="128")
+    folder = save_run(
+        tmp_path / "run", model, source="/somewhere/else/text.txt", step="1", tokens="128"
+    )
     (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     return folder
 
@@ -138,7 +55,22 @@ def trained(tmp_path, tiny_flow) -> Path:
 def corpus_file(tmp_path_factory) -> Path:
     """About 3,000 characters of a-z and spaces."""
     rng = random.Random(3)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "old", "men", "quick", "dogs", "zebra"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "nine",
+        "old",
+        "men",
+        "quick",
+        "dogs",
+        "zebra",
+    ]
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(" ".join(rng.choice(words) for _ in range(700)), encoding="utf-8")
     return path
@@ -149,9 +81,16 @@ def runs(tmp_path_factory, corpus_file) -> dict[str, Path]:
     """Finished runs by name, progressive, joint and the baseline; do not change them."""
     from tarflowlm.training.train import train
 
-    root, seldom = tmp_path_factory.mktemp("runs"), {"evaluate_every": 3, "evaluate_windows": 5, "test_windows": 3}
-    steps = TrainConfig(stage_steps=(6, 4, 4), batch_size=2, log_every=1, precision="float32", **seldom)
-    progressive = RunConfig(name="tiny", model=FLOW, data=DataConfig(source=str(corpus_file)), train=steps)
+    root, seldom = (
+        tmp_path_factory.mktemp("runs"),
+        {"evaluate_every": 3, "evaluate_windows": 5, "test_windows": 3},
+    )
+    steps = TrainConfig(
+        stage_steps=(6, 4, 4), batch_size=2, log_every=1, precision="float32", **seldom
+    )
+    progressive = RunConfig(
+        name="tiny", model=FLOW, data=DataConfig(source=str(corpus_file)), train=steps
+    )
     joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
     baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))
     for name, run in {"progressive": progressive, "joint": joint, "baseline": baseline}.items():
@@ -172,7 +111,8 @@ def run(capsys):
         except SystemExit as stop:
             status = stop.code or 0
         finally:
-            # the command line flushes subnormal numbers to zero, which must not reach the rest of the test
+            # the command line flushes subnormal numbers to zero, which must not reach the rest of
+            # the test
             torch.set_flush_denormal(False)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, out=out, err=err)
@@ -194,7 +134,9 @@ def run_json(run):
 
 @pytest.fixture
 def refused(run):
-    """refused(*argv, names=[...]): the command ends with status 2 and one line on stderr that holds all `names`."""
+    """refused(*argv, names=[...]): the command ends with status 2 and one line on stderr that holds
+    all `names`.
+    """
 
     def call(*argv: object, names: list[str]) -> str:
         result = run(*argv)

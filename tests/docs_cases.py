@@ -1,14 +1,17 @@
-"""The documents of the repository, Markdown and notebooks: their blocks, links, headings and commands."""
+"""The documents of the repository, Markdown and notebooks: their blocks, links, headings and
+commands.
+"""
 
 import ast
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -26,7 +29,11 @@ def name_of(document: Path) -> str:
 
 def cells(notebook: Path, kind: str) -> list[dict[str, Any]]:
     """The cells of a notebook that are of this kind: "markdown" or "code"."""
-    return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+    return [
+        cell
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == kind
+    ]
 
 
 @cache
@@ -45,13 +52,38 @@ def blocks(document: Path, *languages: str) -> list[str]:
 
 
 def shell_lines(document: Path) -> Iterator[str]:
-    """The commands in its blocks, one by one; of a block with prompts only the lines that follow one."""
+    """The commands in its blocks, one by one; of a block with prompts only the lines that follow
+    one.
+    """
     for block in blocks(document, "", "console"):
         lines = block.replace("\\\n", " ").splitlines()
         if any(line.startswith("$ ") for line in lines):
             lines = [line[2:] for line in lines if line.startswith("$ ")]
         for line in lines:
-            yield from (part.strip() for part in re.sub(r"(^|\s)#.*", "", line).split("&&") if part.strip())
+            yield from (
+                part.strip() for part in re.sub(r"(^|\s)#.*", "", line).split("&&") if part.strip()
+            )
+
+
+class Session(NamedTuple):
+    """A command of a console block, and what the block shows below it."""
+
+    command: str
+    output: str
+
+    @property
+    def arguments(self) -> list[str]:
+        program, *arguments = shlex.split(self.command)
+        assert program == "tarflowlm", self.command
+        return arguments
+
+
+def console_sessions(document: Path) -> list[Session]:
+    """The commands of its console blocks, each with its output."""
+    parts = [part for block in blocks(document, "console") for part in block.split("$ ")[1:]]
+    return [
+        Session(command, output) for command, _, output in (part.partition("\n") for part in parts)
+    ]
 
 
 def codes_in(document: Path) -> Iterator[str]:
@@ -90,15 +122,23 @@ def anchors(document: Path) -> set[str]:
     found = set()
     for token, after in itertools.pairwise(parsed(document)):
         if token.type == "heading_open":
-            text = "".join(c.content for c in after.children or [] if c.type in ("text", "code_inline"))
+            text = "".join(
+                c.content for c in after.children or [] if c.type in ("text", "code_inline")
+            )
             found.add(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
     return found
 
 
 @cache
 def definitions(path: Path) -> set[str]:
-    """Functions, methods, classes, fields and constants of a module, or of all modules in a folder."""
+    """Functions, methods, classes, fields and constants of a module, or of all modules in a
+    folder.
+    """
     files = path.rglob("*.py") if path.is_dir() else [path]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    nodes = [
+        node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    ]
     found = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    return found | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return found | {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }

@@ -11,14 +11,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tarflowlm"
-MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 LAYERS = """
     errors progress | model_config files | config | presets | flow data | language_model device | model baseline |
     objective | runs | generation | evaluation editing | sharing | training | report | terminal | pretrained |
     __init__ | reproduce harness | studio | cli | __main__
 """
-"""Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour in its layer."""
+"""Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour
+in its layer.
+"""
 LAYER_OF = {unit: level for level, layer in enumerate(LAYERS.split("|")) for unit in layer.split()}
 
 
@@ -49,20 +54,32 @@ def test_imports_point_down():
 
 
 def test_optional_packages_are_imported_where_used():
-    """At the top of a file stand the standard library and the core dependencies, in the studio gradio as well."""
+    """At the top of a file stand the standard library and the core dependencies, in the studio
+    gradio as well.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    core = {name.split(">")[0] for name in project["dependencies"]} | set(sys.stdlib_module_names) | {"tarflowlm"}
+    core = (
+        {name.split(">")[0] for name in project["dependencies"]}
+        | set(sys.stdlib_module_names)
+        | {"tarflowlm"}
+    )
     for module, path in MODULES.items():
         allowed = core | ({"gradio"} if module.startswith("studio") else set())
         assert {name.split(".")[0] for name in imports(path, at_top=True)} <= allowed, module
 
 
 def test_git_keeps_the_whole_package():
-    """A pattern of .gitignore that matches a folder of the package would leave it out of the wheel."""
+    """A pattern of .gitignore that matches a folder of the package would leave it out of the
+    wheel.
+    """
     assert all((path.parent / "__init__.py").exists() for path in MODULES.values())
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
-    files = [path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if "__pycache__" not in path.parts]
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if "__pycache__" not in path.parts
+    ]
     command = ["git", "check-ignore", "--no-index", "--stdin"]
     done = subprocess.run(command, input="\n".join(files), capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == ""

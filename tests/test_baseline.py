@@ -1,4 +1,6 @@
-"""The discrete baseline: a normalised, causal distribution over texts, the same with and without a cache."""
+"""The discrete baseline: a normalised, causal distribution over texts, the same with and without a
+cache.
+"""
 
 import itertools
 import math
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import tiny_ar
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.language_model import seeded
 
@@ -21,7 +24,7 @@ T, V = 8, 5
 
 
 @pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
-def lm(request, tiny_ar) -> TokenLM:
+def lm(request) -> TokenLM:
     return tiny_ar(layers=2, **request.param)
 
 
@@ -43,7 +46,7 @@ def test_logits_see_earlier_patches_and_earlier_tokens_of_their_own_if_autoregre
 
 @torch.no_grad()
 @pytest.mark.parametrize("fields", FORMS.values(), ids=FORMS.keys())
-def test_probabilities_of_all_texts_sum_to_one(fields, tiny_ar):
+def test_probabilities_of_all_texts_sum_to_one(fields):
     lm = tiny_ar(vocab_size=3, context=4, **fields)
     texts = torch.tensor(list(itertools.product(range(3), repeat=4)))
     assert lm.log_prob(texts).exp().sum().item() == pytest.approx(1.0, abs=1e-10)
@@ -64,7 +67,9 @@ def test_cached_features_equal_the_parallel_pass(lm, tokens):
 def test_every_parameter_gets_a_gradient(lm):
     tokens = torch.arange(3 * T).view(3, T).remainder(V)
     lm.log_prob(tokens).sum().backward()
-    assert not [n for n, p in lm.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())]
+    assert not [
+        n for n, p in lm.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())
+    ]
 
 
 def test_a_new_baseline_is_the_uniform_distribution(tokens):
@@ -73,7 +78,7 @@ def test_a_new_baseline_is_the_uniform_distribution(tokens):
     torch.testing.assert_close(lm.log_prob(tokens), torch.full((3,), -T * math.log(V)))
 
 
-def test_half_precision_products_leave_logits_in_float32(tiny_ar, tokens):
+def test_half_precision_products_leave_logits_in_float32(tokens):
     lm = tiny_ar(patch=2, in_patch="autoregressive").float()
     exact = lm.log_prob(tokens)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,6 @@
-"""Every benchmark runs at a tiny size and prints its rows; models of others have the shape of ours."""
+"""Every benchmark runs at a tiny size and prints its rows; models of others have the shape of
+ours.
+"""
 
 import json
 import subprocess
@@ -26,13 +28,19 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
             "generation.py english-mini-ar english-mini --length 8 --rounds 1 --batches 2 --compare 1",
             ["english-mini-ar, steps, batch 2", "english-mini, auto, batch 2"],
         ),
-        ("evaluation.py english-mini-ar english-mini --windows 1 --rounds 1 --data DATA", ["english-mini"]),
+        (
+            "evaluation.py english-mini-ar english-mini --windows 1 --rounds 1 --data DATA",
+            ["english-mini"],
+        ),
         (
             "numerics.py --tokens 8 --channels 2 --components 2 --accuracy 50 --rounds 1",
             ["forward, ours, float32, K = 2", "inverse, ours, float64, K = 2"],
         ),
         ("numerics.py --loss --tokens 16 --rounds 1", ["Mix-d loss"]),
-        ("scaling.py mini-ar --rounds 1 --batch-size 2", ["mini-ar, 1 process", "mini-ar, 2 processes, fsdp"]),
+        (
+            "scaling.py mini-ar --rounds 1 --batch-size 2",
+            ["mini-ar, 1 process", "mini-ar, 2 processes, fsdp"],
+        ),
     ],
 )
 def test_benchmark_prints_its_rows(command, rows, tmp_path):
@@ -62,7 +70,9 @@ def test_peers_have_our_shape_and_are_causal(peers):
     config = BaselineConfig(vocab_size=5, context=16, trunk=trunk, layers=2)
 
     def matrices(model: torch.nn.Module, part: str) -> int:
-        return sum(p.numel() for name, p in model.named_parameters() if part in name and p.ndim == 2)
+        return sum(
+            p.numel() for name, p in model.named_parameters() if part in name and p.ndim == 2
+        )
 
     ours = matrices(TokenLM(config), "transformer.layers.")
     assert matrices(peers.gpt2(config), "transformer.h.") == ours

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tarflowlm
-from run_cases import FLOW, TRUNK, flip
+from helpers import FLOW, TRUNK, flip
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
@@ -25,14 +25,18 @@ CONFIGS = {
     "flow-patch": replace(FLOW, patch=2, in_patch="independent", channel_mix=False),
     "own-components": replace(FLOW, blocks=stack(("affine", "mixd", "mix1"), (1, 1, 1), (1, 4, 3))),
     "ar": BaselineConfig(context=8, trunk=TRUNK, layers=1),
-    "ar-patch": BaselineConfig(context=8, patch=2, in_patch="autoregressive", trunk=TRUNK, layers=1),
+    "ar-patch": BaselineConfig(
+        context=8, patch=2, in_patch="autoregressive", trunk=TRUNK, layers=1
+    ),
 }
 INFO = {"step": "5", "tokens": "160"}
 FILES = {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int | None = None):
-    """A run directory with random weights of `config`, or of its first blocks; returns the model."""
+    """A run directory with random weights of `config`, or of its first blocks; returns the
+    model.
+    """
     run = RunConfig(name="tiny", model=config, train=TrainConfig(stage_steps=(3,), mode="joint"))
     tokenizer = CharTokenizer(" abcdefghijklmnopqrstuvwxyz")
     full = replace(config, vocab_size=tokenizer.vocab_size)
@@ -67,7 +71,9 @@ def test_loaded_model_equals_the_saved_one(tmp_path, config):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     tokens = torch.arange(16).view(2, 8)
     ours, theirs = (
-        tarflowlm.importance_weighted_bound(m, tokens, samples=1, generator=torch.Generator().manual_seed(0))
+        tarflowlm.importance_weighted_bound(
+            m, tokens, samples=1, generator=torch.Generator().manual_seed(0)
+        )
         for m in (saved.eval(), loaded)
     )
     assert torch.equal(ours, theirs)
@@ -98,7 +104,9 @@ class Exploit:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("write", [lambda o, p: p.write_bytes(pickle.dumps(o)), lambda o, p: torch.save(o, p)])
+@pytest.mark.parametrize(
+    "write", [lambda o, p: p.write_bytes(pickle.dumps(o)), lambda o, p: torch.save(o, p)]
+)
 def test_pickle_is_refused_and_not_run(directory, write, tmp_path):
     target = tmp_path / "was-run"
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -143,7 +151,12 @@ def test_earlier_versions_have_the_checksum_in_the_manifest(directory):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda p: os.truncate(p, 3), flip, Path.unlink, lambda p: p.with_name("manifest.json").write_text("[]")],
+    [
+        lambda p: os.truncate(p, 3),
+        flip,
+        Path.unlink,
+        lambda p: p.with_name("manifest.json").write_text("[]"),
+    ],
 )
 def test_damaged_folder_is_not_whole(tmp_path, damage):
     path = tmp_path / "a.bin"
@@ -164,9 +177,15 @@ def test_summary_is_read_where_there_is_one(directory):
 ALTERED = {
     "renamed": (lambda t: t.update(other=t.pop("codebook.mean")), r"has no tensor codebook\.mean"),
     "extra": (lambda t: t.update(extra=torch.zeros(1)), "has an unexpected tensor extra"),
-    "reshaped": (lambda t: t.update({"codebook.mean": torch.zeros(3, 2)}), r"codebook\.mean has shape \[3, 2\]"),
-    "not-finite": (lambda t: t["codebook.mean"].fill_(float("nan")), r"codebook\.mean holds non-finite values"),
-}  # fmt: skip
+    "reshaped": (
+        lambda t: t.update({"codebook.mean": torch.zeros(3, 2)}),
+        r"codebook\.mean has shape \[3, 2\]",
+    ),
+    "not-finite": (
+        lambda t: t["codebook.mean"].fill_(float("nan")),
+        r"codebook\.mean holds non-finite values",
+    ),
+}
 
 
 @pytest.mark.parametrize(("change", "message"), ALTERED.values(), ids=ALTERED.keys())
@@ -221,7 +240,9 @@ def test_missing_file_is_named(directory, missing, message):
 
 def test_another_tokenizer_is_refused(directory):
     CharTokenizer("ab", "none").save(directory / "tokenizer.json")
-    with pytest.raises(UserError, match=r"codebook\.log_std has shape \[27\], config.json expects \[2\]"):
+    with pytest.raises(
+        UserError, match=r"codebook\.log_std has shape \[27\], config.json expects \[2\]"
+    ):
         load_checkpoint(directory)
 
 
@@ -245,4 +266,6 @@ def test_config_of_an_earlier_version_loads(tmp_path):
     edit_config(directory, go_back)
     again = load_checkpoint(directory).model
     assert again.config == replace(model.config, vocab_size=again.config.vocab_size)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
+    )

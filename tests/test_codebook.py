@@ -1,4 +1,6 @@
-"""The codebook as densities: against torch.distributions, Bayes' rule and finite values at the extremes."""
+"""The codebook as densities: against torch.distributions, Bayes' rule and finite values at the
+extremes.
+"""
 
 import math
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal
 
+from helpers import normal, randomise
 from tarflowlm.flow.codebook import Codebook, spread_means, typical_neighbour_distance
 from tarflowlm.language_model import seeded
 
@@ -13,17 +16,19 @@ V, d = 7, 3
 
 
 @pytest.fixture
-def book(randomise) -> Codebook:
+def book() -> Codebook:
     """Overlapping components of different widths."""
     with seeded(0):
         return randomise(Codebook(V, d, separation=1.5))
 
 
 def component(book: Codebook, tokens) -> Independent:
-    return Independent(Normal(book.mean[tokens], book.log_std[tokens].exp()[..., None].expand(*tokens.shape, d)), 1)
+    return Independent(
+        Normal(book.mean[tokens], book.log_std[tokens].exp()[..., None].expand(*tokens.shape, d)), 1
+    )
 
 
-def test_densities_equal_torch_distributions(book, normal):
+def test_densities_equal_torch_distributions(book):
     z = normal(4, 5, d)
     expected = component(book, torch.arange(V)).log_prob(z[..., None, :])
     torch.testing.assert_close(book.log_components(z), expected, rtol=1e-10, atol=1e-10)
@@ -32,11 +37,13 @@ def test_densities_equal_torch_distributions(book, normal):
     torch.testing.assert_close(book.log_q(tokens, noise), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_posterior_is_bayes_rule_with_a_uniform_prior(book, normal):
+def test_the_posterior_is_bayes_rule_with_a_uniform_prior(book):
     z = normal(4, 5, d)
     density = component(book, torch.arange(V)).log_prob(z[..., None, :]).exp()
     posterior = book.log_posterior(z).exp()
-    torch.testing.assert_close(posterior, density / density.sum(-1, keepdim=True), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        posterior, density / density.sum(-1, keepdim=True), rtol=1e-10, atol=1e-12
+    )
     torch.testing.assert_close(posterior.sum(-1), torch.ones(4, 5, dtype=torch.float64))
     assert torch.equal(book.decode(z), posterior.argmax(-1))
 
@@ -44,7 +51,9 @@ def test_the_posterior_is_bayes_rule_with_a_uniform_prior(book, normal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("log_std", [-0.5, -2.0, -7.0])
 def test_the_likelihood_of_a_token_keeps_its_small_values(log_std, dtype):
-    """No worse in float32 than a softmax over all densities, though log N alone is rounded to 1e-5."""
+    """No worse in float32 than a softmax over all densities, though log N alone is rounded to
+    1e-5.
+    """
     with seeded(0):
         book = Codebook(27, 8)
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +62,10 @@ def test_the_likelihood_of_a_token_keeps_its_small_values(log_std, dtype):
         book = book.to(dtype)
         tokens = torch.randint(27, (20, 30), generator=generator)
         z = book.encode(tokens, torch.randn(20, 30, 8, generator=generator).to(dtype))
-        found, softmax = book.log_likelihood(tokens, z), book.log_posterior(z).gather(-1, tokens[..., None])[..., 0]
+        found, softmax = (
+            book.log_likelihood(tokens, z),
+            book.log_posterior(z).gather(-1, tokens[..., None])[..., 0],
+        )
         exact = book.double().log_posterior(z.double()).gather(-1, tokens[..., None])[..., 0]
     assert found.dtype == dtype
     assert found.max() <= 0
@@ -63,7 +75,9 @@ def test_the_likelihood_of_a_token_keeps_its_small_values(log_std, dtype):
 
 def test_the_posterior_is_normalised_far_from_every_component(book):
     z = torch.full((2, d), 1e4, dtype=torch.float64)
-    torch.testing.assert_close(book.log_posterior(z).exp().sum(-1), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(
+        book.log_posterior(z).exp().sum(-1), torch.ones(2, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize(("vocab_size", "dim"), [(1, 4), (2, 1), (27, 5), (27, 16), (300, 8)])
@@ -81,8 +95,12 @@ def test_a_new_codebook_decodes_what_it_encodes(vocab_size, dim):
 def test_means_are_centred_and_of_unit_variance(num, dim):
     means = spread_means(num, dim, torch.Generator().manual_seed(0)).double()
     assert means.shape == (num, dim)
-    torch.testing.assert_close(means.mean(0), torch.zeros(dim, dtype=torch.float64), atol=1e-5, rtol=0)
-    torch.testing.assert_close(means.var(0, unbiased=False), torch.ones(dim, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        means.mean(0), torch.zeros(dim, dtype=torch.float64), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        means.var(0, unbiased=False), torch.ones(dim, dtype=torch.float64), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize(("num", "dim"), [(27, 2), (27, 5), (200, 4)])

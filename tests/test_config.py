@@ -1,4 +1,6 @@
-"""Configurations: strict translation to and from JSON, and contradictions that are caught by name."""
+"""Configurations: strict translation to and from JSON, and contradictions that are caught by
+name.
+"""
 
 import copy
 import json
@@ -41,7 +43,11 @@ def changed(path: str, value: object) -> dict:
     ("path", "value", "message"),
     [
         ("nmae", "x", "config.nmae: unknown key; known keys are data, model, name"),
-        ("model.trunk.heads", 4, "config.model.trunk.heads: unknown key; known keys are input_taps, mlp_ratio"),
+        (
+            "model.trunk.heads",
+            4,
+            "config.model.trunk.heads: unknown key; known keys are input_taps, mlp_ratio",
+        ),
         ("name", ..., "config.name: missing key"),
         ("model", ..., "config.model: missing key"),
         ("model.family", ..., "config.model.family: None is not one of 'flow', 'ar'"),
@@ -50,8 +56,16 @@ def changed(path: str, value: object) -> dict:
         ("model.latent_dim", None, "config.model.latent_dim: expected int, found None"),
         ("model.channel_mix", 1, "config.model.channel_mix: expected bool, found 1"),
         ("model.blocks", "mixd", "config.model.blocks: expected a list"),
-        ("model.blocks", [{"coupling": "mixx"}], r"model.blocks.0.coupling 'mixx': choose one of affine"),
-        ("model.blocks", [{}, {"layers": 2.0}], r"config.model.blocks\[1\].layers: expected int, found 2.0"),
+        (
+            "model.blocks",
+            [{"coupling": "mixx"}],
+            r"model.blocks.0.coupling 'mixx': choose one of affine",
+        ),
+        (
+            "model.blocks",
+            [{}, {"layers": 2.0}],
+            r"config.model.blocks\[1\].layers: expected int, found 2.0",
+        ),
         ("model.blocks", [{"layer": 2}], r"config.model.blocks\[0\].layer: unknown key"),
         ("train.batch_size", 1.5, "config.train.batch_size: expected int, found 1.5"),
         ("train.batch_size", True, "config.train.batch_size: expected int, found True"),
@@ -70,7 +84,9 @@ def test_errors_name_the_wrong_field(path, value, message):
 
 
 def test_defaults_fill_what_is_left_out():
-    run = from_dict(RunConfig, {"name": "x", "model": {"family": "ar"}, "train": {"stage_steps": [7]}})
+    run = from_dict(
+        RunConfig, {"name": "x", "model": {"family": "ar"}, "train": {"stage_steps": [7]}}
+    )
     assert run == RunConfig(name="x", model=BaselineConfig(), train=TrainConfig(stage_steps=(7,)))
 
 
@@ -87,18 +103,42 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
 @pytest.mark.parametrize(
     ("cls", "fields", "message"),
     [
-        (FlowConfig, FLOW | {"context": 10, "patch": 4}, "patch 4: does not divide context 10: choose"),
+        (
+            FlowConfig,
+            FLOW | {"context": 10, "patch": 4},
+            "patch 4: does not divide context 10: choose",
+        ),
         (FlowConfig, FLOW | {"context": 1}, "model.context 1: must be at least 2"),
         (FlowConfig, FLOW | {"vocab_size": -1}, "model.vocab_size -1"),
         (FlowConfig, blocks(layers=(1, 0)), "model.blocks.1.layers 0"),
         (FlowConfig, {"blocks": ()}, "at least one block"),
         (FlowConfig, blocks(components=(0, 0)), r"blocks.1.components \(mix1\) 0: must be above 0"),
         (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\) -1"),
-        (FlowConfig, blocks(("mix1", "mixd"), components=(2, 0)), r"blocks.1.components \(mixd\) 0: 0 \(tied"),
-        (FlowConfig, blocks(("mixd", "affine")), r"blocks.1.components \(affine\) 2: has no effect"),
-        (FlowConfig, {"blocks": (replace(SURE, certainty=2.0), BlockConfig())}, "certainty 2.0: must be 0, or below"),
-        (FlowConfig, {"blocks": (SURE, BlockConfig())}, r"blocks.1.components \(mix1\) 2: above a block with cert"),
-        (RunConfig, {"name": "x", "model": FILLING, "train": TrainConfig(mode="joint")}, "train it progressively"),
+        (
+            FlowConfig,
+            blocks(("mix1", "mixd"), components=(2, 0)),
+            r"blocks.1.components \(mixd\) 0: 0 \(tied",
+        ),
+        (
+            FlowConfig,
+            blocks(("mixd", "affine")),
+            r"blocks.1.components \(affine\) 2: has no effect",
+        ),
+        (
+            FlowConfig,
+            {"blocks": (replace(SURE, certainty=2.0), BlockConfig())},
+            "certainty 2.0: must be 0, or below",
+        ),
+        (
+            FlowConfig,
+            {"blocks": (SURE, BlockConfig())},
+            r"blocks.1.components \(mix1\) 2: above a block with cert",
+        ),
+        (
+            RunConfig,
+            {"name": "x", "model": FILLING, "train": TrainConfig(mode="joint")},
+            "train it progressively",
+        ),
         (BaselineConfig, {"layers": 0}, "model.layers 0"),
         (OptimConfig, {"lr": float("nan")}, "optim.lr nan"),
         (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip -1.0"),
@@ -108,8 +148,16 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
         (TrainConfig, {"stage_steps": (10, 0)}, "every stage needs at least 1 step"),
         (TrainConfig, {"checkpoint_every": 0}, "train.checkpoint_every 0"),
         (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entries for 2 stages"),
-        (RunConfig, {"name": "x", "model": BaselineConfig(), "train": TWO_STAGES}, "2 entries for 1 stages"),
-        (RunConfig, {"name": "x", "model": FlowConfig(**FLOW), "train": TWO_STAGES}, "2 entries for 1 stages"),
+        (
+            RunConfig,
+            {"name": "x", "model": BaselineConfig(), "train": TWO_STAGES},
+            "2 entries for 1 stages",
+        ),
+        (
+            RunConfig,
+            {"name": "x", "model": FlowConfig(**FLOW), "train": TWO_STAGES},
+            "2 entries for 1 stages",
+        ),
     ],
 )
 def test_contradictions_are_refused(cls, fields, message):
@@ -118,7 +166,9 @@ def test_contradictions_are_refused(cls, fields, message):
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"preset 'mini' is unknown: did you mean .* choose one of quickstart"):
+    with pytest.raises(
+        UserError, match=r"preset 'mini' is unknown: did you mean .* choose one of quickstart"
+    ):
         preset("mini")
 
 
@@ -127,7 +177,10 @@ def test_steps_are_shared_out_among_the_stages(steps):
     run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 200)))
     stages = with_steps(run, steps).train.stage_steps
     assert sum(stages) == steps
-    assert all(a == pytest.approx(b * steps / 1800, abs=2) for a, b in zip(stages, (1400, 200, 200), strict=True))
+    assert all(
+        a == pytest.approx(b * steps / 1800, abs=2)
+        for a, b in zip(stages, (1400, 200, 200), strict=True)
+    )
     assert min(stages) >= 1
 
 
@@ -141,6 +194,8 @@ def configurations():
 @pytest.mark.parametrize(("cls", "name"), [*configurations()])
 def test_every_literal_field_refuses_other_names(cls, name):
     config = cls()
-    object.__setattr__(config, name, "foo")  # the tests check the types of arguments, users' programs do not
+    object.__setattr__(
+        config, name, "foo"
+    )  # the tests check the types of arguments, users' programs do not
     with pytest.raises(UserError, match=f"{name} 'foo': choose one of"):
         config.__post_init__()

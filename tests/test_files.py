@@ -10,17 +10,31 @@ import pytest
 
 from tarflowlm import files
 from tarflowlm.errors import UserError
-from tarflowlm.files import NewLines, read_json, replacing, waiting_lock, write_json, writer_lock, writer_of
+from tarflowlm.files import (
+    NewLines,
+    read_json,
+    replacing,
+    waiting_lock,
+    write_json,
+    writer_lock,
+    writer_of,
+)
 
 
 def names(folder: Path) -> list[str]:
     """File names in a folder without lock files, which some versions of filelock remove."""
-    return sorted(path.name for path in folder.iterdir() if files.LOCK not in (path.suffix, path.name))
+    return sorted(
+        path.name for path in folder.iterdir() if files.LOCK not in (path.suffix, path.name)
+    )
 
 
-@pytest.mark.parametrize("failure", [None, ValueError, KeyboardInterrupt, "sync_file", "chmod", "replace"])
+@pytest.mark.parametrize(
+    "failure", [None, ValueError, KeyboardInterrupt, "sync_file", "chmod", "replace"]
+)
 @pytest.mark.parametrize("existed", [True, False])
-def test_replacing_gives_the_new_file_or_leaves_the_old_one(tmp_path, monkeypatch, failure, existed):
+def test_replacing_gives_the_new_file_or_leaves_the_old_one(
+    tmp_path, monkeypatch, failure, existed
+):
     path = tmp_path / "a.txt"
     if existed:
         path.write_text("old", encoding="utf-8")
@@ -65,7 +79,10 @@ def test_json_round_trip_and_unreadable_json(tmp_path):
 def test_writer_lock_refuses_a_second_writer_and_names_the_first(tmp_path):
     with writer_lock(tmp_path):
         assert writer_of(tmp_path).startswith(f"process {os.getpid()} on ")
-        with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "), writer_lock(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "),
+            writer_lock(tmp_path),
+        ):
             pass
     assert writer_of(tmp_path) is None
     with pytest.raises(KeyError), writer_lock(tmp_path):
@@ -93,7 +110,8 @@ def test_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "failure", [OSError(errno.ENOSPC, "full"), RuntimeError(f"I/O error: (os error {errno.EDQUOT})")]
+    "failure",
+    [OSError(errno.ENOSPC, "full"), RuntimeError(f"I/O error: (os error {errno.EDQUOT})")],
 )
 def test_full_disk_is_one_line_with_a_remedy(tmp_path, failure):
     full = files.full_disk_as_user_error(tmp_path, lambda: "wait")

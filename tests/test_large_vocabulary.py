@@ -1,4 +1,6 @@
-"""With 50,257 tokens no path may hold a tensor of tokens x vocabulary: the largest one that any operation makes."""
+"""With 50,257 tokens no path may hold a tensor of tokens x vocabulary: the largest one that any
+operation makes.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from run_cases import TRUNK
+from helpers import TRUNK
 from tarflowlm import baseline
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.evaluation.blocks import latent_report
@@ -43,11 +45,17 @@ def largest(run: Callable[[], object]) -> int:
 
 @pytest.fixture(scope="module")
 def model() -> TarFlowLM:
-    """One tied Mix-d block under one of Mix-1, as in the OpenWebText presets, with a trunk of almost nothing."""
+    """One tied Mix-d block under one of Mix-1, as in the OpenWebText presets, with a trunk of
+    almost nothing.
+    """
     config = FlowConfig(
-        vocab_size=VOCABULARY, context=LENGTH, latent_dim=DIM, trunk=TRUNK, head_hidden=4,
+        vocab_size=VOCABULARY,
+        context=LENGTH,
+        latent_dim=DIM,
+        trunk=TRUNK,
+        head_hidden=4,
         blocks=stack(("mixd", "mix1"), (1, 1), (0, 2)),
-    )  # fmt: skip
+    )
     with seeded(0):
         return TarFlowLM(config)
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from helpers import normal, tiny_flow
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
@@ -14,7 +15,7 @@ from tarflowlm.objective import elbo
 
 
 @pytest.fixture(params=[1, 2], ids=["P1", "P2"])
-def model(request, tiny_flow) -> TarFlowLM:
+def model(request) -> TarFlowLM:
     return tiny_flow(couplings=("mixd", "mix1", "affine"), patch=request.param)
 
 
@@ -23,10 +24,15 @@ def tokens():
     return torch.randint(5, (3, 8), generator=torch.Generator().manual_seed(0))
 
 
-def test_blocks_follow_the_configuration(tiny_flow):
+def test_blocks_follow_the_configuration():
     model = tiny_flow(couplings=("mixd", "mix1", "affine", "mixd"), layers=(3, 1, 2, 1))
     blocks = model.prior.blocks
-    assert [type(b.coupling) for b in blocks] == [MixDCoupling, Mix1Coupling, AffineCoupling, MixDCoupling]
+    assert [type(b.coupling) for b in blocks] == [
+        MixDCoupling,
+        Mix1Coupling,
+        AffineCoupling,
+        MixDCoupling,
+    ]
     assert [len(b.transformer.layers) for b in blocks] == [3, 1, 2, 1]
     assert [b.order.reverse for b in blocks] == [False, True, False, True]
     assert blocks[0].coupling.components is model.codebook
@@ -36,12 +42,16 @@ def test_blocks_follow_the_configuration(tiny_flow):
 
 
 def test_the_tied_codebook_is_one_parameter(model):
-    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is model.codebook.mean]
+    names = [
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p is model.codebook.mean
+    ]
     assert names == ["codebook.mean"]
     assert [name for name in model.state_dict() if "mean" in name] == ["codebook.mean"]
 
 
-def test_a_tie_survives_copying_and_conversion(model, tokens, normal):
+def test_a_tie_survives_copying_and_conversion(model, tokens):
     other = copy.deepcopy(model).float().double()
     assert other.prior.blocks[0].coupling.components is other.codebook
     with torch.no_grad():
@@ -56,7 +66,9 @@ def test_appending_blocks_gives_the_same_stack(model):
     first.config = model.config
     while first.num_blocks < 3:
         first.append_block()
-    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (first, model)]
+    shapes = [
+        {name: tensor.shape for name, tensor in m.state_dict().items()} for m in (first, model)
+    ]
     assert shapes[0] == shapes[1]
 
 
@@ -86,7 +98,7 @@ def test_float64_stays_float64(model, tokens):
         assert model.prior.inverse(u).dtype == torch.float64
 
 
-def test_float32_is_close_to_float64(model, tokens, normal):
+def test_float32_is_close_to_float64(model, tokens):
     noise = normal(3, 8, 2)
     single = copy.deepcopy(model).float()
     bound = model.bound(tokens, noise)
@@ -101,10 +113,12 @@ def test_float32_is_close_to_float64(model, tokens, normal):
     for (name, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
         if p.grad is not None:
             scale = float(p.grad.abs().max()) if p.numel() else 1.0
-            torch.testing.assert_close(q.grad.double(), p.grad, rtol=1e-2, atol=1e-3 * max(scale, 1.0), msg=name)
+            torch.testing.assert_close(
+                q.grad.double(), p.grad, rtol=1e-2, atol=1e-3 * max(scale, 1.0), msg=name
+            )
 
 
-def test_float32_round_trip(model, normal):
+def test_float32_round_trip(model):
     single = copy.deepcopy(model).float()
     u = normal(16, 8, 2).float()
     with torch.no_grad():
@@ -114,12 +128,17 @@ def test_float32_round_trip(model, normal):
     assert error.max() < 5e-2  # between modes a rounding of z is a large step of u
 
 
-DENSITIES = {"mixture_log_prob_from_features": 1, "mixture_log_density": 2, "rosenblatt": 2, "mixture_cdf": 3}
+DENSITIES = {
+    "mixture_log_prob_from_features": 1,
+    "mixture_log_density": 2,
+    "rosenblatt": 2,
+    "mixture_cdf": 3,
+}
 """Function, and the number of blocks of a model that calls it."""
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_bfloat16_products_leave_densities_in_float32(name, model, tokens, normal, monkeypatch):
+def test_bfloat16_products_leave_densities_in_float32(name, model, tokens, monkeypatch):
     calls, original = [], getattr(numerics, name)
 
     def spy(z, *parameters, **options):

@@ -8,12 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm import objective
 from tarflowlm.baseline import IN_PATCH_CHANNELS, BaselineConfig, TokenLM
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
-from tarflowlm.objective import conditional_bound, elbo, importance_weighted_bound, log_importance_weights
+from tarflowlm.objective import (
+    conditional_bound,
+    elbo,
+    importance_weighted_bound,
+    log_importance_weights,
+)
 
 MODELS = {
     "affine": {"couplings": ("affine", "affine")},
@@ -23,12 +29,16 @@ MODELS = {
     "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
     "mix1-P2": {"couplings": ("mix1", "affine"), "patch": 2},
     "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
-    "mixd-mix1-P2-independent": {"couplings": ("mixd", "mix1"), "patch": 2, "in_patch": "independent"},
+    "mixd-mix1-P2-independent": {
+        "couplings": ("mixd", "mix1"),
+        "patch": 2,
+        "in_patch": "independent",
+    },
 }
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
-def model(request, tiny_flow) -> TarFlowLM:
+def model(request) -> TarFlowLM:
     return tiny_flow(**request.param)
 
 
@@ -39,7 +49,7 @@ def tokens() -> Tensor:
 
 
 @pytest.fixture
-def noise(normal) -> Tensor:
+def noise() -> Tensor:
     return normal(3, 8, 2, seed=1)
 
 
@@ -61,7 +71,7 @@ def test_terms_follow_their_definitions_and_sum_to_the_bound(model, tokens, nois
 
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_sweep_over_the_codebook_is_as_good_as_two(dtype, patch, tiny_flow, tokens, noise):
+def test_one_sweep_over_the_codebook_is_as_good_as_two(dtype, patch, tokens, noise):
     model, noise = tiny_flow(couplings=("mixd",), patch=patch).to(dtype), noise.to(dtype)
     assert model.couplings[0].is_tied
     z = model.codebook.encode(tokens, noise)
@@ -69,8 +79,12 @@ def test_one_sweep_over_the_codebook_is_as_good_as_two(dtype, patch, tiny_flow, 
     one = model.bound(tokens, noise)
     torch.testing.assert_close(one, two)
     parameters = [p for p in model.parameters() if p.numel()]
-    for found, expected in zip(*(torch.autograd.grad(b.mean(), parameters) for b in (one, two)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 1e-10)
+    for found, expected in zip(
+        *(torch.autograd.grad(b.mean(), parameters) for b in (one, two)), strict=True
+    ):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 1e-10
+        )
 
 
 def test_rows_do_not_influence_each_other(model, tokens, noise):
@@ -81,7 +95,9 @@ def test_rows_do_not_influence_each_other(model, tokens, noise):
 def test_every_parameter_gets_a_gradient_equal_to_finite_differences(model, tokens, noise):
     """Of the whole bound, along random directions in the space of all parameters."""
     model.bound(tokens, noise).sum().backward()
-    assert not [n for n, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())]
+    assert not [
+        n for n, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())
+    ]
     parameters = [p for p in model.parameters() if p.numel()]
     start = [p.detach().clone() for p in parameters]
     step = 1e-6
@@ -100,13 +116,15 @@ def test_every_parameter_gets_a_gradient_equal_to_finite_differences(model, toke
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_frozen_blocks_get_no_gradient_and_keep_no_graph(patch, tiny_flow, tokens, noise):
+def test_frozen_blocks_get_no_gradient_and_keep_no_graph(patch, tokens, noise):
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"), patch=patch)
     expected = model.bound(tokens, noise)
 
     def saved(evaluate) -> tuple[Tensor, int]:
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        ):
             value = evaluate()
         return value, sum(sizes)
 
@@ -118,10 +136,12 @@ def test_frozen_blocks_get_no_gradient_and_keep_no_graph(patch, tiny_flow, token
     assert kept == kept_by_the_last
     bound.sum().backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {name for name, _ in model.named_parameters() if name.startswith("prior.blocks.2.")}
+    assert with_gradient == {
+        name for name, _ in model.named_parameters() if name.startswith("prior.blocks.2.")
+    }
 
 
-def test_a_frozen_block_leaves_the_gradient_of_the_others_as_it_is(tiny_flow, tokens, noise):
+def test_a_frozen_block_leaves_the_gradient_of_the_others_as_it_is(tokens, noise):
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"))
     gradients = []
     for frozen in (0, 1):
@@ -136,9 +156,14 @@ def test_a_frozen_block_leaves_the_gradient_of_the_others_as_it_is(tiny_flow, to
 
 
 def token_lm_of(model: TarFlowLM) -> TokenLM:
-    """The discrete model with the weights of a tied Mix-d block: it embeds a token as the block does its mean."""
+    """The discrete model with the weights of a tied Mix-d block: it embeds a token as the block
+    does its mean.
+    """
     config, block = model.config, model.prior.blocks[0]
-    shared = {name: getattr(config, name) for name in ("vocab_size", "context", "patch", "in_patch", "trunk")}
+    shared = {
+        name: getattr(config, name)
+        for name in ("vocab_size", "context", "patch", "in_patch", "trunk")
+    }
     lm = TokenLM(BaselineConfig(**shared, layers=config.blocks[0].layers)).double()
     with torch.no_grad():
         if config.patch == 1:
@@ -159,11 +184,15 @@ def token_lm_of(model: TarFlowLM) -> TokenLM:
 
 WIDE = TransformerConfig(width=IN_PATCH_CHANNELS, num_heads=2)
 TWO_AT_ONCE = {"patch": 2, "latent_dim": IN_PATCH_CHANNELS, "trunk": WIDE}
-LIMITS = {"P1": {"latent_dim": 3}, "P2": TWO_AT_ONCE, "P2-independent": TWO_AT_ONCE | {"in_patch": "independent"}}
+LIMITS = {
+    "P1": {"latent_dim": 3},
+    "P2": TWO_AT_ONCE,
+    "P2-independent": TWO_AT_ONCE | {"in_patch": "independent"},
+}
 
 
 @pytest.mark.parametrize("fields", LIMITS.values(), ids=LIMITS.keys())
-def test_a_well_separated_tied_mixd_block_is_the_discrete_model(fields, tiny_flow, tokens, normal):
+def test_a_well_separated_tied_mixd_block_is_the_discrete_model(fields, tokens):
     model = tiny_flow(couplings=("mixd",), **fields)
     lm = token_lm_of(model)
     expected = lm.bound(tokens, lm.draw_noise(tokens))
@@ -183,7 +212,9 @@ def test_a_well_separated_tied_mixd_block_is_the_discrete_model(fields, tiny_flo
 
 
 class Enumerated:
-    """A model of two tokens of one channel, and by integration log p(x) of all its V^2 sequences."""
+    """A model of two tokens of one channel, and by integration log p(x) of all its V^2
+    sequences.
+    """
 
     def __init__(self, model: TarFlowLM, reach: float) -> None:
         self.model = model
@@ -197,7 +228,9 @@ class Enumerated:
         """log p(z_1, z_2) on the grid [G, G]."""
         z = torch.cartesian_prod(self.grid, self.grid)[..., None]
         with torch.no_grad():
-            return torch.cat([self.model.prior.log_prob(part) for part in z.split(40_000)]).view(361, 361)
+            return torch.cat([self.model.prior.log_prob(part) for part in z.split(40_000)]).view(
+                361, 361
+            )
 
     @cached_property
     def posterior(self) -> Tensor:
@@ -207,27 +240,39 @@ class Enumerated:
 
     @cached_property
     def log_prob(self) -> Tensor:
-        joint = torch.einsum("ab,av,bw->vw", self.density.exp(), self.posterior.exp(), self.posterior.exp())
+        joint = torch.einsum(
+            "ab,av,bw->vw", self.density.exp(), self.posterior.exp(), self.posterior.exp()
+        )
         return joint.flatten().log() + 2 * self.log_cell
 
     @cached_property
     def log_conditional(self) -> Tensor:
-        """log of E_q(z_1|x_1) int p(z_2 | z_1) p(x_2 | z_2) dz_2, with p(z_2 | z_1) normalised on the grid."""
+        """log of E_q(z_1|x_1) int p(z_2 | z_1) p(x_2 | z_2) dz_2, with p(z_2 | z_1) normalised on
+        the grid.
+        """
         with torch.no_grad():
-            q = (self.model.codebook.log_components(self.grid[:, None]) + self.log_cell).exp()  # [G, V]
+            q = (
+                self.model.codebook.log_components(self.grid[:, None]) + self.log_cell
+            ).exp()  # [G, V]
         conditional = torch.einsum("av,ab,bw->vw", q, self.density.softmax(1), self.posterior.exp())
         return conditional.flatten().log()
 
 
 ONE_GRID = dict.fromkeys(("mixd", "mix1", "affine", "mixd-mix1"), (-0.6, 9))
 CASES = ONE_GRID | {"affine-affine": (0.4, 16)}
-"""log sigma of the codebook (wide where the prior is one bump, lest importance weights have too heavy a tail to test)
-and the reach of the grid."""
+"""log sigma of the codebook (wide where the prior is one bump, lest importance weights have too
+heavy a tail to test) and the reach of the grid.
+"""
 
 
 @pytest.fixture(scope="module", params=CASES)
-def enumerated(request, tiny_flow) -> Enumerated:
-    fields = {"vocab_size": 3, "latent_dim": 1, "context": 2, "couplings": tuple(request.param.split("-"))}
+def enumerated(request) -> Enumerated:
+    fields = {
+        "vocab_size": 3,
+        "latent_dim": 1,
+        "context": 2,
+        "couplings": tuple(request.param.split("-")),
+    }
     log_std, reach = CASES[request.param]
     return Enumerated(tiny_flow(**fields, log_std=log_std, scale=0.2), reach)
 
@@ -247,7 +292,9 @@ def test_the_importance_weighted_bound_falls_to_the_exact_likelihood(enumerated,
     tokens = enumerated.sequences.repeat(repeats, 1)
     exact = -(enumerated.log_conditional if given else enumerated.log_prob).mean().item()
     with torch.no_grad():
-        weights = log_importance_weights(enumerated.model, tokens, samples=32, generator=generator, given=given)
+        weights = log_importance_weights(
+            enumerated.model, tokens, samples=32, generator=generator, given=given
+        )
     means, errors = [], []
     for samples in (1, 4, 32):
         groups = weights.view(-1, samples, len(tokens))
@@ -263,13 +310,17 @@ def test_the_importance_weighted_bound_falls_to_the_exact_likelihood(enumerated,
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [0, 1])
 def test_importance_weights_are_unbiased(enumerated, given):
-    """E[exp(-bound)] = p(x), whatever the number of samples: nothing is counted twice or left out."""
+    """E[exp(-bound)] = p(x), whatever the number of samples: nothing is counted twice or left
+    out.
+    """
     if given and enumerated.model.num_blocks > 1:
         pytest.skip("no bound is known")
     repeats, generator = 2000, torch.Generator().manual_seed(1)
     tokens = enumerated.sequences.repeat(repeats, 1)
     with torch.no_grad():
-        drawn = log_importance_weights(enumerated.model, tokens, samples=4, generator=generator, given=given)
+        drawn = log_importance_weights(
+            enumerated.model, tokens, samples=4, generator=generator, given=given
+        )
     weights = drawn.exp().mean(0).view(repeats, -1)
     exact = (enumerated.log_conditional if given else enumerated.log_prob).exp()
     error = weights.std(0) / math.sqrt(repeats)
@@ -278,17 +329,25 @@ def test_importance_weights_are_unbiased(enumerated, given):
 
 def test_predictions_after_a_context_sum_to_one(enumerated):
     by_context = enumerated.log_conditional.exp().view(enumerated.V, enumerated.V)
-    torch.testing.assert_close(by_context.sum(1), torch.ones(enumerated.V, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        by_context.sum(1), torch.ones(enumerated.V, dtype=torch.float64), rtol=0, atol=1e-5
+    )
 
 
-def test_conditional_bounds_add_up_to_the_bound(tiny_flow, tiny_ar, tokens, noise):
-    for model in (tiny_flow(couplings=("mixd",)), tiny_flow(couplings=("mix1",), patch=2), tiny_ar()):
+def test_conditional_bounds_add_up_to_the_bound(tokens, noise):
+    for model in (
+        tiny_flow(couplings=("mixd",)),
+        tiny_flow(couplings=("mix1",), patch=2),
+        tiny_ar(),
+    ):
         whole, rest = (conditional_bound(model, tokens, given, noise) for given in (0, 6))
         torch.testing.assert_close(whole, model.bound(tokens, noise))
-        torch.testing.assert_close(rest, whole - conditional_bound(model, tokens[:, :6], 0, noise[:, :6]))
+        torch.testing.assert_close(
+            rest, whole - conditional_bound(model, tokens[:, :6], 0, noise[:, :6])
+        )
 
 
-def test_one_importance_sample_is_the_elbo(tiny_flow, tokens):
+def test_one_importance_sample_is_the_elbo(tokens):
     model = tiny_flow()
     g, same = (torch.Generator().manual_seed(3) for _ in range(2))
     one = importance_weighted_bound(model, tokens, samples=1, generator=g)
@@ -296,13 +355,15 @@ def test_one_importance_sample_is_the_elbo(tiny_flow, tokens):
 
 
 @pytest.mark.parametrize("given", [0, 4])
-def test_rows_computed_together_do_not_show_in_the_weights(given, tiny_flow, tiny_ar, tokens, monkeypatch):
+def test_rows_computed_together_do_not_show_in_the_weights(given, tokens, monkeypatch):
     for model in (tiny_flow(couplings=("mixd",)), tiny_ar()):
         found = []
         for together in (2048, 2 * tokens.shape[1], 1):
             monkeypatch.setattr(objective, "CPU_TOKENS", together)
             generator = torch.Generator().manual_seed(4)
-            found.append(log_importance_weights(model, tokens, samples=3, generator=generator, given=given))
+            found.append(
+                log_importance_weights(model, tokens, samples=3, generator=generator, given=given)
+            )
         torch.testing.assert_close(found[1:], [found[0]] * 2)
 
 
@@ -310,19 +371,25 @@ def test_rows_computed_together_do_not_show_in_the_weights(given, tiny_flow, tin
 
 
 class MarkovSource:
-    """Second-order Markov chain over V symbols, the first two uniform: the exact probability of every text."""
+    """Second-order Markov chain over V symbols, the first two uniform: the exact probability of
+    every text.
+    """
 
     V = 4
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.next = (2.0 * torch.randn(self.V, self.V, self.V, generator=generator)).softmax(-1)  # [a, b, c]
+        self.next = (2.0 * torch.randn(self.V, self.V, self.V, generator=generator)).softmax(
+            -1
+        )  # [a, b, c]
 
     def sample(self, num: int, length: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randint(self.V, (num, length), generator=generator)
         for t in range(2, length):
-            x[:, t] = torch.multinomial(self.next[x[:, t - 2], x[:, t - 1]], 1, generator=generator)[:, 0]
+            x[:, t] = torch.multinomial(
+                self.next[x[:, t - 2], x[:, t - 1]], 1, generator=generator
+            )[:, 0]
         return x
 
     def log_prob(self, x: Tensor) -> Tensor:

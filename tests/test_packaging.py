@@ -38,8 +38,13 @@ def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
     assert "tarflowlm/py.typed" in names
     for model in released():
         folder = f"tarflowlm/runs/released/{model}"
-        assert {f"{folder}/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")} <= set(names)
-    assert {name.split("/")[0] for name in names} == {"tarflowlm", wheel.name.split("-py3")[0] + ".dist-info"}
+        assert {
+            f"{folder}/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")
+        } <= set(names)
+    assert {name.split("/")[0] for name in names} == {
+        "tarflowlm",
+        wheel.name.split("-py3")[0] + ".dist-info",
+    }
     assert wheel.stat().st_size < 20e6
 
 
@@ -56,11 +61,26 @@ def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
 @pytest.mark.slow
 def test_the_wheel_works_where_it_is_installed(wheel, tmp_path):
     place = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(place)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(place),
+    ]
     subprocess.run([*pip, str(wheel)], check=True, timeout=300)
     code = "import tarflowlm, runpy; print(tarflowlm.__file__); runpy.run_module('tarflowlm', run_name='__main__')"
     argv = ["sample", "english-mini", "--num", "1", "--length", "16", "--seed", "3", "--json"]
-    how = {"env": os.environ | {"PYTHONPATH": str(place)}, "capture_output": True, "text": True, "timeout": 300}
+    how = {
+        "env": os.environ | {"PYTHONPATH": str(place)},
+        "capture_output": True,
+        "text": True,
+        "timeout": 300,
+    }
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, **how)
     assert done.returncode == 0, done.stderr
     where, result = done.stdout.splitlines()
@@ -69,7 +89,9 @@ def test_the_wheel_works_where_it_is_installed(wheel, tmp_path):
 
 
 def test_the_citation_names_the_software_and_the_paper():
-    citation = pytest.importorskip("yaml").safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    citation = pytest.importorskip("yaml").safe_load(
+        (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    )
     assert citation["cff-version"] == "1.2.0"
     assert citation["authors"] == PROJECT["authors"]
     assert citation["license"] == PROJECT["license"]

@@ -12,7 +12,11 @@ from tarflowlm.model import FlowConfig, TarFlowLM
 from tarflowlm.presets import PRESETS, preset
 
 CORPORA = ("text8", "owt")
-VOCAB, CHANNELS, COMPONENTS = {"text8": 27, "owt": 50_257}, {"text8": 5, "owt": 16}, {"text8": 27, "owt": 64}
+VOCAB, CHANNELS, COMPONENTS = (
+    {"text8": 27, "owt": 50_257},
+    {"text8": 5, "owt": 16},
+    {"text8": 27, "owt": 64},
+)
 PAPER_FLOWS = [f"{corpus}-{kind}" for corpus in CORPORA for kind in ("affine", "mix1", "mixd")]
 
 
@@ -24,23 +28,37 @@ def built(name: str, **fields) -> TarFlowLM:
 
 def depth(name: str) -> int:
     model = preset(name).model
-    return sum(block.layers for block in model.blocks) if isinstance(model, FlowConfig) else model.layers
+    return (
+        sum(block.layers for block in model.blocks)
+        if isinstance(model, FlowConfig)
+        else model.layers
+    )
 
 
-@pytest.mark.parametrize("family", ["mini", "english-small", *CORPORA, *(f"{name} adamw" for name in CORPORA)])
+@pytest.mark.parametrize(
+    "family", ["mini", "english-small", *CORPORA, *(f"{name} adamw" for name in CORPORA)]
+)
 def test_members_of_a_family_differ_by_the_model_alone(family):
     start, _, recipe = family.partition(" ")
-    runs = [preset(n) for n in PRESETS if n.startswith(start) and n.endswith("-adamw") == bool(recipe)]
+    runs = [
+        preset(n) for n in PRESETS if n.startswith(start) and n.endswith("-adamw") == bool(recipe)
+    ]
     if recipe:
         assert {sum(run.train.stage_steps) for run in runs} == {1_000_000}
         assert {round(run.optim.warmup * run.train.stage_steps[0]) for run in runs} == {2500}
         runs = [replace(run, optim=replace(run.optim, warmup=0.0)) for run in runs]
-    # the baseline has no codebook, and how fast one may move depends on whether its coupling is tied to it
+    # the baseline has no codebook, and how fast one may move depends on whether its coupling is
+    # tied to it
     assert len({replace(run.optim, codebook_lr_scale=1.0) for run in runs}) == 1
-    assert len({(run.data, run.model.trunk, run.model.context, run.train.batch_size) for run in runs}) == 1
+    assert (
+        len({(run.data, run.model.trunk, run.model.context, run.train.batch_size) for run in runs})
+        == 1
+    )
 
 
-@pytest.mark.parametrize(("family", "layers"), [("mini", 6), ("english-small", 8), ("text8", 12), ("owt", 12)])
+@pytest.mark.parametrize(
+    ("family", "layers"), [("mini", 6), ("english-small", 8), ("text8", 12), ("owt", 12)]
+)
 def test_members_of_a_family_have_one_depth(family, layers):
     depths = {name: depth(name) for name in PRESETS if name.startswith(family)}
     assert len(depths) >= (2 if family == "english-small" else 4)
@@ -50,7 +68,9 @@ def test_members_of_a_family_have_one_depth(family, layers):
 
 @pytest.mark.parametrize("name", PAPER_FLOWS)
 def test_flows_of_the_paper_share_their_shape(name):
-    """Width, heads, channels per token, codebook, alternating directions, and channel mixing only for P > 1."""
+    """Width, heads, channels per token, codebook, alternating directions, and channel mixing only
+    for P > 1.
+    """
     corpus = name.split("-")[0]
     model, config = built(name), preset(name).model
     assert config.trunk == TransformerConfig(width=768, num_heads=12)
@@ -63,15 +83,21 @@ def test_flows_of_the_paper_share_their_shape(name):
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
-@pytest.mark.parametrize(("name", "kind", "outputs"), [("mix1", Mix1Coupling, 3), ("affine", AffineCoupling, 2)])
+@pytest.mark.parametrize(
+    ("name", "kind", "outputs"), [("mix1", Mix1Coupling, 3), ("affine", AffineCoupling, 2)]
+)
 def test_mix1_and_affine_are_the_papers(corpus, name, kind, outputs):
-    """Weights, means and scales of K components per channel, or one mean and scale, from the channels before."""
+    """Weights, means and scales of K components per channel, or one mean and scale, from the
+    channels before.
+    """
     run, model = preset(f"{corpus}-{name}"), built(f"{corpus}-{name}")
     assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
     channels, components = CHANNELS[corpus], COMPONENTS[corpus] if name == "mix1" else 1
     for coupling in model.couplings:
         assert type(coupling) is kind
-        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(channels, components)] * outputs
+        assert [tuple(bias.shape) for bias in coupling.head.biases] == [
+            (channels, components)
+        ] * outputs
         assert coupling.head.num_known == channels - 1
     assert {block.start for block in run.model.blocks} == {"plain"}
     assert run.train.mode == "joint"
@@ -79,21 +105,27 @@ def test_mix1_and_affine_are_the_papers(corpus, name, kind, outputs):
 
 @pytest.mark.parametrize(("corpus", "upper"), [("text8", 2), ("owt", 64)])
 def test_mixd_is_the_papers(corpus, upper):
-    """Block 1 is tied to the codebook (K = V), the others are Mix-1, and training goes block by block."""
+    """Block 1 is tied to the codebook (K = V), the others are Mix-1, and training goes block by
+    block.
+    """
     model, run = built(f"{corpus}-mixd"), preset(f"{corpus}-mixd")
     tied, *others = model.couplings
     assert isinstance(tied, MixDCoupling)
     assert tied.is_tied
     for coupling in others:
         assert type(coupling) is Mix1Coupling
-        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(CHANNELS[corpus], upper)] * 3
+        assert [tuple(bias.shape) for bias in coupling.head.biases] == [
+            (CHANNELS[corpus], upper)
+        ] * 3
     assert (run.train.mode, run.num_stages) == ("progressive", 3)
 
 
 def block_1(name: str) -> tuple[TarFlowLM, Mix1Coupling]:
     """A preset of little width and depth, and the coupling of its block 1."""
     config = preset(name).model
-    config = replace(config, vocab_size=27, trunk=TransformerConfig(width=8, num_heads=2)).each_block(layers=1)
+    config = replace(
+        config, vocab_size=27, trunk=TransformerConfig(width=8, num_heads=2)
+    ).each_block(layers=1)
     model = config.build()
     return model, model.couplings[0]
 

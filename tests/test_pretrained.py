@@ -39,7 +39,10 @@ def test_write(loaded):
 
 
 def test_write_fills_blanks(loaded):
-    for options in ({"template": "The ___ of", "particles": 2}, {"template": "The XXX of", "blank": "X"}):
+    for options in (
+        {"template": "The ___ of", "particles": 2},
+        {"template": "The XXX of", "blank": "X"},
+    ):
         text = loaded.write(**options)
         assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
 
@@ -74,11 +77,18 @@ def test_scores_show_themselves_in_a_notebook(loaded):
 @pytest.mark.slow
 def test_training_in_a_line_returns_the_model(tmp_path, corpus_file):
     small = {"model.context": 16, "model.trunk.width": 8, "model.layers": 1, "train.batch_size": 2}
-    out, options = tmp_path / "run", {"data": corpus_file, "steps": 3, "train.test_windows": 4} | small
+    out, options = (
+        tmp_path / "run",
+        {"data": corpus_file, "steps": 3, "train.test_windows": 4} | small,
+    )
     lm = tarflowlm.train("mini-ar", out, **options)
     assert (lm.config.layers, lm.checkpoint.run.train.num_steps) == (1, 3)
     again, resumed = tarflowlm.train("mini-ar", str(out), **options), tarflowlm.resume(out)
-    assert lm.write("a", num_tokens=8) == again.write("a", num_tokens=8) == resumed.write("a", num_tokens=8)
+    assert (
+        lm.write("a", num_tokens=8)
+        == again.write("a", num_tokens=8)
+        == resumed.write("a", num_tokens=8)
+    )
     tuned = lm.tune(corpus_file, tmp_path / "tuned", steps=2)
     assert tuned.checkpoint.run.parent.startswith("run@")
 
@@ -87,7 +97,9 @@ def test_training_in_a_line_returns_the_model(tmp_path, corpus_file):
 def test_spaces_belong_to_the_token_after_them():
     """One before a blank, or at the end of a prompt, is that of the token to be drawn."""
     small = tarflowlm.load("english-small")
-    apart, joined = (small.write(template=text) for text in ("The _ of the _ States", "The_ of the_ States"))
+    apart, joined = (
+        small.write(template=text) for text in ("The _ of the _ States", "The_ of the_ States")
+    )
     assert apart == joined
     assert small.write("We must ", num_tokens=6) == small.write("We must", num_tokens=6)
     assert small.write(" ", num_tokens=2).startswith(" ")
@@ -115,8 +127,15 @@ def test_version(run):
 @pytest.mark.slow
 def test_own_text_in_other_letters_is_kept(tmp_path):
     (tmp_path / "de.txt").write_text("Die Müller über Straßen. " * 400, encoding="utf-8")
-    small = {"model.context": 16, "model.trunk.width": 8, "model.layers": 1, "train.test_windows": 4}
+    small = {
+        "model.context": 16,
+        "model.trunk.width": 8,
+        "model.layers": 1,
+        "train.test_windows": 4,
+    }
     for _ in range(2):  # the same call goes on with the run
-        lm = tarflowlm.train("mini-ar", tmp_path / "run", data=tmp_path / "de.txt", steps=2, **small)
+        lm = tarflowlm.train(
+            "mini-ar", tmp_path / "run", data=tmp_path / "de.txt", steps=2, **small
+        )
     assert lm.tokenizer.kind == "byte"
     assert lm.write("Die Mü", num_tokens=12).startswith("Die Mü")

@@ -23,8 +23,15 @@ def shelf(tmp_path, trained, monkeypatch):
 @pytest.mark.parametrize("half", [False, True])
 def test_an_export_loads_and_knows_nothing_of_the_training(tmp_path, trained, half):
     out = export(trained, tmp_path / "out", half=half)
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
-    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]["source"] == "./text.txt"
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert (
+        json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]["source"]
+        == "./text.txt"
+    )
     (ours, _), (theirs, _) = load(out), load(trained)
     stored = load_file(out / "model.safetensors")
     for name, weight in theirs.state_dict().items():
@@ -51,7 +58,9 @@ def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     assert sample.tokens.shape == (1, 8)
 
 
-@pytest.mark.parametrize("command", [["sample"], ["eval"], ["edit", "--text", "a", "--strength", "1"]])
+@pytest.mark.parametrize(
+    "command", [["sample"], ["eval"], ["edit", "--text", "a", "--strength", "1"]]
+)
 def test_one_model_at_a_time(shelf, trained, refused, command):
     refused(*command, trained, "--model", "tiny", names=["--model"])
     refused(*command, "--model", "big", names=["'big'", "tiny"])
@@ -76,7 +85,10 @@ def test_released_models_generate_and_have_a_card(name):
 
 def test_releases_are_small():
     assert released() == RELEASED
-    sizes = {name: sum(f.stat().st_size for f in (FOLDER / name).rglob("*.safetensors")) for name in RELEASED}
+    sizes = {
+        name: sum(f.stat().st_size for f in (FOLDER / name).rglob("*.safetensors"))
+        for name in RELEASED
+    }
     for name, size in sizes.items():
         assert size < (20e6 if name == "english-small" else 5e6), name
     assert sum(sizes.values()) < 22e6

@@ -1,7 +1,8 @@
-"""The tutorial runs from top to bottom in an empty folder, and its stored outputs are small and from one run.
+"""The tutorial runs from top to bottom in an empty folder, and its stored outputs are small and
+from one run.
 
-After a change, store new outputs, with nbclient and ipykernel: `jupyter execute --inplace docs/tutorial.ipynb`.
-Links of its prose are followed in test_docs.py.
+After a change, store new outputs, with nbclient and ipykernel: `jupyter execute --inplace
+docs/tutorial.ipynb`. Links of its prose are followed in test_docs.py.
 """
 
 import re
@@ -33,7 +34,9 @@ def test_notebook_runs(tmp_path, monkeypatch):
     short = code.replace("\nMINUTES = 5\n", "\nMINUTES = 0.02\n")
     assert short != code
     (tmp_path / "tutorial.py").write_text(short, encoding="utf-8")
-    done = subprocess.run([sys.executable, "tutorial.py"], capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "tutorial.py"], capture_output=True, text=True, cwd=tmp_path, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"largest error (\S+)", done.stdout)[1]) < 1e-9
     exact, by_autograd = re.search(r"log \|det J\|: (\S+); by autograd (\S+)", done.stdout).groups()
@@ -44,4 +47,6 @@ def test_notebook_runs(tmp_path, monkeypatch):
 def test_stored_outputs_are_small():
     for output in OUTPUTS:
         for kind, value in {"text": output.get("text", ""), **output.get("data", {})}.items():
-            assert len("".join(value)) <= (IMAGE_BYTES if kind.startswith("image/") else TEXT_BYTES), kind
+            assert len("".join(value)) <= (
+                IMAGE_BYTES if kind.startswith("image/") else TEXT_BYTES
+            ), kind

@@ -12,7 +12,10 @@ import pytest
 pytestmark = pytest.mark.slow
 
 REFUSED = [
-    ('generate(flow, num_tokens=8, prompt="the cat")', ["prompt", "'the cat'", "tokenizer.encode", "load"]),
+    (
+        'generate(flow, num_tokens=8, prompt="the cat")',
+        ["prompt", "'the cat'", "tokenizer.encode", "load"],
+    ),
     ("generate(flow, num_tokens=8, prompt=[1, 2])", ["prompt", "[1, 2]"]),
     ("generate(flow, num_tokens=8, prompt=torch.zeros(4))", ["prompt", "float32"]),
     ("generate(flow, num_tokens=8, prompt=torch.ones(1, 1, 2).long())", ["[1, 1, 2]", "[num, T]"]),
@@ -64,7 +67,10 @@ REFUSED = [
     ("tarflowlm.score(baseline, tokens * 0 - 1)", ["hold -1"]),
     ('lm.edit("the king", strength=2.0)', ["strength 2.0"]),
     ('lm.edit("the king", weight=0.5)', ["weight", "has no effect", "strength"]),
-    ('tarflowlm.Pretrained.edit(tarflowlm.load("english-mini-ar"), "the king")', ["baseline", "load a flow"]),
+    (
+        'tarflowlm.Pretrained.edit(tarflowlm.load("english-mini-ar"), "the king")',
+        ["baseline", "load a flow"],
+    ),
     ('list(lm.stream("the", temperature=-1.0))', ["temperature -1.0", "above 0"]),
     ('tarflowlm.train("mini-mixed", "x")', ["preset 'mini-mixed'", "mini-mixd"]),
     ('tarflowlm.train(3, "x")', ["run 3", "preset"]),
@@ -115,9 +121,14 @@ for call in {CALLS}:
 @pytest.fixture(scope="module")
 def answers() -> dict[str, str]:
     # without a GPU on any machine
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
+    }
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(CALLS, done.stdout.splitlines(), strict=True))
 

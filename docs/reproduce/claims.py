@@ -3,8 +3,9 @@
 python docs/reproduce/claims.py            write the table between the markers of claims.md
 python docs/reproduce/claims.py --check    only compare: exit status 1 where it is another
 
-A verdict is a rule on numbers, which its function states. Differences below SURE bits per character of one seed are
-none. Claims of which no recipe has the numbers are in the second table, which is written by hand.
+A verdict is a rule on numbers, which its function states. Differences below SURE bits per character
+of one seed are none. Claims of which no recipe has the numbers are in the second table, which is
+written by hand.
 """
 
 import csv
@@ -69,19 +70,25 @@ def said(names: list[str]) -> str:
 
 def where(holds: list[str], fails: list[str]) -> str:
     """A verdict that holds for some models and fails for others."""
-    parts = [f"{SEEN} in {said(holds)}"] * bool(holds) + [f"{NOT_SEEN} in {said(fails)}"] * bool(fails)
+    parts = [f"{SEEN} in {said(holds)}"] * bool(holds) + [f"{NOT_SEEN} in {said(fails)}"] * bool(
+        fails
+    )
     return "; ".join(parts)
 
 
 def order_of_families() -> Claim:
-    """Seen if affine > Mix-1 with a plain start > Mix-d by more than SURE, and affine > Mix-d in every seed."""
+    """Seen if affine > Mix-1 with a plain start > Mix-d by more than SURE, and affine > Mix-d in
+    every seed.
+    """
     found = bits("table2")
     affine, plain, mixd = found["affine"], found[PLAIN], found["Mix-d"]
     holds = affine[0] > plain[0] + SURE > mixd[0] + 2 * SURE
     holds &= all(a > d + SURE for a, d in zip(affine, mixd, strict=True))
     numbers = f"seed by seed: affine {listed(affine)}; Mix-1 {listed(plain)}, with a start from the codebook "
     numbers += f"{listed(found['Mix-1'])}; Mix-d {listed(mixd)}"
-    differs = "blocks of 4, 1, 1 layers where the paper has 2, 2, 8; K = 2 in the upper blocks of Mix-1"
+    differs = (
+        "blocks of 4, 1, 1 layers where the paper has 2, 2, 8; K = 2 in the upper blocks of Mix-1"
+    )
     claim = "bpc falls from affine to Mix-1 to Mix-d (table 2: 1.54, 1.37, 1.30 on TEXT8)"
     return Claim(claim, SEEN if holds else NOT_SEEN, numbers, differs, ("table2",))
 
@@ -90,8 +97,12 @@ def flows_above_the_baseline() -> Claim:
     """Seen if all families are above the baseline of their seed by more than SURE."""
     found = bits("table2")
     names = ["Mix-d", "Mix-1", PLAIN, "affine", "Mix-d with two layers more"]
-    ratios = {name: [x / ar for x, ar in zip(found[name], found["AR"], strict=False)] for name in names}
-    holds = all(x > ar + SURE for name in names[:4] for x, ar in zip(found[name], found["AR"], strict=False))
+    ratios = {
+        name: [x / ar for x, ar in zip(found[name], found["AR"], strict=False)] for name in names
+    }
+    holds = all(
+        x > ar + SURE for name in names[:4] for x, ar in zip(found[name], found["AR"], strict=False)
+    )
     numbers = "; ".join(f"{name} {listed(values)} times" for name, values in ratios.items())
     claim = "every flow is above the discrete baseline (1.23; Mix-d 1.057 times)"
     differs = "the gap of Mix-d is a fraction of the paper's"
@@ -113,7 +124,9 @@ def additions() -> Claim:
 
 
 def progressive_training() -> Claim:
-    """Seen if progressive training is at most SURE above joint training of its seed, at equal tokens of block 1."""
+    """Seen if progressive training is at most SURE above joint training of its seed, at equal
+    tokens of block 1.
+    """
     found = bits("progressive")
     pairs = list(zip(found["progressive"], found["joint"], strict=False))
     holds = all(p <= j + SURE for p, j in pairs)
@@ -125,19 +138,29 @@ def progressive_training() -> Claim:
 
 def six_blocks() -> Claim:
     """Seen if Mix-1 is better than affine by 0.1 bits, in the test and in every validation."""
-    affine, mix1 = (next(row for row in rows_of("fig3") if row["model"] == name) for name in ("affine", "Mix-1"))
+    affine, mix1 = (
+        next(row for row in rows_of("fig3") if row["model"] == name) for name in ("affine", "Mix-1")
+    )
     valid = [name for name in affine if name.startswith("valid bpc at ")]
     if not valid:
         raise KeyError("curves")
     holds = all(affine[name] > mix1[name] + 0.1 for name in ("test bpc", *valid))
     numbers = f"{mix1['test bpc']:.3f} against {affine['test bpc']:.3f} after 300 steps, both with a plain start"
     claim = "six blocks: Mix-1 far better than affine, in training and validation (figures 3 and 8)"
-    return Claim(claim, SEEN if holds else NOT_SEEN, numbers, "one layer per block for two; 300 steps", ("fig3",))
+    return Claim(
+        claim,
+        SEEN if holds else NOT_SEEN,
+        numbers,
+        "one layer per block for two; 300 steps",
+        ("fig3",),
+    )
 
 
 def components() -> Iterator[Claim]:
-    """Not testable above the entropy of pairs. Else K = 1 is far worse by 0.1 bits; all others agree within 0.05; and
-    eight are enough if they are at most SURE above 27, as many as there are tokens."""
+    """Not testable above the entropy of pairs. Else K = 1 is far worse by 0.1 bits; all others
+    agree within 0.05; and eight are enough if they are at most SURE above 27, as many as there are
+    tokens.
+    """
     found = {int(row["K"]): row["test bpc"] for row in rows_of("fig4")}
     first, *others = (found[k] for k in sorted(found))
     learns = min(others) < PAIRS
@@ -146,14 +169,24 @@ def components() -> Iterator[Claim]:
     for claim, holds in (
         ("K = 1 far worse than K above 1 (figure 4)", first > max(others) + 0.1),
         ("all K above 1 work equally well (figure 4)", max(others) - min(others) < 0.05),
-        ("fewer components than tokens (64 of 50,257) suffice (section 4)", found[8] <= found[27] + SURE),
+        (
+            "fewer components than tokens (64 of 50,257) suffice (section 4)",
+            found[8] <= found[27] + SURE,
+        ),
     ):
-        yield Claim(claim, (SEEN if holds else NOT_SEEN) if learns else NOT_TESTABLE, numbers, differs, ("fig4",))
+        yield Claim(
+            claim,
+            (SEEN if holds else NOT_SEEN) if learns else NOT_TESTABLE,
+            numbers,
+            differs,
+            ("fig4",),
+        )
 
 
 def two_tokens() -> Claim:
-    """A model keeps its quality if the perplexity of its continuations is below twice that of real text everywhere,
-    and breaks down if it is above twice that everywhere."""
+    """A model keeps its quality if the perplexity of its continuations is below twice that of real
+    text everywhere, and breaks down if it is above twice that everywhere.
+    """
     rows = rows_of("fig5")
     real = {row["prefix"]: row["perplexity"] for row in rows if row["model"] == "real text"}
     if len({*real.values()}) < 2:  # an earlier version judged the prefix as well
@@ -168,22 +201,34 @@ def two_tokens() -> Claim:
     here += f"; the two-token baseline breaks down: {'yes' if 'two-token AR' in bad else 'no'}"
     prefixes = ", ".join(f"{int(n)}" for n in real)
     numbers = f"perplexity of the continuation over real text's, prefix {prefixes}: "
-    numbers += "; ".join(f"{name} {listed(values, 2)}" for name, values in ratios.items() if name != "real text")
+    numbers += "; ".join(
+        f"{name} {listed(values, 2)}" for name, values in ratios.items() if name != "real text"
+    )
     claim = "patch 2: the flow keeps its quality, the two-token baseline breaks down (figure 5)"
-    return Claim(claim, here, numbers, "one seed, 32 texts of 256 characters; a judge of our own", ("fig5",))
+    return Claim(
+        claim, here, numbers, "one seed, 32 texts of 256 characters; a judge of our own", ("fig5",)
+    )
 
 
 def refining() -> Claim:
-    """Seen where the judge's bits fall after every pass by more than two standard errors of the fall."""
+    """Seen where the judge's bits fall after every pass by more than two standard errors of the
+    fall.
+    """
     texts: dict[str, Rows] = {}
     for row in rows_of("fig6"):
         texts.setdefault(row["model"], []).append(row)
     holds, fails = list[str](), list[str]()
     for model, states in texts.items():
-        (holds if all(row["fall"] > 2 * row["fall ±"] for row in states[1:]) else fails).append(model)
+        (holds if all(row["fall"] > 2 * row["fall ±"] for row in states[1:]) else fails).append(
+            model
+        )
     numbers = "judge's bits in the noise and after every pass: "
-    numbers += "; ".join(f"{name} {listed([row[JUDGED] for row in rows], 2)}" for name, rows in texts.items())
-    claim = "every intermediate state decodes to text that passes refine from coarse to fine (figure 6)"
+    numbers += "; ".join(
+        f"{name} {listed([row[JUDGED] for row in rows], 2)}" for name, rows in texts.items()
+    )
+    claim = (
+        "every intermediate state decodes to text that passes refine from coarse to fine (figure 6)"
+    )
     differs = "48 samples of 128 characters; K = 27 in every block"
     return Claim(claim, where(holds, fails), numbers, differs, ("fig6",))
 
@@ -204,7 +249,9 @@ def geometry() -> Claim:
     counts = {key: sum(value == "yes" for value in each.values()) for key, each in found.items()}
     names = dict.fromkeys(model for model, _ in counts)
     numbers = "directions that hold, from latents and from noise: "
-    numbers += "; ".join(f"{model} {counts[model, UP]}, {counts[model, DOWN]} of 4" for model in names)
+    numbers += "; ".join(
+        f"{model} {counts[model, UP]}, {counts[model, DOWN]} of 4" for model in names
+    )
     claim = "latents (figure 7): the mean norm decreases, the cosine increases, the movement of the centroid "
     claim += "diminishes, the participation ratio drops at the right-to-left block and then rises"
     here = SEEN if max(counts.values()) == 4 else f"{NOT_SEEN} as a whole"
@@ -212,13 +259,17 @@ def geometry() -> Claim:
 
 
 def work_of_blocks() -> Iterator[Claim]:
-    """A block works if it takes more off the KL divergence than two standard errors and a thousandth of a nat.
-    Appendix C holds if no block leaves its output further from the prior than its input, by more than these."""
+    """A block works if it takes more off the KL divergence than two standard errors and a
+    thousandth of a nat. Appendix C holds if no block leaves its output further from the prior than
+    its input, by more than these.
+    """
     working, idle, normal, away, gains, divergences = ([] for _ in range(6))
     for (model, reading), states in states_of().items():
         if reading == UP:
             errors = [row["kl_gain ±"] / row["sequences"] ** 0.5 for row in states[1:]]
-            taken = [(row["kl_gain"], 2 * e + 0.001) for row, e in zip(states[1:], errors, strict=True)]
+            taken = [
+                (row["kl_gain"], 2 * e + 0.001) for row, e in zip(states[1:], errors, strict=True)
+            ]
             (working if all(gain > least for gain, least in taken) else idle).append(model)
             kl = [row["kl"] for row in states]
             (normal if all(gain > -least for gain, least in taken) else away).append(model)
@@ -234,14 +285,19 @@ def work_of_blocks() -> Iterator[Claim]:
 
 
 def quality() -> Claim:
-    """Close: within 5 % of the baseline's perplexity and 0.05 of its MAUVE. Behind: 2 % above Mix-d's perplexity."""
+    """Close: within 5 % of the baseline's perplexity and 0.05 of its MAUVE. Behind: 2 % above
+    Mix-d's perplexity.
+    """
     found = {row["model"]: row for row in rows_of("table6")}
     baseline = found["AR"]
     is_close = found["Mix-d"]["perplexity"] < 1.05 * baseline["perplexity"]
     is_close &= found["Mix-d"]["MAUVE"] > baseline["MAUVE"] - 0.05
     is_behind = found["Mix-1"]["perplexity"] > 1.02 * found["Mix-d"]["perplexity"]
     here = f"{SEEN if is_close else NOT_SEEN} for Mix-d; {SEEN if is_behind else NOT_SEEN} that Mix-1 is behind it"
-    values = {key: [row[key] for row in found.values() if row[key]] for key in ("perplexity", "MAUVE", "entropy")}
+    values = {
+        key: [row[key] for row in found.values() if row[key]]
+        for key in ("perplexity", "MAUVE", "entropy")
+    }
     numbers = f"{', '.join(found)}: " + "; ".join(f"{key} {listed(x)}" for key, x in values.items())
     claim = "sample quality: Mix-d comes close to the baseline and to real text, Mix-1 less so (table 6)"
     differs = "500 samples of 256 characters, one seed; our judge for GPT-2 Large; Mix-1 starts from the codebook"
@@ -249,25 +305,49 @@ def quality() -> Claim:
 
 
 def recovering() -> Iterator[Claim]:
-    """Blocks recover what tokens apart in block 1 lose if this costs at most SURE without mixing; mixing helps if it
-    gains more than SURE there."""
+    """Blocks recover what tokens apart in block 1 lose if this costs at most SURE without mixing;
+    mixing helps if it gains more than SURE there.
+    """
     found = {row["model"]: row["test bpc"] for row in rows_of("in-patch")}
     name = "Mix-1, tokens {} in block 1, channels {}"
-    plain, mixed = ([found[name.format(t, how)] for t in ("together", "apart")] for how in ("as they are", "mixed"))
-    numbers = f"tokens together, apart in block 1: {listed(plain)}, with channels mixed {listed(mixed)}; "
-    numbers += f"Mix-d, whose upper blocks can do nothing, apart: {found['Mix-d, tokens apart']:.3f}"
+    plain, mixed = (
+        [found[name.format(t, how)] for t in ("together", "apart")]
+        for how in ("as they are", "mixed")
+    )
+    numbers = (
+        f"tokens together, apart in block 1: {listed(plain)}, with channels mixed {listed(mixed)}; "
+    )
+    numbers += (
+        f"Mix-d, whose upper blocks can do nothing, apart: {found['Mix-d, tokens apart']:.3f}"
+    )
     differs = "patches of two; layers 1, 1, 4; 1,300 steps, one seed"
     for claim, holds in (
-        ("later blocks recover dependencies inside a patch (figure 1)", plain[1] <= plain[0] + SURE),
-        ("channel mixing recovers dependencies inside a patch (figure 1)", mixed[1] < plain[1] - SURE),
+        (
+            "later blocks recover dependencies inside a patch (figure 1)",
+            plain[1] <= plain[0] + SURE,
+        ),
+        (
+            "channel mixing recovers dependencies inside a patch (figure 1)",
+            mixed[1] < plain[1] - SURE,
+        ),
     ):
         yield Claim(claim, SEEN if holds else NOT_SEEN, numbers, differs, ("in-patch",))
 
 
 CLAIMS: tuple[Callable[[], Any], ...] = (
-    order_of_families, flows_above_the_baseline, additions, progressive_training, six_blocks, components, two_tokens,
-    refining, geometry, work_of_blocks, quality, recovering,
-)  # fmt: skip
+    order_of_families,
+    flows_above_the_baseline,
+    additions,
+    progressive_training,
+    six_blocks,
+    components,
+    two_tokens,
+    refining,
+    geometry,
+    work_of_blocks,
+    quality,
+    recovering,
+)
 
 
 def table() -> str:

@@ -1,4 +1,5 @@
-"""TarFlowLM: language modelling in continuous space with Transformer autoregressive flows (arXiv 2507.00425).
+"""TarFlowLM: language modelling in continuous space with Transformer autoregressive flows (arXiv
+2507.00425).
 
 import tarflowlm
 
@@ -12,7 +13,8 @@ mine = lm.tune("my_text.txt", "runs/tuned", minutes=10)
 
 model, tokenizer = lm                   # modules of PyTorch
 tarflowlm.elbo, tarflowlm.importance_weighted_bound, tarflowlm.generate, tarflowlm.evaluate
-tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineConfig, tarflowlm.coupling
+tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineConfig,
+tarflowlm.coupling
 """
 
 from importlib import import_module, metadata
@@ -41,15 +43,30 @@ if TYPE_CHECKING:
     from tarflowlm.pretrained import train as train
 
 _MODULES = {
-    "BaselineConfig": "config", "FlowConfig": "config", "Pretrained": "pretrained", "RunConfig": "config",
-    "Scores": "evaluation.likelihood", "TarFlowLM": "model", "TokenLM": "baseline", "UserError": "errors",
-    "coupling": "model_config", "elbo": "objective", "evaluate": "evaluation.likelihood",
-    "from_pretrained": "pretrained", "generate": "generation", "importance_weighted_bound": "objective",
-    "load": "pretrained", "preset": "presets", "resume": "pretrained", "score": "evaluation.likelihood",
+    "BaselineConfig": "config",
+    "FlowConfig": "config",
+    "Pretrained": "pretrained",
+    "RunConfig": "config",
+    "Scores": "evaluation.likelihood",
+    "TarFlowLM": "model",
+    "TokenLM": "baseline",
+    "UserError": "errors",
+    "coupling": "model_config",
+    "elbo": "objective",
+    "evaluate": "evaluation.likelihood",
+    "from_pretrained": "pretrained",
+    "generate": "generation",
+    "importance_weighted_bound": "objective",
+    "load": "pretrained",
+    "preset": "presets",
+    "resume": "pretrained",
+    "score": "evaluation.likelihood",
     "train": "pretrained",
-}  # fmt: skip
-"""The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
-command line has to set them first. There is no `__all__`, with which `help` would print all of their classes."""
+}
+"""The module of every public name, imported on first use: PyTorch reads some environment variables
+at import, and the command line has to set them first. There is no `__all__`, with which `help`
+would print all of their classes.
+"""
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,8 @@ LARGEST_LOGITS = 2**27
 class TokenLM(LanguageModel):
     """p(x) = prod_t p(x_t | x_<t) on N = T / P positions of P tokens, after a learned start vector.
 
-    With P > 1 and `in_patch` = independent, tokens of one patch are independent given the earlier patches.
+    With P > 1 and `in_patch` = independent, tokens of one patch are independent given the earlier
+    patches.
     """
 
     is_exact = True
@@ -36,8 +37,12 @@ class TokenLM(LanguageModel):
         self.start = nn.Parameter(torch.randn(width))
         self.transformer = Transformer(config.trunk, config.layers)
         in_patch = config.in_patch == "autoregressive"
-        self.token_features = TokenFeatures(width=width, patch=P, latent_dim=IN_PATCH_CHANNELS, in_patch=in_patch)
-        self.in_patch_embedding = nn.Embedding(config.vocab_size, IN_PATCH_CHANNELS) if P > 1 and in_patch else None
+        self.token_features = TokenFeatures(
+            width=width, patch=P, latent_dim=IN_PATCH_CHANNELS, in_patch=in_patch
+        )
+        self.in_patch_embedding = (
+            nn.Embedding(config.vocab_size, IN_PATCH_CHANNELS) if P > 1 and in_patch else None
+        )
         self.head = nn.Linear(width, config.vocab_size)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -55,23 +60,33 @@ class TokenLM(LanguageModel):
         return self.in_patch_embedding(tokens).view(B, N, -1)
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Unnormalised log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T."""
+        """Unnormalised log p(x_t | x_<t) of every token, in nats. UserError if P does not divide
+        T.
+        """
         return self.patch_logits(self._features(tokens), tokens).flatten(1, 2)
 
     def _features(self, tokens: Tensor) -> Tensor:
         """Features c_n [B, N, D] of all positions."""
         if tokens.shape[1] % self.config.patch:
-            raise UserError(f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence")
+            raise UserError(
+                f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence"
+            )
         return self.states(tokens[:, : -self.config.patch])
 
-    def patch_logits(self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B N P V"]:
-        """Logits of the P tokens of each position, from its features and, with `in_patch`, its earlier tokens."""
+    def patch_logits(
+        self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B N P V"]:
+        """Logits of the P tokens of each position, from its features and, with `in_patch`, its
+        earlier tokens.
+        """
         return widen(self.head(self.token_features(features, self._in_patch(tokens))))
 
     def place_logits(
         self, features: Float[Tensor, "B D"], tokens: Int[Tensor, "B P"], place: int
     ) -> Float[Tensor, "B V"]:
-        """Logits of token `place` of one position, from its features and, with `in_patch`, the tokens before it."""
+        """Logits of token `place` of one position, from its features and, with `in_patch`, the
+        tokens before it.
+        """
         if self.config.patch == 1:
             return widen(self.head(features))
         return self.patch_logits(features[:, None], tokens)[:, 0, place]
@@ -83,28 +98,40 @@ class TokenLM(LanguageModel):
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T.
 
-        At most `LARGEST_LOGITS` elements of the logits are held at once; larger batches are cut into parts, which the
-        backward pass recomputes.
+        At most `LARGEST_LOGITS` elements of the logits are held at once; larger batches are cut
+        into parts, which the backward pass recomputes.
         """
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
         targets, rows = tokens.flatten(), max(1, LARGEST_LOGITS // self.config.vocab_size)
         if len(inputs) <= rows:
             return -self._nll(inputs, targets).view(tokens.shape)
         pairs = zip(inputs.split(rows), targets.split(rows), strict=True)
-        parts = [checkpoint(self._nll, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        parts = [
+            checkpoint(self._nll, *pair, use_reentrant=False, preserve_rng_state=False)
+            for pair in pairs
+        ]
         return -torch.cat(parts).view(tokens.shape)
 
     def _nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(widen(self.head(inputs)), targets, reduction="none")
 
-    def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:
+    def draw_noise(
+        self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
+    ) -> Float[Tensor, "B T d"]:
         """Empty noise, d = 0: the baseline has no latents."""
         return torch.empty(*tokens.shape, 0, device=tokens.device)
 
     def bound(
-        self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"], *, per_token: bool = False, frozen: int = 0
+        self,
+        tokens: Int[Tensor, "B T"],
+        noise: Float[Tensor, "B T d"],
+        *,
+        per_token: bool = False,
+        frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats; the other arguments have no effect."""
+        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats; the other arguments
+        have no effect.
+        """
         nats = -self.token_log_prob(tokens)
         return nats if per_token else nats.sum(-1)
 
@@ -116,10 +143,18 @@ class TokenLM(LanguageModel):
         return KVCache(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
-        """Features after the start vector and after each of the N positions; the last are those of the whole text."""
-        return self.transformer(torch.cat((self.start.expand(len(tokens), 1, -1), self._positions(tokens)), dim=1))
+        """Features after the start vector and after each of the N positions; the last are those of
+        the whole text.
+        """
+        return self.transformer(
+            torch.cat((self.start.expand(len(tokens), 1, -1), self._positions(tokens)), dim=1)
+        )
 
-    def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
-        """Features of the next position, given the tokens [B, P] of the one before it (None at the start)."""
+    def features_at(
+        self, cache: KVCache, previous: Tensor | None, batch: int
+    ) -> Float[Tensor, "B D"]:
+        """Features of the next position, given the tokens [B, P] of the one before it (None at the
+        start).
+        """
         x = self.start.expand(batch, 1, -1) if previous is None else self._positions(previous)
         return cache.extend(x)[:, 0]

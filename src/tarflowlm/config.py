@@ -1,4 +1,6 @@
-"""The configuration of a run, as frozen dataclasses. No torch here: the command line reads it without."""
+"""The configuration of a run, as frozen dataclasses. No torch here: the command line reads it
+without.
+"""
 
 import typing
 from dataclasses import dataclass, field
@@ -19,7 +21,9 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `device.pick_device` resolves auto."""
 
 Decoder = Literal["steps", "sweeps", "auto"]
-"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the two."""
+"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the
+two.
+"""
 
 Decoding = Literal["mode", "drawn"]
 """The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
@@ -30,9 +34,20 @@ Scale = Literal["mini", "paper"]
 Precision = Literal["float32", "bfloat16"]
 
 RECIPE_NAMES = (
-    "table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "frontier", "progressive",
-    "patches", "in-patch", "shares",
-)  # fmt: skip
+    "table2",
+    "fig2",
+    "fig3",
+    "fig4",
+    "fig5",
+    "fig6",
+    "fig7",
+    "table6",
+    "frontier",
+    "progressive",
+    "patches",
+    "in-patch",
+    "shares",
+)
 
 Normalization = Literal["none", "text8"]
 NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)
@@ -42,15 +57,23 @@ TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 
 
 def check_alphabet(alphabet: str) -> None:
-    """UserError unless `alphabet` has at least two characters, no duplicates and no lone surrogates."""
-    if len(alphabet) < 2 or len(set(alphabet)) < len(alphabet) or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
+    """UserError unless `alphabet` has at least two characters, no duplicates and no lone
+    surrogates.
+    """
+    if (
+        len(alphabet) < 2
+        or len(set(alphabet)) < len(alphabet)
+        or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet)
+    ):
         rule = "list two characters or more, each once, and no half of a surrogate pair"
         raise UserError(f"alphabet {alphabet!r:.80}: {rule}")
 
 
 Kind = Literal["char", "byte", "bpe"]
 LARGEST_BPE = 1 << 22
-"""Tokens of a BPE at most: the library reserves memory for all of them, and aborts the process where it fails."""
+"""Tokens of a BPE at most: the library reserves memory for all of them, and aborts the process
+where it fails.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +83,26 @@ class TokenizerConfig(Config):
     kind: Kind = "char"
     """Units of text: characters of `alphabet`, UTF-8 bytes, or byte-pair encoding."""
     alphabet: str = TEXT8_ALPHABET
-    """The characters of kind char, or those that BPE starts from if it is trained here on text8-normalised text."""
+    """The characters of kind char, or those that BPE starts from if it is trained here on
+    text8-normalised text.
+    """
     vocab_size: int = 0
     """Number of tokens of a BPE trained here; 0 for every other tokenizer."""
     source: str = ""
-    """BPE only: a tokenizer.json or a hub name such as gpt2. Empty: train one on the training split."""
+    """BPE only: a tokenizer.json or a hub name such as gpt2. Empty: train one on the training
+    split.
+    """
     normalize: Normalization = "text8"
     """Normalisation of the text: none, or text8 (a-z and single spaces; digits are spelled out)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind != "bpe":
-            self.require("source", self.source == "", f"has no effect with kind={self.kind!r}: set kind to bpe")
+            self.require(
+                "source",
+                self.source == "",
+                f"has no effect with kind={self.kind!r}: set kind to bpe",
+            )
         if self.needs_training:
             least = len(self.alphabet) + 1 if self.uses_alphabet else 257
             rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or a source: tokenizer.json or hub name"
@@ -104,7 +135,9 @@ class DataConfig(Config):
     """Text and tokens."""
 
     source: str = "english"
-    """A corpus name (english, text8, openwebtext), a text file, or a directory made by `tarflowlm data`."""
+    """A corpus name (english, text8, openwebtext), a text file, or a directory made by `tarflowlm
+    data`.
+    """
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
 
@@ -116,7 +149,9 @@ MODEL_TYPE = "tarflowlm"
 
 
 def checked_seed(seed: int) -> int:
-    """`seed` itself. UserError outside 0 .. 2^62 - 1, where generators reject a seed or do not keep it distinct."""
+    """`seed` itself. UserError outside 0 .. 2^62 - 1, where generators reject a seed or do not keep
+    it distinct.
+    """
     if not 0 <= seed < 2**62:
         raise UserError(f"seed {seed}: must be at least 0 and below 2^62")
     return seed
@@ -130,13 +165,21 @@ class OptimConfig(Config):
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
     muon_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of Muon's matrix products; auto takes the faster one on the device, and config.json records it."""
+    """Precision of Muon's matrix products; auto takes the faster one on the device, and config.json
+    records it.
+    """
     muon_qkv: Literal["apart", "together"] = "apart"
-    """Whether Muon treats the projections to queries, keys and values as three matrices or as one."""
+    """Whether Muon treats the projections to queries, keys and values as three matrices or as
+    one.
+    """
     lr: float = 6e-3
-    """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so both use this rate)."""
+    """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so both use this
+    rate).
+    """
     codebook_lr_scale: float = 0.05
-    """Learning rate of the codebook, as a multiple of `lr`; small, so that couplings not tied to it can follow."""
+    """Learning rate of the codebook, as a multiple of `lr`; small, so that couplings not tied to it
+    can follow.
+    """
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
@@ -164,35 +207,49 @@ class OptimConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Length, batches and stages of training, and the intervals of logging, evaluation and checkpoints."""
+    """Length, batches and stages of training, and the intervals of logging, evaluation and
+    checkpoints.
+    """
 
     section: ClassVar[str] = "train."
     stage_steps: tuple[int, ...] = (1000,)
-    """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With `minutes`, the stages'
-    shares of the time."""
+    """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With
+    `minutes`, the stages' shares of the time.
+    """
     minutes: float = 0.0
-    """Wall-clock time of the run with checkpoints and evaluation, but without compilation; 0 counts steps instead."""
+    """Wall-clock time of the run with checkpoints and evaluation, but without compilation; 0 counts
+    steps instead.
+    """
     mode: Literal["progressive", "joint"] = "progressive"
-    """One block after another on the frozen ones below, or all blocks at once. The baseline has one stage."""
+    """One block after another on the frozen ones below, or all blocks at once. The baseline has one
+    stage.
+    """
     batch_size: int = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Parts into which a process cuts its share of the batch, to accumulate gradients; 0: the fewest that fit."""
+    """Parts into which a process cuts its share of the batch, to accumulate gradients; 0: the
+    fewest that fit.
+    """
     dropout: float = 0.0
     """Dropout on the outputs of attention and MLP. Useful for several epochs on a small text."""
     ema: float = 0.0
-    """Decay of an average of the weights, which is what is evaluated, saved and trained upon; 0: none."""
+    """Decay of an average of the weights, which is what is evaluated, saved and trained upon; 0:
+    none.
+    """
     keep: Literal["last", "best"] = "last"
     """Weights with which a stage ends: its last ones, or those of its best validation."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto takes bfloat16 where the device multiplies it natively, and config.json
-    records it. Densities, log-dets and inverses are always float32 or wider."""
+    """Precision of matrix products; auto takes bfloat16 where the device multiplies it natively,
+    and config.json records it. Densities, log-dets and inverses are always float32 or wider.
+    """
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicate the model and average gradients, or shard it."""
     checkpoint_activations: bool = False
     """Keep only the inputs of a Transformer layer and recompute the layer in the backward pass."""
     compile: bool | None = None
-    """Compile the Transformer layers; None: if `precision` is bfloat16, on a CUDA GPU with a compiler."""
+    """Compile the Transformer layers; None: if `precision` is bfloat16, on a CUDA GPU with a
+    compiler.
+    """
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500
@@ -206,13 +263,21 @@ class TrainConfig(Config):
     keep_last: int = 2
     """Training states to keep, besides the weights of the best validation bound."""
     max_skipped: int = 3
-    """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the
+    run.
+    """
     track: tuple[TrackerName, ...] = ()
-    """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb, trackio (extra `track`)."""
+    """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb, trackio (extra
+    `track`).
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("stage_steps", min(self.stage_steps, default=0) >= 1, "every stage needs at least 1 step")
+        self.require(
+            "stage_steps",
+            min(self.stage_steps, default=0) >= 1,
+            "every stage needs at least 1 step",
+        )
         self.at_least(1, "batch_size", "log_every", "evaluate_every", "evaluate_windows")
         self.at_least(1, "checkpoint_every", "keep_last")
         self.at_least(0, "accumulate", "minutes", "max_skipped", "test_windows")
@@ -241,9 +306,13 @@ class RunConfig(Config):
     seed: int = 0
     """Seed of the initial weights, the order of the data and the noise of q(z|x)."""
     parent: str = ""
-    """NAME@SHA256 of the model that `train --from` begins with, and of its weights; empty for new weights."""
+    """NAME@SHA256 of the model that `train --from` begins with, and of its weights; empty for new
+    weights.
+    """
     temperature: float = 1.0
-    """Temperature that suits its samples; commands, studio and Python take it unless another is given."""
+    """Temperature that suits its samples; commands, studio and Python take it unless another is
+    given.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,15 +330,18 @@ class RunConfig(Config):
         return self.model.num_blocks if self.train.mode == "progressive" else 1
 
     def model_of_stage(self, stage: int) -> FlowConfig | BaselineConfig:
-        """The model of stage `stage` (0-based): in progressive training, the blocks up to and including its own."""
+        """The model of stage `stage` (0-based): in progressive training, the blocks up to and
+        including its own.
+        """
         return self.model.first_blocks(stage + 1) if self.num_stages > 1 else self.model
 
 
 def current_form(document: Any) -> Any:
     """The run in config.json, in the current format, without `model_type`.
 
-    Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields that are gone.
-    Other documents are returned as they are; `from_dict` reports what is wrong with them.
+    Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields
+    that are gone. Other documents are returned as they are; `from_dict` reports what is wrong with
+    them.
     """
     if not isinstance(document, dict):
         return document
@@ -277,7 +349,9 @@ def current_form(document: Any) -> Any:
         document = {key: value for key, value in document.items() if key != "model_type"}
     if isinstance(document.get("train"), dict):
         gone = ("advance", "stall_evaluations", "stall_tolerance", "spike_sigma")
-        document = document | {"train": {k: v for k, v in document["train"].items() if k not in gone}}
+        document = document | {
+            "train": {k: v for k, v in document["train"].items() if k not in gone}
+        }
     model, old = document.get("model"), ("couplings", "layers", "components")
     blocks = model.get("blocks") if isinstance(model, dict) else None
     if isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks):
@@ -288,4 +362,6 @@ def current_form(document: Any) -> Any:
         return document
     rows = zip_longest(*(model[name] for name in old))
     blocks = [dict(zip(("coupling", "layers", "components"), row, strict=True)) for row in rows]
-    return document | {"model": {k: v for k, v in model.items() if k not in old} | {"blocks": blocks}}
+    return document | {
+        "model": {k: v for k, v in model.items() if k not in old} | {"blocks": blocks}
+    }

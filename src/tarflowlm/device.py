@@ -17,18 +17,27 @@ logger = logging.getLogger("tarflowlm")
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """A device of PyTorch, such as "cuda:1". UserError where it is missing.
 
-    auto takes cuda, then mps if the numerics are right there (a notice says if they are not), then cpu.
+    auto takes cuda, then mps if the numerics are right there (a notice says if they are not), then
+    cpu.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     available = [kind for kind in there if there[kind]]
     try:
         found = torch.device(available[0] if name == "auto" else name)
         torch.empty(0, device=found)
     except (TypeError, RuntimeError, AssertionError):  # the type depends on how PyTorch was built
         choice = ", ".join(["auto", *available])
-        raise UserError(f"device {name}: not available on this machine; use one of {choice}") from None
+        raise UserError(
+            f"device {name}: not available on this machine; use one of {choice}"
+        ) from None
     if name == "auto" and found.type == "mps" and (problem := numerics_problem(found)):
-        logger.warning("device auto: the CPU, since the numerics do not pass their test on mps (%s)", problem)
+        logger.warning(
+            "device auto: the CPU, since the numerics do not pass their test on mps (%s)", problem
+        )
         return torch.device("cpu")
     return found
 
@@ -36,8 +45,9 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 def numerics_problem(device: torch.device) -> str | None:
     """What a small test of the mixture maps finds wrong on `device`, in a line, or None.
 
-    Noise of up to 8 standard deviations goes through the inverses and back, and densities are compared with those of
-    float64 on the CPU. Devices differ in what they implement, and in how exact it is.
+    Noise of up to 8 standard deviations goes through the inverses and back, and densities are
+    compared with those of float64 on the CPU. Devices differ in what they implement, and in how
+    exact it is.
     """
     from tarflowlm.flow import numerics
 
@@ -47,25 +57,42 @@ def numerics_problem(device: torch.device) -> str | None:
 
     def maps(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         u, *mixture = (t.to(device, dtype) for t in (*given, torch.linspace(-1.0, 0.0, 80)))
-        z, scalar = numerics.rosenblatt_inverse(u, *mixture), (mixture[0], mixture[1][:, 0], mixture[2])
+        z, scalar = (
+            numerics.rosenblatt_inverse(u, *mixture),
+            (mixture[0], mixture[1][:, 0], mixture[2]),
+        )
         x = numerics.mixture_cdf_inverse(u[:, 0], *scalar)
         log_normaliser = numerics.mixture_log_prob(z, None, *mixture[1:])
-        found = z, *numerics.rosenblatt(z, *mixture), x, *numerics.mixture_cdf(x, *scalar), log_normaliser
+        found = (
+            z,
+            *numerics.rosenblatt(z, *mixture),
+            x,
+            *numerics.mixture_cdf(x, *scalar),
+            log_normaliser,
+        )
         return torch.cat([t.flatten() for t in found]).cpu().double()
 
     try:
         found = maps(device, torch.float32)
     except (RuntimeError, TypeError) as error:  # say, an operator that is not implemented there
         return str(error).strip().splitlines()[0]
-    off = ((found - maps(torch.device("cpu"), torch.float64)).abs() / (1 + found.abs())).max().item()
+    off = (
+        ((found - maps(torch.device("cpu"), torch.float64)).abs() / (1 + found.abs())).max().item()
+    )
     return None if off < 1e-3 else f"an error of {off:.1g}"  # NaN is not below
 
 
 def missing_for_compilation(device: torch.device) -> str | None:
-    """The first requirement of torch.compile that is not there (triton on CUDA GPUs, a compiler), or None."""
+    """The first requirement of torch.compile that is not there (triton on CUDA GPUs, a compiler),
+    or None.
+    """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton"
-    variable, names = ("CC", ("cc", "gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++", "cl"))
+    variable, names = (
+        ("CC", ("cc", "gcc", "clang"))
+        if device.type == "cuda"
+        else ("CXX", ("g++", "clang++", "cl"))
+    )
     if os.environ.get(variable) or any(shutil.which(name) for name in names):
         return None
     return "a C compiler" if device.type == "cuda" else "a C++ compiler"
@@ -73,7 +100,9 @@ def missing_for_compilation(device: torch.device) -> str | None:
 
 @contextmanager
 def threads_for(rows: int) -> Iterator[None]:
-    """A context with one CPU thread for a single row, whose operations are too small to split, else with all."""
+    """A context with one CPU thread for a single row, whose operations are too small to split, else
+    with all.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if rows == 1 else before)
     try:
@@ -83,10 +112,12 @@ def threads_for(rows: int) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse freed memory for what comes next instead of returning it to the system every time.
+    """Let the C library reuse freed memory for what comes next instead of returning it to the
+    system every time.
 
-    glibc unmaps a large block when it is freed unless one of that size, up to 32 MiB, was freed before. So one of
-    nearly that size is allocated, never touched, and freed. Page faults otherwise take a tenth of a training step and
-    up to a third of sampling. MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ overrule it.
+    glibc unmaps a large block when it is freed unless one of that size, up to 32 MiB, was freed
+    before. So one of nearly that size is allocated, never touched, and freed. Page faults otherwise
+    take a tenth of a training step and up to a third of sampling. MALLOC_TRIM_THRESHOLD_ or
+    MALLOC_MMAP_THRESHOLD_ overrule it.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)

@@ -6,15 +6,18 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message is one line that names the wrong value and the remedy.
+    """An error that the user can fix. The message is one line that names the wrong value and the
+    remedy.
 
-    The command line prints it without a traceback and exits with status 2. Library callers may catch it as a
-    `ValueError`. Violated invariants of this package raise `AssertionError` instead.
+    The command line prints it without a traceback and exits with status 2. Library callers may
+    catch it as a `ValueError`. Violated invariants of this package raise `AssertionError` instead.
     """
 
 
 def guess(value: str, known: Iterable[str]) -> str:
-    """A question for the name among the `known` that is most like `value`; empty where none is like it."""
+    """A question for the name among the `known` that is most like `value`; empty where none is like
+    it.
+    """
     close = get_close_matches(value.lower().replace("_", "-"), known, 1)
     return f"did you mean {close[0]}? " if close else ""
 
@@ -22,11 +25,15 @@ def guess(value: str, known: Iterable[str]) -> str:
 def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among the `known`."""
     known = list(known)
-    return UserError(f"{kind} {value!r} is unknown: {guess(value, known)}choose one of {', '.join(known)}")
+    return UserError(
+        f"{kind} {value!r} is unknown: {guess(value, known)}choose one of {', '.join(known)}"
+    )
 
 
 class UnknownCharacters(UserError):
-    """Characters of a text that are not in a tokenizer's alphabet: their number, and the most frequent ones."""
+    """Characters of a text that are not in a tokenizer's alphabet: their number, and the most
+    frequent ones.
+    """
 
     def __init__(self, text: str, alphabet: str) -> None:
         unknown = Counter(text)

@@ -1,5 +1,7 @@
-"""Files that survive kills, other processes and full disks: atomic replacement, locks, one-line errors. JSON of
-frozen dataclasses is strict: unknown and missing keys are errors, and types are checked."""
+"""Files that survive kills, other processes and full disks: atomic replacement, locks, one-line
+errors. JSON of frozen dataclasses is strict: unknown and missing keys are errors, and types are
+checked.
+"""
 
 import dataclasses
 import errno
@@ -27,8 +29,10 @@ _HOLDER = f"{LOCK}.holder"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed. It is in
-    the same folder and synced before the rename: a kill or power failure leaves the old file or the new one."""
+    """Yields a temporary path to write to; on success the file replaces `path`, on failure it is
+    removed. It is in the same folder and synced before the rename: a kill or power failure leaves
+    the old file or the new one.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     os.close(descriptor)
     temporary = Path(name)
@@ -44,7 +48,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of a killed `replacing`. Only for the one process that writes to `folder`."""
+    """Remove the temporary files of a killed `replacing`. Only for the one process that writes to
+    `folder`.
+    """
     for leftover in folder.glob(f".*{TEMPORARY}"):
         leftover.unlink()
 
@@ -56,7 +62,9 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return once renames inside `folder` are on disk; does nothing on Windows, where folders cannot be opened."""
+    """Return once renames inside `folder` are on disk; does nothing on Windows, where folders
+    cannot be opened.
+    """
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -69,7 +77,9 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as readable JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -77,13 +87,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not a complete run directory") from None
+        raise UserError(
+            f"{path} is missing: {path.parent} is not a complete run directory"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): restore it or train again") from None
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}): restore it or train again"
+        ) from None
 
 
 class NewLines:
-    """A new file that grows by whole lines: an interrupted write leaves no torn line, an empty file is removed."""
+    """A new file that grows by whole lines: an interrupted write leaves no torn line, an empty file
+    is removed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._size = path, 0
@@ -119,14 +135,16 @@ class NewLines:
             self.path.unlink(missing_ok=True)
 
 
-# Locks. The system releases them when the process that holds them ends, however it ends. Lock files stay on disk:
-# if one were removed, two processes could hold two files of the same name.
+# Locks. The system releases them when the process that holds them ends, however it ends. Lock files
+# stay on disk: if one were removed, two processes could hold two files of the same name.
 
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Holds the lock of `path`, the file `.<name>.lock` beside it; waits while another process or thread holds it.
-    For what several processes may write at once, such as a cache entry. Not reentrant; `path` need not exist."""
+    """Holds the lock of `path`, the file `.<name>.lock` beside it; waits while another process or
+    thread holds it. For what several processes may write at once, such as a cache entry. Not
+    reentrant; `path` need not exist.
+    """
     with FileLock(path.with_name(f".{path.name}{LOCK}")):
         yield
 
@@ -142,7 +160,9 @@ def remove_entry(path: Path) -> None:
 
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
-    """Makes this process the only writer of a run directory. It does not wait for another: a run may take days."""
+    """Makes this process the only writer of a run directory. It does not wait for another: a run
+    may take days.
+    """
     lock, holder = FileLock(directory / LOCK, timeout=0), directory / _HOLDER
     try:
         lock.acquire()
@@ -150,7 +170,8 @@ def writer_lock(directory: Path) -> Iterator[None]:
         what = f"{directory} is being written by {_read_holder(holder)}"
         raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
     try:
-        # in a separate file: a locked file cannot be read on Windows, and some versions of filelock truncate it
+        # in a separate file: a locked file cannot be read on Windows, and some versions of filelock
+        # truncate it
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
@@ -160,7 +181,9 @@ def writer_lock(directory: Path) -> Iterator[None]:
 
 
 def writer_of(directory: Path) -> str | None:
-    """A description of the process that holds the `writer_lock` of a directory, or None. Changes no file."""
+    """A description of the process that holds the `writer_lock` of a directory, or None. Changes no
+    file.
+    """
     if not (directory / _HOLDER).exists():
         return None
     try:
@@ -168,7 +191,10 @@ def writer_of(directory: Path) -> str | None:
             return None
     except Timeout:
         return _read_holder(directory / _HOLDER)
-    except (OSError, NotImplementedError):  # a read-only folder: the file may name a process that was killed
+    except (
+        OSError,
+        NotImplementedError,
+    ):  # a read-only folder: the file may name a process that was killed
         return None
 
 
@@ -181,22 +207,30 @@ def _read_holder(path: Path) -> str:
 
 @contextmanager
 def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Iterator[None]:
-    """Turns any error that a full disk caused, here or in a library, into a UserError about writing to `directory`.
-    `remedy()` is called after the failure and says what to do once there is room. Other errors pass through."""
+    """Turns any error that a full disk caused, here or in a library, into a UserError about writing
+    to `directory`. `remedy()` is called after the failure and says what to do once there is room.
+    Other errors pass through.
+    """
     try:
         yield
     except BaseException as error:
         if (reason := _disk_full_reason(error)) is None:
             raise
         what = f"cannot write to {directory} ({reason})"
-        raise UserError(f"{what}: what was saved before is kept; make room and {remedy()}") from error
+        raise UserError(
+            f"{what}: what was saved before is kept; make room and {remedy()}"
+        ) from error
 
 
 def _disk_full_reason(error: BaseException | None) -> str | None:
-    """The system's message if `error` comes from a full disk, an exceeded quota or a too large file, else None."""
+    """The system's message if `error` comes from a full disk, an exceeded quota or a too large
+    file, else None.
+    """
     if error is None:
         return None
-    in_text = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the error number only in its message
+    in_text = re.search(
+        r"\(os error (\d+)\)", str(error)
+    )  # safetensors gives the error number only in its message
     number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return os.strerror(number)
@@ -210,15 +244,21 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> Any:
-    """A dataclass as plain JSON values; tuples become lists, and a class attribute `family` becomes a key."""
+    """A dataclass as plain JSON values; tuples become lists, and a class attribute `family` becomes
+    a key.
+    """
     if dataclasses.is_dataclass(config):
         family = {"family": config.family} if hasattr(config, "family") else {}
-        return family | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return family | {
+            f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)
+        }
     return [to_dict(item) for item in config] if isinstance(config, (tuple, list)) else config
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """The fields of a configuration, or of JSON values, by their dotted names as options call them."""
+    """The fields of a configuration, or of JSON values, by their dotted names as options call
+    them.
+    """
     value = to_dict(value)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = dict(enumerate(value))
@@ -229,18 +269,30 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
-    """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses. UserError,
-    naming the dotted key, for unknown keys, missing keys and values of the wrong type."""
+    """The dataclass `cls` from plain JSON values; `family` selects the member of a union of
+    dataclasses. UserError, naming the dotted key, for unknown keys, missing keys and values of the
+    wrong type.
+    """
     _require(isinstance(data, dict), where, f"expected an object, found {data!r}")
     hints, family = typing.get_type_hints(cls), getattr(cls, "family", None)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in data.items():
         is_known = key in fields or (key == "family" and family is not None and value == family)
-        _require(is_known, f"{where}.{key}", f"unknown key; known keys are {', '.join(sorted(fields))}")
+        _require(
+            is_known, f"{where}.{key}", f"unknown key; known keys are {', '.join(sorted(fields))}"
+        )
     for name, field in fields.items():
-        is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        is_needed = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
         _require(name in data or not is_needed, f"{where}.{name}", "missing key")
-    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in fields if name in data})
+    return cls(
+        **{
+            name: _value(hints[name], data[name], f"{where}.{name}")
+            for name in fields
+            if name in data
+        }
+    )
 
 
 def _require(is_valid: bool, where: str, message: str) -> None:
@@ -258,11 +310,17 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             by_family = {m.family: m for m in members}
             family = value.get("family") if isinstance(value, dict) else None
             is_known = isinstance(family, str) and family in by_family
-            _require(is_known, f"{where}.family", f"{family!r} is not one of {', '.join(map(repr, by_family))}")
+            _require(
+                is_known,
+                f"{where}.family",
+                f"{family!r} is not one of {', '.join(map(repr, by_family))}",
+            )
             members = [by_family[family]]
         return _value(members[0], value, where)
     if origin is typing.Literal:
-        _require(value in arguments, where, f"{value!r} is not one of {', '.join(map(repr, arguments))}")
+        _require(
+            value in arguments, where, f"{value!r} is not one of {', '.join(map(repr, arguments))}"
+        )
         return value
     if origin is tuple:
         _require(isinstance(value, (list, tuple)), where, f"expected a list, found {value!r}")

@@ -1,4 +1,6 @@
-"""The common interface of the two models, TarFlowLM and the baseline, and checks of callers' values."""
+"""The common interface of the two models, TarFlowLM and the baseline, and checks of callers'
+values.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,9 @@ from tarflowlm.flow.transformer import KVCache
 
 
 class LanguageModel(nn.Module):
-    """A model p(x) of token sequences x [B, T], exact or through a bound, in nats; P must divide T."""
+    """A model p(x) of token sequences x [B, T], exact or through a bound, in nats; P must divide
+    T.
+    """
 
     config: LanguageModelConfig
     is_exact: ClassVar[bool]
@@ -25,7 +29,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
-            raise UserError(f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols")
+            raise UserError(
+                f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols"
+            )
         self.config = config
 
     @property
@@ -39,16 +45,27 @@ class LanguageModel(nn.Module):
         return next(self.parameters()).device
 
     @abstractmethod
-    def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I) for one posterior sample z = mu_x + sigma_x eps; d = 0 for an exact model."""
+    def draw_noise(
+        self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
+    ) -> Float[Tensor, "B T d"]:
+        """Noise eps ~ N(0, I) for one posterior sample z = mu_x + sigma_x eps; d = 0 for an exact
+        model.
+        """
 
     @abstractmethod
     def bound(
-        self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"], *, per_token: bool = False, frozen: int = 0
+        self,
+        tokens: Int[Tensor, "B T"],
+        noise: Float[Tensor, "B T d"],
+        *,
+        per_token: bool = False,
+        frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """-log p(x), or one sample of an upper bound on it, in nats: [B], or with `per_token` its parts [B, T].
+        """-log p(x), or one sample of an upper bound on it, in nats: [B], or with `per_token` its
+        parts [B, T].
 
-        With `frozen` > 0 so many blocks and the codebook get no gradient. Tokens share their position's part equally.
+        With `frozen` > 0 so many blocks and the codebook get no gradient. Tokens share their
+        position's part equally.
         """
 
     @abstractmethod
@@ -56,8 +73,12 @@ class LanguageModel(nn.Module):
         """An empty KV cache for the Transformer next to the tokens (that of block 1)."""
 
     @abstractmethod
-    def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
-        """Features of the next position, given tokens or latents of the position before it (None at the start)."""
+    def features_at(
+        self, cache: KVCache, previous: Tensor | None, batch: int
+    ) -> Float[Tensor, "B D"]:
+        """Features of the next position, given tokens or latents of the position before it (None at
+        the start).
+        """
 
     @abstractmethod
     def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
@@ -72,27 +93,37 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def train_only(self, block: int) -> None:
-        """Make only block `block` (0-based) trainable; 0 leaves everything trainable, the codebook included."""
+        """Make only block `block` (0-based) trainable; 0 leaves everything trainable, the codebook
+        included.
+        """
         if block > 0:
             self.requires_grad_(False)
             next(iter(self.blocks_from(block))).requires_grad_(True)
         for parameter in self.parameters():
-            if not parameter.numel():  # in a head with a single group: it would never get a gradient
+            if (
+                not parameter.numel()
+            ):  # in a head with a single group: it would never get a gradient
                 parameter.requires_grad_(False)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's global CPU generator starts from `seed`; its state is restored afterwards."""
+    """A context in which PyTorch's global CPU generator starts from `seed`; its state is restored
+    afterwards.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def check_type(value: Any, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`. A bool is no number."""
+    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`. A bool
+    is no number.
+    """
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(f"{name} {' '.join(repr(value).split()):.40} of type {type(value).__name__}: {wanted}")
+        raise UserError(
+            f"{name} {' '.join(repr(value).split()):.40} of type {type(value).__name__}: {wanted}"
+        )
 
 
 def check_model(model: Any) -> None:
@@ -102,7 +133,12 @@ def check_model(model: Any) -> None:
 
 def check_generator(generator: Any) -> None:
     """UserError unless `generator` is one, or None."""
-    check_type(generator, "generator", (Generator, type(None)), "give torch.Generator().manual_seed(0) or None")
+    check_type(
+        generator,
+        "generator",
+        (Generator, type(None)),
+        "give torch.Generator().manual_seed(0) or None",
+    )
 
 
 def check_option(value: Any, name: str, literal: Any) -> None:
@@ -112,7 +148,9 @@ def check_option(value: Any, name: str, literal: Any) -> None:
 
 
 def as_integer(value: Any, name: str, least: int | None = None) -> int:
-    """`value`, an integer of Python, NumPy or PyTorch. UserError for anything else, and below `least`."""
+    """`value`, an integer of Python, NumPy or PyTorch. UserError for anything else, and below
+    `least`.
+    """
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     check_type(value, name, Integral, "must be an integer")
     if least is not None and value < least:

@@ -1,4 +1,6 @@
-"""The configuration of a model: its Transformers, its blocks, its latents. No torch here, as in `config`."""
+"""The configuration of a model: its Transformers, its blocks, its latents. No torch here, as in
+`config`.
+"""
 
 import math
 import typing
@@ -18,7 +20,9 @@ class Config:
     """The base of all configurations. Fields of `Literal` type accept only the values listed."""
 
     section: ClassVar[str] = ""
-    """The section of the run that holds it, as options and messages name it, with a dot at the end."""
+    """The section of the run that holds it, as options and messages name it, with a dot at the
+    end.
+    """
 
     def __post_init__(self) -> None:
         """UserError, naming the field, for a value that its `Literal` does not list."""
@@ -26,8 +30,12 @@ class Config:
             is_tuple = typing.get_origin(hint) is tuple
             item, held = typing.get_args(hint)[0] if is_tuple else hint, getattr(self, name)
             for value in held if is_tuple else (held,):
-                if typing.get_origin(item) is Literal and value not in (allowed := typing.get_args(item)):
-                    raise UserError(f"{self.section}{name} {value!r}: choose one of {', '.join(map(str, allowed))}")
+                if typing.get_origin(item) is Literal and value not in (
+                    allowed := typing.get_args(item)
+                ):
+                    raise UserError(
+                        f"{self.section}{name} {value!r}: choose one of {', '.join(map(str, allowed))}"
+                    )
 
     def require(self, name: str, is_valid: bool, rule: str) -> None:
         """UserError, naming field and value, unless the value of field `name` is valid."""
@@ -61,9 +69,13 @@ class TransformerConfig(Config):
     mlp_ratio: int = 4
     """Hidden width of the MLP, as a multiple of the width."""
     rotary_base: float = 10_000.0
-    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many positions."""
+    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many
+    positions.
+    """
     input_taps: int = 0
-    """Positions, the newest included, that a causal convolution mixes into an input, channel by channel; 0: none."""
+    """Positions, the newest included, that a causal convolution mixes into an input, channel by
+    channel; 0: none.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +124,9 @@ class LanguageModelConfig(Config):
 
     @property
     def has_token_weights(self) -> bool:
-        """Whether a token is drawn by weights of tokens, which temperature, top-k and top-p change directly."""
+        """Whether a token is drawn by weights of tokens, which temperature, top-k and top-p change
+        directly.
+        """
         return True
 
     @property
@@ -121,7 +135,9 @@ class LanguageModelConfig(Config):
         return False
 
     def fills(self, num_blocks: int | None = None) -> bool:
-        """Whether a block among the first `num_blocks`, or below the last one, only fills in what it is sure of."""
+        """Whether a block among the first `num_blocks`, or below the last one, only fills in what
+        it is sure of.
+        """
         return False
 
     def first_blocks(self: C, num_blocks: int) -> C:
@@ -134,7 +150,9 @@ class LanguageModelConfig(Config):
         return "baseline"
 
     def build(self) -> Any:
-        """A new model of this shape, initialised from PyTorch's global generator (see `language_model.seeded`)."""
+        """A new model of this shape, initialised from PyTorch's global generator (see
+        `language_model.seeded`).
+        """
         module, name = self.model.split(":")
         return getattr(import_module(module), name)(self)
 
@@ -146,7 +164,9 @@ class BaselineConfig(LanguageModelConfig):
     family: ClassVar[str] = "ar"
     model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
     in_patch: Literal["autoregressive", "independent"] = "independent"
-    """Tokens of a patch: independent given the earlier patches (as in the paper), or each given those before it."""
+    """Tokens of a patch: independent given the earlier patches (as in the paper), or each given
+    those before it.
+    """
     layers: int = 6
     """Transformer layers."""
 
@@ -160,59 +180,88 @@ class BlockConfig(Config):
     """One block of the stack."""
 
     coupling: str = "mix1"
-    """The map of a position. affine, token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a
-    mixture per channel. mixd: a mixture per token over one codebook (docs/math.md, section 3). Your own modules may
-    register others (docs/flow.md)."""
+    """The map of a position. affine, token-affine: one Gaussian, autoregressive over channels or
+    over tokens. mix1: a mixture per channel. mixd: a mixture per token over one codebook
+    (docs/math.md, section 3). Your own modules may register others (docs/flow.md).
+    """
     layers: int = 1
     """Transformer layers."""
     start: Literal["codebook", "flattened", "plain"] = "codebook"
-    """Start of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook, the same with a tenth of the
-    evidence in its weights, or plain, without the codebook. Start of a mixd block with V components of its own: the
-    codebook, or plain. Every other block starts plain."""
+    """Start of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook, the same with a
+    tenth of the evidence in its weights, or plain, without the codebook. Start of a mixd block with
+    V components of its own: the codebook, or plain. Every other block starts plain.
+    """
     sees_channels: bool = True
-    """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
+    """Let the head of a channel see the channels before it; without, a mixture per channel given
+    the past alone.
+    """
     sees_tokens: bool = True
-    """Let it also see those of the other tokens of its patch; without, the tokens of a patch are independent given
-    the past (the paper's figure 1b). For mixd: in_patch."""
+    """Let it also see those of the other tokens of its patch; without, the tokens of a patch are
+    independent given the past (the paper's figure 1b). For mixd: in_patch.
+    """
     certainty: float = 0.0
-    """Of a tied mixd block below others: it acts only on tokens of which it is sure, those where a token has a weight
-    above this, and leaves all others to the blocks above. 0: it acts on all."""
+    """Of a tied mixd block below others: it acts only on tokens of which it is sure, those where a
+    token has a weight above this, and leaves all others to the blocks above. 0: it acts on all.
+    """
     components: int = 2
-    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
+    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine
+    couplings.
+    """
 
 
 class CouplingKind(NamedTuple):
     """A coupling that `BlockConfig` can name."""
 
-    outputs: Callable[[int], int]  # parameters of a channel, from the components K: the paper's count of operations
-    flaw: Callable[[BlockConfig], str | None]  # what is wrong with a block of it, as "FIELD VALUE: rule"
-    build: Callable[..., Any] | None = None  # its class, called with what `TarFlowLM._coupling` says; None for ours
+    outputs: Callable[
+        [int], int
+    ]  # parameters of a channel, from the components K: the paper's count of operations
+    flaw: Callable[
+        [BlockConfig], str | None
+    ]  # what is wrong with a block of it, as "FIELD VALUE: rule"
+    build: Callable[..., Any] | None = (
+        None  # its class, called with what `TarFlowLM._coupling` says; None for ours
+    )
 
 
 def _affine_flaw(block: BlockConfig) -> str | None:
     rule = "has no effect, an affine coupling has one Gaussian; use 1"
-    return None if block.components in (0, 1) else f"components ({block.coupling}) {block.components}: {rule}"
+    return (
+        None
+        if block.components in (0, 1)
+        else f"components ({block.coupling}) {block.components}: {rule}"
+    )
 
 
 _AFFINE = CouplingKind(lambda K: 2, _affine_flaw)
 COUPLINGS = {
-    "affine": _AFFINE, "token-affine": _AFFINE, "mixd": CouplingKind(lambda K: 3 * K, lambda block: None),
-    "mix1": CouplingKind(lambda K: 3 * K, lambda b: None if b.components else "components (mix1) 0: must be above 0"),
-}  # fmt: skip
+    "affine": _AFFINE,
+    "token-affine": _AFFINE,
+    "mixd": CouplingKind(lambda K: 3 * K, lambda block: None),
+    "mix1": CouplingKind(
+        lambda K: 3 * K, lambda b: None if b.components else "components (mix1) 0: must be above 0"
+    ),
+}
 
 
 def coupling(
-    name: str, *, outputs: Callable[[int], int] = lambda K: 2,
+    name: str,
+    *,
+    outputs: Callable[[int], int] = lambda K: 2,
     flaw: Callable[[BlockConfig], str | None] = lambda block: None,
-) -> Callable[[type[T]], type[T]]:  # fmt: skip
-    """Register a subclass of `flow.channelwise.ChannelCoupling` under a name for `BlockConfig.coupling`.
+) -> Callable[[type[T]], type[T]]:
+    """Register a subclass of `flow.channelwise.ChannelCoupling` under a name for
+    `BlockConfig.coupling`.
 
-    `outputs` gives the parameters of a channel for K components, `flaw` says what is wrong with a block, or None. The
-    class is called with width, channels, components, and the options of the head. UserError for a name that is taken.
+    `outputs` gives the parameters of a channel for K components, `flaw` says what is wrong with a
+    block, or None. The class is called with width, channels, components, and the options of the
+    head. UserError for a name that is taken.
     """
 
     def register(kind: type[T]) -> type[T]:
-        if name in COUPLINGS and getattr(COUPLINGS[name].build, "__qualname__", "") != kind.__qualname__:
+        if (
+            name in COUPLINGS
+            and getattr(COUPLINGS[name].build, "__qualname__", "") != kind.__qualname__
+        ):
             raise UserError(f"coupling {name!r} exists already: choose another name")
         COUPLINGS[name] = CouplingKind(outputs, flaw, kind)
         return kind
@@ -220,10 +269,16 @@ def coupling(
     return register
 
 
-def stack(couplings: Sequence[str], layers: Sequence[int], components: Sequence[int]) -> tuple[BlockConfig, ...]:
-    """Blocks from their couplings, layers and components, block 1 first. ValueError for unequal lengths."""
+def stack(
+    couplings: Sequence[str], layers: Sequence[int], components: Sequence[int]
+) -> tuple[BlockConfig, ...]:
+    """Blocks from their couplings, layers and components, block 1 first. ValueError for unequal
+    lengths.
+    """
     rows = zip(couplings, layers, components, strict=True)
-    return tuple(BlockConfig(coupling=name, layers=depth, components=count) for name, depth, count in rows)
+    return tuple(
+        BlockConfig(coupling=name, layers=depth, components=count) for name, depth, count in rows
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,25 +290,36 @@ class FlowConfig(LanguageModelConfig):
     latent_dim: int = 8
     """Latent channels d per token."""
     separation: float = 12.0
-    """Typical distance between neighbouring codebook means, over sigma, at the start of training."""
+    """Typical distance between neighbouring codebook means, over sigma, at the start of
+    training.
+    """
     blocks: tuple[BlockConfig, ...] = (
-        BlockConfig(coupling="mixd", layers=6, components=0), BlockConfig(), BlockConfig(),
-    )  # fmt: skip
+        BlockConfig(coupling="mixd", layers=6, components=0),
+        BlockConfig(),
+        BlockConfig(),
+    )
     """Blocks of the stack, block 1 (next to the tokens) first."""
     head: Literal["block", "full"] = "block"
-    """Masked autoregressive head of mix1 and affine blocks: block (a channel is embedded and read out on its own,
-    with linear paths into the log-weights or means), or full (the paper's: full masked layers, nothing else)."""
+    """Masked autoregressive head of mix1 and affine blocks: block (a channel is embedded and read
+    out on its own, with linear paths into the log-weights or means), or full (the paper's: full
+    masked layers, nothing else).
+    """
     head_hidden: int = 64
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
     channel_mix: bool | None = True
     """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
     alternate: bool = True
-    """Let every second block run right to left, as in the paper; if none does, a prompt is continued exactly."""
+    """Let every second block run right to left, as in the paper; if none does, a prompt is
+    continued exactly.
+    """
     reads_tokens: bool = False
-    """Let block 1 read, beside the latents before a position, an embedding of the tokens that they decode to; and so
-    the blocks above one with certainty."""
+    """Let block 1 read, beside the latents before a position, an embedding of the tokens that they
+    decode to; and so the blocks above one with certainty.
+    """
     in_patch: Literal["autoregressive", "independent"] = "autoregressive"
-    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
+    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or
+    independent.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -276,7 +342,9 @@ class FlowConfig(LanguageModelConfig):
             return f"{components}: must be at least 0"
         if flaw := kind.flaw(block):
             return flaw
-        if block.certainty and not (0 < block.certainty < 1 and block.coupling == "mixd" and K == 0):
+        if block.certainty and not (
+            0 < block.certainty < 1 and block.coupling == "mixd" and K == 0
+        ):
             return f"certainty {block.certainty}: must be 0, or below 1 in a mixd block with components 0"
         if self.fills(index) and not (block.coupling == "mixd" and K == 0):
             return f"{components}: above a block with certainty, use mixd with components 0"
@@ -291,7 +359,9 @@ class FlowConfig(LanguageModelConfig):
 
     @property
     def has_token_weights(self) -> bool:
-        """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
+        """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the
+        codebook.
+        """
         first = self.blocks[0]
         return first.coupling == "mixd" and first.components == 0 and not self.fills()
 
@@ -300,7 +370,9 @@ class FlowConfig(LanguageModelConfig):
         return not self.alternate and self.num_blocks > 1
 
     def fills(self, num_blocks: int | None = None) -> bool:
-        return any(block.certainty for block in self.blocks[: -1 if num_blocks is None else num_blocks])
+        return any(
+            block.certainty for block in self.blocks[: -1 if num_blocks is None else num_blocks]
+        )
 
     @property
     def mixes_channels(self) -> bool:
@@ -309,8 +381,13 @@ class FlowConfig(LanguageModelConfig):
 
     @property
     def head_features(self) -> int:
-        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
-        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(self.patch * self.latent_dim - 1, 1)))), 96)
+        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper:
+        appendix H).
+        """
+        return min(
+            max(1, int(9 * 2 * self.head_hidden / (16 * max(self.patch * self.latent_dim - 1, 1)))),
+            96,
+        )
 
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
         return replace(self, blocks=self.blocks[:num_blocks])

@@ -1,4 +1,6 @@
-"""Bounds on -log p(x): the ELBO, the bound on a continuation, and the importance-weighted bound. All in nats."""
+"""Bounds on -log p(x): the ELBO, the bound on a continuation, and the importance-weighted bound.
+All in nats.
+"""
 
 import math
 from typing import Any
@@ -12,50 +14,77 @@ from tarflowlm.language_model import LanguageModel, as_integer, check_generator,
 from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
 
 CPU_TOKENS = 2048
-"""Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at D = 128."""
+"""Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at D =
+128.
+"""
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_integers(tokens: Any, name: str, *shapes: str) -> None:
-    """UserError unless `tokens` are a tensor of integers with one of the `shapes`, say "[T]" or "[B, T]"."""
+    """UserError unless `tokens` are a tensor of integers with one of the `shapes`, say "[T]" or
+    "[B, T]".
+    """
     shown = f"{' '.join(repr(tokens).split()):.40} of type {type(tokens).__name__}"
     if isinstance(tokens, Tensor):
         if tokens.dtype in INTEGERS and tokens.dim() in (shape.count(",") + 1 for shape in shapes):
             return
         shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
-    text = f"for a text torch.from_numpy(tokenizer.encode(text)){'' if '[T]' in shapes else '[None]'}"
+    text = (
+        f"for a text torch.from_numpy(tokenizer.encode(text)){'' if '[T]' in shapes else '[None]'}"
+    )
     methods = "tarflowlm.load(...) has methods that take texts"
-    raise UserError(f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, {text}; {methods}")
+    raise UserError(
+        f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, {text}; {methods}"
+    )
 
 
-def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", shape: str = "[B, T]") -> None:
-    """UserError unless `tokens` are texts of the model: integers below V of this `shape`, at most a context of them.
+def check_tokens(
+    model: LanguageModel, tokens: Any, *, name: str = "tokens", shape: str = "[B, T]"
+) -> None:
+    """UserError unless `tokens` are texts of the model: integers below V of this `shape`, at most a
+    context of them.
 
-    A text [T] may have any length. Values on an accelerator are not checked: the host would wait for all work there.
+    A text [T] may have any length. Values on an accelerator are not checked: the host would wait
+    for all work there.
     """
     check_model(model)
     check_integers(tokens, name, shape)
-    size, vocab_size, context = f"{name} of shape {list(tokens.shape)}", model.config.vocab_size, model.config.context
+    size, vocab_size, context = (
+        f"{name} of shape {list(tokens.shape)}",
+        model.config.vocab_size,
+        model.config.context,
+    )
     if not tokens.numel():
         raise UserError(f"{size}: give at least one token")
     if shape != "[T]" and tokens.shape[1] > context:
         remedy = "cut them into windows, or use tarflowlm.score, which does"
-        raise UserError(f"{size}: {tokens.shape[1]} tokens exceed the context of {context}: {remedy}")
+        raise UserError(
+            f"{size}: {tokens.shape[1]} tokens exceed the context of {context}: {remedy}"
+        )
     outside = (tokens < 0) | (tokens >= vocab_size)
     if tokens.device.type == "cpu" and outside.any():
         found = tokens[outside][0].item()
-        raise UserError(f"{name} hold {found}, the model has 0 to {vocab_size - 1}: encode the text again")
+        raise UserError(
+            f"{name} hold {found}, the model has 0 to {vocab_size - 1}: encode the text again"
+        )
 
 
 def elbo(
-    model: TarFlowLM, tokens: Int[Tensor, "B T"], *,
-    generator: torch.Generator | None = None, noise: Float[Tensor, "B T d"] | None = None,
-) -> ElboTerms:  # fmt: skip
+    model: TarFlowLM,
+    tokens: Int[Tensor, "B T"],
+    *,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "B T d"] | None = None,
+) -> ElboTerms:
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
-    `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline; see `check_tokens`.
+    `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline; see
+    `check_tokens`.
     """
-    as_flow(model, "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact")
+    as_flow(
+        model,
+        "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact",
+    )
     check_tokens(model, tokens)
     check_generator(generator)
     return model.elbo(tokens, model.draw_noise(tokens, generator) if noise is None else noise)[0]
@@ -64,18 +93,21 @@ def elbo(
 def conditional_bound(
     model: LanguageModel, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
 ) -> Float[Tensor, " B"]:
-    r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound on -log p~(x_> | x_<=) of a flow; nats.
+    r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound on -log p~(x_> | x_<=)
+    of a flow; nats.
 
-    x_<= are the first `given` tokens, x_> the others, z_<= and z_> their latents. A flow of one left-to-right block
-    has a known p(z_> | z_<=) = p(z_<=, z_>) / p(z_<=), and by Jensen's inequality (docs/evaluation.md, Windows)
+    x_<= are the first `given` tokens, x_> the others, z_<= and z_> their latents. A flow of one
+    left-to-right block has a known p(z_> | z_<=) = p(z_<=, z_>) / p(z_<=), and by Jensen's
+    inequality (docs/evaluation.md, Windows)
 
         p~(x_> | x_<=) = E_{q(z_<= | x_<=)} int p(z_> | z_<=) p(x_> | z_>) dz_>
         -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
 
-    p~ sums to one over x_>: samples after the prompt x_<= have it. One sample of the bound sums the parts of x_>.
+    p~ sums to one over x_>: samples after the prompt x_<= have it. One sample of the bound sums the
+    parts of x_>.
 
-    UserError for a flow of several blocks, where those right to left make z_<= depend on x_>, and if `given` is
-    outside 0 .. T - 1 or not a multiple of P.
+    UserError for a flow of several blocks, where those right to left make z_<= depend on x_>, and
+    if `given` is outside 0 .. T - 1 or not a multiple of P.
     """
     T, patch = tokens.shape[1], model.config.patch
     if not 0 <= given < T or given % patch:
@@ -89,40 +121,59 @@ def conditional_bound(
 
 
 def log_importance_weights(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], *,
-    samples: int, generator: torch.Generator | None = None, given: int = 0,
-) -> Float[Tensor, "S B"]:  # fmt: skip
+    model: LanguageModel,
+    tokens: Int[Tensor, "B T"],
+    *,
+    samples: int,
+    generator: torch.Generator | None = None,
+    given: int = 0,
+) -> Float[Tensor, "S B"]:
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
-    With `given` > 0 the weights are those of the tokens after the first `given`, conditional on these. The baseline
-    gives one row, its exact log p(x). UserError for `samples` < 1, and as in `conditional_bound`.
+    With `given` > 0 the weights are those of the tokens after the first `given`, conditional on
+    these. The baseline gives one row, its exact log p(x). UserError for `samples` < 1, and as in
+    `conditional_bound`.
     """
     samples = as_integer(samples, "samples", least=1)
     # on a CPU the activations should stay in the cache, and the allocator reuse their memory
-    rows = max(1, CPU_TOKENS // max(1, tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens))
+    rows = max(
+        1, CPU_TOKENS // max(1, tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens)
+    )
     bounds = []
     for _ in range(1 if model.is_exact else samples):
         # drawn for all rows at once, so that the numbers do not depend on the parts
-        parts = zip(tokens.split(rows), model.draw_noise(tokens, generator).split(rows), strict=True)
+        parts = zip(
+            tokens.split(rows), model.draw_noise(tokens, generator).split(rows), strict=True
+        )
         bounds.append(torch.cat([conditional_bound(model, x, given, eps) for x, eps in parts]))
     return -torch.stack(bounds)
 
 
 def importance_weighted(log_weights: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:
-    """-log (1/S) sum_r omega_r from the log omega_r of `log_importance_weights`, in nats (docs/math.md, eq. 13).
+    """-log (1/S) sum_r omega_r from the log omega_r of `log_importance_weights`, in nats
+    (docs/math.md, eq. 13).
 
-    In expectation an upper bound on -log p(x) that falls with S; S = 1 is the negative ELBO (Burda et al. 2016).
+    In expectation an upper bound on -log p(x) that falls with S; S = 1 is the negative ELBO (Burda
+    et al. 2016).
     """
     return math.log(len(log_weights)) - log_weights.logsumexp(0)
 
 
 def importance_weighted_bound(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], *, samples: int, generator: torch.Generator | None = None
+    model: LanguageModel,
+    tokens: Int[Tensor, "B T"],
+    *,
+    samples: int,
+    generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
-    """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats (docs/math.md, eq. 13).
+    """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats
+    (docs/math.md, eq. 13).
 
-    UserError for `samples` < 1, for tokens that are no texts of the model, or if P does not divide T.
+    UserError for `samples` < 1, for tokens that are no texts of the model, or if P does not divide
+    T.
     """
     check_tokens(model, tokens)
     check_generator(generator)
-    return importance_weighted(log_importance_weights(model, tokens, samples=samples, generator=generator))
+    return importance_weighted(
+        log_importance_weights(model, tokens, samples=samples, generator=generator)
+    )

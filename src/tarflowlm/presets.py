@@ -1,6 +1,7 @@
 """Named run configurations.
 
-Members of a family share Transformer size, data, tokens seen, optimiser and schedule: results differ by the model.
+Members of a family share Transformer size, data, tokens seen, optimiser and schedule: results
+differ by the model.
 """
 
 from collections.abc import Callable
@@ -9,9 +10,16 @@ from typing import Any
 
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError, unknown
-from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, as_flow_config, stack
+from tarflowlm.model_config import (
+    BaselineConfig,
+    FlowConfig,
+    TransformerConfig,
+    as_flow_config,
+    stack,
+)
 
-# a convolution of the inputs helps letters; block 1 of a flow over word pieces gains by reading tokens (docs/log.md)
+# a convolution of the inputs helps letters; block 1 of a flow over word pieces gains by reading
+# tokens (docs/log.md)
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2, input_taps=4)
 MINI_STEPS = 2600
 """Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
@@ -19,12 +27,20 @@ MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
 SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
 SMALL_DATA = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096, normalize="none"))
-SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1, keep="best")
-"""Several passes over three million tokens, so with dropout; a stage of few steps may end worse than it began."""
+SMALL_TRAIN = TrainConfig(
+    stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1, keep="best"
+)
+"""Several passes over three million tokens, so with dropout; a stage of few steps may end worse
+than it began.
+"""
 
 MIXD_CODEBOOK, PLAIN_CODEBOOK = 0.5, 1.0
-"""Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing starts from it."""
-MIXD_OPTIM, PLAIN_OPTIM = (OptimConfig(codebook_lr_scale=scale) for scale in (MIXD_CODEBOOK, PLAIN_CODEBOOK))
+"""Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing
+starts from it.
+"""
+MIXD_OPTIM, PLAIN_OPTIM = (
+    OptimConfig(codebook_lr_scale=scale) for scale in (MIXD_CODEBOOK, PLAIN_CODEBOOK)
+)
 
 CALM = 0.8
 """Temperature of samples of small models that have token weights."""
@@ -34,27 +50,41 @@ PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 
 
 def quickstart() -> RunConfig:
-    """A few minutes on two CPU cores: one Mix-d block and two Mix-1 blocks on the built-in corpus."""
+    """A few minutes on two CPU cores: one Mix-d block and two Mix-1 blocks on the built-in
+    corpus.
+    """
     trunk = replace(MINI_TRUNK, input_taps=0)
     model = FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True)
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
-    train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000, keep="best")
-    return RunConfig(name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM, temperature=CALM)
+    train = TrainConfig(
+        stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000, keep="best"
+    )
+    return RunConfig(
+        name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM, temperature=CALM
+    )
 
 
 def english_small() -> RunConfig:
-    """Writes readable English: two hours on two CPU cores, cased text and punctuation of the built-in corpus."""
+    """Writes readable English: two hours on two CPU cores, cased text and punctuation of the
+    built-in corpus.
+    """
     blocks = stack(("mixd", "mix1", "mix1"), (6, 1, 1), (0, 2, 2))
-    model = FlowConfig(context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True)
+    model = FlowConfig(
+        context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True
+    )
     train = replace(SMALL_TRAIN, stage_steps=(94, 3, 3))
     how: dict[str, Any] = {"train": train, "optim": MIXD_OPTIM, "temperature": CALM}
     return RunConfig(name="english-small", model=model, data=SMALL_DATA, **how)
 
 
 def english_small_ar() -> RunConfig:
-    """The discrete baseline beside `english-small`, with as many Transformer layers, trained for the same time."""
+    """The discrete baseline beside `english-small`, with as many Transformer layers, trained for
+    the same time.
+    """
     model = BaselineConfig(context=256, trunk=SMALL_TRUNK, layers=8)
-    return RunConfig(name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN, temperature=CALM)
+    return RunConfig(
+        name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN, temperature=CALM
+    )
 
 
 def mini_ar() -> RunConfig:
@@ -78,11 +108,15 @@ def mini_mix1_plain() -> RunConfig:
     run = mini_mix1()
     model = as_flow_config(run.model)
     blocks = (replace(model.blocks[0], start="plain"), *model.blocks[1:])
-    return replace(run, name="mini-mix1-plain", model=replace(model, blocks=blocks), optim=PLAIN_OPTIM)
+    return replace(
+        run, name="mini-mix1-plain", model=replace(model, blocks=blocks), optim=PLAIN_OPTIM
+    )
 
 
 def mini_mixd() -> RunConfig:
-    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one: the baseline's depth."""
+    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one: the baseline's
+    depth.
+    """
     return _mini_mixd("mini-mixd", 1)
 
 
@@ -92,7 +126,9 @@ def mini_mixd_deep() -> RunConfig:
 
 
 def mini_mix1_deep_last() -> RunConfig:
-    """Mix-1 with the paper's shares of layers and no start from the codebook: block 3 writes, the others correct."""
+    """Mix-1 with the paper's shares of layers and no start from the codebook: block 3 writes, the
+    others correct.
+    """
     run = mini_mix1_plain()
     first, *upper = stack(("mix1",) * 3, (1, 1, 4), (27,) * 3)
     model = replace(as_flow_config(run.model), blocks=(replace(first, start="plain"), *upper))
@@ -100,12 +136,15 @@ def mini_mix1_deep_last() -> RunConfig:
 
 
 def mini_passes() -> RunConfig:
-    """Passes that refine a text at little cost: the last Mix-d block writes it, without the letters that follow from
-    those before them; the other one fills these in (docs/math.md, eq. 9a)."""
+    """Passes that refine a text at little cost: the last Mix-d block writes it, without the letters
+    that follow from those before them; the other one fills these in (docs/math.md, eq. 9a).
+    """
     run = _mini_mixd("mini-passes", 1)
     first, last = stack(("mixd",) * 2, (1, 5), (0,) * 2)
     model = as_flow_config(run.model)
-    model = replace(model, blocks=(replace(first, certainty=0.991), last), channel_mix=None, alternate=False)
+    model = replace(
+        model, blocks=(replace(first, certainty=0.991), last), channel_mix=None, alternate=False
+    )
     return replace(run, model=model, train=replace(run.train, stage_steps=(600, MINI_STEPS)))
 
 
@@ -119,8 +158,12 @@ def mini_mixd_p4() -> RunConfig:
     return _mini_mixd("mini-mixd-p4", 4)
 
 
-def _mini_joint(name: str, coupling: str, components: tuple[int, ...], optim: OptimConfig) -> RunConfig:
-    model = FlowConfig(context=256, trunk=MINI_TRUNK, blocks=stack((coupling,) * 3, (4, 1, 1), components))
+def _mini_joint(
+    name: str, coupling: str, components: tuple[int, ...], optim: OptimConfig
+) -> RunConfig:
+    model = FlowConfig(
+        context=256, trunk=MINI_TRUNK, blocks=stack((coupling,) * 3, (4, 1, 1), components)
+    )
     return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
 
@@ -132,27 +175,48 @@ def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> Ru
 
 
 def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
-    """The published models; docs/reproduce.md lists the values that the paper leaves open and our choices.
+    """The published models; docs/reproduce.md lists the values that the paper leaves open and our
+    choices.
 
-    The recipe is ours: Muon, a rate that falls to zero, and dropout on text8, which is seen a hundred times. "-adamw"
-    is that of MDLM, SEDD and D3PM, to which the paper points: a constant rate and averaged weights over a million
-    steps, of which the stages of Mix-d have 5/7, 1/7 and 1/7.
+    The recipe is ours: Muon, a rate that falls to zero, and dropout on text8, which is seen a
+    hundred times. "-adamw" is that of MDLM, SEDD and D3PM, to which the paper points: a constant
+    rate and averaged weights over a million steps, of which the stages of Mix-d have 5/7, 1/7 and
+    1/7.
     """
     name, text8 = f"{corpus}-{kind}{recipe}", corpus == "text8"
-    context, latent_dim, steps, batch = (256, 5, 100_000, 512) if text8 else (1024, 16, 200_000, 256)
+    context, latent_dim, steps, batch = (
+        (256, 5, 100_000, 512) if text8 else (1024, 16, 200_000, 256)
+    )
     gpt2 = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
     data = DataConfig(source="text8") if text8 else DataConfig(source="openwebtext", tokenizer=gpt2)
-    train = TrainConfig(mode="joint", precision="bfloat16", accumulate=0, keep="best", dropout=0.1 if text8 else 0.0)
-    train = replace(train, evaluate_every=2000, evaluate_windows=512, checkpoint_every=2000, log_every=50)
+    train = TrainConfig(
+        mode="joint", precision="bfloat16", accumulate=0, keep="best", dropout=0.1 if text8 else 0.0
+    )
+    train = replace(
+        train, evaluate_every=2000, evaluate_windows=512, checkpoint_every=2000, log_every=50
+    )
     optim = OptimConfig(lr=1e-3, warmup=0.01)
     if recipe:
-        steps, batch, train = 714_286 if kind == "mixd" else 1_000_000, 512, replace(train, dropout=0.1, ema=0.9999)
-        optim = OptimConfig(optimizer="adamw", lr=3e-4, beta2=0.999, weight_decay=0.0, warmup=2500 / steps, decay=0.0)
+        steps, batch, train = (
+            714_286 if kind == "mixd" else 1_000_000,
+            512,
+            replace(train, dropout=0.1, ema=0.9999),
+        )
+        optim = OptimConfig(
+            optimizer="adamw",
+            lr=3e-4,
+            beta2=0.999,
+            weight_decay=0.0,
+            warmup=2500 / steps,
+            decay=0.0,
+        )
     train = replace(train, stage_steps=(steps,), batch_size=batch)
     if kind == "ar":
         baseline = BaselineConfig(context=context, trunk=PAPER_TRUNK, layers=12)
         return RunConfig(name=name, model=baseline, data=data, optim=optim, train=train)
-    flow = FlowConfig(context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None, head="full")
+    flow = FlowConfig(
+        context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None, head="full"
+    )
     if kind == "mixd":
         upper = 2 if text8 else 64
         flow = replace(flow, blocks=stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper)))
@@ -161,7 +225,9 @@ def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
     else:
         coupling = "affine" if kind == "affine" else "mix1"
         count = 1 if kind == "affine" else 27 if text8 else 64
-        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), (count,) * 3)).each_block(start="plain")
+        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), (count,) * 3)).each_block(
+            start="plain"
+        )
         optim = replace(optim, codebook_lr_scale=PLAIN_CODEBOOK)
     return RunConfig(name=name, model=flow, data=data, optim=optim, train=train)
 
@@ -185,13 +251,28 @@ def _paper_preset(corpus: str, kind: str, recipe: str) -> Callable[[], RunConfig
 
 
 _OWN = (
-    quickstart, english_small, english_small_ar, mini_ar, mini_affine, mini_mix1, mini_mix1_plain,
-    mini_mix1_deep_last, mini_mixd, mini_mixd_deep, mini_mixd_p2, mini_mixd_p4, mini_passes,
-)  # fmt: skip
-PRESETS: dict[str, Callable[[], RunConfig]] = {make.__name__.replace("_", "-"): make for make in _OWN} | {
+    quickstart,
+    english_small,
+    english_small_ar,
+    mini_ar,
+    mini_affine,
+    mini_mix1,
+    mini_mix1_plain,
+    mini_mix1_deep_last,
+    mini_mixd,
+    mini_mixd_deep,
+    mini_mixd_p2,
+    mini_mixd_p4,
+    mini_passes,
+)
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    make.__name__.replace("_", "-"): make for make in _OWN
+} | {
     f"{corpus}-{kind}{recipe}": _paper_preset(corpus, kind, recipe)
-    for corpus in PAPER_CORPORA for recipe in ("", "-adamw") for kind in PAPER_KINDS
-}  # fmt: skip
+    for corpus in PAPER_CORPORA
+    for recipe in ("", "-adamw")
+    for kind in PAPER_KINDS
+}
 
 
 def preset(name: str) -> RunConfig:
@@ -204,14 +285,20 @@ def preset(name: str) -> RunConfig:
 def with_blocks(run: RunConfig, num_blocks: int) -> RunConfig:
     """`run` with the first `num_blocks` blocks of its stack alone, and their stages."""
     steps = run.train.stage_steps[:num_blocks] if run.num_stages > 1 else run.train.stage_steps
-    return replace(run, model=run.model.first_blocks(num_blocks), train=replace(run.train, stage_steps=steps))
+    return replace(
+        run, model=run.model.first_blocks(num_blocks), train=replace(run.train, stage_steps=steps)
+    )
 
 
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
-    """`run` with `num_steps` optimiser steps in place of its steps or time, its stages in the same proportions."""
+    """`run` with `num_steps` optimiser steps in place of its steps or time, its stages in the same
+    proportions.
+    """
     stages = run.train.stage_steps
     if num_steps < len(stages):
-        raise UserError(f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step")
+        raise UserError(
+            f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step"
+        )
     scaled = [max(1, round(s * num_steps / sum(stages))) for s in stages]
     while sum(scaled) != num_steps:
         # rounding is the longest stage's affair, down to one step

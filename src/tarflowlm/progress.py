@@ -5,10 +5,14 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
-    """The calls that long work makes. Work that knows its parts names them by `stage`; inner loops `advance`."""
+    """The calls that long work makes. Work that knows its parts names them by `stage`; inner loops
+    `advance`.
+    """
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part called `name`, of `total` units if that is known, `done` of which were done before."""
+        """Begin a part called `name`, of `total` units if that is known, `done` of which were done
+        before.
+        """
 
     def advance(self, count: int = 1) -> None:
         """`count` more units of the current part are done."""

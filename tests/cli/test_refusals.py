@@ -1,4 +1,6 @@
-"""Mistakes of users: one line on stderr that names the mistake, exit status 2, and nothing on disk."""
+"""Mistakes of users: one line on stderr that names the mistake, exit status 2, and nothing on
+disk.
+"""
 
 import io
 import json
@@ -10,7 +12,7 @@ from command_cases import TINY, listing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from run_cases import save_run
+from helpers import save_run, tiny_flow
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 
 TRAIN = ["train", "mini-mixd", "--out", "OUT", "--data", "TEXT", *TINY]
@@ -138,9 +140,13 @@ BOXES = [
 
 @pytest.fixture
 def complete(models, corpus_file, tmp_path, monkeypatch):
-    """complete(argv): the words with the paths that the tables leave open; works in an empty folder."""
+    """complete(argv): the words with the paths that the tables leave open; works in an empty
+    folder.
+    """
     monkeypatch.chdir(tmp_path)
-    places = {"OUT": str(Path("deep") / "run"), "TEXT": str(corpus_file)} | {n: str(p) for n, p in models.items()}
+    places = {"OUT": str(Path("deep") / "run"), "TEXT": str(corpus_file)} | {
+        n: str(p) for n, p in models.items()
+    }
     return lambda argv: [places.get(word, word) for word in argv]
 
 
@@ -160,7 +166,8 @@ def test_options_that_do_not_parse_cost_a_box(run, complete, tmp_path, argv, nam
 
 
 @pytest.mark.parametrize(
-    ("content", "name"), [(b"", "is empty"), (b"\xff\xfe\x00\x01" * 50, "not UTF-8"), (b"a few words", "longer text")]
+    ("content", "name"),
+    [(b"", "is empty"), (b"\xff\xfe\x00\x01" * 50, "not UTF-8"), (b"a few words", "longer text")],
 )
 def test_texts_that_cannot_be_used(refused, complete, tmp_path, content, name):
     (tmp_path / "bad.txt").write_bytes(content)
@@ -171,7 +178,7 @@ def test_texts_that_cannot_be_used(refused, complete, tmp_path, content, name):
     assert {path.suffix for path in tmp_path.iterdir()} <= {".txt", ".lock"}
 
 
-def test_unknown_characters_are_counted_and_shown(refused, run_json, tiny_flow, tmp_path):
+def test_unknown_characters_are_counted_and_shown(refused, run_json, tmp_path):
     plain = CharTokenizer(TEXT8_ALPHABET, "none")
     model = save_run(tmp_path / "plain", tiny_flow(vocab_size=27, context=16), tokenizer=plain)
     (tmp_path / "upper.txt").write_text("Hello World, 1790! " * 100, encoding="utf-8")
@@ -204,7 +211,16 @@ def test_existing_files_are_left_alone(refused, copied, corpus_file, tmp_path):
         refused("data", corpus_file, "--out", out, names=[str(tmp_path)])
         refused("sample", copied, "--length", 4, "--out", out, names=[str(tmp_path)])
     refused("export", copied, "--out", copied, names=["exists"])
-    refused("train", "mini-mixd", "--out", copied, *argv, "--seed", "1", names=[f"train --resume {copied}`"])
+    refused(
+        "train",
+        "mini-mixd",
+        "--out",
+        copied,
+        *argv,
+        "--seed",
+        "1",
+        names=[f"train --resume {copied}`"],
+    )
     assert listing(tmp_path) == before
 
 
@@ -219,15 +235,48 @@ def test_damaged_runs_are_named_and_left_alone(refused, copied, name):
 
 
 CHECKS = [HealthCheck.function_scoped_fixture]
-few = settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+few = settings(
+    max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS
+)
 # an argument of a process holds no NUL
 words = st.text(st.characters(exclude_characters="\0"), max_size=60)
 FIELDS = [
-    "seed", "steps", "data", "model.context", "model.patch", "model.latent-dim", "model.blocks.0.coupling",
-    "model.blocks.1.components", "model.vocab-size", "model.trunk.width", "optim.lr", "optim.warmup",
-    "train.stage-steps", "train.batch-size", "train.precision", "data.tokenizer.kind", "data.tokenizer.alphabet", "",
-]  # fmt: skip
-VALUES = ["", "-", "--", "0", "-1", "nan", "inf", "1e400", "None", "[]", "mix1", "bpe", "9" * 25, "0x10", "①"]
+    "seed",
+    "steps",
+    "data",
+    "model.context",
+    "model.patch",
+    "model.latent-dim",
+    "model.blocks.0.coupling",
+    "model.blocks.1.components",
+    "model.vocab-size",
+    "model.trunk.width",
+    "optim.lr",
+    "optim.warmup",
+    "train.stage-steps",
+    "train.batch-size",
+    "train.precision",
+    "data.tokenizer.kind",
+    "data.tokenizer.alphabet",
+    "",
+]
+VALUES = [
+    "",
+    "-",
+    "--",
+    "0",
+    "-1",
+    "nan",
+    "inf",
+    "1e400",
+    "None",
+    "[]",
+    "mix1",
+    "bpe",
+    "9" * 25,
+    "0x10",
+    "①",
+]
 
 
 @pytest.mark.slow
@@ -243,11 +292,16 @@ def test_no_field_brings_a_traceback(run, monkeypatch, field, value):
     assert done.status in (0, 2)
 
 
-json_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([{}])
+json_values = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just([{}])
+)
 
 
 @few
-@given(key=st.sampled_from(["context", "patch", "blocks", "trunk", "vocab_size", "family"]), value=json_values)
+@given(
+    key=st.sampled_from(["context", "patch", "blocks", "trunk", "vocab_size", "family"]),
+    value=json_values,
+)
 def test_no_configuration_brings_a_traceback(run, models, tmp_path_factory, key, value):
     broken = Path(shutil.copytree(models["flow"], tmp_path_factory.mktemp("broken") / "run"))
     config = json.loads((broken / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,6 @@
-"""`tarflowlm sample`: batches, streams, stops, prompts from files, samples to a file, interrupts, conversations."""
+"""`tarflowlm sample`: batches, streams, stops, prompts from files, samples to a file, interrupts,
+conversations.
+"""
 
 import io
 import json
@@ -65,7 +67,9 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "20"]], ids=["free", "prompt", "windows"])
+@pytest.mark.parametrize(
+    "more", [[], ["--prompt", "ab"], ["--length", "20"]], ids=["free", "prompt", "windows"]
+)
 def test_texts_do_not_depend_on_the_batches(texts, run, models, name, more, request):
     argv = [models[name], "--num", 4, *STEPS, *more]
     together = texts(*argv)
@@ -94,7 +98,9 @@ def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name
 
 
 @pytest.mark.slow
-def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp_path, monkeypatch, small_batches):
+def test_prompts_come_from_a_file_or_standard_input(
+    run_json, texts, models, tmp_path, monkeypatch, small_batches
+):
     lines = "abc\r\n\nThe\n  \nzz top\n"
     (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8", newline="")
     for name in MODELS:
@@ -115,7 +121,9 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
     assert "5 samples" in run(*argv, "--out", out).out
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["text"] for line in lines] == texts(*argv[1:])
-    assert [(line["index"], line["seed"], line["prompt"]) for line in lines] == [(i, 4, "ab ") for i in range(5)]
+    assert [(line["index"], line["seed"], line["prompt"]) for line in lines] == [
+        (i, 4, "ab ") for i in range(5)
+    ]
     refused(*argv, "--out", out, names=[str(out), "exists"])
     # an error that only the sampler finds leaves no empty file
     refused(*argv, "--temperature", "0", "--out", other, names=["temperature 0.0"])
@@ -177,7 +185,9 @@ def test_prompts_are_continued(talk):
 
 
 def test_settings_and_stops_of_a_conversation(talk):
-    done = talk("/length 7", "/temperature 0.01", "ab", "/again", "/seed 3", "ab", "/seed 3", "ab", "/top-k")
+    done = talk(
+        "/length 7", "/temperature 0.01", "ab", "/again", "/seed 3", "ab", "/seed 3", "ab", "/top-k"
+    )
     first, again, third, fourth = done.out.splitlines()
     assert ([len(line) for line in (first, again, third)], third) == ([9, 7, 9], fourth)
     assert done.err.endswith("top-k off\n")
@@ -188,7 +198,16 @@ def test_settings_and_stops_of_a_conversation(talk):
 
 
 def test_mistakes_cost_a_line_and_go_on(talk, run, model, monkeypatch):
-    mistakes = ["/nope", "/seed x", "/temperature 0", "/temperature", "/length 0", "日", "/stop 日", "/seed -1"]
+    mistakes = [
+        "/nope",
+        "/seed x",
+        "/temperature 0",
+        "/temperature",
+        "/length 0",
+        "日",
+        "/stop 日",
+        "/seed -1",
+    ]
     done = talk(*mistakes, "/help", "Ab", "/quit", "never read", status=2)
     errors = done.err.splitlines()
     assert [error.startswith("tarflowlm: ") for error in errors] == [True] * len(mistakes) + [False]

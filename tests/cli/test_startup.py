@@ -27,7 +27,11 @@ for argv in {argvs}:
 def test_help_and_wrong_arguments_need_no_torch():
     argvs = [[], ["--version"], ["trian"], ["train", "mini-mixd", "--help"], ["train", "--help"]]
     argvs += [[name, "--help"] for name in COMMANDS]
-    argvs += [["sample", "--nmu", "3"], ["edit", "--text", "abc", "--num", "0"], ["reproduce", "table9"]]
+    argvs += [
+        ["sample", "--nmu", "3"],
+        ["edit", "--text", "abc", "--num", "0"],
+        ["reproduce", "table9"],
+    ]
     argvs += [["train", "mini-mixd", "--out", "x", "--steps", "2"], ["data", "english"]]
     code = WITHOUT_TORCH.format(argvs=argvs)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

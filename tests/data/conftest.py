@@ -18,9 +18,13 @@ def private_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
 @pytest.fixture(scope="session")
 def words() -> str:
-    """20,000 characters or so of repetitive lower-case text in the TEXT8 alphabet; begins with a space."""
+    """20,000 characters or so of repetitive lower-case text in the TEXT8 alphabet; begins with a
+    space.
+    """
     rng = random.Random(5)
-    vocabulary = "the cat sat on a mat and saw nine old men quick dogs brown jump over lazy fox with zebra"
+    vocabulary = (
+        "the cat sat on a mat and saw nine old men quick dogs brown jump over lazy fox with zebra"
+    )
     return " " + " ".join(rng.choice(vocabulary.split()) for _ in range(5000))
 
 

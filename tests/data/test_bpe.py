@@ -14,7 +14,10 @@ from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError
 
-CASED = "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. " * 20
+CASED = (
+    "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. "
+    * 20
+)
 BYTE_LEVEL = train_bpe([CASED], 300, alphabet=None, normalization="none")
 CONFIG = TokenizerConfig(kind="bpe", vocab_size=64)
 
@@ -24,7 +27,12 @@ def library_json(**changes) -> str:
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
-@given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat\n ")), max_size=80))
+@given(
+    st.text(
+        st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat\n ")),
+        max_size=80,
+    )
+)
 def test_byte_level_round_trips_and_counts_characters(text):
     ids = BYTE_LEVEL.encode(text)
     assert ids.dtype == np.int64
@@ -43,7 +51,9 @@ def test_small_vocabulary_over_the_27_characters(words):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.characters_per_token[ids].sum() == len(text)
-    with pytest.raises(UnknownCharacters, match=r"2 of 7 characters \(2 kinds: 'T' x1, 'é' x1\).*alphabet of 27"):
+    with pytest.raises(
+        UnknownCharacters, match=r"2 of 7 characters \(2 kinds: 'T' x1, 'é' x1\).*alphabet of 27"
+    ):
         tokenizer.encode("The \u00e9 a")
 
 
@@ -53,7 +63,9 @@ def test_training_is_deterministic_and_ignores_how_text_is_cut(words):
 
 
 def test_training_refuses_too_little_text_and_foreign_characters():
-    with pytest.raises(UserError, match=r"vocab_size=64 cannot be reached, the training text gives 29 tokens"):
+    with pytest.raises(
+        UserError, match=r"vocab_size=64 cannot be reached, the training text gives 29 tokens"
+    ):
         build_tokenizer(CONFIG, [" aa aa aa"])
     with pytest.raises(UserError, match=r"1 kinds: 'A' x1"):
         build_tokenizer(CONFIG, ["a A"])
@@ -92,7 +104,9 @@ def test_source_may_be_our_file_the_librarys_or_a_directory(tmp_path):
     (tmp_path / "theirs.json").write_text(library_json())
     BYTE_LEVEL.save(tmp_path)
     for source in (tmp_path / "theirs.json", tmp_path / "tokenizer.json", tmp_path):
-        tokenizer = build_tokenizer(TokenizerConfig(kind="bpe", source=str(source), normalize="none"))
+        tokenizer = build_tokenizer(
+            TokenizerConfig(kind="bpe", source=str(source), normalize="none")
+        )
         assert tokenizer.fingerprint == BYTE_LEVEL.fingerprint
     # the normalisation is the run's choice, not the file's
     config = TokenizerConfig(kind="bpe", source=str(tmp_path), normalize="text8")
@@ -102,12 +116,18 @@ def test_source_may_be_our_file_the_librarys_or_a_directory(tmp_path):
             build_tokenizer(TokenizerConfig(kind="bpe", source=str(missing)))
 
 
-def test_hub_names_are_taken_from_the_hub_cache_and_fail_in_one_line_offline(monkeypatch, no_network, tmp_path):
+def test_hub_names_are_taken_from_the_hub_cache_and_fail_in_one_line_offline(
+    monkeypatch, no_network, tmp_path
+):
     (tmp_path / "cached.json").write_text(library_json())
     config = TokenizerConfig(kind="bpe", source="some/name", normalize="none")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "cached.json"))
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "cached.json")
+    )
     assert build_tokenizer(config).fingerprint == BYTE_LEVEL.fingerprint
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    with pytest.raises(UserError, match=r"cannot use the tokenizer some/name: offline.*check the name") as caught:
+    with pytest.raises(
+        UserError, match=r"cannot use the tokenizer some/name: offline.*check the name"
+    ) as caught:
         build_tokenizer(config)
     assert "\n" not in str(caught.value)

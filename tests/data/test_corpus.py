@@ -10,8 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from run_cases import flip
-from tarflowlm.data import ByteTokenizer, CharTokenizer, TokenizerConfig, load_tokenizer, open_corpus
+from helpers import flip
+from tarflowlm.data import (
+    ByteTokenizer,
+    CharTokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    open_corpus,
+)
 from tarflowlm.data.prepare import cached_corpus, encode_text_source, prepare_corpus
 from tarflowlm.data.sources import SPLITS, OpenWebText, TextFile, sources_dir
 from tarflowlm.errors import UserError
@@ -54,7 +60,8 @@ def test_format_stays(words, tmp_path):
         "0009be49c03ecb39331d7e79a1f1dd4ce7a25df695e777f306d95697e8371987",
     )
     shards = [
-        {"file": f"train-0000{i}.bin", "tokens": tokens, "sha256": hashes[i]} for i, tokens in enumerate((64, 26))
+        {"file": f"train-0000{i}.bin", "tokens": tokens, "sha256": hashes[i]}
+        for i, tokens in enumerate((64, 26))
     ]
     assert meta["splits"]["train"] == {"tokens": 90, "characters": 90, "shards": shards}
 
@@ -64,7 +71,9 @@ def test_other_directories_are_not_overwritten(text_file, words, tmp_path):
     out.mkdir()
     first = prepare_corpus(str(text_file), CHARS, out)  # an empty directory is fine
     assert prepare_corpus(str(text_file), CHARS, out).meta == first.meta
-    with pytest.raises(UserError, match=r"prepared with CharTokenizer.*, not with TokenizerConfig\(kind='byte'"):
+    with pytest.raises(
+        UserError, match=r"prepared with CharTokenizer.*, not with TokenizerConfig\(kind='byte'"
+    ):
         prepare_corpus(str(text_file), BYTES, out)
     other = tmp_path / "other.txt"
     other.write_text(words)
@@ -80,9 +89,25 @@ def test_other_directories_are_not_overwritten(text_file, words, tmp_path):
 
 # killed preparations
 
-WORDS = ["the", "Cat", "saturated", "on", "a", "mattress,", "31", "na\u00efve", "overgrown", "dogs.", "x"]
+WORDS = [
+    "the",
+    "Cat",
+    "saturated",
+    "on",
+    "a",
+    "mattress,",
+    "31",
+    "na\u00efve",
+    "overgrown",
+    "dogs.",
+    "x",
+]
 SMALL_BPE = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
-CASES = [("text", SMALL_BPE), ("text", CHARS), pytest.param("documents", SMALL_BPE, marks=pytest.mark.slow)]
+CASES = [
+    ("text", SMALL_BPE),
+    ("text", CHARS),
+    pytest.param("documents", SMALL_BPE, marks=pytest.mark.slow),
+]
 
 
 class Stop(Exception):
@@ -132,14 +157,24 @@ class Stopping(Silent):
 
 
 @pytest.mark.parametrize(("kind", "config"), CASES)
-def test_resumed_corpus_is_the_same_and_no_finished_shard_is_made_again(kind, config, source, tmp_path):
+def test_resumed_corpus_is_the_same_and_no_finished_shard_is_made_again(
+    kind, config, source, tmp_path
+):
     prepare_corpus(source(kind), config, tmp_path / "whole", shard_tokens=4000)
     seen: dict[str, int] = {}
     for batches in (30, 40, 30, 40, 1000):
         with contextlib.suppress(Stop):
-            prepare_corpus(source(kind), config, tmp_path / "out", shard_tokens=4000, progress=Stopping(batches))
+            prepare_corpus(
+                source(kind),
+                config,
+                tmp_path / "out",
+                shard_tokens=4000,
+                progress=Stopping(batches),
+            )
             break
-        shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.bin")}
+        shards = {
+            path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.bin")
+        }
         assert shards.items() >= seen.items()
         seen = shards
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -231,16 +266,23 @@ def damage_meta(**changes):
     return damage
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda folder: (folder / "train-00000.bin").unlink(), r"train-00000\.bin is missing"),
-    (lambda folder: os.truncate(folder / "valid-00000.bin", 7), r"valid-00000\.bin does not have"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json does not exist"),
-    (lambda folder: ByteTokenizer().save(folder), r"tokenizer\.json is not the one"),
-    (lambda folder: (folder / "meta.json").unlink(), r"meta\.json is missing"),
-    (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "cannot be used"),
-    (lambda folder: (folder / "meta.json").write_text("[]"), "cannot be used"),
-    (damage_meta(version=99), "version 99"), (damage_meta(splits={}), "no 'train'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "train-00000.bin").unlink(), r"train-00000\.bin is missing"),
+        (
+            lambda folder: os.truncate(folder / "valid-00000.bin", 7),
+            r"valid-00000\.bin does not have",
+        ),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json does not exist"),
+        (lambda folder: ByteTokenizer().save(folder), r"tokenizer\.json is not the one"),
+        (lambda folder: (folder / "meta.json").unlink(), r"meta\.json is missing"),
+        (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "cannot be used"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "cannot be used"),
+        (damage_meta(version=99), "version 99"),
+        (damage_meta(splits={}), "no 'train'"),
+    ],
+)
 def test_damaged_directories_are_refused(damage, message, text_file, tmp_path):
     prepare_corpus(str(text_file), CHARS, tmp_path / "out")
     damage(tmp_path / "out")

@@ -15,7 +15,9 @@ from tarflowlm.studio.request import reading
 
 TEXT8 = CharTokenizer(TEXT8_ALPHABET, "text8")
 LOWER = CharTokenizer(TEXT8_ALPHABET, "none")
-TEXT8_BPE = train_bpe([" the cat sat on the mat"] * 9, 32, alphabet=TEXT8_ALPHABET, normalization="text8")
+TEXT8_BPE = train_bpe(
+    [" the cat sat on the mat"] * 9, 32, alphabet=TEXT8_ALPHABET, normalization="text8"
+)
 SMALL = load_tokenizer(FOLDER / "english-small")
 TOKENIZERS = {"char": TEXT8, "bpe": TEXT8_BPE, "normalize": LOWER}
 
@@ -25,12 +27,25 @@ def how(name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize(("text", "expected"), [
-    ("the cat sat", "the cat sat"), ("the cat sat ", "the cat sat "), (" the cat", " the cat"),
-    ("\tthe cat\n\n", " the cat "), ("It's 1815.", "it s one eight one five"), ("The Müller", "the m ller"),
-    ("the\ncat", "the cat"), ("a  b", "a b"), ("the_cat", "the cat"), ("The, ", "the "), (", the", "the"), (" ", " "),
-    (" \n ", " "), ("<|endoftext|>a", "a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the cat sat", "the cat sat"),
+        ("the cat sat ", "the cat sat "),
+        (" the cat", " the cat"),
+        ("\tthe cat\n\n", " the cat "),
+        ("It's 1815.", "it s one eight one five"),
+        ("The Müller", "the m ller"),
+        ("the\ncat", "the cat"),
+        ("a  b", "a b"),
+        ("the_cat", "the cat"),
+        ("The, ", "the "),
+        (", the", "the"),
+        (" ", " "),
+        (" \n ", " "),
+        ("<|endoftext|>a", "a"),
+    ],
+)
 def test_text8_keeps_a_space_at_an_end_iff_it_was_given(name, text, expected):
     reading = read(TOKENIZERS[name], text, normalize=how(name))
     assert reading.text == expected == TOKENIZERS[name].decode(reading.tokens.tolist())
@@ -58,7 +73,9 @@ def test_text_of_a_model_without_normalisation_stays_as_it_is(text):
 def test_alphabet_without_upper_case_gets_lower_case_and_counts_what_it_lacks():
     assert read(LOWER, "The Cat").text == "the cat"
     assert read_template(LOWER, "The _at").text == "the _at"
-    with pytest.raises(UnknownCharacters, match=r"^2 of 12 characters \(1 kinds: 'ü' x2\) are not in"):
+    with pytest.raises(
+        UnknownCharacters, match=r"^2 of 12 characters \(1 kinds: 'ü' x2\) are not in"
+    ):
         read(LOWER, "Die Müller ü")
     assert read(TEXT8, "The cat", normalize="none").text == "the cat"
 
@@ -81,10 +98,20 @@ def test_space_at_the_end_of_a_prompt_is_left_to_the_next_token_where_tokens_hol
     assert TEXT8.decode(read(TEXT8, "the his ", goes_on=True).tokens.tolist()) == "the his "
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("the_cat", "the_cat"), ("The _ sat", "the _ sat"), ("the __, then", "the __ then"), ("_, a", "_ a"),
-    ("it's _.", "it s _"), ("2_2 ", "two _ two "), ("a_日本_", "a_ _"), (" _ ", " _ "), ("____", "____"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the_cat", "the_cat"),
+        ("The _ sat", "the _ sat"),
+        ("the __, then", "the __ then"),
+        ("_, a", "_ a"),
+        ("it's _.", "it s _"),
+        ("2_2 ", "two _ two "),
+        ("a_日本_", "a_ _"),
+        (" _ ", " _ "),
+        ("____", "____"),
+    ],
+)
 def test_template_keeps_blanks_which_count_as_letters(text, expected):
     for name, tokenizer in TOKENIZERS.items():
         reading = read_template(tokenizer, text, normalize=how(name))

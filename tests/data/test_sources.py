@@ -1,4 +1,6 @@
-"""Sources of text: English documents, text8 from a server or the disk, OpenWebText from parquet files, text files."""
+"""Sources of text: English documents, text8 from a server or the disk, OpenWebText from parquet
+files, text files.
+"""
 
 import gzip
 import hashlib
@@ -22,7 +24,14 @@ from tarflowlm.data import (
     suited,
 )
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.sources import SEPARATOR, SPLITS, OpenWebText, Text8, resolve_source, sources_dir
+from tarflowlm.data.sources import (
+    SEPARATOR,
+    SPLITS,
+    OpenWebText,
+    Text8,
+    resolve_source,
+    sources_dir,
+)
 from tarflowlm.data.text import read_text
 from tarflowlm.errors import UserError
 
@@ -37,9 +46,14 @@ def texts_of(source) -> dict[str, str]:
     return texts
 
 
-@pytest.mark.parametrize("source", ["no-such-file.txt", "", "x" * 5000, "a\x00b", "~nobody-here/x", "."])
+@pytest.mark.parametrize(
+    "source", ["no-such-file.txt", "", "x" * 5000, "a\x00b", "~nobody-here/x", "."]
+)
 def test_unknown_sources_are_refused(source):
-    with pytest.raises(UserError, match=r"no file and no corpus name: give .* one of english|folder . holds no text"):
+    with pytest.raises(
+        UserError,
+        match=r"no file and no corpus name: give .* one of english|folder . holds no text",
+    ):
         cached_corpus(source)
 
 
@@ -48,20 +62,30 @@ def test_folders_and_json_lines(tmp_path):
     lines = '{"text": "one", "body": "x\\ny"}\n\n{"text": "ü", "body": "z"}'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.md").write_text("left out", encoding="utf-8")
-    assert "".join(resolve_source(str(tmp_path)).blocks()) == "one\n\nü\n\ntwo".replace("\n\n", "\n", 1)
+    assert "".join(resolve_source(str(tmp_path)).blocks()) == "one\n\nü\n\ntwo".replace(
+        "\n\n", "\n", 1
+    )
     assert "".join(resolve_source(f"{tmp_path / 'a.jsonl.gz'}#body").blocks()) == "x\ny\nz\n"
-    with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl\.gz is no object with a text under 'title'"):
+    with pytest.raises(
+        UserError, match=r"line 1 of .*a\.jsonl\.gz is no object with a text under 'title'"
+    ):
         cached_corpus(f"{tmp_path / 'a.jsonl.gz'}#title")
 
 
 def test_text_that_letters_would_lose_becomes_bytes(tmp_path, caplog):
     german, english = tmp_path / "de.txt", tmp_path / "en.txt"
     german.write_text("Die Müller über Straßen. " * 400, encoding="utf-8")
-    english.write_text("The café is open. " + "All the other words are plain. " * 400, encoding="utf-8")
+    english.write_text(
+        "The café is open. " + "All the other words are plain. " * 400, encoding="utf-8"
+    )
     assert suited(str(german), CHARS).kind == "byte"
     assert "its tokens are bytes" in caplog.text
     bpe = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
-    assert [suited(str(english), CHARS), suited(str(german), bpe), suited("english", CHARS)] == [CHARS, bpe, CHARS]
+    assert [suited(str(english), CHARS), suited(str(german), bpe), suited("english", CHARS)] == [
+        CHARS,
+        bpe,
+        CHARS,
+    ]
 
 
 # English
@@ -75,7 +99,9 @@ def test_english_documents_are_each_in_one_split():
     texts = texts_of(found)
     for file in found.files[::10]:
         text = read_text(file)
-        assert [split for split in texts if text in texts[split]] == [sources.split_of_document(file.name)]
+        assert [split for split in texts if text in texts[split]] == [
+            sources.split_of_document(file.name)
+        ]
     sizes = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
     assert 0.85 < sizes["train"] < 0.93
     assert min(sizes.values()) > 0.04
@@ -99,8 +125,13 @@ def zipped(text: str) -> bytes:
 
 @pytest.fixture
 def served(words, monkeypatch) -> dict[str, bytes | Exception]:
-    """Content or failure of each address of text8, here `words`; an address whose failure is None is not asked."""
-    contents: dict[str, bytes | Exception] = {"http://one/text8.zip": zipped(words), "http://two/text8.zip": b""}
+    """Content or failure of each address of text8, here `words`; an address whose failure is None
+    is not asked.
+    """
+    contents: dict[str, bytes | Exception] = {
+        "http://one/text8.zip": zipped(words),
+        "http://two/text8.zip": b"",
+    }
 
     class Response(io.BytesIO):
         headers = MappingProxyType({})
@@ -136,13 +167,20 @@ def change(text: str, at: int, to: str) -> str:
     return text[:at] + to + text[at + 1 :]
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda text: change(text, 999, "q" if text[999] != "q" else "z"), lambda text: text[:-1],
-    lambda text: change(text, 5000, "Q"), lambda text: change(text, 5000, "é"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda text: change(text, 999, "q" if text[999] != "q" else "z"),
+        lambda text: text[:-1],
+        lambda text: change(text, 5000, "Q"),
+        lambda text: change(text, 5000, "é"),
+    ],
+)
 def test_text8_with_another_content_is_refused(wrong, served, words):
     right, served["http://one/text8.zip"] = served["http://one/text8.zip"], zipped(wrong(words))
-    with pytest.raises(UserError, match=r"cannot fetch text8 .*is not text8.*put text8 or text8.zip") as caught:
+    with pytest.raises(
+        UserError, match=r"cannot fetch text8 .*is not text8.*put text8 or text8.zip"
+    ) as caught:
         Text8().obtain()
     assert "\n" not in str(caught.value)
     assert list(sources_dir().iterdir()) == []
@@ -155,7 +193,9 @@ def test_text8_with_another_content_is_refused(wrong, served, words):
 
 def test_unreachable_text8_is_one_line(served):
     served["http://one/text8.zip"] = OSError("Name or service not known")
-    with pytest.raises(UserError, match=r"one/text8.zip: Name or service.*two/text8.zip: .*damaged") as caught:
+    with pytest.raises(
+        UserError, match=r"one/text8.zip: Name or service.*two/text8.zip: .*damaged"
+    ) as caught:
         cached_corpus("text8")
     assert "\n" not in str(caught.value)
 
@@ -177,7 +217,10 @@ def documents() -> list[str]:
     rng = random.Random(3)
     syllables = ["ka", "lo", "mi", "Ne", "tu", "s", "r", "\u00e9", "10"]
     made = [
-        " ".join("".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 120))) + "."
+        " ".join(
+            "".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 120))
+        )
+        + "."
         for _ in range(900)
     ]
     return ["", '"Quoted" from the start', "12 \U0001f600", "the\nend\n", *made]
@@ -200,8 +243,13 @@ def test_openwebtext_documents_are_each_in_one_split_encoded_alone(documents, tm
     for split, held in by_split(documents).items():
         assert held
         ids = np.asarray(corpus.split(split))
-        assert ids.tolist() == tokenizer.encode_each([document + SEPARATOR for document in held]).tolist()
-        assert corpus.num_characters(split) == sum(len(document) + len(SEPARATOR) for document in held)
+        assert (
+            ids.tolist()
+            == tokenizer.encode_each([document + SEPARATOR for document in held]).tolist()
+        )
+        assert corpus.num_characters(split) == sum(
+            len(document) + len(SEPARATOR) for document in held
+        )
     spaced = prepare_corpus("openwebtext", CHARS, tmp_path / "text8")
     for split, held in by_split(documents).items():
         text = spaced.tokenizer.decode(np.asarray(spaced.split(split)))
@@ -212,14 +260,18 @@ def test_openwebtext_documents_are_each_in_one_split_encoded_alone(documents, tm
     assert trained.fingerprint == build_tokenizer(config, train).fingerprint
 
 
-def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, no_network, uninstall, monkeypatch):
+def test_openwebtext_offline_or_without_its_package_names_the_remedy(
+    tmp_path, no_network, uninstall, monkeypatch
+):
     pytest.importorskip("datasets")
     gpt2 = TokenizerConfig(kind="bpe", source="my.json", normalize="none")
     monkeypatch.setattr("tarflowlm.data.prepare._built", lambda wanted: CHARS)
     words = r"`tarflowlm data openwebtext --out DIR --kind bpe --source my.json --normalize none`, then --data DIR"
     with pytest.raises(UserError, match=words):
         cached_corpus("openwebtext", gpt2, may_download=False)
-    with pytest.raises(UserError, match=r"offline.*put the parquet files of .*Skylion007/openwebtext into") as caught:
+    with pytest.raises(
+        UserError, match=r"offline.*put the parquet files of .*Skylion007/openwebtext into"
+    ) as caught:
         prepare_corpus("openwebtext", CHARS, tmp_path / "out")
     assert "\n" not in str(caught.value)
     uninstall("datasets")
@@ -238,8 +290,12 @@ def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     assert "('ü' x200), 12.5 % of its characters" in caplog.text
     caplog.clear()
     prepare_corpus(str(path), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "bytes")
-    path.write_text("naïve words in a long English sentence, and another one to follow. " * 50, encoding="utf-8")
+    path.write_text(
+        "naïve words in a long English sentence, and another one to follow. " * 50, encoding="utf-8"
+    )
     assert not caplog.text
     path.write_text("日本語。" * 50, encoding="utf-8")
-    with pytest.raises(UserError, match=r"german.txt \('日' x50.*and leaves nothing: .*normalize none"):
+    with pytest.raises(
+        UserError, match=r"german.txt \('日' x50.*and leaves nothing: .*normalize none"
+    ):
         prepare_corpus(str(path), CHARS, tmp_path / "none")

@@ -1,4 +1,6 @@
-"""Text files are read whatever their suffix, cut between words, and normalised like the reference."""
+"""Text files are read whatever their suffix, cut between words, and normalised like the
+reference.
+"""
 
 import gzip
 import lzma
@@ -49,7 +51,9 @@ def test_damaged_compressed_files_are_refused(suffix, damage, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["none.txt", "x" * 5000, "folder", "empty.txt", "latin.txt", "two.zip", "no.zip"])
+@pytest.mark.parametrize(
+    "name", ["none.txt", "x" * 5000, "folder", "empty.txt", "latin.txt", "two.zip", "no.zip"]
+)
 def test_unreadable_files_are_one_line(name, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
@@ -72,7 +76,10 @@ def test_zst_without_the_package_names_the_remedy(tmp_path, uninstall):
 
 # cutting
 
-WORDS = "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. " * 20
+WORDS = (
+    "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. "
+    * 20
+)
 
 
 def test_pieces_are_cut_between_words():
@@ -110,11 +117,15 @@ def reference(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", " "), (" \n\t.", " "), ("in 1984,", " in one nine eight four"), ("naïve Ünder", " na ve nder"),
-        ("a<|endoftext|>b", " a b"), ("x\ud800y \x00 \x0b\U0001f600z", " x y z"),
+        ("", " "),
+        (" \n\t.", " "),
+        ("in 1984,", " in one nine eight four"),
+        ("naïve Ünder", " na ve nder"),
+        ("a<|endoftext|>b", " a b"),
+        ("x\ud800y \x00 \x0b\U0001f600z", " x y z"),
         ("\u0130\u212a", " "),  # str.lower() would turn these into an ASCII i and k
     ],
-)  # fmt: skip
+)
 def test_text8_examples(text, expected):
     assert normalize_text8(text) == expected
 

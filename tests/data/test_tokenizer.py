@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, TokenizerConfig, load_tokenizer
+from tarflowlm.data import (
+    TEXT8_ALPHABET,
+    ByteTokenizer,
+    CharTokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+)
 from tarflowlm.errors import UnknownCharacters, UserError
 from tarflowlm.runs.hub import FOLDER
 
@@ -41,7 +47,9 @@ def test_unknown_characters_are_counted_and_shown():
     with pytest.raises(UnknownCharacters) as caught:
         CharTokenizer(TEXT8_ALPHABET).encode("Caf\u00e9 \x00\x00\x00 A\ud800 C")
     message = str(caught.value)
-    assert message.startswith("8 of 13 characters (5 kinds: '\\x00' x3, 'C' x2, 'A' x1, 'é' x1, '\\ud800' x1)")
+    assert message.startswith(
+        "8 of 13 characters (5 kinds: '\\x00' x3, 'C' x2, 'A' x1, 'é' x1, '\\ud800' x1)"
+    )
     assert "\n" not in message
     with pytest.raises(UnknownCharacters, match=r"26 kinds: 'A' x1, .*'H' x1, \.\.\.\)"):
         CharTokenizer(TEXT8_ALPHABET).encode("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -54,7 +62,9 @@ def test_symbols_are_printable():
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [CharTokenizer(TEXT8_ALPHABET), UNICODE, ByteTokenizer(), ByteTokenizer("text8")], ids=repr
+    "tokenizer",
+    [CharTokenizer(TEXT8_ALPHABET), UNICODE, ByteTokenizer(), ByteTokenizer("text8")],
+    ids=repr,
 )
 def test_saved_tokenizers_load_as_they_were(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
@@ -69,9 +79,17 @@ def test_saved_tokenizers_load_as_they_were(tokenizer, tmp_path):
 
 
 def test_fingerprints_tell_tokenizers_apart_and_do_not_change_with_the_program():
-    tokenizers = [CharTokenizer("ab", "none"), CharTokenizer("ba", "none"), CharTokenizer("ab"), ByteTokenizer()]
+    tokenizers = [
+        CharTokenizer("ab", "none"),
+        CharTokenizer("ba", "none"),
+        CharTokenizer("ab"),
+        ByteTokenizer(),
+    ]
     assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == len(tokenizers)
-    assert tokenizers[3].fingerprint == "3c517e0fd89156d24ca179eaf386d867034b09d9df367c79e1323ac6481f3505"
+    assert (
+        tokenizers[3].fingerprint
+        == "3c517e0fd89156d24ca179eaf386d867034b09d9df367c79e1323ac6481f3505"
+    )
     small = load_tokenizer(FOLDER / "english-small")
     assert small.encode("The history of the Union.").tolist() == [492, 1590, 267, 259, 1181, 13]
     assert small.fingerprint.startswith("afba6b845f699df5")
@@ -83,15 +101,31 @@ GOOD = json.loads(CharTokenizer("ab", "none").to_json())
 @pytest.mark.parametrize(
     "content",
     [
-        "{", "[" * 100_000, "[]", "null", b"\xff",
-        *(json.dumps(GOOD | change) for change in (
-            {"format": "other"}, {"version": 2}, {"kind": "word"}, {"kind": ["char"]}, {"normalize": "nfc"},
-            {"alphabet": "aa"}, {"alphabet": 3},
-        )),
-        *(json.dumps({k: v for k, v in GOOD.items() if k != name}) for name in ("kind", "normalize", "alphabet")),
-        json.dumps(GOOD | {"kind": "bpe"}), json.dumps(GOOD | {"kind": "bpe", "tokenizers": {"model": 3}}),
+        "{",
+        "[" * 100_000,
+        "[]",
+        "null",
+        b"\xff",
+        *(
+            json.dumps(GOOD | change)
+            for change in (
+                {"format": "other"},
+                {"version": 2},
+                {"kind": "word"},
+                {"kind": ["char"]},
+                {"normalize": "nfc"},
+                {"alphabet": "aa"},
+                {"alphabet": 3},
+            )
+        ),
+        *(
+            json.dumps({k: v for k, v in GOOD.items() if k != name})
+            for name in ("kind", "normalize", "alphabet")
+        ),
+        json.dumps(GOOD | {"kind": "bpe"}),
+        json.dumps(GOOD | {"kind": "bpe", "tokenizers": {"model": 3}}),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_are_one_line_with_their_name(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -101,15 +135,22 @@ def test_damaged_files_are_one_line_with_their_name(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("fields", "name"), [
-    ({"alphabet": ""}, "alphabet"), ({"alphabet": "a\ud800", "normalize": "none"}, "alphabet"),
-    ({"alphabet": "abc"}, "alphabet"), ({"kind": "bpe", "source": "gpt2", "alphabet": "ab"}, "alphabet"),
-    ({"kind": "bpe", "vocab_size": 300, "normalize": "none", "alphabet": "ab"}, "alphabet"),
-    ({"source": "gpt2"}, "source"), ({"vocab_size": 27}, "vocab_size"), ({"kind": "bpe"}, "vocab_size"),
-    ({"kind": "bpe", "vocab_size": 10**9}, "vocab_size"),
-    ({"kind": "bpe", "vocab_size": 256, "normalize": "none"}, "vocab_size"),
-    ({"kind": "bpe", "source": "gpt2", "vocab_size": 300}, "vocab_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"alphabet": ""}, "alphabet"),
+        ({"alphabet": "a\ud800", "normalize": "none"}, "alphabet"),
+        ({"alphabet": "abc"}, "alphabet"),
+        ({"kind": "bpe", "source": "gpt2", "alphabet": "ab"}, "alphabet"),
+        ({"kind": "bpe", "vocab_size": 300, "normalize": "none", "alphabet": "ab"}, "alphabet"),
+        ({"source": "gpt2"}, "source"),
+        ({"vocab_size": 27}, "vocab_size"),
+        ({"kind": "bpe"}, "vocab_size"),
+        ({"kind": "bpe", "vocab_size": 10**9}, "vocab_size"),
+        ({"kind": "bpe", "vocab_size": 256, "normalize": "none"}, "vocab_size"),
+        ({"kind": "bpe", "source": "gpt2", "vocab_size": 300}, "vocab_size"),
+    ],
+)
 def test_contradictory_configurations_name_the_field(fields, name):
     with pytest.raises(UserError, match=name) as caught:
         TokenizerConfig(**fields)

@@ -1,4 +1,6 @@
-"""The window sampler covers, resumes and shares out its stream exactly; evaluation windows are in order."""
+"""The window sampler covers, resumes and shares out its stream exactly; evaluation windows are in
+order.
+"""
 
 import json
 
@@ -106,10 +108,13 @@ def test_sliding_windows_cover_the_text_once(stride):
 
 
 @pytest.mark.parametrize(
-    ("window", "stride", "limit"), [(10, -1, None), (10, 11, None), (0, 0, None), (10, 10, 0), (2000, 1, None)]
+    ("window", "stride", "limit"),
+    [(10, -1, None), (10, 11, None), (0, 0, None), (10, 10, 0), (2000, 1, None)],
 )
 def test_impossible_windows_are_refused(window, stride, limit):
-    with pytest.raises(UserError, match=f"stride {stride}: .* {window} tokens|windows 0|has 1003 tokens"):
+    with pytest.raises(
+        UserError, match=f"stride {stride}: .* {window} tokens|windows 0|has 1003 tokens"
+    ):
         sliding_windows(TOKENS, window, stride, limit)
 
 

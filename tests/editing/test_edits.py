@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from helpers import tiny_flow
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
 from tarflowlm.editing import Redraw, Renoise, Replace, Rewrite, Source, Toward, encode
@@ -12,7 +13,9 @@ from tarflowlm.errors import UserError
 from tarflowlm.progress import Silent
 
 TEXT = "The king saw the other King"
-WORD_PIECES = train_bpe([f"{TEXT} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none")
+WORD_PIECES = train_bpe(
+    [f"{TEXT} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none"
+)
 
 
 class Stages(Silent):
@@ -28,9 +31,15 @@ class Stages(Silent):
 
 
 @pytest.fixture(scope="module", params=["characters", "word pieces"])
-def source(request, tiny_flow) -> Source:
-    tokenizer = CharTokenizer(" adbceghiknorstuwKT", "none") if request.param == "characters" else WORD_PIECES
-    model = tiny_flow(vocab_size=tokenizer.vocab_size, context=32, couplings=("mixd", "mix1"), log_std=-4.0)
+def source(request) -> Source:
+    tokenizer = (
+        CharTokenizer(" adbceghiknorstuwKT", "none")
+        if request.param == "characters"
+        else WORD_PIECES
+    )
+    model = tiny_flow(
+        vocab_size=tokenizer.vocab_size, context=32, couplings=("mixd", "mix1"), log_std=-4.0
+    )
     generator = torch.Generator().manual_seed(0)
     text = encode(model, torch.from_numpy(tokenizer.encode(TEXT))[None], generator)
     return Source(model, tokenizer, text.repeated(2), generator, Stages())
@@ -46,9 +55,16 @@ def edited(source: Source, kind) -> list[str]:
 
 @pytest.mark.slow
 def test_redraw_changes_as_many_words_as_asked(source):
-    for options, most in (({"words": 1}, 1), ({"strength": 0.3}, 2), ({"words": 2, "pick": "unlikely"}, 2)):
+    for options, most in (
+        ({"words": 1}, 1),
+        ({"strength": 0.3}, 2),
+        ({"words": 2, "pick": "unlikely"}, 2),
+    ):
         for text in edited(source, Redraw(candidates=4, **options)):
-            changed = sum(a != b for a, b in zip(source.text.tokens[0], source.tokenizer.encode(text), strict=False))
+            changed = sum(
+                a != b
+                for a, b in zip(source.text.tokens[0], source.tokenizer.encode(text), strict=False)
+            )
             assert changed > 0 or most == 0
     assert edited(source, Redraw(strength=0.0)) == [TEXT] * 2
 
@@ -61,14 +77,20 @@ def test_rewrite_changes_nothing_but_the_pieces(source):
         Rewrite(pieces=[]).apply(source)
 
 
-@pytest.mark.parametrize(("old", "new", "expected"), [
-    ("king", "sing", "The sing saw the other King"), ("King", "Ting", "The king saw the other Ting"),
-    ("The k", "The s", "The sing saw the other King"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("king", "sing", "The sing saw the other King"),
+        ("King", "Ting", "The king saw the other Ting"),
+        ("The k", "The s", "The sing saw the other King"),
+    ],
+)
 def test_replace_takes_the_first_word(source, old, new, expected):
     """With the space of its token, where a token holds one; the model regenerates what follows."""
     if source.tokenizer is WORD_PIECES:
-        old, new, expected = (text.replace("sing", "queen").replace("Ting", "Queen") for text in (old, new, expected))
+        old, new, expected = (
+            text.replace("sing", "queen").replace("Ting", "Queen") for text in (old, new, expected)
+        )
         if old == "The k":
             old, new, expected = "The king", "The Queen", "The Queen saw the other King"
     end = expected.index(new) + len(new)

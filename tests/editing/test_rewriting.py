@@ -1,4 +1,6 @@
-"""Redrawing: the rest stays to the bit, the weights are those of the model, and the draws have its conditional."""
+"""Redrawing: the rest stays to the bit, the weights are those of the model, and the draws have its
+conditional.
+"""
 
 import math
 from itertools import product
@@ -7,20 +9,23 @@ import pytest
 import torch
 
 import tarflowlm
+from helpers import tiny_flow
 from tarflowlm.editing import blend, encode, informative_level, redraw, rewrite, token_costs
 from tarflowlm.editing.rewriting import propose, propose_state
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 
 STACKS = {
-    "mixd": {"couplings": ("mixd",)}, "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
-    "mix1": {"couplings": ("mix1", "mix1")}, "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
-}  # fmt: skip
+    "mixd": {"couplings": ("mixd",)},
+    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "mix1": {"couplings": ("mix1", "mix1")},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}
 TEXT = torch.tensor([[0, 3, 1, 4, 1, 0, 2], [2, 2, 0, 1, 3, 4, 4]])
 
 
 @pytest.fixture(params=STACKS.values(), ids=STACKS.keys())
-def model(request, tiny_flow):
+def model(request):
     return tiny_flow(log_std=-3.0, **request.param)
 
 
@@ -56,18 +61,25 @@ def test_weights_are_the_density_over_that_of_the_proposal(model, span):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("couplings", "level"), [(("mix1", "mix1"), 1), (("mixd", "mix1", "mix1"), 1), (("mix1",) * 3, 2)]
+    ("couplings", "level"),
+    [(("mix1", "mix1"), 1), (("mixd", "mix1", "mix1"), 1), (("mix1",) * 3, 2)],
 )
 @pytest.mark.parametrize(("patch", "span"), [(1, (2, 5)), (1, (0, 2)), (2, (2, 6)), (2, (6, 8))])
-def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(couplings, level, patch, span, tiny_flow):
+def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(
+    couplings, level, patch, span
+):
     model = tiny_flow(log_std=-3.0, couplings=couplings, patch=patch)
     text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator()).row(0)
-    z, tokens, log_w = propose_state(model, text, span, level=level, candidates=5, generator=generator(1))
+    z, tokens, log_w = propose_state(
+        model, text, span, level=level, candidates=5, generator=generator(1)
+    )
     assert torch.equal(tokens, model.codebook.decode(z))
     with torch.no_grad():
         h = model.prior.states(z)[0][level]
         proposal = model.prior.block(level).log_prob(model.prior.patch(h)[0])
-        expected = model.prior.log_prob(h, above=level) - proposal[:, span[0] // patch : span[1] // patch].sum(1)
+        expected = model.prior.log_prob(h, above=level) - proposal[
+            :, span[0] // patch : span[1] // patch
+        ].sum(1)
     difference = log_w - expected
     torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-8, atol=1e-8)
     outside = torch.ones(8, dtype=torch.bool)
@@ -78,11 +90,13 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(couplings,
 
 
 @pytest.mark.slow
-def test_parts_of_positions_are_redrawn_with_their_position(tiny_flow):
+def test_parts_of_positions_are_redrawn_with_their_position():
     """Seven tokens in four positions of two: the padding behind the text does not count."""
     model = tiny_flow(log_std=-3.0, couplings=("mix1", "mix1"), patch=2)
     text = encode(model, TEXT, generator())
-    edit = rewrite(model, text, [[(3, 4)], [(6, 7)]], level=1, candidates=30, generator=generator(1))
+    edit = rewrite(
+        model, text, [[(3, 4)], [(6, 7)]], level=1, candidates=30, generator=generator(1)
+    )
     assert edit.tokens.shape == TEXT.shape
     assert edit.changed[0, 3]
     assert edit.changed[1, 6]
@@ -106,7 +120,7 @@ def test_words_are_redrawn_in_the_state_that_tells_most():
     assert upper.changed[:, start : start + 5].any(1).all()
 
 
-def test_part_of_a_position_is_weighed_by_what_it_keeps(tiny_flow):
+def test_part_of_a_position_is_weighed_by_what_it_keeps():
     """One token of a patch of two: p(z) over the density of the noise, at equal latents."""
     model = tiny_flow(log_std=-3.0, couplings=("mixd",), patch=2)
     text = encode(model, TEXT, generator()).row(0)
@@ -115,7 +129,8 @@ def test_part_of_a_position_is_weighed_by_what_it_keeps(tiny_flow):
         u, log_det = model.prior(z)
         log_p = model.prior.log_prob(z)
         torch.testing.assert_close(log_p, log_det + standard_normal_log_prob(u))
-        # position 1 holds tokens 2 and 3; the first of them is drawn, with the density of block 1 at d channels
+        # position 1 holds tokens 2 and 3; the first of them is drawn, with the density of block 1
+        # at d channels
         coupling, h = model.prior.block(0).coupling, model.prior.patch(z)[0]
         features = model.prior.block(0).features_of(None, h[:, :-1], first=True)[:, 1]
         drawn = next(coupling.conditionals(features)).log_density(z[:, 2])
@@ -124,8 +139,10 @@ def test_part_of_a_position_is_weighed_by_what_it_keeps(tiny_flow):
 
 
 @pytest.mark.parametrize("couplings", [("mixd",), ("mixd", "mix1")])
-def test_weighted_candidates_have_the_conditional_of_the_model(couplings, tiny_flow):
-    """Two of four tokens, all nine pairs given the latents of the others: p(x_W, z_O) from latents z_W ~ q(.|x_W)."""
+def test_weighted_candidates_have_the_conditional_of_the_model(couplings):
+    """Two of four tokens, all nine pairs given the latents of the others: p(x_W, z_O) from latents
+    z_W ~ q(.|x_W).
+    """
     model = tiny_flow(log_std=-3.0, vocab_size=3, context=4, couplings=couplings)
     text = encode(model, torch.tensor([[1, 2, 0, 1]]), generator())
     with torch.no_grad():
@@ -142,26 +159,36 @@ def test_weighted_candidates_have_the_conditional_of_the_model(couplings, tiny_f
 
 
 @pytest.mark.slow
-def test_candidates_that_repeat_the_text_come_last(tiny_flow):
+def test_candidates_that_repeat_the_text_come_last():
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT[:1], generator())
-    changed = [redraw(model, text, (3, 4), candidates=60, generator=generator(s)).tokens[0, 3] for s in range(20)]
+    changed = [
+        redraw(model, text, (3, 4), candidates=60, generator=generator(s)).tokens[0, 3]
+        for s in range(20)
+    ]
     assert TEXT[0, 3] not in changed
-    only = [redraw(model, text, (3, 4), candidates=1, generator=generator(s)).tokens[0, 3] for s in range(40)]
+    only = [
+        redraw(model, text, (3, 4), candidates=1, generator=generator(s)).tokens[0, 3]
+        for s in range(40)
+    ]
     assert TEXT[0, 3] in only
 
 
-def test_edits_report_the_tail_of_their_weights(tiny_flow):
+def test_edits_report_the_tail_of_their_weights():
     model = tiny_flow(log_std=-3.0, couplings=("mixd", "mix1"))
     text, options = encode(model, TEXT, generator()), {"generator": generator(1)}
-    first, untouched = rewrite(model, text, [[(1, 3), (4, 6)], []], candidates=60, **options).pareto_k
+    first, untouched = rewrite(
+        model, text, [[(1, 3), (4, 6)], []], candidates=60, **options
+    ).pareto_k
     assert math.isfinite(first)
     assert math.isnan(untouched)
     one = redraw(model, text.row(0), (1, 3), candidates=60, generator=generator(1))
-    assert redraw(model, one, (4, 6), candidates=4, **options).pareto_k == one.pareto_k  # too few for a tail
+    assert (
+        redraw(model, one, (4, 6), candidates=4, **options).pareto_k == one.pareto_k
+    )  # too few for a tail
 
 
-def test_another_span_is_tried_where_all_candidates_repeat_one(tiny_flow, monkeypatch):
+def test_another_span_is_tried_where_all_candidates_repeat_one(monkeypatch):
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT[:1], generator()).repeated(2)
     asked = []
@@ -172,14 +199,18 @@ def test_another_span_is_tried_where_all_candidates_repeat_one(tiny_flow, monkey
 
     monkeypatch.setattr("tarflowlm.editing.rewriting.redraw", one_is_certain)
     words = [(at, at + 1) for at in range(7)]
-    edit = rewrite(model, text, [[(1, 2)], [(2, 3)]], spare=words, candidates=60, generator=generator(1))
+    edit = rewrite(
+        model, text, [[(1, 2)], [(2, 3)]], spare=words, candidates=60, generator=generator(1)
+    )
     assert edit.changed.sum(1).tolist() == [1, 1]
     assert edit.changed[1, 2]
     assert not edit.changed[0, [0, 1, 3, 6]].any()
     assert asked[0] == (1, 2)
     assert asked.count((1, 2)) == 1
     asked.clear()
-    assert not rewrite(model, text, [[(1, 2)], []], candidates=60, generator=generator(1)).changed.any()
+    assert not rewrite(
+        model, text, [[(1, 2)], []], candidates=60, generator=generator(1)
+    ).changed.any()
     assert asked == [(1, 2)]
 
 
@@ -195,16 +226,18 @@ def test_blends_take_and_keep_the_requested_spans(model):
         assert torch.equal(edit.tokens, whole)
 
 
-def test_costs_add_up_to_the_bound_of_block_1(tiny_flow):
+def test_costs_add_up_to_the_bound_of_block_1():
     for patch in (1, 2):
         model = tiny_flow(log_std=-3.0, couplings=("mixd",), patch=patch)
         text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator())
         with torch.no_grad():
-            expected = model.codebook.log_normaliser(text.states[0]).sum(1) - model.prior.log_prob(text.states[0])
+            expected = model.codebook.log_normaliser(text.states[0]).sum(1) - model.prior.log_prob(
+                text.states[0]
+            )
         torch.testing.assert_close(token_costs(model, text).sum(1), expected)
 
 
-def test_refusals(tiny_flow):
+def test_refusals():
     model = tiny_flow(couplings=("mix1", "mix1"))
     text = encode(model, TEXT[:1], generator())
     for options, words in (

@@ -1,4 +1,6 @@
-"""Editing: what is not changed stays to the bit, what is changed follows the formulas, and what is refused."""
+"""Editing: what is not changed stays to the bit, what is changed follows the formulas, and what is
+refused.
+"""
 
 import math
 
@@ -6,20 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import tiny_flow
 from tarflowlm.editing import encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
 
 STACKS = {
-    "mixd": {"couplings": ("mixd",)}, "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
-    "affine": {"couplings": ("affine", "affine")}, "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
-}  # fmt: skip
+    "mixd": {"couplings": ("mixd",)},
+    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "affine": {"couplings": ("affine", "affine")},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}
 TEXT = torch.tensor([[0, 3, 1, 4, 1, 0, 2], [2, 2, 0, 1, 3, 4, 4]])
 
 
 @pytest.fixture(params=STACKS.values(), ids=STACKS.keys())
-def model(request, tiny_flow) -> TarFlowLM:
+def model(request) -> TarFlowLM:
     return tiny_flow(log_std=-3.0, **request.param)
 
 
@@ -43,7 +48,9 @@ def test_encoding_gives_the_states_and_fills_the_last_patch(model):
 def test_strength_zero_returns_the_text_to_the_bit(model, decoder):
     text = encode(model, TEXT, generator())
     for level in range(model.num_blocks + 1):
-        edit = renoise(model, text, level=level, strength=0.0, generator=generator(1), decoder=decoder)
+        edit = renoise(
+            model, text, level=level, strength=0.0, generator=generator(1), decoder=decoder
+        )
         assert torch.equal(edit.tokens, TEXT)
         assert not edit.changed.any()
         assert torch.equal(edit.states[-1], text.states[0][:, :7])
@@ -55,7 +62,9 @@ def test_strength_one_forgets_the_state_and_less_keeps_more(model):
     counts = []
     for strength in (0.05, 0.5, 1.0):
         changed = [
-            renoise(model, text, level=model.num_blocks, strength=strength, generator=generator(s)).changed.float()
+            renoise(
+                model, text, level=model.num_blocks, strength=strength, generator=generator(s)
+            ).changed.float()
             for s in range(6)
         ]
         counts.append(torch.cat(changed).mean().item())
@@ -98,7 +107,9 @@ def test_interpolation_has_its_ends_and_its_arc(model):
     first, second = (encode(model, x[None], generator()) for x in TEXT)
     for level in range(model.num_blocks + 1):
         for weight, tokens in ((0.0, TEXT[:1]), (1.0, TEXT[1:])):
-            edit = interpolate(model, first, second, level=level, weight=weight, generator=generator())
+            edit = interpolate(
+                model, first, second, level=level, weight=weight, generator=generator()
+            )
             assert torch.equal(edit.tokens, tokens)
         middle = interpolate(model, first, second, level=level, weight=0.3, generator=generator())
         expected = slerp(first.states[level], second.states[level], 0.3)
@@ -114,24 +125,33 @@ def test_substitution_keeps_the_noise_of_the_rest(model):
     assert not edit.changed[:, : 3 - 3 % model.config.patch].any()
     kept = torch.tensor([True] * 3 + [False] + [True] * 3)
     # the noise of block 1
-    torch.testing.assert_close(edit.states[-2][:, kept], text.states[1][:, :7][:, kept], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        edit.states[-2][:, kept], text.states[1][:, :7][:, kept], rtol=1e-6, atol=1e-6
+    )
 
 
-def test_bounds_are_means_of_the_negative_elbo(tiny_flow):
+def test_bounds_are_means_of_the_negative_elbo():
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT, generator())
     edit = renoise(model, text, level=1, strength=1.0, generator=generator(1))
     with torch.no_grad():
         for tokens, found in ((TEXT, edit.bound_before), (edit.tokens, edit.bound)):
-            expected = torch.stack([elbo(model, tokens, generator=generator(s)).nelbo for s in range(20)]).mean(0)
+            expected = torch.stack(
+                [elbo(model, tokens, generator=generator(s)).nelbo for s in range(20)]
+            ).mean(0)
             torch.testing.assert_close(found, expected, rtol=0.01, atol=0.05)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("strength", -0.1), ("strength", 1.5), ("strength", math.nan), ("level", 4), ("level", -1)]
+    ("option", "value"),
+    [("strength", -0.1), ("strength", 1.5), ("strength", math.nan), ("level", 4), ("level", -1)],
 )
-def test_renoising_refuses(option, value, tiny_flow):
+def test_renoising_refuses(option, value):
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"))
     text = encode(model, TEXT, generator())
     with pytest.raises(UserError, match=f"{option} {value}"):
-        renoise(model, text, **({"level": 1, "strength": 0.5, "generator": generator()} | {option: value}))
+        renoise(
+            model,
+            text,
+            **({"level": 1, "strength": 0.5, "generator": generator()} | {option: value}),
+        )

@@ -1,4 +1,6 @@
-"""Counts on meta tensors against those of real steps, formulas written out, and the paper's numbers."""
+"""Counts on meta tensors against those of real steps, formulas written out, and the paper's
+numbers.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,17 +20,26 @@ VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 
 
 
 def counted(work: Callable[[], object]) -> int:
-    """Operations of the matrix products in `work`, forward and backward; attention by its definition."""
+    """Operations of the matrix products in `work`, forward and backward; attention by its
+    definition.
+    """
     # PyTorch's table lacks the product that adds in place
-    in_place = {torch.ops.aten.addmm_: lambda _, left, right, **rest: 2 * left[0] * left[1] * right[1]}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    in_place = {
+        torch.ops.aten.addmm_: lambda _, left, right, **rest: 2 * left[0] * left[1] * right[1]
+    }
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=in_place) as counter,
+    ):
         work()
     return counter.get_total_flops()
 
 
 def loss_of(model: LanguageModel, tokens: torch.Tensor, frozen: int) -> torch.Tensor:
     dim = model.config.latent_dim if isinstance(model.config, FlowConfig) else 0
-    return model.bound(tokens, torch.zeros(*tokens.shape, dim, device=tokens.device), frozen=frozen).mean()
+    return model.bound(
+        tokens, torch.zeros(*tokens.shape, dim, device=tokens.device), frozen=frozen
+    ).mean()
 
 
 def configured(name: str) -> FlowConfig | BaselineConfig:
@@ -47,14 +58,21 @@ def test_training_count_equals_a_real_step(name):
             tokens = torch.zeros(1, config.context, dtype=torch.long)
         if stages > 1:
             model.train_only(stage)
-        both = counted(lambda model=model, tokens=tokens, stage=stage: loss_of(model, tokens, stage).backward())
+        both = counted(
+            lambda model=model, tokens=tokens, stage=stage: loss_of(model, tokens, stage).backward()
+        )
         trained = training_flops(part, frozen=stage)
         # a large vocabulary's logits are computed again in the backward pass, which does not count
-        assert trained == pytest.approx(both, rel=0.12 if name == "owt-mixd" else 0.02), (stage, trained / both)
+        assert trained == pytest.approx(both, rel=0.12 if name == "owt-mixd" else 0.02), (
+            stage,
+            trained / both,
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mini-ar", "mini-affine", "mini-mix1", "mini-mixd", "mini-mixd-p2"])
+@pytest.mark.parametrize(
+    "name", ["mini-ar", "mini-affine", "mini-mix1", "mini-mixd", "mini-mixd-p2"]
+)
 def test_count_equals_a_real_step_on_a_cpu(name):
     """With real tensors the numerics take another path with the same products."""
     config = replace(configured(name), context=32)
@@ -65,7 +83,9 @@ def test_count_equals_a_real_step_on_a_cpu(name):
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_figure_7_counts_one_head_per_model(patch):
-    """The flow of appendix H: the body of a Transformer LM over S' positions, and one masked autoregressive head."""
+    """The flow of appendix H: the body of a Transformer LM over S' positions, and one masked
+    autoregressive head.
+    """
     L, d, S, K, D_m = 12, 768, 1024, 64, 128
     c, positions = 16 * patch, S // patch
     E = min(max(1, int(9 * D_m / (16 * (c - 1)))), 96)
@@ -77,7 +97,9 @@ def test_figure_7_counts_one_head_per_model(patch):
     paper = flow + 2 * positions * (4 * d + head)
     assert forward_flops(config, "paper") == paper
     assert training_flops(config, convention="figure7") == 3 * flow
-    first = 4 * d * positions + 2 * (24 * d**2 * positions + 2 * d * positions**2) + positions * head
+    first = (
+        4 * d * positions + 2 * (24 * d**2 * positions + 2 * d * positions**2) + positions * head
+    )
     assert training_flops(config, frozen=1, convention="figure7") == 3 * flow - 2 * first
     # the layers of our module are those of the appendix
     with torch.device("meta"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from run_cases import save_run
+from helpers import save_run, tiny_ar, tiny_flow
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation import judges
@@ -18,13 +18,19 @@ TEXTS = ["bad cab dad", " a bee", "e", "abcde " * 30]
 
 
 @pytest.fixture(scope="module")
-def baseline_run(tmp_path_factory, tiny_ar) -> Path:
-    return save_run(tmp_path_factory.mktemp("judges") / "ar", tiny_ar(vocab_size=6, context=12), tokenizer=TOKENIZER)
+def baseline_run(tmp_path_factory) -> Path:
+    return save_run(
+        tmp_path_factory.mktemp("judges") / "ar",
+        tiny_ar(vocab_size=6, context=12),
+        tokenizer=TOKENIZER,
+    )
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> Path:
-    """A randomly initialised GPT-2 of 32 positions with a byte-level tokenizer trained on a few words."""
+    """A randomly initialised GPT-2 of 32 positions with a byte-level tokenizer trained on a few
+    words.
+    """
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("judges") / "gpt2"
@@ -69,9 +75,14 @@ def test_features_equal_those_of_mauve_text(gpt2):
 
     model = transformers.AutoModel.from_pretrained(gpt2).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
-    tokens = [tokenizer.encode(text, return_tensors="pt", truncation=True, max_length=32) for text in TEXTS]
+    tokens = [
+        tokenizer.encode(text, return_tensors="pt", truncation=True, max_length=32)
+        for text in TEXTS
+    ]
     expected = utils.featurize_tokens_from_model(model, tokens, batch_size=1)
-    torch.testing.assert_close(load_judge(str(gpt2)).read(TEXTS).features, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        load_judge(str(gpt2)).read(TEXTS).features, expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -162,8 +173,12 @@ def test_missing_judges(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_models_that_cannot_judge(tmp_path, tiny_flow, tiny_ar, gpt2):
-    refused(save_run(tmp_path / "flow", tiny_flow(vocab_size=27, couplings=("mixd",))), "flow", "mini-ar")
+def test_models_that_cannot_judge(tmp_path, gpt2):
+    refused(
+        save_run(tmp_path / "flow", tiny_flow(vocab_size=27, couplings=("mixd",))),
+        "flow",
+        "mini-ar",
+    )
     refused(save_run(tmp_path / "two", tiny_ar(vocab_size=27, patch=2)), "several tokens at once")
     encoder = tmp_path / "encoder"
     encoder.mkdir()

@@ -1,4 +1,6 @@
-"""Units, spread and repeatability of the likelihood; bits of every token: exact or shares of a bound."""
+"""Units, spread and repeatability of the likelihood; bits of every token: exact or shares of a
+bound.
+"""
 
 import itertools
 import math
@@ -6,6 +8,7 @@ import math
 import pytest
 import torch
 
+from helpers import tiny_ar, tiny_flow
 from tarflowlm.data import sliding_windows
 from tarflowlm.evaluation.likelihood import bits, evaluate, score
 from tarflowlm.objective import elbo
@@ -23,7 +26,7 @@ def text(num_tokens: int) -> torch.Tensor:
     return torch.randint(5, (num_tokens,), generator=torch.Generator().manual_seed(5))
 
 
-def test_units_of_an_exact_likelihood(tiny_ar, windows):
+def test_units_of_an_exact_likelihood(windows):
     model = tiny_ar().eval()
     result = evaluate(model, windows, ONE_EACH)
     nats = -model.log_prob(windows).detach()
@@ -39,26 +42,38 @@ def test_units_of_an_exact_likelihood(tiny_ar, windows):
     assert result.bits_per_byte == pytest.approx(result.bpc / 2)
 
 
-def test_several_samples_give_elbo_and_gap(tiny_flow, windows):
+def test_several_samples_give_elbo_and_gap(windows):
     model = tiny_flow(log_std=0.2).eval()
     result = evaluate(model, windows, ONE_EACH, samples=6, seed=3)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        draws = torch.stack([model.bound(windows, model.draw_noise(windows, generator)) for _ in range(6)]) / 8
+        draws = (
+            torch.stack(
+                [model.bound(windows, model.draw_noise(windows, generator)) for _ in range(6)]
+            )
+            / 8
+        )
     assert result.elbo == pytest.approx(draws.mean().item())
     assert result.elbo_stderr == pytest.approx(draws.mean(0).std().item() / math.sqrt(7))
-    assert result.elbo_sampling_stderr == pytest.approx(draws.var(0).mean().sqrt().item() / math.sqrt(7 * 6))
+    assert result.elbo_sampling_stderr == pytest.approx(
+        draws.var(0).mean().sqrt().item() / math.sqrt(7 * 6)
+    )
     assert result.gap == pytest.approx(result.elbo - result.nats_per_token)
     assert result.gap > 0
     assert (result.bound, result.sign) == ("iw-6", "<=")
     assert evaluate(model, windows, ONE_EACH, samples=6, seed=3) == result
     one = evaluate(model, windows, ONE_EACH, seed=3)
     assert one.nats_per_token == pytest.approx(draws[0].mean().item())
-    assert (one.bound, one.elbo, one.gap, one.elbo_sampling_stderr) == ("elbo", one.nats_per_token, None, None)
+    assert (one.bound, one.elbo, one.gap, one.elbo_sampling_stderr) == (
+        "elbo",
+        one.nats_per_token,
+        None,
+        None,
+    )
 
 
 @pytest.mark.slow
-def test_sampling_error_equals_the_spread_over_seeds(tiny_flow, windows):
+def test_sampling_error_equals_the_spread_over_seeds(windows):
     model = tiny_flow(log_std=0.2).eval()
     results = [evaluate(model, windows, ONE_EACH, samples=2, seed=seed) for seed in range(60)]
     spread = torch.tensor([r.elbo for r in results]).std().item()
@@ -68,7 +83,7 @@ def test_sampling_error_equals_the_spread_over_seeds(tiny_flow, windows):
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
 @pytest.mark.parametrize("batch", [None, 2])
-def test_sliding_windows_score_every_token_once(tiny_ar, stride, batch):
+def test_sliding_windows_score_every_token_once(stride, batch):
     model, tokens, T = tiny_ar().eval(), text(33), 8
     windows, given = sliding_windows(tokens.numpy(), T, stride)
     result = evaluate(model, windows, ONE_EACH, given=given, batch=batch)
@@ -84,20 +99,32 @@ def test_sliding_windows_score_every_token_once(tiny_ar, stride, batch):
 
 
 @pytest.mark.slow
-def test_stderr_of_unequal_windows_equals_the_jackknife(tiny_ar):
+def test_stderr_of_unequal_windows_equals_the_jackknife():
     model = tiny_ar().eval()
     windows, given = sliding_windows(text(330).numpy(), 8, 3)
     whole = evaluate(model, windows, ONE_EACH, given=given)
     keeps = [torch.arange(len(windows)) != i for i in range(len(windows))]
-    left_out = [evaluate(model, windows[keep], ONE_EACH, given=given[keep]).nats_per_token for keep in keeps]
-    jackknife = torch.tensor(left_out, dtype=torch.float64).var(unbiased=False).mul(len(windows) - 1).sqrt().item()
+    left_out = [
+        evaluate(model, windows[keep], ONE_EACH, given=given[keep]).nats_per_token for keep in keeps
+    ]
+    jackknife = (
+        torch.tensor(left_out, dtype=torch.float64)
+        .var(unbiased=False)
+        .mul(len(windows) - 1)
+        .sqrt()
+        .item()
+    )
     assert whole.stderr == pytest.approx(jackknife, rel=0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("couplings", [("mixd",), ("mixd", "mix1"), ("mix1", "affine", "token-affine")])
+@pytest.mark.parametrize(
+    "couplings", [("mixd",), ("mixd", "mix1"), ("mix1", "affine", "token-affine")]
+)
 @pytest.mark.parametrize("num_tokens", [1, 3, 8])
-def test_the_bits_of_a_flow_sum_to_its_bound_and_the_blocks_to_its_log_determinants(tiny_flow, couplings, num_tokens):
+def test_the_bits_of_a_flow_sum_to_its_bound_and_the_blocks_to_its_log_determinants(
+    couplings, num_tokens
+):
     model, tokens = tiny_flow(couplings=couplings).eval(), text(num_tokens)
     found = score(model, tokens, samples=1, seed=3)
     terms = elbo(model, tokens[None], generator=torch.Generator().manual_seed(3))
@@ -110,14 +137,16 @@ def test_the_bits_of_a_flow_sum_to_its_bound_and_the_blocks_to_its_log_determina
 
 
 @pytest.mark.parametrize("patch", [2, 4])
-def test_patches(tiny_flow, patch):
+def test_patches(patch):
     model, tokens = tiny_flow(patch=patch, context=16).eval(), text(8)
     terms = elbo(model, tokens[None], generator=torch.Generator().manual_seed(0))
-    assert score(model, tokens, samples=1).total == pytest.approx(bits(terms.nelbo.item()), rel=1e-5)
+    assert score(model, tokens, samples=1).total == pytest.approx(
+        bits(terms.nelbo.item()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("couplings", "stride"), [(("mixd", "mix1"), 8), (("mixd",), 4)])
-def test_long_texts_are_scored_as_evaluate_scores_their_windows(tiny_flow, couplings, stride):
+def test_long_texts_are_scored_as_evaluate_scores_their_windows(couplings, stride):
     model, tokens = tiny_flow(couplings=couplings).eval(), text(32)
     windows, given = sliding_windows(tokens.numpy(), 8, stride)
     result, seen = evaluate(model, windows, ONE_EACH, given=given, samples=3, seed=5), []
@@ -130,7 +159,7 @@ def test_long_texts_are_scored_as_evaluate_scores_their_windows(tiny_flow, coupl
 
 
 @pytest.mark.parametrize("num_tokens", [9, 13, 21])
-def test_the_baseline_is_exact_whatever_the_length(tiny_ar, num_tokens):
+def test_the_baseline_is_exact_whatever_the_length(num_tokens):
     model, tokens = tiny_ar().eval(), text(num_tokens)
     found = score(model, tokens)
     assert found.exact
@@ -138,25 +167,31 @@ def test_the_baseline_is_exact_whatever_the_length(tiny_ar, num_tokens):
     for t in range(num_tokens):
         start = max(0, -(-(t - 7) // 4)) * 4  # of the first window that holds token t
         logits = model.logits(tokens[None, start : t + 1])[0, -1]
-        assert found.bits[t].item() == pytest.approx(bits(-logits.log_softmax(-1)[tokens[t]].item()))
+        assert found.bits[t].item() == pytest.approx(
+            bits(-logits.log_softmax(-1)[tokens[t]].item())
+        )
 
 
 @pytest.mark.parametrize("fields", [{}, {"patch": 4}, {"patch": 4, "in_patch": "autoregressive"}])
-def test_the_probabilities_of_all_texts_sum_to_one(tiny_ar, fields):
+def test_the_probabilities_of_all_texts_sum_to_one(fields):
     """Also with an incomplete last patch."""
     model = tiny_ar(vocab_size=3, **fields).eval()
-    total = sum(2 ** -score(model, torch.tensor(x)).total for x in itertools.product(range(3), repeat=3))
+    total = sum(
+        2 ** -score(model, torch.tensor(x)).total for x in itertools.product(range(3), repeat=3)
+    )
     assert total == pytest.approx(1)
 
 
 @pytest.mark.slow
-def test_filler_of_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
+def test_filler_of_an_incomplete_patch_counts_with_the_last_token():
     """So that the sum is a bound on the text: no text becomes more probable by a token more."""
     model, tokens = tiny_flow(patch=4, log_std=-6.0).eval(), text(5)
     found = score(model, tokens, samples=1)
     assert found.bits.shape == (5,)
     assert found.blocks.shape == (2, 5)
-    whole = [torch.cat((tokens, torch.tensor(rest))) for rest in itertools.product(range(5), repeat=3)]
+    whole = [
+        torch.cat((tokens, torch.tensor(rest))) for rest in itertools.product(range(5), repeat=3)
+    ]
     totals = [score(model, tokens, samples=1).total for tokens in whole]
     assert min(abs(found.total - total) for total in totals) < 1e-6
     assert score(model, tokens, samples=1).total == found.total

@@ -1,4 +1,6 @@
-"""Sample statistics on texts whose answers are known, MAUVE at its ends, the whole of it on a tiny model; n-grams."""
+"""Sample statistics on texts whose answers are known, MAUVE at its ends, the whole of it on a tiny
+model; n-grams.
+"""
 
 import math
 from collections import Counter
@@ -10,10 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import tiny_ar, tiny_flow
 from tarflowlm.data import CharTokenizer
 from tarflowlm.evaluation import quality
 from tarflowlm.evaluation.judges import Judge
-from tarflowlm.evaluation.quality import SamplingConfig, distinct, draw_samples, mauve, repetition, sequence_entropy
+from tarflowlm.evaluation.quality import (
+    SamplingConfig,
+    distinct,
+    draw_samples,
+    mauve,
+    repetition,
+    sequence_entropy,
+)
 
 TOKENIZER = CharTokenizer(" abcd", "none")
 
@@ -63,7 +73,7 @@ class LetterJudge(Judge):
 
 
 @pytest.fixture(params=["flow", "ar"])
-def model(request, tiny_flow, tiny_ar):
+def model(request):
     return (tiny_flow(log_std=-2.0) if request.param == "flow" else tiny_ar()).float().eval()
 
 
@@ -78,19 +88,31 @@ CONFIG = SamplingConfig(num=20, seed=3)
 def test_quality_of_a_tiny_model(model, windows):
     pytest.importorskip("mauve")
     config = replace(CONFIG, temperature=0.8, top_k=3)
-    result = quality.measure_quality(model, TOKENIZER, LetterJudge(), windows, config, trained_on="other")
+    result = quality.measure_quality(
+        model, TOKENIZER, LetterJudge(), windows, config, trained_on="other"
+    )
     samples = draw_samples(model, config)
     for tokens, statistics in ((samples, result.samples), (windows, result.text)):
         assert statistics.texts == len(tokens)
         assert statistics.judge_tokens == tokens.numel()
-        assert statistics.perplexity == pytest.approx((-LetterJudge.log_p[tokens].mean()).exp().item(), rel=1e-5)
+        assert statistics.perplexity == pytest.approx(
+            (-LetterJudge.log_p[tokens].mean()).exp().item(), rel=1e-5
+        )
         assert statistics.entropy == pytest.approx(sequence_entropy(tokens.tolist()))
         words = [TOKENIZER.decode(row).split() for row in tokens.tolist()]
         assert statistics.word_entropy == pytest.approx(sequence_entropy(words))
         assert statistics.distinct_2 == distinct(words, 2)
-    features = [torch.nn.functional.one_hot(tokens[:, 5], 5).float() for tokens in (windows, samples)]
+    features = [
+        torch.nn.functional.one_hot(tokens[:, 5], 5).float() for tokens in (windows, samples)
+    ]
     assert result.mauve == mauve(*features)  # of the first chunk, which ends after six tokens
-    assert (result.temperature, result.top_k, result.top_p, result.seed, result.length) == (0.8, 3, None, 3, 8)
+    assert (result.temperature, result.top_k, result.top_p, result.seed, result.length) == (
+        0.8,
+        3,
+        None,
+        3,
+        8,
+    )
     assert (result.dtype, result.judge) == ("float32", "letters")
     assert result.decoder == ("auto" if hasattr(model, "codebook") else "steps")
 
@@ -112,7 +134,9 @@ def plain(text: str, order: int) -> float:
     ngrams = [text[i : i + order] for i in range(len(text) - order + 1)]
     contexts = Counter(ngram[:-1] for ngram in ngrams)
     counts = Counter(ngrams)
-    return -sum(c * math.log2(c / contexts[ngram[:-1]]) for ngram, c in counts.items()) / len(ngrams)
+    return -sum(c * math.log2(c / contexts[ngram[:-1]]) for ngram, c in counts.items()) / len(
+        ngrams
+    )
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -122,7 +146,9 @@ def test_entropy_equals_the_formula(text, order):
 
 
 def test_bigram_probabilities_sum_to_one():
-    """Its probabilities of the token after w, read from texts (0, w, a), sum to one, whether w was seen or not."""
+    """Its probabilities of the token after w, read from texts (0, w, a), sum to one, whether w was
+    seen or not.
+    """
     rng = np.random.default_rng(3)
     train = rng.integers(0, 5, 60)
 

@@ -5,19 +5,23 @@ import torch
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import ComposeTransform
 
+from helpers import normal, tiny_flow
 from tarflowlm.flow.adapters import BijectionTransform, MixtureCdfTransform, RosenblattTransform
 
 N, D = 4, 2
 
 
 @pytest.fixture
-def transforms(normal, tiny_flow):
+def transforms():
     """name -> (transform, an input with a batch of 3)."""
     model = tiny_flow()
     block = model.prior.block(1)
     return {
         "mixture": (MixtureCdfTransform(*(normal(N, 5, seed=i) for i in range(3))), normal(3, N)),
-        "rosenblatt": (RosenblattTransform(normal(5), normal(5, D, seed=1), normal(5, seed=2)), normal(3, N, D)),
+        "rosenblatt": (
+            RosenblattTransform(normal(5), normal(5, D, seed=1), normal(5, seed=2)),
+            normal(3, N, D),
+        ),
         "block": (BijectionTransform(block), normal(3, N, D)),
         "prior": (BijectionTransform(model.prior), normal(3, N, D)),
     }

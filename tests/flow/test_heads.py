@@ -1,11 +1,20 @@
-"""The heads: who sees whom inside a position, and the walk through the groups equals the parallel pass."""
+"""The heads: who sees whom inside a position, and the walk through the groups equals the parallel
+pass.
+"""
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.heads import LARGEST_LOG_STD, AutoregressiveHead, HeadWeights, TokenFeatures, bounded_log_std
+from helpers import normal, randomise
+from tarflowlm.flow.heads import (
+    LARGEST_LOG_STD,
+    AutoregressiveHead,
+    HeadWeights,
+    TokenFeatures,
+    bounded_log_std,
+)
 from tarflowlm.language_model import seeded
 
 WIDTH = 6
@@ -20,20 +29,28 @@ HEADS = {
     "full": {"groups": 4, "channels": 1, "outputs": (2, 3, 1), "full": True},
     "full-one-group": {"groups": 1, "channels": 1, "outputs": (3,), "full": True},
     "full-tokens": {"groups": 3, "channels": 2, "outputs": (2, 1), "full": True},
-    "independent": {"groups": 4, "channels": 1, "outputs": (2, 3), "skip": True, "autoregressive": False},
+    "independent": {
+        "groups": 4,
+        "channels": 1,
+        "outputs": (2, 3),
+        "skip": True,
+        "autoregressive": False,
+    },
 }
 
 
 @pytest.fixture(params=HEADS.values(), ids=HEADS.keys())
-def head(request, randomise) -> AutoregressiveHead:
+def head(request) -> AutoregressiveHead:
     with seeded(0):
         return randomise(AutoregressiveHead(width=WIDTH, hidden=5, features=4, **request.param))
 
 
-def test_group_g_sees_earlier_groups_of_its_own_position(head, normal):
+def test_group_g_sees_earlier_groups_of_its_own_position(head):
     T, C = 3, head.groups * head.channels
     features = normal(1, T, WIDTH, seed=1)
-    by_z = jacobian(lambda z: torch.cat(head(features, z[None]), -1)[:, 0], normal(T, C))  # [G, T, O, T, C]
+    by_z = jacobian(
+        lambda z: torch.cat(head(features, z[None]), -1)[:, 0], normal(T, C)
+    )  # [G, T, O, T, C]
     depends = by_z.abs().amax(2).unflatten(-1, (head.groups, head.channels)) > 0  # [G, T, T, G, m]
     earlier = torch.ones(head.groups, head.groups, dtype=torch.bool).tril(-1) & (head.num_known > 0)
     here = torch.eye(T, dtype=torch.bool)
@@ -42,29 +59,37 @@ def test_group_g_sees_earlier_groups_of_its_own_position(head, normal):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_groups_see_those_of_their_own_token_where_these_are_named(full, randomise, normal):
+def test_groups_see_those_of_their_own_token_where_these_are_named(full):
     token = torch.tensor([0, 1, 0, 1, 1])
     with seeded(0):
         sizes = {"groups": 5, "channels": 1, "outputs": (2,), "skip": not full, "full": full}
-        head = randomise(AutoregressiveHead(width=WIDTH, hidden=5, features=4, tokens=token, **sizes))
+        head = randomise(
+            AutoregressiveHead(width=WIDTH, hidden=5, features=4, tokens=token, **sizes)
+        )
     features, z = normal(1, WIDTH, seed=1), normal(1, 5)
-    by_z = jacobian(lambda z: head(features[None], z[None])[0][:, 0, 0], z)[:, :, 0].abs().amax(1) > 0
-    assert torch.equal(by_z, torch.ones(5, 5, dtype=torch.bool).tril(-1) & (token[:, None] == token))
+    by_z = (
+        jacobian(lambda z: head(features[None], z[None])[0][:, 0, 0], z)[:, :, 0].abs().amax(1) > 0
+    )
+    assert torch.equal(
+        by_z, torch.ones(5, 5, dtype=torch.bool).tril(-1) & (token[:, None] == token)
+    )
     walk, z_g = head.walk(features), None
     for g, out in enumerate(head(features[:, None], z[:, None])[0]):
         torch.testing.assert_close(walk.send(z_g)[0], out[:, 0], rtol=1e-12, atol=1e-12)
         z_g = z[:, g : g + 1]
 
 
-def test_every_group_sees_the_features_of_its_own_position(head, normal):
+def test_every_group_sees_the_features_of_its_own_position(head):
     T, C = 3, head.groups * head.channels
     z = normal(1, T, C)
-    by_features = jacobian(lambda f: torch.cat(head(f[None], z), -1)[:, 0], normal(T, WIDTH, seed=1))
+    by_features = jacobian(
+        lambda f: torch.cat(head(f[None], z), -1)[:, 0], normal(T, WIDTH, seed=1)
+    )
     depends = by_features.abs().amax((2, 4)) > 0  # [G, T, T]
     assert torch.equal(depends, torch.eye(T, dtype=torch.bool).expand_as(depends))
 
 
-def test_walking_equals_the_parallel_pass(head, normal):
+def test_walking_equals_the_parallel_pass(head):
     B, C = 3, head.groups * head.channels
     features, z = normal(B, WIDTH, seed=1), normal(B, C)
     parallel = head(features[:, None], z[:, None])
@@ -77,14 +102,17 @@ def test_walking_equals_the_parallel_pass(head, normal):
 
 
 @pytest.mark.parametrize("in_patch", [True, False], ids=["autoregressive", "independent"])
-def test_token_features_see_earlier_tokens_of_the_patch_only_if_autoregressive(in_patch, randomise, normal):
+def test_token_features_see_earlier_tokens_of_the_patch_only_if_autoregressive(in_patch):
     P, d, T = 3, 2, 2
     with seeded(0):
         layer = randomise(TokenFeatures(width=WIDTH, patch=P, latent_dim=d, in_patch=in_patch))
     features = normal(1, T, WIDTH, seed=1)
     by_z = jacobian(lambda z: layer(features, z[None])[0], normal(T, P * d))  # [T, P, D, T, P d]
     depends = by_z.abs().amax(2).unflatten(-1, (P, d)).amax(-1) > 0  # [T, P, T, P]
-    expected = torch.eye(T, dtype=torch.bool)[:, None, :, None] & torch.ones(P, P, dtype=torch.bool).tril(-1)[:, None]
+    expected = (
+        torch.eye(T, dtype=torch.bool)[:, None, :, None]
+        & torch.ones(P, P, dtype=torch.bool).tril(-1)[:, None]
+    )
     assert torch.equal(depends, expected if in_patch else torch.zeros_like(expected))
 
 
@@ -104,7 +132,9 @@ def test_the_bound_of_a_log_std_is_once_differentiable():
     assert gradcheck(bounded_log_std, x)
     (slope,) = torch.autograd.grad(bounded_log_std(x).sum(), x)
     assert (slope > 0).all()
-    assert torch.equal(slope[x.detach().abs() <= LARGEST_LOG_STD], torch.ones(321, dtype=torch.float64))
+    assert torch.equal(
+        slope[x.detach().abs() <= LARGEST_LOG_STD], torch.ones(321, dtype=torch.float64)
+    )
     # no jump of the slope where the bound sets in: it changes by 2 (h / 4)^2 at most
     for edge in (-LARGEST_LOG_STD, LARGEST_LOG_STD):
         at = torch.tensor([edge - 1e-4, edge + 1e-4], dtype=torch.float64, requires_grad=True)
@@ -112,9 +142,16 @@ def test_the_bound_of_a_log_std_is_once_differentiable():
         assert (slope[1] - slope[0]).abs() < 1e-8
 
 
-def test_only_the_last_output_is_bounded_and_gradients_pass_through(normal):
+def test_only_the_last_output_is_bounded_and_gradients_pass_through():
     with seeded(0):
-        sizes = {"width": WIDTH, "groups": 3, "channels": 1, "hidden": 5, "features": 4, "outputs": (2, 2)}
+        sizes = {
+            "width": WIDTH,
+            "groups": 3,
+            "channels": 1,
+            "hidden": 5,
+            "features": 4,
+            "outputs": (2, 2),
+        }
         head = AutoregressiveHead(**sizes, log_std_last=True).double()
     with torch.no_grad():
         for bias in head.biases:

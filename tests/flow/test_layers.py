@@ -3,22 +3,27 @@
 import pytest
 import torch
 
+from helpers import normal
 from tarflowlm.errors import UserError
 from tarflowlm.flow.stack import Order, Patch
 
 T, C = 6, 5
 
 LAYERS = {
-    "keep": lambda: Order(C), "reverse": lambda: Order(C, reverse=True), "mix": lambda: Order(C, mix=1),
-    "mix-3-reverse": lambda: Order(C, reverse=True, mix=3), "patch-1": lambda: Patch(1), "patch-2": lambda: Patch(2),
+    "keep": lambda: Order(C),
+    "reverse": lambda: Order(C, reverse=True),
+    "mix": lambda: Order(C, mix=1),
+    "mix-3-reverse": lambda: Order(C, reverse=True, mix=3),
+    "patch-1": lambda: Patch(1),
+    "patch-2": lambda: Patch(2),
     "patch-3": lambda: Patch(3),
-}  # fmt: skip
+}
 
 parametrize_layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 
 
 @parametrize_layers
-def test_round_trips_are_bit_exact(make, normal):
+def test_round_trips_are_bit_exact(make):
     layer, z = make(), normal(3, T, C)
     u, _ = layer(z)
     assert torch.equal(layer.inverse(u), z)
@@ -27,10 +32,14 @@ def test_round_trips_are_bit_exact(make, normal):
 
 
 @parametrize_layers
-def test_log_det_is_the_autograd_one(make, normal):
+def test_log_det_is_the_autograd_one(make):
     layer, z = make(), normal(1, T, C)
-    jacobian = torch.autograd.functional.jacobian(lambda v: layer(v.view(1, T, C))[0].flatten(), z.flatten())
-    assert torch.equal(jacobian.abs().sum(0), torch.ones(T * C, dtype=torch.float64))  # a permutation
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: layer(v.view(1, T, C))[0].flatten(), z.flatten()
+    )
+    assert torch.equal(
+        jacobian.abs().sum(0), torch.ones(T * C, dtype=torch.float64)
+    )  # a permutation
     _, log_det = layer(z.expand(2, T, C))
     assert log_det.shape == (2,)
     assert log_det.dtype == z.dtype

@@ -1,4 +1,6 @@
-"""Every fast path of a CPU against `reference` in float64: hard mixtures, both tails to 30 sigma, both formats."""
+"""Every fast path of a CPU against `reference` in float64: hard mixtures, both tails to 30 sigma,
+both formats.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ def double(*tensors):
 
 
 def largest(found, expected, size):
-    """Error over `size`, which is 1 or more, in units of the format's rounding; NaN where a value is none."""
+    """Error over `size`, which is 1 or more, in units of the format's rounding; NaN where a value
+    is none.
+    """
     return ((found - expected).abs() / size).max() / torch.finfo(found.dtype).eps
 
 
@@ -71,13 +75,17 @@ def test_gradients_of_scalar_mixtures(dtype, components, shared):
     # Those of u are differences of terms that are u^2 times larger.
     assert_gradients(
         cpu.mixture_cdf_backward(z, params, *cpu.mixture_cdf(z, *params), grad_u, grad_log_p),
-        reference.mixture_cdf_backward(wide_z, tuple(wide), wide_u, wide_log_det, *double(grad_u, grad_log_p)),
+        reference.mixture_cdf_backward(
+            wide_z, tuple(wide), wide_u, wide_log_det, *double(grad_u, grad_log_p)
+        ),
         2e-4 if dtype == torch.float32 else 1e-10,
     )
 
 
 def assert_gradients(found, expected, bound):
-    """Relative to the largest of a row, or to the sum of sizes where a shared parameter sums over rows."""
+    """Relative to the largest of a row, or to the sum of sizes where a shared parameter sums over
+    rows.
+    """
     for one, other in zip(found, expected, strict=True):
         if one.shape != other.shape:
             size, other = other.abs().sum(0) + 1, other.sum(0)
@@ -120,7 +128,10 @@ def test_rosenblatt(dtype, shape):
     exact_u, exact_log_det = reference.rosenblatt(*double(*case))
     assert exact_u.abs().max() > 20
     assert largest(u, exact_u, 1 + exact_u.abs()) <= 200
-    assert largest(log_det, exact_log_det, 1 + exact_log_det.abs() + exact_u.square().sum(-1) / 2) <= 16
+    assert (
+        largest(log_det, exact_log_det, 1 + exact_log_det.abs() + exact_u.square().sum(-1) / 2)
+        <= 16
+    )
 
 
 @pytest.mark.slow
@@ -143,7 +154,9 @@ def test_gradients_of_rosenblatt(dtype, shape, monkeypatch):
     found = torch.autograd.grad([t.sum() for t in rosenblatt(*leaves)], leaves)
     monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
     leaves = [t.detach().double().requires_grad_() for t in leaves]
-    expected = torch.autograd.grad([t.sum() for t in reference.rosenblatt(*leaves, mixture_cdf)], leaves)
+    expected = torch.autograd.grad(
+        [t.sum() for t in reference.rosenblatt(*leaves, mixture_cdf)], leaves
+    )
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= BOUND[dtype] * (1 + other.abs().max())
 

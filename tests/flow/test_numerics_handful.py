@@ -1,4 +1,6 @@
-"""The Mix-d inverse of a handful of rows, against `reference` in float64: sharp, overlapping and hard codebooks."""
+"""The Mix-d inverse of a handful of rows, against `reference` in float64: sharp, overlapping and
+hard codebooks.
+"""
 
 import math
 
@@ -21,9 +23,11 @@ def patient(monkeypatch):
 
 
 def case(components, d, seed, dtype):
-    """u, log_w, mean, log_std: scales from 1e-4 to 3 where the seed is odd, all sharp where it is a multiple of four.
+    """u, log_w, mean, log_std: scales from 1e-4 to 3 where the seed is odd, all sharp where it is a
+    multiple of four.
 
-    Weights down to e^-12, some of them zero as top-k leaves them, and ordinary noise with three rows far out.
+    Weights down to e^-12, some of them zero as top-k leaves them, and ordinary noise with three
+    rows far out.
     """
     u, log_w, mean, log_std = codebook_case(24, components, d, seed, torch.float64)
     g = torch.Generator().manual_seed(seed + 100)
@@ -47,7 +51,9 @@ def test_maps_back_to_the_noise(dtype, shape, seed, patient):
     """As well as the general path does it: what an ulp of z is worth depends on the scales."""
     u, *params = case(*shape, seed, dtype)
     z, general = rosenblatt_inverse(u, *params), inverse._by_channels(u, *params)
-    error, usual = (((rosenblatt(found, *params)[0] - u).abs() / (1 + u.abs())) for found in (z, general))
+    error, usual = (
+        ((rosenblatt(found, *params)[0] - u).abs() / (1 + u.abs())) for found in (z, general)
+    )
     for rows in (slice(3), slice(3, None)):
         assert error[rows].max() <= 1.1 * usual[rows].max() + 8 * torch.finfo(dtype).eps
     assert error[3:].max() <= 2 * BOUND[dtype]
@@ -61,7 +67,9 @@ def test_not_a_number_and_infinity(where):
         inputs = case(5, 3, 2, torch.float32)
         inputs[where].view(-1)[3] = value
         z = rosenblatt_inverse(*inputs)
-        torch.testing.assert_close(z, inverse._by_channels(*inputs), rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(
+            z, inverse._by_channels(*inputs), rtol=1e-5, atol=1e-5, equal_nan=True
+        )
         if where < 2:
             torch.testing.assert_close(z[2:], expected[2:], rtol=1e-5, atol=1e-5)
 
@@ -85,5 +93,7 @@ def test_a_row_does_not_depend_on_the_others(dtype):
     """To the last bit, as long as all of them are solved here."""
     u, log_w, *book = case(27, 8, 4, dtype)
     together = rosenblatt_inverse(u, log_w, *book)[3:]
-    alone = torch.cat([rosenblatt_inverse(u[i : i + 1], log_w[i : i + 1], *book) for i in range(3, len(u))])
+    alone = torch.cat(
+        [rosenblatt_inverse(u[i : i + 1], log_w[i : i + 1], *book) for i in range(3, len(u))]
+    )
     torch.testing.assert_close(alone, together, rtol=0, atol=0)

@@ -9,17 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics_cases import nasty_mixtures, wide_noise
 
-from tarflowlm.flow.numerics import layout, log_standard_normal, mixture_cdf, mixture_cdf_inverse, mixture_log_density
+from tarflowlm.flow.numerics import (
+    layout,
+    log_standard_normal,
+    mixture_cdf,
+    mixture_cdf_inverse,
+    mixture_log_density,
+)
 from tarflowlm.flow.numerics.normal import log_upper_tail
 
-# z, [(log_w, mean, log_std), ...]: bulk, gap between narrow modes, far tails, tiny weights, a broad rare component.
+# z, [(log_w, mean, log_std), ...]: bulk, gap between narrow modes, far tails, tiny weights, a broad
+# rare component.
 HARD_CASES = [
-    (0.3, [(0.0, 0.0, 0.0)]), (0.0, [(0.0, -10.0, -3.0), (0.0, 10.0, -3.0)]),
-    (12.0, [(0.0, 0.0, 0.0), (-12.0, 1.0, 0.5)]), (-29.0, [(0.0, 0.0, 0.0), (-1.0, 0.5, -1.0)]),
-    (36.9, [(0.0, 0.0, 0.0), (-3.0, -1.0, -0.2)]), (60.0, [(0.0, 0.0, 0.0), (-2.0, 0.0, 0.1)]),
-    (-7.5, [(0.0, 0.0, -6.0), (-12.0, 0.0, 0.0)]), (1.0025, [(0.0, 1.0, -6.0), (-5.0, -100.0, 2.0)]),
-    (-140.0, [(0.0, 3.0, 1.5), (-11.0, 4.0, 2.0), (0.0, -2.0, -6.0)]), (5.0, [(700.0, 0.0, 0.0), (699.0, 1.0, -0.5)]),
-]  # fmt: skip
+    (0.3, [(0.0, 0.0, 0.0)]),
+    (0.0, [(0.0, -10.0, -3.0), (0.0, 10.0, -3.0)]),
+    (12.0, [(0.0, 0.0, 0.0), (-12.0, 1.0, 0.5)]),
+    (-29.0, [(0.0, 0.0, 0.0), (-1.0, 0.5, -1.0)]),
+    (36.9, [(0.0, 0.0, 0.0), (-3.0, -1.0, -0.2)]),
+    (60.0, [(0.0, 0.0, 0.0), (-2.0, 0.0, 0.1)]),
+    (-7.5, [(0.0, 0.0, -6.0), (-12.0, 0.0, 0.0)]),
+    (1.0025, [(0.0, 1.0, -6.0), (-5.0, -100.0, 2.0)]),
+    (-140.0, [(0.0, 3.0, 1.5), (-11.0, 4.0, 2.0), (0.0, -2.0, -6.0)]),
+    (5.0, [(700.0, 0.0, 0.0), (699.0, 1.0, -0.5)]),
+]
 
 
 def exact(z, components):
@@ -37,7 +49,9 @@ def exact(z, components):
         tail, sign = (upper, 1) if upper < lower else (lower, -1)
         log_tail, log_p = mpmath.log(tail), mpmath.log(density)
         guess = mpmath.sqrt(max(0, -2 * log_tail - mpmath.log(max(1, -4 * mpmath.pi * log_tail))))
-        u = mpmath.findroot(lambda x: mpmath.log(mpmath.erfc(x / mpmath.sqrt(2)) / 2) - log_tail, guess)
+        u = mpmath.findroot(
+            lambda x: mpmath.log(mpmath.erfc(x / mpmath.sqrt(2)) / 2) - log_tail, guess
+        )
         log_base = -u * u / 2 - mpmath.log(2 * mpmath.pi) / 2
         return float(sign * u), float(log_p - log_base), float(log_p)
 
@@ -81,7 +95,9 @@ def test_round_trip_of_nasty_mixtures(dtype, components):
 def test_gradients(scale, path):
     g = torch.Generator().manual_seed(0)
     x = (scale * torch.randn(4, generator=g, dtype=torch.float64)).requires_grad_()
-    params = [torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    params = [
+        torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)
+    ]
     log_std = (0.3 * torch.randn(3, generator=g, dtype=torch.float64)).requires_grad_()
     inputs = (x, *params, log_std)
     assert torch.autograd.gradcheck(mixture_cdf, inputs)
@@ -94,7 +110,9 @@ def test_gradients(scale, path):
 def test_gradients_in_the_far_tail_are_those_of_the_logarithms(dtype):
     """From autograd: log p itself, and u by way of its log tail, du = -+ d log Q / hazard."""
     params = [p.requires_grad_() for p in nasty_mixtures(300, 5, 9, dtype)]
-    z = mixture_cdf_inverse(wide_noise(300, 9, dtype), *(p.detach() for p in params)).requires_grad_()
+    z = mixture_cdf_inverse(
+        wide_noise(300, 9, dtype), *(p.detach() for p in params)
+    ).requires_grad_()
     g = torch.Generator().manual_seed(1)
     weights = torch.randn(2, 300, generator=g).to(dtype)
     ours = torch.autograd.grad(mixture_cdf(z, *params), (z, *params), tuple(weights))
@@ -110,12 +128,16 @@ def test_gradients_in_the_far_tail_are_those_of_the_logarithms(dtype):
     expected = torch.autograd.grad((noise, log_p), wide, (weights[0] + weights[1] * u, weights[1]))
     for one, other in zip(ours, expected, strict=True):
         scale = other.abs().amax(-1, keepdim=True) if other.ndim == 2 else other.abs()
-        assert ((one - other).abs() / (scale + 1)).max() < (2e-4 if dtype == torch.float32 else 1e-9)
+        assert ((one - other).abs() / (scale + 1)).max() < (
+            2e-4 if dtype == torch.float32 else 1e-9
+        )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
-    data=st.lists(st.tuples(st.floats(-12, 0), st.floats(-50, 50), st.floats(-6, 2)), min_size=1, max_size=5),
+    data=st.lists(
+        st.tuples(st.floats(-12, 0), st.floats(-50, 50), st.floats(-6, 2)), min_size=1, max_size=5
+    ),
     points=st.lists(st.floats(-200, 200), min_size=2, max_size=8),
 )
 def test_monotone_and_symmetric(data, points):
@@ -130,7 +152,9 @@ def test_monotone_and_symmetric(data, points):
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
-    data=st.lists(st.tuples(st.floats(-12, 0), st.floats(-50, 50), st.floats(-6, 2)), min_size=1, max_size=5),
+    data=st.lists(
+        st.tuples(st.floats(-12, 0), st.floats(-50, 50), st.floats(-6, 2)), min_size=1, max_size=5
+    ),
     noise=st.lists(st.floats(-37, 37), min_size=1, max_size=6),
 )
 def test_the_inverse_has_no_residual(data, noise):
@@ -153,7 +177,9 @@ def test_log_det_is_the_autograd_one():
 
 
 def test_density_integrates_to_one_and_is_that_of_the_map():
-    log_w, mean, log_std = torch.tensor([[0.0, -2.0, -1.0], [-1.0, 1.5, 0.0]], dtype=torch.float64).T
+    log_w, mean, log_std = torch.tensor(
+        [[0.0, -2.0, -1.0], [-1.0, 1.5, 0.0]], dtype=torch.float64
+    ).T
     z = torch.linspace(-60, 60, 240_001, dtype=torch.float64)
     log_p = mixture_log_density(z, log_w, mean, log_std)
     assert abs(torch.trapezoid(log_p.exp(), z).item() - 1) < 1e-9
@@ -176,13 +202,19 @@ def test_nan_and_infinity(dtype, rows):
         broken = [p.clone() for p in params]
         broken[bad][1, 2] = math.nan
         z = torch.zeros(rows, dtype=dtype)
-        for result in (*mixture_cdf(z, *broken), mixture_cdf_inverse(z, *broken), mixture_log_density(z, *broken)):
+        for result in (
+            *mixture_cdf(z, *broken),
+            mixture_cdf_inverse(z, *broken),
+            mixture_log_density(z, *broken),
+        ):
             assert result.isnan().nonzero().tolist() == [[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_inverse_is_finite_where_a_newton_step_is_not(dtype):
-    """Weights that differ by e^(10^11), met only in untrained models. The bracket holds, whatever the steps leave."""
+    """Weights that differ by e^(10^11), met only in untrained models. The bracket holds, whatever
+    the steps leave.
+    """
     log_w = torch.tensor([-46524387328.0, 30265151488.0, -33934106624.0], dtype=dtype)
     mean = torch.tensor([-3570401.5, 2932709.75, 6345151.0], dtype=dtype)
     log_std = torch.tensor([12.0, -12.0, -12.0], dtype=dtype)
@@ -225,13 +257,19 @@ def test_second_derivatives_are_refused_and_errors_name_the_value():
 
 
 def test_the_log_tail_against_fifty_digits():
-    a = torch.cat([torch.linspace(-40, 40, 161, dtype=torch.float64), torch.tensor([1.0, 1e3, 1e6])])
+    a = torch.cat(
+        [torch.linspace(-40, 40, 161, dtype=torch.float64), torch.tensor([1.0, 1e3, 1e6])]
+    )
     for dtype in (torch.float32, torch.float64):
-        for x, found in zip(a.to(dtype).tolist(), log_upper_tail(a.to(dtype)).tolist(), strict=True):
+        for x, found in zip(
+            a.to(dtype).tolist(), log_upper_tail(a.to(dtype)).tolist(), strict=True
+        ):
             with mpmath.workdps(450):  # the lower tail is 1 - 1e-350
                 exact = float(mpmath.log(mpmath.erfc(mpmath.mpf(x) / mpmath.sqrt(2)) / 2))
             # an ulp of x alone is worth x^2 ulps of a small tail
-            assert abs(found - exact) <= 4 * torch.finfo(dtype).eps * (1 + x * x) * abs(exact) + 1e-44
+            assert (
+                abs(found - exact) <= 4 * torch.finfo(dtype).eps * (1 + x * x) * abs(exact) + 1e-44
+            )
     ends = log_upper_tail(torch.tensor([math.inf, -math.inf, math.nan]))
     assert torch.equal(ends[:2], torch.tensor([-math.inf, 0.0]))
     assert ends[2].isnan()

@@ -6,7 +6,14 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
-from tarflowlm.flow.numerics import layout, mixture_cdf, mixture_log_prob, reference, rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.numerics import (
+    layout,
+    mixture_cdf,
+    mixture_log_prob,
+    reference,
+    rosenblatt,
+    rosenblatt_inverse,
+)
 
 
 def standard_normal(u):
@@ -72,20 +79,26 @@ def test_the_formula_itself(path, elements, dtype, bound, monkeypatch):
 
 
 def test_far_tails_in_log_space(monkeypatch):
-    """Both tails, the middle where either side may be chosen, and infinities: as the CPU's path has them."""
+    """Both tails, the middle where either side may be chosen, and infinities: as the CPU's path has
+    them.
+    """
     z, log_w, mean, log_std = codebook_case(60, 6, 1, 12)
     z[:40, 0] = torch.linspace(-40, 40, 40, dtype=torch.float64)
     z[58:, 0] = torch.tensor([-math.inf, math.inf])
     expected = rosenblatt(z, log_w, mean, log_std)[0]
     monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
-    torch.testing.assert_close(rosenblatt(z, log_w, mean, log_std)[0], expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(
+        rosenblatt(z, log_w, mean, log_std)[0], expected, rtol=1e-11, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("spread", [0.0, 0.4, 3.0])
 def test_a_vocabulary_in_one_sweep(spread, path, dtype, bound):
-    """Sharp codes, of which few are left after some channels, against all of them in log space; equal scales, learnt
-    ones, and some too far apart. Rows: at a code, between two codes, and far out."""
+    """Sharp codes, of which few are left after some channels, against all of them in log space;
+    equal scales, learnt ones, and some too far apart. Rows: at a code, between two codes, and far
+    out.
+    """
     z, log_w, mean, log_std = codebook_case(60, 500, 12, 3)
     log_std = spread / 0.4 * (log_std + 0.7) - 2.5
     z[:40] = mean[:40] + log_std[:40, None].exp() * z[:40]
@@ -102,7 +115,8 @@ def test_log_det_and_triangle_of_the_autograd_jacobian():
     z, log_w, mean, log_std = codebook_case(3, 6, 4, 2)
     for row in range(3):
         jacobian = torch.autograd.functional.jacobian(
-            lambda x, row=row: rosenblatt(x[None], log_w[row : row + 1], mean, log_std)[0][0], z[row]
+            lambda x, row=row: rosenblatt(x[None], log_w[row : row + 1], mean, log_std)[0][0],
+            z[row],
         )
         assert jacobian.triu(1).abs().max() == 0
         _, log_det = rosenblatt(z[row], log_w[row], mean, log_std)
@@ -118,7 +132,9 @@ def test_gradients(path, components):
 
 
 def test_far_channels_and_tiny_scales():
-    """A vector 25 sigma from everything, and one a few sigma from a component of scale 1e-3, in float32."""
+    """A vector 25 sigma from everything, and one a few sigma from a component of scale 1e-3, in
+    float32.
+    """
     z, log_w, mean, _ = codebook_case(2, 6, 4, 5)
     log_std = torch.full((6,), math.log(1e-3), dtype=torch.float64)
     log_std[5] = 0.0
@@ -135,7 +151,9 @@ def test_far_channels_and_tiny_scales():
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("rows", [20, 1000])
 def test_sharp_codes_in_the_far_tails(rows, dtype, bound):
-    """Up to 30 sigma between codes a hundred sigma apart: components of the smallest weight own the tails."""
+    """Up to 30 sigma between codes a hundred sigma apart: components of the smallest weight own the
+    tails.
+    """
     _, log_w, mean, log_std = codebook_case(rows, 27, 6, 3)
     random = torch.Generator().manual_seed(4)
     u = 60 * torch.rand(rows, 6, generator=random, dtype=torch.float64) - 30

@@ -41,9 +41,13 @@ def chunks(request, monkeypatch):
 @pytest.mark.slow
 def test_values_and_gradients(chunks):
     z, log_w, mean, log_std = (t.requires_grad_() for t in codebook_case(6, 7, 3, 0))
-    torch.testing.assert_close(mixture_log_prob(z, log_w, mean, log_std), plain(z, log_w, mean, log_std))
+    torch.testing.assert_close(
+        mixture_log_prob(z, log_w, mean, log_std), plain(z, log_w, mean, log_std)
+    )
     assert torch.autograd.gradcheck(mixture_log_prob, (z, log_w, mean, log_std))
-    assert torch.autograd.gradcheck(lambda *a: mixture_log_prob(a[0], None, *a[1:]), (z, mean, log_std))
+    assert torch.autograd.gradcheck(
+        lambda *a: mixture_log_prob(a[0], None, *a[1:]), (z, mean, log_std)
+    )
     inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
     logits = inputs[1] @ inputs[2].T + inputs[3]
     expected = plain(inputs[0], logits, *inputs[4:])
@@ -59,13 +63,16 @@ def test_relative_to_the_normaliser_in_one_sweep(chunks):
     log_posterior = torch.log_softmax(log_component_densities(inputs[0], *inputs[4:]), -1)
     found = mixture_log_prob_from_features(*inputs, relative=True)
     torch.testing.assert_close(found, torch.logsumexp(log_pi + log_posterior, -1))
-    assert torch.autograd.gradcheck(lambda *a: mixture_log_prob_from_features(*a, relative=True), inputs)
+    assert torch.autograd.gradcheck(
+        lambda *a: mixture_log_prob_from_features(*a, relative=True), inputs
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_near_components_are_as_good_as_all(dtype, chunks, monkeypatch):
-    """The general path's values and gradients of a large vocabulary, with rows at codes, between them, far from all,
-    and at codes that the head finds impossible."""
+    """The general path's values and gradients of a large vocabulary, with rows at codes, between
+    them, far from all, and at codes that the head finds impossible.
+    """
     inputs = list(head_case(60, 300, 12, 4, seed=3))
     inputs[5] = inputs[5] - 1.5
     inputs[0][:40] = inputs[4][:40] + inputs[5][:40, None].exp() * inputs[0][:40]
@@ -88,11 +95,15 @@ def test_near_components_are_as_good_as_all(dtype, chunks, monkeypatch):
     assert vocabulary.near_components(inputs[0], *inputs[4:]) is None
     bound = 5e-6 if dtype == torch.float32 else 1e-13
     for one, other in zip(found, results(), strict=True):
-        torch.testing.assert_close(one, other, rtol=bound, atol=bound * (1 + other.abs().max().item()))
+        torch.testing.assert_close(
+            one, other, rtol=bound, atol=bound * (1 + other.abs().max().item())
+        )
 
 
 def test_near_components_miss_none():
-    """Every component within reach of the nearest is there, also with scales of 1e-3 at means of 4."""
+    """Every component within reach of the nearest is there, also with scales of 1e-3 at means of
+    4.
+    """
     for sigma in (1e-3, 0.1, 0.2):
         z, _, mean, log_std = codebook_case(200, 500, 12, 9, torch.float32)
         log_std, mean = log_std + 0.7 + math.log(sigma), 2 * mean
@@ -110,18 +121,23 @@ def test_the_most_probable_component_is_the_first_of_the_largest(dtype, chunks):
     z, _, mean, log_std = codebook_case(50, 40, 3, 5, dtype)
     z[7, 1] = math.nan
     if dtype == torch.float32:
-        # each component twice, in different tiles; in float64 their products may differ by a rounding
+        # each component twice, in different tiles; in float64 their products may differ by a
+        # rounding
         mean, log_std = mean[:20].repeat(2, 1), log_std[:20].repeat(2)
     expected = log_component_densities(z, mean, log_std).argmax(-1)
     assert torch.equal(most_probable_component(z, mean, log_std), expected)
-    assert torch.equal(most_probable_component(z.view(5, 10, 3), mean, log_std), expected.view(5, 10))
+    assert torch.equal(
+        most_probable_component(z.view(5, 10, 3), mean, log_std), expected.view(5, 10)
+    )
     assert dtype == torch.float64 or expected.max() < 20
     assert most_probable_component(z[:0], mean, log_std).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_scales_against_fifty_digits(dtype):
-    """s = 1e-3, |mu| = 4, z within a few s of a component: float32 expansions of the square are off by a nat here."""
+    """s = 1e-3, |mu| = 4, z within a few s of a component: float32 expansions of the square are off
+    by a nat here.
+    """
     g = torch.Generator().manual_seed(0)
     mean = torch.randn(4, 16, generator=g).to(dtype)
     log_std = torch.tensor([math.log(1e-3), math.log(1e-3), -2.0, 0.0], dtype=dtype)
@@ -130,12 +146,17 @@ def test_small_scales_against_fifty_digits(dtype):
     for n in range(2):
         for k in range(4):
             with mpmath.workdps(50):
-                square = sum((mpmath.mpf(z[n, i].item()) - mpmath.mpf(mean[k, i].item())) ** 2 for i in range(16))
+                square = sum(
+                    (mpmath.mpf(z[n, i].item()) - mpmath.mpf(mean[k, i].item())) ** 2
+                    for i in range(16)
+                )
                 s = mpmath.mpf(log_std[k].item())
                 exact = -square / 2 * mpmath.exp(-2 * s) - 16 * (s + mpmath.log(2 * mpmath.pi) / 2)
             tolerance = (1e-7 if dtype == torch.float32 else 1e-14) * (1 + abs(float(exact))) + 1e-7
             assert abs(ours[n, k].item() - float(exact)) <= tolerance
-    torch.testing.assert_close(mixture_log_prob(z, None, mean, log_std), ours.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        mixture_log_prob(z, None, mean, log_std), ours.logsumexp(-1), rtol=1e-6, atol=1e-5
+    )
 
 
 def test_gradients_at_small_scales():
@@ -174,7 +195,9 @@ def test_under_autocast_only_the_head_is_half(chunks, components):
 def test_nan_and_masked_components():
     z, log_w, mean, log_std = codebook_case(4, 5, 3, 1)
     masked = torch.cat([log_w, torch.full((4, 1), -math.inf, dtype=torch.float64)], -1)
-    wide = mixture_log_prob(z, masked, torch.cat([mean, mean[:1]]), torch.cat([log_std, log_std[:1]]))
+    wide = mixture_log_prob(
+        z, masked, torch.cat([mean, mean[:1]]), torch.cat([log_std, log_std[:1]])
+    )
     torch.testing.assert_close(wide, mixture_log_prob(z, log_w, mean, log_std))
     z[1, 0] = math.nan
     assert mixture_log_prob(z, log_w, mean, log_std).isnan().tolist() == [False, True, False, False]

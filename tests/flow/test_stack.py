@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from run_cases import FILLS, TRUNK
+from helpers import FILLS, TRUNK, normal, tiny_flow
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, Prior
 
@@ -25,7 +25,11 @@ STACKS = {
     "plain-head": {"couplings": ("mix1", "affine"), "sees_channels": False},
     "full-head": {"couplings": ("mix1", "affine"), "head": "full"},
     "tokens-apart-P2": {"couplings": ("mix1", "mix1"), "sees_tokens": False, "patch": 2},
-    "token-affine-apart-P2": {"couplings": ("token-affine", "mix1"), "sees_tokens": False, "patch": 2},
+    "token-affine-apart-P2": {
+        "couplings": ("token-affine", "mix1"),
+        "sees_tokens": False,
+        "patch": 2,
+    },
     "own-from-codebook": {"couplings": ("mix1", "mixd"), "components": (3, 5), "separation": 4.0},
     "fills": {"reads_tokens": True, **FILLS},
     "fills-P2": {"patch": 2, **FILLS},
@@ -38,14 +42,18 @@ STACKS = {
     "mixd-P2-in-patch": {"couplings": ("mixd", "mixd"), "patch": 2},
     "mixd-P4-independent": {"couplings": ("mixd",), "patch": 4, "in_patch": "independent"},
     "mixd-P4-in-patch": {"couplings": ("mixd", "mix1"), "patch": 4},
-    "reads-tokens": {"couplings": ("mixd", "mix1"), "reads_tokens": True, "trunk": replace(TRUNK, input_taps=3)},
+    "reads-tokens": {
+        "couplings": ("mixd", "mix1"),
+        "reads_tokens": True,
+        "trunk": replace(TRUNK, input_taps=3),
+    },
     "reads-tokens-P2": {"couplings": ("mix1", "mix1"), "reads_tokens": True, "patch": 2},
     "mixd-affine-mix1": {"couplings": ("mixd", "affine", "mix1")},
 }
 
 
 @pytest.fixture(params=STACKS, scope="module")
-def model(request, tiny_flow):
+def model(request):
     model = tiny_flow(seed=4, **STACKS[request.param])
     if request.param == "no-blocks":
         model.prior.blocks = model.prior.blocks[:0]
@@ -53,8 +61,10 @@ def model(request, tiny_flow):
 
 
 @pytest.fixture(scope="module")
-def latents(model, normal):
-    """Samples [B, T, d] of the model. (Between well separated modes of a mixture an inverse is ill-conditioned.)"""
+def latents(model):
+    """Samples [B, T, d] of the model. (Between well separated modes of a mixture an inverse is
+    ill-conditioned.)
+    """
     with torch.no_grad():
         return model.prior.inverse(normal(3, T, d))
 
@@ -64,14 +74,19 @@ def test_log_det_is_the_autograd_one(model, latents):
     z = latents[:1]
     by_z = jacobian(lambda v: model.prior(v.view(1, T, d))[0].flatten(), z.flatten())
     _, log_det = model.prior(z)
-    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(by_z).logabsdet, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        log_det[0], torch.linalg.slogdet(by_z).logabsdet, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.slow
-def test_round_trips(model, latents, normal):
+def test_round_trips(model, latents):
     u = normal(8, T, d, seed=5)
     with torch.no_grad():
-        back, (again, _) = model.prior.inverse(model.prior(latents)[0]), model.prior(model.prior.inverse(u))
+        back, (again, _) = (
+            model.prior.inverse(model.prior(latents)[0]),
+            model.prior(model.prior.inverse(u)),
+        )
     torch.testing.assert_close(back, latents, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(again, u, rtol=1e-8, atol=1e-8)
 
@@ -82,12 +97,16 @@ def test_states_lead_from_latents_to_noise_and_log_prob_is_log_det_plus_the_base
         u, log_det = model.prior(latents)
         log_prob = model.prior.log_prob(latents)
     assert log_prob.shape == (3,)
-    torch.testing.assert_close(log_prob, log_det + standard_normal_log_prob(u), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        log_prob, log_det + standard_normal_log_prob(u), rtol=1e-9, atol=1e-9
+    )
     assert len(states) == len(log_dets) + 1 == model.num_blocks + 1
     assert torch.equal(states[0], latents)
     assert torch.equal(states[-1], u)
     assert all(state.shape == latents.shape for state in states)
-    torch.testing.assert_close(sum((part.sum(-1) for part in log_dets), start=torch.zeros_like(log_det)), log_det)
+    torch.testing.assert_close(
+        sum((part.sum(-1) for part in log_dets), start=torch.zeros_like(log_det)), log_det
+    )
 
 
 def in_block_order(block: FlowBlock, matrix: Tensor) -> Tensor:
@@ -117,7 +136,9 @@ def earlier_channels(model, index: int, num_channels: int) -> Tensor:
 
 @pytest.mark.slow
 def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, latents):
-    """Position t sees t' < t in the block's own direction, and in its own position earlier channels alone."""
+    """Position t sees t' < t in the block's own direction, and in its own position earlier channels
+    alone.
+    """
     z = model.prior.patch(latents[:1])[0]
     for index, block in enumerate(model.prior.blocks):
         assert block.order.reverse == (index % 2 == 1)
@@ -133,7 +154,7 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
 
 
 @pytest.mark.slow
-def test_the_cached_inverse_equals_a_plain_loop(model, normal):
+def test_the_cached_inverse_equals_a_plain_loop(model):
     """Without a cache: parameters of position t from a full pass over the latents found so far."""
     with torch.no_grad():
         u = model.prior.patch(normal(2, T, d, seed=6))[0]
@@ -143,7 +164,9 @@ def test_the_cached_inverse_equals_a_plain_loop(model, normal):
             for t in range(noise.shape[1]):
                 features = block._features(h)[:, t]
                 h[:, t] = block.coupling.invert(noise[:, t], features)
-            torch.testing.assert_close(block.inverse(u), block.order.inverse(h), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                block.inverse(u), block.order.inverse(h), rtol=1e-9, atol=1e-9
+            )
 
 
 def integral(log_density, low: float, high: float, points: int) -> float:
@@ -156,15 +179,23 @@ def integral(log_density, low: float, high: float, points: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [
-    {"couplings": ("mix1", "mix1"), "latent_dim": 1}, {"couplings": ("affine", "mix1"), "latent_dim": 1},
-    {"couplings": ("mixd", "mix1"), "latent_dim": 1}, {"couplings": ("mixd",), "latent_dim": 1, "patch": 2},
-    {"couplings": ("mixd", "mix1"), "latent_dim": 1, "patch": 2, "in_patch": "independent"},
-    {"couplings": ("mixd",), "latent_dim": 2}, {"couplings": ("mixd", "mixd"), "latent_dim": 2},
-    {"couplings": ("mixd", "mix1"), "latent_dim": 1, "reads_tokens": True},
-], ids=lambda f: "-".join(map(str, f["couplings"])) + f"-d{f['latent_dim']}-P{f.get('patch', 1)}-{len(f)}",
-)  # fmt: skip
-def test_the_density_integrates_to_one(fields, tiny_flow):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"couplings": ("mix1", "mix1"), "latent_dim": 1},
+        {"couplings": ("affine", "mix1"), "latent_dim": 1},
+        {"couplings": ("mixd", "mix1"), "latent_dim": 1},
+        {"couplings": ("mixd",), "latent_dim": 1, "patch": 2},
+        {"couplings": ("mixd", "mix1"), "latent_dim": 1, "patch": 2, "in_patch": "independent"},
+        {"couplings": ("mixd",), "latent_dim": 2},
+        {"couplings": ("mixd", "mixd"), "latent_dim": 2},
+        {"couplings": ("mixd", "mix1"), "latent_dim": 1, "reads_tokens": True},
+    ],
+    ids=lambda f: (
+        "-".join(map(str, f["couplings"])) + f"-d{f['latent_dim']}-P{f.get('patch', 1)}-{len(f)}"
+    ),
+)
+def test_the_density_integrates_to_one(fields):
     """Two dimensions: two tokens of one channel, or one token of two."""
     prior: Prior = tiny_flow(seed=1, scale=0.2, log_std=-0.7, **fields).prior
 
@@ -174,32 +205,37 @@ def test_the_density_integrates_to_one(fields, tiny_flow):
     assert integral(log_density, -12.0, 12.0, 501) == pytest.approx(1.0, abs=3e-4)
 
 
-def test_the_density_of_a_position_depends_on_its_own_past(model, normal):
+def test_the_density_of_a_position_depends_on_its_own_past(model):
     z = normal(2, 8 // model.config.patch, 2 * model.config.patch)
     for block in model.prior.blocks:
         with torch.no_grad():
             log_p = block.log_prob(z)
             changed = z.clone()
             changed[:, -1] += 1.0
-            # a block from right to left has the last position in every other's past, one from left to right in none
+            # a block from right to left has the last position in every other's past, one from left
+            # to right in none
             moved = (block.log_prob(changed) - log_p).abs()[:, :-1] > 1e-12
         assert moved.any() == block.order.reverse
 
 
-def test_the_density_of_a_state_is_that_of_the_blocks_above_it(model, normal):
+def test_the_density_of_a_state_is_that_of_the_blocks_above_it(model):
     z = normal(2, 8, 2)
     with torch.no_grad():
         states, log_dets = model.prior.states(z)
         for above, state in enumerate(states):
             below = sum((part.sum(-1) for part in log_dets[:above]), start=z.new_zeros(2))
-            torch.testing.assert_close(model.prior.log_prob(state, above=above), model.prior.log_prob(z) - below)
+            torch.testing.assert_close(
+                model.prior.log_prob(state, above=above), model.prior.log_prob(z) - below
+            )
             parts = model.prior.log_prob(state, above=above, per_position=True)
             torch.testing.assert_close(parts.sum(-1), model.prior.log_prob(state, above=above))
 
 
 @pytest.mark.parametrize("coupling", ["affine", "mix1", "mixd"])
-def test_entropy_and_divergence_after_a_block(coupling, tiny_flow):
-    """docs/math.md, eq. 10c (the paper's appendix C), for one channel, by quadrature and differences of outputs."""
+def test_entropy_and_divergence_after_a_block(coupling):
+    """docs/math.md, eq. 10c (the paper's appendix C), for one channel, by quadrature and
+    differences of outputs.
+    """
     block = tiny_flow(couplings=(coupling,), latent_dim=1).prior.block(0)
     h = torch.linspace(-7.0, 7.0, 40_001, dtype=torch.float64)
     log_q = torch.distributions.Normal(0.3, 0.8).log_prob(h)

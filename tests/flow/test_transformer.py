@@ -1,4 +1,6 @@
-"""The Transformer: causality, rotary positions, and its cache: positions in parts are those of the plain pass."""
+"""The Transformer: causality, rotary positions, and its cache: positions in parts are those of the
+plain pass.
+"""
 
 from dataclasses import replace
 
@@ -6,7 +8,15 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig, convolve, rotary_tables, rotate_
+from helpers import TRUNK, normal, randomise
+from tarflowlm.flow.transformer import (
+    KVCache,
+    Transformer,
+    TransformerConfig,
+    convolve,
+    rotary_tables,
+    rotate_,
+)
 from tarflowlm.language_model import seeded
 
 T = 7
@@ -14,28 +24,32 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 @pytest.fixture(scope="module", params=[0, 1, 3, 9], ids=lambda taps: f"{taps} taps")
-def transformer(randomise, tiny_trunk, request) -> Transformer:
+def transformer(request) -> Transformer:
     with seeded(0):
-        return randomise(Transformer(replace(tiny_trunk, input_taps=request.param), 2))
+        return randomise(Transformer(replace(TRUNK, input_taps=request.param), 2))
 
 
-def test_convolution_is_that_of_torch(normal):
+def test_convolution_is_that_of_torch():
     x, taps = normal(2, T, 8), normal(3, 8, seed=1)
     padded = torch.nn.functional.pad(x.mT, (2, 0))
     expected = torch.nn.functional.conv1d(padded, taps.flip(0).T[:, None], groups=8).mT
     torch.testing.assert_close(convolve(x, taps), expected, **CLOSE)
 
 
-def test_output_t_sees_inputs_up_to_t(transformer, normal):
+def test_output_t_sees_inputs_up_to_t(transformer):
     by_input = jacobian(lambda x: transformer(x[None])[0], normal(T, 8))  # [T, D, T, D]
     depends = by_input.abs().amax((1, 3)) > 0
     assert torch.equal(depends, torch.ones(T, T, dtype=torch.bool).tril())
 
 
-def test_attention_sees_distances_not_places(normal):
+def test_attention_sees_distances_not_places():
     """Scores of rotated queries and keys depend on the difference of their positions alone."""
-    tables = rotary_tables(torch.arange(20), 1, TransformerConfig(width=4, num_heads=1, rotary_base=100.0))
-    q, k = (rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1))
+    tables = rotary_tables(
+        torch.arange(20), 1, TransformerConfig(width=4, num_heads=1, rotary_base=100.0)
+    )
+    q, k = (
+        rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1)
+    )
     scores = q @ k.T
     for distance in (0, 1, 5):
         along = scores.diagonal(-distance)
@@ -43,25 +57,27 @@ def test_attention_sees_distances_not_places(normal):
     assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
 
 
-def test_rotation_turns_channel_pairs(normal):
+def test_rotation_turns_channel_pairs():
     x = normal(2, 20, 3, 6)
     config = TransformerConfig(width=18, num_heads=3, rotary_base=100.0)
     turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, config))
     wavelengths = 100.0 ** (torch.arange(3, dtype=torch.float64) / 3)
     angle = (torch.arange(20)[:, None] / wavelengths)[:, None]
     expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag), -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        turned, torch.cat((expected.real, expected.imag), -1), rtol=1e-5, atol=1e-5
+    )
 
 
-def test_a_new_trunk_passes_its_input_through(tiny_trunk, normal):
+def test_a_new_trunk_passes_its_input_through():
     with seeded(0):
-        new = Transformer(tiny_trunk, 3).double()
+        new = Transformer(TRUNK, 3).double()
     x = normal(2, T, 8)
     torch.testing.assert_close(new(x), torch.nn.functional.layer_norm(x, (8,)))
 
 
 @pytest.mark.parametrize("chunks", [[1] * T, [3, 4], [1, 5, 1], [T], [4, 1, 1, 1]], ids=str)
-def test_cached_equals_uncached(transformer, normal, chunks):
+def test_cached_equals_uncached(transformer, chunks):
     x = normal(3, T, 8)
     cache = KVCache(transformer, 3, T, x)
     steps = [cache.extend(part) for part in x.split(chunks, dim=1)]
@@ -69,7 +85,7 @@ def test_cached_equals_uncached(transformer, normal, chunks):
     torch.testing.assert_close(torch.cat(steps, 1), transformer(x), **CLOSE)
 
 
-def test_a_rewound_cache_forgets(transformer, normal):
+def test_a_rewound_cache_forgets(transformer):
     x, wrong = normal(2, T, 8), normal(2, 4, 8, seed=1)
     cache = KVCache(transformer, 2, T, x)
     cache.extend(x[:, :3])
@@ -82,7 +98,7 @@ def test_a_rewound_cache_forgets(transformer, normal):
     torch.testing.assert_close(cache.extend(x), transformer(x), **CLOSE)
 
 
-def test_selected_rows_are_copies(transformer, normal):
+def test_selected_rows_are_copies(transformer):
     x = normal(3, T, 8)
     cache = KVCache(transformer, 3, T, x)
     cache.extend(x[:, :4])
@@ -91,7 +107,7 @@ def test_selected_rows_are_copies(transformer, normal):
     torch.testing.assert_close(cache.extend(x[rows, 4:]), transformer(x)[rows, 4:], **CLOSE)
 
 
-def test_features_may_go_where_a_graph_is_built(transformer, normal):
+def test_features_may_go_where_a_graph_is_built(transformer):
     weight = normal(8).requires_grad_()
     (KVCache(transformer, 1, T, weight).extend(normal(1, 2, 8)) * weight).sum().backward()
     assert weight.grad is not None

@@ -2,21 +2,24 @@
 
 import pytest
 
-from run_cases import FILLS
+from helpers import FILLS, tiny_ar, tiny_flow
 from tarflowlm.language_model import LanguageModel
 
 LEFT = {"alternate": False, "log_std": -4.0}
 MODELS = {
-    "ar": {}, "ar-P2": {"patch": 2, "in_patch": "autoregressive"},
-    "mixd": {"couplings": ("mixd",)}, "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "ar": {},
+    "ar-P2": {"patch": 2, "in_patch": "autoregressive"},
+    "mixd": {"couplings": ("mixd",)},
+    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
     "affine-P2": {"couplings": ("affine", "affine"), "patch": 2},
     "mixd-mix1-P4": {"couplings": ("mixd", "mix1"), "patch": 4},
-    "fills": FILLS | LEFT, "fills-P2": FILLS | LEFT | {"patch": 2},
-}  # fmt: skip
+    "fills": FILLS | LEFT,
+    "fills-P2": FILLS | LEFT | {"patch": 2},
+}
 
 
 @pytest.fixture(params=MODELS.items(), ids=MODELS.keys())
-def model(request, tiny_flow, tiny_ar) -> LanguageModel:
+def model(request) -> LanguageModel:
     """Both families, with and without patches, all with a context of 8 tokens."""
     name, fields = request.param
     return tiny_ar(**fields) if name.startswith("ar") else tiny_flow(**fields)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from run_cases import FILLS
+from helpers import FILLS, normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, Watch, generate
@@ -43,7 +43,9 @@ def test_the_global_generator_plays_no_part(model):
 def test_rows_do_not_depend_on_how_many_there_are(model, prompt):
     """A batch that shares one stream of noise gives a row another text when a row is added."""
     options = {"prompt": None if prompt is None else torch.tensor(prompt)}
-    assert torch.equal(sample(model, num=1, **options).tokens[0], sample(model, num=3, **options).tokens[0])
+    assert torch.equal(
+        sample(model, num=1, **options).tokens[0], sample(model, num=3, **options).tokens[0]
+    )
 
 
 @pytest.mark.slow
@@ -64,8 +66,10 @@ def test_the_prompt_is_kept(model, prompt):
     assert result.tokens.shape == (3, 8)
 
 
-def test_a_stack_that_runs_left_to_right_continues_a_prompt_exactly(tiny_flow, normal):
-    """What follows has the noise that the whole text has there, so p(z_> | z_<=) is the model's own."""
+def test_a_stack_that_runs_left_to_right_continues_a_prompt_exactly():
+    """What follows has the noise that the whole text has there, so p(z_> | z_<=) is the model's
+    own.
+    """
     model, num = tiny_flow(**FILLS, alternate=False, log_std=-4.0), 3
     with torch.no_grad():
         states, _ = invert_stack(model, normal(4, 8, 2))
@@ -73,7 +77,10 @@ def test_a_stack_that_runs_left_to_right_continues_a_prompt_exactly(tiny_flow, n
     for h, same in zip(states, again, strict=True):
         torch.testing.assert_close(same, h)
     prompt = torch.tensor([1, 0, 4])
-    assert sample(model, prompt=prompt, temperature=0.8).tokens[:, :num].tolist() == [prompt.tolist()] * 3
+    assert (
+        sample(model, prompt=prompt, temperature=0.8).tokens[:, :num].tolist()
+        == [prompt.tolist()] * 3
+    )
     result = sample(model, prompt=prompt)
     with torch.no_grad():
         torch.testing.assert_close(model.prior(result.states[-1])[0], result.states[0])
@@ -110,18 +117,23 @@ class Count(Silent):
 )
 def test_progress_advances_once_per_position_and_block(model, length, num_given):
     progress = Count()
-    sample(model, num_tokens=length, prompt=torch.zeros(num_given, dtype=torch.long), watch=Watch(progress))
+    sample(
+        model,
+        num_tokens=length,
+        prompt=torch.zeros(num_given, dtype=torch.long),
+        watch=Watch(progress),
+    )
     assert progress.count == num_positions(model, length, num_given)
 
 
-def test_top_k_of_one_is_the_most_probable_text_of_the_baseline(tiny_ar):
+def test_top_k_of_one_is_the_most_probable_text_of_the_baseline():
     lm = tiny_ar()
     tokens = sample(lm, top_k=1).tokens
     with torch.no_grad():
         assert torch.equal(lm.logits(tokens).argmax(-1), tokens)
 
 
-def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block(tiny_flow):
+def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block():
     model = tiny_flow(couplings=("mixd",), log_std=-9.0)
     tokens, block = sample(model, top_k=1).tokens, model.prior.blocks[0]
     with torch.no_grad():
@@ -129,24 +141,44 @@ def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block(tiny_flow):
     assert torch.equal(log_w.argmax(-1), tokens)
 
 
-@pytest.mark.parametrize(("options", "name"), [
-    ({"temperature": 0.5}, "temperature 0.5"), ({"top_k": 2}, "top-k 2"), ({"top_p": 0.5}, "top-p 0.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"temperature": 0.5}, "temperature 0.5"),
+        ({"top_k": 2}, "top-k 2"),
+        ({"top_p": 0.5}, "top-p 0.5"),
+    ],
+)
 @pytest.mark.parametrize("couplings", [("affine", "mix1"), ("mix1",)])
-def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, options, name, tiny_flow):
-    with pytest.raises(UserError, match=rf"{name}: block 1 {couplings[0]} has no weights of tokens"):
+def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, options, name):
+    with pytest.raises(
+        UserError, match=rf"{name}: block 1 {couplings[0]} has no weights of tokens"
+    ):
         sample(tiny_flow(couplings=couplings), **options)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"num": 0}, "num 0: must be at least 1"), ({"num_tokens": 0}, "length 0: must be at least 1"),
-    ({"prompt": torch.arange(5).repeat(2)[:8]}, "the prompt has 8 tokens, which leaves no room in 8"),
-    ({"prompt": torch.zeros(3, dtype=torch.long), "num_tokens": 2}, "3 tokens, which leaves no room in 2"),
-    ({"prompt": torch.tensor([1, 5])}, r"the prompt \[1, 5\] has tokens outside of 0 to 4"),
-    ({"prompt": torch.tensor([-2])}, "tokens outside of 0 to 4"),
-    ({"prompt": torch.full((9,), -1)}, "the prompt has 9 tokens"), ({"particles": 0}, "particles 0"),
-    ({"temperature": 0.0}, "temperature 0.0"), ({"top_k": 0}, "top-k 0"), ({"top_p": 0.0}, "top-p 0.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num": 0}, "num 0: must be at least 1"),
+        ({"num_tokens": 0}, "length 0: must be at least 1"),
+        (
+            {"prompt": torch.arange(5).repeat(2)[:8]},
+            "the prompt has 8 tokens, which leaves no room in 8",
+        ),
+        (
+            {"prompt": torch.zeros(3, dtype=torch.long), "num_tokens": 2},
+            "3 tokens, which leaves no room in 2",
+        ),
+        ({"prompt": torch.tensor([1, 5])}, r"the prompt \[1, 5\] has tokens outside of 0 to 4"),
+        ({"prompt": torch.tensor([-2])}, "tokens outside of 0 to 4"),
+        ({"prompt": torch.full((9,), -1)}, "the prompt has 9 tokens"),
+        ({"particles": 0}, "particles 0"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"top_k": 0}, "top-k 0"),
+        ({"top_p": 0.0}, "top-p 0.0"),
+    ],
+)
 def test_impossible_requests_are_refused(model, options, message):
     with pytest.raises(UserError, match=message):
         sample(model, **options)

@@ -1,10 +1,13 @@
-"""Parallel sweeps give what position-by-position inversion gives, in no more passes than there are positions."""
+"""Parallel sweeps give what position-by-position inversion gives, in no more passes than there are
+positions.
+"""
 
 import time
 
 import pytest
 import torch
 
+from helpers import normal, tiny_flow
 from tarflowlm.generation import generate, inversion
 from tarflowlm.generation.inversion import invert_block, invert_stack
 from tarflowlm.language_model import seeded
@@ -13,14 +16,26 @@ from tarflowlm.pretrained import load
 
 pytestmark = pytest.mark.slow
 
-STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
+STACKS = [
+    ("mix1",),
+    ("affine",),
+    ("token-affine",),
+    ("mixd",),
+    ("affine", "mix1"),
+    ("mixd", "mix1", "affine"),
+]
 
 
-@pytest.mark.parametrize(("couplings", "patch", "segment"), [
-    *zip(STACKS, [1, 2, 1, 2, 1, 2], [40] * 6, strict=True), (("mix1",), 1, 512),
-    (("mixd", "mix1", "affine"), 2, 512),
-], ids=str)  # fmt: skip
-def test_parallel_equals_sequential(couplings, patch, segment, tiny_flow, normal, monkeypatch):
+@pytest.mark.parametrize(
+    ("couplings", "patch", "segment"),
+    [
+        *zip(STACKS, [1, 2, 1, 2, 1, 2], [40] * 6, strict=True),
+        (("mix1",), 1, 512),
+        (("mixd", "mix1", "affine"), 2, 512),
+    ],
+    ids=str,
+)
+def test_parallel_equals_sequential(couplings, patch, segment, monkeypatch):
     """Strongly coupled random blocks of both directions, longer than the first window."""
     monkeypatch.setattr(inversion, "LONGEST_SEGMENT", segment)
     model = tiny_flow(couplings=couplings, patch=patch, context=128)
@@ -39,7 +54,7 @@ def test_parallel_equals_sequential(couplings, patch, segment, tiny_flow, normal
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 65])
-def test_any_length(length, tiny_flow, normal):
+def test_any_length(length):
     block = tiny_flow(couplings=("mix1", "mix1"), context=128).prior.blocks[1]
     u = normal(2, length, 2)
     with torch.no_grad():
@@ -57,11 +72,13 @@ def no_clock(monkeypatch):
 
 
 @pytest.mark.parametrize(("decoder", "patch"), [("sweeps", 2), ("auto", 1)])
-def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal, no_clock):
+def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, no_clock):
     """In both directions, with mixed channels."""
     with seeded(0):
         blocks = stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2))
-        model = TarFlowLM(FlowConfig(vocab_size=5, context=256, latent_dim=2, patch=patch, blocks=blocks))
+        model = TarFlowLM(
+            FlowConfig(vocab_size=5, context=256, latent_dim=2, patch=patch, blocks=blocks)
+        )
     for dtype, tolerance, most in ((torch.float32, 1e-5, 8), (torch.float64, 1e-10, 14)):
         model = model.to(dtype)
         for batch in (1, 12):
@@ -74,7 +91,7 @@ def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal, no_clo
 
 
 @pytest.mark.parametrize("coupling", ["mix1", "affine", "mixd"])
-def test_auto_soon_notices_that_sweeps_do_not_converge(coupling, tiny_flow, normal, no_clock):
+def test_auto_soon_notices_that_sweeps_do_not_converge(coupling, no_clock):
     block = tiny_flow(couplings=(coupling,), context=64, log_std=-6.0, scale=0.5).prior.blocks[0]
     u = normal(16, 64, 2)
     with torch.no_grad():
@@ -85,7 +102,9 @@ def test_auto_soon_notices_that_sweeps_do_not_converge(coupling, tiny_flow, norm
 
 
 def test_auto_sweeps_the_refining_blocks_of_a_trained_model(no_clock):
-    """The upper blocks of english-mini are near the identity; block 1 is close to a model of tokens."""
+    """The upper blocks of english-mini are near the identity; block 1 is close to a model of
+    tokens.
+    """
     model = load("english-mini").model
     options = {"num_tokens": 256, "generator": torch.Generator().manual_seed(0)}
     found = generate(model, **options)
@@ -97,7 +116,7 @@ def test_auto_sweeps_the_refining_blocks_of_a_trained_model(no_clock):
     assert torch.equal(again.tokens, found.tokens)
 
 
-def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others(tiny_flow, normal):
+def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others():
     block = tiny_flow(couplings=("mix1",), context=64, scale=0.5).prior.blocks[0]
     u = normal(5, 64, 2)
     u[0] *= 4
@@ -107,26 +126,30 @@ def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others(tiny_flow, norma
     torch.testing.assert_close(together[1:2], alone, rtol=1e-8, atol=1e-8)
 
 
-def test_decoders_write_the_same_text(tiny_flow):
+def test_decoders_write_the_same_text():
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"), context=32).float()
     for seed in range(6):
         texts = []
         for decoder in ("steps", "sweeps", "auto"):
             generator = torch.Generator().manual_seed(seed)
-            texts.append(generate(model, num_tokens=32, num=2, decoder=decoder, generator=generator).tokens)
+            texts.append(
+                generate(model, num_tokens=32, num=2, decoder=decoder, generator=generator).tokens
+            )
         assert torch.equal(texts[0], texts[1])
         assert torch.equal(texts[0], texts[2])
 
 
 @pytest.mark.parametrize("num", [7, 63])
 @pytest.mark.parametrize("decoder", ["steps", "sweeps", "auto"])
-def test_settled_positions_stand_and_the_rest_follows(decoder, num, tiny_flow, normal):
+def test_settled_positions_stand_and_the_rest_follows(decoder, num):
     """In both directions, the first positions in the block's own order."""
     for block in tiny_flow(couplings=("mix1", "mix1"), context=64).prior.blocks:
         u = normal(2, 64, 2)
         with torch.no_grad():
             h = block.inverse(u)
-            other = torch.where(torch.arange(64)[:, None] < num, normal(2, 64, 2, seed=5), block.order(u)[0])
+            other = torch.where(
+                torch.arange(64)[:, None] < num, normal(2, 64, 2, seed=5), block.order(u)[0]
+            )
             other = block.order.inverse(other)  # wrong noise where it must not be read
             found = invert_block(block, other, decoder=decoder, settled=h, num_settled=num).h
         torch.testing.assert_close(found, h, rtol=1e-8, atol=1e-8)
@@ -134,8 +157,10 @@ def test_settled_positions_stand_and_the_rest_follows(decoder, num, tiny_flow, n
         assert torch.equal(same, block.order(h)[0][:, :num])
 
 
-def test_a_position_that_sweeps_got_wrong_is_inverted_again(tiny_flow, normal, monkeypatch):
-    """Sweeps that call everything settled at once leave a wrong answer; the way back to the noise shows it."""
+def test_a_position_that_sweeps_got_wrong_is_inverted_again(monkeypatch):
+    """Sweeps that call everything settled at once leave a wrong answer; the way back to the noise
+    shows it.
+    """
     block = tiny_flow(couplings=("mix1",), context=64).prior.blocks[0]
     u = normal(2, 64, 2)
     monkeypatch.setitem(inversion.TOLERANCE, torch.float64, 1e9)

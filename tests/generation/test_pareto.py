@@ -1,10 +1,13 @@
-"""The tail index of weights: right for samples of known tail index, silent where there is nothing to fit."""
+"""The tail index of weights: right for samples of known tail index, silent where there is nothing
+to fit.
+"""
 
 import math
 
 import pytest
 import torch
 
+from helpers import tiny_flow
 from tarflowlm.generation import generate
 from tarflowlm.generation.particles import UNRELIABLE, pareto_k
 
@@ -16,7 +19,9 @@ def exponential(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.8, 1.2])
 def test_the_index_of_pareto_weights_is_found(k):
-    """log w = k e + shift with e exponential: w has the tail w^(-1/k). The weak prior pulls towards 1/2."""
+    """log w = k e + shift with e exponential: w has the tail w^(-1/k). The weak prior pulls towards
+    1/2.
+    """
     found = torch.tensor([pareto_k(k * e - 300.0) for e in exponential(40, 2000)])
     M = math.ceil(3 * 2000**0.5)
     assert found.mean().item() == pytest.approx((M * k + 5) / (M + 10), abs=0.05)
@@ -40,14 +45,20 @@ def test_heavy_tails_of_few_weights_are_seen_more_often_than_light_ones():
 
 
 @pytest.mark.parametrize(
-    "log_w", [exponential(24), torch.zeros(100), torch.full((100,), -torch.inf), torch.full((100,), torch.nan)]
+    "log_w",
+    [
+        exponential(24),
+        torch.zeros(100),
+        torch.full((100,), -torch.inf),
+        torch.full((100,), torch.nan),
+    ],
 )
 def test_there_is_no_index_for_few_or_equal_or_impossible_weights(log_w):
     assert math.isnan(pareto_k(log_w))
 
 
 @pytest.mark.slow
-def test_particles_report_the_index_when_there_are_enough(tiny_flow):
+def test_particles_report_the_index_when_there_are_enough():
     model, template = tiny_flow(couplings=("mixd", "mix1"), scale=0.6), torch.tensor([-1, 1, -1, 3])
     for particles in (1, 24, 32):
         found = generate(model, num_tokens=4, num=3, prompt=template, particles=particles)

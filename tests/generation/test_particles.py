@@ -1,4 +1,6 @@
-"""Given tokens: particles give the conditional that enumeration gives, and an unbiased estimate of its evidence."""
+"""Given tokens: particles give the conditional that enumeration gives, and an unbiased estimate of
+its evidence.
+"""
 
 import itertools
 import math
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.particles import Weights, resample
@@ -21,7 +24,9 @@ def texts(length: int) -> Tensor:
 
 
 def probabilities(model: TarFlowLM | TokenLM) -> Tensor:
-    """p(x) of all V^T texts; of a flow with one channel per token, the integral of p(x|z) p(z) on a grid."""
+    """p(x) of all V^T texts; of a flow with one channel per token, the integral of p(x|z) p(z) on a
+    grid.
+    """
     T = model.config.context
     with torch.no_grad():
         if isinstance(model, TokenLM):
@@ -30,30 +35,46 @@ def probabilities(model: TarFlowLM | TokenLM) -> Tensor:
         # spacings below the codebook's scale, where sums over a grid are exact for Gaussians
         axis = torch.linspace(-8, 8, 401) if T == 2 else torch.linspace(-7, 7, 71)
         z = torch.cartesian_prod(*[axis.double()] * T)[..., None]
-        density = torch.cat([model.prior.log_prob(part) for part in z.split(40_000)]).exp() * (axis[1] - axis[0]) ** T
+        density = (
+            torch.cat([model.prior.log_prob(part) for part in z.split(40_000)]).exp()
+            * (axis[1] - axis[0]) ** T
+        )
         posterior = model.codebook.log_posterior(z).exp()
-    found = [posterior.gather(-1, x.expand(len(z), T)[..., None]).flatten(1).prod(1) for x in texts(T)]
+    found = [
+        posterior.gather(-1, x.expand(len(z), T)[..., None]).flatten(1).prod(1) for x in texts(T)
+    ]
     return torch.stack([(density * p).sum() for p in found])
 
 
 MODELS = {
-    "ar": {"context": 3}, "ar-P3": {"context": 3, "patch": 3, "in_patch": "autoregressive"},
-    "mixd": {"couplings": ("mixd",)}, "mix1": {"couplings": ("mix1",)},
-    "mixd-P2": {"couplings": ("mixd",), "patch": 2}, "mixd-mix1": {"couplings": ("mixd", "mix1")},
+    "ar": {"context": 3},
+    "ar-P3": {"context": 3, "patch": 3, "in_patch": "autoregressive"},
+    "mixd": {"couplings": ("mixd",)},
+    "mix1": {"couplings": ("mix1",)},
+    "mixd-P2": {"couplings": ("mixd",), "patch": 2},
+    "mixd-mix1": {"couplings": ("mixd", "mix1")},
     "mixd-mix1-mix1": {"couplings": ("mixd", "mix1", "mix1")},
     "mixd-mix1-long": {"couplings": ("mixd", "mix1"), "context": 3, "log_std": -1.4},
-    "affine-affine": {"couplings": ("affine", "affine")}, "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
-}  # fmt: skip
+    "affine-affine": {"couplings": ("affine", "affine")},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}
 
 
 @pytest.fixture(params=MODELS.items(), ids=MODELS.keys())
-def model(request, tiny_flow, tiny_ar) -> TarFlowLM | TokenLM:
+def model(request) -> TarFlowLM | TokenLM:
     name, fields = request.param
     if name.startswith("ar"):
         return tiny_ar(vocab_size=V, seed=1, **fields)
     # blocks above far from the identity make weights of infinite variance, which no test can judge
     scale = 0.3 if len(fields["couplings"]) == 1 else 0.1
-    sizes = {"vocab_size": V, "context": 2, "latent_dim": 1, "log_std": -2.0, "seed": 3, "scale": scale}
+    sizes = {
+        "vocab_size": V,
+        "context": 2,
+        "latent_dim": 1,
+        "log_std": -2.0,
+        "seed": 3,
+        "scale": scale,
+    }
     return tiny_flow(**(sizes | fields))
 
 
@@ -63,7 +84,9 @@ TEMPLATES = {2: [[BLANK, 2], [1, BLANK]], 3: [[BLANK, BLANK, 2], [BLANK, 1, BLAN
 @pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True], ids=["when-uneven", "always"])
 def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always, monkeypatch):
-    """With few particles the evidence is still unbiased; with many the texts follow the conditional."""
+    """With few particles the evidence is still unbiased; with many the texts follow the
+    conditional.
+    """
     if always:
         monkeypatch.setattr("tarflowlm.generation.particles.RESAMPLE_BELOW", 1.1)
     T, joint = model.config.context, probabilities(model)
@@ -73,39 +96,56 @@ def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always,
         fits = ((texts(T) == wanted) | (wanted == BLANK)).all(-1)
         evidence = joint[fits].sum().item()
         generator = torch.Generator().manual_seed(0)
-        few = generate(model, num_tokens=T, num=300, prompt=wanted, particles=3, generator=generator)
+        few = generate(
+            model, num_tokens=T, num=300, prompt=wanted, particles=3, generator=generator
+        )
         estimates = few.log_evidence.exp()
         error = estimates.std().item() / math.sqrt(300)
         assert abs(estimates.mean().item() - evidence) < 4.5 * error + 2e-2 * evidence
-        many = generate(model, num_tokens=T, num=300, prompt=wanted, particles=24, generator=generator)
+        many = generate(
+            model, num_tokens=T, num=300, prompt=wanted, particles=24, generator=generator
+        )
         assert ((many.tokens == wanted) | (wanted == BLANK)).all()
         code = (many.tokens * V ** torch.arange(T).flip(0)).sum(-1)
         observed = torch.bincount(code, minlength=V**T).double() / 300
         assert not observed[~fits].any()
-        assert (observed - torch.where(fits, joint, 0.0) / evidence).abs().max() < 4 * math.sqrt(0.25 / 300)
+        assert (observed - torch.where(fits, joint, 0.0) / evidence).abs().max() < 4 * math.sqrt(
+            0.25 / 300
+        )
         assert (many.ess >= 1 - 1e-9).all()
         assert (many.ess <= 24 * (1 + 1e-9)).all()
 
 
 @pytest.mark.slow
-def test_one_particle_ignores_what_comes_later_and_many_do_not(tiny_flow):
-    """The last token is given; the first is drawn by its own probability, or by its probability given the last."""
-    model = tiny_flow(couplings=("mixd",), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3)
+def test_one_particle_ignores_what_comes_later_and_many_do_not():
+    """The last token is given; the first is drawn by its own probability, or by its probability
+    given the last.
+    """
+    model = tiny_flow(
+        couplings=("mixd",), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3
+    )
     joint = probabilities(model).view(V, V)
     free, given = joint.sum(1), joint[:, 2] / joint[:, 2].sum()
     assert (free - given).abs().max() > 0.2
     for particles, expected in ((1, free), (16, given)):
         options = {"particles": particles, "generator": torch.Generator().manual_seed(1)}
-        tokens = generate(model, num_tokens=2, num=400, prompt=torch.tensor([BLANK, 2]), **options).tokens
+        tokens = generate(
+            model, num_tokens=2, num=400, prompt=torch.tensor([BLANK, 2]), **options
+        ).tokens
         observed = torch.bincount(tokens[:, 0], minlength=V).double() / 400
         assert (observed - expected).abs().max() < 0.1
 
 
 @pytest.mark.slow
-def test_particles_are_drawn_anew_when_their_weights_are_uneven(tiny_flow, tiny_ar):
+def test_particles_are_drawn_anew_when_their_weights_are_uneven():
     for model in (tiny_flow(couplings=("mixd", "mix1"), log_std=-2.0), tiny_ar()):
-        template, generator = torch.tensor([BLANK, 1, BLANK, 3, BLANK, 0, BLANK, 2]), torch.Generator().manual_seed(0)
-        found = generate(model, num_tokens=8, num=20, prompt=template, particles=8, generator=generator)
+        template, generator = (
+            torch.tensor([BLANK, 1, BLANK, 3, BLANK, 0, BLANK, 2]),
+            torch.Generator().manual_seed(0),
+        )
+        found = generate(
+            model, num_tokens=8, num=20, prompt=template, particles=8, generator=generator
+        )
         assert found.draws.max() > 0
         assert torch.isfinite(found.log_evidence).all()
 
@@ -114,23 +154,31 @@ def test_templates_of_their_own_and_rows_that_do_not_depend_on_each_other(model)
     T = model.config.context
     templates = torch.tensor([[BLANK, 1, BLANK], [0, BLANK, 2], [BLANK, BLANK, BLANK]])[:, :T]
     options = {"num_tokens": T, "particles": 4}
-    together = generate(model, num=3, prompt=templates, generator=torch.Generator().manual_seed(5), **options)
-    alone = generate(model, num=1, prompt=templates[:1], generator=torch.Generator().manual_seed(5), **options)
+    together = generate(
+        model, num=3, prompt=templates, generator=torch.Generator().manual_seed(5), **options
+    )
+    alone = generate(
+        model, num=1, prompt=templates[:1], generator=torch.Generator().manual_seed(5), **options
+    )
     assert torch.equal(together.tokens[:1], alone.tokens)
     torch.testing.assert_close(together.log_evidence[:1], alone.log_evidence)
     assert ((together.tokens == templates) | (templates == BLANK)).all()
 
 
 @pytest.mark.slow
-def test_a_text_given_whole_is_returned_with_its_likelihood(tiny_flow):
-    model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3)
+def test_a_text_given_whole_is_returned_with_its_likelihood():
+    model = tiny_flow(
+        couplings=("mixd", "mix1"), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3
+    )
     generator = torch.Generator().manual_seed(0)
-    found = generate(model, num_tokens=2, num=V**2, prompt=texts(2), particles=512, generator=generator)
+    found = generate(
+        model, num_tokens=2, num=V**2, prompt=texts(2), particles=512, generator=generator
+    )
     assert torch.equal(found.tokens, texts(2))
     torch.testing.assert_close(found.log_evidence.exp(), probabilities(model), rtol=0.3, atol=0.01)
 
 
-def test_the_passes_of_a_completion_are_the_states_of_its_latents(tiny_flow):
+def test_the_passes_of_a_completion_are_the_states_of_its_latents():
     model = tiny_flow(couplings=("mixd", "mix1"), log_std=-4.0)
     template = torch.tensor([BLANK, 1, BLANK, 3])
     found = generate(model, num_tokens=8, num=2, prompt=template, particles=3)
@@ -154,7 +202,11 @@ def test_weights_count_particles_and_refuse_what_is_not_a_number():
     assert weights.effective().tolist() == [4.0, 4.0]
     weights.add(torch.tensor([0.0, torch.nan, -torch.inf, 0.0, -1.0, -1.0, -1.0, -1.0]))
     assert weights.effective().tolist() == pytest.approx([2.0, 4.0])
-    torch.testing.assert_close(weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64)
+    )
     weights.reset(0)
-    torch.testing.assert_close(weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64)
+    )
     assert weights.draws.tolist() == [1, 0]

@@ -1,4 +1,6 @@
-"""Sequential sampling is exact: it inverts the stack, and its frequencies are the model's probabilities."""
+"""Sequential sampling is exact: it inverts the stack, and its frequencies are the model's
+probabilities.
+"""
 
 import itertools
 import math
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedTokens
@@ -26,7 +29,9 @@ def frequencies(texts: Tensor, V: int) -> Tensor:
 
 
 def assert_frequencies(texts: Tensor, probabilities: Tensor, V: int) -> None:
-    """Pearson's chi-square at most 8 standard deviations above its mean; nothing impossible occurs."""
+    """Pearson's chi-square at most 8 standard deviations above its mean; nothing impossible
+    occurs.
+    """
     observed = frequencies(texts, V)
     assert not observed[probabilities < 1e-12].any()
     likely = probabilities * len(texts) > 1
@@ -42,7 +47,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_inverting_the_stack_gives_the_states_of_forward(patch, tiny_flow, normal):
+def test_inverting_the_stack_gives_the_states_of_forward(patch):
     model = tiny_flow(couplings=("mixd", "mix1", "affine"), patch=patch)
     with torch.no_grad():
         found, _ = invert_stack(model, normal(3, 8, 2))
@@ -53,8 +58,10 @@ def test_inverting_the_stack_gives_the_states_of_forward(patch, tiny_flow, norma
 
 
 @pytest.mark.parametrize("prompt", [None, [2], [1, 0, 2]])
-@pytest.mark.parametrize("fields", [{}, {"patch": 2}, {"patch": 2, "in_patch": "autoregressive"}], ids=str)
-def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields, tiny_ar):
+@pytest.mark.parametrize(
+    "fields", [{}, {"patch": 2}, {"patch": 2, "in_patch": "autoregressive"}], ids=str
+)
+def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields):
     """Against a plain loop over the full logits, without a cache."""
     lm: TokenLM = tiny_ar(**fields)
     uniform = torch.rand(3, 8, generator=generator(), dtype=torch.float64)
@@ -72,16 +79,22 @@ def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields, tiny_a
     assert torch.equal(passage.values.flatten(1), tokens)
     log_p = [step for step in steps if step is not None]
     assert len(log_p) == -(-len(given) // lm.config.patch)
-    torch.testing.assert_close(sum(log_p, torch.zeros(3, dtype=torch.float64)), expected.sum((1, 2)))
+    torch.testing.assert_close(
+        sum(log_p, torch.zeros(3, dtype=torch.float64)), expected.sum((1, 2))
+    )
 
 
-@pytest.mark.parametrize("fields", [{}, {"patch": 2}, {"patch": 2, "in_patch": "autoregressive"}], ids=str)
-def test_frequencies_of_the_baseline_are_its_probabilities(fields, tiny_ar):
+@pytest.mark.parametrize(
+    "fields", [{}, {"patch": 2}, {"patch": 2, "in_patch": "autoregressive"}], ids=str
+)
+def test_frequencies_of_the_baseline_are_its_probabilities(fields):
     lm: TokenLM = tiny_ar(vocab_size=3, context=4, seed=1, **fields)
     texts = torch.tensor(list(itertools.product(range(3), repeat=2)))
     with torch.no_grad():
         probabilities = lm.log_prob(texts).exp()
-    assert_frequencies(generate(lm, num_tokens=2, num=NUM, generator=generator()).tokens, probabilities, 3)
+    assert_frequencies(
+        generate(lm, num_tokens=2, num=NUM, generator=generator()).tokens, probabilities, 3
+    )
 
 
 @torch.no_grad()
@@ -99,7 +112,7 @@ PATCHES = [{}, *({"patch": 2, "in_patch": kind} for kind in ("autoregressive", "
 
 
 @pytest.mark.parametrize(("length", "fields"), [(1, {}), *((2, fields) for fields in PATCHES)])
-def test_frequencies_of_a_mixd_block_are_its_weights(length, fields, tiny_flow):
+def test_frequencies_of_a_mixd_block_are_its_weights(length, fields):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1, **fields)
     tokens = generate(model, num_tokens=length, num=NUM, generator=generator()).tokens
     assert_frequencies(tokens, discrete_probabilities(model, length, 4), 4)
@@ -107,7 +120,7 @@ def test_frequencies_of_a_mixd_block_are_its_weights(length, fields, tiny_flow):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_is_a_power_of_the_weights(temperature, tiny_flow, tiny_ar, normal):
+def test_temperature_is_a_power_of_the_weights(temperature):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     power = discrete_probabilities(model, 1, 4) ** (1 / temperature)
     with torch.no_grad():
@@ -117,23 +130,27 @@ def test_temperature_is_a_power_of_the_weights(temperature, tiny_flow, tiny_ar, 
     lm: TokenLM = tiny_ar(vocab_size=3, context=4, seed=1)
     with torch.no_grad():
         power = lm.log_prob(torch.arange(3)[:, None]).exp() ** (1 / temperature)
-    tokens = generate(lm, num_tokens=1, num=NUM, generator=generator(), temperature=temperature).tokens
+    tokens = generate(
+        lm, num_tokens=1, num=NUM, generator=generator(), temperature=temperature
+    ).tokens
     assert_frequencies(tokens, power / power.sum(), 3)
 
 
 @pytest.mark.slow
-def test_a_prompt_conditions_a_single_block(tiny_flow):
+def test_a_prompt_conditions_a_single_block():
     """p(x_2 | x_1): for one block from left to right a prompt is exact."""
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     joint = discrete_probabilities(model, 2, 4).view(4, 4)
     for first in (0, 3):
         prompt = torch.tensor([first])
-        tokens = generate(model, num_tokens=2, num=NUM, prompt=prompt, generator=generator(first)).tokens
+        tokens = generate(
+            model, num_tokens=2, num=NUM, prompt=prompt, generator=generator(first)
+        ).tokens
         assert (tokens[:, 0] == first).all()
         assert_frequencies(tokens[:, 1:], joint[first] / joint[first].sum(), 4)
 
 
-def test_drawn_decoding_is_exact_where_codes_are_soft(tiny_flow):
+def test_drawn_decoding_is_exact_where_codes_are_soft():
     """The mode of p(x|z) never gives a token from where another one is more probable."""
     model = tiny_flow(couplings=("affine",) * 3, vocab_size=3, latent_dim=1, log_std=-0.3, seed=1)
     axis = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None, None]
@@ -151,7 +168,7 @@ def test_drawn_decoding_is_exact_where_codes_are_soft(tiny_flow):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, [2]])
-def test_drawn_tokens_of_a_row_are_its_own_and_those_of_sharp_codes_are_the_modes(prompt, tiny_flow):
+def test_drawn_tokens_of_a_row_are_its_own_and_those_of_sharp_codes_are_the_modes(prompt):
     options = {"num_tokens": 7, "prompt": None if prompt is None else torch.tensor(prompt)}
     for log_std, alike in ((-0.5, False), (-9.0, True)):
         model = tiny_flow(couplings=("mixd", "mix1"), log_std=log_std)
@@ -172,5 +189,7 @@ def test_every_row_has_a_stream_of_its_own():
     assert not torch.equal(rows(1), rows(1, seed=1))
     flat = rows(50).flatten(1)
     assert len(flat.unique(dim=0)) == 50
-    correlation = torch.corrcoef(row_normal(row_generators(range(20), generator()), 500, 4).flatten(1))
+    correlation = torch.corrcoef(
+        row_normal(row_generators(range(20), generator()), 500, 4).flatten(1)
+    )
     assert (correlation - torch.eye(20)).abs().max() < 0.12

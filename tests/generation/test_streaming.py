@@ -1,9 +1,12 @@
-"""Tokens told while a text is written are those of the text; parts of many samples are what they are among all."""
+"""Tokens told while a text is written are those of the text; parts of many samples are what they
+are among all.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers import tiny_ar, tiny_flow
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
@@ -11,15 +14,17 @@ from tarflowlm.language_model import LanguageModel
 pytestmark = pytest.mark.slow
 
 MODELS = {
-    "ar": {}, "ar-P2": {"patch": 2, "in_patch": "autoregressive"}, "mixd": {"couplings": ("mixd",)},
+    "ar": {},
+    "ar-P2": {"patch": 2, "in_patch": "autoregressive"},
+    "mixd": {"couplings": ("mixd",)},
     "mixd-mix1": {"couplings": ("mixd", "mix1"), "log_std": -5.0},
     "mixd-mix1-P4": {"couplings": ("mixd", "mix1"), "patch": 4, "log_std": -5.0},
-}  # fmt: skip
+}
 """All have a context of 8 tokens."""
 
 
 @pytest.fixture(params=MODELS.items(), ids=MODELS.keys())
-def model(request, tiny_flow, tiny_ar) -> LanguageModel:
+def model(request) -> LanguageModel:
     name, fields = request.param
     return tiny_ar(**fields) if name.startswith("ar") else tiny_flow(**fields)
 
@@ -41,7 +46,11 @@ def told(model: LanguageModel, **options) -> list[Tensor]:
     return parts
 
 
-PROMPTS = {"none": None, "one": torch.tensor([2, 0, 1]), "each": torch.tensor([[2, 0, 1], [3, -1, -1]])}
+PROMPTS = {
+    "none": None,
+    "one": torch.tensor([2, 0, 1]),
+    "each": torch.tensor([[2, 0, 1], [3, -1, -1]]),
+}
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
@@ -57,18 +66,24 @@ def test_steps_tell_position_by_position(length, prompt, model):
 
 
 @pytest.mark.parametrize("decoder", ["sweeps", "auto"])
-def test_sweeps_tell_what_is_checked(decoder, tiny_flow):
+def test_sweeps_tell_what_is_checked(decoder):
     model = tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0)
     parts = told(model, num_tokens=18, decoder=decoder)
     if decoder == "sweeps":
-        # the first window is swept, and the others, after given tokens, have a block 1 that goes by steps
+        # the first window is swept, and the others, after given tokens, have a block 1 that goes by
+        # steps
         assert [part.shape[1] for part in parts] == [8] + 10 * [1]
 
 
-@pytest.mark.parametrize("options", [
-    {"particles": 3, "prompt": torch.tensor([1, 2])}, {"decoding": "drawn"}, {"prompt": torch.tensor([-1, 1, -1, 2])},
-    {"prompt": torch.tensor([2, -1, 2]), "temperature": 0.5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"particles": 3, "prompt": torch.tensor([1, 2])},
+        {"decoding": "drawn"},
+        {"prompt": torch.tensor([-1, 1, -1, 2])},
+        {"prompt": torch.tensor([2, -1, 2]), "temperature": 0.5},
+    ],
+)
 def test_other_ways_to_write_tell_the_same_text(options, model):
     told(model, num_tokens=8, **options)
 
@@ -76,7 +91,8 @@ def test_other_ways_to_write_tell_the_same_text(options, model):
 def test_parts_of_many_samples_are_what_they_are_among_all(model):
     all_of_them = sample(model, num_tokens=11, num=5).tokens
     parts = [
-        sample(model, num_tokens=11, generator=streams(rows)).tokens for rows in (range(1, 3), range(3, 5), [4, 0])
+        sample(model, num_tokens=11, generator=streams(rows)).tokens
+        for rows in (range(1, 3), range(3, 5), [4, 0])
     ]
     assert torch.equal(torch.cat(parts), all_of_them[[1, 2, 3, 4, 4, 0]])
 

@@ -20,23 +20,38 @@ def adjusted(**options) -> list[float]:
 
 def kept(*indices: int) -> list[float]:
     total = sum(PROBABILITIES[0, i].item() for i in indices)
-    return pytest.approx([PROBABILITIES[0, i].item() / total if i in indices else 0.0 for i in range(4)], abs=1e-12)
+    return pytest.approx(
+        [PROBABILITIES[0, i].item() / total if i in indices else 0.0 for i in range(4)], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0, 100.0])
 def test_temperature_is_a_power(temperature):
     power = PROBABILITIES[0] ** (1 / temperature)
-    assert adjusted(temperature=temperature) == pytest.approx((power / power.sum()).tolist(), rel=1e-9)
+    assert adjusted(temperature=temperature) == pytest.approx(
+        (power / power.sum()).tolist(), rel=1e-9
+    )
 
 
-@pytest.mark.parametrize(("top_k", "indices"), [(1, [2]), (2, [2, 0]), (3, [2, 0, 3]), (4, range(4)), (9, range(4))])
+@pytest.mark.parametrize(
+    ("top_k", "indices"), [(1, [2]), (2, [2, 0]), (3, [2, 0, 3]), (4, range(4)), (9, range(4))]
+)
 def test_top_k_keeps_the_largest(top_k, indices):
     assert adjusted(top_k=top_k) == kept(*indices)
 
 
-@pytest.mark.parametrize(("top_p", "indices"), [
-    (0.01, [2]), (0.49, [2]), (0.51, [2, 0]), (0.79, [2, 0]), (0.81, [2, 0, 3]), (0.949, [2, 0, 3]), (0.96, range(4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("top_p", "indices"),
+    [
+        (0.01, [2]),
+        (0.49, [2]),
+        (0.51, [2, 0]),
+        (0.79, [2, 0]),
+        (0.81, [2, 0, 3]),
+        (0.949, [2, 0, 3]),
+        (0.96, range(4)),
+    ],
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, indices):
     assert adjusted(top_p=top_p) == kept(*indices)
 
@@ -45,7 +60,9 @@ def test_the_options_apply_one_after_another():
     """Temperature first: at 2 the largest two have 0.564 and 0.436 of their sum."""
     assert adjusted(temperature=2.0, top_k=2, top_p=0.6)[1] == 0.0
     a, b = math.sqrt(0.5), math.sqrt(0.3)
-    assert adjusted(temperature=2.0, top_k=2, top_p=0.6) == pytest.approx([b / (a + b), 0, a / (a + b), 0], abs=1e-12)
+    assert adjusted(temperature=2.0, top_k=2, top_p=0.6) == pytest.approx(
+        [b / (a + b), 0, a / (a + b), 0], abs=1e-12
+    )
     assert adjusted(temperature=2.0, top_k=2, top_p=0.5) == kept(2)
 
 
@@ -58,12 +75,18 @@ def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
     torch.testing.assert_close(adjust(log_w), (log_w / 0.999).log_softmax(-1))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"temperature": 0.0}, "temperature 0.0: must be above 0"), ({"temperature": -1.0}, "temperature -1.0"),
-    ({"temperature": math.nan}, "temperature nan"), ({"temperature": math.inf}, "temperature inf"),
-    ({"top_k": 0}, "top-k 0: must be at least 1"), ({"top_p": 0.0}, "top-p 0.0: must be above 0 and at most 1"),
-    ({"top_p": 1.5}, "top-p 1.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0: must be above 0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"top_k": 0}, "top-k 0: must be at least 1"),
+        ({"top_p": 0.0}, "top-p 0.0: must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top-p 1.5"),
+    ],
+)
 def test_senseless_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         adjust_weights(**options)

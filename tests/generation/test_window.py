@@ -1,8 +1,11 @@
-"""Texts beyond the trained context: which windows write them, and that each is what `generate` writes."""
+"""Texts beyond the trained context: which windows write them, and that each is what `generate`
+writes.
+"""
 
 import pytest
 import torch
 
+from helpers import tiny_flow
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate, writing
 from tarflowlm.generation.sampling import row_generators
@@ -13,21 +16,33 @@ def sample(model: LanguageModel, seed: int = 0, **options) -> Generation:
     return generate(model, generator=torch.Generator().manual_seed(seed), **({"num": 3} | options))
 
 
-@pytest.mark.parametrize(("patch", "num_tokens", "num_given", "expected"), [
-    (1, 5, 0, [(0, 5)]), (1, 8, 7, [(0, 8)]), (1, 9, 0, [(0, 8), (4, 9)]),
-    (1, 17, 3, [(0, 8), (4, 12), (8, 16), (12, 17)]), (1, 20, 8, [(4, 12), (8, 16), (12, 20)]),
-    (1, 14, 13, [(9, 14)]), (4, 14, 0, [(0, 8), (4, 12), (8, 14)]), (8, 20, 0, [(0, 8), (8, 16), (16, 20)]),
-])  # fmt: skip
-def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected, tiny_flow):
+@pytest.mark.parametrize(
+    ("patch", "num_tokens", "num_given", "expected"),
+    [
+        (1, 5, 0, [(0, 5)]),
+        (1, 8, 7, [(0, 8)]),
+        (1, 9, 0, [(0, 8), (4, 9)]),
+        (1, 17, 3, [(0, 8), (4, 12), (8, 16), (12, 17)]),
+        (1, 20, 8, [(4, 12), (8, 16), (12, 20)]),
+        (1, 14, 13, [(9, 14)]),
+        (4, 14, 0, [(0, 8), (4, 12), (8, 14)]),
+        (8, 20, 0, [(0, 8), (8, 16), (16, 20)]),
+    ],
+)
+def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected):
     config = tiny_flow(couplings=("mixd",), patch=patch).config
     assert config.context == 8
     assert writing.spans(config, num_tokens, num_given) == expected
 
 
 @pytest.mark.parametrize("prompt", [None, [2, 0, 1]])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3}], ids=["plain", "adjusted"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "top_k": 3}], ids=["plain", "adjusted"]
+)
 def test_every_window_is_what_generate_writes_after_the_last_one(prompt, options, model):
-    """The first window is a text of the context; the next has the kept half as its prompt, and the noise goes on."""
+    """The first window is a text of the context; the next has the kept half as its prompt, and the
+    noise goes on.
+    """
     if options and "affine" in {b.coupling for b in getattr(model.config, "blocks", ())}:
         pytest.skip("an affine block has no probabilities of tokens")
     options = options | {"prompt": None if prompt is None else torch.tensor(prompt)}
@@ -58,7 +73,9 @@ def test_last_half_window_of_a_long_prompt_counts(length, model):
     long = torch.arange(length) % 5
     tokens = sample(model, num_tokens=length + 6, prompt=long).tokens
     assert torch.equal(tokens[:, :length], long.expand(3, -1))
-    assert torch.equal(sample(model, num_tokens=10, prompt=long[-4:]).tokens[:, 4:], tokens[:, length:])
+    assert torch.equal(
+        sample(model, num_tokens=10, prompt=long[-4:]).tokens[:, 4:], tokens[:, length:]
+    )
 
 
 def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(model):
@@ -66,18 +83,29 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
     short, long = (sample(model, num_tokens=length, prompt=prompt) for length in (8, 12))
     assert torch.equal(long.log_evidence, short.log_evidence)
     assert sample(model, num_tokens=12).log_evidence is None
-    assert sample(model, num_tokens=12, prompt=torch.zeros(9, dtype=torch.long)).log_evidence is None
+    assert (
+        sample(model, num_tokens=12, prompt=torch.zeros(9, dtype=torch.long)).log_evidence is None
+    )
     assert long.decoders == short.decoders
     if not model.config.continues_exactly:  # else the given tokens of each window take no passes
         assert long.sweeps == tuple(2 * passes for passes in short.sweeps)
     assert (long.states, long.passes) == ((), ())
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"prompt": torch.tensor([-1, 1])}, "length 9 .* context of 8 tokens, .* a prompt without blanks"),
-    ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
-    ({"prompt": torch.zeros(9, dtype=torch.long)}, "the prompt has 9 tokens, which leaves no room in 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"prompt": torch.tensor([-1, 1])},
+            "length 9 .* context of 8 tokens, .* a prompt without blanks",
+        ),
+        ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
+        (
+            {"prompt": torch.zeros(9, dtype=torch.long)},
+            "the prompt has 9 tokens, which leaves no room in 9",
+        ),
+    ],
+)
 def test_impossible_options_of_long_texts_are_refused(options, message, model):
     with pytest.raises(UserError, match=message):
         sample(model, num_tokens=9, **options)

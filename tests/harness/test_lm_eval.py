@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 
+from helpers import tiny_ar, tiny_flow
 from tarflowlm.errors import UserError
 from tarflowlm.harness.register import how_to_continue, meaning, register
 
@@ -45,26 +46,49 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
     tasks = ",".join(f"local_{task}" for task in TASKS)
-    done = run("harness", "english-mini", "--tasks", tasks, "--include_path", folder, "--batch_size", "8", "--json")
+    done = run(
+        "harness",
+        "english-mini",
+        "--tasks",
+        tasks,
+        "--include_path",
+        folder,
+        "--batch_size",
+        "8",
+        "--json",
+    )
     assert done.status == 0, done.err
     found = json.loads(done.out.splitlines()[-1])
     results, config = found["results"], found["config"]
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     expected = run_json("eval", "english-mini", "--data", folder / "text.txt", "--split", "all")
     assert expected["tokens"] == len(TEXT)
-    assert results["local_rolling"]["bits_per_byte,none"] == pytest.approx(expected["bits_per_byte"], abs=1e-6)
+    assert results["local_rolling"]["bits_per_byte,none"] == pytest.approx(
+        expected["bits_per_byte"], abs=1e-6
+    )
     assert results["local_choice"]["acc,none"] == 1.0
-    assert (config["normalization"], config["log_likelihoods"]["rolling"]) == ("text8", "lower bound: ELBO")
+    assert (config["normalization"], config["log_likelihoods"]["rolling"]) == (
+        "text8",
+        "lower bound: ELBO",
+    )
     assert "exact_match" in done.out
     # what the numbers mean, and what has no effect, is said once
-    for said in ("lower bound: ELBO", "no bound itself", "(text8)", "--batch_size 8 is ignored", "num_beams"):
+    for said in (
+        "lower bound: ELBO",
+        "no bound itself",
+        "(text8)",
+        "--batch_size 8 is ignored",
+        "num_beams",
+    ):
         assert done.err.count(said) == 1, said
 
 
 def test_error_of_lm_eval_is_one_line(run, folder):
     done = run("harness", "english-mini", "--tasks", "no_such_task")
     assert done.status == 2
-    assert done.err.startswith("tarflowlm: lm-eval stopped: Tasks not found: no_such_task (ValueError)")
+    assert done.err.startswith(
+        "tarflowlm: lm-eval stopped: Tasks not found: no_such_task (ValueError)"
+    )
     assert done.err.count("\n") == 1
 
 
@@ -81,17 +105,35 @@ def test_model_refuses_unknown_arguments():
     baseline = model("english-mini-ar", device="cuda:0", batch_size="1")
     with pytest.raises(UserError, match="chat template"):
         baseline.chat_template(True)
-    assert baseline.get_model_info()["log_likelihoods"] == {"rolling": "exact", "conditional": "exact"}
+    assert baseline.get_model_info()["log_likelihoods"] == {
+        "rolling": "exact",
+        "conditional": "exact",
+    }
 
 
-def test_bounds_are_called_bounds(tiny_flow, tiny_ar):
+def test_bounds_are_called_bounds():
     assert set(meaning(tiny_ar(), 1).values()) == {"exact"}
-    assert all(text.startswith("lower bound") for text in meaning(tiny_flow(couplings=("mixd",)), 4).values())
+    assert all(
+        text.startswith("lower bound")
+        for text in meaning(tiny_flow(couplings=("mixd",)), 4).values()
+    )
     assert "no bound" in meaning(tiny_flow(), 1)["conditional"]
 
 
 def test_generation_options_are_read():
     assert how_to_continue({"until": "x", "temperature": 0.0, "do_sample": True}).top_k == 1
-    options = {"until": ["a", "b"], "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_gen_toks": 3}
+    options = {
+        "until": ["a", "b"],
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_gen_toks": 3,
+    }
     how = how_to_continue(options)
-    assert (how.until, how.temperature, how.top_k, how.top_p, how.max_tokens) == (("a", "b"), 0.5, None, 0.9, 3)
+    assert (how.until, how.temperature, how.top_k, how.top_p, how.max_tokens) == (
+        ("a", "b"),
+        0.5,
+        None,
+        0.9,
+        3,
+    )

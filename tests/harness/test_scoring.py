@@ -1,8 +1,11 @@
-"""Scoring for lm-evaluation-harness: likelihoods equal `evaluate`, continuations equal `generate`."""
+"""Scoring for lm-evaluation-harness: likelihoods equal `evaluate`, continuations equal
+`generate`.
+"""
 
 import pytest
 import torch
 
+from helpers import tiny_ar, tiny_flow
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
@@ -22,11 +25,13 @@ class Count(Silent):
 
 
 @pytest.fixture
-def scorer(tiny_flow, tiny_ar):
+def scorer():
     def build(kind: str, *, samples: int = 1, patch: int = 1, seed: int = 0) -> TextScorer:
         fields = {"vocab_size": 27, "context": 16, "patch": patch}
         couplings = {"one": ("mixd",), "two": ("mixd", "mix1")}
-        model = tiny_ar(**fields) if kind == "ar" else tiny_flow(couplings=couplings[kind], **fields)
+        model = (
+            tiny_ar(**fields) if kind == "ar" else tiny_flow(couplings=couplings[kind], **fields)
+        )
         return TextScorer(model, TOKENIZER, samples=samples, seed=seed)
 
     return build
@@ -36,7 +41,9 @@ def scorer(tiny_flow, tiny_ar):
 def test_rolling_log_likelihood_equals_evaluate(scorer, kind, samples):
     s = scorer(kind, samples=samples, seed=4)
     windows = s.encode(TEXT)[:48].view(3, 16)
-    result = evaluate(s.model, windows, torch.from_numpy(TOKENIZER.characters_per_token), samples=samples, seed=4)
+    result = evaluate(
+        s.model, windows, torch.from_numpy(TOKENIZER.characters_per_token), samples=samples, seed=4
+    )
     expected = -48 * result.nats_per_token
     assert s.rolling([TEXT[:48]]) == pytest.approx([expected])
     assert sum(s.rolling([TEXT[:16], TEXT[16:48]])) == pytest.approx(expected)
@@ -102,11 +109,20 @@ def test_every_token_is_scored_once_in_windows_that_fit(scorer, kind, patch, giv
     assert value < 0
 
 
-@pytest.mark.parametrize(("context", "continuation", "given", "text"), [
-    ("Answer:", " Yes!", 6, "answer yes"), ("Answer: ", "Yes", 6, "answer yes"), ("", "Yes", 0, "yes"),
-    ("the ca", "ts", 6, "the cats"), ("a", "…", 1, "a"), ("…", "…", 0, ""),
-])  # fmt: skip
-def test_context_and_continuation_are_normalised_together(scorer, context, continuation, given, text):
+@pytest.mark.parametrize(
+    ("context", "continuation", "given", "text"),
+    [
+        ("Answer:", " Yes!", 6, "answer yes"),
+        ("Answer: ", "Yes", 6, "answer yes"),
+        ("", "Yes", 0, "yes"),
+        ("the ca", "ts", 6, "the cats"),
+        ("a", "…", 1, "a"),
+        ("…", "…", 0, ""),
+    ],
+)
+def test_context_and_continuation_are_normalised_together(
+    scorer, context, continuation, given, text
+):
     pair = scorer("ar").encode_pair(context, continuation)
     assert (TOKENIZER.decode(pair.tokens), pair.given) == (text, given)
 
@@ -117,7 +133,9 @@ def test_continuations_equal_generate(scorer, kind):
     s = scorer(kind)
     how = Continuation(max_tokens=5, top_k=1)
     prompt = s.encode("the q")
-    found = generate(s.model, num_tokens=10, prompt=prompt, top_k=1, generator=torch.Generator().manual_seed(0))
+    found = generate(
+        s.model, num_tokens=10, prompt=prompt, top_k=1, generator=torch.Generator().manual_seed(0)
+    )
     text = TOKENIZER.decode(found.tokens[0, 5:])
     progress = Count()
     asked = [("The q", how), ("Long before this ", Continuation(max_tokens=20)), ("The q", how)]

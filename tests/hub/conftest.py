@@ -14,7 +14,9 @@ REAL_DOWNLOAD, REAL_API = huggingface_hub.snapshot_download, huggingface_hub.HfA
 
 
 class Hub:
-    """Repositories are folders root/OWNER/NAME, snapshots copies of them; calls must suit the real client."""
+    """Repositories are folders root/OWNER/NAME, snapshots copies of them; calls must suit the real
+    client.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.downloaded, self.private = root, [], set()
@@ -32,7 +34,10 @@ class Hub:
         out = self.root / "cache" / hashlib.sha1(name.encode()).hexdigest()[:8]
         out.mkdir(parents=True, exist_ok=True)
         for path in source.iterdir():
-            if any(fnmatch.fnmatch(path.name, p) for p in ([patterns] if isinstance(patterns, str) else patterns)):
+            if any(
+                fnmatch.fnmatch(path.name, p)
+                for p in ([patterns] if isinstance(patterns, str) else patterns)
+            ):
                 if not (out / path.name).exists():
                     shutil.copy(path, out / path.name)
                 self.downloaded.append(path.name)
@@ -55,7 +60,9 @@ class Hub:
 
     def upload_folder(self, **options) -> None:
         inspect.signature(REAL_API.upload_folder).bind(self, **options)
-        shutil.copytree(options["folder_path"], self.repository(options["repo_id"]), dirs_exist_ok=True)
+        shutil.copytree(
+            options["folder_path"], self.repository(options["repo_id"]), dirs_exist_ok=True
+        )
 
 
 @pytest.fixture

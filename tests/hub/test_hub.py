@@ -62,11 +62,15 @@ def test_a_space_runs_the_studio(hub, finished, run):
     pytest.importorskip("gradio")
     assert run("push", finished, "ada/page", "--space").status == 0
     folder = hub.repository("ada/page")
-    assert {"requirements.txt", "config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    assert {"requirements.txt", "config.json", "model.safetensors"} <= {
+        path.name for path in folder.iterdir()
+    }
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\ntitle: page\nsdk: gradio\napp_file: app.py\n")
     assert card.count("---\n") == 2
-    with subprocess.Popen([sys.executable, "app.py"], cwd=folder, stdout=subprocess.PIPE, text=True) as program:
+    with subprocess.Popen(
+        [sys.executable, "app.py"], cwd=folder, stdout=subprocess.PIPE, text=True
+    ) as program:
         try:
             address = program.stdout.readline().strip().replace("0.0.0.0", "127.0.0.1")
             page = urllib.request.urlopen(f"{address}config", timeout=60).read().decode()
@@ -80,7 +84,11 @@ def test_flipped_byte_is_refused_and_the_remedy_works(shared, refused):
     weights = shared.repository("ada/tiny") / "model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    refused("sample", "hf:ada/tiny", names=["hf:ada/tiny", "model.safetensors", "sha256", "run this again"])
+    refused(
+        "sample",
+        "hf:ada/tiny",
+        names=["hf:ada/tiny", "model.safetensors", "sha256", "run this again"],
+    )
     weights.write_bytes(before)
     tarflowlm.load("hf:ada/tiny")
 
@@ -95,18 +103,24 @@ def test_models_of_other_kinds_are_refused_before_their_weights(hub, refused):
 
 
 def answer(kind, status):
-    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1")))
+    return kind(
+        "no", response=httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1"))
+    )
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    (answer(errors.RepositoryNotFoundError, 404), "no such model.*HF_TOKEN"),
-    (answer(errors.RevisionNotFoundError, 404), "no such revision"),
-    (answer(errors.HfHubHTTPError, 403), "403.*hf auth login"),
-    (answer(errors.HfHubHTTPError, 503), "answers 503; try again later"),
-    (errors.OfflineModeIsEnabled("no"), "HF_HUB_OFFLINE is set"),
-    (errors.LocalEntryNotFoundError("no"), "cannot be reached"), (errors.HFValidationError("a name"), "OWNER/NAME"),
-    (ConnectionError("cut"), r"failed \(cut\); run this again"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (answer(errors.RepositoryNotFoundError, 404), "no such model.*HF_TOKEN"),
+        (answer(errors.RevisionNotFoundError, 404), "no such revision"),
+        (answer(errors.HfHubHTTPError, 403), "403.*hf auth login"),
+        (answer(errors.HfHubHTTPError, 503), "answers 503; try again later"),
+        (errors.OfflineModeIsEnabled("no"), "HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError("no"), "cannot be reached"),
+        (errors.HFValidationError("a name"), "OWNER/NAME"),
+        (ConnectionError("cut"), r"failed \(cut\); run this again"),
+    ],
+)
 def test_errors_of_the_hub_are_one_line_with_a_remedy(hub, error, message):
     hub.error = error
     with pytest.raises(UserError, match=rf"hf:ada/tiny: .*{message}"):
@@ -119,9 +133,17 @@ def test_card_describes_the_model(finished, tmp_path):
     folder = tarflowlm.load(finished).save_pretrained(tmp_path / "mine", licence="cc0-1.0")
     card = (folder / "README.md").read_text(encoding="utf-8")
     for part in (
-        'license: "cc0-1.0"', "upper bound, elbo", "<= 1.9062 bits per character", "4,096 windows", "`./text.txt`",
-        "128 tokens", "tarflowlm train mini-mixd", "27 (char)", "--seed 0", "## Limits",
-    ):  # fmt: skip
+        'license: "cc0-1.0"',
+        "upper bound, elbo",
+        "<= 1.9062 bits per character",
+        "4,096 windows",
+        "`./text.txt`",
+        "128 tokens",
+        "tarflowlm train mini-mixd",
+        "27 (char)",
+        "--seed 0",
+        "## Limits",
+    ):
         assert part in card
     assert str(tmp_path) not in card
     # a card that is there is kept
@@ -141,12 +163,18 @@ def configured(words):
 def test_command_of_a_card_gives_the_run(name):
     run = preset(name)
     steps = tuple(2 * n for n in run.train.stage_steps)
-    train = replace(run.train, stage_steps=steps, compile=False, checkpoint_activations=True, track=("wandb",))
+    train = replace(
+        run.train, stage_steps=steps, compile=False, checkpoint_activations=True, track=("wandb",)
+    )
     model = replace(run.model, context=64, trunk=replace(run.model.trunk, width=96))
     if name != "mini-ar":
-        model = replace(model, blocks=tuple(replace(block, sees_channels=False) for block in model.blocks))
+        model = replace(
+            model, blocks=tuple(replace(block, sees_channels=False) for block in model.blocks)
+        )
     data = replace(run.data, source="my text.txt")
-    run = replace(run, seed=7, train=train, model=model, data=data, optim=replace(run.optim, lr=1e-3))
+    run = replace(
+        run, seed=7, train=train, model=model, data=data, optim=replace(run.optim, lr=1e-3)
+    )
     assert configured(shlex.split(training_command(run))[2:]) == run
     assert training_command(replace(run, name="mine")) is None
 
@@ -169,7 +197,9 @@ def test_private_repositories(hub, finished, run_json):
     assert not list(hub.repository("ada/open").iterdir())
 
 
-def test_dry_run_uploads_nothing_and_lists_everything(hub, finished, tmp_path, monkeypatch, run_json, refused):
+def test_dry_run_uploads_nothing_and_lists_everything(
+    hub, finished, tmp_path, monkeypatch, run_json, refused
+):
     monkeypatch.chdir(tmp_path)
     shown = run_json("push", finished, "hf:ada/mine", "--dry-run", "--half")
     assert (shown["url"], shown["out"], shown["repository"]) == (None, "mine", "ada/mine")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from run_cases import metrics_of
+from helpers import metrics_of
 from tarflowlm.errors import UserError
 from tarflowlm.report import build
 from tarflowlm.report.build import draw_samples, write_report
@@ -33,7 +33,11 @@ class Checker(HTMLParser):
         if tag not in ("meta", "link", "br", "img"):
             self.open.append(tag)
         self.ids += [value for name, value in attrs if name == "id"]
-        assert all(value.startswith(("#", "data:")) for name, value in attrs if name in ("src", "href", "xlink:href"))
+        assert all(
+            value.startswith(("#", "data:"))
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href")
+        )
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -67,7 +71,9 @@ def test_report_has_figures_and_numbers(runs, tmp_path):
     result = write_report(list(runs.values()), out)
     names = {"bits", "blocks-progressive", "blocks-joint"}
     names |= {f"codebook-{name}" for name in runs}
-    assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in names} | {"index.html"}
+    assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in names} | {
+        "index.html"
+    }
     assert {Path(path).stem for path in result["figures"]} == names
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
     assert [run["notes"] for run in result["runs"]] == [[], [], []]
@@ -79,7 +85,11 @@ def test_report_has_figures_and_numbers(runs, tmp_path):
         sign = "=" if name == "baseline" else "<="
         assert f"{sign} {summary['test']['bpc']:.4f} ({summary['test']['bound']})" in page.text
         assert f"{summary['parameters']:,}" in page.text
-    for part in ("optim.codebook_lr_scale", "model.blocks.1.components", "exact, and it has no blocks"):
+    for part in (
+        "optim.codebook_lr_scale",
+        "model.blocks.1.components",
+        "exact, and it has no blocks",
+    ):
         assert part in page.text
     assert page.text.count("3 samples of 16 tokens") == 3
     assert page.text.count("after block 1: ") == 2
@@ -105,7 +115,9 @@ def test_report_in_its_run_is_replaced(runs, tmp_path, undrawn):
 
 
 def test_missing_pieces_are_noted(runs, tmp_path, undrawn):
-    young = shutil.copytree(runs["progressive"], tmp_path / "young", ignore=shutil.ignore_patterns("summary.json"))
+    young = shutil.copytree(
+        runs["progressive"], tmp_path / "young", ignore=shutil.ignore_patterns("summary.json")
+    )
     (young / "model.safetensors").unlink()
     first = (young / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
     (young / "metrics.jsonl").write_text(first, encoding="utf-8")
@@ -133,7 +145,11 @@ def test_samples_are_the_same_every_time(runs, name):
 
 def test_bad_arguments_write_nothing(runs, tmp_path):
     joint, out = runs["joint"], tmp_path / "out"
-    wrong = [([tmp_path / "none"], out), (list(runs.values()), None), ([Path("english-mini")], None)]
+    wrong = [
+        ([tmp_path / "none"], out),
+        (list(runs.values()), None),
+        ([Path("english-mini")], None),
+    ]
     wrong += [([joint, joint], out), ([joint], joint), ([joint], joint / "config.json")]
     for directories, place in wrong:
         with pytest.raises(UserError):

@@ -33,7 +33,9 @@ def test_codes_of_a_flow_are_its_codebook(runs):
     codes = codes_of(checkpoint.model, checkpoint.tokenizer, counts)
     assert codes.symbols[:3] == ["␣", "a", "b"]
     assert codes.named.tolist() == [5, *range(5), *range(6, 27)]
-    np.testing.assert_allclose(codes.std, checkpoint.model.codebook.log_std.detach().exp(), rtol=1e-6)
+    np.testing.assert_allclose(
+        codes.std, checkpoint.model.codebook.log_std.detach().exp(), rtol=1e-6
+    )
 
 
 def test_codes_of_a_baseline_are_its_embedding(runs):

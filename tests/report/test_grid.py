@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tarflowlm.data import ByteTokenizer
-from tarflowlm.report.grid import Row, Token, pass_rows, spans, symbols, text_tokens, to_html, visible
+from tarflowlm.report.grid import (
+    Row,
+    Token,
+    pass_rows,
+    spans,
+    symbols,
+    text_tokens,
+    to_html,
+    visible,
+)
 
 HOSTILE = '<script>alert("1")</script>&amp;\'"'
 
@@ -41,13 +50,24 @@ def test_kinds_of_a_text():
 def test_rows_of_passes():
     passes = [encode(text) for text in ("qxz", "qaz", "qat", "cat")]
     rows = pass_rows(passes, ByteTokenizer(), given=torch.tensor([False, False, True]))
-    assert [row.label.split(":")[0] for row in rows] == ["noise", "after block 3", "after block 2", "after block 1"]
+    assert [row.label.split(":")[0] for row in rows] == [
+        "noise",
+        "after block 3",
+        "after block 2",
+        "after block 1",
+    ]
     assert rows[1].label == "after block 3: 1 of 3 changed"
     assert [kinds(row.tokens) for row in rows] == ["nnn", "ncn", "nfc", "cfg"]
     # the passes in the middle may be left out; changes count from the row before
-    rows = pass_rows(passes, ByteTokenizer(), least_change=0.8, probabilities=[torch.tensor([0.25, 1, 1])] * 4)
+    rows = pass_rows(
+        passes, ByteTokenizer(), least_change=0.8, probabilities=[torch.tensor([0.25, 1, 1])] * 4
+    )
     assert [kinds(row.tokens) for row in rows] == ["nnn", "ccc"]
-    assert (rows[0].tokens[0].opacity, rows[0].tokens[0].title, rows[0].tokens[1].title) == (0.25, "p = 0.25", "")
+    assert (rows[0].tokens[0].opacity, rows[0].tokens[0].title, rows[0].tokens[1].title) == (
+        0.25,
+        "p = 0.25",
+        "",
+    )
 
 
 def test_text_is_escaped_and_nothing_is_loaded():

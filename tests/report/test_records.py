@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from run_cases import metrics_of
+from helpers import metrics_of
 from tarflowlm.errors import UserError
 from tarflowlm.report.records import read_record, read_records
 
@@ -18,10 +18,18 @@ def directory(runs, tmp_path):
 
 def test_finished_run(runs):
     record = read_record(runs["progressive"])
-    assert (record.name, record.status, record.sign, record.notes) == ("progressive", "finished", "<=", [])
+    assert (record.name, record.status, record.sign, record.notes) == (
+        "progressive",
+        "finished",
+        "<=",
+        [],
+    )
     assert record.train["step"].tolist() == list(range(1, 15))
     assert record.valid["step"].tolist() == [3, 6, 9, 10, 12, 14]
-    assert [(block, record.train["tokens"][line]) for block, line in record.stage_starts] == [(2, 192), (3, 320)]
+    assert [(block, record.train["tokens"][line]) for block, line in record.stage_starts] == [
+        (2, 192),
+        (3, 320),
+    ]
     assert read_record(runs["baseline"]).sign == "="
 
 
@@ -39,9 +47,17 @@ def test_medians_of_stages(directory):
 def test_unreadable_lines_and_summary_are_noted(directory):
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    bad = ["no json\n", '{"split": "train"}\n', lines[0].replace('"bpc": ', '"bpc": NaN, "x": '), "[1]\n", "\n"]
+    bad = [
+        "no json\n",
+        '{"split": "train"}\n',
+        lines[0].replace('"bpc": ', '"bpc": NaN, "x": '),
+        "[1]\n",
+        "\n",
+    ]
     # a line of another kind is no mistake, and the last one may be incomplete
-    path.write_text("".join(['{"split": "event", "step": 2}\n', *bad, *lines, lines[0][:30]]), encoding="utf-8")
+    path.write_text(
+        "".join(['{"split": "event", "step": 2}\n', *bad, *lines, lines[0][:30]]), encoding="utf-8"
+    )
     (directory / "summary.json").write_text("{}", encoding="utf-8")
     record = read_record(directory)
     assert len(record.train["step"]) == 14

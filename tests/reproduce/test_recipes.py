@@ -31,10 +31,16 @@ def settings(tmp_path_factory, corpus_file) -> Settings:
     out, text = tmp_path_factory.mktemp("recipes"), str(corpus_file)
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
-            (tables, "WINDOWS", 3), (tables, "SAMPLES", 2), (tables, "SECOND_WINDOWS", 3),
-            (tables, "MINI_SAMPLES", 20), (ablations, "PROMPTS", 2), (ablations, "PREFIXES", (0, 4)),
-            (passes, "SAMPLES", 2), (states, "SAMPLES", 2), (states, "LATENT_WINDOWS", 4),
-        ):  # fmt: skip
+            (tables, "WINDOWS", 3),
+            (tables, "SAMPLES", 2),
+            (tables, "SECOND_WINDOWS", 3),
+            (tables, "MINI_SAMPLES", 20),
+            (ablations, "PROMPTS", 2),
+            (ablations, "PREFIXES", (0, 4)),
+            (passes, "SAMPLES", 2),
+            (states, "SAMPLES", 2),
+            (states, "LATENT_WINDOWS", 4),
+        ):
             patch.setattr(module, name, value)
         yield Settings(scale="mini", out=out, data=text, judge_data=text, second_text=text)
 
@@ -45,7 +51,9 @@ def untrained(settings: Settings, training: Training) -> Finished:
     small = {"context": CONTEXT, "trunk": TransformerConfig(width=8, num_heads=2, mlp_ratio=1)}
     if isinstance(run.model, FlowConfig):
         blocks = tuple(replace(block, layers=1) for block in run.model.blocks)
-        model = replace(run.model, vocab_size=27, blocks=blocks, head_hidden=2, latent_dim=2, **small)
+        model = replace(
+            run.model, vocab_size=27, blocks=blocks, head_hidden=2, latent_dim=2, **small
+        )
     else:
         model = replace(run.model, vocab_size=27, layers=1, **small)
     run = replace(run, model=model)
@@ -53,15 +61,27 @@ def untrained(settings: Settings, training: Training) -> Finished:
         directory.mkdir(parents=True)
         write_run(directory, run, CharTokenizer(TEXT8_ALPHABET))
         built = model.build()
-        save_weights(directory, built.state_dict(), {"blocks": str(getattr(built, "num_blocks", 0))})
+        save_weights(
+            directory, built.state_dict(), {"blocks": str(getattr(built, "num_blocks", 0))}
+        )
         exact = "exact" if run.model.family == "ar" else "elbo"
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}
-        counts = {"seed": run.seed, "steps": 1, "tokens": 16, "seconds": 1.0, "source": run.data.source}
+        counts = {
+            "seed": run.seed,
+            "steps": 1,
+            "tokens": 16,
+            "seconds": 1.0,
+            "source": run.data.source,
+        }
         write_json(directory / "summary.json", counts | {"test": test})
-        fields = {"split": "train"} | dict.fromkeys(("tokens", "block", "lr", "grad_norm", "tokens_per_second"), 1)
+        fields = {"split": "train"} | dict.fromkeys(
+            ("tokens", "block", "lr", "grad_norm", "tokens_per_second"), 1
+        )
         lines = [fields | {"step": 20 * i, "bpc": 5.0 - i / 10} for i in range(1, 41)]
         lines.append({"split": "valid", "step": 800, "tokens": 1, "bpc": 1.5})
-        (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        (directory / "metrics.jsonl").write_text(
+            "".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8"
+        )
     return Finished(replace(training, run=run), directory, settings.device)
 
 
@@ -75,9 +95,13 @@ def test_recipe_measures_draws_and_writes(settings, name):
     finished = [untrained(settings, training) for training in recipe.plan(settings)]
     rows = recipe.measure(settings, finished)
     assert {done.training.label for done in finished} - {"judge"} <= {row["model"] for row in rows}
-    numbers = [math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float)]
+    numbers = [
+        math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float)
+    ]
     assert set(numbers) == {True}
-    written = write_results(recipe, settings, rows, finished, command=["tarflowlm", "reproduce", name])
+    written = write_results(
+        recipe, settings, rows, finished, command=["tarflowlm", "reproduce", name]
+    )
     extra = [suffix for suffix, made in ((".png", recipe.draw), (".html", recipe.page)) if made]
     assert [path.suffix for path in written] == [".csv", *extra, ".md"]
     page = Path(written[-1]).read_text(encoding="utf-8")
@@ -115,32 +139,59 @@ def test_progressive_curve(settings):
 def test_fig6_marks_the_edits_of_every_block(settings):
     finished = [untrained(settings, training) for training in passes.plan_fig6(settings)]
     rows = passes.measure_fig6(settings, finished)
-    labels = ["Mix-1, plain start", "Mix-1, plain start, last block deepest", "affine", "Mix-d", passes.FILLING]
+    labels = [
+        "Mix-1, plain start",
+        "Mix-1, plain start, last block deepest",
+        "affine",
+        "Mix-d",
+        passes.FILLING,
+    ]
     assert list(dict.fromkeys(row["model"] for row in rows)) == labels
-    assert [row["state"] for row in rows[:4]] == ["noise", "block 3 inverted", "block 2 inverted", "block 1 inverted"]
+    assert [row["state"] for row in rows[:4]] == [
+        "noise",
+        "block 3 inverted",
+        "block 2 inverted",
+        "block 1 inverted",
+    ]
     assert rows[3]["tokens as in the end"] == 1
     for before, after in pairwise(rows):
         if before["model"] == after["model"]:
             # one character per token, so that edits are read off the texts
-            edits = [i for i, (old, new) in enumerate(zip(before["text"], after["text"], strict=True)) if old != new]
+            edits = [
+                i
+                for i, (old, new) in enumerate(zip(before["text"], after["text"], strict=True))
+                if old != new
+            ]
             assert [i for start, stop in after["edited"] for i in range(start, stop)] == edits
             assert (after["edits"], after["tokens"]) == (len(edits), CONTEXT)
     page = passes.page_fig6(rows)
     shown = re.findall('class="tl-text">(.*?)</div>', page, re.DOTALL)
-    assert [unescape(re.sub("<[^>]*>", "", text)) for text in shown] == [row["text"] for row in rows]
+    assert [unescape(re.sub("<[^>]*>", "", text)) for text in shown] == [
+        row["text"] for row in rows
+    ]
     assert not re.search("https?:|<script|<link|src=|url[(]", page)
 
 
 def test_directions_of_the_paper():
-    """Numbers as in the paper's figure: outputs from the noise down, the right-to-left block second. Layer 0, which
-    belongs to none of them, does not count."""
-    rows = [{"layer": layer, "block": block, "sequences": 4} for layer, block in enumerate((None, 3, 2, 1))]
+    """Numbers as in the paper's figure: outputs from the noise down, the right-to-left block
+    second. Layer 0, which belongs to none of them, does not count.
+    """
+    rows = [
+        {"layer": layer, "block": block, "sequences": 4}
+        for layer, block in enumerate((None, 3, 2, 1))
+    ]
     columns = {"norm": (0.0, 3.0, 2.5, 2.0), "cosine": (9.0, 0.1, 0.2, 0.3)}
-    columns |= {"participation_ratio": (0.0, 9.5, 5.0, 6.0), "centroid_shift": (None, 3.0, 2.0, 1.0)}
+    columns |= {
+        "participation_ratio": (0.0, 9.5, 5.0, 6.0),
+        "centroid_shift": (None, 3.0, 2.0, 1.0),
+    }
     for row, *values in zip(rows, *columns.values(), strict=True):
         row |= dict(zip(columns, values, strict=True)) | {f"{name} ±": 0.05 for name in columns}
     assert set(states.directions(rows).values()) == {"yes"}
-    upside_down = [rows[0], *(row | {"block": block} for row, block in zip(rows[:0:-1], (1, 2, 3), strict=True))]
+    upside_down = [
+        rows[0],
+        *(row | {"block": block} for row, block in zip(rows[:0:-1], (1, 2, 3), strict=True)),
+    ]
     # a drop and a rise are the same from either end
     assert list(states.directions(upside_down).values()) == ["no", "no", "no", "yes"]
     # two standard errors of 0.5 exceed all steps but those of the participation ratio
@@ -149,7 +200,9 @@ def test_directions_of_the_paper():
 
 
 def test_operations_of_a_flow_over_a_transformer_at_four_sizes():
-    """By hand from appendix H: what patches save, and that one token at a time saves less with size."""
+    """By hand from appendix H: what patches save, and that one token at a time saves less with
+    size.
+    """
     found = [row["over the LM"] for row in states.flops_by_size()]
     by_hand = [0.74, 0.39, 0.27, 0.88, 0.43, 0.24, 0.93, 0.46, 0.24, 0.95, 0.47, 0.24]
     assert found == pytest.approx(by_hand, abs=0.006)

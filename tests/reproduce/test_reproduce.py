@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run_cases import FLOW
+from helpers import FLOW
 from tarflowlm.config import RECIPE_NAMES, FlowConfig, RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES, ablations, passes
@@ -32,7 +32,9 @@ def test_recipes_share_a_run_only_where_it_is_the_same(scale, width):
     assert {run.model.trunk.width for run in known.values()} == {width}
 
 
-@pytest.mark.parametrize(("scale", "sources"), [("mini", {"mine.txt"}), ("paper", {"text8", "openwebtext"})])
+@pytest.mark.parametrize(
+    ("scale", "sources"), [("mini", {"mine.txt"}), ("paper", {"text8", "openwebtext"})]
+)
 def test_options_reach_the_runs(scale, sources):
     options = Settings(scale=scale, out=Path("out"), data="mine.txt", steps=9, precision="bfloat16")
     runs = [training.run for training in passes.plan_fig6(options) if training.label != "judge"]
@@ -62,7 +64,11 @@ def test_fig5_has_two_tokens_per_position_in_every_model(settings):
     # a group per channel of the patch, and each sees all before it
     channels = 2 * mix1.model.latent_dim
     assert [(head.groups, head.num_known) for head in heads] == [(channels, channels - 1)] * 3
-    in_patch = {label: run.model.in_patch for label, run in runs.items() if label.startswith(("Mix-d", "two"))}
+    in_patch = {
+        label: run.model.in_patch
+        for label, run in runs.items()
+        if label.startswith(("Mix-d", "two"))
+    }
     assert list(in_patch.values()) == ["autoregressive", "independent", "independent"]
 
 
@@ -77,22 +83,30 @@ def test_compared_models_have_one_depth(name, settings, layers):
     assert depths == dict.fromkeys(depths, layers) | deeper
 
 
-STEPS = TrainConfig(stage_steps=(3, 3), batch_size=2, evaluate_windows=2, checkpoint_every=2, log_every=1)
+STEPS = TrainConfig(
+    stage_steps=(3, 3), batch_size=2, evaluate_windows=2, checkpoint_every=2, log_every=1
+)
 TINY = RunConfig(name="tiny", model=replace(FLOW, blocks=FLOW.blocks[:2]), train=STEPS)
 TINY_RECIPE = Recipe(
-    name="tiny", title="A tiny table", claim="nothing.",
+    name="tiny",
+    title="A tiny table",
+    claim="nothing.",
     measure=lambda _settings, finished: [summary_row(done) for done in finished],
     plan=lambda settings: trainings(settings, {"tiny": TINY}),
     text=lambda _settings, finished, rows: f"{len(finished)} runs, {len(rows)} rows.\n",
-)  # fmt: skip
+)
 
 
-@pytest.mark.parametrize(("scale", "asked", "seeds"), [("mini", 1, 2), ("mini", 3, 3), ("paper", 1, 1)])
+@pytest.mark.parametrize(
+    ("scale", "asked", "seeds"), [("mini", 1, 2), ("mini", 3, 3), ("paper", 1, 1)]
+)
 def test_recipes_of_small_differences_have_several_seeds(scale, asked, seeds):
     settings = Settings(scale=scale, out=Path("out"), seeds=asked)
     recipe = replace(TINY_RECIPE, seeds=2)
     assert [t.run.seed for t in recipe.trainings(settings)] == list(range(seeds))
-    assert [t.run.seed for t in replace(recipe, clear=("tiny",)).trainings(settings)] == list(range(asked))
+    assert [t.run.seed for t in replace(recipe, clear=("tiny",)).trainings(settings)] == list(
+        range(asked)
+    )
 
 
 @pytest.fixture
@@ -154,20 +168,46 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
         monkeypatch.delitem(RECIPES, name)
     for name in ("first", "second"):
         monkeypatch.setitem(RECIPES, name, replace(recipe, name=name))
-    argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--seeds", 2, "--device", "cpu"]
+    argv = [
+        "reproduce",
+        "all",
+        "--out",
+        settings.out,
+        "--data",
+        settings.data,
+        "--seeds",
+        2,
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", ["tarflowlm", *map(str, argv)])
     # recipes share trainings
-    assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == ["tiny-s0", "tiny-s1"]
+    assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == [
+        "tiny-s0",
+        "tiny-s1",
+    ]
     first, second = run_json(*argv)["recipes"]
     assert first["rows"] == second["rows"]
-    assert [Path(p).name for p in first["files"]] == ["first.csv", "first.png", "first.html", "first.md"]
+    assert [Path(p).name for p in first["files"]] == [
+        "first.csv",
+        "first.png",
+        "first.html",
+        "first.md",
+    ]
     with (settings.out / "first.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [float(row["test bpc"]) for row in table] == [row["test bpc"] for row in first["rows"]]
     assert "ppl" in table[0]
     assert (settings.out / "first.html").read_text(encoding="utf-8") == "<p>2 rows</p>"
     page = (settings.out / "first.md").read_text(encoding="utf-8")
-    parts = ["| tiny | 0 | <= |", "2 runs, 2 rows.", "tarflowlm reproduce all", "tiny-s1", "words.txt", "PyTorch"]
+    parts = [
+        "| tiny | 0 | <= |",
+        "2 runs, 2 rows.",
+        "tarflowlm reproduce all",
+        "tiny-s1",
+        "words.txt",
+        "PyTorch",
+    ]
     assert [part for part in [*parts, "[first.html](first.html)"] if part not in page] == []
     assert "ppl" not in page
     assert (settings.out / "first.png").read_bytes()[:4] == b"\x89PNG"
@@ -179,5 +219,9 @@ def test_wrong_requests_are_named(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("tarflowlm.cli.reproduce.find_spec", lambda name: name)
     argv = ["reproduce", "--dry-run", "--out", tmp_path / "out"]
     refused(*argv, "fig3", "--steps", "0", names=["steps 0"])
-    for recipe, option in (("fig3", "--data"), ("table2", "--second-text"), ("table6", "--judge-data")):
+    for recipe, option in (
+        ("fig3", "--data"),
+        ("table2", "--second-text"),
+        ("table6", "--judge-data"),
+    ):
         refused(*argv, recipe, option, "no-such.txt", names=["'no-such.txt'"])

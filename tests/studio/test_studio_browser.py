@@ -1,6 +1,8 @@
-"""The page in a browser: every view once, nothing from elsewhere, no script in a text, no foreign host.
+"""The page in a browser: every view once, nothing from elsewhere, no script in a text, no foreign
+host.
 
-Needs Chromium. Where TARFLOWLM_BROWSER is set to its path the tests insist on it; elsewhere they skip without one.
+Needs Chromium. Where TARFLOWLM_BROWSER is set to its path the tests insist on it; elsewhere they
+skip without one.
 """
 
 import importlib.util
@@ -18,10 +20,17 @@ INSISTED = os.environ.get("TARFLOWLM_BROWSER")
 BROWSER = INSISTED or shutil.which("chromium") or shutil.which("chromium-browser")
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 if not INSISTED and (MISSING or BROWSER is None):
-    pytest.skip(f"no {' and '.join(MISSING) or 'chromium'} to test the page with", allow_module_level=True)
+    pytest.skip(
+        f"no {' and '.join(MISSING) or 'chromium'} to test the page with", allow_module_level=True
+    )
 pytestmark = pytest.mark.slow
 
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+]
 PWN = "document.title='pwned'"
 HOSTILE = f'the <script>{PWN}</script><img src=x onerror="{PWN}"> ${{{PWN}}}'
 
@@ -29,12 +38,23 @@ HOSTILE = f'the <script>{PWN}</script><img src=x onerror="{PWN}"> ${{{PWN}}}'
 @pytest.fixture(scope="module")
 def url(folder):
     """Address of the command, serving. It ends in silence when interrupted."""
-    command = [sys.executable, "-m", "tarflowlm", "studio", "english-mini", str(folder), "--no-browser"]
+    command = [
+        sys.executable,
+        "-m",
+        "tarflowlm",
+        "studio",
+        "english-mini",
+        str(folder),
+        "--no-browser",
+    ]
     program = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # a shell that runs the tests in the background has them ignore interrupts
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     try:
         found = program.stdout.readline().strip()
         assert found.startswith("http://127.0.0.1:"), program.stderr.read()
@@ -49,7 +69,9 @@ def url(folder):
 
 @pytest.fixture
 def open_page(url):
-    """Opens the page; it asks for nothing from elsewhere and logs no error in the browser's console."""
+    """Opens the page; it asks for nothing from elsewhere and logs no error in the browser's
+    console.
+    """
     from playwright.sync_api import sync_playwright
 
     asked, said = [], []
@@ -60,7 +82,10 @@ def open_page(url):
             page = browser.new_page(viewport={"width": 400, "height": 900}, reduced_motion="reduce")
             page.set_default_timeout(60_000)
             page.on("request", lambda request: asked.append(request.url))
-            page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+            page.on(
+                "console",
+                lambda message: said.append(message.text) if message.type == "error" else None,
+            )
             page.on("pageerror", lambda error: said.append(str(error)))
             page.goto(url)
             page.get_by_label("Start").first.wait_for()
@@ -88,7 +113,10 @@ def test_every_view(open_page):
     page = open_page()
     page.get_by_text("--length 96").first.wait_for()  # written on arrival
     use(page, "Write", "Write", until="--length 40", Start="The people of", Length="40")
-    stage, slider = page.locator(".st-view:visible .st-stage").first, page.get_by_label("pass", exact=True)
+    stage, slider = (
+        page.locator(".st-view:visible .st-stage").first,
+        page.get_by_label("pass", exact=True),
+    )
     text = stage.inner_text()
     assert text.startswith("the people of")
     slider.fill("0")
@@ -113,8 +141,14 @@ def test_every_view(open_page):
 
 def ask(url: str, **headers: str) -> tuple[int, dict, str]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as found:
-            return found.status, {name.lower(): value for name, value in found.headers.items()}, found.read().decode()
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=20
+        ) as found:
+            return (
+                found.status,
+                {name.lower(): value for name, value in found.headers.items()},
+                found.read().decode(),
+            )
     except urllib.error.HTTPError as error:
         return error.code, {}, ""
 

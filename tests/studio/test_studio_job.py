@@ -1,4 +1,6 @@
-"""Work for a visitor ends when nobody waits, when the time is over, or by an error; a taken port is refused."""
+"""Work for a visitor ends when nobody waits, when the time is over, or by an error; a taken port is
+refused.
+"""
 
 import importlib.util
 import socket

@@ -1,4 +1,6 @@
-"""The views without a browser: the right tokens, texts as texts, and an answer in words to any value."""
+"""The views without a browser: the right tokens, texts as texts, and an answer in words to any
+value.
+"""
 
 import re
 from dataclasses import replace
@@ -79,7 +81,9 @@ def test_written_text_is_the_library_s(catalogue):
     checkpoint = catalogue.load("flow")
     prompt = torch.from_numpy(checkpoint.tokenizer.encode("the "))
     generator = torch.Generator().manual_seed(0)
-    expected = generate(checkpoint.model, num_tokens=12, prompt=prompt, generator=generator, decoder="auto")
+    expected = generate(
+        checkpoint.model, num_tokens=12, prompt=prompt, generator=generator, decoder="auto"
+    )
     html = shown(write, catalogue, VALID[write])
     expected_text = checkpoint.tokenizer.decode(expected.tokens[0])
     assert texts(html) == [expected_text]
@@ -104,7 +108,9 @@ def test_template_keeps_given_tokens(catalogue):
 def test_only_whole_words_are_replaced(catalogue):
     _, *found = texts(shown(replace_words, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 2, 0]))
     assert {bool(re.fullmatch("... a catcat ...", text)) for text in found} == {True}
-    assert "is no word of the text" in shown(replace_words, catalogue, ["flow", "cat a catcat", "dog", 3, 2, 0])
+    assert "is no word of the text" in shown(
+        replace_words, catalogue, ["flow", "cat a catcat", "dog", 3, 2, 0]
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -121,7 +127,9 @@ def test_bound_of_a_flow_is_marked(catalogue):
 
 @pytest.mark.slow
 def test_curves_follow_the_chosen_runs(catalogue):
-    both, one = (shown(runs, catalogue, [names, "seconds"]) for names in (["flow", "baseline"], ["flow"]))
+    both, one = (
+        shown(runs, catalogue, [names, "seconds"]) for names in (["flow", "baseline"], ["flow"])
+    )
     assert both.count("<svg") == one.count("<svg") == 1
     assert ("baseline" in words(both), "baseline" in words(one)) == (True, False)
     assert "finished" in words(both)
@@ -138,7 +146,12 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
         with pytest.raises(UserError, match="no model of that name"):
             catalogue.load(name)
     assert collect([]).pair == ["english-mini", "english-mini-ar"]
-    assert collect([]).models == ["english-small", "english-mini", "english-passes", "english-mini-ar"]
+    assert collect([]).models == [
+        "english-small",
+        "english-mini",
+        "english-passes",
+        "english-mini-ar",
+    ]
 
 
 def test_the_request_is_above_its_result(catalogue):

@@ -83,7 +83,9 @@ def test_a_terminal_shows_a_bar_that_fits(width, clock):
 
 def test_notices_are_lines_and_are_lost_where_nobody_reads(lines, monkeypatch):
     handler = NoticeHandler()
-    handler.emit(logging.LogRecord("tarflowlm", logging.INFO, "", 0, "resuming %s", ("runs/x",), None))
+    handler.emit(
+        logging.LogRecord("tarflowlm", logging.INFO, "", 0, "resuming %s", ("runs/x",), None)
+    )
     assert lines() == ["resuming runs/x"]
 
     class Closed(io.StringIO):

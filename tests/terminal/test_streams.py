@@ -1,4 +1,6 @@
-"""Texts shown while they are written: all of them, nothing of a stop, and no half of a character."""
+"""Texts shown while they are written: all of them, nothing of a stop, and no half of a
+character.
+"""
 
 import io
 
@@ -11,7 +13,9 @@ from tarflowlm.generation import Generation
 from tarflowlm.terminal.texts import TextStream, first_stop, print_samples
 
 
-def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: int = 0) -> tuple[str, TextStream]:
+def streamed(
+    text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: int = 0
+) -> tuple[str, TextStream]:
     """The shown part of a text that comes byte by byte."""
     pieces: list[str] = []
     stream = TextStream(pieces.append, ByteTokenizer(), stops, start=start, shown=shown)
@@ -24,12 +28,18 @@ def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: i
 @pytest.mark.parametrize(
     ("stops", "start", "expected"),
     [
-        ((), 0, "one two two three"), (("tw",), 0, "one "), (("two t", "three"), 0, "one "),
-        (("two three", "thr"), 0, "one two two "), (("two tw", "wo t"), 0, "one t"),
-        (("hree", " three"), 0, "one two two"), (("threes",), 0, "one two two three"),
-        (("one",), 1, "one two two three"), (("two",), 5, "one two "), (("ttwo", "twotwo"), 0, "one two two three"),
+        ((), 0, "one two two three"),
+        (("tw",), 0, "one "),
+        (("two t", "three"), 0, "one "),
+        (("two three", "thr"), 0, "one two two "),
+        (("two tw", "wo t"), 0, "one t"),
+        (("hree", " three"), 0, "one two two"),
+        (("threes",), 0, "one two two three"),
+        (("one",), 1, "one two two three"),
+        (("two",), 5, "one two "),
+        (("ttwo", "twotwo"), 0, "one two two three"),
     ],
-)  # fmt: skip
+)
 def test_a_text_ends_before_the_first_stop_after_its_start(stops, start, expected):
     shown, stream = streamed("one two two three", stops, start=start)
     assert shown == stream.text == expected

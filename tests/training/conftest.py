@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from run_cases import FLOW, TRUNK, metrics_of
+from helpers import FLOW, TRUNK, metrics_of
 from tarflowlm.config import BaselineConfig, DataConfig, OptimConfig, RunConfig, TrainConfig, stack
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.train import train
@@ -18,18 +18,32 @@ from tarflowlm.training.train import train
 
 @pytest.fixture(scope="session")
 def tiny_run(corpus_file) -> Callable[..., RunConfig]:
-    """tiny_run(model={...}, optim={...}, **TrainConfig fields): three progressive stages of 3, 2, 2 steps."""
+    """tiny_run(model={...}, optim={...}, **TrainConfig fields): three progressive stages of 3, 2, 2
+    steps.
+    """
 
-    def build(*, model: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, seed: int = 0, **fields):
+    def build(
+        *,
+        model: dict[str, Any] | None = None,
+        optim: dict[str, Any] | None = None,
+        seed: int = 0,
+        **fields,
+    ):
         fields_of_model = dict(model or {})
         couplings = fields_of_model.pop("couplings", ("mixd", "mix1", "mix1"))
         layers = fields_of_model.pop("layers", (1,) * len(couplings))
         components = fields_of_model.pop("components", (0, 2, 2)[: len(couplings)])
         flow = replace(FLOW, blocks=stack(couplings, layers, components))
         defaults = {
-            "stage_steps": (3, 2, 2), "batch_size": 2, "log_every": 1, "evaluate_every": 2,
-            "evaluate_windows": 3, "checkpoint_every": 2, "test_windows": 3, "precision": "float32",
-        }  # fmt: skip
+            "stage_steps": (3, 2, 2),
+            "batch_size": 2,
+            "log_every": 1,
+            "evaluate_every": 2,
+            "evaluate_windows": 3,
+            "checkpoint_every": 2,
+            "test_windows": 3,
+            "precision": "float32",
+        }
         return RunConfig(
             name="tiny",
             model=replace(flow, **fields_of_model),
@@ -58,7 +72,9 @@ def tiny_baseline(tiny_run) -> Callable[..., RunConfig]:
 def go() -> Callable[..., dict[str, Any]]:
     """go(run, out, reporter=None, **options): train on the CPU."""
 
-    def run_it(run: RunConfig, out: Path, reporter: Reporter | None = None, **options: Any) -> dict[str, Any]:
+    def run_it(
+        run: RunConfig, out: Path, reporter: Reporter | None = None, **options: Any
+    ) -> dict[str, Any]:
         return train(run, out, device=torch.device("cpu"), reporter=reporter, **options)
 
     return run_it
@@ -69,7 +85,8 @@ class Killed(BaseException):
 
 
 class Killer(Reporter):
-    """Counts what a run reports (its stages, steps, records and test windows) and dies at event `at`.
+    """Counts what a run reports (its stages, steps, records and test windows) and dies at event
+    `at`.
 
     With `action` it calls that instead, once.
     """
@@ -112,18 +129,24 @@ def cut(go) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def read_metrics() -> Callable[[Path], list[dict[str, Any]]]:
-    """The lines of metrics.jsonl without the speeds, the one thing in them that is not reproducible."""
+    """The lines of metrics.jsonl without the speeds, the one thing in them that is not
+    reproducible.
+    """
 
     def read(directory: Path) -> list[dict[str, Any]]:
         speeds = ("tokens_per_second", "data_share")
-        return [{k: v for k, v in line.items() if k not in speeds} for line in metrics_of(directory)]
+        return [
+            {k: v for k, v in line.items() if k not in speeds} for line in metrics_of(directory)
+        ]
 
     return read
 
 
 @pytest.fixture(scope="session")
 def same_weights() -> Callable[[Path, Path], bool]:
-    """Whether two run directories hold bit-identical weights and counts (the header's order is not reproducible)."""
+    """Whether two run directories hold bit-identical weights and counts (the header's order is not
+    reproducible).
+    """
 
     def content(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(directory / "model.safetensors", framework="pt") as file:
@@ -132,20 +155,26 @@ def same_weights() -> Callable[[Path, Path], bool]:
     def compare(left: Path, right: Path) -> bool:
         (ours, our_info), (theirs, their_info) = content(left), content(right)
         same_names = ours.keys() == theirs.keys() and our_info == their_info
-        return same_names and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        return same_names and all(
+            torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+        )
 
     return compare
 
 
 @pytest.fixture(scope="session")
 def same_run(same_weights, read_metrics) -> Callable[[Path, Path], None]:
-    """same_run(left, right): fails unless two finished runs agree in weights, best weights, log and summary."""
+    """same_run(left, right): fails unless two finished runs agree in weights, best weights, log and
+    summary.
+    """
 
     def check(left: Path, right: Path) -> None:
         assert same_weights(left, right)
         assert same_weights(left / "best", right / "best")
         assert read_metrics(left) == read_metrics(right)
-        summaries = [json.loads((d / "summary.json").read_text(encoding="utf-8")) for d in (left, right)]
+        summaries = [
+            json.loads((d / "summary.json").read_text(encoding="utf-8")) for d in (left, right)
+        ]
         for name in ("steps", "tokens", "stage_tokens", "stage_valid_bpc", "parameters", "test"):
             assert summaries[0][name] == summaries[1][name]
 

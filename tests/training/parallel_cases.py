@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from run_cases import FLOW, TRUNK
+from helpers import FLOW, TRUNK
 from tarflowlm.config import BaselineConfig, DataConfig, FlowConfig, RunConfig, TrainConfig, stack
 from tarflowlm.language_model import seeded
 from tarflowlm.training import parallel
@@ -33,12 +33,19 @@ POISONED = "prior.blocks.1.coupling.head.biases.0"
 def runs(source: str) -> dict[str, RunConfig]:
     """Every family of presets, 10 steps each; the progressive ones in three stages."""
     # with one channel, heads have empty parameters
-    one_channel = replace(FLOW, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2)))
+    one_channel = replace(
+        FLOW, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2))
+    )
     staged = TrainConfig(
         precision="float32",
-        stage_steps=(5, 3, 2), batch_size=4, log_every=1, evaluate_every=5, evaluate_windows=3,
-        checkpoint_every=100, test_windows=3,
-    )  # fmt: skip
+        stage_steps=(5, 3, 2),
+        batch_size=4,
+        log_every=1,
+        evaluate_every=5,
+        evaluate_windows=3,
+        checkpoint_every=100,
+        test_windows=3,
+    )
     joint = replace(staged, mode="joint", stage_steps=(10,))
     compiled = replace(staged, accumulate=2, checkpoint_activations=True, compile=True)
 
@@ -76,7 +83,8 @@ class Stopper(Reporter):
 
 
 def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
-    """Two processes train every family, and one run that is cut short; four resume it. A third compiles meanwhile.
+    """Two processes train every family, and one run that is cut short; four resume it. A third
+    compiles meanwhile.
 
     They evaluate as many windows at once as there are processes.
     """
@@ -98,7 +106,13 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
 
 def join(rank: int, world: int, port: int) -> None:
     """Set the environment as torchrun would."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1",
+    }
     os.environ.update({name: str(value) for name, value in names.items()})
 
 
@@ -108,7 +122,11 @@ def train_all(processes: Processes, source: str, out: Path) -> None:
     for mode in MODES:
         for name, run in runs(source).items():
             torch.set_default_dtype(dtype_of(run))
-            train(replace(run, train=replace(run.train, parallel=mode)), out / f"{name}-{mode}", **options)
+            train(
+                replace(run, train=replace(run.train, parallel=mode)),
+                out / f"{name}-{mode}",
+                **options,
+            )
         torch.set_default_dtype(torch.float64)
         run = runs(source)["mixd"]
         run = replace(run, train=replace(run.train, parallel=mode))
@@ -144,7 +162,8 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
 
 
 def compile_layers(run: RunConfig, report: Path) -> None:
-    """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs, by batch size.
+    """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs,
+    by batch size.
 
     PyTorch compiles for the first size alone, and once more for all others but 1.
     """
@@ -155,7 +174,10 @@ def compile_layers(run: RunConfig, report: Path) -> None:
         counted.append(sum(node.op == "call_function" for node in graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
-    torch.compile, results = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count)), [[], []]
+    torch.compile, results = (
+        functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count)),
+        [[], []],
+    )
     for compiles in (False, True):
         with seeded(0):
             model, generator = run.model_of_stage(1).build(), torch.Generator().manual_seed(1)
@@ -176,8 +198,13 @@ def compile_layers(run: RunConfig, report: Path) -> None:
 
 
 def step_by_owners(world: int) -> list[torch.Tensor]:
-    """Matrices after steps of Muon; the device refuses the second, and process 1 holds no row of the last matrix."""
-    generator, mesh = torch.Generator().manual_seed(0), init_device_mesh("cpu", (world,)) if world > 1 else None
+    """Matrices after steps of Muon; the device refuses the second, and process 1 holds no row of
+    the last matrix.
+    """
+    generator, mesh = (
+        torch.Generator().manual_seed(0),
+        init_device_mesh("cpu", (world,)) if world > 1 else None,
+    )
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)

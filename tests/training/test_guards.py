@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from run_cases import metrics_of
+from helpers import metrics_of
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import loop
 from tarflowlm.training import train as training
@@ -25,7 +25,9 @@ JOINT = {"mode": "joint", "evaluate_every": 100, "checkpoint_every": 100}
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_skipped_step_changes_neither_parameters_nor_optimisers(tiny_run, optimizer, deferred, value):
+def test_skipped_step_changes_neither_parameters_nor_optimisers(
+    tiny_run, optimizer, deferred, value
+):
     run = tiny_run(optim={"optimizer": optimizer}, mode="joint", stage_steps=(3,))
     model = replace(run.model, vocab_size=27).build()
     parallel_model, optimizers = ParallelModel(model, run), build_optimizers(run.optim, model)
@@ -33,11 +35,17 @@ def test_skipped_step_changes_neither_parameters_nor_optimisers(tiny_run, optimi
 
     def step():
         generator = torch.Generator()
-        return optimizer_step(parallel_model, optimizers, tokens, generator=generator, deferred=deferred)
+        return optimizer_step(
+            parallel_model, optimizers, tokens, generator=generator, deferred=deferred
+        )
 
     def tensors():
-        states = [value for o in optimizers for state in o.state.values() for value in state.values()]
-        return copy.deepcopy([*model.state_dict().values(), *(torch.as_tensor(value) for value in states)])
+        states = [
+            value for o in optimizers for state in o.state.values() for value in state.values()
+        ]
+        return copy.deepcopy(
+            [*model.state_dict().values(), *(torch.as_tensor(value) for value in states)]
+        )
 
     assert not step().skipped
     before = tensors()
@@ -58,7 +66,9 @@ def test_skipped_step_changes_neither_parameters_nor_optimisers(tiny_run, optimi
 
 @pytest.fixture
 def instead(monkeypatch):
-    """instead(steps, act): at these calls (from 1) the result of a step is that of act(model, take_step)."""
+    """instead(steps, act): at these calls (from 1) the result of a step is that of act(model,
+    take_step).
+    """
 
     def apply(steps, act):
         calls, real = itertools.count(1), loop.optimizer_step
@@ -94,15 +104,24 @@ def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, ins
     skipped = lines(tmp_path / "run", "skipped")
     assert [record["step"] for record in skipped] == [2, 4, 5]
     assert skipped[0].keys() == {
-        "split", "step", "tokens", "block", "nats_per_token", "parameters", "gradients", "num_gradients"
-    }  # fmt: skip
+        "split",
+        "step",
+        "tokens",
+        "block",
+        "nats_per_token",
+        "parameters",
+        "gradients",
+        "num_gradients",
+    }
     assert skipped[0]["gradients"] == ["prior.blocks.0.start"]
     assert (skipped[0]["parameters"], skipped[0]["num_gradients"]) == ([], 1)
     notices = [record.getMessage() for record in caplog.records if record.name == "tarflowlm"]
     assert "step 2: parameters all finite; gradients prior.blocks.0.start" in notices[0]
     # the averages are over the steps that were taken
     assert [record["step"] for record in lines(tmp_path / "run", "train")] == [2, 4, 6, 8]
-    assert all(math.isfinite(record["grad_norm_max"]) for record in lines(tmp_path / "run", "train"))
+    assert all(
+        math.isfinite(record["grad_norm_max"]) for record in lines(tmp_path / "run", "train")
+    )
 
 
 @pytest.mark.slow
@@ -166,7 +185,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
 
     monkeypatch.setattr(training, "train_stage", poisoned)
     run = (
-        tiny_baseline() if mode == "baseline" else tiny_run(mode=mode, stage_steps=(4,) if stage == 0 else (1, 4, 2))
+        tiny_baseline()
+        if mode == "baseline"
+        else tiny_run(mode=mode, stage_steps=(4,) if stage == 0 else (1, 4, 2))
     )
     run = replace(run, train=replace(run.train, checkpoint_every=100, evaluate_every=100))
     with pytest.raises(FloatingPointError) as raised:

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from run_cases import metrics_of
+from helpers import metrics_of
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import from_dict
@@ -67,7 +67,9 @@ class FakeTracker(ModuleType):
     def init(self, **options):
         self.inits.append(options)
         log = lambda values, step: self.logged.append((step, values))  # noqa: E731
-        return SimpleNamespace(offline=False, url="https://example.org/run", log=log, finish=self.finish)
+        return SimpleNamespace(
+            offline=False, url="https://example.org/run", log=log, finish=self.finish
+        )
 
     def finish(self, exit_code=0):
         self.num_finished += 1
@@ -88,10 +90,14 @@ def fake(monkeypatch):
 
 @pytest.fixture
 def interrupted(tiny_run, cut):
-    """interrupted(out, tracker): 8 steps, killed in step 6, when the newest state was that of step 3."""
+    """interrupted(out, tracker): 8 steps, killed in step 6, when the newest state was that of step
+    3.
+    """
 
     def start(out: Path, tracker: str) -> None:
-        run = tiny_run(track=(tracker,), mode="joint", stage_steps=(8,), checkpoint_every=3, evaluate_every=100)
+        run = tiny_run(
+            track=(tracker,), mode="joint", stage_steps=(8,), checkpoint_every=3, evaluate_every=100
+        )
         cut(run, out, 12)
         assert max(line["step"] for line in metrics_of(out)) == 5
         assert [path.name for path in (out / "state").iterdir()] == ["step-00000003"]
@@ -107,12 +113,18 @@ def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, f
     first, second = module.inits
     identity = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))["id"]
     assert identity in first["name"] if name == "trackio" else first["id"] == identity
-    assert {k: v for k, v in first.items() if k != "config"} == {k: v for k, v in second.items() if k != "config"}
+    assert {k: v for k, v in first.items() if k != "config"} == {
+        k: v for k, v in second.items() if k != "config"
+    }
     assert from_dict(RunConfig, first["config"]) == read_run(out)
     assert module.num_finished == 2
     sent = [(step, tag, value) for step, values in module.logged for tag, value in values.items()]
     assert len({(step, tag) for step, tag, _ in sent}) == len(sent)
-    written = [(one["step"], f"{one['split']}/{key}", value) for one in metrics_of(out) for key, value in one.items()]
+    written = [
+        (one["step"], f"{one['split']}/{key}", value)
+        for one in metrics_of(out)
+        for key, value in one.items()
+    ]
     for split in ("train", "valid"):
         shown = [point for point in sent if point[1] == f"{split}/bpc"]
         assert shown == [point for point in written if point[1] == f"{split}/bpc"]
@@ -120,7 +132,9 @@ def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, f
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
 def test_tensorboard_shows_the_lines_of_metrics_once_over_a_resume(tmp_path, interrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -134,11 +148,15 @@ def test_tensorboard_shows_the_lines_of_metrics_once_over_a_resume(tmp_path, int
     reader.Reload()
     for split in ("train", "valid"):
         shown = [(event.step, event.value) for event in reader.Scalars(f"{split}/bpc")]
-        assert shown == [(r["step"], pytest.approx(r["bpc"])) for r in metrics_of(out) if r["split"] == split]
+        assert shown == [
+            (r["step"], pytest.approx(r["bpc"])) for r in metrics_of(out) if r["split"] == split
+        ]
 
 
 @pytest.mark.slow
-def test_tracker_that_fails_is_dropped_with_one_notice(tmp_path, tiny_run, go, fake, same_weights, caplog):
+def test_tracker_that_fails_is_dropped_with_one_notice(
+    tmp_path, tiny_run, go, fake, same_weights, caplog
+):
     starts, logs = fake("wandb"), fake("trackio")
     starts.init = lambda **_: 1 / 0
     logs.init = lambda **_: SimpleNamespace(log=lambda *_, **__: Path("/no\nfile").read_text())
@@ -161,4 +179,6 @@ def test_missing_package_is_noticed_before_anything_is_written(tmp_path, tiny_ru
         go(tiny_run(track=("wandb",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # a run that was begun goes on without it
-    Trackers(tiny_run(track=("wandb",)), tmp_path, resume_at=5).record({"split": "train", "step": 6})
+    Trackers(tiny_run(track=("wandb",)), tmp_path, resume_at=5).record(
+        {"split": "train", "step": 6}
+    )

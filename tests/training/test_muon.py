@@ -38,7 +38,9 @@ def test_singular_vectors_stay_and_values_come_near_one(precision):
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     inside = left.T @ found @ right.T
     assert (values > 0.01 * values[0]).all()
-    assert (inside - inside.diagonal().diag()).abs().max() < (1e-4 if precision == "float32" else 0.05)
+    assert (inside - inside.diagonal().diag()).abs().max() < (
+        1e-4 if precision == "float32" else 0.05
+    )
     # the polynomial of five steps maps (0.01, 1] into this interval
     assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
 
@@ -80,12 +82,17 @@ def test_stacked_matrices_are_orthogonalised_apart():
 
 def test_step_that_the_device_refuses_changes_nothing():
     params, reference = parameters(), parameters()
-    optimizer, plain = Muon(params, precision="float32", lr=0.01), Muon(reference, precision="float32", lr=0.01)
+    optimizer, plain = (
+        Muon(params, precision="float32", lr=0.01),
+        Muon(reference, precision="float32", lr=0.01),
+    )
     optimizer.found_inf = torch.tensor(0.0)
     take_steps(optimizer, params)
     take_steps(plain, reference)
     torch.testing.assert_close(params, reference, rtol=0, atol=0)
-    before = [t.detach().clone() for p in params for t in (p, optimizer.state[p]["momentum_buffer"])]
+    before = [
+        t.detach().clone() for p in params for t in (p, optimizer.state[p]["momentum_buffer"])
+    ]
     for p in params:
         p.grad = torch.full_like(p, torch.nan)
     optimizer.found_inf = torch.tensor(1.0)

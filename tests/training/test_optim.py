@@ -28,14 +28,20 @@ def test_schedules_have_their_shapes():
 def model() -> TarFlowLM:
     """All couplings, a codebook of its own in a later block, and patches."""
     config = FlowConfig(
-        vocab_size=5, context=8, latent_dim=2, patch=2, head_hidden=4,
+        vocab_size=5,
+        context=8,
+        latent_dim=2,
+        patch=2,
+        head_hidden=4,
         trunk=TransformerConfig(width=8, num_heads=2, mlp_ratio=2),
         blocks=stack(("mixd", "mix1", "affine", "mixd"), (1, 1, 1, 1), (0, 3, 1, 4)),
-    )  # fmt: skip
+    )
     return TarFlowLM(config)
 
 
-def groups_of(model: TarFlowLM, config: OptimConfig) -> dict[str, tuple[torch.optim.Optimizer, dict]]:
+def groups_of(
+    model: TarFlowLM, config: OptimConfig
+) -> dict[str, tuple[torch.optim.Optimizer, dict]]:
     """Name -> (optimiser, group); fails where a parameter is in two groups."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, tuple[torch.optim.Optimizer, dict]] = {}
@@ -58,11 +64,17 @@ def test_every_trainable_parameter_is_in_exactly_one_group(model, optimizer, sta
 
 def test_muon_optimises_the_matrices_of_transformers_and_patches(model):
     found = groups_of(model, OptimConfig(optimizer="muon"))
-    with_muon = {name for name, (optimizer, _) in found.items() if isinstance(optimizer, torch.optim.Muon)}
-    kinds = {name.split("transformer.layers.0.")[-1].split("token_features.")[-1] for name in with_muon}
+    with_muon = {
+        name for name, (optimizer, _) in found.items() if isinstance(optimizer, torch.optim.Muon)
+    }
+    kinds = {
+        name.split("transformer.layers.0.")[-1].split("token_features.")[-1] for name in with_muon
+    }
     of_layers = {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"}
     assert kinds == of_layers | {"place.weight", "head.context.weight"}
-    assert len(with_muon) == 4 * model.num_blocks + 2 * 2  # two Mix-d blocks have features inside a patch
+    assert (
+        len(with_muon) == 4 * model.num_blocks + 2 * 2
+    )  # two Mix-d blocks have features inside a patch
     without = groups_of(model, OptimConfig(optimizer="adamw")).values()
     assert not any(isinstance(optimizer, torch.optim.Muon) for optimizer, _ in without)
 
@@ -73,7 +85,11 @@ def test_weight_decay_spares_vectors_biases_and_codebooks(model, optimizer):
     shapes = {name: p.shape for name, p in model.named_parameters()}
     decayed = {name for name, (_, group) in found.items() if group["weight_decay"]}
     assert all(found[name][1]["weight_decay"] == 0.2 and len(shapes[name]) >= 2 for name in decayed)
-    assert not [name for name in decayed if any(x in name for x in ("bias", "codebook", ".own.", "evidence"))]
+    assert not [
+        name
+        for name in decayed
+        if any(x in name for x in ("bias", "codebook", ".own.", "evidence"))
+    ]
     assert decayed >= {
         "prior.blocks.0.coupling.weight_head.weight",
         "prior.blocks.1.coupling.head.weights.0",
@@ -84,7 +100,9 @@ def test_weight_decay_spares_vectors_biases_and_codebooks(model, optimizer):
 def test_codebooks_have_a_learning_rate_of_their_own(model):
     optimizers = build_optimizers(OptimConfig(lr=0.01, codebook_lr_scale=0.5), model)
     set_learning_rate(optimizers, 0.002)
-    rate = {id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    rate = {
+        id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]
+    }
     named = dict(model.named_parameters())
     scaled = {name for name, p in named.items() if rate[id(p)] == pytest.approx(0.001)}
     own = "prior.blocks.3.coupling.own"
@@ -94,7 +112,9 @@ def test_codebooks_have_a_learning_rate_of_their_own(model):
 
 def test_run_records_the_precision_it_chose(tmp_path, tiny_baseline, go, monkeypatch):
     asked = []
-    monkeypatch.setattr(optim, "faster_precision", lambda shapes, device: asked.append(shapes) or "float32")
+    monkeypatch.setattr(
+        optim, "faster_precision", lambda shapes, device: asked.append(shapes) or "float32"
+    )
     go(tiny_baseline(stage_steps=(1,)), tmp_path / "run")
     assert len(asked) == 1
     assert read_run(tmp_path / "run").optim.muon_precision == "float32"

@@ -18,8 +18,13 @@ from tarflowlm.training.train import resume
     [(0, 0.0, 0.8 * 5100), (1, 5000.0, 50.0)],
 )
 def test_stage_has_its_share_of_the_time_left(stage, start, seconds):
-    """The stages have shares of 8, 1 and 1; a stage that comes late has half of what the last two have."""
-    counters, now = Counters(stage=stage, spent=TimeSpent(stage_start=start, evaluation=1e-6)), [start]
+    """The stages have shares of 8, 1 and 1; a stage that comes late has half of what the last two
+    have.
+    """
+    counters, now = (
+        Counters(stage=stage, spent=TimeSpent(stage_start=start, evaluation=1e-6)),
+        [start],
+    )
     pace = Pace(TrainConfig(stage_steps=(8, 1, 1), minutes=100.0), counters, lambda: now[0], 10)
     now[0], counters.stage_step = start + seconds / 2, 1
     pace.update()
@@ -32,10 +37,15 @@ def test_stage_has_its_share_of_the_time_left(stage, start, seconds):
 
 @pytest.mark.slow
 def test_killed_run_by_minutes_continues_with_the_time_left(tmp_path, tiny_run, cut):
-    config, out = tiny_run(stage_steps=(2, 1, 1), minutes=0.1, checkpoint_every=1, evaluate_every=10**6), tmp_path
+    config, out = (
+        tiny_run(stage_steps=(2, 1, 1), minutes=0.1, checkpoint_every=1, evaluate_every=10**6),
+        tmp_path,
+    )
     cut(config, out / "run", 16)
     state = sorted((out / "run" / "state").glob("step-*"))[-1]
-    spent = json.loads((state / "counters.json").read_text(encoding="utf-8"))["counters"]["spent"]["total"]
+    spent = json.loads((state / "counters.json").read_text(encoding="utf-8"))["counters"]["spent"][
+        "total"
+    ]
     assert spent > 0
     summary = resume(out / "run", device=torch.device("cpu"))
     assert summary["minutes"] == 0.1

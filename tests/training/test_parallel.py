@@ -1,4 +1,6 @@
-"""Several processes train as one: the same losses in float64, step by step; any number resumes a checkpoint."""
+"""Several processes train as one: the same losses in float64, step by step; any number resumes a
+checkpoint.
+"""
 
 import json
 import random
@@ -14,7 +16,7 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
-from run_cases import metrics_of
+from helpers import metrics_of
 from tarflowlm.config import TrainConfig
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
@@ -29,9 +31,13 @@ TOLERANCE = 1e-9
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, corpus_file) -> Path:
-    """The directories that the processes wrote. They are started once, since importing torch takes the longest."""
+    """The directories that the processes wrote. They are started once, since importing torch takes
+    the longest.
+    """
     directory = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(cases.work, ((free_port(), free_port()), str(corpus_file), directory), nprocs=4)
+    torch.multiprocessing.spawn(
+        cases.work, ((free_port(), free_port()), str(corpus_file), directory), nprocs=4
+    )
     return directory
 
 
@@ -46,7 +52,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, corpus_file):
-    """alone(name): the directory of the same run in one process, without options that may not change its result."""
+    """alone(name): the directory of the same run in one process, without options that may not
+    change its result.
+    """
     directory = tmp_path_factory.mktemp("alone")
 
     def run_it(name: str) -> Path:
@@ -71,7 +79,9 @@ def assert_same(ours: Path, theirs: Path, tolerance: float = TOLERANCE) -> None:
     """Losses, training and validation, and weights agree up to the order of sums."""
     left, right = losses(ours), losses(theirs)
     assert [line[:2] for line in left] == [line[:2] for line in right]
-    assert [line[2] for line in left] == pytest.approx([line[2] for line in right], rel=0, abs=tolerance)
+    assert [line[2] for line in left] == pytest.approx(
+        [line[2] for line in right], rel=0, abs=tolerance
+    )
     first, last = (load_file(directory / "model.safetensors") for directory in (ours, theirs))
     assert first.keys() == last.keys()
     for key, tensor in first.items():
@@ -103,7 +113,9 @@ def test_checkpoint_of_two_processes_resumes_on_one_and_on_four(out, alone, mode
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_every_process_names_what_is_not_finite(out, mode):
-    first, second = ((out / f"diverged-{mode}-{rank}.txt").read_text(encoding="utf-8") for rank in range(2))
+    first, second = (
+        (out / f"diverged-{mode}-{rank}.txt").read_text(encoding="utf-8") for rank in range(2)
+    )
     assert first == second
     assert cases.POISONED in first
     assert load_checkpoint(out / f"diverged-{mode}").info["blocks"] == "1"
@@ -121,7 +133,8 @@ def test_compiled_layers_share_graphs_of_one_size(out):
     """With activation checkpointing and dropout; `fullgraph` raises at the first break."""
     found = json.loads((out / "compiled.json").read_text(encoding="utf-8"))
     assert found["results"][1] == pytest.approx(found["results"][0], rel=1e-9)
-    # once for the first size, once for any other: forward, backward, frozen, and in an evaluation frozen or not
+    # once for the first size, once for any other: forward, backward, frozen, and in an evaluation
+    # frozen or not
     first, other, *later = found["nodes"]
     assert len(first) == 5
     assert other == pytest.approx(first, abs=2)

@@ -1,6 +1,7 @@
 """A run that was killed or stopped anywhere, and resumed, equals the run that was never stopped.
 
-More kills of processes, or the same ones again: TARFLOWLM_KILLS=200 TARFLOWLM_KILL_SEED=7 pytest -s -k processes
+More kills of processes, or the same ones again: TARFLOWLM_KILLS=200 TARFLOWLM_KILL_SEED=7 pytest -s
+-k processes
 """
 
 import json
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run_cases import flip
+from helpers import flip
 from tarflowlm.cli.main import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.files import read_json
@@ -34,7 +35,9 @@ SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_run, go, killer):
-    """A run that was never stopped: configuration, directory, number of events. It logs less often than it saves."""
+    """A run that was never stopped: configuration, directory, number of events. It logs less often
+    than it saves.
+    """
     out, counter = tmp_path_factory.mktemp("whole") / "run", killer()
     config = tiny_run(log_every=3, stage_steps=(3, 2, 3), dropout=0.1)
     go(config, out, counter)
@@ -93,8 +96,14 @@ def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, cut, 
 
 def test_finished_run_is_left_alone_and_another_one_refused(finished, whole, go):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    assert go(whole[0], finished) == resume(finished, device=CPU) == json.loads(before[finished / "summary.json"])
-    with pytest.raises(UserError, match=r"optim\.lr 1\.0: the run in .* has 0\.006; go on with `tarflowlm"):
+    assert (
+        go(whole[0], finished)
+        == resume(finished, device=CPU)
+        == json.loads(before[finished / "summary.json"])
+    )
+    with pytest.raises(
+        UserError, match=r"optim\.lr 1\.0: the run in .* has 0\.006; go on with `tarflowlm"
+    ):
         go(replace(whole[0], optim=replace(whole[0].optim, lr=1.0)), finished)
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
@@ -108,11 +117,15 @@ def test_finished_run_is_left_alone_and_another_one_refused(finished, whole, go)
         pytest.param("test", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, same_run, killer, at, number):
+def test_signal_saves_and_run_resumes_to_the_same_bits(
+    tmp_path, whole, same_run, killer, at, number
+):
     config, never_stopped, num_events = whole
     out, before = tmp_path / "run", signal.getsignal(number)
     reporter = killer(num_events - 1 if at == "test" else at, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(Stopped, match=f"stopped by {signal.Signals(number).name} and saved at step"):
+    with pytest.raises(
+        Stopped, match=f"stopped by {signal.Signals(number).name} and saved at step"
+    ):
         train(config, out, device=CPU, reporter=reporter, stop_requests=stop_on_signals)
     assert signal.getsignal(number) == before
     load_checkpoint(out)
@@ -126,7 +139,13 @@ def test_second_signal_leaves_at_once(tmp_path, whole, killer):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        train(whole[0], tmp_path / "run", device=CPU, reporter=killer(12, twice), stop_requests=stop_on_signals)
+        train(
+            whole[0],
+            tmp_path / "run",
+            device=CPU,
+            reporter=killer(12, twice),
+            stop_requests=stop_on_signals,
+        )
     load_checkpoint(tmp_path / "run")
 
 
@@ -146,7 +165,10 @@ def unfinished(out: Path) -> bool:
 def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, tiny_run, same_run):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "tarflowlm.training.train"])
-    config, rng = tiny_run(stage_steps=(3, 3, 2), log_every=3, checkpoint_every=1), random.Random(SEED)
+    config, rng = (
+        tiny_run(stage_steps=(3, 3, 2), log_every=3, checkpoint_every=1),
+        random.Random(SEED),
+    )
 
     def start(out: Path) -> multiprocessing.Process:
         process = context.Process(target=work, args=(config, out, os.environ["TARFLOWLM_CACHE"]))
@@ -164,7 +186,9 @@ def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, t
         process = start(out)
         if kills < KILLS:
             process.join(rng.uniform(0, seconds))
-            while kills % 2 and process.is_alive() and not unfinished(out):  # the next thing that is written
+            while (
+                kills % 2 and process.is_alive() and not unfinished(out)
+            ):  # the next thing that is written
                 time.sleep(0.0005)
             process.kill()
         process.join()
@@ -181,7 +205,9 @@ def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["joint", "baseline"])
-def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, cut, same_run, family):
+def test_joint_and_baseline_runs_resume(
+    tmp_path, tiny_run, tiny_baseline, go, cut, same_run, family
+):
     config = tiny_run(mode="joint", stage_steps=(5,)) if family == "joint" else tiny_baseline()
     go(config, tmp_path / "whole")
     cut(config, tmp_path / "cut", 8)
@@ -190,12 +216,20 @@ def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, c
 
 
 @pytest.mark.slow
-def test_run_ends_with_its_best_weights_even_if_killed(tmp_path, tiny_run, go, cut, same_run, read_metrics):
+def test_run_ends_with_its_best_weights_even_if_killed(
+    tmp_path, tiny_run, go, cut, same_run, read_metrics
+):
     config = tiny_run(stage_steps=(6, 6, 6), keep="best", ema=0.5, optim={"lr": 0.3})
     go(config, tmp_path / "whole")
-    bounds = [line["nats_per_token"] for line in read_metrics(tmp_path / "whole") if line["split"] == "valid"]
+    bounds = [
+        line["nats_per_token"]
+        for line in read_metrics(tmp_path / "whole")
+        if line["split"] == "valid"
+    ]
     assert bounds[1] < bounds[3]  # of the first stage, after its start
-    last, best = (load_file(tmp_path / "whole" / name / "model.safetensors") for name in ("", "best"))
+    last, best = (
+        load_file(tmp_path / "whole" / name / "model.safetensors") for name in ("", "best")
+    )
     assert all(torch.equal(tensor, best[name]) for name, tensor in last.items())
     for at in range(2, 46, 6):
         cut(config, tmp_path / str(at), at)
@@ -204,7 +238,9 @@ def test_run_ends_with_its_best_weights_even_if_killed(tmp_path, tiny_run, go, c
 
 
 @pytest.mark.slow
-def test_state_of_another_kind_of_device_goes_on_repeatably(tmp_path, stopped, same_run, monkeypatch, caplog):
+def test_state_of_another_kind_of_device_goes_on_repeatably(
+    tmp_path, stopped, same_run, monkeypatch, caplog
+):
     of_gpu, real = {"generator": torch.zeros(16, dtype=torch.uint8)}, state.state_tensors
     monkeypatch.setattr(state, "state_tensors", lambda *args: real(*args) | of_gpu)
     for out in (Path(shutil.copytree(stopped, tmp_path / "again")), stopped):
@@ -221,10 +257,15 @@ def test_state_of_another_kind_of_device_goes_on_repeatably(tmp_path, stopped, s
 def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, same_run, caplog, damage):
     newest = stopped / "state" / "step-00000006"
     (tensors,) = newest.glob("*.distcp")
-    {"flipped": lambda: flip(tensors), "missing": tensors.unlink}.get(damage, (newest / "manifest.json").unlink)()
+    {"flipped": lambda: flip(tensors), "missing": tensors.unlink}.get(
+        damage, (newest / "manifest.json").unlink
+    )()
     with caplog.at_level(logging.INFO, "tarflowlm"):
         resume(stopped, device=CPU)
-    assert "step-00000006 is damaged, set aside as damaged-step-00000006: resuming from step-00000005" in caplog.text
+    assert (
+        "step-00000006 is damaged, set aside as damaged-step-00000006: resuming from step-00000005"
+        in caplog.text
+    )
     same_run(stopped, whole[1])
 
 
@@ -272,7 +313,9 @@ def test_counters_of_earlier_versions_are_read(stopped):
 
 def test_run_from_before_muon_had_options_resumes_as_it_began(stopped, monkeypatch):
     path = stopped / "config.json"
-    older = "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if "muon_" not in line)
+    older = "\n".join(
+        line for line in path.read_text(encoding="utf-8").splitlines() if "muon_" not in line
+    )
     path.write_text(older, encoding="utf-8")
     built = []
 

@@ -1,7 +1,8 @@
-"""examples/train.sbatch starts a run, saves it and requeues itself before its time is up, and resumes it.
+"""examples/train.sbatch starts a run, saves it and requeues itself before its time is up, and
+resumes it.
 
-Run by bash, with a stand-in for SLURM on one machine: `srun` runs its command here, `scontrol` notes its arguments.
-torchrun, the two processes and their signals are real.
+Run by bash, with a stand-in for SLURM on one machine: `srun` runs its command here, `scontrol`
+notes its arguments. torchrun, the two processes and their signals are real.
 """
 
 import json
@@ -27,10 +28,25 @@ echo "$@" >> "$NOTES"
 exit 0
 """
 FIELDS = (
-    "--steps", "150", "--model.context", "16", "--model.trunk.width", "8", "--model.layers", "1",
-    "--train.batch-size", "4", "--train.log-every", "1", "--train.test-windows", "2",
-    "--train.evaluate-every", "1000", "--train.parallel", "fsdp",
-)  # fmt: skip
+    "--steps",
+    "150",
+    "--model.context",
+    "16",
+    "--model.trunk.width",
+    "8",
+    "--model.layers",
+    "1",
+    "--train.batch-size",
+    "4",
+    "--train.log-every",
+    "1",
+    "--train.test-windows",
+    "2",
+    "--train.evaluate-every",
+    "1000",
+    "--train.parallel",
+    "fsdp",
+)
 
 
 @pytest.fixture
@@ -45,8 +61,14 @@ def slurm(tmp_path):
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
     numbers = range(os.getpid(), os.getpid() + 100)
     job["SLURM_JOB_ID"] = str(next(number for number in numbers if is_free(20000 + number % 20000)))
-    return {**os.environ, **job, "PATH": path, "NOTES": str(tmp_path / "notes"), "OMP_NUM_THREADS": "1",
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}  # fmt: skip
+    return {
+        **os.environ,
+        **job,
+        "PATH": path,
+        "NOTES": str(tmp_path / "notes"),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+    }
 
 
 def is_free(port: int) -> bool:
@@ -56,7 +78,11 @@ def is_free(port: int) -> bool:
 
 def submit(slurm: dict[str, str], *args: object) -> subprocess.Popen:
     return subprocess.Popen(
-        ["bash", str(SCRIPT), *map(str, args)], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", str(SCRIPT), *map(str, args)],
+        env=slurm,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -88,5 +114,7 @@ def test_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     assert out.count("resuming") == 2
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert (summary["steps"], summary["processes"]) == (150, 2)
-    steps = [line["step"] for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())]
+    steps = [
+        line["step"] for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    ]
     assert steps == sorted(steps)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run_cases import metrics_of
+from helpers import metrics_of
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import seeded
@@ -22,12 +22,28 @@ from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import PLANNED_SHARE, _saved_bytes, fitting_parts
 
 FILES = {
-    "config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "summary.json", "state", "best", ".lock",
-}  # fmt: skip
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "summary.json",
+    "state",
+    "best",
+    ".lock",
+}
 TRAIN_KEYS = {
-    "split", "step", "tokens", "block", "nats_per_token", "bpc", "lr", "grad_norm", "grad_norm_max",
-    "tokens_per_second", "data_share",
-}  # fmt: skip
+    "split",
+    "step",
+    "tokens",
+    "block",
+    "nats_per_token",
+    "bpc",
+    "lr",
+    "grad_norm",
+    "grad_norm_max",
+    "tokens_per_second",
+    "data_share",
+}
 VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
 
 
@@ -60,13 +76,22 @@ def test_run_directory_holds_the_documented_files_and_summary(finished):
     out, summary, _ = finished
     assert {path.name for path in out.iterdir()} == FILES
     assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == summary
-    assert (summary["preset"], summary["seed"], summary["steps"], summary["tokens"]) == ("tiny", 0, 7, 224)
+    assert (summary["preset"], summary["seed"], summary["steps"], summary["tokens"]) == (
+        "tiny",
+        0,
+        7,
+        224,
+    )
     assert summary["stage_tokens"] == [96, 64, 64]
     assert len(summary["stage_seconds"]) == 3
     model = load_checkpoint(out).model
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert 0 < summary["trunk_parameters"] < summary["parameters"]
-    assert (summary["test"]["bound"], summary["test"]["windows"], summary["test"]["tokens"]) == ("elbo", 3, 48)
+    assert (summary["test"]["bound"], summary["test"]["windows"], summary["test"]["tokens"]) == (
+        "elbo",
+        3,
+        48,
+    )
 
 
 def test_metrics_lines_have_the_documented_keys(finished):
@@ -77,18 +102,24 @@ def test_metrics_lines_have_the_documented_keys(finished):
         # one character per token
         assert line["bpc"] == pytest.approx(line["nats_per_token"] / math.log(2))
     train = [line for line in lines if line["split"] == "train"]
-    assert [(line["step"], line["tokens"]) for line in train] == [(step, 32 * step) for step in range(1, 8)]
+    assert [(line["step"], line["tokens"]) for line in train] == [
+        (step, 32 * step) for step in range(1, 8)
+    ]
     assert [line["block"] for line in train] == [1, 1, 1, 2, 2, 3, 3]
     ends = [line["bpc"] for line in lines if line["split"] == "valid" and line["step"] in (3, 5, 7)]
     assert ends == summary["stage_valid_bpc"]
 
 
 def test_reporter_follows_stages_and_test_split(finished):
-    parts = [part for part in finished[2].parts if part[0].startswith(("stage", "evaluating the test"))]
+    parts = [
+        part for part in finished[2].parts if part[0].startswith(("stage", "evaluating the test"))
+    ]
     assert parts == [
-        ("stage 1/3: block 1 mixd", 3, 0), ("stage 2/3: block 2 mix1", 2, 0), ("stage 3/3: block 3 mix1", 2, 0),
+        ("stage 1/3: block 1 mixd", 3, 0),
+        ("stage 2/3: block 2 mix1", 2, 0),
+        ("stage 3/3: block 3 mix1", 2, 0),
         ("evaluating the test split", 3, 0),
-    ]  # fmt: skip
+    ]
     assert all(finished[2].done[name] == total for name, total, _ in parts)
 
 
@@ -97,9 +128,13 @@ def test_later_stages_leave_codebook_and_earlier_blocks_bit_identical(finished):
     out, _, watcher = finished
     snapshots = [*watcher.weights, load_file(out / "model.safetensors")]
     for stage, (before, after) in enumerate(itertools.pairwise(snapshots), start=1):
-        assert {name.split(".")[2] for name in before if name.startswith("prior.blocks.")} == set("012"[:stage])
+        assert {name.split(".")[2] for name in before if name.startswith("prior.blocks.")} == set(
+            "012"[:stage]
+        )
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-        assert all(name.startswith(f"prior.blocks.{stage}.") for name in after.keys() - before.keys())
+        assert all(
+            name.startswith(f"prior.blocks.{stage}.") for name in after.keys() - before.keys()
+        )
 
 
 def test_every_stage_trains_its_block(finished, tiny_run):
@@ -114,7 +149,9 @@ def test_every_stage_trains_its_block(finished, tiny_run):
             model.append_block()
     for name, start in model.state_dict().items():
         # a Mix-1 weight or a residual branch may start at zero and wait for another to move
-        if name.startswith("codebook") or name.endswith(("input.linear.weight", "biases.1", "weight_head.bias")):
+        if name.startswith("codebook") or name.endswith(
+            ("input.linear.weight", "biases.1", "weight_head.bias")
+        ):
             assert not torch.equal(start, final[name]), name
 
 
@@ -132,7 +169,9 @@ def model_with(run, **fields) -> ParallelModel:
 
 
 def loss(model: ParallelModel) -> float:
-    return float(model.backward(torch.arange(32).view(2, 16) % 27, torch.Generator().manual_seed(0)))
+    return float(
+        model.backward(torch.arange(32).view(2, 16) % 27, torch.Generator().manual_seed(0))
+    )
 
 
 def test_dropout_changes_the_loss_repeatably_and_leaves_global_generators_alone(tiny_run):
@@ -165,10 +204,15 @@ def test_dropout_spares_evaluation_and_frozen_blocks(tiny_run):
 
 def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, tiny_run, go, monkeypatch):
     """In joint training, which moves all blocks in one stage."""
-    run, real = tiny_run(mode="joint", stage_steps=(12,), ema=0.7, checkpoint_every=3), loop.optimizer_step
+    run, real = (
+        tiny_run(mode="joint", stage_steps=(12,), ema=0.7, checkpoint_every=3),
+        loop.optimizer_step,
+    )
     with seeded(0):
         model = replace(run.model, vocab_size=27).build()
-    average, last = ({n: p.detach().double() for n, p in model.named_parameters()} for _ in range(2))
+    average, last = (
+        {n: p.detach().double() for n, p in model.named_parameters()} for _ in range(2)
+    )
     decays = (min(0.7, (1 + step) / (10 + step)) for step in itertools.count(1))
 
     def watched(model, *args, **options):
@@ -188,10 +232,15 @@ def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, tiny_run, go, 
 
 
 def test_batches_are_cut_into_the_parts_that_fit(tiny_run):
-    """Against the bytes of six sequences at once, which need no estimate; every weight counts four times."""
+    """Against the bytes of six sequences at once, which need no estimate; every weight counts four
+    times.
+    """
     run = tiny_run(mode="joint", stage_steps=(2,), batch_size=12)
     model = replace(run.model, vocab_size=27).build()
-    kept, weights = _saved_bytes(ParallelModel(model, run), 6), 16 * sum(p.numel() for p in model.parameters())
+    kept, weights = (
+        _saved_bytes(ParallelModel(model, run), 6),
+        16 * sum(p.numel() for p in model.parameters()),
+    )
     for slack, parts in ((1.02, 2), (0.95, 3), (0.1, 12), (2.1, 1)):
         assert fitting_parts(model, run, 0, 1, (weights + slack * kept) / PLANNED_SHARE) == parts
 
@@ -210,7 +259,9 @@ def test_batches_are_cut_into_the_parts_that_fit(tiny_run):
 )
 def test_run_that_cannot_start_leaves_no_directory(tmp_path, tiny_run, go, fields, message):
     out, run = tmp_path / "deep" / "run", tiny_run()
-    (tmp_path / "short.txt").write_text("too short a text for three windows of it", encoding="utf-8")
+    (tmp_path / "short.txt").write_text(
+        "too short a text for three windows of it", encoding="utf-8"
+    )
     if "data" in fields:
         run = replace(run, data=replace(run.data, source=str(tmp_path / fields["data"])))
     elif "vocab_size" in fields:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from run_cases import metrics_of
+from helpers import metrics_of
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
 from tarflowlm.data.prepare import check_fit
 from tarflowlm.errors import UserError
@@ -23,14 +23,19 @@ CPU = torch.device("cpu")
 def other_text(tmp_path_factory):
     """About 3,000 characters of words that `corpus_file` does not have."""
     path, rng = tmp_path_factory.mktemp("other") / "other.txt", random.Random(5)
-    path.write_text(" ".join(rng.choice(["verily", "begat", "unto", "lord", "said"]) for _ in range(500)), "utf-8")
+    path.write_text(
+        " ".join(rng.choice(["verily", "begat", "unto", "lord", "said"]) for _ in range(500)),
+        "utf-8",
+    )
     return str(path)
 
 
 def tuned(parent, text, **options):
     """The configuration of a short tuning run."""
     run = tuning(parent, text, **({"steps": 7, "seed": 3} | options))
-    return replace(run, train=replace(run.train, precision="float32", checkpoint_every=2, evaluate_every=2))
+    return replace(
+        run, train=replace(run.train, precision="float32", checkpoint_every=2, evaluate_every=2)
+    )
 
 
 @pytest.mark.slow
@@ -41,14 +46,18 @@ def test_tuning_begins_with_the_parent(name, runs, other_text, tmp_path):
     train(tuned(parent, other_text, lr=1e-12), tmp_path / "run", device=CPU, parent=parent)
     child = load_checkpoint(tmp_path / "run")
     for key, tensor in parent.model.state_dict().items():
-        torch.testing.assert_close(child.model.state_dict()[key], tensor, rtol=0, atol=1e-9, msg=key)
+        torch.testing.assert_close(
+            child.model.state_dict()[key], tensor, rtol=0, atol=1e-9, msg=key
+        )
     assert child.tokenizer.fingerprint == parent.tokenizer.fingerprint
     assert child.run.parent == f"{name}@{checksum(parent.model.state_dict())}"
     assert child.run.model == parent.run.model
 
 
 @pytest.mark.slow
-def test_tuning_learns_the_text_and_a_kill_changes_nothing(runs, other_text, tmp_path, cut, same_run, killer):
+def test_tuning_learns_the_text_and_a_kill_changes_nothing(
+    runs, other_text, tmp_path, cut, same_run, killer
+):
     parent, counter = load_checkpoint(runs["progressive"]), killer()
     run = tuned(parent, other_text, steps=24, lr=6e-3)
     options = {"device": CPU, "parent": parent}
@@ -59,7 +68,9 @@ def test_tuning_learns_the_text_and_a_kill_changes_nothing(runs, other_text, tmp
         out = tmp_path / f"killed-{event}"
         cut(run, out, event, parent=parent)
         # without the parent, of which the run keeps the weights and the tokenizer
-        train(run, out, **options) if not list((out / "state").iterdir()) else resume(out, device=CPU)
+        train(run, out, **options) if not list((out / "state").iterdir()) else resume(
+            out, device=CPU
+        )
         same_run(tmp_path / "whole", out)
     assert read_run(tmp_path / "whole").parent.startswith("progressive@")
     assert "| tuned from | `progressive`" in model_card(load_checkpoint(out), out, "mine", None)
@@ -89,6 +100,8 @@ def test_texts_in_other_letters_are_refused(tmp_path):
         text.write_text(words * 50, encoding="utf-8")
         with pytest.raises(UserError, match=rf"{refusal}.*train english-small --data"):
             check_fit(str(text), tokenizer)
-    text.write_text("Façade and naïve are rare in English. " + "So they pass. " * 400, encoding="utf-8")
+    text.write_text(
+        "Façade and naïve are rare in English. " + "So they pass. " * 400, encoding="utf-8"
+    )
     for tokenizer in (letters, pieces):
         check_fit(str(text), tokenizer)

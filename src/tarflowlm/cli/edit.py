@@ -8,50 +8,75 @@ from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder, checked_seed
 from tarflowlm.errors import UserError
 
-MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25  # share of changed tokens, ratio of bits: above these an edit gets advice
-KINDS = ("rewrite", "toward", "replace")  # options that name the edit; without one it is "level" or "words"
+MUCH_CHANGED, MUCH_LONGER = (
+    0.5,
+    1.25,
+)  # share of changed tokens, ratio of bits: above these an edit gets advice
+KINDS = (
+    "rewrite",
+    "toward",
+    "replace",
+)  # options that name the edit; without one it is "level" or "words"
 
 
 @dataclass(frozen=True)
 class Args:
-    """Resample some words of a text given all others. Or move the text --toward another, --replace OLD NEW, or change
-    one of its states in latent space (--level)."""
+    """Resample some words of a text given all others. Or move the text --toward another, --replace
+    OLD NEW, or change one of its states in latent space (--level).
+    """
 
     text: Annotated[str, arg("TEXT")]  # The text to edit.
     directory: options.Model = None
     model: options.ModelName = None
     strength: options.Number = None
-    """Share of the words to resample, given all the others: 0 keeps the text, 0.1 (the default) changes a word here
-    and there, 1 leaves none. With --level: how much noise the states get."""
-    words: options.Count = None  # Number of words to resample, not a share. With --level: only so many get noise.
+    """Share of the words to resample, given all the others: 0 keeps the text, 0.1 (the default)
+    changes a word here and there, 1 leaves none. With --level: how much noise the states get.
+    """
+    words: options.Count = (
+        None  # Number of words to resample, not a share. With --level: only so many get noise.
+    )
     pick: Annotated[Literal["random", "unlikely"] | None, arg()] = None
     """Words to resample: random ones (the default), or the most unlikely ones."""
     rewrite: Annotated[tuple[str, ...] | None, arg("TEXT ...")] = None
     """Resample these pieces of the text, words or more (whole tokens), given everything else."""
     candidates: options.Count = None
-    """Candidates for every resampled piece (32). One is taken by how well the rest of the text follows it."""
-    temperature: Annotated[float | None, arg("FLOAT", f"Of the candidates (0.7): {options.TEMPERATURE}")] = None
+    """Candidates for every resampled piece (32). One is taken by how well the rest of the text
+    follows it.
+    """
+    temperature: Annotated[
+        float | None, arg("FLOAT", f"Of the candidates (0.7): {options.TEMPERATURE}")
+    ] = None
     toward: options.Text = None
-    """Take a stretch of this text of the same length, in its place, and resample the words it cuts. With --level:
-    interpolate between the states of the two texts."""
-    weight: options.Number = None  # With --toward: the share of words to take (0.5); 0 is the text, 1 the other text.
+    """Take a stretch of this text of the same length, in its place, and resample the words it cuts.
+    With --level: interpolate between the states of the two texts.
+    """
+    weight: options.Number = (
+        None  # With --toward: the share of words to take (0.5); 0 is the text, 1 the other text.
+    )
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the rest from its
-    noise."""
+    """Replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the
+    rest from its noise.
+    """
     level: options.Count = None
-    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Adds
-    noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""
-    num: int = 1  # Number of edits, each with its own noise (with --replace: the noise of the new words alone).
+    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
+    the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates.
+    """
+    # Number of edits, each with its own noise (with --replace: the noise of the new words alone).
+    num: int = 1
     seed: int = 0  # The same seed gives the same edits.
     decoder: Annotated[Decoder | None, arg()] = None
-    """With --level: how to invert a block: position by position, in parallel sweeps, or by the cheaper of the two
-    (auto, the default)."""
+    """With --level: how to invert a block: position by position, in parallel sweeps, or by the
+    cheaper of the two (auto, the default).
+    """
     normalize: options.Normalize = None
     device: options.Device = "auto"
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        exclusive: dict[str, tuple[str, ...]] = {"rewrite": ("toward", "replace"), "toward": ("replace",)}
+        exclusive: dict[str, tuple[str, ...]] = {
+            "rewrite": ("toward", "replace"),
+            "toward": ("replace",),
+        }
         if self.kind == "words":
             exclusive["words"] = ("strength",)
         needed = {"pick": ("words",)} if self.kind == "level" else {}
@@ -60,7 +85,9 @@ class Args:
     @property
     def kind(self) -> str:
         """The name of the edit in `editing.EDITS`."""
-        return next((name for name in (*KINDS, "level") if getattr(self, name) is not None), "words")
+        return next(
+            (name for name in (*KINDS, "level") if getattr(self, name) is not None), "words"
+        )
 
 
 def run(args: Args) -> None:
@@ -80,10 +107,21 @@ def run(args: Args) -> None:
     if args.kind == "toward":
         used -= {"decoder"} if args.level is None else {"candidates", "temperature"}
     given: dict[str, Any] = {}
-    for name in ("strength", "words", "pick", "candidates", "temperature", "weight", "level", "decoder"):
+    for name in (
+        "strength",
+        "words",
+        "pick",
+        "candidates",
+        "temperature",
+        "weight",
+        "level",
+        "decoder",
+    ):
         if (value := getattr(args, name)) is not None:
             if name not in used:
-                which = {"words": "resampled words", "toward": "this --toward"}.get(args.kind, f"--{args.kind}")
+                which = {"words": "resampled words", "toward": "this --toward"}.get(
+                    args.kind, f"--{args.kind}"
+                )
                 raise UserError(f"--{name} has no effect with {which}: leave it out")
             given[name] = value
     directory = choose_directory(args.directory, args.model)
@@ -100,7 +138,9 @@ def run(args: Args) -> None:
     if args.rewrite is not None:
         given["pieces"] = [reading_of(text, "piece").text.strip() for text in args.rewrite]
     if args.replace is not None:
-        for key, text, name in zip(("old", "new"), args.replace, ("text to replace", "replacement"), strict=True):
+        for key, text, name in zip(
+            ("old", "new"), args.replace, ("text to replace", "replacement"), strict=True
+        ):
             given[key] = reading_of(text, name).text.strip()
     tokens, *more = (reading.tokens for reading in readings.values())
     length = common_length(tokens, more[0]) if more else len(tokens)
@@ -108,30 +148,45 @@ def run(args: Args) -> None:
         if reading.notice is not None:
             print_notice(reading.notice)
         if len(reading.tokens) > length:
-            print_notice(f"the {name} is cut from {len(reading.tokens)} to {length} tokens, the length of the other")
+            print_notice(
+                f"the {name} is cut from {len(reading.tokens)} to {length} tokens, the length of the other"
+            )
     generator = torch.Generator().manual_seed(checked_seed(args.seed))
     # once for every edit: all of them start from the same latents
-    source, *others = (encode(model, reading.tokens[None, :length], generator) for reading in readings.values())
+    source, *others = (
+        encode(model, reading.tokens[None, :length], generator) for reading in readings.values()
+    )
     if others:
         given["other"] = others[0]
     with Bars() as bars:
-        edit = EDITS[args.kind](**given).apply(Source(model, tokenizer, source.repeated(args.num), generator, bars))
+        edit = EDITS[args.kind](**given).apply(
+            Source(model, tokenizer, source.repeated(args.num), generator, bars)
+        )
     characters = torch.from_numpy(tokenizer.characters_per_token)
     bpc_before = bits(edit.bound_before.cpu()) / characters[edit.before.cpu()].sum(-1)
     bpc = bits(edit.bound.cpu()) / characters[edit.tokens.cpu()].sum(-1)
     texts = [tokenizer.decode(tokens) for tokens in edit.tokens.tolist()]
     measured = {"changed": edit.changed, "bpc_before": bpc_before, "bpc": bpc}
-    columns: dict[str, Any] = {"text": texts} | {name: column.tolist() for name, column in measured.items()}
+    columns: dict[str, Any] = {"text": texts} | {
+        name: column.tolist() for name, column in measured.items()
+    }
     if edit.pareto_k:
         columns["pareto_k"] = edit.pareto_k
     edits = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    changed, ratio = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
+    changed, ratio = (
+        edit.changed.double().mean().item(),
+        (edit.bound.sum() / edit.bound_before.sum()).item(),
+    )
     advice = _advice(args, changed, ratio, has_token_weights=model.config.has_token_weights)
     if advice is None and (unreliable := [k for k in edit.pareto_k if k > UNRELIABLE]):
-        advice = f"the weights of the candidates have no finite variance (k = {max(unreliable):.2f}): "
+        advice = (
+            f"the weights of the candidates have no finite variance (k = {max(unreliable):.2f}): "
+        )
         advice += "the choice between them is unreliable, shorter pieces may do better"
     if args.json:
-        print_json({"before": tokenizer.decode(edit.before[0].tolist()), "edits": edits, "advice": advice})
+        print_json(
+            {"before": tokenizer.decode(edit.before[0].tolist()), "edits": edits, "advice": advice}
+        )
         return
     notes = []
     for one in edits:
@@ -141,7 +196,9 @@ def run(args: Args) -> None:
 
 
 def _advice(args: Args, changed: float, ratio: float, *, has_token_weights: bool) -> str | None:
-    """A better option where the edits have lost the text, or changed nothing; `ratio` of bits after and before."""
+    """A better option where the edits have lost the text, or changed nothing; `ratio` of bits after
+    and before.
+    """
     if args.rewrite is not None and changed == 0:
         more = "more --candidates" + " or a higher --temperature" * has_token_weights
         return f"all candidates equal the text: {more} may find others"
@@ -151,6 +208,10 @@ def _advice(args: Args, changed: float, ratio: float, *, has_token_weights: bool
     # a part of a text that moves has to change
     if changed <= weight + (1 - weight) * MUCH_CHANGED and ratio <= MUCH_LONGER:
         return None
-    fewer = "some words are resampled" if args.toward is None else "a stretch of the other text is taken"
+    fewer = (
+        "some words are resampled"
+        if args.toward is None
+        else "a stretch of the other text is taken"
+    )
     much = f"({changed:.0%} of the tokens, bits x {ratio:.2f})"
     return f"editing state {args.level} changes nearly everything here {much}. Without --level only {fewer}."

@@ -8,12 +8,16 @@ import tyro
 
 from tarflowlm.cli.options import Flag, PrintJson, arg
 
-Exported = Annotated[tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a shipped model.")]
+Exported = Annotated[
+    tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a shipped model.")
+]
 
 
 @dataclass(frozen=True)
 class Args:
-    """Copy a model out of its run directory: configuration, tokenizer and weights, without its training state."""
+    """Copy a model out of its run directory: configuration, tokenizer and weights, without its
+    training state.
+    """
 
     directory: Exported
     out: Annotated[Path, arg("PATH")]  # Directory to create.
@@ -27,5 +31,7 @@ def run(args: Args) -> None:
 
     out = export(args.directory, args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print_result(args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")])
+    print_result(
+        args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")]
+    )
     print_notice(f"next: tarflowlm sample {out}")

@@ -32,12 +32,19 @@ TEXT              continue this text
 /stop TEXT        stop before this text, too; without a text, nowhere
 /seed 3           start the random numbers anew
 /quit             or Ctrl-D; Ctrl-C stops the writing"""
-NUMBERS: dict[str, Any] = {"temperature": float, "top-k": int, "top-p": float, "length": int, "seed": int}
+NUMBERS: dict[str, Any] = {
+    "temperature": float,
+    "top-k": int,
+    "top-p": float,
+    "length": int,
+    "seed": int,
+}
 
 
 def converse(model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
-    """Read and continue prompts until the input ends, or Ctrl-C is pressed while nothing is written. A mistake costs
-    one line, and from a pipe also the exit status 2 at the end."""
+    """Read and continue prompts until the input ends, or Ctrl-C is pressed while nothing is
+    written. A mistake costs one line, and from a pipe also the exit status 2 at the end.
+    """
     session = _Session(model, tokenizer, args)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
@@ -74,7 +81,9 @@ class _Session:
         self.args = self._checked(replace(args, length=length))
         self.stops = tuple(self._read(stop, "stop") for stop in args.stop)
         self.generator = torch.Generator().manual_seed(args.seed)
-        self.tokens = self.last = torch.zeros(0, dtype=torch.long)  # the text, and what it was one step ago
+        self.tokens = self.last = torch.zeros(
+            0, dtype=torch.long
+        )  # the text, and what it was one step ago
 
     def _read(self, text: str, name: str) -> str:
         return read(self.tokenizer, text, name=name, normalize=self.args.normalize).text
@@ -84,7 +93,9 @@ class _Session:
         name, _, value = line[1:].partition(" ")
         if not line.startswith("/"):
             if line:
-                reading = read(self.tokenizer, line, name="prompt", normalize=self.args.normalize, goes_on=True)
+                reading = read(
+                    self.tokenizer, line, name="prompt", normalize=self.args.normalize, goes_on=True
+                )
                 self.tokens = reading.tokens
                 if reading.notice:
                     print_notice(reading.notice)
@@ -135,11 +146,21 @@ class _Session:
             if stream.has_stopped:
                 raise StopIteration
 
-        how: Any = {"generator": self.generator, "decoder": args.decoder, "watch": Watch(on_tokens=on_tokens)}
+        how: Any = {
+            "generator": self.generator,
+            "decoder": args.decoder,
+            "watch": Watch(on_tokens=on_tokens),
+        }
         given = prompt if len(prompt) else None
         try:
             with suppress(StopIteration, KeyboardInterrupt), threads_for(args.particles):
-                generate(self.model, num_tokens=len(prompt) + args.length, prompt=given, **how, **args.writing())
+                generate(
+                    self.model,
+                    num_tokens=len(prompt) + args.length,
+                    prompt=given,
+                    **how,
+                    **args.writing(),
+                )
         finally:
             text = stream.close()
             write_out("\n")

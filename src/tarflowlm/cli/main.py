@@ -1,4 +1,6 @@
-"""The command line `tarflowlm COMMAND`, its exit status (docs/reliability.md), threads and signals."""
+"""The command line `tarflowlm COMMAND`, its exit status (docs/reliability.md), threads and
+signals.
+"""
 
 import contextlib
 import io
@@ -17,18 +19,34 @@ import tarflowlm
 from tarflowlm.errors import Stopped, UnknownCharacters, UserError, unknown
 
 STOPPED, INTERRUPTED, CLOSED_PIPE = 75, 130, 141
-"""Exit status: EX_TEMPFAIL of sysexits.h, try again; 128 plus the number of SIGINT; 128 plus that of SIGPIPE."""
+"""Exit status: EX_TEMPFAIL of sysexits.h, try again; 128 plus the number of SIGINT; 128 plus that
+of SIGPIPE.
+"""
 # added to the message of an interrupt in commands that save on the way
 AFTER_INTERRUPT = {"train": "a training run continues with `tarflowlm train --resume DIR`"}
 AFTER_INTERRUPT |= {"reproduce": "the same command goes on from the last checkpoint"}
 
 COMMANDS = [
-    "quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio", "export",
-    "push", "reproduce", "harness",
-]  # fmt: skip
-"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, and where its options
-depend on the words `read(argv)`. The docstring of `Args` summarises the command, comments beside and docstrings below
-options are their help. None imports torch at its top."""
+    "quickstart",
+    "data",
+    "train",
+    "eval",
+    "score",
+    "sample",
+    "info",
+    "runs",
+    "edit",
+    "report",
+    "studio",
+    "export",
+    "push",
+    "reproduce",
+    "harness",
+]
+"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, and
+where its options depend on the words `read(argv)`. The docstring of `Args` summarises the command,
+comments beside and docstrings below options are their help. None imports torch at its top.
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,7 +102,11 @@ def _dispatch(argv: list[str]) -> None:
     from tarflowlm.terminal.bars import NoticeHandler
 
     command, rest = command_module(name), _import_named(rest)
-    args = command.read(rest) if hasattr(command, "read") else parse(command.Args, rest, f"tarflowlm {name}")
+    args = (
+        command.read(rest)
+        if hasattr(command, "read")
+        else parse(command.Args, rest, f"tarflowlm {name}")
+    )
     settle_threads()
     with exit_on_interrupt():
         import torch
@@ -99,7 +121,9 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def _import_named(argv: list[str]) -> list[str]:
-    """The words without every --import MODULE, whose modules, of this folder or installed, have been imported."""
+    """The words without every --import MODULE, whose modules, of this folder or installed, have
+    been imported.
+    """
     while "--import" in argv:
         at = argv.index("--import")
         module, argv = argv[at + 1 : at + 2], [*argv[:at], *argv[at + 2 :]]
@@ -107,7 +131,9 @@ def _import_named(argv: list[str]) -> list[str]:
         try:
             import_module(*module or [""])
         except (ImportError, ValueError) as error:
-            raise UserError(f"--import {' '.join(module)}: {error}; name a Python module, say my_module") from None
+            raise UserError(
+                f"--import {' '.join(module)}: {error}; name a Python module, say my_module"
+            ) from None
     return argv
 
 
@@ -117,12 +143,16 @@ def command_module(name: str) -> Any:
 
 
 def settle_threads() -> None:
-    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment already does. If other
-    programs want the cores they sleep, as spinning would cost up to two thirds of the speed; on an idle machine they
-    spin briefly, as sleeping would cost one third (docs/log.md). The load average counts work that has just ended, so
-    this counts what runs now: the minimum of five looks, without this process."""
+    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment already
+    does. If other programs want the cores they sleep, as spinning would cost up to two thirds of
+    the speed; on an idle machine they spin briefly, as sleeping would cost one third (docs/log.md).
+    The load average counts work that has just ended, so this counts what runs now: the minimum of
+    five looks, without this process.
+    """
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    load = Path("/proc/loadavg")  # Linux alone has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
+    load = Path(
+        "/proc/loadavg"
+    )  # Linux alone has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
     if not load.exists() or "torch" in sys.modules or any(name in os.environ for name in choices):
         return
     looks = []
@@ -147,8 +177,10 @@ def handled(handlers: dict[int, Any]) -> Iterator[None]:
 
 
 def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
-    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line. An exception would pass
-    through half-imported modules, some of which print tracebacks of their own."""
+    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line. An
+    exception would pass through half-imported modules, some of which print tracebacks of their
+    own.
+    """
 
     def end(*_: object) -> None:
         sys.stderr.write("tarflowlm: interrupted\n")
@@ -163,8 +195,10 @@ def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str | None]]:
-    """The first SIGTERM or SIGINT asks the run to stop at the next step boundary, with everything saved; the second
-    raises KeyboardInterrupt. Yields a function that returns the name of the signal, or None."""
+    """The first SIGTERM or SIGINT asks the run to stop at the next step boundary, with everything
+    saved; the second raises KeyboardInterrupt. Yields a function that returns the name of the
+    signal, or None.
+    """
     received: list[str] = []
 
     def handle(number: int, _frame: object) -> None:
@@ -180,7 +214,9 @@ def stop_on_signals() -> Iterator[Callable[[], str | None]]:
 
 
 def _end(status: int, message: str, *, everywhere: bool = False) -> NoReturn:
-    """One line on stderr and exit; under torchrun, from the first process of a machine or `everywhere` from all."""
+    """One line on stderr and exit; under torchrun, from the first process of a machine or
+    `everywhere` from all.
+    """
     # names in it may hold line ends
     line = message.replace("\r", "\\r").replace("\n", "\\n")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -204,4 +240,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
     # PyTorch's CPU allocator raises a plain RuntimeError
     messages = ("can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        message in str(error) for message in messages
+    )

@@ -1,4 +1,6 @@
-"""Options: their parser, types that several commands share, and the model and texts that they name. No torch here."""
+"""Options: their parser, types that several commands share, and the model and texts that they name.
+No torch here.
+"""
 
 import contextlib
 import io
@@ -28,7 +30,9 @@ def arg(metavar: str | None = None, help: str | None = None) -> Any:
     return tyro.conf.arg(
         metavar=metavar,
         help=help,
-        help_behavior_hint=lambda default: "" if default in ("None", "False", "") else f"(default: {default})",
+        help_behavior_hint=lambda default: (
+            "" if default in ("None", "False", "") else f"(default: {default})"
+        ),
     )
 
 
@@ -41,13 +45,19 @@ Flag = Annotated[bool, arg()]
 
 Model = Annotated[
     tyro.conf.Positional[Path | None],
-    arg("[MODEL]", "Run directory, shipped model or hf:OWNER/NAME; `tarflowlm info` lists models and the default."),
+    arg(
+        "[MODEL]",
+        "Run directory, shipped model or hf:OWNER/NAME; `tarflowlm info` lists models and the default.",
+    ),
 ]
-ModelName = Annotated[str | None, arg("NAME", "In place of MODEL: a model of the package, say english-mini.")]
+ModelName = Annotated[
+    str | None, arg("NAME", "In place of MODEL: a model of the package, say english-mini.")
+]
 Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
 PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
 Normalize = Annotated[
-    Literal["text8"] | None, arg("text8", "Normalise the text first, whatever the model's training text was.")
+    Literal["text8"] | None,
+    arg("text8", "Normalise the text first, whatever the model's training text was."),
 ]
 
 TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."
@@ -56,9 +66,10 @@ TOP_P = "keep the smallest set of tokens that holds this probability."
 
 
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
-    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`. Where an option is
-    misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or of one inside it,
-    passes through."""
+    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`. Where an
+    option is misspelt tyro prints its box and exits with status 2. A UserError of the dataclass
+    itself, or of one inside it, passes through.
+    """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
     box = io.StringIO()
@@ -75,8 +86,12 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
         raise
 
 
-def check(args: Any, counts: Sequence[str] = (), exclusive: Rules = NO_RULES, needed: Rules = NO_RULES) -> None:
-    """UserError for `counts` below 1, an option with one that it excludes, and one without any that it needs."""
+def check(
+    args: Any, counts: Sequence[str] = (), exclusive: Rules = NO_RULES, needed: Rules = NO_RULES
+) -> None:
+    """UserError for `counts` below 1, an option with one that it excludes, and one without any that
+    it needs.
+    """
     for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:

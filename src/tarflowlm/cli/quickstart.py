@@ -1,4 +1,6 @@
-"""`tarflowlm quickstart`: train, evaluate and sample a TarFlowLM on the built-in corpus within a few minutes."""
+"""`tarflowlm quickstart`: train, evaluate and sample a TarFlowLM on the built-in corpus within a
+few minutes.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,15 +12,23 @@ from tarflowlm.errors import UserError
 from tarflowlm.presets import preset
 
 SAMPLING_SHARE, SAMPLING_MINUTES = 0.06, 0.15
-"""Share of --minutes spent on sampling, and minutes kept for it at least, but at most 30 % of --minutes."""
-BASELINES = {"bigram_bpc": "bigrams of the same tokens", "bz2_bpc": "bz2", "trigram_bpc": "trigrams of characters"}
+"""Share of --minutes spent on sampling, and minutes kept for it at least, but at most 30 % of
+--minutes.
+"""
+BASELINES = {
+    "bigram_bpc": "bigrams of the same tokens",
+    "bz2_bpc": "bz2",
+    "trigram_bpc": "trigrams of characters",
+}
 """Rows of the table below the model's."""
 NUM_SAMPLES, SAMPLE_LENGTH = 2, 192
 
 
 @dataclass(frozen=True)
 class Args:
-    """Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few minutes."""
+    """Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few
+    minutes.
+    """
 
     out: Annotated[Path, arg("PATH")] = Path("runs/quickstart")  # Run directory to create.
     minutes: float = 5.0  # Total time, including evaluation and sampling.
@@ -46,7 +56,13 @@ def run(args: Args) -> None:
     from tarflowlm.generation import Watch, generate
     from tarflowlm.generation.writing import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
-    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_notice, print_table
+    from tarflowlm.terminal.bars import (
+        Bars,
+        ProgressReporter,
+        print_json,
+        print_notice,
+        print_table,
+    )
     from tarflowlm.terminal.texts import print_samples, samples_to_json
     from tarflowlm.training.train import is_begun, train
 
@@ -68,7 +84,9 @@ def run(args: Args) -> None:
         left = args.minutes - sampling - (time.perf_counter() - start) / 60
         # however little is left, every stage takes at least one step
         config = replace(config, train=replace(config.train, minutes=max(left, args.minutes / 100)))
-        summary = train(config, args.out, device=device, reporter=reporter, stop_requests=stop_on_signals)
+        summary = train(
+            config, args.out, device=device, reporter=reporter, stop_requests=stop_on_signals
+        )
     test = summary["test"]
     checkpoint = load_checkpoint(args.out, device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
@@ -85,6 +103,13 @@ def run(args: Args) -> None:
     print_table("quickstart", rows)
     print_notice(f"next: tarflowlm sample {args.out} --prompt 'the people of '")
     if args.json:
-        found: dict[str, Any] = {"bpc": test["bpc"], "bound": test["bound"], **baselines, "seconds": seconds}
+        found: dict[str, Any] = {
+            "bpc": test["bpc"],
+            "bound": test["bound"],
+            **baselines,
+            "seconds": seconds,
+        }
         samples = samples_to_json(result, tokenizer)
-        print_json(found | {"samples": samples, "out": str(args.out), "test_tokens": test["tokens"]})
+        print_json(
+            found | {"samples": samples, "out": str(args.out), "test_tokens": test["tokens"]}
+        )

@@ -11,12 +11,15 @@ from tarflowlm.cli.options import Device, Out, PrintJson, arg
 
 @dataclass(frozen=True)
 class Args:
-    """Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures. Needs the extra
-    plots (matplotlib)."""
+    """Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures.
+    Needs the extra plots (matplotlib).
+    """
 
     directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg("MODEL ...")]
     """Run directories, shipped models or hf:OWNER/NAME; several share their figures."""
-    out: Out = None  # Directory to write; by default DIR/report for one run directory. An earlier report is replaced.
+    # Directory to write; by default DIR/report for one run directory. An earlier report is
+    # replaced.
+    out: Out = None
     device: Device = "auto"
     json: PrintJson = False
 
@@ -27,7 +30,9 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.bars import Bars, print_result
 
     with Bars() as bars:
-        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=bars)
+        result = write_report(
+            args.directories, args.out, device=pick_device(args.device), progress=bars
+        )
     rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} in PNG beside it")]
     for found in result["runs"]:
         rows.append((found["name"], found["status"]))

@@ -38,7 +38,13 @@ def run(args: Args) -> None:
     if args.json:
         print_json({"runs": rows})
         return
-    columns = {"": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens"}
+    columns = {
+        "": "name",
+        "preset": "preset",
+        "bpc": "bpc",
+        "best step": "best_step",
+        "tokens": "tokens",
+    }
     columns |= {"time": "seconds", "state": "state"}
     if all((row["preset"] or "") in row["name"] for row in rows):
         del columns["preset"]
@@ -48,7 +54,9 @@ def run(args: Args) -> None:
         same = list(group)
         cells = {title: [_cell(row, name) for row in same] for title, name in columns.items()}
         if source is None:
-            sys.stdout.writelines(f"{name}: {state}\n" for name, state in zip(cells[""], cells["state"], strict=True))
+            sys.stdout.writelines(
+                f"{name}: {state}\n" for name, state in zip(cells[""], cells["state"], strict=True)
+            )
             continue
         # numbers are never cut: what says least is left out of a narrow terminal
         for spare in ("preset", "best step", "tokens", "time"):
@@ -69,13 +77,18 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
         if not (below := list(_runs_in(folder, DEPTH))):
             remedy = "give a directory made by `tarflowlm train`"
             raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
-        short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
+        short = {
+            folder.resolve().name if path == folder else str(path.relative_to(folder)): path
+            for path in below
+        }
         found |= {name if name not in found else str(path): path for name, path in short.items()}
     return found
 
 
 def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
-    if any((folder / name).is_file() for name in ("config.json", "model.safetensors", "metrics.jsonl")):
+    if any(
+        (folder / name).is_file() for name in ("config.json", "model.safetensors", "metrics.jsonl")
+    ):
         yield folder
     elif depth:
         for path in sorted(folder.iterdir()):
@@ -87,20 +100,37 @@ def _row(name: str, directory: Path) -> dict[str, Any]:
     """A run as `--json` shows it; the state of a broken one is the reason."""
     from tarflowlm.report.records import read_record
 
-    empty = dict.fromkeys(("preset", "source", "bpc", "split", "bound", "best_step", "tokens", "seconds"))
-    row: dict[str, Any] = {"name": name, "directory": str(directory), **empty, "state": "", "best": False}
+    empty = dict.fromkeys(
+        ("preset", "source", "bpc", "split", "bound", "best_step", "tokens", "seconds")
+    )
+    row: dict[str, Any] = {
+        "name": name,
+        "directory": str(directory),
+        **empty,
+        "state": "",
+        "best": False,
+    }
     try:
         record = read_record(directory)
     except (UserError, OSError) as error:
-        return row | {"state": first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")}
+        return row | {
+            "state": first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
+        }
     summary, valid = record.summary, record.valid
     row |= {"preset": record.run.name, "source": record.run.data.source, "state": record.status}
     row["bound"] = "exact" if record.is_exact else "elbo"
     if record.has_log:
-        row |= {"tokens": int(record.train["tokens"].max()), "seconds": float(record.train["seconds"][-1])}
+        row |= {
+            "tokens": int(record.train["tokens"].max()),
+            "seconds": float(record.train["seconds"][-1]),
+        }
     if len(valid["bpc"]):
         best = int(valid["bpc"].argmin())
-        row |= {"bpc": float(valid["bpc"][best]), "split": "valid", "best_step": int(valid["step"][best])}
+        row |= {
+            "bpc": float(valid["bpc"][best]),
+            "split": "valid",
+            "best_step": int(valid["step"][best]),
+        }
     if summary is not None:
         row |= {"bpc": float(summary["test"]["bpc"]), "split": "test"}
         row |= {key: summary[key] for key in ("tokens", "seconds") if key in summary}
@@ -109,7 +139,10 @@ def _row(name: str, directory: Path) -> dict[str, Any]:
 
 def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Text by text and by bits per character, the best of every text marked; broken runs last."""
-    rows = sorted(rows, key=lambda r: (r["source"] is None, r["source"] or "", r["bpc"] or math.inf, r["name"]))
+    rows = sorted(
+        rows,
+        key=lambda r: (r["source"] is None, r["source"] or "", r["bpc"] or math.inf, r["name"]),
+    )
     for source in {row["source"] for row in rows}:
         same = [row for row in rows if row["source"] == source and row["bpc"] is not None]
         # a test says more than a validation, where there is one
@@ -127,7 +160,11 @@ def _cell(row: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     if name == "bpc":
-        return f"{sign_of(row['bound'])} {value:.4f}" + " v" * (row["split"] == "valid") + " *" * row["best"]
+        return (
+            f"{sign_of(row['bound'])} {value:.4f}"
+            + " v" * (row["split"] == "valid")
+            + " *" * row["best"]
+        )
     if name == "tokens":
         return f"{value / 1e6:.2f}M"
     if name == "seconds":

@@ -19,7 +19,11 @@ EXCLUSIVE = {  # options that contradict each other
     "stop": ("template", "passes", "states"),
 }
 GIVEN = ("prompt", "prompts", "template", "interactive")
-NEEDED = {"states": ("json", "out"), "blank": ("template",), "particles": GIVEN}  # without one of these, no effect
+NEEDED = {
+    "states": ("json", "out"),
+    "blank": ("template",),
+    "particles": GIVEN,
+}  # without one of these, no effect
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,38 @@ class Args:
     model: options.ModelName = None
     num: int = 1  # Number of samples.
     length: options.Count = None
-    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the window slides: its
-    last half is the next prompt, exact for the baseline and one block, an approximation for more."""
-    prompt: options.Text = None  # Text to continue. Exact for one block; an approximation for more, see --particles.
+    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
+    window slides: its last half is the next prompt, exact for the baseline and one block, an
+    approximation for more.
+    """
+    prompt: options.Text = (
+        None  # Text to continue. Exact for one block; an approximation for more, see --particles.
+    )
     prompts: options.File = None
-    """File with one prompt per line, or - for standard input; --num samples of each. Empty lines are skipped."""
+    """File with one prompt per line, or - for standard input; --num samples of each. Empty lines
+    are skipped.
+    """
     template: options.Text = None
-    """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the space before it."""
+    """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the
+    space before it.
+    """
     blank: Annotated[str, arg("CHARACTER")] = "_"  # Character that marks a blank in the template.
     particles: int = 1
-    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of many."""
+    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
+    many.
+    """
     seed: int = 0  # The same seed gives the same text.
-    temperature: Annotated[float | None, arg("FLOAT", f"By default the model's own: {options.TEMPERATURE}")] = None
+    temperature: Annotated[
+        float | None, arg("FLOAT", f"By default the model's own: {options.TEMPERATURE}")
+    ] = None
     top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
     top_p: Annotated[float | None, arg("FLOAT", options.TOP_P.capitalize())] = None
     decoding: Decoding = "mode"
-    """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes samples exact.
-    They hardly differ for a sharp codebook."""
-    decoder: Decoder = "auto"  # Invert blocks position by position, in parallel sweeps, or by the cheaper of the two.
+    """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes
+    samples exact. They hardly differ for a sharp codebook.
+    """
+    # Invert blocks position by position, in parallel sweeps, or by the cheaper of the two.
+    decoder: Decoder = "auto"
     passes: options.Flag = False  # Show the text decoded after every block.
     states: options.Flag = False  # With --json or --out: the latents after every block as well.
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
@@ -55,7 +73,9 @@ class Args:
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
-    interactive: options.Flag = False  # Read prompts at the terminal and continue each; /help there lists commands.
+    interactive: options.Flag = (
+        False  # Read prompts at the terminal and continue each; /help there lists commands.
+    )
     normalize: options.Normalize = None
     device: options.Device = "auto"
     json: options.PrintJson = False
@@ -65,7 +85,10 @@ class Args:
 
     def writing(self) -> dict[str, Any]:
         """Options that `generate` takes as they are."""
-        return {name: getattr(self, name) for name in ("particles", "temperature", "top_k", "top_p", "decoding")}
+        return {
+            name: getattr(self, name)
+            for name in ("particles", "temperature", "top_k", "top_p", "decoding")
+        }
 
 
 def run(args: Args) -> None:

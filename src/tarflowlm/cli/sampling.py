@@ -1,4 +1,6 @@
-"""Samples for `tarflowlm sample`: drawn batch by batch, each printed or written as it is finished."""
+"""Samples for `tarflowlm sample`: drawn batch by batch, each printed or written as it is
+finished.
+"""
 
 import sys
 import time
@@ -23,13 +25,22 @@ from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.bars import Bars, json_line, print_json, print_notice
-from tarflowlm.terminal.texts import TextStream, first_stop, print_samples, samples_to_json, write_out
+from tarflowlm.terminal.texts import (
+    TextStream,
+    first_stop,
+    print_samples,
+    samples_to_json,
+    write_out,
+)
 
-BATCH_TOKENS = 6144  # written at once, candidates counted: memory is bounded, and batches are large enough to be fast
+# written at once, candidates counted: memory is bounded, and batches are large enough to be fast
+BATCH_TOKENS = 6144
 
 
 class Sampling:
-    """Prints or writes samples batch by batch, as they are drawn. Sample r continues prompt r // num where given."""
+    """Prints or writes samples batch by batch, as they are drawn. Sample r continues prompt r //
+    num where given.
+    """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
         self.model, self.tokenizer, self.args = model, tokenizer, args
@@ -38,15 +49,23 @@ class Sampling:
         self.given = self._read_given()
         if args.template is not None and args.length is None:
             self.length = len(self.given[0].tokens)
-        exact = model.config.has_token_weights or (args.template is None and model.config.continues_exactly)
+        exact = model.config.has_token_weights or (
+            args.template is None and model.config.continues_exactly
+        )
         if self.given and args.particles == 1 and not exact:
-            print_notice("this model follows given text loosely: --particles 64 weighs that many candidates by it")
+            print_notice(
+                "this model follows given text loosely: --particles 64 weighs that many candidates by it"
+            )
         if (args.passes or args.states) and (model.is_exact or self.length > self.context):
             what = "this is a baseline" if model.is_exact else f"length {self.length} is more"
             flag = "passes" if args.passes else "states"
-            raise UserError(f"--{flag} needs a flow, and at most its context of {self.context} tokens: {what}")
+            raise UserError(
+                f"--{flag} needs a flow, and at most its context of {self.context} tokens: {what}"
+            )
         self.stops = tuple(self._read(stop, "stop").text for stop in args.stop)
-        for notice in dict.fromkeys(reading.notice for reading in self.given if reading.notice is not None):
+        for notice in dict.fromkeys(
+            reading.notice for reading in self.given if reading.notice is not None
+        ):
             print_notice(notice)
         self.total = args.num * max(len(self.given), 1)
         self.decoder: Any = args.decoder
@@ -55,13 +74,17 @@ class Sampling:
         self.done = self.num_tokens = 0
 
     def _read(self, text: str, name: str) -> Reading:
-        return read(self.tokenizer, text, name=name, normalize=self.args.normalize, goes_on=name == "prompt")
+        return read(
+            self.tokenizer, text, name=name, normalize=self.args.normalize, goes_on=name == "prompt"
+        )
 
     def _read_given(self) -> list[Reading]:
         """The prompts, or the template; nothing for free samples."""
         args = self.args
         if args.template is not None:
-            return [read_template(self.tokenizer, args.template, args.blank, normalize=args.normalize)]
+            return [
+                read_template(self.tokenizer, args.template, args.blank, normalize=args.normalize)
+            ]
         if args.prompts is None:
             return [] if args.prompt is None else [self._read(args.prompt, "prompt")]
         readings = []
@@ -70,7 +93,9 @@ class Sampling:
                 if line.strip():
                     readings.append(self._read(line.removesuffix("\r"), "prompt"))
                     if (count := len(readings[-1].tokens)) >= self.length:
-                        raise UserError(f"{count} tokens leave no room in {self.length}: raise --length")
+                        raise UserError(
+                            f"{count} tokens leave no room in {self.length}: raise --length"
+                        )
             except UserError as error:
                 error.args = (f"line {number} of {args.prompts}: {error}",)
                 raise
@@ -85,24 +110,34 @@ class Sampling:
             self._write_all(out)
         except KeyboardInterrupt:
             where = f" and kept in {out.path}" if out is not None and self.done else ""
-            interrupt = KeyboardInterrupt(f"{self.done} of {self.total} samples are finished{where}")
+            interrupt = KeyboardInterrupt(
+                f"{self.done} of {self.total} samples are finished{where}"
+            )
         if self.args.json:
             seconds = time.perf_counter() - start
             result: dict[str, Any] = {"samples": self.objects}
             if out is not None:
                 result = {"out": str(out.path), "written": self.done}
-            result |= {"sweeps": self.sweeps, "decoders": [] if isinstance(self.decoder, str) else self.decoder}
+            result |= {
+                "sweeps": self.sweeps,
+                "decoders": [] if isinstance(self.decoder, str) else self.decoder,
+            }
             result |= {"seconds": seconds, "tokens_per_second": self.num_tokens / seconds}
             print_json(result | ({"interrupted": True} if interrupt else {}))
         elif out is not None and interrupt is None:
-            sys.stdout.write(f"{self.done} sample{'s are' if self.done != 1 else ' is'} in {out.path}\n")
+            sys.stdout.write(
+                f"{self.done} sample{'s are' if self.done != 1 else ' is'} in {out.path}\n"
+            )
         if interrupt is not None:
             raise interrupt
 
     def _write_all(self, out: NewLines | None) -> None:
         args = self.args
         batches = list(self._batches())
-        ticks = sum(num_positions(self.model, self.length, max(map(len, self._prompts(rows)))) for rows in batches)
+        ticks = sum(
+            num_positions(self.model, self.length, max(map(len, self._prompts(rows))))
+            for rows in batches
+        )
         with Bars("sampling, positions", ticks) as bars:
             for rows in batches:
                 if args.stream:
@@ -118,7 +153,9 @@ class Sampling:
     def _batches(self) -> Iterator[range]:
         """Consecutive samples; prompts that fill a window are not mixed with others."""
         num, length = self.args.num, min(self.length, self.context)
-        size = 1 if self.args.stream else max(BATCH_TOKENS // max(length * self.args.particles, 1), 1)
+        size = (
+            1 if self.args.stream else max(BATCH_TOKENS // max(length * self.args.particles, 1), 1)
+        )
         fills = max((len(reading.tokens) for reading in self.given), default=0) >= self.context
         first = 0
         while first < self.total:
@@ -136,9 +173,16 @@ class Sampling:
         prompt = pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK)
         # streams of rows numbered over all batches, so that a sample does not depend on the batches
         generator = row_generators(rows, torch.Generator().manual_seed(args.seed))
-        how: Any = {"generator": generator, "decoder": self.decoder, "watch": watch, **args.writing()}
+        how: Any = {
+            "generator": generator,
+            "decoder": self.decoder,
+            "watch": watch,
+            **args.writing(),
+        }
         with threads_for(len(rows) * args.particles):
-            result = generate(self.model, num_tokens=self.length, num=len(rows), prompt=prompt, **how)
+            result = generate(
+                self.model, num_tokens=self.length, num=len(rows), prompt=prompt, **how
+            )
         self.num_tokens += result.tokens.numel()
         # the choice of auto for the first batch serves the others
         self.decoder = result.decoders or self.decoder
@@ -178,23 +222,38 @@ class Sampling:
             write_out(f"{text}\n")
         return result, [text]
 
-    def _put(self, rows: range, result: Generation, texts: Sequence[str], out: NewLines | None) -> None:
+    def _put(
+        self, rows: range, result: Generation, texts: Sequence[str], out: NewLines | None
+    ) -> None:
         """Print, write or keep the samples of a batch."""
         args = self.args
         if out is not None or args.json:
-            objects = samples_to_json(result, self.tokenizer, texts=texts, passes=args.passes, states=args.states)
+            objects = samples_to_json(
+                result, self.tokenizer, texts=texts, passes=args.passes, states=args.states
+            )
             if args.template is not None:
                 objects = [{"template": args.template} | sample for sample in objects]
             elif self.given:
                 prompts = (self.tokenizer.decode(prompt.tolist()) for prompt in self._prompts(rows))
-                objects = [{"prompt": text} | sample for text, sample in zip(prompts, objects, strict=True)]
+                objects = [
+                    {"prompt": text} | sample for text, sample in zip(prompts, objects, strict=True)
+                ]
             if out is None:
                 self.objects += objects
             else:
                 numbered = zip(rows, objects, strict=True)
-                out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
+                out.write(
+                    "".join(
+                        json_line({"index": row, "seed": args.seed} | one) for row, one in numbered
+                    )
+                )
         elif not args.stream:
-            options: Any = {"texts": texts, "first": rows.start, "candidates": args.particles, "passes": args.passes}
+            options: Any = {
+                "texts": texts,
+                "first": rows.start,
+                "candidates": args.particles,
+                "passes": args.passes,
+            }
             about = "" if args.temperature == 1.0 else f", temperature {args.temperature:g}"
             print_samples(Console(), result, self.tokenizer, about=about, **options)
         self.done += len(rows)

@@ -23,7 +23,9 @@ class Args:
     text: options.Text = None  # The text to score.
     file: options.File = None  # A file with the text, or - for standard input, in place of --text.
     baseline: Annotated[Path | None, arg("MODEL")] = None
-    """A second model to score the same text with: run directory, or the name of a model of the package."""
+    """A second model to score the same text with: run directory, or the name of a model of the
+    package.
+    """
     samples: int = 8  # Posterior samples averaged in the bound of a flow; the baseline is exact.
     normalize: options.Normalize = None
     seed: int = 0  # Seed of the posterior samples.
@@ -32,7 +34,9 @@ class Args:
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.file is None):
-            raise UserError("give the text to score: either --text TEXT, or --file FILE (- for standard input)")
+            raise UserError(
+                "give the text to score: either --text TEXT, or --file FILE (- for standard input)"
+            )
         options.check(self, ("samples",))
 
 
@@ -42,7 +46,10 @@ def run(args: Args) -> None:
     from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
-    names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
+    names = [
+        choose_directory(args.directory, args.model),
+        *([args.baseline] if args.baseline is not None else []),
+    ]
     # all before the first is used, so that a missing model costs no time
     checkpoints = [options.load_checkpoint(name, args.device) for name in names]
     text = args.text if args.text is not None else options.read_source(str(args.file))
@@ -52,22 +59,45 @@ def run(args: Args) -> None:
         if args.text is not None and reading.notice:
             print_notice(f"{name.name}: {reading.notice}")
         with Bars(f"scoring with {name.name}, windows") as bars:
-            scores = score(checkpoint.model, reading.tokens, samples=args.samples, seed=args.seed, progress=bars)
+            scores = score(
+                checkpoint.model,
+                reading.tokens,
+                samples=args.samples,
+                seed=args.seed,
+                progress=bars,
+            )
         symbols = [checkpoint.tokenizer.symbols[i] for i in reading.tokens.tolist()]
-        tokens = [{"text": symbol, "bits": bits} for symbol, bits in zip(symbols, scores.bits.tolist(), strict=True)]
+        tokens = [
+            {"text": symbol, "bits": bits}
+            for symbol, bits in zip(symbols, scores.bits.tolist(), strict=True)
+        ]
         if scores.blocks is not None:
             for token, column in zip(tokens, scores.blocks.T.tolist(), strict=True):
                 token["log2_dets"] = column
         bound, samples = ("exact", 1) if scores.exact else ("elbo", args.samples)
         count = len(reading.text)
-        record: dict[str, Any] = {"model": name.name, "bound": bound, "samples": samples, "bpc": scores.total / count}
-        record |= {"bits": scores.total, "bits_per_token": scores.per_token, "characters": count, "tokens": tokens}
+        record: dict[str, Any] = {
+            "model": name.name,
+            "bound": bound,
+            "samples": samples,
+            "bpc": scores.total / count,
+        }
+        record |= {
+            "bits": scores.total,
+            "bits_per_token": scores.per_token,
+            "characters": count,
+            "tokens": tokens,
+        }
         found.append(record)
     if args.json:
         print_json(found[0] | ({"baseline": found[1]} if len(found) > 1 else {}))
         return
     _print_tokens(found)
-    signed = {"bits per character": ("bpc", 4), "bits per token": ("bits_per_token", 4), "bits in all": ("bits", 2)}
+    signed = {
+        "bits per character": ("bpc", 4),
+        "bits per token": ("bits_per_token", 4),
+        "bits in all": ("bits", 2),
+    }
     rows = []
     for label, (key, digits) in signed.items():
         rows.append([label, *(f"{sign_of(one['bound'])} {one[key]:.{digits}f}" for one in found)])
@@ -79,7 +109,9 @@ def run(args: Args) -> None:
 
 
 def _print_tokens(found: list[dict[str, Any]]) -> None:
-    """The text in colours on a terminal. Elsewhere a line per token, with its bits under every model."""
+    """The text in colours on a terminal. Elsewhere a line per token, with its bits under every
+    model.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -90,7 +122,9 @@ def _print_tokens(found: list[dict[str, Any]]) -> None:
         for group in [found] if texts[0] == texts[-1] else [[one] for one in found]:
             sys.stdout.write("\t".join(["", *(one["model"] for one in group)]) + "\n")
             for same in zip(*(one["tokens"] for one in group), strict=True):
-                sys.stdout.write("\t".join([same[0]["text"], *(f"{token['bits']:.3f}" for token in same)]) + "\n")
+                sys.stdout.write(
+                    "\t".join([same[0]["text"], *(f"{token['bits']:.3f}" for token in same)]) + "\n"
+                )
         return
     for one in found:
         console.print(Text(one["model"], style="bold"), soft_wrap=True)
@@ -98,9 +132,14 @@ def _print_tokens(found: list[dict[str, Any]]) -> None:
         for token in one["tokens"]:
             style = next(style for below, style in LEVELS if token["bits"] < below)
             # a space has no colour of its own
-            line.append(token["text"], f"{style} underline" if style and not token["text"].strip() else style)
+            line.append(
+                token["text"],
+                f"{style} underline" if style and not token["text"].strip() else style,
+            )
         console.print(line)
     legend = Text("bits per token: ", style="dim")
     for below, style in LEVELS:
-        legend.append("more" if math.isinf(below) else f"below {below:g}", style=style or "default").append("  ")
+        legend.append(
+            "more" if math.isinf(below) else f"below {below:g}", style=style or "default"
+        ).append("  ")
     console.print(legend)

@@ -11,13 +11,17 @@ from tarflowlm.errors import UserError
 
 @dataclass(frozen=True)
 class Args:
-    """Open a local page that writes, fills in, edits and scores with models, and shows runs as they train."""
+    """Open a local page that writes, fills in, edits and scores with models, and shows runs as they
+    train.
+    """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], arg("[MODEL ...]")] = ()
     """Models by name, run directories, folders of runs; by default the shipped models."""
     port: Count = None  # Port to serve at; the default is the first free one from 7860 on.
     host: Annotated[str, arg("ADDRESS")] = "127.0.0.1"
-    """Address to serve at. The default is reached from this machine alone; 0.0.0.0 is reached from everywhere."""
+    """Address to serve at. The default is reached from this machine alone; 0.0.0.0 is reached from
+    everywhere.
+    """
     no_browser: Flag = False  # Open no browser; the address is printed in any case.
     device: Device = "auto"
 

@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg, check, load_checkpoint, parse
+from tarflowlm.cli.options import (
+    Count,
+    Device,
+    Number,
+    Out,
+    PrintJson,
+    arg,
+    check,
+    load_checkpoint,
+    parse,
+)
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
@@ -21,7 +31,9 @@ class Args:
     """Corpus name, text file, or directory made by `tarflowlm data`."""
     steps: Count = None  # Optimiser steps in total; the stages keep their proportions.
     minutes: Number = None
-    """Train for this time instead, including evaluation and saving; the stages keep their shares of it."""
+    """Train for this time instead, including evaluation and saving; the stages keep their shares of
+    it.
+    """
     device: Device = "auto"
     checkpoint_every: Count = None  # Steps between checkpoints.
     blocks: Count = None  # Train only the first blocks of the preset's stack, this many.
@@ -30,8 +42,14 @@ class Args:
 
     def __post_init__(self) -> None:
         check(self, exclusive={"minutes": ("steps",)})
-        if self.blocks is not None and self.run is not None and not 1 <= self.blocks <= self.run.model.num_blocks:
-            raise UserError(f"blocks {self.blocks}: must be between 1 and the preset's {self.run.model.num_blocks}")
+        if (
+            self.blocks is not None
+            and self.run is not None
+            and not 1 <= self.blocks <= self.run.model.num_blocks
+        ):
+            raise UserError(
+                f"blocks {self.blocks}: must be between 1 and the preset's {self.run.model.num_blocks}"
+            )
         self.configured()  # for its errors
 
     def configured(self) -> RunConfig:
@@ -39,7 +57,9 @@ class Args:
         assert self.run is not None
         run = self.run
         train: dict[str, Any] = {"checkpoint_every": self.checkpoint_every, "minutes": self.minutes}
-        run = replace(run, train=replace(run.train, **{name: n for name, n in train.items() if n is not None}))
+        run = replace(
+            run, train=replace(run.train, **{name: n for name, n in train.items() if n is not None})
+        )
         if self.data is not None:
             run = replace(run, data=replace(run.data, source=self.data))
         if self.blocks is not None:
@@ -53,9 +73,15 @@ class TuneArgs:
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
     """Run directory, shipped model or hf:OWNER/NAME."""
-    data: Annotated[str, arg("SOURCE")]  # Text file, corpus name, or directory made with the model's tokenizer.
-    out: Annotated[Path, arg("PATH")]  # Run directory: a new one, or that of the same run, which goes on.
-    minutes: Number = None  # Time of the whole run, including evaluation and saving. Without --steps, 10.
+    data: Annotated[
+        str, arg("SOURCE")
+    ]  # Text file, corpus name, or directory made with the model's tokenizer.
+    out: Annotated[
+        Path, arg("PATH")
+    ]  # Run directory: a new one, or that of the same run, which goes on.
+    minutes: Number = (
+        None  # Time of the whole run, including evaluation and saving. Without --steps, 10.
+    )
     steps: Count = None  # Optimiser steps in total, instead.
     lr: Number = None  # Peak learning rate; half of that of the model's own training if left out.
     seed: int = 0  # Seed of the order of the data and of the noise.
@@ -76,22 +102,31 @@ class ResumeArgs:
 
 
 def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
-    """The words after `tarflowlm train`: PRESET, --from MODEL or --resume DIR, and options. Help ends the process."""
+    """The words after `tarflowlm train`: PRESET, --from MODEL or --resume DIR, and options. Help
+    ends the process.
+    """
     if argv[:1] in (["-h"], ["--help"]):
         from tarflowlm.terminal.bars import print_table
 
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]\n"
         usage += "tarflowlm train --from MODEL --data TEXT --out DIR\ntarflowlm train --resume DIR"
-        print_table(usage, [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()])
+        print_table(
+            usage,
+            [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()],
+        )
         raise SystemExit
     given = {word.partition("=")[0] for word in argv}
     if argv and not argv[0].startswith("-"):
         if "--from" in given:
-            raise UserError(f"{argv[0]} with --from: the model brings its own shape; leave the preset out")
+            raise UserError(
+                f"{argv[0]} with --from: the model brings its own shape; leave the preset out"
+            )
         name = argv[0]
         # some fields are true by default, so every flag --x has its --no-x; some take None
         config = (tyro.conf.AvoidSubcommands,)
-        args = parse(Args, argv[1:], f"tarflowlm train {name}", default=Args(run=preset(name)), config=config)
+        args = parse(
+            Args, argv[1:], f"tarflowlm train {name}", default=Args(run=preset(name)), config=config
+        )
         if args.out is None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
         return args
@@ -117,7 +152,11 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     with launched(pick_device(args.device)) as processes:
         # the first process alone shows its progress
         with ProgressReporter() if processes.first else nullcontext(Reporter()) as reporter:
-            options: dict[str, Any] = {"device": processes.device, "reporter": reporter, "processes": processes}
+            options: dict[str, Any] = {
+                "device": processes.device,
+                "reporter": reporter,
+                "processes": processes,
+            }
             options["stop_requests"] = stop_on_signals
             parent = None
             if isinstance(args, ResumeArgs):
@@ -125,7 +164,11 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
             elif isinstance(args, TuneArgs):
                 with processes.first_alone():
                     out, parent = args.out, load_checkpoint(args.source, "cpu")
-                length: dict[str, Any] = {"minutes": args.minutes, "steps": args.steps, "lr": args.lr}
+                length: dict[str, Any] = {
+                    "minutes": args.minutes,
+                    "steps": args.steps,
+                    "lr": args.lr,
+                }
                 config = tuning(parent, args.data, seed=args.seed, **length)
             else:
                 assert args.out is not None
@@ -135,10 +178,16 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
             return
     test, sign = summary["test"], sign_of(summary["test"]["bound"])
     rows = [
-        ("test", f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)"),
+        (
+            "test",
+            f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)",
+        ),
         ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
         ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
-        ("parameters", f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers"),
+        (
+            "parameters",
+            f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers",
+        ),
     ]
     print_result(args.json, summary, summary["preset"], rows)
     print_notice(f"next: tarflowlm sample {out}")

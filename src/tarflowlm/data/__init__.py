@@ -2,15 +2,50 @@
 
 from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import BPETokenizer, build_tokenizer
-from tarflowlm.data.corpus import Corpus, TokenArray, WindowSampler, eval_windows, open_corpus, sliding_windows
-from tarflowlm.data.prepare import cached_corpus, check_fit, check_source, encode_text_source, prepare_corpus, suited
+from tarflowlm.data.corpus import (
+    Corpus,
+    TokenArray,
+    WindowSampler,
+    eval_windows,
+    open_corpus,
+    sliding_windows,
+)
+from tarflowlm.data.prepare import (
+    cached_corpus,
+    check_fit,
+    check_source,
+    encode_text_source,
+    prepare_corpus,
+    suited,
+)
 from tarflowlm.data.sources import SOURCE_NAMES
 from tarflowlm.data.text import FIELD, normalize_text8, read_text
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
-    "FIELD", "SOURCE_NAMES", "TEXT8_ALPHABET", "BPETokenizer", "ByteTokenizer", "CharTokenizer", "Corpus",
-    "DataConfig", "TokenArray", "Tokenizer", "TokenizerConfig", "WindowSampler", "build_tokenizer", "cached_corpus",
-    "check_fit", "check_source", "encode_text_source", "eval_windows", "load_tokenizer", "normalize_text8",
-    "open_corpus", "prepare_corpus", "read_text", "sliding_windows", "suited",
-]  # fmt: skip
+    "FIELD",
+    "SOURCE_NAMES",
+    "TEXT8_ALPHABET",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Corpus",
+    "DataConfig",
+    "TokenArray",
+    "Tokenizer",
+    "TokenizerConfig",
+    "WindowSampler",
+    "build_tokenizer",
+    "cached_corpus",
+    "check_fit",
+    "check_source",
+    "encode_text_source",
+    "eval_windows",
+    "load_tokenizer",
+    "normalize_text8",
+    "open_corpus",
+    "prepare_corpus",
+    "read_text",
+    "sliding_windows",
+    "suited",
+]

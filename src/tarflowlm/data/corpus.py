@@ -1,4 +1,6 @@
-"""Prepared corpora (`meta.json`, hash-checked token shards in three splits, the tokenizer), and windows of tokens."""
+"""Prepared corpora (`meta.json`, hash-checked token shards in three splits, the tokenizer), and
+windows of tokens.
+"""
 
 import hashlib
 import json
@@ -23,8 +25,10 @@ Array = npt.NDArray[Any]
 
 
 class TokenArray:
-    """A read-only 1-d view of tokens in several parts, all but the last of one length, memory-mapped or in memory.
-    `tokens[start:stop]` copies the tokens there; `numpy.asarray(tokens)` gives one array."""
+    """A read-only 1-d view of tokens in several parts, all but the last of one length,
+    memory-mapped or in memory. `tokens[start:stop]` copies the tokens there;
+    `numpy.asarray(tokens)` gives one array.
+    """
 
     def __init__(self, parts: Sequence[Array]) -> None:
         assert all(len(part) == len(parts[0]) for part in parts[:-1])
@@ -55,7 +59,9 @@ class TokenArray:
 
     def windows(self, starts: Array, length: int) -> torch.Tensor:
         """Int64 [N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
-        return torch.from_numpy(np.stack([self[s : s + length] for s in starts.tolist()]).astype(np.int64))
+        return torch.from_numpy(
+            np.stack([self[s : s + length] for s in starts.tolist()]).astype(np.int64)
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         whole = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
@@ -63,8 +69,9 @@ class TokenArray:
 
 
 class Corpus:
-    """A prepared corpus on disk: the content `meta` of meta.json, the `tokenizer` it was encoded with, and tokens.
-    The tokens are memory-mapped and read only where they are used."""
+    """A prepared corpus on disk: the content `meta` of meta.json, the `tokenizer` it was encoded
+    with, and tokens. The tokens are memory-mapped and read only where they are used.
+    """
 
     def __init__(self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
         self.path, self.meta, self.tokenizer = path, meta, tokenizer
@@ -84,31 +91,42 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over the hashes of all shards: equal for equal tokens in equal splits."""
-        hashes = [[shard["sha256"] for shard in self.meta["splits"][split]["shards"]] for split in SPLITS]
+        hashes = [
+            [shard["sha256"] for shard in self.meta["splits"][split]["shards"]] for split in SPLITS
+        ]
         return hashlib.sha256(json.dumps(hashes).encode("ascii")).hexdigest()
 
     def changed_file(self, current: Sequence[Path] | None = None) -> Path | None:
-        """The first source file that has changed since, or None. Equal size and time count as unchanged. `current`
-        are the files of the source now, matched by name since a package may be reinstalled. None means the recorded
-        paths; then a missing file counts as unchanged."""
+        """The first source file that has changed since, or None. Equal size and time count as
+        unchanged. `current` are the files of the source now, matched by name since a package may be
+        reinstalled. None means the recorded paths; then a missing file counts as unchanged.
+        """
         recorded = {Path(record["path"]).name: record for record in self.meta["files"]}
         if current is None:
-            current = [path for record in recorded.values() if (path := Path(record["path"])).is_file()]
+            current = [
+                path for record in recorded.values() if (path := Path(record["path"])).is_file()
+            ]
         elif different := recorded.keys() ^ {path.name for path in current}:
             return Path(min(different))
         for path in current:
             record, now = recorded[path.name], path.stat()
             is_same = (now.st_size, now.st_mtime_ns) == (record["size"], record["mtime_ns"])
-            if not is_same and (now.st_size != record["size"] or sha256_of(path) != record["sha256"]):
+            if not is_same and (
+                now.st_size != record["size"] or sha256_of(path) != record["sha256"]
+            ):
                 return path
         return None
 
     def verify(self) -> None:
-        """UserError for a shard that differs from what was written; `open_corpus` checks only their sizes."""
+        """UserError for a shard that differs from what was written; `open_corpus` checks only their
+        sizes.
+        """
         for split in SPLITS:
             for shard in self.meta["splits"][split]["shards"]:
                 if sha256_of(self.path / shard["file"]) != shard["sha256"]:
-                    raise UserError(f"{self.path / shard['file']} is damaged: prepare the corpus again")
+                    raise UserError(
+                        f"{self.path / shard['file']} is damaged: prepare the corpus again"
+                    )
 
     @cached_property
     def _tokens(self) -> dict[str, TokenArray]:
@@ -116,9 +134,16 @@ class Corpus:
 
         def mapped(shard: dict[str, Any]) -> Array:
             # an empty file cannot be mapped
-            return np.memmap(self.path / shard["file"], dtype, "r") if shard["tokens"] else np.zeros(0, dtype)
+            return (
+                np.memmap(self.path / shard["file"], dtype, "r")
+                if shard["tokens"]
+                else np.zeros(0, dtype)
+            )
 
-        return {split: TokenArray([mapped(s) for s in self.meta["splits"][split]["shards"]]) for split in SPLITS}
+        return {
+            split: TokenArray([mapped(s) for s in self.meta["splits"][split]["shards"]])
+            for split in SPLITS
+        }
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split} {self.num_tokens(split):,}" for split in SPLITS)
@@ -131,7 +156,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def open_corpus(path: str | os.PathLike[str]) -> Corpus:
-    """The corpus prepared in directory `path`. UserError if a file is missing, truncated or foreign."""
+    """The corpus prepared in directory `path`. UserError if a file is missing, truncated or
+    foreign.
+    """
     folder = Path(path)
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -146,30 +173,45 @@ def open_corpus(path: str | os.PathLike[str]) -> Corpus:
                 if (folder / shard["file"]).stat().st_size != size:
                     raise ValueError(f"{shard['file']} does not have {size:,} bytes")
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a complete corpus, {error.filename} is missing: prepare it again") from None
+        raise UserError(
+            f"{folder} is not a complete corpus, {error.filename} is missing: prepare it again"
+        ) from None
     except (OSError, LookupError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"the corpus {folder} cannot be used ({reason}): prepare it again") from None
+        raise UserError(
+            f"the corpus {folder} cannot be used ({reason}): prepare it again"
+        ) from None
     return corpus
 
 
 class WindowSampler:
     """An endless stream of batches of windows, fixed by `seed` alone.
 
-    Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a permutation of the
-    non-overlapping windows from there on, so no token is seen twice in an epoch. The permutations of successive
-    epochs form one sequence, cut into global batches of `world * batch` windows, of which rank r takes the r-th
-    `batch`. The stream is the same for equal `world * batch`, so another number of ranks can resume it."""
+    Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a
+    permutation of the non-overlapping windows from there on, so no token is seen twice in an epoch.
+    The permutations of successive epochs form one sequence, cut into global batches of `world *
+    batch` windows, of which rank r takes the r-th `batch`. The stream is the same for equal `world
+    * batch`, so another number of ranks can resume it.
+    """
 
     def __init__(
-        self, tokens: TokenArray | Array, *, window: int, batch: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        tokens: TokenArray | Array,
+        *,
+        window: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         assert min(window, batch) >= 1, (window, batch)
         assert 0 <= rank < world, (rank, world)
         self.tokens = TokenArray.of(tokens)
         _check_length(len(self.tokens), window)
         self.window, self.batch, self.seed, self.rank, self.world = window, batch, seed, rank, world
-        self.epoch = self.position = 0  # completed passes over the text, windows used in this one by all ranks
+        self.epoch = self.position = (
+            0  # completed passes over the text, windows used in this one by all ranks
+        )
         self._starts = self._epoch_starts(0)
 
     def next(self) -> torch.Tensor:
@@ -186,14 +228,20 @@ class WindowSampler:
         return self.tokens.windows(starts, self.window)
 
     def state_dict(self) -> dict[str, int]:
-        """The position in the stream, and the stream's seed, window and number of tokens; small JSON."""
+        """The position in the stream, and the stream's seed, window and number of tokens; small
+        JSON.
+        """
         return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken. UserError if that stream had another text, window or seed."""
+        """Continue where `state` was taken. UserError if that stream had another text, window or
+        seed.
+        """
         for name, ours in self._identity().items():
             if state[name] != ours:
-                raise UserError(f"cannot resume the data stream: it had {name}={state[name]}, this run has {ours}")
+                raise UserError(
+                    f"cannot resume the data stream: it had {name}={state[name]}, this run has {ours}"
+                )
         self.epoch, self.position = state["epoch"], state["position"]
         self._starts = self._epoch_starts(self.epoch)
         assert 0 <= self.position <= len(self._starts), state
@@ -210,19 +258,25 @@ class WindowSampler:
 
 
 def eval_windows(tokens: TokenArray | Array, window: int, limit: int | None = None) -> torch.Tensor:
-    """Consecutive windows without overlap, int64 [N, window]: `sliding_windows` with the stride of a window."""
+    """Consecutive windows without overlap, int64 [N, window]: `sliding_windows` with the stride of
+    a window.
+    """
     return sliding_windows(tokens, window, window, limit)[0]
 
 
 def sliding_windows(
     tokens: TokenArray | Array, window: int, stride: int, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows every `stride` tokens, and how many leading tokens of each are context only: int64 [N, window], [N].
-    The tokens after the context continue those of the window before, so every token counts once; the first window has
-    no context. `limit` keeps at most that many windows, evenly spaced over the text, all with `window - stride`
-    tokens of context, as nearly every window of the text has. Fewer than `stride` tokens at the end are left out."""
+    """Windows every `stride` tokens, and how many leading tokens of each are context only: int64
+    [N, window], [N]. The tokens after the context continue those of the window before, so every
+    token counts once; the first window has no context. `limit` keeps at most that many windows,
+    evenly spaced over the text, all with `window - stride` tokens of context, as nearly every
+    window of the text has. Fewer than `stride` tokens at the end are left out.
+    """
     if not 1 <= stride <= window:
-        raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
+        raise UserError(
+            f"stride {stride}: must be at least 1 and at most the context of {window} tokens"
+        )
     if limit is not None and limit < 1:
         raise UserError(f"windows {limit}: must be at least 1")
     _check_length(len(view := TokenArray.of(tokens)), window)
@@ -240,4 +294,6 @@ def sliding_windows(
 def _check_length(num_tokens: int, window: int) -> None:
     if num_tokens < window:
         rule = "use a longer text or a smaller window"
-        raise UserError(f"the text has {num_tokens} tokens, fewer than one window of {window}: {rule}")
+        raise UserError(
+            f"the text has {num_tokens} tokens, fewer than one window of {window}: {rule}"
+        )

@@ -1,6 +1,7 @@
-"""Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards. Until it is
-complete, a corpus is in `.<name>.partial` beside its directory, where `resume.npz` holds the source's position behind
-the last finished shard and the tokens since then."""
+"""Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards.
+Until it is complete, a corpus is in `.<name>.partial` beside its directory, where `resume.npz`
+holds the source's position behind the last finished shard and the tokens since then.
+"""
 
 import hashlib
 import json
@@ -18,8 +19,24 @@ import numpy.typing as npt
 
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
-from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, TextFile, cache_root, resolve_source
+from tarflowlm.data.corpus import (
+    FORMAT,
+    META,
+    VERSION,
+    Corpus,
+    TokenArray,
+    open_corpus,
+    token_dtype,
+)
+from tarflowlm.data.sources import (
+    SOURCE_NAMES,
+    SPLITS,
+    Source,
+    Split,
+    TextFile,
+    cache_root,
+    resolve_source,
+)
 from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
@@ -28,48 +45,75 @@ from tarflowlm.progress import SILENT, Progress
 
 RESUME = "resume.npz"
 SHARD_TOKENS = 1 << 26
-BPE_CHARACTERS = 1 << 27  # of the training split, at most, for training BPE: the words it counts need memory
+BPE_CHARACTERS = (
+    1 << 27
+)  # of the training split, at most, for training BPE: the words it counts need memory
 
 log = logging.getLogger("tarflowlm")
 
 
 def cached_corpus(
-    source: str, tokenizer: TokenizerConfig | Tokenizer | None = None,
-    cache_dir: str | os.PathLike[str] | None = None, *, progress: Progress = SILENT, may_download: bool = True,
-) -> Corpus:  # fmt: skip
+    source: str,
+    tokenizer: TokenizerConfig | Tokenizer | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress = SILENT,
+    may_download: bool = True,
+) -> Corpus:
     """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
 
-    `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
-    source file changed or its tokenizer is another). `tokenizer`: None means that of a prepared directory, else the
-    default. `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. An entry that is damaged, or whose source
-    changed, is prepared again with a warning. Without `may_download`, UserError for a text that would be."""
+    `source`: a corpus name, a text file, or a prepared directory, which is opened where it is
+    (UserError if its source file changed or its tokenizer is another). `tokenizer`: None means that
+    of a prepared directory, else the default. `cache_dir`: None means $TARFLOWLM_CACHE or
+    ~/.cache/tarflowlm. An entry that is damaged, or whose source changed, is prepared again with a
+    warning. Without `may_download`, UserError for a text that would be.
+    """
     if _is_prepared(source):
         corpus = open_corpus(source)
         if tokenizer is not None:
             _check_tokenizer(corpus, tokenizer)
         if changed := corpus.changed_file():
-            raise UserError(f"{changed} changed since {source} was prepared: delete {source} and prepare it again")
+            raise UserError(
+                f"{changed} changed since {source} was prepared: delete {source} and prepare it again"
+            )
         return corpus
     found, wanted = resolve_source(source), tokenizer or TokenizerConfig()
     root = Path(cache_dir) if cache_dir is not None else cache_root()
     key = json.dumps([VERSION, found.identity, _key(_built(wanted))], sort_keys=True)
-    target = root / "corpora" / f"{Path(found.identity).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    target = (
+        root
+        / "corpora"
+        / f"{Path(found.identity).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    )
     usable = _usable(target, found)[0]
     if usable is None and not may_download and (found.files is None or found.is_large):
-        usual, asked = asdict(TokenizerConfig()), asdict(wanted) if isinstance(wanted, TokenizerConfig) else {}
-        options = "".join(f" --{name.replace('_', '-')} {x}" for name, x in asked.items() if x != usual[name])
+        usual, asked = (
+            asdict(TokenizerConfig()),
+            asdict(wanted) if isinstance(wanted, TokenizerConfig) else {},
+        )
+        options = "".join(
+            f" --{name.replace('_', '-')} {x}" for name, x in asked.items() if x != usual[name]
+        )
         first = f"`tarflowlm data {source} --out DIR{options}`"
-        raise UserError(f"{source}: several processes would wait for its preparation; run {first}, then --data DIR")
+        raise UserError(
+            f"{source}: several processes would wait for its preparation; run {first}, then --data DIR"
+        )
     return usable or _write(found, wanted, target, progress)
 
 
 def prepare_corpus(
-    source: str | Source, tokenizer: TokenizerConfig | Tokenizer, out: str | os.PathLike[str], *,
-    progress: Progress = SILENT, shard_tokens: int = SHARD_TOKENS,
-) -> Corpus:  # fmt: skip
-    """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`. `out`
-    appears complete or not at all. If it already holds this very corpus, that is opened; anything else there is a
-    UserError. The next equal call resumes a killed preparation. Of several processes one prepares."""
+    source: str | Source,
+    tokenizer: TokenizerConfig | Tokenizer,
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress = SILENT,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Corpus:
+    """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory
+    `out`. `out` appears complete or not at all. If it already holds this very corpus, that is
+    opened; anything else there is a UserError. The next equal call resumes a killed preparation. Of
+    several processes one prepares.
+    """
     target, found = Path(out), source if isinstance(source, Source) else resolve_source(source)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return _write(found, tokenizer, target, progress, shard_tokens)
@@ -88,30 +132,44 @@ def check_source(source: str) -> None:
 
 
 FITTED = 1 << 20  # characters at the beginning of a text that `check_fit` reads
-STRANGE = 0.01  # share of letters that text8's normalisation may lose in a text for a model that has only a-z
+# share of letters that text8's normalisation may lose in a text for a model that has only a-z
+STRANGE = 0.01
 
 
 def check_fit(source: str, tokenizer: Tokenizer) -> None:
-    """UserError if the beginning of a text file is in letters that the tokenizer drops or spells byte by byte."""
+    """UserError if the beginning of a text file is in letters that the tokenizer drops or spells
+    byte by byte.
+    """
     if _is_prepared(source) or not isinstance(found := resolve_source(source), TextFile):
         return
     text = _beginning(found)
     remedy = f"train a new model on it: `tarflowlm train english-small --data {source} --out DIR`"
     if tokenizer.normalization == "text8":
         if (lost := _lost(text)) > STRANGE:
-            raise UserError(f"{lost:.1%} of the letters of {source} are not a-z, all that the model has: {remedy}")
+            raise UserError(
+                f"{lost:.1%} of the letters of {source} are not a-z, all that the model has: {remedy}"
+            )
     elif tokenizer.kind == "bpe" and (count := len(tokenizer.encode(text))) > len(text):
         per = f"{count / len(text):.1f} tokens of the model for a character of {source}"
         raise UserError(f"{per}, since they were made for another language: {remedy}")
 
 
 def suited(source: str, wanted: TokenizerConfig) -> TokenizerConfig:
-    """The tokenizer that is `wanted`; in place of the default one, bytes for a user's text that it would not keep."""
+    """The tokenizer that is `wanted`; in place of the default one, bytes for a user's text that it
+    would not keep.
+    """
     if wanted != TokenizerConfig() or source in SOURCE_NAMES or _is_prepared(source):
         return wanted
-    if not isinstance(found := resolve_source(source), TextFile) or (lost := _lost(_beginning(found))) <= STRANGE:
+    if (
+        not isinstance(found := resolve_source(source), TextFile)
+        or (lost := _lost(_beginning(found))) <= STRANGE
+    ):
         return wanted
-    log.warning("%.1f %% of the letters of %s are not a-z: its tokens are bytes, which keep all", 100 * lost, source)
+    log.warning(
+        "%.1f %% of the letters of %s are not a-z: its tokens are bytes, which keep all",
+        100 * lost,
+        source,
+    )
     return TokenizerConfig(kind="byte", normalize="none")
 
 
@@ -126,11 +184,16 @@ def _lost(text: str) -> float:
 
 
 def encode_text_source(
-    source: str, tokenizer: Tokenizer, splits: Sequence[str] = SPLITS, *, progress: Progress = SILENT
+    source: str,
+    tokenizer: Tokenizer,
+    splits: Sequence[str] = SPLITS,
+    *,
+    progress: Progress = SILENT,
 ) -> dict[str, TokenArray]:
-    """Tokens of another text under a given tokenizer, which also normalises it; in memory. `source`: a corpus name, a
-    text file, or a directory that was prepared with this very tokenizer. `splits` may name "all", too: the whole
-    text. A split of a short text may be empty."""
+    """Tokens of another text under a given tokenizer, which also normalises it; in memory.
+    `source`: a corpus name, a text file, or a directory that was prepared with this very tokenizer.
+    `splits` may name "all", too: the whole text. A split of a short text may be empty.
+    """
     found: dict[str, list[Any]] = {split: [] for split in SPLITS}
     if _is_prepared(source):
         corpus = open_corpus(source)
@@ -146,7 +209,9 @@ def encode_text_source(
                 if {split, "all"} & {*splits}:
                     found[split].append(tokenizer.encode_each(texts).astype(dtype))
                 progress.advance(sum(map(len, texts)))
-        found = {split: [np.concatenate([np.zeros(0, dtype), *parts])] for split, parts in found.items()}
+        found = {
+            split: [np.concatenate([np.zeros(0, dtype), *parts])] for split, parts in found.items()
+        }
     found["all"] = [part for split in SPLITS for part in found[split]]
     return {name: TokenArray.of(np.concatenate(found[name])) for name in splits}
 
@@ -156,7 +221,9 @@ def _is_prepared(source: str) -> bool:
 
 
 def _usable(target: Path, source: Source) -> tuple[Corpus | None, str]:
-    """The corpus in `target` if it can be used and its source is unchanged, else None and the reason."""
+    """The corpus in `target` if it can be used and its source is unchanged, else None and the
+    reason.
+    """
     if not (target / META).is_file():
         return None, ""
     try:
@@ -169,7 +236,11 @@ def _usable(target: Path, source: Source) -> tuple[Corpus | None, str]:
 
 def _built(wanted: TokenizerConfig | Tokenizer) -> TokenizerConfig | Tokenizer:
     """The tokenizer itself, unless it has to be trained."""
-    return build_tokenizer(wanted) if isinstance(wanted, TokenizerConfig) and not wanted.needs_training else wanted
+    return (
+        build_tokenizer(wanted)
+        if isinstance(wanted, TokenizerConfig) and not wanted.needs_training
+        else wanted
+    )
 
 
 def _key(tokenizer: TokenizerConfig | Tokenizer) -> Any:
@@ -192,9 +263,15 @@ def _check_tokenizer(corpus: Corpus, wanted: TokenizerConfig | Tokenizer) -> Non
 
 
 def _write(
-    source: Source, wanted: TokenizerConfig | Tokenizer, target: Path, progress: Progress, size: int = SHARD_TOKENS
+    source: Source,
+    wanted: TokenizerConfig | Tokenizer,
+    target: Path,
+    progress: Progress,
+    size: int = SHARD_TOKENS,
 ) -> Corpus:
-    """Prepare `source` in the place of whatever corpus `target` holds, unless another process was faster."""
+    """Prepare `source` in the place of whatever corpus `target` holds, unless another process was
+    faster.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with waiting_lock(target):
         corpus, problem = _usable(target, source)
@@ -203,28 +280,54 @@ def _write(
         if problem:
             log.warning("preparing %s again: %s", source.name, problem)
         files = [
-            {"path": str(p), "size": p.stat().st_size, "mtime_ns": p.stat().st_mtime_ns, "sha256": sha256_of(p)}
+            {
+                "path": str(p),
+                "size": p.stat().st_size,
+                "mtime_ns": p.stat().st_mtime_ns,
+                "sha256": sha256_of(p),
+            }
             for p in source.obtain(progress)
         ]
         tokenizer = _built(wanted)
         # the shares, so that what an earlier version split in another way is begun again
-        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size, *source.shares]
+        plan = [
+            source.identity,
+            [file["sha256"] for file in files],
+            _key(tokenizer),
+            size,
+            *source.shares,
+        ]
         folder = target.with_name(f".{target.name}.partial")
         try:
             shards = _Shards(folder, plan, size)
             if isinstance(tokenizer, TokenizerConfig):
                 text = _training_text(source, tokenizer, progress)
-                tokenizer = build_tokenizer(tokenizer, text) if shards.cursor is None else load_tokenizer(folder)
+                tokenizer = (
+                    build_tokenizer(tokenizer, text)
+                    if shards.cursor is None
+                    else load_tokenizer(folder)
+                )
             tokenizer.save(folder)
             _encode(source, tokenizer, shards, progress)
         except BaseException:
             if not (folder / RESUME).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        meta = {"format": FORMAT, "version": VERSION, "source": source.name, "identity": source.identity}
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": source.name,
+            "identity": source.identity,
+        }
         config = None if isinstance(wanted, Tokenizer) else asdict(wanted)
-        meta |= {"files": files, "tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_config": config}
-        write_json(folder / META, meta | {"vocab_size": tokenizer.vocab_size, "splits": shards.splits})
+        meta |= {
+            "files": files,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "tokenizer_config": config,
+        }
+        write_json(
+            folder / META, meta | {"vocab_size": tokenizer.vocab_size, "splits": shards.splits}
+        )
         (folder / RESUME).unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
@@ -243,7 +346,10 @@ def _training_text(source: Source, config: TokenizerConfig, progress: Progress) 
 
 
 def _encode(source: Source, tokenizer: Tokenizer, shards: "_Shards", progress: Progress) -> None:
-    stream, dtype = source.stream(tokenizer.normalization, shards.cursor, progress), token_dtype(tokenizer.vocab_size)
+    stream, dtype = (
+        source.stream(tokenizer.normalization, shards.cursor, progress),
+        token_dtype(tokenizer.vocab_size),
+    )
     done = sum(record["characters"] for record in shards.splits.values())
     progress.stage(f"encoding {source.name}, characters", stream.total, done)
     for batch in stream.batches:
@@ -260,14 +366,24 @@ def _encode(source: Source, tokenizer: Tokenizer, shards: "_Shards", progress: P
 
 
 class _Shards:
-    """The shards of a corpus in `folder`, of `shard_tokens` tokens each, and the tokens that wait for the next ones.
-    It takes over the files of a killed preparation of the same `plan`, the JSON of all that they depend on."""
+    """The shards of a corpus in `folder`, of `shard_tokens` tokens each, and the tokens that wait
+    for the next ones. It takes over the files of a killed preparation of the same `plan`, the JSON
+    of all that they depend on.
+    """
 
     def __init__(self, folder: Path, plan: Any, shard_tokens: int) -> None:
-        self.folder, self.plan, self.shard_tokens = folder, json.loads(json.dumps(plan)), shard_tokens
-        self.cursor: Any = None  # position of the source behind the tokens in `waiting`; None at the start
+        self.folder, self.plan, self.shard_tokens = (
+            folder,
+            json.loads(json.dumps(plan)),
+            shard_tokens,
+        )
+        self.cursor: Any = (
+            None  # position of the source behind the tokens in `waiting`; None at the start
+        )
         self.waiting: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
-        self.splits: dict[Split, dict[str, Any]] = {s: {"tokens": 0, "characters": 0, "shards": []} for s in SPLITS}
+        self.splits: dict[Split, dict[str, Any]] = {
+            s: {"tokens": 0, "characters": 0, "shards": []} for s in SPLITS
+        }
         """Tokens, characters, and finished shards (file, tokens, sha256) of every split."""
         if not self._resume():
             shutil.rmtree(folder, ignore_errors=True)
@@ -279,7 +395,9 @@ class _Shards:
         self.splits[split]["characters"] += characters
 
     def write_full(self, cursor: Any) -> None:
-        """Write the shards that are full, if any, and with them how to go on from `cursor`, the source's position."""
+        """Write the shards that are full, if any, and with them how to go on from `cursor`, the
+        source's position.
+        """
         if max(sum(map(len, waiting)) for waiting in self.waiting.values()) < self.shard_tokens:
             return
         for split in SPLITS:
@@ -290,7 +408,9 @@ class _Shards:
             np.savez(file, state=state, **arrays)
 
     def write(self, split: Split, *, everything: bool = False) -> None:
-        """Write the full shards of a split; with `everything` also its last one, at least one in all."""
+        """Write the full shards of a split; with `everything` also its last one, at least one in
+        all.
+        """
         tokens = np.concatenate(self.waiting[split] or [np.zeros(0, "u1")])
         shards = self.splits[split]["shards"]
         while len(tokens) >= self.shard_tokens or (everything and (len(tokens) or not shards)):
@@ -298,7 +418,13 @@ class _Shards:
             name = f"{split}-{len(shards):05d}.bin"
             with replacing(self.folder / name) as temporary:
                 shard.tofile(temporary)
-            shards.append({"file": name, "tokens": len(shard), "sha256": hashlib.sha256(shard.data).hexdigest()})
+            shards.append(
+                {
+                    "file": name,
+                    "tokens": len(shard),
+                    "sha256": hashlib.sha256(shard.data).hexdigest(),
+                }
+            )
         self.waiting[split] = [tokens]
 
     def _resume(self) -> bool:

@@ -1,4 +1,6 @@
-"""From what a user writes to tokens: the one rule by which texts, prompts, templates and stops are read."""
+"""From what a user writes to tokens: the one rule by which texts, prompts, templates and stops are
+read.
+"""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ _SHOWN = 200  # characters of a text in a notice
 
 @dataclass(frozen=True)
 class Reading:
-    """A user's text as a model reads it: `tokens`, int64 [T], and their `text`; `given` is what the user wrote."""
+    """A user's text as a model reads it: `tokens`, int64 [T], and their `text`; `given` is what the
+    user wrote.
+    """
 
     tokens: Tensor
     text: str
@@ -32,17 +36,24 @@ class Reading:
 
 
 def read(
-    tokenizer: Tokenizer, text: str, *,
-    name: str = "text", normalize: Normalization | None = None, goes_on: bool = False,
-) -> Reading:  # fmt: skip
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    name: str = "text",
+    normalize: Normalization | None = None,
+    goes_on: bool = False,
+) -> Reading:
     """Normalise `text` as the training text of the tokenizer's model was, and encode it.
 
-    text8 gives lower case, spelled digits, and one space for everything else; the text keeps a space at either end if
-    and only if it was given with white space there. Without normalisation the text becomes lower case for an alphabet
-    without upper case. `normalize` takes the place of the tokenizer's normalisation. `goes_on`: the model continues
-    the text, so where tokens hold the space before a word, a space at the end is left to the next token.
+    text8 gives lower case, spelled digits, and one space for everything else; the text keeps a
+    space at either end if and only if it was given with white space there. Without normalisation
+    the text becomes lower case for an alphabet without upper case. `normalize` takes the place of
+    the tokenizer's normalisation. `goes_on`: the model continues the text, so where tokens hold the
+    space before a word, a space at the end is left to the next token.
 
-    UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or leaves nothing."""
+    UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or
+    leaves nothing.
+    """
     _check(text, name)
     how = normalize or tokenizer.normalization
     found = _normalized(tokenizer, text, how)
@@ -53,25 +64,41 @@ def read(
 def read_template(
     tokenizer: Tokenizer, text: str, blank: str = "_", *, normalize: Normalization | None = None
 ) -> Reading:
-    """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`. The pieces between the
-    blanks are read as by `read`, each before a blank as one that goes on. A blank counts as a letter: a comma beside
-    it becomes a space."""
+    """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`. The
+    pieces between the blanks are read as by `read`, each before a blank as one that goes on. A
+    blank counts as a letter: a comma beside it becomes a space.
+    """
     _check(text, "template")
-    if not isinstance(blank, str) or len(blank) != 1 or (tokenizer.kind == "char" and blank in tokenizer.symbols):
-        raise UserError(f"blank {blank!r}: must be a single character that is not in the model's alphabet")
+    if (
+        not isinstance(blank, str)
+        or len(blank) != 1
+        or (tokenizer.kind == "char" and blank in tokenizer.symbols)
+    ):
+        raise UserError(
+            f"blank {blank!r}: must be a single character that is not in the model's alphabet"
+        )
     *before, last = text.split(blank)
     if not before:
         remedy = f"mark tokens to fill in by {blank!r}, or give it as the prompt"
         raise UserError(f"the template {text!r} has no blank: {remedy}")
     how = normalize or tokenizer.normalization
-    pieces = [_normalized(tokenizer, p, how, i > 0, i < len(before)) for i, p in enumerate([*before, last])]
+    pieces = [
+        _normalized(tokenizer, p, how, i > 0, i < len(before))
+        for i, p in enumerate([*before, last])
+    ]
     _check_left("".join(pieces), text.replace(blank, ""), "template", how)
-    parts = [part for piece in pieces[:-1] for part in (_encode(tokenizer, piece, True), torch.tensor([BLANK]))]
+    parts = [
+        part
+        for piece in pieces[:-1]
+        for part in (_encode(tokenizer, piece, True), torch.tensor([BLANK]))
+    ]
     return Reading(torch.cat([*parts, _encode(tokenizer, pieces[-1])]), blank.join(pieces), text)
 
 
 def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
-    return torch.from_numpy(tokenizer.encode(text.removesuffix(" ") if goes_on and tokenizer.holds_spaces else text))
+    return torch.from_numpy(
+        tokenizer.encode(text.removesuffix(" ") if goes_on and tokenizer.holds_spaces else text)
+    )
 
 
 def _check(text: str, name: str) -> None:
@@ -79,24 +106,38 @@ def _check(text: str, name: str) -> None:
         raise UserError(f"{name} {text!r}: give a text, a str")
     if not text:
         raise UserError(f"the {name} is empty: give at least one character")
-    # half of a surrogate pair; Python keeps bytes of the command line that it cannot decode as such (PEP 383)
+    # half of a surrogate pair; Python keeps bytes of the command line that it cannot decode as such
+    # (PEP 383)
     if (found := re.search("[\ud800-\udfff]", text)) is not None:
-        what = f"byte 0x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else repr(found[0])
-        raise UserError(f"the {name} is not UTF-8 (character {found.start()} is {what}): convert it to UTF-8")
+        what = (
+            f"byte 0x{ord(found[0]) - 0xDC00:02x}"
+            if "\udc80" <= found[0] <= "\udcff"
+            else repr(found[0])
+        )
+        raise UserError(
+            f"the {name} is not UTF-8 (character {found.start()} is {what}): convert it to UTF-8"
+        )
 
 
 def _check_left(found: str, given: str, name: str, how: Normalization) -> None:
     if given.strip() and not found.strip():
-        raise UserError(f"nothing is left of the {name} {given!r} once normalised ({how}): give some letters a-z")
+        raise UserError(
+            f"nothing is left of the {name} {given!r} once normalised ({how}): give some letters a-z"
+        )
 
 
 def _normalized(
-    tokenizer: Tokenizer, text: str, how: Normalization, after_blank: bool = False, before_blank: bool = False
+    tokenizer: Tokenizer,
+    text: str,
+    how: Normalization,
+    after_blank: bool = False,
+    before_blank: bool = False,
 ) -> str:
     if how == "none" or not text:
         return text.lower() if tokenizer.is_lower_case else text
     words = normalize_text8(text).strip()
-    # beside a blank, which is a letter, everything else becomes a space as it would in the middle of a text
+    # beside a blank, which is a letter, everything else becomes a space as it would in the middle
+    # of a text
     first = text[0].isspace() or (after_blank and text[0] not in ascii_letters)
     last = text[-1].isspace() or (before_blank and text[-1] not in ascii_letters)
     return " " * first + words + " " * last if words else " " * (first and last)

@@ -1,4 +1,6 @@
-"""The interface of all tokenizers, and the tokenizers over characters and bytes (BPE is in `bpe.py`)."""
+"""The interface of all tokenizers, and the tokenizers over characters and bytes (BPE is in
+`bpe.py`).
+"""
 
 import hashlib
 import json
@@ -22,15 +24,19 @@ FORMAT, VERSION = "tarflowlm-tokenizer", 1
 
 class Tokenizer(ABC):
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
-    `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not normalise: call `prepare`
-    first on text from a file, or read a user's text with `prompts.read`. Immutable."""
+    `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not
+    normalise: call `prepare` first on text from a file, or read a user's text with `prompts.read`.
+    Immutable.
+    """
 
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type["Tokenizer"]]] = {}
 
     def __init__(self, normalization: Normalization = "none") -> None:
         if normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalize={normalization!r} is not one of {', '.join(NORMALIZATIONS)}")
+            raise ValueError(
+                f"normalize={normalization!r} is not one of {', '.join(NORMALIZATIONS)}"
+            )
         self.normalization: Normalization = normalization
 
     def __init_subclass__(cls) -> None:
@@ -43,7 +49,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids [N] of `text`, which is not normalised. UserError for characters outside the vocabulary."""
+        """Token ids [N] of `text`, which is not normalised. UserError for characters outside the
+        vocabulary.
+        """
 
     @cached_property
     def holds_spaces(self) -> bool:
@@ -60,7 +68,9 @@ class Tokenizer(ABC):
 
     @classmethod
     def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "Tokenizer":
-        """Inverse of `_payload`; may raise LookupError, TypeError or ValueError for foreign content."""
+        """Inverse of `_payload`; may raise LookupError, TypeError or ValueError for foreign
+        content.
+        """
         return cls(normalization)
 
     @property
@@ -82,20 +92,32 @@ class Tokenizer(ABC):
         return self if normalization is None else self._from_payload(self._payload(), normalization)
 
     def decode(self, ids: Any) -> str:
-        """Text of 1-d integer `ids` (list, array or tensor), each in 0 .. V-1; incomplete UTF-8 shows as U+FFFD."""
+        """Text of 1-d integer `ids` (list, array or tensor), each in 0 .. V-1; incomplete UTF-8
+        shows as U+FFFD.
+        """
         array, table = np.asarray(ids), self.token_bytes
         if array.size == 0:
             return ""
-        if array.ndim != 1 or array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < len(table):
+        if (
+            array.ndim != 1
+            or array.dtype.kind not in "iu"
+            or not 0 <= array.min() <= array.max() < len(table)
+        ):
             found = f"{array.dtype}, shape {list(array.shape)}, from {array.min()} to {array.max()}"
-            raise UserError(f"token ids must be 1-d integers from 0 to {len(table) - 1}, not an array of {found}")
+            raise UserError(
+                f"token ids must be 1-d integers from 0 to {len(table) - 1}, not an array of {found}"
+            )
         return b"".join([table[i] for i in array.tolist()]).decode("utf-8", errors="replace")
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:
-        """Int64 [V]: the UTF-8 bytes of each token that start a character: over a text, its characters."""
+        """Int64 [V]: the UTF-8 bytes of each token that start a character: over a text, its
+        characters.
+        """
         # a continuation byte is 0b10xxxxxx
-        return np.array([sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64)
+        return np.array(
+            [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64
+        )
 
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
@@ -104,16 +126,22 @@ class Tokenizer(ABC):
 
     @cached_property
     def symbols(self) -> list[str]:
-        """[V]: every token as a printable string; unprintable parts are escaped (`\\n`, `\\xe2`)."""
+        """[V]: every token as a printable string; unprintable parts are escaped (`\\n`,
+        `\\xe2`).
+        """
         return [_printable(token) for token in self.token_bytes]
 
     def to_json(self) -> str:
-        """Everything that defines this tokenizer, as readable JSON; `Tokenizer.from_json` reads it back."""
+        """Everything that defines this tokenizer, as readable JSON; `Tokenizer.from_json` reads it
+        back.
+        """
         return json.dumps(self._document(), ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, name: str = "tokenizer JSON") -> "Tokenizer":
-        """Inverse of `to_json`. UserError, calling the input `name`, for foreign or damaged text."""
+        """Inverse of `to_json`. UserError, calling the input `name`, for foreign or damaged
+        text.
+        """
         try:
             document = json.loads(text)
             if document["format"] != FORMAT or document["version"] != VERSION:
@@ -121,21 +149,32 @@ class Tokenizer(ABC):
             return Tokenizer._kinds[document["kind"]]._from_payload(document, document["normalize"])
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-            raise UserError(f"{name} is damaged, or no tokenizer of this version of tarflowlm: {reason}") from None
+            raise UserError(
+                f"{name} is damaged, or no tokenizer of this version of tarflowlm: {reason}"
+            ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json()` atomically to the file `path`, or to `path/tokenizer.json` if `path` is a directory."""
+        """Write `to_json()` atomically to the file `path`, or to `path/tokenizer.json` if `path` is
+        a directory.
+        """
         with replacing(_file(path)) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8", newline="")
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the content: equal for tokenizers that encode, decode and normalise alike."""
+        """sha256 (hex) of the content: equal for tokenizers that encode, decode and normalise
+        alike.
+        """
         canonical = json.dumps(self._document(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
     def _document(self) -> dict[str, Any]:
-        head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "normalize": self.normalization}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "normalize": self.normalization,
+        }
         return head | self._payload()
 
     def __repr__(self) -> str:
@@ -151,7 +190,8 @@ class CharTokenizer(Tokenizer):
         super().__init__(normalization)
         check_alphabet(alphabet)
         self.alphabet, codes = alphabet, list(map(ord, alphabet))
-        # the id of every code point, -1 for foreign ones; all above the alphabet share the last place
+        # the id of every code point, -1 for foreign ones; all above the alphabet share the last
+        # place
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))
 
@@ -174,7 +214,9 @@ class CharTokenizer(Tokenizer):
         return {"alphabet": self.alphabet}
 
     @classmethod
-    def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "CharTokenizer":
+    def _from_payload(
+        cls, payload: dict[str, Any], normalization: Normalization
+    ) -> "CharTokenizer":
         return cls(payload["alphabet"], normalization)
 
 
@@ -192,13 +234,21 @@ class ByteTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer saved in the file `path`, or in `path/tokenizer.json` if `path` is a directory."""
+    """The tokenizer saved in the file `path`, or in `path/tokenizer.json` if `path` is a
+    directory.
+    """
     source = _file(path)
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({first_line(error)})"
-        raise UserError(f"{source} {reason}: give a tokenizer.json or the directory that holds one") from None
+        reason = (
+            "does not exist"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read ({first_line(error)})"
+        )
+        raise UserError(
+            f"{source} {reason}: give a tokenizer.json or the directory that holds one"
+        ) from None
     return Tokenizer.from_json(text, name=str(source))
 
 
@@ -211,4 +261,6 @@ def _printable(token: bytes) -> str:
         text = token.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

@@ -1,7 +1,8 @@
 r"""Editing by redrawing: a span of a text gets new tokens, and what is around it stays.
 
-Candidates for the span come from a block given what is before it; one is taken by how well the model expects what
-follows (docs/math.md, section 10, eq. 24). By default that is block 1, and all other tokens keep their latents.
+Candidates for the span come from a block given what is before it; one is taken by how well the
+model expects what follows (docs/math.md, section 10, eq. 24). By default that is block 1, and all
+other tokens keep their latents.
 """
 
 import math
@@ -27,14 +28,21 @@ from tarflowlm.progress import SILENT, Progress
 
 @torch.no_grad()
 def propose(
-    model: TarFlowLM, text: Encoded, span: Span, *,
-    candidates: int, temperature: float = 1.0, generator: torch.Generator,
-) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:  # fmt: skip
-    """R candidates for a span of the text [1, T]: latents, tokens, and log-weights in float64 on the CPU, in nats.
+    model: TarFlowLM,
+    text: Encoded,
+    span: Span,
+    *,
+    candidates: int,
+    temperature: float = 1.0,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
+    """R candidates for a span of the text [1, T]: latents, tokens, and log-weights in float64 on
+    the CPU, in nats.
 
-    The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t | z_<t) of block 1.
-    Its weight is p(z) over that: the densities of block 1 behind the span, times p_{>1}(h) / N(h; 0, I) for the noise
-    h = h^(1) of the whole text. At another temperature h keeps the noise that was drawn in the span.
+    The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t |
+    z_<t) of block 1. Its weight is p(z) over that: the densities of block 1 behind the span, times
+    p_{>1}(h) / N(h; 0, I) for the noise h = h^(1) of the whole text. At another temperature h keeps
+    the noise that was drawn in the span.
     """
     (start, stop), patch, prior = span, model.config.patch, model.prior
     known, before = prior.patch(text.states[0])[0], prior.patch(text.states[1])[0]
@@ -67,13 +75,21 @@ def propose(
 
 @torch.no_grad()
 def propose_state(
-    model: TarFlowLM, text: Encoded, span: Span, *, level: int, candidates: int, generator: torch.Generator
+    model: TarFlowLM,
+    text: Encoded,
+    span: Span,
+    *,
+    level: int,
+    candidates: int,
+    generator: torch.Generator,
 ) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
-    """R candidates for state l = `level` at a span of whole positions of the text [1, T]: as `propose`.
+    """R candidates for state l = `level` at a span of whole positions of the text [1, T]: as
+    `propose`.
 
-    They come from block l + 1, given the positions before the span in its order, with standard normal noise; so they
-    have the density prod_n p(h_n | h_<n) of that block. The weight of one is p_{>l}(h) over that, for h^(l) as it was
-    elsewhere. The blocks below are then inverted, in which tokens beside the span may change, too.
+    They come from block l + 1, given the positions before the span in its order, with standard
+    normal noise; so they have the density prod_n p(h_n | h_<n) of that block. The weight of one is
+    p_{>l}(h) over that, for h^(l) as it was elsewhere. The blocks below are then inverted, in which
+    tokens beside the span may change, too.
     """
     prior, block, patch = model.prior, model.prior.block(level), model.config.patch
     known, before = (block.order(prior.patch(text.states[i])[0])[0] for i in (level, level + 1))
@@ -82,7 +98,9 @@ def propose_state(
     if block.order.reverse:
         first, end = N - end, N - first
     h, u = known.repeat(R, 1, 1), before.repeat(R, 1, 1)
-    u[:, first:end] = torch.randn(R, end - first, h.shape[2], generator=generator, device=generator.device).to(u)
+    u[:, first:end] = torch.randn(
+        R, end - first, h.shape[2], generator=generator, device=generator.device
+    ).to(u)
     cache = block.allocate_cache(R, N)
     if first:
         # what is before the span is the same for all
@@ -94,21 +112,26 @@ def propose_state(
         h[:, n] = invert(u[:, n], block.features_at(cache, h[:, n - 1] if n else None, R), None)
     log_w = h.new_zeros(R)
     if end < N:
-        u[:, end:], log_det = block.coupling(h[:, end:], block.features_of(cache, h[:, end - 1 : -1], first=False))
+        u[:, end:], log_det = block.coupling(
+            h[:, end:], block.features_of(cache, h[:, end - 1 : -1], first=False)
+        )
         log_w = log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
     if level + 1 < model.num_blocks:
         noise = prior.patch.inverse(block.order.inverse(u))
         log_w = log_w + prior.log_prob(noise, above=level + 1) - standard_normal_log_prob(u)
-    z = inverted_below(model, text.repeated(R), level, prior.patch.inverse(block.order.inverse(h)), "auto")[-1]
+    z = inverted_below(
+        model, text.repeated(R), level, prior.patch.inverse(block.order.inverse(h)), "auto"
+    )[-1]
     return z, model.codebook.decode(z), log_w.double().cpu().nan_to_num(nan=-torch.inf)
 
 
 @torch.no_grad()
 def informative_level(model: TarFlowLM, text: Encoded) -> int:
-    """The state l whose block l + 1 knows most about the texts; 0 where block 1 has weights of tokens.
+    """The state l whose block l + 1 knows most about the texts; 0 where block 1 has weights of
+    tokens.
 
-    What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)), for block 1 over
-    tokens of equal probability in place of log N(z).
+    What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)),
+    for block 1 over tokens of equal probability in place of log N(z).
     """
     if model.config.has_token_weights:
         return 0
@@ -125,13 +148,21 @@ SPARE_TRIES = 8
 
 @torch.no_grad()
 def rewrite(
-    model: TarFlowLM, text: Encoded, spans: Sequence[Sequence[Span]], *,
-    spare: Sequence[Span] = (), generator: torch.Generator, progress: Progress = SILENT, **options: Any,
-) -> Edit:  # fmt: skip
-    """Redraw the spans of every text, `spans[b]` those of row b, one after the other given everything else.
+    model: TarFlowLM,
+    text: Encoded,
+    spans: Sequence[Sequence[Span]],
+    *,
+    spare: Sequence[Span] = (),
+    generator: torch.Generator,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Edit:
+    """Redraw the spans of every text, `spans[b]` those of row b, one after the other given
+    everything else.
 
-    Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but none at either end
-    of the text. `progress` advances once per span. The `options` and errors are those of `redraw`.
+    Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but
+    none at either end of the text. `progress` advances once per span. The `options` and errors are
+    those of `redraw`.
     """
     rows = []
     for b, chosen in enumerate(spans):
@@ -144,7 +175,10 @@ def rewrite(
                 row = redraw(model, row, span, generator=generator, **options)
                 if not (left and tries) or (row.tokens != before)[:, : text.length].any():
                     break
-                span, tries = left.pop(int(torch.randint(len(left), (), generator=generator))), tries - 1
+                span, tries = (
+                    left.pop(int(torch.randint(len(left), (), generator=generator))),
+                    tries - 1,
+                )
             progress.advance()
         rows.append(row)
     return _finished(model, text, rows, generator)
@@ -152,13 +186,21 @@ def rewrite(
 
 @torch.no_grad()
 def blend(
-    model: TarFlowLM, first: Encoded, second: Encoded, spans: Sequence[tuple[Sequence[Span], Sequence[Span]]], *,
-    generator: torch.Generator, progress: Progress = SILENT, **options: Any,
-) -> Edit:  # fmt: skip
-    """Put spans of the second text into the first, at their places, and redraw what they leave in pieces.
+    model: TarFlowLM,
+    first: Encoded,
+    second: Encoded,
+    spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
+    *,
+    generator: torch.Generator,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Edit:
+    """Put spans of the second text into the first, at their places, and redraw what they leave in
+    pieces.
 
-    `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing is taken.
-    `progress` advances once per row. The `options` are those of `redraw`. UserError for texts of different lengths.
+    `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing
+    is taken. `progress` advances once per row. The `options` are those of `redraw`. UserError for
+    texts of different lengths.
     """
     check_lengths(first, second)
     rows = []
@@ -178,16 +220,24 @@ def blend(
 
 @torch.no_grad()
 def redraw(
-    model: TarFlowLM, text: Encoded, span: Span, *,
-    candidates: int, temperature: float = 1.0, level: int = 0, generator: torch.Generator,
-) -> Encoded:  # fmt: skip
+    model: TarFlowLM,
+    text: Encoded,
+    span: Span,
+    *,
+    candidates: int,
+    temperature: float = 1.0,
+    level: int = 0,
+    generator: torch.Generator,
+) -> Encoded:
     """The text [1, T] with the tokens of `span` redrawn given all others, which keep their latents.
 
-    Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those that repeat the
-    tokens that were there only if all do. At a `level` above 0 the span is redrawn in that state (see
-    `informative_level`); then tokens beside it change only if they do for all candidates.
+    Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those
+    that repeat the tokens that were there only if all do. At a `level` above 0 the span is redrawn
+    in that state (see `informative_level`); then tokens beside it change only if they do for all
+    candidates.
 
-    UserError for fewer than 1 candidate, and for a temperature other than 1 where there are no weights of tokens.
+    UserError for fewer than 1 candidate, and for a temperature other than 1 where there are no
+    weights of tokens.
     """
     start, stop = span
     assert 0 <= start < stop <= text.length, span
@@ -195,8 +245,12 @@ def redraw(
     if candidates < 1:
         raise UserError(f"candidates {candidates}: must be at least 1")
     if temperature != 1.0 and (level or not model.config.has_token_weights):
-        raise UserError(f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1")
-    draw: Any = partial(propose_state, level=level) if level else partial(propose, temperature=temperature)
+        raise UserError(
+            f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1"
+        )
+    draw: Any = (
+        partial(propose_state, level=level) if level else partial(propose, temperature=temperature)
+    )
     z, tokens, log_w = draw(model, text, span, candidates=candidates, generator=generator)
     k = pareto_k(log_w)
     changed = (tokens != text.tokens)[:, : text.length].cpu()
@@ -207,12 +261,15 @@ def redraw(
     chosen = resample(log_w, 1, generator).to(z.device)
     # of two NaN the second, so that one number remains if there is any
     k = max(text.pareto_k, k, key=lambda k: -math.inf if math.isnan(k) else k)
-    return replace(text, tokens=tokens[chosen], states=tuple(model.prior.states(z[chosen])[0]), pareto_k=k)
+    return replace(
+        text, tokens=tokens[chosen], states=tuple(model.prior.states(z[chosen])[0]), pareto_k=k
+    )
 
 
 @torch.no_grad()
 def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
-    """-log p(x_t | z_<t) of every token, in nats, as block 1 alone sees it: one sample of a bound (eq. 21).
+    """-log p(x_t | z_<t) of every token, in nats, as block 1 alone sees it: one sample of a bound
+    (eq. 21).
 
     Tokens of a position share the cost of the position equally.
     """
@@ -222,7 +279,9 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 
 
-def _finished(model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], generator: torch.Generator) -> Edit:
+def _finished(
+    model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], generator: torch.Generator
+) -> Edit:
     states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
     edit = compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
     return replace(edit, pareto_k=tuple(row.pareto_k for row in rows))
@@ -238,5 +297,13 @@ def covered(spans: Sequence[Span], length: int) -> Tensor:
 
 def _runs(mask: Tensor) -> list[Span]:
     """Maximal runs of True."""
-    edges = torch.diff(mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
-    return list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
+    edges = torch.diff(
+        mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int)
+    )
+    return list(
+        zip(
+            (edges == 1).nonzero()[:, 0].tolist(),
+            (edges == -1).nonzero()[:, 0].tolist(),
+            strict=True,
+        )
+    )

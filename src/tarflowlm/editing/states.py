@@ -1,7 +1,8 @@
-r"""Editing in latent space: encode a text, change its state at some block, and invert the blocks below.
+r"""Editing in latent space: encode a text, change its state at some block, and invert the blocks
+below.
 
-A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u. The flow is invertible, so every changed state
-is a text (paper, section 4; docs/math.md, section 10).
+A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u. The flow is invertible, so
+every changed state is a text (paper, section 4; docs/math.md, section 10).
 """
 
 import math
@@ -30,13 +31,17 @@ class Edit:
     before: Tensor  # Tokens before the edit, [B, T].
     tokens: Tensor  # Tokens after it, [B, T].
     changed: Tensor  # Which tokens differ, [B, T].
-    bound_before: Tensor  # Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples.
+    # Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples.
+    bound_before: Tensor
     bound: Tensor  # The same after the edit.
     states: tuple[Tensor, ...]
-    """States of the new text from the edited one down to h^(0), each [B, T, d]; all L + 1 after `substitute`."""
+    """States of the new text from the edited one down to h^(0), each [B, T, d]; all L + 1 after
+    `substitute`.
+    """
     pareto_k: tuple[float, ...] = ()
-    """For every text the largest tail index of the weights by which spans were redrawn: above 0.7 these are
-    unreliable. NaN for fewer than 25 candidates; empty for other edits."""
+    """For every text the largest tail index of the weights by which spans were redrawn: above 0.7
+    these are unreliable. NaN for fewer than 25 candidates; empty for other edits.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class Encoded:
     tokens: Tensor  # [B, T], padded by the model to whole patches.
     length: int  # Tokens of the text itself, without the padding.
     states: tuple[Tensor, ...]  # h^(0) = z, ..., h^(L) = u, each [B, T, d].
-    pareto_k: float = math.nan  # The largest tail index of the weights by which spans of it were redrawn.
+    pareto_k: float = (
+        math.nan
+    )  # The largest tail index of the weights by which spans of it were redrawn.
 
     def row(self, b: int) -> "Encoded":
         """Text b alone."""
@@ -61,15 +68,19 @@ class Encoded:
 
 @torch.no_grad()
 def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -> Encoded:
-    """Latents z ~ q(z|x) and states of texts; an incomplete last patch is filled with a sample of the model.
+    """Latents z ~ q(z|x) and states of texts; an incomplete last patch is filled with a sample of
+    the model.
 
-    Latents that decode to another token (Gaussians may overlap) become the mean of their own. Errors: `check_tokens`.
+    Latents that decode to another token (Gaussians may overlap) become the mean of their own.
+    Errors: `check_tokens`.
     """
     check_tokens(model, tokens)
     length, book = tokens.shape[1], model.codebook
     if missing := -length % model.config.patch:
         full, num = length + missing, len(tokens)
-        filled = generate(model, num_tokens=full, num=num, prompt=tokens, generator=generator, decoder="sweeps")
+        filled = generate(
+            model, num_tokens=full, num=num, prompt=tokens, generator=generator, decoder="sweeps"
+        )
         tokens = filled.tokens.cpu()
     tokens = tokens.to(book.mean.device)
     z = book.encode(tokens, model.draw_noise(tokens, generator))
@@ -79,38 +90,62 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -
 
 @torch.no_grad()
 def renoise(
-    model: TarFlowLM, text: Encoded, *, level: int, strength: float, generator: Generator,
-    where: Bool[Tensor, " T"] | None = None, decoder: Decoders = "steps", progress: Progress = SILENT,
-) -> Edit:  # fmt: skip
-    r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md, eq. 23).
+    model: TarFlowLM,
+    text: Encoded,
+    *,
+    level: int,
+    strength: float,
+    generator: Generator,
+    where: Bool[Tensor, " T"] | None = None,
+    decoder: Decoders = "steps",
+    progress: Progress = SILENT,
+) -> Edit:
+    r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md,
+    eq. 23).
 
-    Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise), `strength` eta from 0
-    (no change) to 1 (all noise). At l = L the distribution of the state is the same for every eta. `where` limits the
-    change to some tokens. `progress` advances once per position and block. UserError if eta or l is out of range.
+    Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise),
+    `strength` eta from 0 (no change) to 1 (all noise). At l = L the distribution of the state is
+    the same for every eta. `where` limits the change to some tokens. `progress` advances once per
+    position and block. UserError if eta or l is out of range.
     """
     check_share(strength, "strength")
     state = text.states[_checked_level(model, level)]
     eps = torch.randn(*state.shape, generator=generator, device=generator.device).to(state)
     changed = (1 - strength**2) ** 0.5 * state + strength * eps
     # strength 0 must not change the state even by rounding
-    keep = torch.zeros_like(state, dtype=torch.bool) if strength else torch.ones_like(state, dtype=torch.bool)
+    keep = (
+        torch.zeros_like(state, dtype=torch.bool)
+        if strength
+        else torch.ones_like(state, dtype=torch.bool)
+    )
     if where is not None:
         keep = keep | ~where.to(state.device)[:, None]
-    states = inverted_below(model, text, level, torch.where(keep, state, changed), decoder, progress)
+    states = inverted_below(
+        model, text, level, torch.where(keep, state, changed), decoder, progress
+    )
     return compared(model, text, model.codebook.decode(states[-1]), states, generator)
 
 
 @torch.no_grad()
 def interpolate(
-    model: TarFlowLM, first: Encoded, second: Encoded, *,
-    level: int, weight: float, generator: Generator, decoder: Decoders = "steps", progress: Progress = SILENT,
-) -> Edit:  # fmt: skip
-    r"""Spherical interpolation of the states l of two texts (docs/math.md, eq. 23), then blocks l, ..., 1 inverted:
+    model: TarFlowLM,
+    first: Encoded,
+    second: Encoded,
+    *,
+    level: int,
+    weight: float,
+    generator: Generator,
+    decoder: Decoders = "steps",
+    progress: Progress = SILENT,
+) -> Edit:
+    r"""Spherical interpolation of the states l of two texts (docs/math.md, eq. 23), then blocks l,
+    ..., 1 inverted:
 
         (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
 
-    theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0 gives the first
-    text, 1 the second, exactly; `Edit.before` is the first. UserError for other lengths, or kappa or l out of range.
+    theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0
+    gives the first text, 1 the second, exactly; `Edit.before` is the first. UserError for other
+    lengths, or kappa or l out of range.
     """
     check_share(weight, "weight")
     check_lengths(first, second)
@@ -126,13 +161,18 @@ def interpolate(
 
 @torch.no_grad()
 def substitute(
-    model: TarFlowLM, text: Encoded, replacements: Int[Tensor, " T"], *,
-    generator: Generator, progress: Progress = SILENT,
-) -> Edit:  # fmt: skip
-    """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md, section 10).
+    model: TarFlowLM,
+    text: Encoded,
+    replacements: Int[Tensor, " T"],
+    *,
+    generator: Generator,
+    progress: Progress = SILENT,
+) -> Edit:
+    """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md,
+    section 10).
 
-    `replacements` holds the new tokens, and -1 elsewhere. Positions before the first new token keep their latents;
-    later tokens change where their new context changes them.
+    `replacements` holds the new tokens, and -1 elsewhere. Positions before the first new token keep
+    their latents; later tokens change where their new context changes them.
     """
     assert replacements.shape == (text.length,), "one entry for every token"
     B, T = text.tokens.shape
@@ -140,9 +180,13 @@ def substitute(
     wanted[: text.length] = replacements.cpu()
     is_known = (wanted >= 0).expand(B, T)
     noise = torch.randn(B, T, model.config.latent_dim, generator=generator, device=generator.device)
-    known = model.codebook.encode(wanted.clamp_min(0).expand(B, T).to(text.tokens.device), noise.to(text.states[0]))
+    known = model.codebook.encode(
+        wanted.clamp_min(0).expand(B, T).to(text.tokens.device), noise.to(text.states[0])
+    )
     passage = ConditionedLatents(model, text.states[1], known, is_known, None)
-    passage.settle(model.prior.patch(text.states[0])[0], int(is_known[0].int().argmax()) // model.config.patch)
+    passage.settle(
+        model.prior.patch(text.states[0])[0], int(is_known[0].int().argmax()) // model.config.patch
+    )
     progress.advance(passage.at)
     while passage.at < passage.num_positions:
         passage.step()
@@ -153,9 +197,15 @@ def substitute(
 
 
 def inverted_below(
-    model: TarFlowLM, text: Encoded, level: int, state: Tensor, decoder: Decoders, progress: Progress = SILENT
+    model: TarFlowLM,
+    text: Encoded,
+    level: int,
+    state: Tensor,
+    decoder: Decoders,
+    progress: Progress = SILENT,
 ) -> list[Tensor]:
-    """The states h^(level) = `state`, ..., h^(0), each [B, T, d]. What agrees with `text` is copied from it.
+    """The states h^(level) = `state`, ..., h^(0), each [B, T, d]. What agrees with `text` is copied
+    from it.
 
     In each block these are the positions before the first changed one, in the block's order.
     """
@@ -165,17 +215,24 @@ def inverted_below(
         block = prior.block(index)
         above, below = (prior.patch(text.states[i])[0] for i in (index + 1, index))
         # leading positions, in the block's order, whose noise is unchanged in all rows
-        settled = int((block.order(u)[0] == block.order(above)[0]).all(2).all(0).long().cumprod(0).sum())
+        settled = int(
+            (block.order(u)[0] == block.order(above)[0]).all(2).all(0).long().cumprod(0).sum()
+        )
         how = chosen[-1 - index]
-        return invert_block(block, u, decoder=how, settled=below, num_settled=settled, progress=progress).h
+        return invert_block(
+            block, u, decoder=how, settled=below, num_settled=settled, progress=progress
+        ).h
 
     return prior.descend(state, invert, top=level)
 
 
-def compared(model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[Tensor], generator: Generator) -> Edit:
+def compared(
+    model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[Tensor], generator: Generator
+) -> Edit:
     """`text` beside its new tokens [B, T] and states, with bounds of both."""
-    # The bounds are those of whole patches, padding included. All texts get the same noise: so sampling noise does
-    # not enter the differences of their bounds, and equal texts have equal ones.
+    # The bounds are those of whole patches, padding included. All texts get the same noise: so
+    # sampling noise does not enter the differences of their bounds, and equal texts have equal
+    # ones.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     both = torch.cat((text.tokens, tokens))
     before, after = bound(model, both, Generator().manual_seed(seed), same_noise=True).chunk(2)
@@ -185,16 +242,23 @@ def compared(model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[T
 
 @torch.no_grad()
 def bound(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], generator: Generator, *,
-    samples: int = 8, same_noise: bool = False,
-) -> Float[Tensor, " B"]:  # fmt: skip
-    """The negative ELBO of texts, [B], in nats, averaged over `samples` posterior samples; exact for the baseline.
+    model: LanguageModel,
+    tokens: Int[Tensor, "B T"],
+    generator: Generator,
+    *,
+    samples: int = 8,
+    same_noise: bool = False,
+) -> Float[Tensor, " B"]:
+    """The negative ELBO of texts, [B], in nats, averaged over `samples` posterior samples; exact
+    for the baseline.
 
     With `same_noise` all texts get the same samples of the noise.
     """
     draws = []
     for _ in range(1 if model.is_exact else samples):
-        noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator).expand(*tokens.shape, -1)
+        noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator).expand(
+            *tokens.shape, -1
+        )
         draws.append(model.bound(tokens, noise))
     return torch.stack(draws).mean(0)
 
@@ -208,10 +272,14 @@ def check_share(share: float, name: str) -> None:
 def check_lengths(first: Encoded, second: Encoded) -> None:
     """UserError for texts of different lengths."""
     if first.length != second.length:
-        raise UserError(f"texts of {first.length} and {second.length} tokens: cut them to the same length")
+        raise UserError(
+            f"texts of {first.length} and {second.length} tokens: cut them to the same length"
+        )
 
 
 def _checked_level(model: TarFlowLM, level: int) -> int:
     if not 0 <= level <= model.num_blocks:
-        raise UserError(f"level {level}: the model has states 0 (the latents) to {model.num_blocks} (the noise)")
+        raise UserError(
+            f"level {level}: the model has states 0 (the latents) to {model.num_blocks} (the noise)"
+        )
     return level

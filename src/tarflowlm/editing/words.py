@@ -30,12 +30,17 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
 
 
 def pick_words(
-    words: Sequence[Span], count: int, length: int, generator: torch.Generator, costs: Sequence[float] | None = None
+    words: Sequence[Span],
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    costs: Sequence[float] | None = None,
 ) -> list[Span]:
-    """`count` words of a text of `length` tokens: at random, or with `costs` of all tokens those of the highest mean.
+    """`count` words of a text of `length` tokens: at random, or with `costs` of all tokens those of
+    the highest mean.
 
-    Listed first to last. Words at either end of the text are the last to be picked: nothing says that a word begins
-    or ends there. UserError for more words than there are.
+    Listed first to last. Words at either end of the text are the last to be picked: nothing says
+    that a word begins or ends there. UserError for more words than there are.
     """
     if not 0 <= count <= len(words):
         raise UserError(f"words {count}: the text has {len(words)}, give at most so many")
@@ -49,7 +54,9 @@ def pick_words(
 
 
 def merge_words(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
-    """The chosen words, first to last, with neighbours and the white space between them as one span."""
+    """The chosen words, first to last, with neighbours and the white space between them as one
+    span.
+    """
     spans, previous = list[Span](), False
     for word in words:
         if word in chosen:
@@ -66,14 +73,17 @@ def _with_space(word: Span, words: Sequence[Span], length: int) -> Span:
 def blended_spans(
     first: Sequence[Span], second: Sequence[Span], taken: Sequence[Span], length: int
 ) -> tuple[list[Span], list[Span]]:
-    """Where the words `taken` of a second text lie, and the words of the first that they leave whole, with space."""
+    """Where the words `taken` of a second text lie, and the words of the first that they leave
+    whole, with space.
+    """
     new = [_with_space(word, second, length) for word in taken]
     whole = [(a, b) for a, b in first if not any(start < b and a < stop for start, stop in new)]
     return new, [_with_space(word, first, length) for word in whole]
 
 
 def find_piece(pieces: Sequence[bytes], piece: str) -> Span:
-    """The tokens that hold the first occurrence of `piece` as whole words, or else the first one at all.
+    """The tokens that hold the first occurrence of `piece` as whole words, or else the first one at
+    all.
 
     UserError for a piece that is empty or not in the text.
     """
@@ -89,9 +99,13 @@ def find_words(pieces: Sequence[bytes], piece: str) -> list[Span]:
 
 
 def _found(pieces: Sequence[bytes], pattern: str) -> list[Span]:
-    # tokens may hold parts of characters, so places are counted in bytes; the error handler keeps any of them
+    # tokens may hold parts of characters, so places are counted in bytes; the error handler keeps
+    # any of them
     handler = "surrogateescape"
     text = b"".join(pieces).decode("utf-8", handler)
     ends = list(itertools.accumulate(len(part) for part in pieces))
-    places = [[len(text[:at].encode("utf-8", handler)) for at in m.span()] for m in re.finditer(pattern, text)]
+    places = [
+        [len(text[:at].encode("utf-8", handler)) for at in m.span()]
+        for m in re.finditer(pattern, text)
+    ]
     return [(bisect_right(ends, start), bisect_left(ends, stop) + 1) for start, stop in places]

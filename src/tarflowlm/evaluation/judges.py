@@ -1,4 +1,6 @@
-"""Language models that judge samples: any causal one of `transformers`, or a discrete baseline trained here."""
+"""Language models that judge samples: any causal one of `transformers`, or a discrete baseline
+trained here.
+"""
 
 import json
 import math
@@ -23,7 +25,8 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, released
 
-LONGEST = 1024  # tokens that a judge of `transformers` reads at once: the context of GPT-2, where MAUVE cuts texts
+# tokens that a judge of `transformers` reads at once: the context of GPT-2, where MAUVE cuts texts
+LONGEST = 1024
 PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
 
 
@@ -33,7 +36,8 @@ class JudgedTexts:
 
     by_text: Tensor  # negative log-likelihood of the scored tokens of each text, [texts], float64
     tokens: int  # scored tokens of the judge
-    features: Tensor  # [texts, D], float32: the last state of the last layer of each text (of its first chunk)
+    # [texts, D], float32: the last state of the last layer of each text (of its first chunk)
+    features: Tensor
 
     @property
     def nats(self) -> float:
@@ -47,7 +51,9 @@ class JudgedTexts:
 
 
 class Judge(ABC):
-    """A causal language model of texts. Texts longer than `context` are read in chunks with a fresh context each."""
+    """A causal language model of texts. Texts longer than `context` are read in chunks with a fresh
+    context each.
+    """
 
     name: str
     kind: str  # kind of model and of tokens, to be printed
@@ -60,21 +66,33 @@ class Judge(ABC):
 
     @abstractmethod
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood in nats of every token [B, T], NaN where it is not scored; last states [B, T, D].
-        Both depend only on the token and those before it, so padding on the right does no harm."""
+        """Negative log-likelihood in nats of every token [B, T], NaN where it is not scored; last
+        states [B, T, D]. Both depend only on the token and those before it, so padding on the right
+        does no harm.
+        """
 
     def read(
-        self, texts: Sequence[str], progress: Progress = SILENT, *, after: Sequence[str] | None = None
+        self,
+        texts: Sequence[str],
+        progress: Progress = SILENT,
+        *,
+        after: Sequence[str] | None = None,
     ) -> JudgedTexts:
-        """Score all texts and take the features of each. `progress` advances by texts. The judge reads what a text
-        comes `after` first, without scoring it. Raises UserError for texts without tokens or with unknown characters.
+        """Score all texts and take the features of each. `progress` advances by texts. The judge
+        reads what a text comes `after` first, without scoring it. Raises UserError for texts
+        without tokens or with unknown characters.
         """
         # index of the text, tokens of a chunk, and how many of them are not scored
         chunks, first = list[tuple[int, list[int], int]](), list[int]()
         for index, text in enumerate(texts):
-            before, ids = list(self.encode(after[index])) if after and after[index] else [], list(self.encode(text))
+            before, ids = (
+                list(self.encode(after[index])) if after and after[index] else [],
+                list(self.encode(text)),
+            )
             if not ids:
-                raise UserError(f"the judge {self.name} has no tokens for the text {text!r}: choose another judge")
+                raise UserError(
+                    f"the judge {self.name} has no tokens for the text {text!r}: choose another judge"
+                )
             first.append(len(chunks))
             ids, places = before + ids, range(0, len(before + ids), self.context)
             chunks += [(index, ids[i : i + self.context], max(len(before) - i, 0)) for i in places]
@@ -83,10 +101,16 @@ class Judge(ABC):
         for start in range(0, len(chunks), batch):
             owners, tokens, unscored = zip(*chunks[start : start + batch], strict=True)
             lengths = torch.tensor([len(ids) for ids in tokens])
-            padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, tokens)), batch_first=True)
+            padded = torch.nn.utils.rnn.pad_sequence(
+                list(map(torch.tensor, tokens)), batch_first=True
+            )
             losses, states = self.score(padded)
             losses, place = losses.cpu().double(), torch.arange(padded.shape[1])
-            is_scored = (place < lengths[:, None]) & (place >= torch.tensor(unscored)[:, None]) & ~losses.isnan()
+            is_scored = (
+                (place < lengths[:, None])
+                & (place >= torch.tensor(unscored)[:, None])
+                & ~losses.isnan()
+            )
             nats.index_add_(0, torch.tensor(owners), losses.where(is_scored, 0.0).sum(1))
             count += int(is_scored.sum())
             features.append(states.cpu()[torch.arange(len(tokens)), lengths - 1].float())
@@ -95,13 +119,21 @@ class Judge(ABC):
 
 
 class BaselineJudge(Judge):
-    """A discrete baseline trained here. It scores every token, the first one from its learned start."""
+    """A discrete baseline trained here. It scores every token, the first one from its learned
+    start.
+    """
 
     def __init__(self, name: str, checkpoint: Checkpoint) -> None:
         model = checkpoint.model
         if not isinstance(model, TokenLM) or model.config.patch > 1:
-            flaw = "predicts several tokens at once" if model.is_exact else "is a flow, whose likelihood is a bound"
-            raise UserError(f"the judge {name} {flaw}: give a run of the baseline with one token at a time (mini-ar)")
+            flaw = (
+                "predicts several tokens at once"
+                if model.is_exact
+                else "is a flow, whose likelihood is a bound"
+            )
+            raise UserError(
+                f"the judge {name} {flaw}: give a run of the baseline with one token at a time (mini-ar)"
+            )
         self.name, self.model, self.tokenizer = name, model, checkpoint.tokenizer
         self.kind = f"baseline trained here, {self.tokenizer.kind} tokens"
         self.context, self.source = model.config.context, checkpoint.run.data.source
@@ -117,18 +149,23 @@ class BaselineJudge(Judge):
         tokens = tokens.to(self.model.start.device)
         states = self.model.states(tokens)
         logits = widen(self.model.head(states[:, :-1]))
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(
+            tokens.shape
+        )
         return losses, states[:, 1:]
 
 
 class HubJudge(Judge):
-    """A causal language model of `transformers`, by hub name or directory. A first token without context is not
-    scored, as in the literature. A start token of its tokenizer is context."""
+    """A causal language model of `transformers`, by hub name or directory. A first token without
+    context is not scored, as in the literature. A start token of its tokenizer is context.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.kind = f"{type(model).__name__} of transformers, {model.config.vocab_size:,} tokens"
-        self.context = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+        self.context = min(
+            LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST
+        )
 
     def encode(self, text: str) -> Sequence[int]:
         # not verbose: it would warn of texts longer than the context, which are read in chunks
@@ -144,15 +181,18 @@ class HubJudge(Judge):
 
 
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
-    """The judge `name`: a baseline (run directory, shipped model or hf:OWNER/NAME), or a model of `transformers`
-    (directory or hub name). Raises UserError for one that cannot be found, is not autoregressive, or needs a package
-    that is missing."""
+    """The judge `name`: a baseline (run directory, shipped model or hf:OWNER/NAME), or a model of
+    `transformers` (directory or hub name). Raises UserError for one that cannot be found, is not
+    autoregressive, or needs a package that is missing.
+    """
     path = Path(name).expanduser()
     is_dir = name != "" and os.path.isdir(path)
     if not _is_transformers(path) if is_dir else is_reference(name) or name in released():
         return BaselineJudge(name, load_checkpoint(path, device))
     if not is_dir and (name.startswith((".", "/", "~")) or not name or len(path.parts) > 2):
-        raise UserError(f"the judge {name!r} is no directory: give a run of the baseline, or a hub name")
+        raise UserError(
+            f"the judge {name!r} is no directory: give a run of the baseline, or a hub name"
+        )
     model, tokenizer = _from_transformers(str(path) if is_dir else name, is_dir)
     return HubJudge(name, model.float().to(device).eval(), tokenizer)
 
@@ -170,7 +210,9 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
-        raise UserError("judging samples needs transformers: pip install 'tarflowlm[quality]'") from None
+        raise UserError(
+            "judging samples needs transformers: pip install 'tarflowlm[quality]'"
+        ) from None
 
     def get(only_local: bool) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=only_local)

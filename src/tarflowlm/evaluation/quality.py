@@ -27,7 +27,9 @@ REPETITION_ORDER = 4
 
 
 def sequence_entropy(sequences: Sequence[Sequence[Any]]) -> float:
-    """Mean over the sequences of the entropy of their own symbol counts, in nats: -sum_v p_v log p_v."""
+    """Mean over the sequences of the entropy of their own symbol counts, in nats: -sum_v p_v log
+    p_v.
+    """
     total = 0.0
     for sequence in sequences:
         counts = torch.tensor(list(Counter(sequence).values()), dtype=torch.float64)
@@ -41,26 +43,32 @@ def _ngrams(sequence: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
 
 
 def distinct(sequences: Sequence[Sequence[str]], order: int) -> float | None:
-    """Different n-grams over all n-grams, of all sequences together (Li et al. 2016). None without n-grams. It falls
-    with the amount of text, so compare equal amounts."""
+    """Different n-grams over all n-grams, of all sequences together (Li et al. 2016). None without
+    n-grams. It falls with the amount of text, so compare equal amounts.
+    """
     counts = Counter(gram for sequence in sequences for gram in _ngrams(sequence, order))
     return len(counts) / counts.total() if counts else None
 
 
 def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
-    """1 - different n-grams over n-grams of a sequence, mean over the sequences (seq-rep-n, Welleck et al. 2020).
-    Sequences without an n-gram are left out. None if no sequence has one."""
+    """1 - different n-grams over n-grams of a sequence, mean over the sequences (seq-rep-n, Welleck
+    et al. 2020). Sequences without an n-gram are left out. None if no sequence has one.
+    """
     found = [list(_ngrams(sequence, order)) for sequence in sequences]
     shares = [1 - len(set(grams)) / len(grams) for grams in found if grams]
     return sum(shares) / len(shares) if shares else None
 
 
 def mauve(text: Tensor, samples: Tensor) -> float:
-    """MAUVE (Pillutla et al. 2021) between features [texts, D] of real text and of samples: 0 to 1, higher is closer.
-    Computed by mauve-text with scaling factor 5 and its defaults: a tenth as many clusters as texts, 90 % of the
-    variance kept, seed 25. Raises UserError if the package is missing, or for fewer than two texts on a side."""
+    """MAUVE (Pillutla et al. 2021) between features [texts, D] of real text and of samples: 0 to 1,
+    higher is closer. Computed by mauve-text with scaling factor 5 and its defaults: a tenth as many
+    clusters as texts, 90 % of the variance kept, seed 25. Raises UserError if the package is
+    missing, or for fewer than two texts on a side.
+    """
     if min(len(text), len(samples)) < 2:
-        raise UserError(f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both")
+        raise UserError(
+            f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both"
+        )
     sides = {"p_features": text.numpy(), "q_features": samples.numpy()}
     return float(mauve_function()(**sides, mauve_scaling_factor=MAUVE_SCALING, verbose=False).mauve)
 
@@ -83,7 +91,9 @@ class TextStatistics:
     judge_tokens: int
     entropy: float  # average sequence entropy over the model's tokens, nats (the paper's)
     word_entropy: float  # the same over words, more informative for models of characters
-    distinct_1: float | None  # different words over all words; below, the same of 2-grams and 3-grams
+    distinct_1: (
+        float | None
+    )  # different words over all words; below, the same of 2-grams and 3-grams
     distinct_2: float | None
     distinct_3: float | None
     repetition: float | None  # share of 4-grams of words that occurred before in the same text
@@ -92,11 +102,16 @@ class TextStatistics:
     def of(cls, tokens: Tensor, texts: Sequence[str], judged: JudgedTexts) -> "TextStatistics":
         words = [text.split() for text in texts]
         return cls(
-            texts=len(texts), perplexity=judged.perplexity, judge_tokens=judged.tokens,
-            entropy=sequence_entropy(tokens.tolist()), word_entropy=sequence_entropy(words),
-            distinct_1=distinct(words, 1), distinct_2=distinct(words, 2), distinct_3=distinct(words, 3),
+            texts=len(texts),
+            perplexity=judged.perplexity,
+            judge_tokens=judged.tokens,
+            entropy=sequence_entropy(tokens.tolist()),
+            word_entropy=sequence_entropy(words),
+            distinct_1=distinct(words, 1),
+            distinct_2=distinct(words, 2),
+            distinct_3=distinct(words, 3),
             repetition=repetition(words, REPETITION_ORDER),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,9 @@ class Quality:
     remarks: tuple[str, ...]  # limits on what the numbers can be compared with
     length: int  # tokens of the model per sample
     decoder: str
-    dtype: str  # type of the weights in sampling; maps between noise and latents use float32 or wider
+    dtype: (
+        str  # type of the weights in sampling; maps between noise and latents use float32 or wider
+    )
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -123,7 +140,9 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Settings of sampling. Raises UserError for fewer than 2 samples, and for settings out of range."""
+    """Settings of sampling. Raises UserError for fewer than 2 samples, and for settings out of
+    range.
+    """
 
     num: int = PAPER_SAMPLES
     length: int | None = None  # tokens per sample; None is the trained context
@@ -135,34 +154,50 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.num < 2:
-            raise UserError(f"num {self.num}: MAUVE needs at least 2 samples, and hundreds to mean anything")
+            raise UserError(
+                f"num {self.num}: MAUVE needs at least 2 samples, and hundreds to mean anything"
+            )
         adjust_weights(self.temperature, self.top_k, self.top_p)  # only to raise its errors early
 
 
 def measure_quality(
-    model: LanguageModel, tokenizer: Tokenizer, judge: Judge, text: Tensor, config: SamplingConfig, *,
-    trained_on: str | None = None, progress: Progress = SILENT,
-) -> Quality:  # fmt: skip
-    """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples. Same
-    configuration, same samples. `trained_on` names the model's corpus; a remark warns if the judge shares it. Raises
-    UserError for a missing package, for texts that the judge cannot read, and for settings that the model does not
-    allow."""
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    judge: Judge,
+    text: Tensor,
+    config: SamplingConfig,
+    *,
+    trained_on: str | None = None,
+    progress: Progress = SILENT,
+) -> Quality:
+    """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples.
+    Same configuration, same samples. `trained_on` names the model's corpus; a remark warns if the
+    judge shares it. Raises UserError for a missing package, for texts that the judge cannot read,
+    and for settings that the model does not allow.
+    """
     mauve_function()  # a missing package is reported before the samples are drawn
     samples = draw_samples(model, config, progress)
     of_samples, of_text, similarity = compare_texts(samples, text, tokenizer, judge, progress)
     return Quality(
-        samples=of_samples, text=of_text, mauve=similarity, judge=judge.name, judge_kind=judge.kind,
-        remarks=_remarks(judge, config.num, trained_on), length=samples.shape[1],
+        samples=of_samples,
+        text=of_text,
+        mauve=similarity,
+        judge=judge.name,
+        judge_kind=judge.kind,
+        remarks=_remarks(judge, config.num, trained_on),
+        length=samples.shape[1],
         decoder="steps" if model.is_exact else config.decoder,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")},
-    )  # fmt: skip
+    )
 
 
 def compare_texts(
     samples: Tensor, text: Tensor, tokenizer: Tokenizer, judge: Judge, progress: Progress = SILENT
 ) -> tuple[TextStatistics, TextStatistics, float]:
-    """Statistics of `samples` and of real `text`, token ids [N, T] of any model, and the MAUVE between them."""
+    """Statistics of `samples` and of real `text`, token ids [N, T] of any model, and the MAUVE
+    between them.
+    """
     statistics, features = [], []
     for name, tokens in (("samples", samples), ("text", text)):
         texts = [tokenizer.decode(row.tolist()) for row in tokens]
@@ -173,16 +208,27 @@ def compare_texts(
     return statistics[0], statistics[1], mauve(features[1], features[0])
 
 
-def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progress = SILENT) -> Tensor:
+def draw_samples(
+    model: LanguageModel, config: SamplingConfig, progress: Progress = SILENT
+) -> Tensor:
     """Token ids [num, length] on the CPU. The batch size depends only on the length."""
     length = model.config.context if config.length is None else config.length
-    batch, generator = max(1, BATCH_TOKENS // max(length, 1)), torch.Generator().manual_seed(config.seed)
+    batch, generator = (
+        max(1, BATCH_TOKENS // max(length, 1)),
+        torch.Generator().manual_seed(config.seed),
+    )
     progress.stage("samples", config.num)
     parts = []
-    settings = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "decoder")}
+    settings = {
+        name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "decoder")
+    }
     for start in range(0, config.num, batch):
         num = min(batch, config.num - start)
-        parts.append(generate(model, num_tokens=length, num=num, generator=generator, **settings).tokens.cpu())
+        parts.append(
+            generate(
+                model, num_tokens=length, num=num, generator=generator, **settings
+            ).tokens.cpu()
+        )
         progress.advance(num)
     return torch.cat(parts)
 
@@ -190,24 +236,40 @@ def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progres
 def _remarks(judge: Judge, num: int, trained_on: str | None) -> tuple[str, ...]:
     remarks = []
     if judge.name not in PAPER_JUDGES:
-        remarks.append(f"perplexity and MAUVE by {judge.name}: published ones are GPT-2 Large's, and not comparable")
+        remarks.append(
+            f"perplexity and MAUVE by {judge.name}: published ones are GPT-2 Large's, and not comparable"
+        )
     if num < PAPER_SAMPLES:
-        remarks.append(f"MAUVE of {num:,} samples: not comparable with published ones, which have {PAPER_SAMPLES:,}")
-    if judge.source is not None and trained_on is not None and Path(judge.source).name == Path(trained_on).name:
-        remarks.append("the judge was trained on the same text as the model: it favours what both have learned")
+        remarks.append(
+            f"MAUVE of {num:,} samples: not comparable with published ones, which have {PAPER_SAMPLES:,}"
+        )
+    if (
+        judge.source is not None
+        and trained_on is not None
+        and Path(judge.source).name == Path(trained_on).name
+    ):
+        remarks.append(
+            "the judge was trained on the same text as the model: it favours what both have learned"
+        )
     return tuple(remarks)
 
 
 def ngram_entropy(ids_or_text: str | npt.NDArray[Any], order: int) -> float:
-    r"""Entropy of a symbol given the `order - 1` symbols before it, from the counts of this text; bits per symbol.
+    r"""Entropy of a symbol given the `order - 1` symbols before it, from the counts of this text;
+    bits per symbol.
 
-        H_n = - 1/M  sum_{w, a}  c(w a)  log2( c(w a) / c(w) ),      c(w) = sum_a c(w a),   M = T - n + 1
+        H_n = - 1/M  sum_{w, a}  c(w a)  log2( c(w a) / c(w) ),      c(w) = sum_a c(w a),   M = T -
+        n + 1
 
-    over the contexts w of n - 1 symbols and the next symbol a. c counts the M n-grams of the text of T symbols:
-    characters of a string, or integers [T]. T must be at least the `order` n. No n-gram model of this order does
-    better on this text. A model fitted to other text does worse, much worse if M is small."""
+    over the contexts w of n - 1 symbols and the next symbol a. c counts the M n-grams of the text
+    of T symbols: characters of a string, or integers [T]. T must be at least the `order` n. No
+    n-gram model of this order does better on this text. A model fitted to other text does worse,
+    much worse if M is small.
+    """
     if isinstance(ids_or_text, str):
-        ids_or_text = np.frombuffer(ids_or_text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+        ids_or_text = np.frombuffer(
+            ids_or_text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4"
+        )
     ids = _ranks(ids_or_text)
     num_kinds, num_ngrams = int(ids.max()) + 1, len(ids) - order + 1
     contexts = np.zeros(num_ngrams, dtype=np.int64)
@@ -218,16 +280,18 @@ def ngram_entropy(ids_or_text: str | npt.NDArray[Any], order: int) -> float:
 
 
 def bigram_cross_entropy(train: npt.NDArray[Any], test: npt.NDArray[Any], vocab_size: int) -> float:
-    r"""Bits per token of `test` under a bigram model fitted to `train`: integers below `vocab_size` V, [T] each.
+    r"""Bits per token of `test` under a bigram model fitted to `train`: integers below `vocab_size`
+    V, [T] each.
 
-    Interpolated Kneser-Ney (Chen and Goodman 1999): with counts c of `train`, N(w .) and N(. a) the numbers of
-    different tokens after w and before a, and N the number of different bigrams,
+    Interpolated Kneser-Ney (Chen and Goodman 1999): with counts c of `train`, N(w .) and N(. a) the
+    numbers of different tokens after w and before a, and N the number of different bigrams,
 
         p(a | w) = (max(c(w a) - D, 0) + D N(w .) p(a)) / c(w),      c(w) = sum_a c(w a)
         p(a)     = (max(N(. a) - D, 0) + D K / V) / N,               K = number of a with N(. a) > 0
 
-    and D = n_1 / (n_1 + 2 n_2) from the numbers n_k of bigrams with c = k. p(a | w) = p(a) for the first token and
-    after tokens that `train` does not have. Both texts need two tokens or more."""
+    and D = n_1 / (n_1 + 2 n_2) from the numbers n_k of bigrams with c = k. p(a | w) = p(a) for the
+    first token and after tokens that `train` does not have. Both texts need two tokens or more.
+    """
     train, test = train.astype(np.int64), test.astype(np.int64)
     codes, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())

@@ -1,8 +1,8 @@
 """Normalizing flows over latents, and the precision rule that all of them keep.
 
-Matrix products may run in half precision under autocast; densities never do. Couplings, codebook densities,
-log-determinants and inverses are float32 or wider (docs/math.md, section 8). The products in codebook densities
-cancel, so they are float64 where the device has it.
+Matrix products may run in half precision under autocast; densities never do. Couplings, codebook
+densities, log-determinants and inverses are float32 or wider (docs/math.md, section 8). The
+products in codebook densities cancel, so they are float64 where the device has it.
 """
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in at least float32: bfloat16 and float16 are converted, float32 and float64 returned as they are."""
+    """x in at least float32: bfloat16 and float16 are converted, float32 and float64 returned as
+    they are.
+    """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -20,5 +22,7 @@ def wide_dtype(like: Tensor) -> torch.dtype:
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context that turns autocast off on the device of `like`; meta tensors have none and follow the CPU's."""
+    """A context that turns autocast off on the device of `like`; meta tensors have none and follow
+    the CPU's.
+    """
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

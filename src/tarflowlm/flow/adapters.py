@@ -1,7 +1,9 @@
-"""The maps of this package as transforms of torch.distributions, which zuko takes as well (docs/flow.md).
+"""The maps of this package as transforms of torch.distributions, which zuko takes as well
+(docs/flow.md).
 
-Direction: a transform maps latents z to noise u, so that p(z) = N(u; 0, I) |det du/dz|, as everywhere here and in
-zuko. torch.distributions.TransformedDistribution maps the other way and takes `transform.inv`.
+Direction: a transform maps latents z to noise u, so that p(z) = N(u; 0, I) |det du/dz|, as
+everywhere here and in zuko. torch.distributions.TransformedDistribution maps the other way and
+takes `transform.inv`.
 """
 
 from collections.abc import Callable
@@ -15,15 +17,23 @@ from tarflowlm.flow.stack import Bijection
 
 
 class FlowTransform(Transform):
-    """A map z -> (u, log|det du/dz|) and its inverse, over the last `event_dim` axes; never cached."""
+    """A map z -> (u, log|det du/dz|) and its inverse, over the last `event_dim` axes; never
+    cached.
+    """
 
     bijective = True
 
     def __init__(
-        self, forward: Callable[[Tensor], tuple[Tensor, Tensor]], inverse: Callable[[Tensor], Tensor], event_dim: int
+        self,
+        forward: Callable[[Tensor], tuple[Tensor, Tensor]],
+        inverse: Callable[[Tensor], Tensor],
+        event_dim: int,
     ) -> None:
         super().__init__()
-        self.call_and_ladj, self.invert = forward, inverse  # the former is the name under which zuko calls it
+        self.call_and_ladj, self.invert = (
+            forward,
+            inverse,
+        )  # the former is the name under which zuko calls it
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
 
     def with_cache(self, cache_size: int = 1) -> "FlowTransform":
@@ -47,19 +57,26 @@ class MixtureCdfTransform(FlowTransform):
 
     def __init__(self, log_w: Tensor, mean: Tensor, log_std: Tensor) -> None:
         p = (log_w, mean, log_std)
-        super().__init__(lambda z: mixture_cdf(z, *p), lambda u: mixture_cdf_inverse(u, *p), event_dim=0)
+        super().__init__(
+            lambda z: mixture_cdf(z, *p), lambda u: mixture_cdf_inverse(u, *p), event_dim=0
+        )
 
 
 class RosenblattTransform(FlowTransform):
-    """`numerics.rosenblatt` on vectors: z [..., d] to u [..., d]; log_w [..., K], mean [K, d], log_std [K]."""
+    """`numerics.rosenblatt` on vectors: z [..., d] to u [..., d]; log_w [..., K], mean [K, d],
+    log_std [K].
+    """
 
     def __init__(self, log_w: Tensor, mean: Tensor, log_std: Tensor) -> None:
         p = (log_w, mean, log_std)
-        super().__init__(lambda z: rosenblatt(z, *p), lambda u: rosenblatt_inverse(u, *p), event_dim=1)
+        super().__init__(
+            lambda z: rosenblatt(z, *p), lambda u: rosenblatt_inverse(u, *p), event_dim=1
+        )
 
 
 class BijectionTransform(FlowTransform):
-    """Any `Bijection` on sequences, such as `model.prior` or one of its blocks: z [..., N, C] to u [..., N, C].
+    """Any `Bijection` on sequences, such as `model.prior` or one of its blocks: z [..., N, C] to u
+    [..., N, C].
 
     The inverse of a block has no gradients. The parameters stay those of the module.
     """

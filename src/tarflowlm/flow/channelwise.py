@@ -1,8 +1,9 @@
-"""Couplings channel by channel, or group by group: affine and Mix-1, with parameters from an autoregressive head.
+"""Couplings channel by channel, or group by group: affine and Mix-1, with parameters from an
+autoregressive head.
 
-Inside a position the forward map is parallel, since the head sees the channels it is given; the inverse walks from
-group to group. Newton steps take all channels of all positions at once (`generation/inversion.py`), and `Newton`
-judges them.
+Inside a position the forward map is parallel, since the head sees the channels it is given; the
+inverse walks from group to group. Newton steps take all channels of all positions at once
+(`generation/inversion.py`), and `Newton` judges them.
 
 Shape legend: as in `couplings`.
 """
@@ -26,25 +27,34 @@ from tarflowlm.flow.numerics import log_standard_normal
 CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components causes some 1e-5."""
+"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components
+causes some 1e-5.
+"""
 
 
 class Newton:
-    """Follows Newton steps from the guess h = u: do they converge, and which positions of which rows have?
+    """Follows Newton steps from the guess h = u: do they converge, and which positions of which
+    rows have?
 
-    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|; unless `foresees`,
-    where this one does. A first step of more than `largest`, times 1 + |h|, counts as one that does not converge.
+    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|;
+    unless `foresees`, where this one does. A first step of more than `largest`, times 1 + |h|,
+    counts as one that does not converge.
     """
 
-    def __init__(self, tolerance: float, *, largest: float = math.inf, foresees: bool = True) -> None:
+    def __init__(
+        self, tolerance: float, *, largest: float = math.inf, foresees: bool = True
+    ) -> None:
         self.tolerance, self.last, self.contracts, self._bound = tolerance, math.inf, True, largest
         self.foresees = foresees
 
-    def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, "B N"]:
+    def settled(
+        self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor
+    ) -> Bool[Tensor, "B N"]:
         """Where the step from `old` to `new` was the last that is needed, on the host.
 
-        With q the ratio of the largest changes of this step and the one before, all further steps are estimated to
-        add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u; all [B, N, C].
+        With q the ratio of the largest changes of this step and the one before, all further steps
+        are estimated to add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u;
+        all [B, N, C].
         """
         change = ((new - old).abs() / (1 + new.abs())).amax(2)
         off = (residual.abs() / (1 + noise.abs())).amax(2)
@@ -52,13 +62,19 @@ class Newton:
         largest = float(change.max())
         self.contracts = largest < self._bound  # NaN is less than nothing, so it ends the steps
         # the first step has none before it to compare with
-        ahead = largest / (self.last - largest) if self.foresees and self.contracts and self.last < math.inf else 1.0
+        ahead = (
+            largest / (self.last - largest)
+            if self.foresees and self.contracts and self.last < math.inf
+            else 1.0
+        )
         self.last, self._bound = largest, CONTRACTION * largest
         return (change * ahead <= self.tolerance) & (off <= RESIDUAL[new.dtype])
 
 
 class ChannelCoupling(Coupling):
-    """A coupling over groups of C/G channels, with parameters from an autoregressive head (docs/math.md, eq. 10)."""
+    """A coupling over groups of C/G channels, with parameters from an autoregressive head
+    (docs/math.md, eq. 10).
+    """
 
     group = 1
     head: AutoregressiveHead
@@ -68,33 +84,45 @@ class ChannelCoupling(Coupling):
         """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
 
     @abstractmethod
-    def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Tensor, Tensor]:
         """Noise u, and log du_i/dz_i of every channel, in nats; both [B, N, C]."""
 
-    def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Tensor, Tensor]:
         u, log_det = self.channels(z, features)
         return u, log_det.sum(-1)
 
-    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+    def log_prob(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B N"]:
         u, log_det = self(z, features)
         return log_det + log_standard_normal(u).sum(-1)
 
-    def newton_step(self, z: Tensor, u: Tensor, features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
-        """A step towards the latents of noise u from a guess z of them, and that guess's residual u - f(z) [B, N, C].
+    def newton_step(
+        self, z: Tensor, u: Tensor, features: Float[Tensor, "B N D"]
+    ) -> tuple[Tensor, Tensor]:
+        """A step towards the latents of noise u from a guess z of them, and that guess's residual u
+        - f(z) [B, N, C].
 
             z_i + (u_i - f_i(z)) / (df_i/dz_i)
 
-        All channels of all positions step at once; the dependence on those before is left to the next step. The
-        latents of u are the only fixed point.
+        All channels of all positions step at once; the dependence on those before is left to the
+        next step. The latents of u are the only fixed point.
         """
         mapped, log_det = self.channels(z, features)
         residual = u - mapped
         return torch.addcmul(z, residual, torch.exp(-log_det)), residual
 
     def conditionals(
-        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *,
+        self,
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        *,
         weights: HeadWeights | None = None,
-    ) -> Conditionals:  # fmt: skip
+    ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
         walk, z = self.head.walk(features, weights), None
         for _ in range(self.head.groups):
@@ -102,7 +130,9 @@ class ChannelCoupling(Coupling):
 
     def inverter(self) -> Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]:
         weights = HeadWeights(self.head)
-        return lambda u, features, adjust: self._walk(u, self.conditionals(features, adjust, weights=weights))
+        return lambda u, features, adjust: self._walk(
+            u, self.conditionals(features, adjust, weights=weights)
+        )
 
 
 class AffineCoupling(ChannelCoupling):
@@ -110,19 +140,31 @@ class AffineCoupling(ChannelCoupling):
 
         u_i = (z_i - m_i) / s_i,    log du_i/dz_i = -log s_i,    (m_i, log s_i) = head_i(c, z_<i)
 
-    Mix-1 with K = 1, in closed form. With `group` > 1 channels per group, i counts groups: `group` = d is the
-    token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
+    Mix-1 with K = 1, in closed form. With `group` > 1 channels per group, i counts groups: `group`
+    = d is the token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
     """
 
-    def __init__(self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, **sees: Any) -> None:
-        """`sees`: the options of `AutoregressiveHead` that say what a group sees; `full`, without linear paths."""
+    def __init__(
+        self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, **sees: Any
+    ) -> None:
+        """`sees`: the options of `AutoregressiveHead` that say what a group sees; `full`, without
+        linear paths.
+        """
         super().__init__()
         self.group, groups = group, channels // group
-        sees |= {"width": width, "groups": groups, "channels": group, "hidden": hidden * group, "features": features}
+        sees |= {
+            "width": width,
+            "groups": groups,
+            "channels": group,
+            "hidden": hidden * group,
+            "features": features,
+        }
         sees["skip"] = not sees.get("full")
         self.head = AutoregressiveHead(outputs=(group, group), log_std_last=True, **sees)
 
-    def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Tensor, Tensor]:
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std
 
@@ -142,23 +184,41 @@ class AffineCoupling(ChannelCoupling):
 class Mix1Coupling(ChannelCoupling):
     r"""Mix-1: the CDF of a mixture per channel (docs/math.md, eq. 8).
 
-        u_i = Phi^-1( sum_k w_ik Phi((z_i - m_ik) / s_ik) ),    log du_i/dz_i = log p(z_i) - log phi(u_i)
+        u_i = Phi^-1( sum_k w_ik Phi((z_i - m_ik) / s_ik) ),    log du_i/dz_i = log p(z_i) - log
+        phi(u_i)
 
     with the 3 K parameters (w_i, m_i, s_i) = head_i(c, z_<i). Paper: section 3.2.1.
 
-    Start: means at `spread` times standard normal quantiles, scales that give the mixture unit variance. A small
-    `spread` is close to the identity, the right start on top of other blocks. Block 1: see `start_from`.
+    Start: means at `spread` times standard normal quantiles, scales that give the mixture unit
+    variance. A small `spread` is close to the identity, the right start on top of other blocks.
+    Block 1: see `start_from`.
     """
 
     def __init__(
-        self, *, width: int, channels: int, components: int, hidden: int, features: int, spread: float, **sees: Any
+        self,
+        *,
+        width: int,
+        channels: int,
+        components: int,
+        hidden: int,
+        features: int,
+        spread: float,
+        **sees: Any,
     ) -> None:
         """`sees`: as in `AffineCoupling`."""
         super().__init__()
-        sees |= {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
+        sees |= {
+            "width": width,
+            "groups": channels,
+            "channels": 1,
+            "hidden": hidden,
+            "features": features,
+        }
         sees["skip"] = not sees.get("full")
         self.head = AutoregressiveHead(outputs=(components,) * 3, log_std_last=True, **sees)
-        means = spread * torch.special.ndtri((torch.arange(components, dtype=torch.float64) + 0.5) / components)
+        means = spread * torch.special.ndtri(
+            (torch.arange(components, dtype=torch.float64) + 0.5) / components
+        )
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
         with torch.no_grad():
             self.head.biases[1].copy_(means.float().expand(channels, -1))
@@ -166,21 +226,26 @@ class Mix1Coupling(ChannelCoupling):
 
     @torch.no_grad()
     def start_from(self, codebook: Codebook, *, evidence: float = 1.0) -> None:
-        r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, section 3, "Start").
+        r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, section
+        3, "Start").
 
-        With K = V, component k of channel i has the mean mu_ki and the scale sigma_k. The log-weights of channel i
-        are the evidence from the earlier channels of its token, which is linear in them when all sigma_k are equal:
+        With K = V, component k of channel i has the mean mu_ki and the scale sigma_k. The
+        log-weights of channel i are the evidence from the earlier channels of its token, which is
+        linear in them when all sigma_k are equal:
 
-            sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
+            sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 +
+            terms without k
 
-        Without it, a Mix-1 block spends most of its steps finding the codebook. `evidence` below 1 flattens these
-        log-weights: each channel then knows less of the token than it could.
+        Without it, a Mix-1 block spends most of its steps finding the codebook. `evidence` below 1
+        flattens these log-weights: each channel then knows less of the token than it could.
         UserError for a head that does not see the channels before.
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
         paths = self.head.evidence
         if paths is None or (self.head.groups > 1 and not paths.shape[1]):
-            raise UserError("model.blocks.0.start: needs linear paths from the channels before; use plain")
+            raise UserError(
+                "model.blocks.0.start: needs linear paths from the channels before; use plain"
+            )
         assert self.head.biases[0].shape[1] == codebook.vocab_size
         unit = codebook.log_std.exp().mean()
         self.head.scale[1] = unit
@@ -192,16 +257,22 @@ class Mix1Coupling(ChannelCoupling):
             self.head.biases[2][c] = codebook.log_std
             paths[c, c - i : c, 0] = per_channel[:i]
 
-    def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Tensor, Tensor]:
         log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
             u, log_det = numerics.mixture_cdf(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std)
         return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
 
-    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+    def log_prob(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B N"]:
         log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
-            return numerics.mixture_log_density(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std).sum(0)
+            return numerics.mixture_log_density(
+                z.permute(2, 0, 1).contiguous(), log_w, mean, log_std
+            ).sum(0)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,4 +282,6 @@ class Mix1Coupling(ChannelCoupling):
         def inverse(u: Tensor) -> Tensor:
             return numerics.mixture_cdf_inverse(u[:, 0], *parameters)[:, None]
 
-        return Conditional(forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], *parameters))
+        return Conditional(
+            forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], *parameters)
+        )

@@ -13,8 +13,8 @@ from tarflowlm.flow import numerics, wide_dtype
 def spread_means(num_components: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
     """K well separated points in R^d, with zero mean and unit variance per channel: [K, d].
 
-    Farthest-point selection from 8 K Gaussian candidates. It costs K^2; above K = 4,096 the points are K Gaussian
-    draws, which in d >= 16 are far apart already.
+    Farthest-point selection from 8 K Gaussian candidates. It costs K^2; above K = 4,096 the points
+    are K Gaussian draws, which in d >= 16 are far apart already.
     """
     if num_components > 4096:
         points = torch.randn(num_components, dim, generator=generator)
@@ -35,7 +35,9 @@ def spread_means(num_components: int, dim: int, generator: torch.Generator | Non
 
 
 def typical_neighbour_distance(points: Tensor) -> float:
-    """Median distance from a point to its nearest neighbour, over the first 1,024 of `points` [K, d]."""
+    """Median distance from a point to its nearest neighbour, over the first 1,024 of `points` [K,
+    d].
+    """
     if len(points) < 2 or points.is_meta:
         return 2.0
     sample = points[:1024]
@@ -45,65 +47,93 @@ def typical_neighbour_distance(points: Tensor) -> float:
 
 
 class Codebook(nn.Module):
-    r"""One isotropic Gaussian N_k(z) = N(z; mu_k, sigma_k^2 I_d) per token k (docs/math.md, eqs. 1 and 2).
+    r"""One isotropic Gaussian N_k(z) = N(z; mu_k, sigma_k^2 I_d) per token k (docs/math.md, eqs. 1
+    and 2).
 
         q(z | x) = prod_t N_{x_t}(z_t),     p(x_t = k | z_t) = N_k(z_t) / sum_j N_j(z_t)
 
     `mean` [V, d] is mu, `log_std` [V] is log sigma. Paper: section 3.1.
 
-    Start: the means are far apart, with unit variance per channel, the scale of the base. sigma is the typical
-    distance between neighbouring means over `separation`. At the default of 12 almost every sample decodes to its
-    token, so the bound starts near log V nats per token, that of a uniform language model.
+    Start: the means are far apart, with unit variance per channel, the scale of the base. sigma is
+    the typical distance between neighbouring means over `separation`. At the default of 12 almost
+    every sample decodes to its token, so the bound starts near log V nats per token, that of a
+    uniform language model.
     """
 
     def __init__(
-        self, vocab_size: int, dim: int, *, separation: float = 12.0, generator: torch.Generator | None = None
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        separation: float = 12.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         mean = spread_means(vocab_size, dim, generator)
         log_std = math.log(typical_neighbour_distance(mean) / separation)
-        self.mean, self.log_std = nn.Parameter(mean), nn.Parameter(torch.full((vocab_size,), log_std))
+        self.mean, self.log_std = (
+            nn.Parameter(mean),
+            nn.Parameter(torch.full((vocab_size,), log_std)),
+        )
 
     @property
     def vocab_size(self) -> int:
         return self.mean.shape[0]
 
-    def encode(self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    def encode(
+        self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]
+    ) -> Float[Tensor, "*batch d"]:
         """z = mu_x + sigma_x * noise with noise ~ N(0, I), differentiable in mu and sigma."""
         flat = tokens.flatten()  # index_select has a much faster backward than indexing
         std = self.log_std.index_select(0, flat).exp().view(*tokens.shape, 1)
         return self.mean.index_select(0, flat).view_as(noise) + std * noise
 
-    def log_q(self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise) (docs/math.md, eq. 1)."""
+    def log_q(
+        self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]
+    ) -> Float[Tensor, "*batch"]:
+        """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise) (docs/math.md, eq.
+        1).
+        """
         log_std = self.log_std.index_select(0, tokens.flatten()).view_as(tokens)
-        return -0.5 * noise.square().sum(-1) - noise.shape[-1] * (log_std + 0.5 * math.log(2 * math.pi))
+        return -0.5 * noise.square().sum(-1) - noise.shape[-1] * (
+            log_std + 0.5 * math.log(2 * math.pi)
+        )
 
     def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log N_k(z) for every token k, in nats. Holds a [tokens, V] tensor: for small vocabularies."""
+        """log N_k(z) for every token k, in nats. Holds a [tokens, V] tensor: for small
+        vocabularies.
+        """
         return numerics.log_component_densities(z, self.mean, self.log_std)
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats (docs/math.md, eqs. 2 and 11a)."""
+        """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats (docs/math.md, eqs. 2 and
+        11a).
+        """
         return numerics.mixture_log_prob(z, None, self.mean, self.log_std)
 
-    def log_likelihood(self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    def log_likelihood(
+        self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]
+    ) -> Float[Tensor, "*batch"]:
         """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats (docs/math.md, eq. 2).
 
-        Without a [tokens, V] tensor. Near zero it is a small difference of large numbers, so both are computed in
-        float64 (float32 on devices without it) and the difference is rounded.
+        Without a [tokens, V] tensor. Near zero it is a small difference of large numbers, so both
+        are computed in float64 (float32 on devices without it) and the difference is rounded.
         """
         wide, flat = wide_dtype(z), tokens.flatten()
         z_wide, mean, log_std = z.to(wide), self.mean.to(wide), self.log_std.to(wide)
         # at z, not at the noise it was drawn with: z has been rounded since
         rows = z_wide.reshape(-1, z.shape[-1])
-        own = numerics.log_own_density(rows, mean.index_select(0, flat), log_std.index_select(0, flat))
+        own = numerics.log_own_density(
+            rows, mean.index_select(0, flat), log_std.index_select(0, flat)
+        )
         difference = own.view_as(tokens) - numerics.mixture_log_prob(z_wide, None, mean, log_std)
         # rounding must not make a probability larger than one
         return difference.clamp(max=0.0).to(z.dtype)
 
     def log_posterior(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log p(x = k | z) for every token k, in nats. Holds a [tokens, V] tensor: for small vocabularies."""
+        """log p(x = k | z) for every token k, in nats. Holds a [tokens, V] tensor: for small
+        vocabularies.
+        """
         return torch.log_softmax(self.log_components(z), dim=-1)
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
@@ -112,8 +142,9 @@ class Codebook(nn.Module):
 
 
 class NoisyCodebook:
-    """The components of a codebook and, last, N(0, I): the latents that a block with `certainty` leaves to the blocks
-    above it, codes and noise."""
+    """The components of a codebook and, last, N(0, I): the latents that a block with `certainty`
+    leaves to the blocks above it, codes and noise.
+    """
 
     def __init__(self, codebook: Codebook) -> None:
         self.codebook, self.vocab_size = codebook, codebook.vocab_size + 1

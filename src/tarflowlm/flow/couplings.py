@@ -1,13 +1,16 @@
-"""Couplings: invertible maps of one position, with parameters predicted from features of the earlier positions.
+"""Couplings: invertible maps of one position, with parameters predicted from features of the
+earlier positions.
 
-A coupling maps the input h_n of a position, given the features c_n, to noise u_n. All of them satisfy
+A coupling maps the input h_n of a position, given the features c_n, to noise u_n. All of them
+satisfy
 
     log|det J| = sum_n log p(h_n | c_n) - log N(u_n; 0, I)        (docs/math.md, eq. 6)
 
 so the last block needs only `log_prob`. The code writes z for h, whatever the block.
 
-Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width, K components,
-G groups of C / G channels. `forward` and `log_prob` take whole sequences, `invert` and `complete` one position.
+Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width, K
+components, G groups of C / G channels. `forward` and `log_prob` take whole sequences, `invert` and
+`complete` one position.
 """
 
 from abc import abstractmethod
@@ -21,7 +24,9 @@ from torch import Tensor, nn
 from tarflowlm.flow.numerics import standard_normal_log_prob
 
 AdjustWeights = Callable[[Tensor], Tensor]
-"""Maps log-weights of tokens [..., K] to log-weights: the temperature, top-k and top-p of a sampler."""
+"""Maps log-weights of tokens [..., K] to log-weights: the temperature, top-k and top-p of a
+sampler.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,15 @@ class Conditional:
     # z_g [B, C/G] to u_g [B, C/G] and log|det du_g/dz_g| [B], in nats
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
     inverse: Callable[[Tensor], Tensor]  # u_g to z_g, with the weights as the sampler adjusted them
-    log_density: Callable[[Tensor], Tensor]  # log p(z_g | c_n, z_<g) [B] of `forward`, in nats, without the noise
+    log_density: Callable[
+        [Tensor], Tensor
+    ]  # log p(z_g | c_n, z_<g) [B] of `forward`, in nats, without the noise
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]
-"""Yields the conditional of each group of a position in turn; the caller sends back the value z_g."""
+"""Yields the conditional of each group of a position in turn; the caller sends back the value
+z_g.
+"""
 
 
 class Coupling(nn.Module):
@@ -46,22 +55,32 @@ class Coupling(nn.Module):
     """True for a mixture of the encoder's codebook; its `log_prob` then takes `relative`."""
 
     @abstractmethod
-    def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Tensor, Tensor]:
         """Noise u [B, N, C], and log|det du_n/dz_n| of every position [B, N], in nats."""
 
     @abstractmethod
-    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+    def log_prob(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B N"]:
         """log p(z_n | c_n) of every position, in nats."""
 
     @abstractmethod
-    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
+    def conditionals(
+        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+    ) -> Conditionals:
         """The conditionals of one position, group by group, from its features c_n.
 
-        `adjust` changes the mixture weights of `inverse`; only for Mix-d, whose components can be tokens.
+        `adjust` changes the mixture weights of `inverse`; only for Mix-d, whose components can be
+        tokens.
         """
 
     def invert(
-        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+        self,
+        u: Float[Tensor, "B C"],
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
     ) -> Float[Tensor, "B C"]:
         """The latents z_n of one position, from its noise u_n and features c_n."""
         return self._walk(u, self.conditionals(features, adjust))
@@ -77,20 +96,28 @@ class Coupling(nn.Module):
         return self.invert
 
     def complete(
-        self, u: Tensor, features: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None = None
+        self,
+        u: Tensor,
+        features: Tensor,
+        known: Tensor,
+        is_known: Tensor,
+        adjust: AdjustWeights | None = None,
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
-        """Complete one position in which some tokens are given, `is_known` [B, P]: returns (z, u, log p).
+        """Complete one position in which some tokens are given, `is_known` [B, P]: returns (z, u,
+        log p).
 
-        They keep their latents `known` [B, C] and get the noise those map to; the others are inverted from u [B, C].
-        log p, in nats, is that of each given token's latents conditional on everything before them, and 0 for the
-        other tokens (docs/math.md, section 9).
+        They keep their latents `known` [B, C] and get the noise those map to; the others are
+        inverted from u [B, C]. log p, in nats, is that of each given token's latents conditional on
+        everything before them, and 0 for the other tokens (docs/math.md, section 9).
         """
         P, channels = is_known.shape[1], u.shape[1]
         conditionals, z, noise = self.conditionals(features, adjust), list[Tensor](), list[Tensor]()
         log_p, mask = u.new_zeros(is_known.shape), is_known.to(u.device)
         # read on the host, to skip a direction that no row needs
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
-        for g, (u_g, known_g) in enumerate(zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)):
+        for g, (u_g, known_g) in enumerate(
+            zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)
+        ):
             conditional, a = conditionals.send(z[-1] if z else None), g * self.group * P // channels
             if not some[a]:
                 z.append(conditional.inverse(u_g))

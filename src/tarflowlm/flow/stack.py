@@ -1,7 +1,8 @@
-"""Invertible maps: their interface, the two that only reorder latents, a flow block, and the prior, a stack of blocks
-of alternating direction over patches of tokens.
+"""Invertible maps: their interface, the two that only reorder latents, a flow block, and the prior,
+a stack of blocks of alternating direction over patches of tokens.
 
-Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.
+Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D
+width.
 """
 
 from abc import abstractmethod
@@ -24,13 +25,18 @@ Invert = Callable[[int, Tensor], Tensor]
 
 
 class Bijection(nn.Module):
-    """An invertible map between latents z and noise u, both [B, N, C]; a subclass has `forward` and `inverse`."""
+    """An invertible map between latents z and noise u, both [B, N, C]; a subclass has `forward` and
+    `inverse`.
+    """
 
     @abstractmethod
-    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
+    def forward(
+        self, z: Float[Tensor, "B N C"]
+    ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
         """Latents to noise, in parallel over positions: u, and log|det du/dz| in nats.
 
-        The log-determinant is that of the sequence, [B], or for a flow block its parts by position, [B, N].
+        The log-determinant is that of the sequence, [B], or for a flow block its parts by position,
+        [B, N].
         """
 
     @abstractmethod
@@ -39,14 +45,17 @@ class Bijection(nn.Module):
 
 
 class Patch(Bijection):
-    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq. 14); UserError if P
-    does not divide T."""
+    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq.
+    14); UserError if P does not divide T.
+    """
 
     def __init__(self, patch: int) -> None:
         super().__init__()
         self.patch = patch
 
-    def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+    def forward(
+        self, z: Float[Tensor, "B T d"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
         B, T, d = z.shape
         if T % self.patch:
             raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
@@ -58,10 +67,12 @@ class Patch(Bijection):
 
 
 class Order(Bijection):
-    """pi_l, the order in which a block sees its input: channels mixed, positions reversed (docs/math.md, eqs. 5, 15).
+    """pi_l, the order in which a block sees its input: channels mixed, positions reversed
+    (docs/math.md, eqs. 5, 15).
 
-    Channels become [even-indexed, odd-indexed], `mix` times. This interleaves the channels of the tokens in a patch:
-    a later block models them in another order. With `reverse` the positions run right to left.
+    Channels become [even-indexed, odd-indexed], `mix` times. This interleaves the channels of the
+    tokens in a patch: a later block models them in another order. With `reverse` the positions run
+    right to left.
     """
 
     channels: Tensor
@@ -76,7 +87,9 @@ class Order(Bijection):
         self.register_buffer("channels", torch.tensor(order), persistent=False)
         self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
-    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+    def forward(
+        self, z: Float[Tensor, "B N C"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
         return self.positions(z[..., self.channels] if self.mixes else z), z.new_zeros(len(z))
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
@@ -89,17 +102,23 @@ class Order(Bijection):
 
 
 class InputMap(nn.Module):
-    """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))) (docs/math.md, eq. 5).
+    """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x)))
+    (docs/math.md, eq. 5).
 
-    The linear path alone would confine the inputs to a C-dimensional subspace, too little for the Transformer where C
-    is small (docs/log.md). The nonlinear path removes that limit at the cost of one small product.
+    The linear path alone would confine the inputs to a C-dimensional subspace, too little for the
+    Transformer where C is small (docs/log.md). The nonlinear path removes that limit at the cost of
+    one small product.
     """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.linear, self.lift = nn.Linear(channels, width), nn.Linear(channels, width)
         self.out = nn.Linear(width, width, bias=False)
-        for layer, std in ((self.linear, channels**-0.5), (self.lift, 2.0 * channels**-0.5), (self.out, width**-0.5)):
+        for layer, std in (
+            (self.linear, channels**-0.5),
+            (self.lift, 2.0 * channels**-0.5),
+            (self.out, width**-0.5),
+        ):
             nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(self.linear.bias)
         nn.init.normal_(self.lift.bias)
@@ -111,20 +130,29 @@ class InputMap(nn.Module):
 class FlowBlock(Bijection):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
-    Position n, counted in the block's own order, is transformed with parameters that depend on the positions before
-    n and on the earlier channels of position n. `order` (pi_l) mixes channels and reverses positions on input and is
-    undone on output, so every state keeps the layout of the tokens and can be decoded by the codebook.
+    Position n, counted in the block's own order, is transformed with parameters that depend on the
+    positions before n and on the earlier channels of position n. `order` (pi_l) mixes channels and
+    reverses positions on input and is undone on output, so every state keeps the layout of the
+    tokens and can be decoded by the codebook.
 
-    With a `codebook`, which needs channels that are not mixed, the Transformer also reads an embedding of the tokens
-    that the latents before n decode to. They are a function of these latents, so the map stays a flow.
+    With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
+    embedding of the tokens that the latents before n decode to. They are a function of these
+    latents, so the map stays a flow.
     """
 
     places: Tensor
 
     def __init__(
-        self, *, trunk: TransformerConfig, num_layers: int, channels: int, coupling: Coupling, reverse: bool,
-        mix: int, codebook: Codebook | NoisyCodebook | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        trunk: TransformerConfig,
+        num_layers: int,
+        channels: int,
+        coupling: Coupling,
+        reverse: bool,
+        mix: int,
+        codebook: Codebook | NoisyCodebook | None = None,
+    ) -> None:
         super().__init__()
         self.order = Order(channels, reverse=reverse, mix=mix)
         self.keeps_order = not reverse and mix == 0
@@ -132,7 +160,9 @@ class FlowBlock(Bijection):
         self.start = nn.Parameter(torch.randn(trunk.width))
         self.transformer = Transformer(trunk, num_layers)
         self.coupling = coupling
-        self._codebook = (codebook,)  # in a tuple, so that its parameters are not registered a second time
+        self._codebook = (
+            codebook,
+        )  # in a tuple, so that its parameters are not registered a second time
         self.token_embedding: nn.Embedding | None = None
         if codebook is not None:
             assert not self.order.mixes
@@ -153,29 +183,42 @@ class FlowBlock(Bijection):
     def _features(self, h: Tensor) -> Tensor:
         return self.features_of(None, h[:, :-1], first=True)
 
-    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(
+        self, z: Float[Tensor, "B N C"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
         h = self.order(z)[0]
         u, log_det = self.coupling(h, self._features(h))
         return self.order.inverse(u), self.order.positions(log_det)
 
-    def log_prob(self, z: Float[Tensor, "B N C"], *, relative: bool = False) -> Float[Tensor, "B N"]:
-        """log p(z_n | positions before n in the block's order) with this block as the last one, in nats.
+    def log_prob(
+        self, z: Float[Tensor, "B N C"], *, relative: bool = False
+    ) -> Float[Tensor, "B N"]:
+        """log p(z_n | positions before n in the block's order) with this block as the last one, in
+        nats.
 
         Cheaper than `forward`, since it needs no noise. `relative`: see `MixDCoupling.log_prob`.
         """
         h, options = self.order(z)[0], {"relative": True} if relative else {}
         return self.order.positions(self.coupling.log_prob(h, self._features(h), **options))
 
-    def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
-        """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
+    def features_at(
+        self, cache: KVCache, previous: Tensor | None, batch: int
+    ) -> Float[Tensor, "B D"]:
+        """Features c_n of the next position, given the latents [B, C] of the one before it (None at
+        the start).
+        """
         x = self.start.expand(batch, -1) if previous is None else self._inputs(previous)
         return cache.extend(x[:, None])[:, 0]
 
-    def features_of(self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool) -> Tensor:
-        """Features [B, next, D] of the positions after the cached ones, given the latents `past` of the ones before.
+    def features_of(
+        self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool
+    ) -> Tensor:
+        """Features [B, next, D] of the positions after the cached ones, given the latents `past` of
+        the ones before.
 
-        With `first` they begin with those of the first position of the sequence: one more than there are in `past`.
+        With `first` they begin with those of the first position of the sequence: one more than
+        there are in `past`.
         """
         x = self._inputs(past)
         if first:
@@ -188,7 +231,9 @@ class FlowBlock(Bijection):
 
     @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """h^(l-1) from h^(l) = u, position by position, without gradients. Sweeps: `generation/inversion.py`."""
+        """h^(l-1) from h^(l) = u, position by position, without gradients. Sweeps:
+        `generation/inversion.py`.
+        """
         cache, invert = self.allocate_cache(len(u), u.shape[1]), self.coupling.inverter()
         h: list[Tensor] = []
         for u_n in self.order(u)[0].unbind(1):
@@ -197,7 +242,8 @@ class FlowBlock(Bijection):
 
 
 class Prior(Bijection):
-    """The prior p(z): u = f(z) ~ N(0, I) with f = f^(L) o ... o f^(1) (docs/math.md, eq. 4); z, u [B, T, d].
+    """The prior p(z): u = f(z) ~ N(0, I) with f = f^(L) o ... o f^(1) (docs/math.md, eq. 4); z, u
+    [B, T, d].
 
     The blocks act on positions of P tokens. All methods raise UserError if P does not divide T.
     """
@@ -213,7 +259,9 @@ class Prior(Bijection):
         return block
 
     def states(self, z: Float[Tensor, "B T d"]) -> tuple[list[Tensor], list[Tensor]]:
-        """The states h^(0) = z, ..., h^(L) = u, each [B, T, d], and the parts of log|det J_l| by position [B, N]."""
+        """The states h^(0) = z, ..., h^(L) = u, each [B, T, d], and the parts of log|det J_l| by
+        position [B, N].
+        """
         h = self.patch(z)[0]
         states, log_dets = [z], []
         for block in self.blocks:
@@ -222,15 +270,24 @@ class Prior(Bijection):
             log_dets.append(log_det)
         return states, log_dets
 
-    def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B T d"], Float[Tensor, " B"]]:
+    def forward(
+        self, z: Float[Tensor, "B T d"]
+    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, " B"]]:
         """Noise u = h^(L), and the sum of all log-determinants, in nats."""
         states, log_dets = self.states(z)
         return states[-1], sum((log_det.sum(-1) for log_det in log_dets), start=z.new_zeros(len(z)))
 
     def descend(
-        self, state: Float[Tensor, "B T d"], invert: Invert, *, top: int | None = None, bottom: int = 0
+        self,
+        state: Float[Tensor, "B T d"],
+        invert: Invert,
+        *,
+        top: int | None = None,
+        bottom: int = 0,
     ) -> list[Tensor]:
-        """Invert blocks top (by default L), ..., bottom + 1: h^(top) = `state`, ..., h^(bottom), each [B, T, d]."""
+        """Invert blocks top (by default L), ..., bottom + 1: h^(top) = `state`, ..., h^(bottom),
+        each [B, T, d].
+        """
         h, states = self.patch(state)[0], [state]
         for index in reversed(range(bottom, len(self.blocks) if top is None else top)):
             h = invert(index, h)
@@ -242,13 +299,21 @@ class Prior(Bijection):
         return self.descend(u, lambda index, h: self.block(index).inverse(h))[-1]
 
     def log_prob(
-        self, z: Tensor, *, above: int = 0, frozen: int = 0, per_position: bool = False, relative: bool = False
+        self,
+        z: Tensor,
+        *,
+        above: int = 0,
+        frozen: int = 0,
+        per_position: bool = False,
+        relative: bool = False,
     ) -> Float[Tensor, "B ..."]:
-        """log p(z) [B] of z [B, T, d], in nats: the log-determinants of all blocks but the last, and its density.
+        """log p(z) [B] of z [B, T, d], in nats: the log-determinants of all blocks but the last,
+        and its density.
 
-        `above` takes z as the state h^(above) and evaluates the prior that the blocks above it define. The first
-        `frozen` blocks run without a graph: no gradients, no stored activations. `per_position` returns the parts
-        [B, N] of log p(z) instead. `relative` subtracts the decoder's normaliser, if the last block `is_tied`.
+        `above` takes z as the state h^(above) and evaluates the prior that the blocks above it
+        define. The first `frozen` blocks run without a graph: no gradients, no stored activations.
+        `per_position` returns the parts [B, N] of log p(z) instead. `relative` subtracts the
+        decoder's normaliser, if the last block `is_tied`.
         """
         h, parts = self.patch(z)[0], []
         for index in range(above, len(self.blocks) - 1):
@@ -256,6 +321,10 @@ class Prior(Bijection):
                 h, log_det = self.block(index)(h)
             parts.append(log_det)
         flows = above < len(self.blocks)
-        parts.append(self.block(-1).log_prob(h, relative=relative) if flows else log_standard_normal(h).sum(-1))
+        parts.append(
+            self.block(-1).log_prob(h, relative=relative)
+            if flows
+            else log_standard_normal(h).sum(-1)
+        )
         first, *rest = parts if per_position else [part.sum(-1) for part in parts]
         return sum(rest, start=first)

@@ -1,9 +1,9 @@
 """Causal Transformer, which maps vectors to features and knows nothing of flows, and its KV cache.
 
-Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP: the trunk of every flow block and of the baseline.
-`KVCache` runs it on positions that follow cached ones, in few operations: one position of a small model costs less
-than the dispatch of its operations, so their number sets the time of sampling.
-Shape legend: B batch, N (new) positions, D width, H heads, E = D / H head width.
+Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP: the trunk of every flow block
+and of the baseline. `KVCache` runs it on positions that follow cached ones, in few operations: one
+position of a small model costs less than the dispatch of its operations, so their number sets the
+time of sampling. Shape legend: B batch, N (new) positions, D width, H heads, E = D / H head width.
 """
 
 import math
@@ -19,8 +19,12 @@ from tarflowlm.config import TransformerConfig as TransformerConfig
 from tarflowlm.flow import full_precision, widen
 
 
-def rotary_tables(positions: Tensor, num_heads: int, config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E) (Su et al. 2021)."""
+def rotary_tables(
+    positions: Tensor, num_heads: int, config: TransformerConfig
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E) (Su et
+    al. 2021).
+    """
     E = config.head_width
     exponent = torch.arange(0, E, 2, device=positions.device, dtype=torch.float32) / E
     angle = positions.float()[:, None, None] * torch.exp(-math.log(config.rotary_base) * exponent)
@@ -30,13 +34,17 @@ def rotary_tables(positions: Tensor, num_heads: int, config: TransformerConfig) 
 
 
 def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate, in place, channel pairs (i, i + E/2) by their position's angle: to (x cos - y sin, x sin + y cos)."""
+    """Rotate, in place, channel pairs (i, i + E/2) by their position's angle: to (x cos - y sin, x
+    sin + y cos).
+    """
     swapped = x_BNHE.roll(x_BNHE.shape[-1] // 2, dims=-1)
     return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
 
 
 def convolve(x: Tensor, taps: Tensor) -> Tensor:
-    """y_n = sum_k taps_k * x_{n-k}, with zeros before the first position: x [B, N, D], taps [K, D], K > 0."""
+    """y_n = sum_k taps_k * x_{n-k}, with zeros before the first position: x [B, N, D], taps [K, D],
+    K > 0.
+    """
     y = x * taps[0]
     for k in range(1, min(len(taps), x.shape[1])):
         y = y + F.pad(x[:, :-k] * taps[k], (0, 0, k, 0))
@@ -44,14 +52,18 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. Queries and keys are layer-normalised, which keeps training stable."""
+    """Causal multi-head self-attention. Queries and keys are layer-normalised, which keeps training
+    stable.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads, self.head_width = config.num_heads, config.head_width
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        self.query_scale, self.key_scale = (nn.Parameter(torch.ones(self.head_width)) for _ in range(2))
+        self.query_scale, self.key_scale = (
+            nn.Parameter(torch.ones(self.head_width)) for _ in range(2)
+        )
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """[B, N, D] to [B, N, D], with the rotary `tables` of these positions."""
@@ -73,9 +85,13 @@ class Layer(nn.Module):
     """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     keeps_activations = True
-    """False: keep only the input for the backward pass and recompute the rest (activation checkpointing)."""
+    """False: keep only the input for the backward pass and recompute the rest (activation
+    checkpointing).
+    """
     dropout = 0.0
-    """In training mode, the share of what attention and MLP write to the residual stream that is dropped."""
+    """In training mode, the share of what attention and MLP write to the residual stream that is
+    dropped.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -88,7 +104,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         if self.keeps_activations:
             return self._compute(x, tables)
-        return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=self.dropout > 0)
+        return checkpoint(
+            self._compute, x, tables, use_reentrant=False, preserve_rng_state=self.dropout > 0
+        )
 
     def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         # FSDP2 may gather weights in bfloat16, while x stays wide
@@ -99,10 +117,11 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`num_layers` causal layers and a final norm, [B, N, D] -> [B, N, D]; output n sees the inputs up to n.
+    """`num_layers` causal layers and a final norm, [B, N, D] -> [B, N, D]; output n sees the inputs
+    up to n.
 
-    Start: matrices are N(0, 1 / fan_in), but those that write to the residual stream are zero. A new Transformer is
-    therefore the identity up to the final norm, at any depth.
+    Start: matrices are N(0, 1 / fan_in), but those that write to the residual stream are zero. A
+    new Transformer is therefore the identity up to the final norm, at any depth.
     """
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
@@ -118,7 +137,9 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.0 if writes else module.in_features**-0.5)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        tables = rotary_tables(torch.arange(x.shape[1], device=x.device), self.config.num_heads, self.config)
+        tables = rotary_tables(
+            torch.arange(x.shape[1], device=x.device), self.config.num_heads, self.config
+        )
         x = x if self.input_taps is None else convolve(x, self.input_taps)
         for layer in self.layers:
             x = layer(x, tables)
@@ -126,7 +147,9 @@ class Transformer(nn.Module):
 
 
 LARGEST_COPY = 2**20
-"""Elements of a matrix that a cache on the CPU keeps transposed: one row times it is then up to twice as fast."""
+"""Elements of a matrix that a cache on the CPU keeps transposed: one row times it is then up to
+twice as fast.
+"""
 
 
 class LayerWeights:
@@ -136,7 +159,9 @@ class LayerWeights:
         attention = layer.attention
         self.attention_norm = layer.attention_norm.weight.detach()
         self.qkv = _by_inputs(torch.stack(attention.qkv.weight.chunk(3)))  # [3, D, D]
-        self.scale = torch.stack((attention.query_scale, attention.key_scale)).detach()[:, None, None, None]
+        self.scale = torch.stack((attention.query_scale, attention.key_scale)).detach()[
+            :, None, None, None
+        ]
         self.out = _by_inputs(attention.out.weight)
         self.mlp_norm = layer.mlp_norm.weight.detach()
         self.up, self.down = _by_inputs(layer.up.weight), _by_inputs(layer.down.weight)
@@ -144,24 +169,38 @@ class LayerWeights:
 
 def _by_inputs(weight: Tensor) -> Tensor:
     transposed = weight.detach().transpose(-1, -2)
-    return transposed.contiguous() if weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY else transposed
+    return (
+        transposed.contiguous()
+        if weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY
+        else transposed
+    )
 
 
 class KVCache:
-    """A Transformer, its weights as they are now, with the keys and values that it `stored`; keeps no graph."""
+    """A Transformer, its weights as they are now, with the keys and values that it `stored`; keeps
+    no graph.
+    """
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
         """For `batch` rows of `capacity` positions, with the dtype and device of `like`."""
         config, taps = transformer.config, transformer.input_taps
         self.weights = [LayerWeights(layer) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach()
-        # taps [D, K] with the oldest position first, and the inputs after K - 1 zeros: a window for every position
+        # taps [D, K] with the oldest position first, and the inputs after K - 1 zeros: a window for
+        # every position
         self.taps = None if taps is None else taps.detach().flip(0).T.contiguous()
         self.before = max(config.input_taps - 1, 0)
-        self.inputs = like.new_zeros(batch, self.before + capacity, 0 if taps is None else config.width)
-        self.stored = [like.new_zeros(2, batch, config.num_heads, capacity, config.head_width) for _ in self.weights]
+        self.inputs = like.new_zeros(
+            batch, self.before + capacity, 0 if taps is None else config.width
+        )
+        self.stored = [
+            like.new_zeros(2, batch, config.num_heads, capacity, config.head_width)
+            for _ in self.weights
+        ]
         self.positions = torch.arange(capacity, device=like.device)
-        self.cos, self.sin = (table.to(like.dtype) for table in rotary_tables(self.positions, 1, config))
+        self.cos, self.sin = (
+            table.to(like.dtype) for table in rotary_tables(self.positions, 1, config)
+        )
         self.capacity, self.length = capacity, 0
 
     def rewind(self, length: int) -> None:
@@ -173,7 +212,9 @@ class KVCache:
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
         """Replace the positions of every row b by those of row rows[b] of `source`, in place."""
         self.length = source.length
-        self.inputs[:, : self.before + self.length] = source.inputs[rows, : self.before + self.length]
+        self.inputs[:, : self.before + self.length] = source.inputs[
+            rows, : self.before + self.length
+        ]
         for stored, given in zip(self.stored, source.stored, strict=True):
             stored[:, :, :, : self.length] = given[:, rows, :, : self.length]
 
@@ -182,17 +223,27 @@ class KVCache:
         self.inputs, self.stored = self.inputs[rows], [stored[:, rows] for stored in self.stored]
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Features of N positions with inputs x, which follow the cached ones. ValueError for more than fit."""
+        """Features of N positions with inputs x, which follow the cached ones. ValueError for more
+        than fit.
+        """
         B, N, D = x.shape
         end = self.length + N
         if end > self.capacity:
-            raise ValueError(f"cache of {self.capacity} positions is full: {self.length} used, {N} more requested")
+            raise ValueError(
+                f"cache of {self.capacity} positions is full: {self.length} used, {N} more requested"
+            )
         with torch.inference_mode():
-            mask = self.positions[:end] <= self.positions[self.length : end, None] if self.length and N > 1 else None
+            mask = (
+                self.positions[:end] <= self.positions[self.length : end, None]
+                if self.length and N > 1
+                else None
+            )
             if self.taps is not None:
                 self.inputs[:, self.before + self.length : self.before + end] = x
                 recent = self.inputs[:, self.length : self.before + end]
-                x = (recent.unfold(1, self.before + 1, 1) * self.taps).sum(-1)  # of windows [B, N, D, K]
+                x = (recent.unfold(1, self.before + 1, 1) * self.taps).sum(
+                    -1
+                )  # of windows [B, N, D, K]
             h = x.reshape(B * N, D)
             for layer, stored in zip(self.weights, self.stored, strict=True):
                 h = self._attend(h, layer, stored, end, mask)
@@ -203,7 +254,9 @@ class KVCache:
         # outside of inference mode a copy, which may go where a graph is built
         return features if torch.is_inference_mode_enabled() else features.clone()
 
-    def _attend(self, h: Tensor, layer: LayerWeights, stored: Tensor, end: int, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, h: Tensor, layer: LayerWeights, stored: Tensor, end: int, mask: Tensor | None
+    ) -> Tensor:
         """h + attention(norm(h)), [B N, D]; writes the new keys and values up to position `end`."""
         _, B, H, _, E = stored.shape
         here, N = slice(self.length, end), end - self.length
@@ -215,5 +268,7 @@ class KVCache:
         stored[:, :, :, here] = qkv[1:].transpose(2, 3)
         keys, values = stored[:, :, :, :end].unbind(0)
         q = qkv[0].transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None and N > 1)
+        y = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None and N > 1
+        )
         return torch.addmm(h, y.transpose(1, 2).reshape(B * N, H * E), layer.out)

@@ -1,9 +1,10 @@
 """A pass over a sequence with some given tokens, position by position with the KV cache.
 
-Rows are samples or particles. Every step returns the log-probability of the given tokens, by which `particles`
-weights the rows; `select` and `renew` copy rows and refresh the noise ahead of them.
+Rows are samples or particles. Every step returns the log-probability of the given tokens, by which
+`particles` weights the rows; `select` and `renew` copy rows and refresh the noise ahead of them.
 
-Shape legend: B rows, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.
+Shape legend: B rows, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D
+width.
 """
 
 from abc import ABC, abstractmethod
@@ -23,12 +24,18 @@ from tarflowlm.model import TarFlowLM
 class Conditioned(ABC):
     """A pass over N positions, of which the first `at` are done.
 
-    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. Given tokens,
-    where `is_known` [B, N, P] on the CPU is True, replace the noise there by the one that belongs to them.
+    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the
+    baseline. Given tokens, where `is_known` [B, N, P] on the CPU is True, replace the noise there
+    by the one that belongs to them.
     """
 
     def __init__(
-        self, model: LanguageModel, noise: Tensor, values: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+        self,
+        model: LanguageModel,
+        noise: Tensor,
+        values: Tensor,
+        is_known: Tensor,
+        adjust: AdjustWeights | None,
     ) -> None:
         self.noise, self.values, self.adjust = noise, values, adjust
         self.is_known = is_known.view(len(noise), -1, model.config.patch)
@@ -38,9 +45,13 @@ class Conditioned(ABC):
         self.cache = model.allocate_cache(len(noise), self.num_positions)
 
     def step(self) -> Tensor | None:
-        """Complete the next position; returns log p [B] of its given tokens, in nats; None where no row has any."""
+        """Complete the next position; returns log p [B] of its given tokens, in nats; None where no
+        row has any.
+        """
         previous = self.values[:, self.at - 1] if self.at else None
-        log_p = self.complete(self.at, self.model.features_at(self.cache, previous, len(self.values)))
+        log_p = self.complete(
+            self.at, self.model.features_at(self.cache, previous, len(self.values))
+        )
         self.at += 1
         return log_p
 
@@ -49,7 +60,9 @@ class Conditioned(ABC):
         """Complete position n from its features c_n [B, D]; returns as `step`."""
 
     def select(self, rows: Tensor) -> None:
-        """Replace the completed positions of every row b by those of row rows[b]; the noise ahead stays."""
+        """Replace the completed positions of every row b by those of row rows[b]; the noise ahead
+        stays.
+        """
         self.values[:, : self.at] = self.values[rows, : self.at]
         self.noise[:, : self.at] = self.noise[rows, : self.at]
         self.cache.take(self.cache, rows)
@@ -64,14 +77,21 @@ class Conditioned(ABC):
 
 
 class ConditionedLatents(Conditioned):
-    """The pass of a flow through block 1: noise to latents for free tokens, latents to noise for given ones.
+    """The pass of a flow through block 1: noise to latents for free tokens, latents to noise for
+    given ones.
 
-    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t | z_<t)
-    + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
+    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t |
+    z_<t) + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t)
+    (docs/math.md, eq. 21).
     """
 
     def __init__(
-        self, model: TarFlowLM, noise: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+        self,
+        model: TarFlowLM,
+        noise: Tensor,
+        known: Tensor,
+        is_known: Tensor,
+        adjust: AdjustWeights | None,
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
         self.block, self.patch = model.prior.block(0), model.prior.patch
@@ -85,16 +105,21 @@ class ConditionedLatents(Conditioned):
         return self.patch(x)[0]  # [B, N, C] (docs/math.md, eq. 14)
 
     def prefill(self) -> Tensor:
-        """Complete the leading positions that are given in all rows, in one parallel pass; returns as `step`."""
+        """Complete the leading positions that are given in all rows, in one parallel pass; returns
+        as `step`.
+        """
         num = int(self.is_known.all(2).all(0).long().cumprod(0).sum())
         if num == 0:
             return self.noise.new_zeros(len(self.noise))
         u, log_det = self.block.coupling(self.known[:, :num], self.settle(self.known, num))
         self.noise[:, :num] = u
-        return log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
+        return (
+            log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
+        )
 
     def settle(self, z: Tensor, num: int) -> Tensor:
-        """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their features.
+        """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their
+        features.
 
         z [1, N, C] serves all rows: its features are computed once.
         """
@@ -119,12 +144,21 @@ class ConditionedLatents(Conditioned):
 
 
 class ConditionedTokens(Conditioned):
-    """The pass of the baseline: a token is drawn as the inverse of its CDF at a uniform random number."""
+    """The pass of the baseline: a token is drawn as the inverse of its CDF at a uniform random
+    number.
+    """
 
     def __init__(
-        self, model: TokenLM, uniform: Tensor, given: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+        self,
+        model: TokenLM,
+        uniform: Tensor,
+        given: Tensor,
+        is_known: Tensor,
+        adjust: AdjustWeights | None,
     ) -> None:
-        """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on the CPU."""
+        """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on
+        the CPU.
+        """
         self.baseline, uniform = model, uniform.to(model.device, wide_dtype(model.start))
         noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(model.device)))
         super().__init__(model, noise, values, is_known, adjust)
@@ -138,12 +172,16 @@ class ConditionedTokens(Conditioned):
         log_p = None
         for a, some in enumerate(self.some_known[n]):
             logits = self.baseline.place_logits(features, patch, a)
-            drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform[:, a])
+            drawn = inverse_cdf(
+                logits if self.adjust is None else self.adjust(logits), uniform[:, a]
+            )
             if not some:
                 patch[:, a] = drawn
                 continue
             known = self.is_known[:, n, a].to(drawn.device)
-            here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0] * known
+            here = (
+                logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0] * known
+            )
             log_p = here if log_p is None else log_p + here
             patch[:, a] = torch.where(known, patch[:, a], drawn)
         return log_p

@@ -1,6 +1,8 @@
-"""The inverse of a block by steps, by sweeps, or by the faster of the two; and of a stack (docs/math.md, section 7).
+"""The inverse of a block by steps, by sweeps, or by the faster of the two; and of a stack
+(docs/math.md, section 7).
 
-Steps and sweeps share one guess and one KV cache, so a block can change from one to the other at any position.
+Steps and sweeps share one guess and one KV cache, so a block can change from one to the other at
+any position.
 """
 
 import math
@@ -25,24 +27,34 @@ from tarflowlm.progress import SILENT, Progress
 Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
 OnFinal = Callable[[Tensor, int], None]
-"""Called with the latents h [B, N, C] of a block, and how many of its leading positions are final."""
+"""Called with the latents h [B, N, C] of a block, and how many of its leading positions are
+final.
+"""
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-"""A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few roundings."""
+"""A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few
+roundings.
+"""
 SHORTEST_NEWTON = 8
-"""Fewer positions than these are swept with exact inverses at once: these need no more sweeps than positions."""
+"""Fewer positions than these are swept with exact inverses at once: these need no more sweeps than
+positions.
+"""
 LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 PATIENCE = 4
-"""A segment is halved after more than this many sweeps in a row that fail to halve the largest change."""
+"""A segment is halved after more than this many sweeps in a row that fail to halve the largest
+change.
+"""
 NEARLY_THERE = 0.25
 """Newton steps finish what a sweep changed by less than this, times 1 + |h|."""
 TRIAL_COST = 5.0
 """Steps that one sweep of the trial of `auto` may cost."""
 SWEEP = 2.0
 ROWS_CHANNELS, ROWS_VECTORS, ROWS_GPU = 250.0, 2.5, 4000.0
-"""A pass over n positions of B sequences costs SWEEP (A + n B) / (A + B) steps. A are the rows whose work takes as
-long as the overhead of a call: for channel couplings and for others on a CPU (`benchmarks/decoders.py`), and on other
-devices, where it was not measured. Decisions have wide margins, so these need not be exact."""
+"""A pass over n positions of B sequences costs SWEEP (A + n B) / (A + B) steps. A are the rows
+whose work takes as long as the overhead of a call: for channel couplings and for others on a CPU
+(`benchmarks/decoders.py`), and on other devices, where it was not measured. Decisions have wide
+margins, so these need not be exact.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,23 +67,33 @@ class Inverted:
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
     repeated: int = 0
-    """Positions inverted again by steps, because their swept latents did not map back to the noise."""
+    """Positions inverted again by steps, because their swept latents did not map back to the
+    noise.
+    """
 
 
 @torch.no_grad()
 def invert_block(
-    block: FlowBlock, u: Tensor, *,
-    decoder: Decoder = "steps", adjust: AdjustWeights | None = None, settled: Tensor | None = None,
-    num_settled: int = 0, progress: Progress = SILENT, on_final: OnFinal | None = None,
-) -> Inverted:  # fmt: skip
+    block: FlowBlock,
+    u: Tensor,
+    *,
+    decoder: Decoder = "steps",
+    adjust: AdjustWeights | None = None,
+    settled: Tensor | None = None,
+    num_settled: int = 0,
+    progress: Progress = SILENT,
+    on_final: OnFinal | None = None,
+) -> Inverted:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
-    "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to rounding; the result
-    is mapped forward again, and the rest is inverted by steps from the first position whose noise does not come back.
-    "auto": the cheaper one (`_Inversion.trial`). With `adjust` there is no forward map to check against: steps.
+    "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
+    rounding; the result is mapped forward again, and the rest is inverted by steps from the first
+    position whose noise does not come back. "auto": the cheaper one (`_Inversion.trial`). With
+    `adjust` there is no forward map to check against: steps.
 
-    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. `progress` advances
-    once per position, and `on_final` is called after every step; what sweeps found is final at the end.
+    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C].
+    `progress` advances once per position, and `on_final` is called after every step; what sweeps
+    found is final at the end.
     """
     if adjust is not None:
         decoder = "steps"
@@ -90,16 +112,26 @@ def invert_block(
 
 
 class _Inversion:
-    """The state of an inversion. Positions are in the block's order; those before `at` are final."""
+    """The state of an inversion. Positions are in the block's order; those before `at` are
+    final.
+    """
 
     def __init__(
-        self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, progress: Progress, on_final: OnFinal | None
+        self,
+        block: FlowBlock,
+        u: Tensor,
+        adjust: AdjustWeights | None,
+        progress: Progress,
+        on_final: OnFinal | None,
     ) -> None:
         self.block, self.adjust, self.progress, self.on_final = block, adjust, progress, on_final
         self.noise, self.num_positions = block.order(u)[0], u.shape[1]
         self.h, self.cache = self.noise.clone(), block.allocate_cache(len(u), self.num_positions)
         self.at = self.passes = 0
-        self.swept = (self.num_positions, 0)  # the range of positions that sweeps with exact inverses made final
+        self.swept = (
+            self.num_positions,
+            0,
+        )  # the range of positions that sweeps with exact inverses made final
         self.by_channels = self.contracts = isinstance(block.coupling, ChannelCoupling)
 
     def settle(self, h: Tensor, num: int) -> None:
@@ -124,7 +156,9 @@ class _Inversion:
         self.cache.rewind(self.at)
         invert = self.block.coupling.inverter()
         while self.at < self.num_positions:
-            features = self.block.features_at(self.cache, self.h[:, self.at - 1] if self.at else None, len(self.h))
+            features = self.block.features_at(
+                self.cache, self.h[:, self.at - 1] if self.at else None, len(self.h)
+            )
             self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
@@ -132,19 +166,28 @@ class _Inversion:
                 self.on_final(self.h, self.at)
 
     def _open_features(self, end: int, cache: KVCache, rows: Tensor | slice) -> Tensor:
-        """Features [B, end - at, D] of the open positions of some rows before `end`, from the current guess."""
+        """Features [B, end - at, D] of the open positions of some rows before `end`, from the
+        current guess.
+        """
         cache.rewind(self.at)
         self.passes += 1
-        return self.block.features_of(cache, self.h[rows, max(self.at - 1, 0) : end - 1], first=self.at == 0)
+        return self.block.features_of(
+            cache, self.h[rows, max(self.at - 1, 0) : end - 1], first=self.at == 0
+        )
 
     def newton(self, end: int, *, largest: float = math.inf, foresees: bool = True) -> bool:
-        """Newton steps of all channels of all positions at once, up to position `end`: True if they converged.
+        """Newton steps of all channels of all positions at once, up to position `end`: True if they
+        converged.
 
-        They carry their own check: each evaluates the forward map. Rows that have settled take no further steps. A
-        step that fails to shrink the changes, or a first one above `largest`, ends them, and the open positions are
-        again what they were before; final ones stay so. `foresees`: see `Newton`.
+        They carry their own check: each evaluates the forward map. Rows that have settled take no
+        further steps. A step that fails to shrink the changes, or a first one above `largest`, ends
+        them, and the open positions are again what they were before; final ones stay so.
+        `foresees`: see `Newton`.
         """
-        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype], largest=largest, foresees=foresees)
+        coupling, newton = (
+            self.block.coupling,
+            Newton(TOLERANCE[self.h.dtype], largest=largest, foresees=foresees),
+        )
         assert isinstance(coupling, ChannelCoupling)
         at, guess = self.at, self.h[:, self.at : end].clone()
         cache, rows = self.cache, torch.arange(len(self.h), device=self.h.device)
@@ -167,19 +210,26 @@ class _Inversion:
 
     def _first_change(self, end: int) -> float:
         """The largest change by a first Newton step of the positions before `end`."""
-        noise, features = self.noise[:, self.at : end], self._open_features(end, self.cache, slice(None))
+        noise, features = (
+            self.noise[:, self.at : end],
+            self._open_features(end, self.cache, slice(None)),
+        )
         new, _ = self.block.coupling.newton_step(noise, noise, features)  # type: ignore[operator]
         return float(((new - noise).abs() / (1 + new.abs())).max())
 
     def _sweep_once(self, end: int) -> float:
         """One sweep over positions `at` to `end` - 1: the largest change."""
         at, (B, _, C) = self.at, self.h.shape
-        features, noise = self._open_features(end, self.cache, slice(None)), self.noise[:, at:end].flatten(0, 1)
+        features, noise = (
+            self._open_features(end, self.cache, slice(None)),
+            self.noise[:, at:end].flatten(0, 1),
+        )
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
         change = ((new - self.h[:, at:end]).abs() / (1 + new.abs())).amax((0, 2))
         self.h[:, at:end] = new
         converged = (change <= TOLERANCE[new.dtype]).long().cumprod(0).sum()
-        # one copy to the host per sweep; NaN counts as not converged, so it advances one position at a time
+        # one copy to the host per sweep; NaN counts as not converged, so it advances one position
+        # at a time
         final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
         self._advance(min(int(final) + 1, end - at))
         self.swept = min(at, self.swept[0]), self.at
@@ -188,11 +238,12 @@ class _Inversion:
     def sweep(self) -> None:
         """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
 
-        Segments take Newton steps until one does not converge by them. From there on a sweep inverts all open
-        positions of a segment at once, with parameters from the current guess, at first the noise. By causality the
-        leading positions that no longer changed are final, and the one after them, whose inputs were: every sweep
-        finishes at least one position, and N sweeps always suffice. A segment whose changes stop shrinking is halved,
-        down to single positions (a step); after one that converged, the next is twice as long. Where changes are
+        Segments take Newton steps until one does not converge by them. From there on a sweep
+        inverts all open positions of a segment at once, with parameters from the current guess, at
+        first the noise. By causality the leading positions that no longer changed are final, and
+        the one after them, whose inputs were: every sweep finishes at least one position, and N
+        sweeps always suffice. A segment whose changes stop shrinking is halved, down to single
+        positions (a step); after one that converged, the next is twice as long. Where changes are
         small, Newton steps finish a segment.
         """
         limit, length = self.num_positions, LONGEST_SEGMENT
@@ -204,7 +255,11 @@ class _Inversion:
             while self.at < stop:
                 largest = self._sweep_once(stop)
                 if largest < near and stop - self.at >= SHORTEST_NEWTON:
-                    near = near if self.newton(stop, largest=CONTRACTION * largest, foresees=False) else 0.1 * largest
+                    near = (
+                        near
+                        if self.newton(stop, largest=CONTRACTION * largest, foresees=False)
+                        else 0.1 * largest
+                    )
                 poor, last = 0 if largest < 0.5 * last else poor + 1, largest
                 if poor > PATIENCE and stop - self.at > 1:
                     stop = self.at + (stop - self.at) // 2
@@ -220,14 +275,18 @@ class _Inversion:
     def trial(self) -> Decoder:
         """The cheaper decoder, from how many of the first positions a few passes made final.
 
-        No clock is read, so that the same noise takes the same path everywhere. A block near the identity shows in
-        the first Newton step, which changes little. Elsewhere sweeps are tried on so few positions that they cost
-        next to nothing, while their changes shrink fast or they make more positions final than their cost in steps.
+        No clock is read, so that the same noise takes the same path everywhere. A block near the
+        identity shows in the first Newton step, which changes little. Elsewhere sweeps are tried on
+        so few positions that they cost next to nothing, while their changes shrink fast or they
+        make more positions final than their cost in steps.
         """
         N = self.num_positions
         if self.by_channels and N - self.at >= SHORTEST_NEWTON:
             # a few positions show as well as many that the block is not near the identity
-            is_near, end = self._first_change(self.at + SHORTEST_NEWTON) < CONTRACTION, self.at + LONGEST_SEGMENT
+            is_near, end = (
+                self._first_change(self.at + SHORTEST_NEWTON) < CONTRACTION,
+                self.at + LONGEST_SEGMENT,
+            )
             self.contracts = is_near and self.newton(min(end, N), largest=CONTRACTION)
             if self.contracts:
                 return "sweeps"
@@ -249,7 +308,9 @@ class _Inversion:
 
 
 def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
-    """First position, from `first` on, whose h does not map back to u, both [B, N, C] in the block's order; or N."""
+    """First position, from `first` on, whose h does not map back to u, both [B, N, C] in the
+    block's order; or N.
+    """
     again, _ = block.coupling(h, block.features_of(None, h[:, :-1], first=True))
     off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
     # negated, so that NaN counts as bad
@@ -258,21 +319,37 @@ def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
 
 
 def invert_stack(
-    model: TarFlowLM, noise: Tensor, *,
-    decoder: Decoders = "steps", above: int = 0, adjust: AdjustWeights | None = None, settled: Sequence[Tensor] = (),
-    progress: Progress = SILENT, on_final: OnFinal | None = None,
-) -> tuple[list[Tensor], list[Inverted]]:  # fmt: skip
-    """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
+    model: TarFlowLM,
+    noise: Tensor,
+    *,
+    decoder: Decoders = "steps",
+    above: int = 0,
+    adjust: AdjustWeights | None = None,
+    settled: Sequence[Tensor] = (),
+    progress: Progress = SILENT,
+    on_final: OnFinal | None = None,
+) -> tuple[list[Tensor], list[Inverted]]:
+    """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d],
+    and how it was done.
 
-    The second list has one `Inverted` each, L first. `on_final` is for block 1, and so is `adjust`, except where the
-    blocks below the last one only fill in what they are sure of: then it is for all. `settled` has the states of the
-    tokens at the start, h^(0) first, in a stack that runs left to right. Errors: `per_block`.
+    The second list has one `Inverted` each, L first. `on_final` is for block 1, and so is `adjust`,
+    except where the blocks below the last one only fill in what they are sure of: then it is for
+    all. `settled` has the states of the tokens at the start, h^(0) first, in a stack that runs left
+    to right. Errors: `per_block`.
     """
     chosen, work = per_block(decoder, model.num_blocks), []
 
     def invert(index: int, u: Tensor) -> Tensor:
-        change, watch = adjust if index == 0 or model.config.fills() else None, on_final if index == 0 else None
-        how: Any = {"decoder": chosen[-1 - index], "adjust": change, "progress": progress, "on_final": watch}
+        change, watch = (
+            adjust if index == 0 or model.config.fills() else None,
+            on_final if index == 0 else None,
+        )
+        how: Any = {
+            "decoder": chosen[-1 - index],
+            "adjust": change,
+            "progress": progress,
+            "on_final": watch,
+        }
         if settled:
             known = model.prior.patch(settled[index])[0]
             how |= {"settled": known, "num_settled": known.shape[1]}
@@ -295,5 +372,7 @@ def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
     if isinstance(decoder, str):
         return (decoder,) * num_blocks
     if len(decoder) != num_blocks:
-        raise UserError(f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one decoder for each")
+        raise UserError(
+            f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one decoder for each"
+        )
     return tuple(decoder)

@@ -1,9 +1,10 @@
 r"""Sampling with given tokens: sequential Monte Carlo over positions (docs/math.md, section 9).
 
-Each sample has R particles that agree on the given tokens. At a given token, a particle's weight is multiplied by the
-probability that the particle assigned to it. When the weights of a sample become uneven, its particles are resampled
-by weight and get fresh noise for the positions ahead. At the end one particle is drawn by weight. In the limit of
-many particles this is exact; with R = 1 the given tokens are fixed and the others drawn from left to right.
+Each sample has R particles that agree on the given tokens. At a given token, a particle's weight is
+multiplied by the probability that the particle assigned to it. When the weights of a sample become
+uneven, its particles are resampled by weight and get fresh noise for the positions ahead. At the
+end one particle is drawn by weight. In the limit of many particles this is exact; with R = 1 the
+given tokens are fixed and the others drawn from left to right.
 """
 
 import math
@@ -33,7 +34,9 @@ class Weights:
     """The weights of R particles per sample, in float64 on the CPU (docs/math.md, eq. 21)."""
 
     log_w: Tensor  # log omega_r since the last resampling, [num, R], in nats.
-    log_evidence: Tensor  # Estimate of log p(given tokens) up to the last resampling, [num], in nats.
+    log_evidence: (
+        Tensor  # Estimate of log p(given tokens) up to the last resampling, [num], in nats.
+    )
     draws: Tensor  # How often the particles of each sample were resampled, [num].
 
     @classmethod
@@ -43,13 +46,17 @@ class Weights:
         return cls(torch.zeros(num, particles, dtype=torch.float64), zero, zero.long())
 
     def add(self, log_increment: Tensor | None) -> None:
-        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero, None as zeros."""
+        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero,
+        None as zeros.
+        """
         if log_increment is not None:
             increment = log_increment.detach().cpu().double().view(self.log_w.shape)
             self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 
     def effective(self) -> Tensor:
-        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]: 1 to R, or 0 if all weights are zero."""
+        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]: 1 to R, or 0 if all
+        weights are zero.
+        """
         return (2 * self.log_w.logsumexp(-1) - (2 * self.log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
     def total(self) -> Tensor:
@@ -59,34 +66,49 @@ class Weights:
     def summary(self) -> dict[str, Tensor]:
         """The fields of `Generation` that describe the weights."""
         k = torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
-        return {"log_evidence": self.total(), "ess": self.effective(), "pareto_k": k, "draws": self.draws}
+        return {
+            "log_evidence": self.total(),
+            "ess": self.effective(),
+            "pareto_k": k,
+            "draws": self.draws,
+        }
 
     def reset(self, sample: int) -> None:
-        """After resampling the particles of `sample`: move their mean weight to the evidence, set weights to 1."""
+        """After resampling the particles of `sample`: move their mean weight to the evidence, set
+        weights to 1.
+        """
         self.log_evidence[sample] = self.total()[sample]
         self.log_w[sample] = 0.0
         self.draws[sample] += 1
 
 
 def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Systematic resampling: `count` indices, where index r occurs `count` w_r times, rounded up or down.
+    """Systematic resampling: `count` indices, where index r occurs `count` w_r times, rounded up or
+    down.
 
     w is the softmax of `log_w` [R]; if all weights are zero, it is uniform.
     """
     w = log_w.softmax(-1)
     if not torch.isfinite(w).all():
         w = torch.full_like(w, 1 / len(w))
-    at = (torch.arange(count, dtype=w.dtype) + torch.rand((), generator=generator, dtype=w.dtype)) / count
+    at = (
+        torch.arange(count, dtype=w.dtype) + torch.rand((), generator=generator, dtype=w.dtype)
+    ) / count
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
 
 
 def particle_filter(
-    conditioned: Conditioned, weights: Weights, generators: list[torch.Generator],
-    source: "UniformSource | LatentSource", on_step: Callable[[], None],
-) -> None:  # fmt: skip
-    """Run `conditioned` to its end, adding to `weights`; resample the particles of a sample when they become uneven.
+    conditioned: Conditioned,
+    weights: Weights,
+    generators: list[torch.Generator],
+    source: "UniformSource | LatentSource",
+    on_step: Callable[[], None],
+) -> None:
+    """Run `conditioned` to its end, adding to `weights`; resample the particles of a sample when
+    they become uneven.
 
-    `generators` has one per sample; `on_step` is called after every position; `source` gives fresh noise.
+    `generators` has one per sample; `on_step` is called after every position; `source` gives fresh
+    noise.
     """
     num, particles = weights.log_w.shape
     while conditioned.at < conditioned.num_positions:
@@ -94,7 +116,12 @@ def particle_filter(
         on_step()
         if particles == 1 or conditioned.at == conditioned.num_positions:
             continue
-        if not (uneven := (weights.effective() < RESAMPLE_BELOW * particles).nonzero().flatten().tolist()):
+        if not (
+            uneven := (weights.effective() < RESAMPLE_BELOW * particles)
+            .nonzero()
+            .flatten()
+            .tolist()
+        ):
             continue
         rows = torch.arange(num * particles).view(num, particles)
         own = rows[uneven].flatten()
@@ -107,7 +134,9 @@ def particle_filter(
 
 
 class UniformSource:
-    """Uniform random numbers for the baseline. They are independent, so they add no factor to the weights."""
+    """Uniform random numbers for the baseline. They are independent, so they add no factor to the
+    weights.
+    """
 
     def __init__(self, generators: list[torch.Generator], particles: int, num_tokens: int) -> None:
         self.generators, self.shape = generators, (particles, num_tokens)
@@ -122,24 +151,39 @@ class UniformSource:
 
 
 class LatentSource:
-    r"""Noise for block 1, drawn from the blocks above it without the given tokens (docs/math.md, eq. 22).
+    r"""Noise for block 1, drawn from the blocks above it without the given tokens (docs/math.md,
+    eq. 22).
 
-    h^(1) has the density p_{>1} of the blocks above. A particle takes the noise of its free tokens from a full draw
-    h' ~ p_{>1}; given tokens have the noise h* that block 1 assigns to their latents. The weight gains the factor
+    h^(1) has the density p_{>1} of the blocks above. A particle takes the noise of its free tokens
+    from a full draw h' ~ p_{>1}; given tokens have the noise h* that block 1 assigns to their
+    latents. The weight gains the factor
 
         p_{>1}(h*) / N(h*_given; 0, I)  prod_{draws h'} rho(h'_unused | h'_used) / p_{>1}(h')
 
-    With any density rho, the mean weight is then unbiased for p(given tokens). It is the conditional of block 2,
-    which is exact in a stack of two; unused tokens of a partly used patch get a standard normal. After resampling,
-    particles take fresh draws for the positions ahead. With a single block all factors cancel.
+    With any density rho, the mean weight is then unbiased for p(given tokens). It is the
+    conditional of block 2, which is exact in a stack of two; unused tokens of a partly used patch
+    get a standard normal. After resampling, particles take fresh draws for the positions ahead.
+    With a single block all factors cancel.
     """
 
     def __init__(
-        self, model: TarFlowLM, generators: list[torch.Generator], particles: int, is_known: Tensor,
-        decoder: Decoders, progress: Progress,
-    ) -> None:  # fmt: skip
-        """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per sample."""
-        self.model, self.generators, self.decoder, self.single = model, generators, decoder, model.num_blocks == 1
+        self,
+        model: TarFlowLM,
+        generators: list[torch.Generator],
+        particles: int,
+        is_known: Tensor,
+        decoder: Decoders,
+        progress: Progress,
+    ) -> None:
+        """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per
+        sample.
+        """
+        self.model, self.generators, self.decoder, self.single = (
+            model,
+            generators,
+            decoder,
+            model.num_blocks == 1,
+        )
         self.is_known = is_known.to(model.codebook.mean.device)
         self.shape = (particles, is_known.shape[1], model.config.latent_dim)
         self.draw, self.work = self._draw(generators, progress)
@@ -149,51 +193,74 @@ class LatentSource:
         # first token that the present draw of a row serves
         self.since = torch.zeros(len(is_known), dtype=torch.long, device=self.is_known.device)
 
-    def _draw(self, generators: list[torch.Generator], progress: Progress) -> tuple[Tensor, list[Inverted]]:
+    def _draw(
+        self, generators: list[torch.Generator], progress: Progress
+    ) -> tuple[Tensor, list[Inverted]]:
         noise = row_normal(generators, *self.shape).flatten(0, 1).to(self.model.codebook.mean)
-        states, work = invert_stack(self.model, noise, decoder=self.decoder, above=1, progress=progress)
+        states, work = invert_stack(
+            self.model, noise, decoder=self.decoder, above=1, progress=progress
+        )
         return states[-1], work
 
     def _log_p(self, h: Tensor) -> Tensor:
         return h.new_zeros(len(h)) if self.single else self.model.prior.log_prob(h, above=1)
 
     def _account_for_draw(self, rows: Tensor, at: int) -> None:
-        """Add log rho(h'_unused | h'_used) - log p_{>1}(h') for the draws of `rows`, which were used up to `at`."""
+        """Add log rho(h'_unused | h'_used) - log p_{>1}(h') for the draws of `rows`, which were
+        used up to `at`.
+        """
         if self.single:
             return
         prior, token = self.model.prior, torch.arange(self.shape[1], device=self.since.device)
-        used = (token >= self.since[rows, None]) & (token < at * self.model.config.patch) & ~self.is_known[rows]
+        used = (
+            (token >= self.since[rows, None])
+            & (token < at * self.model.config.patch)
+            & ~self.is_known[rows]
+        )
         h, used_NP = self.draw[rows], used.view(len(rows), -1, self.model.config.patch)
         whole = prior.block(1).log_prob(prior.patch(h)[0]) * ~used_NP.any(-1)
-        normal = log_standard_normal(h).sum(-1) * (used_NP.any(-1, keepdim=True) & ~used_NP).flatten(1)
+        normal = log_standard_normal(h).sum(-1) * (
+            used_NP.any(-1, keepdim=True) & ~used_NP
+        ).flatten(1)
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
-        """Close the draws of the rows `own` at position `at`, and copy the factors of their parents."""
+        """Close the draws of the rows `own` at position `at`, and copy the factors of their
+        parents.
+        """
         self._account_for_draw(own, at)
         self.correction[own] = self.correction[parents]
 
     def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
-        """Fresh draws h' [rows, T, d] for all particles of these samples; used from position `at` on."""
+        """Fresh draws h' [rows, T, d] for all particles of these samples; used from position `at`
+        on.
+        """
         fresh, _ = self._draw([self.generators[b] for b in samples], SILENT)
         self.draw[own], self.log_p[own] = fresh, self._log_p(fresh)
         self.since[own] = at * self.model.config.patch
         return fresh
 
     def log_factor(self, h: Tensor) -> Tensor:
-        """The log of the factor above for every row [num R], in nats, given its final noise h* [num R, T, d]."""
+        """The log of the factor above for every row [num R], in nats, given its final noise h* [num
+        R, T, d].
+        """
         if self.single:
             return torch.zeros_like(self.log_p)
         self._account_for_draw(torch.arange(len(h)), -(-self.shape[1] // self.model.config.patch))
-        return self._log_p(h) - (log_standard_normal(h).sum(-1) * self.is_known).sum(-1) + self.correction
+        return (
+            self._log_p(h)
+            - (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
+            + self.correction
+        )
 
 
 def pareto_k(log_w: Tensor) -> float:
-    """The tail index k of weights exp(`log_w` [R]), or NaN for fewer than 25 weights and for tails without a spread.
+    """The tail index k of weights exp(`log_w` [R]), or NaN for fewer than 25 weights and for tails
+    without a spread.
 
-    Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. k is that of a generalised Pareto
-    distribution of the largest M = min(R / 5, 3 sqrt(R)) weights (Vehtari et al. 2024, section 2 and appendix C), by
-    its posterior mean (Zhang and Stephens 2009).
+    Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. k is that of a
+    generalised Pareto distribution of the largest M = min(R / 5, 3 sqrt(R)) weights (Vehtari et al.
+    2024, section 2 and appendix C), by its posterior mean (Zhang and Stephens 2009).
     """
     R, w = len(log_w), (log_w.double() - log_w.max()).exp().sort().values
     M = math.ceil(min(0.2 * R, 3 * R**0.5))

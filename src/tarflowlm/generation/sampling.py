@@ -19,7 +19,9 @@ from tarflowlm.language_model import as_integer, as_number
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
-    """One generator per row, from `generator` and the row alone; on the CPU, for the same noise on every device."""
+    """One generator per row, from `generator` and the row alone; on the CPU, for the same noise on
+    every device.
+    """
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     return [Generator().manual_seed(seed + row) for row in rows]
 
@@ -35,7 +37,9 @@ def row_uniform(generators: list[Generator], *shape: int) -> Tensor:
 
 
 def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
-    """Indices [...] drawn by the log-weights [..., K], as the inverse of their CDF at numbers `uniform` [...]."""
+    """Indices [...] drawn by the log-weights [..., K], as the inverse of their CDF at numbers
+    `uniform` [...].
+    """
     cumulative = log_w.softmax(-1, dtype=uniform.dtype).cumsum(-1)
     # above zero, where the first index may have no probability; NaN is found behind the last
     wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
@@ -43,28 +47,38 @@ def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
 
 
 def draw_tokens(codebook: Codebook, z: Tensor, generators: list[Generator]) -> Tensor:
-    """Tokens [B, T] drawn from p(x|z) (docs/math.md, eq. 2), for latents z [B, T, d]; row b from generators[b]."""
+    """Tokens [B, T] drawn from p(x|z) (docs/math.md, eq. 2), for latents z [B, T, d]; row b from
+    generators[b].
+    """
     uniform = row_uniform(generators, z.shape[1]).to(z.device, wide_dtype(z)).flatten()
     rows = held_rows(codebook.vocab_size, z.device)
     parts = zip(z.flatten(0, 1).split(rows), uniform.split(rows), strict=True)
-    return torch.cat([inverse_cdf(codebook.log_components(part), u) for part, u in parts]).view(z.shape[:2])
+    return torch.cat([inverse_cdf(codebook.log_components(part), u) for part, u in parts]).view(
+        z.shape[:2]
+    )
 
 
 def adjust_weights(
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> AdjustWeights | None:
-    """The map that a sampler applies to log-weights of tokens [..., K], or None for the identity (docs/math.md, 7).
+    """The map that a sampler applies to log-weights of tokens [..., K], or None for the identity
+    (docs/math.md, 7).
 
-    It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest set of the largest
-    whose probability reaches `top_p`. Dropped tokens get the lowest finite log-weight: probability zero.
-    UserError for settings out of range, and for what is no number.
+    It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest
+    set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest finite
+    log-weight: probability zero. UserError for settings out of range, and for what is no number.
     """
     temperature = as_number(temperature, "temperature")
     top_k = None if top_k is None else as_integer(top_k, "top-k")
     top_p = None if top_p is None else as_number(top_p, "top-p")
     greedy = "top-k 1 takes the most probable token"
     for name, value, is_right, rule in (
-        ("temperature", temperature, math.isfinite(temperature) and temperature > 0, f"above 0 and finite; {greedy}"),
+        (
+            "temperature",
+            temperature,
+            math.isfinite(temperature) and temperature > 0,
+            f"above 0 and finite; {greedy}",
+        ),
         ("top-k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
     ):
@@ -79,13 +93,17 @@ def adjust_weights(
         log_w, least = torch.log_softmax(log_w / temperature, dim=-1), torch.finfo(log_w.dtype).min
         if top_k is not None and top_k < log_w.shape[-1]:
             # by index, so that ties do not keep more than top_k
-            drop = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, log_w.topk(top_k, dim=-1).indices, False)
+            drop = torch.ones_like(log_w, dtype=torch.bool).scatter(
+                -1, log_w.topk(top_k, dim=-1).indices, False
+            )
             log_w = log_w.masked_fill(drop, least)
         if top_p is not None:
             ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
             # a token is kept when the mass before it has not reached top_p
             is_behind = ordered.cumsum(-1) - ordered >= top_p
-            log_w = log_w.masked_fill(torch.zeros_like(is_behind).scatter(-1, order, is_behind), least)
+            log_w = log_w.masked_fill(
+                torch.zeros_like(is_behind).scatter(-1, order, is_behind), least
+            )
         return log_w
 
     return adjust

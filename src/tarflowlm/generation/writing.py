@@ -1,7 +1,8 @@
-"""Text from either model, freely or around given tokens, in windows (docs/math.md, sections 7 and 9).
+"""Text from either model, freely or around given tokens, in windows (docs/math.md, sections 7 and
+9).
 
-A window is a text of at most the trained context. When it is full, its last half (in whole positions) becomes the
-prompt of the next one; everything before is forgotten.
+A window is a text of at most the trained context. When it is full, its last half (in whole
+positions) becomes the prompt of the next one; everything before is forgotten.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,13 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import Conditioned, ConditionedLatents, ConditionedTokens
 from tarflowlm.generation.inversion import Decoders, invert_stack, per_block
-from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
+from tarflowlm.generation.particles import (
+    LatentSource,
+    UniformSource,
+    Weights,
+    particle_filter,
+    resample,
+)
 from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 from tarflowlm.model import TarFlowLM, as_flow
@@ -31,17 +38,23 @@ class Watch:
     """Callbacks of `generate`. An exception that one of them raises ends the generation."""
 
     progress: Progress = SILENT
-    """Advances once per position and block: `num_positions` times in all. Only `advance` is called."""
+    """Advances once per position and block: `num_positions` times in all. Only `advance` is
+    called.
+    """
     on_tokens: Callable[[Tensor], bool | None] | None = None
-    """Called with the next final tokens [num, n] of all samples, on the CPU, in order and each once; given tokens are
-    among them. If it returns True, the text ends with the window that is being written."""
+    """Called with the next final tokens [num, n] of all samples, on the CPU, in order and each
+    once; given tokens are among them. If it returns True, the text ends with the window that is
+    being written.
+    """
 
 
 class TokenStream:
     """Passes the tokens of a text on to `Watch.on_tokens` as they become final."""
 
     def __init__(self, watch: Watch, given: Tensor) -> None:
-        """`given` [num, T] holds the given tokens, BLANK elsewhere; those that begin all texts are sent at once."""
+        """`given` [num, T] holds the given tokens, BLANK elsewhere; those that begin all texts are
+        sent at once.
+        """
         self.on_tokens, self.given = watch.on_tokens, given
         self.start = self.sent = 0
         """The first token of the present window, and the first that has not been sent."""
@@ -49,11 +62,16 @@ class TokenStream:
         self.send(int((given != BLANK).all(0).long().cumprod(0).sum()), lambda span: given[:, span])
 
     def send(self, final: int, tokens: Callable[[slice], Tensor]) -> None:
-        """The first `final` tokens of the window are final; `tokens(span)` are those of a span of the window."""
+        """The first `final` tokens of the window are final; `tokens(span)` are those of a span of
+        the window.
+        """
         end = min(self.start + final, self.given.shape[1])
         if self.on_tokens is None or end <= self.sent:
             return
-        found, given = tokens(slice(self.sent - self.start, end - self.start)).cpu(), self.given[:, self.sent : end]
+        found, given = (
+            tokens(slice(self.sent - self.start, end - self.start)).cpu(),
+            self.given[:, self.sent : end],
+        )
         self.sent = end
         self.has_ended |= bool(self.on_tokens(torch.where(given == BLANK, found, given)))
 
@@ -68,22 +86,34 @@ class Generation:
 
     tokens: Tensor  # [B, T].
     sweeps: tuple[int, ...] = ()
-    """Passes of the Transformer in each block, block L first: N of them by steps. Empty for the baseline."""
+    """Passes of the Transformer in each block, block L first: N of them by steps. Empty for the
+    baseline.
+    """
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, block L first; pass it as `decoder` to repeat the choice."""
     log_evidence: Tensor | None = None
-    """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is unbiased."""
-    ess: Tensor | None = None  # With given tokens: the effective sample size of the particles at the end, [B].
+    """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is
+    unbiased.
+    """
+    ess: Tensor | None = (
+        None  # With given tokens: the effective sample size of the particles at the end, [B].
+    )
     pareto_k: Tensor | None = None
-    """With given tokens: the tail index of their weights, [B], above 0.7 if these are unreliable; NaN if R < 25."""
-    draws: Tensor | None = None  # With given tokens: how often the particles of each sample were resampled, [B].
+    """With given tokens: the tail index of their weights, [B], above 0.7 if these are unreliable;
+    NaN if R < 25.
+    """
+    draws: Tensor | None = (
+        None  # With given tokens: how often the particles of each sample were resampled, [B].
+    )
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
     """The states that the inversion gave, padded to whole patches; with given tokens z alone."""
     _flow: TarFlowLM | None = field(default=None, repr=False)  # The model of `states` and `passes`.
 
     @cached_property
     def states(self) -> tuple[Tensor, ...]:
-        """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty for the baseline and for texts beyond the context."""
+        """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty for the baseline and for texts beyond
+        the context.
+        """
         if self._flow is None:
             return ()
         states = self._latents
@@ -95,7 +125,9 @@ class Generation:
 
     @cached_property
     def passes(self) -> tuple[Tensor, ...]:
-        """The `states` decoded, each [B, T]: coarse to fine. The last is `tokens`, however they were decoded."""
+        """The `states` decoded, each [B, T]: coarse to fine. The last is `tokens`, however they
+        were decoded.
+        """
         if self._flow is None:
             return ()
         return (*(self._flow.codebook.decode(h) for h in self.states[:-1]), self.tokens)
@@ -125,18 +157,27 @@ class Sampler:
         if isinstance(self.model, TokenLM):
             result = self._from_baseline(self.model, whole, num_tokens)
         else:
-            result = (self._free if is_free else self._completed)(as_flow(self.model), whole, num_tokens)
+            result = (self._free if is_free else self._completed)(
+                as_flow(self.model), whole, num_tokens
+            )
         self.stream.send(num_tokens, lambda span: result.tokens[:, span])
         return result
 
     def _free(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
-        """Samples without given tokens, but for those at the start: noise, inverted block by block."""
-        noise = row_normal(self.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
+        """Samples without given tokens, but for those at the start: noise, inverted block by
+        block.
+        """
+        noise = row_normal(self.generators, given.shape[1], flow.config.latent_dim).to(
+            flow.codebook.mean
+        )
         known, settled = given[:, : int((given[0] != BLANK).sum())].to(noise.device), list[Tensor]()
         summary: dict[str, Tensor] = {}
         if n := known.shape[1]:
             with torch.no_grad():
-                z, weights = flow.codebook.encode(known, noise[:, :n]), Weights.uniform(len(given), 1)
+                z, weights = (
+                    flow.codebook.encode(known, noise[:, :n]),
+                    Weights.uniform(len(given), 1),
+                )
                 settled, log_dets = flow.prior.states(z)
                 log_p = standard_normal_log_prob(settled[-1]) + torch.cat(log_dets, -1).sum(-1)
                 weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
@@ -154,10 +195,18 @@ class Sampler:
         return Generation(tokens, sweeps, decoders, _latents=tuple(states), _flow=flow, **summary)
 
     def _completed(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
-        """Samples with some tokens given, by a particle filter through block 1 (docs/math.md, 9)."""
-        prior, particles, spread = flow.prior, self.particles, given.repeat_interleave(self.particles, dim=0)
+        """Samples with some tokens given, by a particle filter through block 1 (docs/math.md,
+        9).
+        """
+        prior, particles, spread = (
+            flow.prior,
+            self.particles,
+            given.repeat_interleave(self.particles, dim=0),
+        )
         upper = per_block(self.decoder, flow.num_blocks)[:-1]
-        source = LatentSource(flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress)
+        source = LatentSource(
+            flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress
+        )
         eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
         latents = ConditionedLatents(flow, source.draw, known, spread != BLANK, self.adjust)
@@ -172,7 +221,9 @@ class Sampler:
         tokens = torch.where(given == BLANK, self._decoded(flow, z).cpu(), given).to(z.device)
         sweeps = (*(w.passes for w in source.work), latents.num_positions)
         decoders: tuple[Decoder, ...] = (*(w.decoder for w in source.work), "steps")
-        return Generation(tokens[:, :num_tokens], sweeps, decoders, _latents=(z,), _flow=flow, **weights.summary())
+        return Generation(
+            tokens[:, :num_tokens], sweeps, decoders, _latents=(z,), _flow=flow, **weights.summary()
+        )
 
     def _from_baseline(self, model: TokenLM, given: Tensor, num_tokens: int) -> Generation:
         source = UniformSource(self.generators, self.particles, given.shape[1])
@@ -186,7 +237,9 @@ class Sampler:
 
     @property
     def _streams_early(self) -> bool:
-        """Whether tokens are final one by one: with one particle and without draws from p(x|z), which come last."""
+        """Whether tokens are final one by one: with one particle and without draws from p(x|z),
+        which come last.
+        """
         return self.stream.on_tokens is not None and self.particles == 1 and self.decoding == "mode"
 
     def _on_step(self, conditioned: Conditioned, tokens: Span) -> Callable[[], None]:
@@ -199,11 +252,17 @@ class Sampler:
 
     def _decoded(self, flow: TarFlowLM, z: Tensor) -> Tensor:
         """The tokens [B, T] of latents z [B, T, d]."""
-        return flow.codebook.decode(z) if self.decoding == "mode" else draw_tokens(flow.codebook, z, self.generators)
+        return (
+            flow.codebook.decode(z)
+            if self.decoding == "mode"
+            else draw_tokens(flow.codebook, z, self.generators)
+        )
 
     def _draw_particles(self, weights: Weights) -> Tensor:
         """One particle per sample: row indices [num]."""
-        picks = [resample(log_w, 1, g) for log_w, g in zip(weights.log_w, self.generators, strict=True)]
+        picks = [
+            resample(log_w, 1, g) for log_w, g in zip(weights.log_w, self.generators, strict=True)
+        ]
         return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
 
 
@@ -212,8 +271,11 @@ def _decoded_spans(flow: TarFlowLM, h: Tensor) -> Span:
     return lambda span: flow.codebook.decode(flow.prior.patch.inverse(h)[:, span])
 
 
-def spans(config: LanguageModelConfig, num_tokens: int, num_given: int = 0) -> list[tuple[int, int]]:
-    """(start, end) of every window, in tokens, for a text of `num_tokens` that begins with a prompt of `num_given`.
+def spans(
+    config: LanguageModelConfig, num_tokens: int, num_given: int = 0
+) -> list[tuple[int, int]]:
+    """(start, end) of every window, in tokens, for a text of `num_tokens` that begins with a prompt
+    of `num_given`.
 
     A prompt that leaves no room in a window enters the first one with its last half window.
     """
@@ -227,7 +289,9 @@ def spans(config: LanguageModelConfig, num_tokens: int, num_given: int = 0) -> l
 
 
 def num_positions(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
-    """How often `generate` advances `Watch.progress`: over the positions of all windows and blocks (`spans`)."""
+    """How often `generate` advances `Watch.progress`: over the positions of all windows and blocks
+    (`spans`).
+    """
     windows = spans(model.config, num_tokens, num_given)
     return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
 
@@ -247,4 +311,10 @@ def write_windows(sampler: Sampler, given: Tensor) -> Generation:
     if bounds[0][0] > 0:  # part of the prompt is in no window
         first = replace(first, log_evidence=None, ess=None, pareto_k=None, draws=None)
     sweeps = tuple(map(sum, zip(*(window.sweeps for window in windows), strict=True)))
-    return replace(first, tokens=tokens[:, :end].to(first.tokens.device), sweeps=sweeps, _flow=None, _latents=())
+    return replace(
+        first,
+        tokens=tokens[:, :end].to(first.tokens.device),
+        sweeps=sweeps,
+        _flow=None,
+        _latents=(),
+    )

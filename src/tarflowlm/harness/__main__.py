@@ -1,4 +1,6 @@
-"""`python -m tarflowlm.harness`: the command line of lm-eval, to which `--model tarflowlm` is known."""
+"""`python -m tarflowlm.harness`: the command line of lm-eval, to which `--model tarflowlm` is
+known.
+"""
 
 import sys
 
@@ -10,7 +12,9 @@ from tarflowlm.harness.register import run_lm_eval
 
 def main() -> None:
     """Entry point: exit status 2 and one line for what the user got wrong."""
-    torch.set_flush_denormal(True)  # denormal numbers make these densities many times slower on CPUs
+    torch.set_flush_denormal(
+        True
+    )  # denormal numbers make these densities many times slower on CPUs
     try:
         run_lm_eval(sys.argv[1:])
     except UserError as error:

@@ -19,8 +19,9 @@ GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
-    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it. What lm-eval raises becomes a
-    UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through."""
+    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it. What lm-eval
+    raises becomes a UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through.
+    """
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
@@ -53,8 +54,14 @@ def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
         return {"rolling": "exact", "conditional": "exact"}
     bound = "lower bound: " + (f"importance-weighted, {samples} samples" if samples > 1 else "ELBO")
     if model.num_blocks == 1:
-        return {"rolling": bound, "conditional": f"{bound}, of the prediction from the encoded context"}
-    return {"rolling": bound, "conditional": "difference of two bounds with the same noise, no bound itself"}
+        return {
+            "rolling": bound,
+            "conditional": f"{bound}, of the prediction from the encoded context",
+        }
+    return {
+        "rolling": bound,
+        "conditional": "difference of two bounds with the same noise, no bound itself",
+    }
 
 
 def register() -> None:
@@ -70,60 +77,96 @@ def register() -> None:
         """A run directory, or a model that comes with the package, as lm-eval calls it."""
 
         def __init__(
-            self, pretrained: str, *, posterior_samples: int = 1, noise_seed: int = 0, normalize: Any = None,
-            device: str | None = None, batch_size: Any = None, max_batch_size: Any = None,
-        ) -> None:  # fmt: skip
+            self,
+            pretrained: str,
+            *,
+            posterior_samples: int = 1,
+            noise_seed: int = 0,
+            normalize: Any = None,
+            device: str | None = None,
+            batch_size: Any = None,
+            max_batch_size: Any = None,
+        ) -> None:
             super().__init__()
             # lm-eval passes cuda:0 by default
             self._device = pick_device("auto" if device in (None, "cuda:0") else device)
             model, tokenizer = load(str(pretrained), self._device)
             self.tokenizer = tokenizer.with_normalization(normalize)
-            self.scorer = TextScorer(model, self.tokenizer, samples=posterior_samples, seed=noise_seed)
+            self.scorer = TextScorer(
+                model, self.tokenizer, samples=posterior_samples, seed=noise_seed
+            )
             self.meaning = meaning(model, posterior_samples)
             print_notice(f"rolling log-likelihoods: {self.meaning['rolling']}")
             print_notice(f"log-likelihoods of continuations: {self.meaning['conditional']}")
             if not model.is_exact:
-                print_notice("greedy matches of continuations are not known for a flow, and count as misses")
+                print_notice(
+                    "greedy matches of continuations are not known for a flow, and count as misses"
+                )
             if (how := self.tokenizer.normalization) != "none":
-                print_notice(f"texts are normalised ({how}): bits per byte are theirs, over bytes of the raw text")
+                print_notice(
+                    f"texts are normalised ({how}): bits per byte are theirs, over bytes of the raw text"
+                )
             if batch_size not in (None, 1, "1"):
-                print_notice(f"--batch_size {batch_size} is ignored: batches are sized automatically")
+                print_notice(
+                    f"--batch_size {batch_size} is ignored: batches are sized automatically"
+                )
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
             if empty := sum(pair.given == len(pair.tokens) for pair in pairs):
-                print_notice(f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0")
+                print_notice(
+                    f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0"
+                )
             with Bars("log-likelihoods", len(pairs)) as progress:
                 return self.scorer.conditional(pairs, progress)
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             texts = [request.args[0] for request in requests]
-            with Bars("rolling log-likelihoods, windows", self.scorer.num_windows(texts)) as progress:
+            with Bars(
+                "rolling log-likelihoods, windows", self.scorer.num_windows(texts)
+            ) as progress:
                 return self.scorer.rolling(texts, progress)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             asked = [(request.args[0], how_to_continue(request.args[1])) for request in requests]
-            if ignored := {name for request in requests for name in request.args[1]} - GENERATION_OPTIONS:
+            if (
+                ignored := {name for request in requests for name in request.args[1]}
+                - GENERATION_OPTIONS
+            ):
                 print_notice(f"generation options without effect: {', '.join(sorted(ignored))}")
             with Bars("continuations", len(asked)) as progress:
                 return self.scorer.complete(asked, progress)
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             if chat_template:
-                raise UserError("--apply_chat_template: the model has no chat template; leave it out")
+                raise UserError(
+                    "--apply_chat_template: the model has no chat template; leave it out"
+                )
             return ""
 
         def get_model_info(self) -> dict[str, Any]:
             """Entries of the configuration that lm-eval stores with the results."""
             found = {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization}
-            return found | {"posterior_samples": self.scorer.samples, "noise_seed": self.scorer.seed}
+            return found | {
+                "posterior_samples": self.scorer.samples,
+                "noise_seed": self.scorer.seed,
+            }
 
 
 def how_to_continue(options: dict[str, Any]) -> Continuation:
-    """The generation options of a task. Without do_sample, or at temperature 0, greedy as everywhere in lm-eval."""
-    until, length = options.get("until") or (), int(options.get("max_gen_toks", Continuation.max_tokens))
-    how = Continuation(until=(until,) if isinstance(until, str) else tuple(until), max_tokens=length)
+    """The generation options of a task. Without do_sample, or at temperature 0, greedy as
+    everywhere in lm-eval.
+    """
+    until, length = (
+        options.get("until") or (),
+        int(options.get("max_gen_toks", Continuation.max_tokens)),
+    )
+    how = Continuation(
+        until=(until,) if isinstance(until, str) else tuple(until), max_tokens=length
+    )
     temperature = float(options.get("temperature", 1.0))
     if not options.get("do_sample", False) or temperature == 0.0:
         return how
-    return replace(how, temperature=temperature, top_k=options.get("top_k") or None, top_p=options.get("top_p"))
+    return replace(
+        how, temperature=temperature, top_k=options.get("top_k") or None, top_p=options.get("top_p")
+    )

@@ -1,6 +1,8 @@
-"""Rows of coloured tokens, for the terminal, the report and the studio, and their HTML, light or dark. The kind of a
-token is its colour: green for new in its row, plain for final, grey for noise, underlined for given. Green has a
-ground as a second sign, for readers who cannot distinguish the colours."""
+"""Rows of coloured tokens, for the terminal, the report and the studio, and their HTML, light or
+dark. The kind of a token is its colour: green for new in its row, plain for final, grey for noise,
+underlined for given. Green has a ground as a second sign, for readers who cannot distinguish the
+colours.
+"""
 
 import codecs
 from collections.abc import Sequence
@@ -58,7 +60,9 @@ class Row:
 
 
 def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Visible strings of tokens [T]. They concatenate to the text; a character of several tokens is in the last."""
+    """Visible strings of tokens [T]. They concatenate to the text; a character of several tokens is
+    in the last.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     found = [decoder.decode(tokenizer.token_bytes[token]) for token in tokens.tolist()]
     if found:
@@ -71,27 +75,45 @@ PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n
 
 def visible(text: str) -> str:
     """`text` with control characters as their pictures; ↵ precedes a new line."""
-    plain = (c if c < " " or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    plain = (
+        c if c < " " or c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
     return "".join(plain).translate(PICTURES)
 
 
 def text_tokens(
-    tokens: Tensor, tokenizer: Tokenizer, *, before: Tensor | None = None, given: Tensor | None = None
+    tokens: Tensor,
+    tokenizer: Tokenizer,
+    *,
+    before: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> list[Token]:
-    """A text [T]: given where `given` [T] is true, changed where it differs from `before` [T], final elsewhere."""
+    """A text [T]: given where `given` [T] is true, changed where it differs from `before` [T],
+    final elsewhere.
+    """
     is_given = [False] * len(tokens) if given is None else given.tolist()
     is_new = [False] * len(tokens) if before is None else (tokens != before).tolist()
     marks = zip(symbols(tokens, tokenizer), is_given, is_new, strict=True)
-    return [Token(symbol, "given" if locked else "changed" if new else "final") for symbol, locked, new in marks]
+    return [
+        Token(symbol, "given" if locked else "changed" if new else "final")
+        for symbol, locked, new in marks
+    ]
 
 
 def pass_rows(
-    passes: Sequence[Tensor], tokenizer: Tokenizer, *, given: Tensor | None = None,
-    probabilities: Sequence[Tensor] | None = None, least_change: float = 0.0,
-) -> list[Row]:  # fmt: skip
-    """One row for each of the `passes` [T] of a text, noise first: its new tokens, and which are already final.
-    Tokens where `given` [T] is true are marked in the last row. `probabilities` [T] of every pass become opacities.
-    Passes in the middle that change a smaller share of tokens than `least_change` are left out."""
+    passes: Sequence[Tensor],
+    tokenizer: Tokenizer,
+    *,
+    given: Tensor | None = None,
+    probabilities: Sequence[Tensor] | None = None,
+    least_change: float = 0.0,
+) -> list[Row]:
+    """One row for each of the `passes` [T] of a text, noise first: its new tokens, and which are
+    already final. Tokens where `given` [T] is true are marked in the last row. `probabilities` [T]
+    of every pass become opacities. Passes in the middle that change a smaller share of tokens than
+    `least_change` are left out.
+    """
     rows: list[Row] = []
     before, last = passes[0], len(passes) - 1
     for index, tokens in enumerate(passes):
@@ -103,9 +125,25 @@ def pass_rows(
         opacity = [1.0] * len(tokens) if probabilities is None else probabilities[index].tolist()
         row = []
         for n, symbol in enumerate(symbols(tokens, tokenizer)):
-            kind: Kind = "given" if is_given[n] else "changed" if changed[n] else "final" if is_final[n] else "noise"
-            row.append(Token(symbol, kind, opacity[n], f"p = {opacity[n]:.2f}" if opacity[n] < 0.995 else ""))
-        name = f"after block {last - index + 1}: {sum(changed)} of {len(tokens)} changed" if index else "noise"
+            kind: Kind = (
+                "given"
+                if is_given[n]
+                else "changed"
+                if changed[n]
+                else "final"
+                if is_final[n]
+                else "noise"
+            )
+            row.append(
+                Token(
+                    symbol, kind, opacity[n], f"p = {opacity[n]:.2f}" if opacity[n] < 0.995 else ""
+                )
+            )
+        name = (
+            f"after block {last - index + 1}: {sum(changed)} of {len(tokens)} changed"
+            if index
+            else "noise"
+        )
         rows.append(Row(name, row))
         before = tokens
     return rows
@@ -114,7 +152,9 @@ def pass_rows(
 def to_html(rows: Sequence[Row]) -> str:
     """The rows, escaped, under a legend of the kinds that occur. The page must include `CSS`."""
     present = {token.kind for row in rows for token in row.tokens}
-    legend = "".join(f'<span class="tl-{kind}">{name}</span>' for kind, name in LEGEND.items() if kind in present)
+    legend = "".join(
+        f'<span class="tl-{kind}">{name}</span>' for kind, name in LEGEND.items() if kind in present
+    )
     body = ""
     for row in rows:
         label, text = f'<div class="tl-label">{escape(row.label)}</div>', spans(row.tokens)
@@ -133,6 +173,8 @@ def spans(tokens: Sequence[Token]) -> str:
     # neighbours that look alike share an element, so that a long text in many rows stays light
     for (kind, opacity, title), run in groupby(tokens, key=look_of):
         text = escape("".join(token.symbol for token in run)).replace("↵\n", "<i>↵</i>\n")
-        look = (f' style="opacity:{opacity:g}"' if opacity < 1 else "") + (f' title="{title}"' if title else "")
+        look = (f' style="opacity:{opacity:g}"' if opacity < 1 else "") + (
+            f' title="{title}"' if title else ""
+        )
         found.append(f'<span class="tl-{kind}"{look}>{text}</span>')
     return "".join(found)

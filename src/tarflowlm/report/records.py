@@ -1,4 +1,6 @@
-"""Reading run directories for a report, finished, in training, or incomplete; and tables about them."""
+"""Reading run directories for a report, finished, in training, or incomplete; and tables about
+them.
+"""
 
 import json
 import math
@@ -24,7 +26,11 @@ COLUMNS = {  # of metrics.jsonl that a report reads, by split
     "train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second"),
     "valid": ("step", "tokens", "bpc"),
 }
-PLAIN = {"parameters": "parameters", "of them in Transformers": "trunk_parameters", "device": "device"}
+PLAIN = {
+    "parameters": "parameters",
+    "of them in Transformers": "trunk_parameters",
+    "device": "device",
+}
 PLAIN |= {"threads": "threads", "machine": "machine", "PyTorch": "torch"}
 """Rows of the summary that show a value of summary.json as it is."""
 
@@ -36,7 +42,9 @@ class RunRecord:
     name: str
     directory: Path
     run: RunConfig
-    train: dict[str, Series]  # columns of the training lines of metrics.jsonl, and `seconds`, the time up to each
+    train: dict[
+        str, Series
+    ]  # columns of the training lines of metrics.jsonl, and `seconds`, the time up to each
     valid: dict[str, Series]  # columns of its validation lines, and `seconds`
     summary: dict[str, Any] | None  # None until the run is finished
     notes: list[str] = field(default_factory=list)
@@ -76,7 +84,9 @@ class RunRecord:
 
     @property
     def stage_starts(self) -> list[tuple[int, int]]:
-        """For each stage but the first: its block, and the index of the last training line before it."""
+        """For each stage but the first: its block, and the index of the last training line before
+        it.
+        """
         block = self.train["block"]
         return [(int(block[line + 1]), int(line)) for line in np.flatnonzero(np.diff(block))]
 
@@ -92,7 +102,9 @@ class RunRecord:
 
 
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
-    """The runs in `directories`. Raises UserError as `read_record`, and if two runs have the same name."""
+    """The runs in `directories`. Raises UserError as `read_record`, and if two runs have the same
+    name.
+    """
     records: dict[str, RunRecord] = {}
     for record in map(read_record, directories):
         if (other := records.get(record.slug)) is not None:
@@ -103,8 +115,9 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_record(directory: Path) -> RunRecord:
-    """The run in a directory, named after it. A model without its log is a run without lines. UserError for what is
-    no run directory, and for a training that has not logged anything yet."""
+    """The run in a directory, named after it. A model without its log is a run without lines.
+    UserError for what is no run directory, and for a training that has not logged anything yet.
+    """
     run = read_run(directory)
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
@@ -112,9 +125,15 @@ def read_record(directory: Path) -> RunRecord:
     has_log = len(train["step"]) > 0
     if not has_log and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
         if writer_of(directory):
-            raise UserError(f"{directory} has just begun: wait until training has logged its first line")
-        raise UserError(f"{directory} stopped before its first logged step: `tarflowlm train --resume {directory}`")
-    valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"]) if has_log else np.zeros(0)
+            raise UserError(
+                f"{directory} has just begun: wait until training has logged its first line"
+            )
+        raise UserError(
+            f"{directory} stopped before its first logged step: `tarflowlm train --resume {directory}`"
+        )
+    valid["seconds"] = (
+        np.interp(valid["step"], train["step"], train["seconds"]) if has_log else np.zeros(0)
+    )
     summary = None
     try:
         if (found := read_summary(directory)) is not None and math.isfinite(found["test"]["bpc"]):
@@ -127,7 +146,9 @@ def read_record(directory: Path) -> RunRecord:
 def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series], dict[str, Series]]:
     """The columns of training and of validation lines; unreadable lines are counted in `notes`."""
     path = directory / METRICS
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     rows: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
     bad = 0
     for number, line in enumerate(lines, 1):
@@ -139,8 +160,12 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
         except (ValueError, KeyError, TypeError):
             bad += number < len(lines)  # the last one may still be incomplete
     if bad:
-        notes.append(f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out.")
-    train, valid = ({key: np.array([row[key] for row in rows[s]], float) for key in COLUMNS[s]} for s in COLUMNS)
+        notes.append(
+            f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out."
+        )
+    train, valid = (
+        {key: np.array([row[key] for row in rows[s]], float) for key in COLUMNS[s]} for s in COLUMNS
+    )
     return train, valid
 
 
@@ -154,10 +179,14 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def runs_table(records: Sequence[RunRecord], columns: Sequence[dict[str, str]]) -> str:
-    """One column per run, one row per key in the order of first appearance; a dash where a run has no value."""
+    """One column per run, one row per key in the order of first appearance; a dash where a run has
+    no value.
+    """
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, *(column.get(name, "–") or "–" for column in columns)) for name in names]
-    return table_html(["", *(r.name for r in records)], [row for row in rows if set(row[1:]) != {"–"}])
+    return table_html(
+        ["", *(r.name for r in records)], [row for row in rows if set(row[1:]) != {"–"}]
+    )
 
 
 def summary_of(record: RunRecord) -> dict[str, str]:
@@ -165,7 +194,9 @@ def summary_of(record: RunRecord) -> dict[str, str]:
     done = record.summary or {}
     test, bpc = done.get("test", {}), record.valid["bpc"]
     bits = f"{record.sign} {test['bpc']:.4f} ({test.get('bound', 'bound unknown')})" if test else ""
-    valid = f"{record.sign} {bpc[-1]:.4f} at step {int(record.valid['step'][-1]):,}" if len(bpc) else ""
+    valid = (
+        f"{record.sign} {bpc[-1]:.4f} at step {int(record.valid['step'][-1]):,}" if len(bpc) else ""
+    )
     nats = ""
     if {"nats_per_token", "stderr"} <= test.keys():
         # the standard error of a single window is not a number
@@ -193,10 +224,15 @@ def _plain(value: Any) -> str:
 
 
 def config_table(records: Sequence[RunRecord]) -> str:
-    """Every field of the configurations by its dotted name; fields in which the runs differ come first."""
+    """Every field of the configurations by its dotted name; fields in which the runs differ come
+    first.
+    """
     flat = [flatten(r.run) for r in records]
     names = list(dict.fromkeys(name for one in flat for name in one))
     names.sort(key=lambda name: all(name in one and one[name] == flat[0].get(name) for one in flat))
     found = [[(name, one[name]) for name in names if name in one] for one in flat]
-    columns = [{name: ", ".join(map(str, x)) if isinstance(x, list) else str(x) for name, x in one} for one in found]
+    columns = [
+        {name: ", ".join(map(str, x)) if isinstance(x, list) else str(x) for name, x in one}
+        for one in found
+    ]
     return runs_table(records, columns)

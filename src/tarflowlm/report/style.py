@@ -1,4 +1,6 @@
-"""The look of figures and pages: colours safe for colour-blind readers, labels, legends; HTML without scripts."""
+"""The look of figures and pages: colours safe for colour-blind readers, labels, legends; HTML
+without scripts.
+"""
 
 import importlib.util
 import io
@@ -24,20 +26,44 @@ INK, MUTED, GRID, PAPER = "#1b1f24", "#68707a", "#e3e6ea", "#fefefe"
 SMALL = 8.0
 
 # colours that an SVG takes from the page, which has one set for light and one for dark
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", COLOURS[0]: "--blue"}
+_VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    PAPER: "--paper",
+    COLOURS[0]: "--blue",
+}
 
 _STYLE: Any = {
-    "figure.facecolor": PAPER, "figure.constrained_layout.use": True,
-    "axes.facecolor": PAPER, "axes.edgecolor": MUTED, "axes.prop_cycle": f"cycler(color={COLOURS})",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "axes.titlelocation": "left", "axes.titlesize": 10, "axes.titlecolor": INK,
-    "axes.labelsize": 9, "axes.labelcolor": INK,
-    "grid.color": GRID, "grid.linewidth": 0.8, "lines.linewidth": 1.6,
-    "xtick.color": MUTED, "xtick.labelcolor": INK, "xtick.labelsize": SMALL,
-    "ytick.color": MUTED, "ytick.labelcolor": INK, "ytick.labelsize": SMALL,
-    "text.color": INK, "font.size": 9, "font.family": "DejaVu Sans",
-    "svg.fonttype": "path", "svg.hashsalt": "tarflowlm",
-}  # fmt: skip
+    "figure.facecolor": PAPER,
+    "figure.constrained_layout.use": True,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": MUTED,
+    "axes.prop_cycle": f"cycler(color={COLOURS})",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titlecolor": INK,
+    "axes.labelsize": 9,
+    "axes.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "xtick.labelsize": SMALL,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": SMALL,
+    "text.color": INK,
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "tarflowlm",
+}
 
 
 def check_package(name: str, extra: str) -> None:
@@ -47,11 +73,18 @@ def check_package(name: str, extra: str) -> None:
 
 
 def render(
-    draw: Callable[[Figure], None], path: Path | None, *, width: float, height: float, name: str = "", dpi: int = 160
+    draw: Callable[[Figure], None],
+    path: Path | None,
+    *,
+    width: float,
+    height: float,
+    name: str = "",
+    dpi: int = 160,
 ) -> str:
-    """Draw a figure of `width` x `height` inches; returns it as SVG for a page that defines the colours. `draw` gets
-    an empty figure. A PNG goes to the file `path`, if that is given, and replaces it atomically. Ids in the SVG begin
-    with `name`, or else with the name of the file."""
+    """Draw a figure of `width` x `height` inches; returns it as SVG for a page that defines the
+    colours. `draw` gets an empty figure. A PNG goes to the file `path`, if that is given, and
+    replaces it atomically. Ids in the SVG begin with `name`, or else with the name of the file.
+    """
     check_package("matplotlib", "plots")
     import matplotlib
     from matplotlib.figure import Figure as New
@@ -61,14 +94,16 @@ def render(
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = New(figsize=(width, height))
         draw(figure)
-        figure.draw_without_rendering()  # the layout takes half of the time of saving, so compute it once
+        # the layout takes half of the time of saving, so compute it once
+        figure.draw_without_rendering()
         figure.set_layout_engine("none")
         if path is not None:
             with replacing(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    # for use in a page: no prolog, no fixed size, ids prefixed by the name, colours taken from the page
+    # for use in a page: no prolog, no fixed size, ids prefixed by the name, colours taken from the
+    # page
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     prefix = name or (path.stem if path is not None else "figure")
@@ -90,7 +125,10 @@ def log_scale(axes: Axes) -> None:
 
 def line_style(index: int) -> dict[str, Any]:
     """Colour and dashes of curve number `index`; 18 curves differ."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
+    }
 
 
 def literal(text: str, longest: int = 30) -> str:
@@ -128,7 +166,9 @@ summary {{ cursor: pointer; }}
 
 @dataclass(frozen=True)
 class Section:
-    """Notes, then parts in HTML, under a title. A folded section is closed until the reader opens it."""
+    """Notes, then parts in HTML, under a title. A folded section is closed until the reader opens
+    it.
+    """
 
     title: str
     notes: Sequence[str] = ()

@@ -10,8 +10,19 @@ from tarflowlm.reproduce.tables import TABLE2, TABLE6
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        TABLE2, FIG2, FIG3, FIG4, FIG5, FIG6, FIG7, TABLE6, FRONTIER, ablations.PROGRESSIVE,
-        ablations.PATCH_SIZES, ablations.IN_PATCH, ablations.SHARES,
+        TABLE2,
+        FIG2,
+        FIG3,
+        FIG4,
+        FIG5,
+        FIG6,
+        FIG7,
+        TABLE6,
+        FRONTIER,
+        ablations.PROGRESSIVE,
+        ablations.PATCH_SIZES,
+        ablations.IN_PATCH,
+        ablations.SHARES,
     )
-}  # fmt: skip
+}
 """Every recipe by its name, in the order in which `all` runs them."""

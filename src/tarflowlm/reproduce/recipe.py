@@ -1,4 +1,6 @@
-"""Recipes: named trainings, numbers measured on them, and a plot. Runs the trainings, or estimates their time."""
+"""Recipes: named trainings, numbers measured on them, and a plot. Runs the trainings, or estimates
+their time.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +27,12 @@ State = Literal["finished", "stopped", "new"]
 Row = dict[str, Any]  # one row of the CSV: column name -> number or text
 
 GPT2_SIZE = 50_257  # tokens of GPT-2's vocabulary, known here so that a plan needs no network
-RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")  # columns of `states.summary_row` for the CSV alone
+RUN_DETAILS = (
+    "ppl",
+    "stderr, nats",
+    "tokens seen",
+    "seconds",
+)  # columns of `states.summary_row` for the CSV alone
 
 
 def names_of(rows: Sequence[Row], hidden: Sequence[str] = ()) -> list[str]:
@@ -39,12 +46,22 @@ def markdown_table(rows: Sequence[Row], hidden: Sequence[str] = ()) -> str:
     def cell(value: Any) -> str:
         if value is None:
             return ""
-        return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+        return (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:.4f}"
+            if isinstance(value, float)
+            else str(value)
+        )
 
     if not rows:
         return ""
     columns = names_of(rows, hidden)
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([cell(row.get(name)) for name in columns] for row in rows),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -55,19 +72,29 @@ class Settings:
     scale: Scale
     out: Path
     data: str | None = None  # text of the mini scale; the default is that of the presets
-    judge_data: str = "english"  # text that the judge of samples is trained on; it should differ from `data`
+    judge_data: str = (
+        "english"  # text that the judge of samples is trained on; it should differ from `data`
+    )
     second_text: str | None = None  # another text to measure the likelihood on
     seeds: int = 1
-    steps: int | None = None  # optimiser steps of every training, in place of the recipe's: for a quick look
-    precision: Precision | None = None  # precision of matrix products in training, in place of the preset's
+    steps: int | None = (
+        None  # optimiser steps of every training, in place of the recipe's: for a quick look
+    )
+    precision: Precision | None = (
+        None  # precision of matrix products in training, in place of the preset's
+    )
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def preset(self, kind: str, corpus: Literal["text8", "owt"]) -> RunConfig:
-        """The preset of a kind of model (ar, affine, mix1, mixd): the mini one, or the paper's on `corpus`."""
+        """The preset of a kind of model (ar, affine, mix1, mixd): the mini one, or the paper's on
+        `corpus`.
+        """
         return preset(f"{'mini' if self.scale == 'mini' else corpus}-{kind}")
 
     def adapt(self, run: RunConfig) -> RunConfig:
-        """The run with the user's text, precision and number of steps. The paper scale keeps its texts."""
+        """The run with the user's text, precision and number of steps. The paper scale keeps its
+        texts.
+        """
         if self.data is not None and self.scale == "mini":
             run = replace(run, data=replace(run.data, source=self.data))
         if self.precision is not None:
@@ -88,9 +115,18 @@ class Training:
 
 
 def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Training]:
-    """One training per label and seed, in the order of the labels; directories are named after the runs."""
-    adapted = [(label, settings.adapt(run), seed) for label, run in runs.items() for seed in range(settings.seeds)]
-    return [Training(f"{run.name}-s{seed}", replace(run, seed=seed), label) for label, run, seed in adapted]
+    """One training per label and seed, in the order of the labels; directories are named after the
+    runs.
+    """
+    adapted = [
+        (label, settings.adapt(run), seed)
+        for label, run in runs.items()
+        for seed in range(settings.seeds)
+    ]
+    return [
+        Training(f"{run.name}-s{seed}", replace(run, seed=seed), label)
+        for label, run, seed in adapted
+    ]
 
 
 @dataclass(frozen=True)
@@ -130,15 +166,25 @@ class Recipe:
     claim: str  # the paper's claim with its numbers, or the question where the paper makes none
     plan: Callable[[Settings], list[Training]]
     measure: Callable[[Settings, Sequence[Finished]], list[Row]]  # all rows, for the CSV
-    table: Callable[[Sequence[Row]], list[Row]] = list  # the rows of the Markdown table; none for no table
+    table: Callable[[Sequence[Row]], list[Row]] = (
+        list  # the rows of the Markdown table; none for no table
+    )
     hidden: tuple[str, ...] = RUN_DETAILS  # columns that are in the CSV alone
-    draw: Callable[[Figure, Sequence[Row]], None] | None = None  # draws the rows into a matplotlib figure
+    draw: Callable[[Figure, Sequence[Row]], None] | None = (
+        None  # draws the rows into a matplotlib figure
+    )
     size: tuple[float, float] = (7.0, 4.5)  # width and height of the figure in inches
     page: Callable[[Sequence[Row]], str] | None = None  # the rows as a self-contained HTML page
-    text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None  # Markdown below the table
-    needs: tuple[tuple[str, str], ...] = ()  # modules that measuring needs, each with the extra that installs it
+    text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = (
+        None  # Markdown below the table
+    )
+    needs: tuple[
+        tuple[str, str], ...
+    ] = ()  # modules that measuring needs, each with the extra that installs it
     seeds: int = 1  # fewest seeds at mini scale: more than one where a claim hangs on less than 2 %
-    clear: tuple[str, ...] = ()  # labels of trainings without these further seeds: far apart, or slow as joint ones
+    clear: tuple[
+        str, ...
+    ] = ()  # labels of trainings without these further seeds: far apart, or slow as joint ones
 
     def trainings(self, settings: Settings) -> list[Training]:
         """The plan with at least `seeds` seeds, except for the labels in `clear`."""
@@ -158,7 +204,9 @@ class Planned:
 
 
 def state_of(settings: Settings, training: Training) -> State:
-    """State of a training on disk. Raises UserError if its directory holds a run of another configuration."""
+    """State of a training on disk. Raises UserError if its directory holds a run of another
+    configuration.
+    """
     directory = training.directory(settings)
     if not (directory / CONFIG).exists():
         return "new"
@@ -167,10 +215,17 @@ def state_of(settings: Settings, training: Training) -> State:
 
 
 def finish(
-    settings: Settings, plan: Sequence[Training], reporter: Reporter, stop_requests: StopRequests = no_stop_requests
+    settings: Settings,
+    plan: Sequence[Training],
+    reporter: Reporter,
+    stop_requests: StopRequests = no_stop_requests,
 ) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""
-    options: dict[str, Any] = {"device": settings.device, "reporter": reporter, "stop_requests": stop_requests}
+    options: dict[str, Any] = {
+        "device": settings.device,
+        "reporter": reporter,
+        "stop_requests": stop_requests,
+    }
     for training in plan:
         match state_of(settings, training):
             case "finished":
@@ -183,26 +238,37 @@ def finish(
 
 
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
-    """The plan with times, from a few timed steps of every stage. The mini scale times whole batches, the paper scale
-    one short sequence and scales up, which overstates the optimiser, whose share of a step does not grow with the
-    batch. Trainings of the same shape are timed once."""
+    """The plan with times, from a few timed steps of every stage. The mini scale times whole
+    batches, the paper scale one short sequence and scales up, which overstates the optimiser, whose
+    share of a step does not grow with the batch. Trainings of the same shape are timed once.
+    """
     known: dict[RunConfig, float] = {}
     planned: list[Planned] = []
     for training in plan:
         run, state = training.run, state_of(settings, training)
         shape = replace(run, seed=0, name="")
         if shape not in known:
-            logger.info("timing a few steps of %s, %d of %d trainings", training.name, len(planned) + 1, len(plan))
+            logger.info(
+                "timing a few steps of %s, %d of %d trainings",
+                training.name,
+                len(planned) + 1,
+                len(plan),
+            )
             known[shape] = _seconds(run, settings)
         tokens_per_step = run.train.batch_size * run.model.context
-        planned.append(Planned(training, state, run.train.num_steps * tokens_per_step, known[shape]))
+        planned.append(
+            Planned(training, state, run.train.num_steps * tokens_per_step, known[shape])
+        )
     return planned
 
 
 def _seconds(run: RunConfig, settings: Settings) -> float:
     tokenizer = run.data.tokenizer
     vocab_size = GPT2_SIZE if tokenizer.source == "gpt2" else tokenizer.vocab_size
-    run = replace(run, model=replace(run.model, vocab_size=vocab_size or build_tokenizer(tokenizer).vocab_size))
+    run = replace(
+        run,
+        model=replace(run.model, vocab_size=vocab_size or build_tokenizer(tokenizer).vocab_size),
+    )
     whole = (run.train.batch_size, run.model.context)
     rows, length = whole if settings.scale == "mini" else (1, min(whole[1], 128))
     length -= length % run.model.patch
@@ -212,5 +278,8 @@ def _seconds(run: RunConfig, settings: Settings) -> float:
         return torch.randint(run.model.vocab_size, (rows, length), generator=generator)
 
     steps, scale = 3 if settings.scale == "mini" else 1, whole[0] * whole[1] / (rows * length)
-    times = [seconds_per_step(run, s, batch, settings.device, num_steps=steps) for s in range(run.num_stages)]
+    times = [
+        seconds_per_step(run, s, batch, settings.device, num_steps=steps)
+        for s in range(run.num_stages)
+    ]
     return scale * sum(t * n for t, n in zip(times, run.train.stage_steps, strict=True))

@@ -1,4 +1,6 @@
-"""Measurements and plots that recipes share; figure 7: states in both readings of "layer 0", and operations."""
+"""Measurements and plots that recipes share; figure 7: states in both readings of "layer 0", and
+operations.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.config import BaselineConfig, FlowConfig, RunConfig, TransformerConfig, as_flow_config
+from tarflowlm.config import (
+    BaselineConfig,
+    FlowConfig,
+    RunConfig,
+    TransformerConfig,
+    as_flow_config,
+)
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report, state_metrics
 from tarflowlm.evaluation.flops import forward_flops
@@ -21,12 +29,27 @@ from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, preset, with_steps
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
-from tarflowlm.reproduce.recipe import GPT2_SIZE, Finished, Recipe, Row, Settings, Training, markdown_table, trainings
+from tarflowlm.reproduce.recipe import (
+    GPT2_SIZE,
+    Finished,
+    Recipe,
+    Row,
+    Settings,
+    Training,
+    markdown_table,
+    trainings,
+)
 from tarflowlm.runs.checkpoint import Checkpoint
 
 JUDGE_STEPS, BOUND = 1300, "bits per character, <="
-AVERAGED, POINTS = 5, 12  # lines of metrics.jsonl averaged in a point of a curve; evenly spaced points of it
-SHORT_STEPS, SHORT_WINDOWS = 300, 1024  # steps and test windows of mini trainings whose ranking shows early
+AVERAGED, POINTS = (
+    5,
+    12,
+)  # lines of metrics.jsonl averaged in a point of a curve; evenly spaced points of it
+SHORT_STEPS, SHORT_WINDOWS = (
+    300,
+    1024,
+)  # steps and test windows of mini trainings whose ranking shows early
 DEEPEST_LAST = "Mix-1, plain start, last block deepest"  # label of `mini-mix1-deep-last`
 
 
@@ -39,16 +62,31 @@ def summary_row(done: Finished) -> Row:
 
 
 def summaries_by(
-    settings: Settings, finished: Sequence[Finished], *, column: str, value: Callable[[FlowConfig], int]
+    settings: Settings,
+    finished: Sequence[Finished],
+    *,
+    column: str,
+    value: Callable[[FlowConfig], int],
 ) -> list[Row]:
     """`summary_row` of flows with a number of their configuration as the first column."""
-    return [{column: value(as_flow_config(done.training.run.model)), **summary_row(done)} for done in finished]
+    return [
+        {column: value(as_flow_config(done.training.run.model)), **summary_row(done)}
+        for done in finished
+    ]
 
 
 def sample(
-    done: Finished, checkpoint: Checkpoint, num: int, length: int, *, prompt: Tensor | None = None, what: str = ""
+    done: Finished,
+    checkpoint: Checkpoint,
+    num: int,
+    length: int,
+    *,
+    prompt: Tensor | None = None,
+    what: str = "",
 ) -> Generation:
-    """`num` samples of `length` tokens, some given by `prompt` [num, T], by the decoder auto; the noise of seed 0."""
+    """`num` samples of `length` tokens, some given by `prompt` [num, T], by the decoder auto; the
+    noise of seed 0.
+    """
     progress = done.stage(f"sampling{what}, positions", num_positions(checkpoint.model, length))
     generator, watch = torch.Generator().manual_seed(0), Watch(progress)
     options: dict[str, Any] = {"generator": generator, "decoder": "auto", "watch": watch}
@@ -61,7 +99,9 @@ def share(is_so: Tensor) -> float:
 
 
 def gains(done: Finished) -> Row:
-    """The nats per token that every block takes off the KL divergence, on the windows of `latents`."""
+    """The nats per token that every block takes off the KL divergence, on the windows of
+    `latents`.
+    """
     found = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
     return {f"KL taken off by block {number}": gain for number, gain in enumerate(found, 1)}
 
@@ -78,8 +118,9 @@ def mean_of(values: Tensor) -> Spread:
 
 
 def curves(done: Finished) -> Row:
-    """Bits per character over the steps: of the training text at `POINTS` evenly spaced steps, averaged over the last
-    `AVERAGED` lines of metrics.jsonl, and of every validation."""
+    """Bits per character over the steps: of the training text at `POINTS` evenly spaced steps,
+    averaged over the last `AVERAGED` lines of metrics.jsonl, and of every validation.
+    """
     record, row = read_record(done.directory), Row()
     curve = training_curve(record)
     for place in range(1, POINTS + 1):
@@ -91,7 +132,9 @@ def curves(done: Finished) -> Row:
 
 
 def training_curve(record: RunRecord) -> dict[int, float]:
-    """Step -> training bound in bits per character, averaged over the last `AVERAGED` lines up to that step."""
+    """Step -> training bound in bits per character, averaged over the last `AVERAGED` lines up to
+    that step.
+    """
     steps, values = record.train["step"], record.train["bpc"]
     ends = range(min(AVERAGED, len(values)), len(values) + 1)
     return {int(steps[end - 1]): float(values[max(0, end - AVERAGED) : end].mean()) for end in ends}
@@ -124,7 +167,9 @@ def latents(done: Finished) -> list[StateReport]:
     """The states of a flow on `LATENT_WINDOWS` evenly spaced windows of its test split."""
     checkpoint = done.load()
     windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, LATENT_WINDOWS)
-    return latent_report(as_flow(checkpoint.model), windows, progress=done.stage("latents of windows", len(windows)))
+    return latent_report(
+        as_flow(checkpoint.model), windows, progress=done.stage("latents of windows", len(windows))
+    )
 
 
 def shortened(settings: Settings, run: RunConfig, steps: int = SHORT_STEPS) -> RunConfig:
@@ -132,11 +177,15 @@ def shortened(settings: Settings, run: RunConfig, steps: int = SHORT_STEPS) -> R
     if settings.scale == "paper":
         return run
     run = with_steps(run, steps)
-    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS, evaluate_every=steps // 6))
+    return replace(
+        run, train=replace(run.train, test_windows=SHORT_WINDOWS, evaluate_every=steps // 6)
+    )
 
 
 def judge_training(settings: Settings) -> list[Training]:
-    """The judge of the mini scale: the baseline on another text. The paper's judge needs no training."""
+    """The judge of the mini scale: the baseline on another text. The paper's judge needs no
+    training.
+    """
     if settings.scale == "paper":
         return []
     run = settings.adapt(with_steps(mini_ar(), JUDGE_STEPS))
@@ -149,7 +198,9 @@ def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, l
     if settings.scale == "paper":
         return load_judge(PAPER_JUDGES[0], settings.device), list(finished)
     [judge] = [done for done in finished if done.training.label == "judge"]
-    return load_judge(str(judge.directory), settings.device), [d for d in finished if d is not judge]
+    return load_judge(str(judge.directory), settings.device), [
+        d for d in finished if d is not judge
+    ]
 
 
 def plot_over(figure: Figure, rows: Sequence[Row], *, column: str, label: str) -> None:
@@ -163,7 +214,9 @@ def plot_over(figure: Figure, rows: Sequence[Row], *, column: str, label: str) -
     axes.set(xlabel=label, ylabel=BOUND)
 
 
-def plot_models(figure: Figure, rows: Sequence[Row], *, column: str = "test bpc", label: str = BOUND) -> None:
+def plot_models(
+    figure: Figure, rows: Sequence[Row], *, column: str = "test bpc", label: str = BOUND
+) -> None:
     """A column for every model, in the order of the rows: one dot per seed."""
     axes, models = figure.subplots(), list(dict.fromkeys(row["model"] for row in rows))
     for place, model in enumerate(models):
@@ -178,12 +231,19 @@ def _plot_seeds(axes: Axes, x: int, values: Sequence[float]) -> None:
     axes.plot([x] * len(values), values, "o", color=COLOURS[0])
     mean = sum(values) / len(values)
     text = f"{mean:.3f}" if len(values) == 1 else f"mean {mean:.3f}"
-    axes.annotate(text, (x, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)
+    axes.annotate(
+        text, (x, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL
+    )
 
 
-LATENT_WINDOWS, SAMPLES = 256, 64  # windows of text, and samples of each model, whose states are measured
+LATENT_WINDOWS, SAMPLES = (
+    256,
+    64,
+)  # windows of text, and samples of each model, whose states are measured
 UP, DOWN = "latents of a text", "noise of a sample"
-"""Two readings of layer 0: the states go up from the latents to the noise, or down from the noise to the latents."""
+"""Two readings of layer 0: the states go up from the latents to the noise, or down from the noise
+to the latents.
+"""
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift")
 SHARES = ("log_det", "kl", "kl_gain", "nelbo")
 SURE = 2.0  # standard errors of a mean over sequences that a change must exceed to count
@@ -204,16 +264,23 @@ _OPERATIONS = "The last panel: operations of a flow with one input map and head 
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
-    """Affine, Mix-1 and Mix-d; at mini scale also Mix-1 without its start from the codebook, as in the paper."""
+    """Affine, Mix-1 and Mix-d; at mini scale also Mix-1 without its start from the codebook, as in
+    the paper.
+    """
     kinds = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
     runs = {label: settings.preset(kind, "owt") for label, kind in kinds.items()}
     if settings.scale == "mini":
-        runs |= {"Mix-1, plain start": preset("mini-mix1-plain"), DEEPEST_LAST: preset("mini-mix1-deep-last")}
+        runs |= {
+            "Mix-1, plain start": preset("mini-mix1-plain"),
+            DEEPEST_LAST: preset("mini-mix1-deep-last"),
+        }
     return trainings(settings, runs)
 
 
 def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Geometry of the states of texts, with each block's share of the likelihood, and of those of samples."""
+    """Geometry of the states of texts, with each block's share of the likelihood, and of those of
+    samples.
+    """
     rows: list[Row] = []
     for done in finished:
         of_model: Row = {"model": done.training.label, "seed": done.training.run.seed}
@@ -227,7 +294,11 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         checkpoint = done.load()
         states = sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
         for layer, metrics in enumerate(state_metrics(states)):
-            row = of_model | {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
+            row = of_model | {
+                "layer 0": DOWN,
+                "layer": layer,
+                "block": len(states) - layer if layer else None,
+            }
             row["sequences"] = SAMPLES
             for name, values in metrics.items():
                 spread = Spread.of(values.cpu())
@@ -237,38 +308,54 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 
 
 def flops_by_size() -> list[Row]:
-    """Operations of a Mix-1 flow over those of a Transformer LM, by the paper's count, for each size and patch."""
+    """Operations of a Mix-1 flow over those of a Transformer LM, by the paper's count, for each
+    size and patch.
+    """
     rows: list[Row] = []
     for name, (layers, width, heads) in GPT2_SIZES.items():
         trunk = TransformerConfig(width=width, num_heads=heads)
         model = BaselineConfig(vocab_size=GPT2_SIZE, context=1024, trunk=trunk, layers=layers)
         flow = replace(as_flow_config(preset("owt-mix1").model), vocab_size=GPT2_SIZE, trunk=trunk)
         shares = (layers // 6, layers // 6, layers - 2 * (layers // 6))
-        blocks = tuple(replace(block, layers=n) for block, n in zip(flow.blocks, shares, strict=True))
+        blocks = tuple(
+            replace(block, layers=n) for block, n in zip(flow.blocks, shares, strict=True)
+        )
         for patch in FLOW_PATCHES:
-            counts = [forward_flops(m, "figure7") for m in (replace(flow, blocks=blocks, patch=patch), model)]
+            counts = [
+                forward_flops(m, "figure7")
+                for m in (replace(flow, blocks=blocks, patch=patch), model)
+            ]
             row = {"model": f"Mix-1, {name}", "size": name, "patch": patch}
             rows.append(row | {"over the LM": counts[0] / counts[1]})
     return rows
 
 
 def falls(values: Sequence[float], least: float = 0.0) -> bool:
-    """True if the last value is below the first by more than `least`, and no step goes up by more."""
+    """True if the last value is below the first by more than `least`, and no step goes up by
+    more.
+    """
     steps = [after - before for before, after in pairwise(values)]
     return values[0] - values[-1] > least and max(steps, default=0.0) <= least
 
 
 def drops_and_rises(values: Sequence[float], directions: Sequence[str], least: float = 0.0) -> bool:
-    """True if values drop by more than `least` at every right-to-left layer that has a next one, and rise at that
-    next layer. `directions` are those of the layers between the values."""
+    """True if values drop by more than `least` at every right-to-left layer that has a next one,
+    and rise at that next layer. `directions` are those of the layers between the values.
+    """
     steps = [after - before for before, after in pairwise(values)]
     pairs = zip(pairwise(steps), directions, strict=False)
-    found = [drop < -least and rise > least for (drop, rise), direction in pairs if direction == "right to left"]
+    found = [
+        drop < -least and rise > least
+        for (drop, rise), direction in pairs
+        if direction == "right to left"
+    ]
     return bool(found) and all(found)
 
 
 def directions(states: Sequence[Row]) -> Row:
-    """The four directions of the paper's figure 7, each yes or no, of the states of one model in one reading."""
+    """The four directions of the paper's figure 7, each yes or no, of the states of one model in
+    one reading.
+    """
     outputs = [row for row in states if row["layer"]]
     values = {name: [row[name] for row in outputs] for name in METRICS}
     sure = SURE / outputs[0]["sequences"] ** 0.5
@@ -287,22 +374,33 @@ def directions(states: Sequence[Row]) -> Row:
 
 
 def directions_table(rows: Sequence[Row]) -> str:
-    """Markdown: the paper's directions in both readings, and the KL divergence lowered by each block."""
+    """Markdown: the paper's directions in both readings, and the KL divergence lowered by each
+    block.
+    """
     table: list[Row] = []
     of_states = [row for row in rows if "layer 0" in row]
     for (model, seed), group in groupby(of_states, lambda row: (row["model"], row["seed"])):
-        readings = {start: list(states) for start, states in groupby(group, lambda row: row["layer 0"])}
+        readings = {
+            start: list(states) for start, states in groupby(group, lambda row: row["layer 0"])
+        }
         up, down = directions(readings[UP]), directions(readings[DOWN])
-        row: Row = {"model": model, "seed": seed} | {name: f"{up[name]}, {down[name]}" for name in up}
-        row["KL lowered by blocks 1, 2, ..."] = ", ".join(f"{state['kl_gain']:.4f}" for state in readings[UP][1:])
+        row: Row = {"model": model, "seed": seed} | {
+            name: f"{up[name]}, {down[name]}" for name in up
+        }
+        row["KL lowered by blocks 1, 2, ..."] = ", ".join(
+            f"{state['kl_gain']:.4f}" for state in readings[UP][1:]
+        )
         table.append(row)
     return f"{_DIRECTIONS}\n{markdown_table(table)}"
 
 
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
-    """The four geometric metrics over the layers in both readings, with standard deviations, of seed 0; and the
-    operations of a flow over those of a Transformer LM at four sizes."""
-    metrics = dict(zip(METRICS, ("norm", "cosine", "participation ratio", "movement of centroid"), strict=True))
+    """The four geometric metrics over the layers in both readings, with standard deviations, of
+    seed 0; and the operations of a flow over those of a Transformer LM at four sizes.
+    """
+    metrics = dict(
+        zip(METRICS, ("norm", "cosine", "participation ratio", "movement of centroid"), strict=True)
+    )
     of_states = [row for row in rows if "layer 0" in row and row["seed"] == 0]
     models = list(dict.fromkeys(row["model"] for row in of_states))
     grid = figure.add_gridspec(2, len(metrics) + 1)
@@ -310,12 +408,18 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
         for across, (name, title) in enumerate(metrics.items()):
             axes = figure.add_subplot(grid[down, across])
             for index, model in enumerate(models):
-                found = [row for row in of_states if (row["model"], row["layer 0"]) == (model, start)]
+                found = [
+                    row for row in of_states if (row["model"], row["layer 0"]) == (model, start)
+                ]
                 of_model = [row for row in found if row.get(name) is not None]
-                values, spreads = ([row[column] for row in of_model] for column in (name, f"{name} ±"))
+                values, spreads = (
+                    [row[column] for row in of_model] for column in (name, f"{name} ±")
+                )
                 # side by side, so that no model hides another
                 places = [row["layer"] + 0.06 * index for row in of_model]
-                axes.errorbar(places, values, spreads, marker="o", markersize=3.5, capsize=2, label=model)
+                axes.errorbar(
+                    places, values, spreads, marker="o", markersize=3.5, capsize=2, label=model
+                )
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_title(title, fontsize=9)
             if across == 0:
@@ -335,9 +439,14 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 FIG7 = Recipe(
-    name="fig7", title="Latents after every block",
+    name="fig7",
+    title="Latents after every block",
     claim="The paper: across the layers the mean norm decreases, the cosine increases, the movement of the centroid "
     "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
-    plan=plan_fig7, measure=measure_fig7, table=lambda rows: [], draw=draw_fig7, size=(11.5, 5.0),
+    plan=plan_fig7,
+    measure=measure_fig7,
+    table=lambda rows: [],
+    draw=draw_fig7,
+    size=(11.5, 5.0),
     text=lambda _settings, _finished, rows: f"{directions_table(rows)}\n{_OPERATIONS}",
-)  # fmt: skip
+)

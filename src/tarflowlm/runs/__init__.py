@@ -1,1 +1,3 @@
-"""Run directories: configuration, weights and their checksums; and models by name, shipped or on the hub."""
+"""Run directories: configuration, weights and their checksums; and models by name, shipped or on
+the hub.
+"""

@@ -1,4 +1,6 @@
-"""A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never unpickles."""
+"""A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never
+unpickles.
+"""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -19,7 +21,9 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 SUMMARY = "summary.json"
 """The results of a run, written at its end."""
 BEST = "best"
-"""Folder of a run directory with the weights of the best validation bound; it loads like a run directory."""
+"""Folder of a run directory with the weights of the best validation bound; it loads like a run
+directory.
+"""
 PARENT = "parent.safetensors"
 """The weights that a run of `train --from` begins with."""
 STATE, COUNTERS = "state", "counters.json"
@@ -46,7 +50,9 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
-    """Write a state dict to model.safetensors; `info` goes into its header, so that weights and counts agree."""
+    """Write a state dict to model.safetensors; `info` goes into its header, so that weights and
+    counts agree.
+    """
     write_weights(directory / WEIGHTS, weights, info)
 
 
@@ -54,8 +60,12 @@ def read_run(directory: Path) -> RunConfig:
     """The configuration of a run directory."""
     if not directory.is_dir():
         where = f"give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or one of {', '.join(released())}"
-        raise UserError(f"{directory} is not a directory: {guess(str(directory), released())}{where}")
-    return from_dict(RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG))
+        raise UserError(
+            f"{directory} is not a directory: {guess(str(directory), released())}{where}"
+        )
+    return from_dict(
+        RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG)
+    )
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
@@ -67,14 +77,16 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Load a run directory, the released model of that name, or hf:OWNER/NAME of the hub, onto `device`.
+    """Load a run directory, the released model of that name, or hf:OWNER/NAME of the hub, onto
+    `device`.
 
-    A progressive run that was stopped early gives the blocks it had by then. UserError, naming the file, for a
-    directory that is missing, incomplete, damaged, or no run directory.
+    A progressive run that was stopped early gives the blocks it had by then. UserError, naming the
+    file, for a directory that is missing, incomplete, damaged, or no run directory.
     """
     directory = locate(directory)
     run = read_run(directory)
-    # read before the tokenizer: weights are written last, so without them the other files need not be complete
+    # read before the tokenizer: weights are written last, so without them the other files need not
+    # be complete
     try:
         tensors, info = read_weights(directory / WEIGHTS)
     except UserError as error:
@@ -95,7 +107,9 @@ def _remedy(directory: Path) -> str:
     """The undamaged checkpoints beside the weights of a run directory, as the end of a message."""
     found = []
     if state := undamaged_state(directory):
-        found.append(f"`tarflowlm train --resume {directory}` restores it from {STATE}/{state.name}")
+        found.append(
+            f"`tarflowlm train --resume {directory}` restores it from {STATE}/{state.name}"
+        )
     other = directory.parent if directory.name == BEST else directory / BEST
     if (other / WEIGHTS).exists() and weights_problem(other) is None:
         found.append(f"{other} is undamaged")
@@ -111,14 +125,18 @@ def undamaged_state(directory: Path) -> Path | None:
 
 
 def corpus_digest(directory: Path) -> str | None:
-    """The fingerprint of the corpus that the run in a directory trains on; None for a model without its state."""
+    """The fingerprint of the corpus that the run in a directory trains on; None for a model without
+    its state.
+    """
     state = undamaged_state(directory)
     digest = read_json(state / COUNTERS).get("corpus") if state else None
     return digest if isinstance(digest, str) else None
 
 
 def weights_problem(directory: Path) -> str | None:
-    """The damage of the weights of a run directory, in words; None if they are undamaged or not written yet."""
+    """The damage of the weights of a run directory, in words; None if they are undamaged or not
+    written yet.
+    """
     try:
         if (directory / WEIGHTS).exists():
             read_weights(directory / WEIGHTS)
@@ -128,14 +146,18 @@ def weights_problem(directory: Path) -> str | None:
 
 
 def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
-    """Write the files needed to load a model into the new directory `out`, without the training state; returns `out`.
+    """Write the files needed to load a model into the new directory `out`, without the training
+    state; returns `out`.
 
-    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of linear layers,
-    and those between the channels of a head, in bfloat16; loading converts them to float32. Codebooks, biases and the
-    evidence of heads keep their precision.
+    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of
+    linear layers, and those between the channels of a head, in bfloat16; loading converts them to
+    float32. Codebooks, biases and the evidence of heads keep their precision.
     Paths in the configuration are cut to the file name. If this fails, nothing is left behind.
     """
-    checkpoint, out = source if isinstance(source, Checkpoint) else load_checkpoint(source), Path(out)
+    checkpoint, out = (
+        source if isinstance(source, Checkpoint) else load_checkpoint(source),
+        Path(out),
+    )
     if out.exists():
         raise UserError(f"{out} exists already: choose a new directory")
     # under another name until it is whole, so that a kill leaves nothing that blocks the name
@@ -165,6 +187,8 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
 
 
 def _without_folders(source: str) -> str:
-    """An absolute path as ./NAME, which cannot be the name of a corpus or tokenizer; names stay as they are."""
+    """An absolute path as ./NAME, which cannot be the name of a corpus or tokenizer; names stay as
+    they are.
+    """
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source

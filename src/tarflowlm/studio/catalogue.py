@@ -1,4 +1,6 @@
-"""The models and runs that a visitor can reach, by short names and never by a path; the view of learning curves."""
+"""The models and runs that a visitor can reach, by short names and never by a path; the view of
+learning curves.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -41,7 +43,9 @@ class Catalogue:
 
     @property
     def pair(self) -> list[str]:
-        """A flow and a baseline that read texts alike, as far as there are any; else the first model."""
+        """A flow and a baseline that read texts alike, as far as there are any; else the first
+        model.
+        """
         names = self.models
         for flow, baseline in product(names, names):
             alike = self.configs[flow].data.tokenizer == self.configs[baseline].data.tokenizer
@@ -54,7 +58,10 @@ class Catalogue:
         if not isinstance(name, str) or name not in self.places:
             return ""
         run = self.configs[name]
-        return purpose(self.places[name]) or f"Preset {run.name}, trained on {Path(run.data.source).name}."
+        return (
+            purpose(self.places[name])
+            or f"Preset {run.name}, trained on {Path(run.data.source).name}."
+        )
 
     @property
     def runs(self) -> list[str]:
@@ -68,7 +75,9 @@ class Catalogue:
         return self.places[name]
 
     def load(self, name: object) -> Checkpoint:
-        """The model of a name, kept for the next call. UserError if it has no weights yet, or is damaged."""
+        """The model of a name, kept for the next call. UserError if it has no weights yet, or is
+        damaged.
+        """
         place = self.place(name)
         if not (place / WEIGHTS).is_file():
             raise UserError(f"{name} has no weights yet: wait until its training has saved some")
@@ -86,16 +95,22 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
 
 
 def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
-    """The catalogue of released models by name, run directories and folders of runs; by default of all released."""
+    """The catalogue of released models by name, run directories and folders of runs; by default of
+    all released.
+    """
     names = names or sorted(released(), key=lambda name: name != DEFAULT)
     # each run once, by the name that it was given
-    found = {place.resolve(): Path(os.path.abspath(place)) for name in names for place in _runs_in(name)}
+    found = {
+        place.resolve(): Path(os.path.abspath(place)) for name in names for place in _runs_in(name)
+    }
     places: dict[str, Path] = {}
     for place in found.values():
         name, folder = place.name, place.parent
         # two runs of one name are told apart by their folders
         while name in places:
-            name, folder = (f"{folder.name}/{name}", folder.parent) if folder.name else (f"{name}+", folder)
+            name, folder = (
+                (f"{folder.name}/{name}", folder.parent) if folder.name else (f"{name}+", folder)
+            )
         places[name] = place
     return Catalogue(places, {name: read_run(place) for name, place in places.items()}, device)
 
@@ -106,21 +121,33 @@ def _runs_in(name: str) -> list[Path]:
         return [place]
     if not (found := sorted(path.parent for path in place.glob(f"*/{CONFIG}"))):
         known = f"nor one of {', '.join(released())}"
-        raise UserError(f"{name!r} is neither a run directory, nor a folder of them, {known}: check the path")
+        raise UserError(
+            f"{name!r} is neither a run directory, nor a folder of them, {known}: check the path"
+        )
     return found
 
 
 def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
-    """HTML with the curves and numbers of the runs `names`, over tokens or over seconds of training."""
-    wanted = [(str(name), catalogue.place(name)) for name in names] if isinstance(names, list) else []
+    """HTML with the curves and numbers of the runs `names`, over tokens or over seconds of
+    training.
+    """
+    wanted = (
+        [(str(name), catalogue.place(name)) for name in names] if isinstance(names, list) else []
+    )
     if not catalogue.runs or not wanted:
         none = "No learning curves here: name run directories, as in `tarflowlm studio runs/mine`."
-        yield page(card(muted("Choose a run to see its learning curve." if catalogue.runs else none)))
+        yield page(
+            card(muted("Choose a run to see its learning curve." if catalogue.runs else none))
+        )
         return
     more = f"{len(wanted)} runs are chosen, the first {MOST} are drawn."
     logs = [place / METRICS for _, place in wanted]
-    written = [(log.stat().st_size, log.stat().st_mtime_ns) if log.exists() else (0, 0) for log in logs]
-    shown = tuple((name, place, when) for (name, place), when in zip(wanted[:MOST], written, strict=False))
+    written = [
+        (log.stat().st_size, log.stat().st_mtime_ns) if log.exists() else (0, 0) for log in logs
+    ]
+    shown = tuple(
+        (name, place, when) for (name, place), when in zip(wanted[:MOST], written, strict=False)
+    )
     yield page(_view(shown, request.choice(axis, AXES)), notice(more) if len(wanted) > MOST else "")
 
 
@@ -133,7 +160,9 @@ def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> s
             if (record := read_record(place)).has_log:
                 records.append(replace(record, name=name))
             else:
-                problems.append(notice(f"{name} is a model without its training log: choose another"))
+                problems.append(
+                    notice(f"{name} is a model without its training log: choose another")
+                )
         except UserError as error:
             problems.append(notice(str(error).replace(str(place), name)))
     if not records:

@@ -1,4 +1,6 @@
-"""The layout of the page: one tab per view, in Gradio. The views themselves are in modules without Gradio."""
+"""The layout of the page: one tab per view, in Gradio. The views themselves are in modules without
+Gradio.
+"""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -26,7 +28,8 @@ WAITING = 16  # requests that may wait for their turn; further ones are refused
 REFRESH = 4.0  # seconds between two looks at the metrics of runs
 
 PRIVATE = {"show_progress": "hidden", "api_visibility": "private"}
-# settings of events that need no model, and so wait for none, and of those that do: they wait for each other in `job`
+# settings of events that need no model, and so wait for none, and of those that do: they wait for
+# each other in `job`
 LOOK = {"concurrency_id": "runs", "concurrency_limit": 2, **PRIVATE}
 WORK = {"concurrency_id": "model", "concurrency_limit": WAITING, **PRIVATE}
 
@@ -60,7 +63,9 @@ def build(catalogue: Catalogue) -> Blocks:
 
 
 def _write(catalogue: Catalogue) -> Callable[[Any], None]:
-    """The view that writes. Returns what binds an arrival to it: the request in the address, or the first example."""
+    """The view that writes. Returns what binds an arrival to it: the request in the address, or the
+    first example.
+    """
     examples = [example for example in EXAMPLES if example[1] in catalogue.places]
     with gr.Column(scale=3, min_width=300):
         with gr.Row():
@@ -68,7 +73,9 @@ def _write(catalogue: Catalogue) -> Callable[[Any], None]:
         model = _model(catalogue)
         label, info = "Start, or a text with blanks", f"{ONE_EACH}. Shift+Enter writes."
         hint = "empty: from nothing · the people of the _ in peace"
-        text = gr.Textbox("The people of", label=label, placeholder=hint, info=info, lines=2, max_lines=6)
+        text = gr.Textbox(
+            "The people of", label=label, placeholder=hint, info=info, lines=2, max_lines=6
+        )
         length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
         temperature = _temperature(catalogue, model)
         top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
@@ -94,13 +101,23 @@ def _write(catalogue: Catalogue) -> Callable[[Any], None]:
 def _infill(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
         model = _model(catalogue)
-        value, info = "The people of the _ _ in the _ of peace", f"{ONE_EACH}, with regard to both sides."
+        value, info = (
+            "The people of the _ _ in the _ of peace",
+            f"{ONE_EACH}, with regard to both sides.",
+        )
         text = gr.Textbox(value, label="Text with blanks", info=info, lines=3, max_lines=8)
         tries, particles = _tries()
         temperature, seed = _temperature(catalogue, model), _number("Seed", 0)
         buttons = _buttons("Fill in")
     out = _output("Candidates appear here, with their weights.")
-    _bind(buttons, infill, catalogue, [model, text, tries, particles, temperature, seed], out, text.submit)
+    _bind(
+        buttons,
+        infill,
+        catalogue,
+        [model, text, tries, particles, temperature, seed],
+        out,
+        text.submit,
+    )
 
 
 def _edit(catalogue: Catalogue) -> None:
@@ -109,17 +126,30 @@ def _edit(catalogue: Catalogue) -> None:
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
         seed = _number("Seed", 0)
         with gr.Tab("Replace"):
-            words = gr.Textbox("peace, work", label="Words to replace", info="Separated by commas. The rest is kept.")
+            words = gr.Textbox(
+                "peace, work",
+                label="Words to replace",
+                info="Separated by commas. The rest is kept.",
+            )
             tries, particles = _tries()
             replacing = _buttons("Replace")
         with gr.Tab("Rewrite"):
-            strength = gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info="0 keeps the text, 1 forgets it.")
+            strength = gr.Slider(
+                0.0, 1.0, 0.2, step=0.05, label="Strength", info="0 keeps the text, 1 forgets it."
+            )
             target = _target()
             num = gr.Slider(1, request.SAMPLES, 3, step=1, label="Edits")
             rewriting = _buttons("Rewrite")
     out = _output("The edit appears here, beside the original.")
     _bind(replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
-    _bind(rewriting, rewrite, catalogue, [model, text, target, strength, num, seed], out, strength.release)
+    _bind(
+        rewriting,
+        rewrite,
+        catalogue,
+        [model, text, target, strength, num, seed],
+        out,
+        strength.release,
+    )
 
 
 def _score(catalogue: Catalogue) -> None:
@@ -135,8 +165,12 @@ def _score(catalogue: Catalogue) -> None:
 def _runs(catalogue: Catalogue) -> None:
     names = catalogue.runs
     with gr.Row(equal_height=False):
-        chosen = gr.CheckboxGroup(names, value=names[:6], label="Runs", scale=4, visible=bool(names))
-        axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200, visible=bool(names))
+        chosen = gr.CheckboxGroup(
+            names, value=names[:6], label="Runs", scale=4, visible=bool(names)
+        )
+        axis = gr.Radio(
+            list(AXES), value=AXES[0], label="Over", scale=1, min_width=200, visible=bool(names)
+        )
 
     def shown(*values: Any) -> str:
         *_, final = guarded(runs)(catalogue, *values)
@@ -154,7 +188,9 @@ def _model(catalogue: Catalogue) -> Component:
     def about(name: object) -> str:
         return f'<div class="st">{muted(catalogue.about(name))}</div>'
 
-    model = gr.Dropdown(catalogue.models, value=catalogue.models[0], label="Model", filterable=False)
+    model = gr.Dropdown(
+        catalogue.models, value=catalogue.models[0], label="Model", filterable=False
+    )
     line = gr.HTML(about(model.value), apply_default_css=False, padding=False)
     model.change(about, model, line, **LOOK)
     return model
@@ -164,7 +200,11 @@ def _temperature(catalogue: Catalogue, model: Component) -> Component:
     """A slider at the temperature of the model's configuration; choosing a model resets it."""
 
     def suited(name: object) -> float:
-        return catalogue.configs[name].temperature if isinstance(name, str) and name in catalogue.configs else 1.0
+        return (
+            catalogue.configs[name].temperature
+            if isinstance(name, str) and name in catalogue.configs
+            else 1.0
+        )
 
     slider = gr.Slider(0.1, 1.5, suited(model.value), step=0.05, label="Temperature")
     model.input(suited, model, slider, **LOOK)
@@ -196,10 +236,16 @@ def _output(words: str) -> Component:
 
 
 def _bind(
-    buttons: Buttons, view: View, catalogue: Catalogue, inputs: list[Component], out: Component, *also: Any
+    buttons: Buttons,
+    view: View,
+    catalogue: Catalogue,
+    inputs: list[Component],
+    out: Component,
+    *also: Any,
 ) -> Callable[[Any], None]:
-    """Call the view at a click on the first button, or at the events `also`, until a click on the second one. Returns
-    what binds it to one more event."""
+    """Call the view at a click on the first button, or at the events `also`, until a click on the
+    second one. Returns what binds it to one more event.
+    """
     go, stop = buttons
     handle = newest(partial(guarded(view), catalogue))
 

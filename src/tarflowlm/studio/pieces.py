@@ -1,4 +1,6 @@
-"""Pieces of HTML that the views share; every text in them is escaped here or in `report/grid.py`."""
+"""Pieces of HTML that the views share; every text in them is escaped here or in
+`report/grid.py`.
+"""
 
 import logging
 import shlex
@@ -118,7 +120,9 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Generator[str, 
             yield page(notice(str(error)))
         except Exception:
             LOG.exception("a view of the studio failed")
-            yield page(notice("This did not work. The terminal that started the page shows the error."))
+            yield page(
+                notice("This did not work. The terminal that started the page shows the error.")
+            )
 
     return safe
 
@@ -132,7 +136,9 @@ def card(*parts: str) -> str:
 
 
 def asked(*words: object, link: str = "") -> str:
-    """The request above its result: the command that gives the same, to copy, and a link to this page."""
+    """The request above its result: the command that gives the same, to copy, and a link to this
+    page.
+    """
     command = escape(shlex.join(["tarflowlm", *map(str, words)]))
     more = f'<a href="{escape(link)}">link</a>' if link else ""
     return f'<div class="st-asked"><code>{command}</code>{copying(command)}{more}</div>'
@@ -159,14 +165,23 @@ def muted(text: str | None) -> str:
 
 
 def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
-    """A text in large type, with a caret where it is still being written, or a button that copies it."""
+    """A text in large type, with a caret where it is still being written, or a button that copies
+    it.
+    """
     caret = '<span class="st-caret"></span>' if is_open else ""
-    copy = "" if is_open else copying(escape("".join(token.symbol for token in tokens).replace("↵\n", "\n")))
+    copy = (
+        ""
+        if is_open
+        else copying(escape("".join(token.symbol for token in tokens).replace("↵\n", "\n")))
+    )
     return f'<div class="st-stage">{grid.spans(tokens)}{caret}</div>{copy}'
 
 
 def facts(*pairs: tuple[str, str]) -> str:
-    shown = (f"<span>{f'<b>{escape(value)}</b> ' if value else ''}{escape(words)}</span>" for value, words in pairs)
+    shown = (
+        f"<span>{f'<b>{escape(value)}</b> ' if value else ''}{escape(words)}</span>"
+        for value, words in pairs
+    )
     return f'<div class="st-facts">{"".join(shown)}</div>'
 
 
@@ -180,8 +195,9 @@ def bar(share: float) -> str:
 
 
 def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool = True) -> str:
-    """A slider over `rows`: one of them is on the stage of the same card, and all of them are below. If it `is_open`,
-    it goes through them once by itself."""
+    """A slider over `rows`: one of them is on the stage of the same card, and all of them are
+    below. If it `is_open`, it goes through them once by itself.
+    """
     last, plays = len(rows) - 1, " data-play" * is_open
     field = f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="{escape(name)}"{plays}>'
     control = f'<div class="st-slide">{field}<output>{escape(rows[-1].label)}</output></div>'

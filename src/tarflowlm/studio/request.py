@@ -1,4 +1,6 @@
-"""Requests of visitors: checks of their values, as the page can be called with any, and work on a thread."""
+"""Requests of visitors: checks of their values, as the page can be called with any, and work on a
+thread.
+"""
 
 import threading
 import time
@@ -18,13 +20,17 @@ from tarflowlm.progress import Silent
 R = TypeVar("R")
 
 CHARACTERS, TOKENS, SAMPLES, PARTICLES = 4000, 1024, 4, 64
-"""The most that one request may ask for: characters of a text, tokens of a sample, samples, particles."""
+"""The most that one request may ask for: characters of a text, tokens of a sample, samples,
+particles.
+"""
 MARK = "_"  # stands for one token to fill in
 
 
 def number(value: Any, name: str, least: int | float, most: int | float) -> float:
     """A number within bounds; a whole number if both bounds are."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    is_number = (
+        isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    )
     is_whole = isinstance(least, int) and isinstance(most, int)
     if not is_number or (is_whole and value != int(value)):
         raise UserError(f"{name}: give a {'whole ' * is_whole}number from {least:,} to {most:,}")
@@ -56,7 +62,9 @@ def text(value: Any, name: str) -> str:
 
 
 def from_address(asked: dict[str, str], usual: Sequence[Any], models: Sequence[str]) -> list[Any]:
-    """The values of a request to write, as the link above its result names them; the usual ones for all others."""
+    """The values of a request to write, as the link above its result names them; the usual ones for
+    all others.
+    """
     names = ("model", "text", "length", "temperature", "top_p", "num", "seed")
     found = dict(zip(names, usual, strict=True))
     found["text"] = text(asked.get("text", found["text"]), "text")
@@ -81,10 +89,17 @@ def num_characters(tokenizer: Tokenizer, tokens: torch.Tensor) -> int:
 def template(tokenizer: Tokenizer, value: Any) -> Reading:
     """A text with a blank for every mark; without any, a text to be continued."""
     found = text(value, "text")
-    return read_template(tokenizer, found, MARK) if MARK in found else read(tokenizer, found, goes_on=True)
+    return (
+        read_template(tokenizer, found, MARK)
+        if MARK in found
+        else read(tokenizer, found, goes_on=True)
+    )
 
 
-SECONDS, EVERY = 60.0, 0.12  # seconds that a piece of work may take at most, and between two looks at it
+SECONDS, EVERY = (
+    60.0,
+    0.12,
+)  # seconds that a piece of work may take at most, and between two looks at it
 _TURN = threading.Lock()  # held while a model works: two at once would only slow each other down
 
 
@@ -93,10 +108,13 @@ class Halted(Exception):
 
 
 class Job(Silent, Generic[R]):
-    """A function on `rows` texts, run on a thread with the job as its `Progress`; it can be stopped wherever it
-    advances."""
+    """A function on `rows` texts, run on a thread with the job as its `Progress`; it can be stopped
+    wherever it advances.
+    """
 
-    def __init__(self, function: Callable[["Job[R]"], R], rows: int = 1, *, seconds: float = SECONDS) -> None:
+    def __init__(
+        self, function: Callable[["Job[R]"], R], rows: int = 1, *, seconds: float = SECONDS
+    ) -> None:
         self.function, self.rows, self.limit = function, rows, seconds
         # the final tokens so far, [num, n] each, and the seconds of the finished work
         self.tokens: list[torch.Tensor] = []
@@ -104,7 +122,9 @@ class Job(Silent, Generic[R]):
         self._is_wanted, self._begun = True, 0.0
 
     def advance(self, count: int = 1) -> None:
-        """Count progress. Raises Halted once the visitor has left, UserError when the time is over."""
+        """Count progress. Raises Halted once the visitor has left, UserError when the time is
+        over.
+        """
         self.advanced += count
         if not self._is_wanted:
             raise Halted
@@ -117,8 +137,10 @@ class Job(Silent, Generic[R]):
         return words if self.advanced else "waiting for its turn"
 
     def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:
-        """Start the work; what `show` gives now and then until it is done. Returns its result, raises what it raised.
-        Closing the iterator, as when a visitor leaves, ends the work where it advances next."""
+        """Start the work; what `show` gives now and then until it is done. Returns its result,
+        raises what it raised. Closing the iterator, as when a visitor leaves, ends the work where
+        it advances next.
+        """
         future = Future[R]()
         threading.Thread(target=self._run, args=(future,), daemon=True).start()
         try:

@@ -1,4 +1,6 @@
-"""The view that scores: the bits of every token as a heat map, models side by side, and the part of every block."""
+"""The view that scores: the bits of every token as a heat map, models side by side, and the part of
+every block.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +35,15 @@ class Scored:
 
     @property
     def symbols(self) -> list[str]:
-        """The tokens; those within a character are escaped, as every token has a number to be seen."""
+        """The tokens; those within a character are escaped, as every token has a number to be
+        seen.
+        """
         tokens = self.reading.tokens
         shown = symbols(tokens, self.tokenizer)
-        return [symbol or self.tokenizer.symbols[t] for symbol, t in zip(shown, tokens.tolist(), strict=True)]
+        return [
+            symbol or self.tokenizer.symbols[t]
+            for symbol, t in zip(shown, tokens.tolist(), strict=True)
+        ]
 
 
 def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
@@ -54,13 +61,21 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
         seconds += job.seconds
     # one scale for all, so that colours compare
     most = max(one.scores.bits.abs().quantile(0.98).item() for one in found)
-    ground = f"background:linear-gradient(90deg,transparent,color-mix(in srgb,{HOT} 75%,transparent))"
+    ground = (
+        f"background:linear-gradient(90deg,transparent,color-mix(in srgb,{HOT} 75%,transparent))"
+    )
     scale = f'0<span class="st-scale" style="{ground}"></span>{most:.1f} bits per token; point at one or tap it'
     explained = card(f'<div class="st-muted">{scale}</div>', facts(took(seconds)))
     pair = "".join(_card(one, most) for one in found)
     second = () if len(found) < 2 else ("--baseline", found[1].name)
     command = asked("score", found[0].name, "--text", text, *second)
-    yield page(command, f'<div class="st-pair">{pair}</div>', _difference(found), *map(_blocks, found), explained)
+    yield page(
+        command,
+        f'<div class="st-pair">{pair}</div>',
+        _difference(found),
+        *map(_blocks, found),
+        explained,
+    )
 
 
 def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Scores:
@@ -69,7 +84,11 @@ def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Score
 
 def _card(one: Scored, most: float) -> str:
     per_character = one.scores.total / num_characters(one.tokenizer, one.reading.tokens)
-    sign, kind = ("", "exact") if one.scores.exact else ("≤ ", f"a bound, mean of {SAMPLES} posterior samples")
+    sign, kind = (
+        ("", "exact")
+        if one.scores.exact
+        else ("≤ ", f"a bound, mean of {SAMPLES} posterior samples")
+    )
     total = (f"{sign}{one.scores.total:.1f}", "bits in all")
     numbers = facts((f"{sign}{per_character:.3f}", "bits per character"), total, ("", kind))
     shown = heat(one.symbols, one.scores.bits.tolist(), most)
@@ -77,12 +96,16 @@ def _card(one: Scored, most: float) -> str:
 
 
 def _difference(found: Sequence[Scored]) -> str:
-    """Where the first model needs more or fewer bits than the second, if both read the same tokens."""
+    """Where the first model needs more or fewer bits than the second, if both read the same
+    tokens.
+    """
     if len(found) < 2:
         return ""
     first, second = found
     if first.reading.text != second.reading.text:
-        return muted(f"{first.name} and {second.name} read different texts: their bits do not compare.")
+        return muted(
+            f"{first.name} and {second.name} read different texts: their bits do not compare."
+        )
     if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
         return ""
     shown = heat(first.symbols, (first.scores.bits - second.scores.bits).tolist(), GAP)
@@ -97,14 +120,24 @@ def _blocks(one: Scored) -> str:
     rows = ""
     for block, row in enumerate(one.scores.blocks, 1):
         words = f"block {block}: {row.mean().item():+.2f} bits per token"
-        body = heat(one.symbols, (row.mean() - row).tolist(), max(GAP, row.std(correction=0).item() * 2))
-        rows += f"<details{' open' if block == 1 else ''}><summary>{words}</summary>{body}</details>"
+        body = heat(
+            one.symbols, (row.mean() - row).tolist(), max(GAP, row.std(correction=0).item() * 2)
+        )
+        rows += (
+            f"<details{' open' if block == 1 else ''}><summary>{words}</summary>{body}</details>"
+        )
     key = "Blue: the block spreads this token's latents more than others, which makes it likelier; orange: less."
-    return card(title(f"Blocks of {one.name}"), rows, muted(f"log2 |det J| of each block around its mean. {key}"))
+    return card(
+        title(f"Blocks of {one.name}"),
+        rows,
+        muted(f"log2 |det J| of each block around its mean. {key}"),
+    )
 
 
 def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:
-    """A text whose tokens have a warmer ground the higher their value, a blue one below 0; `most` is full colour."""
+    """A text whose tokens have a warmer ground the higher their value, a blue one below 0; `most`
+    is full colour.
+    """
     spans = []
     for text, value in zip(shown, values, strict=True):
         share = min(abs(value) / max(most, 1e-9), 1.0)

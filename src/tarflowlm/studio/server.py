@@ -1,4 +1,6 @@
-"""Serves the page: on this machine alone by default, and without anything that leaves the machine."""
+"""Serves the page: on this machine alone by default, and without anything that leaves the
+machine.
+"""
 
 import errno
 import logging
@@ -16,7 +18,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def free_port(host: str, port: int | None) -> int:
-    """The given port, or the first free one from PORT on. UserError for a bad address and a taken port."""
+    """The given port, or the first free one from PORT on. UserError for a bad address and a taken
+    port.
+    """
     for candidate in range(PORT, PORT + PORTS) if port is None else (port,):
         try:
             family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
@@ -30,14 +34,19 @@ def free_port(host: str, port: int | None) -> int:
             problem = error
             if error.errno != errno.EADDRINUSE:
                 break
-    raise UserError(f"cannot serve at {host}, port {candidate} ({problem.strerror}): choose another")
+    raise UserError(
+        f"cannot serve at {host}, port {candidate} ({problem.strerror}): choose another"
+    )
 
 
 @contextmanager
 def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
     """Serve the page about `catalogue`; gives its address."""
-    # read when gradio is imported: no telemetry, no look for a newer version, nothing kept in the browser
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1")
+    # read when gradio is imported: no telemetry, no look for a newer version, nothing kept in the
+    # browser
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1"
+    )
     # gradio requests its own page to see whether it is up: never through a proxy
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
@@ -48,16 +57,27 @@ def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
 
     from tarflowlm.studio.page import build
 
-    # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself answers no other
-    # origin on localhost
-    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"])
+    # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself
+    # answers no other origin on localhost
+    trusted = Middleware(
+        TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+    )
     blocks = build(catalogue)
     _, url, _ = blocks.launch(
-        server_name=host, server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
-        prevent_thread_lock=True, quiet=True, footer_links=[], blocked_paths=["/"], max_file_size=1, head=HEAD,
+        server_name=host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        blocked_paths=["/"],
+        max_file_size=1,
+        head=HEAD,
         theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
         app_kwargs={"middleware": [trusted], "docs_url": None, "openapi_url": None},
-    )  # fmt: skip
+    )
     try:
         yield url
     finally:

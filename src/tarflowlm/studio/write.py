@@ -1,4 +1,6 @@
-"""The views that draw: a prompt or a template as it is written, and candidates for blanks with their weights."""
+"""The views that draw: a prompt or a template as it is written, and candidates for blanks with
+their weights.
+"""
 
 from collections.abc import Generator, Iterator
 from itertools import chain
@@ -17,16 +19,37 @@ from tarflowlm.report.grid import Row, Token, pass_rows, spans, text_tokens
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.pieces import asked, bar, card, counted, facts, muted, page, slider, stage, took
+from tarflowlm.studio.pieces import (
+    asked,
+    bar,
+    card,
+    counted,
+    facts,
+    muted,
+    page,
+    slider,
+    stage,
+    took,
+)
 from tarflowlm.studio.request import Job
 
 LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
-TRIES, FILLING = 8, 16  # the most tries of one request; particles for a text with blanks in the view that writes
+TRIES, FILLING = (
+    8,
+    16,
+)  # the most tries of one request; particles for a text with blanks in the view that writes
 USUAL = (("top_p", 1.0), ("num", 1))  # values that a command leaves out
 
 
 def write(
-    catalogue: Catalogue, model: Any, text: Any, length: Any, temperature: Any, top_p: Any, num: Any, seed: Any
+    catalogue: Catalogue,
+    model: Any,
+    text: Any,
+    length: Any,
+    temperature: Any,
+    top_p: Any,
+    num: Any,
+    seed: Any,
 ) -> Iterator[str]:
     """HTML of the text while it is written, then of the samples and their passes."""
     checkpoint = catalogue.load(model)
@@ -46,13 +69,22 @@ def write(
 
     def work(job: Job[Generation]) -> Generation:
         return generate(
-            lm, num_tokens=wanted if is_prompt else len(given), num=num, prompt=tokens, temperature=temperature,
-            top_p=top_p, particles=particles, generator=generator, watch=Watch(job, job.tokens.append),
-        )  # fmt: skip
+            lm,
+            num_tokens=wanted if is_prompt else len(given),
+            num=num,
+            prompt=tokens,
+            temperature=temperature,
+            top_p=top_p,
+            particles=particles,
+            generator=generator,
+            watch=Watch(job, job.tokens.append),
+        )
 
     def show() -> str:
         written = torch.cat(job.tokens, 1)[0] if job.tokens else given[:0]
-        shown = stage(text_tokens(written, tokenizer, given=given[: len(written)] != BLANK), is_open=True)
+        shown = stage(
+            text_tokens(written, tokenizer, given=given[: len(written)] != BLANK), is_open=True
+        )
         share = min(job.advanced / max(total, 1), 1.0)
         return page(card(shown, bar(share), muted(job.doing(f"{100 * share:.0f} %"))))
 
@@ -61,15 +93,25 @@ def write(
     cards = []
     for row, sample in enumerate(result.tokens):
         body = stage(text_tokens(sample, tokenizer, given=given != BLANK))
-        body += muted(None if reading is None else reading.notice) + _facts(result, len(given), num, job.seconds)
+        body += muted(None if reading is None else reading.notice) + _facts(
+            result, len(given), num, job.seconds
+        )
         if isinstance(lm, TarFlowLM) and lm.num_blocks > 1 and result.passes:
             rows, note = _passes(lm, result, row, tokenizer, given != BLANK)
-            body += slider(rows, "pass", summary="how it was written, block by block", is_open=row == 0) + muted(note)
+            body += slider(
+                rows, "pass", summary="how it was written, block by block", is_open=row == 0
+            ) + muted(note)
         cards.append(card(body))
-    given_words = () if reading is None else ("--prompt" if is_prompt else "--template", reading.given)
+    given_words = (
+        () if reading is None else ("--prompt" if is_prompt else "--template", reading.given)
+    )
     how = {"length": wanted} if is_prompt else {"particles": particles}
     values = how | {"temperature": temperature, "top_p": top_p, "num": num, "seed": int(seed)}
-    options = [(f"--{name.replace('_', '-')}", f"{x:g}") for name, x in values.items() if (name, x) not in USUAL]
+    options = [
+        (f"--{name.replace('_', '-')}", f"{x:g}")
+        for name, x in values.items()
+        if (name, x) not in USUAL
+    ]
     link = urlencode({"model": model, "text": text or ""} | values)
     command = asked("sample", model, *given_words, *chain.from_iterable(options), link=f"?{link}")
     yield page(command, *cards)
@@ -78,40 +120,68 @@ def write(
 def _passes(
     flow: TarFlowLM, result: Generation, row: int, tokenizer: Tokenizer, given: Tensor
 ) -> tuple[list[Row], str | None]:
-    """The rows of sample `row`, as opaque as p(x|h) under the codebook, and a note on blocks that are left out."""
+    """The rows of sample `row`, as opaque as p(x|h) under the codebook, and a note on blocks that
+    are left out.
+    """
     passes, probabilities = [tokens[row] for tokens in result.passes], []
     for tokens, state in zip(passes, result.states, strict=True):
         p = flow.codebook.log_components(state[row]).softmax(-1)
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
-    rows = pass_rows(passes, tokenizer, given=given, probabilities=probabilities, least_change=LEAST_CHANGE)
+    rows = pass_rows(
+        passes, tokenizer, given=given, probabilities=probabilities, least_change=LEAST_CHANGE
+    )
     if not (hidden := len(passes) - len(rows)):
         return rows, None
     return rows, f"Not shown: {counted(hidden, 'block')} above, which changed next to nothing."
 
 
 def _facts(result: Generation, length: int, num: int, seconds: float) -> str:
-    found = [(f"{length:,}", "tokens"), took(seconds), (f"{num * length / seconds:,.0f}", "tokens per second")]
-    for block, (passes, how) in enumerate(zip(reversed(result.sweeps), reversed(result.decoders), strict=True), 1):
+    found = [
+        (f"{length:,}", "tokens"),
+        took(seconds),
+        (f"{num * length / seconds:,.0f}", "tokens per second"),
+    ]
+    for block, (passes, how) in enumerate(
+        zip(reversed(result.sweeps), reversed(result.decoders), strict=True), 1
+    ):
         words = {"sweeps": "in sweeps", "steps": "step by step"}[how]
-        found.append((f"{passes:,}", f"{'pass' if passes == 1 else 'passes'} of block {block}, {words}"))
+        found.append(
+            (f"{passes:,}", f"{'pass' if passes == 1 else 'passes'} of block {block}, {words}")
+        )
     return facts(*found)
 
 
 def infill(
-    catalogue: Catalogue, model: Any, text: Any, tries: Any, particles: Any, temperature: Any, seed: Any
+    catalogue: Catalogue,
+    model: Any,
+    text: Any,
+    tries: Any,
+    particles: Any,
+    temperature: Any,
+    seed: Any,
 ) -> Iterator[str]:
     """HTML of candidates for the blanks of `text`."""
     checkpoint = catalogue.load(model)
     template = read_template(checkpoint.tokenizer, request.text(text, "text"), request.MARK)
-    yield page((yield from fill(str(model), checkpoint, template, tries, particles, temperature, seed)))
+    yield page(
+        (yield from fill(str(model), checkpoint, template, tries, particles, temperature, seed))
+    )
 
 
 def fill(
-    name: str, checkpoint: Checkpoint, reading: Reading, tries: Any, particles: Any, tau: Any, seed: Any
+    name: str,
+    checkpoint: Checkpoint,
+    reading: Reading,
+    tries: Any,
+    particles: Any,
+    tau: Any,
+    seed: Any,
 ) -> Generator[str, None, str]:
-    """Pages of the progress; returns HTML of candidates for a template at temperature `tau`, the likeliest first.
-    Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased for p(given), so a
-    draw from the tries by evidence is a draw by all of their particles; that is the weight of its text."""
+    """Pages of the progress; returns HTML of candidates for a template at temperature `tau`, the
+    likeliest first. Every try runs its own particles. Its evidence, the mean weight of its
+    particles, is unbiased for p(given), so a draw from the tries by evidence is a draw by all of
+    their particles; that is the weight of its text.
+    """
     num = request.whole(tries, "tries", 1, TRIES)
     each = request.whole(particles, "particles", 1, request.PARTICLES)
     temperature = request.number(tau, "temperature", 0.1, 2.0)
@@ -120,15 +190,26 @@ def fill(
 
     def work(job: Job[Generation]) -> Generation:
         return generate(
-            checkpoint.model, num_tokens=len(template), num=num, prompt=template, generator=generator,
-            particles=each, temperature=temperature, decoder="auto", watch=Watch(job),
-        )  # fmt: skip
+            checkpoint.model,
+            num_tokens=len(template),
+            num=num,
+            prompt=template,
+            generator=generator,
+            particles=each,
+            temperature=temperature,
+            decoder="auto",
+            watch=Watch(job),
+        )
 
     job = Job(work, num * each)
     total = num_positions(checkpoint.model, len(template))
     shown = text_tokens(template.clamp_min(0), tokenizer, given=given)
-    waiting = stage([t if t.kind == "given" else Token(request.MARK, "noise") for t in shown], is_open=True)
-    result = yield from job.follow(lambda: page(card(waiting, bar(job.advanced / total), muted(job.doing("trying")))))
+    waiting = stage(
+        [t if t.kind == "given" else Token(request.MARK, "noise") for t in shown], is_open=True
+    )
+    result = yield from job.follow(
+        lambda: page(card(waiting, bar(job.advanced / total), muted(job.doing("trying"))))
+    )
     # equal weights where nothing is given, and where all evidence is zero
     weights = (torch.zeros(num) if result.log_evidence is None else result.log_evidence).softmax(0)
     weights = weights.nan_to_num(1 / num)
@@ -141,7 +222,16 @@ def fill(
         head = f'<div class="st-share"><b>{100 * share:.0f} %</b>{bar(share)}</div>'
         choices += f'<div class="st-choice">{head}<div class="st-stage">{text}</div></div>'
     numbers = facts((f"{each:,}", "particles per try"), took(job.seconds))
-    options = ("--num", num, "--particles", each, "--temperature", f"{temperature:g}", "--seed", int(seed))
+    options = (
+        "--num",
+        num,
+        "--particles",
+        each,
+        "--temperature",
+        f"{temperature:g}",
+        "--seed",
+        int(seed),
+    )
     command = asked("sample", name, "--template", reading.given, *options)
     trust = card(_trust(1 / (weights**2).sum().item(), num), numbers)
     return command + card(choices, muted(reading.notice)) + trust

@@ -1,4 +1,6 @@
-"""Tables, JSON and notices, and the progress of long work on stderr: a bar on a terminal, lines in a log file."""
+"""Tables, JSON and notices, and the progress of long work on stderr: a bar on a terminal, lines in
+a log file.
+"""
 
 import contextlib
 import json
@@ -10,15 +12,28 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
 from tarflowlm.training.metrics import Reporter
 
 NUMBER = 14  # characters of the longest cell that is kept on one line
-FIRST, EVERY = 3.0, 30.0  # seconds until the first line of a stage in a log file, and between its lines
-WIDE = 120  # columns from which on a terminal shows the bar itself beside label, numbers and time left
+FIRST, EVERY = (
+    3.0,
+    30.0,
+)  # seconds until the first line of a stage in a log file, and between its lines
+WIDE = (
+    120  # columns from which on a terminal shows the bar itself beside label, numbers and time left
+)
 
 
 def json_line(value: dict[str, Any]) -> str:
@@ -41,9 +56,12 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_notice(text: str) -> None:
-    """A line on stderr beside the results. It is lost if stderr is closed or its disk is full: work goes on."""
+    """A line on stderr beside the results. It is lost if stderr is closed or its disk is full: work
+    goes on.
+    """
     with contextlib.suppress(OSError):
-        # not by a rich console: it exits on a broken pipe, and would write into the bar of another one
+        # not by a rich console: it exits on a broken pipe, and would write into the bar of another
+        # one
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
@@ -55,9 +73,12 @@ class NoticeHandler(logging.Handler):
         print_notice(record.getMessage())
 
 
-def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")) -> None:
-    """Names, and values under their headings in `columns` or without any. Where the width does not suffice, names and
-    longer texts wrap; numbers under headings stay whole."""
+def print_table(
+    title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")
+) -> None:
+    """Names, and values under their headings in `columns` or without any. Where the width does not
+    suffice, names and longer texts wrap; numbers under headings stay whole.
+    """
     console, rows = Console(), list(rows)
     # cells and titles are Text: names may contain what rich takes for markup
     console.print(Text(title, style="bold"), soft_wrap=True)
@@ -73,7 +94,9 @@ def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str
     console.print(table)
 
 
-def print_result(as_json: bool, value: dict[str, Any], title: str, rows: Iterable[Sequence[str]]) -> None:
+def print_result(
+    as_json: bool, value: dict[str, Any], title: str, rows: Iterable[Sequence[str]]
+) -> None:
     """What a command has found, as JSON or as a table."""
     if as_json:
         print_json(value)
@@ -89,28 +112,44 @@ def minutes(seconds: float) -> str:
 
 def per_second(rate: float) -> str:
     """25/s, or 4.0 s each."""
-    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
+    return (
+        f"{rate:,.0f}/s"
+        if rate >= 10
+        else f"{rate:.1f}/s"
+        if rate >= 1
+        else f"{1 / rate:,.1f} s each"
+    )
 
 
 class _Numbers(ProgressColumn):
-    """`512 of 2,090 (24 %), 25/s`; the task's own `count` and `details` in place of these where they are set."""
+    """`512 of 2,090 (24 %), 25/s`; the task's own `count` and `details` in place of these where
+    they are set.
+    """
 
     def render(self, task: Task) -> Text:
-        count = task.fields["count"] or f"{task.completed:,.0f}" + (f" of {task.total:,.0f}" if task.total else "")
+        count = task.fields["count"] or f"{task.completed:,.0f}" + (
+            f" of {task.total:,.0f}" if task.total else ""
+        )
         share = f" ({int(task.percentage)} %)" if task.total else ""
         details = task.fields["details"] or (per_second(task.speed) if task.speed else "")
         return Text(", ".join(filter(None, [count + share, details])))
 
 
 class Bars:
-    """The `Progress` of the command line: one stage of work after the other. Use it as a context, or `close` it."""
+    """The `Progress` of the command line: one stage of work after the other. Use it as a context,
+    or `close` it.
+    """
 
     keep = False  # whether the bars stay on the screen when their work is done
 
     def __init__(
-        self, stage: str = "", total: int | None = None, *,
-        console: Console | None = None, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+        self,
+        stage: str = "",
+        total: int | None = None,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console, self.clock = console or Console(stderr=True), clock
         # FORCE_COLOR makes rich take a pipe for a terminal
         self.is_live = self.console.is_interactive and self.console.file.isatty()
@@ -119,7 +158,11 @@ class Bars:
         self._numbers = _Numbers()
         left = TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True))
         columns = (TextColumn("{task.description}", markup=False), *bar, self._numbers, left)
-        how: dict[str, Any] = {"get_time": clock, "transient": not self.keep, "disable": not self.is_live}
+        how: dict[str, Any] = {
+            "get_time": clock,
+            "transient": not self.keep,
+            "disable": not self.is_live,
+        }
         self.progress = Progress(*columns, console=self.console, **how)
         self._task: TaskID | None = None
         if stage:
@@ -132,7 +175,9 @@ class Bars:
         self.close()
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part called `name`. Nothing is shown yet: an error at its start prints its line alone."""
+        """Begin a part called `name`. Nothing is shown yet: an error at its start prints its line
+        alone.
+        """
         if self._task is not None and self.keep:
             # a stage of training may end early
             self.progress.update(self._task, total=self.progress.tasks[-1].completed)
@@ -153,7 +198,9 @@ class Bars:
         if self.is_live or self.clock() < self._due or task.finished:
             return
         self._due = self.clock() + EVERY
-        left = "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
+        left = (
+            "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
+        )
         print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
 
     def close(self) -> None:
@@ -162,7 +209,9 @@ class Bars:
 
 
 class ProgressReporter(Bars, Reporter):
-    """Every part of a run with its share done, bits per character, tokens per second and the time left."""
+    """Every part of a run with its share done, bits per character, tokens per second and the time
+    left.
+    """
 
     keep = True
 

@@ -22,7 +22,9 @@ Texts = Sequence[str] | None
 
 
 def printable(text: str) -> str:
-    """The text for a terminal, which takes control characters for commands, but not tabs and line ends."""
+    """The text for a terminal, which takes control characters for commands, but not tabs and line
+    ends.
+    """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
@@ -33,21 +35,34 @@ def write_out(piece: str) -> None:
 
 
 def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
-    """Where the first of `stops` begins that is complete, at or after `start`; the length of the text without one."""
+    """Where the first of `stops` begins that is complete, at or after `start`; the length of the
+    text without one.
+    """
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
     return min(found, default=(0, len(text)))[1]
 
 
 class TextStream:
-    """Shows a text as its tokens come. What may be the beginning of a stop waits until it is known not to be one."""
+    """Shows a text as its tokens come. What may be the beginning of a stop waits until it is known
+    not to be one.
+    """
 
     def __init__(
-        self, show: Show, tokenizer: Tokenizer, stops: Sequence[str] = (), *, start: int = 0, shown: int = 0
+        self,
+        show: Show,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        start: int = 0,
+        shown: int = 0,
     ) -> None:
         """Stops count from character `start` on; the first `shown` characters are not shown."""
         self.show, self.stops, self.start, self.shown = show, stops, start, shown
         self.text, self.has_stopped = "", False
-        self._bytes, self._decoder = tokenizer.token_bytes, codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._bytes, self._decoder = (
+            tokenizer.token_bytes,
+            codecs.getincrementaldecoder("utf-8")(errors="replace"),
+        )
 
     def add(self, tokens: Tensor) -> None:
         """The next tokens [n] of the text."""
@@ -74,39 +89,70 @@ class TextStream:
     def _waiting(self) -> int:
         """Characters at the end of the text that may begin a stop."""
         longest = min(max(map(len, self.stops), default=0) - 1, len(self.text) - self.start)
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(self.text[-n:]) for s in self.stops)), 0)
+        return next(
+            (
+                n
+                for n in range(longest, 0, -1)
+                if any(s.startswith(self.text[-n:]) for s in self.stops)
+            ),
+            0,
+        )
 
 
 def print_samples(
-    console: Console, result: Generation, tokenizer: Tokenizer, *,
-    texts: Texts = None, first: int = 0, candidates: int = 1, passes: bool = False, about: str = "",
-) -> None:  # fmt: skip
-    """Print every sample, with its passes on request, and the weights of several `candidates`; `texts` replaces the
-    decoded tokens, and `first` samples came before. Panels are titled with a number and what there is `about` it."""
+    console: Console,
+    result: Generation,
+    tokenizer: Tokenizer,
+    *,
+    texts: Texts = None,
+    first: int = 0,
+    candidates: int = 1,
+    passes: bool = False,
+    about: str = "",
+) -> None:
+    """Print every sample, with its passes on request, and the weights of several `candidates`;
+    `texts` replaces the decoded tokens, and `first` samples came before. Panels are titled with a
+    number and what there is `about` it.
+    """
     for row, tokens in enumerate(result.tokens):
         body = Text(printable(tokenizer.decode(tokens.tolist()) if texts is None else texts[row]))
         if passes and result.passes:
             rows = pass_rows([state[row] for state in result.passes], tokenizer)
-            parts = [Text.assemble((f"{one.label}\n", "bold cyan"), _styled(one.tokens)) for one in rows]
+            parts = [
+                Text.assemble((f"{one.label}\n", "bold cyan"), _styled(one.tokens)) for one in rows
+            ]
             body = Text("\n").join(parts)
         _show(console, body, f"sample {first + row + 1}{about}", is_first=first + row == 0)
         if candidates == 1 or result.ess is None or result.log_evidence is None:
             continue
         ess, log_p = result.ess[row].item(), result.log_evidence[row].item()
-        print_notice(f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats")
+        print_notice(
+            f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats"
+        )
         # NaN is not above it
         if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
             why = f"the weights have no finite variance (k = {k:.2f})"
-            print_notice(f"  log p(given) is unreliable: {why}; more particles find texts that fit better")
+            print_notice(
+                f"  log p(given) is unreliable: {why}; more particles find texts that fit better"
+            )
 
 
 def samples_to_json(
-    result: Generation, tokenizer: Tokenizer, *, texts: Texts = None, passes: bool = False, states: bool = False
+    result: Generation,
+    tokenizer: Tokenizer,
+    *,
+    texts: Texts = None,
+    passes: bool = False,
+    states: bool = False,
 ) -> list[dict[str, Any]]:
-    """One object per sample: text, passes and states on request, weights if tokens were given; `texts` as above."""
+    """One object per sample: text, passes and states on request, weights if tokens were given;
+    `texts` as above.
+    """
     samples: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
-        sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
+        sample: dict[str, Any] = {
+            "text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
+        }
         if passes or states:
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
         if states:
@@ -119,9 +165,16 @@ def samples_to_json(
 
 
 def print_edits(
-    console: Console, tokenizer: Tokenizer, before: Tensor, edits: Tensor, notes: Sequence[str], advice: str | None
+    console: Console,
+    tokenizer: Tokenizer,
+    before: Tensor,
+    edits: Tensor,
+    notes: Sequence[str],
+    advice: str | None,
 ) -> None:
-    """The text `before` [T], then each of its `edits` [num, T] with a note, changes highlighted; then the advice."""
+    """The text `before` [T], then each of its `edits` [num, T] with a note, changes highlighted;
+    then the advice.
+    """
     if console.is_terminal:
         _show(console, _styled(text_tokens(before, tokenizer)), "text")
     for number, (tokens, note) in enumerate(zip(edits, notes, strict=True), 1):
@@ -138,10 +191,16 @@ def _styled(tokens: Sequence[Token]) -> Text:
     return Text.assemble(*((token.symbol, STYLES[token.kind]) for token in tokens))
 
 
-def _show(console: Console, body: Text, title: str, note: str | None = None, *, is_first: bool = True) -> None:
-    """A text in a panel on a terminal. Elsewhere the text alone, after an empty line unless it `is_first`."""
+def _show(
+    console: Console, body: Text, title: str, note: str | None = None, *, is_first: bool = True
+) -> None:
+    """A text in a panel on a terminal. Elsewhere the text alone, after an empty line unless it
+    `is_first`.
+    """
     if console.is_terminal:
-        console.print(Panel(body, title=title, title_align="left", subtitle=note, subtitle_align="left"))
+        console.print(
+            Panel(body, title=title, title_align="left", subtitle=note, subtitle_align="left")
+        )
         return
     console.file.write("\n" * (not is_first) + f"{body.plain}\n")
     if note is not None:

@@ -30,10 +30,13 @@ from tarflowlm.training.run import TrainingRun, trained_parameters
 from tarflowlm.training.state import Counters, LogWindow, TimeSpent
 
 STEPS_BETWEEN_READS = {"cuda": 16}
-"""Steps after which results are read from a device, where a read synchronises it with the host; 1 on other devices
-(also on mps, where fused AdamW cannot skip a step)."""
+"""Steps after which results are read from a device, where a read synchronises it with the host; 1
+on other devices (also on mps, where fused AdamW cannot skip a step).
+"""
 SAVE_SECONDS, SAVES_SHARE = 60.0, 0.05
-"""A run with a time limit saves about this often, but spends at most about this share of its time on saving."""
+"""A run with a time limit saves about this often, but spends at most about this share of its time
+on saving.
+"""
 TEST_SHARE = 0.15
 """Largest share of a run's time for the test split at its end."""
 UNTIMED_STEPS = 1000.0
@@ -45,8 +48,8 @@ logger = logging.getLogger("tarflowlm")
 def train_stage(run: TrainingRun) -> Likelihood:
     """Train until the steps or the time of the stage are used up; returns the last validation.
 
-    Raises FloatingPointError, naming parameters, if too many steps in a row have a non-finite loss or
-    gradient; Stopped if the run was asked to stop.
+    Raises FloatingPointError, naming parameters, if too many steps in a row have a non-finite loss
+    or gradient; Stopped if the run was asked to stop.
     """
     config, counters, log = run.config, run.counters, StepLog(run)
     every = STEPS_BETWEEN_READS.get(run.device.type, 1)
@@ -56,7 +59,8 @@ def train_stage(run: TrainingRun) -> Likelihood:
     # the best weights of a stage may be those that it begins with
     counters.due |= config.train.keep == "best" and not counters.stage_step
     while True:
-        # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run starts with it
+        # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run
+        # starts with it
         if counters.due:
             result = validate(run)
             pace.update()
@@ -75,7 +79,9 @@ def train_stage(run: TrainingRun) -> Likelihood:
         run.reporter.advance(pace.done - done)
         counters.due = pace.over or counters.step % config.train.evaluate_every == 0
         stop = run.stop_requested()
-        save = pace.over or stop or pace.save_due or counters.step % config.train.checkpoint_every == 0
+        save = (
+            pace.over or stop or pace.save_due or counters.step % config.train.checkpoint_every == 0
+        )
         line = counters.due or counters.step % config.train.log_every == 0
         if line or save:
             log.read()
@@ -89,23 +95,36 @@ def train_stage(run: TrainingRun) -> Likelihood:
 
 
 class Pace:
-    """How far a stage is: `done` of `total`, in steps, or in thousandths of its time if `train.minutes` limits it.
+    """How far a stage is: `done` of `total`, in steps, or in thousandths of its time if
+    `train.minutes` limits it.
 
-    With a time limit, `train.stage_steps` are the shares of the stages in the remaining time, less what is reserved
-    for the evaluation and checkpoint that end every remaining stage, and for `test_windows` windows at the end of the
-    run. Other evaluations and checkpoints take time from the stage itself. `clock` gives seconds since the start.
+    With a time limit, `train.stage_steps` are the shares of the stages in the remaining time, less
+    what is reserved for the evaluation and checkpoint that end every remaining stage, and for
+    `test_windows` windows at the end of the run. Other evaluations and checkpoints take time from
+    the stage itself. `clock` gives seconds since the start.
     """
 
-    def __init__(self, train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int) -> None:
-        self.train, self.counters, self.clock, self.test_windows = train, counters, clock, test_windows
+    def __init__(
+        self, train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int
+    ) -> None:
+        self.train, self.counters, self.clock, self.test_windows = (
+            train,
+            counters,
+            clock,
+            test_windows,
+        )
         self.total = 1000 if train.minutes else train.stage_steps[counters.stage]
         self.num_steps: int | float = self.total
-        """Steps of the stage, an estimate if its time is limited; the learning-rate schedule follows it."""
+        """Steps of the stage, an estimate if its time is limited; the learning-rate schedule
+        follows it.
+        """
         self.share, self.save_due = 0.0, False
         self.update()
 
     def update(self) -> None:
-        """Update `done` and `over`, and under a time limit the estimate `num_steps` and `save_due`."""
+        """Update `done` and `over`, and under a time limit the estimate `num_steps` and
+        `save_due`.
+        """
         spent, stage_step = self.counters.spent, self.counters.stage_step
         if not self.train.minutes:
             self.done, self.over = stage_step, stage_step >= self.total
@@ -128,7 +147,9 @@ class Pace:
 
 
 def test_seconds(total: float, test_windows: int, spent: TimeSpent) -> float:
-    """Seconds reserved for the test split, of `total`: estimated from validation, at most the share `TEST_SHARE`."""
+    """Seconds reserved for the test split, of `total`: estimated from validation, at most the share
+    `TEST_SHARE`.
+    """
     most = TEST_SHARE * total
     return min(most, 1.2 * test_windows * spent.per_window) if spent.per_window else most
 
@@ -144,12 +165,19 @@ class StepResult(NamedTuple):
 
 
 def optimizer_step(
-    model: ParallelModel, optimizers: list[Optimizer], tokens: Tensor, *, generator: Generator, deferred: bool = False
+    model: ParallelModel,
+    optimizers: list[Optimizer],
+    tokens: Tensor,
+    *,
+    generator: Generator,
+    deferred: bool = False,
 ) -> StepResult:
-    """Take one step on a global batch, of which `tokens` [B, T] are this process's rows. Collective.
+    """Take one step on a global batch, of which `tokens` [B, T] are this process's rows.
+    Collective.
 
-    If loss or gradient norm of the global batch is not finite, parameters and optimisers stay as they are. If
-    `deferred`, the host never waits for the device: the optimisers decide there, by `found_inf` (as in torch.amp).
+    If loss or gradient norm of the global batch is not finite, parameters and optimisers stay as
+    they are. If `deferred`, the host never waits for the device: the optimisers decide there, by
+    `found_inf` (as in torch.amp).
     """
     loss = model.backward(tokens, generator)
     trained = {name: p for name, p in model.model.named_parameters() if p.grad is not None}
@@ -178,10 +206,14 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     counters, start = run.counters, time.perf_counter()
     tokens = run.sampler.next()
     counters.window.waited += time.perf_counter() - start
-    if run.device.type == "cuda":  # a copy from pageable memory would wait for all work queued on the device
+    if (
+        run.device.type == "cuda"
+    ):  # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
-    result = optimizer_step(run.parallel_model, run.optimizers, tokens, generator=run.generator, deferred=deferred)
+    result = optimizer_step(
+        run.parallel_model, run.optimizers, tokens, generator=run.generator, deferred=deferred
+    )
     num_tokens = tokens.numel() * run.processes.world
     counters.step, counters.stage_step = counters.step + 1, counters.stage_step + 1
     counters.tokens += num_tokens
@@ -201,7 +233,10 @@ class StepLog:
     def __init__(self, run: TrainingRun) -> None:
         self.run, self.counters = run, run.counters
         self.unread: list[PendingStep] = []
-        self.flops, stage = 0.0, run.counters.stage  # of a token, as a share of those of all devices in a second
+        self.flops, stage = (
+            0.0,
+            run.counters.stage,
+        )  # of a token, as a share of those of all devices in a second
         name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
         if peak := peak_flops(name):
             flops = training_flops(run.config.model_of_stage(stage), frozen=stage)
@@ -212,8 +247,9 @@ class StepLog:
         self.start = time.perf_counter()
 
     def read(self, *, timed: bool = True) -> None:
-        """Read all pending steps, with one transfer: update the counters, record skipped steps. Unless
-        `timed`, their time counts neither as training nor for `train.minutes`."""
+        """Read all pending steps, with one transfer: update the counters, record skipped steps.
+        Unless `timed`, their time counts neither as training nor for `train.minutes`.
+        """
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
         results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r in unread]
@@ -235,16 +271,23 @@ class StepLog:
         self.start = now
 
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
-        """Record what is not finite: gradients of the step, and parameters as they are now, perhaps some steps later.
-        Collective."""
+        """Record what is not finite: gradients of the step, and parameters as they are now, perhaps
+        some steps later. Collective.
+        """
         counters, parameters = self.counters, trained_parameters(self.run.model)
         counters.skipped += 1
         gradients = not_finite(step.result.names, step.result.norms)
         found = {"parameters": not_finite(parameters, norms(parameters.values()))[:NAMED]}
         found["gradients"] = gradients[:NAMED]
-        place = {"split": "skipped", **step.place, "nats_per_token": loss if math.isfinite(loss) else None}
+        place = {
+            "split": "skipped",
+            **step.place,
+            "nats_per_token": loss if math.isfinite(loss) else None,
+        }
         self.run.log.write(place | found | {"num_gradients": len(gradients)})
-        named = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in found.items())
+        named = "; ".join(
+            f"{part} {', '.join(names) or 'all finite'}" for part, names in found.items()
+        )
         words = f"the loss or gradient is not finite at step {step.place['step']}: {named}"
         if counters.skipped > self.run.config.train.max_skipped:
             remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
@@ -252,15 +295,23 @@ class StepLog:
         logger.warning("skipped: %s", words)
 
     def write_line(self, lr: float) -> None:
-        """Write a line with the means since the last one to metrics.jsonl, and start the next window."""
+        """Write a line with the means since the last one to metrics.jsonl, and start the next
+        window.
+        """
         window, self.counters.window = self.counters.window, LogWindow()
         if not window.losses:
             return  # every step was skipped
         nats = sum(window.losses) / len(window.losses)
         figures = {"nats_per_token": nats, "bpc": bits(nats) / self.run.characters_ratio, "lr": lr}
-        figures |= {"grad_norm": sum(window.norms) / len(window.norms), "grad_norm_max": max(window.norms)}
+        figures |= {
+            "grad_norm": sum(window.norms) / len(window.norms),
+            "grad_norm_max": max(window.norms),
+        }
         speed = window.tokens / max(window.seconds, 1e-9)
-        figures |= {"tokens_per_second": speed, "data_share": window.waited / max(window.seconds, 1e-9)}
+        figures |= {
+            "tokens_per_second": speed,
+            "data_share": window.waited / max(window.seconds, 1e-9),
+        }
         if self.run.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             torch.cuda.reset_peak_memory_stats()
@@ -270,7 +321,9 @@ class StepLog:
 
 
 def validate(run: TrainingRun) -> Likelihood:
-    """Evaluate on the validation windows, log the bound, and save the weights if they are the best of the stage."""
+    """Evaluate on the validation windows, log the bound, and save the weights if they are the best
+    of the stage.
+    """
     counters, start = run.counters, run.seconds()
     run.model.eval()
     result = run.evaluate(run.valid)  # with the same noise at every call
@@ -286,18 +339,30 @@ def validate(run: TrainingRun) -> Likelihood:
 
 
 def seconds_per_step(
-    config: RunConfig, stage: int, batches: Callable[[], Tensor], device: torch.device, *, num_steps: int = 6
+    config: RunConfig,
+    stage: int,
+    batches: Callable[[], Tensor],
+    device: torch.device,
+    *,
+    num_steps: int = 6,
 ) -> float:
-    """Median seconds of a step of `stage` (0-based) on a throw-away model. `config.model.vocab_size` must be set."""
+    """Median seconds of a step of `stage` (0-based) on a throw-away model.
+    `config.model.vocab_size` must be set.
+    """
     with seeded(config.seed):
         model = config.model_of_stage(stage).build().to(device)
     model.train_only(stage)
     config = with_precision(config, model, device)
     config = replace(config, train=replace(config.train, accumulate=config.train.accumulate or 1))
-    parallel_model, optimizers = ParallelModel(model, config, frozen=stage), build_optimizers(config.optim, model)
+    parallel_model, optimizers = (
+        ParallelModel(model, config, frozen=stage),
+        build_optimizers(config.optim, model),
+    )
     generator, durations = Generator(device=device).manual_seed(0), []
     for _ in range(num_steps):
         start = time.perf_counter()
-        optimizer_step(parallel_model, optimizers, batches().to(device), generator=generator).loss.item()
+        optimizer_step(
+            parallel_model, optimizers, batches().to(device), generator=generator
+        ).loss.item()
         durations.append(time.perf_counter() - start)
     return sorted(durations)[len(durations) // 2]

@@ -1,4 +1,6 @@
-"""The records of a run: metrics.jsonl, one JSON object per line, the trackers, and the reporter of a front end."""
+"""The records of a run: metrics.jsonl, one JSON object per line, the trackers, and the reporter of
+a front end.
+"""
 
 import importlib.util
 import io
@@ -31,13 +33,16 @@ def check_installed(names: tuple[TrackerName, ...]) -> None:
         spec = importlib.util.find_spec(name)
         # no origin: only a folder of that name, such as W&B creates
         if spec is None or spec.origin is None:
-            raise UserError(f"train.track {name}: the package is not installed; pip install 'tarflowlm[track]'")
+            raise UserError(
+                f"train.track {name}: the package is not installed; pip install 'tarflowlm[track]'"
+            )
 
 
 class Trackers:
     """The trackers of a run. One that fails is dropped with one notice.
 
-    `resume_at` is the step of the state that is resumed, or 0. Repeated steps after it leave no point twice.
+    `resume_at` is the step of the state that is resumed, or 0. Repeated steps after it leave no
+    point twice.
     """
 
     def __init__(self, run: RunConfig, out: Path, *, resume_at: int) -> None:
@@ -63,7 +68,9 @@ class Trackers:
 
     @contextmanager
     def _dropping(self, name: str) -> Iterator[None]:
-        """A context in which an error becomes one notice, and tracker `name` is closed and dropped."""
+        """A context in which an error becomes one notice, and tracker `name` is closed and
+        dropped.
+        """
         try:
             yield
         except Exception as error:
@@ -96,10 +103,12 @@ class TensorBoard:
 
 
 class TrackedRun:
-    """A run of Weights & Biases, online or offline according to WANDB_MODE, or of Trackio, which has the same calls.
+    """A run of Weights & Biases, online or offline according to WANDB_MODE, or of Trackio, which
+    has the same calls.
 
-    They cannot replace points. So DIR/wandb.json or DIR/trackio.json keeps the run's id there and the last step sent
-    of every split; a resumed run, which repeats its steps bit for bit, sends none twice.
+    They cannot replace points. So DIR/wandb.json or DIR/trackio.json keeps the run's id there and
+    the last step sent of every split; a resumed run, which repeats its steps bit for bit, sends
+    none twice.
     """
 
     def __init__(self, name: str, run: RunConfig, out: Path, resume_at: int) -> None:
@@ -111,11 +120,18 @@ class TrackedRun:
         identity, title = self.saved["id"], out.resolve().name
         options: dict[str, Any] = {"resume": "allow", "config": to_dict(run)}
         if name == "wandb":
-            options |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": title, "id": identity}
+            options |= {
+                "project": os.environ.get("WANDB_PROJECT", PROJECT),
+                "name": title,
+                "id": identity,
+            }
             settings = self.module.Settings(silent=True, console="off")
             options |= {"dir": str(out), "reinit": "create_new", "settings": settings}
         else:
-            options |= {"project": PROJECT, "name": f"{title}-{identity}"}  # runs are resumed by their name
+            options |= {
+                "project": PROJECT,
+                "name": f"{title}-{identity}",
+            }  # runs are resumed by their name
             options |= {"auto_log_gpu": False, "auto_log_cpu": False}
         with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
             self.run = self.module.init(**options)
@@ -127,7 +143,8 @@ class TrackedRun:
 
     def log(self, values: dict[str, int | float], step: int, split: str) -> None:
         if step > self.saved["sent"].get(split, 0):
-            # saved first: a kill in between loses a point, where the other order would send it twice
+            # saved first: a kill in between loses a point, where the other order would send it
+            # twice
             self.saved["sent"][split] = step
             write_json(self.path, self.saved)
             self.run.log(values, step=step)
@@ -137,14 +154,17 @@ class TrackedRun:
         if self.module.__name__ == "wandb":
             self.run.finish(exit_code=int(sys.exc_info()[0] is not None))
             return
-        # not `self.run.finish()`: that would be called, and print a line, once more at the end of the program
+        # not `self.run.finish()`: that would be called, and print a line, once more at the end of
+        # the program
         with redirect_stdout(io.StringIO()):
             self.module.finish()
 
 
 class Reporter(Silent):
-    """The progress of a run, silent; a front end overrides what it shows. The parts are the preparation of the
-    corpus, every stage (in steps, or in thousandths of its time) and the test split (in windows)."""
+    """The progress of a run, silent; a front end overrides what it shows. The parts are the
+    preparation of the corpus, every stage (in steps, or in thousandths of its time) and the test
+    split (in windows).
+    """
 
     def record(self, record: dict[str, Any]) -> None:
         """A line was written to metrics.jsonl."""
@@ -153,11 +173,17 @@ class Reporter(Silent):
 class MetricsLog:
     """Appends records to metrics.jsonl, flushed, and passes them to the reporter and the trackers.
 
-    Without `directory`, records go to the reporter only. `resume_at` is a saved `position`; later lines are dropped.
+    Without `directory`, records go to the reporter only. `resume_at` is a saved `position`; later
+    lines are dropped.
     """
 
     def __init__(
-        self, directory: Path | None, reporter: Reporter, *, resume_at: int = 0, trackers: Trackers | None = None
+        self,
+        directory: Path | None,
+        reporter: Reporter,
+        *,
+        resume_at: int = 0,
+        trackers: Trackers | None = None,
     ) -> None:
         self._file, self._reporter, self._trackers = None, reporter, trackers
         if directory is None:

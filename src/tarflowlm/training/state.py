@@ -1,8 +1,9 @@
-"""Training states, from which `train --resume` continues: model, optimisers, counters and random states.
+"""Training states, from which `train --resume` continues: model, optimisers, counters and random
+states.
 
-state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a manifest.json, and
-renamed when complete, all in a thread of its own. A run resumes from the newest undamaged one. Unlike weights, states
-are trusted data: reading one may unpickle.
+state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a
+manifest.json, and renamed when complete, all in a thread of its own. A run resumes from the newest
+undamaged one. Unlike weights, states are trusted data: reading one may unpickle.
 """
 
 import logging
@@ -51,7 +52,9 @@ class LogWindow:
 class TimeSpent:
     """Wall-clock time of a run, in seconds."""
 
-    total: float = 0.0  # from the start of the run to its last checkpoint; time lost by a kill does not count
+    total: float = (
+        0.0  # from the start of the run to its last checkpoint; time lost by a kill does not count
+    )
     stage_start: float = 0.0  # `total` at the start of the current stage
     evaluation: float = 0.0  # duration of the newest validation
     per_window: float = 0.0  # the same per window
@@ -60,25 +63,37 @@ class TimeSpent:
 
 @dataclass
 class Counters:
-    """The progress of a run. All of it is saved, so that a resumed run continues as if it had never stopped."""
+    """The progress of a run. All of it is saved, so that a resumed run continues as if it had never
+    stopped.
+    """
 
     step: int = 0  # optimiser steps of all stages, including skipped ones
     tokens: int = 0  # of all steps, over all processes
     stage: int = 0  # the current one, from 0
     stage_step: int = 0  # steps of the current stage
-    due: bool = False  # an evaluation comes before the next step; checkpoints are saved before evaluations
+    due: bool = (
+        False  # an evaluation comes before the next step; checkpoints are saved before evaluations
+    )
     lowest: float = math.inf  # validation bound of the stage, the bound of best/, in nats per token
     skipped: int = 0  # steps in a row that were skipped
-    seconds: list[float] = field(default_factory=list)  # training time of stages, no evaluations and checkpoints
+    seconds: list[float] = field(
+        default_factory=list
+    )  # training time of stages, no evaluations and checkpoints
     stage_steps: list[int] = field(default_factory=list)  # of every finished stage
-    stage_tokens: list[int] = field(default_factory=list)  # of every stage, the current one included
-    valid_bpc: list[float] = field(default_factory=list)  # bound at the end of finished stages, bits per character
+    stage_tokens: list[int] = field(
+        default_factory=list
+    )  # of every stage, the current one included
+    valid_bpc: list[float] = field(
+        default_factory=list
+    )  # bound at the end of finished stages, bits per character
     window: LogWindow = field(default_factory=LogWindow)
     spent: TimeSpent = field(default_factory=TimeSpent)
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> "Counters":
-        """Counters from the dictionary that `dataclasses.asdict` made of them, perhaps in an earlier version."""
+        """Counters from the dictionary that `dataclasses.asdict` made of them, perhaps in an
+        earlier version.
+        """
         values = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
         for name, kind in (("window", LogWindow), ("spent", TimeSpent)):
             values[name] = kind(**saved.get(name, {}))
@@ -86,11 +101,19 @@ class Counters:
 
 
 def save_state(
-    directory: Path, tensors: dict[str, Any], saved: dict[str, Any], *, keep: int, processes: Processes, group: Any
+    directory: Path,
+    tensors: dict[str, Any],
+    saved: dict[str, Any],
+    *,
+    keep: int,
+    processes: Processes,
+    group: Any,
 ) -> None:
-    """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but the `keep` newest.
+    """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but
+    the `keep` newest.
 
-    Collective over `group`: all processes write their shards into one shared folder; the first does the rest.
+    Collective over `group`: all processes write their shards into one shared folder; the first does
+    the rest.
     """
     root, name = directory / STATE, f"step-{saved['step']:08d}"
     temporary = root / f".{name}"
@@ -108,7 +131,9 @@ def save_state(
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
         raise
     if processes.first:
-        for old in sorted(root.glob("step-*"))[:-keep]:  # renamed first, so that no partial state is ever visible
+        for old in sorted(root.glob("step-*"))[
+            :-keep
+        ]:  # renamed first, so that no partial state is ever visible
             shutil.rmtree(old.rename(root / f".{old.name}"))
 
 
@@ -118,11 +143,21 @@ def local_parts(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 def state_tensors(
-    model: nn.Module, optimizers: list[Optimizer], generator: Generator, copies: dict[str, dict[str, Tensor]]
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    generator: Generator,
+    copies: dict[str, dict[str, Tensor]],
 ) -> dict[str, Any]:
-    """All tensors of a state: of model, optimisers and generator, and further `copies` of weights by name."""
+    """All tensors of a state: of model, optimisers and generator, and further `copies` of weights
+    by name.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizers)
-    return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state(), **copies}
+    return {
+        "model": model_state,
+        "optimizers": optimizer_state,
+        "generator": generator.get_state(),
+        **copies,
+    }
 
 
 def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
@@ -132,18 +167,30 @@ def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
     def copied(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor.detach().to("cpu", copy=True)
-        local, shape, stride = tensor.to_local().detach().to("cpu", copy=True), tensor.shape, tensor.stride()
+        local, shape, stride = (
+            tensor.to_local().detach().to("cpu", copy=True),
+            tensor.shape,
+            tensor.stride(),
+        )
         return DTensor.from_local(local, mesh, tensor.placements, shape=shape, stride=stride)
 
     return tree_map_only(Tensor, copied, tensors)
 
 
 def load_state(
-    state: Path, model: nn.Module, optimizers: list[Optimizer], generator: Generator,
-    copies: dict[str, dict[str, Tensor]], *, seed: int, processes: Processes = ALONE,
-) -> None:  # fmt: skip
-    """Load a state into model, optimisers, generator and copies, built for the same stage; another number of
-    processes may have written it. A generator of another kind of device gets `seed` instead. Collective."""
+    state: Path,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    generator: Generator,
+    copies: dict[str, dict[str, Tensor]],
+    *,
+    seed: int,
+    processes: Processes = ALONE,
+) -> None:
+    """Load a state into model, optimisers, generator and copies, built for the same stage; another
+    number of processes may have written it. A generator of another kind of device gets `seed`
+    instead. Collective.
+    """
     tensors = state_tensors(model, optimizers, generator, copies)
     try:
         saved = FileSystemReader(state).read_metadata().state_dict_metadata["generator"]
@@ -152,23 +199,35 @@ def load_state(
         load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{state} does not fit this run ({reason}): does it belong to another run?") from None
-    set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"])
+        raise UserError(
+            f"{state} does not fit this run ({reason}): does it belong to another run?"
+        ) from None
+    set_state_dict(
+        model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"]
+    )
     if is_moved:
-        logger.warning("%s is from another kind of device: the noise from here on is another", state.name)
+        logger.warning(
+            "%s is from another kind of device: the noise from here on is another", state.name
+        )
     generator.manual_seed(seed) if is_moved else generator.set_state(tensors["generator"])
 
 
 def newest_state(directory: Path) -> Path:
-    """The newest undamaged state. Newer ones are renamed to state/damaged-step-NNNNNNNN, with a notice."""
+    """The newest undamaged state. Newer ones are renamed to state/damaged-step-NNNNNNNN, with a
+    notice.
+    """
     states = sorted((directory / STATE).glob("step-*"))
     newest = undamaged_state(directory)
     if newest is None:
         rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
-        raise UserError(f"{directory} has no state to resume from{rest}: start a new run with another --out")
+        raise UserError(
+            f"{directory} has no state to resume from{rest}: start a new run with another --out"
+        )
     for state in states[states.index(newest) + 1 :]:
         aside = state.with_name(f"damaged-{state.name}")
         shutil.rmtree(aside, ignore_errors=True)
         state.rename(aside)
-        logger.warning("%s is damaged, set aside as %s: resuming from %s", state, aside.name, newest.name)
+        logger.warning(
+            "%s is damaged, set aside as %s: resuming from %s", state, aside.name, newest.name
+        )
     return newest

@@ -1,6 +1,8 @@
-"""Mixture-CDF and Rosenblatt flows as pure functions of values and parameters (docs/math.md, sections 3 and 8).
+"""Mixture-CDF and Rosenblatt flows as pure functions of values and parameters (docs/math.md,
+sections 3 and 8).
 
-Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the public functions.
+Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the
+public functions.
 """
 
 from tarflowlm.flow.numerics.layout import held_rows as held_rows
@@ -14,5 +16,7 @@ from tarflowlm.flow.numerics.normal import standard_normal_log_prob as standard_
 from tarflowlm.flow.numerics.rosenblatt import rosenblatt as rosenblatt
 from tarflowlm.flow.numerics.rosenblatt import rosenblatt_inverse as rosenblatt_inverse
 from tarflowlm.flow.numerics.vocabulary import mixture_log_prob as mixture_log_prob
-from tarflowlm.flow.numerics.vocabulary import mixture_log_prob_from_features as mixture_log_prob_from_features
+from tarflowlm.flow.numerics.vocabulary import (
+    mixture_log_prob_from_features as mixture_log_prob_from_features,
+)
 from tarflowlm.flow.numerics.vocabulary import most_probable_component as most_probable_component

@@ -1,22 +1,28 @@
 r"""The inverses of a handful of rows, mostly in Python's own floats, which are float64.
 
-One call of a tensor library costs as much as some forty components here. So each row goes its own way, and does only
-what it needs. Where components become certain soon, as those of a trained codebook do, that is little. Scalar
-mixtures take steps 1 and 2, each alone or, where they are more than a few, all in tensors. Mix-d, per channel:
+One call of a tensor library costs as much as some forty components here. So each row goes its own
+way, and does only what it needs. Where components become certain soon, as those of a trained
+codebook do, that is little. Scalar mixtures take steps 1 and 2, each alone or, where they are more
+than a few, all in tensors. Mix-d, per channel:
 
-1. Start: sorted by mean, the components that come first use up the wanted tail's mass one after the other; the one in
+1. Start: sorted by mean, the components that come first use up the wanted tail's mass one after the
+other; the one in
    which it runs out is inverted alone. This is exact where components do not overlap.
-2. Newton steps in noise space from there. The first evaluation is also the test whether the start was good; when it
-   was not, the steps are kept inside the bracket of docs/math.md, eq. 20, and halve it where they do not shrink.
-3. Bayes' rule. Components with next to no posterior mass are *dropped*; with one left, the rest is z = mu_k + s_k u.
+2. Newton steps in noise space from there. The first evaluation is also the test whether the start
+was good; when it
+   was not, the steps are kept inside the bracket of docs/math.md, eq. 20, and halve it where they
+   do not shrink.
+3. Bayes' rule. Components with next to no posterior mass are *dropped*; with one left, the rest is
+z = mu_k + s_k u.
 
-What was dropped stays bounded. Let e be an upper bound on its posterior mass. A channel that is found at z multiplies
-e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the others. The mixture's CDF is off by at most e,
-so e must stay below half an ulp of the smaller tail of u_i. A row where it does not is left to the general path, like
-rows with values that are not finite.
+What was dropped stays bounded. Let e be an upper bound on its posterior mass. A channel that is
+found at z multiplies e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the
+others. The mixture's CDF is off by at most e, so e must stay below half an ulp of the smaller tail
+of u_i. A row where it does not is left to the general path, like rows with values that are not
+finite.
 
-N rows, K components, d channels. Mix-d: u, z [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Scalar mixtures: u, z
-[N]; log_w, mean, log_std [N or 1, K].
+N rows, K components, d channels. Mix-d: u, z [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Scalar
+mixtures: u, z [N]; log_w, mean, log_std [N or 1, K].
 """
 
 from ctypes import c_float
@@ -30,26 +36,33 @@ from torch import Tensor
 from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_
 
 _DROPPED = 1e-40
-"""Posterior mass of a component that is dropped: room for it to grow by the channels that follow."""
+"""Posterior mass of a component that is dropped: room for it to grow by the channels that
+follow.
+"""
 _LARGEST_EXPONENT = _FAR = 100.0
-"""A channel whose density is below exp(-100) of its components' largest is not taken here; a component whose density
-is below exp(-100) of the nearest one's is dropped."""
+"""A channel whose density is below exp(-100) of its components' largest is not taken here; a
+component whose density is below exp(-100) of the nearest one's is dropped.
+"""
 _CERTAIN = 9.0
-"""Q(9) = 1e-19: a component whose mean is that far below has all its mass there. One that is as far above y has none
-beside Q(y), y >= 0, since Q(y + 9) < 1e-18 Q(y)."""
+"""Q(9) = 1e-19: a component whose mean is that far below has all its mass there. One that is as far
+above y has none beside Q(y), y >= 0, since Q(y + 9) < 1e-18 Q(y).
+"""
 _NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
 """A step this small, over the narrowest scale, is the last: the next would be about its square."""
 _MOST_STEPS = 300
 _ALONE = 320
-"""Rows of a scalar mixture, times components and `_CALL`, up to which they are solved one by one (measured)."""
+"""Rows of a scalar mixture, times components and `_CALL`, up to which they are solved one by one
+(measured).
+"""
 _STEPS_TOGETHER = 4
 """Enough for 98 of 100 rows of a trained model."""
 _MOST_ROWS, _MOST_COMPONENTS = 128, 256
 _CALL = 12
 """A step costs as much as this many components before it has visited one."""
 _MOST_VISITS, _MORE_VISITS = 12_000, 2
-"""Components visited in steps, by all rows together, that cost as much as the general path (measured): a number, and
-one for every row and component."""
+"""Components visited in steps, by all rows together, that cost as much as the general path
+(measured): a number, and one for every row and component.
+"""
 _SMALLEST_TAIL = 1e-285
 """Beyond, at 36 sigma, linear space ends."""
 _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
@@ -68,18 +81,26 @@ class _Book(NamedTuple):  # the codebook in lists over components
 
 
 def is_handful(rows: int, num_components: int) -> bool:
-    """True where this may be the fastest way: it is if components become certain soon, as the first rows show."""
+    """True where this may be the fastest way: it is if components become certain soon, as the first
+    rows show.
+    """
     return rows <= _MOST_ROWS and num_components <= _MOST_COMPONENTS
 
 
-def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, list[int]]:
-    """z [N, d], and the rows that were left out, where z is NaN: all that follow once the general path is faster."""
+def rosenblatt_inverse(
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+) -> tuple[Tensor, list[int]]:
+    """z [N, d], and the rows that were left out, where z is NaN: all that follow once the general
+    path is faster.
+    """
     book = _book(mean, log_std)
     if book is None:
         return torch.full_like(u, nan), list(range(len(u)))
     found, left, num_rows, visits = list[list[float]](), list[int](), len(u), 0
     most_visits = _MOST_VISITS + _MORE_VISITS * num_rows * len(book.std)
-    for row, (noise, weight) in enumerate(zip(u.tolist(), torch.softmax(log_w.double(), -1).tolist(), strict=True)):
+    for row, (noise, weight) in enumerate(
+        zip(u.tolist(), torch.softmax(log_w.double(), -1).tolist(), strict=True)
+    ):
         if visits * (num_rows - row) > most_visits * row:
             left += range(row, num_rows)
             found += [[nan] * len(noise)] * (num_rows - row)
@@ -93,7 +114,9 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return torch.tensor(found, dtype=u.dtype).view_as(u), left
 
 
-def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, list[int]]:
+def mixture_cdf_inverse(
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+) -> tuple[Tensor, list[int]]:
     """z [N] of scalar mixtures with parameters [N or 1, K], and the rows that were left out."""
     weight, std = torch.softmax(log_w, -1, dtype=torch.float64), torch.exp(log_std.double())
     params = tuple(p if len(p) == len(u) else p.expand(len(u), -1) for p in (weight, mean, std))
@@ -108,14 +131,17 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     return z, left
 
 
-def _row_by_row(u: list[float], params: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[list[float], list[int]]:
+def _row_by_row(
+    u: list[float], params: tuple[Tensor, ...], dtype: torch.dtype
+) -> tuple[list[float], list[int]]:
     """z of rows with weights, means and scales [N, K], NaN where it is left out, and these rows."""
     found, step, eps = list[float](), _NEWTON_STEP[dtype], torch.finfo(dtype).eps
     for y, w, m, s in zip(u, *(p.tolist() for p in params), strict=True):
         z, tail, narrowest = nan, 0.5 * erfc(SQRT_HALF * abs(y)), min(s)
         # written so that not a number is refused
         if narrowest > 0.0 and tail > _SMALLEST_TAIL and isfinite(sum(s) + sum(m)):
-            # together, components that are left out amount to an eighth of a rounding of the tail at most
+            # together, components that are left out amount to an eighth of a rounding of the tail
+            # at most
             least = 0.125 * eps * tail / len(w)
             if live := sorted((k for k, share in enumerate(w) if share > least), key=m.__getitem__):
                 z, _ = _solve(y, live, w, m, s, [1.0 / one for one in s], step * narrowest, eps)
@@ -136,12 +162,22 @@ def _together(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Ten
     weight, std = weight.unsqueeze(1).gather(-1, order), std.unsqueeze(1).gather(-1, order)
     up_to = weight.cumsum(-1)
     k = torch.searchsorted(up_to, tail).clamp_(max=mean.shape[1] - 1)
-    share = (tail - (up_to - weight).gather(-1, k)).div_(weight.gather(-1, k)).clamp_(_SMALLEST_SHARE, _LARGEST_SHARE)
-    x = torch.addcmul(center.gather(-1, k), std.gather(-1, k), torch.special.ndtri(share), value=-1.0)
+    share = (
+        (tail - (up_to - weight).gather(-1, k))
+        .div_(weight.gather(-1, k))
+        .clamp_(_SMALLEST_SHARE, _LARGEST_SHARE)
+    )
+    x = torch.addcmul(
+        center.gather(-1, k), std.gather(-1, k), torch.special.ndtri(share), value=-1.0
+    )
     low, high = torch.aminmax(torch.addcmul(center, std, y), dim=-1, keepdim=True)
     inv_std = std.reciprocal()
     scaled = inv_std * SQRT_HALF
-    offset, density_weight, weight = (center * scaled).neg_(), (inv_std * weight).mT, (0.5 * weight).mT
+    offset, density_weight, weight = (
+        (center * scaled).neg_(),
+        (inv_std * weight).mT,
+        (0.5 * weight).mT,
+    )
     before = x
     for _ in range(_STEPS_TOGETHER):
         a = clamp_(torch.addcmul(offset, x, scaled))
@@ -168,7 +204,9 @@ def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
 
 
 def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[float], int]:
-    """z [d] of one row, cut short where it has to be left out, and the components visited. Overwrites `weight`."""
+    """z [d] of one row, cut short where it has to be left out, and the components visited.
+    Overwrites `weight`.
+    """
     z: list[float] = []
     live, visits = [k for k in book.order if weight[k] > _DROPPED], 0
     dropped = _DROPPED * (len(weight) - len(live))
@@ -199,7 +237,9 @@ def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[flo
 def _update(
     x: float, live: list[int], weight: list[float], dropped: float, mean: list[float], book: _Book
 ) -> tuple[list[int], float]:
-    """Bayes' rule after a channel at x: the components that are left, and the others' mass. Rewrites `weight`."""
+    """Bayes' rule after a channel at x: the components that are left, and the others' mass.
+    Rewrites `weight`.
+    """
     inv_std, near, total = book.inv_std, [], 0.0
     exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
     least = min(exponents)
@@ -221,17 +261,27 @@ def _update(
 
 
 def _solve(
-    u: float, live: list[int], weight: list[float], mean: list[float], std: list[float], inv_std: list[float],
-    step: float, eps: float,
-) -> tuple[float, int]:  # fmt: skip
-    """x with F(x) = Phi(u), of the components `live`, sorted by mean, or NaN; and the number of steps."""
+    u: float,
+    live: list[int],
+    weight: list[float],
+    mean: list[float],
+    std: list[float],
+    inv_std: list[float],
+    step: float,
+    eps: float,
+) -> tuple[float, int]:
+    """x with F(x) = Phi(u), of the components `live`, sorted by mean, or NaN; and the number of
+    steps.
+    """
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest, k = 0.5 * erfc(SQRT_HALF * y), 0
     for k in reversed(live) if u >= 0.0 else live:
         if weight[k] > rest:
             break
         rest -= weight[k]
-    x = mean[k] - side * std[k] * _quantile(min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE))
+    x = mean[k] - side * std[k] * _quantile(
+        min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
+    )
     low, high, last, beyond = inf, -inf, inf, y + _CERTAIN
     for number in range(1, _MOST_STEPS + 1):
         tail = density = 0.0

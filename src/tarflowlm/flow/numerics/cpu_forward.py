@@ -1,11 +1,12 @@
 r"""Mixture CDF and log-density on a CPU, with gradients, chunk by chunk in linear space.
 
-The smaller tail's mass is a sum of positive terms, each right to an ulp or two, so it keeps its *relative* precision
-down to the smallest normal number. Rows that get near that number (`SMALLEST`) are repeated in float64, and where
-that ends too, in log space by `reference`.
+The smaller tail's mass is a sum of positive terms, each right to an ulp or two, so it keeps its
+*relative* precision down to the smallest normal number. Rows that get near that number (`SMALLEST`)
+are repeated in float64, and where that ends too, in log space by `reference`.
 
-N rows, n of them in a chunk, K components: z, u [N]; log_w, mean, log_std [N or 1, K]. Standardised values are scaled
-by `UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and constant factors come last:
+N rows, n of them in a chunk, K components: z, u [N]; log_w, mean, log_std [N or 1, K]. Standardised
+values are scaled by `UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and constant
+factors come last:
 
     Q(a) = TAIL_SCALE * erfc(UNIT a),        N(a; 0, 1) = DENSITY_SCALE * exp(-(UNIT a)^2)
 """
@@ -16,14 +17,22 @@ import torch
 from torch import Tensor
 
 from tarflowlm.flow.numerics import normal, reference
-from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, Params, chunk_rows, row_chunks, take_rows
+from tarflowlm.flow.numerics.layout import (
+    LOWEST_EXPONENT,
+    Params,
+    chunk_rows,
+    row_chunks,
+    take_rows,
+)
 from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, clamp_, log_standard_normal, upper_quantile
 from tarflowlm.flow.numerics.reference import Gradients
 
 UNIT, TAIL_SCALE, DENSITY_SCALE = normal.SQRT_HALF, 0.5, normal.INV_SQRT_2PI
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
-"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
-mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it."""
+"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not
+the 13 where the mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and
+float64 removes it.
+"""
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
 _WIDE = 20
@@ -31,10 +40,11 @@ _WIDE = 20
 
 
 class Workspace:
-    """Buffers reused by all chunks of one call (fresh ones would cost page faults), and the layout of a chunk.
+    """Buffers reused by all chunks of one call (fresh ones would cost page faults), and the layout
+    of a chunk.
 
-    Few components: [K, n], so that broadcasts of z and sums over K are long vector loops, which pays for transposing
-    the parameters. Many components: [n, K], as they come.
+    Few components: [K, n], so that broadcasts of z and sums over K are long vector loops, which
+    pays for transposing the parameters. Many components: [n, K], as they come.
     """
 
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype) -> None:
@@ -44,9 +54,15 @@ class Workspace:
         self.one, self.zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
 
     def __call__(self, index: int, rows: int) -> Tensor:
-        """Buffer `index` as a contiguous chunk of `rows`; its contents are whatever was left there."""
+        """Buffer `index` as a contiguous chunk of `rows`; its contents are whatever was left
+        there.
+        """
         flat = self._buffers[index][: self._num_components * rows]
-        return flat.view(self._num_components, rows) if self.axis == 0 else flat.view(rows, self._num_components)
+        return (
+            flat.view(self._num_components, rows)
+            if self.axis == 0
+            else flat.view(rows, self._num_components)
+        )
 
     def orient(self, p: Tensor) -> Tensor:
         """[n, K] as a chunk (a view), and back."""
@@ -58,16 +74,19 @@ class Workspace:
 
 
 def load(params: Params, space: Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A chunk's weights and their sum [n], means (a view) and 1 / scales from its parameters [n or 1, K].
+    """A chunk's weights and their sum [n], means (a view) and 1 / scales from its parameters [n or
+    1, K].
 
-    In the workspace's layout, buffers 0 and 1. The weights of a row are those of the mixture times a positive number.
+    In the workspace's layout, buffers 0 and 1. The weights of a row are those of the mixture times
+    a positive number.
     """
     log_w, mean, log_std = (space.orient(p) for p in params)
     weight = torch.exp(log_w, out=space(0, len(params[0])))
     total = weight.sum(space.axis)
     low, high = torch.aminmax(total)
     if not (bool(low > _SAFE_TOTAL[0]) and bool(high < _SAFE_TOTAL[1])):
-        # not copy_: for two components a transposing copy is four times slower than a transposing add
+        # not copy_: for two components a transposing copy is four times slower than a transposing
+        # add
         torch.add(log_w, space.zero, out=weight)
         weight.sub_(weight.amax(space.axis, keepdim=True)).exp_()
         total = weight.sum(space.axis)
@@ -75,12 +94,16 @@ def load(params: Params, space: Workspace) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def guess_side(a: Tensor, weight: Tensor, buffer: Tensor, space: Workspace) -> Tensor:
-    """+1 where the upper tail is (nearly) the smaller one, -1 where the lower is; [n]. Overwrites `buffer`.
+    """+1 where the upper tail is (nearly) the smaller one, -1 where the lower is; [n]. Overwrites
+    `buffer`.
 
-    sign(sum_k w_k clamp(a_k, -1, 1)). As |clamp(a, -1, 1) - (1 - 2 Q(a))| < 0.55, the tail that is picked never holds
-    more than 0.78 of the mass: 1 - T then loses no precision, and no second erfc is due.
+    sign(sum_k w_k clamp(a_k, -1, 1)). As |clamp(a, -1, 1) - (1 - 2 Q(a))| < 0.55, the tail that is
+    picked never holds more than 0.78 of the mass: 1 - T then loses no precision, and no second erfc
+    is due.
     """
-    return torch.copysign(space.one, torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis))
+    return torch.copysign(
+        space.one, torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis)
+    )
 
 
 def density_into(a: Tensor, out: Tensor, space: Workspace) -> Tensor:
@@ -110,7 +133,10 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         density_into(a, other, space).mul_(weight).mul_(inv_std)
         torch.sum(other, axis, out=density[rows]).div_(total)
         torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
-    size, u = torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE)), _quantile(tail, side)
+    size, u = (
+        torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE)),
+        _quantile(tail, side),
+    )
     log_det = density.log_().sub_(log_standard_normal(u))
     if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
         path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf
@@ -122,8 +148,8 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
 def _quantile(tail: Tensor, side: Tensor) -> Tensor:
     """u with mass `tail` beyond it on `side` (+1 upper, -1 lower), [N].
 
-    erfinv is 20 times cheaper than ndtri on a CPU, but 1 - 2 T only keeps what T is worth for T > 0.02; the few
-    rows beyond get Halley's method on Q(x) = T.
+    erfinv is 20 times cheaper than ndtri on a CPU, but 1 - 2 T only keeps what T is worth for T >
+    0.02; the few rows beyond get Halley's method on Q(x) = T.
     """
     u = torch.erfinv(1.0 - 2.0 * tail).mul_(math.sqrt(2.0))
     if (small := torch.nonzero(tail < 0.02).squeeze(-1)).numel():
@@ -134,7 +160,9 @@ def _quantile(tail: Tensor, side: Tensor) -> Tensor:
 def mixture_cdf_backward(
     z: Tensor, params: Params, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in `reference.mixture_cdf_backward`."""
+    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in
+    `reference.mixture_cdf_backward`.
+    """
     rows, num_components = (z, u, log_det, grad_u, grad_log_p), params[1].shape[-1]
     out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))
     space = Workspace(7, num_components, z.dtype)
@@ -145,7 +173,9 @@ def mixture_cdf_backward(
             # with parameters of their own, so that gradients come row by row
             own = tuple(p.expand(len(part_rows[0]), -1)[far].double() for p in part_params)
             far_z, *others = (t[far].double() for t in part_rows)
-            path = reference.mixture_cdf_backward if z.dtype == torch.float64 else mixture_cdf_backward
+            path = (
+                reference.mixture_cdf_backward if z.dtype == torch.float64 else mixture_cdf_backward
+            )
             for g, wider in zip(grads, path(far_z, own, *others), strict=True):
                 g[far] = wider.to(g.dtype)
         _store(out, part, grads, space)
@@ -153,7 +183,9 @@ def mixture_cdf_backward(
 
 
 def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Gradients, Tensor]:
-    """Gradients (parameters as [n, K] views of the workspace), and the smaller of tail mass and density, [n]."""
+    """Gradients (parameters as [n, K] views of the workspace), and the smaller of tail mass and
+    density, [n].
+    """
     z, u, log_det, grad_u, grad_log_p = rows
     n, axis, spread = len(z), space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
@@ -172,14 +204,21 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
     tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
     per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
     mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p)).mul_(weight)
-    grads = -of_mean.sum(axis), space.orient(share.sub_(mass)), space.orient(of_mean), space.orient(of_log_std)
+    grads = (
+        -of_mean.sum(axis),
+        space.orient(share.sub_(mass)),
+        space.orient(of_mean),
+        space.orient(of_log_std),
+    )
     return grads, torch.minimum(tail, density * DENSITY_SCALE)
 
 
 def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
-    """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in the layout of the workspace.
+    """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in the layout of
+    the workspace.
 
-    weight is total w_k, share is share_total r_k (responsibilities): shifted by their maxima, so that no row is far.
+    weight is total w_k, share is share_total r_k (responsibilities): shifted by their maxima, so
+    that no row is far.
     """
     log_w, mean, log_std = (space.orient(p) for p in params)
     n, axis, lowest = len(z), space.axis, LOWEST_EXPONENT[z.dtype]
@@ -206,23 +245,33 @@ def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
 
 
 def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in `reference.mixture_cdf_backward`."""
+    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in
+    `reference.mixture_cdf_backward`.
+    """
     out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
     space = Workspace(6, params[1].shape[-1], z.dtype)
     for rows in row_chunks(len(z), params[1].shape[-1]):
-        weight, total, inv_std, a, share, share_total, _ = _shares(z[rows], take_rows(params, rows), space)
+        weight, total, inv_std, a, share, share_total, _ = _shares(
+            z[rows], take_rows(params, rows), space
+        )
         g = grad[rows]
         share.mul_(space.spread(g / share_total))
         of_log_std = torch.mul(a, share, out=space(5, len(g)))
         of_mean = of_log_std * inv_std
         of_log_std.mul_(a).sub_(share)
-        by_row = map(space.orient, (share.sub_(weight * space.spread(g / total)), of_mean, of_log_std))
+        by_row = map(
+            space.orient, (share.sub_(weight * space.spread(g / total)), of_mean, of_log_std)
+        )
         _store(out, rows, (-of_mean.sum(space.axis), *by_row), space)
     return out
 
 
-def _store(out: tuple[Tensor, ...], rows: slice, grads: tuple[Tensor, ...], space: Workspace) -> None:
-    """A chunk's gradients into their `rows`, or summed into the one row [1, K] of a parameter that all rows share."""
+def _store(
+    out: tuple[Tensor, ...], rows: slice, grads: tuple[Tensor, ...], space: Workspace
+) -> None:
+    """A chunk's gradients into their `rows`, or summed into the one row [1, K] of a parameter that
+    all rows share.
+    """
     out[0][rows] = grads[0]
     for total, grad in zip(out[1:], grads[1:], strict=True):
         if len(total) == len(out[0]):

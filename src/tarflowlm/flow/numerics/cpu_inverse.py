@@ -1,12 +1,14 @@
-r"""Inverse of the mixture CDF: z with F(z) = Phi(u), by a fixed number of steps inside an exact bracket.
+r"""Inverse of the mixture CDF: z with F(z) = Phi(u), by a fixed number of steps inside an exact
+bracket.
 
-With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution lies between min c and max c
-(docs/math.md, eq. 20). Bisection shrinks that bracket to the scale of the narrowest component, whatever the modes do;
-then Newton steps finish, each replaced by the bracket's midpoint where it would leave it (`reference.newton_step`).
-A handful of mixtures, as in sampling one position at a time, go another way first: `cpu_few_rows`.
+With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution lies
+between min c and max c (docs/math.md, eq. 20). Bisection shrinks that bracket to the scale of the
+narrowest component, whatever the modes do; then Newton steps finish, each replaced by the bracket's
+midpoint where it would leave it (`reference.newton_step`). A handful of mixtures, as in sampling
+one position at a time, go another way first: `cpu_few_rows`.
 
-N rows, n of them in a chunk, K components. u, z [N]; log_w, mean, log_std [N or 1, K]. All is mirrored to u >= 0,
-where the upper tail's mass is the smaller one.
+N rows, n of them in a chunk, K components. u, z [N]; log_w, mean, log_std [N or 1, K]. All is
+mirrored to u >= 0, where the upper tail's mass is the smaller one.
 """
 
 import math
@@ -15,16 +17,30 @@ import torch
 from torch import Tensor
 
 from tarflowlm.flow.numerics import cpu_few_rows, cpu_forward, reference
-from tarflowlm.flow.numerics.cpu_forward import TAIL_SCALE, UNIT, Workspace, density_into, load, rows_below
+from tarflowlm.flow.numerics.cpu_forward import (
+    TAIL_SCALE,
+    UNIT,
+    Workspace,
+    density_into,
+    load,
+    rows_below,
+)
 from tarflowlm.flow.numerics.layout import Params, row_chunks, take_rows
 from tarflowlm.flow.numerics.normal import clamp_, standard_normal_density, upper_tail
-from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, bayes_update, newton_step
+from tarflowlm.flow.numerics.reference import (
+    BISECTIONS,
+    NEWTON_STEPS,
+    TINY,
+    bayes_update,
+    newton_step,
+)
 
 _SAFE_CELL = 7
 """Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
 _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
-"""Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
-rows are few and calls are all that costs, every one of them."""
+"""Log posterior of a component from which certainty is looked into: when half the rows have reached
+it, or, where rows are few and calls are all that costs, every one of them.
+"""
 
 
 def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
@@ -44,13 +60,19 @@ def _many(u: Tensor, params: Params) -> Tensor:  # the general path
         z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
     if (far := rows_below(upper_tail(u.abs()), cpu_forward.SMALLEST[u.dtype])) is not None:
         wide = u[far].double(), tuple(p.double() for p in take_rows(params, far))
-        solved = reference.mixture_cdf_inverse(wide[0], *wide[1]) if u.dtype == torch.float64 else _many(*wide)
+        solved = (
+            reference.mixture_cdf_inverse(wide[0], *wide[1])
+            if u.dtype == torch.float64
+            else _many(*wide)
+        )
         z[far] = solved.to(u.dtype)
     return z
 
 
 def are_few(rows: int, num_components: int) -> bool:
-    """True where `cpu_few_rows` is the faster way (measured: up to some 200 rows of 27 components)."""
+    """True where `cpu_few_rows` is the faster way (measured: up to some 200 rows of 27
+    components).
+    """
     return rows * (num_components + 8) <= 6000
 
 
@@ -61,7 +83,8 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
     tail, center = upper_tail(y), torch.mul(mean, spread(side), out=space(4, n))
     torch.div(spread(y), inv_std, out=a).add_(center)
     low, high = a.amin(axis), a.amax(axis)
-    # brackets over the narrowest scale, halved until Newton's steps are safe; not a number takes all steps
+    # brackets over the narrowest scale, halved until Newton's steps are safe; not a number takes
+    # all steps
     widest = float(((high - low) * inv_std.amax(axis)).amax())
     bisections = BISECTIONS[u.dtype]
     if widest < 2.0 ** (bisections - _SAFE_CELL):
@@ -102,7 +125,9 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return z
 
 
-def _by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:  # the general path
+def _by_channels(
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+) -> Tensor:  # the general path
     z = torch.empty_like(u)
     for rows in row_chunks(len(u), len(mean)):
         z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean[None], log_std[None])
@@ -110,7 +135,9 @@ def _by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Ten
 
 
 def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [n, d] for mean [1, K, d], log_std [1, K]; rows whose component is certain early skip the search."""
+    """z [n, d] for mean [1, K, d], log_std [1, K]; rows whose component is certain early skip the
+    search.
+    """
     z, open_rows, inv_std = torch.empty_like(u), torch.arange(len(u)), torch.exp(-log_std)
     for i in range(u.shape[-1]):
         center = mean[..., i]
@@ -133,12 +160,15 @@ def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tens
     return z
 
 
-def _from_one_component(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """The channels [n, r] if the most probable component k were the only one, and which rows [n] may take them.
+def _from_one_component(
+    u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The channels [n, r] if the most probable component k were the only one, and which rows [n]
+    may take them.
 
-    z = mu_k + s_k u then. With e_i the posterior mass of all other components before channel i, given these z, the
-    mixture's CDF differs from Phi(u_i) by at most e_i. Where that is below half an ulp of the smaller tail of u_i,
-    in every channel, the search could not find anything better.
+    z = mu_k + s_k u then. With e_i the posterior mass of all other components before channel i,
+    given these z, the mixture's CDF differs from Phi(u_i) by at most e_i. Where that is below half
+    an ulp of the smaller tail of u_i, in every channel, the search could not find anything better.
     """
     best = log_alpha.argmax(-1, keepdim=True)
     std = torch.exp(log_std).expand_as(log_alpha).gather(-1, best)

@@ -1,8 +1,10 @@
-"""Arbitrary leading shapes flattened to rows, and row ranges that bound the memory of [rows, K] temporaries.
+"""Arbitrary leading shapes flattened to rows, and row ranges that bound the memory of [rows, K]
+temporaries.
 
-N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with parameters [N, K] or,
-where all rows share one mixture, [1, K]; a codebook problem is z [N, d], log_w [N, K], mean [K, d], log_std [K].
-On a CPU rows are worked on in chunks that stay in its second-level cache (`cpu_forward.Workspace`).
+N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with
+parameters [N, K] or, where all rows share one mixture, [1, K]; a codebook problem is z [N, d],
+log_w [N, K], mean [K, d], log_std [K]. On a CPU rows are worked on in chunks that stay in its
+second-level cache (`cpu_forward.Workspace`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +15,20 @@ from torch import Tensor
 from tarflowlm.flow.numerics.normal import check_codebook
 
 CHUNK_ELEMENTS = 65_536
-"""Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a 2 MiB cache."""
+"""Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a
+2 MiB cache.
+"""
 HELD_ELEMENTS = {"cpu": 2**22}
 HELD_ELEMENTS_ACCELERATOR = 2**26
-"""Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an accelerator 256 MiB,
-which fill it, and few enough that a large vocabulary costs it a few gigabytes in total."""
+"""Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an
+accelerator 256 MiB, which fill it, and few enough that a large vocabulary costs it a few gigabytes
+in total.
+"""
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
-"""Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every
-product with a subnormal number; what the floor adds is 1e-22 (1e-44) per component."""
+"""Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows,
+and so is every product with a subnormal number; what the floor adds is 1e-22 (1e-44) per
+component.
+"""
 Params = tuple[Tensor, ...]
 """log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 
@@ -28,10 +36,13 @@ Params = tuple[Tensor, ...]
 def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor]]:
     """z [...] and parameters [..., K], broadcast against each other, as z [N] and [N, K] or [1, K].
 
-    Returns the broadcast leading shape first. ValueError if the component counts or floating dtypes differ.
+    Returns the broadcast leading shape first. ValueError if the component counts or floating dtypes
+    differ.
     """
     if any(p.dtype != z.dtype for p in params) or not z.dtype.is_floating_point:
-        raise ValueError(f"z and parameters must share one floating dtype, got {[t.dtype for t in (z, *params)]}")
+        raise ValueError(
+            f"z and parameters must share one floating dtype, got {[t.dtype for t in (z, *params)]}"
+        )
     num_components = max(counts := {p.shape[-1] for p in params})
     if num_components == 0 or counts - {1, num_components}:
         raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
@@ -49,7 +60,9 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     return shape, z.expand(shape).reshape(rows), flat
 
 
-def flatten_vectors(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
+def flatten_vectors(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+) -> tuple[torch.Size, Tensor, Tensor]:
     """z [..., d] and log_w [..., K], broadcast against each other, as [N, d] and [N, K].
 
     Returns the broadcast leading shape first. ValueError unless mean [K, d] and log_std [K] fit.
@@ -70,12 +83,19 @@ def take_rows(params: Params, rows: slice | Tensor | list[int]) -> Params:
 
 
 def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients [N, K] in the shapes of their parameters: a parameter [1, K] shared by all rows gets the sum."""
-    return tuple(g if len(p) == len(g) else g.sum(0, keepdim=True) for g, p in zip(grads, params, strict=True))
+    """Gradients [N, K] in the shapes of their parameters: a parameter [1, K] shared by all rows
+    gets the sum.
+    """
+    return tuple(
+        g if len(p) == len(g) else g.sum(0, keepdim=True)
+        for g, p in zip(grads, params, strict=True)
+    )
 
 
 def use_eager_cpu(t: Tensor) -> bool:
-    """True on a CPU, where branching on data is free. Tests replace it to run the paths of accelerators there."""
+    """True on a CPU, where branching on data is free. Tests replace it to run the paths of
+    accelerators there.
+    """
     return t.device.type == "cpu"
 
 
@@ -86,7 +106,9 @@ def chunk_rows(num_components: int) -> int:
 
 def held_rows(num_components: int, device: torch.device) -> int:
     """Rows of which a [rows, K] tensor is held whole: a constant, so no device waits for it."""
-    return max(1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components))
+    return max(
+        1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components)
+    )
 
 
 def row_chunks(rows: int, num_components: int, *, size: int | None = None) -> Iterator[slice]:

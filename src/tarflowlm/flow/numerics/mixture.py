@@ -1,9 +1,10 @@
-r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and the log-density of F'.
+r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and the log-density of
+F'.
 
     F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
 
-The public functions take any leading shape, have closed-form derivatives, and choose a path: the linear space of
-`cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators.
+The public functions take any leading shape, have closed-form derivatives, and choose a path: the
+linear space of `cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators.
 
 N rows, K components: flat problems are z, u [N] with parameters log_w, mean, log_std [N or 1, K].
 """
@@ -26,9 +27,10 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
         u = Phi^-1(F(z)),   log_det = log du/dz = log F'(z) - log N(u; 0, 1)
 
-    Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det [...], nats.
-    Float32 or float64, all alike. Exact in both tails: |u| is limited by the range of z only. NaN gives NaN;
-    z = +-inf gives u = +-inf. RuntimeError for second derivatives, ValueError for mixed dtypes or differing K.
+    Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det
+    [...], nats. Float32 or float64, all alike. Exact in both tails: |u| is limited by the range of
+    z only. NaN gives NaN; z = +-inf gives u = +-inf. RuntimeError for second derivatives,
+    ValueError for mixed dtypes or differing K.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     u, log_det = _MixtureCdf.apply(flat_z, *params)
@@ -36,11 +38,13 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
 
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20; implicit gradients: eq. 20a).
+    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20; implicit
+    gradients: eq. 20a).
 
-    Shapes: u [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against u; z [...]. Float32 or float64.
-    The number of steps is fixed, nothing is clamped and, on an accelerator, nothing is copied to the host. NaN gives
-    NaN, u = +-inf gives z = +-inf. Derivatives and errors as in `mixture_cdf`.
+    Shapes: u [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against u; z [...].
+    Float32 or float64. The number of steps is fixed, nothing is clamped and, on an accelerator,
+    nothing is copied to the host. NaN gives NaN, u = +-inf gives z = +-inf. Derivatives and errors
+    as in `mixture_cdf`.
     """
     shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
     # without a graph as it is: a Function takes as long as the work for a few rows
@@ -53,8 +57,8 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
 
     Equals log_det + log N(u; 0, 1) of `mixture_cdf` (docs/math.md, eq. 6), without the cost of u.
 
-    Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns [...], nats. Float32
-    or float64, any range. Derivatives and errors as in `mixture_cdf`.
+    Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns
+    [...], nats. Float32 or float64, any range. Derivatives and errors as in `mixture_cdf`.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     return _MixtureLogDensity.apply(flat_z, *params).view(shape)
@@ -90,9 +94,12 @@ class _MixtureCdf(Function):
     @staticmethod
     def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         z, log_w, mean, log_std, u, log_det = ctx.saved_tensors
-        # log_det = log p - log N(u; 0, 1), and the second term depends on u alone: it joins the cotangent of u
+        # log_det = log p - log N(u; 0, 1), and the second term depends on u alone: it joins the
+        # cotangent of u
         grad_u = grad_u + grad_log_det * u
-        return first_derivatives(_cdf_gradients, z, u, log_det, grad_u, grad_log_det, log_w, mean, log_std)
+        return first_derivatives(
+            _cdf_gradients, z, u, log_det, grad_u, grad_log_det, log_w, mean, log_std
+        )
 
 
 class _MixtureCdfInverse(Function):
@@ -100,7 +107,9 @@ class _MixtureCdfInverse(Function):
 
     @staticmethod
     def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        return (cpu_inverse if layout.use_eager_cpu(u) else reference).mixture_cdf_inverse(u, log_w, mean, log_std)
+        return (cpu_inverse if layout.use_eager_cpu(u) else reference).mixture_cdf_inverse(
+            u, log_w, mean, log_std
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -111,7 +120,9 @@ class _MixtureCdfInverse(Function):
         *params, z = ctx.saved_tensors
         u, log_det = _MixtureCdf.apply(z, *params)
         grad_u = grad_z * torch.exp(-log_det)
-        _, *grads = first_derivatives(_cdf_gradients, z, u, log_det, -grad_u, torch.zeros_like(grad_u), *params)
+        _, *grads = first_derivatives(
+            _cdf_gradients, z, u, log_det, -grad_u, torch.zeros_like(grad_u), *params
+        )
         return grad_u, *grads
 
 
@@ -131,10 +142,12 @@ class _MixtureLogDensity(Function):
 
 
 def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """compute(*tensors), the gradients of a backward, without recording it; differentiating them raises RuntimeError.
+    """compute(*tensors), the gradients of a backward, without recording it; differentiating them
+    raises RuntimeError.
 
-    PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: with create_graph=True a
-    second derivative would lack the terms that depend on z or the parameters. A Function sees them.
+    PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: with
+    create_graph=True a second derivative would lack the terms that depend on z or the parameters. A
+    Function sees them.
     """
     return _FirstDerivatives.apply(compute, *tensors)
 
@@ -151,4 +164,6 @@ class _FirstDerivatives(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("the mixture maps of tarflowlm.flow.numerics have first derivatives only")
+        raise RuntimeError(
+            "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
+        )

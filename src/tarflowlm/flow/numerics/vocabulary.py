@@ -1,18 +1,23 @@
-r"""Mixtures over a whole vocabulary of isotropic Gaussians (docs/math.md, eqs. 9 and 12), from logits or features.
+r"""Mixtures over a whole vocabulary of isotropic Gaussians (docs/math.md, eqs. 9 and 12), from
+logits or features.
 
     log p_mix(z) = log sum_k w_k N_k(z),   N_k(z) = N(z; mu_k, s_k^2 I),   w = softmax(x)
                  = logsumexp_k (x_k + log N_k(z)) - logsumexp_k x_k
 
-The second sum is that of a cross-entropy. To the first one only components near z contribute, usually a single one.
-With b the nearest component, leave out every k with log N_k(z) < log N_b(z) - R. The parts left out are
+The second sum is that of a cross-entropy. To the first one only components near z contribute,
+usually a single one. With b the nearest component, leave out every k with log N_k(z) < log N_b(z) -
+R. The parts left out are
 
-    of sum_k w_k N_k(z)    at most  N_b(z) exp(-R)          of sum_k N_k(z)    at most  K N_b(z) exp(-R)
+    of sum_k w_k N_k(z)    at most  N_b(z) exp(-R)          of sum_k N_k(z)    at most  K N_b(z)
+    exp(-R)
 
-With R = `reach` the second one vanishes in rounding, and so does the first one, unless all tokens near z are very
-improbable (eq. 20b). That is seen from the sum itself, and such rows take the general path, over all components. A
-product in float32 with a bound on its rounding finds the near components (`near_components`).
+With R = `reach` the second one vanishes in rounding, and so does the first one, unless all tokens
+near z are very improbable (eq. 20b). That is seen from the sum itself, and such rows take the
+general path, over all components. A product in float32 with a bound on its rounding finds the near
+components (`near_components`).
 
-N rows (tokens), K components, d channels, E features. Rows come in chunks, so that nothing makes an [N, K] tensor.
+N rows (tokens), K components, d channels, E features. Rows come in chunks, so that nothing makes an
+[N, K] tensor.
 """
 
 import math
@@ -30,10 +35,14 @@ from tarflowlm.flow.numerics.mixture import first_derivatives
 from tarflowlm.flow.numerics.normal import check_codebook, log_component_densities, reach
 
 KEPT = 2**24
-"""Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which the general path has
-three. With more, the backward computes them again, which costs one product with the head's weight."""
+"""Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which
+the general path has three. With more, the backward computes them again, which costs one product
+with the head's weight.
+"""
 LARGEST_SHARE = 1 / 32
-"""All components are taken where more than this share is near: a pair costs as much as thirty elements of all."""
+"""All components are taken where more than this share is near: a pair costs as much as thirty
+elements of all.
+"""
 
 
 def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -41,15 +50,17 @@ def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Ten
 
     Without log_w all w_k are 1: the normaliser of the decoder (eq. 2).
 
-    Shapes: z [..., d]; log_w [..., K]; mean [K, d]; log_std [K]; returns [...], nats. Float32 or float64; distances
-    do not lose precision for small s. First derivatives only: a second backward raises RuntimeError.
-    Errors: ValueError for shapes that do not fit.
+    Shapes: z [..., d]; log_w [..., K]; mean [K, d]; log_std [K]; returns [...], nats. Float32 or
+    float64; distances do not lose precision for small s. First derivatives only: a second backward
+    raises RuntimeError. Errors: ValueError for shapes that do not fit.
     """
     if log_w is None:
         check_codebook(z, mean, log_std)
         flat = z.reshape(-1, z.shape[-1])
         if (near := near_components(flat, mean, log_std)) is None:
-            log_p = _by_chunks(lambda z: log_sum(log_component_densities(z, mean, log_std)), len(mean), flat)
+            log_p = _by_chunks(
+                lambda z: log_sum(log_component_densities(z, mean, log_std)), len(mean), flat
+            )
         else:
             log_p = near.log_sum(near.log_densities(flat, mean, log_std))[0].to(z.dtype)
         return log_p.view(z.shape[:-1])
@@ -62,15 +73,23 @@ def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Ten
 
 
 def mixture_log_prob_from_features(
-    z: Tensor, features: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, log_std: Tensor, relative: bool = False
+    z: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    relative: bool = False,
 ) -> Tensor:
-    r"""`mixture_log_prob` with log_w = features @ weight.T + bias, of which only a chunk exists at a time.
+    r"""`mixture_log_prob` with log_w = features @ weight.T + bias, of which only a chunk exists at
+    a time.
 
-    Shapes: z [..., d]; features [..., E]; weight [K, E]; bias [K]; mean [K, d]; log_std [K]; returns [...], nats, in
-    z's dtype. Under autocast the head's products run in the autocast format; densities and logsumexps keep z's.
-    `relative` returns log p_mix(z) - log sum_k N(z; mu_k, s_k^2 I), which is log sum_k w_k p(k | z) under the decoder
-    (docs/math.md, eq. 12): the component densities are computed once for both.
-    First derivatives only: a second backward raises RuntimeError. Errors: ValueError for shapes that do not fit.
+    Shapes: z [..., d]; features [..., E]; weight [K, E]; bias [K]; mean [K, d]; log_std [K];
+    returns [...], nats, in z's dtype. Under autocast the head's products run in the autocast
+    format; densities and logsumexps keep z's. `relative` returns log p_mix(z) - log sum_k N(z;
+    mu_k, s_k^2 I), which is log sum_k w_k p(k | z) under the decoder (docs/math.md, eq. 12): the
+    component densities are computed once for both. First derivatives only: a second backward raises
+    RuntimeError. Errors: ValueError for shapes that do not fit.
     """
     check_codebook(z, mean, log_std)
 
@@ -91,24 +110,32 @@ def mixture_log_prob_from_features(
     # negated, so that NaN is left to the general path
     fine = largest - reach(z.dtype, len(mean)) + total - joint <= normal.log_rounding(z.dtype)
     if len(rest := (~fine).nonzero().squeeze(-1)):
-        log_p = log_p.index_put((rest,), _by_chunks(general, len(mean), *(t.index_select(0, rest) for t in flat)))
+        log_p = log_p.index_put(
+            (rest,), _by_chunks(general, len(mean), *(t.index_select(0, rest) for t in flat))
+        )
     return log_p.view(z.shape[:-1])
 
 
 @torch.no_grad()
 def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """argmax_k N(z; mu_k, s_k^2 I), the first of equals: the mode of the decoder (docs/math.md, eq. 2).
+    """argmax_k N(z; mu_k, s_k^2 I), the first of equals: the mode of the decoder (docs/math.md, eq.
+    2).
 
-    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0. ValueError if shapes do not fit.
+    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0. ValueError if
+    shapes do not fit.
     """
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
-    best = _by_chunks(lambda z: log_component_densities(z, mean, log_std).argmax(-1), len(mean), flat)
+    best = _by_chunks(
+        lambda z: log_component_densities(z, mean, log_std).argmax(-1), len(mean), flat
+    )
     return best.view(z.shape[:-1])
 
 
 class Near(NamedTuple):
-    """The components near z, as pairs of a row and a component, in the order of the rows; each row has one."""
+    """The components near z, as pairs of a row and a component, in the order of the rows; each row
+    has one.
+    """
 
     rows: Tensor
     components: Tensor
@@ -121,25 +148,36 @@ class Near(NamedTuple):
 
     def log_sum(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp and maximum over the pairs of every row, [N]; no gradients of the latter."""
-        largest = x.new_full((self.num_rows,), -math.inf).scatter_reduce(0, self.rows, x.detach(), "amax")
+        largest = x.new_full((self.num_rows,), -math.inf).scatter_reduce(
+            0, self.rows, x.detach(), "amax"
+        )
         share = torch.exp(x - largest.index_select(0, self.rows))
         return largest + x.new_zeros(self.num_rows).index_add(0, self.rows, share).log(), largest
 
 
 @torch.no_grad()
 def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
-    """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below; z [N, d].
+    """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below; z
+    [N, d].
 
-    None where components are few, many of them near, or values not finite. The product of the factors of log N
-    cancels, so the threshold is lowered by a bound on its rounding error, gamma_(d + 2) sum_i |A_i| |B_i|.
+    None where components are few, many of them near, or values not finite. The product of the
+    factors of log N cancels, so the threshold is lowered by a bound on its rounding error, gamma_(d
+    + 2) sum_i |A_i| |B_i|.
     """
     num_components, dim = mean.shape
     if num_components < reference.FEWEST or not len(z) or z.is_meta:
         return None
-    points, components = normal.point_factors(z).float(), normal.component_factors(mean, log_std).float()
+    points, components = (
+        normal.point_factors(z).float(),
+        normal.component_factors(mean, log_std).float(),
+    )
     slack = points.abs() @ components.abs().amax(0)
     least = 2 * (dim + 8) * torch.finfo(torch.float32).eps * slack + reach(z.dtype, num_components)
-    found, components, left = list[Tensor](), components.T.contiguous(), LARGEST_SHARE * len(z) * num_components
+    found, components, left = (
+        list[Tensor](),
+        components.T.contiguous(),
+        LARGEST_SHARE * len(z) * num_components,
+    )
     for rows in _chunks(len(z), num_components, z.device):
         log_density = points[rows] @ components
         lowest = log_density.amax(-1) - least[rows]
@@ -153,9 +191,11 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
 
 
 class _HeadSums(Function):
-    """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of M pairs in the order of their rows.
+    """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of M pairs in the
+    order of their rows.
 
-    The gradient of the first is softmax(logits) [N, K] times a number per row, applied to the other factor, [N, E].
+    The gradient of the first is softmax(logits) [N, K] times a number per row, applied to the other
+    factor, [N, E].
     """
 
     @staticmethod
@@ -163,12 +203,18 @@ class _HeadSums(Function):
         ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, components: Tensor
     ) -> tuple[Tensor, Tensor]:
         device, num_components = features.device.type, len(weight)
-        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+        half = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else features.dtype
+        )
         low = [t.to(half) for t in (features, weight, bias)]
         keep = any(ctx.needs_input_grad) and len(features) * num_components <= KEPT
         sums, picked, shares = list[Tensor](), list[Tensor](), list[Tensor]()
         parts = list(_chunks(len(features), num_components, features.device, tensors=1))
-        ends = torch.searchsorted(rows, torch.tensor([part.stop for part in parts], device=rows.device)).tolist()
+        ends = torch.searchsorted(
+            rows, torch.tensor([part.stop for part in parts], device=rows.device)
+        ).tolist()
         for part, start, end in zip(parts, [0, *ends], ends, strict=False):
             logits = torch.addmm(low[2], low[0][part], low[1].T)
             picked.append(logits[rows[start:end] - part.start, components[start:end]])
@@ -188,19 +234,33 @@ class _HeadSums(Function):
 
 
 def _head_gradients(
-    features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, components: Tensor,
-    of_sum: Tensor, of_picked: Tensor, *shares: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of features [N, E], weight [K, E] and bias [K], which come in the dtype of the products."""
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Tensor,
+    components: Tensor,
+    of_sum: Tensor,
+    of_picked: Tensor,
+    *shares: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of features [N, E], weight [K, E] and bias [K], which come in the dtype of the
+    products.
+    """
     half = features.dtype
     scaled = features * of_sum[:, None].to(half)
-    of_features, of_weight, of_bias = (t.new_zeros(t.shape, dtype=of_sum.dtype) for t in (features, weight, bias))
+    of_features, of_weight, of_bias = (
+        t.new_zeros(t.shape, dtype=of_sum.dtype) for t in (features, weight, bias)
+    )
     for index, part in enumerate(_chunks(len(features), len(weight), features.device, tensors=1)):
         if shares:
             share = shares[index]
         else:
             logits = torch.addmm(bias, features[part], weight.T)
-            share = log_sum_with_softmax(logits)[1] if layout.use_eager_cpu(logits) else torch.softmax(logits, -1)
+            share = (
+                log_sum_with_softmax(logits)[1]
+                if layout.use_eager_cpu(logits)
+                else torch.softmax(logits, -1)
+            )
         of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
         if half == of_weight.dtype:
             of_weight.addmm_(share.T, scaled[part])
@@ -214,13 +274,19 @@ def _head_gradients(
     return of_features, of_weight, of_bias
 
 
-def _chunks(rows: int, num_components: int, device: torch.device, *, tensors: int = 4) -> Iterator[slice]:
+def _chunks(
+    rows: int, num_components: int, device: torch.device, *, tensors: int = 4
+) -> Iterator[slice]:
     """Row ranges so short that this many [n, K] tensors have the size of one that may be held."""
-    return layout.row_chunks(rows, tensors * num_components, size=layout.held_rows(tensors * num_components, device))
+    return layout.row_chunks(
+        rows, tensors * num_components, size=layout.held_rows(tensors * num_components, device)
+    )
 
 
 def _by_chunks(function: Callable[..., Tensor], num_components: int, *rows: Tensor) -> Tensor:
-    """function(*rows) [N] for tensors with N rows, chunk by chunk; a chunk has up to eight [n, K] tensors."""
+    """function(*rows) [N] for tensors with N rows, chunk by chunk; a chunk has up to eight [n, K]
+    tensors.
+    """
     if torch.is_grad_enabled() and len(rows[0]) * num_components > KEPT:
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     parts = list(_chunks(len(rows[0]), num_components, rows[0].device)) or [slice(0, 0)]
@@ -228,15 +294,22 @@ def _by_chunks(function: Callable[..., Tensor], num_components: int, *rows: Tens
 
 
 def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Tensor]:
-    """logsumexp [n] of x [n, K], in at least float32, and softmax(x) in its dtype, empty unless `softmax`. Faster
-    than torch's on a CPU, where an exp that underflows is slow."""
+    """logsumexp [n] of x [n, K], in at least float32, and softmax(x) in its dtype, empty unless
+    `softmax`. Faster than torch's on a CPU, where an exp that underflows is slow.
+    """
     if not layout.use_eager_cpu(x):
         log_share = torch.log_softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32))
-        return x[:, 0].to(log_share.dtype) - log_share[:, 0], torch.softmax(x, -1) if softmax else x[:0]
+        return x[:, 0].to(log_share.dtype) - log_share[:, 0], torch.softmax(
+            x, -1
+        ) if softmax else x[:0]
     x, dtype = x.to(torch.promote_types(x.dtype, torch.float32)), x.dtype
     top = x.amax(-1, keepdim=True)
     # -inf - -inf would be NaN
-    share = (x - torch.where(torch.isneginf(top), 0.0, top)).clamp_(min=layout.LOWEST_EXPONENT[x.dtype]).exp_()
+    share = (
+        (x - torch.where(torch.isneginf(top), 0.0, top))
+        .clamp_(min=layout.LOWEST_EXPONENT[x.dtype])
+        .exp_()
+    )
     total = share.sum(-1, keepdim=True)
     return (top + total.log()).squeeze(-1), share.div_(total).to(dtype) if softmax else x[:0]
 
@@ -247,7 +320,9 @@ def log_sum(x: Tensor) -> Tensor:
 
 
 class _LogSum(Function):
-    """logsumexp [n] and softmax [n, K]; the latter is an output so that a second derivative arrives here."""
+    """logsumexp [n] and softmax [n, K]; the latter is an output so that a second derivative arrives
+    here.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,5 +334,7 @@ class _LogSum(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_share: Tensor | None) -> Tensor | None:
         if grad_share is not None:
-            raise RuntimeError("the mixture maps of tarflowlm.flow.numerics have first derivatives only")
+            raise RuntimeError(
+                "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
+            )
         return None if grad is None else ctx.saved_tensors[0] * grad[:, None]

@@ -1,0 +1,146 @@
+"""Functions shared by the tests: noise, tiny models with random parameters, run directories written
+without training.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.config import (
+    DataConfig,
+    FlowConfig,
+    RunConfig,
+    TrainConfig,
+    TransformerConfig,
+    stack,
+)
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
+from tarflowlm.language_model import LanguageModel, seeded
+from tarflowlm.model import TarFlowLM
+from tarflowlm.runs.checkpoint import save_weights, write_run
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+FILLS = {
+    "couplings": ("mixd",) * 3,
+    "components": (0,) * 3,
+    "channel_mix": False,
+    "certainty": 0.35,
+}
+"""Fields of `tiny_flow`: blocks that fill in what they are sure of, below one that writes the
+rest.
+"""
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+BLOCKS = stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2))
+FLOW = FlowConfig(
+    context=16,
+    latent_dim=3,
+    trunk=replace(TRUNK, input_taps=3),
+    blocks=BLOCKS,
+    head_hidden=4,
+    reads_tokens=True,
+)
+TEXT8 = CharTokenizer(TEXT8_ALPHABET)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """float64 noise."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomise(module: AnyModule, seed: int = 0, scale: float = 0.3) -> AnyModule:
+    """The module in float64, with noise added to all of its parameters.
+
+    At the start of training heads and residual branches are zero, which would hide most mistakes.
+    """
+    module.double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float64
+            )
+    return module
+
+
+def tiny_flow(
+    *, log_std: float = -0.5, seed: int = 0, scale: float = 0.3, **fields: Any
+) -> TarFlowLM:
+    """A randomised float64 TarFlowLM with these fields of FlowConfig, `couplings` and `layers` by
+    block.
+
+    `log_std` sets every log sigma of the codebook; -0.5 makes neighbours overlap, -6 keeps them
+    well apart.
+    """
+    couplings = fields.pop("couplings", ("mixd", "mix1"))
+    usual = {"token-affine": 1, "affine": 1, "mix1": 3, "mixd": 4}
+    components = tuple(0 if (i, c) == (0, "mixd") else usual[c] for i, c in enumerate(couplings))
+    layers = fields.pop("layers", (1,) * len(couplings))
+    of_block = {
+        name: fields.pop(name) for name in ("sees_channels", "sees_tokens") if name in fields
+    }
+    certainty = fields.pop("certainty", 0.0)
+    defaults = {
+        "vocab_size": 5,
+        "context": 8,
+        "latent_dim": 2,
+        "trunk": TRUNK,
+        "blocks": tuple(
+            replace(block, certainty=certainty, **of_block)
+            for block in stack(couplings, layers, fields.pop("components", components))
+        ),
+        "head_hidden": 4,
+    }
+    with seeded(seed):
+        model = TarFlowLM(FlowConfig(**(defaults | fields)))
+    randomise(model, seed, scale)
+    with torch.no_grad():
+        model.codebook.log_std.fill_(log_std)
+    return model
+
+
+def tiny_ar(*, seed: int = 0, scale: float = 0.3, **fields: Any) -> TokenLM:
+    """A randomised float64 baseline with these fields of BaselineConfig."""
+    defaults = {"vocab_size": 5, "context": 8, "trunk": TRUNK, "layers": 1}
+    with seeded(seed):
+        model = TokenLM(BaselineConfig(**(defaults | fields)))
+    return randomise(model, seed, scale)
+
+
+def save_run(
+    folder: Path,
+    model: LanguageModel,
+    *,
+    source: object = "english",
+    tokenizer: Tokenizer = TEXT8,
+    **info: str,
+) -> Path:
+    """The folder, now a run directory of the model."""
+    folder.mkdir()
+    train, data = TrainConfig(mode="joint", stage_steps=(1,)), DataConfig(source=str(source))
+    write_run(
+        folder, RunConfig(name="mini-mixd", model=model.config, train=train, data=data), tokenizer
+    )
+    save_weights(
+        folder, model.float().state_dict(), {"blocks": str(getattr(model, "num_blocks", 0))} | info
+    )
+    return folder
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def flip(path: Path) -> None:
+    """Changes one bit."""
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
