@@ -17,11 +17,11 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
-from tarflowlm.report.records import read_record
 from tarflowlm.reproduce import RECIPES, ablations, passes, states, tables
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.tables import write_results
 from tarflowlm.runs.checkpoint import save_weights, write_run
+from tarflowlm.views.records import read_record
 
 CONTEXT = 16
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tarflowlm.errors import UserError
-from tarflowlm.report.style import check_package
 from tarflowlm.studio.request import Halted, Job
 from tarflowlm.studio.server import free_port
+from tarflowlm.views.style import check_package
 
 
 def endless(job: Job[None]) -> None:

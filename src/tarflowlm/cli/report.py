@@ -26,8 +26,8 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.device import pick_device
-    from tarflowlm.report.build import write_report
     from tarflowlm.terminal.bars import Bars, print_result
+    from tarflowlm.views.report import write_report
 
     with Bars() as bars:
         result = write_report(

@@ -98,7 +98,7 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
 
 def _row(name: str, directory: Path) -> dict[str, Any]:
     """A run as `--json` shows it; the state of a broken one is the reason."""
-    from tarflowlm.report.records import read_record
+    from tarflowlm.views.records import read_record
 
     empty = dict.fromkeys(
         ("preset", "source", "bpc", "split", "bound", "best_step", "tokens", "seconds")

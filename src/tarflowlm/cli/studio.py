@@ -35,10 +35,10 @@ def run(args: Args) -> None:
     from contextlib import suppress
 
     from tarflowlm.device import pick_device
-    from tarflowlm.report.style import check_package
     from tarflowlm.studio.catalogue import collect
     from tarflowlm.studio.server import LOOPBACK, free_port, serving
     from tarflowlm.terminal.bars import print_notice
+    from tarflowlm.views.style import check_package
 
     check_package("gradio", "studio")
     port = free_port(args.host, args.port)

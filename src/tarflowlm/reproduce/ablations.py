@@ -14,7 +14,6 @@ from tarflowlm.config import RunConfig, as_flow_config, stack
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.judges import Judge
 from tarflowlm.presets import PLAIN_CODEBOOK, preset, with_blocks
-from tarflowlm.report.style import Figure, log_scale
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import (
     RUN_DETAILS,
@@ -25,6 +24,7 @@ from tarflowlm.reproduce.recipe import (
     Training,
     trainings,
 )
+from tarflowlm.views.style import Figure, log_scale
 
 BASE, CHANNELWISE, JOINT = "base", "+ channel-wise", "+ Mix-d"
 SIX = 6

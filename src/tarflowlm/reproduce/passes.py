@@ -10,11 +10,11 @@ from itertools import groupby
 
 from tarflowlm.config import RunConfig, as_flow_config
 from tarflowlm.presets import PAPER_CORPORA, preset
-from tarflowlm.report.grid import CSS, Token, symbols, to_html
-from tarflowlm.report.grid import Row as TextRow
-from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, log_scale, page_html
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.views.grid import CSS, Token, symbols, to_html
+from tarflowlm.views.grid import Row as TextRow
+from tarflowlm.views.style import COLOURS, SMALL, Figure, Section, log_scale, page_html
 
 LENGTH, SAMPLES = 128, 48  # tokens per sample, and samples of each model; the first is shown
 JUDGED = "judge's bits"

@@ -15,11 +15,11 @@ from tarflowlm.data import TokenArray, build_tokenizer, cached_corpus, encode_te
 from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint
 from tarflowlm.training.loop import seconds_per_step
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.train import StopRequests, continued, no_stop_requests, resume, train
+from tarflowlm.views.style import Figure
 
 logger = logging.getLogger("tarflowlm")
 

@@ -27,8 +27,6 @@ from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, preset, with_steps
-from tarflowlm.report.records import RunRecord, read_record
-from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
 from tarflowlm.reproduce.recipe import (
     GPT2_SIZE,
     Finished,
@@ -40,6 +38,8 @@ from tarflowlm.reproduce.recipe import (
     trainings,
 )
 from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.views.records import RunRecord, read_record
+from tarflowlm.views.style import COLOURS, SMALL, Axes, Figure
 
 JUDGE_STEPS, BOUND = 1300, "bits per character, <="
 AVERAGED, POINTS = (

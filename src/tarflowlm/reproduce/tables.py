@@ -26,7 +26,6 @@ from tarflowlm.evaluation.quality import (
 )
 from tarflowlm.files import replacing
 from tarflowlm.presets import preset
-from tarflowlm.report.style import Figure, render
 from tarflowlm.reproduce.recipe import (
     Finished,
     Recipe,
@@ -39,6 +38,7 @@ from tarflowlm.reproduce.recipe import (
 )
 from tarflowlm.reproduce.states import judge_of, judge_training, plot_models, summary_row
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from tarflowlm.views.style import Figure, render
 
 FAMILIES = {"AR": "ar", "affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
 PLAIN = "Mix-1, plain start as in the paper"

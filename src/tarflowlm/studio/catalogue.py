@@ -12,14 +12,14 @@ from typing import Any
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.report.figures import draw_bits
-from tarflowlm.report.records import read_record, runs_table, summary_of
-from tarflowlm.report.style import render
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.hub import DEFAULT, locate, purpose, released
 from tarflowlm.studio import request
 from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS
+from tarflowlm.views.figures import draw_bits
+from tarflowlm.views.records import read_record, runs_table, summary_of
+from tarflowlm.views.style import render
 
 AXES = ("tokens", "seconds")
 MOST = 12  # runs in one figure

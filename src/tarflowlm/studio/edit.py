@@ -13,13 +13,13 @@ from tarflowlm.editing.words import find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.report.grid import text_tokens
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import asked, card, counted, facts, muted, page, stage, took
 from tarflowlm.studio.request import Job, R
 from tarflowlm.studio.write import TRIES, fill
+from tarflowlm.views.grid import text_tokens
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
 """Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""

@@ -1,5 +1,5 @@
 """Pieces of HTML that the views share; every text in them is escaped here or in
-`report/grid.py`.
+`views/grid.py`.
 """
 
 import logging
@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from html import escape
 
 from tarflowlm.errors import UserError
-from tarflowlm.report import grid
-from tarflowlm.report.grid import Row, Token
+from tarflowlm.views import grid
+from tarflowlm.views.grid import Row, Token
 
 CSS = """
 :root { color-scheme: light; } .dark { color-scheme: dark; }

@@ -11,12 +11,12 @@ from typing import Any
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading
 from tarflowlm.evaluation.likelihood import Scores, score
-from tarflowlm.report.grid import symbols
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import asked, bar, card, facts, muted, page, title, took
 from tarflowlm.studio.request import Job, num_characters
+from tarflowlm.views.grid import symbols
 
 SAMPLES = 8  # draws from the posterior that a bound is averaged over
 MODELS = 2  # models that are compared

@@ -15,7 +15,6 @@ from tarflowlm.data.prompts import BLANK, Reading, read_template
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import TarFlowLM
-from tarflowlm.report.grid import Row, Token, pass_rows, spans, text_tokens
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
@@ -32,6 +31,7 @@ from tarflowlm.studio.pieces import (
     took,
 )
 from tarflowlm.studio.request import Job
+from tarflowlm.views.grid import Row, Token, pass_rows, spans, text_tokens
 
 LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
 TRIES, FILLING = (

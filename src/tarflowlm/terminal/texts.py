@@ -14,8 +14,8 @@ from torch import Tensor
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
 from tarflowlm.generation.particles import UNRELIABLE
-from tarflowlm.report.grid import Kind, Token, pass_rows, text_tokens
 from tarflowlm.terminal.bars import print_notice
+from tarflowlm.views.grid import Kind, Token, pass_rows, text_tokens
 
 Show = Callable[[str], None]
 Texts = Sequence[str] | None

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from tarflowlm.data import Tokenizer
 from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.report.records import RunRecord, Series, table_html
-from tarflowlm.report.style import (
+from tarflowlm.views.records import RunRecord, Series, table_html
+from tarflowlm.views.style import (
     COLOURS,
     INK,
     MUTED,

@@ -18,9 +18,11 @@ from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.report import figures, grid
-from tarflowlm.report.records import RunRecord, config_table, read_records, runs_table, summary_of
-from tarflowlm.report.style import (
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.hub import is_reference, locate, read_only_reason
+from tarflowlm.views import figures, grid
+from tarflowlm.views.records import RunRecord, config_table, read_records, runs_table, summary_of
+from tarflowlm.views.style import (
     GENERATOR,
     Figure,
     Section,
@@ -29,8 +31,6 @@ from tarflowlm.report.style import (
     picture_html,
     render,
 )
-from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 
 NUM, LENGTH, SEED = 3, 256, 0  # samples, the most tokens of each, and how they are drawn
 

@@ -10,9 +10,9 @@ import pytest
 
 from helpers import metrics_of
 from tarflowlm.errors import UserError
-from tarflowlm.report import build
-from tarflowlm.report.build import draw_samples, write_report
 from tarflowlm.runs.checkpoint import export, load_checkpoint
+from tarflowlm.views import report
+from tarflowlm.views.report import draw_samples, write_report
 
 
 class Checker(HTMLParser):
@@ -62,7 +62,7 @@ def undrawn(monkeypatch):
         path.write_bytes(b"")
         return "<svg ></svg>"
 
-    monkeypatch.setattr(build, "render", render)
+    monkeypatch.setattr(report, "render", render)
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tarflowlm.report.figures import codes_of, project
 from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.views.figures import codes_of, project
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tarflowlm.data import ByteTokenizer
-from tarflowlm.report.grid import (
+from tarflowlm.views.grid import (
     Row,
     Token,
     pass_rows,

@@ -2,7 +2,7 @@
 
 import warnings
 
-from tarflowlm.report.style import literal, render
+from tarflowlm.views.style import literal, render
 
 SIZE = {"width": 5.0, "height": 4.0}
 

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import metrics_of
 from tarflowlm.errors import UserError
-from tarflowlm.report.records import read_record, read_records
+from tarflowlm.views.records import read_record, read_records
 
 
 @pytest.fixture
