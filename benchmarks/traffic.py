@@ -189,8 +189,8 @@ def nodes() -> list[dict[str, Any]]:
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
-    from tarflowlm.config import TransformerConfig
     from tarflowlm.language_model import seeded
+    from tarflowlm.model_config import TransformerConfig
     from tarflowlm.training.parallel import ParallelModel
 
     rows, config, counted = [], preset("owt-mixd"), list[int]()

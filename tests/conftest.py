@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from helpers import FLOW, TRUNK, save_run, tiny_flow
-from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.model_config import BaselineConfig
 
 
 @pytest.fixture(autouse=True, scope="session")

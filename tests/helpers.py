@@ -10,18 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.config import (
-    DataConfig,
-    FlowConfig,
-    RunConfig,
-    TrainConfig,
-    TransformerConfig,
-    stack,
-)
+from tarflowlm.baseline import TokenLM
+from tarflowlm.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
 from tarflowlm.runs.checkpoint import save_weights, write_run
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)

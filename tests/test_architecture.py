@@ -17,7 +17,8 @@ MODULES = {
 }
 
 LAYERS = """
-    errors progress | model_config files | config | presets | flow data | language_model device | model baseline |
+    errors progress | model_config files | config | presets | flow data | language_model device | checks | model
+    baseline |
     objective | runs | generation | evaluation editing | sharing | training | views | terminal | pretrained |
     __init__ | reproduce harness | studio | cli | __main__
 """

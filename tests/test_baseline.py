@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_ar
-from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.baseline import TokenLM
 from tarflowlm.language_model import seeded
+from tarflowlm.model_config import BaselineConfig
 
 FORMS = {
     "P1": {"patch": 1},

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.config import BaselineConfig, TransformerConfig
+from tarflowlm.model_config import BaselineConfig, TransformerConfig
 
 pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[1] / "benchmarks"

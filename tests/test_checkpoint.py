@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import tarflowlm
 from helpers import FLOW, TRUNK, flip
-from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.model import FlowConfig, stack
+from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
 from tarflowlm.runs.checkpoint import load_checkpoint, read_summary, save_weights, write_run
 from tarflowlm.runs.weights import is_whole, write_manifest
 
@@ -251,21 +250,3 @@ def test_missing_directory_is_refused(tmp_path):
     for path in (tmp_path / "missing", tmp_path / "file"):
         with pytest.raises(UserError, match="is not a directory"):
             load_checkpoint(path)
-
-
-def test_config_of_an_earlier_version_loads(tmp_path):
-    """There, couplings, layers and components were three parallel lists."""
-    directory = tmp_path / "run"
-    model = write_checkpoint(directory, CONFIGS["own-components"])
-
-    def go_back(config):
-        blocks = config["model"].pop("blocks")
-        names = {"couplings": "coupling", "layers": "layers", "components": "components"}
-        config["model"] |= {old: [block[new] for block in blocks] for old, new in names.items()}
-
-    edit_config(directory, go_back)
-    again = load_checkpoint(directory).model
-    assert again.config == replace(model.config, vocab_size=again.config.vocab_size)
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
-    )

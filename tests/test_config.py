@@ -10,11 +10,10 @@ from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
-from tarflowlm.baseline import BaselineConfig
-from tarflowlm.config import BlockConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
+from tarflowlm.config import OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import from_dict, to_dict
-from tarflowlm.model import FlowConfig, stack
+from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, stack
 from tarflowlm.presets import PRESETS, preset, with_steps
 
 

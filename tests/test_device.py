@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarflowlm import device
 from tarflowlm.flow.numerics import layout, normal, reference
-from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
-from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import FlowConfig, TransformerConfig, stack
 
 FAULTS = """
 import resource, torch

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import TRUNK
 from tarflowlm import baseline
-from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.baseline import TokenLM
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.flow.numerics import layout
 from tarflowlm.language_model import seeded
-from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
 from tarflowlm.objective import elbo
 
 pytestmark = pytest.mark.slow

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm import objective
-from tarflowlm.baseline import IN_PATCH_CHANNELS, BaselineConfig, TokenLM
-from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.baseline import IN_PATCH_CHANNELS, TokenLM
 from tarflowlm.language_model import seeded
-from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
 from tarflowlm.objective import (
     conditional_bound,
     elbo,

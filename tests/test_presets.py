@@ -7,8 +7,8 @@ import torch
 
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM
+from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.presets import PRESETS, preset
 
 CORPORA = ("text8", "owt")

@@ -22,7 +22,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tarflowlm.baseline import BaselineConfig as BaselineConfig
     from tarflowlm.baseline import TokenLM as TokenLM
     from tarflowlm.config import RunConfig as RunConfig
     from tarflowlm.errors import UserError as UserError
@@ -30,8 +29,9 @@ if TYPE_CHECKING:
     from tarflowlm.evaluation.likelihood import evaluate as evaluate
     from tarflowlm.evaluation.likelihood import score as score
     from tarflowlm.generation import generate as generate
-    from tarflowlm.model import FlowConfig as FlowConfig
     from tarflowlm.model import TarFlowLM as TarFlowLM
+    from tarflowlm.model_config import BaselineConfig as BaselineConfig
+    from tarflowlm.model_config import FlowConfig as FlowConfig
     from tarflowlm.model_config import coupling as coupling
     from tarflowlm.objective import elbo as elbo
     from tarflowlm.objective import importance_weighted_bound as importance_weighted_bound
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from tarflowlm.pretrained import train as train
 
 _MODULES = {
-    "BaselineConfig": "config",
-    "FlowConfig": "config",
+    "BaselineConfig": "model_config",
+    "FlowConfig": "model_config",
     "Pretrained": "pretrained",
     "RunConfig": "config",
     "Scores": "evaluation.likelihood",

@@ -6,12 +6,12 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.config import BaselineConfig as BaselineConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.transformer import KVCache, Transformer
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.model_config import BaselineConfig
 
 IN_PATCH_CHANNELS = 32
 """Embedding width of a token in the in-patch head."""

@@ -4,18 +4,10 @@ without.
 
 import typing
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from tarflowlm.errors import UserError
-from tarflowlm.model_config import BaselineConfig as BaselineConfig
-from tarflowlm.model_config import BlockConfig as BlockConfig
-from tarflowlm.model_config import Config as Config
-from tarflowlm.model_config import FlowConfig as FlowConfig
-from tarflowlm.model_config import LanguageModelConfig as LanguageModelConfig
-from tarflowlm.model_config import TransformerConfig as TransformerConfig
-from tarflowlm.model_config import as_flow_config as as_flow_config
-from tarflowlm.model_config import stack as stack
+from tarflowlm.model_config import BaselineConfig, Config, FlowConfig
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `device.pick_device` resolves auto."""
@@ -146,15 +138,6 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 """Experiment trackers that metrics can be sent to."""
 MODEL_TYPE = "tarflowlm"
 """First key of config.json, by which `transformers` knows whose model it is (docs/hub.md)."""
-
-
-def checked_seed(seed: int) -> int:
-    """`seed` itself. UserError outside 0 .. 2^62 - 1, where generators reject a seed or do not keep
-    it distinct.
-    """
-    if not 0 <= seed < 2**62:
-        raise UserError(f"seed {seed}: must be at least 0 and below 2^62")
-    return seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +300,7 @@ class RunConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.above_zero("temperature")
-        checked_seed(self.seed)
+        self.require("seed", 0 <= self.seed < 2**62, "must be at least 0 and below 2^62")
         stages, given = self.num_stages, len(self.train.stage_steps)
         rule = f"{given} entries for {stages} stages; give one per block when progressive, else a single one"
         self.train.require("stage_steps", given == stages, rule)
@@ -334,34 +317,3 @@ class RunConfig(Config):
         including its own.
         """
         return self.model.first_blocks(stage + 1) if self.num_stages > 1 else self.model
-
-
-def current_form(document: Any) -> Any:
-    """The run in config.json, in the current format, without `model_type`.
-
-    Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields
-    that are gone. Other documents are returned as they are; `from_dict` reports what is wrong with
-    them.
-    """
-    if not isinstance(document, dict):
-        return document
-    if document.get("model_type") == MODEL_TYPE:
-        document = {key: value for key, value in document.items() if key != "model_type"}
-    if isinstance(document.get("train"), dict):
-        gone = ("advance", "stall_evaluations", "stall_tolerance", "spike_sigma")
-        document = document | {
-            "train": {k: v for k, v in document["train"].items() if k not in gone}
-        }
-    model, old = document.get("model"), ("couplings", "layers", "components")
-    blocks = model.get("blocks") if isinstance(model, dict) else None
-    if isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks):
-        # a field that some versions wrote as 0
-        blocks = [{k: v for k, v in block.items() if k != "widening" or v} for block in blocks]
-        return document | {"model": model | {"blocks": blocks}}
-    if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):
-        return document
-    rows = zip_longest(*(model[name] for name in old))
-    blocks = [dict(zip(("coupling", "layers", "components"), row, strict=True)) for row in rows]
-    return document | {
-        "model": {k: v for k, v in model.items() if k not in old} | {"blocks": blocks}
-    }

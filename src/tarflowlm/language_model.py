@@ -1,20 +1,17 @@
-"""The common interface of the two models, TarFlowLM and the baseline, and checks of callers'
-values.
-"""
+"""The common interface of the two models, TarFlowLM and the baseline."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from numbers import Integral, Real
-from typing import Any, ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from tarflowlm.config import LanguageModelConfig as LanguageModelConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import KVCache
+from tarflowlm.model_config import LanguageModelConfig
 
 
 class LanguageModel(nn.Module):
@@ -114,52 +111,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def check_type(value: Any, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`. A bool
-    is no number.
-    """
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(
-            f"{name} {' '.join(repr(value).split()):.40} of type {type(value).__name__}: {wanted}"
-        )
-
-
-def check_model(model: Any) -> None:
-    """UserError unless `model` is one; the result of `load` has one."""
-    check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
-
-
-def check_generator(generator: Any) -> None:
-    """UserError unless `generator` is one, or None."""
-    check_type(
-        generator,
-        "generator",
-        (Generator, type(None)),
-        "give torch.Generator().manual_seed(0) or None",
-    )
-
-
-def check_option(value: Any, name: str, literal: Any) -> None:
-    """UserError unless `value` is one of the names of a `literal` type."""
-    if value not in get_args(literal):
-        raise UserError(f"{name} {value!r:.40}: choose one of {', '.join(get_args(literal))}")
-
-
-def as_integer(value: Any, name: str, least: int | None = None) -> int:
-    """`value`, an integer of Python, NumPy or PyTorch. UserError for anything else, and below
-    `least`.
-    """
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    check_type(value, name, Integral, "must be an integer")
-    if least is not None and value < least:
-        raise UserError(f"{name} {value}: must be at least {least}")
-    return int(value)
-
-
-def as_number(value: Any, name: str) -> float:
-    """`value`, a number of Python, NumPy or PyTorch. UserError for anything else."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    check_type(value, name, Real, "must be a number")
-    return float(value)

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from tarflowlm.config import FlowConfig as FlowConfig
-from tarflowlm.config import stack as stack
+from tarflowlm.checks import check_model
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
@@ -21,8 +20,8 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, Order, Prior
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.language_model import LanguageModel, check_model
-from tarflowlm.model_config import COUPLINGS
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model_config import COUPLINGS, FlowConfig
 
 
 @dataclass(frozen=True)

@@ -3,70 +3,20 @@ All in nats.
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tarflowlm.checks import as_integer, check_generator, check_tokens
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
 
 CPU_TOKENS = 2048
 """Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at D =
 128.
 """
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def check_integers(tokens: Any, name: str, *shapes: str) -> None:
-    """UserError unless `tokens` are a tensor of integers with one of the `shapes`, say "[T]" or
-    "[B, T]".
-    """
-    shown = f"{' '.join(repr(tokens).split()):.40} of type {type(tokens).__name__}"
-    if isinstance(tokens, Tensor):
-        if tokens.dtype in INTEGERS and tokens.dim() in (shape.count(",") + 1 for shape in shapes):
-            return
-        shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
-    text = (
-        f"for a text torch.from_numpy(tokenizer.encode(text)){'' if '[T]' in shapes else '[None]'}"
-    )
-    methods = "tarflowlm.load(...) has methods that take texts"
-    raise UserError(
-        f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, {text}; {methods}"
-    )
-
-
-def check_tokens(
-    model: LanguageModel, tokens: Any, *, name: str = "tokens", shape: str = "[B, T]"
-) -> None:
-    """UserError unless `tokens` are texts of the model: integers below V of this `shape`, at most a
-    context of them.
-
-    A text [T] may have any length. Values on an accelerator are not checked: the host would wait
-    for all work there.
-    """
-    check_model(model)
-    check_integers(tokens, name, shape)
-    size, vocab_size, context = (
-        f"{name} of shape {list(tokens.shape)}",
-        model.config.vocab_size,
-        model.config.context,
-    )
-    if not tokens.numel():
-        raise UserError(f"{size}: give at least one token")
-    if shape != "[T]" and tokens.shape[1] > context:
-        remedy = "cut them into windows, or use tarflowlm.score, which does"
-        raise UserError(
-            f"{size}: {tokens.shape[1]} tokens exceed the context of {context}: {remedy}"
-        )
-    outside = (tokens < 0) | (tokens >= vocab_size)
-    if tokens.device.type == "cpu" and outside.any():
-        found = tokens[outside][0].item()
-        raise UserError(
-            f"{name} hold {found}, the model has 0 to {vocab_size - 1}: encode the text again"
-        )
 
 
 def elbo(

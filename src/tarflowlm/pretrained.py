@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tarflowlm.config import RunConfig, checked_seed
+from tarflowlm.checks import as_integer, check_type, checked_seed
+from tarflowlm.config import RunConfig
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read, read_template
 from tarflowlm.device import pick_device
@@ -25,8 +26,9 @@ from tarflowlm.files import from_dict, to_dict
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders
 from tarflowlm.generation.writing import Watch
-from tarflowlm.language_model import LanguageModel, LanguageModelConfig, as_integer, check_type
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
+from tarflowlm.model_config import LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from tarflowlm.baseline import BaselineConfig
+from tarflowlm.checks import check_type
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import flatten
 from tarflowlm.generation import generate
-from tarflowlm.language_model import check_type
+from tarflowlm.model_config import BaselineConfig
 from tarflowlm.presets import PRESETS, preset, with_blocks
 from tarflowlm.runs.checkpoint import (
     Checkpoint,

@@ -10,10 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tarflowlm.baseline import BaselineConfig
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import FlowConfig
+from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.presets import preset
 
 VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 4096}

@@ -9,15 +9,9 @@ import torch
 from torch.autograd.functional import jacobian
 
 from helpers import TRUNK, normal, randomise
-from tarflowlm.flow.transformer import (
-    KVCache,
-    Transformer,
-    TransformerConfig,
-    convolve,
-    rotary_tables,
-    rotate_,
-)
+from tarflowlm.flow.transformer import KVCache, Transformer, convolve, rotary_tables, rotate_
 from tarflowlm.language_model import seeded
+from tarflowlm.model_config import TransformerConfig
 
 T = 7
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}

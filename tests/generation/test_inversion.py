@@ -11,7 +11,8 @@ from helpers import normal, tiny_flow
 from tarflowlm.generation import generate, inversion
 from tarflowlm.generation.inversion import invert_block, invert_stack
 from tarflowlm.language_model import seeded
-from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import FlowConfig, stack
 from tarflowlm.pretrained import load
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,7 @@ import pytest
 from docs_cases import ROOT
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
-from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
+from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.reproduce import RECIPES, ablations, passes, states, tables
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.tables import write_results

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import FLOW
-from tarflowlm.config import RECIPE_NAMES, FlowConfig, RunConfig, TrainConfig
+from tarflowlm.config import RECIPE_NAMES, RunConfig, TrainConfig
 from tarflowlm.errors import UserError
+from tarflowlm.model_config import FlowConfig
 from tarflowlm.reproduce import RECIPES, ablations, passes
 from tarflowlm.reproduce.recipe import Recipe, Settings, estimate, finish, state_of, trainings
 from tarflowlm.reproduce.states import summary_row

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from helpers import FLOW, TRUNK, metrics_of
-from tarflowlm.config import BaselineConfig, DataConfig, OptimConfig, RunConfig, TrainConfig, stack
+from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.model_config import BaselineConfig, stack
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.train import train
 

@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from helpers import FLOW, TRUNK
-from tarflowlm.config import BaselineConfig, DataConfig, FlowConfig, RunConfig, TrainConfig, stack
+from tarflowlm.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.language_model import seeded
+from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
 from tarflowlm.training import parallel
 from tarflowlm.training import train as training
 from tarflowlm.training.loop import optimizer_step

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from tarflowlm.config import FlowConfig, OptimConfig, TransformerConfig, stack
+from tarflowlm.config import OptimConfig
 from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import FlowConfig, TransformerConfig, stack
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.training import optim
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder, checked_seed
+from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
 MUCH_CHANGED, MUCH_LONGER = (
@@ -94,6 +94,7 @@ def run(args: Args) -> None:
     import torch
     from rich.console import Console
 
+    from tarflowlm.checks import checked_seed
     from tarflowlm.data.prompts import Reading, read
     from tarflowlm.editing import EDITS, Source, common_length, encode
     from tarflowlm.evaluation.likelihood import bits

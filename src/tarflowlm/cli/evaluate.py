@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder, checked_seed
+from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
 SAMPLING = (
@@ -83,6 +83,7 @@ class Args:
 
 
 def run(args: Args) -> None:
+    from tarflowlm.checks import checked_seed
     from tarflowlm.data import FIELD, SOURCE_NAMES, cached_corpus, encode_text_source, eval_windows
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.blocks import latent_report

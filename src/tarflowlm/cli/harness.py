@@ -51,7 +51,7 @@ def read(argv: list[str]) -> tuple[Args, list[str]]:
 
 
 def run(given: tuple[Args, list[str]]) -> None:
-    from tarflowlm.config import checked_seed
+    from tarflowlm.checks import checked_seed
     from tarflowlm.harness.register import run_lm_eval
     from tarflowlm.terminal.bars import print_json
 

@@ -43,7 +43,7 @@ def _describe(given: Path) -> dict[str, Any]:
     """A model as `--json` shows it."""
     from datetime import UTC, datetime
 
-    from tarflowlm.config import BaselineConfig
+    from tarflowlm.model_config import BaselineConfig
     from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
     from tarflowlm.runs.hub import CARD, FOLDER, is_reference, purpose
 

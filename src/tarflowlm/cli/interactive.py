@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
+from tarflowlm.checks import checked_seed
 from tarflowlm.cli.options import not_utf8
 from tarflowlm.cli.sample import Args
-from tarflowlm.config import checked_seed
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import threads_for

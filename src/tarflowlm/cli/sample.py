@@ -10,7 +10,7 @@ import tyro
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder, Decoding, checked_seed
+from tarflowlm.config import Decoder, Decoding
 
 EXCLUSIVE = {  # options that contradict each other
     "interactive": ("num", "prompts", "template", "out", "json", "passes", "states"),
@@ -92,6 +92,7 @@ class Args:
 
 
 def run(args: Args) -> None:
+    from tarflowlm.checks import checked_seed
     from tarflowlm.cli.interactive import converse
     from tarflowlm.cli.main import handled
     from tarflowlm.cli.sampling import Sampling

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tarflowlm.checks import check_tokens
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
@@ -20,7 +21,6 @@ from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, invert_block, per_block
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
-from tarflowlm.objective import check_tokens
 from tarflowlm.progress import SILENT, Progress
 
 

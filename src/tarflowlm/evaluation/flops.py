@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tarflowlm.config import BaselineConfig, FlowConfig, as_flow_config
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
-from tarflowlm.model_config import COUPLINGS
+from tarflowlm.model_config import COUPLINGS, BaselineConfig, FlowConfig, as_flow_config
 
 Convention = Literal["figure7", "paper", "full"]
 Config = FlowConfig | BaselineConfig

@@ -15,15 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.config import checked_seed
+from tarflowlm.checks import as_integer, check_model, check_tokens, checked_seed
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation import generate
 from tarflowlm.generation.writing import spans
-from tarflowlm.language_model import LanguageModel, as_integer, check_model
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
-from tarflowlm.objective import check_tokens, importance_weighted, log_importance_weights
+from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.progress import SILENT, Progress
 
 Nats = TypeVar("Nats", float, Tensor)

@@ -18,7 +18,8 @@ from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
+from tarflowlm.flow.transformer import KVCache, Transformer
+from tarflowlm.model_config import TransformerConfig
 
 Invert = Callable[[int, Tensor], Tensor]
 """Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.config import TransformerConfig as TransformerConfig
 from tarflowlm.flow import full_precision, widen
+from tarflowlm.model_config import TransformerConfig
 
 
 def rotary_tables(

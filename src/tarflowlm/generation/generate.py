@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tarflowlm.checks import as_integer, check_generator, check_integers, check_model, check_option
 from tarflowlm.config import Decoding
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
@@ -16,14 +17,7 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.inversion import Decoders, as_decoders
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch, write_windows
-from tarflowlm.language_model import (
-    LanguageModel,
-    as_integer,
-    check_generator,
-    check_model,
-    check_option,
-)
-from tarflowlm.objective import check_integers
+from tarflowlm.language_model import LanguageModel
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflowlm.checks import check_option
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import CONTRACTION, RESIDUAL, ChannelCoupling, Newton
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.language_model import check_option
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 

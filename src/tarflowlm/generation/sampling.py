@@ -9,13 +9,13 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor
 
+from tarflowlm.checks import as_integer, as_number
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import held_rows
-from tarflowlm.language_model import as_integer, as_number
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:

@@ -28,8 +28,9 @@ from tarflowlm.generation.particles import (
     resample,
 )
 from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
-from tarflowlm.language_model import LanguageModel, LanguageModelConfig
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
+from tarflowlm.model_config import LanguageModelConfig
 from tarflowlm.progress import SILENT, Progress
 
 

@@ -18,12 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.checks import as_integer
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, read
 from tarflowlm.evaluation.likelihood import log_weights, windows_per_batch
 from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import row_generators
-from tarflowlm.language_model import LanguageModel, as_integer
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import CPU_TOKENS, conditional_bound, importance_weighted
 from tarflowlm.progress import SILENT, Progress
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tarflowlm.config import RunConfig, as_flow_config, stack
+from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.judges import Judge
+from tarflowlm.model_config import as_flow_config, stack
 from tarflowlm.presets import PLAIN_CODEBOOK, preset, with_blocks
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import (

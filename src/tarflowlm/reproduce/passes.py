@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from tarflowlm.config import RunConfig, as_flow_config
+from tarflowlm.config import RunConfig
+from tarflowlm.model_config import as_flow_config
 from tarflowlm.presets import PAPER_CORPORA, preset
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings

@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.config import (
-    BaselineConfig,
-    FlowConfig,
-    RunConfig,
-    TransformerConfig,
-    as_flow_config,
-)
+from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report, state_metrics
 from tarflowlm.evaluation.flops import forward_flops
@@ -26,6 +20,7 @@ from tarflowlm.evaluation.likelihood import bits, sign_of
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
+from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, as_flow_config
 from tarflowlm.presets import mini_ar, preset, with_steps
 from tarflowlm.reproduce.recipe import (
     GPT2_SIZE,

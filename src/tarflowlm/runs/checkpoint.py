@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tarflowlm.config import MODEL_TYPE, RunConfig, current_form
+from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError, guess
 from tarflowlm.files import from_dict, full_disk_as_user_error, read_json, to_dict, write_json
@@ -63,9 +63,10 @@ def read_run(directory: Path) -> RunConfig:
         raise UserError(
             f"{directory} is not a directory: {guess(str(directory), released())}{where}"
         )
-    return from_dict(
-        RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG)
-    )
+    document = read_json(directory / CONFIG)
+    if isinstance(document, dict):
+        document.pop("model_type", None)
+    return from_dict(RunConfig, document, where=str(directory / CONFIG))
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:

@@ -1,0 +1,119 @@
+"""Checks of the values that callers of the Python interface give: each a UserError in one line."""
+
+from numbers import Integral, Real
+from typing import get_args
+
+from torch import Generator, Tensor, int8, int16, int32, int64, uint8
+
+from tarflowlm.errors import UserError
+from tarflowlm.language_model import LanguageModel
+
+INTEGERS = (int64, int32, int16, int8, uint8)
+
+
+def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`.
+
+    A bool does not count as a number.
+    """
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"{name} {_shown(value)}: {wanted}")
+
+
+def _shown(value: object) -> str:
+    return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
+
+
+def check_model(model: object) -> None:
+    """UserError unless `model` is a model; the result of `load` holds one."""
+    check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
+
+
+def check_generator(generator: object) -> None:
+    """UserError unless `generator` is a torch.Generator or None."""
+    wanted = "give torch.Generator().manual_seed(0) or None"
+    check_type(generator, "generator", (Generator, type(None)), wanted)
+
+
+def check_option(value: object, name: str, literal: object) -> None:
+    """UserError unless `value` is one of the names of a `Literal` type."""
+    names = get_args(literal)
+    if value not in names:
+        raise UserError(f"{name} {value!r:.40}: choose one of {', '.join(names)}")
+
+
+def checked_seed(seed: int) -> int:
+    """`seed` itself. UserError outside 0 .. 2^62 - 1.
+
+    Generators reject other seeds, or do not keep them distinct.
+    """
+    if not 0 <= seed < 2**62:
+        raise UserError(f"seed {seed}: must be at least 0 and below 2^62")
+    return seed
+
+
+def as_integer(value: object, name: str, least: int | None = None) -> int:
+    """`value`, an integer of Python, NumPy or PyTorch, as an int.
+
+    UserError for anything else, and for a number below `least`.
+    """
+    number = _plain(value)
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise UserError(f"{name} {_shown(number)}: must be an integer")
+    if least is not None and int(number) < least:
+        raise UserError(f"{name} {number}: must be at least {least}")
+    return int(number)
+
+
+def as_number(value: object, name: str) -> float:
+    """`value`, a number of Python, NumPy or PyTorch, as a float. UserError for anything else."""
+    number = _plain(value)
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise UserError(f"{name} {_shown(number)}: must be a number")
+    return float(number)
+
+
+def _plain(value: object) -> object:
+    """A scalar of NumPy or PyTorch as a number of Python; any other value as it is."""
+    item = getattr(value, "item", None)
+    return item() if item is not None and getattr(value, "ndim", None) == 0 else value
+
+
+def check_integers(tokens: object, name: str, *shapes: str) -> None:
+    """UserError unless `tokens` is a tensor of integers of one of the `shapes`: "[T]", "[B, T]"."""
+    shown = _shown(tokens)
+    if isinstance(tokens, Tensor):
+        dimensions = [shape.count(",") + 1 for shape in shapes]
+        if tokens.dtype in INTEGERS and tokens.dim() in dimensions:
+            return
+        shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
+    text = "torch.from_numpy(tokenizer.encode(text))"
+    if "[T]" not in shapes:
+        text += "[None]"
+    wanted = f"give a tensor of integers {' or '.join(shapes)}, for a text {text}"
+    raise UserError(f"{name} {shown}: {wanted}; tarflowlm.load(...) has methods that take texts")
+
+
+def check_tokens(
+    model: LanguageModel, tokens: Tensor, *, name: str = "tokens", shape: str = "[B, T]"
+) -> None:
+    """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
+
+    [B, T] holds at most a context of tokens; one text [T] may have any length. Values on an
+    accelerator are not checked: the host would wait for all work there.
+    """
+    check_model(model)
+    check_integers(tokens, name, shape)
+    vocab_size, context = model.config.vocab_size, model.config.context
+    size = f"{name} of shape {list(tokens.shape)}"
+    if not tokens.numel():
+        raise UserError(f"{size}: give at least one token")
+    if shape != "[T]" and tokens.shape[1] > context:
+        wrong = f"{tokens.shape[1]} tokens exceed the context of {context}"
+        remedy = "cut them into windows, or use tarflowlm.score, which does"
+        raise UserError(f"{size}: {wrong}: {remedy}")
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if tokens.device.type == "cpu" and outside.any():
+        found = tokens[outside][0].item()
+        known = f"the model has 0 to {vocab_size - 1}"
+        raise UserError(f"{name} hold {found}, {known}: encode the text again")
