@@ -16,7 +16,7 @@ def loaded(request) -> tarflowlm.Pretrained:
 
 def test_unpacks_to_model_and_tokenizer(loaded):
     model, tokenizer = loaded
-    assert model is loaded.model is loaded[0]
+    assert model is loaded.model
     assert tokenizer is loaded.tokenizer
     assert loaded.config is model.config
     assert "parameters" in repr(loaded)
@@ -33,7 +33,7 @@ def test_write(loaded):
     assert len(set(several)) == 2
     prompt = loaded.encode("the king")
     generator = torch.Generator().manual_seed(3)
-    how = {"temperature": loaded.checkpoint.run.temperature, "generator": generator}
+    how = {"temperature": loaded.run.temperature, "generator": generator}
     same = tarflowlm.generate(loaded, num_tokens=12, prompt=prompt, **how)
     assert loaded.decode(same.tokens[0]) == text
 
@@ -82,7 +82,7 @@ def test_training_in_a_line_returns_the_model(tmp_path, corpus_file):
         {"data": corpus_file, "steps": 3, "train.test_windows": 4} | small,
     )
     lm = tarflowlm.train("mini-ar", out, **options)
-    assert (lm.config.layers, lm.checkpoint.run.train.num_steps) == (1, 3)
+    assert (lm.config.layers, lm.run.train.num_steps) == (1, 3)
     again, resumed = tarflowlm.train("mini-ar", str(out), **options), tarflowlm.resume(out)
     assert (
         lm.write("a", num_tokens=8)
@@ -90,7 +90,7 @@ def test_training_in_a_line_returns_the_model(tmp_path, corpus_file):
         == resumed.write("a", num_tokens=8)
     )
     tuned = lm.tune(corpus_file, tmp_path / "tuned", steps=2)
-    assert tuned.checkpoint.run.parent.startswith("run@")
+    assert tuned.run.parent.startswith("run@")
 
 
 @pytest.mark.slow

@@ -1,172 +1,230 @@
-"""A trained model with its tokenizer, and what to do with texts: write, fill, edit, score; and
-training in a line.
-"""
+"""A trained model with its tokenizer, and what to do with texts; and training in a line."""
 
 import os
-import queue
 import re
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from tarflowlm.checks import as_integer, check_type, checked_seed
-from tarflowlm.config import RunConfig
+from tarflowlm.checks import as_integer, check_type
+from tarflowlm.config import (
+    DataConfig,
+    Decoder,
+    Decoding,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.prompts import read, read_template
+from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
-from tarflowlm.editing import EDITS, Source, common_length, encode
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Scores, score
 from tarflowlm.files import from_dict, to_dict
-from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders
-from tarflowlm.generation.writing import Watch
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import as_flow
 from tarflowlm.model_config import LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.sharing import push_to_hub, save_pretrained
-from tarflowlm.terminal.bars import ProgressReporter
-from tarflowlm.terminal.texts import TextStream
-from tarflowlm.training import train as training
+from tarflowlm.texts import Edit, Score, Scored, Writing
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
+_OWN = Path(os.devnull, "own")
+"""The directory of a model that was not loaded: below a file, where nothing can be."""
 
 
-class _Pair(NamedTuple):
-    model: LanguageModel
-    tokenizer: Tokenizer
+class WritingOptions(TypedDict, total=False):
+    """The options of `write`, `fill` and `stream`: fields of `texts.Writing`."""
+
+    num_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    particles: int | None
+    decoding: Decoding
+    decoder: Decoders
+    blank: str
+    stop: str | Sequence[str]
+    seed: int
 
 
-class Pretrained(_Pair):
-    """A model in eval mode with its tokenizer, as `load` returns it: `model, tokenizer = load(...)`
-    works as well.
+class EditOptions(TypedDict, total=False):
+    """The options of `edit`: fields of `texts.Edit`."""
+
+    everywhere: bool
+    strength: float
+    words: int
+    pick: Literal["random", "unlikely"]
+    weight: float
+    candidates: int
+    temperature: float
+    decoder: Decoder
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pretrained(Checkpoint):
+    """A model in eval mode with its tokenizer, as `load` returns it.
+
+        model, tokenizer = tarflowlm.load("english-small")
+        lm = Pretrained(model, tokenizer)  # also a model from a training loop of your own
 
     Texts are read as the model's training text was (`data.prompts.read`): a model of the 27 letters
-    of TEXT8 gets lower case and spelled digits.
+    of TEXT8 gets lower case and spelled digits. UserError for a model and a tokenizer with
+    different numbers of symbols.
     """
 
-    checkpoint: Checkpoint
-    """The loaded run directory, with the configuration of its training."""
+    run: RunConfig = field(default=None)  # type: ignore[assignment]
+    """The configuration of its training; for a model of one's own, one with its shape."""
+    info: dict[str, str] = field(default_factory=dict)
+    directory: Path = _OWN
+
+    def __post_init__(self) -> None:
+        check_type(self.model, "model", LanguageModel, "give a module of tarflowlm")
+        check_type(self.tokenizer, "tokenizer", Tokenizer, "give a tokenizer of tarflowlm.data")
+        ours, theirs = self.model.config.vocab_size, self.tokenizer.vocab_size
+        if ours != theirs:
+            raise UserError(
+                f"the model has {ours} symbols and the tokenizer {theirs}: give the one it learnt with"
+            )
+        self.model.eval()
+        if self.run is None:
+            object.__setattr__(self, "run", _own_run(self.model, self.tokenizer))
+            object.__setattr__(self, "info", {"blocks": str(self.model.num_blocks)})
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Pretrained":
-        """The model and tokenizer of a checkpoint."""
-        pretrained = cls(checkpoint.model, checkpoint.tokenizer)
-        pretrained.checkpoint = checkpoint
-        return pretrained
+        """A loaded run directory (`runs.checkpoint.load_checkpoint`) with the methods below."""
+        return cls(
+            checkpoint.model,
+            checkpoint.tokenizer,
+            checkpoint.run,
+            checkpoint.info,
+            checkpoint.directory,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        """The model and its tokenizer."""
+        yield from (self.model, self.tokenizer)
 
     @property
     def config(self) -> LanguageModelConfig:
         """The shape of the model."""
         return self.model.config
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def to(self, device: str | torch.device) -> "Pretrained":
+        """Move the model to a device of PyTorch, or auto; returns this object."""
+        self.model.to(pick_device(device))
+        return self
+
+    @overload
     def write(
         self,
         prompt: str | None = None,
         *,
-        num_tokens: int | None = None,
         template: str | None = None,
-        blank: str = "_",
-        num: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        particles: int = 1,
-        seed: int = 0,
-        decoder: Decoders = "auto",
-        watch: Watch | None = None,
-    ) -> str | list[str]:
-        """A text that begins with `prompt` or fills the blanks of `template`; with `num`, a list of
-        so many texts.
+        num: None = None,
+        **options: Unpack[WritingOptions],
+    ) -> str: ...
 
-        `num_tokens` is the length in tokens, given ones included; by default that of the trained
-        context, or of the template. `temperature` is by default the one in the model's
-        configuration. The other arguments are those of `generate`. UserError for what the tokenizer
-        cannot read, and as `generate`.
+    @overload
+    def write(
+        self,
+        prompt: str | None = None,
+        *,
+        template: str | None = None,
+        num: int,
+        **options: Unpack[WritingOptions],
+    ) -> list[str]: ...
+
+    @overload
+    def write(
+        self,
+        prompt: Sequence[str],
+        *,
+        template: None = None,
+        num: int | None = None,
+        **options: Unpack[WritingOptions],
+    ) -> list[str]: ...
+
+    def write(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        template: str | None = None,
+        num: int | None = None,
+        **options: Unpack[WritingOptions],
+    ) -> str | list[str]:
+        """A text that begins with `prompt`, or fills the blanks of `template`.
+
+        With `num`, a list of so many texts. With a list of prompts, a list with the texts of each.
+
+        `num_tokens` is the length in tokens, given ones included; by default the trained context,
+        or the length of the template. A text ends before the first of the texts `stop`. `blank`
+        marks a blank of the template. `temperature`, by default the one that suits the model,
+        `top_k`, `top_p`, `particles`, `decoding` and `decoder` are described at `generate`. The
+        same `seed` gives the same text. UserError for what the model cannot read or do.
         """
-        if prompt and template is not None:
-            raise UserError(
-                "both a prompt and a template: put the prompt at the start of the template"
-            )
-        given = (
-            read(self.tokenizer, prompt, name="prompt", goes_on=True).tokens
-            if prompt not in (None, "")
-            else None
-        )
-        if template is not None:
-            given = read_template(self.tokenizer, template, blank).tokens
-        if num_tokens is None:
-            num_tokens = self.config.context if template is None or given is None else len(given)
-        generator = torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
-        tau = self.checkpoint.run.temperature if temperature is None else temperature
-        how: dict[str, Any] = {
-            "particles": particles,
-            "temperature": tau,
-            "top_k": top_k,
-            "top_p": top_p,
-        }
-        how |= {
-            "num": 1 if num is None else num,
-            "generator": generator,
-            "decoder": decoder,
-            "watch": watch,
-        }
-        drawn = generate(self.model, num_tokens=num_tokens, prompt=given, **how)
-        texts = [self.decode(row) for row in drawn.tokens]
+        request = _writing(prompt, template, num, options)
+        texts = request.run(self)
+        is_one = num is None and len(request.prompts) < 2 and isinstance(prompt, str | None)
+        return texts[0] if is_one else texts
+
+    @overload
+    def fill(
+        self, template: str, *, num: None = None, **options: Unpack[WritingOptions]
+    ) -> str: ...
+
+    @overload
+    def fill(self, template: str, *, num: int, **options: Unpack[WritingOptions]) -> list[str]: ...
+
+    def fill(
+        self, template: str, *, num: int | None = None, **options: Unpack[WritingOptions]
+    ) -> str | list[str]:
+        """`template` with its blanks filled: `write(template=template)`, with its options."""
+        texts = _writing(None, template, num, options).run(self)
         return texts[0] if num is None else texts
 
-    def fill(self, template: str, **options: Any) -> str | list[str]:
-        """`template` with its blanks filled: `write(template=template)`, with its options."""
-        return self.write(template=template, **options)
+    def stream(self, prompt: str | None = None, **options: Unpack[WritingOptions]) -> Iterator[str]:
+        """The text of `write`, with its options, piece by piece as its tokens become final."""
+        yield from _writing(prompt, None, None, options).read(self).pieces()
 
-    def stream(
-        self, prompt: str | None = None, *, stop: Sequence[str] = (), **options: Any
-    ) -> Iterator[str]:
-        """The text of `write`, with its options, piece by piece as its tokens become final; up to
-        the first `stop`.
+    @overload
+    def edit(
+        self,
+        text: str,
+        *,
+        rewrite: str | Sequence[str] | None = None,
+        replace: tuple[str, str] | None = None,
+        toward: str | None = None,
+        level: int | None = None,
+        num: None = None,
+        seed: int = 0,
+        **options: Unpack[EditOptions],
+    ) -> str: ...
 
-        The pieces are written while they are read, in a thread of their own, which ends with the
-        iterator.
-        """
-        pieces, ended = queue.Queue[str | BaseException | None](), threading.Event()
-        given: Any = (
-            read(self.tokenizer, prompt, name="prompt", goes_on=True).tokens if prompt else []
-        )
-        stops = [stop] if isinstance(stop, str) else stop  # after the prompt
-        text = TextStream(pieces.put, self.tokenizer, stops, start=len(self.decode(given)))
-
-        def show(tokens: Tensor) -> None:
-            text.add(tokens[0])
-            if text.has_stopped or ended.is_set():
-                raise StopIteration
-
-        def work() -> None:
-            try:
-                self.write(prompt, watch=Watch(on_tokens=show), **options)
-                text.close()
-            except StopIteration:
-                pass
-            except BaseException as error:
-                pieces.put(error)
-            pieces.put(None)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            ended.set()
+    @overload
+    def edit(
+        self,
+        text: str,
+        *,
+        rewrite: str | Sequence[str] | None = None,
+        replace: tuple[str, str] | None = None,
+        toward: str | None = None,
+        level: int | None = None,
+        num: int,
+        seed: int = 0,
+        **options: Unpack[EditOptions],
+    ) -> list[str]: ...
 
     def edit(
         self,
@@ -178,45 +236,68 @@ class Pretrained(_Pair):
         level: int | None = None,
         num: int | None = None,
         seed: int = 0,
-        **options: Any,
+        **options: Unpack[EditOptions],
     ) -> str | list[str]:
-        """The text with some words resampled given all others; with `num`, a list of so many edits.
+        """The text with some words resampled given all others; with `num`, a list of edits.
 
         Instead: `rewrite` these pieces of it, `replace=(old, new)` and regenerate what follows,
         move `toward` another text, or change the state `level` (0 is the latents, the number of
-        blocks the noise). The `options` are the fields of these kinds in `tarflowlm.editing.EDITS`:
-        strength, words, pick, candidates, temperature, weight. UserError for a baseline, and for
-        options that have no effect.
+        blocks the noise). The other options are described at `texts.Edit`. UserError for a
+        baseline, and for options that have no effect.
         """
-        flow = as_flow(self.model, "a discrete baseline has no latents to edit: load a flow")
-        generator = torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
-        tokens, given, kind = self.encode(text), dict(options), "words"
-        if level is not None:
-            given["level"], kind = level, "level"
-        if toward is not None:
-            other, kind = self.encode(toward, name="other text"), "toward"
-            tokens = tokens[: common_length(tokens, other)]
-            given["other"] = encode(flow, other[None, : len(tokens)], generator)
-        if replace is not None:
-            (given["old"], given["new"]), kind = replace, "replace"
-        if rewrite is not None:
-            given["pieces"], kind = (
-                [rewrite] if isinstance(rewrite, str) else list(rewrite),
-                "rewrite",
+        pieces = None if rewrite is None else _texts(rewrite, "rewrite")
+        if replace is not None and (isinstance(replace, str) or len(replace) != 2):
+            raise UserError(f"replace {replace!r}: give two texts, (old, new)")
+        texts = (
+            Edit(
+                text=text,
+                rewrite=pieces,
+                replace=None if replace is None else (replace[0], replace[1]),
+                toward=toward,
+                level=level,
+                num=1 if num is None else num,
+                seed=seed,
+                **options,
             )
-        known = {field.name for field in fields(EDITS[kind])}
-        if unknown := sorted(given.keys() - known):
-            raise UserError(
-                f"{unknown[0]}: has no effect on this edit ({kind}); it takes {', '.join(sorted(known))}"
-            )
-        source = Source(
-            flow,
-            self.tokenizer,
-            encode(flow, tokens[None], generator).repeated(num or 1),
-            generator,
+            .run(self)
+            .texts
         )
-        texts = [self.decode(row) for row in EDITS[kind](**given).apply(source).tokens]
         return texts[0] if num is None else texts
+
+    @overload
+    def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scored: ...
+
+    @overload
+    def score(self, text: Sequence[str], *, samples: int = 8, seed: int = 0) -> list[Scored]: ...
+
+    def score(
+        self, text: str | Sequence[str], *, samples: int = 8, seed: int = 0
+    ) -> Scored | list[Scored]:
+        """The bits of every token of a text of any length; of a list of texts, a list.
+
+        `tarflowlm.score` describes the numbers. `notice` of the result says whether the text was
+        read otherwise than it was given.
+        """
+        found = Score(texts=_texts(text, "text"), samples=samples, seed=seed).run(self)
+        return found[0] if isinstance(text, str) else found
+
+    @overload
+    def encode(self, text: str, *, name: str = "text") -> Tensor: ...
+
+    @overload
+    def encode(self, text: Sequence[str], *, name: str = "text") -> list[Tensor]: ...
+
+    def encode(self, text: str | Sequence[str], *, name: str = "text") -> Tensor | list[Tensor]:
+        """Token ids [T] of a text; of a list of texts, a list of such tensors.
+
+        UserError, calling the text `name`, for characters that the tokenizer lacks.
+        """
+        found = [read(self.tokenizer, one, name=name).tokens for one in _texts(text, name)]
+        return found[0] if isinstance(text, str) else found
+
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        """The text of token ids [T]. UserError for ids that the tokenizer does not have."""
+        return self.tokenizer.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
     def tune(
         self,
@@ -229,30 +310,24 @@ class Pretrained(_Pair):
         seed: int = 0,
         device: str = "auto",
     ) -> "Pretrained":
-        """Train the model further on a text, for 10 minutes unless `minutes` or `steps` say else;
-        returns the result.
+        """Train the model further on a text; returns the result.
 
-        The run is written to `out`; repeated, the call goes on with it. See
-        `training.train.tuning`.
+        This takes 10 minutes unless `minutes` or `steps` say otherwise. The run is written to
+        `out`; repeated, the call continues it (`training.train.tuning`).
         """
-        run = training.tuning(
-            self.checkpoint, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed
-        )
-        return _trained(run, out, device, self.checkpoint)
+        from tarflowlm.training.train import tuning
 
-    def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scores:
-        """The bits of every token of a text of any length; see `tarflowlm.score`."""
-        tokens = self.encode(text)
-        symbols = [self.tokenizer.symbols[token] for token in tokens.tolist()]
-        return replace(score(self.model, tokens, samples=samples, seed=seed), symbols=symbols)
+        run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed)
+        return _trained(run, out, device, self)
 
     def save_pretrained(
         self, folder: str | Path, *, half: bool = False, licence: str | None = None
     ) -> Path:
-        """Write the model with its tokenizer and a model card to a new folder
-        (`sharing.save_pretrained`).
+        """Write the model with its tokenizer and a model card to a new folder.
+
+        Every command, `load` and the studio open it. See `sharing.save_pretrained`.
         """
-        return save_pretrained(self.checkpoint, folder, half=half, licence=licence)
+        return save_pretrained(self, folder, half=half, licence=licence)
 
     def push_to_hub(
         self,
@@ -262,42 +337,33 @@ class Pretrained(_Pair):
         half: bool = False,
         licence: str | None = None,
     ) -> str:
-        """Upload the model to OWNER/NAME on the Hugging Face hub (`sharing.push_to_hub`); returns
-        its address.
-        """
-        return push_to_hub(self.checkpoint, repository, private=private, half=half, licence=licence)
+        """Upload the model to OWNER/NAME on the Hugging Face hub; returns its address.
 
-    def encode(self, text: str, *, name: str = "text") -> Tensor:
-        """Token ids [T] of a text. UserError, calling it `name`, for characters that the tokenizer
-        lacks.
+        See `sharing.push_to_hub`.
         """
-        return read(self.tokenizer, text, name=name).tokens
-
-    def decode(self, tokens: Any) -> str:
-        """The text of token ids [T], a tensor, array or list. UserError for ids that the tokenizer
-        does not have.
-        """
-        return self.tokenizer.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+        return push_to_hub(self, repository, private=private, half=half, licence=licence)
 
     def __repr__(self) -> str:
         """The kind and size of the model, and its methods."""
         model = self.model
-        kind = (
-            "discrete autoregressive model"
-            if model.is_exact
-            else f"TarFlowLM of {model.num_blocks} blocks"
+        kind = f"TarFlowLM of {model.num_blocks} blocks"
+        if model.is_exact:
+            kind = "discrete autoregressive model"
+        parameters = sum(p.numel() for p in model.parameters())
+        size = f"{parameters:,} parameters, context {self.config.context}"
+        names = (
+            ".write(prompt), .fill(template), .edit(text), .score(text), .stream(prompt), "
+            ".tune(data, out)"
         )
-        size = f"{sum(p.numel() for p in model.parameters()):,} parameters, context {self.config.context}"
-        names = ".write(prompt), .fill(template), .edit(text), .score(text), .stream(prompt), .tune(data, out)"
-        return f"<{kind}: {size}, {self.tokenizer.vocab_size:,} symbols; {names}; or model, tokenizer = ...>"
+        symbols = f"{self.tokenizer.vocab_size:,} symbols"
+        return f"<{kind}: {size}, {symbols}; {names}; or model, tokenizer = ...>"
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
-    """The model, in eval mode, and the tokenizer of a run directory, a shipped model's name, or
-    hf:OWNER/NAME.
+    """The model, in eval mode, with its tokenizer.
 
-    `device` is one of PyTorch, or auto. UserError if it is not available, and as in
-    `load_checkpoint`.
+    `directory` is a run directory, the name of a shipped model, or hf:OWNER/NAME; `device` one of
+    PyTorch, or auto. UserError if it is not available, and as in `load_checkpoint`.
     """
     check_type(directory, "model", (str, os.PathLike), _PLACES)
     return Pretrained.of(load_checkpoint(directory, pick_device(device)))
@@ -306,7 +372,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretraine
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu"
 ) -> Pretrained:
-    """Load as `load` does; OWNER/NAME alone names a model of the hub where there is no such folder.
+    """Load as `load` does; OWNER/NAME alone names a model of the hub if there is no such folder.
 
     `revision` is a branch, tag or commit of a model on the hub. UserError for a revision of
     anything else.
@@ -318,7 +384,7 @@ def from_pretrained(
     if revision is not None:
         if not is_reference(text):
             raise UserError(
-                f"revision {revision!r}: {text} is not on the hub, and has none; leave it out"
+                f"revision {revision!r}: {text} is not on the hub, so it has none; leave it out"
             )
         text += f"@{revision}"
     return load(text if is_reference(text) else name, device)
@@ -337,10 +403,10 @@ def train(
 ) -> Pretrained:
     """Train a preset, or a configuration, in the directory `out`; returns the model as `load` does.
 
-    Repeated, the call goes on with a run that was stopped. `minutes` or `steps` set the length,
-    `data` the text (a corpus or a file), `values` any field by its dotted name, as in
-    train("mini-ar", "runs/a", **{"model.layers": 8}). UserError for names and values that are
-    wrong, before anything is written.
+    Repeated, the call continues a run that was stopped. `minutes` or `steps` set the length, `data`
+    the text (a corpus or a file), `values` any field by its dotted name, as in train("mini-ar",
+    "runs/a", **{"model.layers": 8}). UserError for names and values that are wrong, before anything
+    is written.
     """
     check_type(run, "run", (str, RunConfig), "give the name of a preset, or a RunConfig")
     config = preset(run) if isinstance(run, str) else run
@@ -356,14 +422,17 @@ def train(
 
 
 def resume(out: str | Path, *, device: str = "auto") -> Pretrained:
-    """Go on with the run in `out`, or load it if it is finished."""
+    """Continue the run in `out`, or load it if it is finished."""
     check_type(out, "out", (str, os.PathLike), "give a run directory")
     return _trained(read_run(Path(out)), out, device, None)
 
 
 def _trained(run: RunConfig, out: str | Path, device: str, parent: Checkpoint | None) -> Pretrained:
+    from tarflowlm.terminal.bars import ProgressReporter
+    from tarflowlm.training import train as training
+
     check_type(out, "out", (str, os.PathLike), "give the directory to write")
-    with (reporter := ProgressReporter()):
+    with ProgressReporter() as reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
 
@@ -379,6 +448,46 @@ def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:
             place[int(last) if isinstance(place, list) else last] = to_dict(value)
         except (KeyError, IndexError, TypeError, ValueError):
             raise UserError(
-                f"{name}: is no field of a run; `tarflowlm train PRESET --help` lists them"
+                f"{name}: a run has no such field; `tarflowlm train PRESET --help` lists them"
             ) from None
     return from_dict(RunConfig, changed, "run")
+
+
+def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
+    """The configuration with which a model of one's own is saved and tuned."""
+    alphabet = {"alphabet": "".join(tokenizer.symbols)} if tokenizer.kind == "char" else {}
+    source = {"source": "own"} if tokenizer.kind == "bpe" else {}
+    how = TokenizerConfig(
+        kind=tokenizer.kind, normalize=tokenizer.normalization, **alphabet, **source
+    )
+    stages = TrainConfig(stage_steps=(1000,) * model.num_blocks)
+    return RunConfig(
+        name="own", model=model.config, data=DataConfig(source="own", tokenizer=how), train=stages
+    )
+
+
+def _texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:
+    """One text or several. UserError for anything else."""
+    if isinstance(value, str):
+        return (value,)
+    is_list = isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) > 0
+    if not is_list or not all(isinstance(one, str) for one in value):
+        check_type(value, name, str, "give a text, a str, or a list of them")
+    return tuple(value)
+
+
+def _writing(
+    prompt: str | Sequence[str] | None,
+    template: str | None,
+    num: int | None,
+    options: WritingOptions,
+) -> Writing:
+    """The request of `write`; an empty prompt is none."""
+    stop = options.pop("stop", ())
+    return Writing(
+        prompts=() if prompt is None or prompt == "" else _texts(prompt, "prompt"),
+        template=template,
+        num=1 if num is None else num,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        **options,
+    )

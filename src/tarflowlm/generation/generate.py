@@ -3,7 +3,6 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,12 @@ from tarflowlm.generation.inversion import Decoders, as_decoders
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch, write_windows
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.runs.checkpoint import Checkpoint
 
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel | tuple[LanguageModel, Any],
+    model: LanguageModel | Checkpoint,
     *,
     num_tokens: int,
     num: int = 1,
@@ -73,7 +73,7 @@ def generate(
     Raises UserError for a prompt or settings that the model cannot take, and for arguments of a
     wrong type.
     """
-    model = model[0] if isinstance(model, tuple) and model else model
+    model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
     check_option(decoding, "decoding", Decoding)
     decoder, watch = as_decoders(decoder), watch or Watch()

@@ -1,0 +1,84 @@
+"""Requests: Python, the command line and the request objects give the same texts and bits."""
+
+import json
+
+import pytest
+
+import tarflowlm
+from tarflowlm.texts import Edit, Score, Writing
+
+TEXT = "The King of the land gave 3 laws to the people"
+
+
+@pytest.fixture(scope="module")
+def flow() -> tarflowlm.Pretrained:
+    return tarflowlm.load("english-mini")
+
+
+def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
+    assert flow.edit(TEXT, rewrite="King", seed=1) == flow.edit(TEXT, rewrite="king", seed=1)
+    assert "lord" in flow.edit(TEXT, replace=("King", "Lord"))
+
+
+def test_a_stream_stops_where_its_stop_is_read(flow):
+    whole = flow.write("The King", num_tokens=40, seed=3)
+    stop = whole[20:24]
+    shown = "".join(flow.stream("The King", num_tokens=40, seed=3, stop=stop.upper()))
+    assert shown == whole[: whole.index(stop, 8)]
+    assert flow.write("The King", num_tokens=40, seed=3, stop=stop.upper()) == shown
+
+
+CASES = {
+    "prompt": (
+        Writing(prompts=("The King",), num_tokens=30, seed=3, num=2),
+        lambda lm: lm.write("The King", num_tokens=30, seed=3, num=2),
+    ),
+    "template": (
+        Writing(template="The ___ of 2 Kings", temperature=0.8),
+        lambda lm: lm.fill("The ___ of 2 Kings", temperature=0.8),
+    ),
+    "stop": (
+        Writing(prompts=("The King",), num_tokens=60, stop=("TH",), seed=5),
+        lambda lm: lm.write("The King", num_tokens=60, stop="TH", seed=5),
+    ),
+    "words": (Edit(text=TEXT, words=2, seed=4), lambda lm: lm.edit(TEXT, words=2, seed=4)),
+    "rewrite": (
+        Edit(text=TEXT, rewrite=("King", "Laws"), num=2, candidates=8),
+        lambda lm: lm.edit(TEXT, rewrite=("King", "Laws"), num=2, candidates=8),
+    ),
+    "toward": (
+        Edit(text=TEXT, toward="A Lord of the sea found two ships in the water", seed=2),
+        lambda lm: lm.edit(TEXT, toward="A Lord of the sea found two ships in the water", seed=2),
+    ),
+    "level": (
+        Edit(text=TEXT, level=1, strength=0.3, seed=6),
+        lambda lm: lm.edit(TEXT, level=1, strength=0.3, seed=6),
+    ),
+    "score": (
+        Score(texts=(TEXT,), samples=3, seed=2),
+        lambda lm: lm.score(TEXT, samples=3, seed=2),
+    ),
+}
+
+
+def shown_by_command(run, request) -> object:
+    """What the command of a request prints: its texts, or its bits."""
+    command = request.command("english-mini")
+    result = run(*command[1:], "--json")
+    assert result.status == 0, result.err
+    found = json.loads(result.out.splitlines()[-1])
+    if isinstance(request, Score):
+        return found["bits"]
+    return [one["text"] for one in found["samples" if isinstance(request, Writing) else "edits"]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_python_and_command_line_give_the_same(flow, run, name):
+    request, call = CASES[name]
+    by_python, by_request = call(flow), request.run(flow)
+    if isinstance(request, Score):
+        assert by_python.total == by_request[0].total == shown_by_command(run, request)
+        return
+    texts = by_request.texts if isinstance(request, Edit) else by_request
+    by_python = [by_python] if isinstance(by_python, str) else by_python
+    assert by_python == texts == shown_by_command(run, request)
