@@ -29,7 +29,6 @@ CONFIGS = {
     ),
 }
 INFO = {"step": "5", "tokens": "160"}
-FILES = {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int | None = None):
@@ -133,21 +132,6 @@ def test_flipped_bit_in_the_weights_is_refused_with_a_remedy(directory):
         load_checkpoint(directory)
 
 
-def test_earlier_versions_have_the_checksum_in_the_manifest(directory):
-    path = directory / "model.safetensors"
-    save_file(load_file(path), path, metadata=INFO | {"blocks": "3"})
-    write_manifest(directory, FILES)
-    assert is_whole(directory, "model.safetensors")
-    load_checkpoint(directory)
-    flip(path)
-    assert not is_whole(directory, "model.safetensors")
-    with pytest.raises(UserError, match=r"sha256 is not the one in manifest\.json"):
-        load_checkpoint(directory)
-    # weights that are written anew carry their own checksum
-    write_checkpoint(directory, FLOW)
-    load_checkpoint(directory)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -212,6 +196,7 @@ def edit_config(directory: Path, change) -> None:
         (lambda c: c["model"].update(latent_dim=5), r"expects \[27, 5\]"),
         (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
         (lambda c: c.update(train=[1, 2]), "train: expected an object"),
+        (lambda c: c.update(model_type="gpt2"), "not the configuration of a run"),
     ],
 )
 def test_invalid_config_is_refused(directory, change, message):

@@ -12,9 +12,9 @@ import pytest
 
 from tarflowlm.config import OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import from_dict, to_dict
 from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, stack
 from tarflowlm.presets import PRESETS, preset, with_steps
+from tarflowlm.schema import from_dict, to_dict
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,31 +1,13 @@
-"""Atomic replacement, locks with one holder, and full disks reported in one line."""
+"""Atomic replacement, and full disks reported in one line."""
 
 import errno
-import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tarflowlm import files
 from tarflowlm.errors import UserError
-from tarflowlm.files import (
-    NewLines,
-    read_json,
-    replacing,
-    waiting_lock,
-    write_json,
-    writer_lock,
-    writer_of,
-)
-
-
-def names(folder: Path) -> list[str]:
-    """File names in a folder without lock files, which some versions of filelock remove."""
-    return sorted(
-        path.name for path in folder.iterdir() if files.LOCK not in (path.suffix, path.name)
-    )
+from tarflowlm.files import NewLines, read_json, replacing, write_json
 
 
 @pytest.mark.parametrize(
@@ -57,7 +39,7 @@ def test_replacing_gives_the_new_file_or_leaves_the_old_one(
     with pytest.raises(failure if isinstance(failure, type) else OSError):
         replace()
     monkeypatch.undo()
-    assert names(tmp_path) == (["a.txt"] if existed else [])
+    assert list(tmp_path.iterdir()) == ([path] if existed else [])
     assert not existed or path.read_text(encoding="utf-8") == "old"
 
 
@@ -74,39 +56,6 @@ def test_json_round_trip_and_unreadable_json(tmp_path):
             read_json(path)
     with pytest.raises(UserError, match=r"b\.json is missing"):
         read_json(tmp_path / "b.json")
-
-
-def test_writer_lock_refuses_a_second_writer_and_names_the_first(tmp_path):
-    with writer_lock(tmp_path):
-        assert writer_of(tmp_path).startswith(f"process {os.getpid()} on ")
-        with (
-            pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "),
-            writer_lock(tmp_path),
-        ):
-            pass
-    assert writer_of(tmp_path) is None
-    with pytest.raises(KeyError), writer_lock(tmp_path):
-        raise KeyError
-    with writer_lock(tmp_path):
-        pass
-    assert names(tmp_path) == []
-
-
-def test_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
-    inside, seen = 0, []
-
-    def work():
-        nonlocal inside
-        for _ in range(10):
-            with waiting_lock(tmp_path / "x"):
-                inside += 1
-                seen.append(inside)
-                time.sleep(0.0005)
-                inside -= 1
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: work(), range(4)))
-    assert seen == [1] * 40
 
 
 @pytest.mark.parametrize(

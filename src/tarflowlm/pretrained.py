@@ -23,13 +23,13 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.files import from_dict, to_dict
 from tarflowlm.generation.inversion import Decoders
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
+from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
 from tarflowlm.texts import Edit, Score, Scored, Writing
 

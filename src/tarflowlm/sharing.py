@@ -16,7 +16,6 @@ import torch
 from tarflowlm.checks import check_type
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import flatten
 from tarflowlm.generation import generate
 from tarflowlm.model_config import BaselineConfig
 from tarflowlm.presets import PRESETS, preset, with_blocks
@@ -28,6 +27,7 @@ from tarflowlm.runs.checkpoint import (
     read_summary,
 )
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
+from tarflowlm.schema import flatten
 
 Source = Checkpoint | str | Path
 """A checkpoint, or whatever `load_checkpoint` takes."""
@@ -109,10 +109,8 @@ def push_folder(
             raise UserError(
                 f"{repository} exists and is public: make it private in its settings, or name another"
             )
-        # these patterns are files of earlier versions
-        gone, message = ["draft/*", "manifest.json"], "Upload a model made with tarflowlm"
-        how = kind | {"commit_message": message, "delete_patterns": gone}
-        api.upload_folder(repo_id=repository, folder_path=folder, **how)
+        message = "Upload a model made with tarflowlm"
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, **kind)
     return f"{hub.constants.ENDPOINT}/{'spaces/' * space}{repository}"
 
 

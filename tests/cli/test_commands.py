@@ -16,7 +16,7 @@ from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.likelihood import score
-from tarflowlm.files import writer_lock
+from tarflowlm.locks import writer_lock
 from tarflowlm.model_config import COUPLINGS
 from tarflowlm.pretrained import load
 from tarflowlm.runs.hub import released

@@ -14,8 +14,8 @@ import torch
 from helpers import metrics_of
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import from_dict
 from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.schema import from_dict
 from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
 from tarflowlm.training.train import resume
 

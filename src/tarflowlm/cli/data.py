@@ -57,13 +57,13 @@ def run(args: Args) -> None:
 
 
 def _show_cache(args: Args) -> None:
-    from tarflowlm.data.sources import cache_root
-    from tarflowlm.files import remove_entry
+    from tarflowlm.files import cache_root
+    from tarflowlm.locks import remove_entry
     from tarflowlm.terminal.bars import print_result
 
     root = cache_root()
     sizes = {}
-    for entry in sorted(path for path in root.glob("*/*") if not path.name.endswith(".lock")):
+    for entry in sorted([*root.glob("corpora/*"), *root.glob("sources/*")]):
         files = [entry, *entry.rglob("*")]
         sizes[entry.relative_to(root).as_posix()] = sum(
             file.stat().st_size for file in files if file.is_file()

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from tarflowlm.data.sources import SPLITS
-from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError, first_line
+from tarflowlm.files import sha256_of
 
 META = "meta.json"
 FORMAT, VERSION = "tarflowlm-corpus", 1

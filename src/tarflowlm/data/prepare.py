@@ -34,13 +34,12 @@ from tarflowlm.data.sources import (
     Source,
     Split,
     TextFile,
-    cache_root,
     resolve_source,
 )
-from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.files import remove_leftovers, replacing, waiting_lock, write_json
+from tarflowlm.files import cache_root, remove_leftovers, replacing, sha256_of, write_json
+from tarflowlm.locks import waiting_lock
 from tarflowlm.progress import SILENT, Progress
 
 RESUME = "resume.npz"

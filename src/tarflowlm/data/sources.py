@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.data.text import FIELD, file_blocks, normalize, read_text, text_files, text_pieces
 from tarflowlm.errors import UserError, first_line
+from tarflowlm.files import cache_root
 from tarflowlm.progress import SILENT, Progress
 
 Split = Literal["train", "valid", "test"]
@@ -403,11 +404,6 @@ def resolve_source(source: str) -> Source:
             f"the folder {path} holds no text: put .txt or .jsonl files there, compressed or not"
         )
     return found
-
-
-def cache_root() -> Path:
-    """$TARFLOWLM_CACHE, or ~/.cache/tarflowlm."""
-    return Path(os.environ.get("TARFLOWLM_CACHE") or "~/.cache/tarflowlm").expanduser()
 
 
 def sources_dir() -> Path:

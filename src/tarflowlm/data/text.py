@@ -4,7 +4,6 @@ memory.
 
 import codecs
 import gzip
-import hashlib
 import json
 import lzma
 import os
@@ -99,12 +98,6 @@ def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
     if is_empty:
         raise UserError(f"{source} is empty: give a file with text")
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _byte_blocks(source: Path) -> Iterator[bytes]:

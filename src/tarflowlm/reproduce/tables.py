@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from tarflowlm.data import cached_corpus, eval_windows, load_tokenizer
-from tarflowlm.data.text import sha256_of
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import (
     PAPER_SAMPLES,
@@ -24,7 +23,7 @@ from tarflowlm.evaluation.quality import (
     TextStatistics,
     measure_quality,
 )
-from tarflowlm.files import replacing
+from tarflowlm.files import replacing, sha256_of
 from tarflowlm.presets import preset
 from tarflowlm.reproduce.recipe import (
     Finished,

@@ -1,3 +1,1 @@
-"""Run directories: configuration, weights and their checksums; and models by name, shipped or on
-the hub.
-"""
+"""Run directories: configuration, weights, checksums; and models by name."""

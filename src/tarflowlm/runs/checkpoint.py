@@ -1,6 +1,4 @@
-"""A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never
-unpickles.
-"""
+"""A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -12,22 +10,25 @@ import torch
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError, guess
-from tarflowlm.files import from_dict, full_disk_as_user_error, read_json, to_dict, write_json
+from tarflowlm.files import full_disk_as_user_error, read_json, write_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.hub import locate, released
 from tarflowlm.runs.weights import check_weights, is_whole, read_weights, write_weights
+from tarflowlm.schema import from_dict, to_dict
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 SUMMARY = "summary.json"
 """The results of a run, written at its end."""
 BEST = "best"
-"""Folder of a run directory with the weights of the best validation bound; it loads like a run
-directory.
-"""
+"""Folder with the weights of the best validation bound, which loads like a run directory."""
 PARENT = "parent.safetensors"
 """The weights that a run of `train --from` begins with."""
-STATE, COUNTERS = "state", "counters.json"
-"""Folder of the training states, one folder per step; the readable file in each of them."""
+STATE = "state"
+"""Folder of the training states, one folder per step."""
+COUNTERS = "counters.json"
+"""The readable file of a training state."""
 
 
 @dataclass(frozen=True)
@@ -50,51 +51,52 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
-    """Write a state dict to model.safetensors; `info` goes into its header, so that weights and
-    counts agree.
-    """
+    """Write a state dict to model.safetensors, and `info` into its header: they always agree."""
     write_weights(directory / WEIGHTS, weights, info)
 
 
 def read_run(directory: Path) -> RunConfig:
-    """The configuration of a run directory."""
+    """The configuration of a run directory. UserError where it is none, or damaged."""
     if not directory.is_dir():
-        where = f"give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or one of {', '.join(released())}"
-        raise UserError(
-            f"{directory} is not a directory: {guess(str(directory), released())}{where}"
-        )
-    document = read_json(directory / CONFIG)
-    if isinstance(document, dict):
-        document.pop("model_type", None)
-    return from_dict(RunConfig, document, where=str(directory / CONFIG))
+        known = released()
+        remedy = "give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or one of"
+        hint = guess(str(directory), known)
+        raise UserError(f"{directory} is not a directory: {hint}{remedy} {', '.join(known)}")
+    path = directory / CONFIG
+    document = read_json(path)
+    if not isinstance(document, dict) or document.pop("model_type", None) != MODEL_TYPE:
+        raise UserError(f"{path} is not the configuration of a run: train again, or restore it")
+    return from_dict(RunConfig, document, where=str(path))
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """The results of a finished run, or None where there are none."""
-    found = read_json(directory / SUMMARY) if (directory / SUMMARY).exists() else {}
+    path = directory / SUMMARY
+    if not path.exists():
+        return None
+    found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f"{directory / SUMMARY} is not an object: train again")
+        raise UserError(f"{path} is not an object: train again")
     return found or None
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Load a run directory, the released model of that name, or hf:OWNER/NAME of the hub, onto
-    `device`.
+    """Load a run directory, the released model of that name, or hf:OWNER/NAME, onto `device`.
 
     A progressive run that was stopped early gives the blocks it had by then. UserError, naming the
-    file, for a directory that is missing, incomplete, damaged, or no run directory.
+    file, for a directory that is missing, incomplete, damaged, or not a run directory.
     """
     directory = locate(directory)
     run = read_run(directory)
-    # read before the tokenizer: weights are written last, so without them the other files need not
-    # be complete
+    # first, since weights are written last: without them the other files need not be complete
     try:
         tensors, info = read_weights(directory / WEIGHTS)
     except UserError as error:
         raise UserError(f"{error}{_remedy(directory)}") from None
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
-    if (blocks := info.get("blocks", "")).isdigit() and int(blocks) > 0:
+    blocks = info.get("blocks", "")
+    if blocks.isdigit() and int(blocks) > 0:
         config = config.first_blocks(int(blocks))
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
@@ -105,12 +107,12 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
 
 
 def _remedy(directory: Path) -> str:
-    """The undamaged checkpoints beside the weights of a run directory, as the end of a message."""
+    """The undamaged checkpoints next to damaged weights, as the end of a message."""
     found = []
-    if state := undamaged_state(directory):
-        found.append(
-            f"`tarflowlm train --resume {directory}` restores it from {STATE}/{state.name}"
-        )
+    state = undamaged_state(directory)
+    if state is not None:
+        command = f"tarflowlm train --resume {directory}"
+        found.append(f"`{command}` restores it from {STATE}/{state.name}")
     other = directory.parent if directory.name == BEST else directory / BEST
     if (other / WEIGHTS).exists() and weights_problem(other) is None:
         found.append(f"{other} is undamaged")
@@ -126,59 +128,54 @@ def undamaged_state(directory: Path) -> Path | None:
 
 
 def corpus_digest(directory: Path) -> str | None:
-    """The fingerprint of the corpus that the run in a directory trains on; None for a model without
-    its state.
-    """
+    """The fingerprint of the corpus that a run trains on; None without its training state."""
     state = undamaged_state(directory)
-    digest = read_json(state / COUNTERS).get("corpus") if state else None
+    digest = None if state is None else read_json(state / COUNTERS).get("corpus")
     return digest if isinstance(digest, str) else None
 
 
 def weights_problem(directory: Path) -> str | None:
-    """The damage of the weights of a run directory, in words; None if they are undamaged or not
-    written yet.
-    """
-    try:
-        if (directory / WEIGHTS).exists():
+    """The damage of the weights of a run directory, in words; None for undamaged or no weights."""
+    if (directory / WEIGHTS).exists():
+        try:
             read_weights(directory / WEIGHTS)
-    except UserError as error:
-        return str(error)
+        except UserError as error:
+            return str(error)
     return None
 
 
 def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
-    """Write the files needed to load a model into the new directory `out`, without the training
-    state; returns `out`.
+    """Write the files that load a model into the new directory `out`; returns `out`.
 
-    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of
-    linear layers, and those between the channels of a head, in bfloat16; loading converts them to
-    float32. Codebooks, biases and the evidence of heads keep their precision.
-    Paths in the configuration are cut to the file name. If this fails, nothing is left behind.
+    `source` is a checkpoint, or whatever `load_checkpoint` takes; its training state stays behind.
+    `half` stores the matrices of linear layers, and those between the channels of a head, in
+    bfloat16, which loading converts to float32. Codebooks, biases and the evidence of heads keep
+    their precision. Paths in the configuration are cut to file names. If this fails, nothing is
+    left behind.
     """
-    checkpoint, out = (
-        source if isinstance(source, Checkpoint) else load_checkpoint(source),
-        Path(out),
-    )
+    checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
+    out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose a new directory")
-    # under another name until it is whole, so that a kill leaves nothing that blocks the name
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     data = checkpoint.run.data
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
     weights = checkpoint.model.state_dict()
-    for name, w in weights.items():
-        is_matrix = (name.endswith(".weight") and w.ndim == 2) or name.endswith(".cross")
-        # those of a model that came in bfloat16 lose nothing
-        if is_matrix and (half or w.equal(w.bfloat16().to(w.dtype))):
-            weights[name] = w.bfloat16()
+    for name, weight in weights.items():
+        is_matrix = (name.endswith(".weight") and weight.ndim == 2) or name.endswith(".cross")
+        # what came in bfloat16 loses nothing
+        if is_matrix and (half or weight.equal(weight.bfloat16().to(weight.dtype))):
+            weights[name] = weight.bfloat16()
+    # under another name until it is whole, so that a kill leaves nothing that blocks the name
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         with full_disk_as_user_error(out, lambda: "export it again"):
             write_run(partial, replace(checkpoint.run, data=data), checkpoint.tokenizer)
             save_weights(partial, weights, checkpoint.info)
-            if (summary := read_summary(checkpoint.directory)) is not None:
+            summary = read_summary(checkpoint.directory)
+            if summary is not None:
                 write_json(partial / SUMMARY, summary | {"source": data.source})
             partial.rename(out)
     except BaseException:
@@ -188,8 +185,6 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
 
 
 def _without_folders(source: str) -> str:
-    """An absolute path as ./NAME, which cannot be the name of a corpus or tokenizer; names stay as
-    they are.
-    """
+    """./NAME for an absolute path, which no corpus or tokenizer is called; a name as it is."""
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source

@@ -17,8 +17,9 @@ from typing import Any
 
 from tarflowlm.config import RunConfig, TrackerName
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json, to_dict, write_json
+from tarflowlm.files import read_json, write_json
 from tarflowlm.progress import Silent
+from tarflowlm.schema import to_dict
 
 METRICS = "metrics.jsonl"
 PROJECT = "tarflowlm"

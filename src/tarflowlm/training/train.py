@@ -25,13 +25,8 @@ from tarflowlm.data import (
 )
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
-from tarflowlm.files import (
-    flatten,
-    full_disk_as_user_error,
-    remove_leftovers,
-    write_json,
-    writer_lock,
-)
+from tarflowlm.files import full_disk_as_user_error, remove_leftovers, write_json
+from tarflowlm.locks import writer_lock
 from tarflowlm.presets import with_blocks, with_steps
 from tarflowlm.runs.checkpoint import (
     BEST,
@@ -47,6 +42,7 @@ from tarflowlm.runs.checkpoint import (
     write_run,
 )
 from tarflowlm.runs.weights import checksum
+from tarflowlm.schema import flatten
 from tarflowlm.training.loop import test_seconds, train_stage
 from tarflowlm.training.metrics import METRICS, Reporter, check_installed
 from tarflowlm.training.parallel import ALONE, Processes

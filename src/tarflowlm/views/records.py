@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import flatten, writer_of
+from tarflowlm.locks import writer_of
 from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run, read_summary
+from tarflowlm.schema import flatten
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]

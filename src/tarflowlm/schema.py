@@ -1,0 +1,102 @@
+"""Configurations as JSON, and back: frozen dataclasses, read strictly.
+
+Unknown and missing keys are errors, and the types of all values are checked.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from tarflowlm.errors import UserError
+
+T = TypeVar("T")
+
+
+def to_dict(config: object) -> Any:
+    """A dataclass as plain JSON values; tuples become lists, and a class attribute `family` a
+    key.
+    """
+    if dataclasses.is_dataclass(config):
+        family = {"family": config.family} if hasattr(config, "family") else {}
+        fields = dataclasses.fields(config)
+        return family | {field.name: to_dict(getattr(config, field.name)) for field in fields}
+    return [to_dict(item) for item in config] if isinstance(config, (tuple, list)) else config
+
+
+def flatten(value: object, name: str = "") -> dict[str, Any]:
+    """The fields of a configuration, or of JSON values, by dotted names such as options have."""
+    value = to_dict(value)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def from_dict(cls: type[T], data: object, where: str = "config") -> T:
+    """The dataclass `cls` from plain JSON values; inverse of `to_dict`.
+
+    The key `family` selects the member of a union of dataclasses. UserError, naming the dotted key
+    behind `where`, for unknown keys, missing keys and values of the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected an object, found {data!r}")
+    hints = typing.get_type_hints(cls)
+    family = getattr(cls, "family", None)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key, value in data.items():
+        is_family = key == "family" and family is not None and value == family
+        if key not in fields and not is_family:
+            known = ", ".join(sorted(fields))
+            raise UserError(f"{where}.{key}: unknown key; known keys are {known}")
+    for name, field in fields.items():
+        missing = dataclasses.MISSING
+        has_default = field.default is not missing or field.default_factory is not missing
+        if name not in data and not has_default:
+            raise UserError(f"{where}.{name}: missing key")
+    given = [name for name in fields if name in data]
+    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in given})
+
+
+def _value(hint: Any, value: object, where: str) -> object:
+    """`value`, checked against a type hint of a configuration; lists become tuples."""
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(_member(arguments, value, where), value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, found {value!r}")
+        return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int) and not is_bool:
+        return float(value)
+    # to Python, True is an int
+    if not isinstance(value, hint) or is_bool != (hint is bool):
+        raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
+    return value
+
+
+def _member(union: tuple[Any, ...], value: object, where: str) -> Any:
+    """The member of a union that `value` is for, which its `family` names where there are more."""
+    members = [member for member in union if member is not type(None)]
+    if len(members) == 1:
+        return members[0]
+    by_family = {member.family: member for member in members}
+    family = value.get("family") if isinstance(value, dict) else None
+    if not isinstance(family, str) or family not in by_family:
+        known = ", ".join(map(repr, by_family))
+        raise UserError(f"{where}.family: {family!r} is not one of {known}")
+    return by_family[family]

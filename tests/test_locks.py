@@ -1,0 +1,59 @@
+"""Locks have one holder, and name it."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tarflowlm.errors import UserError
+from tarflowlm.locks import LOCK, remove_entry, waiting_lock, writer_lock, writer_of
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """No lock is in the user's cache."""
+    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def test_writer_lock_refuses_a_second_writer_and_names_the_first(tmp_path):
+    with writer_lock(tmp_path):
+        assert writer_of(tmp_path).startswith(f"process {os.getpid()} on ")
+        with (
+            pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "),
+            writer_lock(tmp_path),
+        ):
+            pass
+    assert writer_of(tmp_path) is None
+    with pytest.raises(KeyError), writer_lock(tmp_path):
+        raise KeyError
+    with writer_lock(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} <= {LOCK}
+
+
+def test_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
+    inside, seen = 0, []
+
+    def work():
+        nonlocal inside
+        for _ in range(10):
+            with waiting_lock(tmp_path / "x"):
+                inside += 1
+                seen.append(inside)
+                time.sleep(0.0005)
+                inside -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: work(), range(4)))
+    assert seen == [1] * 40
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_process_prepares_is_not_removed(tmp_path):
+    path = tmp_path / "corpus"
+    path.mkdir()
+    with waiting_lock(path), pytest.raises(UserError, match="is being prepared"):
+        remove_entry(path)
+    remove_entry(path)
+    assert not path.exists()
