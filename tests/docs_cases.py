@@ -22,6 +22,9 @@ DOCUMENTS += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "docs").gl
 COMMAND = re.compile(r"\btarflowlm ([a-z]+)\b((?:[^\n`|;&]|\\\n)*)")
 """A command of ours in a block or in running text, with its arguments."""
 
+REPRODUCTION = re.compile(r"\bpython -m reproduction ([\w$-]+)([^\n`#]*)")
+"""A recipe with its arguments."""
+
 
 def name_of(document: Path) -> str:
     return document.relative_to(ROOT).as_posix()

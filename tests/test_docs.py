@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from docs_cases import (
     COMMAND,
     DOCUMENTS,
+    REPRODUCTION,
     ROOT,
     anchors,
     blocks,
@@ -25,10 +27,11 @@ from docs_cases import (
     name_of,
     shell_lines,
 )
+from reproduction.__main__ import Args as ReproductionArgs
+from reproduction.recipes import RECIPES
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS
-from tarflowlm.reproduce import RECIPES
 
 # the log records what was true at a date; its commands may be gone
 CURRENT = [document for document in DOCUMENTS if document != ROOT / "docs" / "log.md"]
@@ -46,7 +49,7 @@ SMALL = [
     "--device=cpu",
 ]
 """Makes a training tiny. The last of several values of an option counts."""
-ELSEWHERE = {"quickstart", "report", "studio", "harness", "reproduce"}
+ELSEWHERE = {"quickstart", "report", "studio", "harness"}
 """Commands that are slow, serve or fetch: tests of their own run them."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -146,6 +149,8 @@ def test_commands_run(document, place):
             assert words == ["clone", PROJECT["urls"]["Homepage"]], line
         elif program == "cd":
             assert words == ["tarflowlm"], line
+        elif program == "python":
+            assert words[:2] == ["-m", "reproduction"], line
         else:
             assert program == "tarflowlm", line
             # the text `english` needs an extra
@@ -192,6 +197,9 @@ def options() -> dict[str, set[str]]:
             for name, argvs in pages.items()
         }
     found["train"] |= {"--resume"}
+    found["reproduction"] = {
+        f"--{field.name.replace('_', '-')}" for field in fields(ReproductionArgs)
+    }
     found["harness"] |= {
         "--tasks",
         "--include_path",
@@ -216,9 +224,12 @@ def test_commands_and_options_exist(document, options):
         words = re.sub(r"\s#.*", "", arguments).split()
         given = {option.partition("=")[0] for option in words if re.match(r"--[a-z]", option)}
         assert given <= options[command] | {"--help", "--import"}, place
-        known = {"train": PRESETS, "reproduce": (*RECIPES, "all")}.get(command)
-        if known and words and re.fullmatch(r"[a-z][a-z0-9-]+", words[0]):
-            assert words[0] in known, place
+        if command == "train" and words and re.fullmatch(r"[a-z][a-z0-9-]+", words[0]):
+            assert words[0] in PRESETS, place
+    for name, arguments in REPRODUCTION.findall("\n".join([*codes, *blocks(document, "")])):
+        place = f"{name_of(document)}: python -m reproduction {name}{arguments}"
+        assert name in (*RECIPES, "all", "$n", "NAME"), place
+        assert set(re.findall(r"--[a-z-]+", arguments)) <= options["reproduction"], place
     every = set().union(*options.values(), {"--help", "--version", "--import"})
     for code in codes:
         if re.match(r"--[a-z]", code):

@@ -15,11 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tarflowlm.reproduce.passes import JUDGED
-from tarflowlm.reproduce.states import DOWN, UP, directions
-from tarflowlm.reproduce.tables import PLAIN
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the package
+
+from reproduction.geometry import DOWN, UP, directions  # noqa: E402
+from reproduction.measures import JUDGED  # noqa: E402
+from reproduction.tables import PLAIN  # noqa: E402
+
 BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
 SURE = 0.01  # bits per character
 PAIRS = 3.42  # entropy of a letter of english27 given the one before, in bits

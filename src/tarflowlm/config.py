@@ -20,26 +20,7 @@ two.
 Decoding = Literal["mode", "drawn"]
 """The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
 
-Scale = Literal["mini", "paper"]
-"""Scale of the reproduction: CPU-sized models or the paper's."""
-
 Precision = Literal["float32", "bfloat16"]
-
-RECIPE_NAMES = (
-    "table2",
-    "fig2",
-    "fig3",
-    "fig4",
-    "fig5",
-    "fig6",
-    "fig7",
-    "table6",
-    "frontier",
-    "progressive",
-    "patches",
-    "in-patch",
-    "shares",
-)
 
 Normalization = Literal["none", "text8"]
 NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)

@@ -17,7 +17,7 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 
 TRAIN = ["train", "mini-mixd", "--out", "OUT", "--data", "TEXT", *TINY]
 SAMPLE, EVAL, EDIT = ["sample", "flow"], ["eval", "flow"], ["edit", "flow", "--text", "the king"]
-SCORE, REPRODUCE, HARNESS = ["score", "flow"], ["reproduce", "table2"], ["harness", "flow"]
+SCORE, HARNESS = ["score", "flow"], ["harness", "flow"]
 BYTES = "\udcff\udcfe"  # how Python keeps arguments that are not UTF-8
 LINES = [
     (["trian"], ["'trian'", "train", "eval", "sample"]),
@@ -114,10 +114,6 @@ LINES = [
     (["push", "flow", "nobody"], ["nobody", "OWNER/NAME"]),
     (["push", "flow", "some/one", "--dry-run", "--private"], ["--private", "--dry-run"]),
     (["studio", "--port", "70000"], ["port 70000"]),
-    (["reproduce", "table9"], ["'table9'", "table2"]),
-    ([*REPRODUCE, "--seeds", "0"], ["seeds 0"]),
-    (["reproduce", "fig2", "--second-text", "a.txt"], ["--second-text a.txt", "table2"]),
-    ([*REPRODUCE, "--scale", "paper", "--data", "a.txt"], ["--data a.txt", "--scale paper"]),
     ([*HARNESS, "--model=hf"], ["--model=hf", "leave it out"]),
     ([*HARNESS, "--model_args", "a=b"], ["--model_args"]),
     ([*HARNESS, "--posterior-samples", "0"], ["posterior samples 0"]),

@@ -30,7 +30,6 @@ def test_help_and_wrong_arguments_need_no_torch():
     argvs += [
         ["sample", "--nmu", "3"],
         ["edit", "--text", "abc", "--num", "0"],
-        ["reproduce", "table9"],
     ]
     argvs += [["train", "mini-mixd", "--out", "x", "--steps", "2"], ["data", "english"]]
     code = WITHOUT_TORCH.format(argvs=argvs)

@@ -24,7 +24,6 @@ of SIGPIPE.
 """
 # added to the message of an interrupt in commands that save on the way
 AFTER_INTERRUPT = {"train": "a training run continues with `tarflowlm train --resume DIR`"}
-AFTER_INTERRUPT |= {"reproduce": "the same command goes on from the last checkpoint"}
 
 COMMANDS = [
     "quickstart",
@@ -40,7 +39,6 @@ COMMANDS = [
     "studio",
     "export",
     "push",
-    "reproduce",
     "harness",
 ]
 """Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, and
@@ -49,15 +47,17 @@ comments beside and docstrings below options are their help. None imports torch 
 """
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point: runs a command and exits."""
+def main(
+    argv: list[str] | None = None, *, dispatch: Callable[[list[str]], None] | None = None
+) -> None:
+    """Entry point: runs a command and exits. `dispatch` runs another program than `tarflowlm`."""
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a character that the output's encoding lacks is printed as ?
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
-            _dispatch(argv)
+            (dispatch or _dispatch)(argv)
         finally:
             # inside this `try`, which catches a closed pipe
             sys.stdout.flush()
@@ -98,15 +98,15 @@ def _dispatch(argv: list[str]) -> None:
     name, *rest = argv
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    run_command(command_module(name), _import_named(rest), f"tarflowlm {name}")
+
+
+def run_command(command: Any, argv: list[str], prog: str) -> None:
+    """Read the words of a command and run it."""
     from tarflowlm.cli.options import parse
     from tarflowlm.terminal.bars import NoticeHandler
 
-    command, rest = command_module(name), _import_named(rest)
-    args = (
-        command.read(rest)
-        if hasattr(command, "read")
-        else parse(command.Args, rest, f"tarflowlm {name}")
-    )
+    args = command.read(argv) if hasattr(command, "read") else parse(command.Args, argv, prog)
     settle_threads()
     with exit_on_interrupt():
         import torch

@@ -1,6 +1,7 @@
 """Plans of the recipes, and on a tiny training: work is done once, resumed, and written down."""
 
 import csv
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from docs_cases import ROOT
 from helpers import FLOW
-from tarflowlm.config import RECIPE_NAMES, RunConfig, TrainConfig
+from reproduction import ablations, passes, patches
+from reproduction.measures import summary_row
+from reproduction.recipe import Recipe, trainings
+from reproduction.recipes import RECIPES
+from reproduction.running import estimate, finish, state_of
+from reproduction.settings import Settings
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.reproduce import RECIPES, ablations, passes
-from tarflowlm.reproduce.recipe import Recipe, Settings, estimate, finish, state_of, trainings
-from tarflowlm.reproduce.states import summary_row
 from tarflowlm.training.metrics import Reporter
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
@@ -23,7 +28,6 @@ MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "pap
 
 @pytest.mark.parametrize(("scale", "width"), [("mini", 128), ("paper", 768)])
 def test_recipes_share_a_run_only_where_it_is_the_same(scale, width):
-    assert tuple(RECIPES) == RECIPE_NAMES  # those of the command
     settings, known = Settings(scale=scale, out=Path("out"), seeds=2), {}
     for recipe in RECIPES.values():
         plan = recipe.plan(settings)
@@ -56,7 +60,7 @@ def test_fig4_is_without_the_channels_before(settings):
 
 @pytest.mark.parametrize("settings", [MINI, PAPER])
 def test_fig5_has_two_tokens_per_position_in_every_model(settings):
-    runs = {t.label: t.run for t in ablations.plan_fig5(settings) if t.label != "judge"}
+    runs = {t.label: t.run for t in patches.plan_fig5(settings) if t.label != "judge"}
     assert {run.model.patch for run in runs.values()} == {2}
     mix1, one_token = runs["Mix-1, head over the patch"], settings.preset("mix1", "owt")
     assert replace(mix1, name=one_token.name, model=replace(mix1.model, patch=1)) == one_token
@@ -94,7 +98,7 @@ TINY_RECIPE = Recipe(
     claim="nothing.",
     measure=lambda _settings, finished: [summary_row(done) for done in finished],
     plan=lambda settings: trainings(settings, {"tiny": TINY}),
-    text=lambda _settings, finished, rows: f"{len(finished)} runs, {len(rows)} rows.\n",
+    below=lambda rows, folder: f"{len(rows)} rows, {folder.name}.\n",
 )
 
 
@@ -148,7 +152,7 @@ def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypa
         timed.append((stage, tuple(batches().shape)))
         return 2.0
 
-    monkeypatch.setattr("tarflowlm.reproduce.recipe.seconds_per_step", two_seconds)
+    monkeypatch.setattr("reproduction.running.seconds_per_step", two_seconds)
     planned = estimate(settings, TINY_RECIPE.plan(settings))
     assert [(p.state, p.tokens, p.seconds) for p in planned] == [("new", 6 * 2 * 16, 12.0)] * 2
     assert timed == [(0, (2, 16)), (1, (2, 16))]
@@ -164,13 +168,12 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
     def draw(figure, rows):
         figure.subplots().plot([row["test bpc"] for row in rows])
 
-    recipe = replace(TINY_RECIPE, draw=draw, page=lambda rows: f"<p>{len(rows)} rows</p>")
+    recipe = replace(TINY_RECIPE, draw=draw)
     for name in list(RECIPES):
         monkeypatch.delitem(RECIPES, name)
     for name in ("first", "second"):
         monkeypatch.setitem(RECIPES, name, replace(recipe, name=name))
     argv = [
-        "reproduce",
         "all",
         "--out",
         settings.out,
@@ -181,7 +184,7 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
         "--device",
         "cpu",
     ]
-    monkeypatch.setattr(sys, "argv", ["tarflowlm", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["__main__.py", *map(str, argv)])
     # recipes share trainings
     assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == [
         "tiny-s0",
@@ -191,34 +194,34 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
     assert first["rows"] == second["rows"]
     assert [Path(p).name for p in first["files"]] == [
         "first.csv",
-        "first.png",
-        "first.html",
         "first.md",
+        "first.png",
     ]
     with (settings.out / "first.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [float(row["test bpc"]) for row in table] == [row["test bpc"] for row in first["rows"]]
     assert "ppl" in table[0]
-    assert (settings.out / "first.html").read_text(encoding="utf-8") == "<p>2 rows</p>"
     page = (settings.out / "first.md").read_text(encoding="utf-8")
     parts = [
         "| tiny | 0 | <= |",
-        "2 runs, 2 rows.",
-        "tarflowlm reproduce all",
+        "2 rows, out.",
+        "python -m reproduction all",
         "tiny-s1",
         "words.txt",
         "PyTorch",
     ]
-    assert [part for part in [*parts, "[first.html](first.html)"] if part not in page] == []
+    assert [part for part in parts if part not in page] == []
     assert "ppl" not in page
     assert (settings.out / "first.png").read_bytes()[:4] == b"\x89PNG"
     assert run(*argv, "--dry-run").out.count("finished") == 2
 
 
-def test_wrong_requests_are_named(refused, tmp_path, monkeypatch):
-    # packages that a recipe needs count as installed
-    monkeypatch.setattr("tarflowlm.cli.reproduce.find_spec", lambda name: name)
-    argv = ["reproduce", "--dry-run", "--out", tmp_path / "out"]
+def test_wrong_requests_are_named(refused, tmp_path):
+    argv = ["--dry-run", "--out", tmp_path / "out"]
+    refused("table9", names=["'table9'", "table2"])
+    refused("table2", "--seeds", "0", names=["seeds 0"])
+    refused("fig2", "--second-text", "a.txt", names=["--second-text a.txt", "table2"])
+    refused("table2", "--scale", "paper", "--data", "a.txt", names=["--data a.txt", "paper"])
     refused(*argv, "fig3", "--steps", "0", names=["steps 0"])
     for recipe, option in (
         ("fig3", "--data"),
@@ -226,3 +229,9 @@ def test_wrong_requests_are_named(refused, tmp_path, monkeypatch):
         ("table6", "--judge-data"),
     ):
         refused(*argv, recipe, option, "no-such.txt", names=["'no-such.txt'"])
+
+
+def test_the_help_page_comes_without_torch():
+    code = "import sys, reproduction.__main__; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,133 @@
+"""`python -m reproduction NAME`: plan, train what is missing, measure, write the results."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from reproduction.settings import Settings
+from tarflowlm.cli.main import main, run_command
+from tarflowlm.cli.options import Flag, PrintJson, arg, check
+from tarflowlm.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from reproduction.recipe import Recipe
+    from reproduction.running import Planned
+
+ALL = "all"
+PROGRAM = "python -m reproduction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(Settings):
+    """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one."""
+
+    name: Annotated[
+        tyro.conf.Positional[str],
+        arg("NAME", "A table, a figure or an experiment of docs/reproduce.md, say table2; or all."),
+    ]
+    # Train nothing: list the trainings with a rough time for each, from a few timed steps.
+    dry_run: Flag = False
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        check(self, ("seeds",))
+        if self.data is not None and self.scale == "paper":
+            raise UserError(
+                f"--data {self.data} has no effect with --scale paper, which keeps the paper's texts"
+            )
+        if self.second_text is not None and self.name not in ("table2", ALL):
+            raise UserError(
+                f"--second-text {self.second_text} has no effect on {self.name}: only table2 measures it"
+            )
+
+
+def run(args: Args) -> None:
+    from reproduction.recipes import RECIPES
+    from reproduction.results import write_results
+    from reproduction.running import estimate, finish, state_of
+    from tarflowlm.cli.main import stop_on_signals
+    from tarflowlm.data import check_source
+    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
+
+    if args.name not in (*RECIPES, ALL):
+        raise unknown("recipe", args.name, (*RECIPES, ALL))
+    recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
+    plans = {recipe.name: recipe.trainings(args) for recipe in recipes}
+    # recipes share trainings
+    plan = list({training.name: training for p in plans.values() for training in p}.values())
+    for source in (*(training.run.data.source for training in plan), args.second_text):
+        if source is not None:
+            check_source(source)
+    if args.dry_run:
+        title = recipes[0].title if len(recipes) == 1 else "All recipes"
+        _print_plan(args, title, estimate(args, plan))
+        return
+    # before anything that takes hours: missing packages, runs of another configuration
+    _check_packages(recipes)
+    for training in plan:
+        state_of(args, training)
+    results = []
+    for recipe in recipes:
+        with ProgressReporter() as reporter:
+            finished = finish(args, plans[recipe.name], reporter, stop_on_signals)
+        with Bars() as bars:
+            finished = [replace(done, progress=bars) for done in finished]
+            rows = recipe.measure(args, finished)
+            command = [*PROGRAM.split(), *sys.argv[1:]]
+            written = write_results(recipe, args, rows, finished, command=command)
+        if not args.json:
+            print_table(recipe.title, [(path.suffix[1:], str(path)) for path in written])
+        files = [str(path) for path in written]
+        results.append({"name": recipe.name, "rows": rows, "files": files})
+    if args.json:
+        print_json(results[0] if args.name != ALL else {"name": ALL, "recipes": results})
+
+
+def _check_packages(recipes: "Sequence[Recipe]") -> None:
+    """Raise UserError where a recipe needs an optional package that is missing."""
+    for recipe in recipes:
+        needed = {"mauve": "quality"} if recipe.name == "table6" else {}
+        if recipe.draw is not None:
+            needed["matplotlib"] = "plots"
+        for module, extra in needed.items():
+            if find_spec(module) is None:
+                raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
+
+
+def _print_plan(args: Args, title: str, planned: "Sequence[Planned]") -> None:
+    from tarflowlm.terminal.bars import print_result
+
+    missing = sum((p.seconds for p in planned if p.state != "finished"), start=0.0)
+    runs = [
+        {"run": p.training.name, "state": p.state, "tokens": p.tokens, "seconds": p.seconds}
+        for p in planned
+    ]
+    rows = [
+        (p.training.name, f"{p.state}: {p.tokens:,} tokens, about {_time(p.seconds)}")
+        for p in planned
+    ]
+    rows.append(("to do", f"about {_time(missing)}, and the measurements"))
+    found = {"name": args.name, "runs": runs, "seconds": missing}
+    print_result(args.json, found, f"{title} ({args.scale}), in {args.out}", rows)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 5400:
+        return f"{seconds / 60:,.1f} minutes"
+    return f"{seconds / 3600:,.1f} hours" if seconds < 72 * 3600 else f"{seconds / 86400:,.0f} days"
+
+
+def reproduce(argv: list[str]) -> None:
+    """Run the command with these words."""
+    try:
+        run_command(sys.modules[__name__], argv, PROGRAM)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command continues from the last checkpoint") from None
+
+
+if __name__ == "__main__":
+    main(dispatch=reproduce)

@@ -1,0 +1,240 @@
+"""Figure 7 of the paper: the geometry of the states, and the operations of a flow.
+
+The paper leaves open which end is "layer 0", so the states are read in both directions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from pathlib import Path
+
+from reproduction import measures
+from reproduction.recipe import Finished, Recipe, Row, Training, no_table, trainings
+from reproduction.results import markdown_table
+from reproduction.running import GPT2_SIZE
+from reproduction.settings import Settings
+from tarflowlm.evaluation.blocks import Spread, state_metrics
+from tarflowlm.evaluation.flops import forward_flops
+from tarflowlm.model_config import BaselineConfig, TransformerConfig, as_flow_config
+from tarflowlm.presets import preset
+from tarflowlm.views.style import SMALL, Figure
+
+SAMPLES = 64  # samples of each model, whose states are measured
+UP = "latents of a text"
+"""Layer 0 of the states that go up from the latents to the noise."""
+DOWN = "noise of a sample"
+"""Layer 0 of the states that go down from the noise to the latents."""
+METRICS = {
+    "norm": "norm",
+    "cosine": "cosine",
+    "participation_ratio": "participation ratio",
+    "centroid_shift": "movement of centroid",
+}
+SHARES = ("log_det", "kl", "kl_gain", "nelbo")
+SURE = 2.0  # standard errors of a mean over sequences that a change must exceed to count
+FLOW_PATCHES = (1, 2, 4)
+GPT2_SIZES = {
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
+"""Layers, width and heads."""
+
+_DIRECTIONS = f"""## The paper's four directions
+
+The metrics are those of the L outputs of the layers, as in the paper's appendix G. It leaves open which end is
+layer 0 ("sampled noise or an encoder's output"), so every cell has two readings: from the latents of a text to the
+noise, and from the noise to the latents of a sample. "yes": the metric goes the paper's way as a whole, and at no
+layer the other way. A change counts if it exceeds {SURE:g} standard errors of the mean over sequences. The KL
+divergence of posterior and prior is in nats per token, of texts. The CSV has all values with standard deviations.
+"""
+_OPERATIONS = "The last panel: operations of a flow with one input map and head over those of a Transformer LM.\n"
+
+
+def plan_fig7(settings: Settings) -> list[Training]:
+    """Affine, Mix-1 and Mix-d; at mini scale also Mix-1 with a plain start, as in the paper."""
+    runs = {
+        "affine": settings.preset("affine", "owt"),
+        "Mix-1": settings.preset("mix1", "owt"),
+        "Mix-d": settings.preset("mixd", "owt"),
+    }
+    if settings.scale == "mini":
+        runs[measures.PLAIN_START] = preset("mini-mix1-plain")
+        runs[measures.DEEPEST_LAST] = preset("mini-mix1-deep-last")
+    return trainings(settings, runs)
+
+
+def measure_fig7(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Geometry of the states of texts, with each block's share of the bound, and of samples."""
+    rows: list[Row] = []
+    for done in finished:
+        model = measures.first_columns(done)
+        rows += [model | row for row in (*_states_of_text(done), *_states_of_samples(done))]
+    return rows + flops_by_size()
+
+
+def _states_of_text(done: Finished) -> Iterator[Row]:
+    for state in measures.latents(done):
+        row: Row = {
+            "layer 0": UP,
+            "layer": state.block,
+            "block": state.block or None,
+            "sequences": measures.LATENT_WINDOWS,
+        }
+        for name in (*METRICS, *SHARES):
+            spread: Spread | None = getattr(state, name)
+            row[name] = spread and spread.mean
+            row[f"{name} ±"] = spread and spread.std
+        yield row
+
+
+def _states_of_samples(done: Finished) -> Iterator[Row]:
+    checkpoint = done.load()
+    states = measures.sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
+    for layer, metrics in enumerate(state_metrics(states)):
+        row: Row = {
+            "layer 0": DOWN,
+            "layer": layer,
+            "block": len(states) - layer if layer else None,
+            "sequences": SAMPLES,
+        }
+        for name, values in metrics.items():
+            spread = Spread.of(values.cpu())
+            row[name] = spread.mean
+            row[f"{name} ±"] = spread.std
+        yield row
+
+
+def flops_by_size() -> list[Row]:
+    """Operations of a Mix-1 flow over those of a Transformer LM, by size and patch (appendix H)."""
+    rows: list[Row] = []
+    paper = as_flow_config(preset("owt-mix1").model)
+    for name, (layers, width, heads) in GPT2_SIZES.items():
+        trunk = TransformerConfig(width=width, num_heads=heads)
+        baseline = BaselineConfig(vocab_size=GPT2_SIZE, context=1024, trunk=trunk, layers=layers)
+        shares = (layers // 6, layers // 6, layers - 2 * (layers // 6))
+        blocks = tuple(replace(b, layers=n) for b, n in zip(paper.blocks, shares, strict=True))
+        flow = replace(paper, vocab_size=GPT2_SIZE, trunk=trunk, blocks=blocks)
+        for patch in FLOW_PATCHES:
+            operations = forward_flops(replace(flow, patch=patch), "figure7")
+            row: Row = {"model": f"Mix-1, {name}", "size": name, "patch": patch}
+            row["over the LM"] = operations / forward_flops(baseline, "figure7")
+            rows.append(row)
+    return rows
+
+
+def falls(values: Sequence[float], least: float = 0.0) -> bool:
+    """True if the values fall by more than `least` in all, and no step goes up by more."""
+    steps = [after - before for before, after in pairwise(values)]
+    return values[0] - values[-1] > least and max(steps, default=0.0) <= least
+
+
+def drops_and_rises(values: Sequence[float], directions: Sequence[str], least: float = 0.0) -> bool:
+    """True if values drop by more than `least` at every right-to-left layer and rise at the next.
+
+    A last layer has no next one and does not count. `directions` are those of the layers between
+    the values.
+    """
+    steps = [after - before for before, after in pairwise(values)]
+    found = [
+        drop < -least and rise > least
+        for (drop, rise), direction in zip(pairwise(steps), directions, strict=False)
+        if direction == "right to left"
+    ]
+    return bool(found) and all(found)
+
+
+def directions(states: Sequence[Row]) -> Row:
+    """The four directions of the paper's figure 7, each yes or no, of one model in one reading."""
+    outputs = [row for row in states if row["layer"]]
+    values = {name: [row[name] for row in outputs] for name in METRICS}
+    sure = SURE / outputs[0]["sequences"] ** 0.5
+    least = {name: sure * max(row[f"{name} ±"] for row in outputs) for name in METRICS}
+    layers = ["left to right" if row["block"] % 2 else "right to left" for row in outputs[1:]]
+    ratios = values["participation_ratio"]
+    found = {
+        "norm decreases": falls(values["norm"], least["norm"]),
+        "cosine increases": falls([-cosine for cosine in values["cosine"]], least["cosine"]),
+        "centroid movement diminishes": falls(values["centroid_shift"], least["centroid_shift"]),
+        "participation ratio drops right to left, then rises": drops_and_rises(
+            ratios, layers, least["participation_ratio"]
+        ),
+    }
+    return {name: "yes" if holds else "no" for name, holds in found.items()}
+
+
+def directions_table(rows: Sequence[Row], _folder: Path) -> str:
+    """Markdown: the paper's directions in both readings, and the KL divergence that blocks lower."""
+    table: list[Row] = []
+    of_states = [row for row in rows if "layer 0" in row]
+    for (model, seed), group in groupby(of_states, lambda row: (row["model"], row["seed"])):
+        by_reading = groupby(group, lambda row: row["layer 0"])
+        readings = {start: list(states) for start, states in by_reading}
+        up = directions(readings[UP])
+        down = directions(readings[DOWN])
+        row: Row = {"model": model, "seed": seed}
+        row |= {name: f"{up[name]}, {down[name]}" for name in up}
+        gains = [f"{state['kl_gain']:.4f}" for state in readings[UP][1:]]
+        row["KL lowered by blocks 1, 2, ..."] = ", ".join(gains)
+        table.append(row)
+    return f"{_DIRECTIONS}\n{markdown_table(table)}\n{_OPERATIONS}"
+
+
+def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
+    """The four geometric metrics over the layers, and the operations of a flow at four sizes.
+
+    The metrics are those of seed 0 in both readings, with standard deviations.
+    """
+    of_states = [row for row in rows if "layer 0" in row and row["seed"] == 0]
+    models = list(dict.fromkeys(row["model"] for row in of_states))
+    grid = figure.add_gridspec(2, len(METRICS) + 1)
+    for down, start in enumerate((UP, DOWN)):
+        for across, (name, title) in enumerate(METRICS.items()):
+            axes = figure.add_subplot(grid[down, across])
+            of_reading = [row for row in of_states if row["layer 0"] == start]
+            for index, model in enumerate(models):
+                of_model = [
+                    row for row in of_reading if row["model"] == model and row.get(name) is not None
+                ]
+                axes.errorbar(
+                    # side by side, so that no model hides another
+                    [row["layer"] + 0.06 * index for row in of_model],
+                    [row[name] for row in of_model],
+                    [row[f"{name} ±"] for row in of_model],
+                    marker="o",
+                    markersize=3.5,
+                    capsize=2,
+                    label=model,
+                )
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_title(title, fontsize=9)
+            if across == 0:
+                axes.set_ylabel(f"layer 0: {start}")
+            if down:
+                axes.set_xlabel("layer")
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(models), fontsize=SMALL)
+    sizes = list(GPT2_SIZES)
+    axes = figure.add_subplot(grid[:, len(METRICS)])
+    for patch in FLOW_PATCHES:
+        ratios = [row["over the LM"] for row in rows if row.get("patch") == patch]
+        axes.plot(range(len(sizes)), ratios, "o-", label=f"P = {patch}")
+    axes.axhline(1.0, color="gray", linestyle=":")
+    axes.set_xticks(range(len(sizes)), [size.removeprefix("gpt2-") for size in sizes], rotation=45)
+    axes.set_title("operations, flow / LM", fontsize=9)
+    axes.legend(fontsize=SMALL)
+
+
+FIG7 = Recipe(
+    name="fig7",
+    title="Latents after every block",
+    claim="The paper: across the layers the mean norm decreases, the cosine increases, the movement of the centroid "
+    "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
+    plan=plan_fig7,
+    measure=measure_fig7,
+    table=no_table,
+    below=directions_table,
+    draw=draw_fig7,
+    size=(11.5, 5.0),
+)

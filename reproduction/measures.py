@@ -1,0 +1,185 @@
+"""Measurements, and trainings, that recipes share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from reproduction.recipe import RUN_DETAILS, Finished, Row, Training, without
+from reproduction.settings import Settings
+from tarflowlm.config import RunConfig
+from tarflowlm.data import eval_windows
+from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
+from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
+from tarflowlm.evaluation.likelihood import bits, sign_of
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.writing import num_positions
+from tarflowlm.model import as_flow
+from tarflowlm.model_config import FlowConfig, as_flow_config
+from tarflowlm.presets import mini_ar, with_steps
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.views.records import RunRecord, read_record
+
+JUDGED = "judge's bits"
+PLAIN_START = "Mix-1, plain start"
+"""Label of `mini-mix1-plain`."""
+DEEPEST_LAST = "Mix-1, plain start, last block deepest"
+"""Label of `mini-mix1-deep-last`."""
+JUDGE_STEPS = 1300
+AVERAGED = 5  # lines of metrics.jsonl averaged in a point of a curve
+POINTS = 12  # evenly spaced points of a curve
+LATENT_WINDOWS = 256  # windows of text whose states are measured
+SHORT_STEPS = 300  # steps of mini trainings whose ranking shows early
+SHORT_WINDOWS = 1024  # test windows of these
+
+
+def first_columns(done: Finished) -> Row:
+    """The columns that name a training."""
+    return {"model": done.training.label, "seed": done.training.run.seed}
+
+
+def summary_row(done: Finished) -> Row:
+    """The run's own measurement on its test split."""
+    summary = done.summary
+    test = summary["test"]
+    return {
+        "model": done.training.label,
+        "seed": summary["seed"],
+        "": sign_of(test["bound"]),
+        "test bpc": test["bpc"],
+        "ppl": test["ppl"],
+        "stderr, nats": test["stderr"],
+        "tokens seen": summary["tokens"],
+        "seconds": summary["seconds"],
+    }
+
+
+def summaries_by(
+    _settings: Settings,
+    finished: Sequence[Finished],
+    *,
+    column: str,
+    value: Callable[[FlowConfig], int],
+) -> list[Row]:
+    """`summary_row` of flows with a number of their configuration as the first column."""
+    return [
+        {column: value(as_flow_config(done.training.run.model)), **summary_row(done)}
+        for done in finished
+    ]
+
+
+def sample(
+    done: Finished,
+    checkpoint: Checkpoint,
+    num: int,
+    length: int,
+    *,
+    prompt: Tensor | None = None,
+    what: str = "",
+) -> Generation:
+    """`num` samples of `length` tokens, some given by `prompt` [num, T], with the noise of seed 0."""
+    positions = num_positions(checkpoint.model, length)
+    progress = done.stage(f"sampling{what}, positions", positions)
+    return generate(
+        checkpoint.model,
+        num_tokens=length,
+        num=num,
+        prompt=prompt,
+        generator=torch.Generator().manual_seed(0),
+        decoder="auto",
+        watch=Watch(progress),
+    )
+
+
+def share(is_so: Tensor) -> float:
+    """The share of a tensor's entries that are true."""
+    return is_so.cpu().double().mean().item()
+
+
+def latents(done: Finished) -> list[StateReport]:
+    """The states of a flow on `LATENT_WINDOWS` evenly spaced windows of its test split."""
+    checkpoint = done.load()
+    windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, LATENT_WINDOWS)
+    progress = done.stage("latents of windows", len(windows))
+    return latent_report(as_flow(checkpoint.model), windows, progress=progress)
+
+
+def gains(done: Finished) -> Row:
+    """The nats per token that every block takes off the KL divergence."""
+    found = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
+    return {f"KL taken off by block {number}": gain for number, gain in enumerate(found, 1)}
+
+
+def judged_bits(judge: Judge, checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    """Bits per character of every sample by the judge."""
+    texts = [checkpoint.tokenizer.decode(row) for row in tokens.tolist()]
+    return bits(judge.read(texts).by_text) / torch.tensor([len(text) for text in texts])
+
+
+def mean_of(values: Tensor) -> Spread:
+    """The mean over samples, and its standard error."""
+    return Spread(values.mean().item(), values.std().item() / len(values) ** 0.5)
+
+
+def curves(done: Finished) -> Row:
+    """Bits per character over the steps, of the training text and of every validation.
+
+    The training text has `POINTS` evenly spaced steps.
+    """
+    record = read_record(done.directory)
+    row = Row()
+    curve = training_curve(record)
+    for place in range(1, POINTS + 1):
+        goal = place * done.training.run.train.num_steps / POINTS
+        _, step = min((abs(step - goal), step) for step in curve)
+        row[f"train bpc at {step:,}"] = curve[step]
+    for step, bpc in zip(record.valid["step"], record.valid["bpc"], strict=True):
+        row[f"valid bpc at {int(step):,}"] = float(bpc)
+    return row
+
+
+def training_curve(record: RunRecord) -> dict[int, float]:
+    """Step -> training bound in bits per character, averaged over `AVERAGED` lines up to it."""
+    steps = record.train["step"]
+    values = record.train["bpc"]
+    ends = range(min(AVERAGED, len(values)), len(values) + 1)
+    return {int(steps[end - 1]): float(values[max(0, end - AVERAGED) : end].mean()) for end in ends}
+
+
+def with_curves(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """`summary_row`, with the curves of each run."""
+    return [summary_row(done) | curves(done) for done in finished]
+
+
+def without_curves(rows: Sequence[Row]) -> list[Row]:
+    """The rows as a table shows them."""
+    points = [name for row in rows for name in row if " bpc at " in name]
+    return without(rows, [*points, *RUN_DETAILS])
+
+
+def shortened(settings: Settings, run: RunConfig, steps: int = SHORT_STEPS) -> RunConfig:
+    """At mini scale the run with fewer steps, more validations and a smaller test."""
+    if settings.scale == "paper":
+        return run
+    run = with_steps(run, steps)
+    train = replace(run.train, test_windows=SHORT_WINDOWS, evaluate_every=steps // 6)
+    return replace(run, train=train)
+
+
+def judge_training(settings: Settings) -> list[Training]:
+    """The judge of the mini scale: the baseline on another text. The paper's needs no training."""
+    if settings.scale == "paper":
+        return []
+    run = settings.adapt(with_steps(mini_ar(), JUDGE_STEPS))
+    run = replace(run, name="judge", data=replace(run.data, source=settings.judge_data))
+    return [Training("judge", run, "judge")]
+
+
+def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, list[Finished]]:
+    """The judge, and the trainings that it judges."""
+    if settings.scale == "paper":
+        return load_judge(PAPER_JUDGES[0], finished[0].device), list(finished)
+    [judge] = [done for done in finished if done.training.label == "judge"]
+    others = [done for done in finished if done is not judge]
+    return load_judge(str(judge.directory), judge.device), others

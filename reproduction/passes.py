@@ -1,0 +1,278 @@
+"""Figure 6 of the paper, and the question behind it: can one model refine a text and fit it well?
+
+fig6 decodes a sample after every block, marks its edits, and has a judge read it. In frontier each
+stack is a point: its bits per character, and the judge's bits of its text before the last pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from torch import Tensor
+
+from reproduction import measures
+from reproduction.measures import JUDGED
+from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
+from reproduction.results import write
+from reproduction.settings import Settings
+from tarflowlm.config import RunConfig
+from tarflowlm.model_config import as_flow_config
+from tarflowlm.presets import PAPER_CORPORA, preset
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.views.grid import CSS, Token, symbols, to_html
+from tarflowlm.views.grid import Row as TextRow
+from tarflowlm.views.style import COLOURS, SMALL, Figure, Section, log_scale, page_html
+
+LENGTH = 128  # tokens per sample
+SAMPLES = 48  # samples of each model; the first is shown
+FILLING = "Mix-d that fills in what it is sure of"
+"""Label of `mini-passes`."""
+LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
+
+
+def edited_spans(symbols: Sequence[str], is_edited: Sequence[bool]) -> list[list[int]]:
+    """[start, stop) of the characters of the edited symbols of a text, ascending and apart."""
+    spans: list[list[int]] = []
+    at = 0
+    for symbol, edited in zip(symbols, is_edited, strict=True):
+        if edited and symbol:
+            if spans and spans[-1][1] == at:
+                spans[-1][1] += len(symbol)
+            else:
+                spans.append([at, at + len(symbol)])
+        at += len(symbol)
+    return spans
+
+
+def plan_fig6(settings: Settings) -> list[Training]:
+    """Flows with a plain start, Mix-d, and the judge; at paper scale the flows of both corpora."""
+    if settings.scale == "paper":
+        runs = {
+            f"{LABELS[kind]}, {title}": preset(f"{corpus}-{kind}")
+            for corpus, title in PAPER_CORPORA.items()
+            for kind in LABELS
+        }
+        return trainings(settings, runs)
+    runs = {
+        measures.PLAIN_START: preset("mini-mix1-plain"),
+        measures.DEEPEST_LAST: preset("mini-mix1-deep-last"),
+        "affine": preset("mini-affine"),
+        "Mix-d": preset("mini-mixd"),
+        FILLING: preset("mini-passes"),
+    }
+    return trainings(settings, runs) + measures.judge_training(settings)
+
+
+def _passes(done: Finished, checkpoint: Checkpoint) -> Sequence[Tensor]:
+    """The decoded states [SAMPLES, T] of samples: of the noise, and after every inverted block."""
+    length = min(LENGTH, checkpoint.run.model.context)
+    return measures.sample(done, checkpoint, SAMPLES, length).passes
+
+
+def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The judge's bits and shares of tokens after every pass, and the first sample with its edits."""
+    judge, models = measures.judge_of(settings, finished)
+    rows: list[Row] = []
+    for done in models:
+        checkpoint = done.load()
+        passes = _passes(done, checkpoint)
+        judged = [measures.judged_bits(judge, checkpoint, tokens) for tokens in passes]
+        for number, tokens in enumerate(passes):
+            block = len(passes) - number
+            mean = measures.mean_of(judged[number])
+            text = symbols(tokens[0], checkpoint.tokenizer)
+            row = measures.first_columns(done) | {
+                "state": f"block {block} inverted" if number else "noise",
+                JUDGED: mean.mean,
+                "±": mean.std,
+                "judge": judge.name,
+                "tokens as in the end": measures.share(tokens == passes[-1]),
+                "tokens edited": None,
+                "text": "".join(text),
+            }
+            if number:
+                fall = measures.mean_of(judged[number - 1] - judged[number])  # of the same samples
+                edits = tokens != passes[number - 1]
+                is_edited = edits[0].tolist()
+                row |= {
+                    "fall": fall.mean,
+                    "fall ±": fall.std,
+                    "tokens edited": measures.share(edits),
+                    "block": block,
+                    "direction": "left to right" if block % 2 else "right to left",
+                    "edits": sum(is_edited),
+                    "tokens": len(is_edited),
+                    "edited": edited_spans(text, is_edited),
+                }
+            rows.append(row)
+    return rows
+
+
+def page_fig6(rows: Sequence[Row]) -> str:
+    """Figure 6 as a self-contained page, with one grid for every model and seed."""
+    notes = (
+        "One row per block, in the order of generation: the last block turns noise into the first state, block 1 "
+        "gives the final text. Every state is decoded with the codebook.",
+        f"The first of {SAMPLES} samples; a token counts as edited where its decoded token differs. The bits per "
+        "character are those of all samples by another language model, which reads the text after every pass.",
+    )
+    sections = [Section("How to read it", notes)]
+    for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
+        states = list(group)
+        grid = to_html([_text_row(row, states[-1]["text"]) for row in states])
+        sections.append(Section(f"{model}, seed {seed}", parts=[grid]))
+    return page_html(FIG6.title, sections, CSS, "python -m reproduction")
+
+
+def _text_row(row: Row, final: str) -> TextRow:
+    """The label and the characters of a row.
+
+    They are compared with the final text if both have the same length.
+    """
+    label = row["state"]
+    if row.get("block") is not None:
+        edits = f"{row['edits']} of {row['tokens']} edited"
+        label = f"block {row['block']}, {row['direction']}: {edits}"
+    judged = f"{row['tokens as in the end']:.0%} final, {row[JUDGED]:.2f} bits in all samples"
+    return TextRow(f"{label}; {judged}", list(_tokens(row, final)))
+
+
+def _tokens(row: Row, final: str) -> Iterator[Token]:
+    text = row["text"]
+    edited = {i for start, stop in row.get("edited") or [] for i in range(start, stop)}
+    if len(text) != len(final):
+        final = text
+    for i, (here, there) in enumerate(zip(text, final, strict=True)):
+        if i in edited:
+            yield Token(here, "changed")
+        elif row["state"] == "noise" or here != there:
+            yield Token(here, "noise")
+        else:
+            yield Token(here, "final")
+
+
+def _link_page(rows: Sequence[Row], folder: Path) -> str:
+    write(folder / "fig6.html", page_fig6(rows))
+    return "As a page: [fig6.html](fig6.html).\n"
+
+
+FIG6 = Recipe(
+    name="fig6",
+    title="Text after each pass",
+    claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
+    "panels show the decoded text before and after every block, with the edits highlighted. (Refining is more than "
+    "becoming final: a judge, the baseline trained on another text, reads the text after every pass.)",
+    plan=plan_fig6,
+    measure=measure_fig6,
+    table=partial(
+        without, columns=("text", "block", "direction", "edits", "tokens", "edited", "judge")
+    ),
+    below=_link_page,
+)
+
+
+def plan_frontier(settings: Settings) -> list[Training]:
+    """From one block that is the whole language model to blocks that share the work.
+
+    At paper scale, the families.
+    """
+    if settings.scale == "paper":
+        runs = {
+            "AR": settings.preset("ar", "text8"),
+            "Mix-d": settings.preset("mixd", "text8"),
+            "Mix-1": settings.preset("mix1", "text8"),
+            "affine": settings.preset("affine", "text8"),
+        }
+        return trainings(settings, runs)
+    runs = {
+        "AR": preset("mini-ar"),
+        "Mix-d": preset("mini-mixd"),
+        "affine": preset("mini-affine"),
+        "Mix-1, start from the codebook": preset("mini-mix1"),
+        "Mix-1, plain start, layers 4, 1, 1": preset("mini-mix1-plain"),
+        "Mix-1, plain start, layers 1, 1, 4": preset("mini-mix1-deep-last"),
+        FILLING: preset("mini-passes"),
+        "Mix-1, last block Mix-d of 12 classes": _top_mixd("k12", components=12),
+        "Mix-1, last block Mix-d of the codebook": _top_mixd("tied", components=0),
+    }
+    return trainings(settings, runs) + measures.judge_training(settings)
+
+
+def _top_mixd(suffix: str, *, components: int) -> RunConfig:
+    """Mix-1 under a deep Mix-d block that is tied to the codebook, or has components of its own.
+
+    It has a smaller test.
+    """
+    run = preset("mini-mix1-deep-last")
+    *lower, top = as_flow_config(run.model).blocks
+    blocks = (*lower, replace(top, coupling="mixd", components=components))
+    model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
+    train = replace(run.train, test_windows=measures.SHORT_WINDOWS)
+    return replace(run, name=f"mini-top-mixd-{suffix}", model=model, train=train)
+
+
+def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Bits per character, and those over the baseline's; for flows what every pass does.
+
+    That is the judge's bits, the share of final tokens, and the KL divergence lowered by each block.
+    """
+    judge, models = measures.judge_of(settings, finished)
+    baseline = measures.summary_row(models[0])["test bpc"]
+    rows = []
+    for done in models:
+        checkpoint = done.load()
+        row = measures.summary_row(done)
+        row["over the baseline"] = row["test bpc"] / baseline
+        if not checkpoint.model.is_exact:
+            passes = _passes(done, checkpoint)
+            for number, tokens in enumerate(passes):
+                judged = measures.mean_of(measures.judged_bits(judge, checkpoint, tokens))
+                after = f"block {len(passes) - number}" if number else "noise"
+                row[f"{JUDGED} after {after}"] = judged.mean
+                row[f"± after {after}"] = judged.std
+                row[f"final after {after}"] = measures.share(tokens == passes[-1])
+            row |= measures.gains(done)
+        rows.append(row)
+    return rows
+
+
+def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
+    """Every flow as a numbered point: bits over the baseline, and the judge's before the last pass."""
+    axes = figure.subplots()
+    before = f"{JUDGED} after block 2"
+    shown = [row for row in rows if row.get(before) is not None and not row["seed"]]
+    for number, row in enumerate(shown, 1):
+        x = row[before]
+        y = row["over the baseline"]
+        label = f"{number}  {row['model']}"
+        axes.plot(x, y, "o", color=COLOURS[0], markersize=5, label=label)
+        axes.annotate(
+            str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL
+        )
+    axes.set(
+        xlabel="judge's bits per character before the last pass",
+        ylabel="test bits over the baseline's",
+    )
+    log_scale(axes)
+    figure.legend(loc="outside right upper", fontsize=SMALL)
+
+
+def _table_frontier(rows: Sequence[Row]) -> list[Row]:
+    """The rows without standard errors and shares of final tokens, which are in the CSV."""
+    left_out = [n for row in rows for n in row if n.startswith(("±", "final after"))]
+    return without(rows, [*left_out, *RUN_DETAILS])
+
+
+FRONTIER = Recipe(
+    name="frontier",
+    title="Passes and the bound",
+    claim="The paper shows passes that refine a text, and a good bound. Can one model have both? A judge, the "
+    "baseline trained on another text, reads the samples after every pass: passes refine where its bits fall.",
+    plan=plan_frontier,
+    measure=measure_frontier,
+    table=_table_frontier,
+    draw=draw_frontier,
+    size=(9.5, 4.5),
+)

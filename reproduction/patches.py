@@ -1,0 +1,181 @@
+"""Figure 5 of the paper, two tokens at a time; patch sizes, and what recovers a patch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from reproduction import measures
+from reproduction.ablations import HALF_STEPS
+from reproduction.plots import plot_over
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
+from reproduction.settings import Settings
+from tarflowlm.config import RunConfig
+from tarflowlm.data import eval_windows
+from tarflowlm.evaluation.judges import Judge
+from tarflowlm.model_config import FlowConfig, as_flow_config
+from tarflowlm.presets import preset
+from tarflowlm.views.style import Figure, log_scale
+
+PREFIXES = (0, 16, 64, 128)  # tokens of real text before a continuation
+PROMPTS = 32  # continuations of each model and prefix
+
+
+def plan_fig5(settings: Settings) -> list[Training]:
+    """Flows of both couplings and the baseline at patch size 2, and the judge."""
+    foil = settings.preset("ar", "owt")
+    runs = {
+        "Mix-1, head over the patch": variant(settings.preset("mix1", "owt"), "p2", patch=2),
+        "Mix-d, in-patch weights": two_tokens(settings, "autoregressive"),
+        "Mix-d, independent weights": two_tokens(settings, "independent"),
+        "two-token AR": variant(foil, "p2", patch=2, in_patch="independent"),
+    }
+    return trainings(settings, runs) + measures.judge_training(settings)
+
+
+def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independent"]) -> RunConfig:
+    """Mix-d with two tokens per position, whose weights see the earlier token of the patch, or not."""
+    if settings.scale == "mini":
+        run = preset("mini-mixd-p2")
+    else:
+        run = variant(settings.preset("mixd", "owt"), "p2", patch=2)
+    if in_patch == "independent":
+        return variant(run, "independent", in_patch="independent")
+    return replace(run, model=replace(run.model, in_patch=in_patch))
+
+
+def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The judge's perplexity of the continuation alone, by model and prefix; real text last."""
+    judge, models = measures.judge_of(settings, finished)
+    rows: list[Row] = []
+    for done in models:
+        checkpoint = done.load()
+        context = checkpoint.run.model.context
+        decode = checkpoint.tokenizer.decode
+        text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
+        for prefix in PREFIXES:
+            found = measures.sample(
+                done,
+                checkpoint,
+                len(text),
+                context,
+                prompt=text[:, :prefix],
+                what=f" after a prefix of {prefix}",
+            )
+            row = _continued(judge, decode, found.tokens.cpu(), prefix)
+            rows.append(measures.first_columns(done) | row)
+    # the models have one test text
+    for prefix in PREFIXES:
+        rows.append({"model": "real text"} | _continued(judge, decode, text, prefix))
+    return rows
+
+
+def _continued(
+    judge: Judge, decode: Callable[[list[int]], str], tokens: Tensor, prefix: int
+) -> Row:
+    before = [decode(row) for row in tokens[:, :prefix].tolist()]
+    after = [decode(row) for row in tokens[:, prefix:].tolist()]
+    perplexity = judge.read(after, after=before).perplexity
+    return {"prefix": prefix, "perplexity": perplexity, "judge": judge.name}
+
+
+def table_fig5(rows: Sequence[Row]) -> list[Row]:
+    """One row per model and seed, one column per prefix."""
+    table: dict[tuple[str, int | None], Row] = {}
+    for row in rows:
+        seed = row.get("seed")
+        of_model = table.setdefault((row["model"], seed), {"model": row["model"], "seed": seed})
+        of_model[f"prefix {row['prefix']}"] = row["perplexity"]
+    return list(table.values())
+
+
+def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
+    """Perplexity over the length of the prefix, one line per model."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        curves.setdefault(row["model"], []).append((row["prefix"], row["perplexity"]))
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+    log_scale(axes)
+    axes.set(
+        xlabel="tokens of real text before the continuation",
+        ylabel="perplexity of the continuation",
+    )
+    axes.legend()
+
+
+def plan_patches(settings: Settings) -> list[Training]:
+    """Mix-d with in-patch weights and each patch size; all but the patch as with one token."""
+    run = settings.preset("mixd", "text8")
+    runs = {"P = 1": run} | {f"P = {p}": variant(run, f"p{p}", patch=p) for p in (2, 4)}
+    return trainings(settings, runs)
+
+
+def _patch(config: FlowConfig) -> int:
+    return config.patch
+
+
+def plan_in_patch(settings: Settings) -> list[Training]:
+    """Patches of two in a stack whose last block is the deepest, and Mix-d with the tokens apart.
+
+    In the stack the tokens are apart in block 1 or together, and the channels mixed or not.
+    """
+    run = settings.preset("mix1", "text8")
+    if settings.scale == "mini":
+        run = preset("mini-mix1-deep-last")
+    found = {"Mix-d, tokens apart": two_tokens(settings, "independent")}
+    first, *upper = as_flow_config(run.model).blocks
+    for tokens in ("together", "apart"):
+        for channels in ("mixed", "as they are"):
+            is_mixed = channels == "mixed"
+            name = f"p2-{tokens}" if is_mixed else f"p2-{tokens}-unmixed"
+            label = f"Mix-1, tokens {tokens} in block 1, channels {channels}"
+            blocks = (replace(first, sees_tokens=tokens == "together"), *upper)
+            found[label] = variant(run, name, patch=2, blocks=blocks, channel_mix=is_mixed)
+    if settings.scale == "mini":
+        found = {label: variant(r, "half") for label, r in found.items()}
+    found = {label: measures.shortened(settings, r, HALF_STEPS) for label, r in found.items()}
+    return trainings(settings, found) + measures.judge_training(settings)
+
+
+def measure_in_patch(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The bound of each model beside what figure 5 measures."""
+    table = table_fig5(measure_fig5(settings, finished))
+    judged = {(row["model"], row["seed"]): row for row in table}
+    rows = [measures.summary_row(done) for done in finished if done.training.label != "judge"]
+    return [row | judged[row["model"], row["seed"]] for row in rows]
+
+
+FIG5 = Recipe(
+    name="fig5",
+    title="Two tokens at a time",
+    claim="The paper: at patch size 2 the flow's generative perplexity stays good over all prefix lengths; a "
+    "baseline that predicts two tokens at once breaks down. (It does not say which coupling the flow has. Its patch "
+    "models have a head over all channels of a patch, as Mix-1 has here, which starts from the codebook. Its figure "
+    "1 has the tokens of a patch independent in the first blocks. The judge scores the continuation alone.)",
+    plan=plan_fig5,
+    measure=measure_fig5,
+    table=table_fig5,
+    draw=draw_fig5,
+)
+
+PATCH_SIZES = Recipe(
+    name="patches",
+    title="Patch size at one depth",
+    claim="Patches of several tokens shorten the sequence. What does each size cost? The paper does not say.",
+    plan=plan_patches,
+    measure=partial(measures.summaries_by, column="P", value=_patch),
+    draw=partial(plot_over, column="P", label="tokens per position P"),
+)
+
+IN_PATCH = Recipe(
+    name="in-patch",
+    title="What recovers a patch",
+    claim="The paper: where the first blocks treat the tokens of a patch as independent, later blocks and channel "
+    "mixing recover what binds them. Bounds, and what figure 5 measures, in a stack whose last block is the deepest.",
+    plan=plan_in_patch,
+    measure=measure_in_patch,
+)

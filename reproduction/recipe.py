@@ -1,0 +1,124 @@
+"""A recipe: named trainings, numbers measured on them, and what shows the numbers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reproduction.settings import Settings
+from tarflowlm.config import RunConfig
+from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
+from tarflowlm.files import read_json
+from tarflowlm.model_config import as_flow_config
+from tarflowlm.progress import SILENT, Progress
+from tarflowlm.runs.checkpoint import SUMMARY, Checkpoint, load_checkpoint
+from tarflowlm.views.style import Figure
+
+Row = dict[str, Any]
+"""A row of the CSV: column name -> number or text."""
+
+RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")
+"""Columns of `measures.summary_row` that only the CSV shows."""
+
+
+def without(rows: Sequence[Row], columns: Sequence[str] = RUN_DETAILS) -> list[Row]:
+    """The rows without some columns, as a table shows them."""
+    return [{name: row[name] for name in row if name not in columns} for row in rows]
+
+
+def no_table(_rows: Sequence[Row]) -> list[Row]:
+    """No rows: the recipe has no table."""
+    return []
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run directory. Recipes with a training of the same name share it."""
+
+    name: str
+    run: RunConfig
+    label: str  # in tables and plots; the same for all seeds
+
+    def directory(self, settings: Settings) -> Path:
+        return settings.out / "runs" / self.name
+
+
+def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Training]:
+    """One training for each label and seed; the directories are named after the runs."""
+    found = []
+    for label, run in runs.items():
+        adapted = settings.adapt(run)
+        for seed in range(settings.seeds):
+            found.append(Training(f"{run.name}-s{seed}", replace(adapted, seed=seed), label))
+    return found
+
+
+def variant(run: RunConfig, suffix: str, **changes: Any) -> RunConfig:
+    """The run of another model, with `suffix` added to its name and these fields changed."""
+    return replace(run, name=f"{run.name}-{suffix}", model=replace(run.model, **changes))
+
+
+def each_block(run: RunConfig, **changes: Any) -> RunConfig:
+    """The run of a flow with these fields changed in each of its blocks."""
+    return replace(run, model=as_flow_config(run.model).each_block(**changes))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished training."""
+
+    training: Training
+    directory: Path
+    device: torch.device
+    progress: Progress = SILENT
+
+    def stage(self, name: str, total: int) -> Progress:
+        """Begin a measurement of this training, of `total` parts; returns its progress."""
+        self.progress.stage(f"{self.training.name}, {name}", total)
+        return self.progress
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return read_json(self.directory / SUMMARY)
+
+    def load(self) -> Checkpoint:
+        return load_checkpoint(self.directory, self.device)
+
+    def tokens(self, checkpoint: Checkpoint, source: str | None = None) -> TokenArray:
+        """The test split of the run's own text, or all of the text `source`."""
+        if source is not None:
+            return encode_text_source(source, checkpoint.tokenizer, ("all",))["all"]
+        return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A table or figure."""
+
+    name: str
+    title: str
+    claim: str
+    """The paper's claim with its numbers, or the question where the paper makes none."""
+    plan: Callable[[Settings], list[Training]]
+    measure: Callable[[Settings, Sequence[Finished]], list[Row]]
+    """All rows, as the CSV has them."""
+    table: Callable[[Sequence[Row]], list[Row]] = without
+    """The rows of the Markdown table."""
+    below: Callable[[Sequence[Row], Path], str] | None = None
+    """Markdown below the table; what it links to is written into the folder."""
+    draw: Callable[[Figure, Sequence[Row]], None] | None = None
+    """Draws the rows into a figure of matplotlib."""
+    size: tuple[float, float] = (7.0, 4.5)
+    """Width and height of the figure in inches."""
+    seeds: int = 1
+    """Fewest seeds at mini scale: more than one where a claim hangs on less than 2 %."""
+    clear: tuple[str, ...] = ()
+    """Labels of trainings that need no further seed: far apart, or slow."""
+
+    def trainings(self, settings: Settings) -> list[Training]:
+        """The plan with at least `seeds` seeds, except for the labels in `clear`."""
+        least = self.seeds if settings.scale == "mini" else 1
+        plan = self.plan(replace(settings, seeds=max(settings.seeds, least)))
+        return [t for t in plan if t.label not in self.clear or t.run.seed < settings.seeds]

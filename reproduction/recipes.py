@@ -1,0 +1,28 @@
+"""Every recipe by its name."""
+
+from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE, SHARES
+from reproduction.geometry import FIG7
+from reproduction.passes import FIG6, FRONTIER
+from reproduction.patches import FIG5, IN_PATCH, PATCH_SIZES
+from reproduction.recipe import Recipe
+from reproduction.tables import TABLE2, TABLE6
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        TABLE2,
+        FIG2,
+        FIG3,
+        FIG4,
+        FIG5,
+        FIG6,
+        FIG7,
+        TABLE6,
+        FRONTIER,
+        PROGRESSIVE,
+        PATCH_SIZES,
+        IN_PATCH,
+        SHARES,
+    )
+}
+"""In the order in which `all` runs them."""

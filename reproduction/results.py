@@ -1,0 +1,134 @@
+"""Results on disk: a CSV, a plot, and Markdown with everything needed to repeat them."""
+
+import csv
+import io
+import platform
+import re
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from reproduction.recipe import Finished, Recipe, Row
+from reproduction.settings import Settings
+from tarflowlm.data import cached_corpus, load_tokenizer
+from tarflowlm.files import replacing, sha256_of
+from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS
+from tarflowlm.views.style import Figure, render
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The names of all columns, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; empty without rows."""
+    if not rows:
+        return ""
+    columns = columns_of(rows)
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_cell(row.get(name)) for name in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text, or nothing if it fails."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_results(
+    recipe: Recipe,
+    settings: Settings,
+    rows: Sequence[Row],
+    finished: Sequence[Finished],
+    *,
+    command: Sequence[str],
+) -> list[Path]:
+    """Write NAME.csv, NAME.md and, if the recipe has them, a plot NAME.png and other files.
+
+    Returns the paths of all files of that name. `command` is printed as what made them.
+    """
+    out = settings.out
+    write(out / f"{recipe.name}.csv", _csv(rows))
+    parts = [f"# {recipe.title}\n", f"{recipe.claim}\n", markdown_table(recipe.table(rows))]
+    if recipe.draw is not None:
+        plot = out / f"{recipe.name}.png"
+        _plot(plot, recipe, rows)
+        parts.append(f"![{recipe.title}]({plot.name})\n")
+    if recipe.below is not None:
+        parts.append(recipe.below(rows, out))
+    parts.append(_provenance(finished, command))
+    write(out / f"{recipe.name}.md", "\n".join(part for part in parts if part))
+    return sorted(out.glob(f"{recipe.name}.*"))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns_of(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
+    def draw(figure: Figure) -> None:
+        assert recipe.draw is not None
+        recipe.draw(figure, rows)
+        figure.suptitle(recipe.title, fontsize=10, x=0.01, ha="left")
+
+    width, height = recipe.size
+    render(draw, path, width=width, height=height)
+
+
+def _provenance(finished: Sequence[Finished], command: Sequence[str]) -> str:
+    lines = [
+        "## How it was made\n",
+        f"```\n{shlex.join(command)}\n```\n",
+        "| run, -s: seed | steps | seconds | config.json | model.safetensors |",
+        f"|{' --- |' * 5}",
+    ]
+    for done in finished:
+        hashes = [sha256_of(done.directory / name)[:12] for name in (CONFIG, WEIGHTS)]
+        counts = [f"{done.summary[name]:,.0f}" for name in ("steps", "seconds")]
+        lines.append(f"| {' | '.join([done.training.name, *counts, *hashes])} |")
+    texts = "; ".join(sorted({_text(done) for done in finished}))
+    versions = [
+        f"tarflowlm {version('tarflowlm')}",
+        f"PyTorch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ]
+    lines.append(f"\nHashes are the first 12 digits of sha256. Texts: {texts}.")
+    lines.append(f"Machine: {_hardware(finished[0].device)}; {', '.join(versions)}.\n")
+    return "\n".join(lines)
+
+
+def _text(done: Finished) -> str:
+    """The name of a run's training text, and the hashes of its files."""
+    source = done.summary["source"]
+    files = cached_corpus(source, load_tokenizer(done.directory)).meta["files"]
+    digests = ", ".join(record["sha256"][:12] for record in files[:3])
+    more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
+    return f"{Path(source).name} {digests}{more}"
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")  # of Linux
+    text = cpus.read_text(encoding="utf-8") if cpus.exists() else ""
+    found = re.search(r"^model name\s*: *(.*)", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {device.type}"

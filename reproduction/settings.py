@@ -1,0 +1,48 @@
+"""What a user chooses. No torch here: the help page answers without it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tarflowlm.cli.options import Count, Device, arg
+from tarflowlm.config import Precision, RunConfig
+from tarflowlm.presets import preset, with_steps
+
+Scale = Literal["mini", "paper"]
+Kind = Literal["ar", "affine", "mix1", "mixd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The user's choices, which are options of the command."""
+
+    # mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText.
+    scale: Scale = "mini"
+    # Directory of runs and results. Recipes share the runs in it, and finished work is not repeated.
+    out: Annotated[Path, arg("PATH")] = Path("reproduced")
+    # Text for mini scale: corpus name or file; the default is the built-in corpus.
+    data: Annotated[str | None, arg("SOURCE")] = None
+    # Text on which the judge of samples is trained at mini scale; it should differ from --data.
+    judge_data: Annotated[str, arg("SOURCE")] = "english"
+    # table2: also measure the likelihood of this text.
+    second_text: Annotated[str | None, arg("SOURCE")] = None
+    # Train each model this many times, with seeds 0, 1, ...
+    seeds: int = 1
+    # Optimiser steps of every training instead of the recipe's, for a quick look.
+    steps: Count = None
+    # Precision of matrix products in training; densities are in float32 either way.
+    precision: Annotated[Precision | None, arg()] = None
+    device: Device = "auto"
+
+    def preset(self, kind: Kind, corpus: Literal["text8", "owt"]) -> RunConfig:
+        """The preset of a kind of model: the mini one, or the paper's on `corpus`."""
+        family = "mini" if self.scale == "mini" else corpus
+        return preset(f"{family}-{kind}")
+
+    def adapt(self, run: RunConfig) -> RunConfig:
+        """The run with the user's text, precision and steps. The paper scale keeps its texts."""
+        if self.data is not None and self.scale == "mini":
+            run = replace(run, data=replace(run.data, source=self.data))
+        if self.precision is not None:
+            run = replace(run, train=replace(run.train, precision=self.precision))
+        return run if self.steps is None else with_steps(run, self.steps)
