@@ -72,7 +72,8 @@ def run(args: Args) -> None:
         state_of(args, training)
     results = []
     for recipe in recipes:
-        with ProgressReporter() as reporter:
+        reporter = ProgressReporter()
+        with reporter:
             finished = finish(args, plans[recipe.name], reporter, stop_on_signals)
         with Bars() as bars:
             finished = [replace(done, progress=bars) for done in finished]

@@ -117,8 +117,8 @@ def plan_shares(settings: Settings) -> list[Training]:
     soft = replace(soft, optim=replace(run.optim, codebook_lr_scale=0.0))
     found = {"progressive": deep, "joint": joint(deep), "progressive, codes 4 sigma apart": soft}
     for count in (layers[0], sum(layers)):
-        alone = replace(deep.model, blocks=(replace(blocks[0], layers=count),))
-        one = replace(with_blocks(deep, 1), name=f"{run.name}-one-l{count}", model=alone)
+        one = replace(with_blocks(deep, 1), name=run.name)
+        one = variant(one, f"one-l{count}", blocks=(replace(blocks[0], layers=count),))
         found[f"block 1 alone, {count} {'layer' if count == 1 else 'layers'}"] = one
     return trainings(settings, found)
 
