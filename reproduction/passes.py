@@ -23,7 +23,8 @@ from tarflowlm.presets import PAPER_CORPORA, preset
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.grid import CSS, Token, symbols, to_html
 from tarflowlm.views.grid import Row as TextRow
-from tarflowlm.views.style import COLOURS, SMALL, Figure, Section, log_scale, page_html
+from tarflowlm.views.page import Section, page_html
+from tarflowlm.views.style import COLOURS, SMALL, Figure, log_scale
 
 LENGTH = 128  # tokens per sample
 SAMPLES = 48  # samples of each model; the first is shown

@@ -36,6 +36,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "tarflowlm/py.typed" in names
+    looks = ("studio/studio.css", "studio/studio.js", "views/grid.css", "views/page.css")
+    assert {f"tarflowlm/{file}" for file in (*looks, "views/figures.mplstyle")} <= set(names)
     for model in released():
         folder = f"tarflowlm/runs/released/{model}"
         assert {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.views.figures import codes_of, project
+from tarflowlm.views.codes import codes_of, project
 
 
 @pytest.fixture

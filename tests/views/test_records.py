@@ -7,7 +7,7 @@ import pytest
 
 from helpers import metrics_of
 from tarflowlm.errors import UserError
-from tarflowlm.views.records import read_record, read_records
+from tarflowlm.views.records import find_runs, read_record, read_records
 
 
 @pytest.fixture
@@ -80,3 +80,11 @@ def test_run_without_log(directory, runs):
     (directory / "model.safetensors").unlink()
     with pytest.raises(UserError, match="stopped before its first logged step"):
         read_record(directory)
+
+
+def test_runs_are_found_two_levels_down(runs, tmp_path):
+    for place in ("near", "a/far", "a/b/too-far", ".hidden"):
+        shutil.copytree(runs["baseline"], tmp_path / place)
+    assert find_runs(tmp_path) == [tmp_path / "a" / "far", tmp_path / "near"]
+    assert find_runs(tmp_path / "near") == [tmp_path / "near"]
+    assert find_runs(tmp_path / "none") == []

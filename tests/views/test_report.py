@@ -3,14 +3,19 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+import tarflowlm
 from helpers import metrics_of
+from tarflowlm.config import TokenizerConfig
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import export, load_checkpoint
+from tarflowlm.runs.checkpoint import export, load_checkpoint, read_run
+from tarflowlm.training.train import train
 from tarflowlm.views import report
 from tarflowlm.views.report import draw_samples, write_report
 
@@ -129,6 +134,38 @@ def test_missing_pieces_are_noted(runs, tmp_path, undrawn):
     assert "corpus cannot be used" in of_model
     assert result["runs"][1]["status"] == "finished"
     assert of_young in parsed(result["page"]).text
+
+
+def test_text_that_changed_since_training_is_noted(runs, tmp_path, corpus_file, undrawn):
+    copy = shutil.copytree(runs["joint"], tmp_path / "copy")
+    text = tmp_path / "changed.txt"
+    text.write_text(corpus_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    source = json.dumps(str(corpus_file))
+    config = (copy / "config.json").read_text(encoding="utf-8")
+    (copy / "config.json").write_text(config.replace(source, json.dumps(str(text))))
+    (found,) = write_report([copy])["runs"]
+    assert "has changed since training" in found["notes"][0]
+    assert (copy / "report" / "blocks-copy.png").exists()
+
+
+@pytest.mark.slow
+def test_report_of_a_tuned_model_reads_the_text_with_its_tokenizer(
+    runs, tmp_path, corpus_file, undrawn
+):
+    run = read_run(runs["joint"])
+    tokens = TokenizerConfig(kind="bpe", vocab_size=60)
+    run = replace(
+        run,
+        data=replace(run.data, tokenizer=tokens),
+        model=replace(run.model, vocab_size=0),
+    )
+    train(run, tmp_path / "parent", device=torch.device("cpu"))
+    other = tmp_path / "other.txt"
+    other.write_text("verily the lord said unto them begat " * 90, encoding="utf-8")
+    tarflowlm.load(tmp_path / "parent").tune(other, tmp_path / "tuned", steps=1)
+    (found,) = write_report([tmp_path / "tuned"])["runs"]
+    assert found["notes"] == []
+    assert (tmp_path / "tuned" / "report" / "blocks-tuned.png").exists()
 
 
 @pytest.mark.parametrize("name", ["progressive", "baseline"])

@@ -2,18 +2,16 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from tarflowlm.cli.options import PrintJson, arg
 from tarflowlm.errors import UserError, first_line
-
-DEPTH = 2  # levels below a folder at which runs are looked for
 
 
 @dataclass(frozen=True)
@@ -29,144 +27,152 @@ class Args:
             raise UserError("name the directory that holds the runs, say `tarflowlm runs runs`")
 
 
+@dataclass(frozen=True)
+class Row:
+    """A run as `--json` shows it; the state of a broken one is the reason."""
+
+    name: str
+    directory: str
+    preset: str | None = None
+    source: str | None = None
+    bpc: float | None = None
+    split: str | None = None
+    bound: str | None = None
+    best_step: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    state: str = ""
+    best: bool = False
+
+
+COLUMNS = ("", "preset", "bpc", "best step", "tokens", "time", "state")
+SPARE = ("preset", "best step", "tokens", "time")
+"""Columns that a narrow terminal leaves out, in this order: numbers are never cut."""
+
+
 def run(args: Args) -> None:
+    from tarflowlm.terminal.bars import print_json, print_notice
+
+    rows = _sorted([_row(name, path) for name, path in _find(args.directories).items()])
+    if args.json:
+        print_json({"runs": [asdict(row) for row in rows]})
+        return
+    titles = [*COLUMNS]
+    if all((row.preset or "") in row.name for row in rows):
+        titles.remove("preset")
+    # bits per character compare within a text only
+    for source, group in groupby(rows, lambda row: row.source):
+        if source is None:
+            for row in group:
+                sys.stdout.write(f"{row.name}: {row.state}\n")
+        else:
+            _print(source, titles, [*group])
+    if any(row.best for row in rows):
+        print_notice("* the fewest bits per character on its text")
+    if any(row.split == "valid" for row in rows):
+        print_notice("v: the best validation so far, over fewer windows than a test")
+
+
+def _print(source: str, titles: Sequence[str], rows: Sequence[Row]) -> None:
+    """A table about the runs on a text."""
     from rich.console import Console
 
-    from tarflowlm.terminal.bars import print_json, print_notice, print_table
+    from tarflowlm.terminal.bars import print_table
 
-    rows = _sorted([_row(name, directory) for name, directory in _find(args.directories).items()])
-    if args.json:
-        print_json({"runs": rows})
-        return
-    columns = {
-        "": "name",
-        "preset": "preset",
-        "bpc": "bpc",
-        "best step": "best_step",
-        "tokens": "tokens",
+    cells = [_cells(row) for row in rows]
+    widths = {name: 3 + max(len(name), *(len(row[name]) for row in cells)) for name in titles}
+    shown = list(titles)
+    for spare in SPARE:
+        if spare in shown and sum(widths[name] for name in shown) + 1 > Console().width:
+            shown.remove(spare)
+    title = f"runs on {Path(source).name}: bits per character (bpc) and more"
+    print_table(title, [[row[name] for name in shown] for row in cells], shown)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What the table shows of a run, by the titles of its columns."""
+    from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.terminal.bars import minutes
+
+    bits = ""
+    if row.bpc is not None:
+        bits = f"{sign_of(row.bound or '')} {row.bpc:.4f}"
+        bits += " v" if row.split == "valid" else ""
+        bits += " *" if row.best else ""
+    return {
+        "": row.name,
+        "preset": row.preset or "",
+        "bpc": bits,
+        "best step": "" if row.best_step is None else f"{row.best_step:,}",
+        "tokens": "" if row.tokens is None else f"{row.tokens / 1e6:.2f}M",
+        "time": "" if row.seconds is None else minutes(row.seconds),
+        "state": row.state,
     }
-    columns |= {"time": "seconds", "state": "state"}
-    if all((row["preset"] or "") in row["name"] for row in rows):
-        del columns["preset"]
-    width = Console().width
-    # bits per character compare within a text only
-    for source, group in groupby(rows, lambda row: row["source"]):
-        same = list(group)
-        cells = {title: [_cell(row, name) for row in same] for title, name in columns.items()}
-        if source is None:
-            sys.stdout.writelines(
-                f"{name}: {state}\n" for name, state in zip(cells[""], cells["state"], strict=True)
-            )
-            continue
-        # numbers are never cut: what says least is left out of a narrow terminal
-        for spare in ("preset", "best step", "tokens", "time"):
-            if sum(3 + max(map(len, [title, *cells[title]])) for title in cells) + 1 > width:
-                cells.pop(spare, None)
-        title = f"runs on {Path(source).name}: bits per character (bpc) and more"
-        print_table(title, list(zip(*cells.values(), strict=True)), list(cells))
-    if any(row["best"] for row in rows):
-        print_notice("* the fewest bits per character on its text")
-    if any(row["split"] == "valid" for row in rows):
-        print_notice("v: the best validation so far, over fewer windows than a test")
 
 
 def _find(directories: Sequence[Path]) -> dict[str, Path]:
     """Name -> run directory."""
+    from tarflowlm.views.records import DEPTH, find_runs
+
     found: dict[str, Path] = {}
     for folder in directories:
-        if not (below := list(_runs_in(folder, DEPTH))):
+        below = find_runs(folder)
+        if not below:
             remedy = "give a directory made by `tarflowlm train`"
             raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
-        short = {
-            folder.resolve().name if path == folder else str(path.relative_to(folder)): path
-            for path in below
-        }
-        found |= {name if name not in found else str(path): path for name, path in short.items()}
+        for path in below:
+            name = folder.resolve().name if path == folder else str(path.relative_to(folder))
+            found[str(path) if name in found else name] = path
     return found
 
 
-def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
-    if any(
-        (folder / name).is_file() for name in ("config.json", "model.safetensors", "metrics.jsonl")
-    ):
-        yield folder
-    elif depth:
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                yield from _runs_in(path, depth - 1)
-
-
-def _row(name: str, directory: Path) -> dict[str, Any]:
-    """A run as `--json` shows it; the state of a broken one is the reason."""
+def _row(name: str, directory: Path) -> Row:
     from tarflowlm.views.records import read_record
 
-    empty = dict.fromkeys(
-        ("preset", "source", "bpc", "split", "bound", "best_step", "tokens", "seconds")
-    )
-    row: dict[str, Any] = {
-        "name": name,
-        "directory": str(directory),
-        **empty,
-        "state": "",
-        "best": False,
-    }
+    row = Row(name, str(directory))
     try:
         record = read_record(directory)
     except (UserError, OSError) as error:
-        return row | {
-            "state": first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
-        }
-    summary, valid = record.summary, record.valid
-    row |= {"preset": record.run.name, "source": record.run.data.source, "state": record.status}
-    row["bound"] = "exact" if record.is_exact else "elbo"
+        reason = first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
+        return replace(row, state=reason)
+    row = replace(
+        row,
+        preset=record.run.name,
+        source=record.run.data.source,
+        bound="exact" if record.is_exact else "elbo",
+        state=record.status,
+    )
     if record.has_log:
-        row |= {
-            "tokens": int(record.train["tokens"].max()),
-            "seconds": float(record.train["seconds"][-1]),
-        }
-    if len(valid["bpc"]):
-        best = int(valid["bpc"].argmin())
-        row |= {
-            "bpc": float(valid["bpc"][best]),
-            "split": "valid",
-            "best_step": int(valid["step"][best]),
-        }
-    if summary is not None:
-        row |= {"bpc": float(summary["test"]["bpc"]), "split": "test"}
-        row |= {key: summary[key] for key in ("tokens", "seconds") if key in summary}
+        row = replace(row, tokens=record.last_token, seconds=float(record.train["seconds"][-1]))
+    if len(bpc := record.valid["bpc"]):
+        best = int(bpc.argmin())
+        step = int(record.valid["step"][best])
+        row = replace(row, bpc=float(bpc[best]), split="valid", best_step=step)
+    if (done := record.summary) is not None:
+        row = replace(
+            row,
+            bpc=float(done["test"]["bpc"]),
+            split="test",
+            tokens=done.get("tokens", row.tokens),
+            seconds=done.get("seconds", row.seconds),
+        )
     return row
 
 
-def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sorted(rows: list[Row]) -> list[Row]:
     """Text by text and by bits per character, the best of every text marked; broken runs last."""
-    rows = sorted(
-        rows,
-        key=lambda r: (r["source"] is None, r["source"] or "", r["bpc"] or math.inf, r["name"]),
-    )
-    for source in {row["source"] for row in rows}:
-        same = [row for row in rows if row["source"] == source and row["bpc"] is not None]
+
+    def place(row: Row) -> tuple[bool, str, float, str]:
+        bits = math.inf if row.bpc is None else row.bpc
+        return row.source is None, row.source or "", bits, row.name
+
+    found: list[Row] = []
+    for _, group in groupby(sorted(rows, key=place), lambda row: row.source):
+        same = [*group]
+        known = [row for row in same if row.bpc is not None]
         # a test says more than a validation, where there is one
-        finished = [row for row in same if row["split"] == "test"] or same
-        if len(same) > 1:
-            finished[0]["best"] = True
-    return rows
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import minutes
-
-    value = row[name]
-    if value is None:
-        return ""
-    if name == "bpc":
-        return (
-            f"{sign_of(row['bound'])} {value:.4f}"
-            + " v" * (row["split"] == "valid")
-            + " *" * row["best"]
-        )
-    if name == "tokens":
-        return f"{value / 1e6:.2f}M"
-    if name == "seconds":
-        return minutes(value)
-    return f"{value:,}" if isinstance(value, int) else value
+        finished = [row for row in known if row.split == "test"] or known
+        if len(known) > 1:
+            same = [replace(row, best=row is finished[0]) for row in same]
+        found += same
+    return found

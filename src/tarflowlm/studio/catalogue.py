@@ -17,9 +17,10 @@ from tarflowlm.runs.hub import DEFAULT, locate, purpose, released
 from tarflowlm.studio import request
 from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS
-from tarflowlm.views.figures import draw_bits
-from tarflowlm.views.records import read_record, runs_table, summary_of
+from tarflowlm.views.curves import draw_bits
+from tarflowlm.views.records import read_record
 from tarflowlm.views.style import render
+from tarflowlm.views.tables import runs_table, summary_of
 
 AXES = ("tokens", "seconds")
 MOST = 12  # runs in one figure

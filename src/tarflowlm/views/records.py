@@ -1,13 +1,13 @@
-"""Reading run directories for a report, finished, in training, or incomplete; and tables about
-them.
+"""Run directories without their weights: where they lie, and what a finished or running one says.
+
+Reports, the studio, `tarflowlm runs` and the reproduction read runs here.
 """
 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,34 @@ import numpy.typing as npt
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.locks import writer_of
-from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run, read_summary
-from tarflowlm.schema import flatten
+from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS, read_run, read_summary
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
 
-COLUMNS = {  # of metrics.jsonl that a report reads, by split
-    "train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second"),
+DEPTH = 2  # levels below a folder at which runs are looked for
+COLUMNS = {
+    "train": ("step", "tokens", "block", "bpc", "tokens_per_second"),
     "valid": ("step", "tokens", "bpc"),
 }
-PLAIN = {
-    "parameters": "parameters",
-    "of them in Transformers": "trunk_parameters",
-    "device": "device",
-}
-PLAIN |= {"threads": "threads", "machine": "machine", "PyTorch": "torch"}
-"""Rows of the summary that show a value of summary.json as it is."""
+"""The columns of metrics.jsonl that are read, by the split of their lines."""
+
+
+def find_runs(folder: Path, depth: int = DEPTH) -> list[Path]:
+    """The run directories in a folder, at most `depth` levels down, sorted; or the folder itself.
+
+    A directory with any of a run's files is one, so that a damaged run is found and can be named.
+    """
+    return list(_runs_in(folder, depth))
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if any((folder / name).is_file() for name in (CONFIG, WEIGHTS, METRICS)):
+        yield folder
+    elif depth > 0 and folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _runs_in(path, depth - 1)
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,10 @@ class RunRecord:
     name: str
     directory: Path
     run: RunConfig
-    train: dict[
-        str, Series
-    ]  # columns of the training lines of metrics.jsonl, and `seconds`, the time up to each
-    valid: dict[str, Series]  # columns of its validation lines, and `seconds`
+    train: dict[str, Series]
+    """Columns of the training lines of metrics.jsonl, and `seconds`, the time up to each."""
+    valid: dict[str, Series]
+    """Columns of its validation lines, and `seconds`."""
     summary: dict[str, Any] | None  # None until the run is finished
     notes: list[str] = field(default_factory=list)
 
@@ -57,6 +68,7 @@ class RunRecord:
 
     @property
     def is_exact(self) -> bool:
+        """Whether the run's numbers are likelihoods, not bounds."""
         return self.run.model.family == "ar"
 
     @property
@@ -71,23 +83,29 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
+        """The last logged step."""
         return int(self.train["step"].max())
 
     @property
+    def last_token(self) -> int:
+        """The tokens seen by the last logged step."""
+        return int(self.train["tokens"].max())
+
+    @property
     def status(self) -> str:
+        """Where the run stands, in words."""
         if self.summary is not None:
             return "finished"
         if not self.has_log:
             return "a model without its training log"
         # the steps of a run with a time limit are not known before its end
         steps = "" if self.run.train.minutes else f" of {self.run.train.num_steps:,}"
-        return f"{'training now' if writer_of(self.directory) else 'stopped'}, step {self.last_step:,}{steps}"
+        state = "training now" if writer_of(self.directory) else "stopped"
+        return f"{state}, step {self.last_step:,}{steps}"
 
     @property
     def stage_starts(self) -> list[tuple[int, int]]:
-        """For each stage but the first: its block, and the index of the last training line before
-        it.
-        """
+        """The block of each stage but the first, and the index of the last training line before."""
         block = self.train["block"]
         return [(int(block[line + 1]), int(line)) for line in np.flatnonzero(np.diff(block))]
 
@@ -96,16 +114,9 @@ class RunRecord:
         block = self.train["block"]
         return [float(np.median(self.train[column][block == b])) for b in np.unique(block)]
 
-    @property
-    def speeds(self) -> str:
-        """The median tokens per second of every stage."""
-        return ", ".join(f"{speed:,.0f}" for speed in self.stage_medians("tokens_per_second"))
-
 
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
-    """The runs in `directories`. Raises UserError as `read_record`, and if two runs have the same
-    name.
-    """
+    """The runs in `directories`. UserError as `read_record`, and if two have the same name."""
     records: dict[str, RunRecord] = {}
     for record in map(read_record, directories):
         if (other := records.get(record.slug)) is not None:
@@ -117,24 +128,23 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 def read_record(directory: Path) -> RunRecord:
     """The run in a directory, named after it. A model without its log is a run without lines.
-    UserError for what is no run directory, and for a training that has not logged anything yet.
+
+    UserError for what is not a run directory, and for a training that has not logged anything yet.
     """
     run = read_run(directory)
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
     train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
-    has_log = len(train["step"]) > 0
-    if not has_log and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
+    valid["seconds"] = np.zeros(0)
+    if len(train["step"]) > 0:
+        valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"])
+    elif (directory / METRICS).exists() or not (directory / WEIGHTS).exists():
         if writer_of(directory):
             raise UserError(
                 f"{directory} has just begun: wait until training has logged its first line"
             )
-        raise UserError(
-            f"{directory} stopped before its first logged step: `tarflowlm train --resume {directory}`"
-        )
-    valid["seconds"] = (
-        np.interp(valid["step"], train["step"], train["seconds"]) if has_log else np.zeros(0)
-    )
+        remedy = f"`tarflowlm train --resume {directory}`"
+        raise UserError(f"{directory} stopped before its first logged step: {remedy}")
     summary = None
     try:
         if (found := read_summary(directory)) is not None and math.isfinite(found["test"]["bpc"]):
@@ -147,9 +157,9 @@ def read_record(directory: Path) -> RunRecord:
 def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series], dict[str, Series]]:
     """The columns of training and of validation lines; unreadable lines are counted in `notes`."""
     path = directory / METRICS
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
+    lines = []
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
     bad = 0
     for number, line in enumerate(lines, 1):
@@ -165,75 +175,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
             f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out."
         )
     train, valid = (
-        {key: np.array([row[key] for row in rows[s]], float) for key in COLUMNS[s]} for s in COLUMNS
+        {key: np.array([row[key] for row in rows[split]], float) for key in keys}
+        for split, keys in COLUMNS.items()
     )
     return train, valid
-
-
-def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells under a head; the first cell of a row is its name."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = ""
-    for name, *cells in rows:
-        body += f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
-    return f'<div class="table"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
-
-
-def runs_table(records: Sequence[RunRecord], columns: Sequence[dict[str, str]]) -> str:
-    """One column per run, one row per key in the order of first appearance; a dash where a run has
-    no value.
-    """
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = [(name, *(column.get(name, "–") or "–" for column in columns)) for name in names]
-    return table_html(
-        ["", *(r.name for r in records)], [row for row in rows if set(row[1:]) != {"–"}]
-    )
-
-
-def summary_of(record: RunRecord) -> dict[str, str]:
-    """Results, text, size and machine of a run: a column of `runs_table`."""
-    done = record.summary or {}
-    test, bpc = done.get("test", {}), record.valid["bpc"]
-    bits = f"{record.sign} {test['bpc']:.4f} ({test.get('bound', 'bound unknown')})" if test else ""
-    valid = (
-        f"{record.sign} {bpc[-1]:.4f} at step {int(record.valid['step'][-1]):,}" if len(bpc) else ""
-    )
-    nats = ""
-    if {"nats_per_token", "stderr"} <= test.keys():
-        # the standard error of a single window is not a number
-        error = f" ± {test['stderr']:.4f}" if math.isfinite(test["stderr"]) else ""
-        nats = f"{record.sign} {test['nats_per_token']:.4f}{error}"
-    stages = ", ".join(f"{bpc:.4f}" for bpc in done.get("stage_valid_bpc", []))
-    return {
-        "status": record.status,
-        "test, bits per character": bits,
-        "test, nats per token, standard error": nats,
-        "validation, bits per character": valid,
-        "validation after each stage": stages and f"{record.sign} {stages}",
-        "preset, seed": f"{record.run.name}, {record.run.seed}",
-        "text": Path(record.run.data.source).name,
-        "steps": f"{record.last_step:,}" if record.has_log else "",
-        "tokens": f"{int(record.train['tokens'].max()):,}" if record.has_log else "",
-        "training, seconds": f"{record.train['seconds'][-1]:,.0f}" if record.has_log else "",
-        "tokens per second, median of each stage": record.speeds,
-        **{label: _plain(done.get(key)) for label, key in PLAIN.items()},
-    }
-
-
-def _plain(value: Any) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def config_table(records: Sequence[RunRecord]) -> str:
-    """Every field of the configurations by its dotted name; fields in which the runs differ come
-    first.
-    """
-    flat = [flatten(r.run) for r in records]
-    names = list(dict.fromkeys(name for one in flat for name in one))
-    names.sort(key=lambda name: all(name in one and one[name] == flat[0].get(name) for one in flat))
-    found = [[(name, one[name]) for name in names if name in one] for one in flat]
-    columns = [
-        {name: ", ".join(map(str, x)) if isinstance(x, list) else str(x) for name, x in one}
-        for one in found
-    ]
-    return runs_table(records, columns)

@@ -1,16 +1,17 @@
-"""Building a report: read the runs and their models, draw figures, and write one page."""
+"""The report: reads runs and their models, draws figures, and writes one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tarflowlm.data import Corpus, cached_corpus, eval_windows
+from tarflowlm.data import Corpus, TokenArray, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import bound_parts
 from tarflowlm.files import replacing
@@ -18,58 +19,55 @@ from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
-from tarflowlm.views import figures, grid
-from tarflowlm.views.records import RunRecord, config_table, read_records, runs_table, summary_of
-from tarflowlm.views.style import (
-    GENERATOR,
-    Figure,
-    Section,
-    check_package,
-    page_html,
-    picture_html,
-    render,
-)
+from tarflowlm.views import grid
+from tarflowlm.views.blocks import draw_blocks, terms_table
+from tarflowlm.views.codes import codes_of, draw_codes
+from tarflowlm.views.curves import draw_bits
+from tarflowlm.views.page import GENERATOR, Section, page_html, picture_html
+from tarflowlm.views.records import RunRecord, read_records
+from tarflowlm.views.style import Figure, check_package, render
+from tarflowlm.views.tables import config_table, runs_table, summary_of
 
 NUM, LENGTH, SEED = 3, 256, 0  # samples, the most tokens of each, and how they are drawn
-
-CSS = f"""{grid.CSS}
-.samples {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }}
-.sample {{ border-left: 3px solid var(--grid); margin: 0; overflow-wrap: anywhere; padding: .1rem .8rem;
-          white-space: pre-wrap; }}
-"""
-
-
-def draw_samples(
-    checkpoint: Checkpoint, progress: Progress = SILENT
-) -> tuple[list[str], list[Tensor]]:
-    """NUM texts of the trained context, or of LENGTH tokens where that is less; always the same for
-    a model. And the first one [T] after every pass, noise first; nothing for fewer than two
-    blocks.
-    """
-    model, decode = checkpoint.model, checkpoint.tokenizer.decode
-    how: dict[str, Any] = {
-        "generator": torch.Generator().manual_seed(SEED),
-        "watch": Watch(progress),
-    }
-    how |= {
-        "num_tokens": min(LENGTH, model.config.context),
-        "temperature": checkpoint.run.temperature,
-    }
-    result = generate(model, num=NUM, **how)
-    passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
-    return [decode(row.tolist()) for row in result.tokens], passes
-
-
-WIDTH, DPI = (
-    4.6,
-    240,
-)  # inches, dots per inch of a PNG; on a phone, such a figure shows its text in full size
+WIDTH = 4.6  # inches; on a phone, such a figure shows its text in full size
+DPI = 240
 COUNTED = 1 << 22  # tokens of the validation split whose frequencies are counted
 
-Draw = Callable[[str, str, Callable[[Figure], None], float], str]
-"""Draws the figure of a name, caption, function and height in inches; returns its HTML."""
+SIGNS = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
+BITS = (
+    "Bits per character against tokens and training time. Faint: training batches; with markers: "
+    "validation windows. Flows show upper bounds. The first steps may lie above the frame."
+)
+PASSES = (
+    "The first sample after every block, decoded with the codebook. Noise becomes latents block by "
+    "block, the last block first. Where only the last row reads as text, block 1 does the writing."
+)
+BLOCKS = (
+    "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its "
+    "terms, added up from the top: blue is positive, orange negative. Below, by how much each "
+    "block lowers the bound of the blocks under it with the standard normal on top; block 1 is "
+    "compared with the standard normal alone. Of jointly trained blocks, only the whole stack is "
+    "trained to be a good model."
+)
+EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no codebook."
+
+
+class RunNotes(TypedDict):
+    """What a report says about a run."""
+
+    name: str
+    status: str
+    notes: list[str]
+
+
+class Report(TypedDict):
+    """The files of a report, and its runs."""
+
+    page: str
+    figures: list[str]
+    runs: list[RunNotes]
 
 
 def write_report(
@@ -78,9 +76,8 @@ def write_report(
     *,
     device: torch.device | None = None,
     progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """Write PNG figures and index.html about the runs in `directories` into `out`, and return what
-    was written.
+) -> Report:
+    """Write PNG figures and index.html about the runs in `directories` into `out`.
 
     A run is a run directory, a model exported from one, the name of a released model or
     hf:OWNER/NAME; all but the first have no curves. `out` defaults to DIR/report for a single run
@@ -90,139 +87,169 @@ def write_report(
     """
     check_package("matplotlib", "plots")
     if out is None:
-        several = len(directories) != 1
-        problem = (
-            f"{len(directories)} runs are given" if several else read_only_reason(directories[0])
-        )
-        if problem is not None:
-            place = "DIR" if several else f"{Path(directories[0]).name}-report"
-            raise UserError(f"{problem}, so the report needs a place: add --out {place}")
-    places = [locate(directory) for directory in directories]
-    out = places[0] / "report" if out is None else out
+        out = _own_place(directories)
+    records = read_records([locate(directory) for directory in directories])
     # folders in the hub's cache are named after commits
-    pairs = zip(read_records(places), directories, strict=True)
     records = [
-        replace(record, name=d.as_posix()) if is_reference(d) else record for record, d in pairs
+        replace(record, name=directory.as_posix()) if is_reference(directory) else record
+        for record, directory in zip(records, directories, strict=True)
     ]
     page = out / "index.html"
-    ours = (
-        page.is_file()
-        and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
-    )
-    if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):
+    if out.exists() and not (_is_report(page) or (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} exists and holds no report: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    written: list[str] = []
 
-    def draw(name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
-        written.append(str(out / f"{name}.png"))
-        return picture_html(
-            name, render(draw, Path(written[-1]), width=WIDTH, height=height, dpi=DPI), caption
-        )
-
-    signs = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
-    sections = [Section("Summary", [signs], [runs_table(records, list(map(summary_of, records)))])]
+    writer = _Writer(out, device or torch.device("cpu"), progress, [])
+    sections = [Section("Summary", [SIGNS], [runs_table(records, [*map(summary_of, records)])])]
     if logged := [record for record in records if record.has_log]:
         progress.stage("training curves")
-        legend = 0.18 * len(logged)
-        curves = draw("bits", _BITS, lambda f: figures.draw_bits(f, logged), 6.0 + legend)
+        height = 6.0 + 0.18 * len(logged)
+        curves = writer.draw("bits", BITS, partial(draw_bits, records=logged), height)
         sections.append(Section("Training", parts=[curves]))
-    sections += [
-        _run_section(record, device or torch.device("cpu"), draw, progress) for record in records
-    ]
+    sections += [writer.section(record) for record in records]
     sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
-    title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
+    names = ", ".join(record.name for record in records)
+    title = f"{'Run' if len(records) == 1 else 'Runs'} {names}"
     with replacing(page) as temporary:
-        temporary.write_text(page_html(title, sections, css=CSS), encoding="utf-8")
-    runs = [
-        {"name": record.name, "status": record.status, "notes": record.notes} for record in records
-    ]
-    return {"page": str(page), "figures": written, "runs": runs}
+        temporary.write_text(page_html(title, sections, css=grid.CSS), encoding="utf-8")
+    notes = [RunNotes(name=r.name, status=r.status, notes=r.notes) for r in records]
+    return Report(page=str(page), figures=writer.figures, runs=notes)
 
 
-def _run_section(
-    record: RunRecord, device: torch.device, draw: Draw, progress: Progress
-) -> Section:
-    """Samples, terms of the bound and codebook of a run; its notes get a line for each that is
-    missing.
+def _own_place(directories: Sequence[Path]) -> Path:
+    """The folder of a report in its run. UserError where there is not one run of the user's own."""
+    if len(directories) != 1:
+        problem, place = f"{len(directories)} runs are given", "DIR"
+    elif reason := read_only_reason(directories[0]):
+        problem, place = reason, f"{Path(directories[0]).name}-report"
+    else:
+        return locate(directories[0]) / "report"
+    raise UserError(f"{problem}, so the report needs a place: add --out {place}")
+
+
+def _is_report(page: Path) -> bool:
+    """Whether a page is one that `write_report` has written."""
+    mark = f'content="{GENERATOR}"'
+    return page.is_file() and mark in page.read_text(encoding="utf-8", errors="replace")[:1000]
+
+
+def draw_samples(
+    checkpoint: Checkpoint, progress: Progress = SILENT
+) -> tuple[list[str], list[Tensor]]:
+    """NUM texts, always the same for a model, and the first one [T] after every pass, noise first.
+
+    They have the trained context, or LENGTH tokens where that is less. There are no passes for
+    fewer than two blocks.
     """
-    try:
-        checkpoint = load_checkpoint(record.directory, device)
-    except UserError as error:
-        record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
-        return Section(record.name, record.notes)
-    model, tokenizer, step = (
-        checkpoint.model,
-        checkpoint.tokenizer,
-        checkpoint.info.get("step", "?"),
+    model = checkpoint.model
+    result = generate(
+        model,
+        num=NUM,
+        num_tokens=min(LENGTH, model.config.context),
+        temperature=checkpoint.run.temperature,
+        generator=torch.Generator().manual_seed(SEED),
+        watch=Watch(progress),
     )
-    length = min(LENGTH, model.config.context)
-    progress.stage(f"samples of {record.name}, positions", num_positions(model, length))
-    samples, passes = draw_samples(checkpoint, progress)
-    texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples)
-    parts, tables, counts = [f'<div class="samples">\n{texts}</div>\n'], [], None
-    if passes:
-        rows = grid.to_html(grid.pass_rows(passes, tokenizer))
-        parts.append(f"<figure>\n{rows}\n<figcaption>{escape(_PASSES)}</figcaption>\n</figure>\n")
-    if (corpus := _corpus(record, checkpoint)) is not None:
-        valid = corpus.split("valid")
-        counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)
-        if not model.is_exact:
-            windows = eval_windows(valid, model.config.context, record.run.train.evaluate_windows)
-            progress.stage(f"validation windows of {record.name}", len(windows))
-            characters = torch.from_numpy(tokenizer.characters_per_token)
-            terms = bound_parts(as_flow(model), windows, characters, progress=progress)
-            caption = _BLOCKS.format(windows=terms.windows, tokens=terms.tokens, step=step)
-            height = 4.3 + 0.7 * len(terms.log_dets)
-            parts.append(
-                draw(
-                    f"blocks-{record.slug}",
-                    caption,
-                    lambda f: figures.draw_blocks(f, terms),
-                    height,
-                )
-            )
-            tables.append(figures.terms_table(terms))
-    codes = figures.codes_of(model, tokenizer, counts)
-    caption = f"The {codes.noun} at step {step} on its first two principal components."
-    if len(codes.named) < len(codes.symbols):
-        order = (
-            "first of the vocabulary" if counts is None else "most frequent of the validation text"
+    passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
+    return [checkpoint.tokenizer.decode(row.tolist()) for row in result.tokens], passes
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Draws figures into the folder of a report, whose paths it collects."""
+
+    out: Path
+    device: torch.device
+    progress: Progress
+    figures: list[str]
+
+    def draw(self, name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
+        """A figure of this height in inches as PNG; returns it as HTML."""
+        path = self.out / f"{name}.png"
+        svg = render(draw, path, width=WIDTH, height=height, dpi=DPI)
+        self.figures.append(str(path))
+        return picture_html(name, svg, caption)
+
+    def section(self, record: RunRecord) -> Section:
+        """Samples, terms of the bound and codebook of a run; it notes what is missing."""
+        try:
+            checkpoint = load_checkpoint(record.directory, self.device)
+        except UserError as error:
+            record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
+            return Section(record.name, record.notes)
+        model = checkpoint.model
+        step = checkpoint.info.get("step", "?")
+        length = min(LENGTH, model.config.context)
+        parts = self._samples(record, checkpoint)
+        corpus = _corpus(record, checkpoint)
+        counts = None
+        tables = []
+        if corpus is not None:
+            valid = corpus.split("valid")
+            vocab_size = checkpoint.tokenizer.vocab_size
+            counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=vocab_size)
+            if not model.is_exact:
+                picture, table = self._blocks(record, checkpoint, valid, step)
+                parts.append(picture)
+                tables.append(table)
+        codes = codes_of(model, checkpoint.tokenizer, counts)
+        caption = f"The {codes.noun} at step {step} on its first two principal components."
+        if (named := len(codes.named)) < len(codes.symbols):
+            where = "first of the vocabulary"
+            if counts is not None:
+                where = "most frequent of the validation text"
+            caption += f" Named: the {named} {where}."
+        name = f"codebook-{record.slug}"
+        parts.append(self.draw(name, caption, partial(draw_codes, codes=codes), 4.6))
+        how = f"seed {SEED}, temperature {checkpoint.run.temperature:g}, not selected"
+        notes = [*record.notes, f"{NUM} samples of {length} tokens at step {step}: {how}."]
+        if record.is_exact:
+            notes.insert(-1, EXACT)
+        return Section(record.name, notes, [*parts, *tables])
+
+    def _samples(self, record: RunRecord, checkpoint: Checkpoint) -> list[str]:
+        """Samples, and the passes of the first one."""
+        model = checkpoint.model
+        positions = num_positions(model, min(LENGTH, model.config.context))
+        self.progress.stage(f"samples of {record.name}, positions", positions)
+        samples, passes = draw_samples(checkpoint, self.progress)
+        texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples)
+        parts = [f'<div class="samples">\n{texts}</div>\n']
+        if passes:
+            rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
+            caption = f"<figcaption>{escape(PASSES)}</figcaption>"
+            parts.append(f"<figure>\n{rows}\n{caption}\n</figure>\n")
+        return parts
+
+    def _blocks(
+        self, record: RunRecord, checkpoint: Checkpoint, valid: TokenArray, step: str
+    ) -> tuple[str, str]:
+        """The terms of the bound on validation windows: a picture and a table."""
+        model = checkpoint.model
+        windows = eval_windows(valid, model.config.context, record.run.train.evaluate_windows)
+        self.progress.stage(f"validation windows of {record.name}", len(windows))
+        characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
+        terms = bound_parts(as_flow(model), windows, characters, progress=self.progress)
+        picture = self.draw(
+            f"blocks-{record.slug}",
+            BLOCKS.format(windows=terms.windows, tokens=terms.tokens, step=step),
+            partial(draw_blocks, parts=terms),
+            4.3 + 0.7 * len(terms.log_dets),
         )
-        caption += f" Named: the {len(codes.named)} {order}."
-    parts.append(
-        draw(f"codebook-{record.slug}", caption, lambda f: figures.draw_codes(f, codes), 4.6)
-    )
-    exact = [
-        "A discrete model: its likelihood is exact, and it has no blocks and no codebook."
-    ] * record.is_exact
-    how = f"seed {SEED}, temperature {checkpoint.run.temperature:g}, not selected"
-    drawn = f"{NUM} samples of {length} tokens at step {step}: {how}."
-    return Section(record.name, [*record.notes, *exact, drawn], [*parts, *tables])
+        return picture, terms_table(terms)
 
 
 def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
-    """The run's corpus in the run's tokens, or None with a note."""
+    """The run's text in the tokens of its model; None, with a note, where it cannot be read."""
+    source = record.run.data.source
     try:
-        corpus = cached_corpus(record.run.data.source, record.run.data.tokenizer)
-        if corpus.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
-            return corpus
-        problem = (
-            f"{record.run.data.source} is not the text that the run's tokenizer was trained on"
-        )
+        corpus = cached_corpus(source, checkpoint.tokenizer)
     except (UserError, OSError) as error:
-        problem = str(error)
-    record.notes.append(
-        f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}."
-    )
-    return None
-
-
-_PASSES = "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the "
-_PASSES += "last block first. Where only the last row reads as text, block 1 does the writing."
-_BITS = "Bits per character against tokens and training time. Faint: training batches; with markers: validation "
-_BITS += "windows. Flows show upper bounds. The first steps may lie above the frame."
-_BLOCKS = "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its terms, added "
-_BLOCKS += "up from the top: blue is positive, orange negative. Below, by how much each block lowers the bound of "
-_BLOCKS += "the blocks under it with the standard normal on top; block 1 is compared with the standard normal alone. "
-_BLOCKS += "Of jointly trained blocks, only the whole stack is trained to be a good model."
+        missing = "The gain of each block is not shown, because the run's corpus cannot be used"
+        record.notes.append(f"{missing}: {error}.")
+        return None
+    if corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
+        record.notes.append(
+            f"{source} has changed since training: its validation split may hold text of that."
+        )
+    return corpus
