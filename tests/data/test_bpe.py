@@ -9,7 +9,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tarflowlm.data import BPETokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
+from tarflowlm.data import (
+    CharTokenizer,
+    Tokenizer,
+    TokenizerConfig,
+    build_tokenizer,
+    load_tokenizer,
+)
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError
@@ -20,10 +26,6 @@ CASED = (
 )
 BYTE_LEVEL = train_bpe([CASED], 300, alphabet=None, normalization="none")
 CONFIG = TokenizerConfig(kind="bpe", vocab_size=64)
-
-
-def library_json(**changes) -> str:
-    return json.dumps(json.loads(BYTE_LEVEL.to_json())["tokenizers"] | changes)
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -81,17 +83,17 @@ def test_saved_bpe_loads_as_it_was(tmp_path, words):
 
 def test_long_texts_encode_as_if_whole(monkeypatch):
     whole = BYTE_LEVEL.encode(CASED)
-    monkeypatch.setattr("tarflowlm.data.bpe._PIECE", 16)
-    monkeypatch.setattr("tarflowlm.data.bpe._BATCH", 3)
+    monkeypatch.setattr("tarflowlm.data.tokenizer._PIECE", 16)
+    monkeypatch.setattr("tarflowlm.data.tokenizer._BATCH", 3)
     assert (BYTE_LEVEL.encode(CASED) == whole).all()
 
 
 def test_special_tokens_in_the_text_count_their_characters():
-    library = tokenizers.Tokenizer.from_str(library_json())
+    library = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_json())
     library.add_special_tokens(["<|endoftext|>"])
     library.enable_truncation(3)
     library.enable_padding(length=50)
-    tokenizer = BPETokenizer(library.to_str())
+    tokenizer = Tokenizer.from_json(library.to_str())
     text = "the cat<|endoftext|>the cats"
     ids = tokenizer.encode(text)
     assert tokenizer.vocab_size == 301
@@ -100,8 +102,9 @@ def test_special_tokens_in_the_text_count_their_characters():
     assert tokenizer.characters_per_token[ids].sum() == len(text)
 
 
-def test_source_may_be_our_file_the_librarys_or_a_directory(tmp_path):
-    (tmp_path / "theirs.json").write_text(library_json())
+def test_source_may_be_a_file_or_a_directory(tmp_path):
+    library = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_json())
+    library.save(str(tmp_path / "theirs.json"))
     BYTE_LEVEL.save(tmp_path)
     for source in (tmp_path / "theirs.json", tmp_path / "tokenizer.json", tmp_path):
         tokenizer = build_tokenizer(
@@ -116,10 +119,31 @@ def test_source_may_be_our_file_the_librarys_or_a_directory(tmp_path):
             build_tokenizer(TokenizerConfig(kind="bpe", source=str(missing)))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+    ],
+)
+def test_tokenizers_that_do_not_restore_the_text_are_refused(changes, tmp_path):
+    document = json.loads(BYTE_LEVEL.to_json()) | changes
+    (tmp_path / "theirs.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"theirs\.json"):
+        build_tokenizer(TokenizerConfig(kind="bpe", source=str(tmp_path / "theirs.json")))
+
+
+def test_characters_are_not_taken_for_bpe(tmp_path):
+    CharTokenizer("ab", "none").save(tmp_path)
+    with pytest.raises(UserError, match="set kind to"):
+        build_tokenizer(TokenizerConfig(kind="bpe", source=str(tmp_path)))
+
+
 def test_hub_names_are_taken_from_the_hub_cache_and_fail_in_one_line_offline(
     monkeypatch, no_network, tmp_path
 ):
-    (tmp_path / "cached.json").write_text(library_json())
+    BYTE_LEVEL.save(tmp_path / "cached.json")
     config = TokenizerConfig(kind="bpe", source="some/name", normalize="none")
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "cached.json")

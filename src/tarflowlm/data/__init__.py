@@ -1,7 +1,7 @@
 """Texts as tokens: tokenizers, prepared corpora, and windows for training and evaluation."""
 
 from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
-from tarflowlm.data.bpe import BPETokenizer, build_tokenizer
+from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import (
     Corpus,
     TokenArray,
@@ -26,7 +26,6 @@ __all__ = [
     "FIELD",
     "SOURCE_NAMES",
     "TEXT8_ALPHABET",
-    "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",

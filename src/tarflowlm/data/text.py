@@ -179,7 +179,7 @@ def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
         yield buffer
 
 
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LETTERS_OR_SPACE = bytes(code if chr(code) in TEXT8_ALPHABET else ord(" ") for code in range(256))
 
 
@@ -196,6 +196,6 @@ def normalize_text8(text: str) -> str:
     """
     # on bytes, whose methods are fast; what is not ASCII becomes "?", and later a space
     data = text.encode("ascii", errors="replace").replace(b"<|endoftext|>", b" ").lower()
-    for digit, name in enumerate(_DIGITS):
+    for digit, name in enumerate(DIGITS):
         data = data.replace(str(digit).encode(), f" {name} ".encode())
     return " " + b" ".join(data.translate(_LETTERS_OR_SPACE).split()).decode("ascii")

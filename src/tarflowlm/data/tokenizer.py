@@ -1,77 +1,103 @@
-"""The interface of all tokenizers, and the tokenizers over characters and bytes (BPE is in
-`bpe.py`).
+"""Text as tokens: characters, bytes, or byte-pair encoding (BPE), kept as tokenizer.json.
+
+The file is one of the `tokenizers` library, whose `Tokenizer.from_file` opens it. Characters and
+bytes are BPE without merges there; here they are looked up in a table, 13 times as fast.
 """
 
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import tokenizers
 
 from tarflowlm.config import NORMALIZATIONS, Normalization, check_alphabet
-from tarflowlm.data.text import normalize
+from tarflowlm.data.text import DIGITS, normalize, text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 
-FORMAT, VERSION = "tarflowlm-tokenizer", 1
+Document = dict[str, Any]
+"""The content of a tokenizer.json."""
+_PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
+_BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping needs much memory
 
 
-class Tokenizer(ABC):
+def _byte_characters() -> str:
+    """GPT-2's printable stand-in for every byte (Radford et al. 2019, `bytes_to_unicode`)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return "".join(chr(b) if b in plain else chr(256 + others.index(b)) for b in range(256))
+
+
+BYTES = _byte_characters()
+
+
+class Tokenizer:
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
+
+    `document` is a tokenizer.json with BPE, either byte-level (GPT-2 and its relatives) or over the
+    characters of an alphabet. ValueError for one that does not restore every text. Special tokens
+    in the text, such as `<|endoftext|>`, become one token and count all their characters; none are
+    added.
+
     `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not
     normalise: call `prepare` first on text from a file, or read a user's text with `prompts.read`.
     Immutable.
     """
 
-    kind: ClassVar[str]
-    _kinds: ClassVar[dict[str, type["Tokenizer"]]] = {}
+    kind: ClassVar[str] = "bpe"
 
-    def __init__(self, normalization: Normalization = "none") -> None:
+    def __init__(self, document: Document, normalization: Normalization = "none") -> None:
         if normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalize={normalization!r} is not one of {', '.join(NORMALIZATIONS)}"
-            )
+            known = ", ".join(NORMALIZATIONS)
+            raise ValueError(f"normalize={normalization!r} is not one of {known}")
         self.normalization: Normalization = normalization
+        # texts are normalised before they come here
+        self._document = document | {"normalizer": None, "truncation": None, "padding": None}
+        try:
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(self._document))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"not a tokenizer of the `tokenizers` library ({error})") from None
+        self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
+        self._check_invertible()
 
-    def __init_subclass__(cls) -> None:
-        Tokenizer._kinds[cls.kind] = cls
+    def _check_invertible(self) -> None:
+        probe = "The cat,\n  12 caf\u00e9s \U0001f600. "
+        if not self._is_byte_level:
+            probe = "".join(self._single_characters()) * 2
+        ids = self._library.encode(probe, add_special_tokens=False).ids
+        model = self._document["model"]
+        has_stand_ins = model.get("unk_token") or model.get("byte_fallback")
+        is_lossy = model.get("dropout") or (has_stand_ins and not self._is_byte_level)
+        if is_lossy or b"".join(self.token_bytes[i] for i in ids) != probe.encode():
+            rule = (
+                "use byte-level BPE such as GPT-2's, without a normaliser, a space before the text"
+            )
+            more = "dropout, or stand-ins for unknown characters"
+            raise ValueError(f"it does not restore every text: {rule}, {more}")
 
-    @property
-    @abstractmethod
-    def token_bytes(self) -> Sequence[bytes]:
-        """The UTF-8 bytes of every token, length V; a token may hold part of a character."""
-
-    @abstractmethod
-    def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids [N] of `text`, which is not normalised. UserError for characters outside the
-        vocabulary.
-        """
+    def _single_characters(self) -> list[str]:
+        return [token for token in self._library.get_vocab() if len(token) == 1]
 
     @cached_property
-    def holds_spaces(self) -> bool:
-        """Whether tokens hold the space before a word."""
-        return any(len(token) > 1 and token.startswith(b" ") for token in self.token_bytes)
-
-    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Token ids [N] of `texts`, encoded one by one and concatenated."""
-        return np.concatenate([np.zeros(0, dtype=np.int64), *map(self.encode, texts)])
-
-    def _payload(self) -> dict[str, Any]:
-        """The content of the tokenizer's JSON besides kind and normalisation."""
-        return {}
-
-    @classmethod
-    def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "Tokenizer":
-        """Inverse of `_payload`; may raise LookupError, TypeError or ValueError for foreign
-        content.
-        """
-        return cls(normalization)
+    def token_bytes(self) -> Sequence[bytes]:
+        """The UTF-8 bytes of every token, length V; a token may hold part of a character."""
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        table = [b""] * (max(vocabulary.values()) + 1)
+        byte_of = {c: byte for byte, c in enumerate(BYTES)} if self._is_byte_level else {}
+        added = {token["id"] for token in self._document["added_tokens"]}
+        for token, index in vocabulary.items():
+            # a token with other characters is a special token that the file did not declare
+            is_bytes = index not in added and all(c in byte_of for c in token)
+            table[index] = bytes(byte_of[c] for c in token) if is_bytes else token.encode("utf-8")
+        return table
 
     @property
     def vocab_size(self) -> int:
@@ -82,42 +108,52 @@ class Tokenizer(ABC):
         """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
         return normalize(text, self.normalization)
 
-    @property
-    def is_lower_case(self) -> bool:
-        """Whether its tokens or its normalisation leave no upper-case letters."""
-        return self.normalization == "text8"
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        """Token ids [N] of normalised `text`. UserError for characters outside the vocabulary."""
+        return self.encode_each([text])
 
-    def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
-        """This tokenizer with another normalisation of texts; itself for None."""
-        return self if normalization is None else self._from_payload(self._payload(), normalization)
+    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Token ids [N] of `texts`, encoded one by one and concatenated."""
+        pieces = [piece for text in texts for piece in text_pieces(text, _PIECE)]
+        parts = [np.zeros(0, dtype=np.int64)]
+        for i in range(0, len(pieces), _BATCH):
+            batch = pieces[i : i + _BATCH]
+            for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
+                # through `array`, which converts a list of int in less than half of numpy's time
+                ids = np.frombuffer(array("I", encoding.ids), dtype=np.uintc)
+                parts.append(ids.astype(np.int64))
+        ids = np.concatenate(parts)
+        # the library drops unknown characters silently
+        if self.characters_per_token[ids].sum() != sum(map(len, texts)):
+            alphabet = "".join(self._single_characters())
+            if not self._is_byte_level and not set().union(*texts) <= set(alphabet):
+                raise UnknownCharacters("".join(texts), alphabet)
+            what = "this BPE tokenizer does not keep all of the text"
+            raise UserError(f"{what} (do special tokens swallow spaces?)")
+        return ids
 
-    def decode(self, ids: Any) -> str:
-        """Text of 1-d integer `ids` (list, array or tensor), each in 0 .. V-1; incomplete UTF-8
-        shows as U+FFFD.
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Text of 1-d integer `ids` (list, array or tensor), each in 0 .. V-1.
+
+        Incomplete UTF-8 shows as U+FFFD.
         """
-        array, table = np.asarray(ids), self.token_bytes
+        array = np.asarray(ids)
+        table = self.token_bytes
         if array.size == 0:
             return ""
-        if (
-            array.ndim != 1
-            or array.dtype.kind not in "iu"
-            or not 0 <= array.min() <= array.max() < len(table)
-        ):
+        is_integer = array.ndim == 1 and array.dtype.kind in "iu"
+        if not is_integer or not 0 <= array.min() <= array.max() < len(table):
             found = f"{array.dtype}, shape {list(array.shape)}, from {array.min()} to {array.max()}"
-            raise UserError(
-                f"token ids must be 1-d integers from 0 to {len(table) - 1}, not an array of {found}"
-            )
+            rule = f"token ids must be 1-d integers from 0 to {len(table) - 1}"
+            raise UserError(f"{rule}, not an array of {found}")
         return b"".join([table[i] for i in array.tolist()]).decode("utf-8", errors="replace")
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:
-        """Int64 [V]: the UTF-8 bytes of each token that start a character: over a text, its
-        characters.
-        """
+        """Int64 [V]: the bytes of each token that start a character; over a text, its characters."""
         # a continuation byte is 0b10xxxxxx
-        return np.array(
-            [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64
-        )
+        counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes]
+        return np.array(counts, dtype=np.int64)
 
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
@@ -126,59 +162,59 @@ class Tokenizer(ABC):
 
     @cached_property
     def symbols(self) -> list[str]:
-        """[V]: every token as a printable string; unprintable parts are escaped (`\\n`,
-        `\\xe2`).
-        """
+        r"""[V]: every token as a printable string; what cannot be printed is escaped (`\n`)."""
         return [_printable(token) for token in self.token_bytes]
 
-    def to_json(self) -> str:
-        """Everything that defines this tokenizer, as readable JSON; `Tokenizer.from_json` reads it
-        back.
-        """
-        return json.dumps(self._document(), ensure_ascii=False, indent=1) + "\n"
+    @cached_property
+    def holds_spaces(self) -> bool:
+        """Whether tokens hold the space before a word."""
+        return any(len(token) > 1 and token.startswith(b" ") for token in self.token_bytes)
 
-    @classmethod
-    def from_json(cls, text: str, name: str = "tokenizer JSON") -> "Tokenizer":
-        """Inverse of `to_json`. UserError, calling the input `name`, for foreign or damaged
-        text.
-        """
+    @property
+    def is_lower_case(self) -> bool:
+        """Whether its tokens or its normalisation leave no upper-case letters."""
+        return self.normalization == "text8"
+
+    def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
+        """This tokenizer with another normalisation of texts; itself for None."""
+        if normalization is None:
+            return self
+        other = copy(self)
+        other.normalization = normalization
+        return other
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex): equal for tokenizers that encode, decode and normalise alike."""
+        document = self._document
+        parts = [document[name] for name in ("pre_tokenizer", "added_tokens")]
+        parts += [document["model"][name] for name in ("vocab", "merges")]
+        content = json.dumps([self.normalization, *parts], sort_keys=True)
+        return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+    def to_json(self) -> str:
+        """The content of tokenizer.json; `from_json` reads it back."""
+        normalizer = TEXT8_NORMALIZER if self.normalization == "text8" else None
+        document = self._document | {"normalizer": normalizer}
+        return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str, name: str = "tokenizer JSON") -> "Tokenizer":
+        """The tokenizer in a tokenizer.json. UserError, calling the input `name`, for another."""
         try:
-            document = json.loads(text)
-            if document["format"] != FORMAT or document["version"] != VERSION:
-                raise ValueError(f"format {document['format']!r}, version {document['version']!r}")
-            return Tokenizer._kinds[document["kind"]]._from_payload(document, document["normalize"])
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            return _from_document(json.loads(text))
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-            raise UserError(
-                f"{name} is damaged, or no tokenizer of this version of tarflowlm: {reason}"
-            ) from None
+            raise UserError(f"{name} is damaged, or no tokenizer for a model: {reason}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json()` atomically to the file `path`, or to `path/tokenizer.json` if `path` is
-        a directory.
-        """
+        """Write the file `path`, or `path/tokenizer.json` if `path` is a directory, atomically."""
         with replacing(_file(path)) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8", newline="")
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of the content: equal for tokenizers that encode, decode and normalise
-        alike.
-        """
-        canonical = json.dumps(self._document(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
-
-    def _document(self) -> dict[str, Any]:
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": self.kind,
-            "normalize": self.normalization,
-        }
-        return head | self._payload()
-
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(vocab_size={self.vocab_size}, normalization={self.normalization!r})"
+        name = type(self).__name__
+        return f"{name}(vocab_size={self.vocab_size}, normalization={self.normalization!r})"
 
 
 class CharTokenizer(Tokenizer):
@@ -187,19 +223,17 @@ class CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, alphabet: str, normalization: Normalization = "text8") -> None:
-        super().__init__(normalization)
         check_alphabet(alphabet)
-        self.alphabet, codes = alphabet, list(map(ord, alphabet))
+        super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}), normalization)
+        self.alphabet = alphabet
+        codes = list(map(ord, alphabet))
         # the id of every code point, -1 for foreign ones; all above the alphabet share the last
         # place
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))
 
-    @cached_property
-    def token_bytes(self) -> Sequence[bytes]:
-        return [c.encode("utf-8") for c in self.alphabet]
-
-    def encode(self, text: str) -> npt.NDArray[np.int64]:
+    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        text = "".join(texts)
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if ids.size and ids.min() < 0:
@@ -210,45 +244,84 @@ class CharTokenizer(Tokenizer):
     def is_lower_case(self) -> bool:
         return self.alphabet == self.alphabet.lower()
 
-    def _payload(self) -> dict[str, Any]:
-        return {"alphabet": self.alphabet}
-
-    @classmethod
-    def _from_payload(
-        cls, payload: dict[str, Any], normalization: Normalization
-    ) -> "CharTokenizer":
-        return cls(payload["alphabet"], normalization)
-
 
 class ByteTokenizer(Tokenizer):
     """One token per UTF-8 byte, V = 256; encodes any text."""
 
     kind = "byte"
 
-    @cached_property
-    def token_bytes(self) -> Sequence[bytes]:
-        return [bytes([b]) for b in range(256)]
+    def __init__(self, normalization: Normalization = "none") -> None:
+        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL), normalization)
 
-    def encode(self, text: str) -> npt.NDArray[np.int64]:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        data = "".join(texts).encode("utf-8")
+        return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
+
+
+BYTE_LEVEL: Document = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+TEXT8_NORMALIZER: Document = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Replace", "pattern": {"String": "<|endoftext|>"}, "content": " "},
+        # first, since the lower case of some other letters is in a-z
+        {"type": "Replace", "pattern": {"Regex": "[^\\x00-\\x7f]"}, "content": " "},
+        {"type": "Lowercase"},
+        *(
+            {"type": "Replace", "pattern": {"String": str(digit)}, "content": f" {name} "}
+            for digit, name in enumerate(DIGITS)
+        ),
+        {"type": "Replace", "pattern": {"Regex": "[^a-z]+"}, "content": " "},
+        {"type": "Strip", "strip_left": True, "strip_right": True},
+        {"type": "Prepend", "prepend": " "},
+    ],
+}
+"""`normalize_text8` in the library's terms, for other programs; it also tells ours what to do."""
+
+
+def _without_merges(alphabet: str, pre_tokenizer: Document | None, decoder: Document) -> Document:
+    """A tokenizer.json with one token for each character of `alphabet`."""
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+
+
+def _from_document(document: Document) -> Tokenizer:
+    normalizer = document["normalizer"]
+    if normalizer not in (None, TEXT8_NORMALIZER):
+        raise ValueError("it has a normaliser, so it does not restore every text")
+    normalization: Normalization = "text8" if normalizer else "none"
+    if not document["model"]["merges"] and not document["added_tokens"]:
+        vocabulary = document["model"]["vocab"]
+        alphabet = "".join(sorted(vocabulary, key=vocabulary.get))
+        is_plain = vocabulary == {character: index for index, character in enumerate(alphabet)}
+        if is_plain and document["pre_tokenizer"] is None:
+            return CharTokenizer(alphabet, normalization)
+        if is_plain and document["pre_tokenizer"] == BYTE_LEVEL and alphabet == BYTES:
+            return ByteTokenizer(normalization)
+    return Tokenizer(document, normalization)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer saved in the file `path`, or in `path/tokenizer.json` if `path` is a
-    directory.
-    """
+    """The tokenizer in the file `path`, or in `path/tokenizer.json` if `path` is a directory."""
     source = _file(path)
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        reason = (
-            "does not exist"
-            if isinstance(error, FileNotFoundError)
-            else f"cannot be read ({first_line(error)})"
-        )
-        raise UserError(
-            f"{source} {reason}: give a tokenizer.json or the directory that holds one"
-        ) from None
+        is_missing = isinstance(error, FileNotFoundError)
+        reason = "does not exist" if is_missing else f"cannot be read ({first_line(error)})"
+        remedy = "give a tokenizer.json or the directory that holds one"
+        raise UserError(f"{source} {reason}: {remedy}") from None
     return Tokenizer.from_json(text, name=str(source))
 
 
@@ -261,6 +334,5 @@ def _printable(token: bytes) -> str:
         text = token.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(escaped)
