@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from tarflowlm.baseline import TokenLM as TokenLM
     from tarflowlm.config import RunConfig as RunConfig
     from tarflowlm.errors import UserError as UserError
-    from tarflowlm.evaluation.likelihood import Scores as Scores
     from tarflowlm.evaluation.likelihood import evaluate as evaluate
-    from tarflowlm.evaluation.likelihood import score as score
+    from tarflowlm.evaluation.scores import Scores as Scores
+    from tarflowlm.evaluation.scores import score as score
     from tarflowlm.generation import generate as generate
     from tarflowlm.model import TarFlowLM as TarFlowLM
     from tarflowlm.model_config import BaselineConfig as BaselineConfig
@@ -47,7 +47,7 @@ _MODULES = {
     "FlowConfig": "model_config",
     "Pretrained": "pretrained",
     "RunConfig": "config",
-    "Scores": "evaluation.likelihood",
+    "Scores": "evaluation.scores",
     "TarFlowLM": "model",
     "TokenLM": "baseline",
     "UserError": "errors",
@@ -60,7 +60,7 @@ _MODULES = {
     "load": "pretrained",
     "preset": "presets",
     "resume": "pretrained",
-    "score": "evaluation.likelihood",
+    "score": "evaluation.scores",
     "train": "pretrained",
 }
 """The module of every public name, imported on first use: PyTorch reads some environment variables

@@ -27,7 +27,8 @@ from tarflowlm.data.prompts import BLANK, Reading, read, read_template
 from tarflowlm.device import threads_for
 from tarflowlm.editing.edits import Pick
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Scores, bits, score
+from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.evaluation.scores import Scores, scores
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.inversion import Decoders, as_decoders
 from tarflowlm.generation.sampling import adjust_weights, row_generators
@@ -581,11 +582,12 @@ class Score:
     def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list["Scored"]:
         """The bits of every text."""
         readings = [read(lm.tokenizer, text, normalize=self.normalize) for text in self.texts]
+        tokens = [reading.tokens for reading in readings]
+        in_batches = scores(
+            lm.model, tokens, samples=self.samples, seed=self.seed, progress=progress
+        )
         found = []
-        for reading in readings:
-            one = score(
-                lm.model, reading.tokens, samples=self.samples, seed=self.seed, progress=progress
-            )
+        for reading, one in zip(readings, in_batches, strict=True):
             symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
             found.append(Scored(one.bits, one.blocks, one.exact, symbols, reading=reading))
         return found

@@ -15,7 +15,7 @@ from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.evaluation.likelihood import score
+from tarflowlm.evaluation.scores import score
 from tarflowlm.locks import writer_lock
 from tarflowlm.model_config import COUPLINGS
 from tarflowlm.pretrained import load

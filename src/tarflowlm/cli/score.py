@@ -42,7 +42,8 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.data.prompts import read
-    from tarflowlm.evaluation.likelihood import score, sign_of
+    from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.evaluation.scores import score
     from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading
-from tarflowlm.evaluation.likelihood import Scores, score
+from tarflowlm.evaluation.scores import Scores, score
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue

@@ -1,0 +1,218 @@
+"""The bits of every token of a text, and of many texts at once.
+
+Shape legend: B windows of T tokens, L blocks.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import zip_longest
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checks import as_integer, check_model, check_tokens, checked_seed
+from tarflowlm.evaluation.likelihood import bits, runs, sign_of, windows_per_batch
+from tarflowlm.flow import full_precision
+from tarflowlm.flow.numerics import log_standard_normal
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import as_flow
+from tarflowlm.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Bits of the T tokens of a text, on the CPU in float64."""
+
+    bits: Tensor
+    """[T]: -log2 p(x_t | x_<t) of the baseline; of a flow, the part of token t in its bound."""
+    blocks: Tensor | None
+    """[L, T]: log2|det J| of every block at every token, block 1 first; None for the baseline."""
+    exact: bool
+    """Whether the bits are exact; else they sum to an upper bound, and one of them is no bound."""
+    symbols: Sequence[str] | None = None
+    """[T]: the tokens, shown in notebooks."""
+
+    @property
+    def total(self) -> float:
+        """Bits of the whole text."""
+        return self.bits.sum().item()
+
+    @property
+    def per_token(self) -> float:
+        """Mean bits per token."""
+        return self.bits.mean().item()
+
+    def _repr_html_(self) -> str | None:
+        if self.symbols is None:
+            return None
+        shown = ""
+        for symbol, value in zip(self.symbols, self.bits.tolist(), strict=True):
+            ground = f"rgba(213,94,0,{min(max(value, 0) / 12, 1):.2f})"
+            style = f'style="background:{ground}" title="{value:.2f} bits"'
+            shown += f"<span {style}>{escape(symbol)}</span>"
+        sign = sign_of("exact" if self.exact else "elbo")
+        return f"<pre>{shown}\n{sign} {self.total:.1f} bits</pre>"
+
+
+def score(
+    model: LanguageModel,
+    tokens: Tensor,
+    *,
+    samples: int = 8,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Scores:
+    r"""How many bits each of the `tokens` [T] of a text takes; one token is enough.
+
+    For a flow these are the terms of the negative ELBO (docs/math.md, eq. 11a) at token t, in the
+    mean over `samples` posterior samples:
+
+        log q(z_t | x_t) - log p(x_t | z_t) - log N(u_t; 0, I) - sum_l log|det J_l|_t
+
+    The blocks of a flow read in both directions, so a token's share depends on tokens on both sides
+    of it. With P > 1 the log-determinant of a position is spread evenly over its P tokens.
+
+    An incomplete last patch of a flow is filled up with the first tokens y of the text. Their bits
+    count with the last token, so that the sum stays a bound: -log p(x) <= -log p(x, y) for any y.
+
+    A text beyond the trained context is scored in windows. The baseline and flows of one block see
+    half a window as context; flows of several blocks begin every window anew, as no bound is known
+    for them else. The baseline needs no samples. Same seed, same result; the noise is that of
+    `evaluate`. `progress` advances by windows, each counted once per sample.
+
+    UserError for no tokens, for tokens that are not [T] or outside the vocabulary, and for
+    `samples` below 1.
+    """
+    return scores(model, [tokens], samples=samples, seed=seed, progress=progress)[0]
+
+
+@torch.no_grad()
+def scores(
+    model: LanguageModel,
+    texts: Sequence[Tensor],
+    *,
+    samples: int = 8,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> list[Scores]:
+    """`score` of each of many texts, computed in batches.
+
+    The results are those of one text after the other, as each draws the noise of `seed` for itself.
+    Windows of similar length share a batch under the baseline and flows of one block. Flows of
+    several blocks also read from right to left, so only windows of equal length do.
+    """
+    check_model(model)
+    samples = as_integer(samples, "samples", least=1)
+    seed = checked_seed(as_integer(seed, "seed"))
+    for tokens in texts:
+        check_tokens(model, tokens, shape="[T]")
+    draws = 1 if model.is_exact else samples
+    found: list[list[Tensor]] = [[] for _ in texts]
+    by_text = [_parts(model, tokens, text, seed) for text, tokens in enumerate(texts)]
+    # the parts of one text come in their order, and so does its noise
+    for turn in zip_longest(*by_text):
+        parts = [part for part in turn if part is not None]
+        for batch in _batches(parts, is_causal=model.num_blocks == 1):
+            for part, nats in zip(batch, _mean_nats(model, batch, draws, progress), strict=True):
+                found[part.text].append(nats)
+    return [
+        _scores(model, torch.cat(nats, dim=1), len(tokens))
+        for nats, tokens in zip(found, texts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Windows of one text of equal length, which have equally many tokens of context."""
+
+    text: int
+    windows: Int[Tensor, "B T"]
+    given: int
+    """Tokens at the start of a window that are context and not scored."""
+    generator: Generator
+
+    @property
+    def length(self) -> int:
+        return self.windows.shape[1]
+
+
+def _parts(model: LanguageModel, tokens: Tensor, text: int, seed: int) -> Iterator[_Part]:
+    """The windows of a text in whole patches, in their order."""
+    patch, context = model.config.patch, model.config.context
+    filler = tokens.repeat(patch)[: -len(tokens) % patch]
+    whole = torch.cat((tokens, filler)).to(model.device)
+    kept = context // patch // 2 * patch if model.num_blocks == 1 else 0
+    starts = range(0, max(1, len(whole) - kept), context - kept)
+    windows = [whole[start : start + context] for start in starts]
+    givens = [0] + [kept] * (len(windows) - 1)
+    generator = Generator(device=model.device).manual_seed(seed)
+    alike = [(len(window), given) for window, given in zip(windows, givens, strict=True)]
+    for some in runs(alike, windows_per_batch(len(windows[0]))):
+        yield _Part(text, torch.stack(windows[some]), givens[some.start], generator)
+
+
+def _batches(parts: Iterable[_Part], *, is_causal: bool) -> Iterator[list[_Part]]:
+    """Parts that are computed together: of one length, or if `is_causal` of similar lengths."""
+    batch: list[_Part] = []
+    rows = 0
+    for part in sorted(parts, key=lambda part: part.length):
+        rows += len(part.windows)
+        if batch:
+            longest = 2 * batch[0].length if is_causal else batch[0].length
+            if part.length > longest or rows > windows_per_batch(part.length):
+                yield batch
+                batch = []
+                rows = len(part.windows)
+        batch.append(part)
+    if batch:
+        yield batch
+
+
+def _mean_nats(
+    model: LanguageModel, batch: Sequence[_Part], draws: int, progress: Progress
+) -> list[Float[Tensor, "rows T"]]:
+    """`_shares` of the scored tokens of every part, in the mean over `draws` posterior samples."""
+    longest = batch[-1].length
+    windows = [F.pad(part.windows, (0, longest - part.length)) for part in batch]
+    tokens = torch.cat(windows)
+    nats = torch.zeros(())
+    for _ in range(draws):
+        noise = [model.draw_noise(part.windows, part.generator) for part in batch]
+        padded = [F.pad(eps, (0, 0, 0, longest - eps.shape[1])) for eps in noise]
+        nats = nats + _shares(model, tokens, torch.cat(padded)).cpu().double() / draws
+        progress.advance(len(tokens))
+    rows = nats.split([len(part.windows) for part in batch], dim=1)
+    return [
+        found[:, :, part.given : part.length].flatten(1)
+        for part, found in zip(batch, rows, strict=True)
+    ]
+
+
+def _shares(
+    model: LanguageModel, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
+) -> Float[Tensor, "rows B T"]:
+    """Nats of every token, and for a flow the log-determinant of every block at it."""
+    if isinstance(model, TokenLM):
+        return -model.token_log_prob(tokens)[None]
+    flow = as_flow(model)
+    patch = model.config.patch
+    with full_precision(noise):
+        z = flow.codebook.encode(tokens, noise)
+        # log q(z_t | x_t) - log p(x_t | z_t)
+        nats = flow.codebook.log_normaliser(z)
+    states, by_position = flow.prior.states(z)
+    log_dets = [log_det.repeat_interleave(patch, dim=1) / patch for log_det in by_position]
+    return torch.stack([nats - log_standard_normal(states[-1]).sum(-1) - sum(log_dets), *log_dets])
+
+
+def _scores(model: LanguageModel, nats: Float[Tensor, "rows T"], num_tokens: int) -> Scores:
+    shares, beyond = bits(nats).tensor_split([num_tokens], dim=1)
+    if model.is_exact:
+        return Scores(bits=shares[0], blocks=None, exact=True)
+    # what fills the last patch of a flow counts with the last token
+    shares[:, -1] += beyond.sum(1)
+    return Scores(bits=shares[0], blocks=shares[1:], exact=False)
