@@ -1,0 +1,60 @@
+"""How many rows are worked on at once: one rule, and every size that the package uses it with.
+
+    rows = max(1, budget // what one row takes)
+
+Rows do not influence each other, so no size changes a result by more than rounding, with one
+exception: a sampler or an evaluation that draws noise batch by batch draws other noise in batches
+of another size. The sizes that matter:
+
+- `CACHED` decides how fast the numerics run on a CPU. It was measured; a size four times smaller or
+  larger costs up to a fifth.
+- `HELD_CPU` and `HELD_ACCELERATOR` decide how much memory a large vocabulary takes.
+- `EVALUATED_TOKENS` and `COMPARED_TOKENS` decide the noise behind published numbers.
+
+The others are round numbers, good to a factor of two.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+CACHED = 2**16
+"""Elements per thread of one buffer on a CPU: 256 KiB of float32, five to a cache of 2 MiB."""
+HELD_CPU = 2**22
+"""Elements of a [rows, components] tensor that is held whole on a CPU: 16 MiB of float32."""
+HELD_ACCELERATOR = 2**26
+"""The same on an accelerator: 256 MiB fill it, and a large vocabulary takes some gigabytes."""
+KEPT = 2**24
+"""Elements of a softmax that is kept for the backward: 64 MiB of float32. The general path over a
+vocabulary has three of them. A larger one is computed again.
+"""
+LOGITS = 2**27
+"""Elements of the baseline's logits that are held at once: 512 MiB of float32."""
+
+BOUND_TOKENS_CPU = 2048
+"""Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at
+D = 128 and stays in the cache.
+"""
+EVALUATED_TOKENS = 8192
+"""Tokens that an evaluation takes at once: enough for two cores or a small GPU."""
+WRITTEN_TOKENS = 6144
+"""Tokens that the command line writes at once, particles counted."""
+COMPARED_TOKENS = 16_384
+"""Tokens that are written at once to be compared with a text (`evaluation.quality`)."""
+
+
+def rows_at_once(elements_per_row: int, budget: int) -> int:
+    """Rows of `elements_per_row` that fit into `budget` elements; at least one."""
+    return max(1, budget // max(1, elements_per_row))
+
+
+def row_ranges(rows: int, elements_per_row: int, budget: int) -> Iterator[slice]:
+    """Consecutive ranges that cover `rows`, each of `rows_at_once` but for the last."""
+    size = rows_at_once(elements_per_row, budget)
+    for start in range(0, rows, size):
+        yield slice(start, min(rows, start + size))
+
+
+def held(device: torch.device) -> int:
+    """The budget of a tensor that is held whole; a constant, so no device waits for it."""
+    return HELD_CPU if device.type == "cpu" else HELD_ACCELERATOR
