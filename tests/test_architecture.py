@@ -17,7 +17,7 @@ MODULES = {
 }
 
 LAYERS = """
-    errors progress | files schema | locks model_config | config | presets | flow data |
+    errors progress chunks | files schema | locks model_config | config | presets | flow data |
     language_model device | checks | model baseline | objective | runs | generation |
     evaluation editing | texts sharing | training | views | terminal | pretrained | __init__ |
     reproduce harness | studio | cli | __main__

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import TRUNK
-from tarflowlm import baseline
+from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.flow.numerics import layout
@@ -134,7 +134,7 @@ def test_the_baseline(tokens, monkeypatch):
 
     loss, gradients = step()
     assert largest(step) == BATCH * LENGTH * VOCABULARY
-    monkeypatch.setattr(baseline, "LARGEST_LOGITS", HELD)
+    monkeypatch.setattr(chunks, "LOGITS", HELD)
     assert largest(step) <= HELD
     with torch.no_grad():
         assert largest(lambda: lm.log_prob(tokens)) <= HELD

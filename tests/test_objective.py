@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers import normal, tiny_ar, tiny_flow
-from tarflowlm import objective
+from tarflowlm import chunks
 from tarflowlm.baseline import IN_PATCH_CHANNELS, TokenLM
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
@@ -359,7 +359,7 @@ def test_rows_computed_together_do_not_show_in_the_weights(given, tokens, monkey
     for model in (tiny_flow(couplings=("mixd",)), tiny_ar()):
         found = []
         for together in (2048, 2 * tokens.shape[1], 1):
-            monkeypatch.setattr(objective, "CPU_TOKENS", together)
+            monkeypatch.setattr(chunks, "BOUND_TOKENS_CPU", together)
             generator = torch.Generator().manual_seed(4)
             found.append(
                 log_importance_weights(model, tokens, samples=3, generator=generator, given=given)

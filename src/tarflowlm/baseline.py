@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tarflowlm import chunks
 from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
 from tarflowlm.flow.heads import TokenFeatures
@@ -15,8 +16,6 @@ from tarflowlm.model_config import BaselineConfig
 
 IN_PATCH_CHANNELS = 32
 """Embedding width of a token in the in-patch head."""
-LARGEST_LOGITS = 2**27
-"""Elements of logits [tokens, V] held at once: half a gigabyte in float32."""
 
 
 class TokenLM(LanguageModel):
@@ -98,11 +97,12 @@ class TokenLM(LanguageModel):
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T.
 
-        At most `LARGEST_LOGITS` elements of the logits are held at once; larger batches are cut
+        At most `chunks.LOGITS` elements of the logits are held at once; larger batches are cut
         into parts, which the backward pass recomputes.
         """
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
-        targets, rows = tokens.flatten(), max(1, LARGEST_LOGITS // self.config.vocab_size)
+        targets = tokens.flatten()
+        rows = chunks.rows_at_once(self.config.vocab_size, chunks.LOGITS)
         if len(inputs) <= rows:
             return -self._nll(inputs, targets).view(tokens.shape)
         pairs = zip(inputs.split(rows), targets.split(rows), strict=True)

@@ -8,15 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tarflowlm import chunks
 from tarflowlm.checks import as_integer, check_generator, check_tokens
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
-
-CPU_TOKENS = 2048
-"""Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at D =
-128.
-"""
 
 
 def elbo(
@@ -86,9 +82,9 @@ def log_importance_weights(
     """
     samples = as_integer(samples, "samples", least=1)
     # on a CPU the activations should stay in the cache, and the allocator reuse their memory
-    rows = max(
-        1, CPU_TOKENS // max(1, tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens)
-    )
+    rows = max(1, len(tokens))
+    if tokens.device.type == "cpu":
+        rows = chunks.rows_at_once(tokens.shape[1], chunks.BOUND_TOKENS_CPU)
     bounds = []
     for _ in range(1 if model.is_exact else samples):
         # drawn for all rows at once, so that the numbers do not depend on the parts

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tarflowlm import editing
+from tarflowlm import chunks, editing
 from tarflowlm.checks import as_integer, check_option, checked_seed
 from tarflowlm.config import Decoder, Decoding, Normalization
 from tarflowlm.data import Tokenizer
@@ -39,8 +39,6 @@ from tarflowlm.runs.checkpoint import Checkpoint
 
 T = TypeVar("T")
 
-BATCH_TOKENS = 6144
-"""Tokens written at once, candidates counted: bounds the memory, and large enough to be fast."""
 PARTICLES = 16
 """Candidates for a template in which text stands behind a blank, unless a number is given."""
 
@@ -280,7 +278,7 @@ class Draft:
         """Consecutive samples; prompts that fill a window are not mixed with others."""
         num, context = self.request.num, self.lm.model.config.context
         length = min(self.num_tokens, context)
-        size = max(BATCH_TOKENS // (length * self.particles), 1)
+        size = chunks.rows_at_once(length * self.particles, chunks.WRITTEN_TOKENS)
         longest = max((len(reading.tokens) for reading in self.given), default=0)
         first = 0
         while first < self.total:

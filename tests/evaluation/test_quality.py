@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import tiny_ar, tiny_flow
+from tarflowlm import chunks
 from tarflowlm.data import CharTokenizer
 from tarflowlm.evaluation import quality
 from tarflowlm.evaluation.judges import Judge
@@ -123,7 +124,7 @@ def test_samples_depend_on_the_seed_alone(model, monkeypatch):
     assert first.shape == (20, 8)
     assert torch.equal(draw_samples(model, CONFIG), first)
     assert not torch.equal(draw_samples(model, replace(CONFIG, seed=4)), first)
-    monkeypatch.setattr(quality, "BATCH_TOKENS", 7 * 8)
+    monkeypatch.setattr(chunks, "COMPARED_TOKENS", 7 * 8)
     several = draw_samples(model, replace(CONFIG, length=5))
     assert several.shape == (20, 5)
     assert not torch.equal(several[:10], several[10:])

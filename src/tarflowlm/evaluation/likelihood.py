@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tarflowlm import chunks
 from tarflowlm.checks import as_integer, check_tokens, checked_seed
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.language_model import LanguageModel
@@ -32,8 +33,8 @@ def sign_of(bound: str) -> str:
 
 
 def windows_per_batch(num_tokens: int) -> int:
-    """Windows that are evaluated at once: 8,192 tokens keep two cores or a small GPU busy."""
-    return max(1, 8192 // num_tokens)
+    """Windows that are evaluated at once."""
+    return chunks.rows_at_once(num_tokens, chunks.EVALUATED_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tarflowlm import chunks
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
@@ -22,7 +23,6 @@ from tarflowlm.progress import SILENT, Progress
 
 MAUVE_SCALING = 5  # the paper's; everything else is mauve-text's default
 PAPER_SAMPLES = 5000
-BATCH_TOKENS = 16_384
 REPETITION_ORDER = 4
 
 
@@ -214,7 +214,7 @@ def draw_samples(
     """Token ids [num, length] on the CPU. The batch size depends only on the length."""
     length = model.config.context if config.length is None else config.length
     batch, generator = (
-        max(1, BATCH_TOKENS // max(length, 1)),
+        chunks.rows_at_once(length, chunks.COMPARED_TOKENS),
         torch.Generator().manual_seed(config.seed),
     )
     progress.stage("samples", config.num)

@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checks import as_integer
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, read
-from tarflowlm.evaluation.likelihood import log_weights, windows_per_batch
+from tarflowlm.evaluation.likelihood import log_weights
 from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.objective import CPU_TOKENS, conditional_bound, importance_weighted
+from tarflowlm.objective import conditional_bound, importance_weighted
 from tarflowlm.progress import SILENT, Progress
 
 
@@ -181,12 +182,9 @@ class TextScorer:
         for place, kind in enumerate(kinds):
             groups[kind].append(place)
         for (length, rest), places in groups.items():
-            cpu_rows = CPU_TOKENS // max(1, length)
-            rows = (
-                max(1, cpu_rows)
-                if self.model.device.type == "cpu"
-                else windows_per_batch(max(1, length))
-            )
+            on_cpu = self.model.device.type == "cpu"
+            budget = chunks.BOUND_TOKENS_CPU if on_cpu else chunks.EVALUATED_TOKENS
+            rows = chunks.rows_at_once(length, budget)
             yield from (((length, rest), places[i : i + rows]) for i in range(0, len(places), rows))
 
     def _pieces(self, tokens: Tensor, given: int) -> list[Piece]:
