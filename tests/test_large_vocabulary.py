@@ -21,7 +21,7 @@ from tarflowlm.objective import elbo
 pytestmark = pytest.mark.slow
 
 VOCABULARY, BATCH, LENGTH, DIM = 50_257, 4, 64, 4
-HELD = layout.HELD_ELEMENTS["cpu"]
+HELD = chunks.HELD_CPU
 """Elements that may be held, a third of tokens x vocabulary."""
 
 
@@ -102,8 +102,8 @@ def test_the_block_above_on_an_accelerator(model, tokens, noise, frozen, monkeyp
     """Its log-space path, with chunks as much smaller as the batch is here."""
     monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
     limit = 4 * VOCABULARY
-    monkeypatch.setattr(layout, "HELD_ELEMENTS_ACCELERATOR", limit)
-    monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", limit)
+    monkeypatch.setattr(chunks, "HELD_ACCELERATOR", limit)
+    monkeypatch.setattr(chunks, "HELD_CPU", limit)
 
     def step():
         short = tokens[:1, :16], noise[:1, :16]

@@ -8,13 +8,14 @@ from torch.autograd.functional import jacobian
 
 from docs_cases import ROOT, blocks
 from helpers import normal, randomise
+from tarflowlm import chunks
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import layout, log_standard_normal, standard_normal_log_prob
+from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
 from tarflowlm.language_model import seeded
 from tarflowlm.model_config import COUPLINGS as REGISTERED
 from tarflowlm.model_config import coupling as registering
@@ -265,7 +266,7 @@ def test_the_weights_of_a_mixd_block_come_a_few_rows_at_a_time(patch, monkeypatc
 
     expected = results()
     assert max(sizes) == tokens * 300
-    monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", 5 * 300)
+    monkeypatch.setattr(chunks, "HELD_CPU", 5 * 300)
     torch.testing.assert_close(results(), expected, rtol=1e-9, atol=1e-9)
     assert max(sizes) == 5 * 300
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics_cases import nasty_mixtures, wide_noise
 
+from tarflowlm import chunks
 from tarflowlm.flow.numerics import (
-    layout,
     log_standard_normal,
     mixture_cdf,
     mixture_cdf_inverse,
@@ -230,7 +230,7 @@ def test_rows_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
     u = wide_noise(5000, 6, torch.float32)
     outputs = []
     for elements in (512, 65_536):
-        monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunks, "CACHED", elements)
         z = mixture_cdf_inverse(u, *params)
         outputs.append((z, *mixture_cdf(z, *params)))
     torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
+from tarflowlm import chunks
 from tarflowlm.flow.numerics import (
     layout,
     mixture_cdf,
@@ -61,8 +62,8 @@ def plain(z, log_w, mean, log_std):
 def test_the_formula_itself(path, elements, dtype, bound, monkeypatch):
     case = codebook_case(100, 40, 5, 11, dtype)
     expected = plain(*(t.double() for t in case))
-    monkeypatch.setattr(layout, "HELD_ELEMENTS_ACCELERATOR", elements)
-    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(chunks, "HELD_ACCELERATOR", elements)
+    monkeypatch.setattr(chunks, "CACHED", elements)
     u, log_det = rosenblatt(*case)
     torch.testing.assert_close(u.double(), expected[0], rtol=bound, atol=bound)
     torch.testing.assert_close(log_det.double(), expected[1], rtol=10 * bound, atol=10 * bound)

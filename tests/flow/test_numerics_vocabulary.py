@@ -7,7 +7,8 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
-from tarflowlm.flow.numerics import layout, mixture_log_prob, most_probable_component, vocabulary
+from tarflowlm import chunks
+from tarflowlm.flow.numerics import mixture_log_prob, most_probable_component, vocabulary
 from tarflowlm.flow.numerics.normal import log_component_densities
 from tarflowlm.flow.numerics.vocabulary import mixture_log_prob_from_features
 
@@ -31,15 +32,15 @@ def head_case(rows, components, d, width, seed=0, dtype=torch.float64):
 
 
 @pytest.fixture(params=["one chunk", "chunks of two rows", "computed again in the backward"])
-def chunks(request, monkeypatch):
+def budget(request, monkeypatch):
     if request.param != "one chunk":
-        monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", 4 * 7 * 2)
+        monkeypatch.setattr(chunks, "HELD_CPU", 4 * 7 * 2)
     if request.param == "computed again in the backward":
-        monkeypatch.setattr(vocabulary, "KEPT", 0)
+        monkeypatch.setattr(chunks, "KEPT", 0)
 
 
 @pytest.mark.slow
-def test_values_and_gradients(chunks):
+def test_values_and_gradients(budget):
     z, log_w, mean, log_std = (t.requires_grad_() for t in codebook_case(6, 7, 3, 0))
     torch.testing.assert_close(
         mixture_log_prob(z, log_w, mean, log_std), plain(z, log_w, mean, log_std)
@@ -56,7 +57,7 @@ def test_values_and_gradients(chunks):
 
 
 @pytest.mark.slow
-def test_relative_to_the_normaliser_in_one_sweep(chunks):
+def test_relative_to_the_normaliser_in_one_sweep(budget):
     """Eq. 12 of docs/math.md: log sum_k pi_k p(k | z)."""
     inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
     log_pi = torch.log_softmax(inputs[1] @ inputs[2].T + inputs[3], -1)
@@ -69,7 +70,7 @@ def test_relative_to_the_normaliser_in_one_sweep(chunks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_near_components_are_as_good_as_all(dtype, chunks, monkeypatch):
+def test_near_components_are_as_good_as_all(dtype, budget, monkeypatch):
     """The general path's values and gradients of a large vocabulary, with rows at codes, between
     them, far from all, and at codes that the head finds impossible.
     """
@@ -117,7 +118,7 @@ def test_near_components_miss_none():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_most_probable_component_is_the_first_of_the_largest(dtype, chunks):
+def test_the_most_probable_component_is_the_first_of_the_largest(dtype, budget):
     z, _, mean, log_std = codebook_case(50, 40, 3, 5, dtype)
     z[7, 1] = math.nan
     if dtype == torch.float32:
@@ -172,7 +173,7 @@ def test_gradients_at_small_scales():
 
 
 @pytest.mark.parametrize("components", [40, 100], ids=["all components", "near components"])
-def test_under_autocast_only_the_head_is_half(chunks, components):
+def test_under_autocast_only_the_head_is_half(budget, components):
     inputs = list(head_case(24, components, 4, 32, dtype=torch.float32))
     if components == 100:
         inputs[5] = inputs[5] - 3.0

@@ -2,7 +2,7 @@
 the weights.
 
 At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so weights are held
-for only `held_rows` tokens at a time. Shape legend: as in `couplings`.
+for only some tokens at a time (`chunks.held`). Shape legend: as in `couplings`.
 """
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tarflowlm import chunks
 from tarflowlm.flow import full_precision, numerics, widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
@@ -87,7 +88,7 @@ class MixDCoupling(Coupling):
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
     ) -> tuple[Tensor, Tensor]:
         token_features = self.token_features(features, z).flatten(0, -2)
-        rows = numerics.held_rows(self.weight_head.out_features, z.device)
+        rows = chunks.rows_at_once(self.weight_head.out_features, chunks.held(z.device))
         parts = list(
             zip(z.reshape(-1, self.latent_dim).split(rows), token_features.split(rows), strict=True)
         )
@@ -132,7 +133,7 @@ class MixDCoupling(Coupling):
         ).sum(-1)
 
     def invert(self, u: Tensor, features: Tensor, adjust: AdjustWeights | None = None) -> Tensor:
-        rows = numerics.held_rows(self.weight_head.out_features, u.device)
+        rows = chunks.rows_at_once(self.weight_head.out_features, chunks.held(u.device))
         if len(u) <= rows:
             if self.patch > 1:
                 return super().invert(u, features, adjust)
@@ -148,7 +149,7 @@ class MixDCoupling(Coupling):
         is_known: Tensor,
         adjust: AdjustWeights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = numerics.held_rows(self.weight_head.out_features, u.device)
+        rows = chunks.rows_at_once(self.weight_head.out_features, chunks.held(u.device))
         parts = zip(
             u.split(rows),
             features.split(rows),

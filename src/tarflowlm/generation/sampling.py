@@ -9,13 +9,13 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor
 
+from tarflowlm import chunks
 from tarflowlm.checks import as_integer, as_number
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.numerics import held_rows
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -51,7 +51,7 @@ def draw_tokens(codebook: Codebook, z: Tensor, generators: list[Generator]) -> T
     generators[b].
     """
     uniform = row_uniform(generators, z.shape[1]).to(z.device, wide_dtype(z)).flatten()
-    rows = held_rows(codebook.vocab_size, z.device)
+    rows = chunks.rows_at_once(codebook.vocab_size, chunks.held(z.device))
     parts = zip(z.flatten(0, 1).split(rows), uniform.split(rows), strict=True)
     return torch.cat([inverse_cdf(codebook.log_components(part), u) for part, u in parts]).view(
         z.shape[:2]

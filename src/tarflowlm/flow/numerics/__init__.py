@@ -5,7 +5,6 @@ Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `voc
 public functions.
 """
 
-from tarflowlm.flow.numerics.layout import held_rows as held_rows
 from tarflowlm.flow.numerics.mixture import mixture_cdf as mixture_cdf
 from tarflowlm.flow.numerics.mixture import mixture_cdf_inverse as mixture_cdf_inverse
 from tarflowlm.flow.numerics.mixture import mixture_log_density as mixture_log_density

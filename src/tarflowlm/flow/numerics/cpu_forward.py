@@ -20,8 +20,8 @@ from tarflowlm.flow.numerics import normal, reference
 from tarflowlm.flow.numerics.layout import (
     LOWEST_EXPONENT,
     Params,
-    chunk_rows,
-    row_chunks,
+    cached,
+    cached_chunks,
     take_rows,
 )
 from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, clamp_, log_standard_normal, upper_quantile
@@ -49,7 +49,8 @@ class Workspace:
 
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype) -> None:
         self.axis = 0 if num_components < _WIDE else 1
-        self._num_components, size = num_components, num_components * chunk_rows(num_components)
+        self._num_components = num_components
+        size = cached(num_components)
         self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
         self.one, self.zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
 
@@ -124,7 +125,7 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     tail, density, side = (torch.empty_like(z) for _ in range(3))
     space = Workspace(4, num_components, z.dtype)
     axis, spread = space.axis, space.spread
-    for rows in row_chunks(len(z), num_components):
+    for rows in cached_chunks(len(z), num_components):
         weight, total, mean, inv_std = load(take_rows(params, rows), space)
         a, other = (space(i, len(z[rows])) for i in (2, 3))
         torch.sub(spread(z[rows]), mean, out=a).mul_(inv_std)
@@ -166,7 +167,7 @@ def mixture_cdf_backward(
     rows, num_components = (z, u, log_det, grad_u, grad_log_p), params[1].shape[-1]
     out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))
     space = Workspace(7, num_components, z.dtype)
-    for part in row_chunks(len(z), num_components):
+    for part in cached_chunks(len(z), num_components):
         part_rows, part_params = tuple(t[part] for t in rows), take_rows(params, part)
         grads, size = _cdf_gradients(part_rows, part_params, space)
         if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
@@ -239,7 +240,7 @@ def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
 def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
     """log p, [N], as `reference.mixture_log_density` of log_w, mean, log_std."""
     out, space = torch.empty_like(z), Workspace(5, params[1].shape[-1], z.dtype)
-    for rows in row_chunks(len(z), params[1].shape[-1]):
+    for rows in cached_chunks(len(z), params[1].shape[-1]):
         out[rows] = _shares(z[rows], take_rows(params, rows), space)[-1]
     return out
 
@@ -250,7 +251,7 @@ def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> tup
     """
     out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
     space = Workspace(6, params[1].shape[-1], z.dtype)
-    for rows in row_chunks(len(z), params[1].shape[-1]):
+    for rows in cached_chunks(len(z), params[1].shape[-1]):
         weight, total, inv_std, a, share, share_total, _ = _shares(
             z[rows], take_rows(params, rows), space
         )

@@ -25,7 +25,7 @@ from tarflowlm.flow.numerics.cpu_forward import (
     load,
     rows_below,
 )
-from tarflowlm.flow.numerics.layout import Params, row_chunks, take_rows
+from tarflowlm.flow.numerics.layout import Params, cached_chunks, take_rows
 from tarflowlm.flow.numerics.normal import clamp_, standard_normal_density, upper_tail
 from tarflowlm.flow.numerics.reference import (
     BISECTIONS,
@@ -56,7 +56,7 @@ def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
 def _many(u: Tensor, params: Params) -> Tensor:  # the general path
     z, num_components = torch.empty_like(u), params[1].shape[-1]
     space = Workspace(5, num_components, u.dtype)
-    for rows in row_chunks(len(u), num_components):
+    for rows in cached_chunks(len(u), num_components):
         z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
     if (far := rows_below(upper_tail(u.abs()), cpu_forward.SMALLEST[u.dtype])) is not None:
         wide = u[far].double(), tuple(p.double() for p in take_rows(params, far))
@@ -129,7 +129,7 @@ def _by_channels(
     u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
 ) -> Tensor:  # the general path
     z = torch.empty_like(u)
-    for rows in row_chunks(len(u), len(mean)):
+    for rows in cached_chunks(len(u), len(mean)):
         z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean[None], log_std[None])
     return z
 

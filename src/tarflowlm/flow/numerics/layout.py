@@ -12,18 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tarflowlm import chunks
 from tarflowlm.flow.numerics.normal import check_codebook
 
-CHUNK_ELEMENTS = 65_536
-"""Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a
-2 MiB cache.
-"""
-HELD_ELEMENTS = {"cpu": 2**22}
-HELD_ELEMENTS_ACCELERATOR = 2**26
-"""Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an
-accelerator 256 MiB, which fill it, and few enough that a large vocabulary costs it a few gigabytes
-in total.
-"""
+LEAST_ROWS = 16
+"""Rows of a chunk on a CPU, however many components: fewer would be all overhead."""
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows,
 and so is every product with a subnormal number; what the floor adds is 1e-22 (1e-44) per
@@ -99,20 +92,13 @@ def use_eager_cpu(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
-def chunk_rows(num_components: int) -> int:
-    """Rows of a chunk of about CHUNK_ELEMENTS elements per thread."""
-    return max(16, CHUNK_ELEMENTS * torch.get_num_threads() // max(1, num_components))
+def cached(elements_per_row: int) -> int:
+    """The budget in elements of one buffer that stays in the cache of a CPU, all threads
+    together.
+    """
+    return max(chunks.CACHED * torch.get_num_threads(), LEAST_ROWS * elements_per_row)
 
 
-def held_rows(num_components: int, device: torch.device) -> int:
-    """Rows of which a [rows, K] tensor is held whole: a constant, so no device waits for it."""
-    return max(
-        1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components)
-    )
-
-
-def row_chunks(rows: int, num_components: int, *, size: int | None = None) -> Iterator[slice]:
-    """Row ranges, by default `chunk_rows` long."""
-    size = chunk_rows(num_components) if size is None else size
-    for start in range(0, rows, size):
-        yield slice(start, min(rows, start + size))
+def cached_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
+    """Row ranges whose buffers stay in the cache of a CPU."""
+    return chunks.row_ranges(rows, elements_per_row, cached(elements_per_row))

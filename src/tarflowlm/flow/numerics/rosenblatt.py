@@ -11,23 +11,21 @@ N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], m
 [K].
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from tarflowlm import chunks
 from tarflowlm.flow.numerics import cpu_inverse, layout, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives, mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
-_BACKWARD_SHARE, _BACKWARD_SHARE_ACCELERATOR = 16, 4
-"""The backward records about 16 [n, K] tensors per channel, so its chunks are that much smaller;
-only 4 times on an accelerator, where every chunk is some hundred launches.
+_SWEPT = 4
+"""The forward sweep is fastest in chunks four times as long as those of a search on a CPU, and the
+backward, which records some 16 tensors of a chunk per channel, in chunks four times as short.
 """
-_SWEPT_CHUNKS = 4
-"""On a CPU, chunks of the forward map are this much longer than others (measured)."""
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +58,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
         z = cpu_inverse.rosenblatt_inverse(flat, weights, mean, log_std)
     else:
         z = torch.empty_like(flat)
-        for rows in _chunks(flat, len(mean)):
+        for rows in chunks.row_ranges(len(flat), len(mean), chunks.HELD_ACCELERATOR):
             z[rows] = reference.rosenblatt_inverse(flat[rows], weights[rows], mean, log_std)
     return z.view(*shape, -1)
 
@@ -69,7 +67,9 @@ def _gradients(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, ...]:
     out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
-    for rows in _chunks(z, len(mean), backward=True):
+    per_row = _SWEPT * len(mean)
+    budget = layout.cached(per_row) if layout.use_eager_cpu(z) else chunks.HELD_ACCELERATOR
+    for rows in chunks.row_ranges(len(z), per_row, budget):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
             # the map from differentiable pieces
@@ -89,13 +89,11 @@ class _Rosenblatt(Function):
         if z.is_meta:
             return reference.rosenblatt(z, log_w, mean, log_std)
         u, log_p = torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(z[:, 0])
-        on_cpu, count = layout.use_eager_cpu(z), len(mean)
-        size = (
-            _SWEPT_CHUNKS * layout.chunk_rows(count)
-            if on_cpu
-            else layout.held_rows(count, z.device)
-        )
-        for rows in layout.row_chunks(len(z), count, size=size):
+        if layout.use_eager_cpu(z):
+            budget = _SWEPT * layout.cached(len(mean))
+        else:
+            budget = chunks.HELD_ACCELERATOR
+        for rows in chunks.row_ranges(len(z), len(mean), budget):
             u[rows], log_p[rows] = reference.rosenblatt_forward(z[rows], log_w[rows], mean, log_std)
         return u, log_p - log_standard_normal_vectors(u)
 
@@ -106,12 +104,3 @@ class _Rosenblatt(Function):
     @staticmethod
     def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         return first_derivatives(_gradients, *ctx.saved_tensors, grad_u, grad_log_det)
-
-
-def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Iterator[slice]:
-    if layout.use_eager_cpu(like):
-        return layout.row_chunks(len(like), num_components * (_BACKWARD_SHARE if backward else 1))
-    size = layout.held_rows(
-        num_components * (_BACKWARD_SHARE_ACCELERATOR if backward else 1), torch.device("cuda")
-    )
-    return layout.row_chunks(len(like), num_components, size=size)

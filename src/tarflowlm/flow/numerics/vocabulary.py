@@ -30,15 +30,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from tarflowlm import chunks
 from tarflowlm.flow.numerics import layout, normal, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives
 from tarflowlm.flow.numerics.normal import check_codebook, log_component_densities, reach
 
-KEPT = 2**24
-"""Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which
-the general path has three. With more, the backward computes them again, which costs one product
-with the head's weight.
-"""
 LARGEST_SHARE = 1 / 32
 """All components are taken where more than this share is near: a pair costs as much as thirty
 elements of all.
@@ -209,7 +205,7 @@ class _HeadSums(Function):
             else features.dtype
         )
         low = [t.to(half) for t in (features, weight, bias)]
-        keep = any(ctx.needs_input_grad) and len(features) * num_components <= KEPT
+        keep = any(ctx.needs_input_grad) and len(features) * num_components <= chunks.KEPT
         sums, picked, shares = list[Tensor](), list[Tensor](), list[Tensor]()
         parts = list(_chunks(len(features), num_components, features.device, tensors=1))
         ends = torch.searchsorted(
@@ -278,16 +274,14 @@ def _chunks(
     rows: int, num_components: int, device: torch.device, *, tensors: int = 4
 ) -> Iterator[slice]:
     """Row ranges so short that this many [n, K] tensors have the size of one that may be held."""
-    return layout.row_chunks(
-        rows, tensors * num_components, size=layout.held_rows(tensors * num_components, device)
-    )
+    return chunks.row_ranges(rows, tensors * num_components, chunks.held(device))
 
 
 def _by_chunks(function: Callable[..., Tensor], num_components: int, *rows: Tensor) -> Tensor:
     """function(*rows) [N] for tensors with N rows, chunk by chunk; a chunk has up to eight [n, K]
     tensors.
     """
-    if torch.is_grad_enabled() and len(rows[0]) * num_components > KEPT:
+    if torch.is_grad_enabled() and len(rows[0]) * num_components > chunks.KEPT:
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     parts = list(_chunks(len(rows[0]), num_components, rows[0].device)) or [slice(0, 0)]
     return torch.cat([function(*(r[part] for r in rows)) for part in parts])
