@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflowlm.studio.catalogue import Catalogue, collect
+from tarflowlm.studio.catalogue import Catalogue
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +19,4 @@ def folder(runs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def catalogue(folder) -> Catalogue:
-    return collect([str(folder)])
+    return Catalogue([str(folder)])

@@ -124,9 +124,10 @@ def test_every_view(open_page):
     slider.fill(slider.get_attribute("max"))
     assert stage.inner_text() == text
     assert "tries count" in use(page, "Infill", "Fill in", Text_with_blanks="the ___ of")
-    assert "the original" in use(page, "Edit", "Replace")
-    page.get_by_role("tab", name="Rewrite").click()
-    use(page, "Edit", "Rewrite", until="tokens changed")
+    assert "the original" in use(page, "Edit", "Rewrite")
+    for kind, button in (("Words", "Resample"), ("Level", "Re-noise")):
+        page.get_by_role("tab", name=kind).click()
+        use(page, "Edit", button, until="tokens changed")
     assert "english-mini against baseline" in use(page, "Score", "Score")
     page.get_by_role("tab", name="Runs").click()
     page.locator(".st-view:visible svg").first.wait_for()

@@ -3,7 +3,7 @@ value.
 """
 
 import re
-from dataclasses import replace
+import shutil
 from html import unescape
 from urllib.parse import parse_qsl
 
@@ -12,11 +12,12 @@ import torch
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.studio.catalogue import collect, runs
-from tarflowlm.studio.edit import TARGETS, replace_words, rewrite
+from tarflowlm.studio.catalogue import Catalogue
+from tarflowlm.studio.edit import STATES, renoise, resample, rewrite
 from tarflowlm.studio.pieces import guarded
-from tarflowlm.studio.request import from_address
+from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import compare
+from tarflowlm.studio.values import from_address
 from tarflowlm.studio.write import infill, write
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -24,8 +25,9 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 VALID = {
     write: ["flow", "the ", 12, 1.0, 1.0, 1, 0],
     infill: ["flow", "the ___ saw", 3, 2, 1.0, 0],
-    replace_words: ["flow", "the cat saw", "cat", 2, 2, 0],
-    rewrite: ["flow", "the cat saw", "words", 0.5, 2, 0],
+    rewrite: ["flow", "the cat saw", "cat", 2, 0],
+    resample: ["flow", "the cat saw", 0.5, 2, 0],
+    renoise: ["flow", "the cat saw", "latents", 0.5, 2, 0],
     compare: [["flow", "baseline"], "the cat saw"],
     runs: [["flow", "baseline"], "tokens"],
 }
@@ -105,17 +107,19 @@ def test_template_keeps_given_tokens(catalogue):
     assert "count" in words(html)
 
 
-def test_only_whole_words_are_replaced(catalogue):
-    _, *found = texts(shown(replace_words, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 2, 0]))
+def test_only_whole_words_are_rewritten(catalogue):
+    html = shown(rewrite, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 0])
+    _, *found = texts(html)
     assert {bool(re.fullmatch("... a catcat ...", text)) for text in found} == {True}
-    assert "is no word of the text" in shown(
-        replace_words, catalogue, ["flow", "cat a catcat", "dog", 3, 2, 0]
-    )
+    assert "--rewrite Cat --everywhere" in words(html)
+    html = shown(rewrite, catalogue, ["flow", "cat a catcat", "dog", 3, 0])
+    assert "st-notice" in html
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_edit_of_strength_zero_changes_nothing(catalogue, target):
-    html = words(shown(rewrite, catalogue, ["flow", "the cat saw", target, 0.0, 1, 0]))
+@pytest.mark.parametrize("values", [(resample,), *((renoise, state) for state in STATES)])
+def test_edit_of_strength_zero_changes_nothing(catalogue, values):
+    view, *state = values
+    html = words(shown(view, catalogue, ["flow", "the cat saw", *state, 0.0, 1, 0]))
     assert "0 of 11 tokens changed" in html
 
 
@@ -126,14 +130,14 @@ def test_bound_of_a_flow_is_marked(catalogue):
 
 
 @pytest.mark.slow
-def test_curves_follow_the_chosen_runs(catalogue):
+def test_curves_follow_the_chosen_runs(catalogue, folder):
     both, one = (
         shown(runs, catalogue, [names, "seconds"]) for names in (["flow", "baseline"], ["flow"])
     )
     assert both.count("<svg") == one.count("<svg") == 1
     assert ("baseline" in words(both), "baseline" in words(one)) == (True, False)
     assert "finished" in words(both)
-    more = replace(catalogue, places=catalogue.places | collect([]).places)
+    more = Catalogue([str(folder), "english-mini"])
     html = shown(runs, more, [["flow", "english-mini"], "tokens"])
     assert "english-mini is a model without its training log" in html
     assert html.count("<svg") == 1
@@ -145,8 +149,9 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
     for name in (str(folder / "flow"), "../flow", "", None, 3, "english-mini"):
         with pytest.raises(UserError, match="no model of that name"):
             catalogue.load(name)
-    assert collect([]).pair == ["english-mini", "english-mini-ar"]
-    assert collect([]).models == [
+    assert Catalogue().pair == ["english-mini", "english-mini-ar"]
+    assert Catalogue().word_model == "english-small"
+    assert Catalogue().models == [
         "english-small",
         "english-mini",
         "english-passes",
@@ -154,13 +159,28 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
     ]
 
 
-def test_the_request_is_above_its_result(catalogue):
+def test_the_request_is_above_its_result(catalogue, folder):
     found = words(shown(write, catalogue, ["flow", "the 'cat", 12, 0.8, 1.0, 2, 3]))
-    asked = "sample flow --prompt 'the '\"'\"'cat' --length 12 --temperature 0.8 --num 2 --seed 3"
-    assert found.startswith(f"tarflowlm {asked}")
+    asked = "--prompt 'the '\"'\"'cat' --length 12 --temperature 0.8 --num 2 --seed 3"
+    assert found.startswith(f"tarflowlm sample {folder}/flow {asked}")
     html = shown(compare, catalogue, VALID[compare])
-    assert words(html).startswith("tarflowlm score flow --text 'the cat saw' --baseline baseline")
-    assert 'data-copy="tarflowlm score flow' in html
+    asked = f"score {folder}/flow --text 'the cat saw' --baseline {folder}/baseline"
+    assert words(html).startswith(f"tarflowlm {asked}")
+    assert f'data-copy="tarflowlm score {folder}' in html
+
+
+def test_a_run_that_begins_later_is_found(folder, tmp_path):
+    shutil.copytree(folder / "flow", tmp_path / "first")
+    catalogue = Catalogue([str(tmp_path)])
+    shutil.copytree(folder / "baseline", tmp_path / "more" / "second")
+    assert catalogue.runs == ["first"]
+    catalogue.refresh()
+    assert catalogue.runs == ["first", "second"]
+    assert catalogue.entry("second").command_name == str(tmp_path / "more" / "second")
+    # a run that cannot be read takes none of the others away
+    (tmp_path / "first" / "config.json").write_text("{", encoding="utf-8")
+    catalogue.refresh()
+    assert catalogue.runs == ["first", "second"]
 
 
 def test_a_link_brings_its_request_back(catalogue):

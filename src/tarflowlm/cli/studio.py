@@ -35,14 +35,14 @@ def run(args: Args) -> None:
     from contextlib import suppress
 
     from tarflowlm.device import pick_device
-    from tarflowlm.studio.catalogue import collect
+    from tarflowlm.studio.catalogue import Catalogue
     from tarflowlm.studio.server import LOOPBACK, free_port, serving
     from tarflowlm.terminal.bars import print_notice
     from tarflowlm.views.style import check_package
 
     check_package("gradio", "studio")
     port = free_port(args.host, args.port)
-    catalogue = collect(args.models, str(pick_device(args.device)))
+    catalogue = Catalogue(args.models, str(pick_device(args.device)))
     if args.host not in LOOPBACK:
         print_notice(f"anyone who can reach {args.host} can use this page, without a password")
     print_notice("starting, which takes some seconds ...")

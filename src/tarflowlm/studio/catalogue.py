@@ -1,85 +1,103 @@
-"""The models and runs that a visitor can reach, by short names and never by a path; the view of
-learning curves.
-"""
+"""The models and runs that a visitor can reach, by short names and never by a path."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.hub import DEFAULT, locate, purpose, released
-from tarflowlm.studio import request
-from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS
-from tarflowlm.views.curves import draw_bits
-from tarflowlm.views.records import read_record
-from tarflowlm.views.style import render
-from tarflowlm.views.tables import runs_table, summary_of
-
-AXES = ("tokens", "seconds")
-MOST = 12  # runs in one figure
+from tarflowlm.views.records import find_runs
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A model or run."""
+
+    place: Path
+    command_name: str
+    """What the command line calls it: a name, or a path."""
+    run: RunConfig
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a discrete baseline."""
+        return self.run.model.family == "ar"
+
+
 class Catalogue:
-    """Directories, and the runs in them, by the names that the page shows."""
+    """Models by name, run directories and folders of runs; by default all released models.
 
-    places: dict[str, Path]
-    configs: dict[str, RunConfig]
-    device: str = "cpu"
+    UserError for a name without a run, and for a run that cannot be read.
+    """
 
-    def is_baseline(self, name: str) -> bool:
-        return self.configs[name].model.family == "ar"
+    def __init__(self, names: Sequence[str] = (), device: str = "cpu") -> None:
+        self.names = names or sorted(released(), key=lambda name: name != DEFAULT)
+        self.device = device
+        self.entries = _collect(self.names)
+
+    def refresh(self) -> None:
+        """Look at the folders again: runs may have begun there."""
+        with suppress(UserError):
+            self.entries = _collect(self.names)
 
     @property
     def models(self) -> list[str]:
         """All names: flows first, then baselines."""
-        return sorted(self.places, key=self.is_baseline)
+        return sorted(self.entries, key=lambda name: self.entries[name].is_baseline)
 
     @property
     def pair(self) -> list[str]:
-        """A flow and a baseline that read texts alike, as far as there are any; else the first
-        model.
-        """
-        names = self.models
-        for flow, baseline in product(names, names):
-            alike = self.configs[flow].data.tokenizer == self.configs[baseline].data.tokenizer
-            if alike and self.is_baseline(baseline) and not self.is_baseline(flow):
+        """A flow and a baseline that read texts alike, if there are any; else the first model."""
+        for flow, baseline in product(self.models, repeat=2):
+            one, other = self.entries[flow], self.entries[baseline]
+            alike = one.run.data.tokenizer == other.run.data.tokenizer
+            if alike and other.is_baseline and not one.is_baseline:
                 return [flow, baseline]
-        return names[:1]
+        return self.models[:1]
 
-    def about(self, name: object) -> str:
-        """A line about a model."""
-        if not isinstance(name, str) or name not in self.places:
-            return ""
-        run = self.configs[name]
-        return (
-            purpose(self.places[name])
-            or f"Preset {run.name}, trained on {Path(run.data.source).name}."
-        )
+    @property
+    def word_model(self) -> str:
+        """The first model whose tokens are longer than letters, if there is one."""
+        kinds = {name: self.entries[name].run.data.tokenizer.kind for name in self.models}
+        return next((name for name in self.models if kinds[name] == "bpe"), self.models[0])
 
     @property
     def runs(self) -> list[str]:
         """The runs that have learning curves now."""
-        return [name for name, place in self.places.items() if (place / METRICS).is_file()]
+        return [name for name, one in self.entries.items() if (one.place / METRICS).is_file()]
 
-    def place(self, name: object) -> Path:
-        """The directory of a name. UserError for any other value that a visitor may send."""
-        if not isinstance(name, str) or name not in self.places:
+    def about(self, name: object) -> str:
+        """A line about a model."""
+        if not isinstance(name, str) or name not in self.entries:
+            return ""
+        entry = self.entries[name]
+        trained = f"Preset {entry.run.name}, trained on {Path(entry.run.data.source).name}."
+        return purpose(entry.place) or trained
+
+    def temperature(self, name: object) -> float:
+        """The temperature that suits a model."""
+        known = isinstance(name, str) and name in self.entries
+        return self.entries[str(name)].run.temperature if known else 1.0
+
+    def entry(self, name: object) -> Entry:
+        """The entry of a name. UserError for any other value that a visitor may send."""
+        if not isinstance(name, str) or name not in self.entries:
             raise UserError("this page has no model of that name: choose one from the list")
-        return self.places[name]
+        return self.entries[name]
 
     def load(self, name: object) -> Checkpoint:
-        """The model of a name, kept for the next call. UserError if it has no weights yet, or is
-        damaged.
+        """The model of a name, kept for the next call.
+
+        UserError if it has no weights yet, or is damaged.
         """
-        place = self.place(name)
+        place = self.entry(name).place
         if not (place / WEIGHTS).is_file():
             raise UserError(f"{name} has no weights yet: wait until its training has saved some")
         try:
@@ -95,81 +113,37 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
     return load_checkpoint(place, device)
 
 
-def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
-    """The catalogue of released models by name, run directories and folders of runs; by default of
-    all released.
-    """
-    names = names or sorted(released(), key=lambda name: name != DEFAULT)
-    # each run once, by the name that it was given
-    found = {
-        place.resolve(): Path(os.path.abspath(place)) for name in names for place in _runs_in(name)
-    }
-    places: dict[str, Path] = {}
-    for place in found.values():
-        name, folder = place.name, place.parent
-        # two runs of one name are told apart by their folders
-        while name in places:
-            name, folder = (
-                (f"{folder.name}/{name}", folder.parent) if folder.name else (f"{name}+", folder)
-            )
-        places[name] = place
-    return Catalogue(places, {name: read_run(place) for name, place in places.items()}, device)
+def _collect(names: Sequence[str]) -> Mapping[str, Entry]:
+    """The entries by the names that the page shows, each run once."""
+    entries: dict[str, Entry] = {}
+    known = set()
+    for given in names:
+        for place, command_name in _runs_of(given):
+            if place.resolve() in known:
+                continue
+            known.add(place.resolve())
+            # two runs of one name are told apart by their folders
+            place = Path(os.path.abspath(place))
+            name = place.name
+            folder = place.parent
+            while name in entries:
+                name = f"{folder.name}/{name}" if folder.name else f"{name}+"
+                folder = folder.parent
+            entries[name] = Entry(place, command_name, read_run(place))
+    return entries
 
 
-def _runs_in(name: str) -> list[Path]:
-    place = locate(name)
+def _runs_of(given: str) -> Iterator[tuple[Path, str]]:
+    """The runs that a name means, with their names on the command line."""
+    place = locate(given)
     if (place / CONFIG).is_file():
-        return [place]
-    if not (found := sorted(path.parent for path in place.glob(f"*/{CONFIG}"))):
+        yield place, given
+        return
+    found = [path for path in find_runs(place) if (path / CONFIG).is_file()]
+    if not found:
         known = f"nor one of {', '.join(released())}"
         raise UserError(
-            f"{name!r} is neither a run directory, nor a folder of them, {known}: check the path"
+            f"{given!r} is neither a run directory, nor a folder of them, {known}: check the path"
         )
-    return found
-
-
-def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
-    """HTML with the curves and numbers of the runs `names`, over tokens or over seconds of
-    training.
-    """
-    wanted = (
-        [(str(name), catalogue.place(name)) for name in names] if isinstance(names, list) else []
-    )
-    if not catalogue.runs or not wanted:
-        none = "No learning curves here: name run directories, as in `tarflowlm studio runs/mine`."
-        yield page(
-            card(muted("Choose a run to see its learning curve." if catalogue.runs else none))
-        )
-        return
-    more = f"{len(wanted)} runs are chosen, the first {MOST} are drawn."
-    logs = [place / METRICS for _, place in wanted]
-    written = [
-        (log.stat().st_size, log.stat().st_mtime_ns) if log.exists() else (0, 0) for log in logs
-    ]
-    shown = tuple(
-        (name, place, when) for (name, place), when in zip(wanted[:MOST], written, strict=False)
-    )
-    yield page(_view(shown, request.choice(axis, AXES)), notice(more) if len(wanted) > MOST else "")
-
-
-@lru_cache(maxsize=8)
-def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> str:
-    """Curves and table of runs, given by name, directory, and when their metrics were written."""
-    records, problems = [], []
-    for name, place, _ in wanted:
-        try:
-            if (record := read_record(place)).has_log:
-                records.append(replace(record, name=name))
-            else:
-                problems.append(
-                    notice(f"{name} is a model without its training log: choose another")
-                )
-        except UserError as error:
-            problems.append(notice(str(error).replace(str(place), name)))
-    if not records:
-        return "".join(problems)
-    draw = partial(draw_bits, records=records, over=[axis])
-    figure = render(draw, None, width=4.2, height=3.0 + 0.18 * len(records), name="runs")
-    note = muted("Bits per character. Flows have an upper bound (≤).")
-    table = runs_table(records, [*map(summary_of, records)])
-    return "".join([*problems, card(f'<div class="st-figure">{figure}</div>', note), card(table)])
+    for path in found:
+        yield path, str(path)

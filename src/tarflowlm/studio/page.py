@@ -1,6 +1,4 @@
-"""The layout of the page: one tab per view, in Gradio. The views themselves are in modules without
-Gradio.
-"""
+"""The layout of the page: one tab per view, in Gradio. The views are in modules without it."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -9,29 +7,27 @@ from typing import Any
 
 import gradio as gr
 
-from tarflowlm.studio import request
-from tarflowlm.studio.catalogue import AXES, Catalogue, runs
-from tarflowlm.studio.edit import TARGETS, WORDS, replace_words, rewrite
+from tarflowlm.studio import values
+from tarflowlm.studio.catalogue import Catalogue
+from tarflowlm.studio.edit import STATES, renoise, resample, rewrite
 from tarflowlm.studio.pieces import card, guarded, muted, page
+from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import MODELS, compare
-from tarflowlm.studio.write import TRIES, infill, write
+from tarflowlm.studio.write import infill, write
+from tarflowlm.views.curves import AXES
 
 # gradio's classes cannot be named in annotations that tests check
 Blocks = Any
 Component = Any
+Event = Callable[..., Any]
 Buttons = tuple[Component, Component]
 View = Callable[..., Iterator[str]]
 Closable = Callable[..., Generator[str, None, None]]
 
 TITLE = "tarflowlm studio"
 WAITING = 16  # requests that may wait for their turn; further ones are refused
-REFRESH = 4.0  # seconds between two looks at the metrics of runs
-
-PRIVATE = {"show_progress": "hidden", "api_visibility": "private"}
-# settings of events that need no model, and so wait for none, and of those that do: they wait for
-# each other in `job`
-LOOK = {"concurrency_id": "runs", "concurrency_limit": 2, **PRIVATE}
-WORK = {"concurrency_id": "model", "concurrency_limit": WAITING, **PRIVATE}
+REFRESH = 4.0  # seconds between two looks at the folders of runs
+DRAWN = 6  # runs that are drawn at first
 
 EXAMPLES = (
     ("Watch the passes", "english-passes", "", 96),
@@ -41,7 +37,10 @@ EXAMPLES = (
 """What their buttons say, model, text and length; a visitor is shown the first one."""
 ONE_EACH = "Every _ is one token that the model chooses"
 SENTENCE = "The people of this country have a right to peace and to work."
-HISTORY = "The war of the nations had come to an end, and the President asked the Congress to make a lasting peace."
+HISTORY = (
+    "The war of the nations had come to an end, and the President asked the Congress to make a "
+    "lasting peace."
+)
 
 
 def build(catalogue: Catalogue) -> Blocks:
@@ -51,163 +50,181 @@ def build(catalogue: Catalogue) -> Blocks:
         gr.HTML(f'<div class="st"><div class="st-head">{head}</div></div>', apply_default_css=False)
         with gr.Tab("Write"), gr.Row(equal_height=False):
             arrive = _write(catalogue)
-        for name, view in {"Infill": _infill, "Edit": _edit, "Score": _score}.items():
+        for name, view in (("Infill", _infill), ("Edit", _edit), ("Score", _score)):
             with gr.Tab(name), gr.Row(equal_height=False):
                 view(catalogue)
         with gr.Tab("Runs"):
-            _runs(catalogue)
+            look = _runs(catalogue)
         arrive(blocks.load)
+        look(blocks.load)
     # nothing may be called past the queue
     blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return blocks
 
 
-def _write(catalogue: Catalogue) -> Callable[[Any], None]:
-    """The view that writes. Returns what binds an arrival to it: the request in the address, or the
-    first example.
+def _quick(event: Event, function: Callable[..., object], inputs: object, outputs: object) -> Any:
+    """Bind what needs no model, and so waits for none."""
+    return event(
+        function,
+        inputs,
+        outputs,
+        concurrency_id="runs",
+        concurrency_limit=2,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _write(catalogue: Catalogue) -> Callable[[Event], None]:
+    """The view that writes. Returns what binds an arrival to it.
+
+    An arrival brings the request in the address, or the first example.
     """
-    examples = [example for example in EXAMPLES if example[1] in catalogue.places]
+    examples = [example for example in EXAMPLES if example[1] in catalogue.entries]
     with gr.Column(scale=3, min_width=300):
         with gr.Row():
             buttons = [gr.Button(words, size="sm", min_width=90) for words, *_ in examples]
-        model = _model(catalogue)
-        label, info = "Start, or a text with blanks", f"{ONE_EACH}. Shift+Enter writes."
-        hint = "empty: from nothing · the people of the _ in peace"
+        model = _model(catalogue, catalogue.models[0])
         text = gr.Textbox(
-            "The people of", label=label, placeholder=hint, info=info, lines=2, max_lines=6
+            "The people of",
+            label="Start, or a text with blanks",
+            placeholder="empty: from nothing · the people of the _ in peace",
+            info=f"{ONE_EACH}. Shift+Enter writes.",
+            lines=2,
+            max_lines=6,
         )
-        length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
+        length = gr.Slider(8, values.TOKENS, 160, step=8, label="Length in tokens")
         temperature = _temperature(catalogue, model)
         top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
         with gr.Row():
-            num, seed = _number("Samples", 1), _number("Seed", 0)
+            num = _number("Samples", 1)
+            seed = _number("Seed", 0)
         go = _buttons("Write")
     out = _output("The text appears here, then its passes.")
     inputs = [model, text, length, temperature, top_p, num, seed]
     answer = _bind(go, write, catalogue, inputs, out, text.submit)
 
-    def values_of(name: str, start: str, tokens: int) -> list[Any]:
-        return [name, start, tokens, catalogue.configs[name].temperature, 1.0, 1, 0]
+    def values_of(name: str, start: str, tokens: int) -> list[object]:
+        return [name, start, tokens, catalogue.temperature(name), 1.0, 1, 0]
 
-    def arrival(asked: gr.Request) -> list[Any]:
-        usual = values_of(*(examples[0][1:] if examples else (catalogue.models[0], "", 96)))
-        return request.from_address(dict(asked.query_params), usual, catalogue.models)
+    def arrival(asked: gr.Request) -> list[object]:
+        first = examples[0][1:] if examples else (catalogue.models[0], "", 96)
+        return values.from_address(dict(asked.query_params), values_of(*first), catalogue.models)
 
     for button, example in zip(buttons, examples, strict=True):
-        answer(button.click(partial(values_of, *example[1:]), None, inputs, **LOOK).then)
-    return lambda event: answer(event(arrival, None, inputs, **LOOK).then)
+        chosen = _quick(button.click, partial(values_of, *example[1:]), None, inputs)
+        answer(chosen.then)
+
+    def bind(event: Event) -> None:
+        answer(_quick(event, arrival, None, inputs).then)
+
+    return bind
 
 
 def _infill(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
-        model = _model(catalogue)
-        value, info = (
+        model = _model(catalogue, catalogue.word_model)
+        text = gr.Textbox(
             "The people of the _ _ in the _ of peace",
-            f"{ONE_EACH}, with regard to both sides.",
+            label="Text with blanks",
+            info=f"{ONE_EACH}, with regard to both sides.",
+            lines=3,
+            max_lines=8,
         )
-        text = gr.Textbox(value, label="Text with blanks", info=info, lines=3, max_lines=8)
-        tries, particles = _tries()
-        temperature, seed = _temperature(catalogue, model), _number("Seed", 0)
-        buttons = _buttons("Fill in")
+        tries = gr.Slider(1, values.TRIES, 6, step=1, label="Tries")
+        particles = gr.Slider(1, values.PARTICLES, 16, step=1, label="Particles in each try")
+        temperature = _temperature(catalogue, model)
+        seed = _number("Seed", 0)
+        go = _buttons("Fill in")
     out = _output("Candidates appear here, with their weights.")
-    _bind(
-        buttons,
-        infill,
-        catalogue,
-        [model, text, tries, particles, temperature, seed],
-        out,
-        text.submit,
-    )
+    inputs = [model, text, tries, particles, temperature, seed]
+    _bind(go, infill, catalogue, inputs, out, text.submit)
 
 
 def _edit(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
-        model = _model(catalogue)
+        model = _model(catalogue, catalogue.word_model)
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
+        num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
         seed = _number("Seed", 0)
-        with gr.Tab("Replace"):
-            words = gr.Textbox(
+        with gr.Tab("Rewrite"):
+            named = gr.Textbox(
                 "peace, work",
-                label="Words to replace",
+                label="Words to rewrite",
                 info="Separated by commas. The rest is kept.",
             )
-            tries, particles = _tries()
-            replacing = _buttons("Replace")
-        with gr.Tab("Rewrite"):
-            strength = gr.Slider(
-                0.0, 1.0, 0.2, step=0.05, label="Strength", info="0 keeps the text, 1 forgets it."
-            )
-            target = _target()
-            num = gr.Slider(1, request.SAMPLES, 3, step=1, label="Edits")
-            rewriting = _buttons("Rewrite")
+            go_named = _buttons("Rewrite")
+        with gr.Tab("Words"):
+            share = _strength("Share of the words that are resampled.")
+            go_words = _buttons("Resample")
+        with gr.Tab("Level"):
+            change = _strength("0 keeps the text, 1 forgets it.")
+            state = gr.Radio(list(STATES), value=STATES[0], label="What is changed")
+            go_level = _buttons("Re-noise")
     out = _output("The edit appears here, beside the original.")
-    _bind(replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
-    _bind(
-        rewriting,
-        rewrite,
-        catalogue,
-        [model, text, target, strength, num, seed],
-        out,
-        strength.release,
-    )
+    common = [num, seed]
+    _bind(go_named, rewrite, catalogue, [model, text, named, *common], out, named.submit)
+    _bind(go_words, resample, catalogue, [model, text, share, *common], out, share.release)
+    _bind(go_level, renoise, catalogue, [model, text, state, change, *common], out, change.release)
 
 
 def _score(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
-        several = {"multiselect": True, "max_choices": MODELS}
-        models = gr.Dropdown(catalogue.models, value=catalogue.pair, label="Models", **several)
+        models = gr.Dropdown(
+            catalogue.models,
+            value=catalogue.pair,
+            label="Models",
+            multiselect=True,
+            max_choices=MODELS,
+        )
         text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
-        buttons = _buttons("Score")
+        go = _buttons("Score")
     out = _output("The bits of every token appear here.")
-    _bind(buttons, compare, catalogue, [models, text], out, text.submit)
+    _bind(go, compare, catalogue, [models, text], out, text.submit)
 
 
-def _runs(catalogue: Catalogue) -> None:
-    names = catalogue.runs
+def _runs(catalogue: Catalogue) -> Callable[[Event], None]:
+    """The view of runs, which looks at the folders now and then. Returns what binds an arrival."""
     with gr.Row(equal_height=False):
-        chosen = gr.CheckboxGroup(
-            names, value=names[:6], label="Runs", scale=4, visible=bool(names)
-        )
-        axis = gr.Radio(
-            list(AXES), value=AXES[0], label="Over", scale=1, min_width=200, visible=bool(names)
-        )
+        names = catalogue.runs
+        chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs", scale=4)
+        axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200)
+    out = gr.HTML(apply_default_css=False)
 
-    def shown(*values: Any) -> str:
-        *_, final = guarded(runs)(catalogue, *values)
+    def shown(names: object, axis: object) -> str:
+        *_, final = guarded(runs)(catalogue, names, axis)
         return final
 
-    out = gr.HTML(value=shown(names[:6], AXES[0]), apply_default_css=False)
-    if names:
-        for event in (chosen.change, axis.change, gr.Timer(REFRESH).tick):
-            event(shown, [chosen, axis], out, **LOOK)
+    def look(names: object, axis: object) -> tuple[object, str]:
+        catalogue.refresh()
+        return gr.CheckboxGroup(catalogue.runs), shown(names, axis)
+
+    def bind(event: Event) -> None:
+        _quick(event, look, [chosen, axis], [chosen, out])
+
+    _quick(chosen.change, shown, [chosen, axis], out)
+    _quick(axis.change, shown, [chosen, axis], out)
+    bind(gr.Timer(REFRESH).tick)
+    return bind
 
 
-def _model(catalogue: Catalogue) -> Component:
+def _model(catalogue: Catalogue, name: str) -> Component:
     """The list of models, with a line about the chosen one."""
 
     def about(name: object) -> str:
         return f'<div class="st">{muted(catalogue.about(name))}</div>'
 
-    model = gr.Dropdown(
-        catalogue.models, value=catalogue.models[0], label="Model", filterable=False
-    )
-    line = gr.HTML(about(model.value), apply_default_css=False, padding=False)
-    model.change(about, model, line, **LOOK)
+    model = gr.Dropdown(catalogue.models, value=name, label="Model", filterable=False)
+    line = gr.HTML(about(name), apply_default_css=False, padding=False)
+    _quick(model.change, about, model, line)
     return model
 
 
 def _temperature(catalogue: Catalogue, model: Component) -> Component:
     """A slider at the temperature of the model's configuration; choosing a model resets it."""
-
-    def suited(name: object) -> float:
-        return (
-            catalogue.configs[name].temperature
-            if isinstance(name, str) and name in catalogue.configs
-            else 1.0
-        )
-
-    slider = gr.Slider(0.1, 1.5, suited(model.value), step=0.05, label="Temperature")
-    model.input(suited, model, slider, **LOOK)
+    usual = catalogue.temperature(model.value)
+    slider = gr.Slider(0.1, 1.5, usual, step=0.05, label="Temperature")
+    _quick(model.input, catalogue.temperature, model, slider)
     return slider
 
 
@@ -216,18 +233,15 @@ def _number(label: str, value: int) -> Component:
     return gr.Number(value, label=label, precision=0, min_width=110)
 
 
-def _target() -> Component:
-    return gr.Radio(list(TARGETS), value=WORDS, label="What is changed", info="Words work best.")
-
-
-def _tries() -> tuple[Component, Component]:
-    tries = gr.Slider(1, TRIES, 6, step=1, label="Tries")
-    return tries, gr.Slider(1, request.PARTICLES, 16, step=1, label="Particles in each try")
+def _strength(words: str) -> Component:
+    return gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info=words)
 
 
 def _buttons(words: str) -> Buttons:
     with gr.Row():
-        return gr.Button(words, variant="primary", min_width=120), gr.Button("Stop", min_width=80)
+        go = gr.Button(words, variant="primary", min_width=120)
+        stop = gr.Button("Stop", min_width=80)
+    return go, stop
 
 
 def _output(words: str) -> Component:
@@ -241,20 +255,30 @@ def _bind(
     catalogue: Catalogue,
     inputs: list[Component],
     out: Component,
-    *also: Any,
-) -> Callable[[Any], None]:
-    """Call the view at a click on the first button, or at the events `also`, until a click on the
-    second one. Returns what binds it to one more event.
+    also: Event,
+) -> Callable[[Event], None]:
+    """Call the view at a click on the first button, or at the event `also`.
+
+    A click on the second button ends it. Returns what binds the view to one more event.
     """
     go, stop = buttons
     handle = newest(partial(guarded(view), catalogue))
 
-    def bind(event: Any) -> None:
-        started = event(handle, inputs, out, trigger_mode="multiple", **WORK)
+    def bind(event: Event) -> None:
+        started = event(
+            handle,
+            inputs,
+            out,
+            trigger_mode="multiple",
+            concurrency_id="model",
+            concurrency_limit=WAITING,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         stop.click(None, None, None, cancels=[started], api_visibility="private")
 
-    for event in (go.click, *also):
-        bind(event)
+    bind(go.click)
+    bind(also)
     return bind
 
 
@@ -262,9 +286,9 @@ def newest(view: Closable) -> Closable:
     """The view as a handler of events: a visitor's next request ends the one before."""
     last: dict[str | None, object] = {}
 
-    def handle(visitor: gr.Request, *values: Any) -> Generator[str, None, None]:
+    def handle(visitor: gr.Request, *given: object) -> Generator[str, None, None]:
         last[visitor.session_hash] = mine = object()
-        with closing(view(*values)) as pages:
+        with closing(view(*given)) as pages:
             for html in pages:
                 if last[visitor.session_hash] is not mine:
                     return

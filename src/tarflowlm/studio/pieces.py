@@ -1,6 +1,4 @@
-"""Pieces of HTML that the views share; every text in them is escaped here or in
-`views/grid.py`.
-"""
+"""Pieces of HTML that the views share; every text is escaped here or in `views/grid.py`."""
 
 import logging
 import shlex
@@ -9,8 +7,7 @@ from html import escape
 from importlib.resources import files
 
 from tarflowlm.errors import UserError
-from tarflowlm.views import grid
-from tarflowlm.views.grid import Row, Token
+from tarflowlm.views.grid import CSS, Row, Token, spans, to_html
 
 FILES = files("tarflowlm.studio")
 STYLE = FILES.joinpath("studio.css").read_text(encoding="utf-8")
@@ -29,28 +26,27 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Generator[str, 
             yield page(notice(str(error)))
         except Exception:
             LOG.exception("a view of the studio failed")
-            yield page(
-                notice("This did not work. The terminal that started the page shows the error.")
-            )
+            words = "This did not work. The terminal that started the page shows the error."
+            yield page(notice(words))
 
     return safe
 
 
 def page(*parts: str) -> str:
-    return f'<div class="st st-view"><style>{grid.CSS}</style>{"".join(parts)}</div>'
+    """What a view shows."""
+    return f'<div class="st st-view"><style>{CSS}</style>{"".join(parts)}</div>'
 
 
 def card(*parts: str) -> str:
+    """A box."""
     return f'<div class="st-card">{"".join(parts)}</div>'
 
 
-def asked(*words: object, link: str = "") -> str:
-    """The request above its result: the command that gives the same, to copy, and a link to this
-    page.
-    """
-    command = escape(shlex.join(["tarflowlm", *map(str, words)]))
+def asked(command: Sequence[str], *, link: str = "") -> str:
+    """The request above its result: the command that gives the same, and a link to this page."""
+    shown = escape(shlex.join(command))
     more = f'<a href="{escape(link)}">link</a>' if link else ""
-    return f'<div class="st-asked"><code>{command}</code>{copying(command)}{more}</div>'
+    return f'<div class="st-asked"><code>{shown}</code>{copying(shown)}{more}</div>'
 
 
 def copying(escaped: str) -> str:
@@ -65,6 +61,7 @@ def notice(text: str) -> str:
 
 
 def title(text: str) -> str:
+    """The heading of a card."""
     return f'<div class="st-title">{escape(text)}</div>'
 
 
@@ -73,28 +70,28 @@ def muted(text: str | None) -> str:
     return f'<p class="st-muted">{escape(text)}</p>' if text else ""
 
 
-def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
-    """A text in large type, with a caret where it is still being written, or a button that copies
-    it.
-    """
-    caret = '<span class="st-caret"></span>' if is_open else ""
-    copy = (
-        ""
-        if is_open
-        else copying(escape("".join(token.symbol for token in tokens).replace("↵\n", "\n")))
-    )
-    return f'<div class="st-stage">{grid.spans(tokens)}{caret}</div>{copy}'
+def stage(tokens: Sequence[Token]) -> str:
+    """A text in large type, with a button that copies it."""
+    text = "".join(token.symbol for token in tokens).replace("↵\n", "\n")
+    return f'<div class="st-stage">{spans(tokens)}</div>{copying(escape(text))}'
+
+
+def open_stage(tokens: Sequence[Token]) -> str:
+    """A text that is still being written, with a caret."""
+    return f'<div class="st-stage">{spans(tokens)}<span class="st-caret"></span></div>'
 
 
 def facts(*pairs: tuple[str, str]) -> str:
-    shown = (
-        f"<span>{f'<b>{escape(value)}</b> ' if value else ''}{escape(words)}</span>"
-        for value, words in pairs
-    )
-    return f'<div class="st-facts">{"".join(shown)}</div>'
+    """Numbers, each with what it counts."""
+    shown = ""
+    for value, words in pairs:
+        number = f"<b>{escape(value)}</b> " if value else ""
+        shown += f"<span>{number}{escape(words)}</span>"
+    return f'<div class="st-facts">{shown}</div>'
 
 
 def took(seconds: float) -> tuple[str, str]:
+    """A pair for `facts`."""
     return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s", "in all"
 
 
@@ -103,15 +100,20 @@ def bar(share: float) -> str:
     return f'<div class="st-bar"><i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
 
 
-def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool = True) -> str:
-    """A slider over `rows`: one of them is on the stage of the same card, and all of them are
-    below. If it `is_open`, it goes through them once by itself.
+def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool) -> str:
+    """A slider over `rows`: one of them is on the stage of the same card, all of them are below.
+
+    If it `is_open`, it goes through them once by itself.
     """
-    last, plays = len(rows) - 1, " data-play" * is_open
-    field = f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="{escape(name)}"{plays}>'
-    control = f'<div class="st-slide">{field}<output>{escape(rows[-1].label)}</output></div>'
-    opened, box = " open" if is_open else "", f'<div class="st-rows">{grid.to_html(rows)}</div>'
-    return f"{control}<details{opened}><summary>{escape(summary)}</summary>{box}</details>"
+    last = len(rows) - 1
+    plays = " data-play" if is_open else ""
+    control = (
+        f'<input type="range" min="0" max="{last}" value="{last}" step="1" '
+        f'aria-label="{escape(name)}"{plays}><output>{escape(rows[-1].label)}</output>'
+    )
+    opened = " open" if is_open else ""
+    below = f'<summary>{escape(summary)}</summary><div class="st-rows">{to_html(rows)}</div>'
+    return f'<div class="st-slide">{control}</div><details{opened}>{below}</details>'
 
 
 def counted(number: int, one: str, many: str = "") -> str:

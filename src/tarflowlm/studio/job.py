@@ -1,0 +1,81 @@
+"""Work for a visitor on a thread: followed to its end, and stopped where nobody waits."""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
+from typing import Generic, TypeVar
+
+import torch
+
+from tarflowlm.errors import UserError
+from tarflowlm.progress import Silent
+
+R = TypeVar("R")
+
+SECONDS = 60.0  # that a piece of work may take at most
+EVERY = 0.12  # seconds between two looks at it
+TURN = threading.Lock()
+"""Held while a model works: two at once would only slow each other down."""
+
+
+class Halted(Exception):
+    """Raised in the work once the visitor has left."""
+
+
+class Job(Silent, Generic[R]):
+    """A function that runs on a thread, with the job as its `Progress`.
+
+    It can be stopped wherever it advances.
+    """
+
+    def __init__(self, function: Callable[["Job[R]"], R]) -> None:
+        self.function = function
+        self.tokens: list[torch.Tensor] = []
+        """The final tokens so far, [num, n] each."""
+        self.advanced = 0
+        self.seconds = 0.0
+        """How long the finished work has taken."""
+        self._is_wanted = True
+        self._begun = 0.0
+
+    def advance(self, count: int = 1) -> None:
+        """Count progress. Halted once the visitor has left, UserError when the time is over."""
+        self.advanced += count
+        if not self._is_wanted:
+            raise Halted
+        if time.perf_counter() - self._begun > SECONDS:
+            limit = f"{SECONDS:g} seconds, the limit of this page"
+            raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
+
+    def doing(self, words: str) -> str:
+        """`words`, or that another visitor has the turn."""
+        return words if self.advanced else "waiting for its turn"
+
+    def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:
+        """Start the work; yields what `show` gives now and then until it is done.
+
+        Returns its result, and raises what it raised. Closing the iterator, as when a visitor
+        leaves, ends the work where it advances next.
+        """
+        future = Future[R]()
+        threading.Thread(target=self._run, args=(future,), daemon=True).start()
+        try:
+            while not future.done():
+                yield show()
+                wait([future], EVERY)
+        finally:
+            self._is_wanted = False
+        return future.result()
+
+    def _run(self, future: Future[R]) -> None:
+        try:
+            with TURN:
+                torch.set_flush_denormal(True)  # a property of the thread, as in the command line
+                self._begun = time.perf_counter()
+                self.advance(0)
+                result = self.function(self)
+                self.seconds = time.perf_counter() - self._begun
+            future.set_result(result)
+        except BaseException as error:
+            future.set_exception(error)
