@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 import torch
+from studio_cases import shown, stages, words
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
@@ -33,20 +34,6 @@ VALID = {
 }
 """Values that every view accepts."""
 EVERY_VIEW = pytest.mark.parametrize("view", VALID, ids=lambda view: view.__name__)
-
-
-def shown(view, catalogue, values) -> str:
-    """The last state of a view, without its style."""
-    *_, last = guarded(view)(catalogue, *values)
-    return re.sub(r"<style.*?</style>", "", last, flags=re.DOTALL)
-
-
-def words(html: str) -> str:
-    return unescape(re.sub(r"<[^>]+>", "", html))
-
-
-def texts(html: str, kind: str = "st-stage") -> list[str]:
-    return [words(found) for found in re.findall(rf'class="{kind}">(.*?)</div>', html, re.DOTALL)]
 
 
 @pytest.mark.slow
@@ -88,8 +75,8 @@ def test_written_text_is_the_library_s(catalogue):
     )
     html = shown(write, catalogue, VALID[write])
     expected_text = checkpoint.tokenizer.decode(expected.tokens[0])
-    assert texts(html) == [expected_text]
-    rows = texts(html, "tl-text")
+    assert stages(html) == [expected_text]
+    rows = stages(html, "tl-text")
     assert rows[-1] == expected_text
     assert len(rows) > 1
     assert '<span class="tl-given">the </span>' in html
@@ -103,13 +90,13 @@ def test_normalised_text_is_shown(catalogue):
 
 def test_template_keeps_given_tokens(catalogue):
     html = shown(infill, catalogue, VALID[infill])
-    assert {bool(re.fullmatch("the ... saw", text)) for text in texts(html)} == {True}
+    assert {bool(re.fullmatch("the ... saw", text)) for text in stages(html)} == {True}
     assert "count" in words(html)
 
 
 def test_only_whole_words_are_rewritten(catalogue):
     html = shown(rewrite, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 0])
-    _, *found = texts(html)
+    _, *found = stages(html)
     assert {bool(re.fullmatch("... a catcat ...", text)) for text in found} == {True}
     assert "--rewrite Cat --everywhere" in words(html)
     html = shown(rewrite, catalogue, ["flow", "cat a catcat", "dog", 3, 0])
@@ -126,7 +113,7 @@ def test_edit_of_strength_zero_changes_nothing(catalogue, values):
 def test_bound_of_a_flow_is_marked(catalogue):
     html = shown(compare, catalogue, VALID[compare])
     assert re.findall(r"<b>(≤?).{0,3}[\d.]+</b> bits per character", html) == ["≤", ""]
-    assert [texts(html, "st-heat")[n] for n in range(3)] == ["the cat saw"] * 3
+    assert [stages(html, "st-heat")[n] for n in range(3)] == ["the cat saw"] * 3
 
 
 @pytest.mark.slow

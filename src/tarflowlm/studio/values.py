@@ -17,21 +17,24 @@ MARK = "_"  # stands for one token to fill in
 
 def number(value: object, name: str, least: float, most: float) -> float:
     """A number within bounds."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:
+    found = _within(value, least, most)
+    if found is None:
         raise UserError(f"{name}: give a number from {least:g} to {most:g}")
-    return float(value)
+    return found
 
 
 def whole(value: object, name: str, least: int, most: int) -> int:
     """A whole number within bounds."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        found = None
-    else:
-        found = int(value)
-    if found is None or found != value:
+    found = _within(value, least, most)
+    if found is None or not found.is_integer():
         raise UserError(f"{name}: give a whole number from {least:,} to {most:,}")
-    return found
+    return int(found)
+
+
+def _within(value: object, least: int | float, most: int | float) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if least <= value <= most else None
 
 
 def seed(value: object) -> int:
