@@ -13,7 +13,7 @@ from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import bits, sign_of
-from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig, as_flow_config
@@ -88,7 +88,7 @@ def sample(
         prompt=prompt,
         generator=torch.Generator().manual_seed(0),
         decoder="auto",
-        watch=Watch(progress),
+        progress=progress,
     )
 
 

@@ -28,7 +28,6 @@ REFUSED = [
     ('generate(flow, num_tokens=8, decoder="foo")', ["decoder 'foo'", "steps, sweeps, auto"]),
     ('generate(flow, num_tokens=8, decoder=("auto", "auto", 3))', ["decoder 3", "steps"]),
     ('generate(baseline, num_tokens=8, decoder="foo")', ["decoder 'foo'", "steps"]),
-    ('generate(flow, num_tokens=8, decoding="foo")', ["decoding 'foo'", "mode, drawn"]),
     ('generate("english-mini", num_tokens=8)', ["'english-mini'", "pass lm.model", "load"]),
     ("elbo(lm, tokens[None])", ["of type Pretrained", "pass lm.model"]),
     ("elbo(flow, tokens[None], generator=3)", ["generator 3", "torch.Generator().manual_seed"]),

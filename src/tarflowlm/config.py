@@ -17,7 +17,6 @@ Decoder = Literal["steps", "sweeps", "auto"]
 two.
 """
 
-Decoding = Literal["mode", "drawn"]
 """The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
 
 Precision = Literal["float32", "bfloat16"]

@@ -14,7 +14,6 @@ from tarflowlm.checks import as_integer, check_type
 from tarflowlm.config import (
     DataConfig,
     Decoder,
-    Decoding,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -46,7 +45,6 @@ class WritingOptions(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     particles: int | None
-    decoding: Decoding
     decoder: Decoders
     blank: str
     stop: str | Sequence[str]
@@ -171,7 +169,7 @@ class Pretrained(Checkpoint):
         `num_tokens` is the length in tokens, given ones included; by default the trained context,
         or the length of the template. A text ends before the first of the texts `stop`. `blank`
         marks a blank of the template. `temperature`, by default the one that suits the model,
-        `top_k`, `top_p`, `particles`, `decoding` and `decoder` are described at `generate`. The
+        `top_k`, `top_p`, `particles` and `decoder` are described at `generate`. The
         same `seed` gives the same text. UserError for what the model cannot read or do.
         """
         request = _writing(prompt, template, num, options)

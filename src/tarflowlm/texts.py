@@ -10,7 +10,7 @@ model's training text was read (`data.prompts`), seeds the random stream and cal
 """
 
 import codecs
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TypeVar
@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm import chunks, editing
-from tarflowlm.checks import as_integer, check_option, checked_seed
-from tarflowlm.config import Decoder, Decoding, Normalization
+from tarflowlm.checks import as_integer, checked_seed
+from tarflowlm.config import Decoder, Normalization
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
-from tarflowlm.device import threads_for
 from tarflowlm.editing.edits import Pick
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.evaluation.scores import Scores, scores
-from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation import Generation, generate, generate_steps
+from tarflowlm.generation.generate import usual_particles
 from tarflowlm.generation.inversion import Decoders, as_decoders
 from tarflowlm.generation.sampling import adjust_weights, row_generators
 from tarflowlm.generation.writing import num_positions
@@ -38,9 +38,6 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 
 T = TypeVar("T")
-
-PARTICLES = 16
-"""Candidates for a template in which text stands behind a blank, unless a number is given."""
 
 
 def seeded_generator(seed: int) -> torch.Generator:
@@ -77,7 +74,6 @@ class Writing:
     top_p: float | None = None
     particles: int | None = None
     """Candidates per sample; None: 16 where text stands behind a blank, else 1."""
-    decoding: Decoding = "mode"
     decoder: Decoders = "auto"
     stop: tuple[str, ...] = ()
     """A sample ends before the first of these texts that follows its prompt."""
@@ -94,7 +90,6 @@ class Writing:
         adjust_weights(
             1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p
         )
-        check_option(self.decoding, "decoding", Decoding)
         as_decoders(self.decoder)
         seeded_generator(self.seed)
         if self.prompts and self.template is not None:
@@ -147,7 +142,6 @@ class Writing:
             ("particles", "particles"),
             ("num", "num"),
             ("seed", "seed"),
-            ("decoding", "decoding"),
             ("decoder", "decoder"),
             ("normalize", "normalize"),
         ):
@@ -191,9 +185,7 @@ class Draft:
         """Candidates for every sample."""
         if self.request.particles is not None:
             return self.request.particles
-        is_blank = [reading.tokens == BLANK for reading in self.given]
-        has_text_behind = any(bool((row[:-1] & ~row[1:]).any()) for row in is_blank)
-        return PARTICLES if has_text_behind else 1
+        return max((usual_particles(reading.tokens) for reading in self.given), default=1)
 
     @property
     def num_positions(self) -> int:
@@ -207,7 +199,12 @@ class Draft:
         """The samples in batches of bounded memory, each as it is finished."""
         decoder = self.request.decoder
         for rows in self._rows_of_batches():
-            written = exhaust(self.steps(rows, progress, decoder))
+            if self.stops:
+                written = exhaust(self.steps(rows, progress, decoder))
+            else:
+                # tokens that nobody reads one by one are not decoded one by one
+                generation = self._asked(generate, rows, progress, decoder)
+                written = Written(rows, self._texts(rows, generation.tokens), generation)
             # the choice of auto for the first batch serves the others
             decoder = written.generation.decoders or decoder
             yield written
@@ -236,37 +233,48 @@ class Draft:
 
         The batch ends early once every sample has met a stop.
         """
-        request = self.request
-        prompt = pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK)
-        tokens: list[Tensor] = []
         streams = [
             TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
         ]
-
-        def on_tokens(found: Tensor) -> bool:
-            tokens.append(found)
-            for stream, row in zip(streams, found, strict=True):
+        steps = self._asked(generate_steps, rows, progress, decoder)
+        parts: list[Tensor] = []
+        while not parts or not all(stream.has_stopped for stream in streams):
+            try:
+                parts.append(next(steps))
+            except StopIteration as end:
+                generation: Generation = end.value
+                break
+            for stream, row in zip(streams, parts[-1], strict=True):
                 stream.add(row)
-            return all(stream.has_stopped for stream in streams)
-
-        with threads_for(len(rows) * self.particles):
-            generation = generate(
-                self.lm.model,
-                num_tokens=self.num_tokens,
-                num=len(rows),
-                prompt=prompt,
-                particles=self.particles,
-                temperature=self.temperature,
-                top_k=request.top_k,
-                top_p=request.top_p,
-                decoding=request.decoding,
-                decoder=request.decoder if decoder is None else decoder,
-                # numbered over all batches: a sample does not depend on the others
-                generator=row_generators(rows, seeded_generator(request.seed)),
-                watch=Watch(progress, on_tokens),
-            )
-        yield from tokens
+            yield parts[-1]
+        else:
+            steps.close()
+            generation = Generation(torch.cat(parts, 1))
         return Written(rows, self._texts(rows, generation.tokens), generation)
+
+    def _asked(
+        self,
+        write: Callable[..., T],
+        rows: range,
+        progress: Progress = SILENT,
+        decoder: Decoders | None = None,
+    ) -> T:
+        """The result of `generate` or `generate_steps` for the samples `rows`."""
+        request = self.request
+        return write(
+            self.lm.model,
+            num_tokens=self.num_tokens,
+            num=len(rows),
+            prompt=pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK),
+            particles=request.particles,
+            temperature=self.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            decoder=request.decoder if decoder is None else decoder,
+            # numbered over all batches: a sample does not depend on the others
+            generator=row_generators(rows, seeded_generator(request.seed)),
+            progress=progress,
+        )
 
     @property
     def temperature(self) -> float:

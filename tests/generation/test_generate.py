@@ -7,7 +7,7 @@ from torch import nn
 from helpers import FILLS, normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.inversion import invert_stack
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.progress import Silent
@@ -121,7 +121,7 @@ def test_progress_advances_once_per_position_and_block(model, length, num_given)
         model,
         num_tokens=length,
         prompt=torch.zeros(num_given, dtype=torch.long),
-        watch=Watch(progress),
+        progress=progress,
     )
     assert progress.count == num_positions(model, length, num_given)
 
@@ -182,3 +182,20 @@ def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, option
 def test_impossible_requests_are_refused(model, options, message):
     with pytest.raises(UserError, match=message):
         sample(model, **options)
+
+
+def test_particles_are_16_where_given_tokens_follow_a_blank():
+    model = tiny_flow(couplings=("mixd", "mix1"), log_std=-4.0)
+    for prompt, particles in (([1, -1, 2], 16), ([-1, 2], 16), ([1, 2], 1), ([], 1)):
+        options = {"prompt": torch.tensor(prompt, dtype=torch.long)}
+        usual, explicit = sample(model, **options), sample(model, particles=particles, **options)
+        assert torch.equal(usual.tokens, explicit.tokens)
+        if prompt:
+            assert torch.equal(usual.evidence.log_evidence, explicit.evidence.log_evidence)
+
+
+def test_particles_are_refused_where_a_prompt_is_continued_exactly():
+    model = tiny_flow(**FILLS, alternate=False, log_std=-4.0)
+    with pytest.raises(UserError, match="particles 4"):
+        sample(model, prompt=torch.tensor([1, 0, 4]), particles=4)
+    assert sample(model, prompt=torch.tensor([1, -1, 4]), particles=4).evidence is not None

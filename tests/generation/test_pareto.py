@@ -62,6 +62,6 @@ def test_particles_report_the_index_when_there_are_enough():
     model, template = tiny_flow(couplings=("mixd", "mix1"), scale=0.6), torch.tensor([-1, 1, -1, 3])
     for particles in (1, 24, 32):
         found = generate(model, num_tokens=4, num=3, prompt=template, particles=particles)
-        assert found.pareto_k.shape == (3,)
-        assert found.pareto_k.isnan().all() == (particles < 25)
-    assert generate(model, num_tokens=4).pareto_k is None
+        assert found.evidence.pareto_k.shape == (3,)
+        assert found.evidence.pareto_k.isnan().all() == (particles < 25)
+    assert generate(model, num_tokens=4).evidence is None

@@ -99,7 +99,7 @@ def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always,
         few = generate(
             model, num_tokens=T, num=300, prompt=wanted, particles=3, generator=generator
         )
-        estimates = few.log_evidence.exp()
+        estimates = few.evidence.log_evidence.exp()
         error = estimates.std().item() / math.sqrt(300)
         assert abs(estimates.mean().item() - evidence) < 4.5 * error + 2e-2 * evidence
         many = generate(
@@ -112,8 +112,8 @@ def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always,
         assert (observed - torch.where(fits, joint, 0.0) / evidence).abs().max() < 4 * math.sqrt(
             0.25 / 300
         )
-        assert (many.ess >= 1 - 1e-9).all()
-        assert (many.ess <= 24 * (1 + 1e-9)).all()
+        assert (many.evidence.ess >= 1 - 1e-9).all()
+        assert (many.evidence.ess <= 24 * (1 + 1e-9)).all()
 
 
 @pytest.mark.slow
@@ -146,8 +146,8 @@ def test_particles_are_drawn_anew_when_their_weights_are_uneven():
         found = generate(
             model, num_tokens=8, num=20, prompt=template, particles=8, generator=generator
         )
-        assert found.draws.max() > 0
-        assert torch.isfinite(found.log_evidence).all()
+        assert found.evidence.draws.max() > 0
+        assert torch.isfinite(found.evidence.log_evidence).all()
 
 
 def test_templates_of_their_own_and_rows_that_do_not_depend_on_each_other(model):
@@ -161,7 +161,7 @@ def test_templates_of_their_own_and_rows_that_do_not_depend_on_each_other(model)
         model, num=1, prompt=templates[:1], generator=torch.Generator().manual_seed(5), **options
     )
     assert torch.equal(together.tokens[:1], alone.tokens)
-    torch.testing.assert_close(together.log_evidence[:1], alone.log_evidence)
+    torch.testing.assert_close(together.evidence.log_evidence[:1], alone.evidence.log_evidence)
     assert ((together.tokens == templates) | (templates == BLANK)).all()
 
 
@@ -175,7 +175,9 @@ def test_a_text_given_whole_is_returned_with_its_likelihood():
         model, num_tokens=2, num=V**2, prompt=texts(2), particles=512, generator=generator
     )
     assert torch.equal(found.tokens, texts(2))
-    torch.testing.assert_close(found.log_evidence.exp(), probabilities(model), rtol=0.3, atol=0.01)
+    torch.testing.assert_close(
+        found.evidence.log_evidence.exp(), probabilities(model), rtol=0.3, atol=0.01
+    )
 
 
 def test_the_passes_of_a_completion_are_the_states_of_its_latents():

@@ -1,4 +1,4 @@
-"""Tokens told while a text is written are those of the text; parts of many samples are what they
+"""Tokens yielded while a text is written are those of the text; parts of many samples are what they
 are among all.
 """
 
@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_ar, tiny_flow
-from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation import Generation, generate, generate_steps
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
-
-pytestmark = pytest.mark.slow
+from tarflowlm.progress import Silent
 
 MODELS = {
     "ar": {},
@@ -37,12 +36,22 @@ def streams(rows) -> list[torch.Generator]:
     return row_generators(rows, torch.Generator().manual_seed(0))
 
 
-def told(model: LanguageModel, **options) -> list[Tensor]:
-    """What was told, which together is the text that is written without telling."""
+def yielded(model: LanguageModel, **options) -> list[Tensor]:
+    """The parts of a text, which together are what `generate` writes, as is what they return."""
+    steps = generate_steps(
+        model, **({"num": 2, "generator": torch.Generator().manual_seed(0)} | options)
+    )
     parts: list[Tensor] = []
-    tokens = sample(model, watch=Watch(on_tokens=parts.append), **options).tokens
+    while True:
+        try:
+            parts.append(next(steps))
+        except StopIteration as end:
+            returned = end.value
+            break
+    assert all(part.dtype == torch.int64 and part.shape[1] for part in parts)
+    tokens = sample(model, **options).tokens
     assert torch.equal(torch.cat(parts, 1), tokens)
-    assert torch.equal(sample(model, **options).tokens, tokens)
+    assert torch.equal(returned.tokens, tokens)
     return parts
 
 
@@ -55,9 +64,9 @@ PROMPTS = {
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 @pytest.mark.parametrize("length", [7, 8, 19])
-def test_steps_tell_position_by_position(length, prompt, model):
+def test_steps_yield_the_prompt_and_then_every_position(length, prompt, model):
     P = model.config.patch
-    parts = told(model, num_tokens=length, prompt=prompt, decoder="steps")
+    parts = yielded(model, num_tokens=length, prompt=prompt, decoder="steps")
     common = 0 if prompt is None else 3 if prompt.dim() == 1 else 1
     if common:
         assert parts[0].shape[1] == common
@@ -66,9 +75,9 @@ def test_steps_tell_position_by_position(length, prompt, model):
 
 
 @pytest.mark.parametrize("decoder", ["sweeps", "auto"])
-def test_sweeps_tell_what_is_checked(decoder):
+def test_sweeps_yield_a_window_at_its_end(decoder):
     model = tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0)
-    parts = told(model, num_tokens=18, decoder=decoder)
+    parts = yielded(model, num_tokens=18, decoder=decoder)
     if decoder == "sweeps":
         # the first window is swept, and the others, after given tokens, have a block 1 that goes by
         # steps
@@ -79,13 +88,53 @@ def test_sweeps_tell_what_is_checked(decoder):
     "options",
     [
         {"particles": 3, "prompt": torch.tensor([1, 2])},
-        {"decoding": "drawn"},
         {"prompt": torch.tensor([-1, 1, -1, 2])},
-        {"prompt": torch.tensor([2, -1, 2]), "temperature": 0.5},
+        {"prompt": torch.tensor([2, -1, 2]), "temperature": 0.5, "particles": 1},
     ],
+    ids=["particles", "blanks", "temperature"],
 )
-def test_other_ways_to_write_tell_the_same_text(options, model):
-    told(model, num_tokens=8, **options)
+def test_particles_and_blanks_yield_the_text_that_is_written(options, model):
+    yielded(model, num_tokens=8, **options)
+
+
+class Threads(Silent):
+    """Notes the threads of every piece of work."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def advance(self, count: int = 1) -> None:
+        self.seen.add(torch.get_num_threads())
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_one_row_is_written_by_one_thread_and_the_reader_keeps_its_own(num):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model, threads = tiny_ar(), Threads()
+        sample(model, num_tokens=8, num=num, progress=threads)
+        assert threads.seen == {1 if num == 1 else 3}
+        assert torch.get_num_threads() == 3
+        steps = generate_steps(model, num_tokens=8, num=num, progress=threads)
+        next(steps)
+        assert torch.get_num_threads() == 3
+        assert torch.is_grad_enabled()
+        steps.close()
+        assert torch.get_num_threads() == 3
+        assert threads.seen == {1 if num == 1 else 3}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_closed_text_is_not_written_further(model):
+    threads = Threads()
+    steps = generate_steps(model, num_tokens=30, decoder="steps", progress=threads)
+    next(steps)
+    steps.close()
+    threads.seen.clear()
+    assert list(steps) == []
+    assert not threads.seen
 
 
 def test_parts_of_many_samples_are_what_they_are_among_all(model):
@@ -104,17 +153,6 @@ def test_prompts_of_different_lengths_do_not_influence_each_other(model):
         for row, prompt in enumerate((prompts[0], prompts[1, :1])):
             alone = sample(model, num_tokens=length, num=1, generator=streams([row]), prompt=prompt)
             assert torch.equal(alone.tokens[0], together.tokens[row])
-            torch.testing.assert_close(alone.log_evidence[0], together.log_evidence[row])
-
-
-def test_on_tokens_ends_a_text_after_a_window(model):
-    seen: list[int] = []
-    whole = sample(model, num_tokens=30).tokens
-
-    def on_tokens(tokens: Tensor) -> bool:
-        seen.append(tokens.shape[1])
-        return sum(seen) in (9, 12)
-
-    found = sample(model, num_tokens=30, watch=Watch(on_tokens=on_tokens))
-    assert sum(seen) == 12
-    assert torch.equal(found.tokens, whole[:, :12])
+            torch.testing.assert_close(
+                alone.evidence.log_evidence[0], together.evidence.log_evidence[row]
+            )

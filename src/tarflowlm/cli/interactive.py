@@ -15,9 +15,8 @@ from tarflowlm.cli.options import not_utf8
 from tarflowlm.cli.sample import Args
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
-from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Watch, generate
+from tarflowlm.generation import generate_steps
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.bars import print_notice
@@ -140,27 +139,21 @@ class _Session:
         stream = TextStream(write_out, self.tokenizer, self.stops, start=len(text), shown=len(text))
         assert args.length is not None
 
-        def on_tokens(tokens: Tensor) -> None:
-            written.append(tokens[0])
-            stream.add(tokens[0])
-            if stream.has_stopped:
-                raise StopIteration
-
-        how: Any = {
-            "generator": self.generator,
-            "decoder": args.decoder,
-            "watch": Watch(on_tokens=on_tokens),
-        }
-        given = prompt if len(prompt) else None
+        steps = generate_steps(
+            self.model,
+            num_tokens=len(prompt) + args.length,
+            prompt=prompt if len(prompt) else None,
+            generator=self.generator,
+            decoder=args.decoder,
+            **args.writing(),
+        )
         try:
-            with suppress(StopIteration, KeyboardInterrupt), threads_for(args.particles):
-                generate(
-                    self.model,
-                    num_tokens=len(prompt) + args.length,
-                    prompt=given,
-                    **how,
-                    **args.writing(),
-                )
+            with suppress(KeyboardInterrupt):
+                for tokens in steps:
+                    written.append(tokens[0])
+                    stream.add(tokens[0])
+                    if stream.has_stopped:
+                        break
         finally:
             text = stream.close()
             write_out("\n")

@@ -53,7 +53,7 @@ def run(args: Args) -> None:
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.quality import bigram_cross_entropy, ngram_entropy
-    from tarflowlm.generation import Watch, generate
+    from tarflowlm.generation import generate
     from tarflowlm.generation.writing import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.bars import (
@@ -93,7 +93,7 @@ def run(args: Args) -> None:
     length = min(SAMPLE_LENGTH, config.model.context)
     with Bars("sampling, positions", num_positions(model, length)) as bars:
         noise = torch.Generator().manual_seed(args.seed)
-        options: Any = {"generator": noise, "temperature": config.temperature, "watch": Watch(bars)}
+        options: Any = {"generator": noise, "temperature": config.temperature, "progress": bars}
         result = generate(model, num_tokens=length, num=NUM_SAMPLES, **options)
     seconds = time.perf_counter() - start
     print_samples(Console(), result, tokenizer)

@@ -10,7 +10,7 @@ import tyro
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder, Decoding
+from tarflowlm.config import Decoder
 
 EXCLUSIVE = {  # options that contradict each other
     "interactive": ("num", "prompts", "template", "out", "json", "passes", "states"),
@@ -60,10 +60,6 @@ class Args:
     ] = None
     top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
     top_p: Annotated[float | None, arg("FLOAT", options.TOP_P.capitalize())] = None
-    decoding: Decoding = "mode"
-    """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes
-    samples exact. They hardly differ for a sharp codebook.
-    """
     # Invert blocks position by position, in parallel sweeps, or by the cheaper of the two.
     decoder: Decoder = "auto"
     passes: options.Flag = False  # Show the text decoded after every block.
@@ -86,8 +82,7 @@ class Args:
     def writing(self) -> dict[str, Any]:
         """Options that `generate` takes as they are."""
         return {
-            name: getattr(self, name)
-            for name in ("particles", "temperature", "top_k", "top_p", "decoding")
+            name: getattr(self, name) for name in ("particles", "temperature", "top_k", "top_p")
         }
 
 

@@ -17,10 +17,9 @@ from tarflowlm.cli.options import read_source
 from tarflowlm.cli.sample import Args
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
-from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.files import NewLines
-from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation import Generation, generate, generate_steps
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.language_model import LanguageModel
@@ -143,7 +142,8 @@ class Sampling:
                 if args.stream:
                     result, texts = self._stream(rows)
                 else:
-                    result = self._draw(rows, Watch(bars))
+                    result = generate(**self._asked(rows), progress=bars)
+                    self._count(result)
                     decoded = map(self.tokenizer.decode, result.tokens.tolist())
                     texts = [self._cut(row, text) for row, text in zip(rows, decoded, strict=True)]
                     # rich would print below a running bar, on stderr
@@ -168,26 +168,26 @@ class Sampling:
             return [torch.zeros(0, dtype=torch.long)]
         return [self.given[row // self.args.num].tokens for row in rows]
 
-    def _draw(self, rows: range, watch: Watch) -> Generation:
+    def _asked(self, rows: range) -> dict[str, Any]:
         args = self.args
         prompt = pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK)
         # streams of rows numbered over all batches, so that a sample does not depend on the batches
         generator = row_generators(rows, torch.Generator().manual_seed(args.seed))
-        how: Any = {
+        return {
+            "model": self.model,
+            "num_tokens": self.length,
+            "num": len(rows),
+            "prompt": prompt,
             "generator": generator,
             "decoder": self.decoder,
-            "watch": watch,
             **args.writing(),
         }
-        with threads_for(len(rows) * args.particles):
-            result = generate(
-                self.model, num_tokens=self.length, num=len(rows), prompt=prompt, **how
-            )
+
+    def _count(self, result: Generation) -> None:
         self.num_tokens += result.tokens.numel()
         # the choice of auto for the first batch serves the others
         self.decoder = result.decoders or self.decoder
         self.sweeps = [a + b for a, b in zip_longest(self.sweeps, result.sweeps, fillvalue=0)]
-        return result
 
     def _start(self, row: int) -> int:
         """Characters of the prompt of a sample."""
@@ -205,21 +205,20 @@ class Sampling:
             write_out(f"sample {row + 1}\n" if row == 0 else f"\nsample {row + 1}\n")
         stream = TextStream(write_out, self.tokenizer, self.stops, start=self._start(row))
 
-        def on_tokens(tokens: Tensor) -> bool:
-            stream.add(tokens[0])
-            return stream.has_stopped
-
+        parts = list[Tensor]()
         try:
-            result = self._draw(rows, Watch(on_tokens=on_tokens))
+            for tokens in generate_steps(**self._asked(rows)):
+                parts.append(tokens)
+                stream.add(tokens[0])
+                if stream.has_stopped:
+                    break
         except KeyboardInterrupt:
             write_out("\n")
             raise
-        stream.close()
+        text = stream.close()
         write_out("\n")
-        text = self._cut(row, self.tokenizer.decode(result.tokens[0].tolist()))
-        if text != stream.text:
-            print_notice("the final check corrected the text:")
-            write_out(f"{text}\n")
+        result = Generation(torch.cat(parts, 1))
+        self._count(result)
         return result, [text]
 
     def _put(

@@ -2,53 +2,115 @@
 (docs/math.md, 7 and 9).
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.checks import as_integer, check_generator, check_integers, check_model, check_option
-from tarflowlm.config import Decoding
-from tarflowlm.device import keep_freed_memory
+from tarflowlm.checks import as_integer, check_generator, check_integers, check_model
+from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.inversion import Decoders, as_decoders
+from tarflowlm.generation.inversion import Decoders, as_decoders, finished
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
-from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch, write_windows
+from tarflowlm.generation.writing import Generation, Window, case_of, write
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 
+PARTICLES = 16
+"""Particles by default where given tokens follow a blank."""
 
-@torch.no_grad()
+
+def generate_steps(
+    model: LanguageModel | Checkpoint,
+    *,
+    num_tokens: int,
+    num: int = 1,
+    prompt: Tensor | None = None,
+    particles: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    decoder: Decoders = "auto",
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    progress: Progress = SILENT,
+) -> Generator[Tensor, None, Generation]:
+    """Write as `generate`, and yield the tokens as they become final.
+
+    Each time these are the next tokens [num, n] of all samples, int64 on the CPU: in order, each
+    once, given tokens included. The generator returns the `Generation`; to stop a text, close it.
+    With particles, and where block 1 is inverted by sweeps, a text comes at the end of its window.
+    """
+    text = _text(
+        model,
+        num_tokens,
+        num,
+        prompt,
+        particles,
+        temperature,
+        top_k,
+        top_p,
+        decoder,
+        generator,
+        progress,
+    )
+    return _shown(text)
+
+
+def _shown(text: Window) -> Generator[Tensor, None, Generation]:
+    """The tokens of a text as they become final."""
+    given, steps = text.given, write(text)
+    num_tokens = given.shape[1]
+    # what begins all samples is known before they are written
+    shown = int((given != BLANK).all(0).long().cumprod(0).sum())
+    if shown:
+        yield given[:, :shown].clone()
+    while True:
+        # between two parts, the reader has its own settings again
+        with torch.no_grad(), threads_for(text.rows):
+            try:
+                final = next(steps)
+            except StopIteration as stop:
+                result: Generation = stop.value
+                return result
+            end = min(final.end, num_tokens)
+            if end <= shown:
+                continue
+            found, known = final.read(shown, end).cpu(), given[:, shown:end]
+        yield torch.where(known == BLANK, found, known)
+        shown = end
+
+
 def generate(
     model: LanguageModel | Checkpoint,
     *,
     num_tokens: int,
     num: int = 1,
     prompt: Tensor | None = None,
-    particles: int = 1,
+    particles: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    decoding: Decoding = "mode",
     decoder: Decoders = "auto",
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    watch: Watch | None = None,
+    progress: Progress = SILENT,
 ) -> Generation:
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections
     7 and 9).
 
-    `model` is a model, or what `load` returns.
-    At temperature 1, without top-k, top-p or given tokens, the latents are exact samples.
-    `decoding` turns them into tokens: "drawn" samples p(x|z), so that the tokens are exact samples,
-    too; "mode" takes the most probable token, which is the same where the codebook is sharp.
+    `model` is a model, or what `load` returns. At temperature 1, without top-k, top-p or given
+    tokens, the latents are exact samples; their most probable tokens are exact, too, where the
+    codebook is sharp.
 
     `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token
     to draw, anywhere. Tokens given at the start are exact for the baseline and, given their
-    latents, for a flow of one block. Otherwise the drawn tokens ignore given tokens further right
-    and the dependence that the upper blocks describe. R = `particles` > 1 corrects this at R times
-    the cost, exactly in the limit of many particles.
+    latents, for a flow of one block and for a stack without blocks from right to left, in which the
+    states of its tokens are known. Otherwise the drawn tokens ignore given tokens further right and
+    the dependence that the upper blocks describe. R = `particles` > 1 corrects this at R times the
+    cost, exactly in the limit of many particles. By default R is 16 where given tokens follow a
+    blank, and else 1.
 
     `temperature` tau raises the probabilities of tokens, given everything before in the baseline or
     in block 1, to the power 1 / tau; `top_k` and `top_p` truncate them. A Mix-d block tied to the
@@ -56,9 +118,6 @@ def generate(
     stay uniform). Other flows have none and refuse. In a stack whose lower blocks fill in what they
     are sure of, the weights of every block change, in the noise for particles those of block 1
     alone.
-
-    In a stack without blocks from right to left a prompt is continued exactly: the states of its
-    tokens are known.
 
     `num_tokens` may exceed the trained context (`writing.py`) with one particle and no blanks
     between given tokens.
@@ -70,26 +129,51 @@ def generate(
     Row b has a random stream of its own, made from `generator` and b, so it does not depend on
     `num`. A list of generators, one per row, replaces these streams.
 
-    Raises UserError for a prompt or settings that the model cannot take, and for arguments of a
-    wrong type.
+    `progress` advances once per position and block: `num_positions` times in all.
+
+    Raises UserError for a prompt or settings that the model cannot take, for particles where a
+    prompt is continued exactly, and for arguments of a wrong type.
     """
+    text = _text(
+        model,
+        num_tokens,
+        num,
+        prompt,
+        particles,
+        temperature,
+        top_k,
+        top_p,
+        decoder,
+        generator,
+        progress,
+    )
+    with torch.no_grad(), threads_for(text.rows):
+        return finished(write)(text)
+
+
+def _text(
+    model: LanguageModel | Checkpoint,
+    num_tokens: int,
+    num: int,
+    prompt: Tensor | None,
+    particles: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    decoder: Decoders,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    progress: Progress,
+) -> Window:
+    """A text to be written, with checked settings."""
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
-    check_option(decoding, "decoding", Decoding)
-    decoder, watch = as_decoders(decoder), watch or Watch()
-    num, num_tokens, particles = map(
-        as_integer, (num, num_tokens, particles), ("num", "num_tokens", "particles")
-    )
-    given = _given(model, num, num_tokens, prompt, particles)
+    num = _at_least_one(num, "num")
+    given = _given(model, num, _at_least_one(num_tokens, "length"), prompt)
+    particles = _num_particles(model, given, particles)
     adjust = _adjust(model, temperature, top_k, top_p)
     keep_freed_memory()
-    rows, stream = _row_streams(generator, num), TokenStream(watch, given)
-    sampler = Sampler(model, rows, particles, adjust, decoding, decoder, watch.progress, stream)
-    return (
-        sampler.write(given)
-        if num_tokens <= model.config.context
-        else write_windows(sampler, given)
-    )
+    rows = _row_streams(generator, num)
+    return Window(model, rows, particles, adjust, as_decoders(decoder), progress, given)
 
 
 def _adjust(
@@ -126,27 +210,59 @@ def _row_streams(
     return row_generators(range(num), generator)
 
 
-def _given(
-    model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None, particles: int
-) -> Tensor:
+def _at_least_one(value: int, name: str) -> int:
+    value = as_integer(value, name)
+    if value < 1:
+        raise UserError(f"{name} {value}: must be at least 1")
+    return value
+
+
+def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None) -> Tensor:
     """The given tokens of every sample, BLANK elsewhere: [num, num_tokens] on the CPU."""
-    context, vocab_size = model.config.context, model.config.vocab_size
-    for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
-        if value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
+    vocab_size = model.config.vocab_size
     given = torch.full((num, num_tokens), BLANK)
-    if prompt is not None:
-        check_integers(prompt, "prompt", "[T]", "[num, T]")
-        length = prompt.shape[-1]
-        if length > num_tokens or (particles == 1 and length == num_tokens and (prompt >= 0).all()):
-            what = f"the prompt has {length} tokens, which leaves no room in {num_tokens}"
-            raise UserError(f"{what}: shorten it, or raise the length")
-        if ((prompt < BLANK) | (prompt >= vocab_size)).any():
-            rule = f"0 to {vocab_size - 1}, or {BLANK} for a blank: encode it again"
-            raise UserError(f"the prompt {prompt.tolist()} has tokens outside of {rule}")
-        given = F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
-    has_gaps = ((given[:, :-1] == BLANK) & (given[:, 1:] != BLANK)).any()
+    if prompt is None:
+        return given
+    check_integers(prompt, "prompt", "[T]", "[num, T]")
+    length = prompt.shape[-1]
+    if length > num_tokens:
+        what = f"the prompt has {length} tokens, which leaves no room in {num_tokens}"
+        raise UserError(f"{what}: shorten it, or raise the length")
+    if ((prompt < BLANK) | (prompt >= vocab_size)).any():
+        rule = f"0 to {vocab_size - 1}, or {BLANK} for a blank: encode it again"
+        raise UserError(f"the prompt {prompt.tolist()} has tokens outside of {rule}")
+    return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
+
+
+def usual_particles(given: Tensor) -> int:
+    """Particles for given tokens [..., T] unless a number is asked for: 16 where some follow a
+    BLANK, else 1.
+    """
+    is_given = given != BLANK
+    return PARTICLES if (~is_given[..., :-1] & is_given[..., 1:]).any() else 1
+
+
+def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -> int:
+    """The number of particles, as asked for or as usual."""
+    is_given = given != BLANK
+    num_tokens, context = given.shape[1], model.config.context
+    has_gaps = usual_particles(given) > 1
+    chosen = particles is not None
+    if particles is None:
+        particles = usual_particles(given)
+    particles = _at_least_one(particles, "particles")
     if num_tokens > context and (particles > 1 or has_gaps):
-        rule = f"beyond the trained context of {context} tokens, take 1 particle, and a prompt without blanks in it"
-        raise UserError(f"length {num_tokens} with particles {particles}: {rule}")
-    return given
+        raise UserError(
+            f"length {num_tokens}, particles {particles}: beyond the trained context of {context} "
+            "tokens, take 1 particle, and a prompt without blanks in it"
+        )
+    if particles == 1 and is_given.all():
+        raise UserError(
+            f"the prompt has {num_tokens} tokens, which leaves no room in {num_tokens}: "
+            "shorten it, or raise the length"
+        )
+    if chosen and particles > 1 and case_of(model, given) == "continued":
+        raise UserError(
+            f"particles {particles}: this model continues a prompt exactly, leave them out"
+        )
+    return particles

@@ -6,10 +6,11 @@ any position.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +27,46 @@ from tarflowlm.progress import SILENT, Progress
 
 Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
-OnFinal = Callable[[Tensor, int], None]
-"""Called with the latents h [B, N, C] of a block, and how many of its leading positions are
-final.
-"""
+
+P = ParamSpec("P")
+Y = TypeVar("Y")
+R = TypeVar("R")
+
+
+class Kept(Generic[Y, R]):
+    """Iterates over a generator, and keeps what it returns as `value`."""
+
+    value: R
+
+    def __init__(self, steps: Generator[Y, None, R]) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Y]:
+        self.value = yield from self.steps
+
+
+def finished(steps: Callable[P, Generator[object, None, R]]) -> Callable[P, R]:
+    """The function that exhausts the generators of `steps`, and returns what they return."""
+
+    @wraps(steps)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        kept = Kept(steps(*args, **kwargs))
+        for _ in kept:
+            pass
+        return kept.value
+
+    return run
+
+
+class FinalLatents(NamedTuple):
+    """How far the latents of a block are final."""
+
+    h: Tensor
+    """The latents [B, N, C], in the block's order."""
+    num: int
+    """The first so many positions will not change."""
+
+
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few
 roundings.
@@ -73,7 +110,7 @@ class Inverted:
 
 
 @torch.no_grad()
-def invert_block(
+def block_inversion(
     block: FlowBlock,
     u: Tensor,
     *,
@@ -82,8 +119,7 @@ def invert_block(
     settled: Tensor | None = None,
     num_settled: int = 0,
     progress: Progress = SILENT,
-    on_final: OnFinal | None = None,
-) -> Inverted:
+) -> Generator[FinalLatents, None, Inverted]:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
@@ -92,12 +128,12 @@ def invert_block(
     `adjust` there is no forward map to check against: steps.
 
     The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C].
-    `progress` advances once per position, and `on_final` is called after every step; what sweeps
-    found is final at the end.
+    `progress` advances once per position. The generator yields after every step; what sweeps found
+    is final at the end.
     """
     if adjust is not None:
         decoder = "steps"
-    work = _Inversion(block, u, adjust, progress, on_final)
+    work = _Inversion(block, u, adjust, progress)
     if settled is not None and num_settled:
         work.settle(settled, num_settled)
     decoder, repeated = work.trial() if decoder == "auto" else decoder, 0
@@ -107,8 +143,11 @@ def invert_block(
         if end and (bad := first_bad(block, work.h[:, :end], work.noise[:, :end], start)) < end:
             repeated = work.num_positions - bad
             work.at, work.progress = bad, SILENT
-    work.step()
+    yield from work.step()
     return Inverted(block.order.inverse(work.h), decoder, work.passes, repeated)
+
+
+invert_block = finished(block_inversion)
 
 
 class _Inversion:
@@ -122,9 +161,8 @@ class _Inversion:
         u: Tensor,
         adjust: AdjustWeights | None,
         progress: Progress,
-        on_final: OnFinal | None,
     ) -> None:
-        self.block, self.adjust, self.progress, self.on_final = block, adjust, progress, on_final
+        self.block, self.adjust, self.progress = block, adjust, progress
         self.noise, self.num_positions = block.order(u)[0], u.shape[1]
         self.h, self.cache = self.noise.clone(), block.allocate_cache(len(u), self.num_positions)
         self.at = self.passes = 0
@@ -149,7 +187,7 @@ class _Inversion:
         self.at += num
         self.progress.advance(num)
 
-    def step(self) -> None:
+    def step(self) -> Iterator[FinalLatents]:
         """Invert position by position, up to the last one."""
         if self.at == self.num_positions:
             return
@@ -162,8 +200,7 @@ class _Inversion:
             self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
-            if self.on_final is not None:
-                self.on_final(self.h, self.at)
+            yield FinalLatents(self.h, self.at)
 
     def _open_features(self, end: int, cache: KVCache, rows: Tensor | slice) -> Tensor:
         """Features [B, end - at, D] of the open positions of some rows before `end`, from the
@@ -318,7 +355,8 @@ def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
     return first + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
 
 
-def invert_stack(
+@torch.no_grad()
+def stack_inversion(
     model: TarFlowLM,
     noise: Tensor,
     *,
@@ -327,36 +365,39 @@ def invert_stack(
     adjust: AdjustWeights | None = None,
     settled: Sequence[Tensor] = (),
     progress: Progress = SILENT,
-    on_final: OnFinal | None = None,
-) -> tuple[list[Tensor], list[Inverted]]:
-    """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d],
-    and how it was done.
+) -> Generator[FinalLatents, None, tuple[list[Tensor], list[Inverted]]]:
+    """Invert blocks L, ..., above + 1; returns the states h^(L) = noise, ..., h^(above), each
+    [B, T, d], and one `Inverted` for each block, L first.
 
-    The second list has one `Inverted` each, L first. `on_final` is for block 1, and so is `adjust`,
-    except where the blocks below the last one only fill in what they are sure of: then it is for
-    all. `settled` has the states of the tokens at the start, h^(0) first, in a stack that runs left
-    to right. Errors: `per_block`.
+    Yields as block 1 does. `adjust` is for block 1 as well, except where the blocks below the last
+    one only fill in what they are sure of: then it is for all. `settled` has the states of the
+    tokens at the start, h^(0) first, in a stack that runs left to right. Errors: `per_block`.
     """
-    chosen, work = per_block(decoder, model.num_blocks), []
-
-    def invert(index: int, u: Tensor) -> Tensor:
-        change, watch = (
-            adjust if index == 0 or model.config.fills() else None,
-            on_final if index == 0 else None,
+    patch, chosen = model.prior.patch, per_block(decoder, model.num_blocks)
+    h, states, work = patch(noise)[0], [noise], list[Inverted]()
+    for index in reversed(range(above, model.num_blocks)):
+        known = patch(settled[index])[0] if settled else None
+        steps = Kept(
+            block_inversion(
+                model.prior.block(index),
+                h,
+                decoder=chosen[-1 - index],
+                adjust=adjust if index == 0 or model.config.fills() else None,
+                settled=known,
+                num_settled=0 if known is None else known.shape[1],
+                progress=progress,
+            )
         )
-        how: Any = {
-            "decoder": chosen[-1 - index],
-            "adjust": change,
-            "progress": progress,
-            "on_final": watch,
-        }
-        if settled:
-            known = model.prior.patch(settled[index])[0]
-            how |= {"settled": known, "num_settled": known.shape[1]}
-        work.append(invert_block(model.prior.block(index), u, **how))
-        return work[-1].h
+        for final in steps:
+            if index == 0:
+                yield final
+        work.append(steps.value)
+        h = steps.value.h
+        states.append(patch.inverse(h))
+    return states, work
 
-    return model.prior.descend(noise, invert, bottom=above), work
+
+invert_stack = finished(stack_inversion)
 
 
 def as_decoders(decoder: Any) -> Decoders:

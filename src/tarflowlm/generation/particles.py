@@ -8,7 +8,7 @@ given tokens are fixed and the others drawn from left to right.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +29,30 @@ UNRELIABLE = 0.7
 """Tail index above which the mean of weights is unreliable, however many there are in practice."""
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """How well samples agree with their given tokens, by the weights of their particles."""
+
+    log_evidence: Tensor
+    """An estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
+    ess: Tensor
+    """Effective sample size of the particles at the end, [num]."""
+    pareto_k: Tensor
+    """Tail index of the weights, [num]: above 0.7 they are unreliable. NaN if R < 25."""
+    draws: Tensor
+    """How often the particles of each sample were resampled, [num]."""
+
+
 @dataclass
 class Weights:
     """The weights of R particles per sample, in float64 on the CPU (docs/math.md, eq. 21)."""
 
-    log_w: Tensor  # log omega_r since the last resampling, [num, R], in nats.
-    log_evidence: (
-        Tensor  # Estimate of log p(given tokens) up to the last resampling, [num], in nats.
-    )
-    draws: Tensor  # How often the particles of each sample were resampled, [num].
+    log_w: Tensor
+    """log omega_r since the last resampling, [num, R], in nats."""
+    log_evidence: Tensor
+    """An estimate of log p(given tokens) up to the last resampling, [num], in nats."""
+    draws: Tensor
+    """How often the particles of each sample were resampled, [num]."""
 
     @classmethod
     def uniform(cls, num: int, particles: int) -> "Weights":
@@ -46,16 +61,17 @@ class Weights:
         return cls(torch.zeros(num, particles, dtype=torch.float64), zero, zero.long())
 
     def add(self, log_increment: Tensor | None) -> None:
-        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero,
-        None as zeros.
+        """Multiply the weights by exp(`log_increment`), [num R]: NaN counts as probability zero,
+        and None as zeros.
         """
         if log_increment is not None:
             increment = log_increment.detach().cpu().double().view(self.log_w.shape)
             self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 
     def effective(self) -> Tensor:
-        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]: 1 to R, or 0 if all
-        weights are zero.
+        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num].
+
+        It lies between 1 and R, or is 0 if all weights are zero.
         """
         return (2 * self.log_w.logsumexp(-1) - (2 * self.log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
@@ -63,19 +79,19 @@ class Weights:
         """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
         return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
 
-    def summary(self) -> dict[str, Tensor]:
-        """The fields of `Generation` that describe the weights."""
-        k = torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
-        return {
-            "log_evidence": self.total(),
-            "ess": self.effective(),
-            "pareto_k": k,
-            "draws": self.draws,
-        }
+    def evidence(self) -> Evidence:
+        """What the weights say at the end."""
+        k = [pareto_k(log_w) for log_w in self.log_w]
+        return Evidence(
+            log_evidence=self.total(),
+            ess=self.effective(),
+            pareto_k=torch.tensor(k, dtype=torch.float64),
+            draws=self.draws,
+        )
 
     def reset(self, sample: int) -> None:
-        """After resampling the particles of `sample`: move their mean weight to the evidence, set
-        weights to 1.
+        """After resampling the particles of `sample`: their mean weight moves to the evidence, and
+        the weights are 1 again.
         """
         self.log_evidence[sample] = self.total()[sample]
         self.log_w[sample] = 0.0
@@ -83,8 +99,7 @@ class Weights:
 
 
 def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Systematic resampling: `count` indices, where index r occurs `count` w_r times, rounded up or
-    down.
+    """Systematic resampling: `count` indices, where r occurs `count` w_r times, rounded up or down.
 
     w is the softmax of `log_w` [R]; if all weights are zero, it is uniform.
     """
@@ -102,26 +117,21 @@ def particle_filter(
     weights: Weights,
     generators: list[torch.Generator],
     source: "UniformSource | LatentSource",
-    on_step: Callable[[], None],
-) -> None:
-    """Run `conditioned` to its end, adding to `weights`; resample the particles of a sample when
-    they become uneven.
+) -> Iterator[None]:
+    """Run `conditioned` to its end, adding to `weights`; yields after every position.
 
-    `generators` has one per sample; `on_step` is called after every position; `source` gives fresh
-    noise.
+    The particles of a sample are resampled when their weights become uneven; `source` gives them
+    fresh noise. `generators` has one per sample.
     """
     num, particles = weights.log_w.shape
     while conditioned.at < conditioned.num_positions:
         weights.add(conditioned.step())
-        on_step()
+        yield
         if particles == 1 or conditioned.at == conditioned.num_positions:
             continue
-        if not (
-            uneven := (weights.effective() < RESAMPLE_BELOW * particles)
-            .nonzero()
-            .flatten()
-            .tolist()
-        ):
+        is_uneven = weights.effective() < RESAMPLE_BELOW * particles
+        uneven: list[int] = is_uneven.nonzero().flatten().tolist()
+        if not uneven:
             continue
         rows = torch.arange(num * particles).view(num, particles)
         own = rows[uneven].flatten()

@@ -9,12 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor
 
-from tarflowlm import chunks
 from tarflowlm.checks import as_integer, as_number
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
-from tarflowlm.flow import wide_dtype
-from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
 
 
@@ -44,18 +41,6 @@ def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
     # above zero, where the first index may have no probability; NaN is found behind the last
     wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
     return torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=log_w.shape[-1] - 1)
-
-
-def draw_tokens(codebook: Codebook, z: Tensor, generators: list[Generator]) -> Tensor:
-    """Tokens [B, T] drawn from p(x|z) (docs/math.md, eq. 2), for latents z [B, T, d]; row b from
-    generators[b].
-    """
-    uniform = row_uniform(generators, z.shape[1]).to(z.device, wide_dtype(z)).flatten()
-    rows = chunks.rows_at_once(codebook.vocab_size, chunks.held(z.device))
-    parts = zip(z.flatten(0, 1).split(rows), uniform.split(rows), strict=True)
-    return torch.cat([inverse_cdf(codebook.log_components(part), u) for part, u in parts]).view(
-        z.shape[:2]
-    )
 
 
 def adjust_weights(

@@ -1,119 +1,63 @@
-"""Text from either model, freely or around given tokens, in windows (docs/math.md, sections 7 and
-9).
+"""Text from either model, freely or around given tokens, in windows (docs/math.md, 7 and 9).
 
 A window is a text of at most the trained context. When it is full, its last half (in whole
 positions) becomes the prompt of the next one; everything before is forgotten.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.config import Decoder, Decoding
+from tarflowlm.config import Decoder
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import Conditioned, ConditionedLatents, ConditionedTokens
-from tarflowlm.generation.inversion import Decoders, invert_stack, per_block
+from tarflowlm.generation.inversion import Decoders, Kept, per_block, stack_inversion
 from tarflowlm.generation.particles import (
+    Evidence,
     LatentSource,
     UniformSource,
     Weights,
     particle_filter,
     resample,
 )
-from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
+from tarflowlm.generation.sampling import BLANK, row_normal
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.model_config import LanguageModelConfig
-from tarflowlm.progress import SILENT, Progress
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Callbacks of `generate`. An exception that one of them raises ends the generation."""
-
-    progress: Progress = SILENT
-    """Advances once per position and block: `num_positions` times in all. Only `advance` is
-    called.
-    """
-    on_tokens: Callable[[Tensor], bool | None] | None = None
-    """Called with the next final tokens [num, n] of all samples, on the CPU, in order and each
-    once; given tokens are among them. If it returns True, the text ends with the window that is
-    being written.
-    """
-
-
-class TokenStream:
-    """Passes the tokens of a text on to `Watch.on_tokens` as they become final."""
-
-    def __init__(self, watch: Watch, given: Tensor) -> None:
-        """`given` [num, T] holds the given tokens, BLANK elsewhere; those that begin all texts are
-        sent at once.
-        """
-        self.on_tokens, self.given = watch.on_tokens, given
-        self.start = self.sent = 0
-        """The first token of the present window, and the first that has not been sent."""
-        self.has_ended = False
-        self.send(int((given != BLANK).all(0).long().cumprod(0).sum()), lambda span: given[:, span])
-
-    def send(self, final: int, tokens: Callable[[slice], Tensor]) -> None:
-        """The first `final` tokens of the window are final; `tokens(span)` are those of a span of
-        the window.
-        """
-        end = min(self.start + final, self.given.shape[1])
-        if self.on_tokens is None or end <= self.sent:
-            return
-        found, given = (
-            tokens(slice(self.sent - self.start, end - self.start)).cpu(),
-            self.given[:, self.sent : end],
-        )
-        self.sent = end
-        self.has_ended |= bool(self.on_tokens(torch.where(given == BLANK, found, given)))
-
-
-Span = Callable[[slice], Tensor]
-"""Returns the tokens [B, n] of a span of the window."""
+from tarflowlm.progress import Progress
 
 
 @dataclass(frozen=True)
 class Generation:
     """Samples, and how they came about."""
 
-    tokens: Tensor  # [B, T].
+    tokens: Tensor
+    """[num, T]."""
+    evidence: Evidence | None = None
+    """How well the samples agree with the given tokens; None without given tokens."""
     sweeps: tuple[int, ...] = ()
     """Passes of the Transformer in each block, block L first: N of them by steps. Empty for the
     baseline.
     """
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, block L first; pass it as `decoder` to repeat the choice."""
-    log_evidence: Tensor | None = None
-    """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is
-    unbiased.
-    """
-    ess: Tensor | None = (
-        None  # With given tokens: the effective sample size of the particles at the end, [B].
-    )
-    pareto_k: Tensor | None = None
-    """With given tokens: the tail index of their weights, [B], above 0.7 if these are unreliable;
-    NaN if R < 25.
-    """
-    draws: Tensor | None = (
-        None  # With given tokens: how often the particles of each sample were resampled, [B].
-    )
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
     """The states that the inversion gave, padded to whole patches; with given tokens z alone."""
-    _flow: TarFlowLM | None = field(default=None, repr=False)  # The model of `states` and `passes`.
+    _flow: TarFlowLM | None = field(default=None, repr=False)
+    """The model of `states` and `passes`."""
 
     @cached_property
     def states(self) -> tuple[Tensor, ...]:
-        """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty for the baseline and for texts beyond
-        the context.
+        """h^(L) = u, ..., h^(0) = z, each [num, T, d].
+
+        Empty for the baseline and for texts beyond the context.
         """
         if self._flow is None:
             return ()
@@ -126,157 +70,207 @@ class Generation:
 
     @cached_property
     def passes(self) -> tuple[Tensor, ...]:
-        """The `states` decoded, each [B, T]: coarse to fine. The last is `tokens`, however they
-        were decoded.
-        """
+        """The `states` decoded, each [num, T], coarse to fine. The last is `tokens`."""
         if self._flow is None:
             return ()
         return (*(self._flow.codebook.decode(h) for h in self.states[:-1]), self.tokens)
 
 
+class Final(NamedTuple):
+    """How far a text is final."""
+
+    end: int
+    """The first so many tokens of the text will not change."""
+    read: Callable[[int, int], Tensor]
+    """The tokens [num, n] from one place of the text to another, within the present window."""
+
+
+Steps = Generator[Final, None, Generation]
+"""Writes a text: says again and again how far it is final, and returns it at the end."""
+
+Case = Literal["baseline", "free", "continued", "completed"]
+
+
+def case_of(model: LanguageModel, given: Tensor) -> Case:
+    """The method that draws the blanks of `given` [num, T].
+
+    baseline: token by token. free: nothing is given, so the noise is drawn and inverted. continued:
+    in a stack without blocks from right to left, a prompt of whole positions, the same number in
+    all rows, has known states, and only the noise behind it is drawn. completed: any other given
+    tokens enter in block 1, whose particles they weight.
+    """
+    if isinstance(model, TokenLM):
+        return "baseline"
+    is_given = given != BLANK
+    if not is_given.any():
+        return "free"
+    length = int(is_given.all(0).long().cumprod(0).sum())
+    is_prompt = length % model.config.patch == 0 and not is_given[:, length:].any()
+    return "continued" if is_prompt and model.config.continues_exactly else "completed"
+
+
 @dataclass(frozen=True)
-class Sampler:
-    """Writes windows of text; `generate` describes the settings."""
+class Window:
+    """A text of at most the context, to be written; `generate` describes the settings."""
 
     model: LanguageModel
     generators: list[torch.Generator]
     """One per sample."""
     particles: int
     adjust: AdjustWeights | None
-    decoding: Decoding
     decoder: Decoders
     progress: Progress
-    stream: TokenStream
+    given: Tensor
+    """The given tokens, BLANK elsewhere, [num, T] on the CPU."""
+    start: int = 0
+    """The place of the window's first token in the whole text."""
 
-    def write(self, given: Tensor) -> Generation:
-        """Tokens in place of the blanks of `given` [num, T], within the context."""
-        num_tokens = given.shape[1]
-        whole = F.pad(given, (0, -num_tokens % self.model.config.patch), value=BLANK)
-        config, free = self.model.config, given == BLANK
-        num_known = int((~free.any(0)).long().cumprod(0).sum()) if config.continues_exactly else 0
-        is_free = bool(free[:, num_known - num_known % config.patch :].all())
-        if isinstance(self.model, TokenLM):
-            result = self._from_baseline(self.model, whole, num_tokens)
-        else:
-            result = (self._free if is_free else self._completed)(
-                as_flow(self.model), whole, num_tokens
-            )
-        self.stream.send(num_tokens, lambda span: result.tokens[:, span])
+    @property
+    def rows(self) -> int:
+        """Rows that are computed at once."""
+        return len(self.given) * self.particles
+
+    def write(self) -> Steps:
+        """Tokens for the blanks of `given`."""
+        num_tokens = self.given.shape[1]
+        whole = F.pad(self.given, (0, -num_tokens % self.model.config.patch), value=BLANK)
+        match case_of(self.model, self.given):
+            case "baseline":
+                result = yield from self._from_baseline(whole)
+            case "free":
+                result = yield from self._free(whole)
+            case "continued":
+                result = yield from self._continued(whole)
+            case "completed":
+                result = yield from self._completed(whole)
+        result = replace(result, tokens=result.tokens[:, :num_tokens])
+        yield self._final(num_tokens, lambda span: result.tokens[:, span])
         return result
 
-    def _free(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
-        """Samples without given tokens, but for those at the start: noise, inverted block by
-        block.
-        """
-        noise = row_normal(self.generators, given.shape[1], flow.config.latent_dim).to(
-            flow.codebook.mean
+    def _final(self, num: int, tokens: Callable[[slice], Tensor]) -> Final:
+        """The first `num` tokens of the window are final; `tokens` reads a span of the window."""
+        return Final(
+            self.start + num,
+            lambda start, end: tokens(slice(start - self.start, end - self.start)),
         )
-        known, settled = given[:, : int((given[0] != BLANK).sum())].to(noise.device), list[Tensor]()
-        summary: dict[str, Tensor] = {}
-        if n := known.shape[1]:
-            with torch.no_grad():
-                z, weights = (
-                    flow.codebook.encode(known, noise[:, :n]),
-                    Weights.uniform(len(given), 1),
-                )
-                settled, log_dets = flow.prior.states(z)
-                log_p = standard_normal_log_prob(settled[-1]) + torch.cat(log_dets, -1).sum(-1)
-                weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
-                summary = weights.summary()
-            noise = torch.cat((settled[-1], noise[:, n:]), 1)
 
-        def send(h: Tensor, final: int) -> None:
-            self.stream.send(final * flow.config.patch, _decoded_spans(flow, h))
+    def _free(self, given: Tensor) -> Steps:
+        """Noise, inverted block by block."""
+        flow = as_flow(self.model)
+        noise = row_normal(self.generators, given.shape[1], flow.config.latent_dim)
+        return (yield from self._inverted(flow, noise.to(flow.codebook.mean), []))
 
-        on_final = send if self._streams_early and flow.prior.block(0).keeps_order else None
-        how: Any = {"decoder": self.decoder, "adjust": self.adjust, "progress": self.progress}
-        states, work = invert_stack(flow, noise, on_final=on_final, settled=settled, **how)
-        tokens = torch.cat((known, self._decoded(flow, states[-1])[:, n:num_tokens]), 1)
-        sweeps, decoders = tuple(w.passes for w in work), tuple(w.decoder for w in work)
-        return Generation(tokens, sweeps, decoders, _latents=tuple(states), _flow=flow, **summary)
+    def _continued(self, given: Tensor) -> Steps:
+        """The states of the prompt, and the noise behind it inverted block by block."""
+        flow = as_flow(self.model)
+        noise = row_normal(self.generators, given.shape[1], flow.config.latent_dim)
+        noise = noise.to(flow.codebook.mean)
+        known = given[:, : int((given[0] != BLANK).sum())].to(noise.device)
+        num = known.shape[1]
+        z = flow.codebook.encode(known, noise[:, :num])
+        settled, log_dets = flow.prior.states(z)
+        log_p = standard_normal_log_prob(settled[-1]) + torch.cat(log_dets, -1).sum(-1)
+        weights = Weights.uniform(len(given), 1)
+        weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
+        noise = torch.cat((settled[-1], noise[:, num:]), 1)
+        result = yield from self._inverted(flow, noise, settled)
+        tokens = torch.cat((known, result.tokens[:, num:]), 1)
+        return replace(result, tokens=tokens, evidence=weights.evidence())
 
-    def _completed(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
-        """Samples with some tokens given, by a particle filter through block 1 (docs/math.md,
-        9).
-        """
-        prior, particles, spread = (
-            flow.prior,
-            self.particles,
-            given.repeat_interleave(self.particles, dim=0),
+    def _inverted(self, flow: TarFlowLM, noise: Tensor, settled: list[Tensor]) -> Steps:
+        """The sample of `noise` [num, T, d]; `settled` as in `stack_inversion`."""
+        steps = Kept(
+            stack_inversion(
+                flow,
+                noise,
+                decoder=self.decoder,
+                adjust=self.adjust,
+                settled=settled,
+                progress=self.progress,
+            )
         )
-        upper = per_block(self.decoder, flow.num_blocks)[:-1]
+        for h, final in steps:
+            yield self._final(final * flow.config.patch, _decoder(flow, h))
+        states, work = steps.value
+        return Generation(
+            flow.codebook.decode(states[-1]),
+            sweeps=tuple(w.passes for w in work),
+            decoders=tuple(w.decoder for w in work),
+            _latents=tuple(states),
+            _flow=flow,
+        )
+
+    def _completed(self, given: Tensor) -> Steps:
+        """A particle filter through block 1 (docs/math.md, section 9)."""
+        flow = as_flow(self.model)
+        spread = given.repeat_interleave(self.particles, dim=0)
+        is_known = spread != BLANK
+        decoder: tuple[Decoder, ...] = (*per_block(self.decoder, flow.num_blocks)[:-1], "steps")
         source = LatentSource(
-            flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress
+            flow, self.generators, self.particles, is_known, decoder, self.progress
         )
         eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
-        latents = ConditionedLatents(flow, source.draw, known, spread != BLANK, self.adjust)
-        weights = Weights.uniform(len(given), particles)
+        latents = ConditionedLatents(flow, source.draw, known, is_known, self.adjust)
+        weights = Weights.uniform(len(given), self.particles)
         weights.add(latents.prefill())
         self.progress.advance(latents.at)
-        step = self._on_step(latents, _decoded_spans(flow, latents.values))
-        particle_filter(latents, weights, self.generators, source, step)
-        weights.add(source.log_factor(prior.patch.inverse(latents.noise)))
-        rows = self._draw_particles(weights)
-        z = prior.patch.inverse(latents.values)[rows]
-        tokens = torch.where(given == BLANK, self._decoded(flow, z).cpu(), given).to(z.device)
-        sweeps = (*(w.passes for w in source.work), latents.num_positions)
-        decoders: tuple[Decoder, ...] = (*(w.decoder for w in source.work), "steps")
+        yield from self._filtered(latents, weights, source, _decoder(flow, latents.values))
+        weights.add(source.log_factor(flow.prior.patch.inverse(latents.noise)))
+        z = flow.prior.patch.inverse(latents.values)[self._draw_particles(weights)]
+        tokens = torch.where(given == BLANK, flow.codebook.decode(z).cpu(), given)
         return Generation(
-            tokens[:, :num_tokens], sweeps, decoders, _latents=(z,), _flow=flow, **weights.summary()
+            tokens.to(z.device),
+            evidence=weights.evidence(),
+            sweeps=(*(w.passes for w in source.work), latents.num_positions),
+            decoders=(*(w.decoder for w in source.work), "steps"),
+            _latents=(z,),
+            _flow=flow,
         )
 
-    def _from_baseline(self, model: TokenLM, given: Tensor, num_tokens: int) -> Generation:
+    def _from_baseline(self, given: Tensor) -> Steps:
+        assert isinstance(self.model, TokenLM)
         source = UniformSource(self.generators, self.particles, given.shape[1])
         spread = given.repeat_interleave(self.particles, dim=0)
-        tokens = ConditionedTokens(model, source.uniform, spread, spread != BLANK, self.adjust)
+        tokens = ConditionedTokens(self.model, source.uniform, spread, spread != BLANK, self.adjust)
         weights = Weights.uniform(len(given), self.particles)
-        step = self._on_step(tokens, lambda span: tokens.values.flatten(1)[:, span])
-        particle_filter(tokens, weights, self.generators, source, step)
-        found = tokens.values.flatten(1)[self._draw_particles(weights)][:, :num_tokens]
-        return Generation(found, **(weights.summary() if (given != BLANK).any() else {}))  # type: ignore[arg-type]
-
-    @property
-    def _streams_early(self) -> bool:
-        """Whether tokens are final one by one: with one particle and without draws from p(x|z),
-        which come last.
-        """
-        return self.stream.on_tokens is not None and self.particles == 1 and self.decoding == "mode"
-
-    def _on_step(self, conditioned: Conditioned, tokens: Span) -> Callable[[], None]:
-        def advance() -> None:
-            self.progress.advance()
-            if self._streams_early:
-                self.stream.send(conditioned.at * self.model.config.patch, tokens)
-
-        return advance
-
-    def _decoded(self, flow: TarFlowLM, z: Tensor) -> Tensor:
-        """The tokens [B, T] of latents z [B, T, d]."""
-        return (
-            flow.codebook.decode(z)
-            if self.decoding == "mode"
-            else draw_tokens(flow.codebook, z, self.generators)
+        yield from self._filtered(
+            tokens, weights, source, lambda span: tokens.values.flatten(1)[:, span]
         )
+        found = tokens.values.flatten(1)[self._draw_particles(weights)]
+        return Generation(found, evidence=weights.evidence() if (given != BLANK).any() else None)
+
+    def _filtered(
+        self,
+        conditioned: Conditioned,
+        weights: Weights,
+        source: UniformSource | LatentSource,
+        tokens: Callable[[slice], Tensor],
+    ) -> Generator[Final, None, None]:
+        """The particle filter; `tokens` reads a span of `conditioned`, final for one particle."""
+        for _ in particle_filter(conditioned, weights, self.generators, source):
+            self.progress.advance()
+            if self.particles == 1:
+                yield self._final(conditioned.at * self.model.config.patch, tokens)
 
     def _draw_particles(self, weights: Weights) -> Tensor:
         """One particle per sample: row indices [num]."""
         picks = [
             resample(log_w, 1, g) for log_w, g in zip(weights.log_w, self.generators, strict=True)
         ]
-        return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
+        return torch.cat(picks) + torch.arange(len(picks)) * self.particles
 
 
-def _decoded_spans(flow: TarFlowLM, h: Tensor) -> Span:
-    """The most probable tokens of latents h [B, N, C]."""
+def _decoder(flow: TarFlowLM, h: Tensor) -> Callable[[slice], Tensor]:
+    """Reads the most probable tokens of latents h [B, N, C], whatever they are by then."""
     return lambda span: flow.codebook.decode(flow.prior.patch.inverse(h)[:, span])
 
 
 def spans(
     config: LanguageModelConfig, num_tokens: int, num_given: int = 0
 ) -> list[tuple[int, int]]:
-    """(start, end) of every window, in tokens, for a text of `num_tokens` that begins with a prompt
-    of `num_given`.
+    """(start, end) of every window, in tokens, for a text of `num_tokens`, `num_given` of them a
+    prompt.
 
     A prompt that leaves no room in a window enters the first one with its last half window.
     """
@@ -290,32 +284,30 @@ def spans(
 
 
 def num_positions(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
-    """How often `generate` advances `Watch.progress`: over the positions of all windows and blocks
-    (`spans`).
-    """
+    """How often `generate` advances its progress: over the positions of all windows and blocks."""
     windows = spans(model.config, num_tokens, num_given)
     return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
 
 
-def write_windows(sampler: Sampler, given: Tensor) -> Generation:
-    """A text beyond the context that begins with a prompt: `given` [num, T], BLANK after it."""
-    tokens, windows, end = given.clone(), list[Generation](), 0
+def write(text: Window) -> Steps:
+    """A text of any length. Beyond the context it begins with a prompt, and is BLANK after it."""
+    given = text.given
+    num_tokens = given.shape[1]
+    if num_tokens <= text.model.config.context:
+        return (yield from text.write())
+    tokens = given.clone()
+    windows: list[Generation] = []
     # with prompts of different lengths, the windows of the shortest
-    bounds = spans(sampler.model.config, given.shape[1], int((given != BLANK).sum(1).min()))
+    bounds = spans(text.model.config, num_tokens, int((given != BLANK).sum(1).min()))
     for start, end in bounds:
-        sampler.stream.start = start
-        windows.append(sampler.write(tokens[:, start:end]))
+        window = replace(text, given=tokens[:, start:end], start=start)
+        windows.append((yield from window.write()))
         tokens[:, start:end] = windows[-1].tokens.cpu()
-        if sampler.stream.has_ended:
-            break
     first = windows[0]
-    if bounds[0][0] > 0:  # part of the prompt is in no window
-        first = replace(first, log_evidence=None, ess=None, pareto_k=None, draws=None)
-    sweeps = tuple(map(sum, zip(*(window.sweeps for window in windows), strict=True)))
-    return replace(
-        first,
-        tokens=tokens[:, :end].to(first.tokens.device),
-        sweeps=sweeps,
-        _flow=None,
-        _latents=(),
+    return Generation(
+        tokens.to(first.tokens.device),
+        # else part of the prompt is in no window
+        evidence=first.evidence if bounds[0][0] == 0 else None,
+        sweeps=tuple(map(sum, zip(*(window.sweeps for window in windows), strict=True))),
+        decoders=first.decoders,
     )

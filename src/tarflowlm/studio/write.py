@@ -195,8 +195,8 @@ def _weights(batches: list[Written]) -> Tensor:
     """The weight of every try: equal where nothing is given, and where all evidence is zero."""
     evidence = []
     for batch in batches:
-        found = batch.generation.log_evidence
-        evidence.append(torch.zeros(len(batch.rows)) if found is None else found.cpu())
+        found = batch.generation.evidence
+        evidence.append(torch.zeros(len(batch.rows)) if found is None else found.log_evidence)
     weights = torch.cat(evidence).softmax(0)
     return weights.nan_to_num(1 / len(weights))
 

@@ -123,14 +123,15 @@ def print_samples(
             ]
             body = Text("\n").join(parts)
         _show(console, body, f"sample {first + row + 1}{about}", is_first=first + row == 0)
-        if candidates == 1 or result.ess is None or result.log_evidence is None:
+        evidence = result.evidence
+        if candidates == 1 or evidence is None:
             continue
-        ess, log_p = result.ess[row].item(), result.log_evidence[row].item()
+        ess, log_p = evidence.ess[row].item(), evidence.log_evidence[row].item()
         print_notice(
             f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats"
         )
         # NaN is not above it
-        if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
+        if (k := evidence.pareto_k[row].item()) > UNRELIABLE:
             why = f"the weights have no finite variance (k = {k:.2f})"
             print_notice(
                 f"  log p(given) is unreliable: {why}; more particles find texts that fit better"
@@ -158,8 +159,8 @@ def samples_to_json(
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
         for name in ("log_evidence", "ess", "draws", "pareto_k"):
-            if (value := getattr(result, name)) is not None:
-                sample[name] = value[row].item()
+            if result.evidence is not None:
+                sample[name] = getattr(result.evidence, name)[row].item()
         samples.append(sample)
     return samples
 

@@ -15,7 +15,7 @@ from tarflowlm.data import Corpus, TokenArray, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import bound_parts
 from tarflowlm.files import replacing
-from tarflowlm.generation import Watch, generate
+from tarflowlm.generation import generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
@@ -148,7 +148,7 @@ def draw_samples(
         num_tokens=min(LENGTH, model.config.context),
         temperature=checkpoint.run.temperature,
         generator=torch.Generator().manual_seed(SEED),
-        watch=Watch(progress),
+        progress=progress,
     )
     passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
     return [checkpoint.tokenizer.decode(row.tolist()) for row in result.tokens], passes
