@@ -10,7 +10,6 @@ import torch
 
 from helpers import normal, tiny_flow
 from tarflowlm.evaluation.blocks import (
-    bound_parts,
     latent_report,
     mean_cosine,
     mean_norm,
@@ -27,7 +26,6 @@ FLOWS = {
     "mix1": {"couplings": ("mix1", "mix1")},
     "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
 }
-CHARACTERS = torch.tensor([1, 0, 2, 3, 7])
 
 
 def test_norm_is_the_mean_over_vectors():
@@ -90,25 +88,28 @@ def test_divergence_without_blocks_has_the_closed_form(windows):
     assert report[0].kl.mean == pytest.approx(expected, abs=0.02)
 
 
-def test_bound_parts_equal_the_elbo_terms(model, windows):
-    parts = bound_parts(model, windows, CHARACTERS)
+def test_terms_of_the_last_state_are_those_of_the_elbo(model, windows):
+    report = latent_report(model, windows)
     noise = model.draw_noise(windows, torch.Generator().manual_seed(0))
     terms = elbo(model, windows, noise=noise)
 
     def per_token(value):
         return pytest.approx(value.detach().mean().item() / 8, rel=1e-9, abs=1e-12)
 
-    assert parts.reconstruction == per_token(terms.reconstruction)
-    assert parts.log_q == per_token(terms.log_q)
-    assert parts.bases[-1] == per_token(terms.base)
-    assert list(parts.log_dets) == [per_token(value) for value in terms.log_dets]
-    assert parts.kl == per_token(terms.log_q - terms.log_prior)
-    assert parts.bounds[-1] == per_token(terms.nelbo)
-    assert (parts.windows, parts.tokens, parts.characters) == (
-        6,
-        48,
-        int(CHARACTERS[windows].sum()),
-    )
+    last = report[-1]
+    assert last.base.mean == per_token(terms.base)
+    assert last.kl.mean == per_token(terms.log_q - terms.log_prior)
+    assert last.nelbo.mean == per_token(terms.nelbo)
+    for state, log_det in zip(report[1:], terms.log_dets, strict=True):
+        assert state.log_det.mean == per_token(log_det)
+
+
+def test_gains_add_up_to_what_the_blocks_lower(model, windows):
+    first, *rest = latent_report(model, windows, seed=5)
+    gains = sum(state.kl_gain.mean for state in rest)
+    assert gains == pytest.approx(first.kl.mean - rest[-1].kl.mean)
+    assert gains == pytest.approx(first.nelbo.mean - rest[-1].nelbo.mean)
+    assert (first.centroid_shift, first.log_det, first.kl_gain) == (None, None, None)
 
 
 def test_batches_draw_the_noise_of_evaluate():
@@ -116,19 +117,7 @@ def test_batches_draw_the_noise_of_evaluate():
     windows = torch.randint(5, (1500, 8), generator=torch.Generator().manual_seed(4))
     seen, progress = [], Silent()
     progress.advance = seen.append
-    parts = bound_parts(model, windows, CHARACTERS, seed=3, progress=progress)
+    report = latent_report(model, windows, seed=3, progress=progress)
     assert seen == [1024, 476]
-    assert parts.bounds[-1] == pytest.approx(
-        evaluate(model, windows, CHARACTERS, seed=3).nats_per_token, rel=1e-9
-    )
-
-
-def test_bound_parts_agree_with_latent_report(model, windows):
-    parts, report = (
-        bound_parts(model, windows, CHARACTERS, seed=5),
-        latent_report(model, windows, seed=5),
-    )
-    assert parts.bounds == pytest.approx([state.nelbo.mean for state in report])
-    assert parts.gains == pytest.approx([state.kl_gain.mean for state in report[1:]])
-    assert sum(parts.gains) == pytest.approx(report[0].kl.mean - report[-1].kl.mean)
-    assert (report[0].centroid_shift, report[0].log_det, report[0].kl_gain) == (None, None, None)
+    found = evaluate(model, windows, torch.ones(5), seed=3)
+    assert report[-1].nelbo.mean == pytest.approx(found.nats_per_token, rel=1e-9)

@@ -1,44 +1,57 @@
 """The terms of the bound, and what every block gains: a figure and a table."""
 
-from tarflowlm.evaluation.blocks import BoundParts
+from collections.abc import Sequence
+
+from tarflowlm.evaluation.blocks import StateReport
+from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.views.page import table_html
 from tarflowlm.views.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure
 
 
-def terms(parts: BoundParts) -> list[tuple[str, float]]:
+def terms(states: Sequence[StateReport]) -> list[tuple[str, float]]:
     """Name and nats per token of each term; their sum is the bound."""
-    blocks = [
-        (f"−log|det J|, block {block}", -value) for block, value in enumerate(parts.log_dets, 1)
+    first = states[0]
+    last = states[-1]
+    return [
+        ("log q(z|x)", first.kl.mean + first.base.mean),
+        ("−log N(u; 0, I)", -last.base.mean),
+        *(
+            (f"−log|det J|, block {state.block}", -state.log_det.mean)
+            for state in states
+            if state.log_det is not None
+        ),
+        ("−log p(x|z)", last.nelbo.mean - last.kl.mean),
     ]
-    first = [("log q(z|x)", parts.log_q), ("−log N(u; 0, I)", -parts.bases[-1])]
-    return [*first, *blocks, ("−log p(x|z)", -parts.reconstruction)]
 
 
-def terms_table(parts: BoundParts) -> str:
+def terms_table(states: Sequence[StateReport], tokens_per_character: float) -> str:
     """The terms of the bound, and the bound after each block."""
-    rows = [(name, signed(value, 5), signed(parts.bpc(value), 5)) for name, value in terms(parts)]
-    rows.append(("KL(q(z|x) ‖ p(z))", f"{parts.kl:.5f}", f"{parts.bpc(parts.kl):.5f}"))
-    names = [f"bound of blocks 1 to {blocks}" for blocks in range(len(parts.bounds))]
+    to_bpc = bits(tokens_per_character)
+    rows = [(name, signed(value, 5), signed(to_bpc * value, 5)) for name, value in terms(states)]
+    kl = states[-1].kl.mean
+    rows.append(("KL(q(z|x) ‖ p(z))", f"{kl:.5f}", f"{to_bpc * kl:.5f}"))
+    names = [f"bound of blocks 1 to {state.block}" for state in states]
     names[0] = "bound of no block"
     names[-1] = "bound of the model"
-    for name, bound in zip(names, parts.bounds, strict=True):
-        rows.append((name, f"<= {bound:.5f}", f"<= {parts.bpc(bound):.5f}"))
+    for name, state in zip(names, states, strict=True):
+        bound = state.nelbo.mean
+        rows.append((name, f"<= {bound:.5f}", f"<= {to_bpc * bound:.5f}"))
     return table_html(["", "nats per token", "bits per character"], rows)
 
 
-def draw_blocks(figure: Figure, parts: BoundParts) -> None:
+def draw_blocks(figure: Figure, states: Sequence[StateReport], tokens_per_character: float) -> None:
     """A waterfall of the terms, down to the bound, then the gain of every block."""
-    blocks = len(parts.log_dets)
+    blocks = len(states) - 1
     upper, lower = figure.subplots(2, height_ratios=(blocks + 4.0, 1.2 * blocks + 1))
-    _waterfall(upper, parts)
-    _gains(lower, parts)
+    _waterfall(upper, states)
+    _gains(lower, states, bits(tokens_per_character))
     for axes in (upper, lower):
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.grid(axis="y", visible=False)
 
 
-def _waterfall(axes: Axes, parts: BoundParts) -> None:
-    rows = terms(parts)
+def _waterfall(axes: Axes, states: Sequence[StateReport]) -> None:
+    rows = terms(states)
     position = 0.0
     shown = []
     for row, (_, value) in enumerate(rows):
@@ -66,14 +79,14 @@ def _waterfall(axes: Axes, parts: BoundParts) -> None:
     axes.set_title("terms of the bound, nats per token")
 
 
-def _gains(axes: Axes, parts: BoundParts) -> None:
-    gains = parts.gains
+def _gains(axes: Axes, states: Sequence[StateReport], to_bpc: float) -> None:
+    gains = [state.kl_gain.mean for state in states if state.kl_gain is not None]
     room = max([*map(abs, gains), 1e-9])
     for row, gain in enumerate(gains):
         axes.barh(row, gain, height=0.62, color=_colour(gain))
         is_inside = gain > 0.6 * room  # the text is in its bar if that is long enough
         axes.annotate(
-            f"{signed(gain)} nats\n{signed(parts.bpc(gain))} bits per character",
+            f"{signed(gain)} nats\n{signed(to_bpc * gain)} bits per character",
             (gain if is_inside else max(gain, 0), row),
             xytext=(-4 if is_inside else 4, 0),
             textcoords="offset points",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tarflowlm.data import Corpus, TokenArray, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.blocks import bound_parts
+from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.files import replacing
 from tarflowlm.generation import generate
 from tarflowlm.generation.writing import num_positions
@@ -228,15 +228,16 @@ class _Writer:
         model = checkpoint.model
         windows = eval_windows(valid, model.config.context, record.run.train.evaluate_windows)
         self.progress.stage(f"validation windows of {record.name}", len(windows))
-        characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
-        terms = bound_parts(as_flow(model), windows, characters, progress=self.progress)
+        characters = int(checkpoint.tokenizer.characters_per_token[windows.numpy()].sum())
+        tokens_per_character = windows.numel() / characters
+        states = latent_report(as_flow(model), windows, progress=self.progress)
         picture = self.draw(
             f"blocks-{record.slug}",
-            BLOCKS.format(windows=terms.windows, tokens=terms.tokens, step=step),
-            partial(draw_blocks, parts=terms),
-            4.3 + 0.7 * len(terms.log_dets),
+            BLOCKS.format(windows=len(windows), tokens=windows.numel(), step=step),
+            partial(draw_blocks, states=states, tokens_per_character=tokens_per_character),
+            4.3 + 0.7 * model.num_blocks,
         )
-        return picture, terms_table(terms)
+        return picture, terms_table(states, tokens_per_character)
 
 
 def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
