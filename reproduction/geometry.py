@@ -14,8 +14,7 @@ from reproduction.results import markdown_table
 from reproduction.running import GPT2_SIZE
 from reproduction.settings import Settings
 from tarflowlm.evaluation.blocks import Spread, state_metrics
-from tarflowlm.evaluation.flops import forward_flops
-from tarflowlm.model_config import BaselineConfig, TransformerConfig, as_flow_config
+from tarflowlm.model_config import FlowConfig, TransformerConfig, as_flow_config
 from tarflowlm.presets import preset
 from tarflowlm.views.style import SMALL, Figure
 
@@ -107,21 +106,50 @@ def _states_of_samples(done: Finished) -> Iterator[Row]:
 
 
 def flops_by_size() -> list[Row]:
-    """Operations of a Mix-1 flow over those of a Transformer LM, by size and patch (appendix H)."""
+    """Operations of a Mix-1 flow over those of a Transformer LM, by size and patch."""
     rows: list[Row] = []
     paper = as_flow_config(preset("owt-mix1").model)
     for name, (layers, width, heads) in GPT2_SIZES.items():
         trunk = TransformerConfig(width=width, num_heads=heads)
-        baseline = BaselineConfig(vocab_size=GPT2_SIZE, context=1024, trunk=trunk, layers=layers)
-        shares = (layers // 6, layers // 6, layers - 2 * (layers // 6))
-        blocks = tuple(replace(b, layers=n) for b, n in zip(paper.blocks, shares, strict=True))
-        flow = replace(paper, vocab_size=GPT2_SIZE, trunk=trunk, blocks=blocks)
+        flow = replace(paper, vocab_size=GPT2_SIZE, trunk=trunk)
         for patch in FLOW_PATCHES:
-            operations = forward_flops(replace(flow, patch=patch), "figure7")
             row: Row = {"model": f"Mix-1, {name}", "size": name, "patch": patch}
-            row["over the LM"] = operations / forward_flops(baseline, "figure7")
+            operations = flow_flops(replace(flow, patch=patch), layers)
+            row["over the LM"] = operations / baseline_flops(width, layers, flow.context)
             rows.append(row)
     return rows
+
+
+def baseline_flops(D: int, L: int, T: int) -> int:
+    """Operations of a Transformer LM over T tokens, as the paper's appendix H counts them.
+
+    It leaves out the product of attention weights and values.
+    """
+    return 4 * D * T + _transformer_flops(D, L, T) + 2 * D * GPT2_SIZE * T
+
+
+def flow_flops(config: FlowConfig, L: int) -> int:
+    """Operations of a Mix-1 flow, as the paper's appendix H counts them.
+
+    The flow is one body, the L layers of all its blocks, over N = T / P positions, with one input
+    map and one head: block 1's. The masked autoregressive head costs, for each position of c = P d
+    channels with K components, E features and D_m = 2 `head_hidden`,
+
+        6 E (c - 1)^2 + D_m c (D + E (c - 1)) + D_m c^2 3 K
+    """
+    N = config.context // config.patch
+    D = config.trunk.width
+    c = config.patch * config.latent_dim
+    E = config.head_features
+    D_m = 2 * config.head_hidden
+    outputs = 3 * config.blocks[0].components
+    head = 6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs
+    return 4 * D * N + _transformer_flops(D, L, N) + N * head
+
+
+def _transformer_flops(D: int, L: int, N: int) -> int:
+    """L layers of width D over N positions, with an MLP of 4 D channels."""
+    return L * (6 * D * D * N + 2 * D * N * N + 2 * D * D * N + 16 * D * D * N)
 
 
 def falls(values: Sequence[float], least: float = 0.0) -> bool:
@@ -186,6 +214,8 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
 
     The metrics are those of seed 0 in both readings, with standard deviations.
     """
+    from matplotlib.ticker import MaxNLocator
+
     of_states = [row for row in rows if "layer 0" in row and row["seed"] == 0]
     models = list(dict.fromkeys(row["model"] for row in of_states))
     grid = figure.add_gridspec(2, len(METRICS) + 1)
@@ -207,7 +237,7 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
                     capsize=2,
                     label=model,
                 )
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_title(title, fontsize=9)
             if across == 0:
                 axes.set_ylabel(f"layer 0: {start}")

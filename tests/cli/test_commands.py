@@ -132,7 +132,7 @@ def test_quickstart_trains_evaluates_and_samples(run_json, run, tmp_path, monkey
     )
     # a few seconds teach a model little; the others are known of this text
     assert 1.8 < result["bpc"] < 3.0
-    assert 1.3 < result["bigram_bpc"] < result["bz2_bpc"] < result["trigram_bpc"] < 2.9
+    assert 1.3 < result["bz2_bpc"] < result["trigram_bpc"] < 2.9
     assert 3.9 < result["unigram_bpc"] < 4.3
     assert (len(result["samples"]), result["bound"], result["out"]) == (
         2,

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,27 +143,3 @@ def plain(text: str, order: int) -> float:
 @given(st.text(st.sampled_from("abcé\U0001f600"), min_size=6, max_size=60), st.integers(1, 6))
 def test_entropy_equals_the_formula(text, order):
     assert quality.ngram_entropy(text, order) == pytest.approx(plain(text, order), abs=1e-9)
-
-
-def test_bigram_probabilities_sum_to_one():
-    """Its probabilities of the token after w, read from texts (0, w, a), sum to one, whether w was
-    seen or not.
-    """
-    rng = np.random.default_rng(3)
-    train = rng.integers(0, 5, 60)
-
-    def bits(*test: int) -> float:
-        return len(test) * quality.bigram_cross_entropy(train, np.array(test), 7)
-
-    for w in range(7):
-        assert sum(2 ** -(bits(0, w, a) - bits(0, w)) for a in range(7)) == pytest.approx(1)
-
-
-def test_bigram_model_learns_a_markov_chain():
-    rng = np.random.default_rng(4)
-    chain, ids = rng.dirichlet(np.full(6, 0.5), size=6), [0]
-    for _ in range(20_000):
-        ids.append(int(rng.choice(6, p=chain[ids[-1]])))
-    train, test = np.array(ids[:15_000]), np.array(ids[15_000:])
-    entropy = quality.ngram_entropy(test, 2)
-    assert entropy < quality.bigram_cross_entropy(train, test, 6) < entropy + 0.02

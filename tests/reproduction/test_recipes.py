@@ -21,6 +21,7 @@ from reproduction.settings import Settings
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.model_config import FlowConfig, TransformerConfig
+from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import save_weights, write_run
 from tarflowlm.views.records import read_record
 
@@ -211,6 +212,31 @@ def test_operations_of_a_flow_over_a_transformer_at_four_sizes():
     found = [row["over the LM"] for row in geometry.flops_by_size()]
     by_hand = [0.74, 0.39, 0.27, 0.88, 0.43, 0.24, 0.93, 0.46, 0.24, 0.95, 0.47, 0.24]
     assert found == pytest.approx(by_hand, abs=0.006)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_operations_of_a_flow_are_those_of_its_layers_by_appendix_h(patch):
+    """The body of a Transformer LM over S' positions, and one masked autoregressive head."""
+    L, d, S, K, D_m = 12, 768, 1024, 64, 128
+    c = 16 * patch
+    positions = S // patch
+    E = min(max(1, int(9 * D_m / (16 * (c - 1)))), 96)
+    head = 6 * E * (c - 1) ** 2 + D_m * c * (d + E * (c - 1)) + D_m * c**2 * 3 * K
+    flow = 4 * d * positions + L * (24 * d**2 * positions + 2 * d * positions**2) + positions * head
+    config = replace(preset("owt-mix1").model, vocab_size=50_257, patch=patch)
+    assert geometry.flow_flops(config, L) == flow
+    # the layers of our module are those of the appendix
+    with torch.device("meta"):
+        found = config.build().prior.block(0).coupling.head
+    layers = (found.embed, found.context.weight, found.cross, *found.weights)
+    assert 2 * sum(layer.numel() for layer in layers) == head
+
+
+def test_operations_of_the_baseline_are_those_of_appendix_h():
+    """With its own numbers: GPT-2 small on 1,024 tokens."""
+    L, d, S, V = 12, 768, 1024, 50_257
+    body = 6 * L * d**2 * S + 2 * L * d * S**2 + 2 * L * d**2 * S + 16 * L * d**2 * S
+    assert geometry.baseline_flops(d, L, S) == 4 * d * S + body + 2 * d * V * S
 
 
 def test_verdicts_of_the_claims_are_those_of_the_tables(monkeypatch):

@@ -16,7 +16,6 @@ SAMPLING_SHARE, SAMPLING_MINUTES = 0.06, 0.15
 --minutes.
 """
 BASELINES = {
-    "bigram_bpc": "bigrams of the same tokens",
     "bz2_bpc": "bz2",
     "trigram_bpc": "trigrams of characters",
 }
@@ -52,7 +51,7 @@ def run(args: Args) -> None:
     from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
-    from tarflowlm.evaluation.quality import bigram_cross_entropy, ngram_entropy
+    from tarflowlm.evaluation.quality import ngram_entropy
     from tarflowlm.generation import generate
     from tarflowlm.generation.writing import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
@@ -74,11 +73,8 @@ def run(args: Args) -> None:
     with (reporter := ProgressReporter()):
         corpus = cached_corpus(config.data.source, config.data.tokenizer, progress=reporter)
         # before the training, which gets the time that is left
-        train_tokens, test_tokens = (np.asarray(corpus.split(split)) for split in ("train", "test"))
-        text = corpus.tokenizer.decode(test_tokens.tolist())
-        bigram = bigram_cross_entropy(train_tokens, test_tokens, corpus.tokenizer.vocab_size)
+        text = corpus.tokenizer.decode(np.asarray(corpus.split("test")).tolist())
         baselines = {"unigram_bpc": ngram_entropy(text, 1), "trigram_bpc": ngram_entropy(text, 3)}
-        baselines["bigram_bpc"] = bigram * len(test_tokens) / len(text)
         baselines["bz2_bpc"] = 8 * len(bz2.compress(text.encode("utf-8"), 9)) / len(text)
         sampling = max(SAMPLING_SHARE * args.minutes, min(SAMPLING_MINUTES, 0.3 * args.minutes))
         left = args.minutes - sampling - (time.perf_counter() - start) / 60

@@ -279,36 +279,6 @@ def ngram_entropy(ids_or_text: str | npt.NDArray[Any], order: int) -> float:
     return max(0.0, -total / num_ngrams)
 
 
-def bigram_cross_entropy(train: npt.NDArray[Any], test: npt.NDArray[Any], vocab_size: int) -> float:
-    r"""Bits per token of `test` under a bigram model fitted to `train`: integers below `vocab_size`
-    V, [T] each.
-
-    Interpolated Kneser-Ney (Chen and Goodman 1999): with counts c of `train`, N(w .) and N(. a) the
-    numbers of different tokens after w and before a, and N the number of different bigrams,
-
-        p(a | w) = (max(c(w a) - D, 0) + D N(w .) p(a)) / c(w),      c(w) = sum_a c(w a)
-        p(a)     = (max(N(. a) - D, 0) + D K / V) / N,               K = number of a with N(. a) > 0
-
-    and D = n_1 / (n_1 + 2 n_2) from the numbers n_k of bigrams with c = k. p(a | w) = p(a) for the
-    first token and after tokens that `train` does not have. Both texts need two tokens or more.
-    """
-    train, test = train.astype(np.int64), test.astype(np.int64)
-    codes, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
-    once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-    discount = once / (once + 2 * twice) if once else 0.5
-    before = np.bincount(codes % vocab_size, minlength=vocab_size)
-    p = np.maximum(before - discount, 0) + discount * (before > 0).sum() / vocab_size
-    p /= len(codes)
-    context = np.bincount(train[:-1], minlength=vocab_size)
-    after = np.bincount(codes // vocab_size, minlength=vocab_size)
-    w, a = test[:-1], test[1:]
-    place = np.searchsorted(codes, w * vocab_size + a).clip(max=len(codes) - 1)
-    count = np.where(codes[place] == w * vocab_size + a, counts[place], 0)
-    joint = np.maximum(count - discount, 0) + discount * after[w] * p[a]
-    conditional = np.where(context[w] > 0, joint / np.maximum(context[w], 1), p[a])
-    return float(-(np.log2(conditional).sum() + np.log2(p[test[0]])) / len(test))
-
-
 def _ranks(codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Codes replaced by their ranks 0, 1, ..., which keeps products of codes small."""
     return np.unique(codes, return_inverse=True)[1].astype(np.int64)
