@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,13 @@ HOSTILE = f'the <script>{PWN}</script><img src=x onerror="{PWN}"> ${{{PWN}}}'
 
 
 @pytest.fixture(scope="module")
-def url(folder):
+def served(folder, tmp_path_factory) -> Path:
+    """The folder of runs that is served; more may come."""
+    return shutil.copytree(folder, tmp_path_factory.mktemp("served") / "runs")
+
+
+@pytest.fixture(scope="module")
+def url(served):
     """Address of the command, serving. It ends in silence when interrupted."""
     command = [
         sys.executable,
@@ -44,7 +51,7 @@ def url(folder):
         "tarflowlm",
         "studio",
         "english-mini",
-        str(folder),
+        str(served),
         "--no-browser",
     ]
     program = subprocess.Popen(
@@ -132,12 +139,24 @@ def test_every_view(open_page):
     page.get_by_role("tab", name="Runs").click()
     page.locator(".st-view:visible svg").first.wait_for()
     page.get_by_label("baseline").uncheck()
-    page.locator(".st-view:visible").get_by_role("cell", name="baseline").wait_for(state="hidden")
+    page.locator(".st-view:visible").get_by_role("columnheader", name="baseline").wait_for(state="hidden")
     # nothing is wider than the screen
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     use(page, "Write", "Write", Start=HOSTILE, Length="200")
     use(page, "Infill", "Fill in", Text_with_blanks=HOSTILE, until="has no blank")
     assert page.title() == "tarflowlm studio"
+
+
+def test_a_run_that_begins_later_appears(open_page, served):
+    page = open_page()
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_label("baseline").wait_for()
+    shutil.copytree(served / "flow", served / "late")
+    page.get_by_label("late").check()
+    page.locator(".st-view:visible").get_by_role("columnheader", name="late").wait_for()
+    page.reload()
+    page.get_by_label("Model", exact=True).first.click()
+    page.get_by_role("option", name="late").wait_for()
 
 
 def ask(url: str, **headers: str) -> tuple[int, dict, str]:
@@ -154,13 +173,13 @@ def ask(url: str, **headers: str) -> tuple[int, dict, str]:
         return error.code, {}, ""
 
 
-def test_foreign_pages_and_files_are_refused(url, folder):
+def test_foreign_pages_and_files_are_refused(url, served):
     # DNS rebinding: a foreign name that points at this machine
     assert ask(url, Host="elsewhere.example:7860")[0] == 400
     status, headers, config = ask(url + "config", Origin="http://elsewhere.example")
     assert status == 200
     assert "access-control-allow-origin" not in headers
-    assert str(folder.parent) not in config
+    assert str(served.parent) not in config
     assert '"named_endpoints":{}' in ask(url + "gradio_api/info")[2]
     for path in ("file=/etc/passwd", "file=../../../../etc/passwd", "proxy=http://127.0.0.1/"):
         assert ask(f"{url}gradio_api/{path}")[0] in (400, 403, 404)

@@ -55,6 +55,13 @@ def build(catalogue: Catalogue) -> Blocks:
                 view(catalogue)
         with gr.Tab("Runs"):
             look = _runs(catalogue)
+        lists = [block for block in blocks.blocks.values() if isinstance(block, gr.Dropdown)]
+
+        def offer() -> list[object]:
+            catalogue.refresh()
+            return [gr.Dropdown(catalogue.models) for _ in lists]
+
+        _quick(blocks.load, offer, None, lists)
         arrive(blocks.load)
         look(blocks.load)
     # nothing may be called past the queue
@@ -185,8 +192,8 @@ def _score(catalogue: Catalogue) -> None:
 
 def _runs(catalogue: Catalogue) -> Callable[[Event], None]:
     """The view of runs, which looks at the folders now and then. Returns what binds an arrival."""
-    with gr.Row(equal_height=False):
-        names = catalogue.runs
+    names = catalogue.runs
+    with gr.Row(equal_height=False, visible=bool(names)) as row:
         chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs", scale=4)
         axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200)
     out = gr.HTML(apply_default_css=False)
@@ -195,12 +202,13 @@ def _runs(catalogue: Catalogue) -> Callable[[Event], None]:
         *_, final = guarded(runs)(catalogue, names, axis)
         return final
 
-    def look(names: object, axis: object) -> tuple[object, str]:
+    def look(names: object, axis: object) -> tuple[object, object, str]:
         catalogue.refresh()
-        return gr.CheckboxGroup(catalogue.runs), shown(names, axis)
+        found = catalogue.runs
+        return gr.Row(visible=bool(found)), gr.CheckboxGroup(found), shown(names, axis)
 
     def bind(event: Event) -> None:
-        _quick(event, look, [chosen, axis], [chosen, out])
+        _quick(event, look, [chosen, axis], [row, chosen, out])
 
     _quick(chosen.change, shown, [chosen, axis], out)
     _quick(axis.change, shown, [chosen, axis], out)
