@@ -139,7 +139,9 @@ def test_every_view(open_page):
     page.get_by_role("tab", name="Runs").click()
     page.locator(".st-view:visible svg").first.wait_for()
     page.get_by_label("baseline").uncheck()
-    page.locator(".st-view:visible").get_by_role("columnheader", name="baseline").wait_for(state="hidden")
+    page.locator(".st-view:visible").get_by_role("columnheader", name="baseline").wait_for(
+        state="hidden"
+    )
     # nothing is wider than the screen
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     use(page, "Write", "Write", Start=HOSTILE, Length="200")
