@@ -103,6 +103,15 @@ def test_mix1_and_affine_are_the_papers(corpus, name, kind, outputs):
     assert run.train.mode == "joint"
 
 
+@pytest.mark.parametrize(("name", "count"), [("owt-mix1", 3_146_448), ("text8-mix1", 887_199)])
+def test_heads_of_the_paper_have_its_masked_layers_and_nothing_else(name, count):
+    """Appendix H's MLP with block-diagonal outer layers: 12.0 M on OpenWebText if they were dense."""
+    model = built(name)
+    heads = [coupling.head for coupling in model.couplings]
+    assert sum(p.numel() for head in heads for p in head.parameters()) == count
+    assert all(head.embed_bias is not None and head.evidence is None for head in heads)
+
+
 @pytest.mark.parametrize(("corpus", "upper"), [("text8", 2), ("owt", 64)])
 def test_mixd_is_the_papers(corpus, upper):
     """Block 1 is tied to the codebook (K = V), the others are Mix-1, and training goes block by
@@ -140,7 +149,7 @@ def test_a_plain_block_1_knows_nothing_of_the_codebook(name):
     assert torch.equal(head.biases[1], head.biases[1][:1].expand_as(head.biases[1]))
     assert torch.equal(head.biases[1], other.couplings[0].head.biases[1])
     assert not head.biases[0].any()
-    assert head.is_full if name == "text8-mix1" else not head.evidence.any()
+    assert head.evidence is None if name == "text8-mix1" else not head.evidence.any()
     assert torch.equal(head.scale, torch.ones(3))
     # as the start from the codebook has them
     held, coupling = block_1("mini-mix1")

@@ -285,7 +285,9 @@ class RunConfig(Config):
         rule = f"{given} entries for {stages} stages; give one per block when progressive, else a single one"
         self.train.require("stage_steps", given == stages, rule)
         rule = "a block with certainty learns as the last one: train it progressively"
-        self.train.require("mode", not self.model.fills() or self.train.mode == "progressive", rule)
+        self.train.require(
+            "mode", not self.model.fills_in or self.train.mode == "progressive", rule
+        )
 
     @property
     def num_stages(self) -> int:

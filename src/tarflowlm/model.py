@@ -1,10 +1,7 @@
-"""TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows, trained by the
-ELBO.
-"""
+"""TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows, trained by the ELBO."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,15 +10,16 @@ from torch import Generator, Tensor, nn
 from tarflowlm.checks import check_model
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
-from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
-from tarflowlm.flow.codebook import Codebook, NoisyCodebook
-from tarflowlm.flow.couplings import Coupling
+from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.couplings import Coupling, coupling_class
+from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.flow.stack import FlowBlock, Order, Prior
+from tarflowlm.flow.plan import BlockPlan
+from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model_config import COUPLINGS, FlowConfig
+from tarflowlm.model_config import FlowConfig
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,14 @@ class ElboTerms:
     log p(x) >= E[ reconstruction - log_q + base + sum_l log_dets[l] ] = E[ -nelbo ]
     """
 
-    reconstruction: Tensor  # log p(x | z); near zero where the codebook is well separated.
-    log_q: Tensor  # log q(z | x).
-    base: Tensor  # log N(u; 0, I).
-    log_dets: tuple[Tensor, ...]  # log|det J_l| of every block, block 1 first.
+    reconstruction: Tensor
+    """log p(x | z); near zero where the codebook is well separated."""
+    log_q: Tensor
+    """log q(z | x)."""
+    base: Tensor
+    """log N(u; 0, I)."""
+    log_dets: tuple[Tensor, ...]
+    """log|det J_l| of every block, block 1 first."""
 
     @property
     def log_prior(self) -> Tensor:
@@ -48,11 +50,10 @@ class ElboTerms:
 
 
 class TarFlowLM(LanguageModel):
-    """A language model in continuous space: `codebook` is q(z|x) and p(x|z), `prior` is p(z)
-    (docs/math.md).
+    """A language model in continuous space (docs/math.md).
 
-    Initial weights come from PyTorch's global generator; construct it inside `seeded` to reproduce
-    them.
+    `codebook` is q(z|x) and p(x|z), `prior` is p(z). Initial weights come from PyTorch's global
+    generator; construct it inside `seeded` to reproduce them.
     """
 
     is_exact = False
@@ -70,103 +71,59 @@ class TarFlowLM(LanguageModel):
         return len(self.prior.blocks)
 
     def append_block(self) -> FlowBlock:
-        config, index = self.config, self.num_blocks
-        shape: dict[str, Any] = {"trunk": config.trunk, "num_layers": config.blocks[index].layers}
-        shape |= {
-            "channels": config.patch * config.latent_dim,
-            "mix": index if config.mixes_channels else 0,
-        }
-        shape["codebook"] = (
-            self._book(index)
-            if config.reads_tokens and (index == 0 or config.fills(index))
-            else None
-        )
+        """Build the next block of the configuration on top of the stack, and return it.
+
+        A block below it with `certainty` now only fills in what it is sure of (eq. 9a).
+        """
+        plan = BlockPlan(self.config, self.num_blocks, self.codebook)
         block = FlowBlock(
-            coupling=self._coupling(index), reverse=config.alternate and index % 2 == 1, **shape
+            trunk=self.config.trunk,
+            num_layers=plan.block.layers,
+            order=plan.order,
+            coupling=coupling_class(plan.block.coupling).build(plan),
+            codebook=plan.token_reader,
         )
-        if index and isinstance(below := self.couplings[-1], MixDCoupling):
-            below.certainty = config.blocks[
-                index - 1
-            ].certainty  # as the last block it was the model of all tokens
+        if plan.index > 0 and (certainty := self.config.blocks[plan.index - 1].certainty):
+            below = self.prior.block(plan.index - 1)
+            assert isinstance(below.coupling, MixDCoupling)
+            below.coupling = Fills(below.coupling, certainty)
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
-
-    def _book(self, index: int) -> Codebook | NoisyCodebook:
-        """The components of the latents that block `index` (0-based) sees."""
-        return NoisyCodebook(self.codebook) if self.config.fills(index) else self.codebook
-
-    def _coupling(self, index: int) -> Coupling:
-        config, block, width = self.config, self.config.blocks[index], self.config.trunk.width
-        channelwise: dict[str, Any] = {"width": width, "channels": config.patch * config.latent_dim}
-        channelwise |= {"hidden": config.head_hidden, "features": config.head_features}
-        channelwise["full"] = config.head == "full"
-        mix, by_token = index if config.mixes_channels else 0, block.coupling == "token-affine"
-        channelwise["autoregressive"] = block.sees_channels and (block.sees_tokens or not by_token)
-        if not block.sees_tokens and not by_token:
-            channelwise["tokens"] = (
-                Order(channelwise["channels"], mix=mix).channels // config.latent_dim
-            )
-        if block.coupling in ("affine", "token-affine"):
-            return AffineCoupling(
-                group=1 if block.coupling == "affine" else config.latent_dim, **channelwise
-            )
-        if block.coupling == "mix1":
-            mix1 = Mix1Coupling(
-                components=block.components, spread=0.95 if index == 0 else 0.3, **channelwise
-            )
-            if index == 0 and block.components == config.vocab_size and block.start != "plain":
-                mix1.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
-            return mix1
-        if block.coupling == "mixd":
-            shape: dict[str, Any] = {
-                "width": width,
-                "patch": config.patch,
-                "latent_dim": config.latent_dim,
-            }
-            shape |= {
-                "components": block.components,
-                "tied": None if block.components else self._book(index),
-            }
-            mixd = MixDCoupling(in_patch=config.in_patch == "autoregressive", **shape)
-            is_mixed = config.patch > 1 and config.mixes_channels  # tokens, then, not only channels
-            if block.components == config.vocab_size and block.start != "plain" and not is_mixed:
-                means = Order(config.latent_dim, mix=mix)(self.codebook.mean[None])[0][0]
-                mixd.start_from(means, self.codebook.log_std)
-            return mixd
-        build = COUPLINGS[block.coupling].build
-        assert build is not None
-        coupling: Coupling = build(components=block.components, **channelwise)
-        return coupling
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I) for one posterior sample, drawn on the generator's device (else on
-        the model's).
+        """Noise eps ~ N(0, I) for one posterior sample.
+
+        It is drawn on the generator's device, else on the model's.
         """
-        mean, shape = self.codebook.mean, (*tokens.shape, self.config.latent_dim)
-        where = generator.device if generator is not None else mean.device
-        return torch.randn(shape, generator=generator, dtype=mean.dtype, device=where).to(
-            mean.device
-        )
+        mean = self.codebook.mean
+        return torch.randn(
+            *tokens.shape,
+            self.config.latent_dim,
+            generator=generator,
+            dtype=mean.dtype,
+            device=mean.device if generator is None else generator.device,
+        ).to(mean.device)
 
     def elbo(
         self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
     ) -> tuple[ElboTerms, list[Tensor]]:
-        """One sample of the ELBO in its terms (docs/math.md, eq. 11), and the states h^(0), ...,
-        h^(L) [B, T, d].
+        """One sample of the ELBO in its terms, and the states h^(0), ..., h^(L) [B, T, d].
+
+        docs/math.md, eq. 11.
         """
         with full_precision(noise):
             z = self.codebook.encode(tokens, noise)
             reconstruction = self.codebook.log_likelihood(tokens, z).sum(-1)
         states, log_dets = self.prior.states(z)
-        log_q, base = (
-            self.codebook.log_q(tokens, noise).sum(-1),
-            standard_normal_log_prob(states[-1]),
+        terms = ElboTerms(
+            reconstruction=reconstruction,
+            log_q=self.codebook.log_q(tokens, noise).sum(-1),
+            base=standard_normal_log_prob(states[-1]),
+            log_dets=tuple(log_det.sum(-1) for log_det in log_dets),
         )
-        return ElboTerms(
-            reconstruction, log_q, base, tuple(log_det.sum(-1) for log_det in log_dets)
-        ), states
+        return terms, states
 
     def bound(
         self,
@@ -176,22 +133,30 @@ class TarFlowLM(LanguageModel):
         per_token: bool = False,
         frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """One sample of the negative ELBO in nats: the `nelbo` of `elbo`, in fewer steps
-        (docs/math.md, eq. 11a).
+        """One sample of the negative ELBO in nats: the `nelbo` of `elbo`, in fewer steps.
 
-        If a single block is a mixture of the codebook's components (eq. 12), one pass over these
-        gives both sums. Arguments as in `LanguageModel.bound`.
+        docs/math.md, eq. 11a. If a single block is a mixture of the codebook's components (eq. 12),
+        one pass over these gives both sums. Arguments as in `LanguageModel.bound`.
         """
-        relative = self.num_blocks == 1 and self.prior.block(0).coupling.is_tied and frozen == 0
+        block = self.prior.block(0)
+        tied = block.coupling
+        if self.num_blocks == 1 and isinstance(tied, MixDCoupling) and tied.is_tied and not frozen:
+            with full_precision(noise):
+                z, _ = self.prior.patch(self.codebook.encode(tokens, noise))
+            return -self._summed([tied.log_density_ratio(z, block.features(z))], per_token)
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)
-            log_normaliser = None if relative else self.codebook.log_normaliser(z)
-        log_p = self.prior.log_prob(z, frozen=frozen, per_position=per_token, relative=relative)
-        if per_token:
-            log_p = log_p.repeat_interleave(self.config.patch, dim=1) / self.config.patch
-        if log_normaliser is None:
-            return -log_p
+            log_normaliser = self.codebook.log_normaliser(z)
+        log_p = self._summed(self.prior.log_prob_parts(z, frozen=frozen), per_token)
         return (log_normaliser if per_token else log_normaliser.sum(-1)) - log_p
+
+    def _summed(self, parts: list[Tensor], per_token: bool) -> Tensor:
+        """The sum of parts [B, N]: over positions [B], or shared out among tokens [B, T]."""
+        if not per_token:
+            parts = [part.sum(-1) for part in parts]
+        total = sum(parts[1:], start=parts[0])
+        patch = self.config.patch
+        return total.repeat_interleave(patch, dim=1) / patch if per_token else total
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         return self.prior.block(0).allocate_cache(batch, num_positions)
@@ -199,8 +164,9 @@ class TarFlowLM(LanguageModel):
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features in block 1 of the next position, given the latents [B, C] before it (None at the
-        start).
+        """Features in block 1 of the next position, from the latents [B, C] before it.
+
+        None at the start of the sequence.
         """
         return self.prior.block(0).features_at(cache, previous, batch)
 
@@ -222,8 +188,9 @@ NO_LATENTS = "this model is the discrete baseline, which has no latents: give a 
 
 
 def as_flow(model: LanguageModel, refusal: str = NO_LATENTS) -> TarFlowLM:
-    """`model`, narrowed to TarFlowLM; UserError with the message `refusal` for the baseline, and
-    for no model.
+    """`model`, narrowed to TarFlowLM.
+
+    UserError with the message `refusal` for the baseline, and for what is not a model.
     """
     check_model(model)
     if not isinstance(model, TarFlowLM):

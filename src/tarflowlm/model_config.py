@@ -1,5 +1,6 @@
-"""The configuration of a model: its Transformers, its blocks, its latents. No torch here, as in
-`config`.
+"""The configuration of a model: its Transformers, its blocks, its latents.
+
+No torch here: the command line reads configurations without it.
 """
 
 import math
@@ -20,22 +21,22 @@ class Config:
     """The base of all configurations. Fields of `Literal` type accept only the values listed."""
 
     section: ClassVar[str] = ""
-    """The section of the run that holds it, as options and messages name it, with a dot at the
-    end.
-    """
+    """The section of a run that it is, as options and messages name it, with a dot at the end."""
 
     def __post_init__(self) -> None:
         """UserError, naming the field, for a value that its `Literal` does not list."""
         for name, hint in typing.get_type_hints(type(self)).items():
-            is_tuple = typing.get_origin(hint) is tuple
-            item, held = typing.get_args(hint)[0] if is_tuple else hint, getattr(self, name)
-            for value in held if is_tuple else (held,):
-                if typing.get_origin(item) is Literal and value not in (
-                    allowed := typing.get_args(item)
-                ):
-                    raise UserError(
-                        f"{self.section}{name} {value!r}: choose one of {', '.join(map(str, allowed))}"
-                    )
+            value = getattr(self, name)
+            values = (value,)
+            if typing.get_origin(hint) is tuple:
+                values, hint = value, typing.get_args(hint)[0]
+            if typing.get_origin(hint) is not Literal:
+                continue
+            allowed = typing.get_args(hint)
+            for item in values:
+                if item not in allowed:
+                    choice = f"choose one of {', '.join(map(str, allowed))}"
+                    raise UserError(f"{self.section}{name} {item!r}: {choice}")
 
     def require(self, name: str, is_valid: bool, rule: str) -> None:
         """UserError, naming field and value, unless the value of field `name` is valid."""
@@ -68,22 +69,18 @@ class TransformerConfig(Config):
     """Attention heads H; the width must be a multiple of 2 H."""
     mlp_ratio: int = 4
     """Hidden width of the MLP, as a multiple of the width."""
-    rotary_base: float = 10_000.0
-    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many
-    positions.
-    """
     input_taps: int = 0
     """Positions, the newest included, that a causal convolution mixes into an input, channel by
-    channel; 0: none.
+    channel; 0: no convolution.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "width", "num_heads", "mlp_ratio")
         self.at_least(0, "input_taps")
-        self.above_zero("rotary_base")
-        rule = f"must be a multiple of 2 * num_heads = {2 * self.num_heads}, since rotary positions rotate pairs"
-        self.require("width", self.width % (2 * self.num_heads) == 0, rule)
+        pairs = 2 * self.num_heads
+        rule = f"must be a multiple of 2 * num_heads = {pairs}, since rotary positions rotate pairs"
+        self.require("width", self.width % pairs == 0, rule)
 
     @property
     def head_width(self) -> int:
@@ -99,7 +96,7 @@ class LanguageModelConfig(Config):
     family: ClassVar[str]
     """The kind of model, as written to config.json."""
     model: ClassVar[str]
-    """module:class of the model, imported when one is built: a shape needs no torch."""
+    """module:class of the model, imported when one is built."""
     vocab_size: int = 0
     """Token types V; 0 takes it from the tokenizer."""
     context: int = 256
@@ -114,7 +111,8 @@ class LanguageModelConfig(Config):
         self.at_least(2, "context")
         self.at_least(1, "patch")
         self.at_least(0, "vocab_size")
-        rule = f"does not divide context {self.context}: choose a patch that does, or a multiple of it as context"
+        remedy = "choose a patch that does, or a multiple of it as context"
+        rule = f"does not divide context {self.context}: {remedy}"
         self.require("patch", self.context % self.patch == 0, rule)
 
     @property
@@ -124,8 +122,9 @@ class LanguageModelConfig(Config):
 
     @property
     def has_token_weights(self) -> bool:
-        """Whether a token is drawn by weights of tokens, which temperature, top-k and top-p change
-        directly.
+        """Whether a token is drawn by weights of tokens.
+
+        Temperature, top-k and top-p change these directly.
         """
         return True
 
@@ -134,10 +133,9 @@ class LanguageModelConfig(Config):
         """Whether the states of a prompt in all blocks are known before what follows it."""
         return False
 
-    def fills(self, num_blocks: int | None = None) -> bool:
-        """Whether a block among the first `num_blocks`, or below the last one, only fills in what
-        it is sure of.
-        """
+    @property
+    def fills_in(self) -> bool:
+        """Whether a block below the last one only fills in what it is sure of (`certainty`)."""
         return False
 
     def first_blocks(self: C, num_blocks: int) -> C:
@@ -150,11 +148,14 @@ class LanguageModelConfig(Config):
         return "baseline"
 
     def build(self) -> Any:
-        """A new model of this shape, initialised from PyTorch's global generator (see
-        `language_model.seeded`).
-        """
-        module, name = self.model.split(":")
-        return getattr(import_module(module), name)(self)
+        """A new model, initialised from PyTorch's global generator (`language_model.seeded`)."""
+        return imported(self.model)(self)
+
+
+def imported(path: str) -> Any:
+    """What "module:name" names."""
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class BaselineConfig(LanguageModelConfig):
     model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
     in_patch: Literal["autoregressive", "independent"] = "independent"
     """Tokens of a patch: independent given the earlier patches (as in the paper), or each given
-    those before it.
+    the tokens before it.
     """
     layers: int = 6
     """Transformer layers."""
@@ -186,84 +187,95 @@ class BlockConfig(Config):
     """
     layers: int = 1
     """Transformer layers."""
-    start: Literal["codebook", "flattened", "plain"] = "codebook"
-    """Start of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook, the same with a
-    tenth of the evidence in its weights, or plain, without the codebook. Start of a mixd block with
-    V components of its own: the codebook, or plain. Every other block starts plain.
+    start: Literal["codebook", "plain"] = "codebook"
+    """Start of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook, or plain. Start of
+    a mixd block with V components of its own: the codebook, or plain. Every other block starts
+    plain.
     """
     sees_channels: bool = True
     """Let the head of a channel see the channels before it; without, a mixture per channel given
     the past alone.
     """
     sees_tokens: bool = True
-    """Let it also see those of the other tokens of its patch; without, the tokens of a patch are
-    independent given the past (the paper's figure 1b). For mixd: in_patch.
+    """Let it also see the channels of the other tokens of its patch; without, the tokens of a patch
+    are independent given the past (the paper's figure 1b). For mixd: in_patch.
     """
     certainty: float = 0.0
-    """Of a tied mixd block below others: it acts only on tokens of which it is sure, those where a
-    token has a weight above this, and leaves all others to the blocks above. 0: it acts on all.
+    """For a tied mixd block below others: act only where a token has a weight above this, and leave
+    the rest to the blocks above (docs/math.md, eq. 9a). 0: act on all tokens.
     """
     components: int = 2
-    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine
+    """Mixture components K; 0 ties the components of mixd to the encoder's codebook; 1 for affine
     couplings.
     """
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the components are tied to the encoder's codebook: they are tokens."""
+        return self.coupling == "mixd" and self.components == 0
 
 
 class CouplingKind(NamedTuple):
     """A coupling that `BlockConfig` can name."""
 
-    outputs: Callable[
-        [int], int
-    ]  # parameters of a channel, from the components K: the paper's count of operations
-    flaw: Callable[
-        [BlockConfig], str | None
-    ]  # what is wrong with a block of it, as "FIELD VALUE: rule"
-    build: Callable[..., Any] | None = (
-        None  # its class, called with what `TarFlowLM._coupling` says; None for ours
-    )
+    coupling: type | str
+    """The class, or "module:class", imported when one is built."""
+    outputs: Callable[[int], int]
+    """Parameters of a channel, from the components K, for the paper's count of operations."""
+    flaw: Callable[[BlockConfig], str | None]
+    """What is wrong with a block of it, as "FIELD VALUE: rule", or None."""
+
+
+def two_parameters(components: int) -> int:
+    """Mean and scale of a Gaussian."""
+    return 2
+
+
+def mixture_parameters(components: int) -> int:
+    """Weights, means and scales of a mixture."""
+    return 3 * components
+
+
+def no_flaw(block: BlockConfig) -> str | None:
+    """Nothing is wrong with any block."""
+    return None
 
 
 def _affine_flaw(block: BlockConfig) -> str | None:
+    if block.components in (0, 1):
+        return None
     rule = "has no effect, an affine coupling has one Gaussian; use 1"
-    return (
-        None
-        if block.components in (0, 1)
-        else f"components ({block.coupling}) {block.components}: {rule}"
-    )
+    return f"components ({block.coupling}) {block.components}: {rule}"
 
 
-_AFFINE = CouplingKind(lambda K: 2, _affine_flaw)
-COUPLINGS = {
-    "affine": _AFFINE,
-    "token-affine": _AFFINE,
-    "mixd": CouplingKind(lambda K: 3 * K, lambda block: None),
-    "mix1": CouplingKind(
-        lambda K: 3 * K, lambda b: None if b.components else "components (mix1) 0: must be above 0"
-    ),
-}
+def _mix1_flaw(block: BlockConfig) -> str | None:
+    return None if block.components else "components (mix1) 0: must be above 0"
+
+
+_AFFINE = CouplingKind("tarflowlm.flow.channelwise:AffineCoupling", two_parameters, _affine_flaw)
+_MIX1 = CouplingKind("tarflowlm.flow.channelwise:Mix1Coupling", mixture_parameters, _mix1_flaw)
+_MIXD = CouplingKind("tarflowlm.flow.mixd:MixDCoupling", mixture_parameters, no_flaw)
+COUPLINGS = {"affine": _AFFINE, "token-affine": _AFFINE, "mix1": _MIX1, "mixd": _MIXD}
 
 
 def coupling(
     name: str,
     *,
-    outputs: Callable[[int], int] = lambda K: 2,
-    flaw: Callable[[BlockConfig], str | None] = lambda block: None,
+    outputs: Callable[[int], int] = two_parameters,
+    flaw: Callable[[BlockConfig], str | None] = no_flaw,
 ) -> Callable[[type[T]], type[T]]:
-    """Register a subclass of `flow.channelwise.ChannelCoupling` under a name for
-    `BlockConfig.coupling`.
+    """Register a `flow.couplings.Coupling` under a name for `BlockConfig.coupling`.
 
     `outputs` gives the parameters of a channel for K components, `flaw` says what is wrong with a
-    block, or None. The class is called with width, channels, components, and the options of the
-    head. UserError for a name that is taken.
+    block, or None (docs/flow.md). UserError for a name that is taken.
     """
 
     def register(kind: type[T]) -> type[T]:
-        if (
-            name in COUPLINGS
-            and getattr(COUPLINGS[name].build, "__qualname__", "") != kind.__qualname__
-        ):
+        known = COUPLINGS[name].coupling if name in COUPLINGS else kind
+        # a notebook may run the cell that defines a class more than once
+        if getattr(known, "__qualname__", "") != kind.__qualname__:
             raise UserError(f"coupling {name!r} exists already: choose another name")
-        COUPLINGS[name] = CouplingKind(outputs, flaw, kind)
+        COUPLINGS[name] = CouplingKind(kind, outputs, flaw)
         return kind
 
     return register
@@ -272,8 +284,9 @@ def coupling(
 def stack(
     couplings: Sequence[str], layers: Sequence[int], components: Sequence[int]
 ) -> tuple[BlockConfig, ...]:
-    """Blocks from their couplings, layers and components, block 1 first. ValueError for unequal
-    lengths.
+    """Blocks from their couplings, layers and components, block 1 first.
+
+    ValueError for unequal lengths.
     """
     rows = zip(couplings, layers, components, strict=True)
     return tuple(
@@ -290,31 +303,28 @@ class FlowConfig(LanguageModelConfig):
     latent_dim: int = 8
     """Latent channels d per token."""
     separation: float = 12.0
-    """Typical distance between neighbouring codebook means, over sigma, at the start of
-    training.
-    """
+    """Typical distance between neighbouring codebook means, over sigma, at the start."""
     blocks: tuple[BlockConfig, ...] = (
         BlockConfig(coupling="mixd", layers=6, components=0),
         BlockConfig(),
         BlockConfig(),
     )
     """Blocks of the stack, block 1 (next to the tokens) first."""
-    head: Literal["block", "full"] = "block"
-    """Masked autoregressive head of mix1 and affine blocks: block (a channel is embedded and read
-    out on its own, with linear paths into the log-weights or means), or full (the paper's: full
-    masked layers, nothing else).
+    head: Literal["linear-paths", "paper"] = "linear-paths"
+    """Masked autoregressive head of mix1 and affine blocks: the paper's, or ours, which adds linear
+    paths into the log-weights or means (docs/math.md, eq. 10).
     """
     head_hidden: int = 64
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
     channel_mix: bool | None = True
     """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
     alternate: bool = True
-    """Let every second block run right to left, as in the paper; if none does, a prompt is
+    """Let every second block run right to left, as in the paper. If none does, a prompt is
     continued exactly.
     """
     reads_tokens: bool = False
-    """Let block 1 read, beside the latents before a position, an embedding of the tokens that they
-    decode to; and so the blocks above one with certainty.
+    """Let block 1 also read an embedding of the tokens that the latents before a position decode
+    to. So do the blocks above one with certainty.
     """
     in_patch: Literal["autoregressive", "independent"] = "autoregressive"
     """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or
@@ -331,26 +341,28 @@ class FlowConfig(LanguageModelConfig):
                 raise UserError(f"model.blocks.{index}.{flaw}")
 
     def _flaw(self, index: int, block: BlockConfig) -> str | None:
-        K, kind = block.components, COUPLINGS.get(block.coupling)
-        components = f"components ({block.coupling}) {K}"
+        """What is wrong with a block, as "FIELD VALUE: rule", or None."""
+        kind = COUPLINGS.get(block.coupling)
         if kind is None:
-            remedy = f"choose one of {', '.join(COUPLINGS)}, or import the module of your own (--import MODULE)"
-            return f"coupling {block.coupling!r}: {remedy}"
+            known = f"choose one of {', '.join(COUPLINGS)}"
+            own = "or import the module of your own (--import MODULE)"
+            return f"coupling {block.coupling!r}: {known}, {own}"
         if block.layers < 1:
             return f"layers {block.layers}: must be at least 1"
-        if K < 0:
+        components = f"components ({block.coupling}) {block.components}"
+        if block.components < 0:
             return f"{components}: must be at least 0"
         if flaw := kind.flaw(block):
             return flaw
-        if block.certainty and not (
-            0 < block.certainty < 1 and block.coupling == "mixd" and K == 0
-        ):
-            return f"certainty {block.certainty}: must be 0, or below 1 in a mixd block with components 0"
-        if self.fills(index) and not (block.coupling == "mixd" and K == 0):
+        if block.certainty and not (0 < block.certainty < 1 and block.is_tied):
+            rule = "must be 0, or below 1 in a mixd block with components 0"
+            return f"certainty {block.certainty}: {rule}"
+        if self.fills_below(index) and not block.is_tied:
             return f"{components}: above a block with certainty, use mixd with components 0"
-        if block.coupling == "mixd" and K == 0 and index > 0 and self.mixes_channels:
-            remedy = "use it in block 1, turn channel_mix off, or give K >= 1 components of the block's own"
-            return f"{components}: 0 (tied to the codebook) needs the codebook's order of channels: {remedy}"
+        if block.is_tied and index > 0 and self.mixes_channels:
+            wrong = "0 (tied to the codebook) needs the codebook's order of channels"
+            remedy = "use it in block 1, turn channel_mix off, or give K >= 1 components of its own"
+            return f"{components}: {wrong}: {remedy}"
         return None
 
     @property
@@ -359,20 +371,19 @@ class FlowConfig(LanguageModelConfig):
 
     @property
     def has_token_weights(self) -> bool:
-        """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the
-        codebook.
-        """
-        first = self.blocks[0]
-        return first.coupling == "mixd" and first.components == 0 and not self.fills()
+        return self.blocks[0].is_tied and not self.fills_in
 
     @property
     def continues_exactly(self) -> bool:
         return not self.alternate and self.num_blocks > 1
 
-    def fills(self, num_blocks: int | None = None) -> bool:
-        return any(
-            block.certainty for block in self.blocks[: -1 if num_blocks is None else num_blocks]
-        )
+    @property
+    def fills_in(self) -> bool:
+        return self.fills_below(self.num_blocks - 1)
+
+    def fills_below(self, index: int) -> bool:
+        """Whether a block below block `index` (0-based) only fills in what it is sure of."""
+        return any(block.certainty for block in self.blocks[:index])
 
     @property
     def mixes_channels(self) -> bool:
@@ -381,13 +392,12 @@ class FlowConfig(LanguageModelConfig):
 
     @property
     def head_features(self) -> int:
-        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper:
-        appendix H).
+        """Embedding width A of the masked autoregressive head.
+
+        docs/math.md, eq. 10; paper: appendix H, E with c = P d channels and D_m = 2 `head_hidden`.
         """
-        return min(
-            max(1, int(9 * 2 * self.head_hidden / (16 * max(self.patch * self.latent_dim - 1, 1)))),
-            96,
-        )
+        before = max(self.patch * self.latent_dim - 1, 1)
+        return min(max(1, int(9 * 2 * self.head_hidden / (16 * before))), 96)
 
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
         return replace(self, blocks=self.blocks[:num_blocks])

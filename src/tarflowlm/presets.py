@@ -215,7 +215,7 @@ def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
         baseline = BaselineConfig(context=context, trunk=PAPER_TRUNK, layers=12)
         return RunConfig(name=name, model=baseline, data=data, optim=optim, train=train)
     flow = FlowConfig(
-        context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None, head="full"
+        context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None, head="paper"
     )
     if kind == "mixd":
         upper = 2 if text8 else 64

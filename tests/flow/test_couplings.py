@@ -1,6 +1,7 @@
 """A table of couplings times the properties that make them couplings."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,20 +14,28 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
-from tarflowlm.flow.couplings import Coupling
+from tarflowlm.flow.couplings import Coupling, coupling_class
+from tarflowlm.flow.fills import Fills
+from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
 from tarflowlm.language_model import seeded
-from tarflowlm.model_config import COUPLINGS as REGISTERED
 from tarflowlm.model_config import coupling as registering
 
 WIDTH, P, d, T = 6, 2, 2, 2
 C = P * d
 
 
-def mix1(components: int, **changes) -> Mix1Coupling:
-    arguments = {"width": WIDTH, "channels": C, "hidden": 4, "features": 3, "spread": 0.9} | changes
-    return Mix1Coupling(components=components, **arguments)
+HEAD = HeadShape(width=WIDTH, hidden=4, features=3)
+
+
+def mix1(components: int, *, hidden: int = 4, spread: float = 0.9) -> Mix1Coupling:
+    head = replace(HEAD, hidden=hidden)
+    return Mix1Coupling(channels=C, components=components, head=head, spread=spread)
+
+
+def affine(group: int = 1) -> AffineCoupling:
+    return AffineCoupling(channels=C, head=replace(HEAD, hidden=4 * group), group=group)
 
 
 def mixd(patch: int, in_patch: bool, components: int = 4, tied: bool = False) -> MixDCoupling:
@@ -46,12 +55,24 @@ def mixd(patch: int, in_patch: bool, components: int = 4, tied: bool = False) ->
     return coupling
 
 
-def documented(**shape):
+def fills(patch: int) -> Fills:
+    book = Codebook(5, C // patch, separation=1.0)
+    coupling = MixDCoupling(
+        width=WIDTH,
+        patch=patch,
+        latent_dim=C // patch,
+        components=0,
+        tied=NoisyCodebook(book),
+        in_patch=False,
+    )
+    coupling.encoder = book
+    return Fills(coupling, certainty=0.3)
+
+
+def documented():
     """The coupling of docs/flow.md, which registers itself."""
     exec(blocks(ROOT / "docs" / "flow.md", "python")[OWN], {"__name__": "my_couplings"})
-    return REGISTERED["sinh-arcsinh"].build(
-        **{"width": WIDTH, "channels": C, "components": 1} | shape
-    )
+    return coupling_class("sinh-arcsinh")(channels=C, components=1, head=HEAD)
 
 
 OWN = next(
@@ -60,12 +81,10 @@ OWN = next(
     if "@tarflowlm.coupling" in text
 )
 COUPLINGS = {
-    "own": lambda: documented(hidden=4, features=3),
-    "affine": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3),
-    "affine-token": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3, group=C),
-    "affine-P2": lambda: AffineCoupling(
-        width=WIDTH, channels=C, hidden=4, features=3, group=C // 2
-    ),
+    "own": documented,
+    "affine": affine,
+    "affine-token": lambda: affine(group=C),
+    "affine-P2": lambda: affine(group=C // 2),
     "mix1-K1": lambda: mix1(1),
     "mix1-K3": lambda: mix1(3),
     "mixd-K1": lambda: mixd(1, False, components=1),
@@ -76,6 +95,8 @@ COUPLINGS = {
     "mixd-P2-tied": lambda: mixd(2, True, tied=True),
     "mixd-P4-independent": lambda: mixd(4, False),
     "mixd-P4-in-patch": lambda: mixd(4, True),
+    "fills": lambda: fills(1),
+    "fills-P2-independent": lambda: fills(2),
 }
 WITHOUT_EFFECT = {
     "mix1-K1": {"head.weights.0", "head.biases.0", "head.shared.weight", "head.evidence"},
@@ -129,28 +150,22 @@ def test_log_prob_is_log_det_plus_the_base(coupling):
     torch.testing.assert_close(coupling.log_prob(z, features), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_certainty_acts_on_tokens_that_are_likely_and_leaves_the_others():
-    book = Codebook(5, d, separation=1.0)
-    noisy = MixDCoupling(
-        width=WIDTH, patch=P, latent_dim=d, components=0, tied=NoisyCodebook(book), in_patch=False
-    )
-    noisy.book = book  # to be randomised with the rest
-    coupling, z, features = randomise(noisy, seed=1), normal(4, T, C), normal(4, T, WIDTH, seed=2)
-    everywhere, _ = coupling(z, features)
-    coupling.certainty = 0.3
-    u, log_det = coupling(z, features)
+def test_filling_in_acts_on_tokens_that_are_likely_and_leaves_the_others():
+    coupling = randomise(fills(P), seed=1)
+    z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
     weights = coupling.weight_head(coupling.token_features(features, z)).softmax(-1)
-    sure = (weights[..., :5].amax(-1) > 0.3).repeat_interleave(d, -1)
+    sure = (weights[..., :5].amax(-1) > coupling.certainty)[..., None]
     assert 0.1 < sure.double().mean() < 0.9
-    torch.testing.assert_close(u, torch.where(sure.view(z.shape), everywhere, z))
-    first, rows = features[:, 0], coupling.invert(u[:, 0], features[:, 0])
-    torch.testing.assert_close(rows, z[:, 0])
-    _, noise, log_p = coupling.complete(u[:, 0], first, z[:, 0], torch.ones(4, P, dtype=torch.bool))
-    torch.testing.assert_close(noise, u[:, 0])
-    torch.testing.assert_close(log_p.sum(-1), log_det[:, 0] + log_standard_normal(u[:, 0]).sum(-1))
-    torch.testing.assert_close(
-        next(coupling.conditionals(first)).log_density(z[:, 0, :d]), log_p[:, 0]
-    )
+    everywhere, _ = MixDCoupling.forward(Fills(coupling, certainty=0.0), z, features)
+    by_token = (4, T, P, d)
+    expected = torch.where(sure, everywhere.view(by_token), z.view(by_token)).view(z.shape)
+    torch.testing.assert_close(coupling(z, features)[0], expected)
+    assert not coupling.is_tied
+    first, known = features[:, 0], z[:, 0]
+    log_p = coupling.complete(known, first, known, torch.ones(4, P, dtype=torch.bool))[2]
+    log_density = next(coupling.conditionals(first)).log_density(z[:, 0, :d])
+    torch.testing.assert_close(log_density, log_p[:, 0])
+    torch.testing.assert_close(log_p.sum(-1), coupling.log_prob(z, features)[:, 0])
 
 
 def test_jacobian_is_block_diagonal_over_positions_and_triangular_inside(
@@ -170,8 +185,9 @@ def test_jacobian_is_block_diagonal_over_positions_and_triangular_inside(
         # one Gaussian: channels that are drawn together do not meet
         group = torch.arange(C) // coupling.group
         expected = expected & ((group[:, None] != group) | torch.eye(C, dtype=torch.bool))[:, None]
-    assert torch.equal(by_z.abs() > 1e-12, expected)
     assert not by_z[~expected].any()
+    # where a token is not filled in, the map is the identity
+    assert isinstance(coupling, Fills) or (by_z[expected].abs() > 1e-12).all()
 
 
 def test_completing_keeps_what_is_given_and_draws_the_rest(coupling):
@@ -228,19 +244,19 @@ def test_every_parameter_gets_a_gradient(request, coupling):
 def test_mix1_with_one_component_is_affine():
     with seeded(3):
         mixture = randomise(mix1(1))
-        affine = AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3).double()
+        single = affine().double()
     # outputs: log-weight, mean, log-width of the one; mean, log-width of the other, whose skips
     # start at zero
-    state = affine.head.state_dict()
+    state = single.head.state_dict()
     state |= {
         name: mixture.head.state_dict()[name]
         for name in ("context.weight", "context.bias", "embed", "cross")
     }
     for kind in ("weights", "biases"):
         state |= {f"{kind}.{i}": getattr(mixture.head, kind)[i + 1] for i in range(2)}
-    affine.head.load_state_dict(state)
+    single.head.load_state_dict(state)
     z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
-    torch.testing.assert_close(mixture(z, features), affine(z, features), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(mixture(z, features), single(z, features), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -366,7 +382,7 @@ def test_a_newton_step_divides_the_residual_by_the_slope_of_each_channel(couplin
 
 
 def test_a_name_is_taken_once():
-    documented(hidden=4, features=3)  # again: a notebook runs its cells more than once
+    documented()  # again: a notebook runs its cells more than once
     for name in ("mixd", "sinh-arcsinh"):
         with pytest.raises(UserError, match=f"coupling '{name}' exists already"):
             registering(name)(AffineCoupling)

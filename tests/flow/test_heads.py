@@ -2,8 +2,11 @@
 pass.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 
@@ -11,6 +14,7 @@ from helpers import normal, randomise
 from tarflowlm.flow.heads import (
     LARGEST_LOG_STD,
     AutoregressiveHead,
+    HeadShape,
     HeadWeights,
     TokenFeatures,
     bounded_log_std,
@@ -22,27 +26,27 @@ WIDTH = 6
 HEADS = {
     "one-group": {"groups": 1, "channels": 1, "outputs": (3,)},
     "channels": {"groups": 4, "channels": 1, "outputs": (2, 3, 1)},
-    "channels-skip": {"groups": 4, "channels": 1, "outputs": (2, 3, 1), "skip": True},
-    "one-group-skip": {"groups": 1, "channels": 1, "outputs": (3,), "skip": True},
-    "tokens-skip": {"groups": 3, "channels": 2, "outputs": (2, 1), "skip": True},
-    "tokens": {"groups": 3, "channels": 2, "outputs": (WIDTH,)},
-    "full": {"groups": 4, "channels": 1, "outputs": (2, 3, 1), "full": True},
-    "full-one-group": {"groups": 1, "channels": 1, "outputs": (3,), "full": True},
-    "full-tokens": {"groups": 3, "channels": 2, "outputs": (2, 1), "full": True},
-    "independent": {
-        "groups": 4,
-        "channels": 1,
-        "outputs": (2, 3),
-        "skip": True,
-        "autoregressive": False,
-    },
+    "tokens": {"groups": 3, "channels": 2, "outputs": (2, 1)},
+}
+SHAPE = HeadShape(width=WIDTH, hidden=5, features=4)
+PAPER = replace(SHAPE, linear_paths=False, embed_bias=True)
+SHAPES = {
+    "linear-paths": SHAPE,
+    "paper": PAPER,
+    "in-patch": replace(SHAPE, linear_paths=False),
+    "independent": replace(SHAPE, autoregressive=False),
 }
 
 
 @pytest.fixture(params=HEADS.values(), ids=HEADS.keys())
-def head(request) -> AutoregressiveHead:
+def sizes(request) -> dict:
+    return request.param
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+def head(request, sizes) -> AutoregressiveHead:
     with seeded(0):
-        return randomise(AutoregressiveHead(width=WIDTH, hidden=5, features=4, **request.param))
+        return randomise(AutoregressiveHead(request.param, **sizes))
 
 
 def test_group_g_sees_earlier_groups_of_its_own_position(head):
@@ -58,14 +62,12 @@ def test_group_g_sees_earlier_groups_of_its_own_position(head):
     assert torch.equal(depends, expected)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_groups_see_those_of_their_own_token_where_these_are_named(full):
+@pytest.mark.parametrize("shape", [SHAPE, PAPER], ids=["linear-paths", "paper"])
+def test_groups_see_those_of_their_own_token_where_these_are_named(shape):
     token = torch.tensor([0, 1, 0, 1, 1])
     with seeded(0):
-        sizes = {"groups": 5, "channels": 1, "outputs": (2,), "skip": not full, "full": full}
-        head = randomise(
-            AutoregressiveHead(width=WIDTH, hidden=5, features=4, tokens=token, **sizes)
-        )
+        shape = replace(shape, tokens=token)
+        head = randomise(AutoregressiveHead(shape, groups=5, channels=1, outputs=(2,)))
     features, z = normal(1, WIDTH, seed=1), normal(1, 5)
     by_z = (
         jacobian(lambda z: head(features[None], z[None])[0][:, 0, 0], z)[:, :, 0].abs().amax(1) > 0
@@ -87,6 +89,38 @@ def test_every_group_sees_the_features_of_its_own_position(head):
     )
     depends = by_features.abs().amax((2, 4)) > 0  # [G, T, T]
     assert torch.equal(depends, torch.eye(T, dtype=torch.bool).expand_as(depends))
+
+
+def test_the_papers_head_is_the_masked_network_of_categorical_normalizing_flows():
+    """Appendix H names its three layers; their masks are those of `AutoregFeedforward`
+    (github.com/phlippe/CategoricalNF): a channel is embedded and read out on its own, and only the
+    layer between is triangular.
+    """
+    C, A, M, K = 4, PAPER.features, PAPER.hidden, 3
+    with seeded(0):
+        head = randomise(AutoregressiveHead(PAPER, groups=C, channels=1, outputs=(K,)))
+    own, earlier = torch.eye(C).double(), torch.ones(C, C).double().tril(-1)[:, : C - 1]
+    in_to_features = torch.kron(own[1:, 1:], torch.ones(A, 3))
+    features_to_hidden = torch.kron(earlier, torch.ones(M, A))
+    hidden_to_out = torch.kron(own, torch.ones(K, M))
+    # dense weights, from which the masks take what the head has
+    dense_in = head.embed.transpose(1, 2).reshape(-1, 3).repeat(1, C - 1)
+    dense_hidden = head.cross.flatten(2).flatten(0, 1)
+    dense_out = head.weights[0].transpose(1, 2).reshape(C * K, M).repeat(1, C)
+    features, z = normal(2, 3, WIDTH, seed=1), normal(2, 3, C)
+    before = z[..., :-1, None]
+    inputs = torch.cat((before, F.elu(before), F.elu(-before)), -1).flatten(2)
+    embedded = F.gelu(inputs @ (dense_in * in_to_features).T + head.embed_bias.flatten())
+    hidden = head.context(features) + embedded @ (dense_hidden * features_to_hidden).T
+    out = F.gelu(hidden) @ (dense_out * hidden_to_out).T + head.biases[0].flatten()
+    found = head(features, z)[0].permute(1, 2, 0, 3).flatten(2)
+    torch.testing.assert_close(found, out, rtol=1e-12, atol=1e-12)
+    assert head.evidence is None
+    # the graph of dependence, channel by channel
+    through = hidden_to_out @ features_to_hidden @ in_to_features
+    graph = through.view(C, K, C - 1, 3).sum((1, 3)) > 0
+    by_z = jacobian(lambda z: head(features[:1, :1], z[None, None])[0][:, 0, 0], z[0, 0])
+    assert torch.equal(by_z.abs().sum(1) > 0, F.pad(graph, (0, 1)))
 
 
 def test_walking_equals_the_parallel_pass(head):
@@ -144,15 +178,9 @@ def test_the_bound_of_a_log_std_is_once_differentiable():
 
 def test_only_the_last_output_is_bounded_and_gradients_pass_through():
     with seeded(0):
-        sizes = {
-            "width": WIDTH,
-            "groups": 3,
-            "channels": 1,
-            "hidden": 5,
-            "features": 4,
-            "outputs": (2, 2),
-        }
-        head = AutoregressiveHead(**sizes, log_std_last=True).double()
+        sizes = {"groups": 3, "channels": 1, "outputs": (2, 2)}
+        shape = replace(SHAPE, linear_paths=False)
+        head = AutoregressiveHead(shape, **sizes, log_std_last=True).double()
     with torch.no_grad():
         for bias in head.biases:
             bias.fill_(11.0)

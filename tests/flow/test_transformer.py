@@ -11,7 +11,6 @@ from torch.autograd.functional import jacobian
 from helpers import TRUNK, normal, randomise
 from tarflowlm.flow.transformer import KVCache, Transformer, convolve, rotary_tables, rotate_
 from tarflowlm.language_model import seeded
-from tarflowlm.model_config import TransformerConfig
 
 T = 7
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -38,9 +37,7 @@ def test_output_t_sees_inputs_up_to_t(transformer):
 
 def test_attention_sees_distances_not_places():
     """Scores of rotated queries and keys depend on the difference of their positions alone."""
-    tables = rotary_tables(
-        torch.arange(20), 1, TransformerConfig(width=4, num_heads=1, rotary_base=100.0)
-    )
+    tables = rotary_tables(torch.arange(20), 1, 4)
     q, k = (
         rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1)
     )
@@ -53,9 +50,8 @@ def test_attention_sees_distances_not_places():
 
 def test_rotation_turns_channel_pairs():
     x = normal(2, 20, 3, 6)
-    config = TransformerConfig(width=18, num_heads=3, rotary_base=100.0)
-    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, config))
-    wavelengths = 100.0 ** (torch.arange(3, dtype=torch.float64) / 3)
+    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, 6))
+    wavelengths = 10_000.0 ** (torch.arange(3, dtype=torch.float64) / 3)
     angle = (torch.arange(20)[:, None] / wavelengths)[:, None]
     expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
     torch.testing.assert_close(

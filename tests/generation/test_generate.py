@@ -137,7 +137,7 @@ def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block():
     model = tiny_flow(couplings=("mixd",), log_std=-9.0)
     tokens, block = sample(model, top_k=1).tokens, model.prior.blocks[0]
     with torch.no_grad():
-        log_w = block.coupling.weight_head(block._features(model.codebook.mean[tokens]))
+        log_w = block.coupling.weight_head(block.features(model.codebook.mean[tokens]))
     assert torch.equal(log_w.argmax(-1), tokens)
 
 

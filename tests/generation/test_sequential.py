@@ -103,7 +103,7 @@ def discrete_probabilities(model: TarFlowLM, length: int, V: int) -> Tensor:
     texts = torch.tensor(list(itertools.product(range(V), repeat=length)))
     block, z = model.prior.blocks[0], model.codebook.mean[texts]
     h = model.prior.patch(z)[0]
-    features = block.coupling.token_features(block._features(h), h).flatten(1, 2)
+    features = block.coupling.token_features(block.features(h), h).flatten(1, 2)
     log_w = block.coupling.weight_head(features).log_softmax(-1)
     return log_w.gather(-1, texts[..., None]).sum((1, 2)).exp()
 

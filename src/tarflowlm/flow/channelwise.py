@@ -1,5 +1,4 @@
-"""Couplings channel by channel, or group by group: affine and Mix-1, with parameters from an
-autoregressive head.
+"""Couplings channel by channel, or group by group, with parameters from an autoregressive head.
 
 Inside a position the forward map is parallel, since the head sees the channels it is given; the
 inverse walks from group to group. Newton steps take all channels of all positions at once
@@ -10,8 +9,6 @@ Shape legend: as in `couplings`.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,9 +17,10 @@ from torch import Tensor
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision, numerics
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
-from tarflowlm.flow.heads import AutoregressiveHead, HeadWeights
+from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling, Inverter
+from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.numerics import log_standard_normal
+from tarflowlm.flow.plan import BlockPlan
 
 CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""
@@ -72,12 +70,20 @@ class Newton:
 
 
 class ChannelCoupling(Coupling):
-    """A coupling over groups of C/G channels, with parameters from an autoregressive head
-    (docs/math.md, eq. 10).
+    """A coupling over groups of C/G channels, with parameters from an autoregressive head.
+
+    docs/math.md, eq. 10. How to implement one: `__init__` takes channels, components and the shape
+    of a head, and makes the `head`; `channels` maps all channels at once, `conditional` one group
+    of one position, both from the head's outputs. `tarflowlm.coupling` registers it under a name
+    (docs/flow.md has one in 40 lines).
     """
 
     group = 1
     head: AutoregressiveHead
+
+    @classmethod
+    def build(cls, plan: BlockPlan) -> Coupling:
+        return cls(channels=plan.channels, components=plan.block.components, head=plan.head())
 
     @abstractmethod
     def conditional(self, parameters: list[Tensor]) -> Conditional:
@@ -86,53 +92,48 @@ class ChannelCoupling(Coupling):
     @abstractmethod
     def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Tensor, Tensor]:
-        """Noise u, and log du_i/dz_i of every channel, in nats; both [B, N, C]."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
 
     def forward(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
         u, log_det = self.channels(z, features)
         return u, log_det.sum(-1)
-
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B N"]:
-        u, log_det = self(z, features)
-        return log_det + log_standard_normal(u).sum(-1)
 
     def newton_step(
         self, z: Tensor, u: Tensor, features: Float[Tensor, "B N D"]
     ) -> tuple[Tensor, Tensor]:
-        """A step towards the latents of noise u from a guess z of them, and that guess's residual u
-        - f(z) [B, N, C].
+        """A step from a guess z towards the latents of noise u, and the residual u - f(z).
 
             z_i + (u_i - f_i(z)) / (df_i/dz_i)
 
-        All channels of all positions step at once; the dependence on those before is left to the
-        next step. The latents of u are the only fixed point.
+        All are [B, N, C]. All channels of all positions step at once; the dependence on those
+        before is left to the next step. The latents of u are the only fixed point.
         """
         mapped, log_det = self.channels(z, features)
         residual = u - mapped
         return torch.addcmul(z, residual, torch.exp(-log_det)), residual
 
     def conditionals(
-        self,
-        features: Float[Tensor, "B D"],
-        adjust: AdjustWeights | None = None,
-        *,
-        weights: HeadWeights | None = None,
+        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
+        return self._conditionals(features, HeadWeights(self.head))
+
+    def _conditionals(self, features: Tensor, weights: HeadWeights) -> Conditionals:
         walk, z = self.head.walk(features, weights), None
         for _ in range(self.head.groups):
             z = yield self.conditional(walk.send(z))
 
-    def inverter(self) -> Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]:
+    def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
-        return lambda u, features, adjust: self._walk(
-            u, self.conditionals(features, adjust, weights=weights)
-        )
+
+        def invert(u: Tensor, features: Tensor, adjust: AdjustWeights | None) -> Tensor:
+            assert adjust is None, "the components of a channel are not tokens"
+            return self._walk(u, self._conditionals(features, weights))
+
+        return invert
 
 
 class AffineCoupling(ChannelCoupling):
@@ -144,27 +145,29 @@ class AffineCoupling(ChannelCoupling):
     = d is the token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
     """
 
-    def __init__(
-        self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, **sees: Any
-    ) -> None:
-        """`sees`: the options of `AutoregressiveHead` that say what a group sees; `full`, without
-        linear paths.
-        """
+    def __init__(self, *, channels: int, head: HeadShape, group: int = 1) -> None:
         super().__init__()
-        self.group, groups = group, channels // group
-        sees |= {
-            "width": width,
-            "groups": groups,
-            "channels": group,
-            "hidden": hidden * group,
-            "features": features,
-        }
-        sees["skip"] = not sees.get("full")
-        self.head = AutoregressiveHead(outputs=(group, group), log_std_last=True, **sees)
+        self.group = group
+        self.head = AutoregressiveHead(
+            head,
+            groups=channels // group,
+            channels=group,
+            outputs=(group, group),
+            log_std_last=True,
+        )
+
+    @classmethod
+    def build(cls, plan: BlockPlan) -> Coupling:
+        by_token = plan.block.coupling == "token-affine"
+        group = plan.config.latent_dim if by_token else 1
+        return cls(channels=plan.channels, head=plan.head(by_token=by_token), group=group)
+
+    def extra_repr(self) -> str:
+        return f"group={self.group}"
 
     def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std
 
@@ -174,18 +177,21 @@ class AffineCoupling(ChannelCoupling):
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
             return (z - mean) * torch.exp(-log_std), -log_std.sum(-1)
 
+        def inverse(u: Tensor) -> Tensor:
+            return u * log_std.exp() + mean
+
         def log_density(z: Tensor) -> Tensor:
             u, log_det = forward(z)
             return log_det + log_standard_normal(u).sum(-1)
 
-        return Conditional(forward, lambda u: u * log_std.exp() + mean, log_density)
+        return Conditional(forward, inverse, log_density)
 
 
 class Mix1Coupling(ChannelCoupling):
     r"""Mix-1: the CDF of a mixture per channel (docs/math.md, eq. 8).
 
-        u_i = Phi^-1( sum_k w_ik Phi((z_i - m_ik) / s_ik) ),    log du_i/dz_i = log p(z_i) - log
-        phi(u_i)
+        u_i = Phi^-1( sum_k w_ik Phi((z_i - m_ik) / s_ik) )
+        log du_i/dz_i = log p(z_i) - log phi(u_i)
 
     with the 3 K parameters (w_i, m_i, s_i) = head_i(c, z_<i). Paper: section 3.2.1.
 
@@ -195,61 +201,55 @@ class Mix1Coupling(ChannelCoupling):
     """
 
     def __init__(
-        self,
-        *,
-        width: int,
-        channels: int,
-        components: int,
-        hidden: int,
-        features: int,
-        spread: float,
-        **sees: Any,
+        self, *, channels: int, components: int, head: HeadShape, spread: float = 0.3
     ) -> None:
-        """`sees`: as in `AffineCoupling`."""
         super().__init__()
-        sees |= {
-            "width": width,
-            "groups": channels,
-            "channels": 1,
-            "hidden": hidden,
-            "features": features,
-        }
-        sees["skip"] = not sees.get("full")
-        self.head = AutoregressiveHead(outputs=(components,) * 3, log_std_last=True, **sees)
-        means = spread * torch.special.ndtri(
-            (torch.arange(components, dtype=torch.float64) + 0.5) / components
+        self.head = AutoregressiveHead(
+            head, groups=channels, channels=1, outputs=(components,) * 3, log_std_last=True
         )
+        quantiles = (torch.arange(components, dtype=torch.float64) + 0.5) / components
+        means = spread * torch.special.ndtri(quantiles)
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
         with torch.no_grad():
             self.head.biases[1].copy_(means.float().expand(channels, -1))
             self.head.biases[2].fill_(0.5 * variance.log())
 
+    @classmethod
+    def build(cls, plan: BlockPlan) -> Coupling:
+        block, is_first = plan.block, plan.index == 0
+        coupling = cls(
+            channels=plan.channels,
+            components=block.components,
+            head=plan.head(),
+            spread=0.95 if is_first else 0.3,
+        )
+        if is_first and block.components == plan.config.vocab_size and block.start == "codebook":
+            coupling.start_from(plan.codebook)
+        return coupling
+
     @torch.no_grad()
-    def start_from(self, codebook: Codebook, *, evidence: float = 1.0) -> None:
-        r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, section
-        3, "Start").
+    def start_from(self, codebook: Codebook) -> None:
+        r"""Start as the Mix-d coupling of this codebook with uniform weights.
 
         With K = V, component k of channel i has the mean mu_ki and the scale sigma_k. The
         log-weights of channel i are the evidence from the earlier channels of its token, which is
         linear in them when all sigma_k are equal:
 
-            sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 +
-            terms without k
+            sum_{j<i} log N(z_j; mu_kj, sigma^2)
+                = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
 
-        Without it, a Mix-1 block spends most of its steps finding the codebook. `evidence` below 1
-        flattens these log-weights: each channel then knows less of the token than it could.
-        UserError for a head that does not see the channels before.
+        Without it, a Mix-1 block spends most of its steps finding the codebook (docs/math.md,
+        section 3, "Start"). UserError for a head that does not see the channels before.
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
         paths = self.head.evidence
         if paths is None or (self.head.groups > 1 and not paths.shape[1]):
-            raise UserError(
-                "model.blocks.0.start: needs linear paths from the channels before; use plain"
-            )
+            rule = "needs linear paths from the channels before; use plain"
+            raise UserError(f"model.blocks.0.start codebook: {rule}")
         assert self.head.biases[0].shape[1] == codebook.vocab_size
         unit = codebook.log_std.exp().mean()
         self.head.scale[1] = unit
-        per_channel = evidence * mean / unit.square()
+        per_channel = mean / unit.square()
         for c in range(self.head.groups):
             i = c % dim
             self.head.biases[0][c] = -0.5 * (mean[:i] * per_channel[:i]).sum(0)
@@ -257,12 +257,16 @@ class Mix1Coupling(ChannelCoupling):
             self.head.biases[2][c] = codebook.log_std
             paths[c, c - i : c, 0] = per_channel[:i]
 
+    def extra_repr(self) -> str:
+        return f"{self.head.biases[0].shape[1]} components"
+
     def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
         log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
-            u, log_det = numerics.mixture_cdf(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std)
+            z_first = z.permute(2, 0, 1).contiguous()
+            u, log_det = numerics.mixture_cdf(z_first, log_w, mean, log_std)
         return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
 
     def log_prob(
@@ -270,9 +274,8 @@ class Mix1Coupling(ChannelCoupling):
     ) -> Float[Tensor, "B N"]:
         log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
-            return numerics.mixture_log_density(
-                z.permute(2, 0, 1).contiguous(), log_w, mean, log_std
-            ).sum(0)
+            z_first = z.permute(2, 0, 1).contiguous()
+            return numerics.mixture_log_density(z_first, log_w, mean, log_std).sum(0)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,6 +285,7 @@ class Mix1Coupling(ChannelCoupling):
         def inverse(u: Tensor) -> Tensor:
             return numerics.mixture_cdf_inverse(u[:, 0], *parameters)[:, None]
 
-        return Conditional(
-            forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], *parameters)
-        )
+        def log_density(z: Tensor) -> Tensor:
+            return numerics.mixture_log_density(z[:, 0], *parameters)
+
+        return Conditional(forward, inverse, log_density)

@@ -35,9 +35,7 @@ def spread_means(num_components: int, dim: int, generator: torch.Generator | Non
 
 
 def typical_neighbour_distance(points: Tensor) -> float:
-    """Median distance from a point to its nearest neighbour, over the first 1,024 of `points` [K,
-    d].
-    """
+    """Median distance from a point to its nearest neighbour, over the first 1,024 `points` [K, d]."""
     if len(points) < 2 or points.is_meta:
         return 2.0
     sample = points[:1024]
@@ -47,12 +45,12 @@ def typical_neighbour_distance(points: Tensor) -> float:
 
 
 class Codebook(nn.Module):
-    r"""One isotropic Gaussian N_k(z) = N(z; mu_k, sigma_k^2 I_d) per token k (docs/math.md, eqs. 1
-    and 2).
+    r"""One isotropic Gaussian N_k(z) = N(z; mu_k, sigma_k^2 I_d) per token k.
 
         q(z | x) = prod_t N_{x_t}(z_t),     p(x_t = k | z_t) = N_k(z_t) / sum_j N_j(z_t)
 
-    `mean` [V, d] is mu, `log_std` [V] is log sigma. Paper: section 3.1.
+    `mean` [V, d] is mu, `log_std` [V] is log sigma (docs/math.md, eqs. 1 and 2; paper: section
+    3.1).
 
     Start: the means are far apart, with unit variance per channel, the scale of the base. sigma is
     the typical distance between neighbouring means over `separation`. At the default of 12 almost
@@ -71,10 +69,8 @@ class Codebook(nn.Module):
         super().__init__()
         mean = spread_means(vocab_size, dim, generator)
         log_std = math.log(typical_neighbour_distance(mean) / separation)
-        self.mean, self.log_std = (
-            nn.Parameter(mean),
-            nn.Parameter(torch.full((vocab_size,), log_std)),
-        )
+        self.mean = nn.Parameter(mean)
+        self.log_std = nn.Parameter(torch.full((vocab_size,), log_std))
 
     @property
     def vocab_size(self) -> int:
@@ -91,23 +87,22 @@ class Codebook(nn.Module):
     def log_q(
         self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]
     ) -> Float[Tensor, "*batch"]:
-        """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise) (docs/math.md, eq.
-        1).
+        """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise).
+
+        docs/math.md, eq. 1.
         """
         log_std = self.log_std.index_select(0, tokens.flatten()).view_as(tokens)
-        return -0.5 * noise.square().sum(-1) - noise.shape[-1] * (
-            log_std + 0.5 * math.log(2 * math.pi)
-        )
+        per_channel = log_std + 0.5 * math.log(2 * math.pi)
+        return -0.5 * noise.square().sum(-1) - noise.shape[-1] * per_channel
 
     def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log N_k(z) for every token k, in nats. Holds a [tokens, V] tensor: for small
-        vocabularies.
-        """
+        """log N_k(z) for every token k, in nats, held at once: for small vocabularies."""
         return numerics.log_component_densities(z, self.mean, self.log_std)
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats (docs/math.md, eqs. 2 and
-        11a).
+        """log sum_k N_k(z), in nats, which is log q(z|x) - log p(x|z) for every x.
+
+        docs/math.md, eqs. 2 and 11a.
         """
         return numerics.mixture_log_prob(z, None, self.mean, self.log_std)
 
@@ -119,21 +114,19 @@ class Codebook(nn.Module):
         Without a [tokens, V] tensor. Near zero it is a small difference of large numbers, so both
         are computed in float64 (float32 on devices without it) and the difference is rounded.
         """
-        wide, flat = wide_dtype(z), tokens.flatten()
+        wide = wide_dtype(z)
+        flat = tokens.flatten()
         z_wide, mean, log_std = z.to(wide), self.mean.to(wide), self.log_std.to(wide)
         # at z, not at the noise it was drawn with: z has been rounded since
         rows = z_wide.reshape(-1, z.shape[-1])
-        own = numerics.log_own_density(
-            rows, mean.index_select(0, flat), log_std.index_select(0, flat)
-        )
-        difference = own.view_as(tokens) - numerics.mixture_log_prob(z_wide, None, mean, log_std)
+        own_mean, own_log_std = mean.index_select(0, flat), log_std.index_select(0, flat)
+        own = numerics.log_own_density(rows, own_mean, own_log_std).view_as(tokens)
+        difference = own - numerics.mixture_log_prob(z_wide, None, mean, log_std)
         # rounding must not make a probability larger than one
         return difference.clamp(max=0.0).to(z.dtype)
 
     def log_posterior(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log p(x = k | z) for every token k, in nats. Holds a [tokens, V] tensor: for small
-        vocabularies.
-        """
+        """log p(x = k | z) for every token k, in nats, held at once: for small vocabularies."""
         return torch.log_softmax(self.log_components(z), dim=-1)
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
@@ -142,12 +135,14 @@ class Codebook(nn.Module):
 
 
 class NoisyCodebook:
-    """The components of a codebook and, last, N(0, I): the latents that a block with `certainty`
-    leaves to the blocks above it, codes and noise.
+    """The components of a codebook and, last, N(0, I).
+
+    Such latents, codes and noise, a block with `certainty` leaves to the blocks above it.
     """
 
     def __init__(self, codebook: Codebook) -> None:
-        self.codebook, self.vocab_size = codebook, codebook.vocab_size + 1
+        self.codebook = codebook
+        self.vocab_size = codebook.vocab_size + 1
 
     @property
     def mean(self) -> Float[Tensor, "K d"]:

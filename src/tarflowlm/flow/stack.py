@@ -1,11 +1,9 @@
-"""Invertible maps: their interface, the two that only reorder latents, a flow block, and the prior,
-a stack of blocks of alternating direction over patches of tokens.
+"""A flow block, and the prior: a stack of blocks of alternating direction over patches of tokens.
 
-Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D
-width.
+Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d,
+D width.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,10 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
+from tarflowlm.flow.layers import Bijection, Order, Patch
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import KVCache, Transformer
 from tarflowlm.model_config import TransformerConfig
@@ -25,102 +23,22 @@ Invert = Callable[[int, Tensor], Tensor]
 """Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""
 
 
-class Bijection(nn.Module):
-    """An invertible map between latents z and noise u, both [B, N, C]; a subclass has `forward` and
-    `inverse`.
-    """
-
-    @abstractmethod
-    def forward(
-        self, z: Float[Tensor, "B N C"]
-    ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
-        """Latents to noise, in parallel over positions: u, and log|det du/dz| in nats.
-
-        The log-determinant is that of the sequence, [B], or for a flow block its parts by position,
-        [B, N].
-        """
-
-    @abstractmethod
-    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B ..."]:
-        """Noise to latents, without a log-determinant."""
-
-
-class Patch(Bijection):
-    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq.
-    14); UserError if P does not divide T.
-    """
-
-    def __init__(self, patch: int) -> None:
-        super().__init__()
-        self.patch = patch
-
-    def forward(
-        self, z: Float[Tensor, "B T d"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        B, T, d = z.shape
-        if T % self.patch:
-            raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
-        return z.reshape(B, T // self.patch, self.patch * d), z.new_zeros(B)
-
-    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B T d"]:
-        B, N, C = u.shape
-        return u.reshape(B, N * self.patch, C // self.patch)
-
-
-class Order(Bijection):
-    """pi_l, the order in which a block sees its input: channels mixed, positions reversed
-    (docs/math.md, eqs. 5, 15).
-
-    Channels become [even-indexed, odd-indexed], `mix` times. This interleaves the channels of the
-    tokens in a patch: a later block models them in another order. With `reverse` the positions run
-    right to left.
-    """
-
-    channels: Tensor
-    undo: Tensor
-
-    def __init__(self, num_channels: int, *, reverse: bool = False, mix: int = 0) -> None:
-        super().__init__()
-        order = list(range(num_channels))
-        for _ in range(mix):
-            order = order[0::2] + order[1::2]
-        self.reverse, self.mixes = reverse, order != sorted(order)
-        self.register_buffer("channels", torch.tensor(order), persistent=False)
-        self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
-
-    def forward(
-        self, z: Float[Tensor, "B N C"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        return self.positions(z[..., self.channels] if self.mixes else z), z.new_zeros(len(z))
-
-    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        u = self.positions(u)
-        return u[..., self.undo] if self.mixes else u
-
-    def positions(self, x: Float[Tensor, "B N ..."]) -> Float[Tensor, "B N ..."]:
-        """x with its positions in the block's order, or back in that of the tokens."""
-        return x.flip(1) if self.reverse else x
-
-
 class InputMap(nn.Module):
-    """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x)))
-    (docs/math.md, eq. 5).
+    """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))).
 
-    The linear path alone would confine the inputs to a C-dimensional subspace, too little for the
-    Transformer where C is small (docs/log.md). The nonlinear path removes that limit at the cost of
-    one small product.
+    docs/math.md, eq. 5. The linear path alone would confine the inputs to a C-dimensional subspace,
+    too little for the Transformer where C is small (docs/log.md). The nonlinear path removes that
+    limit at the cost of one small product.
     """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.linear, self.lift = nn.Linear(channels, width), nn.Linear(channels, width)
+        self.linear = nn.Linear(channels, width)
+        self.lift = nn.Linear(channels, width)
         self.out = nn.Linear(width, width, bias=False)
-        for layer, std in (
-            (self.linear, channels**-0.5),
-            (self.lift, 2.0 * channels**-0.5),
-            (self.out, width**-0.5),
-        ):
-            nn.init.normal_(layer.weight, std=std)
+        nn.init.normal_(self.linear.weight, std=channels**-0.5)
+        nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
+        nn.init.normal_(self.out.weight, std=width**-0.5)
         nn.init.zeros_(self.linear.bias)
         nn.init.normal_(self.lift.bias)
 
@@ -148,78 +66,76 @@ class FlowBlock(Bijection):
         *,
         trunk: TransformerConfig,
         num_layers: int,
-        channels: int,
+        order: Order,
         coupling: Coupling,
-        reverse: bool,
-        mix: int,
         codebook: Codebook | NoisyCodebook | None = None,
     ) -> None:
         super().__init__()
-        self.order = Order(channels, reverse=reverse, mix=mix)
-        self.keeps_order = not reverse and mix == 0
+        channels = len(order.channels)
+        self.order = order
         self.input = InputMap(channels, trunk.width)
         self.start = nn.Parameter(torch.randn(trunk.width))
         self.transformer = Transformer(trunk, num_layers)
         self.coupling = coupling
-        self._codebook = (
-            codebook,
-        )  # in a tuple, so that its parameters are not registered a second time
+        # in a tuple, so that its parameters are not registered a second time
+        self._codebook = (codebook,)
         self.token_embedding: nn.Embedding | None = None
         if codebook is not None:
-            assert not self.order.mixes
+            assert not order.mixes
             # one embedding for every place of a patch, by the number of the place times V + token
             places = torch.arange(channels // codebook.mean.shape[1]) * codebook.vocab_size
             self.register_buffer("places", places, persistent=False)
             self.token_embedding = nn.Embedding(len(places) * codebook.vocab_size, trunk.width)
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the block works in the order of the tokens and their channels."""
+        return not self.order.reverse and not self.order.mixes
+
     def _inputs(self, h: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch D"]:
         """The Transformer's inputs for the latents of positions."""
-        x, codebook = widen(self.input(h)), self._codebook[0]
+        x = widen(self.input(h))
+        codebook = self._codebook[0]
         if codebook is None or self.token_embedding is None:
             return x
         with torch.no_grad():
             tokens = codebook.decode(h.unflatten(-1, (-1, codebook.mean.shape[1])))
         return x + self.token_embedding(tokens + self.places).sum(-2)
 
-    def _features(self, h: Tensor) -> Tensor:
+    def features(self, h: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
+        """Features c_n of all positions, each from the latents before it, in the block's order."""
         return self.features_of(None, h[:, :-1], first=True)
 
     def forward(
         self, z: Float[Tensor, "B N C"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
-        h = self.order(z)[0]
-        u, log_det = self.coupling(h, self._features(h))
+        h, _ = self.order(z)
+        u, log_det = self.coupling(h, self.features(h))
         return self.order.inverse(u), self.order.positions(log_det)
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], *, relative: bool = False
-    ) -> Float[Tensor, "B N"]:
-        """log p(z_n | positions before n in the block's order) with this block as the last one, in
-        nats.
+    def log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
+        """log p(z_n | positions before n in the block's order), in nats, with this block as the last.
 
-        Cheaper than `forward`, since it needs no noise. `relative`: see `MixDCoupling.log_prob`.
+        Cheaper than `forward`, since it needs no noise.
         """
-        h, options = self.order(z)[0], {"relative": True} if relative else {}
-        return self.order.positions(self.coupling.log_prob(h, self._features(h), **options))
+        h, _ = self.order(z)
+        return self.order.positions(self.coupling.log_prob(h, self.features(h)))
 
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features c_n of the next position, given the latents [B, C] of the one before it (None at
-        the start).
-        """
+        """Features c_n of the next position, from the latents [B, C] before it (None at the start)."""
         x = self.start.expand(batch, -1) if previous is None else self._inputs(previous)
         return cache.extend(x[:, None])[:, 0]
 
     def features_of(
         self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool
-    ) -> Tensor:
-        """Features [B, next, D] of the positions after the cached ones, given the latents `past` of
-        the ones before.
+    ) -> Float[Tensor, "B next D"]:
+        """Features of the positions after the cached ones, from the latents `past` before them.
 
-        With `first` they begin with those of the first position of the sequence: one more than
-        there are in `past`.
+        With `first` they begin with the features of the first position of the sequence: one more
+        than there are in `past`.
         """
         x = self._inputs(past)
         if first:
@@ -232,21 +148,25 @@ class FlowBlock(Bijection):
 
     @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """h^(l-1) from h^(l) = u, position by position, without gradients. Sweeps:
-        `generation/inversion.py`.
+        """h^(l-1) from h^(l) = u, position by position, without gradients.
+
+        Other ways to invert a block: `generation/inversion.py`.
         """
-        cache, invert = self.allocate_cache(len(u), u.shape[1]), self.coupling.inverter()
+        cache = self.allocate_cache(len(u), u.shape[1])
+        invert = self.coupling.inverter()
+        noise, _ = self.order(u)
         h: list[Tensor] = []
-        for u_n in self.order(u)[0].unbind(1):
-            h.append(invert(u_n, self.features_at(cache, h[-1] if h else None, len(u)), None))
+        for u_n in noise.unbind(1):
+            features = self.features_at(cache, h[-1] if h else None, len(u))
+            h.append(invert(u_n, features, None))
         return self.order.inverse(torch.stack(h, dim=1))
 
 
-class Prior(Bijection):
-    """The prior p(z): u = f(z) ~ N(0, I) with f = f^(L) o ... o f^(1) (docs/math.md, eq. 4); z, u
-    [B, T, d].
+class Prior(nn.Module):
+    """The prior p(z): u = f(z) ~ N(0, I) with f = f^(L) o ... o f^(1) (docs/math.md, eq. 4).
 
-    The blocks act on positions of P tokens. All methods raise UserError if P does not divide T.
+    z and u are [B, T, d]; the blocks act on positions of P tokens. All methods raise UserError if P
+    does not divide T.
     """
 
     def __init__(self, patch: int, blocks: Iterable[FlowBlock]) -> None:
@@ -260,10 +180,11 @@ class Prior(Bijection):
         return block
 
     def states(self, z: Float[Tensor, "B T d"]) -> tuple[list[Tensor], list[Tensor]]:
-        """The states h^(0) = z, ..., h^(L) = u, each [B, T, d], and the parts of log|det J_l| by
-        position [B, N].
+        """The states h^(0) = z, ..., h^(L) = u, and the parts of every log|det J_l|.
+
+        Each state is [B, T, d]; the parts of a log-determinant by position are [B, N], in nats.
         """
-        h = self.patch(z)[0]
+        h, _ = self.patch(z)
         states, log_dets = [z], []
         for block in self.blocks:
             h, log_det = block(h)
@@ -286,10 +207,12 @@ class Prior(Bijection):
         top: int | None = None,
         bottom: int = 0,
     ) -> list[Tensor]:
-        """Invert blocks top (by default L), ..., bottom + 1: h^(top) = `state`, ..., h^(bottom),
-        each [B, T, d].
+        """Invert blocks top (by default L), ..., bottom + 1.
+
+        Returns h^(top) = `state`, ..., h^(bottom), each [B, T, d].
         """
-        h, states = self.patch(state)[0], [state]
+        h, _ = self.patch(state)
+        states = [state]
         for index in reversed(range(bottom, len(self.blocks) if top is None else top)):
             h = invert(index, h)
             states.append(self.patch.inverse(h))
@@ -299,33 +222,26 @@ class Prior(Bijection):
         """Latents z = h^(0), every block inverted position by position."""
         return self.descend(u, lambda index, h: self.block(index).inverse(h))[-1]
 
-    def log_prob(
-        self,
-        z: Tensor,
-        *,
-        above: int = 0,
-        frozen: int = 0,
-        per_position: bool = False,
-        relative: bool = False,
-    ) -> Float[Tensor, "B ..."]:
-        """log p(z) [B] of z [B, T, d], in nats: the log-determinants of all blocks but the last,
-        and its density.
+    def log_prob(self, z: Float[Tensor, "B T d"], *, above: int = 0) -> Float[Tensor, " B"]:
+        """log p(z), in nats; with `above` log p of z as the state h^(above) under the blocks above."""
+        first, *rest = (part.sum(-1) for part in self.log_prob_parts(z, above=above))
+        return sum(rest, start=first)
 
-        `above` takes z as the state h^(above) and evaluates the prior that the blocks above it
-        define. The first `frozen` blocks run without a graph: no gradients, no stored activations.
-        `per_position` returns the parts [B, N] of log p(z) instead. `relative` subtracts the
-        decoder's normaliser, if the last block `is_tied`.
+    def log_prob_parts(
+        self, z: Float[Tensor, "B T d"], *, above: int = 0, frozen: int = 0
+    ) -> list[Float[Tensor, "B N"]]:
+        """The parts of log p(z) by position, in nats, which sum to it.
+
+        They are the log-determinants of all blocks but the last, and its density (docs/math.md,
+        eqs. 4 and 6). The first `frozen` blocks run without a graph: no gradients, no stored
+        activations.
         """
-        h, parts = self.patch(z)[0], []
+        h, _ = self.patch(z)
+        parts: list[Tensor] = []
         for index in range(above, len(self.blocks) - 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
                 h, log_det = self.block(index)(h)
             parts.append(log_det)
-        flows = above < len(self.blocks)
-        parts.append(
-            self.block(-1).log_prob(h, relative=relative)
-            if flows
-            else log_standard_normal(h).sum(-1)
-        )
-        first, *rest = parts if per_position else [part.sum(-1) for part in parts]
-        return sum(rest, start=first)
+        if above == len(self.blocks):
+            return [log_standard_normal(h).sum(-1)]
+        return [*parts, self.block(-1).log_prob(h)]

@@ -18,32 +18,36 @@ from torch.utils.checkpoint import checkpoint
 from tarflowlm.flow import full_precision, widen
 from tarflowlm.model_config import TransformerConfig
 
+ROTARY_BASE = 10_000.0
+"""The longest wavelength of rotary positions is near 2 pi times this many positions."""
 
-def rotary_tables(
-    positions: Tensor, num_heads: int, config: TransformerConfig
-) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E) (Su et
-    al. 2021).
+
+def rotary_tables(positions: Tensor, num_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E).
+
+    Su et al. 2021.
     """
-    E = config.head_width
+    E = head_width
     exponent = torch.arange(0, E, 2, device=positions.device, dtype=torch.float32) / E
-    angle = positions.float()[:, None, None] * torch.exp(-math.log(config.rotary_base) * exponent)
+    angle = positions.float()[:, None, None] * torch.exp(-math.log(ROTARY_BASE) * exponent)
     # repeated for every head: the product with a batch then reads contiguous memory
     cos, sin = (part.expand(-1, num_heads, -1) for part in (angle.cos(), angle.sin()))
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate, in place, channel pairs (i, i + E/2) by their position's angle: to (x cos - y sin, x
-    sin + y cos).
+    """Rotate, in place, channel pairs (x, y) = (i, i + E/2) by the angle of their position.
+
+    They become (x cos - y sin, x sin + y cos).
     """
     swapped = x_BNHE.roll(x_BNHE.shape[-1] // 2, dims=-1)
     return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
 
 
 def convolve(x: Tensor, taps: Tensor) -> Tensor:
-    """y_n = sum_k taps_k * x_{n-k}, with zeros before the first position: x [B, N, D], taps [K, D],
-    K > 0.
+    """y_n = sum_k taps_k * x_{n-k}, with zeros before the first position.
+
+    x [B, N, D], taps [K, D], K > 0.
     """
     y = x * taps[0]
     for k in range(1, min(len(taps), x.shape[1])):
@@ -52,18 +56,19 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. Queries and keys are layer-normalised, which keeps training
-    stable.
+    """Causal multi-head self-attention.
+
+    Queries and keys are layer-normalised, which keeps training stable.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.num_heads, self.head_width = config.num_heads, config.head_width
+        self.num_heads = config.num_heads
+        self.head_width = config.head_width
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        self.query_scale, self.key_scale = (
-            nn.Parameter(torch.ones(self.head_width)) for _ in range(2)
-        )
+        self.query_scale = nn.Parameter(torch.ones(self.head_width))
+        self.key_scale = nn.Parameter(torch.ones(self.head_width))
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """[B, N, D] to [B, N, D], with the rotary `tables` of these positions."""
@@ -85,13 +90,9 @@ class Layer(nn.Module):
     """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     keeps_activations = True
-    """False: keep only the input for the backward pass and recompute the rest (activation
-    checkpointing).
-    """
+    """False: keep the input alone for the backward pass, which recomputes the rest."""
     dropout = 0.0
-    """In training mode, the share of what attention and MLP write to the residual stream that is
-    dropped.
-    """
+    """Share of the outputs of attention and MLP that is dropped, in training mode."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -117,11 +118,10 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`num_layers` causal layers and a final norm, [B, N, D] -> [B, N, D]; output n sees the inputs
-    up to n.
+    """Causal layers and a final norm, [B, N, D] -> [B, N, D]; output n sees the inputs up to n.
 
-    Start: matrices are N(0, 1 / fan_in), but those that write to the residual stream are zero. A
-    new Transformer is therefore the identity up to the final norm, at any depth.
+    Start: matrices are N(0, 1 / fan_in), except that matrices which write to the residual stream
+    are zero. A new Transformer is therefore the identity up to the final norm, at any depth.
     """
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
@@ -137,9 +137,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.0 if writes else module.in_features**-0.5)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        tables = rotary_tables(
-            torch.arange(x.shape[1], device=x.device), self.config.num_heads, self.config
-        )
+        positions = torch.arange(x.shape[1], device=x.device)
+        tables = rotary_tables(positions, self.config.num_heads, self.config.head_width)
         x = x if self.input_taps is None else convolve(x, self.input_taps)
         for layer in self.layers:
             x = layer(x, tables)
@@ -147,8 +146,9 @@ class Transformer(nn.Module):
 
 
 LARGEST_COPY = 2**20
-"""Elements of a matrix that a cache on the CPU keeps transposed: one row times it is then up to
-twice as fast.
+"""A cache on the CPU keeps matrices of at most so many elements transposed.
+
+The product of one row and a transposed matrix is up to twice as fast.
 """
 
 
@@ -159,9 +159,8 @@ class LayerWeights:
         attention = layer.attention
         self.attention_norm = layer.attention_norm.weight.detach()
         self.qkv = _by_inputs(torch.stack(attention.qkv.weight.chunk(3)))  # [3, D, D]
-        self.scale = torch.stack((attention.query_scale, attention.key_scale)).detach()[
-            :, None, None, None
-        ]
+        scales = torch.stack((attention.query_scale, attention.key_scale)).detach()
+        self.scale = scales[:, None, None, None]
         self.out = _by_inputs(attention.out.weight)
         self.mlp_norm = layer.mlp_norm.weight.detach()
         self.up, self.down = _by_inputs(layer.up.weight), _by_inputs(layer.down.weight)
@@ -169,39 +168,37 @@ class LayerWeights:
 
 def _by_inputs(weight: Tensor) -> Tensor:
     transposed = weight.detach().transpose(-1, -2)
-    return (
-        transposed.contiguous()
-        if weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY
-        else transposed
-    )
+    copies = weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY
+    return transposed.contiguous() if copies else transposed
 
 
 class KVCache:
-    """A Transformer, its weights as they are now, with the keys and values that it `stored`; keeps
-    no graph.
+    """A Transformer with the weights that it has now, and the keys and values of past positions.
+
+    It keeps no graph.
     """
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
         """For `batch` rows of `capacity` positions, with the dtype and device of `like`."""
-        config, taps = transformer.config, transformer.input_taps
+        config = transformer.config
+        taps = transformer.input_taps
         self.weights = [LayerWeights(layer) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach()
-        # taps [D, K] with the oldest position first, and the inputs after K - 1 zeros: a window for
-        # every position
+        # taps [D, K], the oldest position first, and inputs after K - 1 zeros: each position has a
+        # window of K inputs
         self.taps = None if taps is None else taps.detach().flip(0).T.contiguous()
         self.before = max(config.input_taps - 1, 0)
-        self.inputs = like.new_zeros(
-            batch, self.before + capacity, 0 if taps is None else config.width
-        )
+        width = 0 if taps is None else config.width
+        self.inputs = like.new_zeros(batch, self.before + capacity, width)
         self.stored = [
             like.new_zeros(2, batch, config.num_heads, capacity, config.head_width)
             for _ in self.weights
         ]
         self.positions = torch.arange(capacity, device=like.device)
-        self.cos, self.sin = (
-            table.to(like.dtype) for table in rotary_tables(self.positions, 1, config)
-        )
-        self.capacity, self.length = capacity, 0
+        cos, sin = rotary_tables(self.positions, 1, config.head_width)
+        self.cos, self.sin = cos.to(like.dtype), sin.to(like.dtype)
+        self.capacity = capacity
+        self.length = 0
 
     def rewind(self, length: int) -> None:
         """Keep only the first `length` positions. ValueError for more than there are."""
@@ -212,38 +209,35 @@ class KVCache:
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
         """Replace the positions of every row b by those of row rows[b] of `source`, in place."""
         self.length = source.length
-        self.inputs[:, : self.before + self.length] = source.inputs[
-            rows, : self.before + self.length
-        ]
+        window = self.before + self.length
+        self.inputs[:, :window] = source.inputs[rows, :window]
         for stored, given in zip(self.stored, source.stored, strict=True):
             stored[:, :, :, : self.length] = given[:, rows, :, : self.length]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
-        self.inputs, self.stored = self.inputs[rows], [stored[:, rows] for stored in self.stored]
+        """Continue with these rows alone."""
+        self.inputs = self.inputs[rows]
+        self.stored = [stored[:, rows] for stored in self.stored]
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Features of N positions with inputs x, which follow the cached ones. ValueError for more
-        than fit.
+        """Features of N positions with inputs x, which follow the cached ones.
+
+        ValueError for more positions than fit.
         """
         B, N, D = x.shape
         end = self.length + N
         if end > self.capacity:
-            raise ValueError(
-                f"cache of {self.capacity} positions is full: {self.length} used, {N} more requested"
-            )
+            used = f"{self.length} used, {N} more requested"
+            raise ValueError(f"cache of {self.capacity} positions is full: {used}")
         with torch.inference_mode():
-            mask = (
-                self.positions[:end] <= self.positions[self.length : end, None]
-                if self.length and N > 1
-                else None
-            )
+            mask = None
+            if self.length and N > 1:
+                mask = self.positions[:end] <= self.positions[self.length : end, None]
             if self.taps is not None:
                 self.inputs[:, self.before + self.length : self.before + end] = x
                 recent = self.inputs[:, self.length : self.before + end]
-                x = (recent.unfold(1, self.before + 1, 1) * self.taps).sum(
-                    -1
-                )  # of windows [B, N, D, K]
+                windows = recent.unfold(1, self.before + 1, 1)  # [B, N, D, K]
+                x = (windows * self.taps).sum(-1)
             h = x.reshape(B * N, D)
             for layer, stored in zip(self.weights, self.stored, strict=True):
                 h = self._attend(h, layer, stored, end, mask)

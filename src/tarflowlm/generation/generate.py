@@ -182,7 +182,7 @@ def _adjust(
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
-    if adjust is not None and not model.config.has_token_weights and not model.config.fills():
+    if adjust is not None and not model.config.has_token_weights and not model.config.fills_in:
         settings = [f"temperature {temperature}"] if temperature != 1.0 else []
         settings += [
             f"{name} {value}"

@@ -382,7 +382,7 @@ def stack_inversion(
                 model.prior.block(index),
                 h,
                 decoder=chosen[-1 - index],
-                adjust=adjust if index == 0 or model.config.fills() else None,
+                adjust=adjust if index == 0 or model.config.fills_in else None,
                 settled=known,
                 num_settled=0 if known is None else known.shape[1],
                 progress=progress,

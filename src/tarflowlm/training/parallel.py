@@ -37,6 +37,7 @@ from tarflowlm.device import missing_for_compilation
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate, windows_per_batch
 from tarflowlm.flow.couplings import Coupling
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
@@ -398,6 +399,8 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision
             )
         if isinstance(module, Coupling):  # the last block uses only `log_prob`
             register_fsdp_forward_method(module, "log_prob")
+        if isinstance(module, MixDCoupling):  # which alone, if it is tied, uses this
+            register_fsdp_forward_method(module, "log_density_ratio")
     fully_shard(loss, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
 
