@@ -200,8 +200,13 @@ class MixDCoupling(Coupling):
         rows = self._held_rows(u)
         if len(u) <= rows:
             return super().complete(u, features, known, is_known, adjust)
-        whole = (u, features, known, is_known)
-        parts = zip(*(tensor.split(rows) for tensor in whole), strict=True)
+        parts = zip(
+            u.split(rows),
+            features.split(rows),
+            known.split(rows),
+            is_known.split(rows),
+            strict=True,
+        )
         columns = zip(*(self.complete(*part, adjust) for part in parts), strict=True)
         z, noise, log_p = (torch.cat(column) for column in columns)
         return z, noise, log_p
