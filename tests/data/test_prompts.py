@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from tarflowlm.studio.request import reading
 
 from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
@@ -11,7 +12,6 @@ from tarflowlm.errors import UnknownCharacters, UserError
 from tarflowlm.harness.scoring import TextScorer
 from tarflowlm.pretrained import Pretrained
 from tarflowlm.runs.hub import FOLDER
-from tarflowlm.studio.request import reading
 
 TEXT8 = CharTokenizer(TEXT8_ALPHABET, "text8")
 LOWER = CharTokenizer(TEXT8_ALPHABET, "none")
