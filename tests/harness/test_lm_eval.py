@@ -123,7 +123,7 @@ def test_bounds_are_called_bounds():
 def test_generation_options_are_read():
     assert how_to_continue({"until": "x", "temperature": 0.0, "do_sample": True}).top_k == 1
     options = {
-        "until": ["a", "b"],
+        "until": ["a", "", "b"],
         "do_sample": True,
         "temperature": 0.5,
         "top_p": 0.9,

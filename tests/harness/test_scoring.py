@@ -11,6 +11,7 @@ from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
 from tarflowlm.harness.scoring import Continuation, Piece, TextScorer
 from tarflowlm.objective import conditional_bound
+from tarflowlm.pretrained import Pretrained
 from tarflowlm.progress import Silent
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"
@@ -32,7 +33,7 @@ def scorer():
         model = (
             tiny_ar(**fields) if kind == "ar" else tiny_flow(couplings=couplings[kind], **fields)
         )
-        return TextScorer(model, TOKENIZER, samples=samples, seed=seed)
+        return TextScorer(Pretrained(model, TOKENIZER), samples=samples, seed=seed)
 
     return build
 
@@ -77,7 +78,7 @@ def test_baseline_obeys_the_chain_rule_and_finds_greedy_tokens(scorer, patch):
 def test_flows_are_scored_by_bounds_under_common_noise(scorer):
     for kind in ("one", "two"):
         s = scorer(kind)
-        tokens, noise = s.encode(TEXT[:12])[None], s._noise[0][:, :12]
+        tokens, noise = s.encode(TEXT[:12])[None], s.noise[0][:, :12]
         if kind == "one":
             bound = conditional_bound(s.model, tokens, 5, noise)
         else:
@@ -99,7 +100,7 @@ def test_scores_do_not_depend_on_other_requests(scorer):
 @pytest.mark.parametrize("given", [0, 3, 20, 40])
 def test_every_token_is_scored_once_in_windows_that_fit(scorer, kind, patch, given):
     s = scorer(kind, patch=patch)
-    pieces = s._pieces(torch.arange(50), given)
+    pieces = s.pieces(torch.arange(50), given)
     scored = torch.cat([piece.tokens[piece.given :] for piece in pieces])
     assert scored.tolist() == list(range(given, 50))
     assert all(-(-len(piece.tokens) // patch) * patch <= 16 for piece in pieces)
@@ -146,3 +147,6 @@ def test_continuations_equal_generate(scorer, kind):
     assert third == first
     stop = Continuation(max_tokens=5, until=("\n", text[2]))
     assert s.complete([("The q", stop)]) == [text[: text.index(text[2])]]
+    # a stop is read as the texts are; a line end means nothing to this model
+    shouted = Continuation(max_tokens=5, until=("\n", text[2:4].upper() + "!"))
+    assert s.complete([("The q", shouted)]) == [text[: text.index(text[2:4])]]

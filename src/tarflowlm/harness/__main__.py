@@ -1,6 +1,4 @@
-"""`python -m tarflowlm.harness`: the command line of lm-eval, to which `--model tarflowlm` is
-known.
-"""
+"""`python -m tarflowlm.harness`: the command line of lm-eval, which knows `--model tarflowlm`."""
 
 import sys
 
@@ -12,9 +10,8 @@ from tarflowlm.harness.register import run_lm_eval
 
 def main() -> None:
     """Entry point: exit status 2 and one line for what the user got wrong."""
-    torch.set_flush_denormal(
-        True
-    )  # denormal numbers make these densities many times slower on CPUs
+    # denormal numbers make these densities many times slower on CPUs
+    torch.set_flush_denormal(True)
     try:
         run_lm_eval(sys.argv[1:])
     except UserError as error:

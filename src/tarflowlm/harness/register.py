@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tarflowlm.config import Normalization
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.harness.scoring import Continuation, TextScorer
@@ -13,14 +14,19 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
 from tarflowlm.terminal.bars import Bars, print_notice
 
+Requests = list[Any]
+"""Requests of lm-eval, each with its `args`."""
+
 SEE_MORE = "LMEVAL_LOG_LEVEL"
 GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 """Generation options of a task that are used; others are named and ignored."""
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
-    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it. What lm-eval
-    raises becomes a UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through.
+    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it.
+
+    What lm-eval raises becomes a UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes
+    through.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -53,15 +59,10 @@ def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
     if model.is_exact:
         return {"rolling": "exact", "conditional": "exact"}
     bound = "lower bound: " + (f"importance-weighted, {samples} samples" if samples > 1 else "ELBO")
+    conditional = "difference of two bounds with the same noise, no bound itself"
     if model.num_blocks == 1:
-        return {
-            "rolling": bound,
-            "conditional": f"{bound}, of the prediction from the encoded context",
-        }
-    return {
-        "rolling": bound,
-        "conditional": "difference of two bounds with the same noise, no bound itself",
-    }
+        conditional = f"{bound}, of the prediction from the encoded context"
+    return {"rolling": bound, "conditional": conditional}
 
 
 def register() -> None:
@@ -82,57 +83,49 @@ def register() -> None:
             *,
             posterior_samples: int = 1,
             noise_seed: int = 0,
-            normalize: Any = None,
+            normalize: Normalization | None = None,
             device: str | None = None,
-            batch_size: Any = None,
-            max_batch_size: Any = None,
+            batch_size: object = None,
+            max_batch_size: object = None,
         ) -> None:
             super().__init__()
             # lm-eval passes cuda:0 by default
             self._device = pick_device("auto" if device in (None, "cuda:0") else device)
-            model, tokenizer = load(str(pretrained), self._device)
-            self.tokenizer = tokenizer.with_normalization(normalize)
-            self.scorer = TextScorer(
-                model, self.tokenizer, samples=posterior_samples, seed=noise_seed
-            )
-            self.meaning = meaning(model, posterior_samples)
+            lm = load(str(pretrained), self._device)
+            lm = replace(lm, tokenizer=lm.tokenizer.with_normalization(normalize))
+            self.tokenizer = lm.tokenizer
+            self.scorer = TextScorer(lm, samples=posterior_samples, seed=noise_seed)
+            self.meaning = meaning(lm.model, posterior_samples)
             print_notice(f"rolling log-likelihoods: {self.meaning['rolling']}")
             print_notice(f"log-likelihoods of continuations: {self.meaning['conditional']}")
-            if not model.is_exact:
-                print_notice(
-                    "greedy matches of continuations are not known for a flow, and count as misses"
-                )
+            if not lm.model.is_exact:
+                unknown = "are not known for a flow, and count as misses"
+                print_notice(f"greedy matches of continuations {unknown}")
             if (how := self.tokenizer.normalization) != "none":
-                print_notice(
-                    f"texts are normalised ({how}): bits per byte are theirs, over bytes of the raw text"
-                )
+                bits = "bits per byte are theirs, over bytes of the raw text"
+                print_notice(f"texts are normalised ({how}): {bits}")
             if batch_size not in (None, 1, "1"):
-                print_notice(
-                    f"--batch_size {batch_size} is ignored: batches are sized automatically"
-                )
+                ignored = "is ignored: batches are sized automatically"
+                print_notice(f"--batch_size {batch_size} {ignored}")
 
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        def loglikelihood(self, requests: Requests) -> list[tuple[float, bool]]:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
             if empty := sum(pair.given == len(pair.tokens) for pair in pairs):
-                print_notice(
-                    f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0"
-                )
+                nothing = "have nothing left in the model's alphabet: log-likelihood 0"
+                print_notice(f"{empty} continuations {nothing}")
             with Bars("log-likelihoods", len(pairs)) as progress:
                 return self.scorer.conditional(pairs, progress)
 
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        def loglikelihood_rolling(self, requests: Requests) -> list[float]:
             texts = [request.args[0] for request in requests]
-            with Bars(
-                "rolling log-likelihoods, windows", self.scorer.num_windows(texts)
-            ) as progress:
+            windows = self.scorer.num_windows(texts)
+            with Bars("rolling log-likelihoods, windows", windows) as progress:
                 return self.scorer.rolling(texts, progress)
 
-        def generate_until(self, requests: list[Any]) -> list[str]:
+        def generate_until(self, requests: Requests) -> list[str]:
             asked = [(request.args[0], how_to_continue(request.args[1])) for request in requests]
-            if (
-                ignored := {name for request in requests for name in request.args[1]}
-                - GENERATION_OPTIONS
-            ):
+            options = {name for request in requests for name in request.args[1]}
+            if ignored := options - GENERATION_OPTIONS:
                 print_notice(f"generation options without effect: {', '.join(sorted(ignored))}")
             with Bars("continuations", len(asked)) as progress:
                 return self.scorer.complete(asked, progress)
@@ -144,29 +137,32 @@ def register() -> None:
                 )
             return ""
 
-        def get_model_info(self) -> dict[str, Any]:
+        def get_model_info(self) -> dict[str, object]:
             """Entries of the configuration that lm-eval stores with the results."""
-            found = {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization}
-            return found | {
+            return {
+                "log_likelihoods": self.meaning,
+                "normalization": self.tokenizer.normalization,
                 "posterior_samples": self.scorer.samples,
                 "noise_seed": self.scorer.seed,
             }
 
 
 def how_to_continue(options: dict[str, Any]) -> Continuation:
-    """The generation options of a task. Without do_sample, or at temperature 0, greedy as
-    everywhere in lm-eval.
+    """The generation options of a task.
+
+    Without do_sample, or at temperature 0, greedy as everywhere in lm-eval.
     """
-    until, length = (
-        options.get("until") or (),
-        int(options.get("max_gen_toks", Continuation.max_tokens)),
-    )
+    until = options.get("until") or ()
     how = Continuation(
-        until=(until,) if isinstance(until, str) else tuple(until), max_tokens=length
+        until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+        max_tokens=int(options.get("max_gen_toks", Continuation.max_tokens)),
     )
     temperature = float(options.get("temperature", 1.0))
     if not options.get("do_sample", False) or temperature == 0.0:
         return how
     return replace(
-        how, temperature=temperature, top_k=options.get("top_k") or None, top_p=options.get("top_p")
+        how,
+        temperature=temperature,
+        top_k=options.get("top_k") or None,
+        top_p=options.get("top_p"),
     )
