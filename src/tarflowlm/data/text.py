@@ -1,6 +1,4 @@
-"""From a file to pieces of normalised text: reading, cutting and normalising, all in bounded
-memory.
-"""
+"""From a file to pieces of normalised text: reading, cutting and normalising, in bounded memory."""
 
 import codecs
 import gzip
@@ -8,32 +6,21 @@ import json
 import lzma
 import os
 import re
-import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.errors import UserError
 
 _BLOCK = 1 << 20  # bytes read at once
 FIELD = "#"
-"""Between a .jsonl file and the name of the field that holds its texts, which is "text" without
-it.
-"""
+"""Between a .jsonl file and the name of the field with its texts, which else is "text"."""
 TEXTS = (".txt", ".jsonl")
 _PACKED = (".gz", ".xz", ".zst")
-_DAMAGED = (
-    EOFError,
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    zlib.error,
-    zipfile.BadZipFile,
-    RuntimeError,
-)
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
@@ -48,24 +35,23 @@ def _kind(path: Path) -> str:
 
 
 def file_blocks(path: Path, field: str) -> Iterator[str]:
-    """The blocks of `text_blocks`; of a .jsonl file, the texts under `field` in its objects, each
-    with a line end.
-    """
+    """The text of a file in blocks; the ones under `field` of a .jsonl file, each with a line end."""
     if _kind(path) != ".jsonl":
         yield from text_blocks(path)
         return
-    count, rest = 0, ""
+    count = 0
+    rest = ""
     for block in chain(text_blocks(path), "\n"):
-        (*lines, rest), texts = (rest + block).split("\n"), []
+        *lines, rest = (rest + block).split("\n")
+        texts = []
         for line in lines:
             count += 1
             try:
                 texts.append(json.loads(line)[field] + "\n" if line.strip() else "")
             except (ValueError, LookupError, TypeError):
-                what = f"line {count} of {path} is no object with a text under {field!r}"
-                raise UserError(
-                    f"{what}: name the field that has one, say {path.name}{FIELD}content"
-                ) from None
+                what = f"line {count} of {path} is not an object with a text under {field!r}"
+                remedy = f"name the field that has one, say {path.name}{FIELD}content"
+                raise UserError(f"{what}: {remedy}") from None
         yield "".join(texts)
 
 
@@ -75,25 +61,25 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks of about a megabyte. The suffix gives the compression:
-    `.gz`, `.xz`, `.zst`, or `.zip` with one member; any other is plain text. Line ends stay as they
-    are; a byte-order mark at the start is dropped. UserError for a file that is missing,
-    unreadable, empty, damaged or not UTF-8, possibly after some blocks.
+    """The text of a UTF-8 file in blocks of about a megabyte.
+
+    The suffix gives the compression: `.gz`, `.xz` or `.zst`; any other is plain text. Line ends
+    stay as they are; a byte-order mark at the start is dropped. UserError for a file that is
+    missing, unreadable, empty, damaged or not UTF-8, possibly after some blocks.
     """
-    source, is_empty = Path(path), True
+    source = Path(path)
+    is_empty = True
     try:
         for block in codecs.iterdecode(_byte_blocks(source), "utf-8-sig"):
             is_empty = False
             yield block
     except UnicodeDecodeError as error:
-        what = f"{source} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x}): convert it to UTF-8"
-        raise UserError(
-            f"{what}; a compressed file needs the suffix .gz, .xz, .zst or .zip"
-        ) from None
-    except _DAMAGED as error:
-        raise UserError(
-            f"{source} is damaged or not a {source.suffix} file ({error}): get it again"
-        ) from None
+        what = f"{source} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x})"
+        remedy = "convert it to UTF-8; a compressed file needs the suffix .gz, .xz or .zst"
+        raise UserError(f"{what}: {remedy}") from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        what = f"{source} is damaged or not a {source.suffix} file ({error})"
+        raise UserError(f"{what}: get it again") from None
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
     if is_empty:
@@ -104,42 +90,31 @@ def _byte_blocks(source: Path) -> Iterator[bytes]:
     suffix = source.suffix.lower()
     if suffix == ".zst":
         yield from _zst_blocks(source)
-    elif suffix == ".zip":
-        with zipfile.ZipFile(source) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            if len(members) != 1:
-                raise UserError(
-                    f"{source} holds {len(members)} files: unpack it and give one of them"
-                )
-            with archive.open(members[0]) as file:
-                yield from iter(partial(file.read, _BLOCK), b"")
-    else:
-        open_file: Any = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
-        with open_file(source, "rb") as file:
-            yield from iter(partial(file.read, _BLOCK), b"")
+        return
+    openers: dict[str, Callable[..., BufferedIOBase]] = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
+    with openers.get(suffix, open)(source, "rb") as file:
+        yield from iter(partial(file.read, _BLOCK), b"")
 
 
 def _zst_blocks(source: Path) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise UserError(
-            f"reading {source} needs the zstandard package: pip install 'tarflowlm[data]'"
-        ) from None
-    frame = (
-        None  # one at a time: the package's streaming reader accepts a truncated file as complete
-    )
+        remedy = "pip install 'tarflowlm[data]'"
+        raise UserError(f"reading {source} needs the zstandard package: {remedy}") from None
+    # frame by frame: the package's streaming reader accepts a truncated file as complete
+    frame = None
     try:
         with source.open("rb") as file:
-            while block := file.read(
-                _BLOCK // 16
-            ):  # it has no bound on what a block decompresses to
+            # it has no bound on what a block decompresses to
+            while block := file.read(_BLOCK // 16):
                 while block:
                     frame = frame or zstandard.ZstdDecompressor().decompressobj()
                     yield frame.decompress(block)
                     block = b""
                     if frame.eof:
-                        block, frame = frame.unused_data, None
+                        block = frame.unused_data
+                        frame = None
     except zstandard.ZstdError as error:
         raise EOFError(str(error)) from None
     if frame is not None:
@@ -149,23 +124,25 @@ def _zst_blocks(source: Path) -> Iterator[bytes]:
 # between a letter or digit and the one space or line end before the next: GPT-2-like pre-tokenizers
 # attach a space to the word that follows it, and keep such a line end to itself
 _CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
-_LONGEST = (
-    16  # a piece of this many times the size is cut anywhere: memory must not depend on the text
-)
+# a piece of this many times the size is cut anywhere: memory must not depend on the text
+_LONGEST = 16
 
 
 def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
-    """Consecutive pieces, of about `size` characters each, of a text that is given whole or in
-    blocks. No tokenizer that we train or support joins characters across a cut: each piece but the
-    last ends where a word ends. Only where there is no such place for `16 * size` characters is the
-    text cut anywhere. The cuts depend on the text and `size`, not on the blocks.
+    """Consecutive pieces, of about `size` characters each, of a text given whole or in blocks.
+
+    No tokenizer that we train or support joins characters across a cut: each piece but the last
+    ends where a word ends. Only where there is no such place for `16 * size` characters is the text
+    cut anywhere. The cuts depend on the text and `size`, not on the blocks.
     """
-    buffer, searched = "", size
+    buffer = ""
+    searched = size
     for block in [text] if isinstance(text, str) else text:
         buffer += block
         start = 0
         while len(buffer) - start > size:
-            if (match := _CUT.search(buffer, searched, start + _LONGEST * size + 2)) is not None:
+            match = _CUT.search(buffer, searched, start + _LONGEST * size + 2)
+            if match is not None:
                 cut = match.start()
             elif len(buffer) - start > _LONGEST * size + 2:
                 cut = start + _LONGEST * size
@@ -173,8 +150,10 @@ def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
                 searched = max(searched, len(buffer) - 2)
                 break
             yield buffer[start:cut]
-            start, searched = cut, cut + size
-        buffer, searched = buffer[start:], searched - start
+            start = cut
+            searched = cut + size
+        buffer = buffer[start:]
+        searched -= start
     if buffer:
         yield buffer
 
@@ -189,10 +168,12 @@ def normalize(text: str, how: Normalization) -> str:
 
 
 def normalize_text8(text: str) -> str:
-    """Text in the TEXT8 alphabet, as `wikifil.pl` writes it (Mahoney 2006); idempotent. ASCII upper
-    case becomes lower case and each digit its English name between spaces. Everything else that is
-    not `a`-`z`, `<|endoftext|>` included, becomes a space, and runs of spaces one space. The result
-    begins with one space and has none at its end; a text without letters or digits gives `" "`.
+    """Text in the TEXT8 alphabet, as `wikifil.pl` writes it (Mahoney 2006); idempotent.
+
+    ASCII upper case becomes lower case and each digit its English name between spaces. Everything
+    else that is not `a`-`z`, `<|endoftext|>` included, becomes a space, and runs of spaces one
+    space. The result begins with one space and has none at its end; a text without letters or
+    digits gives `" "`.
     """
     # on bytes, whose methods are fast; what is not ASCII becomes "?", and later a space
     data = text.encode("ascii", errors="replace").replace(b"<|endoftext|>", b" ").lower()

@@ -104,6 +104,13 @@ class Tokenizer:
         """V, the number of token ids."""
         return len(self.token_bytes)
 
+    @property
+    def token_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest little-endian unsigned type that holds V ids."""
+        if self.vocab_size <= 1 << 8:
+            return np.dtype("u1")
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
     def prepare(self, text: str) -> str:
         """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
         return normalize(text, self.normalization)
@@ -120,8 +127,7 @@ class Tokenizer:
             batch = pieces[i : i + _BATCH]
             for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
                 # through `array`, which converts a list of int in less than half of numpy's time
-                ids = np.frombuffer(array("I", encoding.ids), dtype=np.uintc)
-                parts.append(ids.astype(np.int64))
+                parts.append(np.frombuffer(array("I", encoding.ids), np.uintc).astype(np.int64))
         ids = np.concatenate(parts)
         # the library drops unknown characters silently
         if self.characters_per_token[ids].sum() != sum(map(len, texts)):
@@ -137,16 +143,16 @@ class Tokenizer:
 
         Incomplete UTF-8 shows as U+FFFD.
         """
-        array = np.asarray(ids)
+        given = np.asarray(ids)
         table = self.token_bytes
-        if array.size == 0:
+        if given.size == 0:
             return ""
-        is_integer = array.ndim == 1 and array.dtype.kind in "iu"
-        if not is_integer or not 0 <= array.min() <= array.max() < len(table):
-            found = f"{array.dtype}, shape {list(array.shape)}, from {array.min()} to {array.max()}"
+        is_integer = given.ndim == 1 and given.dtype.kind in "iu"
+        if not is_integer or not 0 <= given.min() <= given.max() < len(table):
+            found = f"{given.dtype}, shape {list(given.shape)}, from {given.min()} to {given.max()}"
             rule = f"token ids must be 1-d integers from 0 to {len(table) - 1}"
             raise UserError(f"{rule}, not an array of {found}")
-        return b"".join([table[i] for i in array.tolist()]).decode("utf-8", errors="replace")
+        return b"".join([table[i] for i in given.tolist()]).decode("utf-8", errors="replace")
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:

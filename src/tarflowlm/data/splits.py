@@ -1,0 +1,39 @@
+"""The splits of a text: what trains a model, what chooses its weights, and what tests it."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class Piece(NamedTuple):
+    """A stretch of normalised text that is encoded on its own, and the split it belongs to."""
+
+    split: Split
+    text: str
+
+
+def cut_in_three(pieces: Iterable[str], total: int) -> Iterator[Piece]:
+    """A text of `total` characters, given in pieces: the first 90 %, then 5 %, then 5 %."""
+    cuts = list(pairwise([0, total * 90 // 100, total * 95 // 100, total]))
+    position = 0
+    for piece in pieces:
+        for split, (start, stop) in zip(SPLITS, cuts, strict=True):
+            text = piece[max(0, start - position) : max(0, stop - position)]
+            if text:
+                yield Piece(split, text)
+        position += len(piece)
+
+
+def split_of_document(key: str, shares: tuple[int, int] = (90, 95)) -> Split:
+    """The split of a document by the sha256 of its `key`.
+
+    `shares` are the cumulative percentages of train and valid.
+    """
+    place = int(hashlib.sha256(key.encode("utf-8")).hexdigest()[:8], 16) * 100 / 2**32
+    if place < shares[0]:
+        return "train"
+    return "valid" if place < shares[1] else "test"

@@ -1,0 +1,119 @@
+"""What a source of text is, and the first kind of source: the user's own files.
+
+A source yields its normalised text in pieces, each with its split (`data.splits`); `data.prepare`
+encodes them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from tarflowlm.config import Normalization
+from tarflowlm.data.splits import Piece, cut_in_three
+from tarflowlm.data.text import FIELD, file_blocks, normalize, text_files, text_pieces
+from tarflowlm.errors import UserError
+from tarflowlm.progress import SILENT, Progress
+
+BLOCK = 1 << 20  # characters of a piece, approximately
+
+
+class Source(ABC):
+    """A text in one or more parts. Equal normalisation gives the same pieces every time."""
+
+    name: str
+    """The user's word for it."""
+    identity: str
+    """A registered name, or the absolute path of a file."""
+    is_large: ClassVar[bool] = False
+    """Whether its preparation takes hours even if all files are here."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...] | None:
+        """The files it is read from; None if they are not on this machine."""
+
+    def state(self) -> list[list[str | int]]:
+        """What tells a changed text from this one: names and sizes of its files."""
+        return [[file.name, file.stat().st_size] for file in self.files or ()]
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that are prepared one by one. A kill loses the one that is being prepared."""
+        return 1
+
+    def obtain(self, progress: Progress = SILENT) -> None:  # noqa: B027
+        """Download and check what `pieces` needs."""
+
+    def count_characters(self, normalization: Normalization, progress: Progress) -> int | None:
+        """The characters of the normalised text; None where only reading the pieces tells."""
+        return None
+
+    @abstractmethod
+    def pieces(
+        self, part: int, normalization: Normalization, progress: Progress = SILENT
+    ) -> Iterator[Piece]:
+        """The text of part `part`, counted from 0. Call `obtain` first."""
+
+
+class TextFile(Source):
+    """A text file, or a folder of them by their names, cut in three; so it is read twice.
+
+    `field` holds the texts of .jsonl files.
+    """
+
+    def __init__(self, path: Path, field: str = "text") -> None:
+        self.path = path.resolve()
+        self.field = field
+        more = "" if field == "text" else FIELD + field
+        self.name = f"{path}{more}"
+        self.identity = f"{self.path}{more}"
+        self._totals: dict[Normalization, int] = {}
+
+    @property
+    def files(self) -> tuple[Path, ...] | None:
+        return text_files(self.path) or None
+
+    def state(self) -> list[list[str | int]]:
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files or ()]
+
+    def blocks(self) -> Iterator[str]:
+        """The text as it is, in blocks of about a megabyte; a line end between files."""
+        for number, file in enumerate(self.files or ()):
+            if number:
+                yield "\n"
+            yield from file_blocks(file, self.field)
+
+    def count_characters(self, normalization: Normalization, progress: Progress) -> int:
+        if normalization not in self._totals:
+            progress.stage(f"reading {self.name}, characters")
+            total = 0
+            for piece in self._normalized(normalization):
+                total += len(piece)
+                progress.advance(len(piece))
+            if not total:
+                remedy = "keep its letters with a byte or BPE tokenizer and normalize none"
+                raise UserError(f"text8 normalisation leaves nothing of {self.name}: {remedy}")
+            self._totals[normalization] = total
+        return self._totals[normalization]
+
+    def pieces(
+        self, part: int, normalization: Normalization, progress: Progress = SILENT
+    ) -> Iterator[Piece]:
+        total = self.count_characters(normalization, progress)
+        position = 0
+        for piece in cut_in_three(self._normalized(normalization), total):
+            position += len(piece.text)
+            yield piece
+        if position != total:
+            raise UserError(f"{self.path} changed while it was read: prepare it again")
+
+    def _normalized(self, normalization: Normalization) -> Iterator[str]:
+        for piece in text_pieces(self.blocks(), BLOCK):
+            yield normalized_piece(piece, normalization)
+
+
+def normalized_piece(piece: str, normalization: Normalization) -> str:
+    """One of several pieces of a text; pieces of text8 begin with a space and end without one."""
+    text = normalize(piece, normalization)
+    return "" if normalization == "text8" and text == " " else text

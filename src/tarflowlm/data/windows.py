@@ -1,0 +1,171 @@
+"""Windows of tokens: drawn without end for training, in order for evaluation."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tarflowlm.errors import UserError
+
+Array = npt.NDArray[np.integer]
+"""Tokens or indices, 1-d."""
+
+
+class TokenArray:
+    """A read-only 1-d view of tokens in one or more parts, memory-mapped or in memory.
+
+    `tokens[start:stop]` copies the tokens there; `numpy.asarray(tokens)` gives one array.
+    """
+
+    def __init__(self, parts: Sequence[Array]) -> None:
+        # plain views: indexing an np.memmap spends most of its time building np.memmap results
+        self._parts = [np.asarray(part) for part in parts]
+        self._starts = [0, *accumulate(map(len, parts))]
+
+    @classmethod
+    def of(cls, tokens: "TokenArray | Array") -> "TokenArray":
+        """`tokens` itself, or a view of a 1-d array."""
+        return tokens if isinstance(tokens, TokenArray) else cls([tokens])
+
+    @property
+    def dtype(self) -> np.dtype[np.integer]:
+        return self._parts[0].dtype
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: slice) -> Array:
+        start, stop, step = index.indices(len(self))
+        assert step == 1, index
+        pieces = [np.empty(0, self.dtype)]
+        while start < stop:
+            part = bisect_right(self._starts, start) - 1
+            offset = start - self._starts[part]
+            pieces.append(self._parts[part][offset : offset + stop - start])
+            start += len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def windows(self, starts: Array, length: int) -> torch.Tensor:
+        """Int64 [N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
+        windows = np.stack([self[start : start + length] for start in starts.tolist()])
+        return torch.from_numpy(windows.astype(np.int64))
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        whole = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+        return np.array(whole, dtype=dtype, copy=copy)
+
+
+class WindowSampler:
+    """An endless stream of batches of windows, fixed by `seed` alone.
+
+    Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a
+    permutation of the non-overlapping windows from there on, so no token is seen twice in an epoch.
+    The permutations of successive epochs form one sequence, cut into global batches of `world *
+    batch` windows, of which rank r takes the r-th `batch`. The stream is the same for equal `world
+    * batch`, so another number of ranks can resume it.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenArray | Array,
+        *,
+        window: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        assert min(window, batch) >= 1, (window, batch)
+        assert 0 <= rank < world, (rank, world)
+        self.tokens = TokenArray.of(tokens)
+        _check_length(len(self.tokens), window)
+        self.window = window
+        self.batch = batch
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0  # completed passes over the text
+        self.position = 0  # windows used in this one by all ranks
+        self._starts = self._epoch_starts(0)
+
+    def next(self) -> torch.Tensor:
+        """The next batch of this rank: int64 [batch, window]."""
+        parts: list[Array] = []
+        missing = self.world * self.batch
+        while missing:
+            if self.position == len(self._starts):
+                self.epoch += 1
+                self.position = 0
+                self._starts = self._epoch_starts(self.epoch)
+            parts.append(self._starts[self.position : self.position + missing])
+            self.position += len(parts[-1])
+            missing -= len(parts[-1])
+        starts = np.concatenate(parts)[self.rank * self.batch : (self.rank + 1) * self.batch]
+        return self.tokens.windows(starts, self.window)
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the stream, and its seed, window and number of tokens; small JSON."""
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken. UserError for one of another text, window or seed."""
+        for name, ours in self._identity().items():
+            if state[name] != ours:
+                what = f"it had {name}={state[name]}, this run has {ours}"
+                raise UserError(f"cannot resume the data stream: {what}")
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self._starts = self._epoch_starts(self.epoch)
+        assert 0 <= self.position <= len(self._starts), state
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "window": self.window, "num_tokens": len(self.tokens)}
+
+    def _epoch_starts(self, epoch: int) -> Array:
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        # a text of less than two windows allows fewer offsets: one window must remain
+        offset = int(generator.integers(min(self.window, len(self.tokens) - self.window + 1)))
+        num_windows = (len(self.tokens) - offset) // self.window
+        return offset + self.window * generator.permutation(num_windows).astype(np.int64)
+
+
+def eval_windows(tokens: TokenArray | Array, window: int, limit: int | None = None) -> torch.Tensor:
+    """Consecutive windows without overlap, int64 [N, window]; see `sliding_windows`."""
+    return sliding_windows(tokens, window, window, limit)[0]
+
+
+def sliding_windows(
+    tokens: TokenArray | Array, window: int, stride: int, limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows every `stride` tokens, and how many tokens at the start of each are context only.
+
+    Returns int64 [N, window] and [N]. The tokens after the context continue those of the window
+    before, so every token counts once; the first window has no context. `limit` keeps at most that
+    many windows, evenly spaced over the text, all with `window - stride` tokens of context, as
+    nearly every window of the text has. Fewer than `stride` tokens at the end are left out.
+    """
+    if not 1 <= stride <= window:
+        rule = f"must be at least 1 and at most the context of {window} tokens"
+        raise UserError(f"stride {stride}: {rule}")
+    if limit is not None and limit < 1:
+        raise UserError(f"windows {limit}: must be at least 1")
+    view = TokenArray.of(tokens)
+    _check_length(len(view), window)
+    num_windows = (len(view) - window) // stride + 1
+    if limit is not None and limit < num_windows:
+        starts = np.arange(limit) * num_windows // limit * stride
+        return view.windows(starts, window), torch.full((limit,), window - stride)
+    # a view: overlapping windows share memory
+    windows = torch.from_numpy(np.asarray(view).astype(np.int64)).unfold(0, window, stride)
+    context = torch.full((num_windows,), window - stride)
+    context[0] = 0
+    return windows, context
+
+
+def _check_length(num_tokens: int, window: int) -> None:
+    if num_tokens < window:
+        what = f"the text has {num_tokens} tokens, fewer than one window of {window}"
+        raise UserError(f"{what}: use a longer text or a smaller window")
