@@ -13,7 +13,7 @@ import torch
 
 from reproduction.recipe import Finished, Recipe, Row
 from reproduction.settings import Settings
-from tarflowlm.data import cached_corpus, load_tokenizer
+from tarflowlm.data.sources import resolve_source
 from tarflowlm.files import replacing, sha256_of
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS
 from tarflowlm.views.style import Figure, render
@@ -117,8 +117,8 @@ def _provenance(finished: Sequence[Finished], command: Sequence[str]) -> str:
 def _text(done: Finished) -> str:
     """The name of a run's training text, and the hashes of its files."""
     source = done.summary["source"]
-    files = cached_corpus(source, load_tokenizer(done.directory)).meta["files"]
-    digests = ", ".join(record["sha256"][:12] for record in files[:3])
+    files = resolve_source(source).files or ()
+    digests = ", ".join(sha256_of(file)[:12] for file in files[:3])
     more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
     return f"{Path(source).name} {digests}{more}"
 

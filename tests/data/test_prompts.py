@@ -1,7 +1,5 @@
 """Texts, prompts, templates and stops of users, read by one rule."""
 
-from types import SimpleNamespace
-
 import pytest
 from tarflowlm.studio.request import reading
 
@@ -9,8 +7,6 @@ from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_to
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.prompts import BLANK, read, read_template
 from tarflowlm.errors import UnknownCharacters, UserError
-from tarflowlm.harness.scoring import TextScorer
-from tarflowlm.pretrained import Pretrained
 from tarflowlm.runs.hub import FOLDER
 
 TEXT8 = CharTokenizer(TEXT8_ALPHABET, "text8")
@@ -128,15 +124,3 @@ def test_template_keeps_blanks_which_count_as_letters(text, expected):
 def test_blank_that_cannot_be_one_is_refused(blank, message):
     with pytest.raises(UserError, match=message):
         read_template(TEXT8, "the _ sat", blank)
-
-
-@pytest.mark.parametrize("text", ["The King,\n17!", " the king ", "It's", "a_b  c"])
-def test_python_studio_and_harness_read_alike(text):
-    tokenizer = TOKENIZERS["char"]
-    expected = read(tokenizer, text).tokens.tolist()
-    everywhere = [
-        Pretrained.encode(SimpleNamespace(tokenizer=tokenizer), text),
-        reading(tokenizer, text).tokens,
-        TextScorer.encode(SimpleNamespace(tokenizer=tokenizer), text),
-    ]
-    assert [tokens.tolist() for tokens in everywhere] == [expected] * 3

@@ -15,9 +15,7 @@ Exported = Annotated[
 
 @dataclass(frozen=True)
 class Args:
-    """Copy a model out of its run directory: configuration, tokenizer and weights, without its
-    training state.
-    """
+    """Copy a model out of its run directory: configuration, tokenizer and weights only."""
 
     directory: Exported
     out: Annotated[Path, arg("PATH")]  # Directory to create.

@@ -13,21 +13,18 @@ from tarflowlm.cli.options import Flag, Out, PrintJson, Text, arg, check, load_c
 
 @dataclass(frozen=True)
 class Args:
-    """Put a model with its model card on the Hugging Face hub; --dry-run writes both here."""
+    """Upload a model and its model card to the Hugging Face hub; --dry-run only writes them."""
 
     directory: Exported
     repository: Annotated[
         tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")
     ]
-    space: Flag = False  # Make a Space of it, which runs the studio, in place of a model.
-    private: Flag = (
-        False  # Only its owner can see it; for a new repository, or one that is private already.
-    )
+    space: Flag = False  # Make a Space, which runs the studio, instead of a model.
+    private: Flag = False  # Only its owner sees the repository, which is new or private already.
     half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
     licence: Text = None  # Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0.
-    out: Out = None  # Directory to create, to keep what is uploaded.
-    # Upload nothing: write the directory, by default ./NAME, and list what would be uploaded.
-    dry_run: Flag = False
+    out: Out = None  # Directory to create, which keeps what is uploaded.
+    dry_run: Flag = False  # Write the directory, by default ./NAME, and upload nothing.
     json: PrintJson = False
 
     def __post_init__(self) -> None:
@@ -44,32 +41,32 @@ def run(args: Args) -> None:
     if not args.dry_run:
         hub_client(f"pushing {repository}")
     out = Path(name) if args.out is None and args.dry_run else args.out
+    checkpoint = load_checkpoint(args.directory, "cpu")
+    url = None
     with tempfile.TemporaryDirectory() as place:
-        checkpoint, new = (
-            load_checkpoint(args.directory, "cpu"),
-            Path(place) / name if out is None else out,
-        )
         folder = save_pretrained(
-            checkpoint, new, half=args.half, licence=args.licence, repository=repository
+            checkpoint,
+            Path(place) / name if out is None else out,
+            half=args.half,
+            licence=args.licence,
+            repository=repository,
         )
         if args.space:
             add_space(folder, name)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        url = None
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         if not args.dry_run:
-            print_notice(
-                f"uploading {len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB, to {repository}"
-            )
+            total = f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB"
+            print_notice(f"uploading {total}, to {repository}")
             url = push_folder(folder, repository, private=args.private, space=args.space)
-    written = None if out is None else str(out)
     found = {
         "repository": repository,
         "private": args.private,
-        "out": written,
+        "out": None if out is None else str(out),
         "url": url,
         "files": sizes,
     }
     rows = [(file, f"{size:,} bytes") for file, size in sizes.items()]
-    rows += [] if written is None else [("written to", written)]
-    print_result(args.json, found, f"{repository}: would be uploaded" if url is None else url, rows)
+    if out is not None:
+        rows.append(("written to", str(out)))
+    title = f"{repository}: would be uploaded" if url is None else url
+    print_result(args.json, found, title, rows)
