@@ -61,9 +61,7 @@ def test_folders_and_json_lines(tmp_path):
         "\n\n", "\n", 1
     )
     assert "".join(resolve_source(f"{tmp_path / 'a.jsonl.gz'}#body").blocks()) == "x\ny\nz\n"
-    with pytest.raises(
-        UserError, match=r"line 1 of .*a\.jsonl\.gz .* under 'title'"
-    ):
+    with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl\.gz .* under 'title'"):
         cached_corpus(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
 
 
