@@ -1,7 +1,6 @@
 """Texts, prompts, templates and stops of users, read by one rule."""
 
 import pytest
-from tarflowlm.studio.request import reading
 
 from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
