@@ -126,7 +126,7 @@ def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row
         rows.append(first_columns(done) | _quality_row(label, result.samples, result.mauve))
     rows.append({"model": "real text", "seed": None} | _quality_row("real text", result.text, None))
     settings_of_all = f"decoder auto, {result.dtype}, temperature 1, seed 0"
-    how = f"{config.num} samples of {result.length} tokens, {settings_of_all}"
+    how = f"{config.num} samples of {result.sampling.length} tokens, {settings_of_all}"
     return [row | {"judge": judge.name, "samples": how} for row in rows]
 
 

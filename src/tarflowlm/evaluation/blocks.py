@@ -92,8 +92,8 @@ class Spread:
 class StateReport:
     """State h^(l) after l blocks (0: the latents z) over a set of sequences.
 
-    Terms of the bound are in nats per token. A prior that ends after block l has the standard normal
-    on top of it, so that the terms of the last state are those of the model:
+    Terms of the bound are in nats per token. A prior that ends after block l has the standard
+    normal on top of it, so that the terms of the last state are those of the model:
 
         kl    = E_q[ log q(z|x) - base - sum_{k <= l} log_det_k ]
         nelbo = kl - E_q[ log p(x|z) ]

@@ -1,6 +1,4 @@
-"""Language models that judge samples: any causal one of `transformers`, or a discrete baseline
-trained here.
-"""
+"""Language models that judge samples: a baseline trained here, or one of `transformers`."""
 
 import json
 import math
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE
@@ -25,8 +24,11 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, released
 
-# tokens that a judge of `transformers` reads at once: the context of GPT-2, where MAUVE cuts texts
+# transformers is optional, so its classes cannot be named in annotations that tests check
+HubModel = Any
+
 LONGEST = 1024
+"""Tokens that a judge of `transformers` reads at once: GPT-2's context, where MAUVE cuts texts."""
 PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
 
 
@@ -34,10 +36,12 @@ PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
 class JudgedTexts:
     """Scores and features of some texts."""
 
-    by_text: Tensor  # negative log-likelihood of the scored tokens of each text, [texts], float64
-    tokens: int  # scored tokens of the judge
-    # [texts, D], float32: the last state of the last layer of each text (of its first chunk)
+    by_text: Tensor
+    """Negative log-likelihood of the scored tokens of each text, [texts], float64."""
+    tokens: int
+    """Scored tokens of the judge."""
     features: Tensor
+    """[texts, D], float32: the last state of the last layer of each text (of its first chunk)."""
 
     @property
     def nats(self) -> float:
@@ -50,25 +54,38 @@ class JudgedTexts:
         return math.exp(self.nats / self.tokens) if self.tokens else math.nan
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens of a text that are read at once; the first `unscored` of them are context alone."""
+
+    text: int
+    tokens: list[int]
+    unscored: int
+
+
 class Judge(ABC):
-    """A causal language model of texts. Texts longer than `context` are read in chunks with a fresh
-    context each.
+    """A causal language model of texts.
+
+    Texts longer than `context` are read in chunks with a fresh context each.
     """
 
     name: str
-    kind: str  # kind of model and of tokens, to be printed
+    kind: str
+    """Kind of model and of tokens, to be printed."""
     context: int
-    source: str | None = None  # its training text, if known
+    source: str | None = None
+    """Its training text, if known."""
 
     @abstractmethod
     def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text. Raises UserError for characters outside the judge's alphabet."""
+        """Token ids of a text. UserError for characters outside the judge's alphabet."""
 
     @abstractmethod
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood in nats of every token [B, T], NaN where it is not scored; last
-        states [B, T, D]. Both depend only on the token and those before it, so padding on the right
-        does no harm.
+        """Negative log-likelihood in nats of every token [B, T], and the last states [B, T, D].
+
+        The likelihood is NaN where a token is not scored. Both depend only on the token and those
+        before it, so padding on the right does no harm.
         """
 
     def read(
@@ -78,65 +95,69 @@ class Judge(ABC):
         *,
         after: Sequence[str] | None = None,
     ) -> JudgedTexts:
-        """Score all texts and take the features of each. `progress` advances by texts. The judge
-        reads what a text comes `after` first, without scoring it. Raises UserError for texts
+        """Score all texts and take the features of each. `progress` advances by texts.
+
+        The judge reads what a text comes `after` first, without scoring it. UserError for texts
         without tokens or with unknown characters.
         """
-        # index of the text, tokens of a chunk, and how many of them are not scored
-        chunks, first = list[tuple[int, list[int], int]](), list[int]()
+        chunks: list[_Chunk] = []
+        first: list[int] = []  # index of the first chunk of every text
         for index, text in enumerate(texts):
-            before, ids = (
-                list(self.encode(after[index])) if after and after[index] else [],
-                list(self.encode(text)),
-            )
-            if not ids:
-                raise UserError(
-                    f"the judge {self.name} has no tokens for the text {text!r}: choose another judge"
-                )
             first.append(len(chunks))
-            ids, places = before + ids, range(0, len(before + ids), self.context)
-            chunks += [(index, ids[i : i + self.context], max(len(before) - i, 0)) for i in places]
-        nats, count, features = torch.zeros(len(texts), dtype=torch.float64), 0, []
+            chunks += self._cut(index, text, after[index] if after else "")
+        nats = torch.zeros(len(texts), dtype=torch.float64)
+        count = 0
+        features = []
         batch = windows_per_batch(self.context)
         for start in range(0, len(chunks), batch):
-            owners, tokens, unscored = zip(*chunks[start : start + batch], strict=True)
-            lengths = torch.tensor([len(ids) for ids in tokens])
-            padded = torch.nn.utils.rnn.pad_sequence(
-                list(map(torch.tensor, tokens)), batch_first=True
-            )
+            some = chunks[start : start + batch]
+            lengths = torch.tensor([len(chunk.tokens) for chunk in some])
+            unscored = torch.tensor([chunk.unscored for chunk in some])
+            padded = pad_sequence([torch.tensor(chunk.tokens) for chunk in some], batch_first=True)
             losses, states = self.score(padded)
-            losses, place = losses.cpu().double(), torch.arange(padded.shape[1])
-            is_scored = (
-                (place < lengths[:, None])
-                & (place >= torch.tensor(unscored)[:, None])
-                & ~losses.isnan()
-            )
-            nats.index_add_(0, torch.tensor(owners), losses.where(is_scored, 0.0).sum(1))
+            losses = losses.cpu().double()
+            place = torch.arange(padded.shape[1])
+            is_inside = (place < lengths[:, None]) & (place >= unscored[:, None])
+            is_scored = is_inside & ~losses.isnan()
+            owners = torch.tensor([chunk.text for chunk in some])
+            nats.index_add_(0, owners, losses.where(is_scored, 0.0).sum(1))
             count += int(is_scored.sum())
-            features.append(states.cpu()[torch.arange(len(tokens)), lengths - 1].float())
+            features.append(states.cpu()[torch.arange(len(some)), lengths - 1].float())
             progress.advance(sum(start <= index < start + batch for index in first))
         return JudgedTexts(nats, count, torch.cat(features)[first])
 
+    def _cut(self, index: int, text: str, after: str) -> list[_Chunk]:
+        """The chunks of a text with what it comes after."""
+        before = list(self.encode(after)) if after else []
+        ids = list(self.encode(text))
+        if not ids:
+            raise UserError(
+                f"the judge {self.name} has no tokens for the text {text!r}: choose another judge"
+            )
+        whole = before + ids
+        return [
+            _Chunk(index, whole[start : start + self.context], max(len(before) - start, 0))
+            for start in range(0, len(whole), self.context)
+        ]
+
 
 class BaselineJudge(Judge):
-    """A discrete baseline trained here. It scores every token, the first one from its learned
-    start.
-    """
+    """A discrete baseline trained here. It scores every token, the first from its learned start."""
 
     def __init__(self, name: str, checkpoint: Checkpoint) -> None:
         model = checkpoint.model
         if not isinstance(model, TokenLM) or model.config.patch > 1:
-            flaw = (
-                "predicts several tokens at once"
-                if model.is_exact
-                else "is a flow, whose likelihood is a bound"
-            )
-            raise UserError(
-                f"the judge {name} {flaw}: give a run of the baseline with one token at a time (mini-ar)"
-            )
-        self.name, self.model, self.tokenizer = name, model, checkpoint.tokenizer
+            flaw = "is a flow, whose likelihood is a bound"
+            if model.is_exact:
+                flaw = "predicts several tokens at once"
+            remedy = "give a run of the baseline with one token at a time (mini-ar)"
+            raise UserError(f"the judge {name} {flaw}: {remedy}")
+        self.name = name
+        self.model = model
+        self.tokenizer = checkpoint.tokenizer
         self.kind = f"baseline trained here, {self.tokenizer.kind} tokens"
-        self.context, self.source = model.config.context, checkpoint.run.data.source
+        self.context = model.config.context
+        self.source = checkpoint.run.data.source
 
     def encode(self, text: str) -> Sequence[int]:
         try:
@@ -149,23 +170,24 @@ class BaselineJudge(Judge):
         tokens = tokens.to(self.model.start.device)
         states = self.model.states(tokens)
         logits = widen(self.model.head(states[:, :-1]))
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(
-            tokens.shape
-        )
-        return losses, states[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+        return losses.view(tokens.shape), states[:, 1:]
 
 
 class HubJudge(Judge):
-    """A causal language model of `transformers`, by hub name or directory. A first token without
-    context is not scored, as in the literature. A start token of its tokenizer is context.
+    """A causal language model of `transformers`, by hub name or directory.
+
+    A first token without context is not scored, as in the literature. A start token of its
+    tokenizer is context.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
-        self.name, self.model, self.tokenizer = name, model, tokenizer
+    def __init__(self, name: str, model: HubModel, tokenizer: HubModel) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
         self.kind = f"{type(model).__name__} of transformers, {model.config.vocab_size:,} tokens"
-        self.context = min(
-            LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST
-        )
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self.context = min(LONGEST, positions or LONGEST)
 
     def encode(self, text: str) -> Sequence[int]:
         # not verbose: it would warn of texts longer than the context, which are read in chunks
@@ -181,19 +203,26 @@ class HubJudge(Judge):
 
 
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
-    """The judge `name`: a baseline (run directory, shipped model or hf:OWNER/NAME), or a model of
-    `transformers` (directory or hub name). Raises UserError for one that cannot be found, is not
+    """The judge `name`, a baseline or a model of `transformers`.
+
+    A baseline is named by its run directory, as a shipped model, or as hf:OWNER/NAME; a model of
+    `transformers` by its directory or hub name. UserError for one that cannot be found, is not
     autoregressive, or needs a package that is missing.
     """
     path = Path(name).expanduser()
-    is_dir = name != "" and os.path.isdir(path)
-    if not _is_transformers(path) if is_dir else is_reference(name) or name in released():
+    is_directory = name != "" and os.path.isdir(path)
+    if is_directory:
+        is_ours = not _is_transformers(path)
+    else:
+        is_ours = is_reference(name) or name in released()
+    if is_ours:
         return BaselineJudge(name, load_checkpoint(path, device))
-    if not is_dir and (name.startswith((".", "/", "~")) or not name or len(path.parts) > 2):
+    is_path = not name or name.startswith((".", "/", "~")) or len(path.parts) > 2
+    if is_path and not is_directory:
         raise UserError(
             f"the judge {name!r} is no directory: give a run of the baseline, or a hub name"
         )
-    model, tokenizer = _from_transformers(str(path) if is_dir else name, is_dir)
+    model, tokenizer = _from_transformers(str(path) if is_directory else name, is_directory)
     return HubJudge(name, model.float().to(device).eval(), tokenizer)
 
 
@@ -205,7 +234,7 @@ def _is_transformers(path: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type", MODEL_TYPE) != MODEL_TYPE
 
 
-def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
+def _from_transformers(name: str, is_directory: bool) -> tuple[HubModel, HubModel]:
     """Model and tokenizer, from the local cache if possible, else from the hub."""
     try:
         import transformers
@@ -214,11 +243,13 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
             "judging samples needs transformers: pip install 'tarflowlm[quality]'"
         ) from None
 
-    def get(only_local: bool) -> tuple[Any, Any]:
+    def get(only_local: bool) -> tuple[HubModel, HubModel]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=only_local)
         # safetensors only: nothing is unpickled
-        options = {"use_safetensors": True, "local_files_only": only_local}
-        return transformers.AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, local_files_only=only_local
+        )
+        return model, tokenizer
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -226,10 +257,12 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
         try:
             return get(True)
         except (OSError, ValueError):
-            if local:
+            if is_directory:
                 raise
         check_hub_reachable()
         return get(False)
     except Exception as error:  # hub, network and library errors share no base class
-        advice = "give a run of the baseline, a directory of transformers, or a hub name that can be reached"
+        advice = (
+            "give a run of the baseline, a directory of transformers, or the name of a hub model"
+        )
         raise UserError(f"cannot load the judge {name!r} ({first_line(error)}): {advice}") from None

@@ -9,7 +9,6 @@ from html import escape
 from itertools import zip_longest
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
@@ -99,11 +98,9 @@ def scores(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> list[Scores]:
-    """`score` of each of many texts, computed in batches.
+    """`score` of each of many texts; windows of equal length share a batch.
 
     The results are those of one text after the other, as each draws the noise of `seed` for itself.
-    Windows of similar length share a batch under the baseline and flows of one block. Flows of
-    several blocks also read from right to left, so only windows of equal length do.
     """
     check_model(model)
     samples = as_integer(samples, "samples", least=1)
@@ -116,7 +113,7 @@ def scores(
     # the parts of one text come in their order, and so does its noise
     for turn in zip_longest(*by_text):
         parts = [part for part in turn if part is not None]
-        for batch in _batches(parts, is_causal=model.num_blocks == 1):
+        for batch in _batches(parts):
             for part, nats in zip(batch, _mean_nats(model, batch, draws, progress), strict=True):
                 found[part.text].append(nats)
     return [
@@ -155,18 +152,17 @@ def _parts(model: LanguageModel, tokens: Tensor, text: int, seed: int) -> Iterat
         yield _Part(text, torch.stack(windows[some]), givens[some.start], generator)
 
 
-def _batches(parts: Iterable[_Part], *, is_causal: bool) -> Iterator[list[_Part]]:
-    """Parts that are computed together: of one length, or if `is_causal` of similar lengths."""
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Parts of equal length, which are computed together."""
     batch: list[_Part] = []
     rows = 0
     for part in sorted(parts, key=lambda part: part.length):
         rows += len(part.windows)
-        if batch:
-            longest = 2 * batch[0].length if is_causal else batch[0].length
-            if part.length > longest or rows > windows_per_batch(part.length):
-                yield batch
-                batch = []
-                rows = len(part.windows)
+        is_alike = not batch or batch[0].length == part.length
+        if batch and (not is_alike or rows > windows_per_batch(part.length)):
+            yield batch
+            batch = []
+            rows = len(part.windows)
         batch.append(part)
     if batch:
         yield batch
@@ -176,19 +172,15 @@ def _mean_nats(
     model: LanguageModel, batch: Sequence[_Part], draws: int, progress: Progress
 ) -> list[Float[Tensor, "rows T"]]:
     """`_shares` of the scored tokens of every part, in the mean over `draws` posterior samples."""
-    longest = batch[-1].length
-    windows = [F.pad(part.windows, (0, longest - part.length)) for part in batch]
-    tokens = torch.cat(windows)
+    tokens = torch.cat([part.windows for part in batch])
     nats = torch.zeros(())
     for _ in range(draws):
-        noise = [model.draw_noise(part.windows, part.generator) for part in batch]
-        padded = [F.pad(eps, (0, 0, 0, longest - eps.shape[1])) for eps in noise]
-        nats = nats + _shares(model, tokens, torch.cat(padded)).cpu().double() / draws
+        noise = torch.cat([model.draw_noise(part.windows, part.generator) for part in batch])
+        nats = nats + _shares(model, tokens, noise).cpu().double() / draws
         progress.advance(len(tokens))
-    rows = nats.split([len(part.windows) for part in batch], dim=1)
+    by_part = nats.split([len(part.windows) for part in batch], dim=1)
     return [
-        found[:, :, part.given : part.length].flatten(1)
-        for part, found in zip(batch, rows, strict=True)
+        found[:, :, part.given :].flatten(1) for part, found in zip(batch, by_part, strict=True)
     ]
 
 
