@@ -303,7 +303,8 @@ def _print_quality(found: "Quality") -> None:
     rows = []
     for name, label in labels.items():
         values = [getattr(texts, name) for texts in (found.samples, found.text)]
-        rows.append([label, *("-" if value is None else f"{value:.4f}" for value in values)])
+        digits = 3 if name == "perplexity" else 4
+        rows.append([label, *("-" if v is None else f"{v:.{digits}f}" for v in values)])
     rows.insert(1, ["MAUVE, scaling 5", f"{found.mauve:.4f}", ""])
     rows.append(["texts", f"{found.samples.texts:,}", f"{found.text.texts:,}"])
     sampling = found.sampling
