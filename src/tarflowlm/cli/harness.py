@@ -1,6 +1,4 @@
-"""`tarflowlm harness MODEL ...`: the command line of lm-evaluation-harness, with the model filled
-in.
-"""
+"""`tarflowlm harness MODEL ...`: lm-evaluation-harness with the model filled in."""
 
 import contextlib
 import io
@@ -12,31 +10,19 @@ from tarflowlm.cli.export import Exported
 from tarflowlm.cli.options import Normalize, PrintJson, check, parse
 from tarflowlm.errors import UserError
 
-OURS = (
-    "--model",
-    "-M",
-    "--model_args",
-    "-a",
-)  # options of lm-eval that name the model: `harness` fills them in
-KEPT = (
-    "results",
-    "groups",
-    "n-samples",
-    "versions",
-    "config",
-)  # what --json prints; `--output_path` keeps all
+OURS = ("--model", "-M", "--model_args", "-a")
+"""Options of lm-eval that name the model: `harness` fills them in."""
+PRINTED = ("results", "groups", "n-samples", "versions", "config")
+"""What --json prints; `--output_path` keeps all."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option
-    of lm-eval.
-    """
+    """Evaluate a model with lm-evaluation-harness: MODEL --tasks NAMES, and its other options."""
 
     directory: Exported
-    posterior_samples: int = (
-        1  # Posterior samples of a flow: 1 gives the ELBO, more the importance-weighted bound.
-    )
+    # Posterior samples of a flow: 1 gives the ELBO, more the importance-weighted bound.
+    posterior_samples: int = 1
     noise_seed: int = 0  # Seed of these samples, and of continuations.
     normalize: Normalize = None
     json: PrintJson = False
@@ -58,11 +44,14 @@ def run(given: tuple[Args, list[str]]) -> None:
     args, words = given
     for word in words:
         if word.partition("=")[0] in OURS:
-            raise UserError(
-                f"{word} with harness {args.directory}, which names the model: leave it out"
-            )
-    settings = {"pretrained": str(args.directory), "posterior_samples": args.posterior_samples}
-    settings |= {"noise_seed": checked_seed(args.noise_seed), "normalize": args.normalize}
+            named = f"harness {args.directory}, which names the model"
+            raise UserError(f"{word} with {named}: leave it out")
+    settings = {
+        "pretrained": str(args.directory),
+        "posterior_samples": args.posterior_samples,
+        "noise_seed": checked_seed(args.noise_seed),
+        "normalize": args.normalize,
+    }
     # as JSON: a path may hold commas and equals signs
     words = ["--model", "tarflowlm", "--model_args", json.dumps(settings), *words]
     if not args.json:
@@ -76,4 +65,4 @@ def run(given: tuple[Args, list[str]]) -> None:
     start = text.find("{\n")
     results, end = json.JSONDecoder().raw_decode(text, start) if start >= 0 else ({}, 0)
     sys.stdout.write(text[end:].lstrip())
-    print_json({key: results[key] for key in KEPT if key in results})
+    print_json({key: results[key] for key in PRINTED if key in results})

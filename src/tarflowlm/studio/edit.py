@@ -1,6 +1,7 @@
 """The views that edit: named words or a share of them resampled, and states re-noised."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading, read
@@ -28,41 +29,21 @@ NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
 def rewrite(
-    catalogue: Catalogue,
-    model: object,
-    text: object,
-    words: object,
-    num: object,
-    seed: object,
+    catalogue: Catalogue, model: object, text: object, words: object, num: object, seed: object
 ) -> Iterator[str]:
     """HTML of texts with other `words`, several separated by commas, wherever they are."""
     named = values.text(words, "list of words").split(",")
-    request = Edit(
-        text=values.text(text),
-        rewrite=tuple(word.strip() for word in named if word.strip()),
-        everywhere=True,
-        num=values.whole(num, "edits", 1, values.SAMPLES),
-        seed=values.seed(seed),
-    )
+    pieces = tuple(word.strip() for word in named if word.strip())
+    request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
     yield from _edited(catalogue, model, request)
 
 
 def resample(
-    catalogue: Catalogue,
-    model: object,
-    text: object,
-    strength: object,
-    num: object,
-    seed: object,
+    catalogue: Catalogue, model: object, text: object, strength: object, num: object, seed: object
 ) -> Iterator[str]:
     """HTML of texts in which a share `strength` of the words is resampled given all others."""
-    request = Edit(
-        text=values.text(text),
-        strength=values.number(strength, "strength", 0.0, 1.0),
-        num=values.whole(num, "edits", 1, values.SAMPLES),
-        seed=values.seed(seed),
-    )
-    yield from _edited(catalogue, model, request)
+    share = values.number(strength, "strength", 0.0, 1.0)
+    yield from _edited(catalogue, model, replace(_request(text, num, seed), strength=share))
 
 
 def renoise(
@@ -76,14 +57,18 @@ def renoise(
 ) -> Iterator[str]:
     """HTML of texts whose latents or noise have changed by a share `strength`."""
     flow = as_flow(catalogue.load(model).model, NO_LATENTS)
-    request = Edit(
+    level = 0 if values.choice(state, STATES) == LATENTS else flow.num_blocks
+    share = values.number(strength, "strength", 0.0, 1.0)
+    request = replace(_request(text, num, seed), level=level, strength=share)
+    yield from _edited(catalogue, model, request)
+
+
+def _request(text: object, num: object, seed: object) -> Edit:
+    return Edit(
         text=values.text(text),
-        level=0 if values.choice(state, STATES) == LATENTS else flow.num_blocks,
-        strength=values.number(strength, "strength", 0.0, 1.0),
         num=values.whole(num, "edits", 1, values.SAMPLES),
         seed=values.seed(seed),
     )
-    yield from _edited(catalogue, model, request)
 
 
 def _edited(catalogue: Catalogue, model: object, request: Edit) -> Iterator[str]:
