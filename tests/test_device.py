@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarflowlm import device
-from tarflowlm.flow.numerics import layout, normal, reference
+from tarflowlm.flow.numerics import layout, normal, sweep
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import FlowConfig, TransformerConfig, stack
@@ -77,7 +77,7 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
         return "MPS" in keys or "Composite" in keys or (has_kernel(other) if other else not keys)
 
     monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
-    for module in (normal, reference, sys.modules["tarflowlm.flow.codebook"]):
+    for module in (normal, sweep, sys.modules["tarflowlm.flow.codebook"]):
         monkeypatch.setattr(module, "wide_dtype", lambda like: torch.float32)
     blocks, trunk = (
         stack(("mixd", "mix1", "affine"), (1, 1, 1), (0, 2, 1)),

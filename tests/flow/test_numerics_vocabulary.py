@@ -8,7 +8,8 @@ import torch
 from numerics_cases import codebook_case
 
 from tarflowlm import chunks
-from tarflowlm.flow.numerics import mixture_log_prob, most_probable_component, vocabulary
+from tarflowlm.flow.numerics import mixture_log_prob, most_probable_component, near
+from tarflowlm.flow.numerics.near import near_components
 from tarflowlm.flow.numerics.normal import log_component_densities
 from tarflowlm.flow.numerics.vocabulary import mixture_log_prob_from_features
 
@@ -80,8 +81,8 @@ def test_near_components_are_as_good_as_all(dtype, budget, monkeypatch):
     inputs[0][40:50] = 0.5 * (inputs[4][:10] + inputs[4][10:20])
     inputs[3][:5] = -60.0
     inputs = [t.to(dtype).requires_grad_() for t in inputs]
-    near = vocabulary.near_components(inputs[0], *inputs[4:])
-    assert 60 < len(near.rows) < 60 * 300 / 32
+    pairs = near_components(inputs[0], *inputs[4:])
+    assert 60 < len(pairs.rows) < 60 * 300 / 32
     shares = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
     def results():
@@ -92,8 +93,8 @@ def test_near_components_are_as_good_as_all(dtype, budget, monkeypatch):
         yield from (log_p, *torch.autograd.grad(log_p @ shares, (inputs[0], *inputs[4:])))
 
     found = list(results())
-    monkeypatch.setattr(vocabulary.reference, "FEWEST", 301)
-    assert vocabulary.near_components(inputs[0], *inputs[4:]) is None
+    monkeypatch.setattr(near, "FEWEST", 301)
+    assert near_components(inputs[0], *inputs[4:]) is None
     bound = 5e-6 if dtype == torch.float32 else 1e-13
     for one, other in zip(found, results(), strict=True):
         torch.testing.assert_close(
@@ -109,11 +110,11 @@ def test_near_components_miss_none():
         z, _, mean, log_std = codebook_case(200, 500, 12, 9, torch.float32)
         log_std, mean = log_std + 0.7 + math.log(sigma), 2 * mean
         z = mean[:200] + 4 * log_std[:200, None].exp() * z
-        near = vocabulary.near_components(z, mean, log_std)
+        pairs = near_components(z, mean, log_std)
         exact = log_component_densities(z.double(), mean.double(), log_std.double())
-        wanted = exact >= exact.amax(-1, keepdim=True) - vocabulary.reach(torch.float32, 500)
+        wanted = exact >= exact.amax(-1, keepdim=True) - near.reach(torch.float32, 500)
         found = torch.zeros_like(wanted)
-        found[near.rows, near.components] = True
+        found[pairs.rows, pairs.components] = True
         assert found[wanted].all()
 
 
@@ -179,7 +180,7 @@ def test_under_autocast_only_the_head_is_half(budget, components):
         inputs[5] = inputs[5] - 3.0
         inputs[0] = inputs[4][:24] + inputs[5][:24, None].exp() * inputs[0]
     inputs = [t.requires_grad_() for t in inputs]
-    assert (vocabulary.near_components(inputs[0], *inputs[4:]) is None) == (components == 40)
+    assert (near_components(inputs[0], *inputs[4:]) is None) == (components == 40)
     exact = torch.autograd.grad(mixture_log_prob_from_features(*inputs).sum(), inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         log_p = mixture_log_prob_from_features(*inputs)

@@ -19,13 +19,12 @@ from torch import Tensor
 from tarflowlm.flow.numerics import normal, reference
 from tarflowlm.flow.numerics.layout import (
     LOWEST_EXPONENT,
-    Params,
     cached,
     cached_chunks,
     take_rows,
 )
 from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, clamp_, log_standard_normal, upper_quantile
-from tarflowlm.flow.numerics.reference import Gradients
+from tarflowlm.flow.numerics.reference import Gradients, Params
 
 UNIT, TAIL_SCALE, DENSITY_SCALE = normal.SQRT_HALF, 0.5, normal.INV_SQRT_2PI
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}

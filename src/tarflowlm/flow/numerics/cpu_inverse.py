@@ -4,7 +4,7 @@ bracket.
 With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution lies
 between min c and max c (docs/math.md, eq. 20). Bisection shrinks that bracket to the scale of the
 narrowest component, whatever the modes do; then Newton steps finish, each replaced by the bracket's
-midpoint where it would leave it (`reference.newton_step`). A handful of mixtures, as in sampling
+midpoint where it would leave it (`reference.NewtonStep`). A handful of mixtures, as in sampling
 one position at a time, go another way first: `cpu_few_rows`.
 
 N rows, n of them in a chunk, K components. u, z [N]; log_w, mean, log_std [N or 1, K]. All is
@@ -25,14 +25,15 @@ from tarflowlm.flow.numerics.cpu_forward import (
     load,
     rows_below,
 )
-from tarflowlm.flow.numerics.layout import Params, cached_chunks, take_rows
+from tarflowlm.flow.numerics.layout import cached_chunks, take_rows
 from tarflowlm.flow.numerics.normal import clamp_, standard_normal_density, upper_tail
 from tarflowlm.flow.numerics.reference import (
     BISECTIONS,
     NEWTON_STEPS,
     TINY,
+    NewtonStep,
+    Params,
     bayes_update,
-    newton_step,
 )
 
 _SAFE_CELL = 7
@@ -102,7 +103,7 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
     x = torch.lerp(low, high, 0.5)
-    step = newton_step(y, standard_normal_density(y).div_(tail), low, high)
+    step = NewtonStep(y, standard_normal_density(y).div_(tail), low, high)
     factor = 2.0 * TAIL_SCALE * UNIT / cpu_forward.DENSITY_SCALE
     for _ in range(NEWTON_STEPS[u.dtype]):
         density = density_into(scaled(x), other, space).mul_(weight).mul_(inv_std).sum(axis)

@@ -1,10 +1,8 @@
-"""Arbitrary leading shapes flattened to rows, and row ranges that bound the memory of [rows, K]
-temporaries.
+"""Arbitrary leading shapes flattened to rows, and the chunks in which a CPU takes them.
 
 N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with
-parameters [N, K] or, where all rows share one mixture, [1, K]; a codebook problem is z [N, d],
-log_w [N, K], mean [K, d], log_std [K]. On a CPU rows are worked on in chunks that stay in its
-second-level cache (`cpu_forward.Workspace`).
+parameters [N, K] or, where all rows share one mixture, [1, K]. A codebook problem is z [N, d],
+log_w [N, K], mean [K, d], log_std [K].
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,16 +12,14 @@ from torch import Tensor
 
 from tarflowlm import chunks
 from tarflowlm.flow.numerics.normal import check_codebook
+from tarflowlm.flow.numerics.reference import Params
 
 LEAST_ROWS = 16
-"""Rows of a chunk on a CPU, however many components: fewer would be all overhead."""
+"""Rows of a chunk on a CPU, however many components: with fewer, calls cost more than work."""
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows,
-and so is every product with a subnormal number; what the floor adds is 1e-22 (1e-44) per
-component.
+and so is every product with a subnormal number. The floor adds 1e-22 (1e-44) per component.
 """
-Params = tuple[Tensor, ...]
-"""log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 
 
 def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor]]:
@@ -33,10 +29,10 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     differ.
     """
     if any(p.dtype != z.dtype for p in params) or not z.dtype.is_floating_point:
-        raise ValueError(
-            f"z and parameters must share one floating dtype, got {[t.dtype for t in (z, *params)]}"
-        )
-    num_components = max(counts := {p.shape[-1] for p in params})
+        found = [t.dtype for t in (z, *params)]
+        raise ValueError(f"z and parameters must share one floating dtype, got {found}")
+    counts = {p.shape[-1] for p in params}
+    num_components = max(counts)
     if num_components == 0 or counts - {1, num_components}:
         raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     if z.ndim == 1 and all(p.shape == (len(z), num_components) for p in params):
@@ -44,12 +40,12 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
         return z.shape, z, list(params)
     shape = torch.broadcast_shapes(z.shape, *(p.shape[:-1] for p in params))
     rows = shape.numel()
-    flat = [
-        p.reshape(1, -1).expand(1, num_components)
-        if p.numel() == p.shape[-1] and rows != 1
-        else p.expand(*shape, num_components).reshape(rows, num_components)
-        for p in params
-    ]
+    flat = []
+    for p in params:
+        if p.numel() == p.shape[-1] and rows != 1:
+            flat.append(p.reshape(1, -1).expand(1, num_components))
+        else:
+            flat.append(p.expand(*shape, num_components).reshape(rows, num_components))
     return shape, z.expand(shape).reshape(rows), flat
 
 
@@ -76,9 +72,7 @@ def take_rows(params: Params, rows: slice | Tensor | list[int]) -> Params:
 
 
 def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients [N, K] in the shapes of their parameters: a parameter [1, K] shared by all rows
-    gets the sum.
-    """
+    """Gradients [N, K] in the shapes of their parameters: a shared [1, K] one gets the sum."""
     return tuple(
         g if len(p) == len(g) else g.sum(0, keepdim=True)
         for g, p in zip(grads, params, strict=True)
@@ -86,16 +80,16 @@ def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Te
 
 
 def use_eager_cpu(t: Tensor) -> bool:
-    """True on a CPU, where branching on data is free. Tests replace it to run the paths of
-    accelerators there.
+    """True on a CPU, where branching on data is free and buffers are reused.
+
+    torch.compile can follow neither, and takes the path of accelerators. Tests replace this
+    function to run that path on a CPU.
     """
-    return t.device.type == "cpu"
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def cached(elements_per_row: int) -> int:
-    """The budget in elements of one buffer that stays in the cache of a CPU, all threads
-    together.
-    """
+    """The budget of one buffer that stays in the cache of a CPU, in elements, by all threads."""
     return max(chunks.CACHED * torch.get_num_threads(), LEAST_ROWS * elements_per_row)
 
 

@@ -1,5 +1,4 @@
-r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and the log-density of
-F'.
+r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and log F'.
 
     F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
 
@@ -9,17 +8,14 @@ linear space of `cpu_forward` and `cpu_inverse`, or the log space of `reference`
 N rows, K components: flat problems are z, u [N] with parameters log_w, mean, log_std [N or 1, K].
 """
 
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
-
-Compute = Callable[..., tuple[Tensor, ...]]
+from tarflowlm.flow.numerics.derivatives import Context, first_derivatives
 
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,8 +25,8 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det
     [...], nats. Float32 or float64, all alike. Exact in both tails: |u| is limited by the range of
-    z only. NaN gives NaN; z = +-inf gives u = +-inf. RuntimeError for second derivatives,
-    ValueError for mixed dtypes or differing K.
+    z only. NaN gives NaN; z = +-inf gives u = +-inf. Errors: ValueError for mixed dtypes or
+    differing K; RuntimeError for second derivatives.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     u, log_det = _MixtureCdf.apply(flat_z, *params)
@@ -38,13 +34,12 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
 
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20; implicit
-    gradients: eq. 20a).
+    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20).
 
     Shapes: u [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against u; z [...].
-    Float32 or float64. The number of steps is fixed, nothing is clamped and, on an accelerator,
-    nothing is copied to the host. NaN gives NaN, u = +-inf gives z = +-inf. Derivatives and errors
-    as in `mixture_cdf`.
+    Float32 or float64. Gradients are implicit (eq. 20a). The number of steps is fixed, nothing is
+    clamped and, on an accelerator, nothing is copied to the host. NaN gives NaN, u = +-inf gives
+    z = +-inf. Errors: as `mixture_cdf`.
     """
     shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
     # without a graph as it is: a Function takes as long as the work for a few rows
@@ -58,7 +53,7 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     Equals log_det + log N(u; 0, 1) of `mixture_cdf` (docs/math.md, eq. 6), without the cost of u.
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns
-    [...], nats. Float32 or float64, any range. Derivatives and errors as in `mixture_cdf`.
+    [...], nats. Float32 or float64, any range. Errors: as `mixture_cdf`.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     return _MixtureLogDensity.apply(flat_z, *params).view(shape)
@@ -88,14 +83,15 @@ class _MixtureCdf(Function):
         return _path(z).mixture_cdf(z, log_w, mean, log_std)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+    ) -> None:
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
-    def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
         z, log_w, mean, log_std, u, log_det = ctx.saved_tensors
-        # log_det = log p - log N(u; 0, 1), and the second term depends on u alone: it joins the
-        # cotangent of u
+        # log_det = log p - log N(u; 0, 1): the second term depends on u alone
         grad_u = grad_u + grad_log_det * u
         return first_derivatives(
             _cdf_gradients, z, u, log_det, grad_u, grad_log_det, log_w, mean, log_std
@@ -107,16 +103,15 @@ class _MixtureCdfInverse(Function):
 
     @staticmethod
     def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        return (cpu_inverse if layout.use_eager_cpu(u) else reference).mixture_cdf_inverse(
-            u, log_w, mean, log_std
-        )
+        path = cpu_inverse if layout.use_eager_cpu(u) else reference
+        return path.mixture_cdf_inverse(u, log_w, mean, log_std)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:], output)
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_z: Tensor) -> tuple[Tensor, ...]:
         *params, z = ctx.saved_tensors
         u, log_det = _MixtureCdf.apply(z, *params)
         grad_u = grad_z * torch.exp(-log_det)
@@ -132,38 +127,10 @@ class _MixtureLogDensity(Function):
         return _path(z).mixture_log_density(z, log_w, mean, log_std)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:
         z, *params = ctx.saved_tensors
         return first_derivatives(_density_gradients, z, grad, *params)
-
-
-def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """compute(*tensors), the gradients of a backward, without recording it; differentiating them
-    raises RuntimeError.
-
-    PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: with
-    create_graph=True a second derivative would lack the terms that depend on z or the parameters. A
-    Function sees them.
-    """
-    return _FirstDerivatives.apply(compute, *tensors)
-
-
-class _FirstDerivatives(Function):
-    @staticmethod
-    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return compute(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
-        )

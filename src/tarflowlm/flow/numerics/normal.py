@@ -2,17 +2,17 @@ r"""The standard normal, and isotropic Gaussians around a codebook: the one home
 
 Elementwise, with Q(a) = 1 - Phi(a) the *upper tail* (the lower one is Q(-a)):
 
-    log N(a; 0, 1) = -a^2 / 2 - log(2 pi) / 2        Q(a) = erfc(a / sqrt 2) / 2        Q^-1(q),
-    Q^-1(exp(log q))
+    log N(a; 0, 1) = -a^2 / 2 - log(2 pi) / 2
+    Q(a) = erfc(a / sqrt 2) / 2,   and its inverse, Q^-1(q) and Q^-1(exp(log q))
 
 For N rows z [N, d] and K components mean [K, d], log_std [K], with s_k = exp(log_std_k):
 
     log N(z_n; mean_k, s_k^2 I) = A_n . B_k,   A_n = [z_n, |z_n|^2, 1],
     B_k = [mean_k / s_k^2,  -1 / (2 s_k^2),  -|mean_k|^2 / (2 s_k^2) - d log s_k - d log(2 pi) / 2]
 
-One matrix product, in *float64*: |z|^2 - 2 z mean + |mean|^2 cancels, and at s = 1e-3 float32 would
-be wrong by some nats. Differences in float32 are as accurate and two to four times slower on a CPU;
-`log_component_densities` takes them on devices without float64.
+This is one matrix product, in *float64*: |z|^2 - 2 z mean + |mean|^2 cancels, and at s = 1e-3
+float32 would be wrong by some nats. Differences in float32 are as accurate, and two to four times
+slower on a CPU. They are taken on devices without float64.
 """
 
 import math
@@ -27,8 +27,12 @@ HALF_LOG_2PI = 0.5 * LOG_2PI
 SQRT_HALF = math.sqrt(0.5)
 INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _SERIES_BELOW = -60.0
-"""log q below which the asymptotic series of Q^-1 is the better start: the rational one is fitted
-to q > 1e-30.
+"""log q below which the asymptotic series of Q^-1 starts: the rational one is fitted to q > 1e-30.
+"""
+LARGEST = {torch.float32: 9.0, torch.float64: 26.4}
+"""Bound for standardised values over sqrt 2. On a CPU, vectorised exp and erfc are 30 to 80 times
+slower where their result underflows, flushed denormals or not. What is left at the bound (4e-37,
+4e-305) vanishes next to what is exact.
 """
 
 
@@ -38,24 +42,13 @@ def log_standard_normal(x: Tensor) -> Tensor:
 
 
 def standard_normal_log_prob(u: Tensor) -> Tensor:
-    """log N(u; 0, I) over all but the first axis: u [B, ...], returns [B], nats (docs/math.md, eq.
-    4).
-    """
+    """log N(u; 0, I) over all but the first axis: u [B, ...] to [B], nats (docs/math.md, eq. 4)."""
     return log_standard_normal(u).flatten(1).sum(-1)
 
 
 def log_standard_normal_vectors(u: Tensor) -> Tensor:
-    """log N(u; 0, I) over the last axis: u [..., d], returns [...], nats. The constant is added
-    once per vector.
-    """
+    """log N(u; 0, I) over the last axis: u [..., d] to [...], nats."""
     return -0.5 * (u * u).sum(-1) - u.shape[-1] * HALF_LOG_2PI
-
-
-LARGEST = {torch.float32: 9.0, torch.float64: 26.4}
-"""Bound for standardised values over sqrt 2. On a CPU, vectorised exp and erfc are 30 to 80 times
-slower where their result underflows, flushed denormals or not. What is left there (4e-37, 4e-305)
-is nothing beside what is exact.
-"""
 
 
 def clamp_(a: Tensor) -> Tensor:
@@ -74,24 +67,22 @@ def upper_tail(a: Tensor) -> Tensor:
 
 
 def log_upper_tail(a: Tensor) -> Tensor:
-    """log Q(a), elementwise, for any a: log1p(-Q(-a)) up to a = 1, and log(erfcx(a / sqrt 2) / 2) -
-    a^2 / 2 beyond.
+    """log Q(a), elementwise, for any a, to a few ulps.
 
-    The relative error is a few ulps. torch.special.log_ndtr is the same, but has no kernel on
-    Apple's GPUs.
+        a <= 1:  log1p(-Q(-a))            a > 1:  log(erfcx(a / sqrt 2) / 2) - a^2 / 2
+
+    torch.special.log_ndtr is the same, but has no kernel on Apple's GPUs.
     """
-    near, far = (
-        torch.erfc(a.clamp(max=1.0) * -SQRT_HALF),
-        torch.special.erfcx(a.clamp(min=1.0) * SQRT_HALF),
-    )
+    near = torch.erfc(a.clamp(max=1.0) * -SQRT_HALF)
+    far = torch.special.erfcx(a.clamp(min=1.0) * SQRT_HALF)
     return torch.where(a > 1.0, torch.log(0.5 * far) - 0.5 * a * a, torch.log1p(-0.5 * near))
 
 
 def upper_quantile(q: Tensor) -> Tensor:
     """x >= 0 with Q(x) = q, elementwise, for q in (0, 1/2].
 
-    Halley steps on Q(x) - q from a rational start: they are cubic, so one is enough in float32, two
-    in float64.
+    Halley steps on Q(x) - q from a rational start are cubic: one is enough in float32, two in
+    float64.
     """
     x = _rational_start(torch.log(q).mul_(-2.0).sqrt_())
     for _ in range(2 if q.dtype == torch.float64 else 1):
@@ -103,8 +94,7 @@ def upper_quantile(q: Tensor) -> Tensor:
 def upper_quantile_of_log(log_q: Tensor) -> Tensor:
     """x with Q(x) = exp(log_q), elementwise, for log_q <= log(1/2), however small; -inf gives inf.
 
-    Newton steps on log Q(x) - log q, which is concave: quadratic error at most, and never a wrong
-    branch.
+    Newton steps on log Q(x) - log q, which is concave, so that no step takes a wrong branch.
     """
     square = (-2.0 * log_q).clamp(min=1.0)
     series = torch.sqrt((square - torch.log(square) - LOG_2PI).clamp(min=0.0))
@@ -130,12 +120,18 @@ def point_factors(z: Tensor) -> Tensor:
 
 def component_factors(mean: Tensor, log_std: Tensor) -> Tensor:
     """B [K, d + 2] of mean [K, d], log_std [K], in the wide format."""
-    mean, log_std = mean.to(wide_dtype(mean)), log_std.to(wide_dtype(mean))[:, None]
+    wide = wide_dtype(mean)
+    mean = mean.to(wide)
+    log_std = log_std.to(wide)[:, None]
     precision = torch.exp(-2.0 * log_std)
-    constant = -0.5 * (mean * mean).sum(-1, keepdim=True) * precision - mean.shape[-1] * (
-        log_std + HALF_LOG_2PI
-    )
+    at_zero = -0.5 * (mean * mean).sum(-1, keepdim=True) * precision
+    constant = at_zero - mean.shape[-1] * (log_std + HALF_LOG_2PI)
     return torch.cat([mean * precision, -0.5 * precision, constant], -1)
+
+
+def _from_squares(squares: Tensor, log_std: Tensor, dim: int) -> Tensor:
+    """log N in d dimensions from squared distances."""
+    return -0.5 * squares * torch.exp(-2.0 * log_std) - dim * (log_std + HALF_LOG_2PI)
 
 
 def log_component_densities(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -143,16 +139,15 @@ def log_component_densities(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     of eq. 1).
 
     Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [..., K], nats, in z's dtype.
-    Differentiable any number of times; materialises [..., K]. Errors: ValueError for shapes that do
-    not fit.
+    Differentiable any number of times. Errors: ValueError for shapes that do not fit.
     """
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
     if wide_dtype(z) == torch.float32:
-        squares = sum((flat[:, i, None] - mean[:, i]) ** 2 for i in range(z.shape[-1]))
-        log_density = -0.5 * squares * torch.exp(-2.0 * log_std) - z.shape[-1] * (
-            log_std + HALF_LOG_2PI
-        )
+        squares = torch.zeros_like(flat[:, :1])
+        for i in range(z.shape[-1]):
+            squares = squares + (flat[:, i, None] - mean[:, i]) ** 2
+        log_density = _from_squares(squares, log_std, z.shape[-1])
     else:
         log_density = point_factors(flat) @ component_factors(mean, log_std).T
     return log_density.to(z.dtype).view(*z.shape[:-1], mean.shape[0])
@@ -161,38 +156,17 @@ def log_component_densities(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def log_own_density(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N(z_n; mean_n, exp(log_std_n)^2 I) of one component for every row (docs/math.md, eq. 1).
 
-    Shapes: z, mean [N, d]; log_std [N]; returns [N], nats, in the wide format. The same products as
-    in `log_component_densities`, so that what these round cancels in a difference.
+    Shapes: z, mean [N, d]; log_std [N]; returns [N], nats, in the wide format. The products are those
+    of `log_component_densities`, so that their rounding cancels in a difference.
     """
     if wide_dtype(z) == torch.float32:
-        squares = ((z - mean) ** 2).sum(-1)
-        return -0.5 * squares * torch.exp(-2.0 * log_std) - z.shape[-1] * (log_std + HALF_LOG_2PI)
+        return _from_squares(((z - mean) ** 2).sum(-1), log_std, z.shape[-1])
     return (point_factors(z) * component_factors(mean, log_std)).sum(-1)
-
-
-ROOM = 18.0
-"""Where small terms of a sum over a vocabulary are left out, the part of the sum that has to be
-right, such as the share of a token or a tail, may be as small as exp(-ROOM).
-"""
-
-
-def log_rounding(dtype: torch.dtype) -> float:
-    """The log of a relative error that rounding hides, half an ulp of 1: -16.6 in float32."""
-    return math.log(0.5 * torch.finfo(dtype).eps)
-
-
-def reach(dtype: torch.dtype, num_components: int) -> float:
-    """R in nats: K terms below exp(-R) add up to no more than half an ulp of exp(-ROOM)."""
-    return ROOM + math.log(num_components) - log_rounding(dtype)
 
 
 def check_codebook(z: Tensor, mean: Tensor, log_std: Tensor) -> None:
     """ValueError unless z [..., d], mean [K, d], log_std [K]."""
-    if (
-        mean.ndim != 2
-        or log_std.shape != mean.shape[:1]
-        or z.ndim == 0
-        or z.shape[-1] != mean.shape[1]
-    ):
+    is_codebook = mean.ndim == 2 and log_std.shape == mean.shape[:1]
+    if not is_codebook or z.shape[-1:] != mean.shape[1:]:
         got = f"{tuple(z.shape)}, {tuple(mean.shape)}, {tuple(log_std.shape)}"
         raise ValueError(f"need z [..., d], mean [K, d], log_std [K]; got {got}")

@@ -1,42 +1,40 @@
-r"""The mixture-Rosenblatt map of Mix-d: channel after channel, mixture weights updated by Bayes'
-rule.
+r"""The mixture-Rosenblatt map of Mix-d, channel by channel, with weights updated by Bayes' rule.
 
     alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
     alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
-See docs/math.md, eq. 9. The backward is computed chunk by chunk. Differs from the paper's algorithm
-1: log weights.
+See docs/math.md, eq. 9. Differs from the paper's algorithm 1: the weights are logarithms.
 
 N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], mean [K, d], log_std
 [K].
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from tarflowlm import chunks
-from tarflowlm.flow.numerics import cpu_inverse, layout, reference
-from tarflowlm.flow.numerics.mixture import first_derivatives, mixture_cdf, mixture_cdf_inverse
+from tarflowlm.flow.numerics import cpu_inverse, layout, reference, sweep
+from tarflowlm.flow.numerics.derivatives import Context, first_derivatives
+from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
-_SWEPT = 4
-"""The forward sweep is fastest in chunks four times as long as those of a search on a CPU, and the
-backward, which records some 16 tensors of a chunk per channel, in chunks four times as short.
+SWEPT = 4
+"""On a CPU the sweep is fastest in chunks this much longer than those that stay in the cache."""
+RECORDED = 4
+"""Chunks of the backward are this much shorter than others, since some 16 tensors of one are
+recorded per channel.
 """
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Token-wise mixture-Rosenblatt map (docs/math.md, eq. 9): u ~ N(0, I) iff z ~ sum_k w_k
-    N(mu_k, s_k^2 I).
+    r"""Mixture-Rosenblatt map (docs/math.md, eq. 9): u ~ N(0, I) iff z ~ sum_k w_k N(mu_k, s_k^2 I).
 
     Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K] (one shared
     codebook); u [..., d], log_det [...], nats. Float32 or float64; exact in both tails of every
-    channel. Memory: some tensors of a chunk x K (see `layout`), whatever the number of rows; the
-    backward recomputes chunk by chunk. NaN in a row gives NaN there. First derivatives only: a
-    second backward raises RuntimeError. Errors: ValueError for shapes that do not fit.
+    channel. NaN in a row gives NaN there. Memory: some tensors of a chunk x K, whatever the number
+    of rows; the backward computes the map again, chunk by chunk. Errors: ValueError for shapes that
+    do not fit; RuntimeError for second derivatives.
     """
     shape, flat, weights = layout.flatten_vectors(z, log_w, mean, log_std)
     u, log_det = _Rosenblatt.apply(flat, weights, mean, log_std)
@@ -44,8 +42,7 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
 
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    r"""Inverse of `rosenblatt`: the same recursion, with one scalar mixture solved per channel
-    (docs/math.md, eq. 9).
+    r"""Inverse of `rosenblatt`: one scalar mixture is solved per channel (docs/math.md, eq. 9).
 
     Shapes: u [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; z [..., d]. Float32
     or float64. Gradients are implicit, channel by channel, and hold d tensors [..., K]; without
@@ -66,19 +63,19 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 def _gradients(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, ...]:
-    out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
-    per_row = _SWEPT * len(mean)
+    of_z, of_log_w, *of_book = (torch.zeros_like(t) for t in (z, log_w, mean, log_std))
+    per_row = RECORDED * len(mean)
     budget = layout.cached(per_row) if layout.use_eager_cpu(z) else chunks.HELD_ACCELERATOR
     for rows in chunks.row_ranges(len(z), per_row, budget):
+        leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
             # the map from differentiable pieces
             outputs = reference.rosenblatt(leaves[0], leaves[1], leaves[2], leaves[3], mixture_cdf)
-        grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
-        out[0][rows], out[1][rows] = grads[:2]
-        out[2].add_(grads[2])
-        out[3].add_(grads[3])
-    return out
+        cotangents = grad_u[rows], grad_log_det[rows]
+        of_z[rows], of_log_w[rows], *of_part = torch.autograd.grad(outputs, leaves, cotangents)
+        for total, part in zip(of_book, of_part, strict=True):
+            total.add_(part)
+    return of_z, of_log_w, *of_book
 
 
 class _Rosenblatt(Function):
@@ -88,19 +85,22 @@ class _Rosenblatt(Function):
     def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
         if z.is_meta:
             return reference.rosenblatt(z, log_w, mean, log_std)
-        u, log_p = torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(z[:, 0])
         if layout.use_eager_cpu(z):
-            budget = _SWEPT * layout.cached(len(mean))
+            budget = SWEPT * layout.cached(len(mean))
         else:
             budget = chunks.HELD_ACCELERATOR
+        u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        log_p = torch.empty_like(z[:, 0])
         for rows in chunks.row_ranges(len(z), len(mean), budget):
-            u[rows], log_p[rows] = reference.rosenblatt_forward(z[rows], log_w[rows], mean, log_std)
+            u[rows], log_p[rows] = sweep.rosenblatt(z[rows], log_w[rows], mean, log_std)
         return u, log_p - log_standard_normal_vectors(u)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+    ) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
         return first_derivatives(_gradients, *ctx.saved_tensors, grad_u, grad_log_det)

@@ -1,0 +1,104 @@
+r"""The components near a point, as pairs of a row and a component (docs/math.md, eq. 20b).
+
+To a sum over a vocabulary only components near z contribute, usually a single one. With b the
+nearest component, every k with
+
+    log N_k(z) < log N_b(z) - R
+
+may be left out. With R = `reach`, what is left out of sum_k N_k(z) vanishes in rounding. It also
+vanishes from sum_k w_k N_k(z), unless all components near z have weights below exp(-ROOM).
+
+N rows, K components, M pairs, d channels: z [N, d], mean [K, d], log_std [K].
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarflowlm import chunks
+from tarflowlm.flow.numerics.normal import component_factors, point_factors
+
+FEWEST = 64
+"""With fewer components, none is left out."""
+LARGEST_SHARE = 1 / 32
+"""All components are taken where more than this share is near: one pair costs as much as thirty
+elements of an [N, K] tensor.
+"""
+ROOM = 18.0
+"""The part of a sum that has to be right, such as the share of a token or a tail, may be as small
+as exp(-ROOM).
+"""
+
+
+def log_rounding(dtype: torch.dtype) -> float:
+    """The log of a relative error that rounding hides, half an ulp of 1: -16.6 in float32."""
+    return math.log(0.5 * torch.finfo(dtype).eps)
+
+
+def reach(dtype: torch.dtype, num_components: int) -> float:
+    """R in nats: K terms below exp(-R) add up to no more than half an ulp of exp(-ROOM)."""
+    return ROOM + math.log(num_components) - log_rounding(dtype)
+
+
+class Pairs(NamedTuple):
+    """Pairs of a row and a component, in the order of the rows."""
+
+    rows: Tensor  # [M]
+    components: Tensor  # [M]
+    num_rows: int  # N
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sums of x [M, ...] over the pairs of every row, [N, ...]."""
+        return x.new_zeros(self.num_rows, *x.shape[1:]).index_add_(0, self.rows, x)
+
+    def log_sum(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """logsumexp and maximum of x [M] over the pairs of every row, [N].
+
+        Every row needs a pair. The maximum has no gradients.
+        """
+        lowest = x.new_full((self.num_rows,), -math.inf)
+        largest = lowest.scatter_reduce(0, self.rows, x.detach(), "amax")
+        share = torch.exp(x - largest.index_select(0, self.rows))
+        return largest + self.sum(share).log(), largest
+
+
+def nearest_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """argmax_k log N_k(z_n), [N], up to the rounding of a product in float32."""
+    points = point_factors(z).float()
+    return (points @ component_factors(mean, log_std).float().T).argmax(-1)
+
+
+@torch.no_grad()
+def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
+    """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below.
+
+    None where components are few, many of them are near, or values are not finite.
+
+    A product of the factors A, B of log N in float32 finds them, chunk by chunk. The product
+    cancels, so the threshold is lowered by a bound on its rounding error,
+    gamma_(d + 2) sum_i |A_i| |B_i|.
+    """
+    num_components, dim = mean.shape
+    if num_components < FEWEST or not len(z) or z.is_meta:
+        return None
+    points = point_factors(z).float()
+    components = component_factors(mean, log_std).float()
+    size = points.abs() @ components.abs().amax(0)
+    rounding = 2 * (dim + 8) * torch.finfo(torch.float32).eps * size
+    margin = rounding + reach(z.dtype, num_components)
+    components = components.T.contiguous()
+    found = list[Tensor]()
+    room = LARGEST_SHARE * len(z) * num_components
+    for rows in chunks.row_ranges(len(z), 4 * num_components, chunks.held(z.device)):
+        log_density = points[rows] @ components
+        lowest = log_density.amax(-1) - margin[rows]
+        pairs = (log_density >= lowest[:, None]).nonzero()
+        room -= len(pairs)
+        if room < 0 or not lowest.isfinite().all():
+            return None
+        pairs[:, 0] += rows.start
+        found.append(pairs)
+    rows, indices = torch.cat(found).T.contiguous()
+    return Pairs(rows, indices, len(z))

@@ -1,0 +1,135 @@
+r"""The mixture-Rosenblatt map without autograd: one sweep over the channels, in linear space.
+
+As z is known, every component has weights of its own, and channel i takes three sums over them:
+
+    alpha_k^(i) = w_k prod_{j<i} N(z_j; mu_kj, s_k^2)
+    T_i = sum_k alpha_k^(i) Q(+-(z_i - mu_ki) / s_k) / sum_k alpha_k^(i),   u_i = +-Q^-1(T_i)
+
+with the sign of the smaller tail. The weights are held relative to those of the component b that is
+nearest to z. It is known in advance how far the weight of b falls by the last channel, and how
+large a density any component can reach in a channel. A component that is `near.reach` below can
+never matter again. Once few components are left, the other channels are summed over pairs of a row
+and a component.
+
+Rows where a tail is below exp(-ROOM) are left to `reference`.
+
+N rows, K components, d channels, M pairs: z [N, d], log_w [N, K], mean [K, d], log_std [K].
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflowlm.flow import wide_dtype
+from tarflowlm.flow.numerics import layout, near, normal, reference
+from tarflowlm.flow.numerics.near import Pairs
+
+LARGEST_TAIL = 0.95
+"""The side of a tail is a guess. A tail up to this size, as 1 - T, is still exact."""
+
+
+@torch.no_grad()
+def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u [N, d] and log p_mix(z) [N], as `reference.rosenblatt` has them."""
+    tail, side, log_p = _tails(z, log_w, mean, log_std)
+    is_larger = tail > 0.5
+    log_tail = torch.where(is_larger, torch.log1p(-tail), torch.log(tail))
+    u = torch.where(is_larger, -side, side) * normal.upper_quantile_of_log(log_tail)
+    # negated, so that NaN is left to the general path
+    in_range = (tail >= math.exp(-near.ROOM)) & (tail <= LARGEST_TAIL)
+    rest = (~(in_range.all(-1) & torch.isfinite(log_p))).nonzero().squeeze(-1)
+    if len(rest):
+        wide = wide_dtype(z)
+        rows = z[rest].to(wide), log_w[rest].to(wide)
+        found, log_det = reference.rosenblatt(*rows, mean.to(wide), log_std.to(wide))
+        u[rest] = found.to(u.dtype)
+        log_p[rest] = (log_det + normal.log_standard_normal_vectors(found)).to(u.dtype)
+    return u, log_p
+
+
+def _tails(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every channel the tail's mass beyond z and its side (+1 upper, -1 lower), [N, d], and
+    log p_mix(z), [N].
+    """
+    dim = z.shape[1]
+    best = near.nearest_component(z, mean, log_std)
+    scaled = torch.exp(-log_std) * normal.SQRT_HALF
+    # by how much the log-weight of b falls in every channel, log(2 pi) / 2 left out
+    falls = ((z - mean[best]) * scaled[best, None]).square().add_(log_std[best, None])
+    fall = falls.sum(-1, keepdim=True)
+    # how much more it falls after a channel than that of the sharpest component at its mean
+    channels_left = torch.arange(dim - 1, -1, -1, device=z.device)
+    rests = fall - falls.cumsum(-1) - channels_left * log_std.amin()
+    log_alpha = torch.log_softmax(log_w, -1)
+    log_alpha_of_best = log_alpha.gather(-1, best[:, None])
+    log_p = log_alpha_of_best - fall - dim * normal.HALF_LOG_2PI  # of b alone
+    log_alpha -= log_alpha_of_best
+    tail, side = torch.empty_like(z), torch.empty_like(z)
+    ones = torch.ones_like(log_std)
+    by_component = torch.stack((ones, -log_std))
+    for i in range(dim):
+        alpha = exp_clamped(log_alpha)
+        total, first = (alpha @ torch.stack((ones, mean[:, i]), -1)).unbind(-1)
+        # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
+        side[:, i] = torch.where(z[:, i] * total < first, -1.0, 1.0)
+        sign = side[:, i, None]
+        a = torch.addcmul(sign * z[:, i, None], sign, mean[:, i], value=-1.0).mul_(scaled)
+        log_alpha.addcmul_(a, a, value=-1.0)
+        # adds falls - log_std: a sum of a row's and a component's number, as a product in one pass
+        log_alpha.addmm_(torch.stack((falls[:, i], torch.ones_like(total)), -1), by_component)
+        tail[:, i] = 0.5 * alpha.mul_(erfc_clamped_(a)).sum(-1) / total
+        if len(mean) >= near.FEWEST and 2 <= i < dim - 1:
+            alive = log_alpha >= -(rests[:, i, None] + near.reach(z.dtype, len(mean)))
+            # no tensor over pairs and channels is then larger than one over rows and components
+            if alive.sum() * (dim - i) <= alive.numel():
+                rows, components = alive.nonzero().unbind(-1)
+                pairs = Pairs(rows, components, len(z))
+                rest = slice(i + 1, dim)
+                tail[:, rest], side[:, rest], total = _tails_of_pairs(
+                    z[:, rest],
+                    log_alpha[rows, components],
+                    pairs,
+                    mean[:, rest],
+                    log_std,
+                    falls[:, rest],
+                )
+                return tail, side, torch.log(total) + log_p.squeeze(-1)
+    total = exp_clamped(log_alpha).sum(-1)
+    return tail, side, torch.log(total) + log_p.squeeze(-1)
+
+
+def _tails_of_pairs(
+    z: Tensor, log_alpha: Tensor, pairs: Pairs, mean: Tensor, log_std: Tensor, falls: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tails and sides of the channels that are left, [N, r], and the sum of the last weights, [N].
+
+    log_alpha [M] has the weights of the pairs before these channels.
+    """
+    rows, components, _ = pairs
+    own = log_std[components, None]
+    a = (z[rows] - mean[components]).mul_(torch.exp(-own) * normal.SQRT_HALF)
+    steps = torch.addcmul(falls[rows] - own, a, a, value=-1.0)
+    alpha = exp_clamped(log_alpha[:, None] + F.pad(steps.cumsum(-1), (1, 0)))
+    mass = erfc_clamped_(a.abs())
+    sums = pairs.sum(alpha)
+    alpha = alpha[:, :-1]
+    upper = pairs.sum(alpha * torch.where(a > 0, mass, 2.0 - mass))
+    lower = pairs.sum(alpha * torch.where(a <= 0, mass, 2.0 - mass))
+    tail = 0.5 * torch.minimum(upper, lower) / sums[:, :-1]
+    return tail, torch.where(upper <= lower, 1.0, -1.0).to(z.dtype), sums[:, -1]
+
+
+def exp_clamped(x: Tensor) -> Tensor:
+    """exp(x), floored on a CPU, where one that underflows is slow."""
+    if not layout.use_eager_cpu(x):
+        return torch.exp(x)
+    return torch.clamp(x, min=layout.LOWEST_EXPONENT[x.dtype]).exp_()
+
+
+def erfc_clamped_(a: Tensor) -> Tensor:
+    """erfc(a), in place, of a clipped on a CPU for the same reason."""
+    return (normal.clamp_(a) if layout.use_eager_cpu(a) else a).erfc_()
