@@ -1,8 +1,14 @@
-"""Mixture-CDF and Rosenblatt flows as pure functions of values and parameters (docs/math.md,
-sections 3 and 8).
+"""Mixture-CDF and Rosenblatt flows as pure functions (docs/math.md, sections 3 and 8).
 
 Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the
-public functions.
+public functions, which take any leading shape. Inside this folder there are rows, and these letters
+stand for the same things everywhere:
+
+    N rows (n of them in a chunk), K components, d channels, M pairs of a row and a component
+    scalar mixtures:    z, u [N];     log_w, mean, log_std [N, K], or [1, K] shared by all rows
+    codebook mixtures:  z, u [N, d];  log_w [N, K], mean [K, d], log_std [K]
+
+log_w need not be normalised. Densities are in nats. Q is the upper tail of the standard normal.
 """
 
 from tarflowlm.flow.numerics.mixture import mixture_cdf as mixture_cdf

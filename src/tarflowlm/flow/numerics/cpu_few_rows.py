@@ -1,28 +1,25 @@
 r"""The inverses of a handful of rows, mostly in Python's own floats, which are float64.
 
 One call of a tensor library costs as much as some forty components here. So each row goes its own
-way, and does only what it needs. Where components become certain soon, as those of a trained
-codebook do, that is little. Scalar mixtures take steps 1 and 2, each alone or, where they are more
-than a few, all in tensors. Mix-d, per channel:
+way, and does only what it needs, which is little where components become certain soon, as in a
+trained codebook. Mix-d takes these steps per channel:
 
-1. Start: sorted by mean, the components that come first use up the wanted tail's mass one after the
-other; the one in
-   which it runs out is inverted alone. This is exact where components do not overlap.
-2. Newton steps in noise space from there. The first evaluation is also the test whether the start
-was good; when it
-   was not, the steps are kept inside the bracket of docs/math.md, eq. 20, and halve it where they
+1. Start. The components, sorted by mean, use up the wanted tail's mass one after the other. The one
+   in which it runs out is inverted alone. This is exact where components do not overlap.
+2. Newton steps in noise space from there. The first evaluation also tests the start. Where it was
+   not good, the steps are kept inside the bracket of docs/math.md, eq. 20, and halve it where they
    do not shrink.
-3. Bayes' rule. Components with next to no posterior mass are *dropped*; with one left, the rest is
-z = mu_k + s_k u.
+3. Bayes' rule. Components with next to no posterior mass are *dropped*. With one left, the rest is
+   z = mu_k + s_k u.
+
+Scalar mixtures take steps 1 and 2, one row after the other or, where rows are more than a few,
+together in tensors.
 
 What was dropped stays bounded. Let e be an upper bound on its posterior mass. A channel that is
 found at z multiplies e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the
 others. The mixture's CDF is off by at most e, so e must stay below half an ulp of the smaller tail
-of u_i. A row where it does not is left to the general path, like rows with values that are not
-finite.
-
-N rows, K components, d channels. Mix-d: u, z [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Scalar
-mixtures: u, z [N]; log_w, mean, log_std [N or 1, K].
+of u_i. A row where it does not is *left out*, to the general path, like a row with values that are
+not finite.
 """
 
 from ctypes import c_float
@@ -35,161 +32,95 @@ from torch import Tensor
 
 from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_
 
+# These decide what is exact.
+
 _DROPPED = 1e-40
-"""Posterior mass of a component that is dropped: room for it to grow by the channels that
-follow.
+"""Posterior mass of a component that is dropped: room for it to grow in the channels that follow.
 """
-_LARGEST_EXPONENT = _FAR = 100.0
-"""A channel whose density is below exp(-100) of its components' largest is not taken here; a
-component whose density is below exp(-100) of the nearest one's is dropped.
+_FAR = 100.0
+"""A component whose density is below exp(-100) of the nearest one's is dropped. A row in which the
+nearest one's is below exp(-100) of its largest value is left out.
 """
 _CERTAIN = 9.0
 """Q(9) = 1e-19: a component whose mean is that far below has all its mass there. One that is as far
-above y has none beside Q(y), y >= 0, since Q(y + 9) < 1e-18 Q(y).
+above y >= 0 adds nothing to Q(y), since Q(y + 9) < 1e-18 Q(y).
 """
 _NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
 """A step this small, over the narrowest scale, is the last: the next would be about its square."""
-_MOST_STEPS = 300
-_ALONE = 320
-"""Rows of a scalar mixture, times components and `_CALL`, up to which they are solved one by one
-(measured).
-"""
-_STEPS_TOGETHER = 4
-"""Enough for 98 of 100 rows of a trained model."""
-_MOST_ROWS, _MOST_COMPONENTS = 128, 256
+_SMALLEST_TAIL = 1e-285
+"""Rows beyond, at 36 sigma, are left out: there linear space ends."""
+_SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
+"""The range in which Q^-1 is finite."""
+
+# These only decide which way is the fastest. They were measured, and matter to a factor of two.
+
 _CALL = 12
 """A step costs as much as this many components before it has visited one."""
-_MOST_VISITS, _MORE_VISITS = 12_000, 2
-"""Components visited in steps, by all rows together, that cost as much as the general path
-(measured): a number, and one for every row and component.
-"""
-_SMALLEST_TAIL = 1e-285
-"""Beyond, at 36 sigma, linear space ends."""
-_SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
+_ONE_BY_ONE = 320
+"""Visits of one step in all rows, N (K + `_CALL`), up to which scalar mixtures go one by one."""
+_STEPS_TOGETHER = 4
+"""Steps of rows that go together: enough for 98 of 100 rows of a trained model."""
+_MOST_ROWS, _MOST_COMPONENTS = 128, 256
+"""Sizes beyond which a handful of Mix-d rows is not even tried."""
+
 _quantile = NormalDist().inv_cdf
 
 
-class _Book(NamedTuple):  # the codebook in lists over components
-    mean: list[list[float]]  # one list per channel
+class _Scales(NamedTuple):
+    """The scales of all components, and what a search derives from them."""
+
     std: list[float]
     inv_std: list[float]
-    largest_inv_std: float
-    order: list[int]  # components sorted by their means in the first channel
     step: float  # the size from which a Newton step is the last
     eps: float  # the rounding unit of z's format
-    single: bool  # True where z is rounded to float32
+
+
+class _Book(NamedTuple):
+    """A codebook in lists over components."""
+
+    mean: list[list[float]]  # one list per channel
+    scales: _Scales
+    largest_inv_std: float
+    order: list[int]  # components sorted by their means in the first channel
+    single: bool  # z is rounded to float32
+
+
+# --- Mix-d
 
 
 def is_handful(rows: int, num_components: int) -> bool:
-    """True where this may be the fastest way: it is if components become certain soon, as the first
-    rows show.
-    """
+    """True where this may be the fastest way: it is if components become certain soon."""
     return rows <= _MOST_ROWS and num_components <= _MOST_COMPONENTS
 
 
 def rosenblatt_inverse(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, patient: bool = False
 ) -> tuple[Tensor, list[int]]:
-    """z [N, d], and the rows that were left out, where z is NaN: all that follow once the general
-    path is faster.
+    """z [N, d], and the rows that were left out, where z is NaN.
+
+    Unless `patient`, all that follow are left out once the general path promises to be faster.
     """
     book = _book(mean, log_std)
     if book is None:
         return torch.full_like(u, nan), list(range(len(u)))
-    found, left, num_rows, visits = list[list[float]](), list[int](), len(u), 0
-    most_visits = _MOST_VISITS + _MORE_VISITS * num_rows * len(book.std)
-    for row, (noise, weight) in enumerate(
-        zip(u.tolist(), torch.softmax(log_w.double(), -1).tolist(), strict=True)
-    ):
-        if visits * (num_rows - row) > most_visits * row:
-            left += range(row, num_rows)
-            found += [[nan] * len(noise)] * (num_rows - row)
+    weights = torch.softmax(log_w.double(), -1).tolist()
+    nothing = [nan] * u.shape[1]
+    found, left = list[list[float]](), list[int]()
+    visits = 0
+    # in steps, by all rows together: they cost as much as the general path
+    most_visits = inf if patient else 12_000 + 2 * len(u) * len(log_std)
+    for row, (noise, weight) in enumerate(zip(u.tolist(), weights, strict=True)):
+        if visits * (len(u) - row) > most_visits * row:
+            left += range(row, len(u))
+            found += [nothing] * (len(u) - row)
             break
         z, visited = _row(noise, weight, book)
         visits += visited
         if len(z) < len(noise):
             left.append(row)
-            z = [nan] * len(noise)
+            z = nothing
         found.append(z)
     return torch.tensor(found, dtype=u.dtype).view_as(u), left
-
-
-def mixture_cdf_inverse(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
-) -> tuple[Tensor, list[int]]:
-    """z [N] of scalar mixtures with parameters [N or 1, K], and the rows that were left out."""
-    weight, std = torch.softmax(log_w, -1, dtype=torch.float64), torch.exp(log_std.double())
-    params = tuple(p if len(p) == len(u) else p.expand(len(u), -1) for p in (weight, mean, std))
-    if len(u) * (mean.shape[1] + _CALL) <= _ALONE:
-        found, left = _row_by_row(u.tolist(), params, u.dtype)
-        return torch.tensor(found, dtype=u.dtype), left
-    z, left = _together(u, *params)
-    if left:
-        found, still = _row_by_row(u[left].tolist(), tuple(p[left] for p in params), u.dtype)
-        z[left] = torch.tensor(found, dtype=u.dtype)
-        left = [left[row] for row in still]
-    return z, left
-
-
-def _row_by_row(
-    u: list[float], params: tuple[Tensor, ...], dtype: torch.dtype
-) -> tuple[list[float], list[int]]:
-    """z of rows with weights, means and scales [N, K], NaN where it is left out, and these rows."""
-    found, step, eps = list[float](), _NEWTON_STEP[dtype], torch.finfo(dtype).eps
-    for y, w, m, s in zip(u, *(p.tolist() for p in params), strict=True):
-        z, tail, narrowest = nan, 0.5 * erfc(SQRT_HALF * abs(y)), min(s)
-        # written so that not a number is refused
-        if narrowest > 0.0 and tail > _SMALLEST_TAIL and isfinite(sum(s) + sum(m)):
-            # together, components that are left out amount to an eighth of a rounding of the tail
-            # at most
-            least = 0.125 * eps * tail / len(w)
-            if live := sorted((k for k, share in enumerate(w) if share > least), key=m.__getitem__):
-                z, _ = _solve(y, live, w, m, s, [1.0 / one for one in s], step * narrowest, eps)
-        found.append(z)
-    return found, [row for row, z in enumerate(found) if z != z]
-
-
-def _together(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, list[int]]:
-    """z [N], and the rows in which it is not right yet. Weights and scales [N, K] are float64.
-
-    `_solve` in tensors, without its bracketing: some Newton steps from the same start.
-    """
-    u_ = u.double().view(-1, 1, 1)
-    side, y = torch.copysign(std.new_ones(()), u_), u_.abs()
-    tail = torch.erfc(y * SQRT_HALF).mul_(0.5)
-    # the upper tail comes first
-    center, order = (side * mean.unsqueeze(1)).sort(-1, descending=True)
-    weight, std = weight.unsqueeze(1).gather(-1, order), std.unsqueeze(1).gather(-1, order)
-    up_to = weight.cumsum(-1)
-    k = torch.searchsorted(up_to, tail).clamp_(max=mean.shape[1] - 1)
-    share = (
-        (tail - (up_to - weight).gather(-1, k))
-        .div_(weight.gather(-1, k))
-        .clamp_(_SMALLEST_SHARE, _LARGEST_SHARE)
-    )
-    x = torch.addcmul(
-        center.gather(-1, k), std.gather(-1, k), torch.special.ndtri(share), value=-1.0
-    )
-    low, high = torch.aminmax(torch.addcmul(center, std, y), dim=-1, keepdim=True)
-    inv_std = std.reciprocal()
-    scaled = inv_std * SQRT_HALF
-    offset, density_weight, weight = (
-        (center * scaled).neg_(),
-        (inv_std * weight).mT,
-        (0.5 * weight).mT,
-    )
-    before = x
-    for _ in range(_STEPS_TOGETHER):
-        a = clamp_(torch.addcmul(offset, x, scaled))
-        here = torch.special.ndtri(torch.bmm(torch.erfc(a), weight))  # minus the noise
-        density = torch.bmm(a.square_().neg_().exp_(), density_weight)
-        ahead = (here * here).mul_(-0.5).exp_().mul_(here.add_(y))
-        before, x = x, torch.addcdiv(x, ahead, density).clamp_(low, high)
-    step, eps = _NEWTON_STEP[u.dtype], torch.finfo(u.dtype).eps
-    enough = torch.add(step * std.amin(-1, keepdim=True), x.abs(), alpha=4.0 * eps)
-    # negated, so that not a number is open
-    is_open = ~((x - before).abs_() <= enough) | (tail <= _SMALLEST_TAIL)
-    return (x * side).view(-1).to(u.dtype), is_open.view(-1).nonzero().view(-1).tolist()
 
 
 def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
@@ -198,33 +129,39 @@ def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
     means, stds, inv_std = mean.t().tolist(), std.tolist(), std.reciprocal_().tolist()
     if not isfinite(sum(stds) + sum(inv_std) + sum(map(sum, means))):
         return None
+    scales = _Scales(
+        stds, inv_std, _NEWTON_STEP[mean.dtype] * min(stds), torch.finfo(mean.dtype).eps
+    )
     order = sorted(range(len(stds)), key=means[0].__getitem__) if means else []
-    step, eps = _NEWTON_STEP[mean.dtype] * min(stds), torch.finfo(mean.dtype).eps
-    return _Book(means, stds, inv_std, max(inv_std), order, step, eps, mean.dtype == torch.float32)
+    return _Book(means, scales, max(inv_std), order, mean.dtype == torch.float32)
 
 
 def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[float], int]:
     """z [d] of one row, cut short where it has to be left out, and the components visited.
+
     Overwrites `weight`.
     """
-    z: list[float] = []
-    live, visits = [k for k in book.order if weight[k] > _DROPPED], 0
+    std, eps = book.scales.std, book.scales.eps
+    live = [k for k in book.order if weight[k] > _DROPPED]
     dropped = _DROPPED * (len(weight) - len(live))
+    z: list[float] = []
+    visits = 0
     for u, mean in zip(noise, book.mean, strict=True):
         tail = 0.5 * erfc(SQRT_HALF * abs(u))
-        # written so that not a number is refused
-        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * book.eps * tail):
+        # written so that NaN is left out
+        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * eps * tail):
             break
         if len(live) == 1:
             k = live[0]
-            x, exponent = mean[k] + book.std[k] * u, 0.5 * u * u
-            if exponent > _LARGEST_EXPONENT:
+            x = mean[k] + std[k] * u
+            exponent = 0.5 * u * u
+            if exponent > _FAR:
                 break
-            dropped *= book.largest_inv_std * book.std[k] * exp(exponent)
+            dropped *= book.largest_inv_std * std[k] * exp(exponent)
         else:
             if z:
                 live.sort(key=mean.__getitem__)
-            x, steps = _solve(u, live, weight, mean, book.std, book.inv_std, book.step, book.eps)
+            x, steps = _solve(u, live, weight, mean, book.scales)
             visits += steps * (len(live) + _CALL)
         if book.single:  # the channels that follow are conditioned on what is returned
             x = c_float(x).value
@@ -238,14 +175,17 @@ def _update(
     x: float, live: list[int], weight: list[float], dropped: float, mean: list[float], book: _Book
 ) -> tuple[list[int], float]:
     """Bayes' rule after a channel at x: the components that are left, and the others' mass.
+
     Rewrites `weight`.
     """
-    inv_std, near, total = book.inv_std, [], 0.0
+    inv_std = book.scales.inv_std
     exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
     least = min(exponents)
-    if not least <= _LARGEST_EXPONENT:
+    if not least <= _FAR:
         return [], inf
     limit = least + _FAR
+    near = []
+    total = 0.0
     for k, exponent in zip(live, exponents, strict=True):
         if exponent < limit:
             weight[k] *= inv_std[k] * exp(least - exponent)
@@ -261,29 +201,23 @@ def _update(
 
 
 def _solve(
-    u: float,
-    live: list[int],
-    weight: list[float],
-    mean: list[float],
-    std: list[float],
-    inv_std: list[float],
-    step: float,
-    eps: float,
+    u: float, live: list[int], weight: list[float], mean: list[float], scales: _Scales
 ) -> tuple[float, int]:
-    """x with F(x) = Phi(u), of the components `live`, sorted by mean, or NaN; and the number of
-    steps.
+    """x with F(x) = Phi(u), or NaN, and the number of steps.
+
+    The mixture has the components `live`, sorted by mean.
     """
+    std, inv_std, step, eps = scales
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest, k = 0.5 * erfc(SQRT_HALF * y), 0
     for k in reversed(live) if u >= 0.0 else live:
         if weight[k] > rest:
             break
         rest -= weight[k]
-    x = mean[k] - side * std[k] * _quantile(
-        min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
-    )
+    share = min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
+    x = mean[k] - side * std[k] * _quantile(share)
     low, high, last, beyond = inf, -inf, inf, y + _CERTAIN
-    for number in range(1, _MOST_STEPS + 1):
+    for number in range(1, 301):  # each halves the bracket, or takes more than half off the step
         tail = density = 0.0
         for k in live:
             a = side * (x - mean[k]) * inv_std[k]
@@ -294,8 +228,8 @@ def _solve(
                 density += weight[k] * inv_std[k] * exp(-0.5 * a * a)
         here = -_quantile(min(max(tail, _SMALLEST_SHARE), _LARGEST_SHARE))
         size = (y - here) * exp(-0.5 * here * here) / density if density else inf
-        following, enough = x + side * size, step + 4.0 * eps * abs(x)
-        if abs(size) <= enough:
+        following = x + side * size
+        if abs(size) <= step + 4.0 * eps * abs(x):
             return following, number
         if low > high:
             ends = [mean[k] + std[k] * u for k in live]
@@ -306,4 +240,91 @@ def _solve(
             if high - low <= 4.0 * eps * abs(following):
                 return following, number
         last, x = abs(following - x), following
-    return nan, _MOST_STEPS
+    return nan, number
+
+
+# --- scalar mixtures
+
+
+def mixture_cdf_inverse(
+    u: Tensor,
+    log_w: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    in_tensors: bool | None = None,
+) -> tuple[Tensor, list[int]]:
+    """z [N], and the rows that were left out, where z is NaN.
+
+    The search is `in_tensors` first, or row by row at once; None takes what is faster.
+    """
+    weight = torch.softmax(log_w, -1, dtype=torch.float64)
+    std = torch.exp(log_std.double())
+    weight, mean, std = (
+        p if len(p) == len(u) else p.expand(len(u), -1) for p in (weight, mean, std)
+    )
+    if in_tensors is None:
+        in_tensors = len(u) * (mean.shape[1] + _CALL) > _ONE_BY_ONE
+    if not in_tensors:
+        return _row_by_row(u, weight, mean, std)
+    z, is_open = _newton_steps(u, weight, mean, std)
+    rows = is_open.nonzero().view(-1)
+    if not len(rows):
+        return z, []
+    z[rows], left = _row_by_row(u[rows], weight[rows], mean[rows], std[rows])
+    return z, rows[left].tolist()
+
+
+def _row_by_row(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, list[int]]:
+    """z [N], NaN where it is left out, and these rows."""
+    eps = torch.finfo(u.dtype).eps
+    found = list[float]()
+    for y, w, m, s in zip(*(t.tolist() for t in (u, weight, mean, std)), strict=True):
+        z = nan
+        tail = 0.5 * erfc(SQRT_HALF * abs(y))
+        narrowest = min(s)
+        # written so that NaN is left out
+        if narrowest > 0.0 and tail > _SMALLEST_TAIL and isfinite(sum(s) + sum(m)):
+            # what is left out of the mixture amounts to an eighth of a rounding of the tail at most
+            least = 0.125 * eps * tail / len(w)
+            live = sorted((k for k, share in enumerate(w) if share > least), key=m.__getitem__)
+            if live:
+                step = _NEWTON_STEP[u.dtype] * narrowest
+                z, _ = _solve(y, live, w, m, _Scales(s, [1.0 / one for one in s], step, eps))
+        found.append(z)
+    return torch.tensor(found, dtype=u.dtype), [row for row, z in enumerate(found) if z != z]
+
+
+def _newton_steps(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """z [N], and where it is not right yet: `_solve` in tensors [N, 1, K], without the bracketing."""
+    u_ = u.double().view(-1, 1, 1)
+    side = torch.copysign(std.new_ones(()), u_)
+    y = u_.abs()
+    tail = torch.erfc(y * SQRT_HALF).mul_(0.5)
+    # the upper tail comes first
+    center, order = (side * mean.unsqueeze(1)).sort(-1, descending=True)
+    weight = weight.unsqueeze(1).gather(-1, order)
+    std = std.unsqueeze(1).gather(-1, order)
+    up_to = weight.cumsum(-1)
+    k = torch.searchsorted(up_to, tail).clamp_(max=mean.shape[1] - 1)
+    share = (tail - (up_to - weight).gather(-1, k)).div_(weight.gather(-1, k))
+    start = torch.special.ndtri(share.clamp_(_SMALLEST_SHARE, _LARGEST_SHARE))
+    x = torch.addcmul(center.gather(-1, k), std.gather(-1, k), start, value=-1.0)
+    low, high = torch.aminmax(torch.addcmul(center, std, y), dim=-1, keepdim=True)
+    inv_std = std.reciprocal()
+    scaled = inv_std * SQRT_HALF
+    offset = (center * scaled).neg_()
+    density_weight = (inv_std * weight).mT
+    mass_weight = (0.5 * weight).mT
+    before = x
+    for _ in range(_STEPS_TOGETHER):
+        a = clamp_(torch.addcmul(offset, x, scaled))
+        here = torch.special.ndtri(torch.bmm(torch.erfc(a), mass_weight))  # minus the noise
+        density = torch.bmm(a.square_().neg_().exp_(), density_weight)
+        ahead = (here * here).mul_(-0.5).exp_().mul_(here.add_(y))
+        before, x = x, torch.addcdiv(x, ahead, density).clamp_(low, high)
+    step, eps = _NEWTON_STEP[u.dtype], torch.finfo(u.dtype).eps
+    enough = torch.add(step * std.amin(-1, keepdim=True), x.abs(), alpha=4.0 * eps)
+    # negated, so that NaN is open
+    is_open = ~((x - before).abs_() <= enough) | (tail <= _SMALLEST_TAIL)
+    return (x * side).view(-1).to(u.dtype), is_open.view(-1)

@@ -4,9 +4,8 @@ The smaller tail's mass is a sum of positive terms, each right to an ulp or two,
 *relative* precision down to the smallest normal number. Rows that get near that number (`SMALLEST`)
 are repeated in float64, and where that ends too, in log space by `reference`.
 
-N rows, n of them in a chunk, K components: z, u [N]; log_w, mean, log_std [N or 1, K]. Standardised
-values are scaled by `UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and constant
-factors come last:
+Standardised values are scaled by `UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and
+constant factors come last:
 
     Q(a) = TAIL_SCALE * erfc(UNIT a),        N(a; 0, 1) = DENSITY_SCALE * exp(-(UNIT a)^2)
 """
@@ -16,17 +15,21 @@ import math
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics import normal, reference
-from tarflowlm.flow.numerics.layout import (
-    LOWEST_EXPONENT,
-    cached,
-    cached_chunks,
-    take_rows,
+from tarflowlm.flow.numerics import reference
+from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, cached, cached_chunks, take_rows
+from tarflowlm.flow.numerics.normal import (
+    HALF_LOG_2PI,
+    INV_SQRT_2PI,
+    SQRT_HALF,
+    clamp_,
+    log_standard_normal,
+    upper_quantile,
 )
-from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, clamp_, log_standard_normal, upper_quantile
 from tarflowlm.flow.numerics.reference import Gradients, Params
 
-UNIT, TAIL_SCALE, DENSITY_SCALE = normal.SQRT_HALF, 0.5, normal.INV_SQRT_2PI
+UNIT = SQRT_HALF
+TAIL_SCALE = 0.5
+DENSITY_SCALE = INV_SQRT_2PI
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
 """Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not
 the 13 where the mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and
@@ -34,35 +37,31 @@ float64 removes it.
 """
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
-_WIDE = 20
-"""Components from which the untransposed layout is the faster one (measured between 8 and 27)."""
+_MANY_COMPONENTS = 20
+"""From here the untransposed layout is the faster one (measured between 8 and 27)."""
 
 
 class Workspace:
-    """Buffers reused by all chunks of one call (fresh ones would cost page faults), and the layout
-    of a chunk.
+    """Buffers that all chunks of one call share, and the layout of a chunk.
 
-    Few components: [K, n], so that broadcasts of z and sums over K are long vector loops, which
-    pays for transposing the parameters. Many components: [n, K], as they come.
+    Fresh buffers would cost page faults. Few components: [K, n], so that broadcasts of z and sums
+    over K are long vector loops, which pays for transposing the parameters. Many components:
+    [n, K], as they come.
     """
 
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype) -> None:
-        self.axis = 0 if num_components < _WIDE else 1
+        self.axis = 0 if num_components < _MANY_COMPONENTS else 1
         self._num_components = num_components
         size = cached(num_components)
         self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
-        self.one, self.zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
+        self.one = torch.ones((), dtype=dtype)
+        self.zero = torch.zeros((), dtype=dtype)
 
     def __call__(self, index: int, rows: int) -> Tensor:
-        """Buffer `index` as a contiguous chunk of `rows`; its contents are whatever was left
-        there.
-        """
+        """Buffer `index` as a contiguous chunk of `rows`, with whatever was left there."""
         flat = self._buffers[index][: self._num_components * rows]
-        return (
-            flat.view(self._num_components, rows)
-            if self.axis == 0
-            else flat.view(rows, self._num_components)
-        )
+        shape = (-1, rows) if self.axis == 0 else (rows, self._num_components)
+        return flat.view(shape)
 
     def orient(self, p: Tensor) -> Tensor:
         """[n, K] as a chunk (a view), and back."""
@@ -74,8 +73,7 @@ class Workspace:
 
 
 def load(params: Params, space: Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A chunk's weights and their sum [n], means (a view) and 1 / scales from its parameters [n or
-    1, K].
+    """Weights, their sum [n], means (a view) and 1 / scales of a chunk's parameters [n or 1, K].
 
     In the workspace's layout, buffers 0 and 1. The weights of a row are those of the mixture times
     a positive number.
@@ -85,8 +83,7 @@ def load(params: Params, space: Workspace) -> tuple[Tensor, Tensor, Tensor, Tens
     total = weight.sum(space.axis)
     low, high = torch.aminmax(total)
     if not (bool(low > _SAFE_TOTAL[0]) and bool(high < _SAFE_TOTAL[1])):
-        # not copy_: for two components a transposing copy is four times slower than a transposing
-        # add
+        # not copy_: transposing two components, a copy is four times slower than an addition
         torch.add(log_w, space.zero, out=weight)
         weight.sub_(weight.amax(space.axis, keepdim=True)).exp_()
         total = weight.sum(space.axis)
@@ -94,16 +91,14 @@ def load(params: Params, space: Workspace) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def guess_side(a: Tensor, weight: Tensor, buffer: Tensor, space: Workspace) -> Tensor:
-    """+1 where the upper tail is (nearly) the smaller one, -1 where the lower is; [n]. Overwrites
-    `buffer`.
+    """+1 where the upper tail is (nearly) the smaller one, -1 where the lower is; [n].
 
     sign(sum_k w_k clamp(a_k, -1, 1)). As |clamp(a, -1, 1) - (1 - 2 Q(a))| < 0.55, the tail that is
     picked never holds more than 0.78 of the mass: 1 - T then loses no precision, and no second erfc
-    is due.
+    is due. Overwrites `buffer`.
     """
-    return torch.copysign(
-        space.one, torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis)
-    )
+    balance = torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis)
+    return torch.copysign(space.one, balance)
 
 
 def density_into(a: Tensor, out: Tensor, space: Workspace) -> Tensor:
@@ -118,6 +113,9 @@ def rows_below(size: Tensor, limit: float) -> Tensor | None:
     return torch.nonzero(~(size >= limit)).squeeze(-1)
 
 
+# --- CDF
+
+
 def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     """u and log_det, [N], as `reference.mixture_cdf` of log_w, mean, log_std."""
     num_components = params[1].shape[-1]
@@ -126,22 +124,22 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     axis, spread = space.axis, space.spread
     for rows in cached_chunks(len(z), num_components):
         weight, total, mean, inv_std = load(take_rows(params, rows), space)
-        a, other = (space(i, len(z[rows])) for i in (2, 3))
+        a, other = space(2, len(z[rows])), space(3, len(z[rows]))
         torch.sub(spread(z[rows]), mean, out=a).mul_(inv_std)
         side[rows] = guess_side(a, weight, other, space)
         clamp_(a.mul_(spread(side[rows] * UNIT)))
         density_into(a, other, space).mul_(weight).mul_(inv_std)
         torch.sum(other, axis, out=density[rows]).div_(total)
         torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
-    size, u = (
-        torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE)),
-        _quantile(tail, side),
-    )
+    size = torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE))
+    u = _quantile(tail, side)
     log_det = density.log_().sub_(log_standard_normal(u))
-    if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
+    far = rows_below(size, SMALLEST[z.dtype])
+    if far is not None:
         path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf
-        wider = path(z[far].double(), *(p.double() for p in take_rows(params, far)))
-        u[far], log_det[far] = (t.to(z.dtype) for t in wider)
+        wide_u, wide_log_det = path(z[far].double(), *(p.double() for p in take_rows(params, far)))
+        u[far] = wide_u.to(z.dtype)
+        log_det[far] = wide_log_det.to(z.dtype)
     return u, log_det
 
 
@@ -152,46 +150,49 @@ def _quantile(tail: Tensor, side: Tensor) -> Tensor:
     0.02; the few rows beyond get Halley's method on Q(x) = T.
     """
     u = torch.erfinv(1.0 - 2.0 * tail).mul_(math.sqrt(2.0))
-    if (small := torch.nonzero(tail < 0.02).squeeze(-1)).numel():
+    small = torch.nonzero(tail < 0.02).squeeze(-1)
+    if small.numel():
         u[small] = upper_quantile(tail[small])
     return u.mul_(side)
 
 
 def mixture_cdf_backward(
     z: Tensor, params: Params, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in
-    `reference.mixture_cdf_backward`.
-    """
-    rows, num_components = (z, u, log_det, grad_u, grad_log_p), params[1].shape[-1]
+) -> Gradients:
+    """Gradients of z, log_w, mean, log_std, shaped like them: `reference.mixture_cdf_backward`."""
+    by_row = z, u, log_det, grad_u, grad_log_p
+    num_components = params[1].shape[-1]
     out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))
     space = Workspace(7, num_components, z.dtype)
     for part in cached_chunks(len(z), num_components):
-        part_rows, part_params = tuple(t[part] for t in rows), take_rows(params, part)
+        part_rows = tuple(t[part] for t in by_row)
+        part_params = take_rows(params, part)
         grads, size = _cdf_gradients(part_rows, part_params, space)
-        if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
+        far = rows_below(size, SMALLEST[z.dtype])
+        if far is not None:
             # with parameters of their own, so that gradients come row by row
-            own = tuple(p.expand(len(part_rows[0]), -1)[far].double() for p in part_params)
+            own = tuple(p.expand(len(size), -1)[far].double() for p in part_params)
             far_z, *others = (t[far].double() for t in part_rows)
-            path = (
-                reference.mixture_cdf_backward if z.dtype == torch.float64 else mixture_cdf_backward
-            )
-            for g, wider in zip(grads, path(far_z, own, *others), strict=True):
-                g[far] = wider.to(g.dtype)
+            narrow = z.dtype != torch.float64
+            path = mixture_cdf_backward if narrow else reference.mixture_cdf_backward
+            for g, wide in zip(grads, path(far_z, own, *others), strict=True):
+                g[far] = wide.to(g.dtype)
         _store(out, part, grads, space)
     return out
 
 
 def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Gradients, Tensor]:
-    """Gradients (parameters as [n, K] views of the workspace), and the smaller of tail mass and
-    density, [n].
+    """Gradients of one chunk, and the smaller of tail mass and density, [n].
+
+    The gradients of parameters are [n, K] views of the workspace.
     """
     z, u, log_det, grad_u, grad_log_p = rows
     n, axis, spread = len(z), space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
     weight.div_(spread(total))
     diff = torch.sub(spread(z), mean, out=space(2, n))
-    a, of_mean, share = torch.mul(diff, inv_std, out=space(3, n)), space(4, n), space(5, n)
+    a = torch.mul(diff, inv_std, out=space(3, n))
+    of_mean, share = space(4, n), space(5, n)
     side = guess_side(a, weight, share, space)
     torch.mul(a, inv_std, out=of_mean)
     clamp_(a.mul_(spread(side * UNIT)))
@@ -204,21 +205,47 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
     tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
     per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
     mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p)).mul_(weight)
-    grads = (
-        -of_mean.sum(axis),
-        space.orient(share.sub_(mass)),
-        space.orient(of_mean),
-        space.orient(of_log_std),
-    )
-    return grads, torch.minimum(tail, density * DENSITY_SCALE)
+    of_params = (space.orient(g) for g in (share.sub_(mass), of_mean, of_log_std))
+    return (-of_mean.sum(axis), *of_params), torch.minimum(tail, density * DENSITY_SCALE)
+
+
+# --- log-density
+
+
+def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
+    """log p, [N], as `reference.mixture_log_density` of log_w, mean, log_std."""
+    out = torch.empty_like(z)
+    space = Workspace(5, params[1].shape[-1], z.dtype)
+    for rows in cached_chunks(len(z), params[1].shape[-1]):
+        *_, out[rows] = _shares(z[rows], take_rows(params, rows), space)
+    return out
+
+
+def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> Gradients:
+    """The formulas of `reference.mixture_cdf_backward` at g_u = 0, shaped like z and parameters."""
+    out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
+    space = Workspace(6, params[1].shape[-1], z.dtype)
+    spread = space.spread
+    for rows in cached_chunks(len(z), params[1].shape[-1]):
+        g = grad[rows]
+        weight, total, inv_std, a, share, share_total, _ = _shares(
+            z[rows], take_rows(params, rows), space
+        )
+        share.mul_(spread(g / share_total))
+        of_log_std = torch.mul(a, share, out=space(5, len(g)))
+        of_mean = of_log_std * inv_std
+        of_log_std.mul_(a).sub_(share)
+        of_log_w = share.sub_(weight * spread(g / total))
+        of_params = (space.orient(p) for p in (of_log_w, of_mean, of_log_std))
+        _store(out, rows, (-of_mean.sum(space.axis), *of_params), space)
+    return out
 
 
 def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
-    """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in the layout of
-    the workspace.
+    """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in its layout.
 
-    weight is total w_k, share is share_total r_k (responsibilities): shifted by their maxima, so
-    that no row is far.
+    weight is total w_k, and share is share_total r_k (responsibilities). Both are shifted by their
+    maxima, so that no row is far.
     """
     log_w, mean, log_std = (space.orient(p) for p in params)
     n, axis, lowest = len(z), space.axis, LOWEST_EXPONENT[z.dtype]
@@ -236,42 +263,8 @@ def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
     return weight, total, inv_std, a, share, share_total, log_density
 
 
-def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
-    """log p, [N], as `reference.mixture_log_density` of log_w, mean, log_std."""
-    out, space = torch.empty_like(z), Workspace(5, params[1].shape[-1], z.dtype)
-    for rows in cached_chunks(len(z), params[1].shape[-1]):
-        out[rows] = _shares(z[rows], take_rows(params, rows), space)[-1]
-    return out
-
-
-def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in
-    `reference.mixture_cdf_backward`.
-    """
-    out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
-    space = Workspace(6, params[1].shape[-1], z.dtype)
-    for rows in cached_chunks(len(z), params[1].shape[-1]):
-        weight, total, inv_std, a, share, share_total, _ = _shares(
-            z[rows], take_rows(params, rows), space
-        )
-        g = grad[rows]
-        share.mul_(space.spread(g / share_total))
-        of_log_std = torch.mul(a, share, out=space(5, len(g)))
-        of_mean = of_log_std * inv_std
-        of_log_std.mul_(a).sub_(share)
-        by_row = map(
-            space.orient, (share.sub_(weight * space.spread(g / total)), of_mean, of_log_std)
-        )
-        _store(out, rows, (-of_mean.sum(space.axis), *by_row), space)
-    return out
-
-
-def _store(
-    out: tuple[Tensor, ...], rows: slice, grads: tuple[Tensor, ...], space: Workspace
-) -> None:
-    """A chunk's gradients into their `rows`, or summed into the one row [1, K] of a parameter that
-    all rows share.
-    """
+def _store(out: Gradients, rows: slice, grads: Gradients, space: Workspace) -> None:
+    """A chunk's gradients into their `rows`, or added to a parameter [1, K] that all rows share."""
     out[0][rows] = grads[0]
     for total, grad in zip(out[1:], grads[1:], strict=True):
         if len(total) == len(out[0]):

@@ -1,14 +1,11 @@
-r"""Inverse of the mixture CDF: z with F(z) = Phi(u), by a fixed number of steps inside an exact
-bracket.
+r"""Inverse of the mixture CDF on a CPU: a fixed number of steps inside an exact bracket.
 
-With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution lies
-between min c and max c (docs/math.md, eq. 20). Bisection shrinks that bracket to the scale of the
-narrowest component, whatever the modes do; then Newton steps finish, each replaced by the bracket's
-midpoint where it would leave it (`reference.NewtonStep`). A handful of mixtures, as in sampling
-one position at a time, go another way first: `cpu_few_rows`.
-
-N rows, n of them in a chunk, K components. u, z [N]; log_w, mean, log_std [N or 1, K]. All is
-mirrored to u >= 0, where the upper tail's mass is the smaller one.
+With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution of
+F(z) = Phi(u) lies between min c and max c (docs/math.md, eq. 20). Bisection shrinks that bracket to
+the scale of the narrowest component, whatever the modes do. Then Newton steps finish, each replaced
+by the bracket's midpoint where it would leave it (`reference.NewtonStep`). All is mirrored to
+u >= 0, where the upper tail's mass is the smaller one. A handful of mixtures, as in sampling one
+position at a time, go another way first: `cpu_few_rows`.
 """
 
 import math
@@ -16,8 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics import cpu_few_rows, cpu_forward, reference
+from tarflowlm.flow.numerics import cpu_few_rows, reference
 from tarflowlm.flow.numerics.cpu_forward import (
+    DENSITY_SCALE,
+    SMALLEST,
     TAIL_SCALE,
     UNIT,
     Workspace,
@@ -38,54 +37,58 @@ from tarflowlm.flow.numerics.reference import (
 
 _SAFE_CELL = 7
 """Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
-_NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
-"""Log posterior of a component from which certainty is looked into: when half the rows have reached
-it, or, where rows are few and calls are all that costs, every one of them.
+_NEARLY_CERTAIN = -1e-5
+"""Log posterior of a component from which certainty is looked into."""
+_FEW_ROWS = 64
+"""Certainty is looked into when half the rows have reached it; but when all of them have, where
+rows are so few that calls are all that costs.
 """
+
+
+# --- scalar mixtures
+
+
+def are_few(rows: int, num_components: int) -> bool:
+    """True where `cpu_few_rows` is faster (measured: up to some 200 rows of 27 components)."""
+    return rows * (num_components + 8) <= 6000
 
 
 def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
     """z [N], as `reference.mixture_cdf_inverse` of log_w, mean, log_std."""
     if not are_few(len(u), params[1].shape[-1]):
-        return _many(u, params)
+        return by_bisection(u, *params)
     z, left = cpu_few_rows.mixture_cdf_inverse(u, *params)
     if left:
-        z[left] = _many(u[left], take_rows(params, left))
+        z[left] = by_bisection(u[left], *take_rows(params, left))
     return z
 
 
-def _many(u: Tensor, params: Params) -> Tensor:  # the general path
-    z, num_components = torch.empty_like(u), params[1].shape[-1]
+def by_bisection(u: Tensor, *params: Tensor) -> Tensor:
+    """`mixture_cdf_inverse` for any number of rows."""
+    num_components = params[1].shape[-1]
+    z = torch.empty_like(u)
     space = Workspace(5, num_components, u.dtype)
     for rows in cached_chunks(len(u), num_components):
-        z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
-    if (far := rows_below(upper_tail(u.abs()), cpu_forward.SMALLEST[u.dtype])) is not None:
-        wide = u[far].double(), tuple(p.double() for p in take_rows(params, far))
-        solved = (
-            reference.mixture_cdf_inverse(wide[0], *wide[1])
-            if u.dtype == torch.float64
-            else _many(*wide)
-        )
-        z[far] = solved.to(u.dtype)
+        z[rows] = _solve(u[rows], take_rows(params, rows), space)
+    far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
+    if far is not None:
+        path = reference.mixture_cdf_inverse if u.dtype == torch.float64 else by_bisection
+        z[far] = path(u[far].double(), *(p.double() for p in take_rows(params, far))).to(u.dtype)
     return z
 
 
-def are_few(rows: int, num_components: int) -> bool:
-    """True where `cpu_few_rows` is the faster way (measured: up to some 200 rows of 27
-    components).
-    """
-    return rows * (num_components + 8) <= 6000
-
-
-def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
+def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
+    """z [n] of one chunk."""
     n, axis, spread = u.shape[0], space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
-    side, y, a, other = torch.copysign(space.one, u), u.abs(), space(2, n), space(3, n)
-    tail, center = upper_tail(y), torch.mul(mean, spread(side), out=space(4, n))
+    a, other = space(2, n), space(3, n)
+    side = torch.copysign(space.one, u)
+    y = u.abs()
+    tail = upper_tail(y)
+    center = torch.mul(mean, spread(side), out=space(4, n))
     torch.div(spread(y), inv_std, out=a).add_(center)
     low, high = a.amin(axis), a.amax(axis)
-    # brackets over the narrowest scale, halved until Newton's steps are safe; not a number takes
-    # all steps
+    # brackets over the narrowest scale, halved until Newton's steps are safe; NaN takes all steps
     widest = float(((high - low) * inv_std.amax(axis)).amax())
     bisections = BISECTIONS[u.dtype]
     if widest < 2.0 ** (bisections - _SAFE_CELL):
@@ -104,7 +107,7 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
     x = torch.lerp(low, high, 0.5)
     step = NewtonStep(y, standard_normal_density(y).div_(tail), low, high)
-    factor = 2.0 * TAIL_SCALE * UNIT / cpu_forward.DENSITY_SCALE
+    factor = 2.0 * TAIL_SCALE * UNIT / DENSITY_SCALE
     for _ in range(NEWTON_STEPS[u.dtype]):
         density = density_into(scaled(x), other, space).mul_(weight).mul_(inv_std).sum(axis)
         mass = a.erfc_().mul_(weight).sum(axis)
@@ -112,23 +115,25 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
         excess = torch.log(mass / wanted)
         x = step(x, excess, mass.div_(density.clamp_(min=TINY[u.dtype])).mul_(factor), low, high)
-    # the bracket knows nothing of a weight that is not a number
+    # the bracket knows nothing of a weight that is NaN
     return x.mul_(side).add_(total.mul_(0.0))
+
+
+# --- Mix-d
 
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N, d], as `reference.rosenblatt_inverse`."""
     if not cpu_few_rows.is_handful(len(u), len(mean)):
-        return _by_channels(u, log_w, mean, log_std)
+        return by_channels(u, log_w, mean, log_std)
     z, left = cpu_few_rows.rosenblatt_inverse(u, log_w, mean, log_std)
     if left:
-        z[left] = _by_channels(u[left], log_w[left], mean, log_std)
+        z[left] = by_channels(u[left], log_w[left], mean, log_std)
     return z
 
 
-def _by_channels(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
-) -> Tensor:  # the general path
+def by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """`rosenblatt_inverse` for any number of rows."""
     z = torch.empty_like(u)
     for rows in cached_chunks(len(u), len(mean)):
         z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean[None], log_std[None])
@@ -136,10 +141,13 @@ def _by_channels(
 
 
 def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [n, d] for mean [1, K, d], log_std [1, K]; rows whose component is certain early skip the
-    search.
+    """z [n, d] for mean [1, K, d], log_std [1, K].
+
+    Rows whose component is certain early skip the search.
     """
-    z, open_rows, inv_std = torch.empty_like(u), torch.arange(len(u)), torch.exp(-log_std)
+    z = torch.empty_like(u)
+    open_rows = torch.arange(len(u))
+    inv_std = torch.exp(-log_std)
     for i in range(u.shape[-1]):
         center = mean[..., i]
         z_i = mixture_cdf_inverse(u[:, i], log_alpha, center, log_std)
@@ -167,7 +175,7 @@ def _from_one_component(
     """The channels [n, r] if the most probable component k were the only one, and which rows [n]
     may take them.
 
-    z = mu_k + s_k u then. With e_i the posterior mass of all other components before channel i,
+    Then z = mu_k + s_k u. With e_i the posterior mass of all other components before channel i,
     given these z, the mixture's CDF differs from Phi(u_i) by at most e_i. Where that is below half
     an ulp of the smaller tail of u_i, in every channel, the search could not find anything better.
     """

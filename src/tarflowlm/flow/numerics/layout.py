@@ -1,9 +1,4 @@
-"""Arbitrary leading shapes flattened to rows, and the chunks in which a CPU takes them.
-
-N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with
-parameters [N, K] or, where all rows share one mixture, [1, K]. A codebook problem is z [N, d],
-log_w [N, K], mean [K, d], log_std [K].
-"""
+"""Arbitrary leading shapes flattened to rows, and the chunks in which a CPU takes them."""
 
 from collections.abc import Iterator, Sequence
 

@@ -4,8 +4,6 @@ r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and 
 
 The public functions take any leading shape, have closed-form derivatives, and choose a path: the
 linear space of `cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators.
-
-N rows, K components: flat problems are z, u [N] with parameters log_w, mean, log_std [N or 1, K].
 """
 
 from types import ModuleType

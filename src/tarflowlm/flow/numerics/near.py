@@ -7,8 +7,6 @@ nearest component, every k with
 
 may be left out. With R = `reach`, what is left out of sum_k N_k(z) vanishes in rounding. It also
 vanishes from sum_k w_k N_k(z), unless all components near z have weights below exp(-ROOM).
-
-N rows, K components, M pairs, d channels: z [N, d], mean [K, d], log_std [K].
 """
 
 import math

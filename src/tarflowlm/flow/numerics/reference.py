@@ -4,9 +4,7 @@ Read this file for the mathematics (docs/math.md, sections 3 and 8). It also run
 where a branch would stop the device and an erfcx is as cheap as an erfc, and in the far tails on a
 CPU. The fast paths are tested against it: `cpu_forward`, `cpu_inverse`, `cpu_few_rows`, `sweep`.
 
-N rows, K components, d channels. Scalar mixtures: z, u [N]; log_w (unnormalised), mean, log_std [N
-or 1, K]. Codebook mixtures: z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Densities are in
-nats. a_k = (z - m_k) / s_k is a standardised value, Q the upper tail of the standard normal.
+a_k = (z - m_k) / s_k is a standardised value; for the other letters see `tarflowlm.flow.numerics`.
 """
 
 import math

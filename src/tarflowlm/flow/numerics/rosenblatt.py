@@ -4,9 +4,6 @@ r"""The mixture-Rosenblatt map of Mix-d, channel by channel, with weights update
     alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
 See docs/math.md, eq. 9. Differs from the paper's algorithm 1: the weights are logarithms.
-
-N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], mean [K, d], log_std
-[K].
 """
 
 import torch

@@ -12,8 +12,6 @@ never matter again. Once few components are left, the other channels are summed 
 and a component.
 
 Rows where a tail is below exp(-ROOM) are left to `reference`.
-
-N rows, K components, d channels, M pairs: z [N, d], log_w [N, K], mean [K, d], log_std [K].
 """
 
 import math

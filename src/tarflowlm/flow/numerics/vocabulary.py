@@ -8,8 +8,7 @@ one of a cross-entropy. The first one is taken over the pairs of `near_component
 below rounding unless all tokens near z are very improbable. The sum itself shows that (eq. 20b),
 and such rows take the general path, over all components.
 
-N rows (tokens), K components, M pairs, d channels, E features. Rows come in chunks, so that nothing
-makes an [N, K] tensor.
+Rows come in chunks, so that nothing makes an [N, K] tensor. E is the number of features.
 """
 
 from collections.abc import Callable, Iterator
@@ -277,8 +276,10 @@ class _LogSum(Function):
         return total, share
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
-        return first_derivatives(_times_share, grad, *ctx.saved_tensors)
+    def backward(ctx: Context, grad: Tensor | None, _: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        return first_derivatives(_times_share, grad, *ctx.saved_tensors)[0]
 
 
 def _times_share(grad: Tensor, share: Tensor) -> tuple[Tensor, ...]:
