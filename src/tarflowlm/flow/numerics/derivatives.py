@@ -7,9 +7,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
-__all__ = ["Context", "first_derivatives"]
+__all__ = ["Context", "first_derivatives", "saved"]
 
 Compute = Callable[..., tuple[Tensor, ...]]
+
+
+def saved(ctx: Context) -> tuple[Tensor, ...]:
+    """What the forward saved; PyTorch's own type says that it is one tensor."""
+    return ctx.saved_tensors
 
 
 def first_derivatives(compute: Compute, *tensors: Tensor) -> tuple[Tensor, ...]:

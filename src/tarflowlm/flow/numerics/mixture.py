@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
-from tarflowlm.flow.numerics.derivatives import Context, first_derivatives
+from tarflowlm.flow.numerics.derivatives import Context, first_derivatives, saved
 
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class _MixtureCdf(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
-        z, log_w, mean, log_std, u, log_det = ctx.saved_tensors
+        z, log_w, mean, log_std, u, log_det = saved(ctx)
         # log_det = log p - log N(u; 0, 1): the second term depends on u alone
         grad_u = grad_u + grad_log_det * u
         return first_derivatives(
@@ -110,7 +110,7 @@ class _MixtureCdfInverse(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_z: Tensor) -> tuple[Tensor, ...]:
-        *params, z = ctx.saved_tensors
+        *params, z = saved(ctx)
         u, log_det = _MixtureCdf.apply(z, *params)
         grad_u = grad_z * torch.exp(-log_det)
         _, *grads = first_derivatives(
@@ -130,5 +130,5 @@ class _MixtureLogDensity(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:
-        z, *params = ctx.saved_tensors
+        z, *params = saved(ctx)
         return first_derivatives(_density_gradients, z, grad, *params)
