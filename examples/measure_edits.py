@@ -17,6 +17,7 @@ import torch
 import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.editing import (
+    Candidates,
     blend,
     bound,
     encode,
@@ -27,6 +28,7 @@ from tarflowlm.editing import (
     token_costs,
 )
 from tarflowlm.editing.edits import num_words
+from tarflowlm.editing.rewriting import Spaces
 from tarflowlm.editing.words import blended_spans, merge_words, pick_words, words_of
 from tarflowlm.language_model import LanguageModel
 
@@ -39,6 +41,7 @@ def main(
     torch.set_flush_denormal(True)
     model, tokenizer = tarflowlm.load(name)
     judge, _ = tarflowlm.load(judge_name)
+    spaces = Spaces.of(tokenizer.token_bytes)
     # as `tarflowlm edit` does
     usual = TEMPERATURE if model.config.has_token_weights else 1.0
     tokens = encode_text_source(source, tokenizer, ("test",))["test"]
@@ -90,9 +93,7 @@ def main(
             model,
             text,
             spans,
-            candidates=CANDIDATES,
-            temperature=temperature,
-            level=level,
+            Candidates(CANDIDATES, temperature, level, spaces),
             generator=generator(2),
         ).tokens
 
@@ -133,9 +134,7 @@ def main(
             text,
             other,
             spans,
-            candidates=CANDIDATES,
-            temperature=usual,
-            level=told,
+            Candidates(CANDIDATES, usual, told, spaces),
             generator=generator(2),
         ).tokens
 

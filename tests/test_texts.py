@@ -46,6 +46,18 @@ CASES = {
         Edit(text=TEXT, rewrite=("King", "Laws"), num=2, candidates=8),
         lambda lm: lm.edit(TEXT, rewrite=("King", "Laws"), num=2, candidates=8),
     ),
+    "replace": (
+        Edit(text=TEXT, replace=("King", "Old Queen"), seed=1),
+        lambda lm: lm.edit(TEXT, replace=("King", "Old Queen"), seed=1),
+    ),
+    "counterfactual": (
+        Edit(text=TEXT, counterfactual=("King", "Lord"), seed=1),
+        lambda lm: lm.edit(TEXT, counterfactual=("King", "Lord"), seed=1),
+    ),
+    "everywhere": (
+        Edit(text=TEXT, rewrite=("the",), everywhere=True, candidates=8),
+        lambda lm: lm.edit(TEXT, rewrite="the", everywhere=True, candidates=8),
+    ),
     "toward": (
         Edit(text=TEXT, toward="A Lord of the sea found two ships in the water", seed=2),
         lambda lm: lm.edit(TEXT, toward="A Lord of the sea found two ships in the water", seed=2),

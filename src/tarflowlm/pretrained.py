@@ -55,6 +55,7 @@ class EditOptions(TypedDict, total=False):
     """The options of `edit`: fields of `texts.Edit`."""
 
     everywhere: bool
+    around: int
     strength: float
     words: int
     pick: Literal["random", "unlikely"]
@@ -203,6 +204,7 @@ class Pretrained(Checkpoint):
         *,
         rewrite: str | Sequence[str] | None = None,
         replace: tuple[str, str] | None = None,
+        counterfactual: tuple[str, str] | None = None,
         toward: str | None = None,
         level: int | None = None,
         num: None = None,
@@ -217,6 +219,7 @@ class Pretrained(Checkpoint):
         *,
         rewrite: str | Sequence[str] | None = None,
         replace: tuple[str, str] | None = None,
+        counterfactual: tuple[str, str] | None = None,
         toward: str | None = None,
         level: int | None = None,
         num: int,
@@ -230,27 +233,28 @@ class Pretrained(Checkpoint):
         *,
         rewrite: str | Sequence[str] | None = None,
         replace: tuple[str, str] | None = None,
+        counterfactual: tuple[str, str] | None = None,
         toward: str | None = None,
         level: int | None = None,
         num: int | None = None,
         seed: int = 0,
         **options: Unpack[EditOptions],
     ) -> str | list[str]:
-        """The text with some words resampled given all others; with `num`, a list of edits.
+        """The text with some words drawn anew given all others; with `num`, a list of edits.
 
-        Instead: `rewrite` these pieces of it, `replace=(old, new)` and regenerate what follows,
-        move `toward` another text, or change the state `level` (0 is the latents, the number of
-        blocks the noise). The other options are described at `texts.Edit`. UserError for a
-        baseline, and for options that have no effect.
+        Instead: `rewrite` draws these pieces of it anew; `replace=(old, new)` puts other words in,
+        keeps the rest, and redraws at most the neighbouring words; `counterfactual=(old, new)`
+        regenerates what follows from its noise; `toward` moves to another text; `level` changes a
+        state (0 is the latents, the number of blocks the noise). The other options are described at
+        `texts.Edit`. UserError for a baseline, and for options that have no effect.
         """
         pieces = None if rewrite is None else _texts(rewrite, "rewrite")
-        if replace is not None and (isinstance(replace, str) or len(replace) != 2):
-            raise UserError(f"replace {replace!r}: give two texts, (old, new)")
         texts = (
             Edit(
                 text=text,
                 rewrite=pieces,
-                replace=None if replace is None else (replace[0], replace[1]),
+                replace=_pair(replace, "replace"),
+                counterfactual=_pair(counterfactual, "counterfactual"),
                 toward=toward,
                 level=level,
                 num=1 if num is None else num,
@@ -472,6 +476,14 @@ def _texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:
     if not is_list or not all(isinstance(one, str) for one in value):
         check_type(value, name, str, "give a text, a str, or a list of them")
     return tuple(value)
+
+
+def _pair(texts: tuple[str, str] | None, name: str) -> tuple[str, str] | None:
+    if texts is None:
+        return None
+    if isinstance(texts, str) or len(texts) != 2:
+        raise UserError(f"{name} {texts!r}: give two texts, (old, new)")
+    return texts[0], texts[1]
 
 
 def _writing(

@@ -24,7 +24,6 @@ from tarflowlm.checks import as_integer, checked_seed
 from tarflowlm.config import Decoder, Normalization
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
-from tarflowlm.editing.edits import Pick
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.evaluation.scores import Scores, scores
@@ -389,22 +388,26 @@ class TextStream:
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """A text to edit: by default some of its words are resampled given all others."""
+    """A text to edit: by default some of its words are drawn anew given all others."""
 
     text: str
     rewrite: tuple[str, ...] | None = None
-    """Resample these pieces of the text."""
+    """Draw these pieces of the text anew."""
     everywhere: bool | None = None
     """With `rewrite`: every occurrence as whole words, not only the first."""
     replace: tuple[str, str] | None = None
-    """Put the second text where the first one is."""
+    """Put the second text where the first one is, and keep the rest."""
+    around: int | None = None
+    """With `replace`: so many words on each side of it may be drawn anew."""
+    counterfactual: tuple[str, str] | None = None
+    """Put the second text where the first one is, and regenerate what follows from its noise."""
     toward: str | None = None
     """Take a stretch of this text; with `level`, interpolate between the states of both."""
     level: int | None = None
     """Change this state in latent space: 0 is the latents, the number of blocks the noise."""
     strength: float | None = None
     words: int | None = None
-    pick: Pick | None = None
+    pick: editing.Pick | None = None
     weight: float | None = None
     candidates: int | None = None
     temperature: float | None = None
@@ -419,10 +422,10 @@ class Edit:
         """UserError for options that contradict each other or have no effect, and for numbers."""
         as_integer(self.num, "num", least=1)
         seeded_generator(self.seed)
-        named = [name for name in ("rewrite", "replace", "toward") if self._is_given(name)]
+        named = [name for name in NAMED if self._is_given(name)]
         if len(named) > 1:
             raise UserError(f"{named[0]} with {named[1]}: leave one of them out")
-        known = _options_of(self.kind, self.level)
+        known = editing.options_of(self.kind)
         for name in OPTIONS:
             if self._is_given(name) and name not in known:
                 takes = ", ".join(sorted(known & OPTIONS))
@@ -436,8 +439,9 @@ class Edit:
     @property
     def kind(self) -> str:
         """The name of the edit in `editing.EDITS`."""
-        kinds = ("rewrite", "replace", "toward", "level")
-        return next((name for name in kinds if self._is_given(name)), "words")
+        if self.toward is not None and self.level is not None:
+            return "interpolate"
+        return next((name for name in (*NAMED, "level") if self._is_given(name)), "words")
 
     def run(self, lm: Checkpoint, progress: Progress = SILENT) -> "Edited":
         """The edits. UserError for a baseline, and for what the model cannot read."""
@@ -454,8 +458,8 @@ class Edit:
         }
         if self.rewrite is not None:
             options["pieces"] = [self._piece(tokenizer, text, "piece") for text in self.rewrite]
-        if self.replace is not None:
-            old, new = self.replace
+        if (pair := self.replace or self.counterfactual) is not None:
+            old, new = pair
             options["old"] = self._piece(tokenizer, old, "text to replace")
             options["new"] = self._piece(tokenizer, new, "replacement")
         generator = seeded_generator(self.seed)
@@ -465,8 +469,9 @@ class Edit:
         )
         if others:
             options["other"] = others[0]
-        found = editing.EDITS[self.kind](**options).apply(
-            editing.Source(flow, tokenizer, source.repeated(self.num), generator, progress)
+        rows = source.repeated(self.num)
+        found = editing.EDITS[self.kind](
+            editing.Source(flow, tokenizer, rows, generator, progress), **options
         )
         return Edited(tokenizer, tuple(readings), found)
 
@@ -479,12 +484,15 @@ class Edit:
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same edits with the model called `name`."""
         words = ["tarflowlm", "edit", name, "--text", self.text]
-        for several in ("rewrite", "replace"):
-            if self._is_given(several):
-                words += [f"--{several}", *getattr(self, several)]
+        for piece in self.rewrite or ():
+            words += ["--rewrite", piece]
+        for name_here in ("replace", "counterfactual"):
+            if self._is_given(name_here):
+                words += [f"--{name_here}", *getattr(self, name_here)]
         if self.everywhere:
             words.append("--everywhere")
         for option in (
+            "around",
             "toward",
             "level",
             "strength",
@@ -502,8 +510,11 @@ class Edit:
         return words
 
 
+NAMED = ("rewrite", "replace", "counterfactual", "toward")
+"""Fields of `Edit` that name the edit."""
 OPTIONS = frozenset(
     {
+        "around",
         "candidates",
         "decoder",
         "everywhere",
@@ -516,14 +527,6 @@ OPTIONS = frozenset(
     }
 )
 """Fields of `Edit` that are options of some kinds of edit only."""
-
-
-def _options_of(kind: str, level: int | None) -> set[str]:
-    """The options that an edit takes."""
-    known = {field.name for field in fields(editing.EDITS[kind])}
-    if kind == "toward":
-        known -= {"decoder"} if level is None else {"candidates", "temperature"}
-    return known
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The table of edits: what each kind does to a text, with its defaults."""
+"""The edits by name: what each does to a text, with its defaults."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_flow
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
-from tarflowlm.editing import Redraw, Renoise, Replace, Rewrite, Source, Toward, encode
+from tarflowlm.editing import EDITS, Source, encode, options_of
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Silent
 
@@ -45,36 +45,91 @@ def source(request) -> Source:
     return Source(model, tokenizer, text.repeated(2), generator, Stages())
 
 
-def edited(source: Source, kind) -> list[str]:
-    """The texts of both edits, after checks that hold for all kinds."""
-    edit = kind.apply(dataclasses.replace(source, generator=torch.Generator().manual_seed(1)))
+def edited(source: Source, name: str, **options) -> list[str]:
+    """The texts of both edits, after checks that hold for all of them."""
+    source = dataclasses.replace(source, generator=torch.Generator().manual_seed(1))
+    edit = EDITS[name](source, **options)
     assert source.progress.count == source.progress.total
-    assert torch.equal(edit.changed, edit.tokens != edit.before)
+    assert edit.changed.shape == edit.tokens.shape
+    if edit.tokens.shape == edit.before.shape:
+        assert torch.equal(edit.changed, edit.tokens != edit.before)
     return [source.tokenizer.decode(row) for row in edit.tokens.tolist()]
 
 
+def test_options_are_the_arguments_of_an_edit():
+    assert options_of("words") == {"strength", "words", "pick", "candidates", "temperature"}
+    assert "source" not in set().union(*map(options_of, EDITS))
+
+
 @pytest.mark.slow
-def test_redraw_changes_as_many_words_as_asked(source):
+def test_as_many_words_are_redrawn_as_asked(source):
     for options, most in (
         ({"words": 1}, 1),
         ({"strength": 0.3}, 2),
         ({"words": 2, "pick": "unlikely"}, 2),
     ):
-        for text in edited(source, Redraw(candidates=4, **options)):
+        for text in edited(source, "words", candidates=4, **options):
             changed = sum(
                 a != b
                 for a, b in zip(source.text.tokens[0], source.tokenizer.encode(text), strict=False)
             )
             assert changed > 0 or most == 0
-    assert edited(source, Redraw(strength=0.0)) == [TEXT] * 2
+    assert edited(source, "words", strength=0.0) == [TEXT] * 2
 
 
-def test_rewrite_changes_nothing_but_the_pieces(source):
-    for text in edited(source, Rewrite(pieces=["saw"], candidates=3)):
+@pytest.mark.slow
+def test_a_redrawn_word_keeps_the_spaces_around_it(source):
+    for number in range(1, 5):
+        for text in edited(source, "words", words=number, candidates=60):
+            assert len(text.split(" ")) >= 6 - number
+            assert not text.startswith(" ")
+            assert not text.endswith(" ")
+
+
+def test_rewriting_changes_nothing_but_the_pieces(source):
+    for text in edited(source, "rewrite", pieces=["saw"], candidates=3):
         assert text.startswith("The king")
         assert text.endswith(" the other King")
     with pytest.raises(UserError, match="at least one"):
-        Rewrite(pieces=[]).apply(source)
+        edited(source, "rewrite", pieces=[])
+
+
+def test_every_occurrence_of_a_piece_can_be_rewritten():
+    text = "The king saw the king"
+    tokenizer = CharTokenizer(" aeghiknstwTK", "none")
+    model = tiny_flow(
+        vocab_size=tokenizer.vocab_size, context=32, couplings=("mixd",), log_std=-4.0
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = encode(model, torch.from_numpy(tokenizer.encode(text))[None], generator)
+    source = Source(model, tokenizer, tokens, generator)
+    edit = EDITS["rewrite"](source, pieces=["king"], everywhere=True, candidates=40)
+    changed = edit.changed[0]
+    assert changed[4:8].any()
+    assert changed[17:].any()
+    assert not changed[:4].any()
+    assert not changed[8:17].any()
+
+
+REPLACED = [("king", "queen"), ("King", "Queen"), ("saw", "saw a"), ("saw the", "King")]
+
+
+@pytest.mark.parametrize(("old", "new"), REPLACED)
+def test_replacing_keeps_the_rest_whatever_the_lengths(source, old, new):
+    if source.tokenizer is not WORD_PIECES:
+        new = new.replace("queen", "kings").replace("Queen", "Kings")
+    assert edited(source, "replace", old=old, new=new, around=0) == [TEXT.replace(old, new)] * 2
+
+
+def test_replacing_redraws_at_most_the_neighbouring_words(source):
+    for text in edited(source, "replace", old="saw", new="the saw", candidates=8):
+        assert text.startswith("The")
+        assert " the saw" in text
+        assert text.endswith(" King")
+    with pytest.raises(UserError, match="context of 32"):
+        edited(source, "replace", old="saw", new="the other " * 20)
+    with pytest.raises(UserError, match="'dog'"):
+        edited(source, "replace", old="dog", new="king")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +140,7 @@ def test_rewrite_changes_nothing_but_the_pieces(source):
         ("The k", "The s", "The sing saw the other King"),
     ],
 )
-def test_replace_takes_the_first_word(source, old, new, expected):
+def test_a_counterfactual_takes_the_first_word(source, old, new, expected):
     """With the space of its token, where a token holds one; the model regenerates what follows."""
     if source.tokenizer is WORD_PIECES:
         old, new, expected = (
@@ -94,32 +149,35 @@ def test_replace_takes_the_first_word(source, old, new, expected):
         if old == "The k":
             old, new, expected = "The king", "The Queen", "The Queen saw the other King"
     end = expected.index(new) + len(new)
-    assert all(text[:end] == expected[:end] for text in edited(source, Replace(old=old, new=new)))
+    texts = edited(source, "counterfactual", old=old, new=new)
+    assert all(text[:end] == expected[:end] for text in texts)
 
 
-def test_a_replacement_has_as_many_tokens(source):
+def test_a_counterfactual_needs_as_many_tokens(source):
     with pytest.raises(UserError, match="these must agree"):
-        Replace(old="king", new="thorough").apply(source)
-    with pytest.raises(UserError, match="'dog' does not occur"):
-        Replace(old="dog", new="cat").apply(source)
+        edited(source, "counterfactual", old="king", new="thorough")
 
 
 @pytest.mark.slow
-def test_toward_begins_and_ends_at_its_texts(source):
+def test_moving_begins_and_ends_at_its_texts(source):
     generator = torch.Generator().manual_seed(2)
     tokens = source.text.tokens[:1, : source.text.length].flip(1).cpu()
     other = encode(source.model, tokens, generator)
-    for options in ({}, {"level": 0}, {"level": 2}):
-        assert edited(source, Toward(other=other, weight=0.0, **options)) == [TEXT] * 2
-        wanted = source.tokenizer.decode(tokens[0].tolist())
-        assert edited(source, Toward(other=other, weight=1.0, **options)) == [wanted] * 2
+    wanted = source.tokenizer.decode(tokens[0].tolist())
+    for name, options in (
+        ("toward", {}),
+        ("interpolate", {"level": 0}),
+        ("interpolate", {"level": 2}),
+    ):
+        assert edited(source, name, other=other, weight=0.0, **options) == [TEXT] * 2
+        assert edited(source, name, other=other, weight=1.0, **options) == [wanted] * 2
     with pytest.raises(UserError, match=r"weight 1\.5"):
-        Toward(other=other, weight=1.5).apply(source)
+        edited(source, "toward", other=other, weight=1.5)
 
 
 @pytest.mark.slow
-def test_renoise_changes_a_state_everywhere_or_at_some_words(source):
-    assert edited(source, Renoise(level=1, strength=0.0)) == [TEXT] * 2
-    everywhere = edited(source, Renoise(level=0, strength=1.0))
+def test_a_state_changes_everywhere_or_at_some_words(source):
+    assert edited(source, "level", level=1, strength=0.0) == [TEXT] * 2
+    everywhere = edited(source, "level", level=0, strength=1.0)
     assert all(text != TEXT for text in everywhere)
-    edited(source, Renoise(level=2, strength=0.5, words=1))
+    edited(source, "level", level=2, strength=0.5, words=1)

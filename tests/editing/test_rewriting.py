@@ -10,10 +10,19 @@ import torch
 
 import tarflowlm
 from helpers import tiny_flow
-from tarflowlm.editing import blend, encode, informative_level, redraw, rewrite, token_costs
-from tarflowlm.editing.rewriting import propose, propose_state
+from tarflowlm.editing import (
+    Candidates,
+    blend,
+    encode,
+    informative_level,
+    redraw,
+    rewrite,
+    token_costs,
+)
+from tarflowlm.editing.rewriting import Spaces, propose, propose_state
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.generation import generate
 
 STACKS = {
     "mixd": {"couplings": ("mixd",)},
@@ -37,7 +46,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("span", [(0, 2), (3, 5), (4, 7), (0, 7)])
 def test_the_rest_keeps_tokens_and_latents(model, span):
     text = encode(model, TEXT, generator())
-    edit = rewrite(model, text, [[span], []], candidates=4, generator=generator(1))
+    edit = rewrite(model, text, [[span], []], Candidates(4), generator=generator(1))
     inside = torch.zeros(7, dtype=torch.bool)
     inside[slice(*span)] = True
     assert not edit.changed[0, ~inside].any()
@@ -95,7 +104,7 @@ def test_parts_of_positions_are_redrawn_with_their_position():
     model = tiny_flow(log_std=-3.0, couplings=("mix1", "mix1"), patch=2)
     text = encode(model, TEXT, generator())
     edit = rewrite(
-        model, text, [[(3, 4)], [(6, 7)]], level=1, candidates=30, generator=generator(1)
+        model, text, [[(3, 4)], [(6, 7)]], Candidates(30, level=1), generator=generator(1)
     )
     assert edit.tokens.shape == TEXT.shape
     assert edit.changed[0, 3]
@@ -113,7 +122,7 @@ def test_words_are_redrawn_in_the_state_that_tells_most():
     start = sentence.index("great")
     edits = [[(start, start + 5)]] * 4
     lower, upper = (
-        rewrite(model, text.repeated(4), edits, candidates=16, level=level, generator=generator(1))
+        rewrite(model, text.repeated(4), edits, Candidates(16, level=level), generator=generator(1))
         for level in (0, 1)
     )
     assert upper.bound.mean() < lower.bound.mean()
@@ -163,12 +172,12 @@ def test_candidates_that_repeat_the_text_come_last():
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT[:1], generator())
     changed = [
-        redraw(model, text, (3, 4), candidates=60, generator=generator(s)).tokens[0, 3]
+        redraw(model, text, (3, 4), Candidates(60), generator=generator(s)).tokens[0, 3]
         for s in range(20)
     ]
     assert TEXT[0, 3] not in changed
     only = [
-        redraw(model, text, (3, 4), candidates=1, generator=generator(s)).tokens[0, 3]
+        redraw(model, text, (3, 4), Candidates(1), generator=generator(s)).tokens[0, 3]
         for s in range(40)
     ]
     assert TEXT[0, 3] in only
@@ -178,51 +187,81 @@ def test_edits_report_the_tail_of_their_weights():
     model = tiny_flow(log_std=-3.0, couplings=("mixd", "mix1"))
     text, options = encode(model, TEXT, generator()), {"generator": generator(1)}
     first, untouched = rewrite(
-        model, text, [[(1, 3), (4, 6)], []], candidates=60, **options
+        model, text, [[(1, 3), (4, 6)], []], Candidates(60), **options
     ).pareto_k
     assert math.isfinite(first)
     assert math.isnan(untouched)
-    one = redraw(model, text.row(0), (1, 3), candidates=60, generator=generator(1))
+    one = redraw(model, text.row(0), (1, 3), Candidates(60), generator=generator(1))
     assert (
-        redraw(model, one, (4, 6), candidates=4, **options).pareto_k == one.pareto_k
+        redraw(model, one, (4, 6), Candidates(4), **options).pareto_k == one.pareto_k
     )  # too few for a tail
 
 
-def test_another_span_is_tried_where_all_candidates_repeat_one(monkeypatch):
-    model = tiny_flow(log_std=-6.0, couplings=("mixd",))
-    text = encode(model, TEXT[:1], generator()).repeated(2)
-    asked = []
-
-    def one_is_certain(model, row, span, **options):
-        asked.append(span)
-        return row if span in ((1, 2), (3, 4)) else redraw(model, row, span, **options)
-
-    monkeypatch.setattr("tarflowlm.editing.rewriting.redraw", one_is_certain)
+def test_another_span_is_tried_where_all_candidates_repeat_one():
+    """At a low temperature block 1 repeats a text of most probable tokens, but for one that is
+    changed.
+    """
+    model = tiny_flow(log_std=-9.0, couplings=("mixd",))
+    sure = Candidates(60, temperature=1e-3)
+    tokens = generate(model, num_tokens=7, top_k=1, generator=generator()).tokens
+    text = encode(model, tokens, generator()).repeated(2)
     words = [(at, at + 1) for at in range(7)]
-    edit = rewrite(
-        model, text, [[(1, 2)], [(2, 3)]], spare=words, candidates=60, generator=generator(1)
-    )
-    assert edit.changed.sum(1).tolist() == [1, 1]
-    assert edit.changed[1, 2]
-    assert not edit.changed[0, [0, 1, 3, 6]].any()
-    assert asked[0] == (1, 2)
-    assert asked.count((1, 2)) == 1
-    asked.clear()
-    assert not rewrite(
-        model, text, [[(1, 2)], []], candidates=60, generator=generator(1)
-    ).changed.any()
-    assert asked == [(1, 2)]
+    spans = [[(1, 2)], []]
+    same = rewrite(model, text, spans, sure, spare=words, generator=generator(1))
+    assert not same.changed.any()
+    tokens[0, 5] = (tokens[0, 5] + 1) % 5
+    text = encode(model, tokens, generator()).repeated(2)
+    assert not rewrite(model, text, spans, sure, generator=generator(1)).changed.any()
+    other = rewrite(model, text, spans, sure, spare=words, generator=generator(1))
+    assert other.changed.sum(1).tolist() == [1, 0]
+    assert other.changed[0, 5]
+
+
+def test_candidates_may_repeat_the_text_where_this_is_allowed():
+    model = tiny_flow(log_std=-9.0, couplings=("mixd",))
+    tokens = generate(model, num_tokens=7, top_k=1, generator=generator()).tokens
+    text = encode(model, tokens, generator())
+    repeated = {
+        may_repeat: [
+            redraw(
+                model,
+                text,
+                (3, 4),
+                Candidates(60, may_repeat=may_repeat),
+                generator=generator(seed),
+            ).tokens.equal(tokens)
+            for seed in range(20)
+        ]
+        for may_repeat in (False, True)
+    }
+    assert not any(repeated[False])
+    assert 0 < sum(repeated[True]) < 20
+
+
+def test_candidates_that_keep_the_spaces_of_a_span_are_preferred():
+    """Token 4 begins with a space, and 1 ends with one."""
+    model = tiny_flow(log_std=-6.0, couplings=("mixd",))
+    text = encode(model, TEXT[:1], generator())
+    spaces = Spaces.of([b"a", b"b ", b"c", b"d", b" e"])
+    for seed in range(10):
+        draws = Candidates(60, spaces=spaces)
+        redrawn = redraw(model, text, (2, 4), draws, generator=generator(seed))
+        first, last = redrawn.tokens[0, 2:4].tolist()
+        assert first != 4  # token 1 stood there
+        assert last != 1  # token 4 stood there
 
 
 @pytest.mark.slow
 def test_blends_take_and_keep_the_requested_spans(model):
     first, second = (encode(model, x[None], generator()) for x in TEXT)
     spans = [([(0, 2)], [(4, 7)])]
-    edit = blend(model, first, second, spans, candidates=3, generator=generator(1))
+    edit = blend(model, first, second, spans, Candidates(3), generator=generator(1))
     assert torch.equal(edit.tokens[0, :2], TEXT[1, :2])
     assert torch.equal(edit.tokens[0, 4:], TEXT[0, 4:])
     for taken, whole in (([], TEXT[:1]), ([(0, 7)], TEXT[1:])):
-        edit = blend(model, first, second, [(taken, [(0, 7)])], candidates=1, generator=generator())
+        edit = blend(
+            model, first, second, [(taken, [(0, 7)])], Candidates(1), generator=generator()
+        )
         assert torch.equal(edit.tokens, whole)
 
 
@@ -240,14 +279,12 @@ def test_costs_add_up_to_the_bound_of_block_1():
 def test_refusals():
     model = tiny_flow(couplings=("mix1", "mix1"))
     text = encode(model, TEXT[:1], generator())
-    for options, words in (
-        ({"candidates": 0}, "candidates 0"),
-        ({"temperature": 0.5}, "no weights of tokens"),
-        ({"temperature": 0.5, "level": 1}, "state 1 of this model has no weights of tokens"),
-    ):
-        given = {"span": (1, 3), "candidates": 2, "generator": generator()} | options
-        with pytest.raises(UserError, match=words):
-            redraw(model, text, **given)
+    with pytest.raises(UserError, match="candidates 0"):
+        Candidates(0)
+    for level in (0, 1):
+        candidates = Candidates(2, temperature=0.5, level=level)
+        with pytest.raises(UserError, match=f"state {level} .* no weights of tokens"):
+            redraw(model, text, (1, 3), candidates, generator=generator())
     short = encode(model, TEXT[:1, :4], generator())
     with pytest.raises(UserError, match="7 and 4 tokens"):
-        blend(model, text, short, [([], [])], candidates=1, generator=generator())
+        blend(model, text, short, [([], [])], Candidates(1), generator=generator())

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from tarflowlm.editing.edits import num_words
-from tarflowlm.editing.words import blended_spans, find_piece, find_words, pick_words, words_of
+from tarflowlm.editing.words import (
+    blended_spans,
+    find_piece,
+    find_words,
+    neighbours,
+    pick_words,
+    words_of,
+)
 from tarflowlm.errors import UserError
 
 
@@ -47,6 +54,14 @@ def test_words_are_picked_at_random_or_by_cost():
     assert pick_words(words, 2, 12, torch.Generator(), costs=costs) == [(5, 7), (8, 9)]
     with pytest.raises(UserError, match="words 6: the text has 5"):
         pick_words(words, 6, 12, torch.Generator())
+
+
+def test_neighbours_are_words_on_both_sides():
+    words = spans("a bc d ef g")
+    assert neighbours(words, 5, 6, 1) == [(2, 4), (7, 9)]
+    assert neighbours(words, 5, 6, 2) == [(0, 4), (7, 11)]
+    assert neighbours(words, 0, 1, 1) == [(2, 4)]
+    assert neighbours(words, 5, 6, 0) == []
 
 
 def test_a_blend_keeps_the_words_that_nothing_cuts():

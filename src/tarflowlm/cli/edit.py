@@ -1,7 +1,9 @@
 """`tarflowlm edit`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+
+import tyro
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
@@ -12,56 +14,61 @@ MUCH_CHANGED, MUCH_LONGER = (
     0.5,
     1.25,
 )  # share of changed tokens, ratio of bits: above these an edit gets advice
-KINDS = (
-    "rewrite",
-    "toward",
-    "replace",
-)  # options that name the edit; without one it is "level" or "words"
+KINDS = ("rewrite", "replace", "counterfactual", "toward")
+"""Options that name the edit; without one it is "level" or "words"."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Resample some words of a text given all others. Or move the text --toward another, --replace
-    OLD NEW, or change one of its states in latent space (--level).
+    """Draw some words of a text anew, given all others. Or --rewrite pieces of it, --replace OLD
+    NEW, move it --toward another text, or change one of its states in latent space (--level).
     """
 
     text: Annotated[str, arg("TEXT")]  # The text to edit.
     directory: options.Model = None
     model: options.ModelName = None
     strength: options.Number = None
-    """Share of the words to resample, given all the others: 0 keeps the text, 0.1 (the default)
+    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
     changes a word here and there, 1 leaves none. With --level: how much noise the states get.
     """
     words: options.Count = (
-        None  # Number of words to resample, not a share. With --level: only so many get noise.
+        None  # Number of words to draw anew, not a share. With --level: only so many get noise.
     )
     pick: Annotated[Literal["random", "unlikely"] | None, arg()] = None
-    """Words to resample: random ones (the default), or the most unlikely ones."""
-    rewrite: Annotated[tuple[str, ...] | None, arg("TEXT ...")] = None
-    """Resample these pieces of the text, words or more (whole tokens), given everything else."""
+    """Words to draw anew: random ones (the default), or the most unlikely ones."""
+    rewrite: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("PIECE")] = ()
+    """Draw this piece of the text anew, a word or more, given everything else. May be given several
+    times.
+    """
+    everywhere: options.Flag = False  # With --rewrite: every occurrence, as whole words.
     candidates: options.Count = None
-    """Candidates for every resampled piece (32). One is taken by how well the rest of the text
+    """Candidates for every piece that is drawn anew (32). One is taken by how well the rest of the text
     follows it.
     """
     temperature: Annotated[
         float | None, arg("FLOAT", f"Of the candidates (0.7): {options.TEMPERATURE}")
     ] = None
     toward: options.Text = None
-    """Take a stretch of this text of the same length, in its place, and resample the words it cuts.
+    """Take a stretch of this text of the same length, in its place, and redraw the words it cuts.
     With --level: interpolate between the states of the two texts.
     """
     weight: options.Number = (
         None  # With --toward: the share of words to take (0.5); 0 is the text, 1 the other text.
     )
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the
-    rest from its noise.
+    """Put NEW where OLD first stands, as a word if it is one. The rest is kept, but for the
+    neighbouring words, which may be drawn anew.
+    """
+    around: options.Number = None  # With --replace: so many words on each side (1); 0 keeps them.
+    counterfactual: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
+    """Put NEW, of as many tokens, where OLD first stands, and regenerate what follows from its
+    noise.
     """
     level: options.Count = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
     the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates.
     """
-    # Number of edits, each with its own noise (with --replace: the noise of the new words alone).
+    # Number of edits, each with its own noise.
     num: int = 1
     seed: int = 0  # The same seed gives the same edits.
     decoder: Annotated[Decoder | None, arg()] = None
@@ -74,20 +81,24 @@ class Args:
 
     def __post_init__(self) -> None:
         exclusive: dict[str, tuple[str, ...]] = {
-            "rewrite": ("toward", "replace"),
-            "toward": ("replace",),
+            "rewrite": ("toward", "replace", "counterfactual"),
+            "toward": ("replace", "counterfactual"),
+            "replace": ("counterfactual",),
         }
         if self.kind == "words":
             exclusive["words"] = ("strength",)
-        needed = {"pick": ("words",)} if self.kind == "level" else {}
+        needed = {"everywhere": ("rewrite",), "around": ("replace",)}
+        if self.kind == "level":
+            needed["pick"] = ("words",)
         options.check(self, ("num", "candidates", "words"), exclusive, needed)
 
     @property
     def kind(self) -> str:
         """The name of the edit in `editing.EDITS`."""
-        return next(
-            (name for name in (*KINDS, "level") if getattr(self, name) is not None), "words"
-        )
+        if self.toward is not None and self.level is not None:
+            return "interpolate"
+        given = (name for name in KINDS if getattr(self, name))
+        return next(given, "words" if self.level is None else "level")
 
 
 def run(args: Args) -> None:
@@ -96,7 +107,7 @@ def run(args: Args) -> None:
 
     from tarflowlm.checks import checked_seed
     from tarflowlm.data.prompts import Reading, read
-    from tarflowlm.editing import EDITS, Source, common_length, encode
+    from tarflowlm.editing import EDITS, Source, common_length, encode, options_of
     from tarflowlm.evaluation.likelihood import bits
     from tarflowlm.generation.particles import UNRELIABLE
     from tarflowlm.model import as_flow
@@ -104,9 +115,7 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
     from tarflowlm.terminal.texts import print_edits
 
-    used = {field.name for field in fields(EDITS[args.kind])}
-    if args.kind == "toward":
-        used -= {"decoder"} if args.level is None else {"candidates", "temperature"}
+    used = options_of(args.kind)
     given: dict[str, Any] = {}
     for name in (
         "strength",
@@ -120,10 +129,7 @@ def run(args: Args) -> None:
     ):
         if (value := getattr(args, name)) is not None:
             if name not in used:
-                which = {"words": "resampled words", "toward": "this --toward"}.get(
-                    args.kind, f"--{args.kind}"
-                )
-                raise UserError(f"--{name} has no effect with {which}: leave it out")
+                raise UserError(f"--{name} has no effect on this edit ({args.kind}): leave it out")
             given[name] = value
     directory = choose_directory(args.directory, args.model)
     checkpoint = options.load_checkpoint(directory, args.device)
@@ -136,11 +142,15 @@ def run(args: Args) -> None:
     readings = {"text": reading_of(args.text, "text")}
     if args.toward is not None:
         readings["other text"] = reading_of(args.toward, "other text")
-    if args.rewrite is not None:
+    if args.everywhere:
+        given["everywhere"] = True
+    if args.around is not None:
+        given["around"] = int(args.around)
+    if args.rewrite:
         given["pieces"] = [reading_of(text, "piece").text.strip() for text in args.rewrite]
-    if args.replace is not None:
+    if (pair := args.replace or args.counterfactual) is not None:
         for key, text, name in zip(
-            ("old", "new"), args.replace, ("text to replace", "replacement"), strict=True
+            ("old", "new"), pair, ("text to replace", "replacement"), strict=True
         ):
             given[key] = reading_of(text, name).text.strip()
     tokens, *more = (reading.tokens for reading in readings.values())
@@ -160,8 +170,8 @@ def run(args: Args) -> None:
     if others:
         given["other"] = others[0]
     with Bars() as bars:
-        edit = EDITS[args.kind](**given).apply(
-            Source(model, tokenizer, source.repeated(args.num), generator, bars)
+        edit = EDITS[args.kind](
+            Source(model, tokenizer, source.repeated(args.num), generator, bars), **given
         )
     characters = torch.from_numpy(tokenizer.characters_per_token)
     bpc_before = bits(edit.bound_before.cpu()) / characters[edit.before.cpu()].sum(-1)
@@ -193,14 +203,14 @@ def run(args: Args) -> None:
     for one in edits:
         bounds = f"bits per character <= {one['bpc_before']:.3f} before, <= {one['bpc']:.3f} now"
         notes.append(f"{sum(one['changed'])} of {len(one['changed'])} tokens changed; {bounds}")
-    print_edits(Console(), tokenizer, edit.before[0], edit.tokens, notes, advice)
+    print_edits(Console(), tokenizer, edit, notes, advice)
 
 
 def _advice(args: Args, changed: float, ratio: float, *, has_token_weights: bool) -> str | None:
     """A better option where the edits have lost the text, or changed nothing; `ratio` of bits after
     and before.
     """
-    if args.rewrite is not None and changed == 0:
+    if args.rewrite and changed == 0:
         more = "more --candidates" + " or a higher --temperature" * has_token_weights
         return f"all candidates equal the text: {more} may find others"
     weight = 0.0 if args.toward is None else 0.5 if args.weight is None else args.weight
@@ -210,7 +220,7 @@ def _advice(args: Args, changed: float, ratio: float, *, has_token_weights: bool
     if changed <= weight + (1 - weight) * MUCH_CHANGED and ratio <= MUCH_LONGER:
         return None
     fewer = (
-        "some words are resampled"
+        "some words are drawn anew"
         if args.toward is None
         else "a stretch of the other text is taken"
     )

@@ -1,38 +1,30 @@
-"""Editing a text: resample some of its words given all others, or change its states in latent
-space.
-"""
+"""Editing a text: draw some of its words anew given all others, or change its states."""
 
-from tarflowlm.editing.edits import (
-    EDITS,
-    EditKind,
-    Redraw,
-    Renoise,
-    Replace,
-    Rewrite,
-    Source,
-    Toward,
-    common_length,
+from tarflowlm.editing.edits import EDITS, Pick, Source, common_length, options_of
+from tarflowlm.editing.rewriting import (
+    Candidates,
+    blend,
+    informative_level,
+    redraw,
+    rewrite,
+    token_costs,
 )
-from tarflowlm.editing.rewriting import blend, informative_level, redraw, rewrite, token_costs
 from tarflowlm.editing.states import Edit, Encoded, bound, encode, interpolate, renoise, substitute
 
 __all__ = [
     "EDITS",
+    "Candidates",
     "Edit",
-    "EditKind",
     "Encoded",
-    "Redraw",
-    "Renoise",
-    "Replace",
-    "Rewrite",
+    "Pick",
     "Source",
-    "Toward",
     "blend",
     "bound",
     "common_length",
     "encode",
     "informative_level",
     "interpolate",
+    "options_of",
     "redraw",
     "renoise",
     "rewrite",

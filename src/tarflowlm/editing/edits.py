@@ -1,28 +1,47 @@
-"""The kinds of edit with their options and defaults: one table for the command line and the studio.
+"""The edits by name, each a function of a `Source` whose keyword arguments are its options.
 
 text = encode(model, tokens[None], generator)
 source = Source(model, tokenizer, text.repeated(num), generator, progress)
-edit = Redraw(strength=0.2).apply(source)
+edit = EDITS["words"](source, strength=0.2)
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence, Sized
+import inspect
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
-from tarflowlm.editing.rewriting import blend, covered, informative_level, rewrite, token_costs
-from tarflowlm.editing.states import Edit, Encoded, check_share, interpolate, renoise, substitute
+from tarflowlm.editing.rewriting import (
+    Candidates,
+    Spaces,
+    blend,
+    collected,
+    covered,
+    informative_level,
+    redrawn,
+    rewrite,
+    token_costs,
+)
+from tarflowlm.editing.states import (
+    Edit,
+    Encoded,
+    check_share,
+    encode,
+    interpolate,
+    renoise,
+    substitute,
+)
 from tarflowlm.editing.words import (
     Span,
     blended_spans,
     find_piece,
     find_words,
     merge_words,
+    neighbours,
     pick_words,
     words_of,
 )
@@ -37,24 +56,6 @@ meant.
 
 Pick = Literal["random", "unlikely"]
 """Which words: at random, or those that cost most in block 1."""
-
-
-def num_words(strength: float, words: Sequence[Span]) -> int:
-    """How many words a share `strength` is: rounded, at least one unless it is 0. UserError outside
-    of [0, 1].
-    """
-    check_share(strength, "strength")
-    return max(1, round(strength * len(words))) if strength and words else 0
-
-
-def common_length(text: Sized, other: Sized) -> int:
-    """The tokens of the shorter of two texts. UserError where little of the first `text` would be
-    left.
-    """
-    if 2 * len(other) < len(text):
-        what = f"the other text has {len(other)} of the {len(text)} tokens of the text"
-        raise UserError(f"{what}: give one that is about as long")
-    return min(len(text), len(other))
 
 
 @dataclass(frozen=True)
@@ -73,213 +74,286 @@ class Source:
         return len(self.text.tokens)
 
     def stage(self, blocks: int) -> None:
-        """Begin the progress of an edit that passes the positions of the text through so many
-        blocks.
-        """
-        self.progress.stage(
-            "editing, positions", blocks * (self.text.tokens.shape[1] // self.model.config.patch)
-        )
+        """Begin the progress of an edit that passes all positions through so many blocks."""
+        positions = self.text.tokens.shape[1] // self.model.config.patch
+        self.progress.stage("editing, positions", blocks * positions)
 
     def symbols(self, text: Encoded | None = None) -> list[bytes]:
         """The bytes of every token of the text, or of another one."""
         text = text or self.text
-        return [
-            self.tokenizer.token_bytes[token] for token in text.tokens[0, : text.length].tolist()
-        ]
+        tokens: list[int] = text.tokens[0, : text.length].tolist()
+        return [self.tokenizer.token_bytes[token] for token in tokens]
 
     def pick(self, count: int, pick: Pick) -> list[Span]:
         """`count` words of the text."""
         costs = token_costs(self.model, self.text)[0].tolist() if pick == "unlikely" else None
-        return pick_words(
-            words_of(self.symbols()), count, self.text.length, self.generator, costs=costs
-        )
+        words = words_of(self.symbols())
+        return pick_words(words, count, self.text.length, self.generator, costs=costs)
+
+    def candidates(
+        self, number: int, temperature: float | None, *, may_repeat: bool = False
+    ) -> Candidates:
+        """Candidates in the most informative state; the usual temperature for None."""
+        if temperature is None:
+            temperature = TEMPERATURE if self.model.config.has_token_weights else 1.0
+        level = informative_level(self.model, self.text.row(0))
+        spaces = Spaces.of(self.tokenizer.token_bytes)
+        return Candidates(number, temperature, level, spaces, may_repeat)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EditKind(ABC):
-    """A kind of edit. The fields of a subclass are the options that it uses."""
+def redraw_words(
+    source: Source,
+    *,
+    strength: float = 0.1,
+    words: int | None = None,
+    pick: Pick = "random",
+    candidates: int = 32,
+    temperature: float | None = None,
+) -> Edit:
+    """Draw some words anew, given all others.
 
-    @abstractmethod
-    def apply(self, source: Source) -> Edit:
-        """Edit every row of the text. Names the stages of the progress."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resampling(EditKind):
-    """An edit that resamples words: one candidate is taken by how well the rest of the text follows
-    it.
+    `strength` is the share of the words, from 0 to 1, and `words` a number of them instead. Where
+    the model repeats a word, another one is tried. Of as many `candidates` for every word, or for
+    several neighbouring ones, one is taken by how well the rest of the text follows it.
+    `temperature` is 0.7 by default, or 1 where block 1 has no weights of tokens.
     """
-
-    candidates: int = 32
-    """Candidates for every resampled span."""
-    temperature: float | None = None
-    """Temperature of the candidates; None is 0.7, or 1 where block 1 has no weights of tokens."""
-
-    def settings(self, source: Source) -> dict[str, Any]:
-        """Arguments of `rewrite` and `blend`: words are resampled in the most informative state."""
-        usual = TEMPERATURE if source.model.config.has_token_weights else 1.0
-        temperature = usual if self.temperature is None else self.temperature
-        how = {
-            "level": informative_level(source.model, source.text.row(0)),
-            "temperature": temperature,
-        }
-        return {
-            "candidates": self.candidates,
-            **how,
-            "generator": source.generator,
-            "progress": source.progress,
-        }
+    places = words_of(source.symbols())
+    if not places:
+        raise UserError("the text has no words: give some, or name pieces of it to rewrite")
+    count = num_words(strength, places) if words is None else words
+    spans = [merge_words(source.pick(count, pick), places) for _ in range(source.num)]
+    source.progress.stage("redrawing, pieces", sum(map(len, spans)))
+    return rewrite(
+        source.model,
+        source.text,
+        spans,
+        source.candidates(candidates, temperature),
+        spare=places,
+        generator=source.generator,
+        progress=source.progress,
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Redraw(Resampling):
-    """Resample some words, given all others. If the model repeats a word, another one is tried in
-    its place.
+def rewrite_pieces(
+    source: Source,
+    *,
+    pieces: Sequence[str],
+    everywhere: bool = False,
+    candidates: int = 32,
+    temperature: float | None = None,
+) -> Edit:
+    """Draw these pieces of the text anew, words or more, given everything else.
+
+    The first occurrence of each, or with `everywhere` all of them as whole words. `candidates` and
+    `temperature` as in `redraw_words`.
     """
-
-    strength: float = 0.1
-    """Share of the words, from 0 to 1."""
-    words: int | None = None
-    """Number of words, in place of the share."""
-    pick: Pick = "random"
-
-    def apply(self, source: Source) -> Edit:
-        words = words_of(source.symbols())
-        if not words:
-            raise UserError("the text has no words: give some, or name pieces of it to rewrite")
-        count = num_words(self.strength, words) if self.words is None else self.words
-        spans = [merge_words(source.pick(count, self.pick), words) for _ in range(source.num)]
-        source.progress.stage("resampling, pieces", sum(map(len, spans)))
-        return rewrite(source.model, source.text, spans, spare=words, **self.settings(source))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rewrite(Resampling):
-    """Resample given pieces of the text, words or more."""
-
-    pieces: Sequence[str]
-    everywhere: bool = False
-    """Every occurrence as whole words, in place of the first one of each piece."""
-
-    def apply(self, source: Source) -> Edit:
-        symbols = source.symbols()
-        if not self.pieces:
-            raise UserError("no piece of the text is named: give at least one")
-        spans = [find_piece(symbols, piece) for piece in self.pieces]
-        if self.everywhere:
-            spans = list({span for piece in self.pieces for span in find_words(symbols, piece)})
-        source.progress.stage("resampling, pieces", len(spans) * source.num)
-        return rewrite(
-            source.model, source.text, [sorted(spans)] * source.num, **self.settings(source)
-        )
+    symbols = source.symbols()
+    if not pieces:
+        raise UserError("no piece of the text is named: give at least one")
+    spans = [find_piece(symbols, piece) for piece in pieces]
+    if everywhere:
+        spans = list({span for piece in pieces for span in find_words(symbols, piece)})
+    source.progress.stage("redrawing, pieces", len(spans) * source.num)
+    return rewrite(
+        source.model,
+        source.text,
+        [sorted(spans)] * source.num,
+        source.candidates(candidates, temperature),
+        generator=source.generator,
+        progress=source.progress,
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replace(EditKind):
-    """Replace the first `old`, as a word if it is one, by `new` of as many tokens; what follows
-    keeps its noise.
+def replace_piece(
+    source: Source,
+    *,
+    old: str,
+    new: str,
+    around: int = 1,
+    candidates: int = 32,
+    temperature: float | None = None,
+) -> Edit:
+    """Put `new` where `old` first stands, as a word if it is one, and keep the rest.
+
+    `around` words on each side may be drawn anew, given all else; 0 keeps them. `candidates` and
+    `temperature` as in `redraw_words`.
     """
-
-    old: str
-    new: str
-
-    def apply(self, source: Source) -> Edit:
-        symbols = source.symbols()
-        start, stop = find_piece(symbols, self.old)
-        # with everything else in these tokens: tokens of word pieces begin with a space
-        held = b"".join(symbols[start:stop]).decode("utf-8", errors="replace")
-        tokens = torch.from_numpy(source.tokenizer.encode(held.replace(self.old, self.new, 1)))
-        if len(tokens) != stop - start:
-            what = (
-                f"{held!r} has {stop - start} tokens, with {self.new!r} in its place {len(tokens)}"
-            )
-            words = (
-                token.decode("utf-8", "ignore").strip() for token in source.tokenizer.token_bytes
-            )
-            near = get_close_matches(self.new, [word for word in words if word.isalpha()], 4, 0.5)
-            hint = (
-                f", say one of one token: {', '.join(near)}," if near and stop - start == 1 else ","
-            )
-            raise UserError(
-                f"{what}, and these must agree: choose other words{hint} or rewrite {self.old!r}"
-            )
-        replacements = torch.full((source.text.length,), -1)
-        replacements[start:stop] = tokens
-        source.stage(1)
-        model, generator = source.model, source.generator
-        return substitute(
-            model, source.text, replacements, generator=generator, progress=source.progress
+    start, stop, tokens = _replacement(source, old, new)
+    before = source.text.tokens[0, : source.text.length].cpu()
+    changed = torch.cat((before[:start], tokens, before[stop:]))
+    if len(changed) > source.model.config.context:
+        raise UserError(
+            f"with {new!r} the text has {len(changed)} tokens, more than the context of "
+            f"{source.model.config.context}: shorten it"
         )
+    text = encode(source.model, changed[None], source.generator).repeated(source.num)
+    end = start + len(tokens)
+    # at either end of the text nothing says that a word begins or ends there
+    inner = [
+        word for word in words_of(source.symbols(text)) if 0 < word[0] < word[1] < len(changed)
+    ]
+    spans = neighbours(inner, start, end, around)
+    source.progress.stage("redrawing, pieces", len(spans) * source.num)
+    rows = redrawn(
+        source.model,
+        text,
+        [spans] * source.num,
+        source.candidates(candidates, temperature, may_repeat=True),
+        generator=source.generator,
+        progress=source.progress,
+    )
+    # the old token at every place of the new text
+    aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
+    return collected(source.model, source.text, rows, source.generator, aligned=aligned)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Toward(Resampling):
-    """Move toward another text of the same length: take a stretch of its words, or interpolate the
-    states `level`.
+def substitute_piece(source: Source, *, old: str, new: str) -> Edit:
+    """Put `new`, of as many tokens, where `old` first stands; what follows keeps its noise."""
+    start, stop, tokens = _replacement(source, old, new)
+    if len(tokens) != stop - start:
+        raise UserError(
+            f"{old!r} has {stop - start} tokens and {new!r} {len(tokens)}, and these must agree: "
+            "choose other words, or replace, which takes any"
+        )
+    replacements = torch.full((source.text.length,), -1)
+    replacements[start:stop] = tokens
+    source.stage(1)
+    return substitute(
+        source.model,
+        source.text,
+        replacements,
+        generator=source.generator,
+        progress=source.progress,
+    )
+
+
+def _replacement(source: Source, old: str, new: str) -> tuple[int, int, Tensor]:
+    """The tokens of the text that hold `old`, from one place to another, and those to put there."""
+    symbols = source.symbols()
+    start, stop = find_piece(symbols, old)
+    # with everything else in these tokens: tokens of word pieces begin with a space
+    held = b"".join(symbols[start:stop]).decode("utf-8", errors="replace")
+    return start, stop, torch.from_numpy(source.tokenizer.encode(held.replace(old, new, 1)))
+
+
+def take_words(
+    source: Source,
+    *,
+    other: Encoded,
+    weight: float = 0.5,
+    candidates: int = 32,
+    temperature: float | None = None,
+) -> Edit:
+    """Take a stretch of the words of another text [1, T] of the same length, at their places.
+
+    `weight` is the share of its words: 0 is the text, 1 the other one. Words that the stretch cuts
+    are drawn anew; `candidates` and `temperature` as in `redraw_words`.
     """
-
-    other: Encoded
-    """The other text [1, T]."""
-    weight: float = 0.5
-    """Share of the words to take, or weight of the other state: 0 is the text, 1 the other text."""
-    level: int | None = None
-    """Interpolate this state; None takes words."""
-    decoder: Decoder = "auto"
-    """How the blocks below the `level` are inverted."""
-
-    def apply(self, source: Source) -> Edit:
-        other = self.other.repeated(source.num)
-        if self.level is not None:
-            source.stage(self.level)
-            how: Any = {
-                "level": self.level,
-                "generator": source.generator,
-                "progress": source.progress,
-            }
-            return interpolate(
-                source.model, source.text, other, weight=self.weight, decoder=self.decoder, **how
-            )
-        check_share(self.weight, "weight")
-        first, second = (words_of(source.symbols(text)) for text in (source.text, other))
-        spans, count = [], round(self.weight * len(second))
-        for _ in range(source.num):
-            start = int(torch.randint(len(second) - count + 1, (), generator=source.generator))
-            spans.append(
-                blended_spans(first, second, second[start : start + count], source.text.length)
-            )
-        source.progress.stage("resampling, texts", source.num)
-        return blend(source.model, source.text, other, spans, **self.settings(source))
+    check_share(weight, "weight")
+    second = other.repeated(source.num)
+    ours, theirs = (words_of(source.symbols(text)) for text in (source.text, second))
+    count = round(weight * len(theirs))
+    spans = []
+    for _ in range(source.num):
+        start = int(torch.randint(len(theirs) - count + 1, (), generator=source.generator))
+        taken = theirs[start : start + count]
+        spans.append(blended_spans(ours, theirs, taken, source.text.length))
+    source.progress.stage("redrawing, texts", source.num)
+    return blend(
+        source.model,
+        source.text,
+        second,
+        spans,
+        source.candidates(candidates, temperature),
+        generator=source.generator,
+        progress=source.progress,
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Renoise(EditKind):
-    """Add noise to a state in latent space: h -> sqrt(1 - s^2) h + s eps with s the `strength`."""
+def interpolate_states(
+    source: Source, *, other: Encoded, level: int, weight: float = 0.5, decoder: Decoder = "auto"
+) -> Edit:
+    """Interpolate the states `level` with those of another text [1, T] of the same length.
 
-    level: int
-    """0 is the latents, the number of blocks the noise."""
-    strength: float = 0.1
-    words: int | None = None
-    """Change the state at so many words only."""
-    pick: Pick = "random"
-    decoder: Decoder = "auto"
-    """How the blocks below the `level` are inverted."""
-
-    def apply(self, source: Source) -> Edit:
-        T = source.text.tokens.shape[1]
-        where = None if self.words is None else covered(source.pick(self.words, self.pick), T)
-        source.stage(self.level)
-        how: Any = {"level": self.level, "generator": source.generator, "progress": source.progress}
-        return renoise(
-            source.model,
-            source.text,
-            strength=self.strength,
-            where=where,
-            decoder=self.decoder,
-            **how,
-        )
+    `weight` is that of the other state: 0 is the text, 1 the other one. `decoder` says how the
+    blocks below are inverted.
+    """
+    source.stage(level)
+    return interpolate(
+        source.model,
+        source.text,
+        other.repeated(source.num),
+        level=level,
+        weight=weight,
+        generator=source.generator,
+        decoder=decoder,
+        progress=source.progress,
+    )
 
 
-EDITS = dict[str, type[EditKind]](
-    words=Redraw, rewrite=Rewrite, replace=Replace, toward=Toward, level=Renoise
-)
-"""The kinds of edit by name."""
+def renoise_state(
+    source: Source,
+    *,
+    level: int,
+    strength: float = 0.1,
+    words: int | None = None,
+    pick: Pick = "random",
+    decoder: Decoder = "auto",
+) -> Edit:
+    """Add noise to a state: h -> sqrt(1 - s^2) h + s eps with s the `strength`.
+
+    `level` 0 is the latents, the number of blocks the noise. `words` changes the state at so many
+    words only. `decoder` says how the blocks below are inverted.
+    """
+    length = source.text.tokens.shape[1]
+    where = None if words is None else covered(source.pick(words, pick), length)
+    source.stage(level)
+    return renoise(
+        source.model,
+        source.text,
+        level=level,
+        strength=strength,
+        where=where,
+        generator=source.generator,
+        decoder=decoder,
+        progress=source.progress,
+    )
+
+
+EDITS: dict[str, Callable[..., Edit]] = {
+    "words": redraw_words,
+    "rewrite": rewrite_pieces,
+    "replace": replace_piece,
+    "counterfactual": substitute_piece,
+    "toward": take_words,
+    "interpolate": interpolate_states,
+    "level": renoise_state,
+}
+"""The edits by name. Each raises UserError for options out of range, and names the stages of the
+progress.
+"""
+
+
+def options_of(name: str) -> frozenset[str]:
+    """The options of an edit."""
+    return frozenset(inspect.signature(EDITS[name]).parameters) - {"source"}
+
+
+def num_words(strength: float, words: Sequence[Span]) -> int:
+    """How many words a share `strength` is: rounded, and at least one unless it is 0.
+
+    UserError outside of [0, 1].
+    """
+    check_share(strength, "strength")
+    return max(1, round(strength * len(words))) if strength and words else 0
+
+
+def common_length(text: Sized, other: Sized) -> int:
+    """The tokens of the shorter of two texts.
+
+    UserError where little of the first `text` would be left.
+    """
+    if 2 * len(other) < len(text):
+        what = f"the other text has {len(other)} of the {len(text)} tokens of the text"
+        raise UserError(f"{what}: give one that is about as long")
+    return min(len(text), len(other))

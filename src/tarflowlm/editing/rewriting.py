@@ -6,10 +6,9 @@ other tokens keep their latents.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -142,8 +141,47 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     return int(torch.stack(gains).mean(1).argmax())
 
 
+class Spaces(NamedTuple):
+    """Which tokens begin, and which end with white space, [V]."""
+
+    begin: Tensor
+    end: Tensor
+
+    @classmethod
+    def of(cls, token_bytes: Sequence[bytes]) -> "Spaces":
+        """Those of tokens with these bytes."""
+        return cls(
+            torch.tensor([symbol[:1].isspace() for symbol in token_bytes]),
+            torch.tensor([symbol[-1:].isspace() for symbol in token_bytes]),
+        )
+
+    def kept(self, tokens: Tensor, old: Tensor) -> Tensor:
+        """Which rows of `tokens` [R, n] begin and end as `old` [n] does, [R]."""
+        begins = self.begin[tokens[:, 0]] == self.begin[old[0]]
+        return begins & (self.end[tokens[:, -1]] == self.end[old[-1]])
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates for a span, of which one is taken. UserError for fewer than one."""
+
+    number: int
+    temperature: float = 1.0
+    """Temperature of their tokens; other than 1 only where block 1 has weights of tokens."""
+    level: int = 0
+    """The state in which they are drawn (see `informative_level`)."""
+    spaces: Spaces | None = None
+    """If given, candidates that keep the white space at the ends of the span are preferred."""
+    may_repeat: bool = False
+    """Else those that repeat the tokens that were there are taken only if all do."""
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise UserError(f"candidates {self.number}: must be at least 1")
+
+
 SPARE_TRIES = 8
-"""Other spans that are tried in place of one that the model would not change."""
+"""Other spans that are tried instead of one that the model would not change."""
 
 
 @torch.no_grad()
@@ -151,37 +189,57 @@ def rewrite(
     model: TarFlowLM,
     text: Encoded,
     spans: Sequence[Sequence[Span]],
+    candidates: Candidates,
     *,
     spare: Sequence[Span] = (),
     generator: torch.Generator,
     progress: Progress = SILENT,
-    **options: Any,
 ) -> Edit:
-    """Redraw the spans of every text, `spans[b]` those of row b, one after the other given
-    everything else.
+    """The edit of `redrawn`."""
+    rows = redrawn(
+        model, text, spans, candidates, spare=spare, generator=generator, progress=progress
+    )
+    return collected(model, text, rows, generator)
 
-    Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but
-    none at either end of the text. `progress` advances once per span. The `options` and errors are
-    those of `redraw`.
+
+@torch.no_grad()
+def redrawn(
+    model: TarFlowLM,
+    text: Encoded,
+    spans: Sequence[Sequence[Span]],
+    candidates: Candidates,
+    *,
+    spare: Sequence[Span] = (),
+    generator: torch.Generator,
+    progress: Progress = SILENT,
+) -> list[Encoded]:
+    """The texts with their spans redrawn, one after the other given everything else.
+
+    `spans[b]` are those of row b. Where all candidates of a span repeat it, some of the `spare`
+    spans are tried instead, but none at either end of the text. `progress` advances once per span.
+    Errors: `redraw`.
     """
     rows = []
     for b, chosen in enumerate(spans):
         row = text.row(b)
-        inner = [(start, stop) for start, stop in spare if start > 0 and stop < text.length]
-        left = [(i, j) for i, j in inner if not any(i < end and first < j for first, end in chosen)]
+        left = [
+            (start, stop)
+            for start, stop in spare
+            if start > 0
+            and stop < text.length
+            and not any(start < end and first < stop for first, end in chosen)
+        ]
         for span in chosen:
-            before, tries = row.tokens, SPARE_TRIES
-            while True:
-                row = redraw(model, row, span, generator=generator, **options)
-                if not (left and tries) or (row.tokens != before)[:, : text.length].any():
+            before = row.tokens
+            row = redraw(model, row, span, candidates, generator=generator)
+            for _ in range(SPARE_TRIES):
+                if not left or (row.tokens != before)[:, : text.length].any():
                     break
-                span, tries = (
-                    left.pop(int(torch.randint(len(left), (), generator=generator))),
-                    tries - 1,
-                )
+                span = left.pop(int(torch.randint(len(left), (), generator=generator)))
+                row = redraw(model, row, span, candidates, generator=generator)
             progress.advance()
         rows.append(row)
-    return _finished(model, text, rows, generator)
+    return rows
 
 
 @torch.no_grad()
@@ -190,17 +248,15 @@ def blend(
     first: Encoded,
     second: Encoded,
     spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
+    candidates: Candidates,
     *,
     generator: torch.Generator,
     progress: Progress = SILENT,
-    **options: Any,
 ) -> Edit:
-    """Put spans of the second text into the first, at their places, and redraw what they leave in
-    pieces.
+    """Take spans of a second text, at their places, and redraw the words that they cut.
 
-    `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing
-    is taken. `progress` advances once per row. The `options` are those of `redraw`. UserError for
-    texts of different lengths.
+    `spans[b]` are the spans that row b takes, and the spans of the first text that stay. `progress`
+    advances once per row. UserError for texts of different lengths.
     """
     check_lengths(first, second)
     rows = []
@@ -212,10 +268,10 @@ def blend(
         tokens = torch.where(mask, other.tokens, row.tokens)
         row = replace(row, tokens=tokens, states=tuple(model.prior.states(z)[0]))
         for span in _runs(~(is_second | stays)[: first.length]):
-            row = redraw(model, row, span, generator=generator, **options)
+            row = redraw(model, row, span, candidates, generator=generator)
         progress.advance()
         rows.append(row)
-    return _finished(model, first, rows, generator)
+    return collected(model, first, rows, generator)
 
 
 @torch.no_grad()
@@ -223,47 +279,62 @@ def redraw(
     model: TarFlowLM,
     text: Encoded,
     span: Span,
+    candidates: Candidates,
     *,
-    candidates: int,
-    temperature: float = 1.0,
-    level: int = 0,
     generator: torch.Generator,
 ) -> Encoded:
     """The text [1, T] with the tokens of `span` redrawn given all others, which keep their latents.
 
-    Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those
-    that repeat the tokens that were there only if all do. At a `level` above 0 the span is redrawn
-    in that state (see `informative_level`); then tokens beside it change only if they do for all
-    candidates.
+    One candidate is taken by its weight (docs/math.md, eq. 24). At a level above 0, tokens next to
+    the span change only if they do for all candidates.
 
-    UserError for fewer than 1 candidate, and for a temperature other than 1 where there are no
-    weights of tokens.
+    UserError for a temperature other than 1 where there are no weights of tokens.
     """
     start, stop = span
+    level, temperature = candidates.level, candidates.temperature
     assert 0 <= start < stop <= text.length, span
     assert 0 <= level < model.num_blocks, level
-    if candidates < 1:
-        raise UserError(f"candidates {candidates}: must be at least 1")
     if temperature != 1.0 and (level or not model.config.has_token_weights):
         raise UserError(
             f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1"
         )
-    draw: Any = (
-        partial(propose_state, level=level) if level else partial(propose, temperature=temperature)
-    )
-    z, tokens, log_w = draw(model, text, span, candidates=candidates, generator=generator)
+    if level:
+        z, tokens, log_w = propose_state(
+            model, text, span, level=level, candidates=candidates.number, generator=generator
+        )
+    else:
+        z, tokens, log_w = propose(
+            model,
+            text,
+            span,
+            candidates=candidates.number,
+            temperature=temperature,
+            generator=generator,
+        )
     k = pareto_k(log_w)
-    changed = (tokens != text.tokens)[:, : text.length].cpu()
-    num_inside = changed[:, start:stop].sum(1)
-    for wanted in (num_inside > 0, num_inside == changed.sum(1)):
-        if (wanted & (log_w > -torch.inf)).any():
-            log_w = torch.where(wanted, log_w, -torch.inf)
+    for is_preferred in _preferences(text, tokens.cpu(), span, candidates):
+        if (is_preferred & (log_w > -torch.inf)).any():
+            log_w = torch.where(is_preferred, log_w, -torch.inf)
     chosen = resample(log_w, 1, generator).to(z.device)
     # of two NaN the second, so that one number remains if there is any
     k = max(text.pareto_k, k, key=lambda k: -math.inf if math.isnan(k) else k)
     return replace(
         text, tokens=tokens[chosen], states=tuple(model.prior.states(z[chosen])[0]), pareto_k=k
     )
+
+
+def _preferences(
+    text: Encoded, tokens: Tensor, span: Span, candidates: Candidates
+) -> Iterator[Tensor]:
+    """Which candidates, with tokens [R, T], are preferred: [R], the most important first."""
+    old, inside = text.tokens[0].cpu(), slice(*span)
+    if candidates.spaces is not None:
+        yield candidates.spaces.kept(tokens[:, inside], old[inside])
+    changed = (tokens != old)[:, : text.length]
+    num_inside = changed[:, inside].sum(1)
+    if not candidates.may_repeat:
+        yield num_inside > 0
+    yield num_inside == changed.sum(1)
 
 
 @torch.no_grad()
@@ -279,11 +350,18 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 
 
-def _finished(
-    model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], generator: torch.Generator
+def collected(
+    model: TarFlowLM,
+    before: Encoded,
+    rows: Sequence[Encoded],
+    generator: torch.Generator,
+    *,
+    aligned: Tensor | None = None,
 ) -> Edit:
+    """The edit of the texts `before` into `rows`; `aligned` as in `compared`."""
+    tokens = torch.cat([row.tokens for row in rows])
     states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
-    edit = compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
+    edit = compared(model, before, tokens, states[::-1], generator, aligned=aligned)
     return replace(edit, pareto_k=tuple(row.pareto_k for row in rows))
 
 

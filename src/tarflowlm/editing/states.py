@@ -28,12 +28,16 @@ from tarflowlm.progress import SILENT, Progress
 class Edit:
     """A batch of texts before and after an edit."""
 
-    before: Tensor  # Tokens before the edit, [B, T].
-    tokens: Tensor  # Tokens after it, [B, T].
-    changed: Tensor  # Which tokens differ, [B, T].
-    # Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples.
+    before: Tensor
+    """Tokens before the edit, [B, T]."""
+    tokens: Tensor
+    """Tokens after it, [B, T], or another number where words of another length were put in."""
+    changed: Tensor
+    """Which of the new tokens are new, as `tokens`."""
     bound_before: Tensor
-    bound: Tensor  # The same after the edit.
+    """Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples."""
+    bound: Tensor
+    """The same after the edit."""
     states: tuple[Tensor, ...]
     """States of the new text from the edited one down to h^(0), each [B, T, d]; all L + 1 after
     `substitute`.
@@ -48,12 +52,14 @@ class Edit:
 class Encoded:
     """A batch of texts of equal length with all states."""
 
-    tokens: Tensor  # [B, T], padded by the model to whole patches.
-    length: int  # Tokens of the text itself, without the padding.
-    states: tuple[Tensor, ...]  # h^(0) = z, ..., h^(L) = u, each [B, T, d].
-    pareto_k: float = (
-        math.nan
-    )  # The largest tail index of the weights by which spans of it were redrawn.
+    tokens: Tensor
+    """[B, T], padded by the model to whole patches."""
+    length: int
+    """Tokens of the text itself, without the padding."""
+    states: tuple[Tensor, ...]
+    """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
+    pareto_k: float = math.nan
+    """The largest tail index of the weights by which spans of it were redrawn."""
 
     def row(self, b: int) -> "Encoded":
         """Text b alone."""
@@ -227,17 +233,37 @@ def inverted_below(
 
 
 def compared(
-    model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[Tensor], generator: Generator
+    model: TarFlowLM,
+    text: Encoded,
+    tokens: Tensor,
+    states: Sequence[Tensor],
+    generator: Generator,
+    *,
+    aligned: Tensor | None = None,
 ) -> Edit:
-    """`text` beside its new tokens [B, T] and states, with bounds of both."""
-    # The bounds are those of whole patches, padding included. All texts get the same noise: so
-    # sampling noise does not enter the differences of their bounds, and equal texts have equal
-    # ones.
+    """The edit of `text` into these tokens [B, T] and states, with bounds of both.
+
+    `aligned` [T] has the old token at every place of a new text of another length, -1 for none.
+    """
+    # The bounds are those of whole patches, padding included. All texts get the same noise, so that
+    # it does not enter the differences of their bounds, and equal texts have equal ones.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    both = torch.cat((text.tokens, tokens))
-    before, after = bound(model, both, Generator().manual_seed(seed), same_noise=True).chunk(2)
-    old, new, *levels = (x[:, : text.length] for x in (text.tokens, tokens, *states))
-    return Edit(old, new, new != old, bound_before=before, bound=after, states=tuple(levels))
+    before, after = (
+        bound(model, some, Generator().manual_seed(seed), same_noise=True)
+        for some in (text.tokens, tokens)
+    )
+    old = text.tokens[:, : text.length]
+    aligned = old if aligned is None else aligned.to(tokens.device)
+    length = aligned.shape[-1]
+    new = tokens[:, :length]
+    return Edit(
+        old,
+        new,
+        changed=new != aligned,
+        bound_before=before,
+        bound=after,
+        states=tuple(h[:, :length] for h in states),
+    )
 
 
 @torch.no_grad()

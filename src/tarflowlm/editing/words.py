@@ -65,7 +65,17 @@ def merge_words(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
     return spans
 
 
+def neighbours(words: Sequence[Span], start: int, stop: int, count: int) -> list[Span]:
+    """`count` words before the place `start`, and as many from `stop` on: a span for each side."""
+    before = [word for word in words if word[1] <= start]
+    behind = [word for word in words if word[0] >= stop]
+    chosen = [*before[max(len(before) - count, 0) :], *behind[:count]]
+    # the two sides are apart, even if no word is between them
+    return [*merge_words(chosen, before), *merge_words(chosen, behind)]
+
+
 def _with_space(word: Span, words: Sequence[Span], length: int) -> Span:
+    """A word and the white space around it, up to the next words."""
     at = words.index(word)
     return (words[at - 1][1] if at else 0, words[at + 1][0] if at + 1 < len(words) else length)
 
@@ -73,8 +83,10 @@ def _with_space(word: Span, words: Sequence[Span], length: int) -> Span:
 def blended_spans(
     first: Sequence[Span], second: Sequence[Span], taken: Sequence[Span], length: int
 ) -> tuple[list[Span], list[Span]]:
-    """Where the words `taken` of a second text lie, and the words of the first that they leave
-    whole, with space.
+    """The spans of two texts of `length` tokens when words `taken` of the second enter the first.
+
+    Returned are the places of these words, and the words of the first text that none of them
+    overlaps, all with the white space around them.
     """
     new = [_with_space(word, second, length) for word in taken]
     whole = [(a, b) for a, b in first if not any(start < b and a < stop for start, stop in new)]

@@ -85,15 +85,14 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Iterator[str]
     job = Job(work)
     found = yield from job.follow(lambda: page(card(shown, muted(job.doing("editing")))))
     cards = [_original(tokenizer, original)]
-    before = found.edit.before[0].cpu()
     for row, tokens in enumerate(found.edit.tokens.cpu()):
-        changed = found.edit.changed[row]
+        changed = found.edit.changed[row].cpu()
         bits = f"bits per character, ≤ {found.bits_before[row]:.2f} before"
         numbers = facts(
             ("", f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"),
             (f"≤ {found.bits[row]:.2f}", bits),
         )
-        cards.append(card(stage(text_tokens(tokens, tokenizer, before=before)), numbers))
+        cards.append(card(stage(text_tokens(tokens, tokenizer, changed=changed)), numbers))
     command = request.command(catalogue.entry(model).command_name)
     yield page(asked(command), *cards, card(facts(took(job.seconds))))
 

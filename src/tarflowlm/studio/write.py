@@ -180,7 +180,8 @@ def infill(
         shares[tuple(row)] = shares.get(tuple(row), 0.0) + weight
     choices = ""
     for row, share in sorted(shares.items(), key=lambda pair: -pair[1]):
-        shown = spans(text_tokens(torch.tensor(row), tokenizer, before=template, given=given))
+        new = torch.tensor(row)
+        shown = spans(text_tokens(new, tokenizer, changed=new != template, given=given))
         head = f'<div class="st-share"><b>{100 * share:.0f} %</b>{bar(share)}</div>'
         choices += f'<div class="st-choice">{head}<div class="st-stage">{shown}</div></div>'
     numbers = facts((f"{draft.particles:,}", "particles per try"), took(job.seconds))

@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
+from tarflowlm.editing import Edit
 from tarflowlm.generation import Generation
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.terminal.bars import print_notice
@@ -168,18 +169,16 @@ def samples_to_json(
 def print_edits(
     console: Console,
     tokenizer: Tokenizer,
-    before: Tensor,
-    edits: Tensor,
+    edit: Edit,
     notes: Sequence[str],
     advice: str | None,
 ) -> None:
-    """The text `before` [T], then each of its `edits` [num, T] with a note, changes highlighted;
-    then the advice.
-    """
+    """The text, then each of its edits with a note, changes highlighted; then the advice."""
     if console.is_terminal:
-        _show(console, _styled(text_tokens(before, tokenizer)), "text")
-    for number, (tokens, note) in enumerate(zip(edits, notes, strict=True), 1):
-        body = _styled(text_tokens(tokens, tokenizer, before=before))
+        _show(console, _styled(text_tokens(edit.before[0], tokenizer)), "text")
+    rows = zip(edit.tokens, edit.changed, notes, strict=True)
+    for number, (tokens, changed, note) in enumerate(rows, 1):
+        body = _styled(text_tokens(tokens, tokenizer, changed=changed))
         _show(console, body, f"edit {number}", note, is_first=number == 1)
     if advice is not None:
         print_notice(advice)

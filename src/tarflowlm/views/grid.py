@@ -77,16 +77,16 @@ def text_tokens(
     tokens: Tensor,
     tokenizer: Tokenizer,
     *,
-    before: Tensor | None = None,
+    changed: Tensor | None = None,
     given: Tensor | None = None,
 ) -> list[Token]:
-    """A text [T]: given where `given` [T] is true, changed where it differs from `before` [T]."""
+    """A text [T]: given where `given` [T] is true, changed where `changed` [T] is."""
     found = []
     for place, symbol in enumerate(symbols(tokens, tokenizer)):
         kind: Kind = "final"
         if given is not None and given[place]:
             kind = "given"
-        elif before is not None and tokens[place] != before[place]:
+        elif changed is not None and changed[place]:
             kind = "changed"
         found.append(Token(symbol, kind))
     return found
