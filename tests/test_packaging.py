@@ -18,7 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 def build(target: str, project: Path, out: Path) -> Path:
     """The path of a wheel or sdist of the project, built without fetching anything."""
-    code = "import sys; from hatchling.build import *; print(globals()['build_' + sys.argv[1]](sys.argv[2]))"
+    code = (
+        "import sys, hatchling.build as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
+    )
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-c", code, target, str(out)]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
@@ -75,7 +77,8 @@ def test_the_wheel_works_where_it_is_installed(wheel, tmp_path):
         str(place),
     ]
     subprocess.run([*pip, str(wheel)], check=True, timeout=300)
-    code = "import tarflowlm, runpy; print(tarflowlm.__file__); runpy.run_module('tarflowlm', run_name='__main__')"
+    code = "import tarflowlm, runpy; print(tarflowlm.__file__); "
+    code += "runpy.run_module('tarflowlm', run_name='__main__')"
     argv = ["sample", "english-mini", "--num", "1", "--length", "16", "--seed", "3", "--json"]
     how = {
         "env": os.environ | {"PYTHONPATH": str(place)},

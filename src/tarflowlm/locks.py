@@ -21,7 +21,7 @@ _HOLDER = ".lock.holder"  # the file beside it, which names the process
 
 
 def _lock_of(path: Path, timeout: float = -1) -> FileLock:
-    """The lock of a path that may not exist yet; its file is in the cache, where no user sees it."""
+    """The lock of a path, which need not exist; its file is in the cache, where nobody sees it."""
     name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:24]
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)

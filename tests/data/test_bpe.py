@@ -21,7 +21,7 @@ from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError
 
 CASED = (
-    "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. "
+    "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so;\tmore. "
     * 20
 )
 BYTE_LEVEL = train_bpe([CASED], 300, alphabet=None, normalization="none")

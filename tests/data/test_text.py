@@ -70,7 +70,7 @@ def test_zst_without_the_package_names_the_remedy(tmp_path, uninstall):
 # cutting
 
 WORDS = (
-    "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. "
+    "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so;\tmore. "
     * 20
 )
 

@@ -1,75 +1,64 @@
-"""A hub in a folder that takes the place of the client's two calls."""
+"""A hub in a folder that takes the place of the client's calls."""
 
 import fnmatch
-import hashlib
-import inspect
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
-REAL_DOWNLOAD, REAL_API = huggingface_hub.snapshot_download, huggingface_hub.HfApi
 
 
 class Hub:
-    """Repositories are folders root/OWNER/NAME, snapshots copies of them; calls must suit the real
-    client.
-    """
+    """Repositories are folders root/OWNER/NAME; what was downloaded is copied below root/cache."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.downloaded, self.private = root, [], set()
+        self.root = root
+        self.downloaded: list[str] = []
+        self.private: set[str] = set()
         self.error: Exception | None = None
 
     def repository(self, name: str) -> Path:
         return self.root / "hub" / name
 
-    def snapshot_download(self, *args, **options) -> str:
-        inspect.signature(REAL_DOWNLOAD).bind(*args, **options)
+    def snapshot_download(self, name, *, allow_patterns, revision) -> str:
         if self.error is not None:
             raise self.error
-        (name,), patterns = args, options["allow_patterns"]
-        source = self.repository(name)
-        out = self.root / "cache" / hashlib.sha1(name.encode()).hexdigest()[:8]
+        out = self.root / "cache" / name
         out.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if any(
-                fnmatch.fnmatch(path.name, p)
-                for p in ([patterns] if isinstance(patterns, str) else patterns)
-            ):
+        for path in self.repository(name).iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
                 if not (out / path.name).exists():
                     shutil.copy(path, out / path.name)
                 self.downloaded.append(path.name)
         return str(out)
 
-    def api(self, **options) -> "Hub":
-        inspect.signature(REAL_API).bind(**options)
-        return self
-
-    def create_repo(self, name: str, **options) -> None:
-        inspect.signature(REAL_API.create_repo).bind(self, name, **options)
-        if self.error is not None:
-            raise self.error
-        if not self.repository(name).exists() and options.get("private"):
+    def create_repo(self, name, *, private, **_options) -> None:
+        if not self.repository(name).exists() and private:
             self.private.add(name)
         self.repository(name).mkdir(parents=True, exist_ok=True)
 
-    def repo_info(self, name: str, **options) -> SimpleNamespace:
+    def repo_info(self, name, **_options) -> SimpleNamespace:
         return SimpleNamespace(private=name in self.private)
 
-    def upload_folder(self, **options) -> None:
-        inspect.signature(REAL_API.upload_folder).bind(self, **options)
-        shutil.copytree(
-            options["folder_path"], self.repository(options["repo_id"]), dirs_exist_ok=True
-        )
+    def upload_folder(self, *, repo_id, folder_path, **_options) -> None:
+        shutil.copytree(folder_path, self.repository(repo_id), dirs_exist_ok=True)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Hub:
     found = Hub(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "HfApi", found.api)
+    # calls that the real client would not take are errors
+    api = create_autospec(huggingface_hub.HfApi, instance=True)
+    for call in ("create_repo", "repo_info", "upload_folder"):
+        getattr(api, call).side_effect = getattr(found, call)
+    download = create_autospec(
+        huggingface_hub.snapshot_download, side_effect=found.snapshot_download
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_options: api)
     return found
 
 

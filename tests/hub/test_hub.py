@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tarflowlm
+from tarflowlm.card import training_command
 from tarflowlm.cli.main import main
 from tarflowlm.cli.train import read as read_train
 from tarflowlm.errors import UserError
@@ -19,7 +20,6 @@ from tarflowlm.generation import generate
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES, fetch
-from tarflowlm.sharing import training_command
 
 errors = pytest.importorskip("huggingface_hub.errors")
 TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}

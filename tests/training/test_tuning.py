@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from helpers import metrics_of
+from tarflowlm.card import model_card
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
 from tarflowlm.data.fit import check_fit
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.hub import locate
 from tarflowlm.runs.weights import checksum
-from tarflowlm.sharing import model_card
 from tarflowlm.training.train import resume, train, tuning
 
 CPU = torch.device("cpu")

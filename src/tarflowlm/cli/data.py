@@ -9,7 +9,10 @@ from tarflowlm.cli.options import Flag, Out, PrintJson, arg
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.errors import UserError
 
-SOURCES = "english, text8, openwebtext, a .txt or .jsonl file (FILE#FIELD), also .gz, .xz or .zst, or a folder."
+SOURCES = (
+    "english (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
+    "also as .gz, .xz or .zst, or a folder."
+)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Meta(TypedDict):
 
 
 class Corpus:
-    """A prepared corpus: the content `meta` of meta.json, the `tokenizer`, and memory-mapped tokens."""
+    """A prepared corpus: its tokens, memory-mapped, their `tokenizer`, and what meta.json says."""
 
     def __init__(self, path: Path, meta: Meta, tokenizer: Tokenizer) -> None:
         self.path = path

@@ -1,6 +1,4 @@
-"""From what a user writes to tokens: the one rule by which texts, prompts, templates and stops are
-read.
-"""
+"""From what a user writes to tokens: one rule for texts, prompts, templates and stops."""
 
 import re
 from dataclasses import dataclass
@@ -20,8 +18,9 @@ _SHOWN = 200  # characters of a text in a notice
 
 @dataclass(frozen=True)
 class Reading:
-    """A user's text as a model reads it: `tokens`, int64 [T], and their `text`; `given` is what the
-    user wrote.
+    """A user's text as a model reads it.
+
+    `tokens` are int64 [T], `text` is what they say, and `given` what the user wrote.
     """
 
     tokens: Tensor
@@ -31,8 +30,10 @@ class Reading:
     @property
     def notice(self) -> str | None:
         """A line that shows the text where it differs from the one given, else None."""
-        shown = self.text[:_SHOWN] + "..." * (len(self.text) > _SHOWN)
-        return None if self.text == self.given else f"read as: {shown}".replace("\n", " ")
+        if self.text == self.given:
+            return None
+        shown = self.text if len(self.text) <= _SHOWN else f"{self.text[:_SHOWN]}..."
+        return f"read as: {shown}".replace("\n", " ")
 
 
 def read(
@@ -47,8 +48,8 @@ def read(
 
     text8 gives lower case, spelled digits, and one space for everything else; the text keeps a
     space at either end if and only if it was given with white space there. Without normalisation
-    the text becomes lower case for an alphabet without upper case. `normalize` takes the place of
-    the tokenizer's normalisation. `goes_on`: the model continues the text, so where tokens hold the
+    the text becomes lower case for an alphabet without upper case. `normalize` replaces the
+    tokenizer's normalisation. `goes_on`: the model continues the text, so where tokens hold the
     space before a word, a space at the end is left to the next token.
 
     UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or
@@ -64,41 +65,36 @@ def read(
 def read_template(
     tokenizer: Tokenizer, text: str, blank: str = "_", *, normalize: Normalization | None = None
 ) -> Reading:
-    """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`. The
-    pieces between the blanks are read as by `read`, each before a blank as one that goes on. A
-    blank counts as a letter: a comma beside it becomes a space.
+    """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
+
+    The pieces between the blanks are read as by `read`, and each piece before a blank as one that
+    goes on. A blank counts as a letter: a comma next to it becomes a space.
     """
     _check(text, "template")
-    if (
-        not isinstance(blank, str)
-        or len(blank) != 1
-        or (tokenizer.kind == "char" and blank in tokenizer.symbols)
-    ):
-        raise UserError(
-            f"blank {blank!r}: must be a single character that is not in the model's alphabet"
-        )
+    is_single = isinstance(blank, str) and len(blank) == 1
+    if not is_single or (tokenizer.kind == "char" and blank in tokenizer.symbols):
+        rule = "must be a single character that is not in the model's alphabet"
+        raise UserError(f"blank {blank!r}: {rule}")
     *before, last = text.split(blank)
     if not before:
         remedy = f"mark tokens to fill in by {blank!r}, or give it as the prompt"
         raise UserError(f"the template {text!r} has no blank: {remedy}")
     how = normalize or tokenizer.normalization
-    pieces = [
-        _normalized(tokenizer, p, how, i > 0, i < len(before))
-        for i, p in enumerate([*before, last])
-    ]
+    pieces = []
+    for i, piece in enumerate([*before, last]):
+        pieces.append(_normalized(tokenizer, piece, how, i > 0, i < len(before)))
     _check_left("".join(pieces), text.replace(blank, ""), "template", how)
-    parts = [
-        part
-        for piece in pieces[:-1]
-        for part in (_encode(tokenizer, piece, True), torch.tensor([BLANK]))
-    ]
-    return Reading(torch.cat([*parts, _encode(tokenizer, pieces[-1])]), blank.join(pieces), text)
+    tokens = []
+    for piece in pieces[:-1]:
+        tokens += [_encode(tokenizer, piece, goes_on=True), torch.tensor([BLANK])]
+    tokens.append(_encode(tokenizer, pieces[-1]))
+    return Reading(torch.cat(tokens), blank.join(pieces), text)
 
 
 def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
-    return torch.from_numpy(
-        tokenizer.encode(text.removesuffix(" ") if goes_on and tokenizer.holds_spaces else text)
-    )
+    if goes_on and tokenizer.holds_spaces:
+        text = text.removesuffix(" ")
+    return torch.from_numpy(tokenizer.encode(text))
 
 
 def _check(text: str, name: str) -> None:
@@ -106,24 +102,19 @@ def _check(text: str, name: str) -> None:
         raise UserError(f"{name} {text!r}: give a text, a str")
     if not text:
         raise UserError(f"the {name} is empty: give at least one character")
-    # half of a surrogate pair; Python keeps bytes of the command line that it cannot decode as such
-    # (PEP 383)
-    if (found := re.search("[\ud800-\udfff]", text)) is not None:
-        what = (
-            f"byte 0x{ord(found[0]) - 0xDC00:02x}"
-            if "\udc80" <= found[0] <= "\udcff"
-            else repr(found[0])
-        )
-        raise UserError(
-            f"the {name} is not UTF-8 (character {found.start()} is {what}): convert it to UTF-8"
-        )
+    # half of a surrogate pair, as which Python keeps bytes that it cannot decode (PEP 383)
+    found = re.search("[\ud800-\udfff]", text)
+    if found is not None:
+        is_byte = "\udc80" <= found[0] <= "\udcff"
+        what = f"byte 0x{ord(found[0]) - 0xDC00:02x}" if is_byte else repr(found[0])
+        where = f"character {found.start()} is {what}"
+        raise UserError(f"the {name} is not UTF-8 ({where}): convert it to UTF-8")
 
 
 def _check_left(found: str, given: str, name: str, how: Normalization) -> None:
     if given.strip() and not found.strip():
-        raise UserError(
-            f"nothing is left of the {name} {given!r} once normalised ({how}): give some letters a-z"
-        )
+        what = f"nothing is left of the {name} {given!r} once normalised ({how})"
+        raise UserError(f"{what}: give some letters a-z")
 
 
 def _normalized(
@@ -136,8 +127,9 @@ def _normalized(
     if how == "none" or not text:
         return text.lower() if tokenizer.is_lower_case else text
     words = normalize_text8(text).strip()
-    # beside a blank, which is a letter, everything else becomes a space as it would in the middle
-    # of a text
-    first = text[0].isspace() or (after_blank and text[0] not in ascii_letters)
-    last = text[-1].isspace() or (before_blank and text[-1] not in ascii_letters)
-    return " " * first + words + " " * last if words else " " * (first and last)
+    # next to a blank, which is a letter, everything else becomes a space, as within a text
+    starts_apart = text[0].isspace() or (after_blank and text[0] not in ascii_letters)
+    ends_apart = text[-1].isspace() or (before_blank and text[-1] not in ascii_letters)
+    if not words:
+        return " " if starts_apart and ends_apart else ""
+    return (" " if starts_apart else "") + words + (" " if ends_apart else "")

@@ -35,7 +35,7 @@ def _kind(path: Path) -> str:
 
 
 def file_blocks(path: Path, field: str) -> Iterator[str]:
-    """The text of a file in blocks; the ones under `field` of a .jsonl file, each with a line end."""
+    """The text of a file in blocks: of .jsonl the texts under `field`, each with a line end."""
     if _kind(path) != ".jsonl":
         yield from text_blocks(path)
         return

@@ -156,7 +156,7 @@ class Tokenizer:
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:
-        """Int64 [V]: the bytes of each token that start a character; over a text, its characters."""
+        """Int64 [V]: bytes of each token that start a character; summed, the length of a text."""
         # a continuation byte is 0b10xxxxxx
         counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes]
         return np.array(counts, dtype=np.int64)

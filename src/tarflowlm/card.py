@@ -1,0 +1,212 @@
+"""The model card: what a saved model is, how it was trained, and what it writes."""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflowlm.config import RunConfig
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.model_config import BaselineConfig
+from tarflowlm.presets import PRESETS, preset, with_blocks
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, read_summary
+from tarflowlm.runs.hub import CARD
+from tarflowlm.schema import flatten
+
+NUM_SAMPLES = 2
+LONGEST = 256
+"""The length of the samples in tokens, unless the context is shorter."""
+FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a
+Gaussian in a learned codebook, and a stack of autoregressive Transformer flows models the latent
+vectors. Figures of its likelihood are upper bounds (<=)."""
+BASELINE = """A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is
+exact."""
+TEMPLATE = """{head}# {title}
+
+{what}
+
+```
+pip install 'tarflowlm[hub]'
+tarflowlm sample {reference} --num 2
+```
+
+```python
+model, tokenizer = tarflowlm.from_pretrained("{name}")
+```
+
+| | |
+| --- | --- |
+{facts}
+## Samples
+
+Not selected: `tarflowlm sample {reference} --num {num} --length {length} --seed 0 --device cpu`
+
+{samples}## Limits
+
+Samples are untrue, follow no instructions, and may repeat passages of the training text. Figures
+compare with those of other models only on the same text, with the same windows and per the same
+unit.
+"""
+
+
+def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
+    """README.md of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
+
+    `origin` is the folder that it was made from, with the results of its training; a README.md
+    there is kept as the text. `name` is its OWNER/NAME or the name of its folder.
+    """
+    summary = read_summary(origin) or {}
+    title = name.rpartition("/")[2]
+    written = origin / CARD
+    if written.is_file():
+        text = written.read_text(encoding="utf-8")
+        if not text.startswith("---\n"):
+            return _head(checkpoint, summary, title, licence) + text
+        if licence is not None:
+            what = f"licence {licence!r}: {written} has a head, which is kept"
+            raise UserError(f"{what}: state it there")
+        return text
+    length = min(LONGEST, checkpoint.run.model.context)
+    facts = _facts(checkpoint, origin, summary, licence)
+    return TEMPLATE.format(
+        head=_head(checkpoint, summary, title, licence),
+        title=title,
+        what=BASELINE if checkpoint.model.is_exact else FLOW,
+        name=name,
+        reference=f"hf:{name}" if "/" in name else name,
+        facts="".join(f"| {fact} | {value} |\n" for fact, value in facts),
+        num=NUM_SAMPLES,
+        length=length,
+        samples=_samples(checkpoint, length),
+    )
+
+
+def _head(checkpoint: Checkpoint, summary: dict[str, Any], title: str, licence: str | None) -> str:
+    """Metadata in YAML, of which JSON values are a part."""
+    is_exact = checkpoint.model.is_exact
+    values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
+    if licence:
+        values["license"] = licence
+    values["tags"] = ["tarflowlm"] if is_exact else ["tarflowlm", "normalizing-flows"]
+    test = summary.get("test")
+    if test:
+        kind = "exact" if test["bound"] == "exact" else f"upper bound, {test['bound']}"
+        metric = {
+            "type": "bpc",
+            "name": f"bits per character ({kind})",
+            "value": round(test["bpc"], 4),
+        }
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": checkpoint.run.data.source, "type": "text"},
+            "metrics": [metric],
+        }
+        values["model-index"] = [{"name": title, "results": [result]}]
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+    return f"---\n{lines}---\n\n"
+
+
+def _facts(
+    checkpoint: Checkpoint, origin: Path, summary: dict[str, Any], licence: str | None
+) -> Iterator[tuple[str, str]]:
+    run = checkpoint.run
+    tokenizer = checkpoint.tokenizer
+    size = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    yield "model", f"preset `{run.name}`: {_shape(checkpoint)}; {size:,} parameters"
+    symbols = f"{tokenizer.vocab_size:,} ({tokenizer.kind})"
+    yield "symbols", f"{symbols}, normalisation {tokenizer.normalization}"
+    counts = [
+        f"{int(checkpoint.info[key]):,} {unit}"
+        for key, unit in (("step", "steps"), ("tokens", "tokens"))
+        if key in checkpoint.info
+    ]
+    yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
+    if run.parent:
+        parent, _, weights = run.parent.partition("@")
+        yield "tuned from", f"`{parent}`, sha256 of its weights `{weights}`"
+    digest = corpus_digest(origin)
+    if digest is not None:
+        yield "tokens", f"sha256 of the hashes of their shards `{digest}`"
+    command = training_command(run)
+    if command is not None:
+        yield "command", f"`{command}`"
+    test = summary.get("test")
+    yield "test", _result(test) if test else "not recorded"
+    yield "licence", licence or "not stated by its owner"
+
+
+def _shape(checkpoint: Checkpoint) -> str:
+    config = checkpoint.run.model
+    if isinstance(config, BaselineConfig):
+        shape = f"{config.layers} layers"
+    else:
+        blocks = range(checkpoint.model.num_blocks)
+        layers = ", ".join(f"{config.describe(b)} ({config.blocks[b].layers})" for b in blocks)
+        shape = f"{layers}, Transformer layers in brackets; d = {config.latent_dim}"
+    return f"{shape}; width {config.trunk.width}, context {config.context}"
+
+
+def _result(test: dict[str, Any]) -> str:
+    sign = "=" if test["bound"] == "exact" else "<="
+    bits = f"{sign} {test['bpc']:.4f} bits per character"
+    nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
+    if math.isfinite(test["stderr"]):  # one window alone has none
+        nats += f" (standard error {test['stderr']:.4f})"
+    windows = f"{test['windows']:,} windows of the test split ({test['bound']})"
+    return f"{bits}, {nats}, over {windows}"
+
+
+def _samples(checkpoint: Checkpoint, length: int) -> str:
+    tokens = generate(
+        checkpoint.model,
+        num_tokens=length,
+        num=NUM_SAMPLES,
+        generator=torch.Generator().manual_seed(0),
+        temperature=checkpoint.run.temperature,
+    ).tokens
+    samples = ""
+    for number, row in enumerate(tokens.tolist(), 1):
+        # indented, so that nothing in a sample is taken for Markdown
+        lines = [f"        {line}\n" for line in checkpoint.tokenizer.decode(row).splitlines()]
+        samples += f"{number}.\n\n{''.join(lines)}\n"
+    return samples
+
+
+def training_command(run: RunConfig) -> str | None:
+    """The `tarflowlm train` that gives `run`, or None where its preset does not lead there.
+
+    It names the preset and every field that differs from it.
+    """
+    if run.name not in PRESETS:
+        return None
+    base = preset(run.name)
+    options = ["--data", run.data.source]
+    missing = max(0, base.model.num_blocks - run.model.num_blocks)
+    if missing:
+        base = with_blocks(base, run.model.num_blocks)
+        options += ["--blocks", str(run.model.num_blocks)]
+    theirs = flatten(base)
+    ours = flatten(run)
+    if theirs.keys() != ours.keys():
+        return None
+    # the size of the vocabulary comes from the data
+    for name in sorted(ours.keys() - {"data.source", "model.vocab_size"}):
+        value = ours[name]
+        if value == theirs[name]:
+            continue
+        option = "--" + name.replace("_", "-")
+        if name == "train.stage_steps" and run.train.mode == "progressive":
+            # one for each block of the preset, of which --blocks keeps the first
+            value = [*value, *[1] * missing]
+        if isinstance(value, bool) and isinstance(theirs[name], bool):
+            # a flag; `train.compile` takes a value, and no preset sets it
+            options.append(option if value else re.sub(r"([^.]+)$", r"no-\1", option))
+        else:
+            options += [option, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(["tarflowlm", "train", run.name, "--out", f"runs/{run.name}", *options])
