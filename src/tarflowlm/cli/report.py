@@ -12,6 +12,7 @@ from tarflowlm.cli.options import Device, Out, PrintJson, arg
 @dataclass(frozen=True)
 class Args:
     """Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures.
+
     Needs the extra plots (matplotlib).
     """
 
@@ -33,7 +34,7 @@ def run(args: Args) -> None:
         result = write_report(
             args.directories, args.out, device=pick_device(args.device), progress=bars
         )
-    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} in PNG beside it")]
+    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} as PNG next to it")]
     for found in result["runs"]:
         rows.append((found["name"], found["status"]))
         rows += [("", note) for note in found["notes"]]

@@ -72,7 +72,7 @@ def _request(text: object, num: object, seed: object) -> Edit:
 
 
 def _edited(catalogue: Catalogue, model: object, request: Edit) -> Iterator[str]:
-    """HTML of the progress, then of the edits, every text beside the original."""
+    """HTML of the progress, then of the edits, every text below the original."""
     checkpoint = catalogue.load(model)
     as_flow(checkpoint.model, NO_LATENTS)
     tokenizer = checkpoint.tokenizer

@@ -168,7 +168,7 @@ def _edit(catalogue: Catalogue) -> None:
             change = _strength("0 keeps the text, 1 forgets it.")
             state = gr.Radio(list(STATES), value=STATES[0], label="What is changed")
             go_level = _buttons("Re-noise")
-    out = _output("The edit appears here, beside the original.")
+    out = _output("The edit appears here, below the original.")
     common = [num, seed]
     _bind(go_named, rewrite, catalogue, [model, text, named, *common], out, named.submit)
     _bind(go_words, resample, catalogue, [model, text, share, *common], out, share.release)

@@ -1,6 +1,4 @@
-"""Serves the page: on this machine alone by default, and without anything that leaves the
-machine.
-"""
+"""Serves the page: to this machine alone by default; nothing leaves the machine."""
 
 import errno
 import logging
@@ -13,13 +11,15 @@ from tarflowlm.errors import UserError
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import HEAD
 
-PORT, PORTS = 7860, 100  # the first port that is tried, and how many
+PORT = 7860  # the first port that is tried
+PORTS = 100  # how many are
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def free_port(host: str, port: int | None) -> int:
-    """The given port, or the first free one from PORT on. UserError for a bad address and a taken
-    port.
+    """The given port, or the first free one from PORT on.
+
+    UserError for a bad address and a taken port.
     """
     for candidate in range(PORT, PORT + PORTS) if port is None else (port,):
         try:
@@ -42,11 +42,10 @@ def free_port(host: str, port: int | None) -> int:
 @contextmanager
 def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
     """Serve the page about `catalogue`; gives its address."""
-    # read when gradio is imported: no telemetry, no look for a newer version, nothing kept in the
-    # browser
-    os.environ.update(
-        GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1"
-    )
+    # read when gradio is imported: no telemetry, no look for a newer version, nothing kept
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # gradio requests its own page to see whether it is up: never through a proxy
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
@@ -59,9 +58,8 @@ def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
 
     # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself
     # answers no other origin on localhost
-    trusted = Middleware(
-        TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
-    )
+    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     blocks = build(catalogue)
     _, url, _ = blocks.launch(
         server_name=host,

@@ -6,7 +6,7 @@ Reports, the studio, `tarflowlm runs` and the reproduction read runs here.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,12 @@ def find_runs(folder: Path, depth: int = DEPTH) -> list[Path]:
 
     A directory with any of a run's files is one, so that a damaged run is found and can be named.
     """
-    return list(_runs_in(folder, depth))
-
-
-def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
     if any((folder / name).is_file() for name in (CONFIG, WEIGHTS, METRICS)):
-        yield folder
-    elif depth > 0 and folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                yield from _runs_in(path, depth - 1)
+        return [folder]
+    if depth == 0 or not folder.is_dir():
+        return []
+    below = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    return [run for path in below for run in find_runs(path, depth - 1)]
 
 
 @dataclass(frozen=True)
