@@ -1,5 +1,6 @@
-"""TarFlowLM: language modelling in continuous space with Transformer autoregressive flows (arXiv
-2507.00425).
+"""TarFlowLM: language modelling in continuous space with Transformer autoregressive flows.
+
+The paper is arXiv 2507.00425.
 
 import tarflowlm
 
@@ -17,11 +18,12 @@ tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineC
 tarflowlm.coupling
 """
 
-from importlib import import_module, metadata
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import importlib.metadata as _metadata
+import importlib.util as _util
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from tarflowlm.baseline import TokenLM as TokenLM
     from tarflowlm.config import RunConfig as RunConfig
     from tarflowlm.errors import UserError as UserError
@@ -63,25 +65,26 @@ _MODULES = {
     "score": "evaluation.scores",
     "train": "pretrained",
 }
-"""The module of every public name, imported on first use: PyTorch reads some environment variables
-at import, and the command line has to set them first. There is no `__all__`, with which `help`
-would print all of their classes.
+"""The module of every public name, imported on first use.
+
+PyTorch reads some environment variables at import, and the command line has to set them first.
+There is no `__all__`, with which `help` would print all of their classes.
 """
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         try:
-            return metadata.version("tarflowlm")
-        except metadata.PackageNotFoundError:
+            return _metadata.version("tarflowlm")
+        except _metadata.PackageNotFoundError:
             return "unknown"
-    if name not in _MODULES:
-        if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-            return import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value  # so that later uses skip this function
-    return value
+    if name in _MODULES:
+        value: object = getattr(_importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value  # so that later uses skip this function
+        return value
+    if not name.startswith("_") and _util.find_spec(f"{__name__}.{name}") is not None:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -31,25 +31,26 @@ class TokenLM(LanguageModel):
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
         width, P = config.trunk.width, config.patch
+        in_patch = config.in_patch == "autoregressive"
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.join = nn.Linear(P * width, width) if P > 1 else nn.Identity()
         self.start = nn.Parameter(torch.randn(width))
         self.transformer = Transformer(config.trunk, config.layers)
-        in_patch = config.in_patch == "autoregressive"
         self.token_features = TokenFeatures(
             width=width, patch=P, latent_dim=IN_PATCH_CHANNELS, in_patch=in_patch
         )
-        self.in_patch_embedding = (
-            nn.Embedding(config.vocab_size, IN_PATCH_CHANNELS) if P > 1 and in_patch else None
-        )
+        self.in_patch_embedding: nn.Embedding | None = None
+        if P > 1 and in_patch:
+            self.in_patch_embedding = nn.Embedding(config.vocab_size, IN_PATCH_CHANNELS)
         self.head = nn.Linear(width, config.vocab_size)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def _positions(self, tokens: Tensor) -> Tensor:
         """Transformer inputs [B, N, D] of tokens [B, T]."""
-        (B, T), P = tokens.shape, self.config.patch
-        return widen(self.join(self.embedding(tokens).view(B, T // P, P * self.config.trunk.width)))
+        B, T = tokens.shape
+        joined = self.embedding(tokens).view(B, T // self.config.patch, -1)
+        return widen(self.join(joined))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
         """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without such a head."""
@@ -59,33 +60,32 @@ class TokenLM(LanguageModel):
         return self.in_patch_embedding(tokens).view(B, N, -1)
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Unnormalised log p(x_t | x_<t) of every token, in nats. UserError if P does not divide
-        T.
+        """Unnormalised log p(x_t | x_<t) of every token, in nats.
+
+        UserError if P does not divide T.
         """
         return self.patch_logits(self._features(tokens), tokens).flatten(1, 2)
 
     def _features(self, tokens: Tensor) -> Tensor:
         """Features c_n [B, N, D] of all positions."""
-        if tokens.shape[1] % self.config.patch:
-            raise UserError(
-                f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence"
-            )
-        return self.states(tokens[:, : -self.config.patch])
+        P, T = self.config.patch, tokens.shape[1]
+        if T % P:
+            raise UserError(f"patch {P} does not divide the {T} tokens of the sequence")
+        return self.states(tokens[:, :-P])
 
     def patch_logits(
         self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B N P V"]:
-        """Logits of the P tokens of each position, from its features and, with `in_patch`, its
-        earlier tokens.
+        """Logits of the P tokens of each position, from its features.
+
+        With `in_patch` also from the earlier tokens of the position.
         """
         return widen(self.head(self.token_features(features, self._in_patch(tokens))))
 
     def place_logits(
         self, features: Float[Tensor, "B D"], tokens: Int[Tensor, "B P"], place: int
     ) -> Float[Tensor, "B V"]:
-        """Logits of token `place` of one position, from its features and, with `in_patch`, the
-        tokens before it.
-        """
+        """Logits of token `place` of one position; see `patch_logits`."""
         if self.config.patch == 1:
             return widen(self.head(features))
         return self.patch_logits(features[:, None], tokens)[:, 0, place]
@@ -129,8 +129,9 @@ class TokenLM(LanguageModel):
         per_token: bool = False,
         frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats; the other arguments
-        have no effect.
+        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats.
+
+        The other arguments have no effect.
         """
         nats = -self.token_log_prob(tokens)
         return nats if per_token else nats.sum(-1)
@@ -143,18 +144,19 @@ class TokenLM(LanguageModel):
         return KVCache(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
-        """Features after the start vector and after each of the N positions; the last are those of
-        the whole text.
+        """Features after the start vector and after each of the N positions.
+
+        The last ones have seen the whole text.
         """
-        return self.transformer(
-            torch.cat((self.start.expand(len(tokens), 1, -1), self._positions(tokens)), dim=1)
-        )
+        start = self.start.expand(len(tokens), 1, -1)
+        return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
 
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features of the next position, given the tokens [B, P] of the one before it (None at the
-        start).
+        """Features of the next position, from the tokens [B, P] before it.
+
+        None at the start of the sequence.
         """
         x = self.start.expand(batch, 1, -1) if previous is None else self._positions(previous)
         return cache.extend(x)[:, 0]

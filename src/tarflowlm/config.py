@@ -1,5 +1,6 @@
-"""The configuration of a run, as frozen dataclasses. No torch here: the command line reads it
-without.
+"""The configuration of a run, as frozen dataclasses.
+
+No torch here: the command line reads configurations without it.
 """
 
 import typing
@@ -13,11 +14,7 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `device.pick_device` resolves auto."""
 
 Decoder = Literal["steps", "sweeps", "auto"]
-"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the
-two.
-"""
-
-"""The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
+"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper one."""
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -29,22 +26,18 @@ TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 
 
 def check_alphabet(alphabet: str) -> None:
-    """UserError unless `alphabet` has at least two characters, no duplicates and no lone
-    surrogates.
-    """
-    if (
-        len(alphabet) < 2
-        or len(set(alphabet)) < len(alphabet)
-        or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet)
-    ):
+    """UserError unless `alphabet` has two characters or more, each once, and no lone surrogates."""
+    repeats = len(set(alphabet)) < len(alphabet)
+    if len(alphabet) < 2 or repeats or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
         rule = "list two characters or more, each once, and no half of a surrogate pair"
         raise UserError(f"alphabet {alphabet!r:.80}: {rule}")
 
 
 Kind = Literal["char", "byte", "bpe"]
 LARGEST_BPE = 1 << 22
-"""Tokens of a BPE at most: the library reserves memory for all of them, and aborts the process
-where it fails.
+"""Largest number of tokens of a BPE.
+
+The library reserves memory for all of them, and aborts the process where that fails.
 """
 
 
@@ -70,14 +63,12 @@ class TokenizerConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind != "bpe":
-            self.require(
-                "source",
-                self.source == "",
-                f"has no effect with kind={self.kind!r}: set kind to bpe",
-            )
+            rule = f"has no effect with kind={self.kind!r}: set kind to bpe"
+            self.require("source", self.source == "", rule)
         if self.needs_training:
             least = len(self.alphabet) + 1 if self.uses_alphabet else 257
-            rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or a source: tokenizer.json or hub name"
+            rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}"
+            rule += ", or a source: tokenizer.json or hub name"
             self.require("vocab_size", least <= self.vocab_size <= LARGEST_BPE, rule)
         else:
             rule = "has no effect here: only a BPE trained here takes it, so leave it out"
@@ -85,10 +76,12 @@ class TokenizerConfig(Config):
         if self.uses_alphabet:
             check_alphabet(self.alphabet)
             missing = "".join(sorted(set(TEXT8_ALPHABET) - set(self.alphabet)))
-            rule = f"lacks {missing!r}, which normalize=text8 can produce: add them or set normalize to none"
+            remedy = "add them or set normalize to none"
+            rule = f"lacks {missing!r}, which normalize=text8 can produce: {remedy}"
             self.require("alphabet", self.normalize != "text8" or not missing, rule)
         else:
-            rule = f"has no effect with kind={self.kind!r}, source={self.source!r}, normalize={self.normalize!r}"
+            given = f"kind={self.kind!r}, source={self.source!r}, normalize={self.normalize!r}"
+            rule = f"has no effect with {given}"
             self.require("alphabet", self.alphabet == TEXT8_ALPHABET, rule)
 
     @property
@@ -282,12 +275,12 @@ class RunConfig(Config):
         self.above_zero("temperature")
         self.require("seed", 0 <= self.seed < 2**62, "must be at least 0 and below 2^62")
         stages, given = self.num_stages, len(self.train.stage_steps)
-        rule = f"{given} entries for {stages} stages; give one per block when progressive, else a single one"
+        remedy = "give one per block when progressive, else a single one"
+        rule = f"{given} entries for {stages} stages; {remedy}"
         self.train.require("stage_steps", given == stages, rule)
         rule = "a block with certainty learns as the last one: train it progressively"
-        self.train.require(
-            "mode", not self.model.fills_in or self.train.mode == "progressive", rule
-        )
+        is_progressive = self.train.mode == "progressive"
+        self.train.require("mode", is_progressive or not self.model.fills_in, rule)
 
     @property
     def num_stages(self) -> int:
@@ -295,7 +288,5 @@ class RunConfig(Config):
         return self.model.num_blocks if self.train.mode == "progressive" else 1
 
     def model_of_stage(self, stage: int) -> FlowConfig | BaselineConfig:
-        """The model of stage `stage` (0-based): in progressive training, the blocks up to and
-        including its own.
-        """
+        """The model of stage `stage` (0-based): in progressive training, the blocks up to its own."""
         return self.model.first_blocks(stage + 1) if self.num_stages > 1 else self.model

@@ -20,24 +20,19 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     auto takes cuda, then mps if the numerics are right there (a notice says if they are not), then
     cpu.
     """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [kind for kind in there if there[kind]]
+    available = ["cuda"] if torch.cuda.is_available() else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
     try:
         found = torch.device(available[0] if name == "auto" else name)
         torch.empty(0, device=found)
     except (TypeError, RuntimeError, AssertionError):  # the type depends on how PyTorch was built
         choice = ", ".join(["auto", *available])
-        raise UserError(
-            f"device {name}: not available on this machine; use one of {choice}"
-        ) from None
+        rule = f"not available on this machine; use one of {choice}"
+        raise UserError(f"device {name}: {rule}") from None
     if name == "auto" and found.type == "mps" and (problem := numerics_problem(found)):
-        logger.warning(
-            "device auto: the CPU, since the numerics do not pass their test on mps (%s)", problem
-        )
+        why = "the numerics do not pass their test on mps"
+        logger.warning("device auto: the CPU, since %s (%s)", why, problem)
         return torch.device("cpu")
     return found
 
@@ -52,56 +47,48 @@ def numerics_problem(device: torch.device) -> str | None:
     from tarflowlm.flow import numerics
 
     generator = torch.Generator().manual_seed(0)
-    given = [torch.randn(*shape, generator=generator) for shape in ((32, 4), (32, 80), (80, 4))]
-    given[0][0] = torch.tensor([-8.0, 8.0, 5.0, -5.0])
+    noise, weights, means = (
+        torch.randn(*shape, generator=generator) for shape in ((32, 4), (32, 80), (80, 4))
+    )
+    noise[0] = torch.tensor([-8.0, 8.0, 5.0, -5.0])
+    given = (noise, weights, means, torch.linspace(-1.0, 0.0, 80))
 
     def maps(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        u, *mixture = (t.to(device, dtype) for t in (*given, torch.linspace(-1.0, 0.0, 80)))
-        z, scalar = (
-            numerics.rosenblatt_inverse(u, *mixture),
-            (mixture[0], mixture[1][:, 0], mixture[2]),
-        )
-        x = numerics.mixture_cdf_inverse(u[:, 0], *scalar)
-        log_normaliser = numerics.mixture_log_prob(z, None, *mixture[1:])
-        found = (
-            z,
-            *numerics.rosenblatt(z, *mixture),
-            x,
-            *numerics.mixture_cdf(x, *scalar),
-            log_normaliser,
-        )
+        u, log_w, mean, log_std = (t.to(device, dtype) for t in given)
+        z = numerics.rosenblatt_inverse(u, log_w, mean, log_std)
+        x = numerics.mixture_cdf_inverse(u[:, 0], log_w, mean[:, 0], log_std)
+        found = [z, x, numerics.mixture_log_prob(z, None, mean, log_std)]
+        found += numerics.rosenblatt(z, log_w, mean, log_std)
+        found += numerics.mixture_cdf(x, log_w, mean[:, 0], log_std)
         return torch.cat([t.flatten() for t in found]).cpu().double()
 
     try:
         found = maps(device, torch.float32)
     except (RuntimeError, TypeError) as error:  # say, an operator that is not implemented there
         return str(error).strip().splitlines()[0]
-    off = (
-        ((found - maps(torch.device("cpu"), torch.float64)).abs() / (1 + found.abs())).max().item()
-    )
+    expected = maps(torch.device("cpu"), torch.float64)
+    off = ((found - expected).abs() / (1 + found.abs())).max().item()
     return None if off < 1e-3 else f"an error of {off:.1g}"  # NaN is not below
 
 
 def missing_for_compilation(device: torch.device) -> str | None:
-    """The first requirement of torch.compile that is not there (triton on CUDA GPUs, a compiler),
-    or None.
-    """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton"
-    variable, names = (
-        ("CC", ("cc", "gcc", "clang"))
-        if device.type == "cuda"
-        else ("CXX", ("g++", "clang++", "cl"))
-    )
+    """The first thing that torch.compile needs and that is not there, or None."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "triton"
+        language, variable, names = "C", "CC", ("cc", "gcc", "clang")
+    else:
+        language, variable, names = "C++", "CXX", ("g++", "clang++", "cl")
     if os.environ.get(variable) or any(shutil.which(name) for name in names):
         return None
-    return "a C compiler" if device.type == "cuda" else "a C++ compiler"
+    return f"a {language} compiler"
 
 
 @contextmanager
 def threads_for(rows: int) -> Iterator[None]:
-    """A context with one CPU thread for a single row, whose operations are too small to split, else
-    with all.
+    """A context with one CPU thread for a single row, else with all.
+
+    The operations of a single row are too small to split.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if rows == 1 else before)
@@ -112,8 +99,7 @@ def threads_for(rows: int) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse freed memory for what comes next instead of returning it to the
-    system every time.
+    """Let the C library keep freed memory instead of returning it to the system every time.
 
     glibc unmaps a large block when it is freed unless one of that size, up to 32 MiB, was freed
     before. So one of nearly that size is allocated, never touched, and freed. Page faults otherwise

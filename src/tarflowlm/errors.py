@@ -6,8 +6,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message is one line that names the wrong value and the
-    remedy.
+    """An error that the user can fix: one line that names the wrong value and the remedy.
 
     The command line prints it without a traceback and exits with status 2. Library callers may
     catch it as a `ValueError`. Violated invariants of this package raise `AssertionError` instead.
@@ -15,9 +14,7 @@ class UserError(ValueError):
 
 
 def guess(value: str, known: Iterable[str]) -> str:
-    """A question for the name among the `known` that is most like `value`; empty where none is like
-    it.
-    """
+    """A question for the name among the `known` that is most like `value`, or an empty text."""
     close = get_close_matches(value.lower().replace("_", "-"), known, 1)
     return f"did you mean {close[0]}? " if close else ""
 
@@ -31,9 +28,7 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
 
 
 class UnknownCharacters(UserError):
-    """Characters of a text that are not in a tokenizer's alphabet: their number, and the most
-    frequent ones.
-    """
+    """Characters of a text that are not in a tokenizer's alphabet: how many, and which."""
 
     def __init__(self, text: str, alphabet: str) -> None:
         unknown = Counter(text)
@@ -41,9 +36,10 @@ class UnknownCharacters(UserError):
             unknown.pop(character, None)
         counts = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
         shown = ", ".join(f"{character!r} x{count}" for character, count in counts[:8])
-        kinds = f"{len(unknown)} kinds: {shown}" + (", ..." if len(unknown) > 8 else "")
-        where = f"are not in the tokenizer's alphabet of {len(alphabet)}: replace them or use a byte or BPE tokenizer"
-        super().__init__(f"{unknown.total()} of {len(text)} characters ({kinds}) {where}")
+        shown += ", ..." if len(counts) > 8 else ""
+        found = f"{unknown.total()} of {len(text)} characters ({len(unknown)} kinds: {shown})"
+        where = f"are not in the tokenizer's alphabet of {len(alphabet)}"
+        super().__init__(f"{found} {where}: replace them or use a byte or BPE tokenizer")
 
 
 def first_line(error: BaseException) -> str:

@@ -15,8 +15,11 @@ from tarflowlm.model_config import LanguageModelConfig
 
 
 class LanguageModel(nn.Module):
-    """A model p(x) of token sequences x [B, T], exact or through a bound, in nats; P must divide
-    T.
+    """A model p(x) of token sequences x [B, T], exact or through a bound; P must divide T.
+
+    `model(tokens)` is what a training loop minimises. How to implement one: `draw_noise` and
+    `bound`, by which it is trained and scored; `allocate_cache` and `features_at`, by which it
+    writes position by position; `token_vectors`, by which its tokens are shown.
     """
 
     config: LanguageModelConfig
@@ -26,9 +29,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
-            raise UserError(
-                f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols"
-            )
+            rule = "set it to the tokenizer's number of symbols"
+            raise UserError(f"model.vocab_size {config.vocab_size}: {rule}")
         self.config = config
 
     @property
@@ -41,12 +43,17 @@ class LanguageModel(nn.Module):
         """The device of the parameters."""
         return next(self.parameters()).device
 
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """`bound` of every sequence with fresh noise, in nats."""
+        return self.bound(tokens, self.draw_noise(tokens))
+
     @abstractmethod
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I) for one posterior sample z = mu_x + sigma_x eps; d = 0 for an exact
-        model.
+        """Noise eps ~ N(0, I) for one posterior sample z = mu_x + sigma_x eps.
+
+        d = 0 for an exact model.
         """
 
     @abstractmethod
@@ -58,23 +65,23 @@ class LanguageModel(nn.Module):
         per_token: bool = False,
         frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """-log p(x), or one sample of an upper bound on it, in nats: [B], or with `per_token` its
-        parts [B, T].
+        """-log p(x), or one sample of an upper bound on it, in nats: [B], or its parts [B, T].
 
-        With `frozen` > 0 so many blocks and the codebook get no gradient. Tokens share their
-        position's part equally.
+        `per_token` asks for the parts; the tokens of a position share its part equally. With
+        `frozen` > 0 so many blocks and the codebook get no gradient.
         """
 
     @abstractmethod
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
-        """An empty KV cache for the Transformer next to the tokens (that of block 1)."""
+        """An empty KV cache for the Transformer next to the tokens, in block 1."""
 
     @abstractmethod
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features of the next position, given tokens or latents of the position before it (None at
-        the start).
+        """Features of the next position, from the tokens or latents of the position before it.
+
+        None at the start of the sequence.
         """
 
     @abstractmethod
@@ -90,24 +97,22 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def train_only(self, block: int) -> None:
-        """Make only block `block` (0-based) trainable; 0 leaves everything trainable, the codebook
-        included.
+        """Make only block `block` (0-based) trainable.
+
+        0 leaves everything trainable, the codebook included.
         """
         if block > 0:
             self.requires_grad_(False)
             next(iter(self.blocks_from(block))).requires_grad_(True)
         for parameter in self.parameters():
-            if (
-                not parameter.numel()
-            ):  # in a head with a single group: it would never get a gradient
+            # in a head with a single group: it would never get a gradient
+            if not parameter.numel():
                 parameter.requires_grad_(False)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's global CPU generator starts from `seed`; its state is restored
-    afterwards.
-    """
+    """A context in which PyTorch's global CPU generator starts from `seed`, and is then restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

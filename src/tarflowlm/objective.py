@@ -1,6 +1,4 @@
-"""Bounds on -log p(x): the ELBO, the bound on a continuation, and the importance-weighted bound.
-All in nats.
-"""
+"""Bounds on -log p(x), in nats: of a text, of its continuation, and importance-weighted ones."""
 
 import math
 
@@ -26,21 +24,33 @@ def elbo(
 
     `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline; see
     `check_tokens`.
+
+    Example:
+        >>> from tarflowlm import FlowConfig
+        >>> from tarflowlm.language_model import seeded
+        >>> with seeded(0):
+        ...     model = TarFlowLM(FlowConfig(vocab_size=27, context=8))
+        >>> tokens = torch.arange(8).view(1, 8)
+        >>> terms = elbo(model, tokens, generator=torch.Generator().manual_seed(0))
+        >>> [round(term.item(), 1) for term in (terms.reconstruction, terms.log_q, terms.log_prior)]
+        [0.0, 0.0, 0.0]
+        >>> bool(terms.nelbo == terms.log_q - terms.reconstruction - terms.log_prior)
+        True
     """
-    as_flow(
-        model,
-        "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact",
-    )
+    exact = "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact"
+    as_flow(model, exact)
     check_tokens(model, tokens)
     check_generator(generator)
-    return model.elbo(tokens, model.draw_noise(tokens, generator) if noise is None else noise)[0]
+    if noise is None:
+        noise = model.draw_noise(tokens, generator)
+    terms, _ = model.elbo(tokens, noise)
+    return terms
 
 
 def conditional_bound(
     model: LanguageModel, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
 ) -> Float[Tensor, " B"]:
-    r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound on -log p~(x_> | x_<=)
-    of a flow; nats.
+    r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound on it of a flow; in nats.
 
     x_<= are the first `given` tokens, x_> the others, z_<= and z_> their latents. A flow of one
     left-to-right block has a known p(z_> | z_<=) = p(z_<=, z_>) / p(z_<=), and by Jensen's
@@ -49,11 +59,11 @@ def conditional_bound(
         p~(x_> | x_<=) = E_{q(z_<= | x_<=)} int p(z_> | z_<=) p(x_> | z_>) dz_>
         -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
 
-    p~ sums to one over x_>: samples after the prompt x_<= have it. One sample of the bound sums the
-    parts of x_>.
+    p~ sums to one over x_>, and samples after the prompt x_<= follow it. One sample of the bound
+    sums the parts of x_>.
 
-    UserError for a flow of several blocks, where those right to left make z_<= depend on x_>, and
-    if `given` is outside 0 .. T - 1 or not a multiple of P.
+    UserError for a flow of several blocks, where blocks that run right to left make z_<= depend on
+    x_>, and if `given` is outside 0 .. T - 1 or not a multiple of P.
     """
     T, patch = tokens.shape[1], model.config.patch
     if not 0 <= given < T or given % patch:
@@ -61,7 +71,9 @@ def conditional_bound(
     if given == 0:
         return model.bound(tokens, noise)
     if model.num_blocks > 1:
-        what = f"a flow of {model.num_blocks} blocks has no known bound on new tokens given earlier ones"
+        what = (
+            f"a flow of {model.num_blocks} blocks has no known bound on tokens given earlier ones"
+        )
         raise UserError(f"{what} (only a flow of one block has): evaluate it in fresh contexts")
     return model.bound(tokens, noise, per_token=True)[:, given:].sum(-1)
 
@@ -88,19 +100,17 @@ def log_importance_weights(
     bounds = []
     for _ in range(1 if model.is_exact else samples):
         # drawn for all rows at once, so that the numbers do not depend on the parts
-        parts = zip(
-            tokens.split(rows), model.draw_noise(tokens, generator).split(rows), strict=True
-        )
+        noise = model.draw_noise(tokens, generator)
+        parts = zip(tokens.split(rows), noise.split(rows), strict=True)
         bounds.append(torch.cat([conditional_bound(model, x, given, eps) for x, eps in parts]))
     return -torch.stack(bounds)
 
 
 def importance_weighted(log_weights: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:
-    """-log (1/S) sum_r omega_r from the log omega_r of `log_importance_weights`, in nats
-    (docs/math.md, eq. 13).
+    """-log (1/S) sum_r omega_r from the log omega_r of `log_importance_weights`, in nats.
 
-    In expectation an upper bound on -log p(x) that falls with S; S = 1 is the negative ELBO (Burda
-    et al. 2016).
+    In expectation an upper bound on -log p(x) that falls with S; S = 1 is the negative ELBO
+    (docs/math.md, eq. 13; Burda et al. 2016).
     """
     return math.log(len(log_weights)) - log_weights.logsumexp(0)
 
@@ -112,14 +122,12 @@ def importance_weighted_bound(
     samples: int,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
-    """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats
-    (docs/math.md, eq. 13).
+    """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats.
 
-    UserError for `samples` < 1, for tokens that are no texts of the model, or if P does not divide
-    T.
+    docs/math.md, eq. 13. UserError for `samples` < 1, for tokens that are not texts of the model,
+    or if P does not divide T.
     """
     check_tokens(model, tokens)
     check_generator(generator)
-    return importance_weighted(
-        log_importance_weights(model, tokens, samples=samples, generator=generator)
-    )
+    log_weights = log_importance_weights(model, tokens, samples=samples, generator=generator)
+    return importance_weighted(log_weights)

@@ -6,7 +6,7 @@ differ by the model.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError, unknown
@@ -30,17 +30,16 @@ SMALL_DATA = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096, n
 SMALL_TRAIN = TrainConfig(
     stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1, keep="best"
 )
-"""Several passes over three million tokens, so with dropout; a stage of few steps may end worse
-than it began.
+"""Several passes over three million tokens, so with dropout. A stage of few steps may end worse
+than it began, so with the best weights.
 """
 
-MIXD_CODEBOOK, PLAIN_CODEBOOK = 0.5, 1.0
-"""Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing
-starts from it.
-"""
-MIXD_OPTIM, PLAIN_OPTIM = (
-    OptimConfig(codebook_lr_scale=scale) for scale in (MIXD_CODEBOOK, PLAIN_CODEBOOK)
-)
+MIXD_CODEBOOK = 0.5
+"""Learning rate of a codebook that is tied to block 1, over the rate of the rest (docs/log.md)."""
+PLAIN_CODEBOOK = 1.0
+"""The same where nothing starts from the codebook."""
+MIXD_OPTIM = OptimConfig(codebook_lr_scale=MIXD_CODEBOOK)
+PLAIN_OPTIM = OptimConfig(codebook_lr_scale=PLAIN_CODEBOOK)
 
 CALM = 0.8
 """Temperature of samples of small models that have token weights."""
@@ -50,9 +49,7 @@ PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 
 
 def quickstart() -> RunConfig:
-    """A few minutes on two CPU cores: one Mix-d block and two Mix-1 blocks on the built-in
-    corpus.
-    """
+    """A few minutes on two CPU cores: a Mix-d block and two Mix-1 blocks on the built-in corpus."""
     trunk = replace(MINI_TRUNK, input_taps=0)
     model = FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True)
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
@@ -65,22 +62,24 @@ def quickstart() -> RunConfig:
 
 
 def english_small() -> RunConfig:
-    """Writes readable English: two hours on two CPU cores, cased text and punctuation of the
-    built-in corpus.
-    """
+    """Writes readable English with punctuation: two hours of the built-in corpus on two CPU cores."""
     blocks = stack(("mixd", "mix1", "mix1"), (6, 1, 1), (0, 2, 2))
     model = FlowConfig(
         context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True
     )
     train = replace(SMALL_TRAIN, stage_steps=(94, 3, 3))
-    how: dict[str, Any] = {"train": train, "optim": MIXD_OPTIM, "temperature": CALM}
-    return RunConfig(name="english-small", model=model, data=SMALL_DATA, **how)
+    return RunConfig(
+        name="english-small",
+        model=model,
+        data=SMALL_DATA,
+        train=train,
+        optim=MIXD_OPTIM,
+        temperature=CALM,
+    )
 
 
 def english_small_ar() -> RunConfig:
-    """The discrete baseline beside `english-small`, with as many Transformer layers, trained for
-    the same time.
-    """
+    """The discrete twin of `english-small`, with as many Transformer layers, trained as long."""
     model = BaselineConfig(context=256, trunk=SMALL_TRUNK, layers=8)
     return RunConfig(
         name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN, temperature=CALM
@@ -114,9 +113,7 @@ def mini_mix1_plain() -> RunConfig:
 
 
 def mini_mixd() -> RunConfig:
-    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one: the baseline's
-    depth.
-    """
+    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one layer."""
     return _mini_mixd("mini-mixd", 1)
 
 
@@ -126,9 +123,7 @@ def mini_mixd_deep() -> RunConfig:
 
 
 def mini_mix1_deep_last() -> RunConfig:
-    """Mix-1 with the paper's shares of layers and no start from the codebook: block 3 writes, the
-    others correct.
-    """
+    """Mix-1 with the paper's shares of layers, without the start from the codebook."""
     run = mini_mix1_plain()
     first, *upper = stack(("mix1",) * 3, (1, 1, 4), (27,) * 3)
     model = replace(as_flow_config(run.model), blocks=(replace(first, start="plain"), *upper))
@@ -136,8 +131,10 @@ def mini_mix1_deep_last() -> RunConfig:
 
 
 def mini_passes() -> RunConfig:
-    """Passes that refine a text at little cost: the last Mix-d block writes it, without the letters
-    that follow from those before them; the other one fills these in (docs/math.md, eq. 9a).
+    """Passes that refine a text at little cost (docs/math.md, eq. 9a).
+
+    The last Mix-d block writes a text with gaps, for letters that follow from the letters before
+    them. The other block fills these in.
     """
     run = _mini_mixd("mini-passes", 1)
     first, last = stack(("mixd",) * 2, (1, 5), (0,) * 2)
@@ -174,34 +171,81 @@ def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> Ru
     return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM, temperature=CALM)
 
 
-def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
-    """The published models; docs/reproduce.md lists the values that the paper leaves open and our
-    choices.
+class _Corpus(NamedTuple):
+    """What the paper's set-up takes from a corpus."""
 
-    The recipe is ours: Muon, a rate that falls to zero, and dropout on text8, which is seen a
-    hundred times. "-adamw" is that of MDLM, SEDD and D3PM, to which the paper points: a constant
-    rate and averaged weights over a million steps, of which the stages of Mix-d have 5/7, 1/7 and
-    1/7.
+    title: str
+    data: DataConfig
+    context: int
+    latent_dim: int
+    steps: int
+    batch_size: int
+    dropout: float
+    """For our recipe: text8 is seen a hundred times."""
+    components: int
+    """K of Mix-1."""
+    upper_components: int
+    """K of the Mix-1 blocks above Mix-d."""
+
+
+_GPT2 = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
+_CORPORA = {
+    "text8": _Corpus(
+        title="TEXT8",
+        data=DataConfig(source="text8"),
+        context=256,
+        latent_dim=5,
+        steps=100_000,
+        batch_size=512,
+        dropout=0.1,
+        components=27,
+        upper_components=2,
+    ),
+    "owt": _Corpus(
+        title="OpenWebText",
+        data=DataConfig(source="openwebtext", tokenizer=_GPT2),
+        context=1024,
+        latent_dim=16,
+        steps=200_000,
+        batch_size=256,
+        dropout=0.0,
+        components=64,
+        upper_components=64,
+    ),
+}
+_KINDS = {
+    "ar": "the discrete baseline",
+    "affine": "three affine blocks",
+    "mix1": "three Mix-1 blocks",
+    "mixd": "a Mix-d block, then two Mix-1 blocks",
+}
+
+
+def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfig:
+    """One of the published models.
+
+    docs/reproduce.md lists the values that the paper leaves open and our choices. The recipe is
+    ours: Muon, and a rate that falls to zero. "-adamw" is the recipe of D3PM, MDLM and MD4, to
+    which the paper points: a constant rate and averaged weights over a million steps, of which the
+    stages of Mix-d have 5/7, 1/7 and 1/7.
     """
-    name, text8 = f"{corpus}-{kind}{recipe}", corpus == "text8"
-    context, latent_dim, steps, batch = (
-        (256, 5, 100_000, 512) if text8 else (1024, 16, 200_000, 256)
-    )
-    gpt2 = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
-    data = DataConfig(source="text8") if text8 else DataConfig(source="openwebtext", tokenizer=gpt2)
     train = TrainConfig(
-        mode="joint", precision="bfloat16", accumulate=0, keep="best", dropout=0.1 if text8 else 0.0
-    )
-    train = replace(
-        train, evaluate_every=2000, evaluate_windows=512, checkpoint_every=2000, log_every=50
+        mode="joint",
+        stage_steps=(corpus.steps,),
+        batch_size=corpus.batch_size,
+        precision="bfloat16",
+        accumulate=0,
+        keep="best",
+        dropout=corpus.dropout,
+        evaluate_every=2000,
+        evaluate_windows=512,
+        checkpoint_every=2000,
+        log_every=50,
     )
     optim = OptimConfig(lr=1e-3, warmup=0.01)
-    if recipe:
-        steps, batch, train = (
-            714_286 if kind == "mixd" else 1_000_000,
-            512,
-            replace(train, dropout=0.1, ema=0.9999),
-        )
+    if is_adamw:
+        steps = 714_286 if kind == "mixd" else 1_000_000
+        train = replace(train, stage_steps=(steps,), batch_size=512, dropout=0.1, ema=0.9999)
         optim = OptimConfig(
             optimizer="adamw",
             lr=3e-4,
@@ -210,43 +254,45 @@ def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
             warmup=2500 / steps,
             decay=0.0,
         )
-    train = replace(train, stage_steps=(steps,), batch_size=batch)
-    if kind == "ar":
-        baseline = BaselineConfig(context=context, trunk=PAPER_TRUNK, layers=12)
-        return RunConfig(name=name, model=baseline, data=data, optim=optim, train=train)
-    flow = FlowConfig(
-        context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None, head="paper"
-    )
     if kind == "mixd":
-        upper = 2 if text8 else 64
-        flow = replace(flow, blocks=stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper)))
+        (steps,) = train.stage_steps
         train = replace(train, mode="progressive", stage_steps=(steps, steps // 5, steps // 5))
-        optim = replace(optim, codebook_lr_scale=MIXD_CODEBOOK)
+    if kind != "ar":
+        scale = MIXD_CODEBOOK if kind == "mixd" else PLAIN_CODEBOOK
+        optim = replace(optim, codebook_lr_scale=scale)
+    model = _paper_model(corpus, kind)
+    return RunConfig(name=name, model=model, data=corpus.data, optim=optim, train=train)
+
+
+def _paper_model(corpus: _Corpus, kind: str) -> BaselineConfig | FlowConfig:
+    if kind == "ar":
+        return BaselineConfig(context=corpus.context, trunk=PAPER_TRUNK, layers=12)
+    if kind == "mixd":
+        upper = corpus.upper_components
+        blocks = stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper))
     else:
-        coupling = "affine" if kind == "affine" else "mix1"
-        count = 1 if kind == "affine" else 27 if text8 else 64
-        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), (count,) * 3)).each_block(
-            start="plain"
-        )
-        optim = replace(optim, codebook_lr_scale=PLAIN_CODEBOOK)
-    return RunConfig(name=name, model=flow, data=data, optim=optim, train=train)
-
-
-PAPER_CORPORA = {"text8": "TEXT8", "owt": "OpenWebText"}
-PAPER_KINDS = {
-    "ar": "the discrete baseline",
-    "affine": "three affine blocks",
-    "mix1": "three Mix-1 blocks",
-    "mixd": "a Mix-d block, then two Mix-1 blocks",
-}
+        components = corpus.components if kind == "mix1" else 1
+        blocks = stack((kind,) * 3, (2, 2, 8), (components,) * 3)
+        blocks = tuple(replace(block, start="plain") for block in blocks)
+    return FlowConfig(
+        context=corpus.context,
+        latent_dim=corpus.latent_dim,
+        trunk=PAPER_TRUNK,
+        blocks=blocks,
+        head="paper",
+        channel_mix=None,
+    )
 
 
 def _paper_preset(corpus: str, kind: str, recipe: str) -> Callable[[], RunConfig]:
     def make() -> RunConfig:
-        return _paper(corpus, kind, recipe)
+        name = f"{corpus}-{kind}{recipe}"
+        return _paper(name, _CORPORA[corpus], kind, is_adamw=recipe == "-adamw")
 
-    size = f"at the size of GPT-2 small{', a million steps of AdamW' if recipe else ''}"
-    make.__doc__ = f"The paper's set-up on {PAPER_CORPORA[corpus]}, {size}: {PAPER_KINDS[kind]}."
+    size = "at the size of GPT-2 small"
+    if recipe:
+        size += ", a million steps of AdamW"
+    make.__doc__ = f"The paper's set-up on {_CORPORA[corpus].title}, {size}: {_KINDS[kind]}."
     return make
 
 
@@ -269,9 +315,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     make.__name__.replace("_", "-"): make for make in _OWN
 } | {
     f"{corpus}-{kind}{recipe}": _paper_preset(corpus, kind, recipe)
-    for corpus in PAPER_CORPORA
+    for corpus in _CORPORA
     for recipe in ("", "-adamw")
-    for kind in PAPER_KINDS
+    for kind in _KINDS
 }
 
 
@@ -291,17 +337,17 @@ def with_blocks(run: RunConfig, num_blocks: int) -> RunConfig:
 
 
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
-    """`run` with `num_steps` optimiser steps in place of its steps or time, its stages in the same
-    proportions.
+    """`run` with `num_steps` optimiser steps instead of its steps or time.
+
+    Its stages keep their proportions. UserError for fewer steps than stages.
     """
     stages = run.train.stage_steps
     if num_steps < len(stages):
-        raise UserError(
-            f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step"
-        )
+        rule = f"the run has {len(stages)} stages, each needs at least 1 step"
+        raise UserError(f"steps {num_steps}: {rule}")
     scaled = [max(1, round(s * num_steps / sum(stages))) for s in stages]
     while sum(scaled) != num_steps:
-        # rounding is the longest stage's affair, down to one step
+        # what rounding left over goes to the longest stage, down to one step
         longest = scaled.index(max(scaled))
         scaled[longest] = max(1, scaled[longest] + num_steps - sum(scaled))
     return replace(run, train=replace(run.train, stage_steps=tuple(scaled), minutes=0.0))

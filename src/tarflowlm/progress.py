@@ -1,18 +1,14 @@
-"""How long work reports its progress: the one protocol that all of it uses."""
+"""The protocol by which long work reports its progress."""
 
 from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """The calls that long work makes. Work that knows its parts names them by `stage`; inner loops
-    `advance`.
-    """
+    """The calls that long work makes: `stage` names a part of it, inner loops `advance`."""
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part called `name`, of `total` units if that is known, `done` of which were done
-        before.
-        """
+        """Begin a part called `name`, of `total` units if known, `done` of them done before."""
 
     def advance(self, count: int = 1) -> None:
         """`count` more units of the current part are done."""

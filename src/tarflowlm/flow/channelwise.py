@@ -17,7 +17,17 @@ from torch import Tensor
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision, numerics
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling, Inverter
+from tarflowlm.flow.couplings import (
+    AdjustWeights,
+    ByPosition,
+    Conditional,
+    Conditionals,
+    Coupling,
+    Features,
+    Inverter,
+    Latents,
+    OneFeature,
+)
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.plan import BlockPlan
@@ -70,12 +80,12 @@ class Newton:
 
 
 class ChannelCoupling(Coupling):
-    """A coupling over groups of C/G channels, with parameters from an autoregressive head.
+    """A coupling of groups of C/G channels, with parameters from an autoregressive head.
 
-    docs/math.md, eq. 10. How to implement one: `__init__` takes channels, components and the shape
-    of a head, and makes the `head`; `channels` maps all channels at once, `conditional` one group
-    of one position, both from the head's outputs. `tarflowlm.coupling` registers it under a name
-    (docs/flow.md has one in 40 lines).
+    docs/math.md, eq. 10. How to implement one: `__init__` takes `channels` (C), `components` and
+    the shape of a `head`, and makes that head with the outputs that the map needs; `to_noise` and
+    `to_latents` map a group from them, where the leading axes stand for any groups of any
+    positions. `tarflowlm.coupling` registers it under a name (docs/flow.md has one in 30 lines).
     """
 
     group = 1
@@ -86,37 +96,49 @@ class ChannelCoupling(Coupling):
         return cls(channels=plan.channels, components=plan.block.components, head=plan.head())
 
     @abstractmethod
-    def conditional(self, parameters: list[Tensor]) -> Conditional:
-        """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
+    def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise u and log du_i/dz_i of every channel [..., C/G], in nats; parameters [..., O]."""
 
     @abstractmethod
-    def channels(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+    def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
+        """The inverse of `to_noise` at the same parameters."""
+
+    def log_density(self, z: Tensor, *parameters: Tensor) -> Tensor:
+        """log p(z_g) [...] of groups z [..., C/G], in nats."""
+        u, log_slope = self.to_noise(z, *parameters)
+        return log_slope.sum(-1) + log_standard_normal(u).sum(-1)
+
+    def channels(self, z: Latents, features: Features) -> tuple[Latents, Latents]:
         """Noise u, and log du_i/dz_i of every channel, in nats."""
+        parameters = self.head(features, z)
+        with full_precision(z):
+            u, log_slope = self.to_noise(self._groups(z), *parameters)
+        return self._joined(u), self._joined(log_slope)
 
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        u, log_det = self.channels(z, features)
-        return u, log_det.sum(-1)
+    def _groups(self, z: Latents) -> Float[Tensor, "G B N m"]:
+        return z.unflatten(-1, (-1, self.group)).permute(2, 0, 1, 3).contiguous()
 
-    def newton_step(
-        self, z: Tensor, u: Tensor, features: Float[Tensor, "B N D"]
-    ) -> tuple[Tensor, Tensor]:
+    def _joined(self, groups: Float[Tensor, "G B N m"]) -> Latents:
+        return groups.permute(1, 2, 0, 3).flatten(2)
+
+    def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
+        u, log_slope = self.channels(z, features)
+        return u, log_slope.sum(-1)
+
+    def newton_step(self, z: Latents, u: Latents, features: Features) -> tuple[Latents, Latents]:
         """A step from a guess z towards the latents of noise u, and the residual u - f(z).
 
             z_i + (u_i - f_i(z)) / (df_i/dz_i)
 
-        All are [B, N, C]. All channels of all positions step at once; the dependence on those
-        before is left to the next step. The latents of u are the only fixed point.
+        All channels of all positions step at once; the dependence on those before is left to the
+        next step. The latents of u are the only fixed point.
         """
-        mapped, log_det = self.channels(z, features)
+        mapped, log_slope = self.channels(z, features)
         residual = u - mapped
-        return torch.addcmul(z, residual, torch.exp(-log_det)), residual
+        return torch.addcmul(z, residual, torch.exp(-log_slope)), residual
 
     def conditionals(
-        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+        self, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
         return self._conditionals(features, HeadWeights(self.head))
@@ -124,7 +146,20 @@ class ChannelCoupling(Coupling):
     def _conditionals(self, features: Tensor, weights: HeadWeights) -> Conditionals:
         walk, z = self.head.walk(features, weights), None
         for _ in range(self.head.groups):
-            z = yield self.conditional(walk.send(z))
+            z = yield self._conditional(walk.send(z))
+
+    def _conditional(self, parameters: list[Tensor]) -> Conditional:
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            u, log_slope = self.to_noise(z, *parameters)
+            return u, log_slope.sum(-1)
+
+        def inverse(u: Tensor) -> Tensor:
+            return self.to_latents(u, *parameters)
+
+        def log_density(z: Tensor) -> Tensor:
+            return self.log_density(z, *parameters)
+
+        return Conditional(forward, inverse, log_density)
 
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
@@ -165,26 +200,13 @@ class AffineCoupling(ChannelCoupling):
     def extra_repr(self) -> str:
         return f"group={self.group}"
 
-    def channels(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
-        mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
+    def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = parameters
         return (z - mean) * torch.exp(-log_std), -log_std
 
-    def conditional(self, parameters: list[Tensor]) -> Conditional:
+    def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
         mean, log_std = parameters
-
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            return (z - mean) * torch.exp(-log_std), -log_std.sum(-1)
-
-        def inverse(u: Tensor) -> Tensor:
-            return u * log_std.exp() + mean
-
-        def log_density(z: Tensor) -> Tensor:
-            u, log_det = forward(z)
-            return log_det + log_standard_normal(u).sum(-1)
-
-        return Conditional(forward, inverse, log_density)
+        return u * log_std.exp() + mean
 
 
 class Mix1Coupling(ChannelCoupling):
@@ -260,32 +282,17 @@ class Mix1Coupling(ChannelCoupling):
     def extra_repr(self) -> str:
         return f"{self.head.biases[0].shape[1]} components"
 
-    def channels(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
-        log_w, mean, log_std = self.head(features, z)
+    def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters)
+        return u[..., None], log_slope[..., None]
+
+    def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
+        return numerics.mixture_cdf_inverse(u[..., 0], *parameters)[..., None]
+
+    def log_density(self, z: Tensor, *parameters: Tensor) -> Tensor:
+        return numerics.mixture_log_density(z[..., 0], *parameters)
+
+    def log_prob(self, z: Latents, features: Features) -> ByPosition:
+        parameters = self.head(features, z)
         with full_precision(z):
-            z_first = z.permute(2, 0, 1).contiguous()
-            u, log_det = numerics.mixture_cdf(z_first, log_w, mean, log_std)
-        return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
-
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B N"]:
-        log_w, mean, log_std = self.head(features, z)
-        with full_precision(z):
-            z_first = z.permute(2, 0, 1).contiguous()
-            return numerics.mixture_log_density(z_first, log_w, mean, log_std).sum(0)
-
-    def conditional(self, parameters: list[Tensor]) -> Conditional:
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            u, log_det = numerics.mixture_cdf(z[:, 0], *parameters)
-            return u[:, None], log_det
-
-        def inverse(u: Tensor) -> Tensor:
-            return numerics.mixture_cdf_inverse(u[:, 0], *parameters)[:, None]
-
-        def log_density(z: Tensor) -> Tensor:
-            return numerics.mixture_log_density(z[:, 0], *parameters)
-
-        return Conditional(forward, inverse, log_density)
+            return self.log_density(self._groups(z), *parameters).sum(0)

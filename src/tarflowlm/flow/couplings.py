@@ -18,6 +18,13 @@ from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_pro
 from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.model_config import COUPLINGS, imported
 
+Latents = Float[Tensor, "B N C"]
+Features = Float[Tensor, "B N D"]
+ByPosition = Float[Tensor, "B N"]
+OneLatent = Float[Tensor, "B C"]
+OneFeature = Float[Tensor, "B D"]
+"""Values of all positions, and of one."""
+
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
 
@@ -66,14 +73,12 @@ class Coupling(nn.Module):
         """A new coupling for a block, with initial weights from PyTorch's global generator."""
 
     @abstractmethod
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         """Noise u, and log|det du_n/dz_n| of every position, in nats."""
 
     @abstractmethod
     def conditionals(
-        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+        self, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> Conditionals:
         """The conditionals of one position, group by group, from its features c_n.
 
@@ -81,23 +86,21 @@ class Coupling(nn.Module):
         tokens.
         """
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B N"]:
+    def log_prob(self, z: Latents, features: Features) -> ByPosition:
         """log p(z_n | c_n) of every position, in nats."""
         u, log_det = self(z, features)
         return log_det + log_standard_normal(u).sum(-1)
 
     def invert(
         self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
+        u: OneLatent,
+        features: OneFeature,
         adjust: AdjustWeights | None = None,
-    ) -> Float[Tensor, "B C"]:
+    ) -> OneLatent:
         """The latents z_n of one position, from its noise u_n and features c_n."""
         return self._walk(u, self.conditionals(features, adjust))
 
-    def _walk(self, u: Float[Tensor, "B C"], conditionals: Conditionals) -> Float[Tensor, "B C"]:
+    def _walk(self, u: OneLatent, conditionals: Conditionals) -> OneLatent:
         z: list[Tensor] = []
         for u_g in u.split(self.group, -1):
             conditional = conditionals.send(z[-1] if z else None)
@@ -110,12 +113,12 @@ class Coupling(nn.Module):
 
     def complete(
         self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        known: Float[Tensor, "B C"],
+        u: OneLatent,
+        features: OneFeature,
+        known: OneLatent,
         is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
+    ) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
         """Complete one position in which some tokens are given: returns (z, u, log p).
 
         Given tokens, where `is_known` on the CPU is True, keep their latents `known` and get the

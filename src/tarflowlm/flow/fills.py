@@ -4,7 +4,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.flow.codebook import NoisyCodebook
-from tarflowlm.flow.couplings import AdjustWeights, Conditional, Coupling
+from tarflowlm.flow.couplings import (
+    AdjustWeights,
+    ByPosition,
+    Conditional,
+    Coupling,
+    Features,
+    Latents,
+)
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal
 
@@ -58,7 +65,5 @@ class Fills(MixDCoupling):
 
         return Conditional(forward, inverse, log_density)
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B N"]:
+    def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return Coupling.log_prob(self, z, features)

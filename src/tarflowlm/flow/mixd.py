@@ -12,7 +12,17 @@ from torch.utils.checkpoint import checkpoint
 from tarflowlm import chunks
 from tarflowlm.flow import full_precision, numerics, widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
-from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
+from tarflowlm.flow.couplings import (
+    AdjustWeights,
+    ByPosition,
+    Conditional,
+    Conditionals,
+    Coupling,
+    Features,
+    Latents,
+    OneFeature,
+    OneLatent,
+)
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.layers import Order
 from tarflowlm.flow.plan import BlockPlan
@@ -115,16 +125,14 @@ class MixDCoupling(Coupling):
         return Conditional(forward, inverse, log_density)
 
     def conditionals(
-        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+        self, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> Conditionals:
         walk, z = self.token_features.walk(features), None
         for _ in range(self.patch):
             log_w = widen(self.weight_head(walk.send(z)))
             z = yield self.conditional(log_w, adjust)
 
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)
         rows = self._held_rows(z)
         z_parts = z.reshape(-1, self.latent_dim).split(rows)
@@ -149,14 +157,10 @@ class MixDCoupling(Coupling):
         with full_precision(z):
             return self.conditional(log_w).forward(z)
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B N"]:
+    def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return self._log_density(z, features, relative=False)
 
-    def log_density_ratio(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B N"]:
+    def log_density_ratio(self, z: Latents, features: Features) -> ByPosition:
         """log p(z_n | c_n) - log prod_t sum_k N_k(z_t) of every position, in nats.
 
         For tied components the second term is the decoder's normaliser (docs/math.md, eq. 12). One
@@ -177,10 +181,10 @@ class MixDCoupling(Coupling):
 
     def invert(
         self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
+        u: OneLatent,
+        features: OneFeature,
         adjust: AdjustWeights | None = None,
-    ) -> Float[Tensor, "B C"]:
+    ) -> OneLatent:
         rows = self._held_rows(u)
         if len(u) > rows:
             parts = zip(u.split(rows), features.split(rows), strict=True)
@@ -191,22 +195,16 @@ class MixDCoupling(Coupling):
 
     def complete(
         self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        known: Float[Tensor, "B C"],
+        u: OneLatent,
+        features: OneFeature,
+        known: OneLatent,
         is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
+    ) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
         rows = self._held_rows(u)
         if len(u) <= rows:
             return super().complete(u, features, known, is_known, adjust)
-        parts = zip(
-            u.split(rows),
-            features.split(rows),
-            known.split(rows),
-            is_known.split(rows),
-            strict=True,
-        )
-        columns = zip(*(self.complete(*part, adjust) for part in parts), strict=True)
-        z, noise, log_p = (torch.cat(column) for column in columns)
+        parts = zip(*(x.split(rows) for x in (u, features, known, is_known)), strict=True)
+        found = [self.complete(*part, adjust=adjust) for part in parts]
+        z, noise, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
         return z, noise, log_p
