@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers import normal, tiny_flow
+from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
@@ -70,6 +70,18 @@ def test_appending_blocks_gives_the_same_stack(model):
         {name: tensor.shape for name, tensor in m.state_dict().items()} for m in (first, model)
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_calling_a_model_gives_a_bound_of_every_text_with_noise_of_its_own(model, tokens):
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.manual_seed(0)
+    nats = model(tokens)
+    torch.manual_seed(0)
+    torch.testing.assert_close(nats, model.bound(tokens, model.draw_noise(tokens)))
+    assert seen == [nats]
+    exact = tiny_ar()
+    torch.testing.assert_close(exact(tokens), -exact.log_prob(tokens))
 
 
 def test_building_depends_on_the_seed_and_leaves_the_global_generator_alone(model):

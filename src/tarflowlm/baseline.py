@@ -48,9 +48,9 @@ class TokenLM(LanguageModel):
 
     def _positions(self, tokens: Tensor) -> Tensor:
         """Transformer inputs [B, N, D] of tokens [B, T]."""
-        B, T = tokens.shape
-        joined = self.embedding(tokens).view(B, T // self.config.patch, -1)
-        return widen(self.join(joined))
+        (B, T), P = tokens.shape, self.config.patch
+        together = self.embedding(tokens).view(B, T // P, P * self.config.trunk.width)
+        return widen(self.join(together))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
         """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without such a head."""

@@ -54,6 +54,15 @@ class TarFlowLM(LanguageModel):
 
     `codebook` is q(z|x) and p(x|z), `prior` is p(z). Initial weights come from PyTorch's global
     generator; construct it inside `seeded` to reproduce them.
+
+    Example:
+        >>> model = TarFlowLM(FlowConfig(vocab_size=27, context=8))
+        >>> tokens = torch.randint(27, (2, 8))
+        >>> model(tokens).shape  # a bound on -log p(x) of every text, in nats
+        torch.Size([2])
+        >>> u, log_det = model.prior(model.codebook.encode(tokens, model.draw_noise(tokens)))
+        >>> u.shape
+        torch.Size([2, 8, 8])
     """
 
     is_exact = False

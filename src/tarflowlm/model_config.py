@@ -296,7 +296,14 @@ def stack(
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(LanguageModelConfig):
-    """Shape of a TarFlowLM."""
+    """Shape of a TarFlowLM.
+
+    Example:
+        >>> blocks = stack(["mixd", "mix1"], layers=[4, 2], components=[0, 2])
+        >>> config = FlowConfig(latent_dim=16, blocks=blocks)
+        >>> config.num_blocks, config.describe(0), config.has_token_weights
+        (2, 'block 1 mixd', True)
+    """
 
     family: ClassVar[str] = "flow"
     model: ClassVar[str] = "tarflowlm.model:TarFlowLM"

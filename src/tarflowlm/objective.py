@@ -32,10 +32,10 @@ def elbo(
         ...     model = TarFlowLM(FlowConfig(vocab_size=27, context=8))
         >>> tokens = torch.arange(8).view(1, 8)
         >>> terms = elbo(model, tokens, generator=torch.Generator().manual_seed(0))
-        >>> [round(term.item(), 1) for term in (terms.reconstruction, terms.log_q, terms.log_prior)]
-        [0.0, 0.0, 0.0]
-        >>> bool(terms.nelbo == terms.log_q - terms.reconstruction - terms.log_prior)
+        >>> terms.reconstruction.item() > -1e-6  # the codes are far apart
         True
+        >>> round(terms.nelbo.item() / 8, 2), round(math.log(27), 2)  # a new model knows nothing
+        (3.3, 3.3)
     """
     exact = "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact"
     as_flow(model, exact)

@@ -56,6 +56,16 @@ class Codebook(nn.Module):
     the typical distance between neighbouring means over `separation`. At the default of 12 almost
     every sample decodes to its token, so the bound starts near log V nats per token, that of a
     uniform language model.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> codebook = Codebook(vocab_size=5, dim=4)
+        >>> tokens = torch.tensor([0, 3, 1])
+        >>> z = codebook.encode(tokens, torch.randn(3, 4))
+        >>> codebook.decode(z)
+        tensor([0, 3, 1])
+        >>> codebook.log_likelihood(tokens, z).exp().round(decimals=4).tolist()
+        [1.0, 1.0, 1.0]
     """
 
     def __init__(

@@ -40,6 +40,17 @@ class MixDCoupling(Coupling):
     of its own, independent or autoregressive inside the patch (`TokenFeatures`, eq. 16).
 
     Paper: section 3.2.2, appendix B.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> mixd = MixDCoupling(
+        ...     width=6, patch=1, latent_dim=4, components=3, in_patch=False, tied=None
+        ... )
+        >>> z, features = torch.randn(2, 5, 4), torch.randn(2, 5, 6)
+        >>> u, log_det = mixd(z, features)
+        >>> expected = log_det + numerics.log_standard_normal(u).sum(-1)
+        >>> torch.allclose(mixd.log_prob(z, features), expected, atol=1e-4)
+        True
     """
 
     def __init__(

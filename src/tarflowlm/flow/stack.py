@@ -167,6 +167,16 @@ class Prior(nn.Module):
 
     z and u are [B, T, d]; the blocks act on positions of P tokens. All methods raise UserError if P
     does not divide T.
+
+    Example:
+        >>> from tarflowlm import FlowConfig, TarFlowLM
+        >>> _ = torch.manual_seed(0)
+        >>> prior = TarFlowLM(FlowConfig(vocab_size=27)).prior
+        >>> noise = torch.randn(2, 6, 8)
+        >>> z = prior.inverse(noise)
+        >>> u, log_det = prior(z)
+        >>> torch.allclose(u, noise, atol=1e-4), log_det.shape
+        (True, torch.Size([2]))
     """
 
     def __init__(self, patch: int, blocks: Iterable[FlowBlock]) -> None:
