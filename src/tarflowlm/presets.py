@@ -189,7 +189,7 @@ class _Corpus(NamedTuple):
 
 
 _GPT2 = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
-_CORPORA = {
+PAPER_CORPORA = {
     "text8": _Corpus(
         title="TEXT8",
         data=DataConfig(source="text8"),
@@ -287,12 +287,12 @@ def _paper_model(corpus: _Corpus, kind: str) -> BaselineConfig | FlowConfig:
 def _paper_preset(corpus: str, kind: str, recipe: str) -> Callable[[], RunConfig]:
     def make() -> RunConfig:
         name = f"{corpus}-{kind}{recipe}"
-        return _paper(name, _CORPORA[corpus], kind, is_adamw=recipe == "-adamw")
+        return _paper(name, PAPER_CORPORA[corpus], kind, is_adamw=recipe == "-adamw")
 
     size = "at the size of GPT-2 small"
     if recipe:
         size += ", a million steps of AdamW"
-    make.__doc__ = f"The paper's set-up on {_CORPORA[corpus].title}, {size}: {_KINDS[kind]}."
+    make.__doc__ = f"The paper's set-up on {PAPER_CORPORA[corpus].title}, {size}: {_KINDS[kind]}."
     return make
 
 
@@ -315,7 +315,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     make.__name__.replace("_", "-"): make for make in _OWN
 } | {
     f"{corpus}-{kind}{recipe}": _paper_preset(corpus, kind, recipe)
-    for corpus in _CORPORA
+    for corpus in PAPER_CORPORA
     for recipe in ("", "-adamw")
     for kind in _KINDS
 }
