@@ -51,8 +51,8 @@ def plan_fig6(settings: Settings) -> list[Training]:
     """Flows with a plain start, Mix-d, and the judge; at paper scale the flows of both corpora."""
     if settings.scale == "paper":
         runs = {
-            f"{LABELS[kind]}, {title}": preset(f"{corpus}-{kind}")
-            for corpus, title in PAPER_CORPORA.items()
+            f"{LABELS[kind]}, {paper.title}": preset(f"{corpus}-{kind}")
+            for corpus, paper in PAPER_CORPORA.items()
             for kind in LABELS
         }
         return trainings(settings, runs)

@@ -110,9 +110,9 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-LARGEST_TEXT = 932_000
+LARGEST_TEXT = 950_000
 """Characters of all Python files of the package."""
-MOST_ANY = 210
+MOST_ANY = 200
 """Lines of the package with the word Any, which no type checker looks into."""
 
 
