@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.sbatch"
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
