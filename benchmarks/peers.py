@@ -43,7 +43,7 @@ from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training.optim import Muon, build_optimizers, schedule, set_learning_rate
+from tarflowlm.training.optim import Muon, build_optimizers, schedule
 
 BATCH, EVAL_BATCH = 64, 32
 TIMES = 4  # values of t per window in the bound of the masked flow, one from each quarter of [0, 1]
@@ -264,7 +264,7 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
     matrices, rest = (
         [p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False)
     )
-    betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
+    betas, decay = (0.9, run.optim.beta2), run.optim.weight_decay
     wide, narrow = ([p for p in rest if (p.ndim >= 2) is wanted] for wanted in (True, False))
     groups = [
         {"params": p, "weight_decay": d, "lr_scale": 1.0} for p, d in ((wide, decay), (narrow, 0.0))
@@ -272,14 +272,15 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
     muon = Muon(
         [{"params": matrices, "lr_scale": 1.0}],
         precision="float32",
+        lr=run.optim.lr,
         weight_decay=decay,
-        momentum=0.95,
     )
     optimizers = [torch.optim.AdamW(groups, betas=betas, eps=1e-10), muon]
     text, window = corpus.split("train"), run.model.context
     batches = WindowSampler(text, window=window, batch=run.train.batch_size, seed=run.seed)
     for step in range(steps := run.train.num_steps):
-        set_learning_rate(optimizers, run.optim.lr * schedule(run.optim, step, steps))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = run.optim.lr * schedule(run.optim, step, steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bfloat16"):
             loss = peer.nats(batches.next()).mean()
         descend(loss, peer.model, optimizers, run.optim.grad_clip)

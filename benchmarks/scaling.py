@@ -58,8 +58,13 @@ def _time(args: Namespace, processes: Processes) -> dict[tuple[str, str], float]
     for name in args.presets:
         for mode in ("ddp", "fsdp") if processes.world > 1 else ("ddp",):
             config = configuration(name, args)
-            config = replace(config, train=replace(config.train, parallel=mode))
-            rows = processes.rows_each(config.train.batch_size, config.train.accumulate)
+            optimizer = "adamw" if mode == "fsdp" else config.optim.optimizer
+            config = replace(
+                config,
+                train=replace(config.train, parallel=mode),
+                optim=replace(config.optim, optimizer=optimizer),
+            )
+            rows = processes.rows_each(config.train)
             tokens = torch.randint(config.model.vocab_size, (rows, config.model.context))
             step = training_step(config, 0, processes.device, processes)
             label = f"{processes.world} processes, {mode}" if processes.world > 1 else "1 process"
@@ -84,7 +89,7 @@ def main() -> None:
     )
     options.add_argument("--json", action="store_true", help="print one JSON object")
     args = options.parse_args()
-    args.vocab_size, args.precision, args.muon_precision = None, None, "auto"
+    args.vocab_size, args.precision = None, None
     seconds, rows = seconds_per_step(args), []
     for name in args.presets:
         config = configuration(name, args)

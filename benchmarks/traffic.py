@@ -191,7 +191,8 @@ def nodes() -> list[dict[str, Any]]:
 
     from tarflowlm.language_model import seeded
     from tarflowlm.model_config import TransformerConfig
-    from tarflowlm.training.parallel import ParallelModel
+    from tarflowlm.training.parallel import compiling, parallelise
+    from tarflowlm.training.train import accumulate_gradients
 
     rows, config, counted = [], preset("owt-mixd"), list[int]()
 
@@ -203,14 +204,17 @@ def nodes() -> list[dict[str, Any]]:
     model = replace(
         config.model, vocab_size=31, context=32, trunk=TransformerConfig(width=16, num_heads=2)
     )
-    config = replace(config, model=model, train=replace(config.train, compile=True, accumulate=1))
+    config = replace(config, model=model, train=replace(config.train, accumulate=1))
     with seeded(0):
         trained = config.model_of_stage(0).build()
-    parallel, generator = ParallelModel(trained, config), torch.Generator().manual_seed(0)
+    bound = parallelise(trained, config.train, compiled=True)
+    generator = torch.Generator().manual_seed(0)
     for sequences in (4, 32):
         torch._dynamo.reset()
         counted.clear()
-        parallel.backward(torch.randint(31, (sequences, 32)), generator)
+        tokens = torch.randint(31, (sequences, 32))
+        with compiling(True):
+            accumulate_gradients(trained, bound, tokens, generator, config.train)
         rows.append({"sequences": sequences, "graphs": len(counted), "nodes": sum(counted)})
     return rows
 

@@ -23,13 +23,48 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new
     model.
     """
-    with suppress(ImportError):  # up to commit 615369d
-        return find("TrainingStep", "training.step")(config, stage, device, *processes)
+    with suppress(ImportError):  # up to commit 33d3b6c
+        return _training_step_before(config, stage, device, *processes)
     import torch
 
     from tarflowlm.language_model import seeded
+    from tarflowlm.training import optim, parallel
+    from tarflowlm.training.train import accumulate_gradients
+
+    train = optim.with_precision(config.train, device)
+    with seeded(config.seed):
+        model = config.model_of_stage(stage).build()
+    if not processes or not processes[0].shards(train):
+        model = model.to(device)
+    model.train_only(stage)
+    alone = parallel.ALONE
+    compiled = parallel.compiles(train, alone, device)
+    bound = parallel.parallelise(model, train, *processes, frozen=stage, compiled=compiled)
+    precision = optim.muon_precision(config.optim, model, device)
+    optimizers = optim.build_optimizers(config.optim, model, precision)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def step(tokens: Any) -> Any:
+        with parallel.compiling(compiled):
+            loss = accumulate_gradients(model, bound, tokens, generator, train, *processes)
+        trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+        norms = optim.norms({name: p.grad for name, p in trained.items() if p.grad is not None})
+        norm = torch.linalg.vector_norm(norms)
+        optim.take_step(
+            optimizers, trained, norm, lr=config.optim.lr, grad_clip=config.optim.grad_clip
+        )
+        return loss
+
+    return step
+
+
+def _training_step_before(config: Any, stage: int, device: Any, *processes: Any) -> Any:
+    """The same for a checkout in which a model was a `ParallelModel`."""
+    import torch
     from tarflowlm.training.loop import optimizer_step
-    from tarflowlm.training.optim import build_optimizers
+
+    from tarflowlm.language_model import seeded
+    from tarflowlm.training.optim import build_optimizers, with_precision
     from tarflowlm.training.parallel import ParallelModel
 
     with seeded(config.seed):
@@ -37,10 +72,7 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     if not processes or config.train.parallel == "ddp":
         model = model.to(device)
     model.train_only(stage)
-    with suppress(ImportError):  # before precisions could be auto
-        from tarflowlm.training.optim import with_precision
-
-        config = with_precision(config, model, device)
+    config = with_precision(config, model, device)
     parallel = ParallelModel(model, config, *processes, frozen=stage)
     optimizers, generator = (
         build_optimizers(config.optim, model),
@@ -59,14 +91,8 @@ def configuration(name: str, args: Namespace) -> Any:
         args.precision or config.train.precision,
         args.batch_size or config.train.batch_size,
     )
-    train = replace(
-        config.train,
-        precision=precision,
-        batch_size=batch_size,
-        accumulate=config.train.accumulate or 1,
-    )
-    optim = replace(config.optim, muon_precision=args.muon_precision)
-    return replace(config, model=replace(config.model, vocab_size=size), train=train, optim=optim)
+    train = replace(config.train, precision=precision, batch_size=batch_size, accumulate=1)
+    return replace(config, model=replace(config.model, vocab_size=size), train=train)
 
 
 def build(args: Namespace) -> dict[str, Contender]:
@@ -110,9 +136,6 @@ def main() -> None:
         "presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"]
     )
     options.add_argument("--precision", choices=["float32", "bfloat16"], help="of matrix products")
-    options.add_argument(
-        "--muon-precision", default="auto", choices=["auto", "float32", "bfloat16"]
-    )
     options.add_argument("--vocab-size", type=int, help="the default is 27 for characters")
     options.add_argument(
         "--batch-size", type=int, help="sequences per step; the default is the preset's"

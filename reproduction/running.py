@@ -1,7 +1,8 @@
 """Runs the trainings of a plan, or estimates their time."""
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,10 +13,20 @@ from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import build_tokenizer
 from tarflowlm.device import pick_device
-from tarflowlm.runs.checkpoint import CONFIG, SUMMARY
-from tarflowlm.training.loop import seconds_per_step
-from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.train import StopRequests, continued, no_stop_requests, resume, train
+from tarflowlm.language_model import seeded
+from tarflowlm.progress import Reporter
+from tarflowlm.runs.checkpoint import SUMMARY
+from tarflowlm.training.begin import check_same, is_begun
+from tarflowlm.training.optim import (
+    build_optimizers,
+    muon_precision,
+    norms,
+    take_step,
+    with_precision,
+)
+from tarflowlm.training.parallel import parallelise
+from tarflowlm.training.train import StopRequests, accumulate_gradients, no_stop_requests
+from tarflowlm.training.train import train as train_run
 
 logger = logging.getLogger("tarflowlm")
 
@@ -30,9 +41,9 @@ def state_of(settings: Settings, training: Training) -> State:
     Raises UserError if its directory holds a run of another configuration.
     """
     directory = training.directory(settings)
-    if not (directory / CONFIG).exists():
+    if not is_begun(directory):
         return "new"
-    continued(training.run, directory)
+    check_same(training.run, directory)
     return "finished" if (directory / SUMMARY).exists() else "stopped"
 
 
@@ -46,19 +57,16 @@ def finish(
     device = pick_device(settings.device)
     for training in plan:
         directory = training.directory(settings)
-        match state_of(settings, training):
-            case "finished":
-                logger.info("%s is done", training.name)
-            case "stopped":
-                resume(directory, device=device, reporter=reporter, stop_requests=stop_requests)
-            case "new":
-                train(
-                    training.run,
-                    directory,
-                    device=device,
-                    reporter=reporter,
-                    stop_requests=stop_requests,
-                )
+        if state_of(settings, training) == "finished":
+            logger.info("%s is done", training.name)
+        else:
+            train_run(
+                training.run,
+                directory,
+                device=device,
+                reporter=reporter,
+                stop_requests=stop_requests,
+            )
     return [Finished(training, training.directory(settings), device) for training in plan]
 
 
@@ -117,7 +125,35 @@ def _seconds(run: RunConfig, settings: Settings) -> float:
     device = pick_device(settings.device)
     scale = run.train.batch_size * run.model.context / (rows * length)
     times = [
-        seconds_per_step(run, stage, batch, device, num_steps=num_steps)
-        for stage in range(run.num_stages)
+        seconds_per_step(run, stage, batch, device, num_steps) for stage in range(run.num_stages)
     ]
     return scale * sum(t * n for t, n in zip(times, run.train.stage_steps, strict=True))
+
+
+def seconds_per_step(
+    run: RunConfig,
+    stage: int,
+    batch: Callable[[], torch.Tensor],
+    device: torch.device,
+    num_steps: int,
+) -> float:
+    """Median seconds of a step of `stage` (0-based) on a throw-away model, whose size of the
+    vocabulary is set.
+    """
+    with seeded(run.seed):
+        model = run.model_of_stage(stage).build().to(device)
+    model.train_only(stage)
+    train = with_precision(run.train, device)
+    bound = parallelise(model, train, frozen=stage)
+    optimizers = build_optimizers(run.optim, model, muon_precision(run.optim, model, device))
+    generator = torch.Generator(device=device).manual_seed(0)
+    durations = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        loss = accumulate_gradients(model, bound, batch().to(device), generator, train)
+        trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+        norm = norms({name: p.grad for name, p in trained.items() if p.grad is not None}).norm()
+        take_step(optimizers, trained, norm, lr=run.optim.lr, grad_clip=run.optim.grad_clip)
+        loss.item()
+        durations.append(time.perf_counter() - start)
+    return sorted(durations)[len(durations) // 2]

@@ -115,57 +115,41 @@ MODEL_TYPE = "tarflowlm"
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Config):
-    """Optimiser and schedule; the schedule restarts in every progressive stage."""
+    """Optimiser and learning rate. The schedule restarts in every progressive stage."""
 
     section: ClassVar[str] = "optim."
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
-    muon_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of Muon's matrix products; auto takes the faster one on the device, and config.json
-    records it.
-    """
-    muon_qkv: Literal["apart", "together"] = "apart"
-    """Whether Muon treats the projections to queries, keys and values as three matrices or as
-    one.
-    """
     lr: float = 6e-3
-    """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so both use this
-    rate).
-    """
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so both use it."""
     codebook_lr_scale: float = 0.05
-    """Learning rate of the codebook, as a multiple of `lr`; small, so that couplings not tied to it
-    can follow.
+    """Learning rate of the codebook, as a multiple of `lr`. Couplings that are not tied to the
+    codebook can only follow it if it moves slowly.
     """
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
-    beta1: float = 0.9
-    """AdamW's first-moment decay."""
     beta2: float = 0.98
     """AdamW's second-moment decay."""
     grad_clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     warmup: float = 0.03
     """Share of a stage's steps in which the rate rises linearly."""
-    schedule: Literal["cosine", "trapezoid"] = "trapezoid"
-    """Shape after the warm-up: cosine to zero, or constant and then linear to zero."""
     decay: float = 0.4
-    """Trapezoid: share of a stage's steps in which the rate falls linearly."""
+    """Share of a stage's steps in which the rate falls linearly to zero; constant in between."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.above_zero("lr")
         self.require("grad_clip", self.grad_clip > 0, "must be above 0")
         self.at_least(0, "codebook_lr_scale", "weight_decay")
-        self.below_one("beta1", "beta2")
+        self.below_one("beta2")
         self.require("warmup", 0 <= self.warmup <= 1, "must be between 0 and 1")
         self.require("decay", 0 <= self.decay <= 1, "must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Length, batches and stages of training, and the intervals of logging, evaluation and
-    checkpoints.
-    """
+    """Length, batches and stages of training, and how often it logs, evaluates and saves."""
 
     section: ClassVar[str] = "train."
     stage_steps: tuple[int, ...] = (1000,)
@@ -183,14 +167,12 @@ class TrainConfig(Config):
     batch_size: int = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Parts into which a process cuts its share of the batch, to accumulate gradients; 0: the
-    fewest that fit.
-    """
+    """Parts into which a process cuts its share of the batch. More parts need less memory."""
     dropout: float = 0.0
     """Dropout on the outputs of attention and MLP. Useful for several epochs on a small text."""
     ema: float = 0.0
-    """Decay of an average of the weights, which is what is evaluated, saved and trained upon; 0:
-    none.
+    """Decay of an average of the weights, with which the model is evaluated, saved, and trained
+    upon by later stages; 0: none.
     """
     keep: Literal["last", "best"] = "last"
     """Weights with which a stage ends: its last ones, or those of its best validation."""
@@ -216,12 +198,6 @@ class TrainConfig(Config):
     """Evenly spaced sequences of the test split in the final evaluation; 0 is all of it."""
     checkpoint_every: int = 500
     """Steps between checkpoints; every stage ends with one."""
-    keep_last: int = 2
-    """Training states to keep, besides the weights of the best validation bound."""
-    max_skipped: int = 3
-    """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the
-    run.
-    """
     track: tuple[TrackerName, ...] = ()
     """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb, trackio (extra
     `track`).
@@ -234,9 +210,9 @@ class TrainConfig(Config):
             min(self.stage_steps, default=0) >= 1,
             "every stage needs at least 1 step",
         )
-        self.at_least(1, "batch_size", "log_every", "evaluate_every", "evaluate_windows")
-        self.at_least(1, "checkpoint_every", "keep_last")
-        self.at_least(0, "accumulate", "minutes", "max_skipped", "test_windows")
+        self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every")
+        self.at_least(1, "evaluate_windows", "checkpoint_every")
+        self.at_least(0, "minutes", "test_windows")
         self.below_one("dropout", "ema")
 
     @property
@@ -278,6 +254,9 @@ class RunConfig(Config):
         remedy = "give one per block when progressive, else a single one"
         rule = f"{given} entries for {stages} stages; {remedy}"
         self.train.require("stage_steps", given == stages, rule)
+        rule = "needs whole matrices, which train.parallel fsdp shards: choose adamw"
+        is_whole = self.optim.optimizer == "adamw" or self.train.parallel == "ddp"
+        self.optim.require("optimizer", is_whole, rule)
         rule = "a block with certainty learns as the last one: train it progressively"
         is_progressive = self.train.mode == "progressive"
         self.train.require("mode", is_progressive or not self.model.fills_in, rule)

@@ -46,6 +46,10 @@ CALM = 0.8
 
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 """The size of GPT-2 small."""
+TOKENS_AT_ONCE = 65_536
+"""Tokens of the paper's presets that one GPU of 80 GB trains on at once, by the sizes of the tensors
+that a step keeps. Several GPUs, which share a batch, need fewer parts (`train.accumulate`).
+"""
 
 
 def quickstart() -> RunConfig:
@@ -234,7 +238,6 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
         stage_steps=(corpus.steps,),
         batch_size=corpus.batch_size,
         precision="bfloat16",
-        accumulate=0,
         keep="best",
         dropout=corpus.dropout,
         evaluate_every=2000,
@@ -254,6 +257,7 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
             warmup=2500 / steps,
             decay=0.0,
         )
+    train = replace(train, accumulate=train.batch_size * corpus.context // TOKENS_AT_ONCE)
     if kind == "mixd":
         (steps,) = train.stage_steps
         train = replace(train, mode="progressive", stage_steps=(steps, steps // 5, steps // 5))

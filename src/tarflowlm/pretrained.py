@@ -26,7 +26,7 @@ from tarflowlm.generation.inversion import Decoders
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
-from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint, read_run
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
@@ -315,9 +315,9 @@ class Pretrained(Checkpoint):
         """Train the model further on a text; returns the result.
 
         This takes 10 minutes unless `minutes` or `steps` say otherwise. The run is written to
-        `out`; repeated, the call continues it (`training.train.tuning`).
+        `out`; repeated, the call continues it (`training.tuning.tuning`).
         """
-        from tarflowlm.training.train import tuning
+        from tarflowlm.training.tuning import tuning
 
         run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed)
         return _trained(run, out, device, self)
@@ -426,10 +426,12 @@ def train(
 def resume(out: str | Path, *, device: str = "auto") -> Pretrained:
     """Continue the run in `out`, or load it if it is finished."""
     check_type(out, "out", (str, os.PathLike), "give a run directory")
-    return _trained(read_run(Path(out)), out, device, None)
+    return _trained(None, out, device, None)
 
 
-def _trained(run: RunConfig, out: str | Path, device: str, parent: Checkpoint | None) -> Pretrained:
+def _trained(
+    run: RunConfig | None, out: str | Path, device: str, parent: Checkpoint | None
+) -> Pretrained:
     from tarflowlm.terminal.bars import ProgressReporter
     from tarflowlm.training import train as training
 

@@ -2,6 +2,9 @@
 
 from typing import Protocol, runtime_checkable
 
+Record = dict[str, str | int | float]
+"""A line of metrics.jsonl."""
+
 
 @runtime_checkable
 class Progress(Protocol):
@@ -14,6 +17,17 @@ class Progress(Protocol):
         """`count` more units of the current part are done."""
 
 
+class Reporter(Progress, Protocol):
+    """The progress of a training run.
+
+    Its parts are the preparation of the corpus, every stage (in steps, or in thousandths of its
+    time), and the test split (in windows).
+    """
+
+    def record(self, record: Record) -> None:
+        """A line was written to metrics.jsonl."""
+
+
 class Silent:
     """Reports nothing."""
 
@@ -21,6 +35,8 @@ class Silent:
 
     def advance(self, count: int = 1) -> None: ...
 
+    def record(self, record: Record) -> None: ...
 
-SILENT: Progress = Silent()
-"""The default of functions that take a `Progress`."""
+
+SILENT = Silent()
+"""The default of functions that take a `Progress` or a `Reporter`."""

@@ -21,7 +21,7 @@ from reproduction.settings import Settings
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.training.metrics import Reporter
+from tarflowlm.progress import SILENT, Silent
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
 
@@ -119,7 +119,7 @@ def settings(tmp_path, corpus_file) -> Settings:
     return Settings(scale="mini", out=tmp_path / "out", data=str(corpus_file), seeds=2)
 
 
-class StopAt5(Reporter):
+class StopAt5(Silent):
     def record(self, record) -> None:
         if record["step"] == 5:
             raise EOFError
@@ -131,24 +131,24 @@ def test_trainings_are_resumed_and_done_once(settings, tmp_path):
     with pytest.raises(EOFError):
         finish(settings, plan, StopAt5())
     assert [state_of(settings, training) for training in plan] == ["stopped", "new"]
-    done = finish(settings, plan, Reporter())
+    done = finish(settings, plan, SILENT)
     assert [state_of(settings, training) for training in plan] == ["finished"] * 2
-    whole = finish(replace(settings, out=tmp_path / "whole"), plan, Reporter())
+    whole = finish(replace(settings, out=tmp_path / "whole"), plan, SILENT)
     weights = [load_file(d.directory / "model.safetensors") for d in (*done, *whole)]
     for resumed, straight in zip(weights[:2], weights[2:], strict=True):
         assert all(torch.equal(tensor, straight[name]) for name, tensor in resumed.items())
     times = [(d.directory / "model.safetensors").stat().st_mtime_ns for d in done]
-    again = finish(settings, plan, Reporter())
+    again = finish(settings, plan, SILENT)
     assert [(d.directory / "model.safetensors").stat().st_mtime_ns for d in again] == times
     other = trainings(settings, {"tiny": replace(TINY, optim=replace(TINY.optim, lr=1e-3))})
     with pytest.raises(UserError, match=r"optim.lr 0.001: the run in .*tiny-s0 has"):
-        finish(settings, other, Reporter())
+        finish(settings, other, SILENT)
 
 
 def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypatch):
     timed = []
 
-    def two_seconds(run, stage, batches, device, *, num_steps):
+    def two_seconds(run, stage, batches, device, num_steps):
         timed.append((stage, tuple(batches().shape)))
         return 2.0
 

@@ -10,20 +10,17 @@ from pathlib import Path
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from helpers import FLOW, TRUNK
-from tarflowlm.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
-from tarflowlm.training import parallel
+from tarflowlm.progress import Silent
 from tarflowlm.training import train as training
-from tarflowlm.training.loop import optimizer_step
-from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.optim import Muon, build_optimizers
-from tarflowlm.training.parallel import ParallelModel, Processes, launched
-from tarflowlm.training.train import resume, train
+from tarflowlm.training import validation
+from tarflowlm.training.optim import build_optimizers, norms, take_step
+from tarflowlm.training.parallel import Processes, compiling, launched, parallelise
+from tarflowlm.training.train import accumulate_gradients, train
 
 MODES = ("ddp", "fsdp")
 STOP_AT = 7
@@ -31,8 +28,10 @@ STOP_AT = 7
 POISONED = "prior.blocks.1.coupling.head.biases.0"
 
 
-def runs(source: str) -> dict[str, RunConfig]:
-    """Every family of presets, 10 steps each; the progressive ones in three stages."""
+def runs(source: str, mode: str = "ddp") -> dict[str, RunConfig]:
+    """Every family of presets, 10 steps each; the progressive ones in three stages. Muon needs
+    whole matrices, so that FSDP2 takes AdamW.
+    """
     # with one channel, heads have empty parameters
     one_channel = replace(
         FLOW, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2))
@@ -46,12 +45,15 @@ def runs(source: str) -> dict[str, RunConfig]:
         evaluate_windows=3,
         checkpoint_every=100,
         test_windows=3,
+        parallel=mode,
     )
+    optim = OptimConfig(optimizer="muon" if mode == "ddp" else "adamw")
     joint = replace(staged, mode="joint", stage_steps=(10,))
     compiled = replace(staged, accumulate=2, checkpoint_activations=True, compile=True)
 
     def run(model: FlowConfig | BaselineConfig, train: TrainConfig) -> RunConfig:
-        return RunConfig(name="tiny", model=model, train=train, data=DataConfig(source=source))
+        data = DataConfig(source=source)
+        return RunConfig(name="tiny", model=model, train=train, data=data, optim=optim)
 
     return {
         "ar": run(BaselineConfig(context=16, trunk=TRUNK, layers=2), joint),
@@ -70,7 +72,7 @@ class Stop(Exception):
     pass
 
 
-class Stopper(Reporter):
+class Stopper(Silent):
     def __init__(self) -> None:
         self.steps, self.training = 0, False
 
@@ -94,7 +96,7 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
     torch.compile = functools.partial(torch.compile, backend="eager")
     if rank == 2:
         compile_layers(runs(source)["patches"], out / "compiled.json")
-    parallel.windows_per_batch = lambda num_tokens: 1
+    validation.windows_per_batch = lambda num_tokens: 1
     if rank < 2:
         join(rank, 2, ports[0])
         with launched(torch.device("cpu")) as processes:
@@ -102,7 +104,7 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
     join(rank, 4, ports[1])
     with launched(torch.device("cpu")) as processes:
         for mode in MODES:
-            resume(out / f"cut-{mode}-4", device=processes.device, processes=processes)
+            train(None, out / f"cut-{mode}-4", device=processes.device, processes=processes)
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -119,18 +121,12 @@ def join(rank: int, world: int, port: int) -> None:
 
 def train_all(processes: Processes, source: str, out: Path) -> None:
     options = {"device": processes.device, "processes": processes}
-    torch.save(step_by_owners(processes.world), out / f"muon-{processes.rank}.pt")
     for mode in MODES:
-        for name, run in runs(source).items():
+        for name, run in runs(source, mode).items():
             torch.set_default_dtype(dtype_of(run))
-            train(
-                replace(run, train=replace(run.train, parallel=mode)),
-                out / f"{name}-{mode}",
-                **options,
-            )
+            train(run, out / f"{name}-{mode}", **options)
         torch.set_default_dtype(torch.float64)
-        run = runs(source)["mixd"]
-        run = replace(run, train=replace(run.train, parallel=mode))
+        run = runs(source, mode)["mixd"]
         try:
             interrupted = replace(run, train=replace(run.train, checkpoint_every=4))
             train(interrupted, out / f"cut-{mode}", reporter=Stopper(), **options)
@@ -146,14 +142,14 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
     """A parameter of block 2 becomes NaN as its stage begins."""
     train_stage = training.train_stage
 
-    def poisoned(in_progress):
-        for name, parameter in in_progress.model.named_parameters():
+    def poisoned(job, state):
+        for name, parameter in state.model.named_parameters():
             if name == POISONED:
                 parameter.data.fill_(torch.nan)
-        return train_stage(in_progress)
+        return train_stage(job, state)
 
     training.train_stage = poisoned
-    run = replace(run, train=replace(run.train, stage_steps=(1, 1, 1), max_skipped=0))
+    run = replace(run, train=replace(run.train, stage_steps=(1, 1, 1)))
     try:
         train(run, out, device=processes.device, processes=processes)
     except FloatingPointError as error:
@@ -179,43 +175,26 @@ def compile_layers(run: RunConfig, report: Path) -> None:
         functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count)),
         [[], []],
     )
-    for compiles in (False, True):
+    for compiled in (False, True):
         with seeded(0):
             model, generator = run.model_of_stage(1).build(), torch.Generator().manual_seed(1)
         model.train_only(1)
-        train, nodes = replace(run.train, accumulate=1, dropout=0.3, compile=compiles), []
-        parallel_model = ParallelModel(model, replace(run, train=train), frozen=1)
+        train, nodes = replace(run.train, accumulate=1, dropout=0.3), []
+        bound = parallelise(model, train, frozen=1, compiled=compiled)
         optimizers = build_optimizers(run.optim, model)
         for size in (4, 32, 4, 5):
             tokens = torch.randint(5, (size, 16), generator=generator)
             model.train()
-            step = optimizer_step(parallel_model, optimizers, tokens, generator=generator)
+            with compiling(compiled):
+                loss = accumulate_gradients(model, bound, tokens, generator, train)
+            trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+            norm = norms({name: p.grad for name, p in trained.items()}).norm()
+            take_step(optimizers, trained, norm, lr=run.optim.lr, grad_clip=run.optim.grad_clip)
             model.eval()
-            bound = parallel_model.evaluate(tokens, torch.ones(5)).nats_per_token
-            results[compiles] += [step.loss.item(), step.norm.item(), bound]
+            with compiling(compiled), torch.no_grad():
+                noise = model.draw_noise(tokens, torch.Generator().manual_seed(0))
+                evaluated = model.bound(tokens, noise).mean()
+            results[compiled] += [loss.item(), norm.item(), evaluated.item()]
             nodes.append(counted.copy())
             counted.clear()
     report.write_text(json.dumps({"results": results, "nodes": nodes}), encoding="utf-8")
-
-
-def step_by_owners(world: int) -> list[torch.Tensor]:
-    """Matrices after steps of Muon; the device refuses the second, and process 1 holds no row of
-    the last matrix.
-    """
-    generator, mesh = (
-        torch.Generator().manual_seed(0),
-        init_device_mesh("cpu", (world,)) if world > 1 else None,
-    )
-
-    def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return drawn if mesh is None else distribute_tensor(drawn, mesh, [Shard(0)])
-
-    params = [draw(shape) for shape in ((6, 6), (33, 16), (16, 33), (12, 4), (1, 5))]
-    muon = Muon(params, precision="float32", stacked=params[3:4], lr=0.1, weight_decay=0.1)
-    for refused in (False, True, False):
-        for p in params:
-            p.grad = draw(p.shape) * (torch.inf if refused else 1.0)
-        muon.found_inf = torch.tensor(float(refused), dtype=torch.float64)
-        muon.step()
-    return [p if mesh is None else p.full_tensor() for p in params]

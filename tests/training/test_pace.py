@@ -3,13 +3,12 @@
 import json
 
 import pytest
-import torch
+from training_cases import cut, resume, tiny_run
 
 from tarflowlm.config import TrainConfig
 from tarflowlm.runs.checkpoint import read_run
-from tarflowlm.training.loop import Pace
-from tarflowlm.training.state import Counters, TimeSpent
-from tarflowlm.training.train import resume
+from tarflowlm.training.pace import measure, units
+from tarflowlm.training.state import Counters
 
 
 @pytest.mark.parametrize(
@@ -21,33 +20,33 @@ def test_stage_has_its_share_of_the_time_left(stage, start, seconds):
     """The stages have shares of 8, 1 and 1; a stage that comes late has half of what the last two
     have.
     """
-    counters, now = (
-        Counters(stage=stage, spent=TimeSpent(stage_start=start, evaluation=1e-6)),
-        [start],
-    )
-    pace = Pace(TrainConfig(stage_steps=(8, 1, 1), minutes=100.0), counters, lambda: now[0], 10)
-    now[0], counters.stage_step = start + seconds / 2, 1
-    pace.update()
-    assert pace.share == pytest.approx(0.5)
-    assert (pace.done, pace.total, pace.over) == (500, 1000, False)
-    now[0], counters.stage_step = start + seconds + 1, 2
-    pace.update()
-    assert pace.over
+    train = TrainConfig(stage_steps=(8, 1, 1), minutes=100.0)
+    counters = Counters(stage=stage, stage_start=start, evaluation=1e-6, stage_step=1)
+    measure(train, counters, lambda: start + seconds / 2, 10)
+    assert counters.share == pytest.approx(0.5)
+    assert (units(train, counters), counters.stage_is_over) == ((500, 1000), False)
+    counters.stage_step = 2
+    measure(train, counters, lambda: start + seconds + 1, 10)
+    assert counters.stage_is_over
 
 
 @pytest.mark.slow
-def test_killed_run_by_minutes_continues_with_the_time_left(tmp_path, tiny_run, cut):
+def test_killed_run_by_minutes_continues_with_the_time_left(tmp_path, corpus_file):
     config, out = (
-        tiny_run(stage_steps=(2, 1, 1), minutes=0.1, checkpoint_every=1, evaluate_every=10**6),
+        tiny_run(
+            corpus_file,
+            stage_steps=(2, 1, 1),
+            minutes=0.1,
+            checkpoint_every=1,
+            evaluate_every=10**6,
+        ),
         tmp_path,
     )
     cut(config, out / "run", 16)
     state = sorted((out / "run" / "state").glob("step-*"))[-1]
-    spent = json.loads((state / "counters.json").read_text(encoding="utf-8"))["counters"]["spent"][
-        "total"
-    ]
+    spent = json.loads((state / "counters.json").read_text(encoding="utf-8"))["counters"]["total"]
     assert spent > 0
-    summary = resume(out / "run", device=torch.device("cpu"))
+    summary = resume(out / "run")
     assert summary["minutes"] == 0.1
     assert spent < summary["wall_seconds"] < 60  # a machine may be busy
     written = read_run(out / "run")

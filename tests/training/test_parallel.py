@@ -15,16 +15,15 @@ import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
+from training_cases import go, resume
 
 from helpers import metrics_of
 from tarflowlm.config import TrainConfig
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
+from tarflowlm.training.checkpoint import newest_state
 from tarflowlm.training.parallel import ALONE, Processes
-from tarflowlm.training.state import newest_state
-from tarflowlm.training.train import resume, train
 
-CPU = torch.device("cpu")
 TOLERANCE = 1e-9
 """Nats per token; the order of sums leaves some 1e-14."""
 
@@ -52,19 +51,20 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, corpus_file):
-    """alone(name): the directory of the same run in one process, without options that may not
+    """alone(name, mode): the directory of the same run in one process, without options that may not
     change its result.
     """
     directory = tmp_path_factory.mktemp("alone")
 
-    def run_it(name: str) -> Path:
-        if not (directory / name).exists():
-            run = cases.runs(str(corpus_file))[name]
+    def run_it(name: str, mode: str) -> Path:
+        out = directory / f"{name}-{mode}"
+        if not out.exists():
+            run = cases.runs(str(corpus_file), mode)[name]
             plain = replace(run.train, accumulate=1, checkpoint_activations=False, compile=False)
             torch.set_default_dtype(cases.dtype_of(run))
-            train(replace(run, train=plain), directory / name, device=CPU)
+            go(replace(run, train=plain), out)
             torch.set_default_dtype(torch.float64)
-        return directory / name
+        return out
 
     torch.set_default_dtype(torch.float64)
     yield run_it
@@ -92,7 +92,7 @@ def assert_same(ours: Path, theirs: Path, tolerance: float = TOLERANCE) -> None:
 @pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("name", ["ar", "mixd", "patches", "one-channel", "narrow"])
 def test_two_processes_train_as_one(out, alone, name, mode):
-    assert_same(out / f"{name}-{mode}", alone(name), 1e-2 if name == "narrow" else TOLERANCE)
+    assert_same(out / f"{name}-{mode}", alone(name, mode), 1e-2 if name == "narrow" else TOLERANCE)
 
 
 @pytest.mark.slow
@@ -104,10 +104,10 @@ def test_checkpoint_of_two_processes_resumes_on_one_and_on_four(out, alone, mode
         shards = [path.stat().st_size for path in newest_state(directory).glob("*.distcp")]
         assert len(shards) == 2
         assert max(shards) < 0.75 * sum(shards)
-        resume(directory, device=CPU)
+        resume(directory)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     assert (summary["steps"], summary["processes"]) == (10, world)
-    assert_same(directory, alone("mixd"))
+    assert_same(directory, alone("mixd", mode))
 
 
 @pytest.mark.slow
@@ -119,13 +119,6 @@ def test_every_process_names_what_is_not_finite(out, mode):
     assert first == second
     assert cases.POISONED in first
     assert load_checkpoint(out / f"diverged-{mode}").info["blocks"] == "1"
-
-
-@pytest.mark.slow
-def test_owners_take_the_step_of_one_process(out):
-    for rank in range(2):
-        found = torch.load(out / f"muon-{rank}.pt")
-        torch.testing.assert_close(found, cases.step_by_owners(1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow

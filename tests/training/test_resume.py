@@ -18,34 +18,42 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_cases import (
+    CPU,
+    Killer,
+    assert_same_run,
+    cut,
+    go,
+    read_metrics,
+    resume,
+    tiny_baseline,
+    tiny_run,
+)
 
 from helpers import flip
 from tarflowlm.cli.main import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
-from tarflowlm.files import read_json
-from tarflowlm.runs.checkpoint import load_checkpoint, read_run
-from tarflowlm.training import optim, run, state
-from tarflowlm.training.state import Counters, TimeSpent
-from tarflowlm.training.train import resume, train
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.training import checkpoint
+from tarflowlm.training.train import train
 
-CPU = torch.device("cpu")
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "12"))
 SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10**6)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_run, go, killer):
+def whole(tmp_path_factory, corpus_file):
     """A run that was never stopped: configuration, directory, number of events. It logs less often
     than it saves.
     """
-    out, counter = tmp_path_factory.mktemp("whole") / "run", killer()
-    config = tiny_run(log_every=3, stage_steps=(3, 2, 3), dropout=0.1)
+    out, counter = tmp_path_factory.mktemp("whole") / "run", Killer()
+    config = tiny_run(corpus_file, log_every=3, stage_steps=(3, 2, 3), dropout=0.1)
     go(config, out, counter)
     return config, out, counter.events
 
 
 @pytest.fixture(scope="module")
-def stopped_once(tmp_path_factory, whole, cut) -> Path:
+def stopped_once(tmp_path_factory, whole) -> Path:
     """The same run, killed in step 7, with the states of steps 5 and 6."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     cut(whole[0], out, whole[2] - 5)
@@ -84,25 +92,23 @@ def assert_loads_or_is_new(out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
-def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, cut, same_run, part):
+def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, part):
     config, never_stopped, num_events = whole
     for at in range(1 + part, num_events + 1, 3):
         out = tmp_path / str(at)
         cut(config, out, at)
         assert_loads_or_is_new(out)
         train(config, out, device=CPU)
-        same_run(out, never_stopped)
+        assert_same_run(out, never_stopped)
 
 
-def test_finished_run_is_left_alone_and_another_one_refused(finished, whole, go):
+def test_finished_run_is_left_alone_and_another_one_refused(finished, whole):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     assert (
-        go(whole[0], finished)
-        == resume(finished, device=CPU)
-        == json.loads(before[finished / "summary.json"])
+        go(whole[0], finished) == resume(finished) == json.loads(before[finished / "summary.json"])
     )
     with pytest.raises(
-        UserError, match=r"optim\.lr 1\.0: the run in .* has 0\.006; go on with `tarflowlm"
+        UserError, match=r"optim\.lr 1\.0: the run in .* has 0\.006; .*`tarflowlm train --resume"
     ):
         go(replace(whole[0], optim=replace(whole[0].optim, lr=1.0)), finished)
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
@@ -117,23 +123,21 @@ def test_finished_run_is_left_alone_and_another_one_refused(finished, whole, go)
         pytest.param("test", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_signal_saves_and_run_resumes_to_the_same_bits(
-    tmp_path, whole, same_run, killer, at, number
-):
+def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, at, number):
     config, never_stopped, num_events = whole
     out, before = tmp_path / "run", signal.getsignal(number)
-    reporter = killer(num_events - 1 if at == "test" else at, lambda: os.kill(os.getpid(), number))
+    reporter = Killer(num_events - 1 if at == "test" else at, lambda: os.kill(os.getpid(), number))
     with pytest.raises(
         Stopped, match=f"stopped by {signal.Signals(number).name} and saved at step"
     ):
         train(config, out, device=CPU, reporter=reporter, stop_requests=stop_on_signals)
     assert signal.getsignal(number) == before
     load_checkpoint(out)
-    resume(out, device=CPU)
-    same_run(out, never_stopped)
+    resume(out)
+    assert_same_run(out, never_stopped)
 
 
-def test_second_signal_leaves_at_once(tmp_path, whole, killer):
+def test_second_signal_leaves_at_once(tmp_path, whole):
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -143,7 +147,7 @@ def test_second_signal_leaves_at_once(tmp_path, whole, killer):
             whole[0],
             tmp_path / "run",
             device=CPU,
-            reporter=killer(12, twice),
+            reporter=Killer(12, twice),
             stop_requests=stop_on_signals,
         )
     load_checkpoint(tmp_path / "run")
@@ -162,11 +166,11 @@ def unfinished(out: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, tiny_run, same_run):
+def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, corpus_file):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "tarflowlm.training.train"])
     config, rng = (
-        tiny_run(stage_steps=(3, 3, 2), log_every=3, checkpoint_every=1),
+        tiny_run(corpus_file, stage_steps=(3, 3, 2), log_every=3, checkpoint_every=1),
         random.Random(SEED),
     )
 
@@ -193,7 +197,7 @@ def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, t
             process.kill()
         process.join()
         if process.exitcode == 0:
-            same_run(out, tmp_path / "whole")
+            assert_same_run(out, tmp_path / "whole")
             finished += 1
             continue
         assert process.exitcode == -signal.SIGKILL, f"TARFLOWLM_KILL_SEED={SEED}"
@@ -205,21 +209,21 @@ def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["joint", "baseline"])
-def test_joint_and_baseline_runs_resume(
-    tmp_path, tiny_run, tiny_baseline, go, cut, same_run, family
-):
-    config = tiny_run(mode="joint", stage_steps=(5,)) if family == "joint" else tiny_baseline()
+def test_joint_and_baseline_runs_resume(tmp_path, family, corpus_file):
+    config = (
+        tiny_run(corpus_file, mode="joint", stage_steps=(5,))
+        if family == "joint"
+        else tiny_baseline(corpus_file)
+    )
     go(config, tmp_path / "whole")
     cut(config, tmp_path / "cut", 8)
-    resume(tmp_path / "cut", device=CPU)
-    same_run(tmp_path / "whole", tmp_path / "cut")
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.slow
-def test_run_ends_with_its_best_weights_even_if_killed(
-    tmp_path, tiny_run, go, cut, same_run, read_metrics
-):
-    config = tiny_run(stage_steps=(6, 6, 6), keep="best", ema=0.5, optim={"lr": 0.3})
+def test_run_ends_with_its_best_weights_even_if_killed(tmp_path, corpus_file):
+    config = tiny_run(corpus_file, stage_steps=(6, 6, 6), keep="best", ema=0.5, optim={"lr": 0.3})
     go(config, tmp_path / "whole")
     bounds = [
         line["nats_per_token"]
@@ -234,19 +238,17 @@ def test_run_ends_with_its_best_weights_even_if_killed(
     for at in range(2, 46, 6):
         cut(config, tmp_path / str(at), at)
         go(config, tmp_path / str(at))
-        same_run(tmp_path / str(at), tmp_path / "whole")
+        assert_same_run(tmp_path / str(at), tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_state_of_another_kind_of_device_goes_on_repeatably(
-    tmp_path, stopped, same_run, monkeypatch, caplog
-):
-    of_gpu, real = {"generator": torch.zeros(16, dtype=torch.uint8)}, state.state_tensors
-    monkeypatch.setattr(state, "state_tensors", lambda *args: real(*args) | of_gpu)
+def test_state_of_another_kind_of_device_goes_on_repeatably(tmp_path, stopped, monkeypatch, caplog):
+    of_gpu, real = {"generator": torch.zeros(16, dtype=torch.uint8)}, checkpoint.tensors_of
+    monkeypatch.setattr(checkpoint, "tensors_of", lambda *args: real(*args) | of_gpu)
     for out in (Path(shutil.copytree(stopped, tmp_path / "again")), stopped):
-        resume(out, device=CPU)
+        resume(out)
     assert "is from another kind of device" in caplog.text
-    same_run(tmp_path / "again", stopped)
+    assert_same_run(tmp_path / "again", stopped)
 
 
 # what can be resumed
@@ -254,19 +256,19 @@ def test_state_of_another_kind_of_device_goes_on_repeatably(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "no-manifest", "missing"])
-def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, same_run, caplog, damage):
+def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, caplog, damage):
     newest = stopped / "state" / "step-00000006"
     (tensors,) = newest.glob("*.distcp")
     {"flipped": lambda: flip(tensors), "missing": tensors.unlink}.get(
         damage, (newest / "manifest.json").unlink
     )()
     with caplog.at_level(logging.INFO, "tarflowlm"):
-        resume(stopped, device=CPU)
+        resume(stopped)
     assert (
         "step-00000006 is damaged, set aside as damaged-step-00000006: resuming from step-00000005"
         in caplog.text
     )
-    same_run(stopped, whole[1])
+    assert_same_run(stopped, whole[1])
 
 
 def test_run_without_an_undamaged_state_is_left_alone(stopped):
@@ -274,89 +276,62 @@ def test_run_without_an_undamaged_state_is_left_alone(stopped):
         flip(path / "counters.json")
     before = sorted(stopped.rglob("*"))
     with pytest.raises(UserError, match="all of step-00000005, step-00000006 are damaged"):
-        resume(stopped, device=CPU)
+        resume(stopped)
     assert sorted(stopped.rglob("*")) == before
 
 
-def test_damaged_weights_are_restored_from_the_state(finished, whole, same_run):
+def test_damaged_weights_are_restored_from_the_state(finished, whole):
     flip(finished / "model.safetensors")
     with pytest.raises(UserError, match=r"is damaged .*`tarflowlm train --resume .*` restores it"):
         load_checkpoint(finished)
-    resume(finished, device=CPU)
-    same_run(finished, whole[1])
+    resume(finished)
+    assert_same_run(finished, whole[1])
 
 
 @pytest.mark.slow
-def test_state_of_another_run_is_refused(tmp_path, stopped, tiny_run, cut):
-    cut(tiny_run(stage_steps=(3, 2, 3), model={"latent_dim": 4}), tmp_path / "other", 19)
+def test_state_of_another_run_is_refused(tmp_path, stopped, corpus_file):
+    cut(
+        tiny_run(corpus_file, stage_steps=(3, 2, 3), model={"latent_dim": 4}),
+        tmp_path / "other",
+        19,
+    )
     shutil.rmtree(stopped / "state")
     shutil.copytree(tmp_path / "other" / "state", stopped / "state")
     with pytest.raises(UserError, match="does not fit this run"):
-        resume(stopped, device=CPU)
+        resume(stopped)
 
 
-def test_changed_text_is_refused(tmp_path, whole, cut, corpus_file):
+def test_changed_text_is_refused(tmp_path, whole, corpus_file):
     text = Path(shutil.copy(corpus_file, tmp_path / "mine.txt"))
     config = replace(whole[0], data=replace(whole[0].data, source=str(text)))
     cut(config, tmp_path / "run", 12)
     # as long as before
     text.write_text(text.read_text(encoding="utf-8").replace("cat", "cow"), encoding="utf-8")
     with pytest.raises(UserError, match="is not the text that"):
-        resume(tmp_path / "run", device=CPU)
-
-
-def test_counters_of_earlier_versions_are_read(stopped):
-    saved = read_json(stopped / "state" / "step-00000006" / "counters.json")["counters"]
-    older = {k: v for k, v in saved.items() if k != "spent"} | {"best": 3.0, "stalled": 1}
-    assert Counters.restored(older) == replace(Counters.restored(saved), spent=TimeSpent())
-
-
-def test_run_from_before_muon_had_options_resumes_as_it_began(stopped, monkeypatch):
-    path = stopped / "config.json"
-    older = "\n".join(
-        line for line in path.read_text(encoding="utf-8").splitlines() if "muon_" not in line
-    )
-    path.write_text(older, encoding="utf-8")
-    built = []
-
-    def watched(config, model):
-        built.append((config.muon_precision, config.muon_qkv))
-        return optim.build_optimizers(config, model)
-
-    monkeypatch.setattr(run, "build_optimizers", watched)
-    resume(stopped, device=CPU)
-    assert set(built) == {("bfloat16", "together")}
-
-
-def test_fields_of_stalled_stages_in_old_configurations_are_dropped(finished, whole):
-    path = finished / "config.json"
-    document = json.loads(path.read_text(encoding="utf-8"))
-    document["train"] |= {"advance": "budget", "stall_evaluations": 4, "stall_tolerance": 0.002}
-    path.write_text(json.dumps(document), encoding="utf-8")
-    assert read_run(finished) == read_run(whole[1])
+        resume(tmp_path / "run")
 
 
 # directories
 
 
 @pytest.mark.slow
-def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer):
-    out, config, refused = tmp_path / "run", tiny_run(), []
+def test_two_writers_exclude_each_other(tmp_path, corpus_file):
+    out, config, refused = tmp_path / "run", tiny_run(corpus_file), []
 
     def second() -> None:
-        for again in (lambda: resume(out, device=CPU), lambda: go(config, out)):
+        for again in (lambda: resume(out), lambda: go(config, out)):
             with pytest.raises(UserError) as raised:
                 again()
             refused.append(str(raised.value))
 
-    go(config, out, killer(9, second))
+    go(config, out, Killer(9, second))
     assert all("is being written by" in message for message in refused)
 
 
 @pytest.mark.parametrize("name", ["mine.txt", "config.json"])
-def test_foreign_directory_is_left_alone(tmp_path, tiny_run, go, name):
+def test_foreign_directory_is_left_alone(tmp_path, name, corpus_file):
     (tmp_path / name).write_text("{}", encoding="utf-8")
     for out in (tmp_path, tmp_path / name):
         with pytest.raises(UserError, match="exists already"):
-            go(tiny_run(), out)
+            go(tiny_run(corpus_file), out)
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_cases import go, tiny_run
 
 from helpers import metrics_of
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import Silent
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training import loop
-from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.parallel import ParallelModel
-from tarflowlm.training.run import PLANNED_SHARE, _saved_bytes, fitting_parts
+from tarflowlm.training import train as training
+from tarflowlm.training.parallel import parallelise
+from tarflowlm.training.train import accumulate_gradients
 
 FILES = {
+    "asked.json",
     "config.json",
     "model.safetensors",
     "tokenizer.json",
@@ -47,7 +49,7 @@ TRAIN_KEYS = {
 VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
 
 
-class Watcher(Reporter):
+class Watcher(Silent):
     """Keeps the weights on disk at the start of every stage, and the parts of the run."""
 
     def __init__(self, directory: Path) -> None:
@@ -64,11 +66,11 @@ class Watcher(Reporter):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_run, go):
+def finished(tmp_path_factory, corpus_file):
     """A three-stage run: directory, summary, its reporter."""
     out = tmp_path_factory.mktemp("runs") / "progressive"
     watcher = Watcher(out)
-    return out, go(tiny_run(), out, watcher), watcher
+    return out, go(tiny_run(corpus_file), out, watcher), watcher
 
 
 @pytest.mark.slow
@@ -137,10 +139,10 @@ def test_later_stages_leave_codebook_and_earlier_blocks_bit_identical(finished):
         )
 
 
-def test_every_stage_trains_its_block(finished, tiny_run):
+def test_every_stage_trains_its_block(finished, corpus_file):
     """Against the same blocks as they are built: everything moved, the codebook included."""
     final = load_file(finished[0] / "model.safetensors")
-    config = replace(tiny_run().model, vocab_size=27)
+    config = replace(tiny_run(corpus_file).model, vocab_size=27)
     with seeded(0):
         model = TarFlowLM(config.first_blocks(1))
     model.config = config
@@ -158,70 +160,80 @@ def test_every_stage_trains_its_block(finished, tiny_run):
 # dropout
 
 
-def model_with(run, **fields) -> ParallelModel:
-    run = replace(run, train=replace(run.train, **fields))
+def model_with(run, **fields):
+    """A model with noise in all weights, its bound, and the configuration of its training."""
+    train = replace(run.train, **fields)
     with seeded(0):
         model = replace(run.model, vocab_size=27).build().train()
         for p in model.parameters():
             # projections to the residual stream start at zero, where dropout changes nothing
             torch.nn.init.normal_(p, std=0.2)
-    return ParallelModel(model, run)
+    return model, parallelise(model, train), train
 
 
-def loss(model: ParallelModel) -> float:
-    return float(
-        model.backward(torch.arange(32).view(2, 16) % 27, torch.Generator().manual_seed(0))
-    )
+def loss(model, bound, train) -> float:
+    tokens, generator = torch.arange(32).view(2, 16) % 27, torch.Generator().manual_seed(0)
+    return float(accumulate_gradients(model, bound, tokens, generator, train))
 
 
-def test_dropout_changes_the_loss_repeatably_and_leaves_global_generators_alone(tiny_run):
-    plain, thinned = model_with(tiny_run()), model_with(tiny_run(), dropout=0.5)
+def test_dropout_changes_the_loss_repeatably_and_leaves_global_generators_alone(corpus_file):
+    run = tiny_run(corpus_file)
+    plain, thinned = model_with(run), model_with(run, dropout=0.5)
     before = torch.get_rng_state()
-    assert loss(thinned) == loss(thinned) != loss(plain)
+    assert loss(*thinned) == loss(*thinned) != loss(*plain)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_checkpointed_activations_repeat_dropout(tiny_run):
-    gradients = []
+def test_checkpointed_activations_repeat_dropout(corpus_file):
+    run, gradients = tiny_run(corpus_file), []
     for checkpointed in (False, True):
-        model = model_with(tiny_run(), dropout=0.3, checkpoint_activations=checkpointed)
-        loss(model)
-        gradients.append([p.grad for p in model.model.parameters() if p.grad is not None])
+        model, *rest = model_with(run, dropout=0.3, checkpoint_activations=checkpointed)
+        loss(model, *rest)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_dropout_spares_evaluation_and_frozen_blocks(tiny_run):
-    thinned, plain = model_with(tiny_run(), dropout=0.5), model_with(tiny_run())
+def test_parts_of_a_batch_add_up_to_its_gradient(corpus_file):
+    run, gradients, losses = tiny_run(corpus_file), [], []
+    for parts in (1, 2):
+        model, bound, train = model_with(run, accumulate=parts)
+        losses.append(loss(model.double(), bound, train))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    torch.testing.assert_close(*gradients)
+
+
+def test_dropout_spares_evaluation_and_frozen_blocks(corpus_file):
+    run = tiny_run(corpus_file)
+    model, thinned, _ = model_with(run, dropout=0.5)
+    other, plain, _ = model_with(run)
     tokens, noise = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, 3)
-    for model in (thinned, plain):
-        model.model.eval()
-    assert torch.equal(thinned.loss(tokens, noise), plain.loss(tokens, noise))
-    frozen = ParallelModel(plain.model.train(), tiny_run(dropout=0.5), frozen=1)
-    shares = [layer.dropout for layer in frozen.model.modules() if isinstance(layer, Layer)]
+    model.eval()
+    other.eval()
+    assert torch.equal(thinned(tokens, noise), plain(tokens, noise))
+    parallelise(other.train(), replace(run.train, dropout=0.5), frozen=1)
+    shares = [layer.dropout for layer in other.modules() if isinstance(layer, Layer)]
     assert shares == [0.0, 0.5, 0.5]
 
 
-def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, tiny_run, go, monkeypatch):
+def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, monkeypatch, corpus_file):
     """In joint training, which moves all blocks in one stage."""
-    run, real = (
-        tiny_run(mode="joint", stage_steps=(12,), ema=0.7, checkpoint_every=3),
-        loop.optimizer_step,
-    )
+    run = tiny_run(corpus_file, mode="joint", stage_steps=(12,), ema=0.7, checkpoint_every=3)
     with seeded(0):
         model = replace(run.model, vocab_size=27).build()
-    average, last = (
-        {n: p.detach().double() for n, p in model.named_parameters()} for _ in range(2)
-    )
+    average = {n: p.detach().double() for n, p in model.named_parameters()}
+    last = dict(average)
     decays = (min(0.7, (1 + step) / (10 + step)) for step in itertools.count(1))
+    take_step = training.take_step
 
-    def watched(model, *args, **options):
-        result, decay = real(model, *args, **options), next(decays)
-        last.update({n: p.detach().double().clone() for n, p in model.model.named_parameters()})
+    def watched(optimizers, parameters, *args, **options):
+        take_step(optimizers, parameters, *args, **options)
+        decay = next(decays)
+        last.update({n: p.detach().double().clone() for n, p in parameters.items()})
         average.update({n: decay * average[n] + (1 - decay) * weight for n, weight in last.items()})
-        return result
 
-    monkeypatch.setattr(loop, "optimizer_step", watched)
+    monkeypatch.setattr(training, "take_step", watched)
     go(run, tmp_path / "run")
     found = load_file(tmp_path / "run" / "model.safetensors")
     for name, expected in average.items():
@@ -231,34 +243,20 @@ def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, tiny_run, go, 
         assert (average[name] - last[name]).abs().max() > 1e-4
 
 
-def test_batches_are_cut_into_the_parts_that_fit(tiny_run):
-    """Against the bytes of six sequences at once, which need no estimate; every weight counts four
-    times.
-    """
-    run = tiny_run(mode="joint", stage_steps=(2,), batch_size=12)
-    model = replace(run.model, vocab_size=27).build()
-    kept, weights = (
-        _saved_bytes(ParallelModel(model, run), 6),
-        16 * sum(p.numel() for p in model.parameters()),
-    )
-    for slack, parts in ((1.02, 2), (0.95, 3), (0.1, 12), (2.1, 1)):
-        assert fitting_parts(model, run, 0, 1, (weights + slack * kept) / PLANNED_SHARE) == parts
-
-
 # what cannot start
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data": "missing.txt"}, "no file and no corpus name"),
+        ({"data": "missing.txt"}, r"missing\.txt"),
         ({"data": "short.txt"}, r"split .* has \d+ tokens, fewer than the context of 16"),
         ({"vocab_size": 5}, "vocab_size 5: the tokenizer has 27"),
         ({"batch_size": 4, "accumulate": 3}, "batch_size 4: does not divide"),
     ],
 )
-def test_run_that_cannot_start_leaves_no_directory(tmp_path, tiny_run, go, fields, message):
-    out, run = tmp_path / "deep" / "run", tiny_run()
+def test_run_that_cannot_start_leaves_no_directory(tmp_path, fields, message, corpus_file):
+    out, run = tmp_path / "deep" / "run", tiny_run(corpus_file)
     (tmp_path / "short.txt").write_text(
         "too short a text for three windows of it", encoding="utf-8"
     )

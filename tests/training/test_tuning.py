@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training_cases import CPU, Killer, assert_same_run, cut, resume
 
 from helpers import metrics_of
 from tarflowlm.card import model_card
@@ -14,9 +15,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.hub import locate
 from tarflowlm.runs.weights import checksum
-from tarflowlm.training.train import resume, train, tuning
-
-CPU = torch.device("cpu")
+from tarflowlm.training.train import train
+from tarflowlm.training.tuning import tuning
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,8 @@ def test_tuning_begins_with_the_parent(name, runs, other_text, tmp_path):
 
 
 @pytest.mark.slow
-def test_tuning_learns_the_text_and_a_kill_changes_nothing(
-    runs, other_text, tmp_path, cut, same_run, killer
-):
-    parent, counter = load_checkpoint(runs["progressive"]), killer()
+def test_tuning_learns_the_text_and_a_kill_changes_nothing(runs, other_text, tmp_path):
+    parent, counter = load_checkpoint(runs["progressive"]), Killer()
     run = tuned(parent, other_text, steps=24, lr=6e-3)
     options = {"device": CPU, "parent": parent}
     train(run, tmp_path / "whole", reporter=counter, **options)
@@ -67,11 +65,8 @@ def test_tuning_learns_the_text_and_a_kill_changes_nothing(
     for event in random.Random(1).sample(range(2, counter.events), 3):
         out = tmp_path / f"killed-{event}"
         cut(run, out, event, parent=parent)
-        # without the parent, of which the run keeps the weights and the tokenizer
-        train(run, out, **options) if not list((out / "state").iterdir()) else resume(
-            out, device=CPU
-        )
-        same_run(tmp_path / "whole", out)
+        resume(out)  # without the parent, of which the run keeps the weights and the tokenizer
+        assert_same_run(tmp_path / "whole", out)
     assert read_run(tmp_path / "whole").parent.startswith("progressive@")
     assert "| tuned from | `progressive`" in model_card(load_checkpoint(out), out, "mine", None)
 

@@ -23,8 +23,6 @@ STOPPED, INTERRUPTED, CLOSED_PIPE = 75, 130, 141
 of SIGPIPE.
 """
 # added to the message of an interrupt in commands that save on the way
-AFTER_INTERRUPT = {"train": "a training run continues with `tarflowlm train --resume DIR`"}
-
 COMMANDS = [
     "quickstart",
     "data",
@@ -81,8 +79,7 @@ def main(
     except Stopped as stopped:
         _end(STOPPED, str(stopped))
     except KeyboardInterrupt as interrupt:
-        more = str(interrupt) or AFTER_INTERRUPT.get(argv[0] if argv else "", "")
-        _end(INTERRUPTED, f"interrupted; {more}" if more else "interrupted")
+        _end(INTERRUPTED, "; ".join(filter(None, ["interrupted", str(interrupt)])))
 
 
 def _dispatch(argv: list[str]) -> None:

@@ -1,8 +1,10 @@
 """`tarflowlm train PRESET`, `tarflowlm train --from MODEL` and `tarflowlm train --resume DIR`."""
 
+import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -21,12 +23,16 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
 
+USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
+tarflowlm train --from MODEL --data TEXT --out DIR
+tarflowlm train --resume DIR"""
+
 
 @dataclass(frozen=True)
 class Args:
-    """Train a preset, with any field of its configuration overridden, or go on with a run."""
+    """Train a preset, with any field of its configuration overridden, or continue a run."""
 
-    out: Out = None  # Run directory: a new one, or that of the same run, which goes on. Required.
+    out: Out = None  # Run directory: a new one, or the same run's, which continues. Required.
     data: Annotated[str | None, arg("SOURCE")] = None
     """Corpus name, text file, or directory made by `tarflowlm data`."""
     steps: Count = None  # Optimiser steps in total; the stages keep their proportions.
@@ -42,27 +48,24 @@ class Args:
 
     def __post_init__(self) -> None:
         check(self, exclusive={"minutes": ("steps",)})
-        if (
-            self.blocks is not None
-            and self.run is not None
-            and not 1 <= self.blocks <= self.run.model.num_blocks
-        ):
-            raise UserError(
-                f"blocks {self.blocks}: must be between 1 and the preset's {self.run.model.num_blocks}"
-            )
+        check_minutes(self.minutes)
         self.configured()  # for its errors
 
     def configured(self) -> RunConfig:
         """The run, with the short options moved into its fields."""
         assert self.run is not None
-        run = self.run
-        train: dict[str, Any] = {"checkpoint_every": self.checkpoint_every, "minutes": self.minutes}
-        run = replace(
-            run, train=replace(run.train, **{name: n for name, n in train.items() if n is not None})
-        )
+        run, train = self.run, self.run.train
+        if self.checkpoint_every is not None:
+            train = replace(train, checkpoint_every=self.checkpoint_every)
+        if self.minutes is not None:
+            train = replace(train, minutes=self.minutes)
+        run = replace(run, train=train)
         if self.data is not None:
             run = replace(run, data=replace(run.data, source=self.data))
         if self.blocks is not None:
+            most = run.model.num_blocks
+            if not 1 <= self.blocks <= most:
+                raise UserError(f"blocks {self.blocks}: must be between 1 and the preset's {most}")
             run = with_blocks(run, self.blocks)
         return run if self.steps is None else with_steps(run, self.steps)
 
@@ -73,23 +76,21 @@ class TuneArgs:
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
     """Run directory, shipped model or hf:OWNER/NAME."""
-    data: Annotated[
-        str, arg("SOURCE")
-    ]  # Text file, corpus name, or directory made with the model's tokenizer.
-    out: Annotated[
-        Path, arg("PATH")
-    ]  # Run directory: a new one, or that of the same run, which goes on.
-    minutes: Number = (
-        None  # Time of the whole run, including evaluation and saving. Without --steps, 10.
-    )
+    data: Annotated[str, arg("SOURCE")]
+    """Text file, corpus name, or directory made with the model's tokenizer."""
+    out: Annotated[Path, arg("PATH")]
+    """Run directory: a new one, or the same run's, which continues."""
+    minutes: Number = None
+    """Time of the whole run, including evaluation and saving. Without --steps, 10."""
     steps: Count = None  # Optimiser steps in total, instead.
-    lr: Number = None  # Peak learning rate; half of that of the model's own training if left out.
+    lr: Number = None  # Peak learning rate; if left out, half of the model's own.
     seed: int = 0  # Seed of the order of the data and of the noise.
     device: Device = "auto"
     json: PrintJson = False
 
     def __post_init__(self) -> None:
         check(self, exclusive={"minutes": ("steps",)})
+        check_minutes(self.minutes)
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ class ResumeArgs:
     json: PrintJson = False
 
 
+def check_minutes(minutes: float | None) -> None:
+    """UserError for a time of nothing, which as a field of the run means: no limit."""
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"minutes {minutes:g}: must be above 0")
+
+
 def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
     """The words after `tarflowlm train`: PRESET, --from MODEL or --resume DIR, and options. Help
     ends the process.
@@ -108,28 +115,12 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
     if argv[:1] in (["-h"], ["--help"]):
         from tarflowlm.terminal.bars import print_table
 
-        usage = "tarflowlm train PRESET --out DIR [--help for its fields]\n"
-        usage += "tarflowlm train --from MODEL --data TEXT --out DIR\ntarflowlm train --resume DIR"
-        print_table(
-            usage,
-            [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()],
-        )
+        rows = [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()]
+        print_table(USAGE, rows)
         raise SystemExit
     given = {word.partition("=")[0] for word in argv}
     if argv and not argv[0].startswith("-"):
-        if "--from" in given:
-            raise UserError(
-                f"{argv[0]} with --from: the model brings its own shape; leave the preset out"
-            )
-        name = argv[0]
-        # some fields are true by default, so every flag --x has its --no-x; some take None
-        config = (tyro.conf.AvoidSubcommands,)
-        args = parse(
-            Args, argv[1:], f"tarflowlm train {name}", default=Args(run=preset(name)), config=config
-        )
-        if args.out is None:
-            raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
-        return args
+        return read_preset(argv[0], argv[1:])
     if "--from" in given:
         return parse(TuneArgs, argv, "tarflowlm train --from MODEL")
     if "--resume" in given:
@@ -137,57 +128,73 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
     raise UserError(f"train needs a preset ({', '.join(PRESETS)}), --from MODEL or --resume DIR")
 
 
-def run(args: Args | TuneArgs | ResumeArgs) -> None:
-    from contextlib import nullcontext
+def read_preset(name: str, argv: list[str]) -> Args:
+    """The options after the name of a preset."""
+    if "--from" in {word.partition("=")[0] for word in argv}:
+        raise UserError(f"{name} with --from: the model brings its own shape; leave the preset out")
+    args: Args = parse(
+        Args,
+        argv,
+        f"tarflowlm train {name}",
+        default=Args(run=preset(name)),
+        # some fields are true by default, so every flag --x has its --no-x; some take None
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if args.out is None:
+        raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
+    return args
 
+
+def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.runs.checkpoint import read_run
+    from tarflowlm.progress import SILENT
     from tarflowlm.terminal.bars import ProgressReporter, print_notice, print_result
-    from tarflowlm.training.metrics import Reporter
     from tarflowlm.training.parallel import launched
-    from tarflowlm.training.train import train, tuning
+    from tarflowlm.training.train import train
+    from tarflowlm.training.tuning import tuning
 
     with launched(pick_device(args.device)) as processes:
         # the first process alone shows its progress
-        with ProgressReporter() if processes.first else nullcontext(Reporter()) as reporter:
-            options: dict[str, Any] = {
-                "device": processes.device,
-                "reporter": reporter,
-                "processes": processes,
-            }
-            options["stop_requests"] = stop_on_signals
-            parent = None
+        with ProgressReporter() if processes.first else nullcontext(SILENT) as reporter:
+            config, parent = None, None
             if isinstance(args, ResumeArgs):
-                out, config = args.resume, read_run(args.resume)
+                out = args.resume
             elif isinstance(args, TuneArgs):
+                out = args.out
                 with processes.first_alone():
-                    out, parent = args.out, load_checkpoint(args.source, "cpu")
-                length: dict[str, Any] = {
-                    "minutes": args.minutes,
-                    "steps": args.steps,
-                    "lr": args.lr,
-                }
-                config = tuning(parent, args.data, seed=args.seed, **length)
+                    parent = load_checkpoint(args.source, "cpu")
+                config = tuning(
+                    parent,
+                    args.data,
+                    minutes=args.minutes,
+                    steps=args.steps,
+                    seed=args.seed,
+                    lr=args.lr,
+                )
             else:
                 assert args.out is not None
                 out, config = args.out, args.configured()
-            summary = train(config, out, parent=parent, **options)
+            summary = train(
+                config,
+                out,
+                device=processes.device,
+                reporter=reporter,
+                processes=processes,
+                stop_requests=stop_on_signals,
+                parent=parent,
+            )
         if not processes.first:
             return
-    test, sign = summary["test"], sign_of(summary["test"]["bound"])
+    test = summary["test"]
+    bound = f"{sign_of(test['bound'])} {test['bpc']:.4f} bits per character"
+    trunk = f"{summary['trunk_parameters']:,} of them in Transformers"
     rows = [
-        (
-            "test",
-            f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)",
-        ),
+        ("test", f"{bound} ({test['bound']}, {test['tokens']:,} tokens)"),
         ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
         ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
-        (
-            "parameters",
-            f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers",
-        ),
+        ("parameters", f"{summary['parameters']:,}, {trunk}"),
     ]
     print_result(args.json, summary, summary["preset"], rows)
-    print_notice(f"next: tarflowlm sample {out}")
+    print_notice(f"next: tarflowlm sample {shlex.quote(str(out))}")

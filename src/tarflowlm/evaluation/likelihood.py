@@ -4,7 +4,7 @@ Shape legend: W windows of T tokens, S posterior samples for each, V token types
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TypeVar
@@ -21,8 +21,6 @@ from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.progress import SILENT, Progress
 
 Nats = TypeVar("Nats", float, Tensor)
-Weigh = Callable[..., Tensor]
-"""A function with the arguments of `log_importance_weights`."""
 
 
 def bits(nats: Nats) -> Nats:
@@ -113,8 +111,6 @@ def evaluate(
     given: Int[Tensor, " W"] | None = None,
     samples: int = 1,
     seed: int = 0,
-    batch: int | None = None,
-    weigh: Weigh = log_importance_weights,
     progress: Progress = SILENT,
 ) -> Likelihood:
     """Likelihood of the windows of a text; each window has a fresh context.
@@ -126,8 +122,7 @@ def evaluate(
     The first `given` tokens of a window are context and are not scored (`sliding_windows`). The
     baseline and flows of one block allow this (`conditional_bound`).
 
-    `batch` windows are evaluated at once. `weigh` computes the log-weights of a batch; training
-    passes a parallel one. `progress` advances by windows. Same seed, same result.
+    `progress` advances by windows. Same seed, same result.
 
     UserError for `samples` below 1, for windows that are no texts of the model, and for `given`
     tokens with a flow of several blocks.
@@ -135,16 +130,24 @@ def evaluate(
     check_tokens(model, windows, name="windows")
     if given is None:
         given = torch.zeros(len(windows), dtype=torch.int64)
-    log_w = log_weights(
-        model,
-        windows,
-        given,
-        samples=samples,
-        seed=seed,
-        batch=batch,
-        weigh=weigh,
-        progress=progress,
+    log_w = log_weights(model, windows, given, samples=samples, seed=seed, progress=progress)
+    return summarise(
+        model, log_w, windows, characters_per_token, bytes_per_token=bytes_per_token, given=given
     )
+
+
+def summarise(
+    model: LanguageModel,
+    log_w: Float[Tensor, "S W"],
+    windows: Int[Tensor, "W T"],
+    characters_per_token: Tensor,
+    *,
+    bytes_per_token: Tensor | None = None,
+    given: Int[Tensor, " W"] | None = None,
+) -> Likelihood:
+    """The likelihood of windows from their log-weights; arguments as in `evaluate`."""
+    if given is None:
+        given = torch.zeros(len(windows), dtype=torch.int64)
     is_scored = torch.arange(windows.shape[1]) >= given[:, None]
     scored = windows.cpu()[is_scored]
     tokens = is_scored.sum(1).double()
@@ -184,8 +187,6 @@ def log_weights(
     *,
     samples: int,
     seed: int,
-    batch: int | None = None,
-    weigh: Weigh = log_importance_weights,
     progress: Progress = SILENT,
 ) -> Float[Tensor, "S W"]:
     """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
@@ -197,10 +198,12 @@ def log_weights(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     parts = []
     # one batch has one number of given tokens
-    for some in runs(given.tolist(), batch or windows_per_batch(windows.shape[1])):
+    for some in runs(given.tolist(), windows_per_batch(windows.shape[1])):
         tokens = windows[some].to(model.device)
         head = int(given[some.start])
-        log_w = weigh(model, tokens, samples=samples, generator=generator, given=head)
+        log_w = log_importance_weights(
+            model, tokens, samples=samples, generator=generator, given=head
+        )
         parts.append(log_w.cpu().double())
         progress.advance(len(tokens))
     return torch.cat(parts, dim=1)

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,8 +24,6 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from tarflowlm.training.metrics import Reporter
-
 NUMBER = 14  # characters of the longest cell that is kept on one line
 FIRST, EVERY = (
     3.0,
@@ -34,6 +32,8 @@ FIRST, EVERY = (
 WIDE = (
     120  # columns from which on a terminal shows the bar itself beside label, numbers and time left
 )
+
+AnyBars = TypeVar("AnyBars", bound="Bars")
 
 
 def json_line(value: dict[str, Any]) -> str:
@@ -168,7 +168,7 @@ class Bars:
         if stage:
             self.stage(stage, total)
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self: AnyBars) -> AnyBars:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -208,7 +208,7 @@ class Bars:
         self.progress.stop()
 
 
-class ProgressReporter(Bars, Reporter):
+class ProgressReporter(Bars):
     """Every part of a run with its share done, bits per character, tokens per second and the time
     left.
     """

@@ -12,10 +12,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,28 +32,24 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tarflowlm.config import RunConfig, TrainConfig
+from tarflowlm.config import TrainConfig
 from tarflowlm.device import missing_for_compilation
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate, windows_per_batch
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.progress import SILENT, Progress
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=3)
-"""How long processes wait for another one, such as the first one, which prepares the text: some 6
-MB per second.
-"""
+"""How long processes wait for another one. The first one may prepare some 6 MB of text a second."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process in its process group. Methods that communicate are collective: all processes
-    must call them.
+    """This process in its group. Methods that communicate are collective: all processes must call
+    them.
     """
 
     rank: int = 0  # index of this process, from 0
@@ -65,15 +61,20 @@ class Processes:
         """True for the process that writes files and reports to the user."""
         return self.rank == 0
 
-    def rows_each(self, batch_size: int, accumulate: int) -> int:
-        """Sequences per process of a global batch. They must divide evenly into `accumulate`
-        parts.
-        """
-        parts = self.world * accumulate
-        if batch_size % parts:
-            division = f"{self.world} processes x {accumulate} accumulation steps; use a multiple of {parts}"
-            raise UserError(f"train.batch_size {batch_size}: does not divide into {division}")
-        return batch_size // self.world
+    def shards(self, train: TrainConfig) -> bool:
+        """Whether FSDP2 divides the parameters among the processes."""
+        return self.world > 1 and train.parallel == "fsdp"
+
+    def rows_each(self, train: TrainConfig) -> int:
+        """Sequences of a global batch for each process. UserError if they do not divide evenly."""
+        parts = self.world * train.accumulate
+        if train.batch_size % parts:
+            division = f"{self.world} processes x {train.accumulate} accumulation steps"
+            raise UserError(
+                f"train.batch_size {train.batch_size}: does not divide into {division}; "
+                f"use a multiple of {parts}"
+            )
+        return train.batch_size // self.world
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over the processes."""
@@ -91,9 +92,7 @@ class Processes:
         return bool(raised)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The `rows` of all processes, concatenated in order of rank; every process passes the same
-        number.
-        """
+        """The `rows` of all processes, in order of rank; every process passes the same number."""
         if self.world == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.world)]
@@ -114,9 +113,7 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """A context whose body the first process runs before the others, so that they find the
-        files it wrote.
-        """
+        """A context whose body the first process runs before the others, which find its files."""
         if not self.first:
             self.wait()
         try:
@@ -141,28 +138,25 @@ def launched(device: torch.device) -> Iterator[Processes]:
         return
     backend = "gloo"
     if device.type == "cuda":
-        local, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local = int(os.environ["LOCAL_RANK"])
+        available = torch.cuda.device_count()
         if local >= available:
-            raise UserError(
-                f"this machine has {available} GPUs: start torchrun with --nproc-per-node {available}"
-            )
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+            remedy = f"start torchrun with --nproc-per-node {available}"
+            raise UserError(f"this machine has {available} GPUs: {remedy}")
+        device = torch.device("cuda", local)
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     elif device.type != "cpu":
-        raise UserError(
-            f"device {device.type}: serves only one process; use --device cpu, or train without torchrun"
-        )
-    # processes that torchrun starts again would find in its store the addresses of those that have
-    # ended
+        remedy = "use --device cpu, or train without torchrun"
+        raise UserError(f"device {device.type}: serves only one process; {remedy}")
     store, rank, world = next(rendezvous("env://"))
-    store = dist.distributed_c10d.PrefixStore(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store
-    )
+    # processes that torchrun starts again would find the addresses of those that have ended
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.distributed_c10d.PrefixStore(restarts, store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
     if dist.get_rank():
-        logging.getLogger("tarflowlm").setLevel(
-            logging.ERROR
-        )  # the first process gives the notices
+        # the first process gives the notices
+        logging.getLogger("tarflowlm").setLevel(logging.ERROR)
     # happens for heads under FSDP2; harmless, since nothing here is changed in place
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     yield Processes(dist.get_rank(), dist.get_world_size(), device)
@@ -173,27 +167,96 @@ def launched(device: torch.device) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
+# the model over all processes
+
+
 class NegativeBound(nn.Module):
-    """The negative bound of every sequence, in nats, as a module's forward, which DDP and FSDP2
-    need.
-    """
+    """The negative bound of every sequence, in nats, as the forward that DDP and FSDP2 need."""
 
     def __init__(self, model: LanguageModel, frozen: int, precision: str) -> None:
         super().__init__()
-        self.model, self.frozen, self.precision = model, frozen, precision
+        self.model = model
+        self.frozen = frozen
+        self.precision = precision
 
     def forward(
         self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
     ) -> Float[Tensor, " B"]:
-        with torch.autocast(
-            tokens.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
-        ):
+        narrow = self.precision == "bfloat16"
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=narrow):
             return self.model.bound(tokens, noise, frozen=self.frozen)
 
 
+def parallelise(
+    model: LanguageModel,
+    train: TrainConfig,
+    processes: Processes = ALONE,
+    *,
+    frozen: int = 0,
+    compiled: bool = False,
+) -> nn.Module:
+    """The negative bound of `model`, which maps tokens and noise to nats [B], for all processes.
+
+    The first `frozen` blocks get no graph; the caller has frozen their parameters and the codebook
+    before (`LanguageModel.train_only`). Under FSDP2 the trained parameters of `model` are sharded
+    in place. If `compiled`, every Transformer layer is: those of one shape share a graph, whatever
+    the depth and the vocabulary.
+    """
+    trained = [layer for part in model.blocks_from(frozen) for layer in layers_of(part)]
+    for layer in layers_of(model):
+        is_trained = layer in trained
+        layer.keeps_activations = not (train.checkpoint_activations and is_trained)
+        layer.dropout = train.dropout if is_trained else 0.0
+        if compiled:
+            layer.compile(fullgraph=True)
+    bound: nn.Module = NegativeBound(model, frozen, train.precision)
+    if processes.shards(train):
+        shard(bound, model, processes, train.precision)
+    elif processes.world > 1:
+        bound = DistributedDataParallel(bound, gradient_as_bucket_view=True)
+        bound.broadcast_buffers = False  # they are constants; the argument has two names
+    return bound
+
+
+def synchronise(bound: nn.Module, is_last: bool) -> None:
+    """Let the next backward pass average the gradients over the processes only if it is the last
+    one of the step.
+    """
+    if isinstance(bound, FSDPModule):
+        bound.set_requires_gradient_sync(is_last)
+    elif isinstance(bound, DistributedDataParallel):
+        bound.require_backward_grad_sync = is_last
+
+
+@contextmanager
+def seeded_dropout(
+    dropout: float, generator: torch.Generator, processes: Processes
+) -> Iterator[None]:
+    """Seed dropout, which draws from PyTorch's global generators, from `generator`, differently in
+    every process; the global states are restored afterwards.
+    """
+    if not dropout:
+        yield
+        return
+    device = generator.device
+    drawn = torch.randint(2**62, (), generator=generator, device=device)
+    seed = int(drawn) if device.type == "cpu" else digest_of(generator)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + processes.rank)
+        yield
+
+
+def digest_of(generator: torch.Generator) -> int:
+    """A number below 2^56 from the state of a generator. The state of an accelerator's generator is
+    on the host; a number that it draws is not, so that reading it waits for the device.
+    """
+    state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+    return int.from_bytes(state[:7], "little")
+
+
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
-    """True if layers are to be compiled on `device`: `train.compile`, or by default where it helps
-    and is possible, with a warning if it would help but a compiler is missing.
+    """Whether layers are compiled on `device`: `train.compile`, or by default where it helps and is
+    possible, with a warning if it would help but a compiler is missing.
     """
     if train.compile is not None:
         return train.compile
@@ -208,170 +271,30 @@ def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> 
     return not missing
 
 
-class ParallelModel:
-    """A model in training, over all processes: gradients of the loss on a global batch, and
-    validation.
-
-    The first `frozen` blocks are evaluated without a graph; the caller must have frozen their
-    parameters and the codebook before (`LanguageModel.train_only`). `loss` maps tokens and noise to
-    nats per sequence. Under FSDP2 the trained parameters of `model` are sharded in place
-    (DTensors). Transformer layers alone are compiled; those of one shape share a graph, whatever
-    the depth and the vocabulary.
+@contextmanager
+def compiling(compiled: bool) -> Iterator[None]:
+    """A context for calls of compiled layers: of frozen ones, of one sequence and so on, each with
+    its own graph, which is too small for DDP to split.
     """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        config: RunConfig,
-        processes: Processes = ALONE,
-        *,
-        frozen: int = 0,
-    ) -> None:
-        self.model, self.config, self.processes = model, config, processes
-        self.sharded = processes.world > 1 and config.train.parallel == "fsdp"
-        device = (
-            processes.device if self.sharded else model.device
-        )  # a model to be sharded is not there yet
-        self.compiled = compiles(config.train, processes, device)
-        trained = [layer for part in model.blocks_from(frozen) for layer in _layers(part)]
-        for layer in _layers(model):
-            layer.keeps_activations = not (config.train.checkpoint_activations and layer in trained)
-            layer.dropout = config.train.dropout if layer in trained else 0.0
-            if self.compiled:
-                layer.compile(fullgraph=True)
-        self.loss: nn.Module = NegativeBound(model, frozen, config.train.precision)
-        if self.sharded:
-            shard(self.loss, model, processes, config.train.precision)
-        elif processes.world > 1:
-            self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
-            self.loss.broadcast_buffers = False  # they are constants; the argument has two names
-
-    def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
-        """Compute the gradients of the mean loss over the global batch; returns that mean, in nats
-        per token.
-
-        `tokens` are this process's rows of the batch. `generator` draws the noise of the whole
-        batch, so it must be in the same state in all processes. Collective.
-        """
-        train, processes = self.config.train, self.processes
-        first_row = processes.rank * len(tokens)
-        global_batch = tokens.new_empty(processes.world * len(tokens), tokens.shape[1])
-        noise = self.model.draw_noise(global_batch, generator)[first_row : first_row + len(tokens)]
-        parts = list(
-            zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True)
-        )
-        total = torch.zeros((), device=tokens.device)
-        with self._seeded_dropout(generator), self.compiling():
-            for index, (part, part_noise) in enumerate(parts):
-                last = index + 1 == len(
-                    parts
-                )  # gradients are averaged over processes with the last part
-                if isinstance(self.loss, FSDPModule):
-                    self.loss.set_requires_gradient_sync(last)
-                elif isinstance(self.loss, DistributedDataParallel):
-                    self.loss.require_backward_grad_sync = last
-                loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
-                loss.backward()
-                total = total + loss.detach()
-        return processes.mean(total)
-
-    def compiling(self) -> AbstractContextManager[Any]:
-        """A context for calls of compiled layers: of frozen ones, of one sequence and so on, each
-        with its own graph, which is too small for DDP to split.
-        """
-        return (
-            torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False)
-            if self.compiled
-            else nullcontext()
-        )
-
-    @contextmanager
-    def _seeded_dropout(self, generator: torch.Generator) -> Iterator[None]:
-        """Seed dropout, which draws from PyTorch's global generators, from `generator`, differently
-        in every process; the global states are restored afterwards.
-        """
-        if not self.config.train.dropout:
-            yield
-            return
-        drawn, device = (
-            torch.randint(2**62, (), generator=generator, device=generator.device),
-            self.model.device,
-        )
-        # reading a number waits for an accelerator; its generator's state is on the host, and has
-        # advanced
-        state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
-        seed = int(drawn) if drawn.device.type == "cpu" else int.from_bytes(state[:7], "little")
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed + self.processes.rank)
-            yield
-
-    def evaluate(
-        self, windows: Int[Tensor, "W T"], characters_per_token: Tensor, progress: Progress = SILENT
-    ) -> Likelihood:
-        """The bound over `windows`, with the rows of every batch divided between the processes.
-        Collective; all processes get the same result. Arguments as
-        `evaluation.likelihood.evaluate`.
-        """
-        world = self.processes.world
-        options: dict[str, Any] = {"weigh": self._divided_bound} if world > 1 else {}
-        options["batch"] = world * windows_per_batch(windows.shape[1])
-        with self.compiling():
-            return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
-
-    def _divided_bound(
-        self,
-        model: LanguageModel,
-        tokens: Int[Tensor, "B T"],
-        *,
-        generator: torch.Generator,
-        **_options: Any,
-    ) -> Float[Tensor, "1 B"]:
-        # in the parts that a single process would draw
-        parts = tokens.split(windows_per_batch(tokens.shape[1]))
-        noise = torch.cat([model.draw_noise(part, generator) for part in parts])
-        each = -(-len(tokens) // self.processes.world)
-        # in the last batch, processes without rows repeat one, since all must take part in every
-        # collective
-        rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(
-            max=len(tokens) - 1
-        )
-        nats = (self.loss if self.sharded else model.bound)(tokens[rows], noise[rows])
-        self.reshard()
-        return -self.processes.gather(nats)[None, : len(tokens)]
-
-    def reshard(self) -> None:
-        """Free what FSDP2 gathered for a call without a backward pass, so that parameters can be
-        read.
-        """
-        for module in self.loss.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-    def whole_model(self) -> LanguageModel:
-        """The model with whole parameters: `model` itself, or under FSDP2 a copy on the CPU.
-        Collective.
-        """
-        if not self.sharded:
-            return self.model
-        with seeded(0):
-            copy = self.model.config.first_blocks(self.model.num_blocks).build()
-        copy.load_state_dict(whole_weights(self.model))
-        copy.config = self.model.config
-        return copy
+    if not compiled:
+        yield
+        return
+    with torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False):
+        yield
 
 
-def _layers(module: nn.Module) -> list[Layer]:
+def layers_of(module: nn.Module) -> list[Layer]:
     return [m for m in module.modules() if isinstance(m, Layer)]
 
 
-# FSDP2: parameters, gradients and optimiser states are sharded. Nothing else here, in `optim` or in
-# `state` depends on it, but `Muon`, which sends matrices to owners.
+# FSDP2: parameters, gradients and the states of AdamW are sharded
 
 
-def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: str) -> None:
-    """Shard the trained parameters of `model` in place; frozen ones stay whole. Layers, in
-    `precision`, and heads are gathered one at a time, the rest for the whole step. `loss` is the
-    module that is called.
+def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precision: str) -> None:
+    """Shard the trained parameters of `model` in place; frozen ones stay whole.
+
+    Layers, in `precision`, and heads are gathered one at a time, the rest for the whole step.
+    `bound` is the module that is called.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -379,29 +302,31 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision
     for p in frozen:
         p.data = p.data.to(processes.device)
     # couplings contain the heads of a flow
-    heads = [
-        m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)
-    ]
-    for module in [*_layers(model), *heads]:
+    head = getattr(model, "head", None)
+    heads = [m for m in model.modules() if isinstance(m, Coupling) or m is head]
+    for module in [*layers_of(model), *heads]:
         if not frozen.issuperset(module.parameters()):
-            policy = (
-                narrow
-                if precision == "bfloat16" and isinstance(module, Layer)
-                else MixedPrecisionPolicy()
-            )
-            frees = module is not heads[-1]  # the backward pass begins with it
+            is_narrow = precision == "bfloat16" and isinstance(module, Layer)
             fully_shard(
                 module,
                 mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=frees,
+                mp_policy=narrow if is_narrow else MixedPrecisionPolicy(),
+                # the backward pass begins with the last head
+                reshard_after_forward=module is not heads[-1],
                 ignored_params=frozen,
             )
         if isinstance(module, Coupling):  # the last block uses only `log_prob`
             register_fsdp_forward_method(module, "log_prob")
         if isinstance(module, MixDCoupling):  # which alone, if it is tied, uses this
             register_fsdp_forward_method(module, "log_density_ratio")
-    fully_shard(loss, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
+    fully_shard(bound, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
+
+
+def reshard(bound: nn.Module) -> None:
+    """Free what FSDP2 gathered for a call without a backward pass, so that parameters can be read."""
+    for module in bound.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -414,3 +339,12 @@ def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         if keep:
             weights[name] = full.detach().cpu()
     return weights
+
+
+def whole_model(model: LanguageModel) -> LanguageModel:
+    """A copy on the CPU of a model that FSDP2 has sharded, with whole parameters. Collective."""
+    with seeded(0):
+        copy = model.config.first_blocks(model.num_blocks).build()
+    copy.load_state_dict(whole_weights(model))
+    copy.config = model.config
+    return copy

@@ -1,233 +1,168 @@
-"""Training states, from which `train --resume` continues: model, optimisers, counters and random
-states.
-
-state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a
-manifest.json, and renamed when complete, all in a thread of its own. A run resumes from the newest
-undamaged one. Unlike weights, states are trusted data: reading one may unpickle.
+"""What a training run consists of: a `Job`, which never changes, and a `State`, which every step
+changes and every checkpoint holds.
 """
 
-import logging
 import math
-import shutil
-import warnings
-from dataclasses import dataclass, field, fields
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
-from tarflowlm.errors import UserError
-from tarflowlm.files import sync_file, sync_folder, write_json
-from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
-from tarflowlm.runs.weights import write_manifest
-from tarflowlm.training.parallel import ALONE, Processes
-
-# said of every save and load of a single process
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-logger = logging.getLogger("tarflowlm")
+from tarflowlm.config import RunConfig
+from tarflowlm.data import Corpus, WindowSampler
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.progress import Reporter
+from tarflowlm.training.metrics import MetricsLog
+from tarflowlm.training.parallel import Processes
 
 
-@dataclass
-class LogWindow:
-    """The steps since the last line of the log."""
+@dataclass(frozen=True)
+class Job:
+    """What a run is given. Every process holds the same, but only the first one writes files."""
 
-    losses: list[float] = field(default_factory=list)  # nats per token of every step
-    norms: list[float] = field(default_factory=list)  # gradient norm of every step
-    tokens: int = 0
-    seconds: float = 0.0  # training time
-    waited: float = 0.0  # the part of it in which the next batch was not there yet
+    config: RunConfig
+    out: Path
+    corpus: Corpus
+    device: torch.device
+    processes: Processes
+    compiles: bool  # whether Transformer layers are compiled
+    reporter: Reporter
+    log: MetricsLog
+    stop_signal: Callable[[], str | None]  # why this process was asked to stop, or None
+    writer: ThreadPoolExecutor  # one thread, which writes checkpoints while training continues
+    writes: list[Future[None]]  # what the thread has not been seen to finish
+    group: dist.ProcessGroup | None
+    """The processes once more, for collectives of that thread; those of training must not mix."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 divides the parameters among the processes."""
+        return self.processes.shards(self.config.train)
 
-@dataclass
-class TimeSpent:
-    """Wall-clock time of a run, in seconds."""
-
-    total: float = (
-        0.0  # from the start of the run to its last checkpoint; time lost by a kill does not count
-    )
-    stage_start: float = 0.0  # `total` at the start of the current stage
-    evaluation: float = 0.0  # duration of the newest validation
-    per_window: float = 0.0  # the same per window
-    save: float = 0.0  # duration of the newest checkpoint
+    @property
+    def num_test_windows(self) -> int:
+        """Windows of the test split that a run without a time limit evaluates at its end."""
+        available = self.corpus.num_tokens("test") // self.config.model.context
+        return min(self.config.train.test_windows or available, available)
 
 
 @dataclass
 class Counters:
-    """The progress of a run. All of it is saved, so that a resumed run continues as if it had never
-    stopped.
-    """
+    """The progress of a run in plain numbers, which counters.json of a checkpoint holds."""
 
-    step: int = 0  # optimiser steps of all stages, including skipped ones
+    step: int = 0  # optimiser steps of all stages
     tokens: int = 0  # of all steps, over all processes
-    stage: int = 0  # the current one, from 0
-    stage_step: int = 0  # steps of the current stage
-    due: bool = (
-        False  # an evaluation comes before the next step; checkpoints are saved before evaluations
-    )
-    lowest: float = math.inf  # validation bound of the stage, the bound of best/, in nats per token
-    skipped: int = 0  # steps in a row that were skipped
-    seconds: list[float] = field(
-        default_factory=list
-    )  # training time of stages, no evaluations and checkpoints
-    stage_steps: list[int] = field(default_factory=list)  # of every finished stage
-    stage_tokens: list[int] = field(
-        default_factory=list
-    )  # of every stage, the current one included
-    valid_bpc: list[float] = field(
-        default_factory=list
-    )  # bound at the end of finished stages, bits per character
-    window: LogWindow = field(default_factory=LogWindow)
-    spent: TimeSpent = field(default_factory=TimeSpent)
+    saved_step: int = -1  # of the newest checkpoint
 
-    @classmethod
-    def restored(cls, saved: dict[str, Any]) -> "Counters":
-        """Counters from the dictionary that `dataclasses.asdict` made of them, perhaps in an
-        earlier version.
-        """
-        values = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
-        for name, kind in (("window", LogWindow), ("spent", TimeSpent)):
-            values[name] = kind(**saved.get(name, {}))
-        return cls(**values)
+    # the current stage
+    stage: int = 0  # from 0
+    stage_step: int = 0
+    share: float = 0.0  # how much of the stage is done, by its steps or by its time
+    expected_steps: int | float = 1  # of the stage; an estimate if its time is limited
+    evaluation_is_due: bool = False  # before the next step
+    lowest: float = math.inf  # validation bound of the stage, in nats per token: that of best/
+
+    # all stages; the current one has no steps and no bound yet
+    stage_seconds: list[float] = field(default_factory=list)  # without evaluations and checkpoints
+    stage_tokens: list[int] = field(default_factory=list)
+    stage_steps: list[int] = field(default_factory=list)
+    valid_bpc: list[float] = field(default_factory=list)  # bits per character at the end
+
+    # the steps since the last line of the log
+    window: dict[str, list[float]] = field(default_factory=dict)  # the numbers of every step
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    window_waited: float = 0.0  # seconds of these in which the next batch was not there yet
+
+    # wall-clock seconds
+    total: float = 0.0  # from the start to the newest checkpoint; a kill loses what came after it
+    stage_start: float = 0.0  # `total` when the stage began
+    evaluation: float = 0.0  # duration of the newest validation
+    per_window: float = 0.0  # the same, for one window
+    save: float = 0.0  # duration of the first checkpoint
+
+    @property
+    def stage_is_over(self) -> bool:
+        """Whether the steps or the time of the stage are used up; every stage takes a step."""
+        return self.stage_step > 0 and self.share >= 1
+
+    def place(self) -> dict[str, int]:
+        """Where the run is, as a line of the log says it."""
+        return {"step": self.step, "tokens": self.tokens, "block": self.stage + 1}
 
 
-def save_state(
-    directory: Path,
-    tensors: dict[str, Any],
-    saved: dict[str, Any],
-    *,
-    keep: int,
-    processes: Processes,
-    group: Any,
-) -> None:
-    """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but
-    the `keep` newest.
-
-    Collective over `group`: all processes write their shards into one shared folder; the first does
-    the rest.
+@dataclass
+class State:
+    """What training changes. All of it is in a checkpoint, or follows from what is: a resumed run
+    continues as if it had never stopped.
     """
-    root, name = directory / STATE, f"step-{saved['step']:08d}"
-    temporary = root / f".{name}"
-    try:
-        save(tensors, checkpoint_id=temporary, process_group=group, no_dist=processes.world == 1)
-        if processes.first:
-            write_json(temporary / COUNTERS, saved)
-            write_manifest(temporary, [file.name for file in temporary.iterdir()])
-            for file in temporary.iterdir():
-                sync_file(file)
-            sync_folder(temporary)
-            temporary.rename(root / name)
-            sync_folder(root)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
-        raise
-    if processes.first:
-        for old in sorted(root.glob("step-*"))[
-            :-keep
-        ]:  # renamed first, so that no partial state is ever visible
-            shutil.rmtree(old.rename(root / f".{old.name}"))
+
+    model: LanguageModel  # with the blocks of the stages so far
+    bound: nn.Module  # the model's negative bound as DDP or FSDP2 wrap it for the current stage
+    optimizers: list[torch.optim.Optimizer]
+    copies: dict[str, dict[str, Tensor]]
+    """Of the weights that train, the "average" and those of the "best" validation, by parameter;
+    each only if the configuration asks for it.
+    """
+    sampler: WindowSampler  # the place in the text
+    generator: Generator  # of the noise
+    counters: Counters
+    began: float
+    """When the run would have begun, on the clock of `time.monotonic`, had it neither stopped nor
+    compiled.
+    """
 
 
-def local_parts(tensors: dict[str, Tensor]) -> list[Tensor]:
+def seconds(job: Job, state: State) -> float:
+    """Wall-clock seconds since the run began, without pauses and compilation. Collective."""
+    return job.processes.from_first(time.monotonic() - state.began)
+
+
+def stop_requested(job: Job) -> str | None:
+    """Why this process or another one was asked to stop, or None. Collective."""
+    asked = job.stop_signal()
+    if job.processes.any(asked is not None):
+        return asked or "a signal to another process"
+    return None
+
+
+# weights
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name. They alone are sharded."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assign(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy `values` into `targets`, unless one of them is empty."""
+    if targets and values:
+        torch._foreach_copy_(_local(targets), _local(values))
+
+
+def update_average(state: State, decay: float) -> None:
+    """Move the averaged weights, if there are any, towards the present ones.
+
+    The first steps of a stage move them further: 1 - d of the way, d = min(decay, (1 + n) / (10 +
+    n)) at step n.
+    """
+    if average := state.copies.get("average"):
+        step = state.counters.stage_step
+        kept = min(decay, (1 + step) / (10 + step))
+        present = _local(trained_parameters(state.model))
+        torch._foreach_lerp_(_local(average), present, 1 - kept)
+
+
+def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
     """The data of tensors, or of this process's shards of them, without a graph."""
     return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]
-
-
-def state_tensors(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    generator: Generator,
-    copies: dict[str, dict[str, Tensor]],
-) -> dict[str, Any]:
-    """All tensors of a state: of model, optimisers and generator, and further `copies` of weights
-    by name.
-    """
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    return {
-        "model": model_state,
-        "optimizers": optimizer_state,
-        "generator": generator.get_state(),
-        **copies,
-    }
-
-
-def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """A copy of `state_tensors` on the CPU, where shards are those of a mesh of CPUs."""
-    mesh = init_device_mesh("cpu", (processes.world,)) if processes.world > 1 else None
-
-    def copied(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor.detach().to("cpu", copy=True)
-        local, shape, stride = (
-            tensor.to_local().detach().to("cpu", copy=True),
-            tensor.shape,
-            tensor.stride(),
-        )
-        return DTensor.from_local(local, mesh, tensor.placements, shape=shape, stride=stride)
-
-    return tree_map_only(Tensor, copied, tensors)
-
-
-def load_state(
-    state: Path,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    generator: Generator,
-    copies: dict[str, dict[str, Tensor]],
-    *,
-    seed: int,
-    processes: Processes = ALONE,
-) -> None:
-    """Load a state into model, optimisers, generator and copies, built for the same stage; another
-    number of processes may have written it. A generator of another kind of device gets `seed`
-    instead. Collective.
-    """
-    tensors = state_tensors(model, optimizers, generator, copies)
-    try:
-        saved = FileSystemReader(state).read_metadata().state_dict_metadata["generator"]
-        if is_moved := saved.size != tensors["generator"].shape:  # type: ignore[union-attr]
-            del tensors["generator"]
-        load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
-    except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"{state} does not fit this run ({reason}): does it belong to another run?"
-        ) from None
-    set_state_dict(
-        model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"]
-    )
-    if is_moved:
-        logger.warning(
-            "%s is from another kind of device: the noise from here on is another", state.name
-        )
-    generator.manual_seed(seed) if is_moved else generator.set_state(tensors["generator"])
-
-
-def newest_state(directory: Path) -> Path:
-    """The newest undamaged state. Newer ones are renamed to state/damaged-step-NNNNNNNN, with a
-    notice.
-    """
-    states = sorted((directory / STATE).glob("step-*"))
-    newest = undamaged_state(directory)
-    if newest is None:
-        rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
-        raise UserError(
-            f"{directory} has no state to resume from{rest}: start a new run with another --out"
-        )
-    for state in states[states.index(newest) + 1 :]:
-        aside = state.with_name(f"damaged-{state.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        state.rename(aside)
-        logger.warning(
-            "%s is damaged, set aside as %s: resuming from %s", state, aside.name, newest.name
-        )
-    return newest

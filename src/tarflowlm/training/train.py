@@ -1,60 +1,74 @@
-"""`train` and `resume`: a run from its configuration to its result."""
+"""A training run, from its configuration to its results.
+
+`train` is the whole of it, and `train_stage` is the loop: evaluate, take a batch, add up gradients,
+step, count, log, save, in the order in which these happen. They act on a `Job`, which never
+changes, and on a `State`, which is what a checkpoint holds.
+"""
 
 import logging
 import math
-import platform
-import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
 
-from tarflowlm.config import RunConfig
-from tarflowlm.data import (
-    SOURCE_NAMES,
-    Corpus,
-    Tokenizer,
-    cached_corpus,
-    check_fit,
-    eval_windows,
-    load_tokenizer,
-    suited,
-)
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
-from tarflowlm.files import full_disk_as_user_error, remove_leftovers, write_json
-from tarflowlm.locks import writer_lock
-from tarflowlm.presets import with_blocks, with_steps
-from tarflowlm.runs.checkpoint import (
-    BEST,
-    CONFIG,
-    STATE,
-    SUMMARY,
-    TOKENIZER,
-    WEIGHTS,
-    Checkpoint,
-    read_run,
-    read_summary,
-    weights_problem,
-    write_run,
+from tarflowlm.evaluation.flops import peak_flops, training_flops
+from tarflowlm.evaluation.likelihood import Likelihood, bits
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.progress import SILENT, Record, Reporter
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.training import begin
+from tarflowlm.training.checkpoint import NAMED, save, stop
+from tarflowlm.training.metrics import MetricsLog
+from tarflowlm.training.optim import norms, schedule, take_step
+from tarflowlm.training.pace import measure, save_is_due, units
+from tarflowlm.training.parallel import (
+    ALONE,
+    Processes,
+    compiles,
+    compiling,
+    seeded_dropout,
+    synchronise,
 )
-from tarflowlm.runs.weights import checksum
-from tarflowlm.schema import flatten
-from tarflowlm.training.loop import test_seconds, train_stage
-from tarflowlm.training.metrics import METRICS, Reporter, check_installed
-from tarflowlm.training.parallel import ALONE, Processes
-from tarflowlm.training.run import TrainingRun
-from tarflowlm.training.state import newest_state
+from tarflowlm.training.stages import (
+    describe_stage,
+    finish,
+    first_state,
+    leave_stage,
+    resumed_state,
+)
+from tarflowlm.training.state import (
+    Job,
+    State,
+    seconds,
+    stop_requested,
+    trained_parameters,
+    update_average,
+)
+from tarflowlm.training.validation import validate
 
-LEAST_TEST_WINDOWS = 32
-"""Test windows that a run with a time limit evaluates at least, even if its time is over."""
-
+STEPS_BETWEEN_READS = {"cuda": 16}
+"""Steps after which the host reads the losses of a device. It would otherwise wait for the device
+in every step; the CPU need not wait.
+"""
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context in which a run can be asked to stop. It yields a function that returns the reason, or
 None.
+"""
+Unread = list[tuple[int, dict[str, Tensor], list[str], Tensor]]
+"""Steps whose numbers are still on the device: the step, its numbers by name, and the names of the
+parameters that have a gradient with the norms of these.
 """
 
 logger = logging.getLogger("tarflowlm")
@@ -67,294 +81,292 @@ def no_stop_requests() -> Iterator[Callable[[], str | None]]:
 
 
 def train(
-    run: RunConfig,
+    asked: RunConfig | None,
     out: Path,
     *,
     device: torch.device,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
     parent: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """Train `run` in the directory `out`; returns the summary, also written to summary.json.
-    Collective.
+    """Train the run that is `asked` for in the directory `out`, or continue the one there.
 
-    If `out` holds this run already, it goes on from the newest undamaged state, with the time that
-    this had left; its weights come out as if it had never stopped. The number of processes may
-    differ from before. Of a finished run this is the summary, unless the weights are damaged and
-    have to be restored. A run that `tuning` made begins with the weights and the tokenizer of its
-    `parent`, and keeps a copy of both. Raises UserError, before anything is written, if `out` is in
-    use for anything else, or the text has changed; Stopped, with everything saved, if
-    `stop_requests` says so; FloatingPointError if the loss stays non-finite.
+    Returns the summary, which is also written to summary.json. Collective.
+
+    If `out` holds this run already, it continues from the newest undamaged state, with the time
+    that this had left; its weights come out as if it had never stopped. The number of processes may
+    differ from before. A finished run is left alone, unless its weights are damaged and have to be
+    restored. With `asked` None, whatever run `out` holds continues. A run that `tuning` made begins
+    with the weights and the tokenizer of its `parent`, and keeps a copy of both.
+
+    Raises UserError, before anything is written, if `out` is in use for anything else, or the text
+    has changed; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError as
+    soon as the loss or a gradient is not finite.
     """
-    reporter = reporter or Reporter()
-    if begun := processes.from_first(processes.first and is_begun(out)):
-        run = continued(
-            run if run.data.tokenizer == read_run(out).data.tokenizer else _suited(run), out
-        )
-        summary = read_summary(out) if processes.first and weights_problem(out) is None else None
-        if summary := processes.from_first(summary):
+    begun = processes.from_first(processes.first and begin.is_begun(out))
+    if begun:
+        if asked is not None:
+            begin.check_same(asked, out)
+        summary = processes.from_first(begin.summary_of(out) if processes.first else None)
+        if summary is not None:
             logger.info("%s is finished", out)
             return summary
-    else:
-        check_installed(run.train.track)
-        run = run if run.parent else _suited(run)
-    if run.parent and parent is None and not begun:
-        raise UserError(f"parent {run.parent}: give that model, as `tarflowlm train --from` does")
-    # of a run that has begun, its own; a damaged one shows when it is read
-    tokenizer = (
-        parent.tokenizer
-        if parent is not None
-        else load_tokenizer(out / TOKENIZER)
-        if run.parent
-        else None
-    )
-    corpus = _corpus(run, tokenizer, reporter, processes)
-    vocab_size = corpus.tokenizer.vocab_size
-    if (given := run.model.vocab_size) not in (0, vocab_size):
-        raise UserError(
-            f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0"
-        )
-    run = _located(replace(run, model=replace(run.model, vocab_size=vocab_size)))
-    training = TrainingRun(run, out, corpus, device, reporter, processes)
-    if processes.first:
-        out.mkdir(parents=True, exist_ok=True)
-    with _writing(out, processes):
-        if processes.first and is_begun(out) != begun:
+    config = begin.configured(asked, out, parent, begun=begun)
+    processes.rows_each(config.train)  # for its error
+    corpus = begin.corpus_of(config, out, parent, reporter, processes)
+    config = processes.from_first(begin.decided(config, corpus, device))
+    with begin.writing(out, processes):
+        if processes.first and begin.is_begun(out) != begun:
             raise UserError(
-                f"{out} has just been begun by another process: repeat the command to go on with it"
+                f"{out} has just been begun by another process: repeat the command to continue it"
             )
-        state = processes.from_first(_state_to_resume(out) if processes.first and begun else None)
-        if processes.first and state is None:
-            training.write_start(parent)
-        length = (
-            f"{run.train.minutes:g} minutes"
-            if run.train.minutes
-            else f"{run.train.num_steps:,} steps"
-        )
-        text = f"{run.data.source}{' (built in)' * (run.data.source == 'english')}"
-        tokens = f"{run.train.batch_size * run.model.context:,} tokens a step"
-        logger.info("%s on %s: %s, %s, into %s", run.name, text, length, tokens, out)
+        folder = begin.state_to_resume(out) if processes.first and begun else None
+        folder = processes.from_first(folder)
+        if processes.first and folder is None:
+            begin.write_start(out, asked, config, corpus, parent)
+        announce(config, out)
         keep_freed_memory()
-        with stop_requests() as training.stop_signal:
-            try:
-                training.start(state)
-                while training.counters.stage < run.num_stages:
-                    training.leave_stage(train_stage(training))
-                return _finish(training)
-            finally:
-                training.close()
-
-
-def resume(out: Path, **options: Any) -> dict[str, Any]:
-    """Go on with the run in `out`, as `train` with its configuration and these options."""
-    return train(read_run(out), out, **options)
-
-
-TUNING_RATE = 0.5
-"""Peak learning rate of tuning, as a multiple of that of the model's own training."""
-TUNING_MINUTES = 10.0
-"""Length of a tuning run if nothing else is asked for."""
-
-
-def tuning(
-    parent: Checkpoint,
-    data: str,
-    *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    lr: float | None = None,
-) -> RunConfig:
-    """The run that goes on with the training of a model on another text, for `train(...,
-    parent=parent)`.
-
-    Shape, tokenizer, batches and stages are those of the parent's own training, with their shares
-    of the new length: `minutes`, by default 10, or `steps`. The optimiser is new, with the peak
-    rate `lr`, by default half of the parent's. Each stage ends with the weights of its best
-    validation, since a text for tuning is often short. UserError for a length or rate that is not
-    above 0.
-    """
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"minutes {minutes}: must be above 0 and finite")
-    check_fit(data, parent.tokenizer)
-    run = replace(with_blocks(parent.run, parent.model.num_blocks), seed=seed)
-    weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
-    name = f"{parent.directory.name}@{checksum(weights)}"
-    optim = replace(
-        run.optim, lr=TUNING_RATE * run.optim.lr if lr is None else lr, muon_precision="auto"
-    )
-    length = minutes or TUNING_MINUTES
-    train = replace(
-        run.train, minutes=length, keep="best", evaluate_every=100, test_windows=0, precision="auto"
-    )
-    text = replace(run.data, source=data)
-    run = replace(run, name=f"{run.name}-tuned", parent=name, data=text, optim=optim, train=train)
-    return run if steps is None else with_steps(run, steps)
-
-
-def _finish(run: TrainingRun) -> dict[str, Any]:
-    run.model.eval()
-    if minutes := run.config.train.minutes:
-        run.config = _with_lengths(run)
-    config, counters, parameters = run.config, run.counters, dict(run.model.named_parameters())
-    windows = eval_windows(
-        run.corpus.split("test"), config.model.context, config.train.test_windows or None
-    )
-    run.reporter.stage("evaluating the test split", len(windows))
-    test = run.evaluate(windows, run.reporter)
-    trunk = sum(p.numel() for name, p in parameters.items() if "transformer." in name)
-    summary = {
-        "preset": config.name,
-        "seed": config.seed,
-        "steps": counters.step,
-        "tokens": counters.tokens,
-        "stage_tokens": counters.stage_tokens,
-        "stage_seconds": [round(s, 2) for s in counters.seconds],
-        "stage_valid_bpc": counters.valid_bpc,
-        "seconds": round(sum(counters.seconds), 2),
-        "wall_seconds": round(run.seconds(), 2),
-        "minutes": minutes,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "trunk_parameters": trunk,
-        "test": test.to_json(),
-        "source": config.data.source,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processes": run.processes.world,
-        "device": str(run.device),
-        "machine": platform.machine(),
-    }
-    if run.processes.first:
-        write_json(run.out / SUMMARY, summary)
-        for directory in (run.out, run.out / BEST) if minutes else ():
-            write_run(directory, run.config, run.corpus.tokenizer)
-    return summary
-
-
-def _with_lengths(run: TrainingRun) -> RunConfig:
-    """The configuration of a run whose time is over, with the steps it has taken in place of the
-    limit.
-    """
-    train, spent = run.config.train, run.counters.spent
-    total = 60 * train.minutes
-    seconds = min(max(total - run.seconds(), 0.0), test_seconds(total, run.num_test_windows, spent))
-    fitting = max(LEAST_TEST_WINDOWS, int(seconds / max(spent.per_window, 1e-9)))
-    count = run.processes.from_first(min(run.num_test_windows, fitting))
-    steps = tuple(run.counters.stage_steps)
-    return replace(
-        run.config, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count)
-    )
-
-
-@contextmanager
-def _writing(out: Path, processes: Processes) -> Iterator[None]:
-    def remedy() -> str:
-        return (
-            f"continue with `tarflowlm train --resume {out}`"
-            if (out / CONFIG).exists()
-            else "start it again"
-        )
-
-    with (
-        full_disk_as_user_error(out, remedy),
-        writer_lock(out) if processes.first else nullcontext(),
-    ):
-        yield
-
-
-def _suited(run: RunConfig) -> RunConfig:
-    tokenizer = suited(run.data.source, run.data.tokenizer)
-    return (
-        run
-        if tokenizer is run.data.tokenizer
-        else replace(run, data=replace(run.data, tokenizer=tokenizer))
-    )
-
-
-def _located(run: RunConfig) -> RunConfig:
-    """The run with an absolute path to its text, since its directory may be used from other
-    folders.
-    """
-    source = run.data.source
-    path = source if source in SOURCE_NAMES else str(Path(source).expanduser().resolve())
-    return replace(run, data=replace(run.data, source=path))
-
-
-def _state_to_resume(out: Path) -> Path | None:
-    """The state to resume, or None without a checkpoint. Removes files that a kill left
-    incomplete.
-    """
-    damage, states = weights_problem(out), out / STATE
-    for folder in (out, out / BEST):
-        remove_leftovers(folder)
-    for partial in states.glob(".step-*"):
-        shutil.rmtree(partial)
-    if not (out / WEIGHTS).exists() and not any(states.glob("*step-*")):
-        return None
-    state = newest_state(out)
-    if damage is not None:
-        logger.warning("%s: restored from %s", damage, state.name)
-    return state
-
-
-def is_begun(out: Path) -> bool:
-    """Whether `out` holds a run that has saved something. UserError if it is in use for anything
-    else.
-    """
-    # `write_start` makes that folder first, and no other program does
-    is_run = (out / STATE).is_dir()
-    if is_run and (any((out / STATE).iterdir()) or (out / WEIGHTS).exists()):
-        return True
-    left = {CONFIG, TOKENIZER, METRICS, STATE} if is_run else set()
-    if out.exists() and (
-        not out.is_dir() or any(p.name not in left and p.name[0] != "." for p in out.iterdir())
-    ):
-        raise UserError(
-            f"{out} exists already, and is no run that could go on: choose another --out"
-        )
-    return False
-
-
-def continued(run: RunConfig, out: Path) -> RunConfig:
-    """The run in `out`; UserError, naming the first field that differs, unless it is `run`."""
-    found = read_run(out)
-    asked, held = flatten(_located(run)), flatten(found)
-    # left open, they are decided as a run begins, and the limit of time is replaced as it ends
-    decided = [
-        ("model.vocab_size", 0),
-        ("optim.muon_precision", "auto"),
-        ("train.precision", "auto"),
-    ]
-    decided.append(("temperature", asked["temperature"]))  # it changes no weights
-    if run.train.minutes and (summary := read_summary(out)):
-        held["train.minutes"] = summary["minutes"]
-        decided += [(name, asked[name]) for name in ("train.stage_steps", "train.test_windows")]
-    for name in asked | held:
-        ours, theirs = asked.get(name), held.get(name)
-        if ours != theirs and (name, ours) not in decided:
-            remedy = f"go on with `tarflowlm train --resume {out}`, or choose another --out"
-            raise UserError(f"{name} {ours}: the run in {out} has {theirs}; {remedy}")
-    if (
-        found.optim.muon_precision == "auto"
-    ):  # in configurations of earlier versions this was the only choice
-        found = replace(
-            found, optim=replace(found.optim, muon_precision="bfloat16", muon_qkv="together")
-        )
-    return found
-
-
-def _corpus(
-    run: RunConfig, tokenizer: Tokenizer | None, reporter: Reporter, processes: Processes
-) -> Corpus:
-    with processes.first_alone():
-        options: dict[str, Any] = {"progress": reporter, "may_download": processes.world == 1}
-        corpus = cached_corpus(run.data.source, tokenizer or run.data.tokenizer, **options)
-    for name in ("train", "valid", "test"):
-        have = corpus.num_tokens(name)
-        if have < run.model.context:
-            few = f"the {name} split of {run.data.source} has {have} tokens, fewer than the context of"
-            raise UserError(
-                f"{few} {run.model.context}: use a longer text or a smaller model.context"
+        compiled = compiles(config.train, processes, device)
+        with stop_requests() as stop_signal, compiling(compiled):
+            job = Job(
+                config=config,
+                out=out,
+                corpus=corpus,
+                device=device,
+                processes=processes,
+                compiles=compiled,
+                reporter=reporter,
+                log=MetricsLog(reporter),
+                stop_signal=stop_signal,
+                writer=ThreadPoolExecutor(1),
+                writes=[],
+                group=dist.new_group(backend="gloo") if processes.world > 1 else None,
             )
-    return corpus
+            try:
+                state = first_state(job) if folder is None else resumed_state(job, folder)
+                while state.counters.stage < config.num_stages:
+                    leave_stage(job, state, train_stage(job, state))
+                return finish(job, state)
+            finally:
+                # returns once nothing is being written any more, even if something failed
+                job.writer.shutdown()
+                job.log.close()
+
+
+def announce(config: RunConfig, out: Path) -> None:
+    """Say what is trained, for how long, and where to."""
+    train, source = config.train, config.data.source
+    length = (
+        f"{round(train.minutes, 2):g} minutes" if train.minutes else f"{train.num_steps:,} steps"
+    )
+    text = "english (built in)" if source == "english" else source
+    tokens = f"{train.batch_size * config.model.context:,} tokens a step"
+    logger.info("%s on %s: %s, %s, into %s", config.name, text, length, tokens, out)
+
+
+def train_stage(job: Job, state: State) -> Likelihood:
+    """Train until the steps or the time of the stage are used up; returns the last validation.
+
+    Raises FloatingPointError, naming parameters, if the loss or a gradient is not finite; Stopped
+    if the run was asked to stop. Collective.
+    """
+    train, optim, counters = job.config.train, job.config.optim, state.counters
+    every = STEPS_BETWEEN_READS.get(job.device.type, 1)
+    unread: Unread = []
+    may_compile = job.compiles
+    # the best weights of a stage may be those that it begins with
+    counters.evaluation_is_due |= train.keep == "best" and counters.stage_step == 0
+    clock = partial(seconds, job, state)
+    measure(train, counters, clock, job.num_test_windows)
+    done, total = units(train, counters)
+    job.reporter.stage(describe_stage(job, counters.stage), total, done)
+
+    mark = time.perf_counter()
+    while True:
+        # Evaluate. This comes after the checkpoint of the step, so that a kill during a long
+        # evaluation loses nothing; a resumed run starts with it.
+        if counters.evaluation_is_due:
+            result = validate(job, state)
+            measure(train, counters, clock, job.num_test_windows)
+            if counters.stage_is_over:
+                return result
+            mark = time.perf_counter()
+
+        # Take this process's rows of the next batch.
+        tokens = next_batch(job, state)
+
+        # Add up the gradients of the global batch.
+        loss = accumulate_gradients(
+            state.model, state.bound, tokens, state.generator, train, job.processes
+        )
+        trained = {n: p for n, p in state.model.named_parameters() if p.grad is not None}
+        each = norms({name: p.grad for name, p in trained.items() if p.grad is not None})
+        norm = torch.linalg.vector_norm(each)
+
+        # Read the numbers of the step; the log shows the mean of each. If the loss or a gradient is
+        # not finite, the run ends here, before any weight changes. A GPU, which should not wait for
+        # the host, is read every 16 steps: weights may be spoiled by then, but none were saved.
+        numbers = {"nats_per_token": loss, "grad_norm": norm}
+        unread.append((counters.step + 1, numbers, [*trained], each))
+        if len(unread) >= every:
+            read(state, unread)
+
+        # Change the weights.
+        num_steps = max(counters.stage_step + 1, counters.expected_steps)
+        lr = optim.lr * schedule(optim, counters.stage_step, num_steps)
+        take_step(state.optimizers, trained, norm, lr=lr, grad_clip=optim.grad_clip)
+        count(job, state, tokens)
+        update_average(state, train.ema)
+        if may_compile:
+            # the first step of a stage compiles layers, which is not training time
+            read(state, unread)
+            state.began += time.perf_counter() - mark
+            counters.window_tokens, counters.window_seconds, counters.window_waited = 0, 0.0, 0.0
+            mark = time.perf_counter()
+            may_compile = False
+
+        # Report.
+        measure(train, counters, clock, job.num_test_windows)
+        before = done
+        done, _ = units(train, counters)
+        job.reporter.advance(done - before)
+
+        # Log. Whatever is saved below has been read before.
+        why = stop_requested(job)
+        counters.evaluation_is_due = (
+            counters.stage_is_over or counters.step % train.evaluate_every == 0
+        )
+        is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
+        is_saved = save_is_due(train, counters, clock) or why is not None
+        if is_logged or is_saved:
+            read(state, unread)
+            now = time.perf_counter()
+            counters.window_seconds += now - mark
+            counters.stage_seconds[counters.stage] += now - mark
+            mark = now
+        if is_logged:
+            write_line(job, state, lr)
+
+        # Save.
+        if is_saved:
+            save(job, state)
+            mark = time.perf_counter()
+        if why is not None:
+            stop(job, state, why)
+
+
+def next_batch(job: Job, state: State) -> Int[Tensor, "B T"]:
+    """This process's rows of the next batch, on its device."""
+    start = time.perf_counter()
+    tokens = state.sampler.next()
+    state.counters.window_waited += time.perf_counter() - start
+    if job.device.type == "cuda":
+        # a copy from pageable memory would wait for all work queued on the device
+        tokens = tokens.pin_memory()
+    return tokens.to(job.device, non_blocking=True)
+
+
+def accumulate_gradients(
+    model: LanguageModel,
+    bound: nn.Module,
+    tokens: Int[Tensor, "B T"],
+    generator: Generator,
+    train: TrainConfig,
+    processes: Processes = ALONE,
+) -> Float[Tensor, ""]:
+    """Add up the gradients of the mean loss over the global batch; returns that mean, in nats per
+    token. Collective.
+
+    `tokens` are this process's rows of the batch. `generator` draws the noise of the whole batch,
+    so it must be in the same state in all processes.
+    """
+    first_row = processes.rank * len(tokens)
+    global_batch = tokens.new_empty(processes.world * len(tokens), tokens.shape[1])
+    noise = model.draw_noise(global_batch, generator)[first_row : first_row + len(tokens)]
+    parts = zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True)
+    total = torch.zeros((), device=tokens.device)
+    with seeded_dropout(train.dropout, generator, processes):
+        for index, (part, part_noise) in enumerate(parts, start=1):
+            # gradients are averaged over the processes with the last part
+            synchronise(bound, index == train.accumulate)
+            loss = bound(part, part_noise).mean() / tokens.shape[1] / train.accumulate
+            loss.backward()
+            total = total + loss.detach()
+    return processes.mean(total)
+
+
+def read(state: State, unread: Unread) -> None:
+    """Read the numbers of steps into the window of the log, with one transfer from the device.
+
+    FloatingPointError for the first step whose loss or gradient is not finite. Collective.
+    """
+    if not unread:
+        return
+    rows = torch.stack([torch.stack([*numbers.values()]) for _, numbers, _, _ in unread]).tolist()
+    for (step, numbers, names, each), row in zip(unread, rows, strict=True):
+        values = dict(zip(numbers, row, strict=True))
+        if not math.isfinite(values["nats_per_token"] + values["grad_norm"]):
+            raise not_finite(state, step, values["nats_per_token"], names, each)
+        for name, value in values.items():
+            state.counters.window.setdefault(name, []).append(value)
+    unread.clear()
+
+
+def not_finite(
+    state: State, step: int, loss: float, names: list[str], each: Tensor
+) -> FloatingPointError:
+    """The error for a step: which gradients are not finite, and which parameters, if these are
+    still the ones of that step. Collective.
+    """
+    culprits = {"gradients": dict(zip(names, each.tolist(), strict=True))}
+    if step > state.counters.step:
+        weights = trained_parameters(state.model)
+        culprits["parameters"] = dict(zip(weights, norms(weights).tolist(), strict=True))
+    found = [f"the loss is {loss:.4g}"]
+    for kind, sizes in culprits.items():
+        if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
+            found.append(f"{len(broken)} {kind} are not finite: {', '.join(broken[:NAMED])}")
+    remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
+    return FloatingPointError(f"step {step} was not taken: {'; '.join(found)}; {remedy}")
+
+
+def count(job: Job, state: State, tokens: Int[Tensor, "B T"]) -> None:
+    """Count a step that this process took on `tokens`."""
+    counters, num_tokens = state.counters, tokens.numel() * job.processes.world
+    counters.step += 1
+    counters.stage_step += 1
+    counters.tokens += num_tokens
+    counters.stage_tokens[counters.stage] += num_tokens
+    counters.window_tokens += num_tokens
+
+
+def write_line(job: Job, state: State, lr: float) -> None:
+    """Write a line of the log with the means since the last one, and start the next window."""
+    counters = state.counters
+    means = {name: sum(values) / len(values) for name, values in counters.window.items()}
+    duration = max(counters.window_seconds, 1e-9)
+    speed = counters.window_tokens / duration
+    characters = job.corpus.num_characters("train") / job.corpus.num_tokens("train")
+    record: Record = {
+        "split": "train",
+        **counters.place(),
+        **means,
+        "bpc": bits(means["nats_per_token"]) / characters,
+        "lr": lr,
+        "grad_norm_max": max(counters.window["grad_norm"]),
+        "tokens_per_second": speed,
+        "data_share": counters.window_waited / duration,
+    }
+    if job.device.type == "cuda":
+        record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        if peak := peak_flops(torch.cuda.get_device_name(job.device)):
+            model = job.config.model_of_stage(counters.stage)
+            flops = training_flops(model, frozen=counters.stage) / model.context  # of a token
+            record["mfu"] = speed * flops / peak / job.processes.world
+    job.log.write(record)
+    counters.window = {}
+    counters.window_tokens = 0
+    counters.window_seconds = 0.0
+    counters.window_waited = 0.0

@@ -1,0 +1,198 @@
+"""What comes before the first step: whose directory this is, the text, and the final configuration."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflowlm.config import RunConfig
+from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, load_tokenizer, suited
+from tarflowlm.errors import UserError
+from tarflowlm.files import full_disk_as_user_error, read_json, remove_leftovers, write_json
+from tarflowlm.locks import writer_lock
+from tarflowlm.progress import Progress
+from tarflowlm.runs.checkpoint import (
+    BEST,
+    PARENT,
+    STATE,
+    TOKENIZER,
+    WEIGHTS,
+    Checkpoint,
+    read_run,
+    read_summary,
+    weights_problem,
+    write_run,
+)
+from tarflowlm.runs.weights import write_weights
+from tarflowlm.schema import flatten, to_dict
+from tarflowlm.training.checkpoint import newest_state, resume_command
+from tarflowlm.training.metrics import check_installed
+from tarflowlm.training.optim import with_precision
+from tarflowlm.training.parallel import Processes
+
+ASKED = "asked.json"
+"""The configuration that a run was asked for. config.json has what was decided since: the size of
+the vocabulary, say, or the steps that a limited time was enough for.
+"""
+
+logger = logging.getLogger("tarflowlm")
+
+
+def is_begun(out: Path) -> bool:
+    """Whether `out` holds a run that has saved something. UserError if it is in use for anything
+    else.
+    """
+    if (out / ASKED).exists():
+        return (out / WEIGHTS).exists() or any((out / STATE).glob("*step-*"))
+    # hidden files are locks, or were left by a kill
+    if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
+        raise UserError(f"{out} exists already and is not a run to continue: choose another --out")
+    return False
+
+
+def check_same(asked: RunConfig, out: Path) -> None:
+    """UserError, naming the first field that differs, unless the run in `out` was asked for so."""
+    # a temperature changes no weights
+    ours = flatten(replace(located(asked), temperature=1.0))
+    theirs = flatten(read_json(out / ASKED)) | {"temperature": 1.0}
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{name} {ours.get(name)}: the run in {out} has {theirs.get(name)}; "
+                f"continue that with `{resume_command(out)}`, or choose another --out"
+            )
+
+
+def summary_of(out: Path) -> dict[str, Any] | None:
+    """The results of a run that is finished and undamaged."""
+    return read_summary(out) if weights_problem(out) is None else None
+
+
+def configured(
+    asked: RunConfig | None, out: Path, parent: Checkpoint | None, *, begun: bool
+) -> RunConfig:
+    """The configuration with which `train` continues the run in `out`, or begins a new one."""
+    if begun or asked is None:
+        return read_run(out)
+    check_installed(asked.train.track)
+    if asked.parent:
+        if parent is None:
+            raise UserError(
+                f"parent {asked.parent}: give that model, as `tarflowlm train --from` does"
+            )
+        return located(asked)
+    tokenizer = suited(asked.data.source, asked.data.tokenizer)
+    return located(replace(asked, data=replace(asked.data, tokenizer=tokenizer)))
+
+
+def located(config: RunConfig) -> RunConfig:
+    """`config` with an absolute path to its text, since a run may be used from other folders."""
+    source = config.data.source
+    if source not in SOURCE_NAMES:
+        source = str(Path(source).expanduser().resolve())
+    return replace(config, data=replace(config.data, source=source))
+
+
+def corpus_of(
+    config: RunConfig,
+    out: Path,
+    parent: Checkpoint | None,
+    progress: Progress,
+    processes: Processes,
+) -> Corpus:
+    """The text in tokens. UserError if it is too short, or its tokenizer does not suit `config`."""
+    tokenizer = parent.tokenizer if parent is not None else None
+    if config.parent and tokenizer is None:
+        tokenizer = load_tokenizer(out / TOKENIZER)
+    with processes.first_alone():
+        corpus = cached_corpus(
+            config.data.source,
+            tokenizer or config.data.tokenizer,
+            progress=progress,
+            may_download=processes.world == 1,
+        )
+    context = config.model.context
+    for name in ("train", "valid", "test"):
+        have = corpus.num_tokens(name)
+        if have < context:
+            raise UserError(
+                f"the {name} split of {config.data.source} has {have} tokens, fewer than the context"
+                f" of {context}: use a longer text or a smaller model.context"
+            )
+    vocab_size = corpus.tokenizer.vocab_size
+    if config.model.vocab_size not in (0, vocab_size):
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size}: the tokenizer has {vocab_size} symbols; "
+            "leave it at 0"
+        )
+    return corpus
+
+
+def decided(config: RunConfig, corpus: Corpus, device: torch.device) -> RunConfig:
+    """`config` with what the text and the device decide: the vocabulary's size, the precision."""
+    model = replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+    return replace(config, model=model, train=with_precision(config.train, device))
+
+
+@contextmanager
+def writing(out: Path, processes: Processes) -> Iterator[None]:
+    """A context in which the first process is the only writer of `out`.
+
+    A full disk is a UserError there, and an interrupt says how to continue.
+    """
+
+    def remedy() -> str:
+        if (out / ASKED).exists():
+            return f"continue with `{resume_command(out)}`"
+        return "start it again"
+
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+    lock = writer_lock(out) if processes.first else nullcontext()
+    with full_disk_as_user_error(out, remedy), lock:
+        if processes.first:
+            remove_partial_files(out)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(remedy()) from None
+
+
+def remove_partial_files(out: Path) -> None:
+    """Remove what a kill left incomplete."""
+    for folder in (out, out / BEST):
+        remove_leftovers(folder)
+    for partial in (out / STATE).glob(".step-*"):
+        shutil.rmtree(partial)
+
+
+def write_start(
+    out: Path,
+    asked: RunConfig | None,
+    config: RunConfig,
+    corpus: Corpus,
+    parent: Checkpoint | None,
+) -> None:
+    """Write the files that a run directory has from the beginning."""
+    if asked is not None or not (out / ASKED).exists():
+        # the first file of a run, by which others know that the directory is one
+        write_json(out / ASKED, to_dict(located(asked or config)))
+    (out / STATE).mkdir(exist_ok=True)
+    shutil.rmtree(out / BEST, ignore_errors=True)  # a run may have been killed before it saved
+    if parent is not None:
+        write_weights(out / PARENT, parent.model.state_dict(), parent.info)
+    write_run(out, config, corpus.tokenizer)
+
+
+def state_to_resume(out: Path) -> Path:
+    """The newest undamaged state. Damaged weights are restored from it, with a notice."""
+    damage = weights_problem(out)
+    state = newest_state(out)
+    if damage is not None:
+        logger.warning("%s: restored from %s", damage, state.name)
+    return state

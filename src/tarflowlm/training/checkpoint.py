@@ -1,0 +1,268 @@
+"""Checkpoints of a run: its weights, and the training state from which `train --resume` continues.
+
+state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a
+manifest.json, and renamed when complete, all in a thread of its own. A run resumes from the newest
+undamaged one. Unlike weights, states are trusted data: reading one may unpickle.
+"""
+
+import logging
+import shlex
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from tarflowlm.errors import Stopped, UserError
+from tarflowlm.evaluation.likelihood import Likelihood
+from tarflowlm.files import sync_file, sync_folder, write_json
+from tarflowlm.runs.checkpoint import (
+    BEST,
+    COUNTERS,
+    STATE,
+    TOKENIZER,
+    save_weights,
+    undamaged_state,
+    write_run,
+)
+from tarflowlm.runs.weights import write_manifest
+from tarflowlm.training.parallel import Processes, whole_weights
+from tarflowlm.training.state import Job, State, assign, copy_of, seconds, trained_parameters
+
+KEPT = 2
+"""Training states that are kept: the newest one, and the one before in case it is damaged."""
+NAMED = 8
+"""Parameters that a message names."""
+
+# said of every save and load of a single process
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+logger = logging.getLogger("tarflowlm")
+
+
+def save(job: Job, state: State) -> None:
+    """Copy a checkpoint for the thread to write, unless this step is saved: the state, then the
+    weights, so that the directory loads. Collective.
+
+    Waits for the checkpoint before. Waits for the first one, too, to see how long one takes.
+    """
+    counters = state.counters
+    if counters.saved_step == counters.step:
+        return
+    wait(job)
+    counters.total = seconds(job, state)
+    weights = finite_weights(job, state)
+    counters.saved_step = counters.step
+    saved = {
+        "step": counters.step,
+        "counters": asdict(counters),
+        "metrics": job.log.position(),
+        "sampler": state.sampler.state_dict(),
+        "corpus": job.corpus.fingerprint,
+    }
+    tensors = snapshot(tensors_of(state), job.processes)
+    job.writes.append(job.writer.submit(write_state, job, tensors, saved))
+    write_weights(job, state, job.out, weights)
+    if not counters.save:
+        wait(job)
+        counters.save = seconds(job, state) - counters.total
+
+
+def save_best(job: Job, state: State, result: Likelihood) -> None:
+    """Save the weights of the best validation bound to best/, a run directory of its own."""
+    best = job.out / BEST
+    if job.processes.first and not (best / TOKENIZER).exists():
+        best.mkdir(exist_ok=True)
+        write_run(best, job.config, job.corpus.tokenizer)
+    present = state.copies.get("average") or trained_parameters(state.model)
+    assign(state.copies.get("best", {}), present)
+    nats = repr(result.nats_per_token)
+    write_weights(job, state, best, finite_weights(job, state), nats_per_token=nats)
+
+
+def wait(job: Job) -> None:
+    """Return once everything that was saved is on disk."""
+    while job.writes:
+        job.writes.pop(0).result()
+
+
+def stop(job: Job, state: State, reason: str) -> NoReturn:
+    """Save the run and raise Stopped. Collective."""
+    save(job, state)
+    wait(job)
+    remedy = f"continue with `{resume_command(job.out)}`"
+    raise Stopped(f"stopped by {reason} and saved at step {state.counters.step}; {remedy}")
+
+
+def resume_command(out: Path) -> str:
+    """What a user types to continue the run in `out`."""
+    return f"tarflowlm train --resume {shlex.quote(str(out))}"
+
+
+# weights
+
+
+@contextmanager
+def averaged(state: State) -> Iterator[None]:
+    """A context in which the model has its averaged weights, if it keeps them."""
+    weights = trained_parameters(state.model)
+    average = state.copies.get("average", {})
+    held = copy_of(weights) if average else {}
+    assign(weights, average)
+    try:
+        yield
+    finally:
+        assign(weights, held)
+
+
+def finite_weights(job: Job, state: State) -> dict[str, Tensor]:
+    """A copy of the weights to evaluate, on the CPU of the first process. Collective.
+
+    FloatingPointError if they are not finite, so that such weights are never saved.
+    """
+    first = job.processes.first
+    with averaged(state):
+        weights = copy_of(whole_weights(state.model, keep=first))
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken := job.processes.from_first(broken):
+        where = f"parameters {', '.join(broken[:NAMED])} are not finite"
+        remedy = "lower optim.lr in a new run; earlier checkpoints are kept"
+        raise FloatingPointError(f"{where} at step {state.counters.step}: {remedy}")
+    return weights
+
+
+def write_weights(
+    job: Job, state: State, directory: Path, weights: dict[str, Tensor], **more: str
+) -> None:
+    """Let the thread write model.safetensors, with the counts of this step in its header."""
+    if job.processes.first:
+        info = {
+            "step": str(state.counters.step),
+            "tokens": str(state.counters.tokens),
+            "blocks": str(state.model.num_blocks),
+        }
+        job.writes.append(job.writer.submit(save_weights, directory, weights, info | more))
+
+
+# the training state
+
+
+def write_state(job: Job, tensors: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but
+    the newest ones.
+
+    Collective: all processes write their shards into one folder; the first one does the rest.
+    """
+    root = job.out / STATE
+    name = f"step-{saved['step']:08d}"
+    temporary = root / f".{name}"
+    alone = job.processes.world == 1
+    try:
+        save_shards(tensors, checkpoint_id=temporary, process_group=job.group, no_dist=alone)
+        if job.processes.first:
+            write_json(temporary / COUNTERS, saved)
+            write_manifest(temporary, [file.name for file in temporary.iterdir()])
+            for file in temporary.iterdir():
+                sync_file(file)
+            sync_folder(temporary)
+            temporary.rename(root / name)
+            sync_folder(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
+        raise
+    if job.processes.first:
+        # renamed first, so that no partial state is ever visible
+        for old in sorted(root.glob("step-*"))[:-KEPT]:
+            shutil.rmtree(old.rename(root / f".{old.name}"))
+
+
+def tensors_of(state: State) -> dict[str, Any]:
+    """All tensors of a state: of model, optimisers and generator, and the copies of weights."""
+    model, optimizers = get_state_dict(state.model, state.optimizers)
+    generator = state.generator.get_state()
+    return {"model": model, "optimizers": optimizers, "generator": generator, **state.copies}
+
+
+def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """A copy of `tensors_of` on the CPU, where shards are those of a mesh of CPUs."""
+    mesh = init_device_mesh("cpu", (processes.world,)) if processes.world > 1 else None
+
+    def copied(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.detach().to("cpu", copy=True)
+        return DTensor.from_local(
+            tensor.to_local().detach().to("cpu", copy=True),
+            mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    return tree_map_only(Tensor, copied, tensors)
+
+
+def load_state(folder: Path, state: State, processes: Processes, *, seed: int) -> None:
+    """Load the tensors in `folder` into a state built for the same stage. Another number of
+    processes may have written them. Collective.
+
+    A generator of another kind of device cannot continue; it gets `seed`.
+    """
+    tensors = tensors_of(state)
+    try:
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata["generator"]
+        is_moved = saved.size != tensors["generator"].shape  # type: ignore[union-attr]
+        if is_moved:
+            del tensors["generator"]
+        load(tensors, checkpoint_id=folder, no_dist=processes.world == 1)
+    except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"{folder} does not fit this run ({reason}): does it belong to another run?"
+        ) from None
+    set_state_dict(
+        state.model,
+        state.optimizers,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizers"],
+    )
+    if is_moved:
+        logger.warning(
+            "%s is from another kind of device: the noise from here on is another", folder.name
+        )
+        state.generator.manual_seed(seed)
+    else:
+        state.generator.set_state(tensors["generator"])
+
+
+def newest_state(directory: Path) -> Path:
+    """The newest undamaged state. Newer ones are renamed to state/damaged-step-NNNNNNNN, with a
+    notice.
+    """
+    states = sorted((directory / STATE).glob("step-*"))
+    newest = undamaged_state(directory)
+    if newest is None:
+        rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
+        raise UserError(
+            f"{directory} has no state to resume from{rest}: start a new run with another --out"
+        )
+    for state in states[states.index(newest) + 1 :]:
+        aside = state.with_name(f"damaged-{state.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        state.rename(aside)
+        logger.warning(
+            "%s is damaged, set aside as %s: resuming from %s", state, aside.name, newest.name
+        )
+    return newest

@@ -1,0 +1,70 @@
+"""How far a stage is, by its steps or by its time, and how a limited time is shared out."""
+
+from collections.abc import Callable
+
+from tarflowlm.config import TrainConfig
+from tarflowlm.training.state import Counters
+
+SAVE_SECONDS = 60.0
+"""A run with a time limit saves about this often."""
+SAVES_SHARE = 0.05
+"""Largest share of such a run's time that is spent on saving."""
+TEST_SHARE = 0.15
+"""Largest share of a run's time for the test split at its end."""
+UNTIMED_STEPS = 1000.0
+"""Steps that a stage with a time limit is assumed to have until one of them has been timed."""
+
+
+def measure(
+    train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int
+) -> None:
+    """Update `share` and `expected_steps` of the counters. `clock` gives seconds since the start.
+
+    Under a time limit, `train.stage_steps` are the shares of the stages in the remaining time, less
+    what is reserved for the evaluation and the checkpoint that end every remaining stage, and for
+    the `test_windows` at the end of the run. Other evaluations and checkpoints take time from the
+    stage itself.
+    """
+    step = counters.stage_step
+    shares = train.stage_steps[counters.stage :]
+    if not train.minutes:
+        counters.expected_steps = shares[0]
+        counters.share = step / shares[0]
+        return
+    passed = clock() - counters.stage_start
+    # until the first evaluation: a window without a backward pass takes a third of the time
+    guess = passed / max(step, 1) * (train.evaluate_windows / train.batch_size / 3)
+    stage_end = (counters.evaluation or guess) + counters.save
+    limit = 60 * train.minutes
+    left = limit - test_seconds(limit, test_windows, counters.per_window) - counters.stage_start
+    own = (left - len(shares) * stage_end) * shares[0] / sum(shares)
+    # the share never falls, even if an evaluation is shorter than estimated
+    counters.share = max(counters.share, min(1.0, passed / own) if own > 0 else 1.0)
+    # the first step may compile, which does not count
+    is_timed = step > 1
+    counters.expected_steps = step / max(counters.share, 1e-9) if is_timed else UNTIMED_STEPS
+
+
+def test_seconds(total: float, windows: int, per_window: float) -> float:
+    """Seconds of a `total` that are reserved for the test split: what the validation's seconds
+    `per_window` suggest, at most the share `TEST_SHARE`.
+    """
+    most = TEST_SHARE * total
+    return min(most, 1.2 * windows * per_window) if per_window else most
+
+
+def units(train: TrainConfig, counters: Counters) -> tuple[int, int]:
+    """How much of the stage is done, and of how much: in steps, or in thousandths of its time."""
+    if train.minutes:
+        return int(1000 * counters.share), 1000
+    return counters.stage_step, train.stage_steps[counters.stage]
+
+
+def save_is_due(train: TrainConfig, counters: Counters, clock: Callable[[], float]) -> bool:
+    """Whether a run should save: after a number of steps, at the end of a stage, and under a time
+    limit about once a minute.
+    """
+    if counters.stage_is_over or counters.step % train.checkpoint_every == 0:
+        return True
+    pause = max(SAVE_SECONDS, counters.save / SAVES_SHARE)
+    return train.minutes > 0 and clock() - counters.total > pause

@@ -1,0 +1,58 @@
+"""Training a model further on another text: the configuration of such a run."""
+
+import math
+from dataclasses import replace
+
+from tarflowlm.config import RunConfig
+from tarflowlm.data import check_fit
+from tarflowlm.errors import UserError
+from tarflowlm.presets import with_blocks, with_steps
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.weights import checksum
+
+TUNING_RATE = 0.5
+"""Peak learning rate of tuning, as a multiple of the one of the model's own training."""
+TUNING_MINUTES = 10.0
+"""Length of a tuning run if nothing else is asked for."""
+
+
+def tuning(
+    parent: Checkpoint,
+    data: str,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    lr: float | None = None,
+) -> RunConfig:
+    """The run that continues the training of a model on another text, for `train(..., parent=...)`.
+
+    Shape, tokenizer, batches and stages are those of the parent's own training. The stages keep
+    their shares of the new length: `minutes`, by default 10, or `steps`. The optimiser is new, with
+    the peak rate `lr`, by default half of the parent's. Each stage ends with the weights of its
+    best validation, since a text for tuning is often short. UserError for a length or rate that is
+    not above 0.
+    """
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"minutes {minutes}: must be above 0 and finite")
+    check_fit(data, parent.tokenizer)
+    run = with_blocks(parent.run, parent.model.num_blocks)
+    weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
+    train = replace(
+        run.train,
+        minutes=minutes or TUNING_MINUTES,
+        keep="best",
+        evaluate_every=100,
+        test_windows=0,
+        precision="auto",
+    )
+    run = replace(
+        run,
+        name=f"{run.name}-tuned",
+        parent=f"{parent.directory.name}@{checksum(weights)}",
+        data=replace(run.data, source=data),
+        optim=replace(run.optim, lr=TUNING_RATE * run.optim.lr if lr is None else lr),
+        train=train,
+        seed=seed,
+    )
+    return run if steps is None else with_steps(run, steps)
