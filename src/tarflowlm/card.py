@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.model_config import BaselineConfig
 from tarflowlm.presets import PRESETS, preset, with_blocks
-from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, read_summary
+from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
 from tarflowlm.runs.hub import CARD
 from tarflowlm.schema import flatten
 
@@ -87,7 +86,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     )
 
 
-def _head(checkpoint: Checkpoint, summary: dict[str, Any], title: str, licence: str | None) -> str:
+def _head(checkpoint: Checkpoint, summary: Summary, title: str, licence: str | None) -> str:
     """Metadata in YAML, of which JSON values are a part."""
     is_exact = checkpoint.model.is_exact
     values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
@@ -113,7 +112,7 @@ def _head(checkpoint: Checkpoint, summary: dict[str, Any], title: str, licence: 
 
 
 def _facts(
-    checkpoint: Checkpoint, origin: Path, summary: dict[str, Any], licence: str | None
+    checkpoint: Checkpoint, origin: Path, summary: Summary, licence: str | None
 ) -> Iterator[tuple[str, str]]:
     run = checkpoint.run
     tokenizer = checkpoint.tokenizer
@@ -152,7 +151,7 @@ def _shape(checkpoint: Checkpoint) -> str:
     return f"{shape}; width {config.trunk.width}, context {config.context}"
 
 
-def _result(test: dict[str, Any]) -> str:
+def _result(test: Summary) -> str:
     sign = "=" if test["bound"] == "exact" else "<="
     bits = f"{sign} {test['bpc']:.4f} bits per character"
     nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
@@ -203,7 +202,7 @@ def training_command(run: RunConfig) -> str | None:
         option = "--" + name.replace("_", "-")
         if name == "train.stage_steps" and run.train.mode == "progressive":
             # one for each block of the preset, of which --blocks keeps the first
-            value = [*value, *[1] * missing]
+            value = [*run.train.stage_steps, *[1] * missing]
         if isinstance(value, bool) and isinstance(theirs[name], bool):
             # a flag; `train.compile` takes a value, and no preset sets it
             options.append(option if value else re.sub(r"([^.]+)$", r"no-\1", option))

@@ -24,14 +24,14 @@ def to_dict(config: object) -> Any:
     return [to_dict(item) for item in config] if isinstance(config, (tuple, list)) else config
 
 
-def flatten(value: object, name: str = "") -> dict[str, Any]:
+def flatten(value: object, name: str = "") -> dict[str, object]:
     """The fields of a configuration, or of JSON values, by dotted names such as options have."""
     value = to_dict(value)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {name: value}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, inner in value.items():
         flat |= flatten(inner, f"{name}.{key}" if name else str(key))
     return flat
@@ -89,12 +89,12 @@ def _value(hint: Any, value: object, where: str) -> object:
     return value
 
 
-def _member(union: tuple[Any, ...], value: object, where: str) -> Any:
+def _member(union: tuple[object, ...], value: object, where: str) -> object:
     """The member of a union that `value` is for, which its `family` names where there are more."""
     members = [member for member in union if member is not type(None)]
     if len(members) == 1:
         return members[0]
-    by_family = {member.family: member for member in members}
+    by_family = {getattr(member, "family", ""): member for member in members}
     family = value.get("family") if isinstance(value, dict) else None
     if not isinstance(family, str) or family not in by_family:
         known = ", ".join(map(repr, by_family))

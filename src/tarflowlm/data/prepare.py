@@ -27,7 +27,14 @@ from tarflowlm.data.textfile import BLOCK, Source
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array, TokenArray
 from tarflowlm.errors import UserError
-from tarflowlm.files import cache_root, read_json, sha256_of, sync_file, write_json
+from tarflowlm.files import (
+    cache_root,
+    read_json,
+    remove_leftovers,
+    sha256_of,
+    sync_file,
+    write_json,
+)
 from tarflowlm.locks import waiting_lock
 from tarflowlm.progress import SILENT, Progress
 
@@ -123,10 +130,10 @@ def encode_text_source(
         for part in range(found.num_parts):
             for split, tokens, _ in _encoded(found, part, tokenizer, splits, progress):
                 parts[split].append(tokens)
-    found_tokens: dict[str, Array] = {split: np.concatenate(parts[split]) for split in SPLITS}
+    tokens_of: dict[str, Array] = {split: np.concatenate(parts[split]) for split in SPLITS}
     if "all" in splits:
-        found_tokens["all"] = np.concatenate([found_tokens[split] for split in SPLITS])
-    return {name: TokenArray([found_tokens[name]]) for name in splits}
+        tokens_of["all"] = np.concatenate([tokens_of[split] for split in SPLITS])
+    return {name: TokenArray([tokens_of[name]]) for name in splits}
 
 
 class _Encoded(NamedTuple):
@@ -236,6 +243,7 @@ def _take_over(folder: Path, plan: list[object]) -> None:
     """Keep in `folder` what a killed preparation of the same plan left there, and nothing else."""
     try:
         if read_json(folder / PLAN) == plan:
+            remove_leftovers(folder)
             return
     except UserError:  # missing or damaged
         pass

@@ -30,6 +30,9 @@ STATE = "state"
 COUNTERS = "counters.json"
 """The readable file of a training state."""
 
+Summary = dict[str, Any]
+"""The content of summary.json."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -69,7 +72,7 @@ def read_run(directory: Path) -> RunConfig:
     return from_dict(RunConfig, document, where=str(path))
 
 
-def read_summary(directory: Path) -> dict[str, Any] | None:
+def read_summary(directory: Path) -> Summary | None:
     """The results of a finished run, or None where there are none."""
     path = directory / SUMMARY
     if not path.exists():
