@@ -49,7 +49,7 @@ def run(args: Args) -> None:
     from reproduction.recipes import RECIPES
     from reproduction.results import write_results
     from reproduction.running import estimate, finish, state_of
-    from tarflowlm.cli.main import stop_on_signals
+    from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.data import check_source
     from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
 

@@ -34,8 +34,8 @@ CASES = {
         lambda lm: lm.write("The King", num_tokens=30, seed=3, num=2),
     ),
     "template": (
-        Writing(template="The ___ of 2 Kings", particles=4),
-        lambda lm: lm.fill("The ___ of 2 Kings", particles=4),
+        Writing(template="The ___ of 2 Kings", temperature=0.8),
+        lambda lm: lm.fill("The ___ of 2 Kings", temperature=0.8),
     ),
     "stop": (
         Writing(prompts=("The King",), num_tokens=60, stop=("TH",), seed=5),

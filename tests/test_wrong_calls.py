@@ -20,10 +20,9 @@ REFUSED = [
     ("generate(flow, num_tokens=8, prompt=torch.zeros(4))", ["prompt", "float32"]),
     ("generate(flow, num_tokens=8, prompt=torch.ones(1, 1, 2).long())", ["[1, 1, 2]", "[num, T]"]),
     ("generate(flow, num_tokens=8, prompt=torch.tensor([99]))", ["99", "26"]),
-    ("generate(flow, num_tokens=8.5)", ["num_tokens 8.5", "integer"]),
-    ("generate(flow, num_tokens=True)", ["num_tokens True", "integer"]),
+    ("generate(flow, num_tokens=8.5)", ["length 8.5", "integer"]),
+    ("generate(flow, num_tokens=True)", ["length True", "integer"]),
     ('generate(flow, num_tokens=8, num="2")', ["num '2'", "integer"]),
-    ("generate(flow, num_tokens=8, particles=None)", ["particles None", "integer"]),
     ("generate(flow, num_tokens=8, generator=3)", ["generator 3", "torch.Generator().manual_seed"]),
     ('generate(flow, num_tokens=8, decoder="foo")', ["decoder 'foo'", "steps, sweeps, auto"]),
     ('generate(flow, num_tokens=8, decoder=("auto", "auto", 3))', ["decoder 3", "steps"]),
@@ -45,7 +44,7 @@ REFUSED = [
     ("evaluate(flow, tokens[None], one_each, seed=None)", ["seed None", "integer"]),
     ("evaluate(baseline, tokens, one_each)", ["windows", "[12]"]),
     ("lm.write(7)", ["prompt 7", "text"]),
-    ("lm.write([])", ["prompt []", "text"]),
+    ("lm.write([1])", ["prompt [1]", "text"]),
     ('lm.write(b"")', ["prompt b''", "text"]),
     ('lm.write(template="the king")', ["'the king' has no blank", "'_'", "prompt"]),
     ('lm.write(template="a_", blank="")', ["blank ''", "single character"]),
@@ -68,18 +67,26 @@ REFUSED = [
     ('lm.edit("the king", weight=0.5)', ["weight", "has no effect", "strength"]),
     (
         'tarflowlm.Pretrained.edit(tarflowlm.load("english-mini-ar"), "the king")',
-        ["baseline", "load a flow"],
+        ["baseline", "flow"],
     ),
     ('list(lm.stream("the", temperature=-1.0))', ["temperature -1.0", "above 0"]),
     ('tarflowlm.train("mini-mixed", "x")', ["preset 'mini-mixed'", "mini-mixd"]),
     ('tarflowlm.train(3, "x")', ["run 3", "preset"]),
     ('tarflowlm.train("mini-ar", 3)', ["out 3", "directory"]),
     ('tarflowlm.train("mini-ar", "x", **{"model.latentdim": 3})', ["model.latentdim", "unknown"]),
-    ('tarflowlm.train("mini-ar", "x", **{"modl.layers": 3})', ["modl.layers", "no field"]),
+    ('tarflowlm.train("mini-ar", "x", **{"modl.layers": 3})', ["modl.layers", "field"]),
     ('tarflowlm.train("mini-ar", "x", steps=3, minutes=1.0)', ["steps 3", "minutes 1.0"]),
     ('tarflowlm.train("mini-ar", "x", data="no-such-file")', ["no-such-file"]),
     ('tarflowlm.resume("no-such-run")', ["no-such-run"]),
     ("lm.save_pretrained(5)", ["folder 5", "path"]),
+    ('lm.save_pretrained("/proc/x")', ["/proc/x"]),
+    ('lm.edit("the king", replace="king")', ["replace 'king'", "(old, new)"]),
+    ('lm.edit("the king", rewrite=("a",), replace=("a", "b"))', ["rewrite", "replace"]),
+    ('lm.decode("abc")', ["'abc'", "encode"]),
+    ("tarflowlm.Pretrained(flow, small.tokenizer)", ["27", "symbols"]),
+    ('tarflowlm.Pretrained("flow", tokenizer)', ["model 'flow'"]),
+    ("generate(copy.deepcopy(flow).bfloat16(), num_tokens=8)", ["bfloat16", "float32"]),
+    ("elbo(copy.deepcopy(flow).half(), tokens[None])", ["float16", "float32"]),
     ("lm.push_to_hub(5)", ["repository 5", "OWNER/NAME"]),
     ("tarflowlm.load(None)", ["model None", "run directory", "hf:OWNER/NAME"]),
     ('tarflowlm.load("english-mini", device="cuda:1")', ["device cuda:1", "auto", "cpu"]),
@@ -93,6 +100,8 @@ ACCEPTED = [
     "small.write('The', num_tokens=8, temperature=torch.tensor(0.5), top_k=np.int64(3), seed=np.array(1))"
     " == small.write('The', num_tokens=8, temperature=0.5, top_k=3, seed=1)",
     "len(lm.write('the', num_tokens=8, temperature=1, top_p=1)) == 8",
+    "lm.write([]) == lm.score([]) == lm.encode([]) == []",
+    "len(generate(flow, num_tokens=8, particles=None).tokens) == 1",
     "lm.score('the', samples=np.int64(2), seed=np.int64(1)).total > 0",
     "evaluate(flow, tokens[None], one_each, samples=np.int64(2), seed=np.int64(1)).samples == 2",
     "tarflowlm.load('english-mini', device=torch.device('cpu')).model.device == torch.device('cpu')",
@@ -100,7 +109,7 @@ ACCEPTED = [
 ]
 CALLS = [*(call for call, _ in REFUSED), *ACCEPTED]
 SCRIPT = f"""
-import numpy as np, torch, tarflowlm
+import copy, numpy as np, torch, tarflowlm
 from tarflowlm import elbo, evaluate, generate, importance_weighted_bound
 lm, small = tarflowlm.load("english-mini"), tarflowlm.load("english-small")
 flow, tokenizer = lm

@@ -3,7 +3,7 @@
 from numbers import Integral, Real
 from typing import get_args
 
-from torch import Generator, Tensor, int8, int16, int32, int64, uint8
+from torch import Generator, Tensor, float32, float64, int8, int16, int32, int64, uint8
 
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
@@ -25,8 +25,15 @@ def _shown(value: object) -> str:
 
 
 def check_model(model: object) -> None:
-    """UserError unless `model` is a model; the result of `load` holds one."""
+    """UserError unless `model` is a model in float32 or wider; the result of `load` holds one."""
     check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
+    assert isinstance(model, LanguageModel)
+    dtype = next(model.parameters()).dtype
+    if dtype not in (float32, float64):
+        raise UserError(
+            f"model in {dtype}: densities need float32 or wider, take model.float(); "
+            "torch.autocast multiplies matrices in bfloat16"
+        )
 
 
 def check_generator(generator: object) -> None:

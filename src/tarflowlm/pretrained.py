@@ -5,15 +5,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
 from tarflowlm.checks import as_integer, check_type
 from tarflowlm.config import (
+    TEXT8_ALPHABET,
     DataConfig,
     Decoder,
+    Kind,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -21,18 +23,20 @@ from tarflowlm.config import (
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
+from tarflowlm.editing import Pick
 from tarflowlm.errors import UserError
 from tarflowlm.generation.inversion import Decoders
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model_config import LanguageModelConfig
+from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
-from tarflowlm.texts import Edit, Score, Scored, Writing
+from tarflowlm.texts import Edit, Score, Scored, Writing, as_texts
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
+Several = list[str] | tuple[str, ...]
 _OWN = Path(os.devnull, "own")
 """The directory of a model that was not loaded: below a file, where nothing can be."""
 
@@ -54,15 +58,21 @@ class WritingOptions(TypedDict, total=False):
 class EditOptions(TypedDict, total=False):
     """The options of `edit`: fields of `texts.Edit`."""
 
+    rewrite: str | Sequence[str] | None
     everywhere: bool
-    around: int
-    strength: float
-    words: int
-    pick: Literal["random", "unlikely"]
-    weight: float
-    candidates: int
-    temperature: float
-    decoder: Decoder
+    replace: tuple[str, str] | None
+    around: int | None
+    counterfactual: tuple[str, str] | None
+    toward: str | None
+    level: int | None
+    strength: float | None
+    words: int | None
+    pick: Pick | None
+    weight: float | None
+    candidates: int | None
+    temperature: float | None
+    decoder: Decoder | None
+    seed: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,7 +158,7 @@ class Pretrained(Checkpoint):
     @overload
     def write(
         self,
-        prompt: Sequence[str],
+        prompt: Several,
         *,
         template: None = None,
         num: int | None = None,
@@ -157,7 +167,7 @@ class Pretrained(Checkpoint):
 
     def write(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Several | None = None,
         *,
         template: str | None = None,
         num: int | None = None,
@@ -173,10 +183,11 @@ class Pretrained(Checkpoint):
         `top_k`, `top_p`, `particles` and `decoder` are described at `generate`. The
         same `seed` gives the same text. UserError for what the model cannot read or do.
         """
-        request = _writing(prompt, template, num, options)
-        texts = request.run(self)
-        is_one = num is None and len(request.prompts) < 2 and isinstance(prompt, str | None)
-        return texts[0] if is_one else texts
+        is_list = isinstance(prompt, (list, tuple))
+        if is_list and not prompt:
+            return []
+        texts = _writing(prompt, template, num, options).run(self)
+        return texts if is_list or num is not None else texts[0]
 
     @overload
     def fill(
@@ -198,107 +209,62 @@ class Pretrained(Checkpoint):
         yield from _writing(prompt, None, None, options).read(self).pieces()
 
     @overload
-    def edit(
-        self,
-        text: str,
-        *,
-        rewrite: str | Sequence[str] | None = None,
-        replace: tuple[str, str] | None = None,
-        counterfactual: tuple[str, str] | None = None,
-        toward: str | None = None,
-        level: int | None = None,
-        num: None = None,
-        seed: int = 0,
-        **options: Unpack[EditOptions],
-    ) -> str: ...
+    def edit(self, text: str, *, num: None = None, **options: Unpack[EditOptions]) -> str: ...
 
     @overload
-    def edit(
-        self,
-        text: str,
-        *,
-        rewrite: str | Sequence[str] | None = None,
-        replace: tuple[str, str] | None = None,
-        counterfactual: tuple[str, str] | None = None,
-        toward: str | None = None,
-        level: int | None = None,
-        num: int,
-        seed: int = 0,
-        **options: Unpack[EditOptions],
-    ) -> list[str]: ...
+    def edit(self, text: str, *, num: int, **options: Unpack[EditOptions]) -> list[str]: ...
 
     def edit(
-        self,
-        text: str,
-        *,
-        rewrite: str | Sequence[str] | None = None,
-        replace: tuple[str, str] | None = None,
-        counterfactual: tuple[str, str] | None = None,
-        toward: str | None = None,
-        level: int | None = None,
-        num: int | None = None,
-        seed: int = 0,
-        **options: Unpack[EditOptions],
+        self, text: str, *, num: int | None = None, **options: Unpack[EditOptions]
     ) -> str | list[str]:
         """The text with some words drawn anew given all others; with `num`, a list of edits.
 
-        Instead: `rewrite` draws these pieces of it anew; `replace=(old, new)` puts other words in,
-        keeps the rest, and redraws at most the neighbouring words; `counterfactual=(old, new)`
-        regenerates what follows from its noise; `toward` moves to another text; `level` changes a
-        state (0 is the latents, the number of blocks the noise). The other options are described at
-        `texts.Edit`. UserError for a baseline, and for options that have no effect.
+        `strength` is the share of the words, `words` their number. Instead: `rewrite` draws these
+        pieces of it anew; `replace=(old, new)` puts other words in, keeps the rest, and redraws at
+        most the neighbouring words; `counterfactual=(old, new)` regenerates what follows from its
+        noise; `toward` moves to another text; `level` changes a state (0 is the latents, the number
+        of blocks the noise). The other options are described at `texts.Edit`. UserError for a
+        baseline, and for options that have no effect.
         """
-        pieces = None if rewrite is None else _texts(rewrite, "rewrite")
-        texts = (
-            Edit(
-                text=text,
-                rewrite=pieces,
-                replace=_pair(replace, "replace"),
-                counterfactual=_pair(counterfactual, "counterfactual"),
-                toward=toward,
-                level=level,
-                num=1 if num is None else num,
-                seed=seed,
-                **options,
-            )
-            .run(self)
-            .texts
-        )
+        request = Edit(text=text, num=1 if num is None else num, **options)
+        texts = request.run(self).texts
         return texts[0] if num is None else texts
 
     @overload
     def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scored: ...
 
     @overload
-    def score(self, text: Sequence[str], *, samples: int = 8, seed: int = 0) -> list[Scored]: ...
+    def score(self, text: Several, *, samples: int = 8, seed: int = 0) -> list[Scored]: ...
 
     def score(
-        self, text: str | Sequence[str], *, samples: int = 8, seed: int = 0
+        self, text: str | Several, *, samples: int = 8, seed: int = 0
     ) -> Scored | list[Scored]:
         """The bits of every token of a text of any length; of a list of texts, a list.
 
         `tarflowlm.score` describes the numbers. `notice` of the result says whether the text was
         read otherwise than it was given.
         """
-        found = Score(texts=_texts(text, "text"), samples=samples, seed=seed).run(self)
+        found = Score(texts=as_texts(text, "text"), samples=samples, seed=seed).run(self)
         return found[0] if isinstance(text, str) else found
 
     @overload
     def encode(self, text: str, *, name: str = "text") -> Tensor: ...
 
     @overload
-    def encode(self, text: Sequence[str], *, name: str = "text") -> list[Tensor]: ...
+    def encode(self, text: Several, *, name: str = "text") -> list[Tensor]: ...
 
-    def encode(self, text: str | Sequence[str], *, name: str = "text") -> Tensor | list[Tensor]:
+    def encode(self, text: str | Several, *, name: str = "text") -> Tensor | list[Tensor]:
         """Token ids [T] of a text; of a list of texts, a list of such tensors.
 
         UserError, calling the text `name`, for characters that the tokenizer lacks.
         """
-        found = [read(self.tokenizer, one, name=name).tokens for one in _texts(text, name)]
+        found = [read(self.tokenizer, one, name=name).tokens for one in as_texts(text, name)]
         return found[0] if isinstance(text, str) else found
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """The text of token ids [T]. UserError for ids that the tokenizer does not have."""
+        if isinstance(tokens, str):
+            raise UserError(f"tokens {tokens!r:.40}: give token ids; `encode` makes them of a text")
         return self.tokenizer.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
     def tune(
@@ -329,7 +295,10 @@ class Pretrained(Checkpoint):
 
         Every command, `load` and the studio open it. See `sharing.save_pretrained`.
         """
-        return save_pretrained(self, folder, half=half, licence=licence)
+        try:
+            return save_pretrained(self, folder, half=half, licence=licence)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}; choose another") from None
 
     def push_to_hub(
         self,
@@ -436,7 +405,8 @@ def _trained(
     from tarflowlm.training import train as training
 
     check_type(out, "out", (str, os.PathLike), "give the directory to write")
-    with ProgressReporter() as reporter:
+    reporter = ProgressReporter()
+    with reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
 
@@ -459,47 +429,33 @@ def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:
 
 def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
     """The configuration with which a model of one's own is saved and tuned."""
-    alphabet = {"alphabet": "".join(tokenizer.symbols)} if tokenizer.kind == "char" else {}
-    source = {"source": "own"} if tokenizer.kind == "bpe" else {}
+    config = model.config
+    assert isinstance(config, FlowConfig | BaselineConfig)
+    alphabet = "".join(tokenizer.symbols) if tokenizer.kind == "char" else TEXT8_ALPHABET
     how = TokenizerConfig(
-        kind=tokenizer.kind, normalize=tokenizer.normalization, **alphabet, **source
+        kind=cast(Kind, tokenizer.kind),
+        alphabet=alphabet,
+        source="own" if tokenizer.kind == "bpe" else "",
+        normalize=tokenizer.normalization,
     )
-    stages = TrainConfig(stage_steps=(1000,) * model.num_blocks)
     return RunConfig(
-        name="own", model=model.config, data=DataConfig(source="own", tokenizer=how), train=stages
+        name="own",
+        model=config,
+        data=DataConfig(source="own", tokenizer=how),
+        train=TrainConfig(stage_steps=(1000,) * model.num_blocks),
     )
-
-
-def _texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:
-    """One text or several. UserError for anything else."""
-    if isinstance(value, str):
-        return (value,)
-    is_list = isinstance(value, Sequence) and not isinstance(value, bytes) and len(value) > 0
-    if not is_list or not all(isinstance(one, str) for one in value):
-        check_type(value, name, str, "give a text, a str, or a list of them")
-    return tuple(value)
-
-
-def _pair(texts: tuple[str, str] | None, name: str) -> tuple[str, str] | None:
-    if texts is None:
-        return None
-    if isinstance(texts, str) or len(texts) != 2:
-        raise UserError(f"{name} {texts!r}: give two texts, (old, new)")
-    return texts[0], texts[1]
 
 
 def _writing(
-    prompt: str | Sequence[str] | None,
+    prompt: str | Several | None,
     template: str | None,
     num: int | None,
     options: WritingOptions,
 ) -> Writing:
     """The request of `write`; an empty prompt is none."""
-    stop = options.pop("stop", ())
     return Writing(
-        prompts=() if prompt is None or prompt == "" else _texts(prompt, "prompt"),
+        prompts=() if prompt is None or prompt == "" else as_texts(prompt, "prompt"),
         template=template,
         num=1 if num is None else num,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
         **options,
     )

@@ -9,8 +9,7 @@ model's training text was read (`data.prompts`), seeds the random stream and cal
     Score(texts=("The king of the land",)).run(lm)[0].total
 """
 
-import codecs
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TypeVar
@@ -20,10 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm import chunks, editing
-from tarflowlm.checks import as_integer, checked_seed
+from tarflowlm.checks import as_integer, check_type, checked_seed
 from tarflowlm.config import Decoder, Normalization
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
+from tarflowlm.data.streaming import TextStream, first_stop
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.evaluation.scores import Scores, scores
@@ -42,6 +42,16 @@ T = TypeVar("T")
 def seeded_generator(seed: int) -> torch.Generator:
     """The random stream of a request. UserError for a seed out of range."""
     return torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
+
+
+def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:
+    """One text or several. UserError for anything else."""
+    if isinstance(value, str):
+        return (value,)
+    is_list = isinstance(value, Sequence) and not isinstance(value, bytes)
+    if not is_list or not all(isinstance(one, str) for one in value):
+        check_type(value, name, str, "give a text, a str, or a list of them")
+    return tuple(value)
 
 
 def num_characters(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
@@ -63,8 +73,6 @@ class Writing:
     """A text with a blank for every token to fill in."""
     blank: str = "_"
     """The character that marks a blank."""
-    num: int = 1
-    """Samples, of each prompt."""
     num_tokens: int | None = None
     """Length in tokens, given ones included; None: the trained context, or that of the template."""
     temperature: float | None = None
@@ -74,7 +82,9 @@ class Writing:
     particles: int | None = None
     """Candidates per sample; None: 16 where text stands behind a blank, else 1."""
     decoder: Decoders = "auto"
-    stop: tuple[str, ...] = ()
+    num: int = 1
+    """Samples, of each prompt."""
+    stop: str | Sequence[str] = ()
     """A sample ends before the first of these texts that follows its prompt."""
     seed: int = 0
     normalize: Normalization | None = None
@@ -108,7 +118,7 @@ class Writing:
             ]
         stops = tuple(
             read(lm.tokenizer, stop, name="stop", normalize=self.normalize).text
-            for stop in self.stop
+            for stop in as_texts(self.stop, "stop")
         )
         return Draft(lm, self, tuple(given), stops)
 
@@ -127,27 +137,8 @@ class Writing:
 
     def command(self, name: str) -> list[str]:
         """The shell command that writes the same with the model called `name`."""
-        assert len(self.prompts) <= 1, "one prompt, or none"
-        words = ["tarflowlm", "sample", name]
-        for prompt in self.prompts:
-            words += ["--prompt", prompt]
-        for name_here, option in (
-            ("template", "template"),
-            ("blank", "blank"),
-            ("num_tokens", "length"),
-            ("temperature", "temperature"),
-            ("top_p", "top-p"),
-            ("top_k", "top-k"),
-            ("particles", "particles"),
-            ("num", "num"),
-            ("seed", "seed"),
-            ("decoder", "decoder"),
-            ("normalize", "normalize"),
-        ):
-            words += _option(self, name_here, option)
-        for stop in self.stop:
-            words += ["--stop", stop]
-        return words
+        renamed = {"prompts": "prompt", "num_tokens": "length"}
+        return ["tarflowlm", "sample", name, *_options(self, renamed)]
 
 
 @dataclass(frozen=True)
@@ -190,7 +181,9 @@ class Draft:
     def num_positions(self) -> int:
         """How often the progress advances for all samples."""
         return sum(
-            num_positions(self.lm.model, self.num_tokens, max(map(len, self._prompts(rows))))
+            num_positions(
+                self.lm.model, self.num_tokens, max(len(self.prompt(row)) for row in rows)
+            )
             for rows in self._rows_of_batches()
         )
 
@@ -232,19 +225,20 @@ class Draft:
 
         The batch ends early once every sample has met a stop.
         """
+        steps = self._asked(generate_steps, rows, progress, decoder)
+        parts: list[Tensor] = []
         streams = [
             TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
         ]
-        steps = self._asked(generate_steps, rows, progress, decoder)
-        parts: list[Tensor] = []
-        while not parts or not all(stream.has_stopped for stream in streams):
+        while not (self.stops and all(stream.has_stopped for stream in streams)):
             try:
                 parts.append(next(steps))
             except StopIteration as end:
                 generation: Generation = end.value
                 break
-            for stream, row in zip(streams, parts[-1], strict=True):
-                stream.add(row)
+            if self.stops:
+                for stream, tokens in zip(streams, parts[-1], strict=True):
+                    stream.add(tokens)
             yield parts[-1]
         else:
             steps.close()
@@ -260,11 +254,12 @@ class Draft:
     ) -> T:
         """The result of `generate` or `generate_steps` for the samples `rows`."""
         request = self.request
+        prompts = [self.prompt(row) for row in rows]
         return write(
             self.lm.model,
             num_tokens=self.num_tokens,
             num=len(rows),
-            prompt=pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK),
+            prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
             particles=request.particles,
             temperature=self.temperature,
             top_k=request.top_k,
@@ -274,6 +269,21 @@ class Draft:
             generator=row_generators(rows, seeded_generator(request.seed)),
             progress=progress,
         )
+
+    @property
+    def follows_loosely(self) -> bool:
+        """Whether one candidate alone takes little notice of the given text."""
+        config = self.lm.model.config
+        is_exact = config.has_token_weights or (
+            self.request.template is None and config.continues_exactly
+        )
+        return bool(self.given) and self.particles == 1 and not is_exact
+
+    def prompt(self, row: int) -> Tensor:
+        """The given tokens of a sample."""
+        if not self.given:
+            return torch.zeros(0, dtype=torch.long)
+        return self.given[row // self.request.num].tokens
 
     @property
     def temperature(self) -> float:
@@ -293,16 +303,11 @@ class Draft:
             yield range(first, min(first + size, last))
             first = min(first + size, last)
 
-    def _prompts(self, rows: range) -> list[Tensor]:
-        if not self.given:
-            return [torch.zeros(0, dtype=torch.long)] * len(rows)
-        return [self.given[row // self.request.num].tokens for row in rows]
-
     def _start(self, row: int) -> int:
         """Characters of the prompt of a sample, after which stops count."""
         if not self.given or self.request.template is not None:
             return 0
-        return len(self.lm.tokenizer.decode(self._prompts(range(row, row + 1))[0].tolist()))
+        return len(self.lm.tokenizer.decode(self.prompt(row).tolist()))
 
     def _texts(self, rows: range, tokens: Tensor) -> list[str]:
         texts = map(self.lm.tokenizer.decode, tokens.tolist())
@@ -333,56 +338,6 @@ def exhaust(steps: Generator[object, None, T]) -> T:
             return result
 
 
-def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
-    """Where the first complete one of `stops` begins, at or after `start`; else the text's length."""
-    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
-    return min(found, default=(0, len(text)))[1]
-
-
-class TextStream:
-    """A text as its tokens come. What may begin a stop waits until it is known not to be one."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, start: int = 0, shown: int = 0
-    ) -> None:
-        """Stops count from character `start` on; the first `shown` characters are left out."""
-        self.stops, self.start, self.shown = stops, start, shown
-        self.text, self.has_stopped = "", False
-        self._bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, tokens: Tensor) -> str:
-        """Read the next tokens [n]; returns the characters that have become certain."""
-        if self.has_stopped:
-            return ""
-        return self._extend(self._decoder.decode(b"".join(self._bytes[i] for i in tokens.tolist())))
-
-    def close(self) -> str:
-        """The text has ended: returns what still waited."""
-        if self.has_stopped:
-            return ""
-        return self._extend(self._decoder.decode(b"", final=True), is_last=True)
-
-    def _extend(self, piece: str, *, is_last: bool = False) -> str:
-        self.text += piece
-        # nothing before what was shown can belong to a stop
-        at = first_stop(self.text, self.stops, max(self.start, self.shown))
-        self.has_stopped = at < len(self.text)
-        self.text = self.text[:at]
-        ready = at if self.has_stopped or is_last else at - self._waiting()
-        found = self.text[self.shown : ready]
-        self.shown = max(self.shown, ready)
-        return found
-
-    def _waiting(self) -> int:
-        """Characters at the end of the text that may begin a stop."""
-        longest = min(max(map(len, self.stops), default=0) - 1, len(self.text) - self.start)
-        for count in range(longest, 0, -1):
-            if any(stop.startswith(self.text[-count:]) for stop in self.stops):
-                return count
-        return 0
-
-
 # ------------------------------------------------------------------------------------ editing
 
 
@@ -391,9 +346,9 @@ class Edit:
     """A text to edit: by default some of its words are drawn anew given all others."""
 
     text: str
-    rewrite: tuple[str, ...] | None = None
+    rewrite: str | Sequence[str] | None = None
     """Draw these pieces of the text anew."""
-    everywhere: bool | None = None
+    everywhere: bool = False
     """With `rewrite`: every occurrence as whole words, not only the first."""
     replace: tuple[str, str] | None = None
     """Put the second text where the first one is, and keep the rest."""
@@ -420,9 +375,15 @@ class Edit:
 
     def __post_init__(self) -> None:
         """UserError for options that contradict each other or have no effect, and for numbers."""
+        for name in ("replace", "counterfactual"):
+            pair = getattr(self, name)
+            if pair is not None and (isinstance(pair, str) or len(pair) != 2):
+                raise UserError(f"{name} {pair!r}: give two texts, (old, new)")
         as_integer(self.num, "num", least=1)
         seeded_generator(self.seed)
         named = [name for name in NAMED if self._is_given(name)]
+        if self.kind == "words":
+            named = [name for name in ("words", "strength") if self._is_given(name)]
         if len(named) > 1:
             raise UserError(f"{named[0]} with {named[1]}: leave one of them out")
         known = editing.options_of(self.kind)
@@ -434,7 +395,8 @@ class Edit:
                 )
 
     def _is_given(self, name: str) -> bool:
-        return getattr(self, name) is not None
+        value = getattr(self, name)
+        return value is not None and value is not False
 
     @property
     def kind(self) -> str:
@@ -457,8 +419,10 @@ class Edit:
             name: getattr(self, name) for name in OPTIONS if self._is_given(name)
         }
         if self.rewrite is not None:
-            options["pieces"] = [self._piece(tokenizer, text, "piece") for text in self.rewrite]
-        if (pair := self.replace or self.counterfactual) is not None:
+            pieces = as_texts(self.rewrite, "rewrite")
+            options["pieces"] = [self._piece(tokenizer, text, "piece") for text in pieces]
+        pair = self.replace or self.counterfactual
+        if pair is not None:
             old, new = pair
             options["old"] = self._piece(tokenizer, old, "text to replace")
             options["new"] = self._piece(tokenizer, new, "replacement")
@@ -483,31 +447,7 @@ class Edit:
 
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same edits with the model called `name`."""
-        words = ["tarflowlm", "edit", name, "--text", self.text]
-        for piece in self.rewrite or ():
-            words += ["--rewrite", piece]
-        for name_here in ("replace", "counterfactual"):
-            if self._is_given(name_here):
-                words += [f"--{name_here}", *getattr(self, name_here)]
-        if self.everywhere:
-            words.append("--everywhere")
-        for option in (
-            "around",
-            "toward",
-            "level",
-            "strength",
-            "words",
-            "pick",
-            "weight",
-            "candidates",
-            "temperature",
-            "decoder",
-            "num",
-            "seed",
-            "normalize",
-        ):
-            words += _option(self, option)
-        return words
+        return ["tarflowlm", "edit", name, *_options(self)]
 
 
 NAMED = ("rewrite", "replace", "counterfactual", "toward")
@@ -537,6 +477,11 @@ class Edited:
     readings: tuple[Reading, ...]
     """The text, and the other one where there is one."""
     edit: editing.Edit
+
+    @property
+    def before(self) -> str:
+        """The text before the edits, as the model reads it."""
+        return self.tokenizer.decode(self.edit.before[0].tolist())
 
     @property
     def texts(self) -> list[str]:
@@ -603,11 +548,7 @@ class Score:
 
     def command(self, name: str) -> list[str]:
         """The shell command that scores the same with the model called `name`."""
-        (text,) = self.texts
-        words = ["tarflowlm", "score", name, "--text", text]
-        for option in ("samples", "seed", "normalize"):
-            words += _option(self, option)
-        return words
+        return ["tarflowlm", "score", name, *_options(self, {"texts": "text"})]
 
 
 @dataclass(frozen=True)
@@ -615,6 +556,11 @@ class Scored(Scores):
     """The bits of a text, and how the text was read."""
 
     reading: Reading = field(kw_only=True)
+
+    @property
+    def sign(self) -> str:
+        """The sign before its numbers: = if they are exact, else <=."""
+        return "=" if self.exact else "<="
 
     @property
     def notice(self) -> str | None:
@@ -630,16 +576,25 @@ class Scored(Scores):
 # ------------------------------------------------------------------------------------ helpers
 
 
-def _option(request: Writing | Edit | Score, name: str, option: str | None = None) -> list[str]:
-    """An option of a command and its value; nothing if it is the default."""
-    value = getattr(request, name)
-    default = next(one.default for one in fields(request) if one.name == name)
-    if value == default:
-        return []
-    shown = str(value)
-    if isinstance(value, float) and float(f"{value:g}") == value:
-        shown = f"{value:g}"
-    return [f"--{option or name}", shown]
+def _options(request: Writing | Edit | Score, renamed: Mapping[str, str] = {}) -> list[str]:
+    """The fields of a request as options of its command, without those at their defaults."""
+    words: list[str] = []
+    for one in fields(request):
+        value = getattr(request, one.name)
+        option = "--" + renamed.get(one.name, one.name).replace("_", "-")
+        if value == one.default:
+            continue
+        if value is True:
+            words.append(option)
+        elif one.name in ("stop", "rewrite"):
+            words += [word for text in as_texts(value, one.name) for word in (option, text)]
+        elif isinstance(value, (tuple, list)):
+            words += [option, *value]
+        elif isinstance(value, float) and float(f"{value:g}") == value:
+            words += [option, f"{value:g}"]
+        else:
+            words += [option, str(value)]
+    return words
 
 
 def _notices(readings: Sequence[Reading]) -> list[str]:

@@ -8,9 +8,10 @@ import signal
 
 import pytest
 
-from tarflowlm.cli import sampling
+from tarflowlm import chunks
+from tarflowlm import texts as requests
 from tarflowlm.data import TEXT8_ALPHABET
-from tarflowlm.terminal.texts import first_stop
+from tarflowlm.data.streaming import first_stop
 
 MODELS = ("ar", "patches")
 STEPS = ("--decoder", "steps")
@@ -24,7 +25,7 @@ def texts(run_json):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(sampling, "BATCH_TOKENS", 32)
+    monkeypatch.setattr(chunks, "WRITTEN_TOKENS", 32)
 
 
 def stdin(monkeypatch, text: str | bytes) -> None:
@@ -137,7 +138,7 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
     calls: list[int] = []
-    generate = sampling.generate
+    generate = requests.generate
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -145,7 +146,7 @@ def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypat
             signal.raise_signal(number)
         return generate(*args, **options)
 
-    monkeypatch.setattr(sampling, "generate", interrupted)
+    monkeypatch.setattr(requests, "generate", interrupted)
     argv, out = ["sample", model, "--num", 9, *STEPS], tmp_path / "out.jsonl"
     done = run(*argv, "--out", out)
     assert done.status == 130

@@ -31,7 +31,7 @@ from training_cases import (
 )
 
 from helpers import flip
-from tarflowlm.cli.main import stop_on_signals
+from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import checkpoint

@@ -1,12 +1,15 @@
 """`tarflowlm info`: what a model is."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from tarflowlm.cli.options import PrintJson, arg, load_checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -20,44 +23,126 @@ class Args:
     json: PrintJson = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """A model as `--json` shows it."""
+
+    name: str
+    directory: str
+    shipped: bool
+    preset: str
+    family: str
+    blocks: list[str]
+    layers: list[int]
+    parameters: dict[str, int]
+    context: int
+    patch: int
+    vocab_size: int
+    tokenizer: str
+    source: str
+    steps: int | None
+    tokens: int | None
+    seed: int
+    saved: str | None
+    bpc: float | None = None
+    bound: str | None = None
+    temperature: float
+    files: dict[str, int]
+    purpose: str
+    card: str | None = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        """What it is, its size and its likelihood, in half a line."""
+        from tarflowlm.evaluation.likelihood import sign_of
+        from tarflowlm.terminal.bars import counted
+
+        kind = f"flow of {counted(len(self.blocks), 'block')}"
+        if self.family == "ar":
+            kind = "discrete autoregressive"
+        found = f"{kind}, {self.parameters['all'] / 1e6:.1f} M parameters"
+        if self.bpc is not None:
+            found += f", {sign_of(self.bound or '')} {self.bpc:.4f} bits per character"
+        return found
+
+
 def run(args: Args) -> None:
     from tarflowlm.runs.hub import DEFAULT, FOLDER, released
     from tarflowlm.terminal.bars import print_json, print_result
 
-    if args.directory is None:
-        models = [_describe(FOLDER / name) for name in released()]
-        note = {DEFAULT: ", the default"}
-        lines = ((m["name"], f"{m['purpose']}\n{_kind(m)}; {m['tokenizer']}") for m in models)
-        rows = [(name + note.get(name, ""), text) for name, text in lines]
-        title = "models that come with the package; `tarflowlm info NAME` says more"
-        print_result(args.json, {"models": models}, title, rows)
+    if args.directory is not None:
+        found = describe(args.directory)
+        if args.json:
+            print_json(asdict(found))
+        else:
+            _print(found)
         return
-    found = _describe(args.directory)
-    if args.json:
-        print_json(found)
-    else:
-        _print_info(found)
+    models = [describe(FOLDER / name) for name in released()]
+    rows = []
+    for model in models:
+        name = f"{model.name}, the default" if model.name == DEFAULT else model.name
+        rows.append((name, f"{model.purpose}\n{model.kind}; {model.tokenizer}"))
+    title = "models that come with the package; `tarflowlm info NAME` says more"
+    print_result(args.json, {"models": [asdict(model) for model in models]}, title, rows)
 
 
-def _describe(given: Path) -> dict[str, Any]:
-    """A model as `--json` shows it."""
+def describe(given: Path) -> Description:
+    """The model that a path or a name stands for."""
     from datetime import UTC, datetime
 
     from tarflowlm.model_config import BaselineConfig
     from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
     from tarflowlm.runs.hub import CARD, FOLDER, is_reference, purpose
 
-    checkpoint = load_checkpoint(given, "cpu")
-    directory, run, model, tokenizer = (
-        checkpoint.directory,
-        checkpoint.run,
-        checkpoint.model,
-        checkpoint.tokenizer,
-    )
-    config, info = run.model, checkpoint.info
-    test = (read_summary(directory) or {}).get("test") or {}
-    card, shipped = directory / CARD, directory.parent == FOLDER
+    lm = load_checkpoint(given, "cpu")
+    directory, config = lm.directory, lm.run.model
+    summary = read_summary(directory) or {}
+    test = summary.get("test") or {}
+    shipped = directory.parent == FOLDER
     saved = datetime.fromtimestamp((directory / WEIGHTS).stat().st_mtime, UTC)
+    layers = (
+        [config.layers]
+        if isinstance(config, BaselineConfig)
+        else [block.layers for block in config.blocks]
+    )
+    card = directory / CARD
+    return Description(
+        name=given.as_posix() if is_reference(given) else directory.resolve().name,
+        directory=str(directory),
+        shipped=shipped,
+        preset=lm.run.name,
+        family=config.family,
+        blocks=[config.describe(block) for block in range(lm.model.num_blocks)],
+        layers=layers[: lm.model.num_blocks],
+        parameters=_parameters(lm.model),
+        context=config.context,
+        patch=config.patch,
+        vocab_size=lm.tokenizer.vocab_size,
+        tokenizer=(
+            f"{lm.tokenizer.kind}, {lm.tokenizer.vocab_size:,} symbols, "
+            f"normalisation {lm.tokenizer.normalization}"
+        ),
+        source=lm.run.data.source,
+        steps=_count(lm.info.get("step", "")),
+        tokens=_count(lm.info.get("tokens", "")),
+        seed=lm.run.seed,
+        # for a shipped model it would be the date of its installation
+        saved=None if shipped else f"{saved:%Y-%m-%d}",
+        bpc=test.get("bpc"),
+        bound=test.get("bound"),
+        temperature=lm.run.temperature,
+        files=_files(directory),
+        purpose=purpose(directory),
+        card=card.read_text(encoding="utf-8") if card.is_file() else None,
+    )
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
+
+
+def _parameters(model: "nn.Module") -> dict[str, int]:
+    """The number of parameters in all, and of every part of the model."""
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         first, *rest = name.split(".")
@@ -66,101 +151,51 @@ def _describe(given: Path) -> dict[str, Any]:
             kind = "transformer" if rest[2] == "transformer" else "coupling and input"
             part = f"block {int(rest[1]) + 1} {kind}"
         parts[part] = parts.get(part, 0) + parameter.numel()
+    return {"all": sum(parts.values()), **parts}
+
+
+def _files(directory: Path) -> dict[str, int]:
+    """The bytes of everything in a directory; a folder counts with what it holds."""
     files = {}
     for path in sorted(directory.iterdir()):
-        if not path.name.startswith((".", "__")):
-            within = [path, *path.rglob("*")] if path.is_dir() else [path]
-            files[path.name + "/" * path.is_dir()] = sum(
-                file.stat().st_size for file in within if file.is_file()
-            )
-    layers = (
-        [config.layers] if isinstance(config, BaselineConfig) else [b.layers for b in config.blocks]
-    )
-    name = given.as_posix() if is_reference(given) else directory.resolve().name
-    blocks = [config.describe(block) for block in range(model.num_blocks)]
-    symbols = f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols, normalisation {tokenizer.normalization}"
-    steps, tokens = (
-        int(info[key]) if info.get(key, "").isdigit() else None for key in ("step", "tokens")
-    )
-    found: dict[str, Any] = {
-        "name": name,
-        "directory": str(directory),
-        "shipped": shipped,
-        "preset": run.name,
-    }
-    found |= {"family": config.family, "blocks": blocks, "layers": layers[: model.num_blocks]}
-    found |= {
-        "parameters": {"all": sum(parts.values()), **parts},
-        "context": config.context,
-        "patch": config.patch,
-    }
-    found |= {"vocab_size": tokenizer.vocab_size, "tokenizer": symbols, "source": run.data.source}
-    # of a shipped model `saved` would be the date of its installation
-    found |= {
-        "steps": steps,
-        "tokens": tokens,
-        "seed": run.seed,
-        "saved": None if shipped else f"{saved:%Y-%m-%d}",
-    }
-    found |= {
-        "bpc": test.get("bpc"),
-        "bound": test.get("bound"),
-        "temperature": run.temperature,
-        "files": files,
-    }
-    found["purpose"] = purpose(directory)
-    return found | {"card": card.read_text(encoding="utf-8") if card.is_file() else None}
+        if path.name.startswith((".", "__")):
+            continue
+        name = f"{path.name}/" if path.is_dir() else path.name
+        within = [path, *path.rglob("*")]
+        files[name] = sum(file.stat().st_size for file in within if file.is_file())
+    return files
 
 
-def _kind(found: dict[str, Any]) -> str:
-    from tarflowlm.evaluation.likelihood import sign_of
-
-    count = len(found["blocks"])
-    kind = (
-        "discrete autoregressive"
-        if found["family"] == "ar"
-        else f"flow of {count} block{'s' * (count != 1)}"
-    )
-    bits = (
-        ""
-        if found["bpc"] is None
-        else f", {sign_of(found['bound'])} {found['bpc']:.4f} bits per character"
-    )
-    return f"{kind}, {found['parameters']['all'] / 1e6:.1f} M parameters{bits}"
-
-
-def _print_info(found: dict[str, Any]) -> None:
+def _print(found: Description) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.text import Text
 
-    from tarflowlm.terminal.bars import print_table
+    from tarflowlm.terminal.bars import counted, print_table
 
-    layers = zip(found["blocks"], found["layers"], strict=True)
-    parts = [f"{count:,} {name}" for name, count in found["parameters"].items() if name != "all"]
-    trained = [f"{found[name]:,} {name}" for name in ("tokens", "steps") if found[name] is not None]
-    patch = f", {found['patch']} per position" if found["patch"] > 1 else ""
+    layers = zip(found.blocks, found.layers, strict=True)
+    blocks = [f"{block}: {counted(n, 'Transformer layer')}" for block, n in layers]
+    parts = [f"{count:,} {name}" for name, count in found.parameters.items() if name != "all"]
+    trained = [found.source]
+    trained += [] if found.tokens is None else [f"{found.tokens:,} tokens"]
+    trained += [] if found.steps is None else [f"{found.steps:,} steps"]
+    trained.append(f"seed {found.seed}")
+    patch = f", {found.patch} per position" if found.patch > 1 else ""
     rows = [
-        ("model", f"{_kind(found)}, preset {found['preset']}"),
-        (
-            "blocks",
-            "\n".join(f"{block}: {n} Transformer layer{'s' * (n != 1)}" for block, n in layers),
-        ),
-        ("parameters", "\n".join([f"{found['parameters']['all']:,}", *parts])),
-        ("context", f"{found['context']} tokens{patch}"),
-        ("tokenizer", found["tokenizer"]),
-        ("trained on", ", ".join([found["source"], *trained, f"seed {found['seed']}"])),
+        ("model", f"{found.kind}, preset {found.preset}"),
+        ("blocks", "\n".join(blocks)),
+        ("parameters", "\n".join([f"{found.parameters['all']:,}", *parts])),
+        ("context", f"{found.context} tokens{patch}"),
+        ("tokenizer", found.tokenizer),
+        ("trained on", ", ".join(trained)),
     ]
-    if found["saved"]:
-        rows.append(("saved", found["saved"]))
-    rows.append(("temperature", f"{found['temperature']:g} by default"))
-    rows.append(
-        ("files", "\n".join(f"{name}  {size:,} bytes" for name, size in found["files"].items()))
-    )
-    print_table(found["name"] if found["shipped"] else found["directory"], rows)
-    if found["card"]:
+    if found.saved:
+        rows.append(("saved", found.saved))
+    rows.append(("temperature", f"{found.temperature:g} by default"))
+    files = [f"{name}  {size:,} bytes" for name, size in found.files.items()]
+    rows.append(("files", "\n".join(files)))
+    print_table(found.name if found.shipped else found.directory, rows)
+    if found.card:
         console = Console()
-        console.print(
-            Markdown(found["card"]) if console.is_terminal else Text(found["card"].strip()),
-            soft_wrap=True,
-        )
+        card = Markdown(found.card) if console.is_terminal else Text(found.card.strip())
+        console.print(card, soft_wrap=True)

@@ -1,28 +1,26 @@
-"""The command line `tarflowlm COMMAND`, its exit status (docs/reliability.md), threads and
-signals.
-"""
+"""The command line `tarflowlm COMMAND`: its exit status (docs/reliability.md), threads, signals."""
 
 import contextlib
 import io
 import logging
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import NoReturn
 
 import tarflowlm
+from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.errors import Stopped, UnknownCharacters, UserError, unknown
 
-STOPPED, INTERRUPTED, CLOSED_PIPE = 75, 130, 141
-"""Exit status: EX_TEMPFAIL of sysexits.h, try again; 128 plus the number of SIGINT; 128 plus that
-of SIGPIPE.
-"""
-# added to the message of an interrupt in commands that save on the way
+STOPPED = 75
+"""Exit status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, try again."""
+CLOSED_PIPE = 141
+"""Exit status: 128 plus the number of SIGPIPE."""
+
 COMMANDS = [
     "quickstart",
     "data",
@@ -39,9 +37,11 @@ COMMANDS = [
     "push",
     "harness",
 ]
-"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, and
-where its options depend on the words `read(argv)`. The docstring of `Args` summarises the command,
-comments beside and docstrings below options are their help. None imports torch at its top.
+"""Modules below `cli` (`evaluate` for eval).
+
+Each has `run(args)` and the dataclass `Args`, or `read(argv)` where its options depend on the words.
+The docstring of `Args` summarises the command; comments next to options and docstrings below them
+are their help. None imports torch at its top.
 """
 
 
@@ -79,7 +79,8 @@ def main(
     except Stopped as stopped:
         _end(STOPPED, str(stopped))
     except KeyboardInterrupt as interrupt:
-        _end(INTERRUPTED, "; ".join(filter(None, ["interrupted", str(interrupt)])))
+        more = f"; {interrupt}" if str(interrupt) else ""
+        _end(INTERRUPTED, f"interrupted{more}")
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -87,6 +88,7 @@ def _dispatch(argv: list[str]) -> None:
         from tarflowlm.terminal.bars import print_table
 
         rows = [(name, " ".join(command_module(name).Args.__doc__.split())) for name in COMMANDS]
+        rows.append(("--import MODULE", "With any command: first import a module of yours."))
         print_table("tarflowlm COMMAND --help   or   tarflowlm --version", rows)
         return
     if argv[0] == "--version":
@@ -98,7 +100,7 @@ def _dispatch(argv: list[str]) -> None:
     run_command(command_module(name), _import_named(rest), f"tarflowlm {name}")
 
 
-def run_command(command: Any, argv: list[str], prog: str) -> None:
+def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
     """Read the words of a command and run it."""
     from tarflowlm.cli.options import parse
     from tarflowlm.terminal.bars import NoticeHandler
@@ -106,9 +108,7 @@ def run_command(command: Any, argv: list[str], prog: str) -> None:
     args = command.read(argv) if hasattr(command, "read") else parse(command.Args, argv, prog)
     settle_threads()
     with exit_on_interrupt():
-        import torch
-    # denormal numbers make these densities many times slower on CPUs
-    torch.set_flush_denormal(True)
+        import torch  # noqa: F401  (it takes seconds)
     logger = logging.getLogger("tarflowlm")
     # under torchrun the first process of a machine speaks
     if os.environ.get("LOCAL_RANK", "0") == "0" and not logger.handlers:
@@ -118,8 +118,9 @@ def run_command(command: Any, argv: list[str], prog: str) -> None:
 
 
 def _import_named(argv: list[str]) -> list[str]:
-    """The words without every --import MODULE, whose modules, of this folder or installed, have
-    been imported.
+    """Import the modules of every --import MODULE, of this folder or installed.
+
+    Returns the other words.
     """
     while "--import" in argv:
         at = argv.index("--import")
@@ -134,22 +135,22 @@ def _import_named(argv: list[str]) -> list[str]:
     return argv
 
 
-def command_module(name: str) -> Any:
+def command_module(name: str) -> ModuleType:
     """The module of a command."""
     return import_module(f"tarflowlm.cli.{'evaluate' if name == 'eval' else name}")
 
 
 def settle_threads() -> None:
-    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment already
-    does. If other programs want the cores they sleep, as spinning would cost up to two thirds of
-    the speed; on an idle machine they spin briefly, as sleeping would cost one third (docs/log.md).
-    The load average counts work that has just ended, so this counts what runs now: the minimum of
-    five looks, without this process.
+    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment does.
+
+    If other programs want the cores they sleep, as spinning would cost up to two thirds of the
+    speed; on an idle machine they spin briefly, as sleeping would cost one third (docs/log.md). The
+    load average counts work that has just ended, so this counts what runs now: the minimum of five
+    looks, without this process.
     """
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    load = Path(
-        "/proc/loadavg"
-    )  # Linux alone has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
+    # only Linux has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
+    load = Path("/proc/loadavg")
     if not load.exists() or "torch" in sys.modules or any(name in os.environ for name in choices):
         return
     looks = []
@@ -162,57 +163,10 @@ def settle_threads() -> None:
     os.environ.update({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {"GOMP_SPINCOUNT": "20000"})
 
 
-@contextlib.contextmanager
-def handled(handlers: dict[int, Any]) -> Iterator[None]:
-    """Handlers of signals within the context, for the main thread of a program."""
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
-    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line. An
-    exception would pass through half-imported modules, some of which print tracebacks of their
-    own.
-    """
-
-    def end(*_: object) -> None:
-        sys.stderr.write("tarflowlm: interrupted\n")
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
-
-    # SIGINT may be ignored or another program's, and only the main thread may handle it
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    is_main = threading.current_thread() is threading.main_thread()
-    return handled({signal.SIGINT: end} if is_default and is_main else {})
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Callable[[], str | None]]:
-    """The first SIGTERM or SIGINT asks the run to stop at the next step boundary, with everything
-    saved; the second raises KeyboardInterrupt. Yields a function that returns the name of the
-    signal, or None.
-    """
-    received: list[str] = []
-
-    def handle(number: int, _frame: object) -> None:
-        received.append(signal.Signals(number).name)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-        # to the descriptor, as the signal may have interrupted a write to the stream
-        with contextlib.suppress(OSError):
-            os.write(2, b"\ntarflowlm: saving after this step; a second signal exits immediately\n")
-
-    with handled({signal.SIGTERM: handle, signal.SIGINT: handle}):
-        yield lambda: received[0] if received else None
-
-
 def _end(status: int, message: str, *, everywhere: bool = False) -> NoReturn:
-    """One line on stderr and exit; under torchrun, from the first process of a machine or
-    `everywhere` from all.
+    """One line on stderr and exit.
+
+    Under torchrun the first process of a machine speaks, or all of them with `everywhere`.
     """
     # names in it may hold line ends
     line = message.replace("\r", "\\r").replace("\n", "\\n")

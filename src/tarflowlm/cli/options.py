@@ -4,6 +4,8 @@ No torch here.
 
 import contextlib
 import io
+import itertools
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -18,7 +20,7 @@ from tarflowlm.errors import UserError
 if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
 else:
-    Checkpoint = Any
+    Checkpoint = object
 
 
 Rules = Mapping[str, Sequence[str]]  # options that belong to an option, by its name
@@ -51,7 +53,7 @@ Model = Annotated[
     ),
 ]
 ModelName = Annotated[
-    str | None, arg("NAME", "In place of MODEL: a model of the package, say english-mini.")
+    str | None, arg("NAME", "Instead of MODEL: a model of the package, say english-mini.")
 ]
 Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
 PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
@@ -82,8 +84,25 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
             error = error.__context__
         if error is not None:
             raise error from None
+        if (problem := _unparsable(box.getvalue(), argv)) is not None:
+            raise UserError(f"{problem}; `{prog} --help` describes it") from None
         sys.stderr.write(box.getvalue())
         raise
+
+
+KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+
+
+def _unparsable(box: str, argv: list[str]) -> str | None:
+    """A line about an option whose value is of another type; None for other boxes of tyro."""
+    found = re.search(r"Error parsing (--[\w.-]+)", box)
+    if found is None or found[1] not in argv:
+        return None
+    option, *behind = argv[argv.index(found[1]) :]
+    values = list(itertools.takewhile(lambda word: not word.startswith("--"), behind))
+    metavar = re.search(rf"^\W*{option} ([A-Z. ]+?)\s*\W*$", box, re.MULTILINE)
+    wanted = metavar[1] if metavar else "another value"
+    return f"{' '.join([option, *values])}: give {KINDS.get(wanted, wanted)}"
 
 
 def check(
@@ -97,13 +116,21 @@ def check(
         if value is not None and value < 1:
             raise UserError(f"{name.replace('_', ' ')} {value}: must be at least 1")
     given = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
-    for one in sorted(given & {*exclusive, *needed}):
-        flag = one.replace("_", "-")
-        if both := given.intersection(exclusive.get(one, ())):
+    for one in sorted(given & {*exclusive}):
+        if both := given.intersection(exclusive[one]):
+            flag = one.replace("_", "-")
             raise UserError(f"--{flag} with --{min(both)}: leave one of them out")
-        if one in needed and not given.intersection(needed[one]):
-            others = " or --".join(needed[one])
+    for one in sorted(given & {*needed}):
+        if not given.intersection(needed[one]):
+            flag, others = one.replace("_", "-"), " or --".join(needed[one])
             raise UserError(f"--{flag} has no effect without --{others}: leave it out, or add that")
+
+
+def load(directory: Path | None, model: str | None, device: DeviceName) -> Checkpoint:
+    """The model that MODEL or --model names, or the default one."""
+    from tarflowlm.runs.hub import choose_directory
+
+    return load_checkpoint(choose_directory(directory, model), device)
 
 
 def load_checkpoint(directory: Path, device: DeviceName) -> Checkpoint:
@@ -120,10 +147,17 @@ def read_source(source: str) -> str:
         from tarflowlm.data import read_text
 
         return read_text(source)
+    check_stdin()
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8(error) from None
+
+
+def check_stdin() -> None:
+    """UserError where standard input is closed."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed: give the text as an option, or in a file")
 
 
 def not_utf8(error: UnicodeDecodeError) -> UserError:

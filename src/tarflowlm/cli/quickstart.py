@@ -45,14 +45,10 @@ class Args:
 
 
 def run(args: Args) -> None:
-    import torch
-    from rich.console import Console
 
-    from tarflowlm.cli.main import stop_on_signals
+    from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
-    from tarflowlm.generation import generate
-    from tarflowlm.generation.writing import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.bars import (
         Bars,
@@ -62,6 +58,7 @@ def run(args: Args) -> None:
         print_table,
     )
     from tarflowlm.terminal.texts import print_samples, samples_to_json
+    from tarflowlm.texts import Writing
     from tarflowlm.training.begin import is_begun
     from tarflowlm.training.train import train
 
@@ -84,18 +81,12 @@ def run(args: Args) -> None:
         )
     checkpoint = load_checkpoint(args.out, device)
     length = min(SAMPLE_LENGTH, config.model.context)
-    with Bars("sampling, positions", num_positions(checkpoint.model, length)) as bars:
-        result = generate(
-            checkpoint.model,
-            num_tokens=length,
-            num=NUM_SAMPLES,
-            generator=torch.Generator().manual_seed(args.seed),
-            temperature=config.temperature,
-            progress=bars,
-        )
+    draft = Writing(num=NUM_SAMPLES, num_tokens=length, seed=args.seed).read(checkpoint)
+    with Bars("sampling, positions", draft.num_positions) as bars:
+        (written,) = draft.batches(bars)
     seconds = time.perf_counter() - start
     test = summary["test"]
-    print_samples(Console(), result, checkpoint.tokenizer)
+    print_samples(written, checkpoint.tokenizer)
     rows = [
         ("this model, test text", f"<= {test['bpc']:.3f} bits per character"),
         *((label, f"{baselines[name]:.3f}") for name, label in BASELINES.items()),
@@ -110,7 +101,7 @@ def run(args: Args) -> None:
             "bound": test["bound"],
             **baselines,
             "seconds": seconds,
-            "samples": samples_to_json(result, checkpoint.tokenizer),
+            "samples": samples_to_json(written, checkpoint.tokenizer),
             "out": str(args.out),
             "test_tokens": test["tokens"],
         }

@@ -2,16 +2,22 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.errors import UserError
 
-# bits below which a token has a colour
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tarflowlm.texts import Scored
+
 LEVELS = ((1.0, ""), (2.0, "green"), (4.0, "yellow"), (8.0, "magenta"), (math.inf, "bold red"))
+"""Bits below which a token has a colour."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Args:
     directory: options.Model = None
     model: options.ModelName = None
     text: options.Text = None  # The text to score.
-    file: options.File = None  # A file with the text, or - for standard input, in place of --text.
+    file: options.File = None  # A file with the text, or - for standard input, instead of --text.
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with: run directory, or the name of a model of the
     package.
@@ -41,106 +47,105 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.data.prompts import read
-    from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.evaluation.scores import score
-    from tarflowlm.runs.hub import choose_directory
-    from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
+    from tarflowlm.terminal.bars import Bars, print_json, print_notice
+    from tarflowlm.texts import Score
 
-    names = [
-        choose_directory(args.directory, args.model),
-        *([args.baseline] if args.baseline is not None else []),
-    ]
-    # all before the first is used, so that a missing model costs no time
-    checkpoints = [options.load_checkpoint(name, args.device) for name in names]
-    text = args.text if args.text is not None else options.read_source(str(args.file))
-    found: list[dict[str, Any]] = []
-    for name, checkpoint in zip(names, checkpoints, strict=True):
-        reading = read(checkpoint.tokenizer, text, normalize=args.normalize)
-        if args.text is not None and reading.notice:
-            print_notice(f"{name.name}: {reading.notice}")
-        with Bars(f"scoring with {name.name}, windows") as bars:
-            scores = score(
-                checkpoint.model,
-                reading.tokens,
-                samples=args.samples,
-                seed=args.seed,
-                progress=bars,
-            )
-        symbols = [checkpoint.tokenizer.symbols[i] for i in reading.tokens.tolist()]
-        tokens = [
-            {"text": symbol, "bits": bits}
-            for symbol, bits in zip(symbols, scores.bits.tolist(), strict=True)
-        ]
-        if scores.blocks is not None:
-            for token, column in zip(tokens, scores.blocks.T.tolist(), strict=True):
-                token["log2_dets"] = column
-        bound, samples = ("exact", 1) if scores.exact else ("elbo", args.samples)
-        count = len(reading.text)
-        record: dict[str, Any] = {
-            "model": name.name,
-            "bound": bound,
-            "samples": samples,
-            "bpc": scores.total / count,
-        }
-        record |= {
-            "bits": scores.total,
-            "bits_per_token": scores.per_token,
-            "characters": count,
-            "tokens": tokens,
-        }
-        found.append(record)
+    text = options.read_source(str(args.file)) if args.text is None else args.text
+    request = Score(texts=(text,), samples=args.samples, seed=args.seed, normalize=args.normalize)
+    # both before the first is used, so that a missing model costs no time
+    models = [options.load(args.directory, args.model, args.device)]
+    if args.baseline is not None:
+        models.append(options.load_checkpoint(args.baseline, args.device))
+    names = [lm.directory.name for lm in models]
+    found: list[Scored] = []
+    for name, lm in zip(names, models, strict=True):
+        with Bars(f"scoring with {name}, windows") as bars:
+            (scored,) = request.run(lm, bars)
+        if scored.notice:
+            print_notice(f"{name}: {scored.notice}")
+        found.append(scored)
+    if found[0].reading.text != found[-1].reading.text:
+        print_notice(f"{' and '.join(names)} read different texts: their bits do not compare")
     if args.json:
-        print_json(found[0] | ({"baseline": found[1]} if len(found) > 1 else {}))
-        return
-    _print_tokens(found)
-    signed = {
-        "bits per character": ("bpc", 4),
-        "bits per token": ("bits_per_token", 4),
-        "bits in all": ("bits", 2),
+        objects = [
+            _to_json(name, one, args.samples) for name, one in zip(names, found, strict=True)
+        ]
+        print_json(objects[0] | ({"baseline": objects[1]} if len(objects) > 1 else {}))
+    else:
+        _print(names, found, args.samples)
+
+
+def _to_json(name: str, scored: "Scored", samples: int) -> dict[str, object]:
+    assert scored.symbols is not None
+    tokens: list[dict[str, object]] = [
+        {"text": symbol, "bits": bits}
+        for symbol, bits in zip(scored.symbols, scored.bits.tolist(), strict=True)
+    ]
+    if scored.blocks is not None:
+        for token, column in zip(tokens, scored.blocks.T.tolist(), strict=True):
+            token["log2_dets"] = column
+    return {
+        "model": name,
+        "bound": "exact" if scored.exact else "elbo",
+        "samples": 1 if scored.exact else samples,
+        "bpc": scored.bits_per_character,
+        "bits": scored.total,
+        "bits_per_token": scored.per_token,
+        "characters": len(scored.reading.text),
+        "tokens": tokens,
     }
-    rows = []
-    for label, (key, digits) in signed.items():
-        rows.append([label, *(f"{sign_of(one['bound'])} {one[key]:.{digits}f}" for one in found)])
-    rows.append(["characters", *(f"{one['characters']:,}" for one in found)])
-    rows.append(["tokens", *(f"{len(one['tokens']):,}" for one in found)])
-    draws = ("none" if one["bound"] == "exact" else f"{one['samples']:,}" for one in found)
-    rows.append(["posterior samples", *draws])
-    print_table("score", rows, ["", *(one["model"] for one in found)])
 
 
-def _print_tokens(found: list[dict[str, Any]]) -> None:
-    """The text in colours on a terminal. Elsewhere a line per token, with its bits under every
-    model.
-    """
+def _print(names: Sequence[str], found: "Sequence[Scored]", samples: int) -> None:
+    """The tokens, and a table of the whole text."""
     from rich.console import Console
-    from rich.text import Text
+
+    from tarflowlm.terminal.bars import print_table
 
     console = Console()
-    if not console.is_terminal:
-        texts = [[token["text"] for token in one["tokens"]] for one in found]
-        # one model after the other if their tokens differ
-        for group in [found] if texts[0] == texts[-1] else [[one] for one in found]:
-            sys.stdout.write("\t".join(["", *(one["model"] for one in group)]) + "\n")
-            for same in zip(*(one["tokens"] for one in group), strict=True):
-                sys.stdout.write(
-                    "\t".join([same[0]["text"], *(f"{token['bits']:.3f}" for token in same)]) + "\n"
-                )
-        return
-    for one in found:
-        console.print(Text(one["model"], style="bold"), soft_wrap=True)
+    if console.is_terminal:
+        _print_colours(console, names, found)
+    else:
+        _print_lines(names, found)
+    rows = [
+        ["bits per character", *(f"{one.sign} {one.bits_per_character:.4f}" for one in found)],
+        ["bits per token", *(f"{one.sign} {one.per_token:.4f}" for one in found)],
+        ["bits in all", *(f"{one.sign} {one.total:.2f}" for one in found)],
+        ["characters", *(f"{len(one.reading.text):,}" for one in found)],
+        ["tokens", *(f"{len(one.bits):,}" for one in found)],
+        ["posterior samples", *("none" if one.exact else f"{samples:,}" for one in found)],
+    ]
+    print_table("score", rows, ["", *names])
+
+
+def _print_lines(names: Sequence[str], found: "Sequence[Scored]") -> None:
+    """A line for every token, with its bits under every model that reads the same tokens."""
+    groups = [range(len(found))]
+    if found[0].symbols != found[-1].symbols:
+        groups = [range(i, i + 1) for i in range(len(found))]
+    for group in groups:
+        symbols = found[group[0]].symbols or ()
+        bits = zip(*(found[i].bits.tolist() for i in group), strict=True)
+        sys.stdout.write("\t".join(["", *(names[i] for i in group)]) + "\n")
+        for symbol, row in zip(symbols, bits, strict=True):
+            sys.stdout.write("\t".join([symbol, *(f"{one:.3f}" for one in row)]) + "\n")
+
+
+def _print_colours(console: "Console", names: Sequence[str], found: "Sequence[Scored]") -> None:
+    """The text under every model, coloured by the bits of its tokens, and a legend."""
+    from rich.text import Text
+
+    for name, one in zip(names, found, strict=True):
+        console.print(Text(name, style="bold"), soft_wrap=True)
         line = Text()
-        for token in one["tokens"]:
-            style = next(style for below, style in LEVELS if token["bits"] < below)
-            # a space has no colour of its own
-            line.append(
-                token["text"],
-                f"{style} underline" if style and not token["text"].strip() else style,
-            )
+        for symbol, bits in zip(one.symbols or (), one.bits.tolist(), strict=True):
+            style = next(style for below, style in LEVELS if bits < below)
+            if style and not symbol.strip():
+                style += " underline"  # a space has no colour of its own
+            line.append(symbol, style)
         console.print(line)
     legend = Text("bits per token: ", style="dim")
     for below, style in LEVELS:
-        legend.append(
-            "more" if math.isinf(below) else f"below {below:g}", style=style or "default"
-        ).append("  ")
+        words = "more" if math.isinf(below) else f"below {below:g}"
+        legend.append(words, style=style or "default").append("  ")
     console.print(legend)

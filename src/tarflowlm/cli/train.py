@@ -146,7 +146,7 @@ def read_preset(name: str, argv: list[str]) -> Args:
 
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
-    from tarflowlm.cli.main import stop_on_signals
+    from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.progress import SILENT

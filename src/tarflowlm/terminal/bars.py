@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -24,44 +24,42 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-NUMBER = 14  # characters of the longest cell that is kept on one line
-FIRST, EVERY = (
-    3.0,
-    30.0,
-)  # seconds until the first line of a stage in a log file, and between its lines
-WIDE = (
-    120  # columns from which on a terminal shows the bar itself beside label, numbers and time left
-)
+NUMBER = 14
+"""Characters of the longest cell that is kept on one line."""
+FIRST, EVERY = 3.0, 30.0
+"""Seconds until the first line of a stage in a log file, and between its lines."""
+WIDE = 120
+"""Columns from which on a terminal shows a bar next to the numbers."""
 
 AnyBars = TypeVar("AnyBars", bound="Bars")
 
 
-def json_line(value: dict[str, Any]) -> str:
+def json_line(value: Mapping[str, object]) -> str:
     """One JSON object as a line; non-finite numbers become null, as strict parsers require."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, float) and not math.isfinite(item):
-            return None
-        if isinstance(item, dict):
-            return {key: plain(inner) for key, inner in item.items()}
-        return [plain(inner) for inner in item] if isinstance(item, (list, tuple)) else item
-
-    return json.dumps(plain(value), ensure_ascii=False) + "\n"
+    return json.dumps(_plain(value), ensure_ascii=False) + "\n"
 
 
-def print_json(value: dict[str, Any]) -> None:
+def _plain(item: object) -> object:
+    """A value with None instead of every number that is not finite."""
+    if isinstance(item, float) and not math.isfinite(item):
+        return None
+    if isinstance(item, dict):
+        return {key: _plain(inner) for key, inner in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [_plain(inner) for inner in item]
+    return item
+
+
+def print_json(value: Mapping[str, object]) -> None:
     """One JSON object on a line of its own (`json_line`)."""
     sys.stdout.write(json_line(value))
     sys.stdout.flush()
 
 
 def print_notice(text: str) -> None:
-    """A line on stderr beside the results. It is lost if stderr is closed or its disk is full: work
-    goes on.
-    """
-    with contextlib.suppress(OSError):
-        # not by a rich console: it exits on a broken pipe, and would write into the bar of another
-        # one
+    """A line on stderr. It is lost if stderr is closed or its disk is full: the work continues."""
+    # not by a rich console, which exits on a broken pipe and would write into the bar of another
+    with contextlib.suppress(OSError, AttributeError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
@@ -76,10 +74,13 @@ class NoticeHandler(logging.Handler):
 def print_table(
     title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")
 ) -> None:
-    """Names, and values under their headings in `columns` or without any. Where the width does not
-    suffice, names and longer texts wrap; numbers under headings stay whole.
+    """A table with a title: one row for each of `rows`, under the headings `columns` if they have any.
+
+    Where the width does not suffice, names and longer texts wrap; numbers under headings stay
+    whole.
     """
-    console, rows = Console(), list(rows)
+    console = Console()
+    rows = list(rows)
     # cells and titles are Text: names may contain what rich takes for markup
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(show_header=any(columns))
@@ -95,7 +96,7 @@ def print_table(
 
 
 def print_result(
-    as_json: bool, value: dict[str, Any], title: str, rows: Iterable[Sequence[str]]
+    as_json: bool, value: Mapping[str, object], title: str, rows: Iterable[Sequence[str]]
 ) -> None:
     """What a command has found, as JSON or as a table."""
     if as_json:
@@ -112,35 +113,38 @@ def minutes(seconds: float) -> str:
 
 def per_second(rate: float) -> str:
     """25/s, or 4.0 s each."""
-    return (
-        f"{rate:,.0f}/s"
-        if rate >= 10
-        else f"{rate:.1f}/s"
-        if rate >= 1
-        else f"{1 / rate:,.1f} s each"
-    )
+    if rate < 1:
+        return f"{1 / rate:,.1f} s each"
+    return f"{rate:.1f}/s" if rate < 10 else f"{rate:,.0f}/s"
+
+
+def counted(number: int, unit: str, units: str = "") -> str:
+    """1 sample, or 2 samples."""
+    return f"{number:,} {unit if number == 1 else units or f'{unit}s'}"
 
 
 class _Numbers(ProgressColumn):
-    """`512 of 2,090 (24 %), 25/s`; the task's own `count` and `details` in place of these where
-    they are set.
-    """
+    """`512 of 2,090 (24 %), 25/s`, or the task's own `count` and `details` where they are set."""
 
     def render(self, task: Task) -> Text:
-        count = task.fields["count"] or f"{task.completed:,.0f}" + (
-            f" of {task.total:,.0f}" if task.total else ""
-        )
-        share = f" ({int(task.percentage)} %)" if task.total else ""
-        details = task.fields["details"] or (per_second(task.speed) if task.speed else "")
-        return Text(", ".join(filter(None, [count + share, details])))
+        count = task.fields["count"]
+        if not count:
+            count = f"{task.completed:,.0f}"
+            if task.total:
+                count += f" of {task.total:,.0f}"
+        if task.total:
+            count += f" ({int(task.percentage)} %)"
+        details = task.fields["details"]
+        if not details and task.speed:
+            details = per_second(task.speed)
+        return Text(f"{count}, {details}" if details else count)
 
 
 class Bars:
-    """The `Progress` of the command line: one stage of work after the other. Use it as a context,
-    or `close` it.
-    """
+    """The `Progress` of the command line, one stage of work after the other, as a context."""
 
-    keep = False  # whether the bars stay on the screen when their work is done
+    keep = False
+    """Whether the bars stay on the screen when their work is done."""
 
     def __init__(
         self,
@@ -150,20 +154,24 @@ class Bars:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console, self.clock = console or Console(stderr=True), clock
+        self.console = console or Console(stderr=True)
+        self.clock = clock
         # FORCE_COLOR makes rich take a pipe for a terminal
         self.is_live = self.console.is_interactive and self.console.file.isatty()
         self.is_wide = not self.is_live or self.console.width >= WIDE
         bar = [BarColumn(bar_width=20, table_column=Column(no_wrap=True))] if self.is_wide else []
         self._numbers = _Numbers()
         left = TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True))
-        columns = (TextColumn("{task.description}", markup=False), *bar, self._numbers, left)
-        how: dict[str, Any] = {
-            "get_time": clock,
-            "transient": not self.keep,
-            "disable": not self.is_live,
-        }
-        self.progress = Progress(*columns, console=self.console, **how)
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            *bar,
+            self._numbers,
+            left,
+            console=self.console,
+            get_time=clock,
+            transient=not self.keep,
+            disable=not self.is_live,
+        )
         self._task: TaskID | None = None
         if stage:
             self.stage(stage, total)
@@ -175,8 +183,9 @@ class Bars:
         self.close()
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part called `name`. Nothing is shown yet: an error at its start prints its line
-        alone.
+        """Begin a part called `name`.
+
+        Nothing is shown yet: an error at its start prints its line alone.
         """
         if self._task is not None and self.keep:
             # a stage of training may end early
@@ -187,21 +196,28 @@ class Bars:
         self._due = self.clock() + FIRST
 
     def advance(self, count: int = 1) -> None:
-        self.update(advance=count)
-
-    def update(self, **fields: Any) -> None:
-        """Change the current part: what `rich.progress.Progress.update` takes."""
+        """`count` more units of the current stage are done."""
         assert self._task is not None
-        self.progress.update(self._task, **fields)
+        self.progress.advance(self._task, count)
+        self._show()
+
+    def describe(self, count: str, details: str) -> None:
+        """Show these words instead of the numbers of the current stage."""
+        assert self._task is not None
+        self.progress.update(self._task, count=count, details=details)
+        self._show()
+
+    def _show(self) -> None:
+        """Draw the bar, or write a line to a log file when one is due."""
         self.progress.start()
         task = self.progress.tasks[-1]
         if self.is_live or self.clock() < self._due or task.finished:
             return
         self._due = self.clock() + EVERY
-        left = (
-            "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
-        )
-        print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
+        line = f"{task.description}: {self._numbers.render(task)}"
+        if task.time_remaining is not None:
+            line += f", {minutes(float(task.time_remaining))} left"
+        print_notice(line)
 
     def close(self) -> None:
         """Take the bar away. A later stage shows another one."""
@@ -209,14 +225,12 @@ class Bars:
 
 
 class ProgressReporter(Bars):
-    """Every part of a run with its share done, bits per character, tokens per second and the time
-    left.
-    """
+    """Every part of a training run: share done, bits per character, speed and the time left."""
 
     keep = True
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part of the run; the numbers of the part before are not its own."""
+        """Begin a part of the run, without the numbers of the part before."""
         self._shown: dict[str, str] = {}
         super().stage(name, total, done)
 
@@ -228,4 +242,4 @@ class ProgressReporter(Bars):
                 self._shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
             self._shown["valid"] = f"valid {record['bpc']:.3f}"
-        self.update(count=f"step {record['step']:,}", details=", ".join(self._shown.values()))
+        self.describe(f"step {record['step']:,}", ", ".join(self._shown.values()))

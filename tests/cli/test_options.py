@@ -1,0 +1,44 @@
+"""The options of every command. A new one is a decision: it is added here on purpose."""
+
+from dataclasses import fields
+
+import pytest
+
+from tarflowlm.cli import train
+from tarflowlm.cli.main import COMMANDS, command_module
+
+OPTIONS = {
+    "quickstart": "device json minutes out seed",
+    "data": "empty json out source tokenizer",
+    "train": "blocks checkpoint-every data device json minutes out run steps",
+    "eval": "data decoder device directory json judge latents length model normalize num quality samples seed split stride temperature top-k top-p windows",
+    "score": "baseline device directory file json model normalize samples seed text",
+    "sample": "blank decoder device directory interactive json length model normalize num out particles passes prompt prompts seed states stop stream temperature template top-k top-p",
+    "info": "directory json",
+    "runs": "directories json",
+    "edit": "candidates decoder device directory everywhere json level model normalize num pick replace rewrite seed strength temperature text toward weight words",
+    "report": "device directories json out",
+    "studio": "device host models no-browser port",
+    "export": "directory half json out",
+    "push": "directory dry-run half json licence out private repository space",
+    "harness": "directory json noise-seed normalize posterior-samples",
+}
+"""Names of the fields of `Args`: words without dashes, options, and configurations."""
+TUNING = "data device from json lr minutes out seed steps"
+RESUMING = "device json resume"
+
+
+def names_of(args: type) -> set[str]:
+    """The options of a dataclass, as they are typed."""
+    return {"from" if one.name == "source" else one.name.replace("_", "-") for one in fields(args)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_do_not_grow_by_themselves(command):
+    found = {one.name.replace("_", "-") for one in fields(command_module(command).Args)}
+    assert found == set(OPTIONS[command].split())
+
+
+def test_options_of_tuning_and_resuming_do_not_grow_by_themselves():
+    assert names_of(train.TuneArgs) == set(TUNING.split())
+    assert names_of(train.ResumeArgs) == set(RESUMING.split())

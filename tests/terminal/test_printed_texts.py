@@ -1,0 +1,18 @@
+"""Texts on a terminal."""
+
+import torch
+
+from tarflowlm.data.tokenizer import ByteTokenizer
+from tarflowlm.generation import Generation
+from tarflowlm.terminal.texts import print_samples
+from tarflowlm.texts import Written
+
+
+def test_a_sample_gives_the_terminal_no_commands(capsys):
+    tokens = torch.tensor([list(b"a\x1b[2Jb\rc\nd")])
+    tokenizer = ByteTokenizer()
+    texts = [tokenizer.decode(tokens[0].tolist())]
+    print_samples(Written(range(1), texts, Generation(tokens)), tokenizer)
+    shown = capsys.readouterr().out
+    assert "a\ufffd[2Jb\ufffdc" in shown
+    assert "\x1b" not in shown
