@@ -172,8 +172,7 @@ def test_eval_says_that_the_text_has_changed(run, run_json, corpus_file, tmp_pat
 def test_modules_of_one_s_own_are_imported(run_json, refused, corpus_file, tmp_path, monkeypatch):
     (tmp_path / "my_bends.py").write_text(
         "import tarflowlm\nfrom tarflowlm.flow.channelwise import AffineCoupling\n"
-        "@tarflowlm.coupling('bent')\nclass Bent(AffineCoupling):\n"
-        "    def __init__(self, *, components, **shape):\n        super().__init__(**shape)\n",
+        "@tarflowlm.coupling('bent')\nclass Bent(AffineCoupling):\n    pass\n",
         encoding="utf-8",
     )
     monkeypatch.chdir(tmp_path)
