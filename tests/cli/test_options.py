@@ -16,7 +16,7 @@ OPTIONS = {
     "sample": "blank decoder device directory interactive json length model normalize num out particles passes prompt prompts seed states stop stream temperature template top-k top-p",
     "info": "directory json",
     "runs": "directories json",
-    "edit": "candidates decoder device directory everywhere json level model normalize num pick replace rewrite seed strength temperature text toward weight words",
+    "edit": "around candidates counterfactual decoder device directory everywhere json level model normalize num pick replace rewrite seed strength temperature text toward weight words",
     "report": "device directories json out",
     "studio": "device host models no-browser port",
     "export": "directory half json out",
