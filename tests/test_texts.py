@@ -58,18 +58,6 @@ CASES = {
         Edit(text=TEXT, rewrite=("the",), everywhere=True, candidates=8),
         lambda lm: lm.edit(TEXT, rewrite="the", everywhere=True, candidates=8),
     ),
-    "everywhere": (
-        Edit(text=TEXT, rewrite=("the",), everywhere=True, candidates=8),
-        lambda lm: lm.edit(TEXT, rewrite="the", everywhere=True, candidates=8),
-    ),
-    "replace": (
-        Edit(text=TEXT, replace=("King", "Queen"), num=2),
-        lambda lm: lm.edit(TEXT, replace=("King", "Queen"), num=2),
-    ),
-    "counterfactual": (
-        Edit(text=TEXT, counterfactual=("King", "Lord"), seed=3),
-        lambda lm: lm.edit(TEXT, counterfactual=("King", "Lord"), seed=3),
-    ),
     "toward": (
         Edit(text=TEXT, toward="A Lord of the sea found two ships in the water", seed=2),
         lambda lm: lm.edit(TEXT, toward="A Lord of the sea found two ships in the water", seed=2),
