@@ -93,7 +93,8 @@ def test_a_new_codebook_decodes_what_it_encodes(vocab_size, dim):
 
 @pytest.mark.parametrize(("num", "dim"), [(2, 1), (27, 1), (27, 5), (27, 16), (500, 16), (5000, 4)])
 def test_means_are_centred_and_of_unit_variance(num, dim):
-    means = spread_means(num, dim, torch.Generator().manual_seed(0)).double()
+    with seeded(0):
+        means = spread_means(num, dim).double()
     assert means.shape == (num, dim)
     torch.testing.assert_close(
         means.mean(0), torch.zeros(dim, dtype=torch.float64), atol=1e-5, rtol=0
@@ -108,8 +109,8 @@ def test_means_are_further_apart_than_random_points(num, dim):
     def nearest(points):
         return torch.cdist(points, points).fill_diagonal_(math.inf).min().item()
 
-    random = torch.randn(num, dim, generator=torch.Generator().manual_seed(0))
-    assert nearest(spread_means(num, dim, torch.Generator().manual_seed(0))) > 2 * nearest(random)
+    with seeded(0):
+        assert nearest(spread_means(num, dim)) > 2 * nearest(torch.randn(num, dim))
 
 
 def test_sigma_starts_at_the_stated_share_of_the_distance_between_neighbours():

@@ -267,5 +267,5 @@ class RunConfig(Config):
         return self.model.num_blocks if self.train.mode == "progressive" else 1
 
     def model_of_stage(self, stage: int) -> FlowConfig | BaselineConfig:
-        """The model of stage `stage` (0-based): in progressive training, the blocks up to its own."""
+        """The model of a stage (0-based): in progressive training, the blocks up to its own."""
         return self.model.first_blocks(stage + 1) if self.num_stages > 1 else self.model

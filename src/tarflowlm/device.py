@@ -41,7 +41,7 @@ def numerics_problem(device: torch.device) -> str | None:
     """What a small test of the mixture maps finds wrong on `device`, in a line, or None.
 
     Noise of up to 8 standard deviations goes through the inverses and back, and densities are
-    compared with those of float64 on the CPU. Devices differ in what they implement, and in how
+    compared with float64 on the CPU. Devices differ in what they implement, and in how
     exact it is.
     """
     from tarflowlm.flow import numerics

@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's global CPU generator starts from `seed`, and is then restored."""
+    """A context in which PyTorch's global CPU generator starts from `seed`; then it is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows, trained by the ELBO."""
+"""TarFlowLM: a Gaussian codebook and a prior of autoregressive flows, trained by the ELBO."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

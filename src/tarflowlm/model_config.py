@@ -409,7 +409,7 @@ class FlowConfig(LanguageModelConfig):
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
         return replace(self, blocks=self.blocks[:num_blocks])
 
-    def each_block(self, **fields: object) -> "FlowConfig":
+    def each_block(self, **fields: Any) -> "FlowConfig":
         """The same configuration with these fields of `BlockConfig` set in every block."""
         return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
 

@@ -50,7 +50,7 @@ def elbo(
 def conditional_bound(
     model: LanguageModel, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
 ) -> Float[Tensor, " B"]:
-    r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound on it of a flow; in nats.
+    r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound of a flow; in nats.
 
     x_<= are the first `given` tokens, x_> the others, z_<= and z_> their latents. A flow of one
     left-to-right block has a known p(z_> | z_<=) = p(z_<=, z_>) / p(z_<=), and by Jensen's
@@ -88,8 +88,8 @@ def log_importance_weights(
 ) -> Float[Tensor, "S B"]:
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
-    With `given` > 0 the weights are those of the tokens after the first `given`, conditional on
-    these. The baseline gives one row, its exact log p(x). UserError for `samples` < 1, and as in
+    With `given` > 0 they weigh the tokens after the first `given`, conditional on these. The
+    baseline gives one row, its exact log p(x). UserError for `samples` < 1, and as in
     `conditional_bound`.
     """
     samples = as_integer(samples, "samples", least=1)

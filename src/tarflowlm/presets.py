@@ -66,7 +66,7 @@ def quickstart() -> RunConfig:
 
 
 def english_small() -> RunConfig:
-    """Writes readable English with punctuation: two hours of the built-in corpus on two CPU cores."""
+    """Writes readable English with punctuation: two hours on two CPU cores, built-in corpus."""
     blocks = stack(("mixd", "mix1", "mix1"), (6, 1, 1), (0, 2, 2))
     model = FlowConfig(
         context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True

@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in at least float32: bfloat16 and float16 are converted, float32 and float64 returned as
-    they are.
-    """
+    """x in at least float32: bfloat16 and float16 are converted, others returned as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -22,7 +20,5 @@ def wide_dtype(like: Tensor) -> torch.dtype:
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context that turns autocast off on the device of `like`; meta tensors have none and follow
-    the CPU's.
-    """
+    """A context that turns autocast off on the device of `like`; for meta tensors, on the CPU."""
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from tarflowlm.flow import numerics, wide_dtype
 
 
-def spread_means(num_components: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+def spread_means(num_components: int, dim: int) -> Tensor:
     """K well separated points in R^d, with zero mean and unit variance per channel: [K, d].
 
     Farthest-point selection from 8 K Gaussian candidates. It costs K^2; above K = 4,096 the points
     are K Gaussian draws, which in d >= 16 are far apart already.
     """
     if num_components > 4096:
-        points = torch.randn(num_components, dim, generator=generator)
+        points = torch.randn(num_components, dim)
     else:
-        candidates = torch.randn(8 * num_components, dim, generator=generator)
+        candidates = torch.randn(8 * num_components, dim)
         if candidates.is_meta:
             return candidates[:num_components]
         chosen = [0]
@@ -35,7 +35,7 @@ def spread_means(num_components: int, dim: int, generator: torch.Generator | Non
 
 
 def typical_neighbour_distance(points: Tensor) -> float:
-    """Median distance from a point to its nearest neighbour, over the first 1,024 `points` [K, d]."""
+    """Median distance to the nearest neighbour, of the first 1,024 of the `points` [K, d]."""
     if len(points) < 2 or points.is_meta:
         return 2.0
     sample = points[:1024]
@@ -54,7 +54,7 @@ class Codebook(nn.Module):
 
     Start: the means are far apart, with unit variance per channel, the scale of the base. sigma is
     the typical distance between neighbouring means over `separation`. At the default of 12 almost
-    every sample decodes to its token, so the bound starts near log V nats per token, that of a
+    every sample decodes to its token, so the bound starts near log V nats per token, as for a
     uniform language model.
 
     Example:
@@ -68,16 +68,9 @@ class Codebook(nn.Module):
         [1.0, 1.0, 1.0]
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        dim: int,
-        *,
-        separation: float = 12.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, vocab_size: int, dim: int, *, separation: float = 12.0) -> None:
         super().__init__()
-        mean = spread_means(vocab_size, dim, generator)
+        mean = spread_means(vocab_size, dim)
         log_std = math.log(typical_neighbour_distance(mean) / separation)
         self.mean = nn.Parameter(mean)
         self.log_std = nn.Parameter(torch.full((vocab_size,), log_std))

@@ -65,15 +65,13 @@ class AutoregressiveHead(nn.Module):
         output_g += shared c + sum_{j<g} evidence_gj z_j    (first output, with linear paths)
 
     This is eq. 10 of docs/math.md. c [D] are the features of the position, z_g [C/G] the value of
-    group g. Group g sees c and the groups j < g of its own position, nothing else. Groups of one
+    group g, which sees c and the groups j < g of its own position, nothing else. Groups of one
     channel serve Affine and Mix-1, groups of d channels token-affine and, inside a patch, Mix-d.
 
-    Without linear paths, and with a bias in the embeddings, it is the paper's head (appendix H,
-    after Lippe & Gavves 2021): there, too, only `cross` connects the groups.
-
-    The linear paths help because evidence for a component is additive in log-weights: with equal
-    scales the Bayes update of eq. 9 is linear in z_j, which a small MLP learns slowly. `shared` is
-    the same for all groups, like the head of a language model. Both start at zero.
+    Paper: appendix H, after Lippe & Gavves 2021, without linear paths and with a bias in the
+    embeddings. There, too, only `cross` connects the groups. Linear paths help because evidence for
+    a component is additive in log-weights (with equal scales the Bayes update of eq. 9 is linear in
+    z_j), which a small MLP learns slowly. Both start at zero.
 
     `outputs` lists the width O of each output tensor; each is returned as a contiguous tensor of
     its own. The first takes the linear paths: log-weights, or means in Affine. The buffer `scale`
@@ -253,7 +251,7 @@ class TokenFeatures(nn.Module):
     def forward(
         self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]
     ) -> Float[Tensor, "B N P D"]:
-        """Features of all tokens in parallel, from those of the positions and the latents z."""
+        """Features of all tokens at once, from the features of the positions and the latents z."""
         B, N, D = features.shape
         if self.place is None:
             return features[:, :, None]

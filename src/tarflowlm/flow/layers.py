@@ -21,7 +21,7 @@ class Bijection(nn.Module):
 
     @abstractmethod
     def forward(self, z: Float[Tensor, "B _ _"]) -> tuple[Tensor, Float[Tensor, "B N"]]:
-        """Noise u [B, N, C], in parallel over positions, and log|det du/dz| by position, in nats."""
+        """Noise u [B, N, C], and log|det du/dz| by position, in nats; all positions at once."""
 
     @abstractmethod
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B _ _"]:

@@ -115,9 +115,9 @@ class FlowBlock(Bijection):
         return self.order.inverse(u), self.order.positions(log_det)
 
     def log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
-        """log p(z_n | positions before n in the block's order), in nats, with this block as the last.
+        """log p(z_n | positions before n in the block's order), in nats.
 
-        Cheaper than `forward`, since it needs no noise.
+        Here the block is the last one. Cheaper than `forward`, since it needs no noise.
         """
         h, _ = self.order(z)
         return self.order.positions(self.coupling.log_prob(h, self.features(h)))
@@ -125,7 +125,7 @@ class FlowBlock(Bijection):
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features c_n of the next position, from the latents [B, C] before it (None at the start)."""
+        """Features c_n of the next position, from the latents [B, C] before it (or None)."""
         x = self.start.expand(batch, -1) if previous is None else self._inputs(previous)
         return cache.extend(x[:, None])[:, 0]
 
@@ -233,7 +233,7 @@ class Prior(nn.Module):
         return self.descend(u, lambda index, h: self.block(index).inverse(h))[-1]
 
     def log_prob(self, z: Float[Tensor, "B T d"], *, above: int = 0) -> Float[Tensor, " B"]:
-        """log p(z), in nats; with `above` log p of z as the state h^(above) under the blocks above."""
+        """log p(z), in nats; with `above` of z as the state h^(above) under the blocks above it."""
         first, *rest = (part.sum(-1) for part in self.log_prob_parts(z, above=above))
         return sum(rest, start=first)
 

@@ -207,7 +207,7 @@ class KVCache:
         self.length = length
 
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
-        """Replace the positions of every row b by those of row rows[b] of `source`, in place."""
+        """Replace every row b, in place, by row rows[b] of `source`."""
         self.length = source.length
         window = self.before + self.length
         self.inputs[:, :window] = source.inputs[rows, :window]
