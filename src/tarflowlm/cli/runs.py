@@ -61,16 +61,89 @@ def run(args: Args) -> None:
     if all((row.preset or "") in row.name for row in rows):
         titles.remove("preset")
     # bits per character compare within a text only
-    for source, group in groupby(rows, lambda row: row.source):
-        if source is None:
+    for source, group in groupby(rows, _source_of):
+        if source:
+            _print(source, titles, [*group])
+        else:
             for row in group:
                 sys.stdout.write(f"{row.name}: {row.state}\n")
-        else:
-            _print(source, titles, [*group])
     if any(row.best for row in rows):
         print_notice("* the fewest bits per character on its text")
     if any(row.split == "valid" for row in rows):
         print_notice("v: the best validation so far, over fewer windows than a test")
+
+
+def _find(directories: Sequence[Path]) -> dict[str, Path]:
+    """Name -> run directory; models that were exported from runs are left out."""
+    from tarflowlm.views.records import DEPTH, find_runs, is_export
+
+    found: dict[str, Path] = {}
+    for folder in directories:
+        below = [path for path in find_runs(folder) if not is_export(path)]
+        if not below:
+            remedy = "give a directory made by `tarflowlm train`"
+            raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
+        for path in below:
+            name = folder.resolve().name if path == folder else str(path.relative_to(folder))
+            found[str(path) if name in found else name] = path
+    return found
+
+
+def _row(name: str, directory: Path) -> Row:
+    from tarflowlm.views.records import read_record
+
+    row = Row(name, str(directory))
+    try:
+        record = read_record(directory)
+    except (UserError, OSError) as error:
+        reason = first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
+        return replace(row, state=reason)
+    row = replace(
+        row,
+        preset=record.run.name,
+        source=record.run.data.source,
+        bound=record.bound,
+        tokens=int(record.train["tokens"][-1]),
+        seconds=float(record.train["seconds"][-1]),
+        state=record.status,
+    )
+    if len(bpc := record.valid["bpc"]):
+        best = int(bpc.argmin())
+        step = int(record.valid["step"][best])
+        row = replace(row, bpc=float(bpc[best]), split="valid", best_step=step)
+    done = record.summary
+    if done is not None:
+        row = replace(
+            row,
+            bpc=done["test"]["bpc"],
+            split="test",
+            tokens=done["tokens"],
+            seconds=done["seconds"],
+        )
+    return row
+
+
+def _source_of(row: Row) -> str:
+    return row.source or ""
+
+
+def _sorted(rows: list[Row]) -> list[Row]:
+    """Text by text and by bits per character, the best of every text marked; broken runs last."""
+
+    def place(row: Row) -> tuple[bool, str, float, str]:
+        bits = math.inf if row.bpc is None else row.bpc
+        return row.source is None, _source_of(row), bits, row.name
+
+    found: list[Row] = []
+    for _, group in groupby(sorted(rows, key=place), _source_of):
+        same = [*group]
+        known = [row for row in same if row.bpc is not None]
+        # a test says more than a validation, where there is one
+        finished = [row for row in known if row.split == "test"] or known
+        if len(known) > 1:
+            same = [replace(row, best=row is finished[0]) for row in same]
+        found += same
+    return found
 
 
 def _print(source: str, titles: Sequence[str], rows: Sequence[Row]) -> None:
@@ -108,71 +181,3 @@ def _cells(row: Row) -> dict[str, str]:
         "time": "" if row.seconds is None else minutes(row.seconds),
         "state": row.state,
     }
-
-
-def _find(directories: Sequence[Path]) -> dict[str, Path]:
-    """Name -> run directory."""
-    from tarflowlm.views.records import DEPTH, find_runs
-
-    found: dict[str, Path] = {}
-    for folder in directories:
-        below = find_runs(folder)
-        if not below:
-            remedy = "give a directory made by `tarflowlm train`"
-            raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
-        for path in below:
-            name = folder.resolve().name if path == folder else str(path.relative_to(folder))
-            found[str(path) if name in found else name] = path
-    return found
-
-
-def _row(name: str, directory: Path) -> Row:
-    from tarflowlm.views.records import read_record
-
-    row = Row(name, str(directory))
-    try:
-        record = read_record(directory)
-    except (UserError, OSError) as error:
-        reason = first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
-        return replace(row, state=reason)
-    row = replace(
-        row,
-        preset=record.run.name,
-        source=record.run.data.source,
-        bound="exact" if record.is_exact else "elbo",
-        state=record.status,
-    )
-    if record.has_log:
-        row = replace(row, tokens=record.last_token, seconds=float(record.train["seconds"][-1]))
-    if len(bpc := record.valid["bpc"]):
-        best = int(bpc.argmin())
-        step = int(record.valid["step"][best])
-        row = replace(row, bpc=float(bpc[best]), split="valid", best_step=step)
-    if (done := record.summary) is not None:
-        row = replace(
-            row,
-            bpc=float(done["test"]["bpc"]),
-            split="test",
-            tokens=done.get("tokens", row.tokens),
-            seconds=done.get("seconds", row.seconds),
-        )
-    return row
-
-
-def _sorted(rows: list[Row]) -> list[Row]:
-    """Text by text and by bits per character, the best of every text marked; broken runs last."""
-
-    def place(row: Row) -> tuple[bool, str, float, str]:
-        bits = math.inf if row.bpc is None else row.bpc
-        return row.source is None, row.source or "", bits, row.name
-
-    found: list[Row] = []
-    for _, group in groupby(sorted(rows, key=place), lambda row: row.source):
-        same = [*group]
-        known = [row for row in same if row.bpc is not None]
-        # a test says more than a validation, where there is one
-        finished = [row for row in known if row.split == "test"] or known
-        if len(known) > 1:
-            same = [replace(row, best=row is finished[0]) for row in same]
-        found += same
-    return found

@@ -15,7 +15,7 @@ from tarflowlm.training.metrics import METRICS
 from tarflowlm.views.curves import AXES, draw_bits
 from tarflowlm.views.records import read_record
 from tarflowlm.views.style import render
-from tarflowlm.views.tables import runs_table, summary_of
+from tarflowlm.views.tables import summary_table
 
 MOST = 12  # runs in one figure
 
@@ -65,6 +65,9 @@ def _view(wanted: tuple[Wanted, ...], axis: str) -> str:
         return problems
     draw = partial(draw_bits, records=records, over=[axis])
     figure = render(draw, None, width=4.2, height=3.0 + 0.18 * len(records), name="runs")
-    note = muted("Bits per character. Flows have an upper bound (≤).")
-    table = runs_table(records, [*map(summary_of, records)])
-    return problems + card(f'<div class="st-figure">{figure}</div>', note) + card(table)
+    note = muted("Faint: training batches; with markers: validation. Flows have upper bounds (≤).")
+    return (
+        problems
+        + card(f'<div class="st-figure">{figure}</div>', note)
+        + card(summary_table(records))
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tarflowlm.evaluation.blocks import StateReport
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.views.page import table_html
-from tarflowlm.views.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure
+from tarflowlm.views.style import COLOURS, INK, MUTED, Axes, Figure
 
 
 def terms(states: Sequence[StateReport]) -> list[tuple[str, float]]:
@@ -41,64 +41,43 @@ def terms_table(states: Sequence[StateReport], tokens_per_character: float) -> s
 
 def draw_blocks(figure: Figure, states: Sequence[StateReport], tokens_per_character: float) -> None:
     """A waterfall of the terms, down to the bound, then the gain of every block."""
-    blocks = len(states) - 1
-    upper, lower = figure.subplots(2, height_ratios=(blocks + 4.0, 1.2 * blocks + 1))
-    _waterfall(upper, states)
-    _gains(lower, states, bits(tokens_per_character))
-    for axes in (upper, lower):
-        axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.grid(axis="y", visible=False)
-
-
-def _waterfall(axes: Axes, states: Sequence[StateReport]) -> None:
     rows = terms(states)
-    position = 0.0
-    shown = []
-    for row, (_, value) in enumerate(rows):
-        axes.barh(row, value, left=position, height=0.62, color=_colour(value))
-        position += value
-        axes.plot([position, position], [row - 0.31, row + 1.31], color=MUTED, linewidth=0.7)
-        shown.append(signed(value))
-    axes.barh(len(rows), position, height=0.62, color=INK)
-    shown.append(f"≤ {position:.4f}")
-    for row, text in enumerate(shown):
-        axes.annotate(
-            text,
-            (1, row),
-            xycoords=("axes fraction", "data"),
-            xytext=(50, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            annotation_clip=False,
-        )
-    axes.set_yticks(range(len(rows) + 1), [*(name for name, _ in rows), "bound"])
-    axes.set_ylim(len(rows) + 0.6, -0.6)
-    axes.use_sticky_edges = False
-    axes.margins(x=0.03)
-    axes.set_title("terms of the bound, nats per token")
-
-
-def _gains(axes: Axes, states: Sequence[StateReport], to_bpc: float) -> None:
     gains = [state.kl_gain.mean for state in states if state.kl_gain is not None]
-    room = max([*map(abs, gains), 1e-9])
-    for row, gain in enumerate(gains):
-        axes.barh(row, gain, height=0.62, color=_colour(gain))
-        is_inside = gain > 0.6 * room  # the text is in its bar if that is long enough
-        axes.annotate(
-            f"{signed(gain)} nats\n{signed(to_bpc * gain)} bits per character",
-            (gain if is_inside else max(gain, 0), row),
-            xytext=(-4 if is_inside else 4, 0),
-            textcoords="offset points",
-            ha="right" if is_inside else "left",
-            va="center",
-            fontsize=SMALL,
-            color=PAPER if is_inside else INK,
+    upper, lower = figure.subplots(2, height_ratios=(len(rows) + 1, 1.2 * len(gains) + 1))
+    upper.set_title("terms of the bound, nats per token")
+    position = 0.0
+    for row, (_, value) in enumerate(rows):
+        upper.barh(row, value, left=position, height=BAR, color=_colour(value))
+        position += value
+        upper.plot(
+            [position, position], [row - BAR / 2, row + 1 + BAR / 2], color=MUTED, linewidth=0.7
         )
-    axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
-    axes.set_ylim(len(gains) - 0.4, -0.6)
-    axes.set_xlim(min(0.0, *gains) - 0.02 * room, 1.05 * room)
-    axes.set_title("gain of each block, nats per token")
+    upper.barh(len(rows), position, height=BAR, color=INK)
+    names = [*(name for name, _ in rows), "bound"]
+    _name_rows(upper, names, [*(signed(value) for _, value in rows), f"≤ {position:.4f}"])
+
+    lower.set_title("gain of each block, nats per token, and bits per character")
+    lower.barh(range(len(gains)), gains, height=BAR, color=[_colour(gain) for gain in gains])
+    to_bpc = bits(tokens_per_character)
+    values = [f"{signed(gain)}\n{signed(to_bpc * gain)} bits" for gain in gains]
+    _name_rows(lower, [f"block {block}" for block in range(1, len(gains) + 1)], values)
+
+
+BAR = 0.62  # height of a bar, where rows are 1 apart
+
+
+def _name_rows(axes: Axes, names: Sequence[str], values: Sequence[str]) -> None:
+    """Rows of bars from the top: their names on the left, their values on the right."""
+    rows = range(len(names))
+    axes.set_yticks(rows, names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.margins(x=0.03)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(rows, values)
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
 
 
 def _colour(value: float) -> str:

@@ -62,47 +62,35 @@ def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
 
 def draw_codes(figure: Figure, codes: Codes) -> None:
     """The projection, with discs of radius sigma around the codes that are named."""
-    from matplotlib.collections import EllipseCollection
+    from matplotlib.patches import Circle
 
     axes = figure.subplots()
-    shown = codes.named
-    rest = np.setdiff1d(np.arange(len(codes.points)), shown)
+    rest = np.setdiff1d(np.arange(len(codes.points)), codes.named)
     x, y = codes.points.T
     axes.scatter(x[rest], y[rest], s=4, color=MUTED, alpha=0.5, linewidths=0, rasterized=True)
     title = f"{codes.noun}, {len(codes.symbols):,} symbols"
     if codes.std is not None:
         title += ", discs of one σ"
-        radius = codes.std[shown]
-        discs = EllipseCollection(
-            2 * radius,
-            2 * radius,
-            np.zeros(len(shown)),
-            units="xy",
-            offsets=codes.points[shown],
-            offset_transform=axes.transData,
-            color=COLOURS[0],
-            alpha=0.14,
-            linewidths=0.8,
-        )
-        axes.add_collection(discs)
-        for side in (-1, 1):
-            axes.update_datalim(codes.points[shown] + side * radius[:, None])
-    axes.margins(0.04)
-    axes.autoscale_view()
-    axes.set_aspect("equal", adjustable="datalim")
-    first, second = (
-        f"principal component ({100 * x:.0f} % of the variance)" for x in codes.explained
-    )
-    axes.set_xlabel(f"first {first}")
-    axes.set_ylabel(f"second {second}")
-    for code in shown[::-1]:  # the most frequent on top
+    for code in codes.named[::-1]:  # the most frequent on top
+        place = (x[code], y[code])
+        if codes.std is not None:
+            disc = Circle(place, codes.std[code], color=COLOURS[0], alpha=0.14, linewidth=0.8)
+            axes.add_patch(disc)
         axes.text(
-            x[code],
-            y[code],
+            *place,
             literal(codes.symbols[code]),
             fontsize=SMALL - 1 if len(rest) else 11,
             ha="center",
             va="center",
             clip_on=True,
         )
+    axes.update_datalim(codes.points)
+    axes.margins(0.04)
+    axes.autoscale_view()
+    axes.set_aspect("equal", adjustable="datalim")
+    first, second = (
+        f"principal component ({100 * share:.0f} % of the variance)" for share in codes.explained
+    )
+    axes.set_xlabel(f"first {first}")
+    axes.set_ylabel(f"second {second}")
     axes.set_title(title)

@@ -6,22 +6,19 @@ import numpy as np
 
 from tarflowlm.views.records import RunRecord
 from tarflowlm.views.style import (
+    COLOURS,
+    DASHES,
     MUTED,
     PAPER,
     SMALL,
     Axes,
     Figure,
-    dashes_of,
     literal,
     log_scale,
 )
 
 AXES = ("tokens", "seconds")
 """What curves can be drawn over."""
-THIN = 0.7  # line width of training batches
-FAINT = 0.45  # their opacity
-MARKER = 3.5  # size of the marks at validations
-STAGE_DASHES = (0, (2, 2))
 
 
 def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] = AXES) -> None:
@@ -32,70 +29,45 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
     panels = figure.subplots(len(over), sharey=True, squeeze=False)[:, 0]
     for axes, column in zip(panels, over, strict=True):
         for index, run in enumerate(records):
+            colour = f"C{index}"
+            dashes = DASHES[index // len(COLOURS) % len(DASHES)]
             axes.plot(
                 run.train[column],
                 run.train["bpc"],
-                color=f"C{index}",
-                linestyle=dashes_of(index),
-                linewidth=THIN,
-                alpha=FAINT,
+                color=colour,
+                linestyle=dashes,
+                linewidth=0.7,
+                alpha=0.45,
             )
             axes.plot(
                 run.valid[column],
                 run.valid["bpc"],
-                color=f"C{index}",
-                linestyle=dashes_of(index),
+                color=colour,
+                linestyle=dashes,
                 marker="o",
-                markersize=MARKER,
+                markersize=3.5,
+                label=_label(run),
             )
         axes.set_ylabel("bits per character")
         _count_on_x(axes, records, column)
     _limit_bits(panels[0], records)
-    _explain(figure, records)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=SMALL, frameon=False, loc="outside lower center")
 
 
-def _explain(figure: Figure, records: Sequence[RunRecord]) -> None:
-    """A legend below all panels: the runs, kinds of lines, and the mark of a stage."""
-    from matplotlib.lines import Line2D
-
-    lines = []
-    for index, run in enumerate(records):
-        last = (run.valid["bpc"] if len(run.valid["bpc"]) else run.train["bpc"])[-1]
-        name = f"{literal(run.name)} {'=' if run.is_exact else '≤'} {last:.3f}"
-        lines.append(
-            Line2D([], [], color=f"C{index}", linestyle=dashes_of(index), label=name),
-        )
-    lines += [
-        Line2D([], [], color=MUTED, linewidth=THIN, alpha=FAINT, label="training batches"),
-        Line2D([], [], color=MUTED, marker="o", markersize=MARKER, label="validation windows"),
-    ]
-    if any(run.stage_starts for run in records):
-        lines.append(
-            Line2D(
-                [], [], color=MUTED, linewidth=0.8, linestyle=STAGE_DASHES, label="a stage begins"
-            )
-        )
-    # a character is about half as wide as the font is high, a sample of a line as wide as eight
-    longest = max(len(str(line.get_label())) for line in lines)
-    columns = int(72 * figure.get_figwidth() // (0.62 * SMALL * (longest + 8)))
-    figure.legend(
-        handles=lines,
-        fontsize=SMALL,
-        frameon=False,
-        loc="outside lower center",
-        ncols=max(1, min(columns, len(lines))),
-    )
+def _label(run: RunRecord) -> str:
+    bpc = run.valid["bpc"] if len(run.valid["bpc"]) else run.train["bpc"]
+    return f"{literal(run.name)} {run.sign.replace('<=', '≤')} {bpc[-1]:.3f}"
 
 
 def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
     """Leave the first steps out of the frame; a logarithmic axis if the runs are far apart."""
-    validations = [float(bpc) for run in records for bpc in run.valid["bpc"]]
-    low = min([*validations, *(float(np.min(run.train["bpc"])) for run in records)])
-    settled = []
+    shown = []
     for run in records:
         tokens = run.train["tokens"]
-        settled.append(float(run.train["bpc"][tokens >= 0.05 * tokens.max()][0]))
-    high = max([*settled, *validations])
+        shown += [run.train["bpc"][tokens >= 0.05 * tokens[-1]], run.valid["bpc"]]
+    values = np.concatenate(shown)
+    low, high = values.min(), values.max()
     margin = 0.04 * (high - low) + 1e-6
     if low > 0 and high > 2.5 * low:
         log_scale(axes)
@@ -116,24 +88,23 @@ def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str) -> None:
     axes.set_xlabel("seconds of training" if column == "seconds" else column)
     near = 0.02 * axes.get_xlim()[1]
     marked: list[tuple[int, float]] = []
-    starts = [
-        (block, float(r.train[column][line])) for r in records for block, line in r.stage_starts
-    ]
-    for block, x in starts:
-        if any(block == other and abs(x - place) < near for other, place in marked):
-            continue
-        marked.append((block, x))
-        axes.axvline(x, color=MUTED, linewidth=0.8, linestyle=STAGE_DASHES, zorder=0.5)
-        axes.annotate(
-            f"block {block}",
-            (x, 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(-2, 0),
-            textcoords="offset points",
-            rotation=90,
-            fontsize=SMALL - 1,
-            color=MUTED,
-            ha="right",
-            va="top",
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
-        )
+    for run in records:
+        for block, line in run.stage_starts:
+            x = float(run.train[column][line])
+            if any(block == other and abs(x - place) < near for other, place in marked):
+                continue
+            marked.append((block, x))
+            axes.axvline(x, color=MUTED, linewidth=0.8, linestyle=DASHES[-1], zorder=0.5)
+            axes.annotate(
+                f"block {block}",
+                (x, 0.98),
+                xycoords=("data", "axes fraction"),
+                xytext=(-2, 0),
+                textcoords="offset points",
+                rotation=90,
+                fontsize=SMALL - 1,
+                color=MUTED,
+                ha="right",
+                va="top",
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
+            )

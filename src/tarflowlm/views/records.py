@@ -4,20 +4,19 @@ Reports, the studio, `tarflowlm runs` and the reproduction read runs here.
 """
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.locks import writer_of
-from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS, read_run, read_summary
+from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Summary, read_run, read_summary
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
@@ -43,6 +42,11 @@ def find_runs(folder: Path, depth: int = DEPTH) -> list[Path]:
     return [run for path in below for run in find_runs(path, depth - 1)]
 
 
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds a model without the log of its training."""
+    return (directory / WEIGHTS).is_file() and not (directory / METRICS).is_file()
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run without its weights."""
@@ -51,10 +55,14 @@ class RunRecord:
     directory: Path
     run: RunConfig
     train: dict[str, Series]
-    """Columns of the training lines of metrics.jsonl, and `seconds`, the time up to each."""
+    """Columns of the training lines of metrics.jsonl, and `seconds`, the time up to each.
+
+    An exported model has no lines.
+    """
     valid: dict[str, Series]
     """Columns of its validation lines, and `seconds`."""
-    summary: dict[str, Any] | None  # None until the run is finished
+    summary: Summary | None
+    """None until the run is finished."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -63,29 +71,19 @@ class RunRecord:
         return re.sub(r"[^\w.-]+", "_", self.name)
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the run's numbers are likelihoods, not bounds."""
-        return self.run.model.family == "ar"
+    def bound(self) -> str:
+        """What the run's numbers are: exact, or the upper bound elbo."""
+        return "exact" if self.run.model.family == "ar" else "elbo"
 
     @property
     def sign(self) -> str:
         """Precedes the run's numbers: = for exact ones, <= for upper bounds."""
-        return "=" if self.is_exact else "<="
+        return sign_of(self.bound)
 
     @property
     def has_log(self) -> bool:
-        """There are training lines; an exported model has none."""
+        """Whether there are training lines."""
         return len(self.train["step"]) > 0
-
-    @property
-    def last_step(self) -> int:
-        """The last logged step."""
-        return int(self.train["step"].max())
-
-    @property
-    def last_token(self) -> int:
-        """The tokens seen by the last logged step."""
-        return int(self.train["tokens"].max())
 
     @property
     def status(self) -> str:
@@ -97,18 +95,13 @@ class RunRecord:
         # the steps of a run with a time limit are not known before its end
         steps = "" if self.run.train.minutes else f" of {self.run.train.num_steps:,}"
         state = "training now" if writer_of(self.directory) else "stopped"
-        return f"{state}, step {self.last_step:,}{steps}"
+        return f"{state}, step {int(self.train['step'][-1]):,}{steps}"
 
     @property
     def stage_starts(self) -> list[tuple[int, int]]:
         """The block of each stage but the first, and the index of the last training line before."""
         block = self.train["block"]
         return [(int(block[line + 1]), int(line)) for line in np.flatnonzero(np.diff(block))]
-
-    def stage_medians(self, column: str) -> list[float]:
-        """The median of a training column in every stage."""
-        block = self.train["block"]
-        return [float(np.median(self.train[column][block == b])) for b in np.unique(block)]
 
 
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
@@ -123,55 +116,47 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_record(directory: Path) -> RunRecord:
-    """The run in a directory, named after it. A model without its log is a run without lines.
+    """The run in a directory, named after it.
 
     UserError for what is not a run directory, and for a training that has not logged anything yet.
     """
     run = read_run(directory)
-    notes: list[str] = []
-    train, valid = _read_metrics(directory, notes)
+    train, valid, bad = _read_metrics(directory)
     train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
     valid["seconds"] = np.zeros(0)
     if len(train["step"]) > 0:
         valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"])
-    elif (directory / METRICS).exists() or not (directory / WEIGHTS).exists():
+    elif not is_export(directory):
         if writer_of(directory):
-            raise UserError(
-                f"{directory} has just begun: wait until training has logged its first line"
-            )
+            raise UserError(f"{directory} has just begun: wait for the first line of its log")
         remedy = f"`tarflowlm train --resume {directory}`"
         raise UserError(f"{directory} stopped before its first logged step: {remedy}")
-    summary = None
-    try:
-        if (found := read_summary(directory)) is not None and math.isfinite(found["test"]["bpc"]):
-            summary = found
-    except (UserError, KeyError, TypeError) as error:
-        notes.append(f"{SUMMARY} cannot be used ({error}).")
+    notes = [f"{bad} lines of {METRICS} could not be read and are left out."] if bad else []
+    summary = read_summary(directory)
     return RunRecord(directory.resolve().name, directory, run, train, valid, summary, notes)
 
 
-def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series], dict[str, Series]]:
-    """The columns of training and of validation lines; unreadable lines are counted in `notes`."""
+def _read_metrics(directory: Path) -> tuple[dict[str, Series], dict[str, Series], int]:
+    """Columns of training lines, and of validation lines; how many lines could not be read."""
     path = directory / METRICS
     lines = []
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
+    rows: dict[str, list[list[float]]] = {"train": [], "valid": []}
     bad = 0
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if not all(math.isfinite(row[key]) for key in COLUMNS.get(row["split"], ())):
+            record = json.loads(line)
+            names = COLUMNS.get(record["split"], ())
+            row = [float(record[name]) for name in names]
+            if not np.isfinite(row).all():
                 raise ValueError(line)
-            rows.get(row["split"], []).append(row)  # other kinds of lines are not drawn
         except (ValueError, KeyError, TypeError):
             bad += number < len(lines)  # the last one may still be incomplete
-    if bad:
-        notes.append(
-            f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out."
-        )
+        else:
+            rows.get(record["split"], []).append(row)  # other kinds of lines are not drawn
     train, valid = (
-        {key: np.array([row[key] for row in rows[split]], float) for key in keys}
-        for split, keys in COLUMNS.items()
+        dict(zip(names, np.array(rows[split], float).reshape(-1, len(names)).T, strict=True))
+        for split, names in COLUMNS.items()
     )
-    return train, valid
+    return train, valid, bad

@@ -1,7 +1,7 @@
 """The report: reads runs and their models, draws figures, and writes one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -28,7 +28,7 @@ from tarflowlm.views.curves import draw_bits
 from tarflowlm.views.page import GENERATOR, Section, page_html, picture_html
 from tarflowlm.views.records import RunRecord, read_records
 from tarflowlm.views.style import Figure, check_package, render
-from tarflowlm.views.tables import config_table, runs_table, summary_of
+from tarflowlm.views.tables import config_table, summary_table
 
 NUM, LENGTH, SEED = 3, 256, 0  # samples, the most tokens of each, and how they are drawn
 WIDTH = 4.6  # inches; on a phone, such a figure shows its text in full size
@@ -47,9 +47,8 @@ PASSES = (
 BLOCKS = (
     "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its "
     "terms, added up from the top: blue is positive, orange negative. Below, by how much each "
-    "block lowers the bound of the blocks under it with the standard normal on top; block 1 is "
-    "compared with the standard normal alone. Of jointly trained blocks, only the whole stack is "
-    "trained to be a good model."
+    "block lowers the bound of the blocks under it with the standard normal on top. Of jointly "
+    "trained blocks, only the whole stack is trained to be a good model."
 )
 EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no codebook."
 
@@ -74,7 +73,7 @@ def write_report(
     directories: Sequence[Path],
     out: Path | None = None,
     *,
-    device: torch.device | None = None,
+    device: torch.device | str = "cpu",
     progress: Progress = SILENT,
 ) -> Report:
     """Write PNG figures and index.html about the runs in `directories` into `out`.
@@ -95,12 +94,13 @@ def write_report(
         for record, directory in zip(records, directories, strict=True)
     ]
     page = out / "index.html"
-    if out.exists() and not (_is_report(page) or (out.is_dir() and not any(out.iterdir()))):
+    is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_new and not _is_report(page):
         raise UserError(f"{out} exists and holds no report: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
 
-    writer = _Writer(out, device or torch.device("cpu"), progress, [])
-    sections = [Section("Summary", [SIGNS], [runs_table(records, [*map(summary_of, records)])])]
+    writer = _Writer(out, device, progress)
+    sections = [Section("Summary", [SIGNS], [summary_table(records)])]
     if logged := [record for record in records if record.has_log]:
         progress.stage("training curves")
         height = 6.0 + 0.18 * len(logged)
@@ -108,8 +108,7 @@ def write_report(
         sections.append(Section("Training", parts=[curves]))
     sections += [writer.section(record) for record in records]
     sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
-    names = ", ".join(record.name for record in records)
-    title = f"{'Run' if len(records) == 1 else 'Runs'} {names}"
+    title = f"Report on {', '.join(record.name for record in records)}"
     with replacing(page) as temporary:
         temporary.write_text(page_html(title, sections, css=grid.CSS), encoding="utf-8")
     notes = [RunNotes(name=r.name, status=r.status, notes=r.notes) for r in records]
@@ -118,13 +117,12 @@ def write_report(
 
 def _own_place(directories: Sequence[Path]) -> Path:
     """The folder of a report in its run. UserError where there is not one run of the user's own."""
-    if len(directories) != 1:
-        problem, place = f"{len(directories)} runs are given", "DIR"
-    elif reason := read_only_reason(directories[0]):
-        problem, place = reason, f"{Path(directories[0]).name}-report"
-    else:
-        return locate(directories[0]) / "report"
-    raise UserError(f"{problem}, so the report needs a place: add --out {place}")
+    problem: str | None = f"{len(directories)} runs are given"
+    if len(directories) == 1:
+        problem = read_only_reason(directories[0])
+    if problem is not None:
+        raise UserError(f"{problem}, so the report needs a place: add --out DIR")
+    return locate(directories[0]) / "report"
 
 
 def _is_report(page: Path) -> bool:
@@ -159,9 +157,9 @@ class _Writer:
     """Draws figures into the folder of a report, whose paths it collects."""
 
     out: Path
-    device: torch.device
+    device: torch.device | str
     progress: Progress
-    figures: list[str]
+    figures: list[str] = field(default_factory=list)
 
     def draw(self, name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
         """A figure of this height in inches as PNG; returns it as HTML."""
@@ -179,11 +177,10 @@ class _Writer:
             return Section(record.name, record.notes)
         model = checkpoint.model
         step = checkpoint.info.get("step", "?")
-        length = min(LENGTH, model.config.context)
         parts = self._samples(record, checkpoint)
-        corpus = _corpus(record, checkpoint)
+        table = ""
         counts = None
-        tables = []
+        corpus = _corpus(record, checkpoint)
         if corpus is not None:
             valid = corpus.split("valid")
             vocab_size = checkpoint.tokenizer.vocab_size
@@ -191,21 +188,19 @@ class _Writer:
             if not model.is_exact:
                 picture, table = self._blocks(record, checkpoint, valid, step)
                 parts.append(picture)
-                tables.append(table)
         codes = codes_of(model, checkpoint.tokenizer, counts)
         caption = f"The {codes.noun} at step {step} on its first two principal components."
-        if (named := len(codes.named)) < len(codes.symbols):
-            where = "first of the vocabulary"
-            if counts is not None:
-                where = "most frequent of the validation text"
-            caption += f" Named: the {named} {where}."
-        name = f"codebook-{record.slug}"
-        parts.append(self.draw(name, caption, partial(draw_codes, codes=codes), 4.6))
+        if len(codes.named) < len(codes.symbols):
+            chosen = "first" if counts is None else "most frequent"
+            caption += f" The {len(codes.named)} {chosen} tokens are named."
+        draw = partial(draw_codes, codes=codes)
+        parts.append(self.draw(f"codebook-{record.slug}", caption, draw, 4.6))
+        length = min(LENGTH, model.config.context)
         how = f"seed {SEED}, temperature {checkpoint.run.temperature:g}, not selected"
         notes = [*record.notes, f"{NUM} samples of {length} tokens at step {step}: {how}."]
-        if record.is_exact:
-            notes.insert(-1, EXACT)
-        return Section(record.name, notes, [*parts, *tables])
+        if model.is_exact:
+            notes.append(EXACT)
+        return Section(record.name, notes, [*parts, table])
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint) -> list[str]:
         """Samples, and the passes of the first one."""
@@ -251,6 +246,6 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
         return None
     if corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
         record.notes.append(
-            f"{source} has changed since training: its validation split may hold text of that."
+            f"{source} has changed since training: its validation split may hold parts of that text."
         )
     return corpus

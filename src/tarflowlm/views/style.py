@@ -23,6 +23,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, without yellow and black, which vanish on white or on dark."""
 Dashes = Literal["-"] | tuple[float, tuple[float, float]]
 DASHES: tuple[Dashes, ...] = ("-", (0.0, (5.0, 1.5)), (0.0, (1.5, 1.5)))
+"""Of curves whose colours have been used once, twice, three times."""
 INK = "#1b1f24"
 MUTED = "#68707a"
 GRID = "#e3e6ea"
@@ -98,11 +99,6 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def dashes_of(index: int) -> Dashes:
-    """The dashes of curve number `index`; with the colour C0, C1, ..., 18 curves differ."""
-    return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
 def literal(text: str, longest: int = 30) -> str:
