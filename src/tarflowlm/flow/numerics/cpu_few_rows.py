@@ -66,23 +66,36 @@ _MOST_ROWS, _MOST_COMPONENTS = 128, 256
 _quantile = NormalDist().inv_cdf
 
 
-class _Scales(NamedTuple):
-    """The scales of all components, and what a search derives from them."""
-
-    std: list[float]
-    inv_std: list[float]
-    step: float  # the size from which a Newton step is the last
-    eps: float  # the rounding unit of z's format
-
-
 class _Book(NamedTuple):
-    """A codebook in lists over components."""
+    """Components in lists; a scalar mixture has one channel."""
 
     mean: list[list[float]]  # one list per channel
-    scales: _Scales
+    std: list[float]
+    inv_std: list[float]
     largest_inv_std: float
     order: list[int]  # components sorted by their means in the first channel
+    step: float  # the size from which a Newton step is the last
+    eps: float  # the rounding unit of z's format
     single: bool  # z is rounded to float32
+
+
+def _book(mean: list[list[float]], std: list[float], dtype: torch.dtype) -> _Book | None:
+    """None unless there are channels, all values are finite, and all scales are positive."""
+    narrowest = min(std)
+    if not (mean and narrowest > 0.0):
+        return None
+    if not isfinite(1.0 / narrowest + sum(std) + sum(map(sum, mean))):
+        return None
+    return _Book(
+        mean=mean,
+        std=std,
+        inv_std=[1.0 / s for s in std],
+        largest_inv_std=1.0 / narrowest,
+        order=sorted(range(len(std)), key=mean[0].__getitem__),
+        step=_NEWTON_STEP[dtype] * narrowest,
+        eps=torch.finfo(dtype).eps,
+        single=dtype == torch.float32,
+    )
 
 
 # --- Mix-d
@@ -100,7 +113,7 @@ def rosenblatt_inverse(
 
     Unless `patient`, all that follow are left out once the general path promises to be faster.
     """
-    book = _book(mean, log_std)
+    book = _book(mean.t().tolist(), torch.exp(log_std.double()).tolist(), mean.dtype)
     if book is None:
         return torch.full_like(u, nan), list(range(len(u)))
     weights = torch.softmax(log_w.double(), -1).tolist()
@@ -123,25 +136,11 @@ def rosenblatt_inverse(
     return torch.tensor(found, dtype=u.dtype).view_as(u), left
 
 
-def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
-    """None unless all of it is finite."""
-    std = torch.exp(log_std.double())
-    means, stds, inv_std = mean.t().tolist(), std.tolist(), std.reciprocal_().tolist()
-    if not isfinite(sum(stds) + sum(inv_std) + sum(map(sum, means))):
-        return None
-    scales = _Scales(
-        stds, inv_std, _NEWTON_STEP[mean.dtype] * min(stds), torch.finfo(mean.dtype).eps
-    )
-    order = sorted(range(len(stds)), key=means[0].__getitem__) if means else []
-    return _Book(means, scales, max(inv_std), order, mean.dtype == torch.float32)
-
-
 def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[float], int]:
     """z [d] of one row, cut short where it has to be left out, and the components visited.
 
     Overwrites `weight`.
     """
-    std, eps = book.scales.std, book.scales.eps
     live = [k for k in book.order if weight[k] > _DROPPED]
     dropped = _DROPPED * (len(weight) - len(live))
     z: list[float] = []
@@ -149,25 +148,26 @@ def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[flo
     for u, mean in zip(noise, book.mean, strict=True):
         tail = 0.5 * erfc(SQRT_HALF * abs(u))
         # written so that NaN is left out
-        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * eps * tail):
+        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * book.eps * tail):
             break
         if len(live) == 1:
-            k = live[0]
-            x = mean[k] + std[k] * u
-            exponent = 0.5 * u * u
-            if exponent > _FAR:
-                break
-            dropped *= book.largest_inv_std * std[k] * exp(exponent)
+            x = mean[live[0]] + book.std[live[0]] * u
         else:
             if z:
                 live.sort(key=mean.__getitem__)
-            x, steps = _solve(u, live, weight, mean, book.scales)
+            x, steps = _solve(u, live, weight, mean, book)
             visits += steps * (len(live) + _CALL)
         if book.single:  # the channels that follow are conditioned on what is returned
             x = c_float(x).value
         z.append(x)
+        if len(z) == len(noise):
+            break
         if len(live) > 1:
             live, dropped = _update(x, live, weight, dropped, mean, book)
+        elif 0.5 * u * u <= _FAR:
+            dropped *= book.largest_inv_std * book.std[live[0]] * exp(0.5 * u * u)
+        else:
+            break
     return z, visits
 
 
@@ -178,7 +178,7 @@ def _update(
 
     Rewrites `weight`.
     """
-    inv_std = book.scales.inv_std
+    inv_std = book.inv_std
     exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
     least = min(exponents)
     if not least <= _FAR:
@@ -201,13 +201,13 @@ def _update(
 
 
 def _solve(
-    u: float, live: list[int], weight: list[float], mean: list[float], scales: _Scales
+    u: float, live: list[int], weight: list[float], mean: list[float], book: _Book
 ) -> tuple[float, int]:
     """x with F(x) = Phi(u), or NaN, and the number of steps.
 
     The mixture has the components `live`, sorted by mean.
     """
-    std, inv_std, step, eps = scales
+    std, inv_std, step, eps = book.std, book.inv_std, book.step, book.eps
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest, k = 0.5 * erfc(SQRT_HALF * y), 0
     for k in reversed(live) if u >= 0.0 else live:
@@ -277,26 +277,16 @@ def mixture_cdf_inverse(
 
 def _row_by_row(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, list[int]]:
     """z [N], NaN where it is left out, and these rows."""
-    eps = torch.finfo(u.dtype).eps
     found = list[float]()
     for y, w, m, s in zip(*(t.tolist() for t in (u, weight, mean, std)), strict=True):
-        z = nan
-        tail = 0.5 * erfc(SQRT_HALF * abs(y))
-        narrowest = min(s)
-        # written so that NaN is left out
-        if narrowest > 0.0 and tail > _SMALLEST_TAIL and isfinite(sum(s) + sum(m)):
-            # what is left out of the mixture amounts to an eighth of a rounding of the tail at most
-            least = 0.125 * eps * tail / len(w)
-            live = sorted((k for k, share in enumerate(w) if share > least), key=m.__getitem__)
-            if live:
-                step = _NEWTON_STEP[u.dtype] * narrowest
-                z, _ = _solve(y, live, w, m, _Scales(s, [1.0 / one for one in s], step, eps))
-        found.append(z)
+        book = _book([m], s, u.dtype)
+        z = _row([y], w, book)[0] if book else []
+        found.append(z[0] if z else nan)
     return torch.tensor(found, dtype=u.dtype), [row for row, z in enumerate(found) if z != z]
 
 
 def _newton_steps(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """z [N], and where it is not right yet: `_solve` in tensors [N, 1, K], without the bracketing."""
+    """z [N], and where it is not right yet: `_solve` in tensors [N, 1, K] without its bracket."""
     u_ = u.double().view(-1, 1, 1)
     side = torch.copysign(std.new_ones(()), u_)
     y = u_.abs()

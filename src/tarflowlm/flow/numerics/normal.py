@@ -156,8 +156,8 @@ def log_component_densities(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def log_own_density(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N(z_n; mean_n, exp(log_std_n)^2 I) of one component for every row (docs/math.md, eq. 1).
 
-    Shapes: z, mean [N, d]; log_std [N]; returns [N], nats, in the wide format. The products are those
-    of `log_component_densities`, so that their rounding cancels in a difference.
+    Shapes: z, mean [N, d]; log_std [N]; returns [N], nats, in the wide format. The products are as
+    in `log_component_densities`, so that their rounding cancels in a difference.
     """
     if wide_dtype(z) == torch.float32:
         return _from_squares(((z - mean) ** 2).sum(-1), log_std, z.shape[-1])

@@ -25,7 +25,9 @@ recorded per channel.
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Mixture-Rosenblatt map (docs/math.md, eq. 9): u ~ N(0, I) iff z ~ sum_k w_k N(mu_k, s_k^2 I).
+    r"""Mixture-Rosenblatt map (docs/math.md, eq. 9).
+
+        u ~ N(0, I)  iff  z ~ sum_k w_k N(mu_k, s_k^2 I)
 
     Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K] (one shared
     codebook); u [..., d], log_det [...], nats. Float32 or float64; exact in both tails of every
