@@ -47,6 +47,7 @@ above y >= 0 adds nothing to Q(y), since Q(y + 9) < 1e-18 Q(y).
 """
 _NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
 """A step this small, over the narrowest scale, is the last: the next would be about its square."""
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in _NEWTON_STEP}
 _SMALLEST_TAIL = 1e-285
 """Rows beyond, at 36 sigma, are left out: there linear space ends."""
 _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
@@ -84,18 +85,14 @@ def _book(mean: list[list[float]], std: list[float], dtype: torch.dtype) -> _Boo
     narrowest = min(std)
     if not (mean and narrowest > 0.0):
         return None
-    if not isfinite(1.0 / narrowest + sum(std) + sum(map(sum, mean))):
+    largest_inv_std = 1.0 / narrowest
+    if not isfinite(largest_inv_std + sum(std) + sum(map(sum, mean))):
         return None
-    return _Book(
-        mean=mean,
-        std=std,
-        inv_std=[1.0 / s for s in std],
-        largest_inv_std=1.0 / narrowest,
-        order=sorted(range(len(std)), key=mean[0].__getitem__),
-        step=_NEWTON_STEP[dtype] * narrowest,
-        eps=torch.finfo(dtype).eps,
-        single=dtype == torch.float32,
-    )
+    inv_std = [1.0 / s for s in std]
+    order = sorted(range(len(std)), key=mean[0].__getitem__)
+    step = _NEWTON_STEP[dtype] * narrowest
+    single = dtype == torch.float32
+    return _Book(mean, std, inv_std, largest_inv_std, order, step, _EPS[dtype], single)
 
 
 # --- Mix-d
@@ -313,8 +310,8 @@ def _newton_steps(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple
         density = torch.bmm(a.square_().neg_().exp_(), density_weight)
         ahead = (here * here).mul_(-0.5).exp_().mul_(here.add_(y))
         before, x = x, torch.addcdiv(x, ahead, density).clamp_(low, high)
-    step, eps = _NEWTON_STEP[u.dtype], torch.finfo(u.dtype).eps
-    enough = torch.add(step * std.amin(-1, keepdim=True), x.abs(), alpha=4.0 * eps)
+    least = _NEWTON_STEP[u.dtype] * std.amin(-1, keepdim=True)
+    enough = torch.add(least, x.abs(), alpha=4.0 * _EPS[u.dtype])
     # negated, so that NaN is open
     is_open = ~((x - before).abs_() <= enough) | (tail <= _SMALLEST_TAIL)
     return (x * side).view(-1).to(u.dtype), is_open.view(-1)
