@@ -215,7 +215,8 @@ class MixDCoupling(Coupling):
         rows = self._held_rows(u)
         if len(u) <= rows:
             return super().complete(u, features, known, is_known, adjust)
-        parts = zip(*(x.split(rows) for x in (u, features, known, is_known)), strict=True)
-        found = [self.complete(*part, adjust=adjust) for part in parts]
+        given = zip(known.split(rows), is_known.split(rows), strict=True)
+        parts = zip(u.split(rows), features.split(rows), given, strict=True)
+        found = [self.complete(u, c, *given, adjust) for u, c, given in parts]
         z, noise, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
         return z, noise, log_p
