@@ -22,6 +22,7 @@ import sys, types
 
 display = types.ModuleType("IPython.display")
 display.HTML = str
+display.display = print
 sys.modules |= {"IPython": types.ModuleType("IPython"), "IPython.display": display}
 """
 """Replaces what the notebook uses of IPython, which need not be installed."""

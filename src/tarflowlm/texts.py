@@ -551,7 +551,7 @@ class Score:
         return ["tarflowlm", "score", name, *_options(self, {"texts": "text"})]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored(Scores):
     """The bits of a text, and how the text was read."""
 

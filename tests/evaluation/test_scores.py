@@ -32,6 +32,7 @@ def test_the_bits_of_a_flow_sum_to_its_bound_and_the_blocks_to_its_log_determina
     terms = elbo(model, tokens[None], generator=torch.Generator().manual_seed(3))
     assert found.bits.shape == (num_tokens,)
     assert not found.exact
+    assert f"<= {found.total:.1f} bits" in repr(found)
     assert found.total == pytest.approx(bits(terms.nelbo.item()), rel=1e-5)
     assert found.per_token == pytest.approx(found.total / num_tokens)
     log_dets = torch.stack(terms.log_dets).detach()[:, 0]

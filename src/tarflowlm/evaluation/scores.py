@@ -22,7 +22,7 @@ from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """Bits of the T tokens of a text, on the CPU in float64."""
 
@@ -44,6 +44,10 @@ class Scores:
     def per_token(self) -> float:
         """Mean bits per token."""
         return self.bits.mean().item()
+
+    def __repr__(self) -> str:
+        sign = sign_of("exact" if self.exact else "elbo")
+        return f"<{type(self).__name__} of {len(self.bits)} tokens: {sign} {self.total:.1f} bits>"
 
     def _repr_html_(self) -> str | None:
         if self.symbols is None:
