@@ -302,12 +302,15 @@ def measure(
     samples = torch.cat([draw(len(part), text.shape[1]) for part in text.split(BATCH)])
     rate = samples.numel() / (time.perf_counter() - start)
     drawn, real, similarity = compare_texts(samples, text, *readers)
-    row = f"| {name} | {sum(p.numel() for p in model.parameters()):,} | {bpc} | {drawn.perplexity:.3f} | "
+    parameters = sum(p.numel() for p in model.parameters())
+    entropies = f"{drawn.entropy:.3f} | {drawn.word_entropy:.3f}"
     print(
-        f"{row}{similarity:.3f} | {drawn.entropy:.3f} | {drawn.word_entropy:.3f} | {rate:,.0f} |",
+        f"| {name} | {parameters:,} | {bpc} | {drawn.perplexity:.3f} | {similarity:.3f} | "
+        f"{entropies} | {rate:,.0f} |",
         flush=True,
     )
-    return f"| real text | | | {real.perplexity:.3f} | 1 | {real.entropy:.3f} | {real.word_entropy:.3f} | |"
+    entropies = f"{real.entropy:.3f} | {real.word_entropy:.3f}"
+    return f"| real text | | | {real.perplexity:.3f} | 1 | {entropies} | |"
 
 
 def main() -> None:
@@ -343,7 +346,8 @@ def main() -> None:
     config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
     print(
-        "| model | parameters | bits per character | perplexity | MAUVE | entropy | of words | tokens/s |"
+        "| model | parameters | bits per character | perplexity | MAUVE | entropy | of words | "
+        "tokens/s |"
     )
     print("|" + " --- |" * 8)
     for name, kind in {"gpt2": Gpt2, "masked": Masked}.items():

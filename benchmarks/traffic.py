@@ -134,9 +134,8 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
             call()
         found[name] = sum(traffic.bytes.values()) / args.tokens / COMPONENTS
         for operation, size in traffic.bytes.most_common(args.top):
-            print(
-                f"{name}: {operation:20} {size / args.tokens / COMPONENTS:8.1f} x {traffic.calls[operation]}"
-            )
+            relative = size / args.tokens / COMPONENTS
+            print(f"{name}: {operation:20} {relative:8.1f} x {traffic.calls[operation]}")
     return found
 
 

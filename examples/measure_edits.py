@@ -79,8 +79,8 @@ def main(
         ]
         ratios = [bits(one, new) / old for one, old in zip((model, judge), before, strict=True)]
         print(
-            f"| {label} | {kept:.1%} | {sum(whole) / len(whole):.1%} | {ratios[0]:.3f} | {ratios[1]:.3f} | "
-            f"{seconds / TEXTS:.1f} |",
+            f"| {label} | {kept:.1%} | {sum(whole) / len(whole):.1%} | {ratios[0]:.3f} | "
+            f"{ratios[1]:.3f} | {seconds / TEXTS:.1f} |",
             flush=True,
         )
         print(f"{label}: {tokenizer.decode(new[0].tolist())}", file=sys.stderr, flush=True)

@@ -36,13 +36,11 @@ class Args(Settings):
     def __post_init__(self) -> None:
         check(self, ("seeds",))
         if self.data is not None and self.scale == "paper":
-            raise UserError(
-                f"--data {self.data} has no effect with --scale paper, which keeps the paper's texts"
-            )
+            reason = "with --scale paper, which keeps the paper's texts"
+            raise UserError(f"--data {self.data} has no effect {reason}")
         if self.second_text is not None and self.name not in ("table2", ALL):
-            raise UserError(
-                f"--second-text {self.second_text} has no effect on {self.name}: only table2 measures it"
-            )
+            reason = f"on {self.name}: only table2 measures it"
+            raise UserError(f"--second-text {self.second_text} has no effect {reason}")
 
 
 def run(args: Args) -> None:

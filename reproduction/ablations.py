@@ -57,7 +57,7 @@ def plan_fig3(settings: Settings) -> list[Training]:
 
 
 def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunConfig:
-    """Six blocks with a plain start: of two layers, at mini scale of one, as deep as the baseline."""
+    """Six blocks with a plain start: of two layers, and of one at mini scale."""
     run = settings.preset(coupling, "owt")
     before = as_flow_config(run.model).blocks
     layers = 1 if settings.scale == "mini" else 2
@@ -131,9 +131,12 @@ def measure_shares(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
 FIG2 = Recipe(
     name="fig2",
     title="Ladder of ablations",
-    claim="The paper: every addition improves the model: base (one affine map for all channels of a token), + "
-    "channel-wise affine (a minor gain), + Mix-1 (a great one), + Mix-d, + progressive training. (Block 1 sees the "
-    "same tokens in all of them; progressive training adds a few steps for the other blocks.)",
+    claim=(
+        "The paper: every addition improves the model: base (one affine map for all channels of a"
+        " token), + channel-wise affine (a minor gain), + Mix-1 (a great one), + Mix-d, + "
+        "progressive training. (Block 1 sees the same tokens in all of them; progressive training"
+        " adds a few steps for the other blocks.)"
+    ),
     plan=plan_fig2,
     measure=measures.with_curves,
     table=measures.without_curves,
@@ -145,8 +148,10 @@ FIG2 = Recipe(
 FIG3 = Recipe(
     name="fig3",
     title="Affine against Mix-1, six blocks",
-    claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings, in "
-    "training and in validation (figures 3 and 8).",
+    claim=(
+        "The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than "
+        "affine couplings, in training and in validation (figures 3 and 8)."
+    ),
     plan=plan_fig3,
     measure=measures.with_curves,
     table=measures.without_curves,
@@ -156,9 +161,12 @@ FIG3 = Recipe(
 FIG4 = Recipe(
     name="fig4",
     title="Mixture components",
-    claim="The paper, without a head over channels (the parameters of a channel depend on the positions before): one "
-    "component is far worse than any K above 1, and all of those work; on OpenWebText 64 do as well as all 50,257. "
-    "The letters of english27 alone, without their order, have 4.12 bits, pairs of neighbours 3.42.",
+    claim=(
+        "The paper, without a head over channels (the parameters of a channel depend on the "
+        "positions before): one component is far worse than any K above 1, and all of those work;"
+        " on OpenWebText 64 do as well as all 50,257. The letters of english27 alone, without "
+        "their order, have 4.12 bits, pairs of neighbours 3.42."
+    ),
     plan=plan_fig4,
     measure=partial(measures.summaries_by, column="K", value=_components),
     table=partial(without, columns=(*RUN_DETAILS, "model", "seed", "")),
@@ -168,8 +176,10 @@ FIG4 = Recipe(
 PROGRESSIVE = Recipe(
     name="progressive",
     title="Progressive and joint training",
-    claim="The paper: the ablation is best with progressive training. (Block 1 sees as many tokens in both. KL "
-    "divergences are in nats per token, to a prior that ends after that block.)",
+    claim=(
+        "The paper: the ablation is best with progressive training. (Block 1 sees as many tokens "
+        "in both. KL divergences are in nats per token, to a prior that ends after that block.)"
+    ),
     plan=plan_progressive,
     measure=measure_progressive,
     table=measures.without_curves,
@@ -181,8 +191,10 @@ PROGRESSIVE = Recipe(
 SHARES = Recipe(
     name="shares",
     title="The paper's shares of layers in Mix-d",
-    claim="The paper gives Mix-1 most of its layers in the last block, and for Mix-d no shares. Do the blocks above "
-    "a shallow Mix-d block take over what it lacks?",
+    claim=(
+        "The paper gives Mix-1 most of its layers in the last block, and for Mix-d no shares. Do "
+        "the blocks above a shallow Mix-d block take over what it lacks?"
+    ),
     plan=plan_shares,
     measure=measure_shares,
     draw=plot_models,

@@ -42,13 +42,17 @@ GPT2_SIZES = {
 
 _DIRECTIONS = f"""## The paper's four directions
 
-The metrics are those of the L outputs of the layers, as in the paper's appendix G. It leaves open which end is
-layer 0 ("sampled noise or an encoder's output"), so every cell has two readings: from the latents of a text to the
-noise, and from the noise to the latents of a sample. "yes": the metric goes the paper's way as a whole, and at no
-layer the other way. A change counts if it exceeds {SURE:g} standard errors of the mean over sequences. The KL
-divergence of posterior and prior is in nats per token, of texts. The CSV has all values with standard deviations.
+The metrics are those of the L outputs of the layers, as in the paper's appendix G. It leaves open
+which end is layer 0 ("sampled noise or an encoder's output"), so every cell has two readings: from
+the latents of a text to the noise, and from the noise to the latents of a sample. "yes": the metric
+goes the paper's way as a whole, and at no layer the other way. A change counts if it exceeds
+{SURE:g} standard errors of the mean over sequences. The KL divergence of posterior and prior is in
+nats per token, of texts. The CSV has all values with standard deviations.
 """
-_OPERATIONS = "The last panel: operations of a flow with one input map and head over those of a Transformer LM.\n"
+_OPERATIONS = (
+    "The last panel: operations of a flow with one input map and head over those of a "
+    "Transformer LM.\n"
+)
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
@@ -193,7 +197,7 @@ def directions(states: Sequence[Row]) -> Row:
 
 
 def directions_table(rows: Sequence[Row], _folder: Path) -> str:
-    """Markdown: the paper's directions in both readings, and the KL divergence that blocks lower."""
+    """Markdown: the paper's directions in both readings, and what each block takes off the KL."""
     table: list[Row] = []
     of_states = [row for row in rows if "layer 0" in row]
     for (model, seed), group in groupby(of_states, lambda row: (row["model"], row["seed"])):
@@ -259,8 +263,11 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
 FIG7 = Recipe(
     name="fig7",
     title="Latents after every block",
-    claim="The paper: across the layers the mean norm decreases, the cosine increases, the movement of the centroid "
-    "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
+    claim=(
+        "The paper: across the layers the mean norm decreases, the cosine increases, the movement"
+        " of the centroid diminishes, and the participation ratio drops at the right-to-left "
+        "block and then rises."
+    ),
     plan=plan_fig7,
     measure=measure_fig7,
     table=no_table,

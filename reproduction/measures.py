@@ -78,7 +78,7 @@ def sample(
     prompt: Tensor | None = None,
     what: str = "",
 ) -> Generation:
-    """`num` samples of `length` tokens, some given by `prompt` [num, T], with the noise of seed 0."""
+    """`num` samples of `length` tokens with the noise of seed 0; `prompt` [num, T] gives some."""
     positions = num_positions(checkpoint.model, length)
     progress = done.stage(f"sampling{what}, positions", positions)
     return generate(

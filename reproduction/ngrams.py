@@ -1,4 +1,4 @@
-"""A bigram model of the quickstart's tokens: how far counting goes, `python -m reproduction.ngrams`."""
+"""How far counting goes: a bigram model of the quickstart's tokens."""
 
 import sys
 
@@ -43,7 +43,7 @@ def bigram_cross_entropy(train: Tokens, test: Tokens, vocab_size: int) -> float:
 
 
 def main() -> None:
-    """Print the bits per character of the quickstart's test split."""
+    """`python -m reproduction.ngrams`: bits per character of the quickstart's test split."""
     data = preset("quickstart").data
     corpus = cached_corpus(data.source, data.tokenizer)
     train, test = (np.asarray(corpus.split(s), dtype=np.int64) for s in ("train", "test"))

@@ -73,7 +73,7 @@ def _passes(done: Finished, checkpoint: Checkpoint) -> Sequence[Tensor]:
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The judge's bits and shares of tokens after every pass, and the first sample with its edits."""
+    """The judge's bits and shares of tokens after every pass, and the edits of the first sample."""
     judge, models = measures.judge_of(settings, finished)
     rows: list[Row] = []
     for done in models:
@@ -114,10 +114,11 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 def page_fig6(rows: Sequence[Row]) -> str:
     """Figure 6 as a self-contained page, with one grid for every model and seed."""
     notes = (
-        "One row per block, in the order of generation: the last block turns noise into the first state, block 1 "
-        "gives the final text. Every state is decoded with the codebook.",
-        f"The first of {SAMPLES} samples; a token counts as edited where its decoded token differs. The bits per "
-        "character are those of all samples by another language model, which reads the text after every pass.",
+        "One row per block, in the order of generation: the last block turns noise into the first "
+        "state, block 1 gives the final text. Every state is decoded with the codebook.",
+        f"The first of {SAMPLES} samples; a token counts as edited where its decoded token "
+        "differs. The bits per character are those of all samples by another language model, "
+        "which reads the text after every pass.",
     )
     sections = [Section("How to read it", notes)]
     for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
@@ -162,9 +163,12 @@ def _link_page(rows: Sequence[Row], folder: Path) -> str:
 FIG6 = Recipe(
     name="fig6",
     title="Text after each pass",
-    claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
-    "panels show the decoded text before and after every block, with the edits highlighted. (Refining is more than "
-    "becoming final: a judge, the baseline trained on another text, reads the text after every pass.)",
+    claim=(
+        "The paper: every intermediate state decodes to text, which each pass refines from coarse"
+        " to fine. Its panels show the decoded text before and after every block, with the edits "
+        "highlighted. (Refining is more than becoming final: a judge, the baseline trained on "
+        "another text, reads the text after every pass.)"
+    ),
     plan=plan_fig6,
     measure=measure_fig6,
     table=partial(
@@ -217,7 +221,7 @@ def _top_mixd(suffix: str, *, components: int) -> RunConfig:
 def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Bits per character, and those over the baseline's; for flows what every pass does.
 
-    That is the judge's bits, the share of final tokens, and the KL divergence lowered by each block.
+    That is the judge's bits, the share of final tokens, and what each block takes off the KL.
     """
     judge, models = measures.judge_of(settings, finished)
     baseline = measures.summary_row(models[0])["test bpc"]
@@ -240,7 +244,7 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
 
 
 def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
-    """Every flow as a numbered point: bits over the baseline, and the judge's before the last pass."""
+    """Every flow as a numbered point: its bits, and the judge's bits before the last pass."""
     axes = figure.subplots()
     before = f"{JUDGED} after block 2"
     shown = [row for row in rows if row.get(before) is not None and not row["seed"]]
@@ -269,8 +273,11 @@ def _table_frontier(rows: Sequence[Row]) -> list[Row]:
 FRONTIER = Recipe(
     name="frontier",
     title="Passes and the bound",
-    claim="The paper shows passes that refine a text, and a good bound. Can one model have both? A judge, the "
-    "baseline trained on another text, reads the samples after every pass: passes refine where its bits fall.",
+    claim=(
+        "The paper shows passes that refine a text, and a good bound. Can one model have both? A "
+        "judge, the baseline trained on another text, reads the samples after every pass: passes "
+        "refine where its bits fall."
+    ),
     plan=plan_frontier,
     measure=measure_frontier,
     table=_table_frontier,

@@ -36,7 +36,7 @@ def plan_fig5(settings: Settings) -> list[Training]:
 
 
 def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independent"]) -> RunConfig:
-    """Mix-d with two tokens per position, whose weights see the earlier token of the patch, or not."""
+    """Mix-d with two tokens per position, whose weights see the earlier token, or not."""
     if settings.scale == "mini":
         run = preset("mini-mixd-p2")
     else:
@@ -152,10 +152,13 @@ def measure_in_patch(settings: Settings, finished: Sequence[Finished]) -> list[R
 FIG5 = Recipe(
     name="fig5",
     title="Two tokens at a time",
-    claim="The paper: at patch size 2 the flow's generative perplexity stays good over all prefix lengths; a "
-    "baseline that predicts two tokens at once breaks down. (It does not say which coupling the flow has. Its patch "
-    "models have a head over all channels of a patch, as Mix-1 has here, which starts from the codebook. Its figure "
-    "1 has the tokens of a patch independent in the first blocks. The judge scores the continuation alone.)",
+    claim=(
+        "The paper: at patch size 2 the flow's generative perplexity stays good over all prefix "
+        "lengths; a baseline that predicts two tokens at once breaks down. (It does not say which"
+        " coupling the flow has. Its patch models have a head over all channels of a patch, as "
+        "Mix-1 has here, which starts from the codebook. Its figure 1 has the tokens of a patch "
+        "independent in the first blocks. The judge scores the continuation alone.)"
+    ),
     plan=plan_fig5,
     measure=measure_fig5,
     table=table_fig5,
@@ -165,7 +168,10 @@ FIG5 = Recipe(
 PATCH_SIZES = Recipe(
     name="patches",
     title="Patch size at one depth",
-    claim="Patches of several tokens shorten the sequence. What does each size cost? The paper does not say.",
+    claim=(
+        "Patches of several tokens shorten the sequence. What does each size cost? The paper does"
+        " not say."
+    ),
     plan=plan_patches,
     measure=partial(measures.summaries_by, column="P", value=_patch),
     draw=partial(plot_over, column="P", label="tokens per position P"),
@@ -174,8 +180,11 @@ PATCH_SIZES = Recipe(
 IN_PATCH = Recipe(
     name="in-patch",
     title="What recovers a patch",
-    claim="The paper: where the first blocks treat the tokens of a patch as independent, later blocks and channel "
-    "mixing recover what binds them. Bounds, and what figure 5 measures, in a stack whose last block is the deepest.",
+    claim=(
+        "The paper: where the first blocks treat the tokens of a patch as independent, later "
+        "blocks and channel mixing recover what binds them. Bounds, and what figure 5 measures, "
+        "in a stack whose last block is the deepest."
+    ),
     plan=plan_in_patch,
     measure=measure_in_patch,
 )

@@ -83,7 +83,7 @@ class Planned:
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
     """The plan with times, from a few timed steps of every stage.
 
-    The mini scale times whole batches. The paper scale times one short sequence and scales up, which
+    The mini scale times whole batches. The paper scale times one short sequence and scales up. This
     overstates the optimiser, whose share of a step does not grow with the batch. Trainings of the
     same shape are timed once.
     """
@@ -137,9 +137,7 @@ def seconds_per_step(
     device: torch.device,
     num_steps: int,
 ) -> float:
-    """Median seconds of a step of `stage` (0-based) on a throw-away model, whose size of the
-    vocabulary is set.
-    """
+    """Median seconds of a step of `stage` (0-based), on a model that is thrown away."""
     with seeded(run.seed):
         model = run.model_of_stage(stage).build().to(device)
     model.train_only(stage)

@@ -18,7 +18,7 @@ class Settings:
 
     # mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText.
     scale: Scale = "mini"
-    # Directory of runs and results. Recipes share the runs in it, and finished work is not repeated.
+    # Directory of runs and results. Recipes share its runs, and finished work is not repeated.
     out: Annotated[Path, arg("PATH")] = Path("reproduced")
     # Text for mini scale: corpus name or file; the default is the built-in corpus.
     data: Annotated[str | None, arg("SOURCE")] = None

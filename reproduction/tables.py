@@ -29,7 +29,7 @@ PAPER_LIKELIHOOD = {
     "text8": {"AR": 1.23, "affine": 1.54, "Mix-1": 1.37, "Mix-d": 1.30},
     "owt": {"AR": 17.54, "affine": 148.21, "Mix-1": 27.11, "Mix-d": 22.64},
 }
-"""Bits per character on the test split of TEXT8, perplexity on the validation split of OpenWebText."""
+"""Bits per character on TEXT8's test split, perplexity on OpenWebText's validation split."""
 WINDOWS = 128  # windows of the importance-weighted bound
 SAMPLES = 16  # posterior samples of it
 SECOND_WINDOWS = 1024
@@ -149,10 +149,13 @@ def _judge_and_samples(rows: Sequence[Row], _folder: Path) -> str:
 TABLE2 = Recipe(
     name="table2",
     title="Likelihood of the families",
-    claim="The paper: bits per character on TEXT8 (AR 1.23, Mix-d 1.30, Mix-1 1.37, affine 1.54) and perplexity "
-    "on OpenWebText (17.54, 22.64, 27.11, 148.21) put the families in the order Mix-d, Mix-1, affine, all above "
-    "the baseline. (All models have the same number of Transformer layers, except the one with two more. Our figures "
-    "are those of the test part; the paper's perplexities are of the validation split.)",
+    claim=(
+        "The paper: bits per character on TEXT8 (AR 1.23, Mix-d 1.30, Mix-1 1.37, affine 1.54) "
+        "and perplexity on OpenWebText (17.54, 22.64, 27.11, 148.21) put the families in the "
+        "order Mix-d, Mix-1, affine, all above the baseline. (All models have the same number of "
+        "Transformer layers, except the one with two more. Our figures are those of the test "
+        "part; the paper's perplexities are of the validation split.)"
+    ),
     plan=plan_table2,
     measure=measure_table2,
     draw=partial(plot_models, label="bits per character (bounds, AR exact)"),
@@ -163,8 +166,10 @@ TABLE2 = Recipe(
 TABLE6 = Recipe(
     name="table6",
     title="Sample quality",
-    claim="The paper: on OpenWebText, judged by GPT-2 Large, Mix-d comes close to the baseline and to real text in "
-    "perplexity, MAUVE and entropy; Mix-1 less so.",
+    claim=(
+        "The paper: on OpenWebText, judged by GPT-2 Large, Mix-d comes close to the baseline and "
+        "to real text in perplexity, MAUVE and entropy; Mix-1 less so."
+    ),
     plan=plan_table6,
     measure=measure_table6,
     table=partial(without, columns=("judge", "samples")),
