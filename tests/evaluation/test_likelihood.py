@@ -77,11 +77,10 @@ def test_sampling_error_equals_the_spread_over_seeds(windows):
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
-@pytest.mark.parametrize("batch", [None, 2])
-def test_sliding_windows_score_every_token_once(stride, batch):
+def test_sliding_windows_score_every_token_once(stride):
     model, tokens, T = tiny_ar().eval(), text(33), 8
     windows, given = sliding_windows(tokens.numpy(), T, stride)
-    result = evaluate(model, windows, ONE_EACH, given=given, batch=batch)
+    result = evaluate(model, windows, ONE_EACH, given=given)
     scored = T + (33 - T) // stride * stride
     nats = 0.0
     for t in range(scored):
