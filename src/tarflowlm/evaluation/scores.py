@@ -1,17 +1,15 @@
-"""The bits of every token of a text, and of many texts at once.
+"""The bits of every token of a text, and of many texts at once."""
 
-Shape legend: B windows of T tokens, L blocks.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import zip_longest
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
+from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checks import as_integer, check_model, check_tokens, checked_seed
 from tarflowlm.evaluation.likelihood import bits, runs, sign_of, windows_per_batch
@@ -102,7 +100,7 @@ def scores(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> list[Scores]:
-    """`score` of each of many texts; windows of equal length share a batch.
+    """`score` of each of many texts; texts of equal length share a batch.
 
     The results are those of one text after the other, as each draws the noise of `seed` for itself.
     """
@@ -112,80 +110,47 @@ def scores(
     for tokens in texts:
         check_tokens(model, tokens, shape="[T]")
     draws = 1 if model.is_exact else samples
-    found: list[list[Tensor]] = [[] for _ in texts]
-    by_text = [_parts(model, tokens, text, seed) for text, tokens in enumerate(texts)]
-    # the parts of one text come in their order, and so does its noise
-    for turn in zip_longest(*by_text):
-        parts = [part for part in turn if part is not None]
-        for batch in _batches(parts):
-            for part, nats in zip(batch, _mean_nats(model, batch, draws, progress), strict=True):
-                found[part.text].append(nats)
-    return [
-        _scores(model, torch.cat(nats, dim=1), len(tokens))
-        for nats, tokens in zip(found, texts, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Windows of one text of equal length, which have equally many tokens of context."""
-
-    text: int
-    windows: Int[Tensor, "B T"]
-    given: int
-    """Tokens at the start of a window that are context and not scored."""
-    generator: Generator
-
-    @property
-    def length(self) -> int:
-        return self.windows.shape[1]
-
-
-def _parts(model: LanguageModel, tokens: Tensor, text: int, seed: int) -> Iterator[_Part]:
-    """The windows of a text in whole patches, in their order."""
-    patch, context = model.config.patch, model.config.context
-    filler = tokens.repeat(patch)[: -len(tokens) % patch]
-    whole = torch.cat((tokens, filler)).to(model.device)
-    kept = context // patch // 2 * patch if model.num_blocks == 1 else 0
-    starts = range(0, max(1, len(whole) - kept), context - kept)
-    windows = [whole[start : start + context] for start in starts]
-    givens = [0] + [kept] * (len(windows) - 1)
-    generator = Generator(device=model.device).manual_seed(seed)
-    alike = [(len(window), given) for window, given in zip(windows, givens, strict=True)]
-    for some in runs(alike, windows_per_batch(len(windows[0]))):
-        yield _Part(text, torch.stack(windows[some]), givens[some.start], generator)
-
-
-def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Parts of equal length, which are computed together."""
-    batch: list[_Part] = []
-    rows = 0
-    for part in sorted(parts, key=lambda part: part.length):
-        rows += len(part.windows)
-        is_alike = not batch or batch[0].length == part.length
-        if batch and (not is_alike or rows > windows_per_batch(part.length)):
-            yield batch
-            batch = []
-            rows = len(part.windows)
-        batch.append(part)
-    if batch:
-        yield batch
+    found: dict[int, Scores] = {}
+    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    for length, equal in groupby(by_length, key=lambda index: len(texts[index])):
+        indices = list(equal)
+        for some in chunks.row_ranges(len(indices), length, chunks.EVALUATED_TOKENS):
+            rows = torch.stack([texts[index] for index in indices[some]])
+            nats = _mean_nats(model, rows, draws, seed, progress)
+            for index, of_text in zip(indices[some], nats, strict=True):
+                found[index] = _scores(model, of_text, length)
+    return [found[index] for index in range(len(texts))]
 
 
 def _mean_nats(
-    model: LanguageModel, batch: Sequence[_Part], draws: int, progress: Progress
-) -> list[Float[Tensor, "rows T"]]:
-    """`_shares` of the scored tokens of every part, in the mean over `draws` posterior samples."""
-    tokens = torch.cat([part.windows for part in batch])
-    nats = torch.zeros(())
-    for _ in range(draws):
-        noise = torch.cat([model.draw_noise(part.windows, part.generator) for part in batch])
-        nats = nats + _shares(model, tokens, noise).cpu().double() / draws
-        progress.advance(len(tokens))
-    by_part = nats.split([len(part.windows) for part in batch], dim=1)
-    return [
-        found[:, :, part.given :].flatten(1) for part, found in zip(batch, by_part, strict=True)
-    ]
+    model: LanguageModel, tokens: Int[Tensor, "B T"], draws: int, seed: int, progress: Progress
+) -> Float[Tensor, "B rows T_filled"]:
+    """`_shares` of texts in windows, in the mean over `draws` posterior samples."""
+    patch = model.config.patch
+    context = model.config.context
+    filler = tokens.repeat(1, patch)[:, : -tokens.shape[1] % patch]
+    whole = torch.cat((tokens, filler), dim=1).to(model.device)
+    kept = context // patch // 2 * patch if model.num_blocks == 1 else 0
+    starts = range(0, max(1, whole.shape[1] - kept), context - kept)
+    windows = [whole[:, start : start + context] for start in starts]
+    givens = [0] + [kept] * (len(windows) - 1)
+    alike = [(part.shape[1], given) for part, given in zip(windows, givens, strict=True)]
+    generators = [Generator(device=model.device).manual_seed(seed) for _ in tokens]
+    found = []
+    for some in runs(alike, windows_per_batch(windows[0].shape[1])):
+        rows = torch.stack(windows[some], dim=1)  # [B, windows, T]
+        nats = torch.zeros(())
+        for _ in range(draws):
+            noise = [
+                model.draw_noise(of_text, generator)
+                for of_text, generator in zip(rows, generators, strict=True)
+            ]
+            shares = _shares(model, rows.flatten(0, 1), torch.cat(noise))
+            nats = nats + shares.cpu().double() / draws
+            progress.advance(rows.shape[0] * rows.shape[1])
+        scored = nats.unflatten(1, rows.shape[:2])[..., givens[some.start] :]
+        found.append(scored.flatten(2))
+    return torch.cat(found, dim=2).transpose(0, 1)
 
 
 def _shares(
