@@ -19,7 +19,7 @@ def build(args: Namespace) -> dict[str, Contender]:
     load, found = find("load_checkpoint", "runs.checkpoint"), {}
     for name in args.models:
         checkpoint = load(name, torch.device(args.device))
-        tokens = encode_text_source(args.data, checkpoint.tokenizer, ("test",))["test"]
+        tokens = encode_text_source(args.data, checkpoint.tokenizer, "test")
         windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
         characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
         call = partial(evaluate, checkpoint.model, windows, characters, samples=args.samples)

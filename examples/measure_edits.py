@@ -44,7 +44,7 @@ def main(
     spaces = Spaces.of(tokenizer.token_bytes)
     # as `tarflowlm edit` does
     usual = TEMPERATURE if model.config.has_token_weights else 1.0
-    tokens = encode_text_source(source, tokenizer, ("test",))["test"]
+    tokens = encode_text_source(source, tokenizer, "test")
     wide = eval_windows(tokens, 2 * LENGTH, TEXTS)
     space = tokenizer.encode(" ")[0]
     # each text begins with a word

@@ -48,7 +48,8 @@ def run(args: Args) -> None:
     from reproduction.results import write_results
     from reproduction.running import estimate, finish, state_of
     from tarflowlm.cli.signals import stop_on_signals
-    from tarflowlm.data import check_source
+    from tarflowlm.data.corpus import is_prepared
+    from tarflowlm.data.sources import resolve_source
     from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
 
     if args.name not in (*RECIPES, ALL):
@@ -58,8 +59,8 @@ def run(args: Args) -> None:
     # recipes share trainings
     plan = list({training.name: training for p in plans.values() for training in p}.values())
     for source in (*(training.run.data.source for training in plan), args.second_text):
-        if source is not None:
-            check_source(source)
+        if source is not None and not is_prepared(source):
+            resolve_source(source)
     if args.dry_run:
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
         _print_plan(args, title, estimate(args, plan))

@@ -89,7 +89,7 @@ class Finished:
     def tokens(self, checkpoint: Checkpoint, source: str | None = None) -> TokenArray:
         """The test split of the run's own text, or all of the text `source`."""
         if source is not None:
-            return encode_text_source(source, checkpoint.tokenizer, ("all",))["all"]
+            return encode_text_source(source, checkpoint.tokenizer, "all")
         return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
 
 

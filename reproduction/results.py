@@ -117,7 +117,7 @@ def _provenance(finished: Sequence[Finished], command: Sequence[str]) -> str:
 def _text(done: Finished) -> str:
     """The name of a run's training text, and the hashes of its files."""
     source = done.summary["source"]
-    files = resolve_source(source).files or ()
+    files = resolve_source(source).files
     digests = ", ".join(sha256_of(file)[:12] for file in files[:3])
     more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
     return f"{Path(source).name} {digests}{more}"

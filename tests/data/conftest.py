@@ -2,8 +2,6 @@
 
 import random
 import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,12 +37,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     monkeypatch.setattr("urllib.request.getproxies", dict)
-
-
-@pytest.fixture
-def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """uninstall(name): importing the package of that name fails."""
-    return lambda name: monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.fixture

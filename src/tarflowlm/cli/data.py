@@ -11,7 +11,7 @@ from tarflowlm.errors import UserError
 
 SOURCES = (
     "english (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
-    "also as .gz, .xz or .zst, or a folder."
+    "also as .gz or .xz, or a folder."
 )
 
 

@@ -164,7 +164,7 @@ def _tokens(
 
     is_corpus = args.data is None or source in SOURCE_NAMES or Path(source).is_dir()
     if args.split == "all" or not is_corpus:
-        return encode_text_source(source, tokenizer, (args.split,), progress=bars)[args.split]
+        return encode_text_source(source, tokenizer, args.split, progress=bars)
     corpus = cached_corpus(source, tokenizer, progress=bars)
     known = corpus_digest(checkpoint.directory)
     if args.data is None and known not in (None, corpus.fingerprint):

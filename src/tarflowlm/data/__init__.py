@@ -4,7 +4,7 @@ from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import Corpus, open_corpus
 from tarflowlm.data.fit import check_fit, suited
-from tarflowlm.data.prepare import cached_corpus, check_source, encode_text_source, prepare_corpus
+from tarflowlm.data.prepare import cached_corpus, encode_text_source, prepare_corpus
 from tarflowlm.data.sources import SOURCE_NAMES
 from tarflowlm.data.text import FIELD, normalize_text8, read_text
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -25,7 +25,6 @@ __all__ = [
     "build_tokenizer",
     "cached_corpus",
     "check_fit",
-    "check_source",
     "encode_text_source",
     "eval_windows",
     "load_tokenizer",

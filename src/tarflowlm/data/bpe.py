@@ -61,8 +61,7 @@ def train_bpe(
     reached = library.get_vocab_size()
     if reached != vocab_size:
         what = f"vocab_size={vocab_size} cannot be reached"
-        found = f"the training text gives {reached} tokens at most"
-        raise UserError(f"{what}, {found}: set vocab_size to {reached} or less, or use more text")
+        raise UserError(f"{what}: the text gives at most {reached} tokens; ask for fewer")
     return Tokenizer(json.loads(library.to_str()), normalization)
 
 
@@ -70,7 +69,7 @@ def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
     for piece in pieces:
         if alphabet is not None and not set(piece) <= set(alphabet):
             raise UnknownCharacters(piece, alphabet)
-        yield from text_pieces(piece, _PIECE)
+        yield from text_pieces([piece], _PIECE)
 
 
 def _read_bpe(source: str) -> Tokenizer:
@@ -97,11 +96,11 @@ def _from_hub(name: str) -> str:
     import huggingface_hub
 
     try:
-        cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
-        if isinstance(cached, str):
-            return Path(cached).read_text(encoding="utf-8")
-        check_hub_reachable()
-        return tokenizers.Tokenizer.from_pretrained(name).to_str()
+        path = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+        if not isinstance(path, str):
+            check_hub_reachable()
+            path = huggingface_hub.hf_hub_download(name, "tokenizer.json")
+        return Path(path).read_text(encoding="utf-8")
     except Exception as error:  # hub, network and library errors share no base class
         remedy = "check the name and connection, or give its tokenizer.json"
         raise ValueError(f"{first_line(error)}; {remedy}") from None

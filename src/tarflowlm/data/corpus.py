@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,7 +11,7 @@ import numpy as np
 from tarflowlm.data.sources import SOURCE_NAMES
 from tarflowlm.data.splits import SPLITS, Split
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
-from tarflowlm.data.windows import Array, TokenArray
+from tarflowlm.data.windows import TokenArray
 from tarflowlm.errors import UserError, first_line
 
 META = "meta.json"
@@ -52,7 +51,9 @@ class Corpus:
 
     def split(self, name: Split) -> TokenArray:
         """The tokens of split "train", "valid" or "test"."""
-        return self._tokens[name]
+        dtype = self.tokenizer.token_dtype
+        shards = self.meta["splits"][name]
+        return TokenArray([np.memmap(self.path / shard["file"], dtype, "r") for shard in shards])
 
     def num_tokens(self, name: Split) -> int:
         """The number of tokens of a split."""
@@ -67,20 +68,6 @@ class Corpus:
         """sha256 (hex) over the hashes of all shards: equal for equal tokens in equal splits."""
         hashes = [[shard["sha256"] for shard in self.meta["splits"][split]] for split in SPLITS]
         return hashlib.sha256(json.dumps(hashes).encode("ascii")).hexdigest()
-
-    @cached_property
-    def _tokens(self) -> dict[Split, TokenArray]:
-        return {
-            split: TokenArray([self._mapped(shard) for shard in self.meta["splits"][split]])
-            for split in SPLITS
-        }
-
-    def _mapped(self, shard: Shard) -> Array:
-        return np.memmap(self.path / shard["file"], self.tokenizer.token_dtype, "r")
-
-    def __repr__(self) -> str:
-        sizes = ", ".join(f"{split} {self.num_tokens(split):,}" for split in SPLITS)
-        return f"Corpus({str(self.path)!r}: {self.meta['source']}, tokens: {sizes})"
 
 
 def is_prepared(source: str) -> bool:
@@ -103,11 +90,7 @@ def open_corpus(path: str | os.PathLike[str]) -> Corpus:
                 size = shard["tokens"] * tokenizer.token_dtype.itemsize
                 if (folder / shard["file"]).stat().st_size != size:
                     raise ValueError(f"{shard['file']} does not have {size:,} bytes")
-    except FileNotFoundError as error:
-        what = f"{folder} is not a complete corpus, {error.filename} is missing"
-        raise UserError(f"{what}: prepare it again") from None
     except (OSError, LookupError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        what = f"the corpus {folder} cannot be used ({reason})"
+        what = f"the corpus {folder} cannot be used ({first_line(error)})"
         raise UserError(f"{what}: prepare it again") from None
     return Corpus(folder, meta, tokenizer)

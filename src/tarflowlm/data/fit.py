@@ -6,7 +6,8 @@ from itertools import islice
 from tarflowlm.config import Normalization, TokenizerConfig
 from tarflowlm.data.corpus import is_prepared
 from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
-from tarflowlm.data.textfile import BLOCK, TextFile
+from tarflowlm.data.text import BLOCK
+from tarflowlm.data.textfile import TextFile
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 

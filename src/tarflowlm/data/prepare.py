@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from tarflowlm.data.corpus import META, VERSION, Corpus, Meta, Shard, is_prepare
 from tarflowlm.data.fit import misfit
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.data.splits import SPLITS, Piece, Split
-from tarflowlm.data.textfile import BLOCK, Source
+from tarflowlm.data.text import BLOCK
+from tarflowlm.data.textfile import Source
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array, TokenArray
 from tarflowlm.errors import UserError
@@ -47,29 +48,19 @@ log = logging.getLogger("tarflowlm")
 
 
 def cached_corpus(
-    source: str,
-    tokenizer: TokenizerConfig | Tokenizer,
-    *,
-    progress: Progress = SILENT,
-    may_download: bool = True,
+    source: str, tokenizer: TokenizerConfig | Tokenizer, *, progress: Progress = SILENT
 ) -> Corpus:
     """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
 
     `source` is the name of a corpus, a text file, or a prepared directory, which is opened where it
-    is (UserError if its tokenizer is another). Without `may_download`, UserError for a text whose
-    preparation takes hours.
+    is (UserError if its tokenizer is another).
     """
     if is_prepared(source):
-        corpus = open_corpus(source)
-        _check_tokenizer(corpus, tokenizer)
-        return corpus
+        return _opened(source, tokenizer)
     found = resolve_source(source)
     plan = _plan(found, tokenizer)
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode("ascii")).hexdigest()
     target = cache_root() / "corpora" / f"{Path(found.identity).name}-{digest[:16]}"
-    if found.is_large and not may_download and not is_prepared(str(target)):
-        first = f"`tarflowlm data {source} --out DIR` with the same tokenizer"
-        raise UserError(f"{source}: other processes would wait for hours; run {first} before")
     return _prepare(found, tokenizer, plan, target, progress)
 
 
@@ -95,32 +86,24 @@ def prepare_corpus(
     return _prepare(found, tokenizer, plan, target, progress)
 
 
-def check_source(source: str) -> None:
-    """UserError for a text that `cached_corpus` would not find. Nothing is read or downloaded."""
-    if not is_prepared(source):
-        resolve_source(source)
-
-
 def encode_text_source(
     source: str,
     tokenizer: Tokenizer,
-    splits: Sequence[str] = SPLITS,
+    split: Split | Literal["all"],
     *,
     progress: Progress = SILENT,
-) -> dict[str, TokenArray]:
+) -> TokenArray:
     """Tokens of another text under a given tokenizer, which also normalises it; in memory.
 
     `source` is the name of a corpus, a text file, or a directory that was prepared with this very
-    tokenizer. `splits` may name "all", too: the whole text. A split of a short text may be empty.
+    tokenizer. A split of a short text may be empty.
     """
-    parts: dict[Split, list[Array]] = {
-        split: [np.zeros(0, tokenizer.token_dtype)] for split in SPLITS
-    }
+    wanted = SPLITS if split == "all" else (split,)
+    parts: dict[Split, list[Array]] = {name: [] for name in wanted}
     if is_prepared(source):
-        corpus = open_corpus(source)
-        _check_tokenizer(corpus, tokenizer)
-        for split in SPLITS:
-            parts[split].append(np.asarray(corpus.split(split)))
+        corpus = _opened(source, tokenizer)
+        for name in wanted:
+            parts[name].append(np.asarray(corpus.split(name)))
     else:
         problem = misfit(source, tokenizer.normalization, tokenizer)
         if problem is not None:
@@ -128,34 +111,26 @@ def encode_text_source(
         found = resolve_source(source)
         found.obtain(progress)
         for part in range(found.num_parts):
-            for split, tokens, _ in _encoded(found, part, tokenizer, splits, progress):
-                parts[split].append(tokens)
-    tokens_of: dict[str, Array] = {split: np.concatenate(parts[split]) for split in SPLITS}
-    if "all" in splits:
-        tokens_of["all"] = np.concatenate([tokens_of[split] for split in SPLITS])
-    return {name: TokenArray([tokens_of[name]]) for name in splits}
-
-
-class _Encoded(NamedTuple):
-    """Tokens of successive pieces of one split, and the number of their characters."""
-
-    split: Split
-    tokens: Array
-    characters: int
+            for name, tokens, _ in _encoded(found, part, tokenizer, wanted, progress):
+                parts[name].append(tokens)
+    found_tokens = [tokens for name in wanted for tokens in parts[name]]
+    return TokenArray([np.concatenate([np.zeros(0, tokenizer.token_dtype), *found_tokens])])
 
 
 def _encoded(
-    source: Source, part: int, tokenizer: Tokenizer, splits: Sequence[str], progress: Progress
-) -> Iterator[_Encoded]:
-    """The tokens of a part of a text, every piece encoded on its own."""
+    source: Source, part: int, tokenizer: Tokenizer, wanted: Sequence[Split], progress: Progress
+) -> Iterator[tuple[Split, Array, int]]:
+    """The tokens of some splits of a part of a text, with the number of their characters.
+
+    Every piece is encoded on its own.
+    """
     which = f", part {part + 1} of {source.num_parts}" if source.num_parts > 1 else ""
     total = source.count_characters(tokenizer.normalization, progress)
     progress.stage(f"encoding {source.name}{which}, characters", total)
     for split, texts in _batches(source.pieces(part, tokenizer.normalization, progress)):
         size = sum(map(len, texts))
-        if split in splits or "all" in splits:
-            tokens = tokenizer.encode_each(texts).astype(tokenizer.token_dtype)
-            yield _Encoded(split, tokens, size)
+        if split in wanted:
+            yield split, tokenizer.encode_each(texts).astype(tokenizer.token_dtype), size
         progress.advance(size)
 
 
@@ -185,13 +160,15 @@ def _key(wanted: TokenizerConfig | Tokenizer) -> str | dict[str, object]:
     return asdict(wanted) if wanted.needs_training else build_tokenizer(wanted).fingerprint
 
 
-def _check_tokenizer(corpus: Corpus, wanted: TokenizerConfig | Tokenizer) -> None:
-    """UserError unless the corpus was prepared with the tokenizer that is wanted."""
+def _opened(directory: str, wanted: TokenizerConfig | Tokenizer) -> Corpus:
+    """The corpus in a directory. UserError if it was prepared with another tokenizer."""
+    corpus = open_corpus(directory)
     if isinstance(wanted, TokenizerConfig) and asdict(wanted) == corpus.meta["tokenizer_config"]:
-        return  # without asking the hub again
+        return corpus  # without asking the hub again
     if _key(wanted) != corpus.tokenizer.fingerprint:
-        what = f"{corpus.path} was prepared with {corpus.tokenizer!r}, not with {wanted!r}"
+        what = f"{directory} was prepared with {corpus.tokenizer!r}, not with {wanted!r}"
         raise UserError(f"{what}: prepare another one, or leave the tokenizer to the directory")
+    return corpus
 
 
 def _prepare(

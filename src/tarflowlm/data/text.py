@@ -1,6 +1,5 @@
 """From a file to pieces of normalised text: reading, cutting and normalising, in bounded memory."""
 
-import codecs
 import gzip
 import json
 import lzma
@@ -8,26 +7,29 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from io import BufferedIOBase
-from itertools import chain
+from io import BufferedIOBase, TextIOWrapper
 from pathlib import Path
+from typing import TextIO
 
 from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.errors import UserError
 
-_BLOCK = 1 << 20  # bytes read at once
+BLOCK = 1 << 20  # characters read at once
 FIELD = "#"
 """Between a .jsonl file and the name of the field with its texts, which else is "text"."""
-TEXTS = (".txt", ".jsonl")
-_PACKED = (".gz", ".xz", ".zst")
+_PACKED = (".gz", ".xz")
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
     """The file `path`, or the texts in the folder `path`, compressed or not, by their names."""
     if not path.is_dir():
         return (path,) if path.is_file() else ()
-    return tuple(sorted(file for file in path.iterdir() if file.is_file() and _kind(file) in TEXTS))
+    texts = (
+        file for file in path.iterdir() if file.is_file() and _kind(file) in (".txt", ".jsonl")
+    )
+    return tuple(sorted(texts))
 
 
 def _kind(path: Path) -> str:
@@ -39,20 +41,17 @@ def file_blocks(path: Path, field: str) -> Iterator[str]:
     if _kind(path) != ".jsonl":
         yield from text_blocks(path)
         return
-    count = 0
-    rest = ""
-    for block in chain(text_blocks(path), "\n"):
-        *lines, rest = (rest + block).split("\n")
-        texts = []
-        for line in lines:
-            count += 1
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                texts.append(json.loads(line)[field] + "\n" if line.strip() else "")
+                text = json.loads(line)[field] + "\n"
             except (ValueError, LookupError, TypeError):
-                what = f"line {count} of {path} is not an object with a text under {field!r}"
+                what = f"line {number} of {path} is not an object with a text under {field!r}"
                 remedy = f"name the field that has one, say {path.name}{FIELD}content"
                 raise UserError(f"{what}: {remedy}") from None
-        yield "".join(texts)
+            yield text
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -63,62 +62,34 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
     """The text of a UTF-8 file in blocks of about a megabyte.
 
-    The suffix gives the compression: `.gz`, `.xz` or `.zst`; any other is plain text. Line ends
-    stay as they are; a byte-order mark at the start is dropped. UserError for a file that is
-    missing, unreadable, empty, damaged or not UTF-8, possibly after some blocks.
+    The suffix gives the compression: `.gz` or `.xz`; any other is plain text. Line ends stay as
+    they are; a byte-order mark at the start is dropped. UserError for a file that is missing,
+    unreadable, empty, damaged or not UTF-8, possibly after some blocks.
     """
-    source = Path(path)
-    is_empty = True
+    with _opened(Path(path)) as file:
+        block = file.read(BLOCK)
+        if not block:
+            raise UserError(f"{path} is empty: give a file with text")
+        yield block
+        yield from iter(partial(file.read, BLOCK), "")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    openers: dict[str, Callable[..., BufferedIOBase]] = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
     try:
-        for block in codecs.iterdecode(_byte_blocks(source), "utf-8-sig"):
-            is_empty = False
-            yield block
+        binary = openers.get(path.suffix.lower(), open)(path, "rb")
+        with TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+            yield file
     except UnicodeDecodeError as error:
-        what = f"{source} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x})"
-        remedy = "convert it to UTF-8; a compressed file needs the suffix .gz, .xz or .zst"
+        what = f"{path} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x})"
+        remedy = "convert it to UTF-8; a compressed file needs the suffix .gz or .xz"
         raise UserError(f"{what}: {remedy}") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        what = f"{source} is damaged or not a {source.suffix} file ({error})"
+        what = f"{path} is damaged or not a {path.suffix} file ({error})"
         raise UserError(f"{what}: get it again") from None
     except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror or error}") from None
-    if is_empty:
-        raise UserError(f"{source} is empty: give a file with text")
-
-
-def _byte_blocks(source: Path) -> Iterator[bytes]:
-    suffix = source.suffix.lower()
-    if suffix == ".zst":
-        yield from _zst_blocks(source)
-        return
-    openers: dict[str, Callable[..., BufferedIOBase]] = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
-    with openers.get(suffix, open)(source, "rb") as file:
-        yield from iter(partial(file.read, _BLOCK), b"")
-
-
-def _zst_blocks(source: Path) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError:
-        remedy = "pip install 'tarflowlm[data]'"
-        raise UserError(f"reading {source} needs the zstandard package: {remedy}") from None
-    # frame by frame: the package's streaming reader accepts a truncated file as complete
-    frame = None
-    try:
-        with source.open("rb") as file:
-            # it has no bound on what a block decompresses to
-            while block := file.read(_BLOCK // 16):
-                while block:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(block)
-                    block = b""
-                    if frame.eof:
-                        block = frame.unused_data
-                        frame = None
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from None
-    if frame is not None:
-        raise EOFError("it ends within a frame")
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 # between a letter or digit and the one space or line end before the next: GPT-2-like pre-tokenizers
@@ -128,32 +99,26 @@ _CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
 _LONGEST = 16
 
 
-def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
-    """Consecutive pieces, of about `size` characters each, of a text given whole or in blocks.
+def text_pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
+    """Consecutive pieces, of about `size` characters each, of a text given in blocks.
 
     No tokenizer that we train or support joins characters across a cut: each piece but the last
     ends where a word ends. Only where there is no such place for `16 * size` characters is the text
     cut anywhere. The cuts depend on the text and `size`, not on the blocks.
     """
     buffer = ""
-    searched = size
-    for block in [text] if isinstance(text, str) else text:
+    for block in blocks:
         buffer += block
         start = 0
         while len(buffer) - start > size:
-            match = _CUT.search(buffer, searched, start + _LONGEST * size + 2)
-            if match is not None:
-                cut = match.start()
-            elif len(buffer) - start > _LONGEST * size + 2:
-                cut = start + _LONGEST * size
-            else:
-                searched = max(searched, len(buffer) - 2)
+            longest = start + _LONGEST * size
+            match = _CUT.search(buffer, start + size, longest)
+            if match is None and len(buffer) < longest:
                 break
+            cut = longest if match is None else match.start()
             yield buffer[start:cut]
             start = cut
-            searched = cut + size
         buffer = buffer[start:]
-        searched -= start
     if buffer:
         yield buffer
 

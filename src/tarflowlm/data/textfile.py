@@ -7,15 +7,12 @@ encodes them.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 from tarflowlm.config import Normalization
 from tarflowlm.data.splits import Piece, cut_in_three
-from tarflowlm.data.text import FIELD, file_blocks, normalize, text_files, text_pieces
+from tarflowlm.data.text import BLOCK, FIELD, file_blocks, normalize, text_files, text_pieces
 from tarflowlm.errors import UserError
-from tarflowlm.progress import SILENT, Progress
-
-BLOCK = 1 << 20  # characters of a piece, approximately
+from tarflowlm.progress import Progress
 
 
 class Source(ABC):
@@ -25,24 +22,22 @@ class Source(ABC):
     """The user's word for it."""
     identity: str
     """A registered name, or the absolute path of a file."""
-    is_large: ClassVar[bool] = False
-    """Whether its preparation takes hours even if all files are here."""
 
     @property
     @abstractmethod
-    def files(self) -> tuple[Path, ...] | None:
-        """The files it is read from; None if they are not on this machine."""
-
-    def state(self) -> list[list[str | int]]:
-        """What tells a changed text from this one: names and sizes of its files."""
-        return [[file.name, file.stat().st_size] for file in self.files or ()]
+    def files(self) -> tuple[Path, ...]:
+        """The files it is read from, as far as they are on this machine."""
 
     @property
     def num_parts(self) -> int:
         """Parts that are prepared one by one. A kill loses the one that is being prepared."""
         return 1
 
-    def obtain(self, progress: Progress = SILENT) -> None:  # noqa: B027
+    @abstractmethod
+    def state(self) -> list[list[str | int]]:
+        """What tells a changed text from this one, such as names and sizes of its files."""
+
+    def obtain(self, progress: Progress) -> None:  # noqa: B027
         """Download and check what `pieces` needs."""
 
     def count_characters(self, normalization: Normalization, progress: Progress) -> int | None:
@@ -51,7 +46,7 @@ class Source(ABC):
 
     @abstractmethod
     def pieces(
-        self, part: int, normalization: Normalization, progress: Progress = SILENT
+        self, part: int, normalization: Normalization, progress: Progress
     ) -> Iterator[Piece]:
         """The text of part `part`, counted from 0. Call `obtain` first."""
 
@@ -71,15 +66,15 @@ class TextFile(Source):
         self._totals: dict[Normalization, int] = {}
 
     @property
-    def files(self) -> tuple[Path, ...] | None:
-        return text_files(self.path) or None
+    def files(self) -> tuple[Path, ...]:
+        return text_files(self.path)
 
     def state(self) -> list[list[str | int]]:
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files or ()]
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
 
     def blocks(self) -> Iterator[str]:
-        """The text as it is, in blocks of about a megabyte; a line end between files."""
-        for number, file in enumerate(self.files or ()):
+        """The text as it is, in blocks of at most a megabyte; a line end between files."""
+        for number, file in enumerate(self.files):
             if number:
                 yield "\n"
             yield from file_blocks(file, self.field)
@@ -98,15 +93,10 @@ class TextFile(Source):
         return self._totals[normalization]
 
     def pieces(
-        self, part: int, normalization: Normalization, progress: Progress = SILENT
+        self, part: int, normalization: Normalization, progress: Progress
     ) -> Iterator[Piece]:
         total = self.count_characters(normalization, progress)
-        position = 0
-        for piece in cut_in_three(self._normalized(normalization), total):
-            position += len(piece.text)
-            yield piece
-        if position != total:
-            raise UserError(f"{self.path} changed while it was read: prepare it again")
+        return cut_in_three(self._normalized(normalization), total)
 
     def _normalized(self, normalization: Normalization) -> Iterator[str]:
         for piece in text_pieces(self.blocks(), BLOCK):

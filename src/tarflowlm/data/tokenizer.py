@@ -121,7 +121,7 @@ class Tokenizer:
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Token ids [N] of `texts`, encoded one by one and concatenated."""
-        pieces = [piece for text in texts for piece in text_pieces(text, _PIECE)]
+        pieces = [piece for text in texts for piece in text_pieces([text], _PIECE)]
         parts = [np.zeros(0, dtype=np.int64)]
         for i in range(0, len(pieces), _BATCH):
             batch = pieces[i : i + _BATCH]
@@ -233,15 +233,14 @@ class CharTokenizer(Tokenizer):
         super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}), normalization)
         self.alphabet = alphabet
         codes = list(map(ord, alphabet))
-        # the id of every code point, -1 for foreign ones; all above the alphabet share the last
-        # place
+        # the id of every code point, -1 for foreign ones; all above share the last place
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         text = "".join(texts)
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        ids = self._ids.take(codes, mode="clip")
         if ids.size and ids.min() < 0:
             raise UnknownCharacters(text, self.alphabet)
         return ids

@@ -114,7 +114,6 @@ def corpus_of(
             config.data.source,
             tokenizer or config.data.tokenizer,
             progress=progress,
-            may_download=processes.world == 1,
         )
     context = config.model.context
     for name in ("train", "valid", "test"):
