@@ -1,7 +1,6 @@
 """The models and runs that a visitor can reach, by short names and never by a path."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,16 +74,13 @@ class Catalogue:
 
     def about(self, name: object) -> str:
         """A line about a model."""
-        if not isinstance(name, str) or name not in self.entries:
-            return ""
-        entry = self.entries[name]
+        entry = self.entry(name)
         trained = f"Preset {entry.run.name}, trained on {Path(entry.run.data.source).name}."
         return purpose(entry.place) or trained
 
     def temperature(self, name: object) -> float:
         """The temperature that suits a model."""
-        known = isinstance(name, str) and name in self.entries
-        return self.entries[str(name)].run.temperature if known else 1.0
+        return self.entry(name).run.temperature
 
     def entry(self, name: object) -> Entry:
         """The entry of a name. UserError for any other value that a visitor may send."""
@@ -113,32 +109,24 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
     return load_checkpoint(place, device)
 
 
-def _collect(names: Sequence[str]) -> Mapping[str, Entry]:
+def _collect(names: Sequence[str]) -> dict[str, Entry]:
     """The entries by the names that the page shows, each run once."""
     entries: dict[str, Entry] = {}
     known = set()
     for given in names:
         for place, command_name in _runs_of(given):
-            if place.resolve() in known:
-                continue
-            known.add(place.resolve())
-            # two runs of one name are told apart by their folders
-            place = Path(os.path.abspath(place))
-            name = place.name
-            folder = place.parent
-            while name in entries:
-                name = f"{folder.name}/{name}" if folder.name else f"{name}+"
-                folder = folder.parent
-            entries[name] = Entry(place, command_name, read_run(place))
+            if place.resolve() not in known:
+                known.add(place.resolve())
+                name = place.resolve().name
+                # a second run of a name is shown as the command line calls it
+                name = command_name if name in entries else name
+                entries[name] = Entry(place, command_name, read_run(place))
     return entries
 
 
 def _runs_of(given: str) -> Iterator[tuple[Path, str]]:
     """The runs that a name means, with their names on the command line."""
     place = locate(given)
-    if (place / CONFIG).is_file():
-        yield place, given
-        return
     found = [path for path in find_runs(place) if (path / CONFIG).is_file()]
     if not found:
         known = f"nor one of {', '.join(released())}"
@@ -146,4 +134,4 @@ def _runs_of(given: str) -> Iterator[tuple[Path, str]]:
             f"{given!r} is neither a run directory, nor a folder of them, {known}: check the path"
         )
     for path in found:
-        yield path, str(path)
+        yield path, given if path == place else str(path)

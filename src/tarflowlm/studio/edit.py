@@ -1,18 +1,15 @@
 """The views that edit: named words or a share of them resampled, and states re-noised."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-from tarflowlm.data import Tokenizer
-from tarflowlm.data.prompts import Reading, read
-from tarflowlm.model import as_flow
+from tarflowlm.data.prompts import read
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import (
+    Pages,
     asked,
     card,
-    counted,
     facts,
     muted,
     open_stage,
@@ -20,17 +17,17 @@ from tarflowlm.studio.pieces import (
     stage,
     took,
 )
+from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Edit, Edited
 from tarflowlm.views.grid import text_tokens
 
 LATENTS, NOISE = STATES = ("latents", "noise")
 """The states h^(0) = z and h^(L) = u."""
-NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
 def rewrite(
     catalogue: Catalogue, model: object, text: object, words: object, num: object, seed: object
-) -> Iterator[str]:
+) -> Pages:
     """HTML of texts with other `words`, several separated by commas, wherever they are."""
     named = values.text(words, "list of words").split(",")
     pieces = tuple(word.strip() for word in named if word.strip())
@@ -40,7 +37,7 @@ def rewrite(
 
 def resample(
     catalogue: Catalogue, model: object, text: object, strength: object, num: object, seed: object
-) -> Iterator[str]:
+) -> Pages:
     """HTML of texts in which a share `strength` of the words is resampled given all others."""
     share = values.number(strength, "strength", 0.0, 1.0)
     yield from _edited(catalogue, model, replace(_request(text, num, seed), strength=share))
@@ -54,10 +51,10 @@ def renoise(
     strength: object,
     num: object,
     seed: object,
-) -> Iterator[str]:
+) -> Pages:
     """HTML of texts whose latents or noise have changed by a share `strength`."""
-    flow = as_flow(catalogue.load(model).model, NO_LATENTS)
-    level = 0 if values.choice(state, STATES) == LATENTS else flow.num_blocks
+    is_noise = values.choice(state, STATES) == NOISE
+    level = catalogue.load(model).model.num_blocks if is_noise else 0
     share = values.number(strength, "strength", 0.0, 1.0)
     request = replace(_request(text, num, seed), level=level, strength=share)
     yield from _edited(catalogue, model, request)
@@ -71,20 +68,22 @@ def _request(text: object, num: object, seed: object) -> Edit:
     )
 
 
-def _edited(catalogue: Catalogue, model: object, request: Edit) -> Iterator[str]:
+def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     """HTML of the progress, then of the edits, every text below the original."""
     checkpoint = catalogue.load(model)
-    as_flow(checkpoint.model, NO_LATENTS)
     tokenizer = checkpoint.tokenizer
     original = read(tokenizer, request.text)
-    shown = open_stage(text_tokens(original.tokens, tokenizer))
+    before = text_tokens(original.tokens, tokenizer)
 
     def work(job: Job[Edited]) -> Edited:
         return request.run(checkpoint, job)
 
     job = Job(work)
-    found = yield from job.follow(lambda: page(card(shown, muted(job.doing("editing")))))
-    cards = [_original(tokenizer, original)]
+    found = yield from job.follow(
+        lambda: page(card(open_stage(before), muted(job.doing("editing"))))
+    )
+    notes = ["the original", *found.notices]
+    cards = [card(stage(before), muted(", ".join(notes)))]
     for row, tokens in enumerate(found.edit.tokens.cpu()):
         changed = found.edit.changed[row].cpu()
         bits = f"bits per character, ≤ {found.bits_before[row]:.2f} before"
@@ -95,8 +94,3 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Iterator[str]
         cards.append(card(stage(text_tokens(tokens, tokenizer, changed=changed)), numbers))
     command = request.command(catalogue.entry(model).command_name)
     yield page(asked(command), *cards, card(facts(took(job.seconds))))
-
-
-def _original(tokenizer: Tokenizer, reading: Reading) -> str:
-    note = f"the original, {reading.notice}" if reading.notice else "the original"
-    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(note))

@@ -1,6 +1,6 @@
 """The layout of the page: one tab per view, in Gradio. The views are in modules without it."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -10,19 +10,16 @@ import gradio as gr
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.edit import STATES, renoise, resample, rewrite
-from tarflowlm.studio.pieces import card, guarded, muted, page
+from tarflowlm.studio.pieces import Pages, card, guarded, muted, page
 from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import MODELS, compare
 from tarflowlm.studio.write import infill, write
 from tarflowlm.views.curves import AXES
 
 # gradio's classes cannot be named in annotations that tests check
-Blocks = Any
 Component = Any
 Event = Callable[..., Any]
-Buttons = tuple[Component, Component]
-View = Callable[..., Iterator[str]]
-Closable = Callable[..., Generator[str, None, None]]
+View = Callable[..., Pages]
 
 TITLE = "tarflowlm studio"
 WAITING = 16  # requests that may wait for their turn; further ones are refused
@@ -43,18 +40,21 @@ HISTORY = (
 )
 
 
-def build(catalogue: Catalogue) -> Blocks:
+def build(catalogue: Catalogue) -> Component:
     """The page about the models and runs of `catalogue`."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
         gr.HTML(f'<div class="st"><div class="st-head">{head}</div></div>', apply_default_css=False)
-        with gr.Tab("Write"), gr.Row(equal_height=False):
-            arrive = _write(catalogue)
-        for name, view in (("Infill", _infill), ("Edit", _edit), ("Score", _score)):
+        for name, view in (
+            ("Write", _write),
+            ("Infill", _infill),
+            ("Edit", _edit),
+            ("Score", _score),
+        ):
             with gr.Tab(name), gr.Row(equal_height=False):
-                view(catalogue)
+                view(catalogue, blocks.load)
         with gr.Tab("Runs"):
-            look = _runs(catalogue)
+            _runs(catalogue, blocks.load)
         lists = [block for block in blocks.blocks.values() if isinstance(block, gr.Dropdown)]
 
         def offer() -> list[object]:
@@ -62,8 +62,6 @@ def build(catalogue: Catalogue) -> Blocks:
             return [gr.Dropdown(catalogue.models) for _ in lists]
 
         _quick(blocks.load, offer, None, lists)
-        arrive(blocks.load)
-        look(blocks.load)
     # nothing may be called past the queue
     blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return blocks
@@ -82,11 +80,8 @@ def _quick(event: Event, function: Callable[..., object], inputs: object, output
     )
 
 
-def _write(catalogue: Catalogue) -> Callable[[Event], None]:
-    """The view that writes. Returns what binds an arrival to it.
-
-    An arrival brings the request in the address, or the first example.
-    """
+def _write(catalogue: Catalogue, arrival: Event) -> None:
+    """The view that writes; at first what the address asks for, or the first example."""
     examples = [example for example in EXAMPLES if example[1] in catalogue.entries]
     with gr.Column(scale=3, min_width=300):
         with gr.Row():
@@ -111,24 +106,19 @@ def _write(catalogue: Catalogue) -> Callable[[Event], None]:
     inputs = [model, text, length, temperature, top_p, num, seed]
     answer = _bind(go, write, catalogue, inputs, out, text.submit)
 
-    def values_of(name: str, start: str, tokens: int) -> list[object]:
+    def values_of(name: str, start: str, tokens: int) -> list[str | int | float]:
         return [name, start, tokens, catalogue.temperature(name), 1.0, 1, 0]
 
-    def arrival(asked: gr.Request) -> list[object]:
-        first = examples[0][1:] if examples else (catalogue.models[0], "", 96)
-        return values.from_address(dict(asked.query_params), values_of(*first), catalogue.models)
+    def asked_for(visitor: gr.Request) -> list[str | int | float]:
+        usual = values_of(*(examples[0][1:] if examples else (catalogue.models[0], "", 96)))
+        return values.from_address(dict(visitor.query_params), usual, catalogue.models)
 
-    for button, example in zip(buttons, examples, strict=True):
-        chosen = _quick(button.click, partial(values_of, *example[1:]), None, inputs)
-        answer(chosen.then)
-
-    def bind(event: Event) -> None:
-        answer(_quick(event, arrival, None, inputs).then)
-
-    return bind
+    for button, (_, *example) in zip(buttons, examples, strict=True):
+        answer(_quick(button.click, partial(values_of, *example), None, inputs).then)
+    answer(_quick(arrival, asked_for, None, inputs).then)
 
 
-def _infill(catalogue: Catalogue) -> None:
+def _infill(catalogue: Catalogue, _: Event) -> None:
     with gr.Column(scale=3, min_width=300):
         model = _model(catalogue, catalogue.word_model)
         text = gr.Textbox(
@@ -148,7 +138,7 @@ def _infill(catalogue: Catalogue) -> None:
     _bind(go, infill, catalogue, inputs, out, text.submit)
 
 
-def _edit(catalogue: Catalogue) -> None:
+def _edit(catalogue: Catalogue, _: Event) -> None:
     with gr.Column(scale=3, min_width=300):
         model = _model(catalogue, catalogue.word_model)
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
@@ -175,7 +165,7 @@ def _edit(catalogue: Catalogue) -> None:
     _bind(go_level, renoise, catalogue, [model, text, state, change, *common], out, change.release)
 
 
-def _score(catalogue: Catalogue) -> None:
+def _score(catalogue: Catalogue, _: Event) -> None:
     with gr.Column(scale=3, min_width=300):
         models = gr.Dropdown(
             catalogue.models,
@@ -190,8 +180,8 @@ def _score(catalogue: Catalogue) -> None:
     _bind(go, compare, catalogue, [models, text], out, text.submit)
 
 
-def _runs(catalogue: Catalogue) -> Callable[[Event], None]:
-    """The view of runs, which looks at the folders now and then. Returns what binds an arrival."""
+def _runs(catalogue: Catalogue, arrival: Event) -> None:
+    """The view of runs, which looks at the folders on arrival and now and then."""
     names = catalogue.runs
     with gr.Row(equal_height=False, visible=bool(names)) as row:
         chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs", scale=4)
@@ -207,13 +197,10 @@ def _runs(catalogue: Catalogue) -> Callable[[Event], None]:
         found = catalogue.runs
         return gr.Row(visible=bool(found)), gr.CheckboxGroup(found), shown(names, axis)
 
-    def bind(event: Event) -> None:
+    for event in (chosen.change, axis.change):
+        _quick(event, shown, [chosen, axis], out)
+    for event in (arrival, gr.Timer(REFRESH).tick):
         _quick(event, look, [chosen, axis], [row, chosen, out])
-
-    _quick(chosen.change, shown, [chosen, axis], out)
-    _quick(axis.change, shown, [chosen, axis], out)
-    bind(gr.Timer(REFRESH).tick)
-    return bind
 
 
 def _model(catalogue: Catalogue, name: str) -> Component:
@@ -245,7 +232,7 @@ def _strength(words: str) -> Component:
     return gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info=words)
 
 
-def _buttons(words: str) -> Buttons:
+def _buttons(words: str) -> tuple[Component, Component]:
     with gr.Row():
         go = gr.Button(words, variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=80)
@@ -258,7 +245,7 @@ def _output(words: str) -> Component:
 
 
 def _bind(
-    buttons: Buttons,
+    buttons: tuple[Component, Component],
     view: View,
     catalogue: Catalogue,
     inputs: list[Component],
@@ -290,11 +277,11 @@ def _bind(
     return bind
 
 
-def newest(view: Closable) -> Closable:
+def newest(view: View) -> View:
     """The view as a handler of events: a visitor's next request ends the one before."""
     last: dict[str | None, object] = {}
 
-    def handle(visitor: gr.Request, *given: object) -> Generator[str, None, None]:
+    def handle(visitor: gr.Request, *given: object) -> Pages:
         last[visitor.session_hash] = mine = object()
         with closing(view(*given)) as pages:
             for html in pages:

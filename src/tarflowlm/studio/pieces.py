@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -16,10 +16,14 @@ HEAD = f"<style>{STYLE}</style><script>{SCRIPT}</script>"
 LOG = logging.getLogger("tarflowlm.studio")
 
 
-def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Generator[str, None, None]]:
+Pages = Generator[str, None, None]
+"""What a view gives: HTML now and then, the last is its result."""
+
+
+def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:
     """The view with errors shown on the page, in plain words and without a stack."""
 
-    def safe(*values: object) -> Generator[str, None, None]:
+    def safe(*values: object) -> Pages:
         try:
             yield from view(*values)
         except UserError as error:
@@ -100,8 +104,8 @@ def bar(share: float) -> str:
     return f'<div class="st-bar"><i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
 
 
-def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool) -> str:
-    """A slider over `rows`: one of them is on the stage of the same card, all of them are below.
+def slider(rows: Sequence[Row], *, is_open: bool) -> str:
+    """A slider over passes: one of them is on the stage of the same card, all of them are below.
 
     If it `is_open`, it goes through them once by itself.
     """
@@ -109,13 +113,9 @@ def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool) -> st
     plays = " data-play" if is_open else ""
     control = (
         f'<input type="range" min="0" max="{last}" value="{last}" step="1" '
-        f'aria-label="{escape(name)}"{plays}><output>{escape(rows[-1].label)}</output>'
+        f'aria-label="pass"{plays}><output>{escape(rows[-1].label)}</output>'
     )
     opened = " open" if is_open else ""
-    below = f'<summary>{escape(summary)}</summary><div class="st-rows">{to_html(rows)}</div>'
+    summary = "<summary>how it was written, block by block</summary>"
+    below = f'{summary}<div class="st-rows">{to_html(rows)}</div>'
     return f'<div class="st-slide">{control}</div><details{opened}>{below}</details>'
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """1 token, 2 tokens; `many` where it does not just end in s."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

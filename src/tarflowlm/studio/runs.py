@@ -1,6 +1,6 @@
 """The view of learning curves."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.locks import writer_of
 from tarflowlm.runs.checkpoint import SUMMARY
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.pieces import card, muted, notice, page
+from tarflowlm.studio.pieces import Pages, card, muted, notice, page
 from tarflowlm.studio.values import choice
 from tarflowlm.training.metrics import METRICS
 from tarflowlm.views.curves import AXES, draw_bits
@@ -23,7 +23,7 @@ Wanted = tuple[str, Path, tuple[object, ...]]
 """A run: its name, its directory, and what tells whether it has changed."""
 
 
-def runs(catalogue: Catalogue, names: object, axis: object) -> Iterator[str]:
+def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
     """HTML with the curves and numbers of the runs `names`, over tokens or seconds of training."""
     chosen: Sequence[object] = names if isinstance(names, list) else []
     if not chosen or not catalogue.runs:

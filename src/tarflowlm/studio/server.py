@@ -21,14 +21,10 @@ def free_port(host: str, port: int | None) -> int:
 
     UserError for a bad address and a taken port.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in range(PORT, PORT + PORTS) if port is None else (port,):
         try:
-            family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                if os.name == "posix":
-                    # a port that was left a moment ago is free
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, candidate))
+            socket.create_server((host, candidate), family=family).close()
             return candidate
         except OSError as error:
             problem = error

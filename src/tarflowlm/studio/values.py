@@ -1,7 +1,8 @@
 """The values of visitors, checked: the page can be called with any."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from urllib.parse import urlencode
 
 from tarflowlm.errors import UserError
 from tarflowlm.texts import Writing
@@ -15,26 +16,19 @@ PARTICLES = 64
 MARK = "_"  # stands for one token to fill in
 
 
-def number(value: object, name: str, least: float, most: float) -> float:
+def number(value: object, name: str, least: int | float, most: int | float) -> float:
     """A number within bounds."""
-    found = _within(value, least, most)
-    if found is None:
+    if not isinstance(value, int | float) or not least <= value <= most:
         raise UserError(f"{name}: give a number from {least:g} to {most:g}")
-    return found
+    return float(value)
 
 
 def whole(value: object, name: str, least: int, most: int) -> int:
     """A whole number within bounds."""
-    found = _within(value, least, most)
-    if found is None or not found.is_integer():
-        raise UserError(f"{name}: give a whole number from {least:,} to {most:,}")
+    found = number(value, name, least, most)
+    if not found.is_integer():
+        raise UserError(f"{name}: give a whole number")
     return int(found)
-
-
-def _within(value: object, least: int | float, most: int | float) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if least <= value <= most else None
 
 
 def seed(value: object) -> int:
@@ -77,19 +71,24 @@ def writing(
     )
 
 
-def from_address(
-    asked: dict[str, str], usual: Sequence[object], models: Sequence[str]
-) -> list[object]:
-    """The values of a request to write, as the link above its result names them.
+LINKED = ("model", "text", "length", "temperature", "top_p", "num", "seed")
+"""The values of a request to write, as the link above its result names them."""
 
-    The `usual` ones stand for those that the link lacks, or that cannot be read.
-    """
-    model, start, *numbers = usual
-    found: list[object] = [choice(asked.get("model"), [str(model), *models])]
-    found.append(text(asked.get("text", start)))
-    for name, value in zip(("length", "temperature", "top_p", "num", "seed"), numbers, strict=True):
-        kind = float if name in ("temperature", "top_p") else int
+
+def to_address(values: Sequence[object]) -> str:
+    """The link to a request to write."""
+    named = dict(zip(LINKED, values, strict=True))
+    return f"?{urlencode({name: value for name, value in named.items() if value is not None})}"
+
+
+def from_address(
+    asked: Mapping[str, str], usual: Sequence[str | int | float], models: Sequence[str]
+) -> list[str | int | float]:
+    """The values of a link; the `usual` ones for those that it lacks, or that cannot be read."""
+    found = list(usual)
+    for place, (name, value) in enumerate(zip(LINKED, usual, strict=True)):
         with suppress(ValueError):
-            value = kind(asked[name]) if name in asked else value
-        found.append(value)
+            found[place] = type(value)(asked.get(name, value))
+    if found[0] not in models:
+        found[0] = usual[0]
     return found

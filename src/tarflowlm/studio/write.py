@@ -1,8 +1,6 @@
 """The views that draw: a text as it is written, and candidates for blanks with their weights."""
 
-from collections.abc import Iterator
 from typing import cast
-from urllib.parse import urlencode
 
 import torch
 from torch import Tensor
@@ -13,10 +11,10 @@ from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import (
+    Pages,
     asked,
     bar,
     card,
-    counted,
     facts,
     muted,
     open_stage,
@@ -25,8 +23,9 @@ from tarflowlm.studio.pieces import (
     stage,
     took,
 )
+from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Draft, Writing, Written
-from tarflowlm.views.grid import Row, Token, pass_rows, spans, text_tokens
+from tarflowlm.views.grid import Token, pass_rows, spans, text_tokens
 
 LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
 
@@ -40,7 +39,7 @@ def write(
     top_p: object,
     num: object,
     seed: object,
-) -> Iterator[str]:
+) -> Pages:
     """HTML of the text while it is written, then of the samples and their passes."""
     checkpoint = catalogue.load(model)
     request = values.writing(text, length, temperature, top_p, num, seed)
@@ -70,17 +69,9 @@ def write(
         if checkpoint.model.num_blocks > 1 and written.generation.passes:
             body += _passes(draft, written, row)
         cards.append(card(body))
-    asked_for = {
-        "model": model,
-        "text": text or "",
-        "length": length,
-        "temperature": temperature,
-        "top_p": top_p,
-        "num": num,
-        "seed": seed,
-    }
+    link = values.to_address((model, text, length, temperature, top_p, num, seed))
     command = request.command(catalogue.entry(model).command_name)
-    yield page(asked(command, link=f"?{urlencode(asked_for)}"), *cards)
+    yield page(asked(command, link=link), *cards)
 
 
 def _given(draft: Draft) -> Tensor:
@@ -100,7 +91,7 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     for tokens, state in zip(passes, generation.states, strict=True):
         p = flow.codebook.log_components(state[row]).softmax(-1)
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
-    rows: list[Row] = pass_rows(
+    rows = pass_rows(
         passes,
         draft.lm.tokenizer,
         given=_given(draft),
@@ -109,10 +100,8 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     )
     note = None
     if hidden := len(passes) - len(rows):
-        blocks = counted(hidden, "block")
-        note = f"Not shown: {blocks} above, which changed next to nothing."
-    summary = "how it was written, block by block"
-    return slider(rows, "pass", summary=summary, is_open=row == 0) + muted(note)
+        note = f"Not shown: {counted(hidden, 'block')} above, which changed next to nothing."
+    return slider(rows, is_open=row == 0) + muted(note)
 
 
 def _facts(written: Written, seconds: float) -> str:
@@ -126,8 +115,7 @@ def _facts(written: Written, seconds: float) -> str:
     decoders = reversed(written.generation.decoders)
     for block, (passes, decoder) in enumerate(zip(sweeps, decoders, strict=True), 1):
         how = "in sweeps" if decoder == "sweeps" else "step by step"
-        words = "pass" if passes == 1 else "passes"
-        found.append((f"{passes:,}", f"{words} of block {block}, {how}"))
+        found.append(("", f"{counted(passes, 'pass', 'passes')} of block {block}, {how}"))
     return facts(*found)
 
 
@@ -139,7 +127,7 @@ def infill(
     particles: object,
     temperature: object,
     seed: object,
-) -> Iterator[str]:
+) -> Pages:
     """HTML of candidates for the blanks of `text`, the likeliest first.
 
     Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased
