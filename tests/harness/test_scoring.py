@@ -9,10 +9,11 @@ from helpers import tiny_ar, tiny_flow
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
-from tarflowlm.harness.scoring import Continuation, Piece, TextScorer
+from tarflowlm.harness.scoring import Piece, TextScorer
 from tarflowlm.objective import conditional_bound
 from tarflowlm.pretrained import Pretrained
 from tarflowlm.progress import Silent
+from tarflowlm.texts import Writing
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"
 TOKENIZER = CharTokenizer(TEXT8_ALPHABET)
@@ -20,6 +21,10 @@ TOKENIZER = CharTokenizer(TEXT8_ALPHABET)
 
 class Count(Silent):
     done = 0
+    total: int | None = None
+
+    def stage(self, name, total=None, done=0):
+        self.total = total
 
     def advance(self, count=1):
         self.done += count
@@ -60,7 +65,7 @@ def test_rest_of_a_text_is_a_window_of_its_own(scorer, kind, patch):
     if kind == "ar":  # the windows of a flow differ in their noise
         assert whole + rest == pytest.approx(both)
     assert s.rolling([tail]) == pytest.approx([rest])
-    assert progress.done == s.num_windows(texts) == (2 + 1) + 1 + 1 + (2 + 1)
+    assert progress.done == progress.total == (2 + 1) + 1 + 1 + (2 + 1)
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -70,7 +75,7 @@ def test_baseline_obeys_the_chain_rule_and_finds_greedy_tokens(scorer, patch):
     pieces = [Piece(tokens, 0), Piece(tokens[:7], 0), Piece(tokens, 7)]
     whole, first, second = (value for value, _ in s.conditional(pieces))
     assert first + second == pytest.approx(whole)
-    (text,) = s.complete([(TEXT[:6], Continuation(max_tokens=4))])
+    (text,) = s.complete([(TEXT[:6], Writing(num_tokens=4, top_k=1))])
     assert s.conditional([Piece(s.encode(TEXT[:6] + text), 6)])[0][1]
     assert not s.conditional([Piece(s.encode(TEXT[:6] + text[:3] + "zq"[text[3] == "z"]), 6)])[0][1]
 
@@ -132,21 +137,21 @@ def test_context_and_continuation_are_normalised_together(
 @pytest.mark.parametrize("kind", ["ar", "two"])
 def test_continuations_equal_generate(scorer, kind):
     s = scorer(kind)
-    how = Continuation(max_tokens=5, top_k=1)
+    how = Writing(num_tokens=5, top_k=1)
     prompt = s.encode("the q")
     found = generate(
         s.model, num_tokens=10, prompt=prompt, top_k=1, generator=torch.Generator().manual_seed(0)
     )
     text = TOKENIZER.decode(found.tokens[0, 5:])
     progress = Count()
-    asked = [("The q", how), ("Long before this ", Continuation(max_tokens=20)), ("The q", how)]
+    asked = [("The q", how), ("Long before this ", Writing(num_tokens=20, top_k=1)), ("The q", how)]
     first, long, third = s.complete(asked, progress)
     assert first == text
     assert len(long) == 20
     assert progress.done == 3
     assert third == first
-    stop = Continuation(max_tokens=5, until=("\n", text[2]))
+    stop = Writing(num_tokens=5, top_k=1, stop=("\n", text[2]))
     assert s.complete([("The q", stop)]) == [text[: text.index(text[2])]]
     # a stop is read as the texts are; a line end means nothing to this model
-    shouted = Continuation(max_tokens=5, until=("\n", text[2:4].upper() + "!"))
+    shouted = Writing(num_tokens=5, top_k=1, stop=("\n", text[2:4].upper() + "!"))
     assert s.complete([("The q", shouted)]) == [text[: text.index(text[2:4])]]

@@ -9,15 +9,15 @@ from typing import Any
 from tarflowlm.config import Normalization
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError, first_line
-from tarflowlm.harness.scoring import Continuation, TextScorer
+from tarflowlm.harness.scoring import TextScorer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
 from tarflowlm.terminal.bars import Bars, print_notice
+from tarflowlm.texts import Writing
 
 Requests = list[Any]
 """Requests of lm-eval, each with its `args`."""
 
-SEE_MORE = "LMEVAL_LOG_LEVEL"
 GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 """Generation options of a task that are used; others are named and ignored."""
 
@@ -25,33 +25,27 @@ GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 def run_lm_eval(words: Sequence[str]) -> None:
     """The command line of lm-eval on `words`, with the model `tarflowlm` known to it.
 
-    What lm-eval raises becomes a UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes
-    through.
+    UserError for what lm-eval refuses.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
         raise UserError("lm-eval is not installed: pip install 'tarflowlm[lm-eval]'") from None
     register()
-    before, level = sys.argv, os.environ.get(SEE_MORE)
-    # without a level it logs every step
-    if level is None and not any(word.startswith(("-v", "--verbosity")) for word in words):
-        os.environ[SEE_MORE] = "WARNING"
+    if not any(word.startswith(("-v", "--verbosity")) for word in words):
+        # without a level it logs every step
+        os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
+    before = sys.argv
     sys.argv = ["lm-eval", *words]
     try:
         cli_evaluate()
-    except (UserError, MemoryError, FloatingPointError):
+    except UserError:
         raise
-    except Exception as error:
-        # a plain RuntimeError may mean that memory ran out, which the caller knows how to say
-        if type(error) is RuntimeError or os.environ.get(SEE_MORE, "").upper() == "DEBUG":
-            raise
+    except (ValueError, LookupError, OSError, ImportError) as error:
         what = f"lm-eval stopped: {first_line(error)} ({type(error).__name__})"
-        raise UserError(f"{what}; set {SEE_MORE}=DEBUG to see where") from None
+        raise UserError(what) from error
     finally:
         sys.argv = before
-        if level is None:
-            os.environ.pop(SEE_MORE, None)
 
 
 def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
@@ -91,7 +85,7 @@ def register() -> None:
             super().__init__()
             # lm-eval passes cuda:0 by default
             self._device = pick_device("auto" if device in (None, "cuda:0") else device)
-            lm = load(str(pretrained), self._device)
+            lm = load(pretrained, self._device)
             lm = replace(lm, tokenizer=lm.tokenizer.with_normalization(normalize))
             self.tokenizer = lm.tokenizer
             self.scorer = TextScorer(lm, samples=posterior_samples, seed=noise_seed)
@@ -99,27 +93,23 @@ def register() -> None:
             print_notice(f"rolling log-likelihoods: {self.meaning['rolling']}")
             print_notice(f"log-likelihoods of continuations: {self.meaning['conditional']}")
             if not lm.model.is_exact:
-                unknown = "are not known for a flow, and count as misses"
-                print_notice(f"greedy matches of continuations {unknown}")
-            if (how := self.tokenizer.normalization) != "none":
-                bits = "bits per byte are theirs, over bytes of the raw text"
-                print_notice(f"texts are normalised ({how}): {bits}")
+                print_notice("greedy matches of continuations are not known for a flow: misses")
+            if self.tokenizer.normalization != "none":
+                how = f"texts are normalised ({self.tokenizer.normalization})"
+                print_notice(f"{how}: bits per byte are theirs, over bytes of the raw text")
             if batch_size not in (None, 1, "1"):
-                ignored = "is ignored: batches are sized automatically"
-                print_notice(f"--batch_size {batch_size} {ignored}")
+                print_notice(
+                    f"--batch_size {batch_size} is ignored: batches are sized by themselves"
+                )
 
         def loglikelihood(self, requests: Requests) -> list[tuple[float, bool]]:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
-            if empty := sum(pair.given == len(pair.tokens) for pair in pairs):
-                nothing = "have nothing left in the model's alphabet: log-likelihood 0"
-                print_notice(f"{empty} continuations {nothing}")
             with Bars("log-likelihoods", len(pairs)) as progress:
                 return self.scorer.conditional(pairs, progress)
 
         def loglikelihood_rolling(self, requests: Requests) -> list[float]:
             texts = [request.args[0] for request in requests]
-            windows = self.scorer.num_windows(texts)
-            with Bars("rolling log-likelihoods, windows", windows) as progress:
+            with Bars() as progress:
                 return self.scorer.rolling(texts, progress)
 
         def generate_until(self, requests: Requests) -> list[str]:
@@ -147,22 +137,18 @@ def register() -> None:
             }
 
 
-def how_to_continue(options: dict[str, Any]) -> Continuation:
-    """The generation options of a task.
+def how_to_continue(options: dict[str, Any]) -> Writing:
+    """The generation options of a task, as a request without its text; num_tokens are new ones.
 
     Without do_sample, or at temperature 0, greedy as everywhere in lm-eval.
     """
     until = options.get("until") or ()
-    how = Continuation(
-        until=(until,) if isinstance(until, str) else tuple(filter(None, until)),
-        max_tokens=int(options.get("max_gen_toks", Continuation.max_tokens)),
-    )
     temperature = float(options.get("temperature", 1.0))
-    if not options.get("do_sample", False) or temperature == 0.0:
-        return how
-    return replace(
-        how,
-        temperature=temperature,
-        top_k=options.get("top_k") or None,
-        top_p=options.get("top_p"),
+    is_greedy = not options.get("do_sample", False) or temperature == 0.0
+    return Writing(
+        num_tokens=int(options.get("max_gen_toks", 256)),
+        temperature=1.0 if is_greedy else temperature,
+        top_k=1 if is_greedy else options.get("top_k") or None,
+        top_p=None if is_greedy else options.get("top_p"),
+        stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
     )

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -35,17 +35,6 @@ class Piece(NamedTuple):
 
     tokens: Int[Tensor, " n"]
     given: int
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """How to continue a text: greedily by default, up to the first of the strings `until`."""
-
-    until: tuple[str, ...] = ()
-    max_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int | None = 1
-    top_p: float | None = None
 
 
 class TextScorer:
@@ -94,8 +83,9 @@ class TextScorer:
         tokens = [self.encode(text) for text in texts]
         whole = [text[: len(text) // T * T].view(-1, T) for text in tokens]
         rest = [Piece(text[len(text) // T * T :], 0) for text in tokens]
-        total = torch.zeros(len(texts), dtype=torch.float64)
         owner = torch.repeat_interleave(torch.tensor([len(w) for w in whole], dtype=torch.int64))
+        progress.stage("rolling log-likelihoods, windows", len(owner) + len(rest))
+        total = torch.zeros(len(texts), dtype=torch.float64)
         if len(owner):
             weights = log_weights(
                 self.model,
@@ -106,12 +96,8 @@ class TextScorer:
                 progress=progress,
             )
             total.index_add_(0, owner, -importance_weighted(weights))
-        values, _ = self._scores(rest, progress)
+        values = [value for value, _ in self._scores(rest, progress)]
         return (total + torch.tensor(values, dtype=torch.float64)).tolist()
-
-    def num_windows(self, texts: Sequence[str]) -> int:
-        """The parts that `rolling` counts: complete windows, and one for the rest of every text."""
-        return sum(len(self.encode(text)) // self.model.config.context + 1 for text in texts)
 
     def conditional(
         self, requests: Sequence[Piece], progress: Progress = SILENT
@@ -124,8 +110,7 @@ class TextScorer:
         context the start of the context is cut, and a longer continuation is scored in pieces.
         """
         pieces = [self.pieces(*request) for request in requests]
-        values, greedy = self._scores([piece for parts in pieces for piece in parts], progress)
-        scored = iter(zip(values, greedy, strict=True))
+        scored = iter(self._scores([piece for parts in pieces for piece in parts], progress))
         found = []
         for parts in pieces:
             some = [*islice(scored, len(parts))]
@@ -134,23 +119,21 @@ class TextScorer:
         return found
 
     def complete(
-        self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT
+        self, requests: Sequence[tuple[str, Writing]], progress: Progress = SILENT
     ) -> list[str]:
         """Text that follows each context, drawn with the scorer's seed, whatever the others are.
 
-        Top-k = 1 needs probabilities to change.
+        The `num_tokens` of a request are those that follow.
         """
         found = []
         for context, how in requests:
             prompts = (context,) if self._reads(context) else ()
             given = [read(self.tokenizer, prompt, goes_on=True).tokens for prompt in prompts]
-            writing = Writing(
+            writing = replace(
+                how,
                 prompts=prompts,
-                num_tokens=sum(map(len, given)) + how.max_tokens,
-                temperature=how.temperature,
-                top_k=how.top_k,
-                top_p=how.top_p,
-                stop=self._stops(how.until),
+                num_tokens=sum(map(len, given)) + (how.num_tokens or 0),
+                stop=self._stops(how.stop),
                 seed=self.seed,
             )
             (text,) = writing.run(self.lm)
@@ -201,24 +184,19 @@ class TextScorer:
         return found
 
     @torch.no_grad()
-    def _scores(
-        self, pieces: Sequence[Piece], progress: Progress
-    ) -> tuple[list[float], list[bool]]:
+    def _scores(self, pieces: Sequence[Piece], progress: Progress) -> list[tuple[float, bool]]:
         """log p of the scored tokens of every piece, and whether they are the most probable."""
-        values = [0.0] * len(pieces)
-        greedy = [True] * len(pieces)
+        found = [(0.0, True)] * len(pieces)
         for places in self._alike(pieces):
             given = pieces[places[0]].given
             tokens = torch.stack([pieces[place].tokens for place in places])
             if tokens.shape[1] > given:
                 log_p, is_best = self._batch(tokens, given)
-                for place, value, best in zip(
-                    places, log_p.tolist(), is_best.tolist(), strict=True
-                ):
-                    values[place] = value
-                    greedy[place] = best
+                scores = zip(log_p.tolist(), is_best.tolist(), strict=True)
+                for place, score in zip(places, scores, strict=True):
+                    found[place] = score
             progress.advance(len(places))
-        return values, greedy
+        return found
 
     def _batch(
         self, tokens: Int[Tensor, "B n"], given: int
