@@ -49,7 +49,7 @@ def test_gradient_that_is_not_finite_ends_the_run_before_any_weight_changes(
     taken = poisoned({7}, value)
     run = tiny_run(corpus_file, **JOINT, optim={"optimizer": optimizer}, checkpoint_every=4)
     out = tmp_path / "run"
-    with pytest.raises(FloatingPointError, match=r"step 7 .*: prior\.blocks\.0\.start; lower"):
+    with pytest.raises(FloatingPointError, match=r"step 7: .*: prior\.blocks\.0\.start; lower"):
         go(run, out)
     assert len(taken) == 6
     assert all(torch.isfinite(p).all() for p in taken[-1].values())
@@ -64,7 +64,7 @@ def test_nothing_is_saved_after_a_step_that_is_not_finite(
     monkeypatch.setitem(training.STEPS_BETWEEN_READS, "cpu", every)
     poisoned({6}, math.nan)
     out = tmp_path / "run"
-    with pytest.raises(FloatingPointError, match=r"step 6 .*: prior\.blocks\.0\.start"):
+    with pytest.raises(FloatingPointError, match=r"step 6: .*: prior\.blocks\.0\.start"):
         go(tiny_run(corpus_file, **JOINT, checkpoint_every=5), out)
     assert load_checkpoint(out).info["step"] == "5"
     assert [path.name for path in (out / "state").iterdir()] == ["step-00000005"]

@@ -8,10 +8,10 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from tarflowlm.config import RunConfig, TrackerName
 from tarflowlm.errors import UserError
@@ -23,6 +23,8 @@ PROJECT = "tarflowlm"
 """Project of W&B (unless WANDB_PROJECT is set) and of Trackio."""
 Tracker = tuple[Callable[[dict[str, int | float], int], None], Callable[[], None]]
 """Two functions: one takes the numbers of a step, the other one closes the tracker."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger("tarflowlm")
 
@@ -53,16 +55,14 @@ class MetricsLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         self.reporter.record(record)
+        split, step = record["split"], record["step"]
         numbers = {
-            f"{record['split']}/{name}": value
+            f"{split}/{name}": value
             for name, value in record.items()
             if name != "step" and not isinstance(value, str)
         }
-        for name, (send, _) in list(self.trackers.items()):
-            try:
-                send(numbers, int(record["step"]))
-            except Exception as error:
-                self.drop(name, error)
+        for name, (send, _) in [*self.trackers.items()]:
+            self.attempt(name, send, numbers, step)
 
     def position(self) -> int:
         """Bytes written so far; returns once they are on disk."""
@@ -74,31 +74,25 @@ class MetricsLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        for name, (_, end) in list(self.trackers.items()):
-            try:
-                end()
-            except Exception as error:
-                self.drop(name, error)
+        for name, (_, end) in self.trackers.items():
+            self.attempt(name, end)
 
     def track(self, config: RunConfig, out: Path, *, resume_at: int) -> None:
         """Open the trackers that `config` asks for; `resume_at` is the step of the checkpoint."""
-        for name in dict.fromkeys(config.train.track):
-            try:
-                check_installed((name,))
-                if name == "tensorboard":
-                    self.trackers[name] = open_tensorboard(config, out, resume_at)
-                else:
-                    self.trackers[name] = open_tracked_run(name, config, out)
-            except Exception as error:
-                self.drop(name, error)
+        for name in config.train.track:
+            start = open_tensorboard if name == "tensorboard" else open_tracked_run
+            if tracker := self.attempt(name, start, name, config, out, resume_at):
+                self.trackers[name] = tracker
 
-    def drop(self, name: str, error: Exception) -> None:
-        """Continue without a tracker that failed, with one notice."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("%s is dropped (%s); metrics.jsonl continues", name, text)
-        if name in self.trackers:
-            with suppress(Exception):
-                self.trackers.pop(name)[1]()
+    def attempt(self, name: str, act: Callable[..., T], *args: object) -> T | None:
+        """Call a function of a tracker. One that fails is dropped with one notice."""
+        try:
+            return act(*args)
+        except Exception as error:
+            self.trackers = {other: t for other, t in self.trackers.items() if other != name}
+            text = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("%s is dropped (%s); metrics.jsonl continues", name, text)
+            return None
 
 
 def check_installed(names: tuple[TrackerName, ...]) -> None:
@@ -111,15 +105,13 @@ def check_installed(names: tuple[TrackerName, ...]) -> None:
             raise UserError(f"train.track {name}: the package is not installed; {remedy}")
 
 
-def open_tensorboard(config: RunConfig, out: Path, resume_at: int) -> Tracker:
+def open_tensorboard(_name: str, config: RunConfig, out: Path, resume_at: int) -> Tracker:
     """Event files in `out`/tensorboard, flushed after every record."""
     from torch.utils.tensorboard import SummaryWriter
 
     # TensorBoard hides the points of earlier files from `purge_step` on
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=resume_at + 1)
     logger.info("tensorboard --logdir %s", out / "tensorboard")
-    if not resume_at:
-        writer.add_text("config", f"```\n{json.dumps(to_dict(config), indent=2)}\n```")
 
     def send(numbers: dict[str, int | float], step: int) -> None:
         for tag, value in numbers.items():
@@ -129,36 +121,32 @@ def open_tensorboard(config: RunConfig, out: Path, resume_at: int) -> Tracker:
     return send, writer.close
 
 
-def open_tracked_run(name: TrackerName, config: RunConfig, out: Path) -> Tracker:
+def open_tracked_run(name: TrackerName, config: RunConfig, out: Path, _resume_at: int) -> Tracker:
     """A run of Weights & Biases, online or offline by WANDB_MODE, or of Trackio, whose calls are
     the same. `out`/NAME.id holds its identity there, under which a resumed run continues.
     """
+    check_installed((name,))
     module = import_module(name)
-    identity = out / f"{name}.id"
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(4), encoding="ascii")
-    own: dict[str, object] = {"auto_log_gpu": False, "auto_log_cpu": False}
+    if not (out / f"{name}.id").exists():
+        (out / f"{name}.id").write_text(secrets.token_hex(4), encoding="ascii")
+    identity = (out / f"{name}.id").read_text(encoding="ascii")
+    own: dict[str, object] = {"project": PROJECT, "auto_log_gpu": False, "auto_log_cpu": False}
     if name == "wandb":
         settings = module.Settings(silent=True, console="off")
-        own = {"id": identity.read_text(encoding="ascii"), "dir": str(out)}
-        own |= {"reinit": "create_new", "settings": settings}
+        own = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": identity}
+        own |= {"dir": str(out), "reinit": "create_new", "settings": settings}
+    title = f"{out.resolve().name}-{identity}"
     with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
-        run = module.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT) if name == "wandb" else PROJECT,
-            name=f"{out.resolve().name}-{identity.read_text(encoding='ascii')}",
-            resume="allow",
-            config=to_dict(config),
-            **own,
-        )
+        run = module.init(name=title, resume="allow", config=to_dict(config), **own)
 
     def send(numbers: dict[str, int | float], step: int) -> None:
         run.log(numbers, step=step)
 
     def end() -> None:
-        if name == "wandb":  # as failed, if an exception is passing through
-            run.finish(exit_code=int(sys.exc_info()[0] is not None))
-            return
         with redirect_stdout(io.StringIO()):
-            module.finish()  # `run.finish` would be called once more as the program ends
+            if name == "wandb":  # as failed, if an exception is passing through
+                run.finish(exit_code=int(sys.exc_info()[0] is not None))
+            else:  # `run.finish` would be called once more as the program ends
+                module.finish()
 
     return send, end

@@ -328,7 +328,7 @@ def not_finite(
         if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
             found.append(f"{len(broken)} {kind} are not finite: {', '.join(broken[:NAMED])}")
     remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
-    return FloatingPointError(f"step {step} was not taken: {'; '.join(found)}; {remedy}")
+    return FloatingPointError(f"the run ended at step {step}: {'; '.join(found)}; {remedy}")
 
 
 def count(job: Job, state: State, tokens: Int[Tensor, "B T"]) -> None:
