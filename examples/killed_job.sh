@@ -14,7 +14,7 @@ for preset in "$@"; do
         train=(--nproc-per-node 2 --standalone --max-restarts 2 -m tarflowlm train "$preset" --data "$folder/words.txt" --steps 60
             --checkpoint-every 5 --model.context 32 --model.trunk.width 32 --train.batch-size 4 --train.log-every 1
             --train.evaluate-every 7 --train.evaluate-windows 6 --train.test-windows 6 --train.ema 0.9 --train.keep best
-            --train.dropout 0.1 --train.parallel "$parallel")
+            --train.dropout 0.1 --train.parallel "$parallel" --optim.optimizer "$([ "$parallel" = ddp ] && echo muon || echo adamw)")
         torchrun "${train[@]}" --out "$run-whole" > "$run-whole.log" 2>&1
         torchrun "${train[@]}" --out "$run-killed" > "$run-killed.log" 2>&1 &
         launcher=$!

@@ -46,6 +46,8 @@ FIELDS = (
     "1000",
     "--train.parallel",
     "fsdp",
+    "--optim.optimizer",
+    "adamw",
 )
 
 
