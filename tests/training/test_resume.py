@@ -335,3 +335,23 @@ def test_foreign_directory_is_left_alone(tmp_path, name, corpus_file):
         with pytest.raises(UserError, match="exists already"):
             go(tiny_run(corpus_file), out)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_run_killed_while_it_wrote_its_first_state_begins_again(tmp_path, whole):
+    config, never_stopped, _ = whole
+    out = tmp_path / "run"
+    cut(config, out, 3)
+    (out / "state" / ".step-00000002").mkdir(parents=True)
+    go(config, out)
+    assert_same_run(out, never_stopped)
+
+
+@pytest.mark.slow
+def test_run_killed_with_its_first_best_weights_begins_again(tmp_path, corpus_file):
+    config = tiny_run(corpus_file, keep="best")
+    go(config, tmp_path / "whole")
+    cut(config, tmp_path / "run", 3)
+    assert (tmp_path / "run" / "best").exists()
+    assert not names(tmp_path / "run")
+    go(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

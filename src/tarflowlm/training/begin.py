@@ -48,7 +48,9 @@ def is_begun(out: Path) -> bool:
     else.
     """
     if (out / ASKED).exists():
-        return (out / WEIGHTS).exists() or any((out / STATE).glob("*step-*"))
+        # a hidden folder is a state that a kill left incomplete
+        states = (path for path in (out / STATE).glob("*") if path.name[0] != ".")
+        return (out / WEIGHTS).exists() or any(states)
     # hidden files are locks, or were left by a kill
     if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
         raise UserError(f"{out} exists already and is not a run to continue: choose another --out")

@@ -39,8 +39,9 @@ from tarflowlm.runs.checkpoint import (
     write_run,
 )
 from tarflowlm.runs.weights import write_manifest
+from tarflowlm.training.optim import assign, copy_of, trained_parameters
 from tarflowlm.training.parallel import Processes, whole_weights
-from tarflowlm.training.state import Job, State, assign, copy_of, seconds, trained_parameters
+from tarflowlm.training.state import Job, State, seconds
 
 KEPT = 2
 """Training states that are kept: the newest one, and the one before in case it is damaged."""

@@ -1,5 +1,5 @@
-"""Which optimiser each parameter gets, the learning rate of a step, and Muon in a precision of its
-choice.
+"""How weights change: which optimiser each parameter gets, the learning rate of a step, averages of
+weights, and Muon in a precision of its choice.
 """
 
 from collections.abc import Iterable
@@ -135,6 +135,42 @@ def take_step(
             group["lr"] = lr * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+# copies of weights
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name. They alone are sharded."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assign(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy `values` into `targets`, unless one of them is empty."""
+    if targets and values:
+        torch._foreach_copy_(_local(targets), _local(values))
+
+
+def update_average(
+    copies: dict[str, dict[str, Tensor]], model: nn.Module, step: int, decay: float
+) -> None:
+    """Move the averaged weights, if there are any, towards the present ones.
+
+    The first steps of a stage move them further: 1 - d of the way, d = min(decay, (1 + n) / (10 +
+    n)) after step n.
+    """
+    if average := copies.get("average"):
+        kept = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(_local(average), _local(trained_parameters(model)), 1 - kept)
+
+
+def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The data of tensors, or of this process's shards of them, without a graph."""
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]
 
 
 # Muon

@@ -1,9 +1,9 @@
-"""How far a stage is, by its steps or by its time, and how a limited time is shared out."""
+"""How far a stage is, by its steps or by its time, and when a run saves or stops."""
 
 from collections.abc import Callable
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.training.state import Counters
+from tarflowlm.training.state import Counters, Job
 
 SAVE_SECONDS = 60.0
 """A run with a time limit saves about this often."""
@@ -68,3 +68,11 @@ def save_is_due(train: TrainConfig, counters: Counters, clock: Callable[[], floa
         return True
     pause = max(SAVE_SECONDS, counters.save / SAVES_SHARE)
     return train.minutes > 0 and clock() - counters.total > pause
+
+
+def stop_requested(job: Job) -> str | None:
+    """Why this process or another one was asked to stop, or None. Collective."""
+    asked = job.stop_signal()
+    if job.processes.any(asked is not None):
+        return asked or "a signal to another process"
+    return None

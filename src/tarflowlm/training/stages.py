@@ -21,11 +21,11 @@ from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, SUMMARY, write_run
 from tarflowlm.runs.weights import read_weights
 from tarflowlm.training.checkpoint import finite_weights, load_state, save, wait, write_weights
-from tarflowlm.training.optim import build_optimizers, muon_precision
+from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
+from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.pace import test_seconds
 from tarflowlm.training.parallel import parallelise, whole_model
-from tarflowlm.training.state import Counters, Job, State, assign, copy_of, seconds
-from tarflowlm.training.state import trained_parameters as trained
+from tarflowlm.training.state import Counters, Job, State, seconds
 from tarflowlm.training.validation import evaluate
 
 LEAST_TEST_WINDOWS = 32

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler
@@ -122,47 +121,3 @@ class State:
 def seconds(job: Job, state: State) -> float:
     """Wall-clock seconds since the run began, without pauses and compilation. Collective."""
     return job.processes.from_first(time.monotonic() - state.began)
-
-
-def stop_requested(job: Job) -> str | None:
-    """Why this process or another one was asked to stop, or None. Collective."""
-    asked = job.stop_signal()
-    if job.processes.any(asked is not None):
-        return asked or "a signal to another process"
-    return None
-
-
-# weights
-
-
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, by name. They alone are sharded."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def assign(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy `values` into `targets`, unless one of them is empty."""
-    if targets and values:
-        torch._foreach_copy_(_local(targets), _local(values))
-
-
-def update_average(state: State, decay: float) -> None:
-    """Move the averaged weights, if there are any, towards the present ones.
-
-    The first steps of a stage move them further: 1 - d of the way, d = min(decay, (1 + n) / (10 +
-    n)) at step n.
-    """
-    if average := state.copies.get("average"):
-        step = state.counters.stage_step
-        kept = min(decay, (1 + step) / (10 + step))
-        present = _local(trained_parameters(state.model))
-        torch._foreach_lerp_(_local(average), present, 1 - kept)
-
-
-def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """The data of tensors, or of this process's shards of them, without a graph."""
-    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]

@@ -31,8 +31,14 @@ from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.training import begin
 from tarflowlm.training.checkpoint import NAMED, save, stop
 from tarflowlm.training.metrics import MetricsLog
-from tarflowlm.training.optim import norms, schedule, take_step
-from tarflowlm.training.pace import measure, save_is_due, units
+from tarflowlm.training.optim import (
+    norms,
+    schedule,
+    take_step,
+    trained_parameters,
+    update_average,
+)
+from tarflowlm.training.pace import measure, save_is_due, stop_requested, units
 from tarflowlm.training.parallel import (
     ALONE,
     Processes,
@@ -52,9 +58,6 @@ from tarflowlm.training.state import (
     Job,
     State,
     seconds,
-    stop_requested,
-    trained_parameters,
-    update_average,
 )
 from tarflowlm.training.validation import validate
 
@@ -217,7 +220,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
         lr = optim.lr * schedule(optim, counters.stage_step, num_steps)
         take_step(state.optimizers, trained, norm, lr=lr, grad_clip=optim.grad_clip)
         count(job, state, tokens)
-        update_average(state, train.ema)
+        update_average(state.copies, state.model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
             read(state, unread)

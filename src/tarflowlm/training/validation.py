@@ -9,8 +9,9 @@ from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.likelihood import Likelihood, summarise, windows_per_batch
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.checkpoint import averaged, save_best, stop
+from tarflowlm.training.pace import stop_requested
 from tarflowlm.training.parallel import reshard
-from tarflowlm.training.state import Job, State, seconds, stop_requested
+from tarflowlm.training.state import Job, State, seconds
 
 
 def validate(job: Job, state: State) -> Likelihood:
