@@ -7,7 +7,7 @@ import pytest
 
 from tarflowlm import files
 from tarflowlm.errors import UserError
-from tarflowlm.files import NewLines, read_json, replacing, write_json
+from tarflowlm.files import new_lines, read_json, replacing, write_json
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,14 @@ def test_full_disk_is_one_line_with_a_remedy(tmp_path, failure):
         raise failure
 
 
-def test_lines_go_into_a_new_file_or_an_empty_one(tmp_path):
+def test_lines_go_into_a_new_file_which_is_removed_where_there_are_none(tmp_path):
     path = tmp_path / "samples.jsonl"
-    path.touch()  # left by a kill
-    with NewLines(path) as lines:
+    with new_lines(path):
+        pass
+    assert not path.exists()
+    with new_lines(path) as lines:
         lines.write("one\n")
+        assert path.read_text(encoding="utf-8") == "one\n"
+    with pytest.raises(UserError, match="choose another name"), new_lines(path):
+        pass
     assert path.read_text(encoding="utf-8") == "one\n"
-    with pytest.raises(UserError, match="choose another name"):
-        NewLines(path)

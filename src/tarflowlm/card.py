@@ -2,18 +2,16 @@
 
 import json
 import math
-import re
-import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.model_config import BaselineConfig
-from tarflowlm.presets import PRESETS, preset, with_blocks
+from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
 from tarflowlm.runs.hub import CARD
 from tarflowlm.schema import flatten
@@ -66,7 +64,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     if written.is_file():
         text = written.read_text(encoding="utf-8")
         if not text.startswith("---\n"):
-            return _head(checkpoint, summary, title, licence) + text
+            return _head(checkpoint, licence) + text
         if licence is not None:
             what = f"licence {licence!r}: {written} has a head, which is kept"
             raise UserError(f"{what}: state it there")
@@ -74,7 +72,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     length = min(LONGEST, checkpoint.run.model.context)
     facts = _facts(checkpoint, origin, summary, licence)
     return TEMPLATE.format(
-        head=_head(checkpoint, summary, title, licence),
+        head=_head(checkpoint, licence),
         title=title,
         what=BASELINE if checkpoint.model.is_exact else FLOW,
         name=name,
@@ -86,27 +84,13 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     )
 
 
-def _head(checkpoint: Checkpoint, summary: Summary, title: str, licence: str | None) -> str:
+def _head(checkpoint: Checkpoint, licence: str | None) -> str:
     """Metadata in YAML, of which JSON values are a part."""
     is_exact = checkpoint.model.is_exact
     values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
     if licence:
         values["license"] = licence
     values["tags"] = ["tarflowlm"] if is_exact else ["tarflowlm", "normalizing-flows"]
-    test = summary.get("test")
-    if test:
-        kind = "exact" if test["bound"] == "exact" else f"upper bound, {test['bound']}"
-        metric = {
-            "type": "bpc",
-            "name": f"bits per character ({kind})",
-            "value": round(test["bpc"], 4),
-        }
-        result = {
-            "task": {"type": "text-generation"},
-            "dataset": {"name": checkpoint.run.data.source, "type": "text"},
-            "metrics": [metric],
-        }
-        values["model-index"] = [{"name": title, "results": [result]}]
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
     return f"---\n{lines}---\n\n"
 
@@ -120,11 +104,8 @@ def _facts(
     yield "model", f"preset `{run.name}`: {_shape(checkpoint)}; {size:,} parameters"
     symbols = f"{tokenizer.vocab_size:,} ({tokenizer.kind})"
     yield "symbols", f"{symbols}, normalisation {tokenizer.normalization}"
-    counts = [
-        f"{int(checkpoint.info[key]):,} {unit}"
-        for key, unit in (("step", "steps"), ("tokens", "tokens"))
-        if key in checkpoint.info
-    ]
+    units = {"step": "steps", "tokens": "tokens"}
+    counts = [f"{int(n):,} {units[key]}" for key, n in checkpoint.info.items() if key in units]
     yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
     if run.parent:
         parent, _, weights = run.parent.partition("@")
@@ -132,9 +113,11 @@ def _facts(
     digest = corpus_digest(origin)
     if digest is not None:
         yield "tokens", f"sha256 of the hashes of their shards `{digest}`"
-    command = training_command(run)
-    if command is not None:
-        yield "command", f"`{command}`"
+    if run.name in PRESETS:
+        theirs = flatten(preset(run.name)) | {"data.source": run.data.source}
+        ours = flatten(replace(run, model=replace(run.model, vocab_size=0)))
+        changes = [f"`{name}` {ours[name]}" for name in ours if ours[name] != theirs.get(name)]
+        yield "other than the preset", ", ".join(changes) or "nothing"
     test = summary.get("test")
     yield "test", _result(test) if test else "not recorded"
     yield "licence", licence or "not stated by its owner"
@@ -175,37 +158,3 @@ def _samples(checkpoint: Checkpoint, length: int) -> str:
         lines = [f"        {line}\n" for line in checkpoint.tokenizer.decode(row).splitlines()]
         samples += f"{number}.\n\n{''.join(lines)}\n"
     return samples
-
-
-def training_command(run: RunConfig) -> str | None:
-    """The `tarflowlm train` that gives `run`, or None where its preset does not lead there.
-
-    It names the preset and every field that differs from it.
-    """
-    if run.name not in PRESETS:
-        return None
-    base = preset(run.name)
-    options = ["--data", run.data.source]
-    missing = max(0, base.model.num_blocks - run.model.num_blocks)
-    if missing:
-        base = with_blocks(base, run.model.num_blocks)
-        options += ["--blocks", str(run.model.num_blocks)]
-    theirs = flatten(base)
-    ours = flatten(run)
-    if theirs.keys() != ours.keys():
-        return None
-    # the size of the vocabulary comes from the data
-    for name in sorted(ours.keys() - {"data.source", "model.vocab_size"}):
-        value = ours[name]
-        if value == theirs[name]:
-            continue
-        option = "--" + name.replace("_", "-")
-        if name == "train.stage_steps" and run.train.mode == "progressive":
-            # one for each block of the preset, of which --blocks keeps the first
-            value = [*run.train.stage_steps, *[1] * missing]
-        if isinstance(value, bool) and isinstance(theirs[name], bool):
-            # a flag; `train.compile` takes a value, and no preset sets it
-            options.append(option if value else re.sub(r"([^.]+)$", r"no-\1", option))
-        else:
-            options += [option, *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(["tarflowlm", "train", run.name, "--out", f"runs/{run.name}", *options])

@@ -7,9 +7,9 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tarflowlm.errors import UserError
 
@@ -79,57 +79,32 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file of a run directory. UserError where it is missing or damaged."""
+    """The JSON value in a file. UserError where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        where = f"{path.parent} is not a complete run directory"
-        raise UserError(f"{path} is missing: {where}") from None
+        raise UserError(f"{path} is missing: {path.parent} is not complete") from None
     except (OSError, ValueError, RecursionError) as error:
-        remedy = "restore it or train again"
-        raise UserError(f"{path} cannot be read as JSON ({error}): {remedy}") from None
+        raise UserError(f"{path} cannot be read as JSON ({error}): restore it") from None
 
 
-class NewLines:
-    """A new file that grows by whole lines.
+@contextmanager
+def new_lines(path: Path) -> Iterator[TextIO]:
+    """A new text file, whose lines are written at once; where none are, it is removed.
 
-    An interrupted write leaves no torn line, and an empty file is removed.
+    UserError where it cannot be created, or the disk is full.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._size = 0
-        try:
-            # an empty one was left by a kill
-            is_left = path.is_file() and not path.stat().st_size
-            self._file = path.open("r+b" if is_left else "xb", buffering=0)
-        except OSError as error:
-            what = f"cannot create {path}: {error.strerror or error}"
-            raise UserError(f"{what}; choose another name, or check the folder") from None
-
-    def write(self, lines: str) -> None:
-        """Append text that ends with a line break. Where this fails, the earlier lines are kept."""
-        data = lines.encode("utf-8")
-        size = self._size + len(data)
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-        except BaseException as error:
-            with suppress(OSError):
-                self._file.truncate(self._size)
-            if isinstance(error, OSError):
-                what = f"cannot write to {self.path} ({error.strerror or error})"
-                raise UserError(f"{what}: its lines are kept; make room") from None
-            raise
-        self._size = size
-
-    def __enter__(self) -> "NewLines":
-        return self
-
-    def __exit__(self, *_raised: object) -> None:
-        self._file.close()
-        if not self._size:
-            self.path.unlink(missing_ok=True)
+    try:
+        file = path.open("x", buffering=1, encoding="utf-8", newline="\n")
+    except OSError as error:
+        what = f"cannot create {path}: {error.strerror or error}"
+        raise UserError(f"{what}; choose another name, or check the folder") from None
+    try:
+        with full_disk_as_user_error(path, lambda: "choose another name"), file:
+            yield file
+    finally:
+        if not path.stat().st_size:
+            path.unlink()
 
 
 @contextmanager
@@ -145,8 +120,7 @@ def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Itera
         if reason is None:
             raise
         what = f"cannot write to {directory} ({reason})"
-        kept = f"what was saved before is kept; make room and {remedy()}"
-        raise UserError(f"{what}: {kept}") from error
+        raise UserError(f"{what}: make room and {remedy()}") from error
 
 
 def _disk_full_reason(error: BaseException | None) -> str | None:

@@ -4,11 +4,9 @@ Lock files stay on disk: if one were removed, two processes could hold two files
 """
 
 import hashlib
-import os
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,7 +15,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import cache_root
 
 LOCK = ".lock"  # the lock file of a run directory
-_HOLDER = ".lock.holder"  # the file beside it, which names the process
 
 
 def _lock_of(path: Path, timeout: float = -1) -> FileLock:
@@ -49,43 +46,25 @@ def remove_entry(path: Path) -> None:
 
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
-    """Be the only writer of a run directory.
-
-    UserError, naming the other process, where there is one: a run may take days.
-    """
-    lock = FileLock(directory / LOCK, timeout=0.0)
-    holder = directory / _HOLDER
+    """Be the only writer of a run directory. UserError where there is another."""
     try:
-        lock.acquire()
+        # longer than `is_written` holds it; a run may take days
+        held = FileLock(directory / LOCK).acquire(timeout=1.0)
     except Timeout:
-        what = f"{directory} is being written by {_read_holder(holder)}"
+        what = f"{directory} is being written by another process"
         raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
-    try:
-        # a file of its own: Windows cannot read a locked one, some versions of filelock empty it
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    with held:
         yield
-    finally:
-        with suppress(OSError):
-            holder.unlink()
-        lock.release()
 
 
-def writer_of(directory: Path) -> str | None:
-    """The process that holds the `writer_lock` of a directory, in words, or None."""
-    if not (directory / _HOLDER).exists():
-        return None
+def is_written(directory: Path) -> bool:
+    """Whether a process holds the `writer_lock` of a directory."""
+    if not (directory / LOCK).exists():
+        return False
     try:
         with FileLock(directory / LOCK, timeout=0.0):
-            return None
+            return False
     except Timeout:
-        return _read_holder(directory / _HOLDER)
-    except (OSError, NotImplementedError):
-        # nobody can be writing to a folder that is read-only: its writer was killed
-        return None
-
-
-def _read_holder(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip() or "another process"
-    except (OSError, ValueError):  # it holds the lock and has not written its name yet
-        return "another process"
+        return True
+    except (OSError, NotImplementedError):  # nobody can be writing to a folder that is read-only
+        return False

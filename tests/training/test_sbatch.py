@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+def process_with(path: Path) -> int:
+    """The process that has a file open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if link.readlink() == path:
+                return int(link.parts[2])
+    raise AssertionError(path)
+
+
 def submit(slurm: dict[str, str], *args: object) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", str(SCRIPT), *map(str, args)],
@@ -110,7 +120,7 @@ def test_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     while metrics.read_text(encoding="utf-8").count("\n") < lines + 3 and job.poll() is None:
         time.sleep(0.05)
     # a process that dies is started again, and with it the others
-    os.kill(int((run / ".lock.holder").read_text(encoding="utf-8").split()[1]), signal.SIGKILL)
+    os.kill(process_with(run / ".lock"), signal.SIGKILL)
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 0, out
     assert out.count("resuming") == 2

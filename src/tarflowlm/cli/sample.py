@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import tyro
 
@@ -17,7 +17,6 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
 if TYPE_CHECKING:
-    from tarflowlm.files import NewLines
     from tarflowlm.runs.checkpoint import Checkpoint
     from tarflowlm.texts import Draft, Writing, Written
 
@@ -111,7 +110,7 @@ class Args:
 def run(args: Args) -> None:
     from tarflowlm.cli.interactive import converse
     from tarflowlm.cli.signals import handled
-    from tarflowlm.files import NewLines
+    from tarflowlm.files import new_lines
     from tarflowlm.terminal.bars import print_notice
 
     # numbers are checked before the model is loaded
@@ -133,7 +132,7 @@ def run(args: Args) -> None:
         print_notice(notice)
     # SIGTERM raises KeyboardInterrupt, as SIGINT does
     interrupts = handled({signal.SIGTERM: signal.default_int_handler})
-    with interrupts, nullcontext() if args.out is None else NewLines(args.out) as out:
+    with interrupts, nullcontext() if args.out is None else new_lines(args.out) as out:
         _Samples(args, draft, out).write()
 
 
@@ -172,7 +171,7 @@ def _check_passes(args: Args, draft: "Draft") -> None:
 class _Samples:
     """Samples as they are finished: printed, kept for --json, or written to a file."""
 
-    def __init__(self, args: Args, draft: "Draft", out: "NewLines | None") -> None:
+    def __init__(self, args: Args, draft: "Draft", out: TextIO | None) -> None:
         self.args, self.draft, self.out = args, draft, out
         self.objects: list[dict[str, object]] = []
         self.sweeps: list[int] = []
@@ -197,7 +196,7 @@ class _Samples:
                         bars.close()
                         self._add(written)
         except KeyboardInterrupt:
-            where = f" and kept in {self.out.path}" if self.out is not None and self.done else ""
+            where = f" and kept in {self.args.out}" if self.out is not None and self.done else ""
             total = self.draft.total
             interrupt = KeyboardInterrupt(f"{self.done} of {total} samples are finished{where}")
         self._conclude(time.perf_counter() - start, interrupted=interrupt is not None)
@@ -260,7 +259,7 @@ class _Samples:
         if self.args.json:
             result: dict[str, object] = {"samples": self.objects}
             if self.out is not None:
-                result = {"out": str(self.out.path), "written": self.done}
+                result = {"out": str(self.args.out), "written": self.done}
             result |= {
                 "sweeps": self.sweeps,
                 "decoders": self.decoders,
@@ -269,4 +268,4 @@ class _Samples:
             }
             print_json(result | ({"interrupted": True} if interrupted else {}))
         elif self.out is not None and not interrupted:
-            sys.stdout.write(f"{counted(self.done, 'sample')} in {self.out.path}\n")
+            sys.stdout.write(f"{counted(self.done, 'sample')} in {self.args.out}\n")

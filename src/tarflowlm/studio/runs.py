@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from tarflowlm.errors import UserError
-from tarflowlm.locks import writer_of
+from tarflowlm.locks import is_written
 from tarflowlm.runs.checkpoint import SUMMARY
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import Pages, card, muted, notice, page
@@ -39,7 +39,7 @@ def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
         sizes = [
             file.stat().st_size for file in (place / METRICS, place / SUMMARY) if file.exists()
         ]
-        wanted.append((str(name), place, (*sizes, writer_of(place))))
+        wanted.append((str(name), place, (*sizes, is_written(place))))
     more = ""
     if len(wanted) > MOST:
         more = notice(f"{len(wanted)} runs are chosen, the first {MOST} are drawn.")

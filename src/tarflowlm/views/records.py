@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import sign_of
-from tarflowlm.locks import writer_of
+from tarflowlm.locks import is_written
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Summary, read_run, read_summary
 from tarflowlm.training.metrics import METRICS
 
@@ -94,7 +94,7 @@ class RunRecord:
             return "a model without its training log"
         # the steps of a run with a time limit are not known before its end
         steps = "" if self.run.train.minutes else f" of {self.run.train.num_steps:,}"
-        state = "training now" if writer_of(self.directory) else "stopped"
+        state = "training now" if is_written(self.directory) else "stopped"
         return f"{state}, step {int(self.train['step'][-1]):,}{steps}"
 
     @property
@@ -127,7 +127,7 @@ def read_record(directory: Path) -> RunRecord:
     if len(train["step"]) > 0:
         valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"])
     elif not is_export(directory):
-        if writer_of(directory):
+        if is_written(directory):
             raise UserError(f"{directory} has just begun: wait for the first line of its log")
         remedy = f"`tarflowlm train --resume {directory}`"
         raise UserError(f"{directory} stopped before its first logged step: {remedy}")
