@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
     found: dict[str, list[tuple[int, int, float]]] = {"exact": [], "newton": []}
     for name in args.models:
         model = tarflowlm.load(name, args.device).model

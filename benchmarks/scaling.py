@@ -45,7 +45,6 @@ def _in_process(rank: int, world: int, port: int, args: Namespace, answers: Any)
     }
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     with launched(torch.device("cpu")) as processes:
         # in a function, so that no model outlives the process group
         seconds = _time(args, processes)

@@ -38,7 +38,6 @@ TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7
 def main(
     source: str, name: str = "english-mini", judge_name: str = "english-mini-ar", rows: str = ""
 ) -> None:
-    torch.set_flush_denormal(True)
     model, tokenizer = tarflowlm.load(name)
     judge, _ = tarflowlm.load(judge_name)
     spaces = Spaces.of(tokenizer.token_bytes)

@@ -31,13 +31,6 @@ def private_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def subnormal_numbers():
-    """The command line flushes them to zero, for the whole process."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture
 def trained(tmp_path) -> Path:
     """A run directory of a tiny model of two blocks, with more in it than a model, trained on a
@@ -110,10 +103,6 @@ def run(capsys):
             main([str(a) for a in argv])
         except SystemExit as stop:
             status = stop.code or 0
-        finally:
-            # the command line flushes subnormal numbers to zero, which must not reach the rest of
-            # the test
-            torch.set_flush_denormal(False)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, out=out, err=err)
 

@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 
 from docs_cases import (
     COMMAND,
@@ -63,8 +62,6 @@ def call(argv: list[str]) -> str:
     except SystemExit as stop:
         if stop.code:
             pytest.fail(f"tarflowlm {shlex.join(argv)}: {errors.getvalue()}")
-    finally:
-        torch.set_flush_denormal(False)
     return out.getvalue()
 
 

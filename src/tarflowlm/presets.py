@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
-from tarflowlm.errors import UserError, unknown
+from tarflowlm.errors import UserError, guess
 from tarflowlm.model_config import (
     BaselineConfig,
     FlowConfig,
@@ -325,10 +325,26 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 }
 
 
+FOR_CPU = (
+    "quickstart",
+    "english-small",
+    "mini-ar",
+    "mini-affine",
+    "mini-mix1",
+    "mini-mixd",
+    "mini-mixd-p2",
+    "mini-mixd-p4",
+)
+"""The presets that error messages offer: each trains on a CPU."""
+
+
 def preset(name: str) -> RunConfig:
     """The run configuration of that name."""
     if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
+        raise UserError(
+            f"preset {name!r} is unknown: {guess(name, PRESETS)}on a CPU choose one of "
+            f"{', '.join(FOR_CPU)}; `tarflowlm train --help` describes all {len(PRESETS)}"
+        )
     return PRESETS[name]()
 
 
@@ -347,8 +363,7 @@ def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     """
     stages = run.train.stage_steps
     if num_steps < len(stages):
-        rule = f"the run has {len(stages)} stages, each needs at least 1 step"
-        raise UserError(f"steps {num_steps}: {rule}")
+        raise UserError(f"steps {num_steps}: must be at least {len(stages)}, one for each stage")
     scaled = [max(1, round(s * num_steps / sum(stages))) for s in stages]
     while sum(scaled) != num_steps:
         # what rounding left over goes to the longest stage, down to one step

@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from command_cases import TINY
 
 from helpers import save_run, tiny_ar, tiny_flow
@@ -56,7 +55,6 @@ def trained(tmp_path_factory, corpus_file) -> Path:
     main(
         ["train", "mini-mixd", "--out", str(out), "--data", str(corpus_file), "--steps", "6", *TINY]
     )
-    torch.set_flush_denormal(False)
     return out
 
 

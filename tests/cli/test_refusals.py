@@ -70,7 +70,7 @@ LINES = [
     (["train", "--resume", "OUT"], ["OUT"]),
     ([*TRAIN, "--seed", "-1"], ["seed -1"]),
     ([*TRAIN, "--model.patch", "3"], ["patch 3", "context 32"]),
-    ([*TRAIN, "--steps", "2"], ["steps 2", "3 stages"]),
+    ([*TRAIN, "--steps", "2"], ["steps 2", "3"]),
     ([*TRAIN, "--steps", "9", "--minutes", "1"], ["--steps", "--minutes"]),
     ([*TRAIN, "--minutes", "nan"], ["minutes nan"]),
     ([*TRAIN, "--blocks", "4"], ["blocks 4", "3"]),

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from reproduction.__main__ import reproduce
 from tarflowlm.cli.main import main
@@ -19,8 +18,6 @@ def run(capsys):
             main([str(word) for word in argv], dispatch=reproduce)
         except SystemExit as stop:
             status = stop.code or 0
-        finally:
-            torch.set_flush_denormal(False)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, out=out, err=err)
 

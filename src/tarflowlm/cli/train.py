@@ -21,7 +21,7 @@ from tarflowlm.cli.options import (
 )
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
+from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_blocks, with_steps
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
@@ -125,7 +125,10 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         return parse(TuneArgs, argv, "tarflowlm train --from MODEL")
     if "--resume" in given:
         return parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
-    raise UserError(f"train needs a preset ({', '.join(PRESETS)}), --from MODEL or --resume DIR")
+    raise UserError(
+        f"train needs a preset (on a CPU {', '.join(FOR_CPU)}; `tarflowlm train --help` describes "
+        "all), --from MODEL or --resume DIR"
+    )
 
 
 def read_preset(name: str, argv: list[str]) -> Args:

@@ -71,7 +71,6 @@ class Job(Silent, Generic[R]):
     def _run(self, future: Future[R]) -> None:
         try:
             with TURN:
-                torch.set_flush_denormal(True)  # a property of the thread, as in the command line
                 self._begun = time.perf_counter()
                 self.advance(0)
                 result = self.function(self)
