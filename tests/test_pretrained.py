@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import tarflowlm
+from helpers import TEXT8, tiny_ar, tiny_flow
+from tarflowlm.data import ByteTokenizer
 from tarflowlm.errors import UserError
+from tarflowlm.studio.catalogue import Catalogue
 
 
 @pytest.fixture(scope="module", params=["english-mini", "english-mini-ar"])
@@ -72,6 +75,50 @@ def test_scores_show_themselves_in_a_notebook(loaded):
     assert html.count("<span") == len(scores.bits) == 8
     assert ("<=" in html) != scores.exact
     assert tarflowlm.score(loaded.model, loaded.encode("a"))._repr_html_() is None
+
+
+@pytest.mark.parametrize(
+    ("build", "tokenizer"),
+    [(tiny_flow, TEXT8), (tiny_ar, TEXT8), (tiny_flow, ByteTokenizer())],
+    ids=["flow", "baseline", "bytes"],
+)
+def test_a_model_of_one_s_own_loop_is_used_everywhere(run_json, tmp_path, build, tokenizer):
+    model = build(vocab_size=tokenizer.vocab_size, context=16).float().train()
+    lm = tarflowlm.Pretrained(model, tokenizer)
+    assert not model.training
+    assert lm.to("cpu").device == torch.device("cpu")
+    text = lm.write("the ", num_tokens=12, seed=1, temperature=1.0)
+    folder = lm.save_pretrained(tmp_path / "own")
+    again = tarflowlm.load(folder)
+    assert again.write("the ", num_tokens=12, seed=1) == text
+    argv = ["sample", folder, "--prompt", "the ", "--length", 12, "--seed", 1]
+    assert run_json(*argv)["samples"][0]["text"] == text
+    assert run_json("score", folder, "--text", text)["bits"] == lm.score(text).total
+    assert run_json("info", folder)["preset"] == "own"
+    opened = Catalogue((str(folder),), "cpu")
+    assert opened.load(opened.models[0]).tokenizer.kind == tokenizer.kind
+
+
+@pytest.mark.parametrize("options", [{}, {"num": 2}, {"stop": "e"}])
+def test_a_list_of_prompts_gives_the_texts_of_each(loaded, options):
+    prompts = ["The king", "a ", "Once upon a time"]
+    how = {"num_tokens": 24, "seed": 2} | options
+    texts = loaded.write(prompts, **how)
+    assert len(texts) == 3 * options.get("num", 1)
+    assert texts[: len(texts) // 3] == as_list(loaded.write(prompts[0], **how))
+
+
+def as_list(found: str | list[str]) -> list[str]:
+    return [found] if isinstance(found, str) else found
+
+
+def test_a_list_of_texts_is_scored_as_one_by_one(loaded):
+    texts = ["The King", "a", "once upon a time there was a king", "The King"]
+    for one, text in zip(loaded.score(texts, samples=2, seed=3), texts, strict=True):
+        alone = loaded.score(text, samples=2, seed=3)
+        assert one.bits.tolist() == pytest.approx(alone.bits.tolist(), rel=1e-4, abs=1e-4)
+        assert (one.reading.text, one.notice) == (alone.reading.text, alone.notice)
+    assert [len(tokens) for tokens in loaded.encode(texts)] == [8, 1, 33, 8]
 
 
 @pytest.mark.slow
