@@ -379,7 +379,9 @@ class Edit:
             pair = getattr(self, name)
             if pair is not None and (isinstance(pair, str) or len(pair) != 2):
                 raise UserError(f"{name} {pair!r}: give two texts, (old, new)")
-        as_integer(self.num, "num", least=1)
+        for name, least in (("num", 1), ("words", 1), ("candidates", 1), ("around", 0)):
+            if getattr(self, name) is not None:
+                as_integer(getattr(self, name), name, least=least)
         seeded_generator(self.seed)
         named = [name for name in NAMED if self._is_given(name)]
         if self.kind == "words":

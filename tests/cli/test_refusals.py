@@ -29,6 +29,7 @@ WITH = {
     ("sample", "particles"): ["--prompt", "a"],
     ("edit", "weight"): ["--toward", "the lord"],
     ("edit", "words"): ["--pick", "random"],
+    ("edit", "around"): ["--replace", "king", "lord"],
 } | {("eval", name): ["--quality"] for name in ("num", "length", "temperature", "top_k", "top_p")}
 """Options without which an option has no effect."""
 

@@ -29,7 +29,7 @@ def test_help_and_wrong_arguments_need_no_torch():
     argvs += [[name, "--help"] for name in COMMANDS]
     argvs += [
         ["sample", "--nmu", "3"],
-        ["edit", "--text", "abc", "--num", "0"],
+        ["edit", "--text", "abc", "--num", "1e3"],
     ]
     argvs += [["train", "mini-mixd", "--out", "x", "--steps", "2"], ["data", "english"]]
     code = WITHOUT_TORCH.format(argvs=argvs)

@@ -77,9 +77,6 @@ class Args:
     device: options.Device = "auto"
     json: options.PrintJson = False
 
-    def __post_init__(self) -> None:
-        options.check(self, ("num", "candidates", "words"))
-
     def edit(self) -> "Edit":
         """The request."""
         from tarflowlm.texts import Edit

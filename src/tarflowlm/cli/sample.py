@@ -84,7 +84,7 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        options.check(self, ("num", "length", "particles"), EXCLUSIVE, NEEDED)
+        options.check(self, exclusive=EXCLUSIVE, needed=NEEDED)
 
     def writing(self, prompts: tuple[str, ...]) -> "Writing":
         """The request."""

@@ -43,7 +43,6 @@ class Args:
             raise UserError(
                 "give the text to score: either --text TEXT, or --file FILE (- for standard input)"
             )
-        options.check(self, ("samples",))
 
 
 def run(args: Args) -> None:
