@@ -1,6 +1,6 @@
 """`tarflowlm info`: what a model is."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +49,7 @@ class Description:
     temperature: float
     files: dict[str, int]
     purpose: str
-    card: str | None = field(repr=False)
+    card: str | None
 
     @property
     def kind(self) -> str:
@@ -92,7 +92,7 @@ def describe(given: Path) -> Description:
 
     from tarflowlm.model_config import BaselineConfig
     from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
-    from tarflowlm.runs.hub import CARD, FOLDER, is_reference, purpose
+    from tarflowlm.runs.hub import FOLDER, is_reference, purpose, read_card
 
     lm = load_checkpoint(given, "cpu")
     directory, config = lm.directory, lm.run.model
@@ -105,7 +105,7 @@ def describe(given: Path) -> Description:
         if isinstance(config, BaselineConfig)
         else [block.layers for block in config.blocks]
     )
-    card = directory / CARD
+    card = read_card(directory)
     return Description(
         name=given.as_posix() if is_reference(given) else directory.resolve().name,
         directory=str(directory),
@@ -132,8 +132,8 @@ def describe(given: Path) -> Description:
         bound=test.get("bound"),
         temperature=lm.run.temperature,
         files=_files(directory),
-        purpose=purpose(directory),
-        card=card.read_text(encoding="utf-8") if card.is_file() else None,
+        purpose=purpose(card),
+        card=card or None,
     )
 
 

@@ -139,9 +139,14 @@ def released() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
-def purpose(directory: Path) -> str:
+def read_card(directory: Path) -> str:
+    """The model card of a directory; empty where there is none."""
+    card = directory / CARD
+    return card.read_text(encoding="utf-8") if card.is_file() else ""
+
+
+def purpose(card: str) -> str:
     """What a model is for: the line after the title of its card, or nothing."""
-    card = (directory / CARD).read_text(encoding="utf-8") if (directory / CARD).is_file() else ""
     _, _, text = f"\n{card}".partition("\n# ")
     return next((line for line in text.splitlines()[1:] if line), "")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
-from tarflowlm.runs.hub import DEFAULT, locate, purpose, released
+from tarflowlm.runs.hub import DEFAULT, locate, purpose, read_card, released
 from tarflowlm.training.metrics import METRICS
 from tarflowlm.views.records import find_runs
 
@@ -76,7 +76,7 @@ class Catalogue:
         """A line about a model."""
         entry = self.entry(name)
         trained = f"Preset {entry.run.name}, trained on {Path(entry.run.data.source).name}."
-        return purpose(entry.place) or trained
+        return purpose(read_card(entry.place)) or trained
 
     def temperature(self, name: object) -> float:
         """The temperature that suits a model."""
