@@ -1,11 +1,11 @@
-"""The terms of the bound, and what every block gains: a figure and a table."""
+"""The terms of the bound as a table, and what every block gains as a figure."""
 
 from collections.abc import Sequence
 
 from tarflowlm.evaluation.blocks import StateReport
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.views.page import table_html
-from tarflowlm.views.style import COLOURS, INK, MUTED, Axes, Figure
+from tarflowlm.views.style import COLOURS, MUTED, Figure
 
 
 def terms(states: Sequence[StateReport]) -> list[tuple[str, float]]:
@@ -39,49 +39,23 @@ def terms_table(states: Sequence[StateReport], tokens_per_character: float) -> s
     return table_html(["", "nats per token", "bits per character"], rows)
 
 
-def draw_blocks(figure: Figure, states: Sequence[StateReport], tokens_per_character: float) -> None:
-    """A waterfall of the terms, down to the bound, then the gain of every block."""
-    rows = terms(states)
+def draw_gains(figure: Figure, states: Sequence[StateReport], tokens_per_character: float) -> None:
+    """By how much every block lowers the bound: a bar for each, block 1 on top."""
     gains = [state.kl_gain.mean for state in states if state.kl_gain is not None]
-    upper, lower = figure.subplots(2, height_ratios=(len(rows) + 1, 1.2 * len(gains) + 1))
-    upper.set_title("terms of the bound, nats per token")
-    position = 0.0
-    for row, (_, value) in enumerate(rows):
-        upper.barh(row, value, left=position, height=BAR, color=_colour(value))
-        position += value
-        upper.plot(
-            [position, position], [row - BAR / 2, row + 1 + BAR / 2], color=MUTED, linewidth=0.7
-        )
-    upper.barh(len(rows), position, height=BAR, color=INK)
-    names = [*(name for name, _ in rows), "bound"]
-    _name_rows(upper, names, [*(signed(value) for _, value in rows), f"≤ {position:.4f}"])
-
-    lower.set_title("gain of each block, nats per token, and bits per character")
-    lower.barh(range(len(gains)), gains, height=BAR, color=[_colour(gain) for gain in gains])
     to_bpc = bits(tokens_per_character)
-    values = [f"{signed(gain)}\n{signed(to_bpc * gain)} bits" for gain in gains]
-    _name_rows(lower, [f"block {block}" for block in range(1, len(gains) + 1)], values)
-
-
-BAR = 0.62  # height of a bar, where rows are 1 apart
-
-
-def _name_rows(axes: Axes, names: Sequence[str], values: Sequence[str]) -> None:
-    """Rows of bars from the top: their names on the left, their values on the right."""
-    rows = range(len(names))
-    axes.set_yticks(rows, names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.margins(x=0.03)
+    axes = figure.subplots()
+    colours = [COLOURS[0] if gain >= 0 else COLOURS[1] for gain in gains]
+    axes.barh(range(len(gains)), gains, height=0.62, color=colours)
+    axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
+    axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.grid(axis="y", visible=False)
+    axes.set_title("gain of each block, nats per token, and bits per character")
+    values = [f"{signed(gain)}\n{signed(to_bpc * gain)} bits" for gain in gains]
     right = axes.secondary_yaxis("right")
-    right.set_yticks(rows, values)
+    right.set_yticks(range(len(gains)), values)
     right.tick_params(length=0)
     right.spines["right"].set_visible(False)
-
-
-def _colour(value: float) -> str:
-    return COLOURS[0] if value >= 0 else COLOURS[1]
 
 
 def signed(value: float, digits: int = 4) -> str:

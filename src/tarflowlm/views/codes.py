@@ -46,18 +46,18 @@ def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: Indices | None)
 
 
 def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
-    """Vectors [V, d], d >= 1, on their first two principal axes: [V, 2], and shares of variance.
+    """Vectors [V, d] on their first two principal axes: [V, 2], and shares of the variance.
 
     Signs are fixed: the entry of largest magnitude of each axis is positive. The axes are
     orthonormal, so a sphere becomes a disc of the same radius.
     """
-    # d = 1 has no second axis
-    centred = np.pad(vectors - vectors.mean(0), ((0, 0), (0, max(0, 2 - vectors.shape[1]))))
+    # a channel of zeros gives d = 1 a second axis
+    centred = np.pad(vectors - vectors.mean(0), ((0, 0), (0, 1)))
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-    directions = directions[:2]
-    signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(1)])
-    shares = np.square(singular) / max(np.square(singular).sum(), 1e-300)
-    return centred @ (directions * signs[:, None]).T, (float(shares[0]), float(shares[1]))
+    axes = directions[:2]
+    axes *= np.sign(axes[[0, 1], np.abs(axes).argmax(1)])[:, None]
+    first, second = singular[:2] ** 2 / np.sum(singular**2)
+    return centred @ axes.T, (float(first), float(second))
 
 
 def draw_codes(figure: Figure, codes: Codes) -> None:

@@ -33,12 +33,11 @@ CSS = files("tarflowlm.views").joinpath("grid.css").read_text(encoding="utf-8")
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a row; `title` is shown under the pointer."""
+    """One token of a row; it is the fainter the lower its `probability`."""
 
     symbol: str
     kind: Kind = "final"
-    opacity: float = 1.0  # from 0 to 1, for instance the probability of the token
-    title: str = ""
+    probability: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,12 @@ PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n
 
 def visible(text: str) -> str:
     """`text` with control characters as their pictures; ↵ precedes a new line."""
-    plain = (
-        c if c < " " or c.isprintable() else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
-    return "".join(plain).translate(PICTURES)
+    shown = text.translate(PICTURES)
+    for character in set(shown):
+        if not character.isprintable() and character != "\n":
+            escaped = character.encode("unicode_escape").decode("ascii")
+            shown = shown.replace(character, escaped)
+    return shown
 
 
 def text_tokens(
@@ -103,7 +103,7 @@ def pass_rows(
     """One row for each of the `passes` [T] of a text, noise first.
 
     A row shows its new tokens, and which are already final. Tokens where `given` [T] is true are
-    marked in the last row. `probabilities` [T] of every pass become opacities. Passes in the
+    marked in the last row. `probabilities` are [T] for every pass. Passes in the
     middle that change a smaller share of tokens than `least_change` are left out.
     """
     rows: list[Row] = []
@@ -124,7 +124,7 @@ def pass_rows(
             elif index > 0 and tokens[place] == passes[-1][place]:
                 kind = "final"
             p = 1.0 if probabilities is None else probabilities[index][place].item()
-            row.append(Token(symbol, kind, p, f"p = {p:.2f}" if p < 0.995 else ""))
+            row.append(Token(symbol, kind, p))
         label = f"after block {last - index + 1}: {count} of {len(tokens)} changed"
         rows.append(Row(label if index > 0 else "noise", row))
         before = tokens
@@ -146,18 +146,18 @@ def to_html(rows: Sequence[Row]) -> str:
 
 
 def spans(tokens: Sequence[Token]) -> str:
-    """The tokens of one row as HTML."""
+    """The tokens of one row as HTML; the probability of a token is shown under the pointer."""
 
-    def look_of(token: Token) -> tuple[Kind, float, str]:
-        share = min(max(token.opacity, 0.0), 1.0)
-        return token.kind, round(FAINTEST + (1 - FAINTEST) * share, 1), escape(token.title)
+    def look_of(token: Token) -> tuple[Kind, str]:
+        look = ""
+        p = token.probability
+        if p < 0.995:
+            look = f' style="opacity:{FAINTEST + (1 - FAINTEST) * p:.1f}" title="p = {p:.2f}"'
+        return token.kind, look
 
     found = []
     # neighbours that look alike share an element, so that a long text in many rows stays light
-    for (kind, opacity, title), run in groupby(tokens, key=look_of):
+    for (kind, look), run in groupby(tokens, key=look_of):
         text = escape("".join(token.symbol for token in run)).replace("↵\n", "<i>↵</i>\n")
-        look = f' style="opacity:{opacity:g}"' if opacity < 1 else ""
-        if title:
-            look += f' title="{title}"'
         found.append(f'<span class="tl-{kind}"{look}>{text}</span>')
     return "".join(found)

@@ -6,6 +6,7 @@ Reports, the studio, `tarflowlm runs` and the reproduction read runs here.
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class RunRecord:
     summary: Summary | None
     """None until the run is finished."""
     notes: list[str] = field(default_factory=list)
+    """What a reader adds about missing pieces."""
 
     @property
     def slug(self) -> str:
@@ -121,7 +123,7 @@ def read_record(directory: Path) -> RunRecord:
     UserError for what is not a run directory, and for a training that has not logged anything yet.
     """
     run = read_run(directory)
-    train, valid, bad = _read_metrics(directory)
+    train, valid = _read_metrics(directory)
     train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
     valid["seconds"] = np.zeros(0)
     if len(train["step"]) > 0:
@@ -131,32 +133,21 @@ def read_record(directory: Path) -> RunRecord:
             raise UserError(f"{directory} has just begun: wait for the first line of its log")
         remedy = f"`tarflowlm train --resume {directory}`"
         raise UserError(f"{directory} stopped before its first logged step: {remedy}")
-    notes = [f"{bad} lines of {METRICS} could not be read and are left out."] if bad else []
-    summary = read_summary(directory)
-    return RunRecord(directory.resolve().name, directory, run, train, valid, summary, notes)
+    name = directory.resolve().name
+    return RunRecord(name, directory, run, train, valid, read_summary(directory))
 
 
-def _read_metrics(directory: Path) -> tuple[dict[str, Series], dict[str, Series], int]:
-    """Columns of training lines, and of validation lines; how many lines could not be read."""
+def _read_metrics(directory: Path) -> tuple[dict[str, Series], dict[str, Series]]:
+    """The columns of training lines, and of validation lines."""
     path = directory / METRICS
-    lines = []
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows: dict[str, list[list[float]]] = {"train": [], "valid": []}
-    bad = 0
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            names = COLUMNS.get(record["split"], ())
-            row = [float(record[name]) for name in names]
-            if not np.isfinite(row).all():
-                raise ValueError(line)
-        except (ValueError, KeyError, TypeError):
-            bad += number < len(lines)  # the last one may still be incomplete
-        else:
-            rows.get(record["split"], []).append(row)  # other kinds of lines are not drawn
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    rows: dict[str, list[dict[str, float]]] = {split: [] for split in COLUMNS}
+    for line in text.splitlines():
+        with suppress(ValueError):  # the last line may be incomplete
+            row = json.loads(line)
+            rows.get(row["split"], []).append(row)  # other kinds of lines are not read
     train, valid = (
-        dict(zip(names, np.array(rows[split], float).reshape(-1, len(names)).T, strict=True))
+        {name: np.array([row[name] for row in rows[split]], float) for name in names}
         for split, names in COLUMNS.items()
     )
-    return train, valid, bad
+    return train, valid

@@ -22,7 +22,7 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 from tarflowlm.views import grid
-from tarflowlm.views.blocks import draw_blocks, terms_table
+from tarflowlm.views.blocks import draw_gains, terms_table
 from tarflowlm.views.codes import codes_of, draw_codes
 from tarflowlm.views.curves import draw_bits
 from tarflowlm.views.page import GENERATOR, Section, page_html, picture_html
@@ -45,10 +45,9 @@ PASSES = (
     "block, the last block first. Where only the last row reads as text, block 1 does the writing."
 )
 BLOCKS = (
-    "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its "
-    "terms, added up from the top: blue is positive, orange negative. Below, by how much each "
-    "block lowers the bound of the blocks under it with the standard normal on top. Of jointly "
-    "trained blocks, only the whole stack is trained to be a good model."
+    "By how much each block lowers the bound of the blocks under it with the standard normal on "
+    "top, on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Of jointly trained "
+    "blocks, only the whole stack is trained to be a good model."
 )
 EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no codebook."
 
@@ -229,8 +228,8 @@ class _Writer:
         picture = self.draw(
             f"blocks-{record.slug}",
             BLOCKS.format(windows=len(windows), tokens=windows.numel(), step=step),
-            partial(draw_blocks, states=states, tokens_per_character=tokens_per_character),
-            4.3 + 0.7 * model.num_blocks,
+            partial(draw_gains, states=states, tokens_per_character=tokens_per_character),
+            1.0 + 0.7 * model.num_blocks,
         )
         return picture, terms_table(states, tokens_per_character)
 
