@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -45,29 +45,22 @@ class Row:
     best: bool = False
 
 
-COLUMNS = ("", "preset", "bpc", "best step", "tokens", "time", "state")
-SPARE = ("preset", "best step", "tokens", "time")
-"""Columns that a narrow terminal leaves out, in this order: numbers are never cut."""
-
-
 def run(args: Args) -> None:
     from tarflowlm.terminal.bars import print_json, print_notice
 
-    rows = _sorted([_row(name, path) for name, path in _find(args.directories).items()])
-    if args.json:
-        print_json({"runs": [asdict(row) for row in rows]})
-        return
-    titles = [*COLUMNS]
-    if all((row.preset or "") in row.name for row in rows):
-        titles.remove("preset")
+    rows = [_row(name, path) for name, path in _find(args.directories).items()]
+    broken = [row for row in rows if row.source is None]
     # bits per character compare within a text only
-    for source, group in groupby(rows, _source_of):
-        if source:
-            _print(source, titles, [*group])
-        else:
-            for row in group:
-                sys.stdout.write(f"{row.name}: {row.state}\n")
-    if any(row.best for row in rows):
+    texts = sorted({row.source for row in rows if row.source is not None})
+    groups = [_ranked([row for row in rows if row.source == text]) for text in texts]
+    if args.json:
+        print_json({"runs": [asdict(row) for row in [*chain(*groups), *broken]]})
+        return
+    for text, group in zip(texts, groups, strict=True):
+        _print(text, group)
+    for row in broken:
+        sys.stdout.write(f"{row.name}: {row.state}\n")
+    if any(row.best for row in chain(*groups)):
         print_notice("* the fewest bits per character on its text")
     if any(row.split == "valid" for row in rows):
         print_notice("v: the best validation so far, over fewer windows than a test")
@@ -123,61 +116,34 @@ def _row(name: str, directory: Path) -> Row:
     return row
 
 
-def _source_of(row: Row) -> str:
-    return row.source or ""
+def _ranked(rows: list[Row]) -> list[Row]:
+    """The runs on a text by bits per character; the best of several is marked."""
+
+    def place(row: Row) -> tuple[float, str]:
+        return (math.inf if row.bpc is None else row.bpc), row.name
+
+    rows = sorted(rows, key=place)
+    known = [row for row in rows if row.bpc is not None]
+    if len(known) < 2:
+        return rows
+    # a test says more than a validation, where there is one
+    best = next((row for row in known if row.split == "test"), known[0])
+    return [replace(row, best=row is best) for row in rows]
 
 
-def _sorted(rows: list[Row]) -> list[Row]:
-    """Text by text and by bits per character, the best of every text marked; broken runs last."""
-
-    def place(row: Row) -> tuple[bool, str, float, str]:
-        bits = math.inf if row.bpc is None else row.bpc
-        return row.source is None, _source_of(row), bits, row.name
-
-    found: list[Row] = []
-    for _, group in groupby(sorted(rows, key=place), _source_of):
-        same = [*group]
-        known = [row for row in same if row.bpc is not None]
-        # a test says more than a validation, where there is one
-        finished = [row for row in known if row.split == "test"] or known
-        if len(known) > 1:
-            same = [replace(row, best=row is finished[0]) for row in same]
-        found += same
-    return found
-
-
-def _print(source: str, titles: Sequence[str], rows: Sequence[Row]) -> None:
+def _print(source: str, rows: Sequence[Row]) -> None:
     """A table about the runs on a text."""
-    from rich.console import Console
-
-    from tarflowlm.terminal.bars import print_table
-
-    cells = [_cells(row) for row in rows]
-    widths = {name: 3 + max(len(name), *(len(row[name]) for row in cells)) for name in titles}
-    shown = list(titles)
-    for spare in SPARE:
-        if spare in shown and sum(widths[name] for name in shown) + 1 > Console().width:
-            shown.remove(spare)
-    title = f"runs on {Path(source).name}: bits per character (bpc) and more"
-    print_table(title, [[row[name] for name in shown] for row in cells], shown)
-
-
-def _cells(row: Row) -> dict[str, str]:
-    """What the table shows of a run, by the titles of its columns."""
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import minutes
+    from tarflowlm.terminal.bars import minutes, print_table
 
-    bits = ""
-    if row.bpc is not None:
-        bits = f"{sign_of(row.bound or '')} {row.bpc:.4f}"
-        bits += " v" if row.split == "valid" else ""
-        bits += " *" if row.best else ""
-    return {
-        "": row.name,
-        "preset": row.preset or "",
-        "bpc": bits,
-        "best step": "" if row.best_step is None else f"{row.best_step:,}",
-        "tokens": "" if row.tokens is None else f"{row.tokens / 1e6:.2f}M",
-        "time": "" if row.seconds is None else minutes(row.seconds),
-        "state": row.state,
-    }
+    cells = []
+    for row in rows:
+        bits = ""
+        if row.bpc is not None:
+            bits = f"{sign_of(row.bound or '')} {row.bpc:.4f}"
+            bits += " v" if row.split == "valid" else ""
+            bits += " *" if row.best else ""
+        seen = f"{(row.tokens or 0) / 1e6:.2f}M"
+        cells.append([row.name, bits, seen, minutes(row.seconds or 0.0), row.state])
+    title = f"runs on {Path(source).name}: bits per character (bpc) and more"
+    print_table(title, cells, ["", "bpc", "tokens", "time", "state"])

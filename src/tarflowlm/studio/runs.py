@@ -1,6 +1,5 @@
 """The view of learning curves."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,25 +24,17 @@ Wanted = tuple[str, Path, tuple[object, ...]]
 
 def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
     """HTML with the curves and numbers of the runs `names`, over tokens or seconds of training."""
-    chosen: Sequence[object] = names if isinstance(names, list) else []
-    if not chosen or not catalogue.runs:
-        words = "Choose a run to see its learning curve."
-        if not catalogue.runs:
-            example = "`tarflowlm studio runs/mine`"
-            words = f"No learning curves here: name run directories, as in {example}."
+    if not catalogue.runs:
+        words = "No learning curves here: name run directories, as in `tarflowlm studio runs/mine`."
         yield page(card(muted(words)))
         return
     wanted = []
-    for name in chosen:
+    for name in names[:MOST] if isinstance(names, list) else ():
         place = catalogue.entry(name).place
-        sizes = [
-            file.stat().st_size for file in (place / METRICS, place / SUMMARY) if file.exists()
-        ]
+        files = (place / METRICS, place / SUMMARY)
+        sizes = [file.stat().st_size for file in files if file.exists()]
         wanted.append((str(name), place, (*sizes, is_written(place))))
-    more = ""
-    if len(wanted) > MOST:
-        more = notice(f"{len(wanted)} runs are chosen, the first {MOST} are drawn.")
-    yield page(_view(tuple(wanted[:MOST]), choice(axis, AXES)), more)
+    yield page(_view(tuple(wanted), choice(axis, AXES)))
 
 
 @lru_cache(maxsize=8)
@@ -56,18 +47,13 @@ def _view(wanted: tuple[Wanted, ...], axis: str) -> str:
             record = read_record(place)
         except UserError as error:
             problems += notice(str(error).replace(str(place), name))
-            continue
-        if record.has_log:
-            records.append(replace(record, name=name))
         else:
-            problems += notice(f"{name} is a model without its training log: choose another")
+            if record.has_log:
+                records.append(replace(record, name=name))
     if not records:
-        return problems
+        return problems + card(muted("Choose a run to see its learning curve."))
     draw = partial(draw_bits, records=records, over=[axis])
     figure = render(draw, None, width=4.2, height=3.0 + 0.18 * len(records), name="runs")
     note = muted("Faint: training batches; with markers: validation. Flows have upper bounds (≤).")
-    return (
-        problems
-        + card(f'<div class="st-figure">{figure}</div>', note)
-        + card(summary_table(records))
-    )
+    drawn = card(f'<div class="st-figure">{figure}</div>', note)
+    return problems + drawn + card(summary_table(records))

@@ -5,7 +5,6 @@ from contextlib import suppress
 from urllib.parse import urlencode
 
 from tarflowlm.errors import UserError
-from tarflowlm.texts import Writing
 
 CHARACTERS = 4000
 """The most that one request may ask for: characters of a text, and so on."""
@@ -46,29 +45,6 @@ def text(value: object, name: str = "text") -> str:
     if not isinstance(value, str | None) or len(value or "") > CHARACTERS:
         raise UserError(f"{name}: give a text of at most {CHARACTERS:,} characters")
     return value or ""
-
-
-def writing(
-    start: object,
-    length: object,
-    temperature: object,
-    top_p: object,
-    num: object,
-    seed_value: object,
-) -> Writing:
-    """A request to write: a text to continue, or one with blanks; without any, from nothing."""
-    given = text(start)
-    is_template = MARK in given
-    cut = number(top_p, "top-p", 0.05, 1.0)
-    return Writing(
-        prompts=(given,) if given and not is_template else (),
-        template=given if is_template else None,
-        num_tokens=None if is_template else whole(length, "length", 1, TOKENS),
-        temperature=number(temperature, "temperature", 0.1, 2.0),
-        top_p=None if cut == 1.0 else cut,
-        num=whole(num, "samples", 1, SAMPLES),
-        seed=seed(seed_value),
-    )
 
 
 LINKED = ("model", "text", "length", "temperature", "top_p", "num", "seed")

@@ -42,7 +42,18 @@ def write(
 ) -> Pages:
     """HTML of the text while it is written, then of the samples and their passes."""
     checkpoint = catalogue.load(model)
-    request = values.writing(text, length, temperature, top_p, num, seed)
+    start = values.text(text)
+    cut = values.number(top_p, "top-p", 0.05, 1.0)
+    is_template = values.MARK in start
+    request = Writing(
+        prompts=(start,) if start and not is_template else (),
+        template=start if is_template else None,
+        num_tokens=None if is_template else values.whole(length, "length", 1, values.TOKENS),
+        temperature=values.number(temperature, "temperature", 0.1, 2.0),
+        top_p=None if cut == 1.0 else cut,
+        num=values.whole(num, "samples", 1, values.SAMPLES),
+        seed=values.seed(seed),
+    )
     draft = request.read(checkpoint)
     given = _given(draft)
 
@@ -62,10 +73,16 @@ def write(
 
     job = Job(work)
     written = yield from job.follow(show)
+    drawn = written.generation.tokens.numel()
+    numbers = facts(
+        (f"{draft.num_tokens:,}", "tokens"),
+        took(job.seconds),
+        (f"{drawn / job.seconds:,.0f}", "tokens per second"),
+    )
     cards = []
     for row, tokens in enumerate(written.generation.tokens):
         body = stage(text_tokens(tokens, checkpoint.tokenizer, given=given))
-        body += "".join(map(muted, draft.notices)) + _facts(written, job.seconds)
+        body += "".join(map(muted, draft.notices)) + numbers
         if checkpoint.model.num_blocks > 1 and written.generation.passes:
             body += _passes(draft, written, row)
         cards.append(card(body))
@@ -102,21 +119,6 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     if hidden := len(passes) - len(rows):
         note = f"Not shown: {counted(hidden, 'block')} above, which changed next to nothing."
     return slider(rows, is_open=row == 0) + muted(note)
-
-
-def _facts(written: Written, seconds: float) -> str:
-    num, length = written.generation.tokens.shape
-    found = [
-        (f"{length:,}", "tokens"),
-        took(seconds),
-        (f"{num * length / seconds:,.0f}", "tokens per second"),
-    ]
-    sweeps = reversed(written.generation.sweeps)
-    decoders = reversed(written.generation.decoders)
-    for block, (passes, decoder) in enumerate(zip(sweeps, decoders, strict=True), 1):
-        how = "in sweeps" if decoder == "sweeps" else "step by step"
-        found.append(("", f"{counted(passes, 'pass', 'passes')} of block {block}, {how}"))
-    return facts(*found)
 
 
 def infill(
@@ -192,15 +194,6 @@ def _weights(batches: list[Written]) -> Tensor:
 
 def _trust(weights: Tensor) -> str:
     """How far the weights can be trusted: so many tries count, from 1 to all of them."""
-    tries = len(weights)
     effective = 1 / (weights**2).sum().item()
-    share = effective / tries
-    if tries == 1:
-        words = "One try has nothing to be compared with: ask for more."
-    elif share >= 0.5:
-        words = "The tries fit the given text about equally well."
-    else:
-        words = "A few tries fit the given text far better than the others. "
-        words += "More particles find more such texts."
-    count = counted(tries, "try", "tries")
-    return f"<b>About {effective:.1f} of {count} count.</b> {words}{bar(share)}"
+    words = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
+    return f"{words} More particles find more texts that fit.{bar(effective / len(weights))}"
