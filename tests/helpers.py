@@ -3,11 +3,14 @@ without training.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
@@ -40,6 +43,11 @@ FLOW = FlowConfig(
     reads_tokens=True,
 )
 TEXT8 = CharTokenizer(TEXT8_ALPHABET)
+
+
+def mostly_slow(names: Iterable[str], *fast: str) -> list[ParameterSet]:
+    """Parameters of a test that are marked slow, but for those that are fast."""
+    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in names]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -57,6 +57,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [27, 100])
 def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
     """By PyTorch's own table, for the paths of accelerators without float64: training, inverse,

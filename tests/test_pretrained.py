@@ -50,6 +50,7 @@ def test_write_fills_blanks(loaded):
         assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
 
 
+@pytest.mark.slow
 def test_fill_edit_and_stream(loaded):
     assert loaded.fill("The ___ of", seed=1) == loaded.write(template="The ___ of", seed=1)
     options = {"num_tokens": 24, "seed": 3}

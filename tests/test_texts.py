@@ -5,6 +5,7 @@ import json
 import pytest
 
 import tarflowlm
+from helpers import mostly_slow
 from tarflowlm.texts import Edit, Score, Writing
 
 TEXT = "The King of the land gave 3 laws to the people"
@@ -15,6 +16,7 @@ def flow() -> tarflowlm.Pretrained:
     return tarflowlm.load("english-mini")
 
 
+@pytest.mark.slow
 def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
     assert flow.edit(TEXT, rewrite="King", seed=1) == flow.edit(TEXT, rewrite="king", seed=1)
     assert "lord" in flow.edit(TEXT, replace=("King", "Lord"))
@@ -84,7 +86,7 @@ def shown_by_command(run, request) -> object:
     return [one["text"] for one in found["samples" if isinstance(request, Writing) else "edits"]]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, "prompt", "template", "score"))
 def test_python_and_command_line_give_the_same(flow, run, name):
     request, call = CASES[name]
     by_python, by_request = call(flow), request.run(flow)

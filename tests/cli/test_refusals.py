@@ -302,6 +302,7 @@ json_values = (
 )
 
 
+@pytest.mark.slow
 @few
 @given(
     key=st.sampled_from(["context", "patch", "blocks", "trunk", "vocab_size", "family"]),

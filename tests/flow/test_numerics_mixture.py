@@ -256,6 +256,7 @@ def test_second_derivatives_are_refused_and_errors_name_the_value():
         mixture_cdf(z, params[0], params[1], torch.zeros(2, 4))
 
 
+@pytest.mark.slow
 def test_the_log_tail_against_fifty_digits():
     a = torch.cat(
         [torch.linspace(-40, 40, 161, dtype=torch.float64), torch.tensor([1.0, 1e3, 1e6])]

@@ -184,6 +184,7 @@ def test_impossible_requests_are_refused(model, options, message):
         sample(model, **options)
 
 
+@pytest.mark.slow
 def test_particles_are_16_where_given_tokens_follow_a_blank():
     model = tiny_flow(couplings=("mixd", "mix1"), log_std=-4.0)
     for prompt, particles in (([1, -1, 2], 16), ([-1, 2], 16), ([1, 2], 1), ([], 1)):

@@ -63,7 +63,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-@pytest.mark.parametrize("length", [7, 8, 19])
+@pytest.mark.parametrize("length", [7, 8, pytest.param(19, marks=pytest.mark.slow)])
 def test_steps_yield_the_prompt_and_then_every_position(length, prompt, model):
     P = model.config.patch
     parts = yielded(model, num_tokens=length, prompt=prompt, decoder="steps")
@@ -137,6 +137,7 @@ def test_a_closed_text_is_not_written_further(model):
     assert not threads.seen
 
 
+@pytest.mark.slow
 def test_parts_of_many_samples_are_what_they_are_among_all(model):
     all_of_them = sample(model, num_tokens=11, num=5).tokens
     parts = [
@@ -146,6 +147,7 @@ def test_parts_of_many_samples_are_what_they_are_among_all(model):
     assert torch.equal(torch.cat(parts), all_of_them[[1, 2, 3, 4, 4, 0]])
 
 
+@pytest.mark.slow
 def test_prompts_of_different_lengths_do_not_influence_each_other(model):
     prompts = torch.tensor([[2, 0, 1], [3, -1, -1]])
     for length in (8, 14):

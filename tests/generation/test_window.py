@@ -35,6 +35,7 @@ def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected):
     assert writing.spans(config, num_tokens, num_given) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, [2, 0, 1]])
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7, "top_k": 3}], ids=["plain", "adjusted"]
@@ -57,6 +58,7 @@ def test_every_window_is_what_generate_writes_after_the_last_one(prompt, options
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.slow
 def test_rows_and_seeds_beyond_the_context(model):
     tokens = sample(model, num_tokens=19).tokens
     assert tokens.shape == (3, 19)
@@ -78,6 +80,7 @@ def test_last_half_window_of_a_long_prompt_counts(length, model):
     )
 
 
+@pytest.mark.slow
 def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(model):
     prompt = torch.tensor([1, 2])
     short, long = (sample(model, num_tokens=length, prompt=prompt) for length in (8, 12))

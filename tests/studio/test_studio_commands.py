@@ -38,6 +38,7 @@ def printed(run, html: str) -> dict:
     return json.loads(result.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda values: values[0].__name__)
 def test_command_writes_the_same_texts(models, run, request_):
     view, *values = request_

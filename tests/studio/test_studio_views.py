@@ -180,6 +180,7 @@ def test_a_link_brings_its_request_back(catalogue):
     assert from_address(bad, usual, catalogue.models) == usual
 
 
+@pytest.mark.slow
 def test_a_visitor_s_next_request_ends_the_one_before():
     gr = pytest.importorskip("gradio")
     from tarflowlm.studio.page import newest

@@ -70,6 +70,7 @@ def test_nothing_is_saved_after_a_step_that_is_not_finite(
     assert [path.name for path in (out / "state").iterdir()] == ["step-00000005"]
 
 
+@pytest.mark.slow
 def test_run_that_ended_resumes_from_its_last_checkpoint(tmp_path, corpus_file, poisoned):
     run = tiny_run(corpus_file, **JOINT | {"stage_steps": (8,)}, checkpoint_every=4)
     go(run, tmp_path / "whole")

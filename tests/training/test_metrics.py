@@ -119,7 +119,8 @@ def interrupted(corpus_file):
     return start
 
 
-@pytest.mark.parametrize("name", ["wandb", pytest.param("trackio", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_tracked_run_continues_under_its_name(tmp_path, interrupted, fake, name):
     out, module = tmp_path / "run", fake(name)
     interrupted(out, name)

@@ -217,6 +217,7 @@ def test_dropout_spares_evaluation_and_frozen_blocks(corpus_file):
     assert shares == [0.0, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, monkeypatch, corpus_file):
     """In joint training, which moves all blocks in one stage."""
     run = tiny_run(corpus_file, mode="joint", stage_steps=(12,), ema=0.7, checkpoint_every=3)
