@@ -131,7 +131,7 @@ def test_frozen_blocks_get_no_gradient_and_keep_no_graph(patch, tokens, noise):
     bound, kept = saved(lambda: model.bound(tokens, noise, frozen=2))
     torch.testing.assert_close(bound, expected, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        h = model.prior.patch(model.prior.states(model.codebook.encode(tokens, noise))[0][2])[0]
+        h = model.prior.patch(model.prior.states(model.codebook.encode(tokens, noise))[0][2])
     _, kept_by_the_last = saved(lambda: model.prior.blocks[2].log_prob(h))
     assert kept == kept_by_the_last
     bound.sum().backward()

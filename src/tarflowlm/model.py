@@ -151,7 +151,7 @@ class TarFlowLM(LanguageModel):
         tied = block.coupling
         if self.num_blocks == 1 and isinstance(tied, MixDCoupling) and tied.is_tied and not frozen:
             with full_precision(noise):
-                z, _ = self.prior.patch(self.codebook.encode(tokens, noise))
+                z = self.prior.patch(self.codebook.encode(tokens, noise))
             return -self._summed([tied.log_density_ratio(z, block.features(z))], per_token)
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)

@@ -62,7 +62,7 @@ def test_weights_are_the_density_over_that_of_the_proposal(model, span):
     z, _, log_w = propose(model, text, span, candidates=5, generator=generator(1))
     patch = model.config.patch
     with torch.no_grad():
-        proposal = model.prior.block(0).log_prob(model.prior.patch(z)[0])
+        proposal = model.prior.block(0).log_prob(model.prior.patch(z))
         expected = model.prior.log_prob(z) - proposal[:, span[0] // patch : span[1] // patch].sum(1)
     difference = log_w - expected
     torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-9, atol=1e-9)
@@ -85,7 +85,7 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(
     assert torch.equal(tokens, model.codebook.decode(z))
     with torch.no_grad():
         h = model.prior.states(z)[0][level]
-        proposal = model.prior.block(level).log_prob(model.prior.patch(h)[0])
+        proposal = model.prior.block(level).log_prob(model.prior.patch(h))
         expected = model.prior.log_prob(h, above=level) - proposal[
             :, span[0] // patch : span[1] // patch
         ].sum(1)
@@ -140,9 +140,10 @@ def test_part_of_a_position_is_weighed_by_what_it_keeps():
         torch.testing.assert_close(log_p, log_det + standard_normal_log_prob(u))
         # position 1 holds tokens 2 and 3; the first of them is drawn, with the density of block 1
         # at d channels
-        coupling, h = model.prior.block(0).coupling, model.prior.patch(z)[0]
-        features = model.prior.block(0).features_of(None, h[:, :-1], first=True)[:, 1]
-        drawn = next(coupling.conditionals(features)).log_density(z[:, 2])
+        coupling, h = model.prior.block(0).coupling, model.prior.patch(z)
+        features = model.prior.block(0).features(h)[:, 1]
+        u, log_det = next(coupling.conditionals(features)).forward(z[:, 2])
+        drawn = log_det + standard_normal_log_prob(u)
     difference = log_w - (log_p - drawn)
     torch.testing.assert_close(difference, difference[:1].expand(4), rtol=1e-9, atol=1e-9)
 

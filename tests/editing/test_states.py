@@ -82,7 +82,7 @@ def test_renoising_follows_its_formula_and_comes_down_the_stack(model):
     expected = 0.8 * text.states[1] + 0.6 * eps
     torch.testing.assert_close(edit.states[0], expected[:, :7])
     with torch.no_grad():
-        z = model.prior.patch.inverse(model.prior.blocks[0].inverse(model.prior.patch(expected)[0]))
+        z = model.prior.patch.inverse(model.prior.blocks[0].inverse(model.prior.patch(expected)))
     torch.testing.assert_close(edit.states[-1], z[:, :7], rtol=1e-6, atol=1e-6)
     assert torch.equal(edit.tokens, model.codebook.decode(z)[:, :7])
     assert torch.equal(edit.changed, edit.tokens != TEXT)

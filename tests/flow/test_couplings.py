@@ -164,8 +164,6 @@ def test_filling_in_acts_on_tokens_that_are_likely_and_leaves_the_others():
     assert not coupling.is_tied
     first, known = features[:, 0], z[:, 0]
     log_p = coupling.complete(known, first, known, torch.ones(4, P, dtype=torch.bool))[2]
-    log_density = next(coupling.conditionals(first)).log_density(z[:, 0, :d])
-    torch.testing.assert_close(log_density, log_p[:, 0])
     torch.testing.assert_close(log_p.sum(-1), coupling.log_prob(z, features)[:, 0])
 
 
@@ -267,7 +265,6 @@ def test_the_weights_of_a_mixd_block_come_a_few_rows_at_a_time(patch, monkeypatc
         coupling = randomise(mixd(patch, True, components=300))
     z, features, u = normal(4, 6, C), normal(4, 6, WIDTH, seed=1), normal(24, C, seed=2)
     sizes, tokens = [], 24 * patch
-    is_known = torch.arange(24)[:, None].remainder(7).expand(-1, patch) < 4
     coupling.weight_head.register_forward_hook(lambda m, x, y: sizes.append(y.numel()))
 
     def results():
@@ -278,8 +275,7 @@ def test_the_weights_of_a_mixd_block_come_a_few_rows_at_a_time(patch, monkeypatc
         )
         with torch.no_grad():
             drawn = coupling.invert(u, features.flatten(0, 1))
-            completed = coupling.complete(u, features.flatten(0, 1), z.flatten(0, 1), is_known)
-        return noise, log_det, drawn, *completed, *grads
+        return noise, log_det, drawn, *grads
 
     expected = results()
     assert max(sizes) == tokens * 300

@@ -114,7 +114,7 @@ def in_block_order(block: FlowBlock, matrix: Tensor) -> Tensor:
     """A Jacobian [N, C, N, C] with rows and columns in the order in which the block works."""
     N, C = matrix.shape[:2]
     index = torch.arange(N * C).view(1, N, C).double()
-    order = block.order(index)[0].flatten().long()
+    order = block.order(index).flatten().long()
     return matrix.reshape(N * C, N * C)[order][:, order].view(N, C, N, C)
 
 
@@ -140,7 +140,7 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
     """Position t sees t' < t in the block's own direction, and in its own position earlier channels
     alone.
     """
-    z = model.prior.patch(latents[:1])[0]
+    z = model.prior.patch(latents[:1])
     for index, block in enumerate(model.prior.blocks):
         assert block.order.reverse == (index % 2 == 1)
         by_z = in_block_order(block, jacobian(lambda v, f=block: f(v[None])[0][0], z[0]))
@@ -158,9 +158,9 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
 def test_the_cached_inverse_equals_a_plain_loop(model):
     """Without a cache: parameters of position t from a full pass over the latents found so far."""
     with torch.no_grad():
-        u = model.prior.patch(normal(2, T, d, seed=6))[0]
+        u = model.prior.patch(normal(2, T, d, seed=6))
         for block in model.prior.blocks:
-            noise = block.order(u)[0]
+            noise = block.order(u)
             h = torch.zeros_like(noise)
             for t in range(noise.shape[1]):
                 features = block.features(h)[:, t]

@@ -102,7 +102,7 @@ def discrete_probabilities(model: TarFlowLM, length: int, V: int) -> Tensor:
     """Of all V^length texts: the mixture weights at the means, for components well apart."""
     texts = torch.tensor(list(itertools.product(range(V), repeat=length)))
     block, z = model.prior.blocks[0], model.codebook.mean[texts]
-    h = model.prior.patch(z)[0]
+    h = model.prior.patch(z)
     features = block.coupling.token_features(block.features(h), h).flatten(1, 2)
     log_w = block.coupling.weight_head(features).log_softmax(-1)
     return log_w.gather(-1, texts[..., None]).sum((1, 2)).exp()

@@ -44,7 +44,7 @@ def propose(
     the noise that was drawn in the span.
     """
     (start, stop), patch, prior = span, model.config.patch, model.prior
-    known, before = prior.patch(text.states[0])[0], prior.patch(text.states[1])[0]
+    known, before = prior.patch(text.states[0]), prior.patch(text.states[1])
     first, end = start // patch, -(-stop // patch)
     R, (T, d) = candidates, text.states[0].shape[1:]
     noise = torch.randn(R, T, d, generator=generator, device=generator.device).to(known)
@@ -91,7 +91,7 @@ def propose_state(
     tokens beside the span may change, too.
     """
     prior, block, patch = model.prior, model.prior.block(level), model.config.patch
-    known, before = (block.order(prior.patch(text.states[i])[0])[0] for i in (level, level + 1))
+    known, before = (block.order(prior.patch(text.states[i])) for i in (level, level + 1))
     R, N = candidates, known.shape[1]
     first, end = span[0] // patch, -(-span[1] // patch)
     if block.order.reverse:
@@ -345,7 +345,7 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
     Tokens of a position share the cost of the position equally.
     """
     patch, z = model.config.patch, text.states[0]
-    log_p = model.prior.block(0).log_prob(model.prior.patch(z)[0]) / patch
+    log_p = model.prior.block(0).log_prob(model.prior.patch(z)) / patch
     normaliser = model.codebook.log_normaliser(z).unflatten(1, (-1, patch)).mean(2)
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 

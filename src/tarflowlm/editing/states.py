@@ -191,7 +191,7 @@ def substitute(
     )
     passage = ConditionedLatents(model, text.states[1], known, is_known, None)
     passage.settle(
-        model.prior.patch(text.states[0])[0], int(is_known[0].int().argmax()) // model.config.patch
+        model.prior.patch(text.states[0]), int(is_known[0].int().argmax()) // model.config.patch
     )
     progress.advance(passage.at)
     while passage.at < passage.num_positions:
@@ -216,20 +216,22 @@ def inverted_below(
     In each block these are the positions before the first changed one, in the block's order.
     """
     prior, chosen = model.prior, per_block(decoder, model.num_blocks)
-
-    def invert(index: int, u: Tensor) -> Tensor:
-        block = prior.block(index)
-        above, below = (prior.patch(text.states[i])[0] for i in (index + 1, index))
+    states = [state]
+    for index in reversed(range(level)):
+        block, u = prior.block(index), prior.patch(states[-1])
+        above, below = (prior.patch(text.states[i]) for i in (index + 1, index))
         # leading positions, in the block's order, whose noise is unchanged in all rows
-        settled = int(
-            (block.order(u)[0] == block.order(above)[0]).all(2).all(0).long().cumprod(0).sum()
+        same = (block.order(u) == block.order(above)).all(2).all(0)
+        found = invert_block(
+            block,
+            u,
+            decoder=chosen[-1 - index],
+            settled=below,
+            num_settled=int(same.long().cumprod(0).sum()),
+            progress=progress,
         )
-        how = chosen[-1 - index]
-        return invert_block(
-            block, u, decoder=how, settled=below, num_settled=settled, progress=progress
-        ).h
-
-    return prior.descend(state, invert, top=level)
+        states.append(prior.patch.inverse(found.h))
+    return states
 
 
 def compared(

@@ -68,7 +68,7 @@ def _frozen_flops(config: Config, frozen: int) -> int:
 
     def forward() -> None:
         flow.codebook.log_normaliser(z)
-        h = flow.prior.patch(z)[0]
+        h = flow.prior.patch(z)
         for block in flow.prior.blocks[:frozen]:
             h = block(h)[0]
 

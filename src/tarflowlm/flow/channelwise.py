@@ -1,8 +1,7 @@
 """Couplings channel by channel, or group by group, with parameters from an autoregressive head.
 
 Inside a position the forward map is parallel, since the head sees the channels it is given; the
-inverse walks from group to group. Newton steps take all channels of all positions at once
-(`generation/inversion.py`), and `Newton` judges them.
+inverse walks from group to group.
 
 Shape legend: as in `couplings`.
 """
@@ -29,7 +28,6 @@ from tarflowlm.flow.couplings import (
     OneFeature,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
-from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.plan import BlockPlan
 
 CONTRACTION = 0.5
@@ -82,10 +80,9 @@ class Newton:
 class ChannelCoupling(Coupling):
     """A coupling of groups of C/G channels, with parameters from an autoregressive head.
 
-    docs/math.md, eq. 10. How to implement one: `__init__` takes `channels` (C), `components` and
-    the shape of a `head`, and makes that head with the outputs that the map needs; `to_noise` and
-    `to_latents` map a group from them, where the leading axes stand for any groups of any
-    positions. `tarflowlm.coupling` registers it under a name (docs/flow.md has one in 30 lines).
+    How to implement one: `__init__` takes `channels` (C), `components` and the shape of a `head`,
+    and makes that head with the outputs that the map needs; `to_noise` and `to_latents` map a group
+    from them, with any leading axes. docs/flow.md has one in 30 lines.
     """
 
     group = 1
@@ -102,11 +99,6 @@ class ChannelCoupling(Coupling):
     @abstractmethod
     def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
         """The inverse of `to_noise` at the same parameters."""
-
-    def log_density(self, z: Tensor, *parameters: Tensor) -> Tensor:
-        """log p(z_g) [...] of groups z [..., C/G], in nats."""
-        u, log_slope = self.to_noise(z, *parameters)
-        return log_slope.sum(-1) + log_standard_normal(u).sum(-1)
 
     def channels(self, z: Latents, features: Features) -> tuple[Latents, Latents]:
         """Noise u, and log du_i/dz_i of every channel, in nats."""
@@ -128,22 +120,21 @@ class ChannelCoupling(Coupling):
     def newton_step(self, z: Latents, u: Latents, features: Features) -> tuple[Latents, Latents]:
         """A step from a guess z towards the latents of noise u, and the residual u - f(z).
 
-            z_i + (u_i - f_i(z)) / (df_i/dz_i)
+            z_i + (u_i - f_i(z)) / (df_i/dz_i)        (docs/math.md, eq. 18c)
 
-        All channels of all positions step at once; the dependence on those before is left to the
-        next step. The latents of u are the only fixed point.
+        The latents of u are the only fixed point.
         """
         mapped, log_slope = self.channels(z, features)
         residual = u - mapped
         return torch.addcmul(z, residual, torch.exp(-log_slope)), residual
 
     def conditionals(
-        self, features: OneFeature, adjust: AdjustWeights | None = None
+        self,
+        features: OneFeature,
+        adjust: AdjustWeights | None = None,
+        weights: HeadWeights | None = None,
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
-        return self._conditionals(features, HeadWeights(self.head))
-
-    def _conditionals(self, features: Tensor, weights: HeadWeights) -> Conditionals:
         walk, z = self.head.walk(features, weights), None
         for _ in range(self.head.groups):
             z = yield self._conditional(walk.send(z))
@@ -156,17 +147,13 @@ class ChannelCoupling(Coupling):
         def inverse(u: Tensor) -> Tensor:
             return self.to_latents(u, *parameters)
 
-        def log_density(z: Tensor) -> Tensor:
-            return self.log_density(z, *parameters)
-
-        return Conditional(forward, inverse, log_density)
+        return Conditional(forward, inverse)
 
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
 
         def invert(u: Tensor, features: Tensor, adjust: AdjustWeights | None) -> Tensor:
-            assert adjust is None, "the components of a channel are not tokens"
-            return self._walk(u, self._conditionals(features, weights))
+            return self._walk(u, self.conditionals(features, adjust, weights))
 
         return invert
 
@@ -218,8 +205,7 @@ class Mix1Coupling(ChannelCoupling):
     with the 3 K parameters (w_i, m_i, s_i) = head_i(c, z_<i). Paper: section 3.2.1.
 
     Start: means at `spread` times standard normal quantiles, scales that give the mixture unit
-    variance. A small `spread` is close to the identity, the right start on top of other blocks.
-    Block 1: see `start_from`.
+    variance. A small `spread` is close to the identity.
     """
 
     def __init__(
@@ -260,8 +246,8 @@ class Mix1Coupling(ChannelCoupling):
             sum_{j<i} log N(z_j; mu_kj, sigma^2)
                 = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
 
-        Without it, a Mix-1 block spends most of its steps finding the codebook (docs/math.md,
-        section 3, "Start"). UserError for a head that does not see the channels before.
+        Without it, a Mix-1 block spends most of its steps finding the codebook. UserError for a
+        head that does not see the channels before.
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
         paths = self.head.evidence
@@ -289,10 +275,7 @@ class Mix1Coupling(ChannelCoupling):
     def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
         return numerics.mixture_cdf_inverse(u[..., 0], *parameters)[..., None]
 
-    def log_density(self, z: Tensor, *parameters: Tensor) -> Tensor:
-        return numerics.mixture_log_density(z[..., 0], *parameters)
-
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         parameters = self.head(features, z)
         with full_precision(z):
-            return self.log_density(self._groups(z), *parameters).sum(0)
+            return numerics.mixture_log_density(self._groups(z)[..., 0], *parameters).sum(0)

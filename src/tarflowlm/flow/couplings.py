@@ -2,8 +2,7 @@
 earlier positions.
 
 Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width,
-K components, G groups of C / G channels. `forward` and `log_prob` take whole sequences, `invert`
-and `complete` one position.
+K components, G groups of C / G channels.
 """
 
 from abc import abstractmethod
@@ -40,8 +39,6 @@ class Conditional:
     """z_g [B, C/G] to u_g [B, C/G], and log|det du_g/dz_g| [B] in nats."""
     inverse: Callable[[Tensor], Tensor]
     """u_g to z_g, with the weights as the sampler adjusted them."""
-    log_density: Callable[[Tensor], Tensor]
-    """log p(z_g | c_n, z_<g) [B] in nats: log-determinant and base of `forward`, without noise."""
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]
@@ -57,15 +54,14 @@ class Coupling(nn.Module):
 
     so the last block needs only `log_prob`. The code writes z for h, whatever the block.
 
-    How to implement one: `forward` maps all positions at once; `conditionals` gives the same map
-    for one position, group by group, from which sampling, completion, editing and particles are
-    made; `build` makes it from the configuration of a block; `log_prob` where the density is
-    cheaper than the noise. Set `group` to the number C/G of channels that one conditional maps. A
-    coupling that acts channel by channel subclasses `channelwise.ChannelCoupling`, which asks for
-    less (docs/flow.md).
+    How to implement one: `forward` maps all positions at once, `conditionals` gives the same map
+    for one position, group by group; `build` makes it from the configuration of a block; `log_prob`
+    where the density is cheaper than the noise. A coupling that acts channel by channel subclasses
+    `channelwise.ChannelCoupling`, which asks for less (docs/flow.md).
     """
 
     group: int
+    """Channels C/G that one conditional maps."""
 
     @classmethod
     @abstractmethod
@@ -92,10 +88,7 @@ class Coupling(nn.Module):
         return log_det + log_standard_normal(u).sum(-1)
 
     def invert(
-        self,
-        u: OneLatent,
-        features: OneFeature,
-        adjust: AdjustWeights | None = None,
+        self, u: OneLatent, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> OneLatent:
         """The latents z_n of one position, from its noise u_n and features c_n."""
         return self._walk(u, self.conditionals(features, adjust))
@@ -119,12 +112,11 @@ class Coupling(nn.Module):
         is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
     ) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
-        """Complete one position in which some tokens are given: returns (z, u, log p).
+        """Complete one position in which some tokens are given: (z, u, log p).
 
-        Given tokens, where `is_known` on the CPU is True, keep their latents `known` and get the
-        noise that those map to; the others are inverted from u. log p, in nats, is the density of
-        each given token's latents conditional on everything before them, and 0 for the other
-        tokens (docs/math.md, section 9).
+        Given tokens, where `is_known` on the CPU is True, keep their latents `known` and get their
+        noise; the others are inverted from u. log p, in nats, is the density of each given token's
+        latents given everything before them, and 0 for the others (docs/math.md, section 9).
         """
         P, channels = is_known.shape[1], u.shape[1]
         mask = is_known.to(u.device)

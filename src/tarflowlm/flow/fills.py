@@ -1,6 +1,6 @@
 """A coupling that fills in what it is sure of, and leaves the rest to the blocks above it."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tarflowlm.flow.codebook import NoisyCodebook
@@ -13,18 +13,14 @@ from tarflowlm.flow.couplings import (
     Latents,
 )
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import log_standard_normal
 
 
 class Fills(MixDCoupling):
     """Mix-d where it is sure of a token, and the identity elsewhere (docs/math.md, eq. 9a).
 
     A token has the Mix-d map where max_k w_k > `certainty` over tokens k, and u_t = z_t elsewhere.
-    The choice depends on the latents before it, so the map stays a flow. Where it acts u_t is
-    standard normal; the blocks above model the rest, whose density here is N(z_t; 0, I).
-
-    It is put around the coupling of a block when another block is put on top: as the last block
-    of its stage, that coupling was the model of all tokens. Ours, not in the paper.
+    The choice depends on the latents before it, so the map stays a flow. It is put around the
+    coupling of a block when another block is put on top. Ours, not in the paper.
     """
 
     def __init__(self, mixd: MixDCoupling, certainty: float) -> None:
@@ -40,16 +36,12 @@ class Fills(MixDCoupling):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, certainty={self.certainty}"
 
-    def sure(self, log_w: Float[Tensor, "rows K"]) -> Int[Tensor, " sure"]:
-        """The rows with a token whose weight is above `certainty`."""
-        num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
-        largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
-        return (largest > self.certainty).nonzero()[:, 0]
-
     def conditional(
         self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
     ) -> Conditional:
-        sure = self.sure(log_w)
+        num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
+        largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
+        sure = (largest > self.certainty).nonzero()[:, 0]
         mixd = super().conditional(log_w[sure], adjust)
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,11 +51,7 @@ class Fills(MixDCoupling):
         def inverse(u: Tensor) -> Tensor:
             return u.index_copy(0, sure, mixd.inverse(u[sure])) if len(sure) else u
 
-        def log_density(z: Tensor) -> Tensor:
-            elsewhere = log_standard_normal(z).sum(-1)
-            return elsewhere.index_copy(0, sure, mixd.log_density(z[sure]))
-
-        return Conditional(forward, inverse, log_density)
+        return Conditional(forward, inverse)
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return Coupling.log_prob(self, z, features)

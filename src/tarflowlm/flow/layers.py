@@ -1,9 +1,7 @@
-"""Invertible maps: their interface, and the two that only reorder latents.
+"""The two maps of a flow that only move latents to other places.
 
 Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d.
 """
-
-from abc import abstractmethod
 
 import torch
 from jaxtyping import Float
@@ -12,52 +10,32 @@ from torch import Tensor, nn
 from tarflowlm.errors import UserError
 
 
-class Bijection(nn.Module):
-    """An invertible map between latents z and noise u, both [B, N, C].
+class Patch(nn.Module):
+    """Joins P neighbouring tokens into one position (docs/math.md, eq. 14).
 
-    How to implement one: `forward` maps latents to noise and returns the part of every position in
-    log|det du/dz|, `inverse` maps noise to latents. Then p(z) = N(u; 0, I) |det du/dz|.
-    """
-
-    @abstractmethod
-    def forward(self, z: Float[Tensor, "B _ _"]) -> tuple[Tensor, Float[Tensor, "B N"]]:
-        """Noise u [B, N, C], and log|det du/dz| by position, in nats; all positions at once."""
-
-    @abstractmethod
-    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B _ _"]:
-        """Noise to latents, without a log-determinant."""
-
-
-class Patch(Bijection):
-    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C].
-
-    docs/math.md, eq. 14. UserError if P does not divide T.
+    UserError if P does not divide T.
     """
 
     def __init__(self, patch: int) -> None:
         super().__init__()
         self.patch = patch
 
-    def forward(
-        self, z: Float[Tensor, "B T d"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(self, z: Float[Tensor, "B T d"]) -> Float[Tensor, "B N C"]:
         B, T, d = z.shape
         if T % self.patch:
             raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
-        N = T // self.patch
-        return z.reshape(B, N, self.patch * d), z.new_zeros(B, N)
+        return z.reshape(B, T // self.patch, self.patch * d)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B T d"]:
         B, N, C = u.shape
         return u.reshape(B, N * self.patch, C // self.patch)
 
 
-class Order(Bijection):
+class Order(nn.Module):
     """pi_l, the order in which a block sees its input (docs/math.md, eqs. 5 and 15).
 
-    Channels become [even-indexed, odd-indexed], `mix` times. This interleaves the channels of the
-    tokens in a patch, so that a later block models them in another order. With `reverse` the
-    positions run right to left.
+    Channels become [even-indexed, odd-indexed], `mix` times, which interleaves the tokens of a
+    patch. With `reverse` the positions run right to left.
     """
 
     channels: Tensor
@@ -73,11 +51,8 @@ class Order(Bijection):
         self.register_buffer("channels", torch.tensor(order), persistent=False)
         self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
-    def forward(
-        self, z: Float[Tensor, "B N C"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        mixed = z[..., self.channels] if self.mixes else z
-        return self.positions(mixed), z.new_zeros(z.shape[:2])
+    def forward(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        return self.positions(z[..., self.channels] if self.mixes else z)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         u = self.positions(u)

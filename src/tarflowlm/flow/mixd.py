@@ -5,7 +5,7 @@ for only some tokens at a time (`chunks.held`). Shape legend: as in `couplings`.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,12 +34,10 @@ class MixDCoupling(Coupling):
         p(z_t | c) = sum_k w_k N(z_t; mu_k, sigma_k^2 I_d),    w = softmax(weight_head(c))
         u_t = Rosenblatt(z_t)
 
-    All positions share one codebook of components, and the network predicts only the K weights.
-    `tied` is the encoder's codebook (K = V), maybe with a component of noise (K = V + 1); without
-    it the coupling owns a codebook. Each of the P tokens of a position has features c and weights
-    of its own, independent or autoregressive inside the patch (`TokenFeatures`, eq. 16).
-
-    Paper: section 3.2.2, appendix B.
+    All positions share one codebook, and the network predicts only the K weights of each token from
+    its own features (`TokenFeatures`). `tied` is the encoder's codebook (K = V), maybe with a
+    component of noise (K = V + 1); without it the coupling owns a codebook. Paper: section 3.2.2,
+    appendix B.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -91,15 +89,12 @@ class MixDCoupling(Coupling):
         )
         mixes_tokens = config.patch > 1 and config.mixes_channels
         if block.components == config.vocab_size and block.start != "plain" and not mixes_tokens:
-            coupling.start_from(plan.codebook, Order(config.latent_dim, mix=plan.mix))
+            # its own components start as the codebook, with channels in the order of the block
+            order = Order(config.latent_dim, mix=plan.mix)
+            with torch.no_grad():
+                coupling.components.mean.copy_(order(plan.codebook.mean[None])[0])
+                coupling.components.log_std.copy_(plan.codebook.log_std)
         return coupling
-
-    @torch.no_grad()
-    def start_from(self, codebook: Codebook, order: Order) -> None:
-        """Start the coupling's own components as a codebook, with its channels in this `order`."""
-        assert self.own is not None
-        self.own.mean.copy_(order(codebook.mean[None])[0][0])
-        self.own.log_std.copy_(codebook.log_std)
 
     @property
     def components(self) -> Codebook | NoisyCodebook:
@@ -130,10 +125,7 @@ class MixDCoupling(Coupling):
             weights = log_w if adjust is None else adjust(log_w)
             return numerics.rosenblatt_inverse(u, weights, mean, log_std)
 
-        def log_density(z: Tensor) -> Tensor:
-            return numerics.mixture_log_prob(z, log_w, mean, log_std)
-
-        return Conditional(forward, inverse, log_density)
+        return Conditional(forward, inverse)
 
     def conditionals(
         self, features: OneFeature, adjust: AdjustWeights | None = None
@@ -174,8 +166,7 @@ class MixDCoupling(Coupling):
     def log_density_ratio(self, z: Latents, features: Features) -> ByPosition:
         """log p(z_n | c_n) - log prod_t sum_k N_k(z_t) of every position, in nats.
 
-        For tied components the second term is the decoder's normaliser (docs/math.md, eq. 12). One
-        pass over the codebook gives both.
+        docs/math.md, eq. 12; one pass over the codebook gives both terms.
         """
         return self._log_density(z, features, relative=True)
 
@@ -191,32 +182,10 @@ class MixDCoupling(Coupling):
         ).sum(-1)
 
     def invert(
-        self,
-        u: OneLatent,
-        features: OneFeature,
-        adjust: AdjustWeights | None = None,
+        self, u: OneLatent, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> OneLatent:
         rows = self._held_rows(u)
         if len(u) > rows:
             parts = zip(u.split(rows), features.split(rows), strict=True)
             return torch.cat([self.invert(*part, adjust) for part in parts])
-        if self.patch > 1:
-            return super().invert(u, features, adjust)
-        return self.conditional(widen(self.weight_head(features)), adjust).inverse(u)
-
-    def complete(
-        self,
-        u: OneLatent,
-        features: OneFeature,
-        known: OneLatent,
-        is_known: Bool[Tensor, "B P"],
-        adjust: AdjustWeights | None = None,
-    ) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
-        rows = self._held_rows(u)
-        if len(u) <= rows:
-            return super().complete(u, features, known, is_known, adjust)
-        given = zip(known.split(rows), is_known.split(rows), strict=True)
-        parts = zip(u.split(rows), features.split(rows), given, strict=True)
-        found = [self.complete(u, c, *given, adjust) for u, c, given in parts]
-        z, noise, log_p = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return z, noise, log_p
+        return super().invert(u, features, adjust)

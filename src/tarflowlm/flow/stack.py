@@ -4,7 +4,7 @@ Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per to
 D width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,17 @@ from torch import Tensor, nn
 from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.layers import Bijection, Order, Patch
+from tarflowlm.flow.layers import Order, Patch
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import KVCache, Transformer
 from tarflowlm.model_config import TransformerConfig
-
-Invert = Callable[[int, Tensor], Tensor]
-"""Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""
 
 
 class InputMap(nn.Module):
     """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))).
 
-    docs/math.md, eq. 5. The linear path alone would confine the inputs to a C-dimensional subspace,
-    too little for the Transformer where C is small (docs/log.md). The nonlinear path removes that
-    limit at the cost of one small product.
+    The linear path alone would confine the inputs to a C-dimensional subspace, too little for the
+    Transformer where C is small (docs/log.md).
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -46,17 +42,15 @@ class InputMap(nn.Module):
         return self.linear(x) + self.out(F.gelu(self.lift(x)))
 
 
-class FlowBlock(Bijection):
+class FlowBlock(nn.Module):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
     Position n, counted in the block's own order, is transformed with parameters that depend on the
-    positions before n and on the earlier channels of position n. `order` (pi_l) mixes channels and
-    reverses positions on input and is undone on output, so every state keeps the layout of the
-    tokens and can be decoded by the codebook.
+    positions before n and on the earlier channels of position n. The order is undone on output, so
+    the codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
-    embedding of the tokens that the latents before n decode to. They are a function of these
-    latents, so the map stays a flow.
+    embedding of the tokens that the latents before n decode to.
     """
 
     places: Tensor
@@ -87,60 +81,51 @@ class FlowBlock(Bijection):
             self.register_buffer("places", places, persistent=False)
             self.token_embedding = nn.Embedding(len(places) * codebook.vocab_size, trunk.width)
 
-    @property
-    def keeps_order(self) -> bool:
-        """Whether the block works in the order of the tokens and their channels."""
-        return not self.order.reverse and not self.order.mixes
-
-    def _inputs(self, h: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch D"]:
-        """The Transformer's inputs for the latents of positions."""
+    def _inputs(
+        self, h: Float[Tensor, "B given C"], *, first: bool = False
+    ) -> Float[Tensor, "B next D"]:
+        """The Transformer's inputs for the latents of positions, with `first` after the start."""
         x = widen(self.input(h))
         codebook = self._codebook[0]
-        if codebook is None or self.token_embedding is None:
-            return x
-        with torch.no_grad():
-            tokens = codebook.decode(h.unflatten(-1, (-1, codebook.mean.shape[1])))
-        return x + self.token_embedding(tokens + self.places).sum(-2)
+        if codebook is not None and self.token_embedding is not None:
+            with torch.no_grad():
+                tokens = codebook.decode(h.unflatten(-1, (-1, codebook.mean.shape[1])))
+            x = x + self.token_embedding(tokens + self.places).sum(-2)
+        return torch.cat((self.start.expand(len(h), 1, -1), x), dim=1) if first else x
 
     def features(self, h: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
         """Features c_n of all positions, each from the latents before it, in the block's order."""
-        return self.features_of(None, h[:, :-1], first=True)
+        return self.transformer(self._inputs(h[:, :-1], first=True))
 
     def forward(
         self, z: Float[Tensor, "B N C"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
-        h, _ = self.order(z)
+        h = self.order(z)
         u, log_det = self.coupling(h, self.features(h))
         return self.order.inverse(u), self.order.positions(log_det)
 
     def log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
-        """log p(z_n | positions before n in the block's order), in nats.
-
-        Here the block is the last one. Cheaper than `forward`, since it needs no noise.
-        """
-        h, _ = self.order(z)
+        """log p(z_n | positions before n in the block's order) of the last block, in nats."""
+        h = self.order(z)
         return self.order.positions(self.coupling.log_prob(h, self.features(h)))
 
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, from the latents [B, C] before it (or None)."""
-        x = self.start.expand(batch, -1) if previous is None else self._inputs(previous)
-        return cache.extend(x[:, None])[:, 0]
+        if previous is None:
+            return cache.extend(self.start.expand(batch, 1, -1))[:, 0]
+        return cache.extend(self._inputs(previous[:, None]))[:, 0]
 
     def features_of(
-        self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool
+        self, cache: KVCache, past: Float[Tensor, "B given C"], *, first: bool
     ) -> Float[Tensor, "B next D"]:
         """Features of the positions after the cached ones, from the latents `past` before them.
 
-        With `first` they begin with the features of the first position of the sequence: one more
-        than there are in `past`.
+        `first`: from the first position of the sequence on, so one more than there are in `past`.
         """
-        x = self._inputs(past)
-        if first:
-            x = torch.cat((self.start.expand(len(past), 1, -1), x), dim=1)
-        return self.transformer(x) if cache is None else cache.extend(x)
+        return cache.extend(self._inputs(past, first=first))
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions of this block."""
@@ -148,13 +133,10 @@ class FlowBlock(Bijection):
 
     @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """h^(l-1) from h^(l) = u, position by position, without gradients.
-
-        Other ways to invert a block: `generation/inversion.py`.
-        """
+        """h^(l-1) from h^(l) = u, position by position, without gradients."""
         cache = self.allocate_cache(len(u), u.shape[1])
         invert = self.coupling.inverter()
-        noise, _ = self.order(u)
+        noise = self.order(u)
         h: list[Tensor] = []
         for u_n in noise.unbind(1):
             features = self.features_at(cache, h[-1] if h else None, len(u))
@@ -190,11 +172,11 @@ class Prior(nn.Module):
         return block
 
     def states(self, z: Float[Tensor, "B T d"]) -> tuple[list[Tensor], list[Tensor]]:
-        """The states h^(0) = z, ..., h^(L) = u, and the parts of every log|det J_l|.
+        """The states h^(0) = z, ..., h^(L) = u [B, T, d], and every log|det J_l| by position.
 
-        Each state is [B, T, d]; the parts of a log-determinant by position are [B, N], in nats.
+        Log-determinants are [B, N], in nats.
         """
-        h, _ = self.patch(z)
+        h = self.patch(z)
         states, log_dets = [z], []
         for block in self.blocks:
             h, log_det = block(h)
@@ -209,28 +191,12 @@ class Prior(nn.Module):
         states, log_dets = self.states(z)
         return states[-1], sum((log_det.sum(-1) for log_det in log_dets), start=z.new_zeros(len(z)))
 
-    def descend(
-        self,
-        state: Float[Tensor, "B T d"],
-        invert: Invert,
-        *,
-        top: int | None = None,
-        bottom: int = 0,
-    ) -> list[Tensor]:
-        """Invert blocks top (by default L), ..., bottom + 1.
-
-        Returns h^(top) = `state`, ..., h^(bottom), each [B, T, d].
-        """
-        h, _ = self.patch(state)
-        states = [state]
-        for index in reversed(range(bottom, len(self.blocks) if top is None else top)):
-            h = invert(index, h)
-            states.append(self.patch.inverse(h))
-        return states
-
     def inverse(self, u: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
         """Latents z = h^(0), every block inverted position by position."""
-        return self.descend(u, lambda index, h: self.block(index).inverse(h))[-1]
+        h = self.patch(u)
+        for index in reversed(range(len(self.blocks))):
+            h = self.block(index).inverse(h)
+        return self.patch.inverse(h)
 
     def log_prob(self, z: Float[Tensor, "B T d"], *, above: int = 0) -> Float[Tensor, " B"]:
         """log p(z), in nats; with `above` of z as the state h^(above) under the blocks above it."""
@@ -240,13 +206,12 @@ class Prior(nn.Module):
     def log_prob_parts(
         self, z: Float[Tensor, "B T d"], *, above: int = 0, frozen: int = 0
     ) -> list[Float[Tensor, "B N"]]:
-        """The parts of log p(z) by position, in nats, which sum to it.
+        """The parts of log p(z) by position, in nats (docs/math.md, eqs. 4 and 6).
 
-        They are the log-determinants of all blocks but the last, and its density (docs/math.md,
-        eqs. 4 and 6). The first `frozen` blocks run without a graph: no gradients, no stored
-        activations.
+        They are the log-determinants of all blocks but the last, and its density. The first
+        `frozen` blocks run without a graph.
         """
-        h, _ = self.patch(z)
+        h = self.patch(z)
         parts: list[Tensor] = []
         for index in range(above, len(self.blocks) - 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):

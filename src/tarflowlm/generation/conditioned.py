@@ -95,14 +95,15 @@ class ConditionedLatents(Conditioned):
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
         self.block, self.patch = model.prior.block(0), model.prior.patch
-        assert self.block.keeps_order, "given latents need a block in the order of the tokens"
+        reorders = self.block.order.reverse or self.block.order.mixes
+        assert not reorders, "given latents need the order of the tokens"
         noise, self.known = self.positions(noise).clone(), self.positions(known)
         super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
         mask = self.is_known.to(noise.device)
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
 
     def positions(self, x: Tensor) -> Tensor:
-        return self.patch(x)[0]  # [B, N, C] (docs/math.md, eq. 14)
+        return self.patch(x)  # [B, N, C] (docs/math.md, eq. 14)
 
     def prefill(self) -> Tensor:
         """Complete the leading positions that are given in all rows, in one parallel pass; returns

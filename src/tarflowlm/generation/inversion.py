@@ -163,7 +163,7 @@ class _Inversion:
         progress: Progress,
     ) -> None:
         self.block, self.adjust, self.progress = block, adjust, progress
-        self.noise, self.num_positions = block.order(u)[0], u.shape[1]
+        self.noise, self.num_positions = block.order(u), u.shape[1]
         self.h, self.cache = self.noise.clone(), block.allocate_cache(len(u), self.num_positions)
         self.at = self.passes = 0
         self.swept = (
@@ -174,7 +174,7 @@ class _Inversion:
 
     def settle(self, h: Tensor, num: int) -> None:
         """Copy the first `num` positions from h [B, N, C], in the order of the tokens."""
-        self.h[:, :num] = self.block.order(h)[0][:, :num]
+        self.h[:, :num] = self.block.order(h)[:, :num]
         self._advance(num)
         self._fill_cache()
 
@@ -348,7 +348,7 @@ def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
     """First position, from `first` on, whose h does not map back to u, both [B, N, C] in the
     block's order; or N.
     """
-    again, _ = block.coupling(h, block.features_of(None, h[:, :-1], first=True))
+    again, _ = block.coupling(h, block.features(h))
     off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
     # negated, so that NaN counts as bad
     bad = ~(off <= RESIDUAL[off.dtype])
@@ -374,9 +374,9 @@ def stack_inversion(
     tokens at the start, h^(0) first, in a stack that runs left to right. Errors: `per_block`.
     """
     patch, chosen = model.prior.patch, per_block(decoder, model.num_blocks)
-    h, states, work = patch(noise)[0], [noise], list[Inverted]()
+    h, states, work = patch(noise), [noise], list[Inverted]()
     for index in reversed(range(above, model.num_blocks)):
-        known = patch(settled[index])[0] if settled else None
+        known = patch(settled[index]) if settled else None
         steps = Kept(
             block_inversion(
                 model.prior.block(index),

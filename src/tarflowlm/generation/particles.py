@@ -228,7 +228,7 @@ class LatentSource:
             & ~self.is_known[rows]
         )
         h, used_NP = self.draw[rows], used.view(len(rows), -1, self.model.config.patch)
-        whole = prior.block(1).log_prob(prior.patch(h)[0]) * ~used_NP.any(-1)
+        whole = prior.block(1).log_prob(prior.patch(h)) * ~used_NP.any(-1)
         normal = log_standard_normal(h).sum(-1) * (
             used_NP.any(-1, keepdim=True) & ~used_NP
         ).flatten(1)
