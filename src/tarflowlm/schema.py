@@ -14,9 +14,7 @@ T = TypeVar("T")
 
 
 def to_dict(config: object) -> Any:
-    """A dataclass as plain JSON values; tuples become lists, and a class attribute `family` a
-    key.
-    """
+    """A dataclass as JSON values; tuples become lists, a class attribute `family` a key."""
     if dataclasses.is_dataclass(config):
         family = {"family": config.family} if hasattr(config, "family") else {}
         fields = dataclasses.fields(config)
@@ -53,10 +51,9 @@ def from_dict(cls: type[T], data: object, where: str = "config") -> T:
         if key not in fields and not is_family:
             known = ", ".join(sorted(fields))
             raise UserError(f"{where}.{key}: unknown key; known keys are {known}")
+    missing = dataclasses.MISSING
     for name, field in fields.items():
-        missing = dataclasses.MISSING
-        has_default = field.default is not missing or field.default_factory is not missing
-        if name not in data and not has_default:
+        if name not in data and field.default is field.default_factory is missing:
             raise UserError(f"{where}.{name}: missing key")
     given = [name for name in fields if name in data]
     return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in given})

@@ -10,7 +10,7 @@ from tarflowlm.card import model_card
 from tarflowlm.checks import check_type
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
-from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
+from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors
 
 Source = Checkpoint | str | Path
 """A checkpoint, or whatever `load_checkpoint` takes."""
@@ -70,8 +70,10 @@ def push_folder(
     folder: Path, repository: str, *, private: bool = False, space: bool = False
 ) -> str:
     """Upload a saved model as a commit to OWNER/NAME, made if needed; returns the address."""
-    hub = hub_client(f"pushing {repository}")
-    api = hub.HfApi(library_name="tarflowlm")
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    api = huggingface_hub.HfApi(library_name="tarflowlm")
     kind = "space" if space else "model"
     with hub_errors(repository):
         api.create_repo(
@@ -91,7 +93,7 @@ def push_folder(
             commit_message="Upload a model made with tarflowlm",
         )
     place = f"spaces/{repository}" if space else repository
-    return f"{hub.constants.ENDPOINT}/{place}"
+    return f"{constants.ENDPOINT}/{place}"
 
 
 def add_space(folder: Path, title: str) -> None:

@@ -32,14 +32,11 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.runs.hub import hub_client
     from tarflowlm.sharing import add_space, checked_repository, push_folder, save_pretrained
     from tarflowlm.terminal.bars import print_notice, print_result
 
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]
-    if not args.dry_run:
-        hub_client(f"pushing {repository}")
     out = Path(name) if args.out is None and args.dry_run else args.out
     checkpoint = load_checkpoint(args.directory, "cpu")
     url = None

@@ -105,10 +105,8 @@ def _check(text: str, name: str) -> None:
     # half of a surrogate pair, as which Python keeps bytes that it cannot decode (PEP 383)
     found = re.search("[\ud800-\udfff]", text)
     if found is not None:
-        is_byte = "\udc80" <= found[0] <= "\udcff"
-        what = f"byte 0x{ord(found[0]) - 0xDC00:02x}" if is_byte else repr(found[0])
-        where = f"character {found.start()} is {what}"
-        raise UserError(f"the {name} is not UTF-8 ({where}): convert it to UTF-8")
+        what = f"character {found.start()} is {found[0]!r}"
+        raise UserError(f"the {name} is not UTF-8 ({what}): convert it to UTF-8")
 
 
 def _check_left(found: str, given: str, name: str, how: Normalization) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from tarflowlm.config import NORMALIZATIONS, Normalization, check_alphabet
+from tarflowlm.config import Normalization, check_alphabet
 from tarflowlm.data.text import DIGITS, normalize, text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
@@ -55,9 +55,6 @@ class Tokenizer:
     kind: ClassVar[str] = "bpe"
 
     def __init__(self, document: Document, normalization: Normalization = "none") -> None:
-        if normalization not in NORMALIZATIONS:
-            known = ", ".join(NORMALIZATIONS)
-            raise ValueError(f"normalize={normalization!r} is not one of {known}")
         self.normalization: Normalization = normalization
         # texts are normalised before they come here
         self._document = document | {"normalizer": None, "truncation": None, "padding": None}
@@ -77,11 +74,7 @@ class Tokenizer:
         has_stand_ins = model.get("unk_token") or model.get("byte_fallback")
         is_lossy = model.get("dropout") or (has_stand_ins and not self._is_byte_level)
         if is_lossy or b"".join(self.token_bytes[i] for i in ids) != probe.encode():
-            rule = (
-                "use byte-level BPE such as GPT-2's, without a normaliser, a space before the text"
-            )
-            more = "dropout, or stand-ins for unknown characters"
-            raise ValueError(f"it does not restore every text: {rule}, {more}")
+            raise ValueError("it does not restore every text: use byte-level BPE such as GPT-2's")
 
     def _single_characters(self) -> list[str]:
         return [token for token in self._library.get_vocab() if len(token) == 1]
@@ -134,8 +127,7 @@ class Tokenizer:
             alphabet = "".join(self._single_characters())
             if not self._is_byte_level and not set().union(*texts) <= set(alphabet):
                 raise UnknownCharacters("".join(texts), alphabet)
-            what = "this BPE tokenizer does not keep all of the text"
-            raise UserError(f"{what} (do special tokens swallow spaces?)")
+            raise UserError("this BPE loses some of the text: use one without special tokens")
         return ids
 
     def decode(self, ids: npt.ArrayLike) -> str:
@@ -149,9 +141,8 @@ class Tokenizer:
             return ""
         is_integer = given.ndim == 1 and given.dtype.kind in "iu"
         if not is_integer or not 0 <= given.min() <= given.max() < len(table):
-            found = f"{given.dtype}, shape {list(given.shape)}, from {given.min()} to {given.max()}"
-            rule = f"token ids must be 1-d integers from 0 to {len(table) - 1}"
-            raise UserError(f"{rule}, not an array of {found}")
+            found = f"{given.dtype} {list(given.shape)}, from {given.min()} to {given.max()}"
+            raise UserError(f"tokens {found}: give 1-d integers from 0 to {len(table) - 1}")
         return b"".join([table[i] for i in given.tolist()]).decode("utf-8", errors="replace")
 
     @cached_property
@@ -210,8 +201,10 @@ class Tokenizer:
         try:
             return _from_document(json.loads(text))
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-            raise UserError(f"{name} is damaged, or no tokenizer for a model: {reason}") from None
+            what = f"{name} is no tokenizer for a model ({first_line(error)})"
+            raise UserError(
+                f"{what}: give the tokenizer.json of a run, or of a byte-level BPE"
+            ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file `path`, or `path/tokenizer.json` if `path` is a directory, atomically."""
@@ -323,10 +316,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        reason = "does not exist" if is_missing else f"cannot be read ({first_line(error)})"
-        remedy = "give a tokenizer.json or the directory that holds one"
-        raise UserError(f"{source} {reason}: {remedy}") from None
+        what = f"{source} cannot be read ({first_line(error)})"
+        raise UserError(f"{what}: give a tokenizer.json or its directory") from None
     return Tokenizer.from_json(text, name=str(source))
 
 
@@ -339,5 +330,4 @@ def _printable(token: bytes) -> str:
         text = token.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return "".join(escaped)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -77,9 +77,7 @@ def read_summary(directory: Path) -> Summary | None:
     path = directory / SUMMARY
     if not path.exists():
         return None
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not an object: train again")
+    found: Summary = read_json(path)
     return found or None
 
 
@@ -95,7 +93,10 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     try:
         tensors, info = read_weights(directory / WEIGHTS)
     except UserError as error:
-        raise UserError(f"{error}{_remedy(directory)}") from None
+        state = undamaged_state(directory)
+        command = f"`tarflowlm train --resume {directory}`"
+        remedy = "train again" if state is None else f"{command} restores it from {state.name}"
+        raise UserError(f"{error}: {remedy}") from None
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     blocks = info.get("blocks", "")
@@ -107,21 +108,6 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     check_weights(directory / WEIGHTS, model, tensors, CONFIG)
     model.load_state_dict(tensors)
     return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
-
-
-def _remedy(directory: Path) -> str:
-    """The undamaged checkpoints next to damaged weights, as the end of a message."""
-    found = []
-    state = undamaged_state(directory)
-    if state is not None:
-        command = f"tarflowlm train --resume {directory}"
-        found.append(f"`{command}` restores it from {STATE}/{state.name}")
-    other = directory.parent if directory.name == BEST else directory / BEST
-    if (other / WEIGHTS).exists() and weights_problem(other) is None:
-        found.append(f"{other} is undamaged")
-    if not found and (directory / WEIGHTS).exists():
-        found.append("restore it or train again")
-    return f": {'; '.join(found)}" if found else ""
 
 
 def undamaged_state(directory: Path) -> Path | None:

@@ -1,8 +1,7 @@
 """Trained models by name: the ones in the package, and those on the Hugging Face hub.
 
-`huggingface_hub` is imported only for names with hf:. Only the files of an exported model are
-fetched, by exact name, so nothing arrives that could be unpickled or run. The checksum of the
-weights is compared on load (docs/hub.md).
+Only the files of an exported model are fetched, by exact name, so nothing arrives that could be
+unpickled or run. The checksum of the weights is compared on load (docs/hub.md).
 """
 
 import logging
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line, unknown
@@ -31,17 +29,6 @@ def is_reference(name: str | Path) -> bool:
     return Path(name).as_posix().startswith(PREFIX)
 
 
-def hub_client(purpose: str) -> ModuleType:
-    """The package `huggingface_hub`, imported for `purpose`. UserError where it is missing."""
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-        import huggingface_hub.errors
-    except ImportError:
-        raise UserError(f"{purpose} needs huggingface_hub: pip install 'tarflowlm[hub]'") from None
-    return huggingface_hub
-
-
 def fetch(name: str | Path) -> Path:
     """The folder with the model hf:OWNER/NAME or hf:OWNER/NAME@REVISION, downloaded where needed.
 
@@ -51,35 +38,31 @@ def fetch(name: str | Path) -> Path:
     name = Path(name).as_posix()
     match = _REFERENCE.fullmatch(name)
     if match is None:
-        what = "name a model of the hub as hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
-        raise UserError(f"{name}: {what}")
+        rule = "name a model of the hub as hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
+        raise UserError(f"{name}: {rule}")
+    import huggingface_hub
+
     repository, revision = match.groups()
-    hub = hub_client(name)
     with hub_errors(name):
-        get = partial(hub.snapshot_download, repository, revision=revision)
+        get = partial(huggingface_hub.snapshot_download, repository, revision=revision)
         # first, so that a large model of another kind is not downloaded in vain
         config = Path(get(allow_patterns=["config.json"])) / "config.json"
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
-            remedy = "give one made by `tarflowlm push`"
-            raise UserError(f"{name} is not a model of tarflowlm: {remedy}")
+            raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
         folder = Path(get(allow_patterns=[*FILES, CARD]))
-    _check_download(folder / "model.safetensors", name)
-    return folder
-
-
-def _check_download(weights: Path, name: str) -> None:
     from tarflowlm.runs.weights import read_weights  # imports torch
 
+    weights = folder / "model.safetensors"
     try:
         read_weights(weights)
     except UserError as error:
         # in the client's cache a file is a link to where its bytes are
         weights.resolve().unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
-        where = f"it came from {name} and has been removed from the cache"
-        remedy = "run this again to download it; if that fails, too, it is damaged on the hub"
-        raise UserError(f"{error}: {where}; {remedy}") from None
+        what = f"{error}: removed from the cache, where it came from {name}"
+        raise UserError(f"{what}; run this again to download it") from None
+    return folder
 
 
 @contextmanager
@@ -88,7 +71,8 @@ def hub_errors(name: str) -> Iterator[None]:
 
     The client's notices of its retries are silenced.
     """
-    errors = hub_client(name).errors
+    from huggingface_hub import errors
+
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -103,31 +87,24 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    hub = hub_client("the hub")
-    errors = hub.errors
-    place = hub.constants.ENDPOINT
+    from huggingface_hub import constants, errors
+
+    place = constants.ENDPOINT
     log_in = "log in with `hf auth login` or set HF_TOKEN"
-    cached = "the cache does not hold all of it"
-    causes = (error, error.__cause__, error.__context__)
-    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
-        return f"HF_HUB_OFFLINE is set, and {cached}; unset it, or give a local folder"
     match error:
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            what = f"{place} cannot be reached, and the cache does not hold all of it"
+            return f"{what}; check the connection and HF_HUB_OFFLINE"
         case errors.RepositoryNotFoundError():  # a gated one as well
             what = f"{place} has no such model, or it is private or gated"
             return f"{what}; check the name, or {log_in}"
         case errors.RevisionNotFoundError():
             return "it has no such revision; leave out what follows @ for the newest one"
-        case errors.HFValidationError():
-            rule = "give OWNER/NAME of letters, digits, and - _ . between them"
-            return f"{first_line(error)}; {rule}"
         case errors.HfHubHTTPError():
             status = error.response.status_code
-            if status in (401, 403):
-                return f"{place} refuses this ({status}); {log_in}, with a token that may do this"
-            return f"{place} answers {status}; try again later"
-        case errors.LocalEntryNotFoundError():
-            return f"{place} cannot be reached, and {cached}; check the connection"
-    return f"the connection to {place} failed ({first_line(error)}); run this again"
+            remedy = log_in if status in (401, 403) else "try again later"
+            return f"{place} answers {status}; {remedy}"
+    return f"{place} failed ({first_line(error)}); check the name, or run this again"
 
 
 FOLDER = Path(__file__).parent / "released"
