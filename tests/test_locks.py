@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tarflowlm.errors import UserError
-from tarflowlm.locks import LOCK, is_written, remove_entry, waiting_lock, writer_lock
+from tarflowlm.locks import LOCK, is_written, waiting_lock, writer_lock
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +45,3 @@ def test_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
         list(pool.map(lambda _: work(), range(4)))
     assert seen == [1] * 40
     assert not list(tmp_path.iterdir())
-
-
-def test_what_another_process_prepares_is_not_removed(tmp_path):
-    path = tmp_path / "corpus"
-    path.mkdir()
-    with waiting_lock(path), pytest.raises(UserError, match="is being prepared"):
-        remove_entry(path)
-    remove_entry(path)
-    assert not path.exists()

@@ -4,7 +4,6 @@ Lock files stay on disk: if one were removed, two processes could hold two files
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,31 +16,16 @@ from tarflowlm.files import cache_root
 LOCK = ".lock"  # the lock file of a run directory
 
 
-def _lock_of(path: Path, timeout: float = -1) -> FileLock:
-    """The lock of a path, which need not exist; its file is in the cache, where nobody sees it."""
+def waiting_lock(path: Path) -> FileLock:
+    """A lock of `path`, which need not exist, to hold in a `with`; waits while others hold it.
+
+    For what several processes of one user may write at once, such as a corpus. Not reentrant. Its
+    file is in the cache, where nobody sees it.
+    """
     name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:24]
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / name, timeout=timeout)
-
-
-@contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of `path`, and wait while another process or thread holds it.
-
-    For what several processes of one user may write at once, such as a corpus. Not reentrant.
-    """
-    with _lock_of(path):
-        yield
-
-
-def remove_entry(path: Path) -> None:
-    """Remove a file or folder. UserError where a process holds its `waiting_lock`."""
-    try:
-        with _lock_of(path, timeout=0.0):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except Timeout:
-        raise UserError(f"{path} is being prepared by another process: wait for it") from None
+    return FileLock(folder / name)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def test_options_of_train_reach_the_configuration():
 
 
 def test_data_prepares_a_directory_that_eval_takes(
-    run_json, run, refused, model, corpus_file, tmp_path, monkeypatch
+    run_json, run, refused, model, corpus_file, tmp_path
 ):
     odd = tmp_path / "a [bold]b [/red]"  # names are not markup
     odd.mkdir(parents=True)
@@ -112,15 +112,6 @@ def test_data_prepares_a_directory_that_eval_takes(
     assert of_text["bpc"] == of_corpus["bpc"]
     assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table").out
     refused("data", corpus, "--out", tmp_path / "again", names=["holds no text"])
-    cached = {"corpora/english27-0123", "sources/text8.zip"}
-    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path / "cache"))
-    for name in cached:
-        (tmp_path / "cache" / name).parent.mkdir(parents=True)
-        (tmp_path / "cache" / name).write_text("x" * 9, encoding="utf-8")
-    assert run_json("data")["bytes"] == dict.fromkeys(sorted(cached), 9)
-    assert run_json("data", "--empty")["removed"]
-    assert run_json("data")["bytes"] == {}
-    refused("data", corpus_file, names=["--out"])
 
 
 @needs_sotu

@@ -9,7 +9,7 @@ from tarflowlm.cli.main import COMMANDS, command_module
 
 OPTIONS = {
     "quickstart": "device json minutes out seed",
-    "data": "empty json out source tokenizer",
+    "data": "json out source tokenizer",
     "train": "blocks checkpoint-every data device json minutes out run steps",
     "eval": "data decoder device directory json judge latents length model normalize num quality samples seed split stride temperature top-k top-p windows",
     "score": "baseline device directory file json model normalize samples seed text",

@@ -91,7 +91,7 @@ def test_special_tokens_in_the_text_count_their_characters():
     library.add_special_tokens(["<|endoftext|>"])
     library.enable_truncation(3)
     library.enable_padding(length=50)
-    tokenizer = Tokenizer.from_json(library.to_str())
+    tokenizer = Tokenizer(json.loads(library.to_str()))
     text = "the cat<|endoftext|>the cats"
     ids = tokenizer.encode(text)
     assert tokenizer.vocab_size == 301
@@ -100,7 +100,7 @@ def test_special_tokens_in_the_text_count_their_characters():
     assert tokenizer.characters_per_token[ids].sum() == len(text)
 
 
-def test_source_may_be_a_file_or_a_directory(tmp_path):
+def test_source_may_be_a_file_or_a_directory(tmp_path, no_network):
     library = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_json())
     library.save(str(tmp_path / "theirs.json"))
     BYTE_LEVEL.save(tmp_path)
@@ -113,7 +113,7 @@ def test_source_may_be_a_file_or_a_directory(tmp_path):
     config = TokenizerConfig(kind="bpe", source=str(tmp_path), normalize="text8")
     assert build_tokenizer(config).prepare("A 1") == " a one"
     for missing in (tmp_path / "none.json", "none.json", tmp_path / "none"):
-        with pytest.raises(UserError, match="does not exist"):
+        with pytest.raises(UserError, match="neither a file"):
             build_tokenizer(TokenizerConfig(kind="bpe", source=str(missing)))
 
 
@@ -148,8 +148,6 @@ def test_hub_names_are_taken_from_the_hub_cache_and_fail_in_one_line_offline(
     )
     assert build_tokenizer(config).fingerprint == BYTE_LEVEL.fingerprint
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    with pytest.raises(
-        UserError, match=r"cannot use the tokenizer some/name: offline.*check the name"
-    ) as caught:
+    with pytest.raises(UserError, match=r"some/name is .*offline.*check its name") as caught:
         build_tokenizer(config)
     assert "\n" not in str(caught.value)

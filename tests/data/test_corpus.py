@@ -179,7 +179,7 @@ def damage_meta(**changes):
             lambda folder: os.truncate(folder / "valid-00000.bin", 7),
             r"valid-00000\.bin does not have",
         ),
-        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is no"),
         (lambda folder: ByteTokenizer().save(folder), r"tokenizer\.json is not the one"),
         (lambda folder: (folder / "meta.json").unlink(), r"meta\.json"),
         (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "cannot be used"),

@@ -3,14 +3,13 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import tokenizers
 
 from tarflowlm.config import Normalization, TokenizerConfig
 from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.data.text import text_pieces
-from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 
 _PIECE = 1 << 15  # characters: in such pieces the library counts words in parallel
@@ -74,25 +73,14 @@ def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
 
 def _read_bpe(source: str) -> Tokenizer:
     """BPE from a tokenizer.json, a directory that holds one, or a name on the hub."""
-    is_folder = os.path.isdir(source)
-    path = Path(source) / "tokenizer.json" if is_folder else Path(source)
-    is_path = is_folder or source.endswith(".json") or source.startswith((".", "/", "~"))
-    try:
-        if os.path.isfile(path):
-            text = path.read_text(encoding="utf-8")
-        elif is_path:
-            raise ValueError(f"{path} does not exist: check source, or leave it empty to train one")
-        else:
-            text = _from_hub(source)
-        found = Tokenizer.from_json(text)
-        if found.kind != "bpe":
-            raise ValueError(f"its tokens are those of kind {found.kind}: set kind to that")
-        return found
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot use the tokenizer {source}: {first_line(error)}") from None
+    found = load_tokenizer(source if os.path.exists(source) else _from_hub(source))
+    if found.kind != "bpe":
+        raise UserError(f"{source} has tokens of kind {found.kind}: set kind to that")
+    return found
 
 
 def _from_hub(name: str) -> str:
+    """The path of the tokenizer.json of a model of the hub, downloaded where needed."""
     import huggingface_hub
 
     try:
@@ -100,7 +88,7 @@ def _from_hub(name: str) -> str:
         if not isinstance(path, str):
             check_hub_reachable()
             path = huggingface_hub.hf_hub_download(name, "tokenizer.json")
-        return Path(path).read_text(encoding="utf-8")
+        return str(path)
     except Exception as error:  # hub, network and library errors share no base class
-        remedy = "check the name and connection, or give its tokenizer.json"
-        raise ValueError(f"{first_line(error)}; {remedy}") from None
+        what = f"the tokenizer {name} is neither a file nor on the hub ({first_line(error)})"
+        raise UserError(f"{what}: check its name and the connection") from None

@@ -190,21 +190,10 @@ class Tokenizer:
         return hashlib.sha256(content.encode("ascii")).hexdigest()
 
     def to_json(self) -> str:
-        """The content of tokenizer.json; `from_json` reads it back."""
+        """The content of tokenizer.json."""
         normalizer = TEXT8_NORMALIZER if self.normalization == "text8" else None
         document = self._document | {"normalizer": normalizer}
         return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
-
-    @staticmethod
-    def from_json(text: str, name: str = "tokenizer JSON") -> "Tokenizer":
-        """The tokenizer in a tokenizer.json. UserError, calling the input `name`, for another."""
-        try:
-            return _from_document(json.loads(text))
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            what = f"{name} is no tokenizer for a model ({first_line(error)})"
-            raise UserError(
-                f"{what}: give the tokenizer.json of a run, or of a byte-level BPE"
-            ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file `path`, or `path/tokenizer.json` if `path` is a directory, atomically."""
@@ -314,11 +303,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in the file `path`, or in `path/tokenizer.json` if `path` is a directory."""
     source = _file(path)
     try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        what = f"{source} cannot be read ({first_line(error)})"
-        raise UserError(f"{what}: give a tokenizer.json or its directory") from None
-    return Tokenizer.from_json(text, name=str(source))
+        return _from_document(json.loads(source.read_text(encoding="utf-8")))
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        what = f"{source} is no tokenizer for a model ({first_line(error)})"
+        raise UserError(
+            f"{what}: give the tokenizer.json of a run or of a byte-level BPE"
+        ) from None
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
