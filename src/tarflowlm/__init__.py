@@ -19,7 +19,6 @@ tarflowlm.coupling
 """
 
 import importlib as _importlib
-import importlib.metadata as _metadata
 import importlib.util as _util
 import typing as _typing
 
@@ -74,6 +73,8 @@ There is no `__all__`, with which `help` would print all of their classes.
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
+        # it takes longer to import than all the rest
+        _metadata = _importlib.import_module("importlib.metadata")
         try:
             return _metadata.version("tarflowlm")
         except _metadata.PackageNotFoundError:

@@ -557,6 +557,8 @@ class Score:
 class Scored(Scores):
     """The bits of a text, and how the text was read."""
 
+    symbols: Sequence[str] = ()
+    """[T]: the tokens."""
     reading: Reading = field(kw_only=True)
 
     @property

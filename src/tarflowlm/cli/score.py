@@ -75,7 +75,6 @@ def run(args: Args) -> None:
 
 
 def _to_json(name: str, scored: "Scored", samples: int) -> dict[str, object]:
-    assert scored.symbols is not None
     tokens: list[dict[str, object]] = [
         {"text": symbol, "bits": bits}
         for symbol, bits in zip(scored.symbols, scored.bits.tolist(), strict=True)
@@ -123,7 +122,7 @@ def _print_lines(names: Sequence[str], found: "Sequence[Scored]") -> None:
     if found[0].symbols != found[-1].symbols:
         groups = [range(i, i + 1) for i in range(len(found))]
     for group in groups:
-        symbols = found[group[0]].symbols or ()
+        symbols = found[group[0]].symbols
         bits = zip(*(found[i].bits.tolist() for i in group), strict=True)
         sys.stdout.write("\t".join(["", *(names[i] for i in group)]) + "\n")
         for symbol, row in zip(symbols, bits, strict=True):
@@ -137,7 +136,7 @@ def _print_colours(console: "Console", names: Sequence[str], found: "Sequence[Sc
     for name, one in zip(names, found, strict=True):
         console.print(Text(name, style="bold"), soft_wrap=True)
         line = Text()
-        for symbol, bits in zip(one.symbols or (), one.bits.tolist(), strict=True):
+        for symbol, bits in zip(one.symbols, one.bits.tolist(), strict=True):
             style = next(style for below, style in LEVELS if bits < below)
             if style and not symbol.strip():
                 style += " underline"  # a space has no colour of its own
