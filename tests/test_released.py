@@ -49,11 +49,11 @@ def test_an_export_loads_and_knows_nothing_of_the_training(tmp_path, trained, ha
 def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     assert released() == ["tiny"]
     model, _ = load("tiny")
-    (by_name,) = run_json("sample", "--model", "tiny", "--length", 8)["samples"]
+    (by_name,) = run_json("sample", "tiny", "--length", 8)["samples"]
     (by_path,) = run_json("sample", trained, "--length", 8)["samples"]
     (unnamed,) = run_json("sample", "--length", 8)["samples"]
     assert by_name == by_path == unnamed
-    assert run("edit", "--model", "tiny", "--text", "abc", "--strength", "0.5").status == 0
+    assert run("edit", "tiny", "--text", "abc", "--strength", "0.5").status == 0
     sample = generate(model, num_tokens=8, generator=torch.Generator().manual_seed(0))
     assert sample.tokens.shape == (1, 8)
 
@@ -61,9 +61,7 @@ def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
 @pytest.mark.parametrize(
     "command", [["sample"], ["eval"], ["edit", "--text", "a", "--strength", "1"]]
 )
-def test_one_model_at_a_time(shelf, trained, refused, command):
-    refused(*command, trained, "--model", "tiny", names=["--model"])
-    refused(*command, "--model", "big", names=["'big'", "tiny"])
+def test_an_unknown_model_is_named_with_the_known_ones(shelf, refused, command):
     refused(*command, "no-such-run", names=["no-such-run", "tiny"])
 
 

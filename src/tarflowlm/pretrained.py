@@ -137,57 +137,41 @@ class Pretrained(Checkpoint):
 
     @overload
     def write(
-        self,
-        prompt: str | None = None,
-        *,
-        template: str | None = None,
-        num: None = None,
-        **options: Unpack[WritingOptions],
+        self, prompt: str | None = None, *, num: None = None, **options: Unpack[WritingOptions]
     ) -> str: ...
 
     @overload
     def write(
-        self,
-        prompt: str | None = None,
-        *,
-        template: str | None = None,
-        num: int,
-        **options: Unpack[WritingOptions],
+        self, prompt: str | None = None, *, num: int, **options: Unpack[WritingOptions]
     ) -> list[str]: ...
 
     @overload
     def write(
-        self,
-        prompt: Several,
-        *,
-        template: None = None,
-        num: int | None = None,
-        **options: Unpack[WritingOptions],
+        self, prompt: Several, *, num: int | None = None, **options: Unpack[WritingOptions]
     ) -> list[str]: ...
 
     def write(
         self,
         prompt: str | Several | None = None,
         *,
-        template: str | None = None,
         num: int | None = None,
         **options: Unpack[WritingOptions],
     ) -> str | list[str]:
-        """A text that begins with `prompt`, or fills the blanks of `template`.
+        """A text that begins with `prompt`; with `num`, a list of so many texts.
 
-        With `num`, a list of so many texts. With a list of prompts, a list with the texts of each.
-
-        `num_tokens` is the length in tokens, given ones included; by default the trained context,
-        or the length of the template. A text ends before the first of the texts `stop`. `blank`
-        marks a blank of the template. `temperature`, by default the one that suits the model,
-        `top_k`, `top_p`, `particles` and `decoder` are described at `generate`. The
-        same `seed` gives the same text. UserError for what the model cannot read or do.
+        With a list of prompts, a list with the texts of each. `num_tokens` is the length in tokens,
+        given ones included; by default the trained context. A text ends before the first of the
+        texts `stop`. `temperature`, by default the one that suits the model, `top_k`, `top_p`,
+        `particles` and `decoder` are described at `generate`. The same `seed` gives the same text.
+        UserError for what the model cannot read or do.
         """
-        is_list = isinstance(prompt, (list, tuple))
-        if is_list and not prompt:
+        several = isinstance(prompt, (list, tuple))
+        if several and not prompt:
             return []
-        texts = _writing(prompt, template, num, options).run(self)
-        return texts if is_list or num is not None else texts[0]
+        texts = Writing(prompts=_prompts(prompt), num=1 if num is None else num, **options).run(
+            self
+        )
+        return texts if several or num is not None else texts[0]
 
     @overload
     def fill(
@@ -200,13 +184,17 @@ class Pretrained(Checkpoint):
     def fill(
         self, template: str, *, num: int | None = None, **options: Unpack[WritingOptions]
     ) -> str | list[str]:
-        """`template` with its blanks filled: `write(template=template)`, with its options."""
-        texts = _writing(None, template, num, options).run(self)
+        """`template` with each of its blanks, marked by `blank`, filled with one token.
+
+        Options as in `write`; the length is that of the template. By default 16 `particles` are
+        weighed by the text behind a blank.
+        """
+        texts = Writing(template=template, num=1 if num is None else num, **options).run(self)
         return texts[0] if num is None else texts
 
     def stream(self, prompt: str | None = None, **options: Unpack[WritingOptions]) -> Iterator[str]:
         """The text of `write`, with its options, piece by piece as its tokens become final."""
-        yield from _writing(prompt, None, None, options).read(self).pieces()
+        yield from Writing(prompts=_prompts(prompt), **options).read(self).pieces()
 
     @overload
     def edit(self, text: str, *, num: None = None, **options: Unpack[EditOptions]) -> str: ...
@@ -446,16 +434,6 @@ def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
     )
 
 
-def _writing(
-    prompt: str | Several | None,
-    template: str | None,
-    num: int | None,
-    options: WritingOptions,
-) -> Writing:
-    """The request of `write`; an empty prompt is none."""
-    return Writing(
-        prompts=() if prompt is None or prompt == "" else as_texts(prompt, "prompt"),
-        template=template,
-        num=1 if num is None else num,
-        **options,
-    )
+def _prompts(prompt: str | Several | None) -> tuple[str, ...]:
+    """The prompts of a request; an empty one is none."""
+    return () if prompt is None or prompt == "" else as_texts(prompt, "prompt")

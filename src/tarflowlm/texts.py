@@ -128,13 +128,6 @@ class Writing:
         progress.stage("sampling, positions", draft.num_positions)
         return [text for batch in draft.batches(progress) for text in batch.texts]
 
-    def steps(
-        self, lm: Checkpoint, progress: Progress = SILENT
-    ) -> Generator[Tensor, None, "Written"]:
-        """All samples at once: yields the next final tokens [num, n] of all of them."""
-        draft = self.read(lm)
-        return draft.steps(range(draft.total), progress)
-
     def command(self, name: str) -> list[str]:
         """The shell command that writes the same with the model called `name`."""
         renamed = {"prompts": "prompt", "num_tokens": "length"}

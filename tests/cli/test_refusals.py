@@ -92,7 +92,6 @@ LINES = [
     (["sample", "affine", "--temperature", "0.5"], ["temperature 0.5", "affine"]),
     (["sample", "ar", "--passes"], ["--passes", "baseline"]),
     (["sample", "no-such"], ["no-such", "tarflowlm train"]),
-    (["sample", "flow", "--model", "english-mini"], ["english-mini"]),
     ([*EVAL, "--stride", "8"], ["stride 8", "2 blocks"]),
     (["eval", "patches-ar", "--stride", "3"], ["stride 3", "patch of 2"]),
     ([*EVAL, "--judge", "gpt2"], ["--judge", "--quality"]),

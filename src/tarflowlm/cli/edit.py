@@ -26,7 +26,6 @@ class Args:
 
     text: Annotated[str, arg("TEXT")]  # The text to edit.
     directory: options.Model = None
-    model: options.ModelName = None
     strength: options.Number = None
     """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
     changes a word here and there, 1 leaves none. With --level: how much noise the states get.
@@ -108,7 +107,7 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.texts import print_edits
 
     request = args.edit()
-    lm = options.load(args.directory, args.model, args.device)
+    lm = options.load_checkpoint(args.directory, args.device)
     with Bars() as bars:
         edited = request.run(lm, bars)
     for notice in edited.notices:

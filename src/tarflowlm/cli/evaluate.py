@@ -30,7 +30,6 @@ class Args:
     """Measure the likelihood of a text; on request, its latents and the quality of samples."""
 
     directory: options.Model = None
-    model: options.ModelName = None
     # Another text: corpus name, file or prepared directory; the default is the run's own corpus.
     data: Annotated[str | None, arg("SOURCE")] = None
     # Part of the text; a file is split 90/5/5.
@@ -78,12 +77,11 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.blocks import latent_report
     from tarflowlm.evaluation.quality import measure_quality
     from tarflowlm.model import as_flow
-    from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json
 
     checked_seed(args.seed)
-    directory = choose_directory(args.directory, args.model)
-    checkpoint = options.load_checkpoint(directory, args.device)
+    checkpoint = options.load_checkpoint(args.directory, args.device)
+    directory = args.directory or checkpoint.directory.name
     model = checkpoint.model
     context = model.config.context
     refusal = f"{directory} is the discrete baseline, which has no latents: leave --latents out"

@@ -23,7 +23,8 @@ else:
     Checkpoint = object
 
 
-Rules = Mapping[str, Sequence[str]]  # options that belong to an option, by its name
+Rules = Mapping[str, Sequence[str]]
+"""Options that belong to an option, by its name."""
 NO_RULES: Rules = {}
 
 
@@ -51,9 +52,6 @@ Model = Annotated[
         "[MODEL]",
         "Run directory, shipped model or hf:OWNER/NAME; `tarflowlm info` lists models and the default.",
     ),
-]
-ModelName = Annotated[
-    str | None, arg("NAME", "Instead of MODEL: a model of the package, say english-mini.")
 ]
 Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
 PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
@@ -126,19 +124,13 @@ def check(
             raise UserError(f"--{flag} has no effect without --{others}: leave it out, or add that")
 
 
-def load(directory: Path | None, model: str | None, device: DeviceName) -> Checkpoint:
-    """The model that MODEL or --model names, or the default one."""
-    from tarflowlm.runs.hub import choose_directory
-
-    return load_checkpoint(choose_directory(directory, model), device)
-
-
-def load_checkpoint(directory: Path, device: DeviceName) -> Checkpoint:
-    """The model in a directory, among the shipped ones or on the hub."""
+def load_checkpoint(directory: Path | None, device: DeviceName) -> Checkpoint:
+    """The model in a directory, among the shipped ones or on the hub; without one the default."""
     from tarflowlm.device import pick_device
-    from tarflowlm.runs import checkpoint
+    from tarflowlm.runs.checkpoint import load_checkpoint
+    from tarflowlm.runs.hub import DEFAULT, FOLDER
 
-    return checkpoint.load_checkpoint(directory, pick_device(device))
+    return load_checkpoint(directory or FOLDER / DEFAULT, pick_device(device))
 
 
 def read_source(source: str) -> str:

@@ -40,7 +40,6 @@ class Args:
     """Generate text from a trained model."""
 
     directory: options.Model = None
-    model: options.ModelName = None
     num: int = 1  # Number of samples.
     length: options.Count = None
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
@@ -116,7 +115,7 @@ def run(args: Args) -> None:
     # numbers are checked before the model is loaded
     writing = args.writing(() if args.prompt is None else (args.prompt,))
     lines = [] if args.prompts is None else _lines(args.prompts)
-    lm = options.load(args.directory, args.model, args.device)
+    lm = options.load_checkpoint(args.directory, args.device)
     if args.interactive:
         converse(lm, writing, args.prompt)
         return

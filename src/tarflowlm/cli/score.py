@@ -25,7 +25,6 @@ class Args:
     """Show the bits of every token of a text, and of the whole text, under one model or two."""
 
     directory: options.Model = None
-    model: options.ModelName = None
     text: options.Text = None  # The text to score.
     file: options.File = None  # A file with the text, or - for standard input, instead of --text.
     baseline: Annotated[Path | None, arg("MODEL")] = None
@@ -52,7 +51,7 @@ def run(args: Args) -> None:
     text = options.read_source(str(args.file)) if args.text is None else args.text
     request = Score(texts=(text,), samples=args.samples, seed=args.seed, normalize=args.normalize)
     # both before the first is used, so that a missing model costs no time
-    models = [options.load(args.directory, args.model, args.device)]
+    models = [options.load_checkpoint(args.directory, args.device)]
     if args.baseline is not None:
         models.append(options.load_checkpoint(args.baseline, args.device))
     names = [lm.directory.name for lm in models]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from tarflowlm.config import MODEL_TYPE
-from tarflowlm.errors import UserError, first_line, unknown
+from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import read_json
 
 PREFIX = "hf:"
@@ -145,14 +145,3 @@ def read_only_reason(directory: str | Path) -> str | None:
         return f"{path.as_posix()} is on the hub"
     path = locate(path).resolve()
     return f"{path.name} comes with the package" if path.parent == FOLDER.resolve() else None
-
-
-def choose_directory(directory: Path | None, model: str | None) -> Path:
-    """A command's model: `directory`, or the released model `model`, or without both `DEFAULT`."""
-    if directory is not None and model is not None:
-        raise UserError(f"{directory} and --model {model}: give one of them")
-    if directory is not None:
-        return directory
-    if model is not None and model not in released():
-        raise unknown("shipped model", model, released())
-    return FOLDER / (model or DEFAULT)
