@@ -136,10 +136,6 @@ class TokenLM(LanguageModel):
         nats = -self.token_log_prob(tokens)
         return nats if per_token else nats.sum(-1)
 
-    def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
-        """The token embeddings [V, D]; no standard deviations."""
-        return self.embedding.weight, None
-
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         return KVCache(self.transformer, batch, num_positions, self.start)
 

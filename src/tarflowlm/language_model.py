@@ -18,8 +18,8 @@ class LanguageModel(nn.Module):
     """A model p(x) of token sequences x [B, T], exact or through a bound; P must divide T.
 
     `model(tokens)` is what a training loop minimises. How to implement one: `draw_noise` and
-    `bound`, by which it is trained and scored; `allocate_cache` and `features_at`, by which it
-    writes position by position; `token_vectors`, by which its tokens are shown.
+    `bound`, by which it is trained and scored, and `allocate_cache` and `features_at`, by which it
+    writes position by position.
     """
 
     config: LanguageModelConfig
@@ -83,10 +83,6 @@ class LanguageModel(nn.Module):
 
         None at the start of the sequence.
         """
-
-    @abstractmethod
-    def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
-        """The vector of every token, and its log standard deviation where tokens are Gaussians."""
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         """The modules that train when the first `first` blocks are frozen."""

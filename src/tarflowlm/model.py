@@ -179,10 +179,6 @@ class TarFlowLM(LanguageModel):
         """
         return self.prior.block(0).features_at(cache, previous, batch)
 
-    def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
-        """The codebook: mu [V, d] and log sigma [V]."""
-        return self.codebook.mean, self.codebook.log_std
-
     @property
     def couplings(self) -> list[Coupling]:
         """The couplings, block 1 first."""

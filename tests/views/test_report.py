@@ -74,8 +74,8 @@ def undrawn(monkeypatch):
 def test_report_has_figures_and_numbers(runs, tmp_path):
     out = tmp_path / "new" / "folder"
     result = write_report(list(runs.values()), out)
-    names = {"bits", "blocks-progressive", "blocks-joint"}
-    names |= {f"codebook-{name}" for name in runs}
+    flows = ("progressive", "joint")
+    names = {"bits", *(f"{what}-{flow}" for what in ("blocks", "codebook") for flow in flows)}
     assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in names} | {
         "index.html"
     }

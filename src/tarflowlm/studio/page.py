@@ -45,14 +45,11 @@ def build(catalogue: Catalogue) -> Component:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
         gr.HTML(f'<div class="st"><div class="st-head">{head}</div></div>', apply_default_css=False)
-        for name, view in (
-            ("Write", _write),
-            ("Infill", _infill),
-            ("Edit", _edit),
-            ("Score", _score),
-        ):
+        with gr.Tab("Write"), gr.Row(equal_height=False):
+            _write(catalogue, blocks.load)
+        for name, view in (("Infill", _infill), ("Edit", _edit), ("Score", _score)):
             with gr.Tab(name), gr.Row(equal_height=False):
-                view(catalogue, blocks.load)
+                view(catalogue)
         with gr.Tab("Runs"):
             _runs(catalogue, blocks.load)
         lists = [block for block in blocks.blocks.values() if isinstance(block, gr.Dropdown)]
@@ -118,7 +115,7 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
     answer(_quick(arrival, asked_for, None, inputs).then)
 
 
-def _infill(catalogue: Catalogue, _: Event) -> None:
+def _infill(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
         model = _model(catalogue, catalogue.word_model)
         text = gr.Textbox(
@@ -138,7 +135,7 @@ def _infill(catalogue: Catalogue, _: Event) -> None:
     _bind(go, infill, catalogue, inputs, out, text.submit)
 
 
-def _edit(catalogue: Catalogue, _: Event) -> None:
+def _edit(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
         model = _model(catalogue, catalogue.word_model)
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
@@ -165,7 +162,7 @@ def _edit(catalogue: Catalogue, _: Event) -> None:
     _bind(go_level, renoise, catalogue, [model, text, state, change, *common], out, change.release)
 
 
-def _score(catalogue: Catalogue, _: Event) -> None:
+def _score(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
         models = gr.Dropdown(
             catalogue.models,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflowlm.data import Corpus, TokenArray, cached_corpus, eval_windows
+from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.files import replacing
@@ -23,7 +23,7 @@ from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 from tarflowlm.views import grid
 from tarflowlm.views.blocks import draw_gains, terms_table
-from tarflowlm.views.codes import codes_of, draw_codes
+from tarflowlm.views.codes import draw_codebook
 from tarflowlm.views.curves import draw_bits
 from tarflowlm.views.page import GENERATOR, Section, page_html, picture_html
 from tarflowlm.views.records import RunRecord, read_records
@@ -33,6 +33,7 @@ from tarflowlm.views.tables import config_table, summary_table
 NUM, LENGTH, SEED = 3, 256, 0  # samples, the most tokens of each, and how they are drawn
 WIDTH = 4.6  # inches; on a phone, such a figure shows its text in full size
 DPI = 240
+NAMED = 64  # codes that are named
 COUNTED = 1 << 22  # tokens of the validation split whose frequencies are counted
 
 SIGNS = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
@@ -177,29 +178,14 @@ class _Writer:
         model = checkpoint.model
         step = checkpoint.info.get("step", "?")
         parts = self._samples(record, checkpoint)
-        table = ""
-        counts = None
-        corpus = _corpus(record, checkpoint)
-        if corpus is not None:
-            valid = corpus.split("valid")
-            vocab_size = checkpoint.tokenizer.vocab_size
-            counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=vocab_size)
-            if not model.is_exact:
-                picture, table = self._blocks(record, checkpoint, valid, step)
-                parts.append(picture)
-        codes = codes_of(model, checkpoint.tokenizer, counts)
-        caption = f"The {codes.noun} at step {step} on its first two principal components."
-        if len(codes.named) < len(codes.symbols):
-            chosen = "first" if counts is None else "most frequent"
-            caption += f" The {len(codes.named)} {chosen} tokens are named."
-        draw = partial(draw_codes, codes=codes)
-        parts.append(self.draw(f"codebook-{record.slug}", caption, draw, 4.6))
         length = min(LENGTH, model.config.context)
         how = f"seed {SEED}, temperature {checkpoint.run.temperature:g}, not selected"
-        notes = [*record.notes, f"{NUM} samples of {length} tokens at step {step}: {how}."]
+        notes = [f"{NUM} samples of {length} tokens at step {step}: {how}."]
         if model.is_exact:
             notes.append(EXACT)
-        return Section(record.name, notes, [*parts, table])
+        else:
+            parts += self._flow(record, checkpoint, step)
+        return Section(record.name, [*record.notes, *notes], parts)
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint) -> list[str]:
         """Samples, and the passes of the first one."""
@@ -215,23 +201,39 @@ class _Writer:
             parts.append(f"<figure>\n{rows}\n{caption}\n</figure>\n")
         return parts
 
-    def _blocks(
-        self, record: RunRecord, checkpoint: Checkpoint, valid: TokenArray, step: str
-    ) -> tuple[str, str]:
-        """The terms of the bound on validation windows: a picture and a table."""
-        model = checkpoint.model
-        windows = eval_windows(valid, model.config.context, record.run.train.evaluate_windows)
-        self.progress.stage(f"validation windows of {record.name}", len(windows))
-        characters = int(checkpoint.tokenizer.characters_per_token[windows.numpy()].sum())
-        tokens_per_character = windows.numel() / characters
-        states = latent_report(as_flow(model), windows, progress=self.progress)
-        picture = self.draw(
-            f"blocks-{record.slug}",
-            BLOCKS.format(windows=len(windows), tokens=windows.numel(), step=step),
-            partial(draw_gains, states=states, tokens_per_character=tokens_per_character),
-            1.0 + 0.7 * model.num_blocks,
+    def _flow(self, record: RunRecord, checkpoint: Checkpoint, step: str) -> list[str]:
+        """Pictures of the blocks and of the codebook, and a table of the terms of the bound."""
+        flow = as_flow(checkpoint.model)
+        tokenizer = checkpoint.tokenizer
+        named = np.arange(tokenizer.vocab_size)
+        parts = []
+        table = ""
+        corpus = _corpus(record, checkpoint)
+        if corpus is not None:
+            valid = corpus.split("valid")
+            counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)
+            named = np.argsort(-counts, kind="stable")
+            windows = eval_windows(valid, flow.config.context, record.run.train.evaluate_windows)
+            self.progress.stage(f"validation windows of {record.name}", len(windows))
+            states = latent_report(flow, windows, progress=self.progress)
+            characters = int(tokenizer.characters_per_token[windows.numpy()].sum())
+            per_character = windows.numel() / characters
+            table = terms_table(states, per_character)
+            caption = BLOCKS.format(windows=len(windows), tokens=windows.numel(), step=step)
+            draw = partial(draw_gains, states=states, tokens_per_character=per_character)
+            height = 1.0 + 0.7 * flow.num_blocks
+            parts.append(self.draw(f"blocks-{record.slug}", caption, draw, height))
+        caption = f"The codebook at step {step} on its first two principal components."
+        if len(named) > NAMED:
+            chosen = "first" if corpus is None else "most frequent"
+            caption += f" The {NAMED} {chosen} tokens are named."
+        draw = partial(
+            draw_codebook,
+            codebook=flow.codebook,
+            symbols=tokenizer.symbols,
+            named=named[:NAMED],
         )
-        return picture, terms_table(states, tokens_per_character)
+        return [*parts, self.draw(f"codebook-{record.slug}", caption, draw, 4.6), table]
 
 
 def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
