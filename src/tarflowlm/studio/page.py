@@ -110,8 +110,9 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         usual = values_of(*(examples[0][1:] if examples else (catalogue.models[0], "", 96)))
         return values.from_address(dict(visitor.query_params), usual, catalogue.models)
 
-    for button, (_, *example) in zip(buttons, examples, strict=True):
-        answer(_quick(button.click, partial(values_of, *example), None, inputs).then)
+    for button, (_, name, start, tokens) in zip(buttons, examples, strict=True):
+        example = partial(values_of, name, start, tokens)
+        answer(_quick(button.click, example, None, inputs).then)
     answer(_quick(arrival, asked_for, None, inputs).then)
 
 

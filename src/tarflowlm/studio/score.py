@@ -64,7 +64,7 @@ def _card(name: str, scored: Scored, request: Score, most: float) -> str:
         (f"{sign}{scored.total:.1f}", "bits in all"),
         ("", kind),
     )
-    shown = heat(scored.symbols, scored.bits.tolist(), most)
+    shown = heat(scored, scored.bits.tolist(), most)
     return card(title(name), shown, muted(scored.notice), numbers)
 
 
@@ -77,7 +77,7 @@ def _difference(found: Mapping[str, Scored]) -> str:
         return muted(f"{first} and {second} read different texts: their bits do not compare.")
     if one.symbols != other.symbols:
         return ""
-    shown = heat(one.symbols, (one.bits - other.bits).tolist(), GAP)
+    shown = heat(one, (one.bits - other.bits).tolist(), GAP)
     key = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more."
     return card(title(f"{first} against {second}"), shown, muted(f"{key} Full: {GAP:g} bits."))
 
@@ -91,7 +91,7 @@ def _blocks(name: str, scored: Scored) -> str:
     for block, row in enumerate(blocks, 1):
         words = f"block {block}: {row.mean().item():+.2f} bits per token"
         most = max(GAP, row.std(correction=0).item() * 2)
-        body = heat(scored.symbols, (row.mean() - row).tolist(), most)
+        body = heat(scored, (row.mean() - row).tolist(), most)
         opened = " open" if block == 1 else ""
         rows += f"<details{opened}><summary>{words}</summary>{body}</details>"
     key = (
@@ -101,13 +101,13 @@ def _blocks(name: str, scored: Scored) -> str:
     return card(title(f"Blocks of {name}"), rows, muted(key))
 
 
-def heat(symbols: Sequence[str], values: Sequence[float], most: float) -> str:
+def heat(scored: Scored, values: Sequence[float], most: float) -> str:
     """A text whose tokens have a warmer ground the higher their value, a blue one below 0.
 
     `most` is full colour.
     """
     spans = []
-    for symbol, value in zip(symbols, values, strict=True):
+    for symbol, value in zip(scored.symbols or (), values, strict=True):
         share = min(abs(value) / max(most, 1e-9), 1.0)
         colour = HOT if value >= 0 else COLD
         ground = f"background:color-mix(in srgb,{colour} {75 * share:.0f}%,transparent)"
