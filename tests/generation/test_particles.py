@@ -11,10 +11,13 @@ from torch import Tensor
 
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
-from tarflowlm.generation import generate
-from tarflowlm.generation.particles import Weights, resample
-from tarflowlm.generation.sampling import BLANK
+from tarflowlm.generation import Generation, generate
+from tarflowlm.generation.inversion import finish
+from tarflowlm.generation.particles import RESAMPLE_BELOW, Weights, resample
+from tarflowlm.generation.sampling import BLANK, row_generators
+from tarflowlm.generation.writing import Window
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT
 
 V = 3
 
@@ -78,17 +81,38 @@ def model(request) -> TarFlowLM | TokenLM:
     return tiny_flow(**(sizes | fields))
 
 
+def filtered(
+    model: TarFlowLM | TokenLM,
+    template: torch.Tensor,
+    particles: int,
+    threshold: float,
+    generator: torch.Generator,
+) -> Generation:
+    """300 samples around a template, whose particles are resampled below a `threshold`."""
+    window = Window(
+        model,
+        row_generators(range(300), generator),
+        particles,
+        adjust=None,
+        decoder="auto",
+        progress=SILENT,
+        given=template.expand(300, -1),
+        resample_below=threshold,
+    )
+    with torch.no_grad():
+        return finish(window.write())
+
+
 TEMPLATES = {2: [[BLANK, 2], [1, BLANK]], 3: [[BLANK, BLANK, 2], [BLANK, 1, BLANK], [0, BLANK, 1]]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True], ids=["when-uneven", "always"])
-def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always, monkeypatch):
+def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always):
     """With few particles the evidence is still unbiased; with many the texts follow the
     conditional.
     """
-    if always:
-        monkeypatch.setattr("tarflowlm.generation.particles.RESAMPLE_BELOW", 1.1)
+    threshold = 1.1 if always else RESAMPLE_BELOW
     T, joint = model.config.context, probabilities(model)
     assert joint.sum().item() == pytest.approx(1.0, abs=1e-2)
     for template in TEMPLATES[T]:
@@ -96,15 +120,11 @@ def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always,
         fits = ((texts(T) == wanted) | (wanted == BLANK)).all(-1)
         evidence = joint[fits].sum().item()
         generator = torch.Generator().manual_seed(0)
-        few = generate(
-            model, num_tokens=T, num=300, prompt=wanted, particles=3, generator=generator
-        )
+        few = filtered(model, wanted, 3, threshold, generator)
         estimates = few.evidence.log_evidence.exp()
         error = estimates.std().item() / math.sqrt(300)
         assert abs(estimates.mean().item() - evidence) < 4.5 * error + 2e-2 * evidence
-        many = generate(
-            model, num_tokens=T, num=300, prompt=wanted, particles=24, generator=generator
-        )
+        many = filtered(model, wanted, 24, threshold, generator)
         assert ((many.tokens == wanted) | (wanted == BLANK)).all()
         code = (many.tokens * V ** torch.arange(T).flip(0)).sum(-1)
         observed = torch.bincount(code, minlength=V**T).double() / 300

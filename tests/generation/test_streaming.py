@@ -49,6 +49,7 @@ def yielded(model: LanguageModel, **options) -> list[Tensor]:
             returned = end.value
             break
     assert all(part.dtype == torch.int64 and part.shape[1] for part in parts)
+    options.pop("every", None)
     tokens = sample(model, **options).tokens
     assert torch.equal(torch.cat(parts, 1), tokens)
     assert torch.equal(returned.tokens, tokens)
@@ -158,3 +159,10 @@ def test_prompts_of_different_lengths_do_not_influence_each_other(model):
             torch.testing.assert_close(
                 alone.evidence.log_evidence[0], together.evidence.log_evidence[row]
             )
+
+
+def test_parts_can_hold_several_tokens(model):
+    """Then they are read less often; a window ends a part."""
+    parts = yielded(model, num_tokens=19, decoder="steps", every=6)
+    assert all(part.shape[1] >= 6 for part in parts[:1])
+    assert len(parts) <= 5

@@ -6,11 +6,10 @@ inverse walks from group to group.
 Shape legend: as in `couplings`.
 """
 
-import math
 from abc import abstractmethod
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tarflowlm.errors import UserError
@@ -29,52 +28,6 @@ from tarflowlm.flow.couplings import (
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.plan import BlockPlan
-
-CONTRACTION = 0.5
-"""Newton steps go on while each changes the latents by at most this times the step before."""
-RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components
-causes some 1e-5.
-"""
-
-
-class Newton:
-    """Follows Newton steps from the guess h = u: do they converge, and which positions of which
-    rows have?
-
-    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|;
-    unless `foresees`, where this one does. A first step of more than `largest`, times 1 + |h|,
-    counts as one that does not converge.
-    """
-
-    def __init__(
-        self, tolerance: float, *, largest: float = math.inf, foresees: bool = True
-    ) -> None:
-        self.tolerance, self.last, self.contracts, self._bound = tolerance, math.inf, True, largest
-        self.foresees = foresees
-
-    def settled(
-        self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor
-    ) -> Bool[Tensor, "B N"]:
-        """Where the step from `old` to `new` was the last that is needed, on the host.
-
-        With q the ratio of the largest changes of this step and the one before, all further steps
-        are estimated to add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u;
-        all [B, N, C].
-        """
-        change = ((new - old).abs() / (1 + new.abs())).amax(2)
-        off = (residual.abs() / (1 + noise.abs())).amax(2)
-        change, off = torch.stack((change, off)).cpu()
-        largest = float(change.max())
-        self.contracts = largest < self._bound  # NaN is less than nothing, so it ends the steps
-        # the first step has none before it to compare with
-        ahead = (
-            largest / (self.last - largest)
-            if self.foresees and self.contracts and self.last < math.inf
-            else 1.0
-        )
-        self.last, self._bound = largest, CONTRACTION * largest
-        return (change * ahead <= self.tolerance) & (off <= RESIDUAL[new.dtype])
 
 
 class ChannelCoupling(Coupling):

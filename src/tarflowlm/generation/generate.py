@@ -12,7 +12,7 @@ from tarflowlm.checks import as_integer, check_generator, check_integers, check_
 from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.inversion import Decoders, as_decoders, finished
+from tarflowlm.generation.inversion import Decoders, as_decoders, finish
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Window, case_of, write
 from tarflowlm.language_model import LanguageModel
@@ -21,66 +21,6 @@ from tarflowlm.runs.checkpoint import Checkpoint
 
 PARTICLES = 16
 """Particles by default where given tokens follow a blank."""
-
-
-def generate_steps(
-    model: LanguageModel | Checkpoint,
-    *,
-    num_tokens: int,
-    num: int = 1,
-    prompt: Tensor | None = None,
-    particles: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    decoder: Decoders = "auto",
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    progress: Progress = SILENT,
-) -> Generator[Tensor, None, Generation]:
-    """Write as `generate`, and yield the tokens as they become final.
-
-    Each time these are the next tokens [num, n] of all samples, int64 on the CPU: in order, each
-    once, given tokens included. The generator returns the `Generation`; to stop a text, close it.
-    With particles, and where block 1 is inverted by sweeps, a text comes at the end of its window.
-    """
-    text = _text(
-        model,
-        num_tokens,
-        num,
-        prompt,
-        particles,
-        temperature,
-        top_k,
-        top_p,
-        decoder,
-        generator,
-        progress,
-    )
-    return _shown(text)
-
-
-def _shown(text: Window) -> Generator[Tensor, None, Generation]:
-    """The tokens of a text as they become final."""
-    given, steps = text.given, write(text)
-    num_tokens = given.shape[1]
-    # what begins all samples is known before they are written
-    shown = int((given != BLANK).all(0).long().cumprod(0).sum())
-    if shown:
-        yield given[:, :shown].clone()
-    while True:
-        # between two parts, the reader has its own settings again
-        with torch.no_grad(), threads_for(text.rows):
-            try:
-                final = next(steps)
-            except StopIteration as stop:
-                result: Generation = stop.value
-                return result
-            end = min(final.end, num_tokens)
-            if end <= shown:
-                continue
-            found, known = final.read(shown, end).cpu(), given[:, shown:end]
-        yield torch.where(known == BLANK, found, known)
-        shown = end
 
 
 def generate(
@@ -134,46 +74,85 @@ def generate(
     Raises UserError for a prompt or settings that the model cannot take, for particles where a
     prompt is continued exactly, and for arguments of a wrong type.
     """
-    text = _text(
+    steps = generate_steps(
         model,
-        num_tokens,
-        num,
-        prompt,
-        particles,
-        temperature,
-        top_k,
-        top_p,
-        decoder,
-        generator,
-        progress,
+        num_tokens=num_tokens,
+        num=num,
+        prompt=prompt,
+        particles=particles,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        decoder=decoder,
+        generator=generator,
+        progress=progress,
+        every=num_tokens,
     )
-    with torch.no_grad(), threads_for(text.rows):
-        return finished(write)(text)
+    return finish(steps)
 
 
-def _text(
+def generate_steps(
     model: LanguageModel | Checkpoint,
+    *,
     num_tokens: int,
-    num: int,
-    prompt: Tensor | None,
-    particles: int | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    decoder: Decoders,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    progress: Progress,
-) -> Window:
-    """A text to be written, with checked settings."""
+    num: int = 1,
+    prompt: Tensor | None = None,
+    particles: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    decoder: Decoders = "auto",
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    progress: Progress = SILENT,
+    every: int = 1,
+) -> Generator[Tensor, None, Generation]:
+    """Write as `generate`, and yield the tokens as they become final.
+
+    Each time these are the next tokens [num, n] of all samples, int64 on the CPU: in order, each
+    once, given tokens included; at least `every` of them, except for given tokens at the start and
+    the end of a window. The generator returns the `Generation`; to stop a text, close it. With
+    particles, and where block 1 is inverted by sweeps, a text comes at the end of its window.
+    """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
     num = _at_least_one(num, "num")
     given = _given(model, num, _at_least_one(num_tokens, "length"), prompt)
-    particles = _num_particles(model, given, particles)
-    adjust = _adjust(model, temperature, top_k, top_p)
+    text = Window(
+        model,
+        _row_streams(generator, num),
+        _num_particles(model, given, particles),
+        _adjust(model, temperature, top_k, top_p),
+        as_decoders(decoder),
+        progress,
+        given,
+    )
     keep_freed_memory()
-    rows = _row_streams(generator, num)
-    return Window(model, rows, particles, adjust, as_decoders(decoder), progress, given)
+    return _shown(text, every)
+
+
+def _shown(text: Window, every: int) -> Generator[Tensor, None, Generation]:
+    """The tokens of a text as they become final."""
+    given, steps = text.given, write(text)
+    num_tokens = given.shape[1]
+    # what begins all samples is known before they are written
+    shown = int((given != BLANK).all(0).long().cumprod(0).sum())
+    if shown:
+        yield given[:, :shown].clone()
+    while True:
+        # between two parts, the reader has its own settings again
+        with torch.no_grad(), threads_for(text.rows):
+            try:
+                final = next(steps)
+                while final.end < shown + every and not final.ends_window:
+                    final = next(steps)
+            except StopIteration as stop:
+                result: Generation = stop.value
+                return result
+            end = min(final.end, num_tokens)
+            found, known = final.read(shown, end).cpu(), given[:, shown:end]
+        if end > shown:
+            yield torch.where(known == BLANK, found, known)
+            shown = end
 
 
 def _adjust(

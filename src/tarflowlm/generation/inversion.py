@@ -1,5 +1,4 @@
-"""The inverse of a block by steps, by sweeps, or by the faster of the two; and of a stack
-(docs/math.md, section 7).
+"""The inverse of a block by steps or by sweeps, and the inverse of a stack (docs/math.md, section 7).
 
 Steps and sweeps share one guess and one KV cache, so a block can change from one to the other at
 any position.
@@ -10,16 +9,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tarflowlm.checks import check_option
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.flow.channelwise import CONTRACTION, RESIDUAL, ChannelCoupling, Newton
+from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model import TarFlowLM
@@ -27,6 +28,26 @@ from tarflowlm.progress import SILENT, Progress
 
 Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+"""A latent h has converged when it changes by at most this times 1 + |h|: a few roundings."""
+RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
+"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components
+causes some 1e-5.
+"""
+CONTRACTION = 0.5
+"""A block is near the identity where the first Newton step changes the noise by less than this,
+times 1 + |h|, and every further one by less than this times the step before.
+"""
+SHORTEST_NEWTON = 8
+"""Fewer positions than these take no Newton steps. So many show whether a block is near the
+identity.
+"""
+LONGEST_SEGMENT = 512
+"""Positions that one sweep inverts at most."""
+FEW_SEQUENCES = 2
+"""Exact inverses of many positions at once cost less than steps for so few sequences."""
+FEW_SEQUENCES = 2
+"""Exact inverses of many positions at once cost less than steps for so few sequences."""
 
 P = ParamSpec("P")
 Y = TypeVar("Y")
@@ -45,15 +66,20 @@ class Kept(Generic[Y, R]):
         self.value = yield from self.steps
 
 
-def finished(steps: Callable[P, Generator[object, None, R]]) -> Callable[P, R]:
-    """The function that exhausts the generators of `steps`, and returns what they return."""
+def finish(steps: Generator[object, None, R]) -> R:
+    """What a generator returns in the end."""
+    kept = Kept(steps)
+    for _ in kept:
+        pass
+    return kept.value
 
-    @wraps(steps)
+
+def finished(function: Callable[P, Generator[object, None, R]]) -> Callable[P, R]:
+    """The function that runs the generators of `function` to their end."""
+
+    @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        kept = Kept(steps(*args, **kwargs))
-        for _ in kept:
-            pass
-        return kept.value
+        return finish(function(*args, **kwargs))
 
     return run
 
@@ -65,33 +91,6 @@ class FinalLatents(NamedTuple):
     """The latents [B, N, C], in the block's order."""
     num: int
     """The first so many positions will not change."""
-
-
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-"""A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few
-roundings.
-"""
-SHORTEST_NEWTON = 8
-"""Fewer positions than these are swept with exact inverses at once: these need no more sweeps than
-positions.
-"""
-LONGEST_SEGMENT = 512
-"""Positions that one sweep inverts at most."""
-PATIENCE = 4
-"""A segment is halved after more than this many sweeps in a row that fail to halve the largest
-change.
-"""
-NEARLY_THERE = 0.25
-"""Newton steps finish what a sweep changed by less than this, times 1 + |h|."""
-TRIAL_COST = 5.0
-"""Steps that one sweep of the trial of `auto` may cost."""
-SWEEP = 2.0
-ROWS_CHANNELS, ROWS_VECTORS, ROWS_GPU = 250.0, 2.5, 4000.0
-"""A pass over n positions of B sequences costs SWEEP (A + n B) / (A + B) steps. A are the rows
-whose work takes as long as the overhead of a call: for channel couplings and for others on a CPU
-(`benchmarks/decoders.py`), and on other devices, where it was not measured. Decisions have wide
-margins, so these need not be exact.
-"""
 
 
 @dataclass(frozen=True)
@@ -118,25 +117,31 @@ def block_inversion(
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
     num_settled: int = 0,
+    segment: int = LONGEST_SEGMENT,
+    tolerance: float | None = None,
     progress: Progress = SILENT,
 ) -> Generator[FinalLatents, None, Inverted]:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
     rounding; the result is mapped forward again, and the rest is inverted by steps from the first
-    position whose noise does not come back. "auto": the cheaper one (`_Inversion.trial`). With
-    `adjust` there is no forward map to check against: steps.
+    position whose noise does not come back. "auto": sweeps for a block near the identity, where
+    Newton steps converge, and else steps. With `adjust` there is no forward map to check against:
+    steps.
 
-    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C].
-    `progress` advances once per position. The generator yields after every step; what sweeps found
-    is final at the end.
+    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. A
+    sweep inverts at most `segment` positions; `tolerance` is TOLERANCE by default. `progress`
+    advances once per position. The generator yields after every step; what sweeps found is final at
+    the end.
     """
     if adjust is not None:
         decoder = "steps"
-    work = _Inversion(block, u, adjust, progress)
+    work = _Inversion(block, u, adjust, segment, tolerance or TOLERANCE[u.dtype], progress)
     if settled is not None and num_settled:
         work.settle(settled, num_settled)
-    decoder, repeated = work.trial() if decoder == "auto" else decoder, 0
+    if decoder == "auto":
+        decoder = "sweeps" if work.is_near_identity() else "steps"
+    repeated = 0
     if decoder == "sweeps":
         work.sweep()
         start, end = work.swept
@@ -160,17 +165,21 @@ class _Inversion:
         block: FlowBlock,
         u: Tensor,
         adjust: AdjustWeights | None,
+        segment: int,
+        tolerance: float,
         progress: Progress,
     ) -> None:
         self.block, self.adjust, self.progress = block, adjust, progress
+        self.segment, self.tolerance = segment, tolerance
         self.noise, self.num_positions = block.order(u), u.shape[1]
-        self.h, self.cache = self.noise.clone(), block.allocate_cache(len(u), self.num_positions)
-        self.at = self.passes = 0
-        self.swept = (
-            self.num_positions,
-            0,
-        )  # the range of positions that sweeps with exact inverses made final
-        self.by_channels = self.contracts = isinstance(block.coupling, ChannelCoupling)
+        self.h = self.noise.clone()
+        self.cache = block.allocate_cache(len(u), self.num_positions)
+        self.at = 0
+        self.passes = 0
+        self.swept = (self.num_positions, 0)
+        """The range of positions that sweeps with exact inverses made final."""
+        self.takes_newton = isinstance(block.coupling, ChannelCoupling)
+        """Whether Newton steps may converge."""
 
     def settle(self, h: Tensor, num: int) -> None:
         """Copy the first `num` positions from h [B, N, C], in the order of the tokens."""
@@ -194,9 +203,8 @@ class _Inversion:
         self.cache.rewind(self.at)
         invert = self.block.coupling.inverter()
         while self.at < self.num_positions:
-            features = self.block.features_at(
-                self.cache, self.h[:, self.at - 1] if self.at else None, len(self.h)
-            )
+            previous = self.h[:, self.at - 1] if self.at else None
+            features = self.block.features_at(self.cache, previous, len(self.h))
             self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
@@ -208,33 +216,49 @@ class _Inversion:
         """
         cache.rewind(self.at)
         self.passes += 1
-        return self.block.features_of(
-            cache, self.h[rows, max(self.at - 1, 0) : end - 1], first=self.at == 0
-        )
+        past = self.h[rows, max(self.at - 1, 0) : end - 1]
+        return self.block.features_of(cache, past, first=self.at == 0)
 
-    def newton(self, end: int, *, largest: float = math.inf, foresees: bool = True) -> bool:
+    def is_near_identity(self) -> bool:
+        """Whether few sweeps will do.
+
+        A block that fills in is the identity but for what it is sure of. In channel couplings
+        Newton steps have to converge on the first segment, which is final then; a few positions
+        show as well as many that they do not. No clock is read, so that the same noise takes the
+        same path everywhere.
+        """
+        if isinstance(self.block.coupling, Fills):
+            return len(self.h) <= FEW_SEQUENCES
+        start = self.at + SHORTEST_NEWTON
+        if not self.takes_newton or start > self.num_positions:
+            return False
+        noise = self.noise[:, self.at : start]
+        features = self._open_features(start, self.cache, slice(None))
+        new, _ = cast(ChannelCoupling, self.block.coupling).newton_step(noise, noise, features)
+        # negated, so that NaN counts as far
+        if not _largest_change(new, noise).max() < CONTRACTION:
+            return False
+        return self.newton(min(self.num_positions, self.at + self.segment))
+
+    def newton(self, end: int) -> bool:
         """Newton steps of all channels of all positions at once, up to position `end`: True if they
         converged.
 
         They carry their own check: each evaluates the forward map. Rows that have settled take no
-        further steps. A step that fails to shrink the changes, or a first one above `largest`, ends
-        them, and the open positions are again what they were before; final ones stay so.
-        `foresees`: see `Newton`.
+        further steps. A step that fails to shrink the changes ends them, and the open positions are
+        again what they were before; final ones stay so.
         """
-        coupling, newton = (
-            self.block.coupling,
-            Newton(TOLERANCE[self.h.dtype], largest=largest, foresees=foresees),
-        )
-        assert isinstance(coupling, ChannelCoupling)
+        coupling = cast(ChannelCoupling, self.block.coupling)
+        judge = NewtonJudge(self.tolerance)
         at, guess = self.at, self.h[:, self.at : end].clone()
         cache, rows = self.cache, torch.arange(len(self.h), device=self.h.device)
         while self.at < end:
             old, noise = self.h[rows, self.at : end], self.noise[rows, self.at : end]
             new, residual = coupling.newton_step(old, noise, self._open_features(end, cache, rows))
-            settled = newton.settled(new, old, residual, noise)
+            settled = judge.settled(new, old, residual, noise)
             self.h[rows, self.at : end] = new
             self._advance(int(settled.all(0).long().cumprod(0).sum()))
-            if self.at < end and not newton.contracts:
+            if self.at < end and not judge.contracts:
                 self.h[:, self.at : end] = guess[:, self.at - at :]
                 break
             if bool((done := settled.all(1)).any()):
@@ -245,32 +269,21 @@ class _Inversion:
             self._fill_cache()
         return self.at >= end
 
-    def _first_change(self, end: int) -> float:
-        """The largest change by a first Newton step of the positions before `end`."""
-        noise, features = (
-            self.noise[:, self.at : end],
-            self._open_features(end, self.cache, slice(None)),
-        )
-        new, _ = self.block.coupling.newton_step(noise, noise, features)  # type: ignore[operator]
-        return float(((new - noise).abs() / (1 + new.abs())).max())
-
     def _sweep_once(self, end: int) -> float:
         """One sweep over positions `at` to `end` - 1: the largest change."""
         at, (B, _, C) = self.at, self.h.shape
-        features, noise = (
-            self._open_features(end, self.cache, slice(None)),
-            self.noise[:, at:end].flatten(0, 1),
-        )
+        features = self._open_features(end, self.cache, slice(None))
+        noise = self.noise[:, at:end].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
-        change = ((new - self.h[:, at:end]).abs() / (1 + new.abs())).amax((0, 2))
+        change = _largest_change(new, self.h[:, at:end]).amax(0)
         self.h[:, at:end] = new
-        converged = (change <= TOLERANCE[new.dtype]).long().cumprod(0).sum()
+        converged = (change <= self.tolerance).long().cumprod(0).sum()
         # one copy to the host per sweep; NaN counts as not converged, so it advances one position
         # at a time
         final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
         self._advance(min(int(final) + 1, end - at))
         self.swept = min(at, self.swept[0]), self.at
-        return largest
+        return float(largest)
 
     def sweep(self) -> None:
         """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
@@ -280,68 +293,61 @@ class _Inversion:
         first the noise. By causality the leading positions that no longer changed are final, and
         the one after them, whose inputs were: every sweep finishes at least one position, and N
         sweeps always suffice. A segment whose changes stop shrinking is halved, down to single
-        positions (a step); after one that converged, the next is twice as long. Where changes are
-        small, Newton steps finish a segment.
+        positions (a step); after one that converged, the next is twice as long.
         """
-        limit, length = self.num_positions, LONGEST_SEGMENT
-        near = NEARLY_THERE if self.by_channels else 0.0
-        while limit - self.at >= SHORTEST_NEWTON and self.contracts:
-            self.contracts = self.newton(min(limit, self.at + length))
+        limit, length = self.num_positions, self.segment
+        while limit - self.at >= SHORTEST_NEWTON and self.takes_newton:
+            self.takes_newton = self.newton(min(limit, self.at + length))
         while self.at < limit:
-            stop, last, poor = min(limit, self.at + length), math.inf, 0
+            stop = min(limit, self.at + length)
+            last = math.inf
             while self.at < stop:
                 largest = self._sweep_once(stop)
-                if largest < near and stop - self.at >= SHORTEST_NEWTON:
-                    near = (
-                        near
-                        if self.newton(stop, largest=CONTRACTION * largest, foresees=False)
-                        else 0.1 * largest
-                    )
-                poor, last = 0 if largest < 0.5 * last else poor + 1, largest
-                if poor > PATIENCE and stop - self.at > 1:
-                    stop = self.at + (stop - self.at) // 2
-                    poor, length = 0, max(1, stop - self.at)
-            length = min(LONGEST_SEGMENT, 2 * length)
+                # negated, so that NaN counts as no convergence
+                if not largest < CONTRACTION * last and stop - self.at > 1:
+                    length = (stop - self.at) // 2
+                    stop = self.at + length
+                last = largest
+            length = min(self.segment, 2 * length)
 
-    def cost(self, num: int) -> float:
-        """The cost of a sweep over `num` positions, in steps."""
-        B, rows = len(self.h), ROWS_CHANNELS if self.by_channels else ROWS_VECTORS
-        rows = rows if self.h.device.type == "cpu" else ROWS_GPU
-        return SWEEP * (rows + num * B) / (rows + B)
 
-    def trial(self) -> Decoder:
-        """The cheaper decoder, from how many of the first positions a few passes made final.
+class NewtonJudge:
+    """Follows Newton steps from the guess h = u: do they converge, and what has settled?
 
-        No clock is read, so that the same noise takes the same path everywhere. A block near the
-        identity shows in the first Newton step, which changes little. Elsewhere sweeps are tried on
-        so few positions that they cost next to nothing, while their changes shrink fast or they
-        make more positions final than their cost in steps.
+    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.contracts = True
+        self.last = math.inf
+        """The largest change of the last step, times 1 + |h|."""
+
+    def settled(
+        self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor
+    ) -> Bool[Tensor, "B N"]:
+        """Where the step from `old` to `new` was the last that is needed, on the host.
+
+        With q the ratio of the largest changes of this step and the one before, all further steps
+        are estimated to add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u;
+        all [B, N, C].
         """
-        N = self.num_positions
-        if self.by_channels and N - self.at >= SHORTEST_NEWTON:
-            # a few positions show as well as many that the block is not near the identity
-            is_near, end = (
-                self._first_change(self.at + SHORTEST_NEWTON) < CONTRACTION,
-                self.at + LONGEST_SEGMENT,
-            )
-            self.contracts = is_near and self.newton(min(end, N), largest=CONTRACTION)
-            if self.contracts:
-                return "sweeps"
-        start, end, sweeps, spent, last = self.at, self.at + 4, 0, 0.0, math.inf
-        while end < N and self.cost(end + 1 - start) <= TRIAL_COST:
-            end += 1
-        while self.at < min(end, N):
-            spent, sweeps = spent + self.cost(end - self.at), sweeps + 1
-            largest = self._sweep_once(min(end, N))
-            # negated, so that NaN counts as no convergence
-            if not largest < CONTRACTION * last and spent > self.at - start:
-                return "steps"
-            last = largest
-            if self.by_channels and largest < NEARLY_THERE:
-                sweeps += 1  # Newton steps will do the rest
-                break
-        rest = min(N - self.at, LONGEST_SEGMENT)
-        return "sweeps" if rest == 0 or sweeps * self.cost(rest) < rest else "steps"
+        off = (residual.abs() / (1 + noise.abs())).amax(2)
+        change, off = torch.stack((_largest_change(new, old), off)).cpu()
+        largest = float(change.max())
+        is_first = self.last == math.inf
+        # NaN is not below anything, so it ends the steps
+        self.contracts = largest < CONTRACTION * (1.0 if is_first else self.last)
+        ahead = 1.0
+        if self.contracts and not is_first:
+            ahead = largest / (self.last - largest)
+        self.last = largest
+        return (change * ahead <= self.tolerance) & (off <= RESIDUAL[new.dtype])
+
+
+def _largest_change(new: Tensor, old: Tensor) -> Tensor:
+    """The largest change of every position, over 1 + |h|: [B, N], for latents [B, N, C]."""
+    return ((new - old).abs() / (1 + new.abs())).amax(2)
 
 
 def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
@@ -400,12 +406,12 @@ def stack_inversion(
 invert_stack = finished(stack_inversion)
 
 
-def as_decoders(decoder: Any) -> Decoders:
+def as_decoders(decoder: object) -> Decoders:
     """`decoder`, lists as tuples. UserError unless it is a decoder, or lists some."""
-    if isinstance(decoder, Sequence) and not isinstance(decoder, str):
-        return tuple(map(as_decoders, decoder))  # type: ignore[arg-type]
-    check_option(decoder, "decoder", Decoder)
-    return decoder
+    several = isinstance(decoder, Sequence) and not isinstance(decoder, str)
+    for one in decoder if several else (decoder,):
+        check_option(one, "decoder", Decoder)
+    return tuple(decoder) if several else cast(Decoder, decoder)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

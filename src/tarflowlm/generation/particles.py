@@ -117,11 +117,12 @@ def particle_filter(
     weights: Weights,
     generators: list[torch.Generator],
     source: "UniformSource | LatentSource",
+    resample_below: float = RESAMPLE_BELOW,
 ) -> Iterator[None]:
     """Run `conditioned` to its end, adding to `weights`; yields after every position.
 
-    The particles of a sample are resampled when their weights become uneven; `source` gives them
-    fresh noise. `generators` has one per sample.
+    The particles of a sample are resampled when their effective number falls below a share of R;
+    `source` gives them fresh noise. `generators` has one per sample.
     """
     num, particles = weights.log_w.shape
     while conditioned.at < conditioned.num_positions:
@@ -129,7 +130,7 @@ def particle_filter(
         yield
         if particles == 1 or conditioned.at == conditioned.num_positions:
             continue
-        is_uneven = weights.effective() < RESAMPLE_BELOW * particles
+        is_uneven = weights.effective() < resample_below * particles
         uneven: list[int] = is_uneven.nonzero().flatten().tolist()
         if not uneven:
             continue

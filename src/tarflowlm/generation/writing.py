@@ -20,6 +20,7 @@ from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import Conditioned, ConditionedLatents, ConditionedTokens
 from tarflowlm.generation.inversion import Decoders, Kept, per_block, stack_inversion
 from tarflowlm.generation.particles import (
+    RESAMPLE_BELOW,
     Evidence,
     LatentSource,
     UniformSource,
@@ -83,6 +84,7 @@ class Final(NamedTuple):
     """The first so many tokens of the text will not change."""
     read: Callable[[int, int], Tensor]
     """The tokens [num, n] from one place of the text to another, within the present window."""
+    ends_window: bool = False
 
 
 Steps = Generator[Final, None, Generation]
@@ -124,6 +126,8 @@ class Window:
     """The given tokens, BLANK elsewhere, [num, T] on the CPU."""
     start: int = 0
     """The place of the window's first token in the whole text."""
+    resample_below: float = RESAMPLE_BELOW
+    """As in `particle_filter`."""
 
     @property
     def rows(self) -> int:
@@ -144,15 +148,17 @@ class Window:
             case "completed":
                 result = yield from self._completed(whole)
         result = replace(result, tokens=result.tokens[:, :num_tokens])
-        yield self._final(num_tokens, lambda span: result.tokens[:, span])
+        final = self._final(num_tokens, lambda span: result.tokens[:, span])
+        yield final._replace(ends_window=True)
         return result
 
     def _final(self, num: int, tokens: Callable[[slice], Tensor]) -> Final:
         """The first `num` tokens of the window are final; `tokens` reads a span of the window."""
-        return Final(
-            self.start + num,
-            lambda start, end: tokens(slice(start - self.start, end - self.start)),
-        )
+
+        def read(start: int, end: int) -> Tensor:
+            return tokens(slice(start - self.start, end - self.start))
+
+        return Final(self.start + num, read)
 
     def _free(self, given: Tensor) -> Steps:
         """Noise, inverted block by block."""
@@ -248,7 +254,10 @@ class Window:
         tokens: Callable[[slice], Tensor],
     ) -> Generator[Final, None, None]:
         """The particle filter; `tokens` reads a span of `conditioned`, final for one particle."""
-        for _ in particle_filter(conditioned, weights, self.generators, source):
+        filtered = particle_filter(
+            conditioned, weights, self.generators, source, self.resample_below
+        )
+        for _ in filtered:
             self.progress.advance()
             if self.particles == 1:
                 yield self._final(conditioned.at * self.model.config.patch, tokens)
