@@ -408,10 +408,10 @@ invert_stack = finished(stack_inversion)
 
 def as_decoders(decoder: object) -> Decoders:
     """`decoder`, lists as tuples. UserError unless it is a decoder, or lists some."""
-    several = isinstance(decoder, Sequence) and not isinstance(decoder, str)
-    for one in decoder if several else (decoder,):
-        check_option(one, "decoder", Decoder)
-    return tuple(decoder) if several else cast(Decoder, decoder)
+    if isinstance(decoder, Sequence) and not isinstance(decoder, str):
+        return tuple(cast(Decoder, as_decoders(one)) for one in decoder)
+    check_option(decoder, "decoder", Decoder)
+    return cast(Decoder, decoder)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
