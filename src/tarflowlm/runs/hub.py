@@ -71,14 +71,15 @@ def hub_errors(name: str) -> Iterator[None]:
 
     The client's notices of its retries are silenced.
     """
-    from huggingface_hub import errors
+    import httpx
+    from huggingface_hub.errors import HFValidationError
 
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, errors.HTTPError, errors.HFValidationError, RuntimeError) as error:
+    except (OSError, httpx.HTTPError, HFValidationError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # of the disk
         raise UserError(f"{name}: {_reason(error)}") from error
