@@ -218,12 +218,9 @@ def _prepare(
 
 def _take_over(folder: Path, plan: list[object]) -> None:
     """Keep in `folder` what a killed preparation of the same plan left there, and nothing else."""
-    try:
-        if read_json(folder / PLAN) == plan:
-            remove_leftovers(folder)
-            return
-    except UserError:  # missing or damaged
-        pass
+    if (folder / PLAN).exists() and read_json(folder / PLAN) == plan:
+        remove_leftovers(folder)
+        return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write_json(folder / PLAN, plan)

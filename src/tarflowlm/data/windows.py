@@ -167,5 +167,5 @@ def sliding_windows(
 
 def _check_length(num_tokens: int, window: int) -> None:
     if num_tokens < window:
-        what = f"the text has {num_tokens} tokens, fewer than one window of {window}"
+        what = f"the text has {num_tokens} tokens, fewer than a window of {window}"
         raise UserError(f"{what}: use a longer text or a smaller window")

@@ -58,17 +58,16 @@ def check_weights(
     path: Path, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: str
 ) -> None:
     """UserError, naming the tensor, unless `tensors` fit `module`, built from the file `config`."""
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors or name not in expected:
-            lacking = "has no" if name not in tensors else "has an unexpected"
-            what = f"{path} {lacking} tensor {name}"
-            raise UserError(f"{what}: it does not belong to the {config} in its folder")
-        found = list(tensors[name].shape)
-        wanted = list(expected[name])
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        what = "has no" if name in expected else "has an unexpected"
+        raise UserError(f"{path} {what} tensor {name}: it does not belong to its {config}")
+    for name, tensor in tensors.items():
+        found = list(tensor.shape)
+        wanted = list(expected[name].shape)
         if found != wanted:
             raise UserError(f"{path}: {name} has shape {found}, {config} expects {wanted}")
-        if not torch.isfinite(tensors[name]).all():
+        if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds non-finite values; the run diverged")
 
 
