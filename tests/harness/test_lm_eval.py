@@ -15,12 +15,26 @@ TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 TEXT = " ".join(["", *["the king of the land was in the city and the people of it"] * 12])[:512]
 COMMON = "dataset_path: json\ntest_split: test\n"
 TASKS = {
-    "rolling": 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
-    "metric_list: [{metric: bits_per_byte}]",
-    "choice": 'output_type: multiple_choice\ndoc_to_text: "{{start}}"\ndoc_to_choice: ["the land", "qzx"]\n'
-    "doc_to_target: 0\nmetric_list: [{metric: acc}]",
-    "writing": 'output_type: generate_until\ndoc_to_text: "{{start}}"\ndoc_to_target: "x"\n'
-    'generation_kwargs: {until: ["\\n"], max_gen_toks: 4, num_beams: 1}\nmetric_list: [{metric: exact_match}]',
+    "rolling": r"""
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "choice": r"""
+output_type: multiple_choice
+doc_to_text: "{{start}}"
+doc_to_choice: ["the land", "qzx"]
+doc_to_target: 0
+metric_list: [{metric: acc}]
+""",
+    "writing": r"""
+output_type: generate_until
+doc_to_text: "{{start}}"
+doc_to_target: "x"
+generation_kwargs: {until: ["\n"], max_gen_toks: 4, num_beams: 1}
+metric_list: [{metric: exact_match}]
+""",
 }
 
 

@@ -247,6 +247,6 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
         return None
     if corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
         record.notes.append(
-            f"{source} has changed since training: its validation split may hold parts of that text."
+            f"{source} has changed since training: its validation split may hold some of that."
         )
     return corpus
