@@ -9,6 +9,7 @@ import torch
 from training_cases import assert_same_run, go, read_metrics, resume, tiny_baseline, tiny_run
 
 from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.training import optim
 from tarflowlm.training import train as training
 
 JOINT = {"mode": "joint", "stage_steps": (20,), "evaluate_every": 100}
@@ -22,7 +23,7 @@ def poisoned(monkeypatch):
 
     def apply(steps, value):
         calls, before = itertools.count(1), []
-        accumulate, take_step = training.accumulate_gradients, training.take_step
+        accumulate, take_step = training.accumulate_gradients, optim.take_step
 
         def accumulated(model, *args):
             loss = accumulate(model, *args)
@@ -35,7 +36,7 @@ def poisoned(monkeypatch):
             before.append(copy.deepcopy({n: p.detach() for n, p in parameters.items()}))
 
         monkeypatch.setattr(training, "accumulate_gradients", accumulated)
-        monkeypatch.setattr(training, "take_step", stepped)
+        monkeypatch.setattr(optim, "take_step", stepped)
         return before
 
     return apply
@@ -92,14 +93,14 @@ def test_reading_seldom_changes_nothing(tmp_path, corpus_file, monkeypatch):
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path, corpus_file, monkeypatch):
-    calls, take_step = itertools.count(1), training.take_step
+    calls, take_step = itertools.count(1), optim.take_step
 
     def overflowing(optimizers, parameters, *args, **options):
         take_step(optimizers, parameters, *args, **options)
         if next(calls) == 4:
             parameters["codebook.mean"].data[0, 0] = math.inf
 
-    monkeypatch.setattr(training, "take_step", overflowing)
+    monkeypatch.setattr(optim, "take_step", overflowing)
     out = tmp_path / "run"
     with pytest.raises(FloatingPointError, match=r"codebook\.mean are not finite at step 4"):
         go(tiny_run(corpus_file, **JOINT, checkpoint_every=2), out)

@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,14 @@ def test_second_signal_leaves_at_once(tmp_path, whole):
             stop_requests=stop_on_signals,
         )
     load_checkpoint(tmp_path / "run")
+
+
+def test_message_quotes_the_directory_to_resume(tmp_path, whole):
+    out = tmp_path / "my run"
+    with pytest.raises(Stopped, match=f"train --resume '{out}'"):
+        train(whole[0], out, device=CPU, stop_requests=lambda: nullcontext(lambda: "me"))
+    resume(out)
+    assert_same_run(out, whole[1])
 
 
 def work(config, out: Path, cache: str) -> None:

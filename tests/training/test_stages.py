@@ -18,7 +18,7 @@ from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import Silent
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training import train as training
+from tarflowlm.training import optim
 from tarflowlm.training.parallel import parallelise
 from tarflowlm.training.train import accumulate_gradients
 
@@ -226,7 +226,7 @@ def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, monkeypatch, c
     average = {n: p.detach().double() for n, p in model.named_parameters()}
     last = dict(average)
     decays = (min(0.7, (1 + step) / (10 + step)) for step in itertools.count(1))
-    take_step = training.take_step
+    take_step = optim.take_step
 
     def watched(optimizers, parameters, *args, **options):
         take_step(optimizers, parameters, *args, **options)
@@ -234,7 +234,7 @@ def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, monkeypatch, c
         last.update({n: p.detach().double().clone() for n, p in parameters.items()})
         average.update({n: decay * average[n] + (1 - decay) * weight for n, weight in last.items()})
 
-    monkeypatch.setattr(training, "take_step", watched)
+    monkeypatch.setattr(optim, "take_step", watched)
     go(run, tmp_path / "run")
     found = load_file(tmp_path / "run" / "model.safetensors")
     for name, expected in average.items():
@@ -270,3 +270,16 @@ def test_run_that_cannot_start_leaves_no_directory(tmp_path, fields, message, co
     with pytest.raises(UserError, match=message):
         go(run, out)
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1"])
+def test_no_time_at_all_is_refused(tmp_path, refused, minutes):
+    out = tmp_path / "run"
+    refused("train", "mini-ar", "--out", out, "--minutes", minutes, names=["minutes", minutes])
+    assert not out.exists()
+
+
+def test_muon_with_shards_is_refused_and_names_the_optimiser_to_take(corpus_file):
+    with pytest.raises(UserError, match=r"optim\.optimizer muon: .*adamw"):
+        tiny_run(corpus_file, parallel="fsdp")
+    assert tiny_run(corpus_file, parallel="fsdp", optim={"optimizer": "adamw"})

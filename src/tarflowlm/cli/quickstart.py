@@ -1,4 +1,4 @@
-"""`tarflowlm quickstart`: train, evaluate and sample a TarFlowLM on the built-in corpus in minutes."""
+"""`tarflowlm quickstart`: train, evaluate and sample a small TarFlowLM in a few minutes."""
 
 import math
 import shlex

@@ -1,4 +1,4 @@
-"""What comes before the first step: whose directory this is, the text, and the final configuration."""
+"""What comes before the first step: the run directory, the text, and the final configuration."""
 
 import logging
 import shutil
@@ -122,8 +122,8 @@ def corpus_of(
         have = corpus.num_tokens(name)
         if have < context:
             raise UserError(
-                f"the {name} split of {config.data.source} has {have} tokens, fewer than the context"
-                f" of {context}: use a longer text or a smaller model.context"
+                f"the {name} split of {config.data.source} has {have} tokens, "
+                f"fewer than the context of {context}: use a longer text or a smaller model.context"
             )
     vocab_size = corpus.tokenizer.vocab_size
     if config.model.vocab_size not in (0, vocab_size):

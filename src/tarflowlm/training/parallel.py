@@ -323,7 +323,7 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
 
 
 def reshard(bound: nn.Module) -> None:
-    """Free what FSDP2 gathered for a call without a backward pass, so that parameters can be read."""
+    """Free what FSDP2 gathered for a call without backward, so that parameters can be read."""
     for module in bound.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -28,37 +28,10 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Record, Reporter
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.training import begin
-from tarflowlm.training.checkpoint import NAMED, save, stop
+from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog
-from tarflowlm.training.optim import (
-    norms,
-    schedule,
-    take_step,
-    trained_parameters,
-    update_average,
-)
-from tarflowlm.training.pace import measure, save_is_due, stop_requested, units
-from tarflowlm.training.parallel import (
-    ALONE,
-    Processes,
-    compiles,
-    compiling,
-    seeded_dropout,
-    synchronise,
-)
-from tarflowlm.training.stages import (
-    describe_stage,
-    finish,
-    first_state,
-    leave_stage,
-    resumed_state,
-)
-from tarflowlm.training.state import (
-    Job,
-    State,
-    seconds,
-)
+from tarflowlm.training.parallel import ALONE, Processes
+from tarflowlm.training.state import Job, State, seconds
 from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
@@ -130,8 +103,8 @@ def train(
             begin.write_start(out, asked, config, corpus, parent)
         announce(config, out)
         keep_freed_memory()
-        compiled = compiles(config.train, processes, device)
-        with stop_requests() as stop_signal, compiling(compiled):
+        compiled = parallel.compiles(config.train, processes, device)
+        with stop_requests() as stop_signal, parallel.compiling(compiled):
             job = Job(
                 config=config,
                 out=out,
@@ -147,10 +120,12 @@ def train(
                 group=dist.new_group(backend="gloo") if processes.world > 1 else None,
             )
             try:
-                state = first_state(job) if folder is None else resumed_state(job, folder)
+                state = (
+                    stages.first_state(job) if folder is None else stages.resumed_state(job, folder)
+                )
                 while state.counters.stage < config.num_stages:
-                    leave_stage(job, state, train_stage(job, state))
-                return finish(job, state)
+                    stages.leave_stage(job, state, train_stage(job, state))
+                return stages.finish(job, state)
             finally:
                 # returns once nothing is being written any more, even if something failed
                 job.writer.shutdown()
@@ -174,16 +149,16 @@ def train_stage(job: Job, state: State) -> Likelihood:
     Raises FloatingPointError, naming parameters, if the loss or a gradient is not finite; Stopped
     if the run was asked to stop. Collective.
     """
-    train, optim, counters = job.config.train, job.config.optim, state.counters
+    config, train, counters = job.config, job.config.train, state.counters
     every = STEPS_BETWEEN_READS.get(job.device.type, 1)
     unread: Unread = []
     may_compile = job.compiles
     # the best weights of a stage may be those that it begins with
     counters.evaluation_is_due |= train.keep == "best" and counters.stage_step == 0
     clock = partial(seconds, job, state)
-    measure(train, counters, clock, job.num_test_windows)
-    done, total = units(train, counters)
-    job.reporter.stage(describe_stage(job, counters.stage), total, done)
+    pace.measure(train, counters, clock, job.num_test_windows)
+    done, total = pace.units(train, counters)
+    job.reporter.stage(stages.describe_stage(job, counters.stage), total, done)
 
     mark = time.perf_counter()
     while True:
@@ -191,7 +166,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
         # evaluation loses nothing; a resumed run starts with it.
         if counters.evaluation_is_due:
             result = validate(job, state)
-            measure(train, counters, clock, job.num_test_windows)
+            pace.measure(train, counters, clock, job.num_test_windows)
             if counters.stage_is_over:
                 return result
             mark = time.perf_counter()
@@ -204,7 +179,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
             state.model, state.bound, tokens, state.generator, train, job.processes
         )
         trained = {n: p for n, p in state.model.named_parameters() if p.grad is not None}
-        each = norms({name: p.grad for name, p in trained.items() if p.grad is not None})
+        each = optim.norms({name: p.grad for name, p in trained.items() if p.grad is not None})
         norm = torch.linalg.vector_norm(each)
 
         # Read the numbers of the step; the log shows the mean of each. If the loss or a gradient is
@@ -217,10 +192,10 @@ def train_stage(job: Job, state: State) -> Likelihood:
 
         # Change the weights.
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
-        lr = optim.lr * schedule(optim, counters.stage_step, num_steps)
-        take_step(state.optimizers, trained, norm, lr=lr, grad_clip=optim.grad_clip)
+        lr = config.optim.lr * optim.schedule(config.optim, counters.stage_step, num_steps)
+        optim.take_step(state.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
         count(job, state, tokens)
-        update_average(state.copies, state.model, counters.stage_step, train.ema)
+        optim.update_average(state.copies, state.model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
             read(state, unread)
@@ -230,18 +205,18 @@ def train_stage(job: Job, state: State) -> Likelihood:
             may_compile = False
 
         # Report.
-        measure(train, counters, clock, job.num_test_windows)
+        pace.measure(train, counters, clock, job.num_test_windows)
         before = done
-        done, _ = units(train, counters)
+        done, _ = pace.units(train, counters)
         job.reporter.advance(done - before)
 
         # Log. Whatever is saved below has been read before.
-        why = stop_requested(job)
+        why = pace.stop_requested(job)
         counters.evaluation_is_due = (
             counters.stage_is_over or counters.step % train.evaluate_every == 0
         )
         is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
-        is_saved = save_is_due(train, counters, clock) or why is not None
+        is_saved = pace.save_is_due(train, counters, clock) or why is not None
         if is_logged or is_saved:
             read(state, unread)
             now = time.perf_counter()
@@ -253,10 +228,10 @@ def train_stage(job: Job, state: State) -> Likelihood:
 
         # Save.
         if is_saved:
-            save(job, state)
+            checkpoint.save(job, state)
             mark = time.perf_counter()
         if why is not None:
-            stop(job, state, why)
+            checkpoint.stop(job, state, why)
 
 
 def next_batch(job: Job, state: State) -> Int[Tensor, "B T"]:
@@ -289,10 +264,10 @@ def accumulate_gradients(
     noise = model.draw_noise(global_batch, generator)[first_row : first_row + len(tokens)]
     parts = zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True)
     total = torch.zeros((), device=tokens.device)
-    with seeded_dropout(train.dropout, generator, processes):
+    with parallel.seeded_dropout(train.dropout, generator, processes):
         for index, (part, part_noise) in enumerate(parts, start=1):
             # gradients are averaged over the processes with the last part
-            synchronise(bound, index == train.accumulate)
+            parallel.synchronise(bound, index == train.accumulate)
             loss = bound(part, part_noise).mean() / tokens.shape[1] / train.accumulate
             loss.backward()
             total = total + loss.detach()
@@ -324,12 +299,14 @@ def not_finite(
     """
     culprits = {"gradients": dict(zip(names, each.tolist(), strict=True))}
     if step > state.counters.step:
-        weights = trained_parameters(state.model)
-        culprits["parameters"] = dict(zip(weights, norms(weights).tolist(), strict=True))
+        weights = optim.trained_parameters(state.model)
+        culprits["parameters"] = dict(zip(weights, optim.norms(weights).tolist(), strict=True))
     found = [f"the loss is {loss:.4g}"]
     for kind, sizes in culprits.items():
         if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
-            found.append(f"{len(broken)} {kind} are not finite: {', '.join(broken[:NAMED])}")
+            found.append(
+                f"{len(broken)} {kind} are not finite: {', '.join(broken[: checkpoint.NAMED])}"
+            )
     remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
     return FloatingPointError(f"the run ended at step {step}: {'; '.join(found)}; {remedy}")
 
