@@ -68,15 +68,18 @@ def test_gradients_of_scalar_mixtures(dtype, components, shared):
     wide_u, wide_log_det = reference.mixture_cdf(wide_z, *wide)
     bound = 1e-4 if dtype == torch.float32 else 1e-12
     assert_gradients(
-        cpu.mixture_log_density_backward(z, params, grad_log_p),
-        reference.mixture_log_density_backward(wide_z, tuple(wide), grad_log_p.double()),
+        cpu.mixture_backward(z, params, grad_log_p),
+        reference.mixture_backward(wide_z, tuple(wide), grad_log_p.double()),
         bound,
     )
     # Those of u are differences of terms that are u^2 times larger.
     assert_gradients(
-        cpu.mixture_cdf_backward(z, params, *cpu.mixture_cdf(z, *params), grad_u, grad_log_p),
-        reference.mixture_cdf_backward(
-            wide_z, tuple(wide), wide_u, wide_log_det, *double(grad_u, grad_log_p)
+        cpu.mixture_backward(z, params, grad_log_p, (*cpu.mixture_cdf(z, *params), grad_u)),
+        reference.mixture_backward(
+            wide_z,
+            tuple(wide),
+            grad_log_p.double(),
+            (wide_u, wide_log_det, grad_u.double()),
         ),
         2e-4 if dtype == torch.float32 else 1e-10,
     )

@@ -10,15 +10,12 @@ constant factors come last:
     Q(a) = TAIL_SCALE * erfc(UNIT a),        N(a; 0, 1) = DENSITY_SCALE * exp(-(UNIT a)^2)
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from tarflowlm.flow.numerics import reference
-from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, cached, cached_chunks, take_rows
+from tarflowlm.flow.numerics.layout import cached, cached_chunks, take_rows
 from tarflowlm.flow.numerics.normal import (
-    HALF_LOG_2PI,
     INV_SQRT_2PI,
     SQRT_HALF,
     clamp_,
@@ -113,7 +110,12 @@ def rows_below(size: Tensor, limit: float) -> Tensor | None:
     return torch.nonzero(~(size >= limit)).squeeze(-1)
 
 
-# --- CDF
+def widened(params: Params, rows: Tensor) -> Params:
+    """These rows of parameters, in float64."""
+    return tuple(p.double() for p in take_rows(params, rows))
+
+
+# --- maps and gradients
 
 
 def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,142 +134,95 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         torch.sum(other, axis, out=density[rows]).div_(total)
         torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
     size = torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE))
-    u = _quantile(tail, side)
+    u = upper_quantile(tail).mul_(side)
     log_det = density.log_().sub_(log_standard_normal(u))
     far = rows_below(size, SMALLEST[z.dtype])
     if far is not None:
         path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf
-        wide_u, wide_log_det = path(z[far].double(), *(p.double() for p in take_rows(params, far)))
-        u[far] = wide_u.to(z.dtype)
-        log_det[far] = wide_log_det.to(z.dtype)
+        u[far], log_det[far] = (t.to(z.dtype) for t in path(z[far].double(), *widened(params, far)))
     return u, log_det
 
 
-def _quantile(tail: Tensor, side: Tensor) -> Tensor:
-    """u with mass `tail` beyond it on `side` (+1 upper, -1 lower), [N].
+def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
+    """log p, [N], as `reference.mixture_log_density` of log_w, mean, log_std."""
+    num_components = params[1].shape[-1]
+    density = torch.empty_like(z)
+    space = Workspace(3, num_components, z.dtype)
+    for rows in cached_chunks(len(z), num_components):
+        weight, total, mean, inv_std = load(take_rows(params, rows), space)
+        a = torch.sub(space.spread(z[rows]), mean, out=space(2, len(z[rows])))
+        clamp_(a.mul_(inv_std).mul_(UNIT))
+        density_into(a, a, space).mul_(weight).mul_(inv_std)
+        torch.sum(a, space.axis, out=density[rows]).div_(total)
+    far = rows_below(density.mul_(DENSITY_SCALE), SMALLEST[z.dtype])
+    log_p = density.log_()
+    if far is not None:
+        narrow = z.dtype != torch.float64
+        path = mixture_log_density if narrow else reference.mixture_log_density
+        log_p[far] = path(z[far].double(), *widened(params, far)).to(z.dtype)
+    return log_p
 
-    erfinv is 20 times cheaper than ndtri on a CPU, but 1 - 2 T only keeps what T is worth for T >
-    0.02; the few rows beyond get Halley's method on Q(x) = T.
-    """
-    u = torch.erfinv(1.0 - 2.0 * tail).mul_(math.sqrt(2.0))
-    small = torch.nonzero(tail < 0.02).squeeze(-1)
-    if small.numel():
-        u[small] = upper_quantile(tail[small])
-    return u.mul_(side)
 
-
-def mixture_cdf_backward(
-    z: Tensor, params: Params, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor
+def mixture_backward(
+    z: Tensor, params: Params, grad_log_p: Tensor, noise: tuple[Tensor, ...] = ()
 ) -> Gradients:
-    """Gradients of z, log_w, mean, log_std, shaped like them: `reference.mixture_cdf_backward`."""
-    by_row = z, u, log_det, grad_u, grad_log_p
+    """Gradients of z, log_w, mean, log_std, shaped like them, as `reference.mixture_backward`."""
+    by_row = z, grad_log_p, *noise
     num_components = params[1].shape[-1]
     out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))
     space = Workspace(7, num_components, z.dtype)
-    for part in cached_chunks(len(z), num_components):
-        part_rows = tuple(t[part] for t in by_row)
-        part_params = take_rows(params, part)
-        grads, size = _cdf_gradients(part_rows, part_params, space)
+    for rows in cached_chunks(len(z), num_components):
+        chunk = tuple(t[rows] for t in by_row)
+        chunk_params = take_rows(params, rows)
+        grads, size = _gradients(chunk, chunk_params, space)
         far = rows_below(size, SMALLEST[z.dtype])
         if far is not None:
             # with parameters of their own, so that gradients come row by row
-            own = tuple(p.expand(len(size), -1)[far].double() for p in part_params)
-            far_z, *others = (t[far].double() for t in part_rows)
-            narrow = z.dtype != torch.float64
-            path = mixture_cdf_backward if narrow else reference.mixture_cdf_backward
-            for g, wide in zip(grads, path(far_z, own, *others), strict=True):
-                g[far] = wide.to(g.dtype)
-        _store(out, part, grads, space)
+            own = tuple(p.expand(len(size), -1) for p in chunk_params)
+            far_z, far_grad, *far_noise = (t[far].double() for t in chunk)
+            path = reference.mixture_backward if z.dtype == torch.float64 else mixture_backward
+            wide = path(far_z, widened(own, far), far_grad, tuple(far_noise))
+            for g, w in zip(grads, wide, strict=True):
+                g[far] = w.to(g.dtype)
+        out[0][rows] = grads[0]
+        for total, grad in zip(out[1:], grads[1:], strict=True):
+            if len(total) == len(z):
+                torch.add(space.orient(grad), space.zero, out=space.orient(total[rows]))
+            else:  # shared by all rows
+                total[0].add_(grad.sum(0))
     return out
 
 
-def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Gradients, Tensor]:
+def _gradients(rows: Params, params: Params, space: Workspace) -> tuple[Gradients, Tensor]:
     """Gradients of one chunk, and the smaller of tail mass and density, [n].
 
     The gradients of parameters are [n, K] views of the workspace.
     """
-    z, u, log_det, grad_u, grad_log_p = rows
+    z, grad_log_p, *noise = rows
     n, axis, spread = len(z), space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
     weight.div_(spread(total))
     diff = torch.sub(spread(z), mean, out=space(2, n))
     a = torch.mul(diff, inv_std, out=space(3, n))
     of_mean, share = space(4, n), space(5, n)
-    side = guess_side(a, weight, share, space)
+    side = guess_side(a, weight, share, space) if noise else space.one
     torch.mul(a, inv_std, out=of_mean)
     clamp_(a.mul_(spread(side * UNIT)))
     density = density_into(a, share, space).mul_(weight).mul_(inv_std).sum(axis)
     share.div_(spread(density))
-    of_mean.mul_(spread(grad_log_p)).sub_(spread(grad_u * torch.exp(log_det))).mul_(share)
+    of_mean.mul_(spread(grad_log_p))
+    size = density * DENSITY_SCALE
+    if noise:
+        u, log_det, grad_u = noise
+        of_mean.sub_(spread(grad_u * torch.exp(log_det)))
+        mass = a.erfc_().mul_(TAIL_SCALE)
+        tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
+        size = torch.minimum(tail, size)
+        per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
+        less = mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p))
+    of_mean.mul_(share)
     share.mul_(spread(grad_log_p))
     of_log_std = diff.mul_(of_mean).sub_(share)
-    mass = a.erfc_().mul_(TAIL_SCALE)
-    tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
-    per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
-    mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p)).mul_(weight)
-    of_params = (space.orient(g) for g in (share.sub_(mass), of_mean, of_log_std))
-    return (-of_mean.sum(axis), *of_params), torch.minimum(tail, density * DENSITY_SCALE)
-
-
-# --- log-density
-
-
-def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
-    """log p, [N], as `reference.mixture_log_density` of log_w, mean, log_std."""
-    out = torch.empty_like(z)
-    space = Workspace(5, params[1].shape[-1], z.dtype)
-    for rows in cached_chunks(len(z), params[1].shape[-1]):
-        *_, out[rows] = _shares(z[rows], take_rows(params, rows), space)
-    return out
-
-
-def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> Gradients:
-    """The formulas of `reference.mixture_cdf_backward` at g_u = 0, shaped like z and parameters."""
-    out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
-    space = Workspace(6, params[1].shape[-1], z.dtype)
-    spread = space.spread
-    for rows in cached_chunks(len(z), params[1].shape[-1]):
-        g = grad[rows]
-        weight, total, inv_std, a, share, share_total, _ = _shares(
-            z[rows], take_rows(params, rows), space
-        )
-        share.mul_(spread(g / share_total))
-        of_log_std = torch.mul(a, share, out=space(5, len(g)))
-        of_mean = of_log_std * inv_std
-        of_log_std.mul_(a).sub_(share)
-        of_log_w = share.sub_(weight * spread(g / total))
-        of_params = (space.orient(p) for p in (of_log_w, of_mean, of_log_std))
-        _store(out, rows, (-of_mean.sum(space.axis), *of_params), space)
-    return out
-
-
-def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
-    """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in its layout.
-
-    weight is total w_k, and share is share_total r_k (responsibilities). Both are shifted by their
-    maxima, so that no row is far.
-    """
-    log_w, mean, log_std = (space.orient(p) for p in params)
-    n, axis, lowest = len(z), space.axis, LOWEST_EXPONENT[z.dtype]
-    log_w = torch.add(log_w, space.zero, out=space(4, len(params[0])))
-    log_w.sub_(log_w.amax(axis, keepdim=True))
-    weight = torch.clamp(log_w, min=lowest, out=space(0, len(params[0]))).exp_()
-    total = weight.sum(axis)
-    inv_std = torch.exp(log_std, out=space(1, len(params[2]))).reciprocal_()
-    a = torch.sub(space.spread(z), mean, out=space(2, n)).mul_(inv_std)
-    share = torch.addcmul(space.zero, a, a, value=-0.5, out=space(3, n)).add_(log_w).sub_(log_std)
-    top = share.amax(axis, keepdim=True)
-    share.sub_(top).clamp_(min=lowest).exp_()
-    share_total = share.sum(axis)
-    log_density = torch.log(share_total / total) + top.squeeze(axis) - HALF_LOG_2PI
-    return weight, total, inv_std, a, share, share_total, log_density
-
-
-def _store(out: Gradients, rows: slice, grads: Gradients, space: Workspace) -> None:
-    """A chunk's gradients into their `rows`, or added to a parameter [1, K] that all rows share."""
-    out[0][rows] = grads[0]
-    for total, grad in zip(out[1:], grads[1:], strict=True):
-        if len(total) == len(out[0]):
-            torch.add(space.orient(grad), space.zero, out=space.orient(total[rows]))
-        else:
-            total[0].add_(grad.sum(0))
+    of_log_w = share.sub_(weight.mul_(less if noise else spread(grad_log_p)))
+    of_params = (space.orient(g) for g in (of_log_w, of_mean, of_log_std))
+    return (-of_mean.sum(axis), *of_params), size

@@ -23,16 +23,22 @@ from tarflowlm.flow.numerics.cpu_forward import (
     density_into,
     load,
     rows_below,
+    widened,
 )
 from tarflowlm.flow.numerics.layout import cached_chunks, take_rows
-from tarflowlm.flow.numerics.normal import clamp_, standard_normal_density, upper_tail
+from tarflowlm.flow.numerics.normal import (
+    clamp_,
+    standard_normal_density,
+    upper_quantile,
+    upper_tail,
+)
 from tarflowlm.flow.numerics.reference import (
     BISECTIONS,
     NEWTON_STEPS,
-    TINY,
-    NewtonStep,
     Params,
     bayes_update,
+    or_middle,
+    rounding,
 )
 
 _SAFE_CELL = 7
@@ -73,7 +79,7 @@ def by_bisection(u: Tensor, *params: Tensor) -> Tensor:
     far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
     if far is not None:
         path = reference.mixture_cdf_inverse if u.dtype == torch.float64 else by_bisection
-        z[far] = path(u[far].double(), *(p.double() for p in take_rows(params, far))).to(u.dtype)
+        z[far] = path(u[far].double(), *widened(params, far)).to(u.dtype)
     return z
 
 
@@ -95,26 +101,28 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
         bisections = max(0, math.ceil(math.log2(max(widest, 1e-9))) + _SAFE_CELL)
     inv_std.mul_(UNIT)
     wanted = tail * total / TAIL_SCALE
+    above = torch.empty_like(u)
 
     def scaled(x: Tensor) -> Tensor:
         return clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
 
-    above = torch.empty_like(u)
     for _ in range(bisections):
         x = torch.lerp(low, high, 0.5)
         mass = scaled(x).erfc_().mul_(weight).sum(axis)
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
+    slack = rounding(low, high)
     x = torch.lerp(low, high, 0.5)
-    step = NewtonStep(y, standard_normal_density(y).div_(tail), low, high)
-    factor = 2.0 * TAIL_SCALE * UNIT / DENSITY_SCALE
     for _ in range(NEWTON_STEPS[u.dtype]):
         density = density_into(scaled(x), other, space).mul_(weight).mul_(inv_std).sum(axis)
         mass = a.erfc_().mul_(weight).sum(axis)
-        torch.gt(mass, wanted, out=above)
+        here = upper_quantile(mass.div_(total).mul_(TAIL_SCALE))
+        # not by mass: a step never leaves the bracket because the two are rounded differently
+        torch.lt(here, y, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
-        excess = torch.log(mass / wanted)
-        x = step(x, excess, mass.div_(density.clamp_(min=TINY[u.dtype])).mul_(factor), low, high)
+        slope = standard_normal_density(here).mul_(total).div_(density)
+        step = slope.mul_(UNIT / DENSITY_SCALE).mul_(y - here)
+        x = or_middle(step.add_(x), low, high, slack)
     # the bracket knows nothing of a weight that is NaN
     return x.mul_(side).add_(total.mul_(0.0))
 

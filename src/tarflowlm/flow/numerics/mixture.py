@@ -64,12 +64,12 @@ def _path(z: Tensor) -> ModuleType:
 def _cdf_gradients(
     z: Tensor, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor, *params: Tensor
 ) -> tuple[Tensor, ...]:
-    of_z, *of_params = _path(z).mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
+    of_z, *of_params = _path(z).mixture_backward(z, params, grad_log_p, (u, log_det, grad_u))
     return of_z, *layout.sum_to_shared(of_params, params)
 
 
 def _density_gradients(z: Tensor, grad: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-    of_z, *of_params = _path(z).mixture_log_density_backward(z, params, grad)
+    of_z, *of_params = _path(z).mixture_backward(z, params, grad)
     return of_z, *layout.sum_to_shared(of_params, params)
 
 

@@ -79,30 +79,26 @@ def log_upper_tail(a: Tensor) -> Tensor:
 
 
 def upper_quantile(q: Tensor) -> Tensor:
-    """x >= 0 with Q(x) = q, elementwise, for q in (0, 1/2].
-
-    Halley steps on Q(x) - q from a rational start are cubic: one is enough in float32, two in
-    float64.
-    """
-    x = _rational_start(torch.log(q).mul_(-2.0).sqrt_())
-    for _ in range(2 if q.dtype == torch.float64 else 1):
-        newton = upper_tail(x).sub_(q).div_(standard_normal_density(x))
-        x = x + newton / (1.0 - 0.5 * x * newton)
-    return x
+    """x with Q(x) = q, elementwise; the relative precision of a small q is kept."""
+    return torch.special.ndtri(q).neg_()
 
 
 def upper_quantile_of_log(log_q: Tensor) -> Tensor:
-    """x with Q(x) = exp(log_q), elementwise, for log_q <= log(1/2), however small; -inf gives inf.
+    """x with Q(x) = exp(log_q), elementwise, for log_q <= 0, however small; -inf gives inf.
 
-    Newton steps on log Q(x) - log q, which is concave, so that no step takes a wrong branch.
+    Newton steps on log Q(x) - log q, which is concave, so that no step takes a wrong branch, on the
+    side of the smaller tail.
     """
+    is_larger = log_q > -math.log(2.0)
+    log_q = torch.where(is_larger, torch.log1p(-torch.exp(log_q)), log_q)
     square = (-2.0 * log_q).clamp(min=1.0)
     series = torch.sqrt((square - torch.log(square) - LOG_2PI).clamp(min=0.0))
     x = torch.where(log_q < _SERIES_BELOW, series, _rational_start(torch.sqrt(-2.0 * log_q)))
     for _ in range(3):
         log_tail = log_upper_tail(x)
         x = x + (log_tail - log_q) * torch.exp(log_tail - log_standard_normal(x))
-    return torch.where(torch.isneginf(log_q), math.inf, x)
+    x = torch.where(torch.isneginf(log_q), math.inf, x)
+    return torch.where(is_larger, -x, x)
 
 
 def _rational_start(t: Tensor) -> Tensor:

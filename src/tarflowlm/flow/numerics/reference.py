@@ -7,7 +7,6 @@ CPU. The fast paths are tested against it: `cpu_forward`, `cpu_inverse`, `cpu_fe
 a_k = (z - m_k) / s_k is a standardised value; for the other letters see `tarflowlm.flow.numerics`.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -28,9 +27,7 @@ Gradients = tuple[Tensor, ...]
 ScalarMap = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 ScalarInverse = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 BISECTIONS = {torch.float32: 18, torch.float64: 20}
-NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
-TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
-"""Floor of a density that a Newton step divides by; the bracket then refuses the step."""
+NEWTON_STEPS = {torch.float32: 3, torch.float64: 5}
 
 
 # --- scalar mixtures
@@ -58,10 +55,12 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
     return u, torch.where(torch.isinf(z), -log_std.amax(-1), log_p - log_standard_normal(u))
 
 
-def mixture_cdf_backward(
-    z: Tensor, params: Params, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor
+def mixture_backward(
+    z: Tensor, params: Params, grad_log_p: Tensor, noise: tuple[Tensor, ...] = ()
 ) -> Gradients:
-    r"""Gradients of z, log_w, mean, log_std, from cotangents g_u of u and g_p of log p = log F'(z).
+    r"""Gradients of z, log_w, mean, log_std, from the cotangent g_p of log p = log F'(z).
+
+    `noise` is u, log_det = log du/dz and the cotangent g_u of u, where u has one.
 
     With r_k = w_k N_k(z) / p (responsibilities), t_k the k-th component's mass beyond z on the
     smaller side sigma = +-1, T = sum_k w_k t_k, and H = g_u du/dz:
@@ -75,22 +74,24 @@ def mixture_cdf_backward(
     """
     log_w, mean, log_std = params
     log_w = torch.log_softmax(log_w, -1)
+    weight = torch.exp(log_w)
     diff = z[:, None] - mean
     inv_std = torch.exp(-log_std)
     a = diff * inv_std
     share = torch.softmax(log_w + log_standard_normal(a) - log_std, -1)
-    log_tail, side = (t[:, None] for t in smaller_tail(a, log_w))
-    log_base = log_standard_normal(u)[:, None]
-    tail_ratio = torch.exp(log_tail - log_base)
-    mass_ratio = torch.exp(log_w + log_upper_tail(side * a) - log_base)
-    grad_u = grad_u[:, None]
     grad_log_p = grad_log_p[:, None]
-    slope = torch.exp(log_det)[:, None]
-    of_mean = share * (grad_log_p * a * inv_std - grad_u * slope)
-    of_log_std = diff * of_mean - grad_log_p * share
-    weight = torch.exp(log_w)
-    of_log_w = grad_log_p * (share - weight) + side * grad_u * (weight * tail_ratio - mass_ratio)
-    return -of_mean.sum(-1), of_log_w, of_mean, of_log_std
+    of_mean = grad_log_p * a * inv_std
+    of_log_w = grad_log_p * (share - weight)
+    if noise:
+        u, log_det, grad_u = (t[:, None] for t in noise)
+        log_tail, side = (t[:, None] for t in smaller_tail(a, log_w))
+        log_base = log_standard_normal(u)
+        tail_ratio = torch.exp(log_tail - log_base)
+        mass_ratio = torch.exp(log_w + log_upper_tail(side * a) - log_base)
+        of_mean = of_mean - grad_u * torch.exp(log_det)
+        of_log_w = of_log_w + side * grad_u * (weight * tail_ratio - mass_ratio)
+    of_mean = of_mean * share
+    return -of_mean.sum(-1), of_log_w, of_mean, diff * of_mean - grad_log_p * share
 
 
 def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -99,23 +100,12 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     return torch.logsumexp(torch.log_softmax(log_w, -1) + log_standard_normal(a) - log_std, -1)
 
 
-def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> Gradients:
-    """Gradients of z, log_w, mean, log_std: the formulas of `mixture_cdf_backward` at g_u = 0."""
-    log_w, mean, log_std = params
-    inv_std = torch.exp(-log_std)
-    a = (z[:, None] - mean) * inv_std
-    grad = grad[:, None]
-    log_share = torch.log_softmax(log_w, -1) + log_standard_normal(a) - log_std
-    share = grad * torch.softmax(log_share, -1)
-    of_log_w = share - grad * torch.softmax(log_w, -1)
-    of_mean = share * a * inv_std
-    return -of_mean.sum(-1), of_log_w, of_mean, share * a * a - share
-
-
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N] with F(z) = Phi(u): bisections in the bracket of docs/math.md, eq. 20, then Newton.
 
-    Mirrored to u >= 0, where the upper tail is the smaller one.
+    Mirrored to u >= 0, where the upper tail is the smaller one. Newton steps are taken in noise
+    space, where a single component is a straight line: with v the noise of x, x moves by
+    (u - v) N(v; 0, 1) / p(x).
     """
     log_w = torch.log_softmax(log_w, -1)
     inv_std = torch.exp(-log_std)
@@ -125,60 +115,34 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     center = side[:, None] * mean
     candidates = center + y[:, None] / inv_std
     low, high = candidates.amin(-1), candidates.amax(-1)
-    for _ in range(BISECTIONS[u.dtype]):
-        x = 0.5 * (low + high)
-        log_tail = torch.logsumexp(log_w + log_upper_tail((x[:, None] - center) * inv_std), -1)
-        above = log_tail > log_wanted
-        low, high = torch.where(above, x, low), torch.where(above, high, x)
-    x = 0.5 * (low + high)
-    step = NewtonStep(y, torch.exp(log_standard_normal(y) - log_wanted), low, high)
-    for _ in range(NEWTON_STEPS[u.dtype]):
+    slack = rounding(low, high)
+    for step in range(BISECTIONS[u.dtype] + NEWTON_STEPS[u.dtype]):
+        is_newton = step >= BISECTIONS[u.dtype]
+        if step <= BISECTIONS[u.dtype]:
+            x = 0.5 * (low + high)
         a = (x[:, None] - center) * inv_std
         log_tail = torch.logsumexp(log_w + log_upper_tail(a), -1)
-        log_density = torch.logsumexp(log_w + log_standard_normal(a) - log_std, -1)
         above = log_tail > log_wanted
         low, high = torch.where(above, x, low), torch.where(above, high, x)
-        ratio = 2.0 * torch.exp((log_tail - log_density).clamp(max=-math.log(TINY[u.dtype])))
-        x = step(x, log_tail - log_wanted, ratio, low, high)
+        if is_newton:
+            log_density = torch.logsumexp(log_w + log_standard_normal(a) - log_std, -1)
+            here = upper_quantile_of_log(log_tail)
+            slope = torch.exp(log_standard_normal(here) - log_density)
+            x = or_middle(x + (y - here) * slope, low, high, slack)
     return torch.where(torch.isinf(u), u, side * x)
 
 
-class NewtonStep:
-    r"""Newton steps towards T(x) = Q(u), u >= 0, with T the upper tail; all [N].
+def rounding(low: Tensor, high: Tensor) -> Tensor:
+    """By how much rounding may put values out of the bracket in which a search begins, [N]."""
+    return torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(low.dtype).eps)
 
-    A step is taken in noise space, where a single component is a straight line. With
-    L = log T(x) - log Q(u), hazard h = N(u) / Q(u), and curvature kappa = h (h - u) of -log Q at u,
-    the noise that is still missing is e, and x moves by dx:
 
-        L = h e - kappa e^2 / 2,   dx = e N(u - e) / p(x)
-
-    `low` and `high` are the bracket in which the steps begin.
-    """
-
-    def __init__(self, u: Tensor, hazard: Tensor, low: Tensor, high: Tensor) -> None:
-        self.hazard = hazard
-        self.square = hazard * hazard
-        # the least value of (h - kappa e)^2, where the quadratic model has no solution
-        self.floor = self.square * 0.01
-        self.twice_curvature = (self.square - hazard * u) * 2.0
-        self.slack = torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(u.dtype).eps)
-
-    def __call__(
-        self, x: Tensor, excess: Tensor, ratio: Tensor, low: Tensor, high: Tensor
-    ) -> Tensor:
-        """The next x from `excess` L and `ratio` 2 T / p, in the bracket [low, high] of now.
-
-        The bracket's midpoint where Newton would leave it.
-        """
-        slope = torch.addcmul(self.square, self.twice_curvature, excess, value=-1.0)
-        slope = torch.maximum(slope, self.floor).sqrt_()
-        following = (excess * slope).mul_(ratio).div_(slope + self.hazard).add_(x)
-        middle = torch.lerp(low, high, 0.5)
-        # a converged x is itself an end of the bracket: rounding must not count as leaving it
-        limit = torch.add(self.slack, high - low, alpha=0.501)
-        inside = torch.le((following - middle).abs_(), limit).to(x.dtype)
-        # an infinite step is left out, too: 0 times infinity is not
-        return torch.lerp(middle, following.nan_to_num_(), inside)
+def or_middle(x: Tensor, low: Tensor, high: Tensor, slack: Tensor) -> Tensor:
+    """x [N], or the midpoint of its bracket where it is more than `slack` outside, or NaN."""
+    middle = torch.lerp(low, high, 0.5)
+    # a converged x is itself an end of the bracket
+    limit = torch.add(slack, high - low, alpha=0.501)
+    return torch.where((x - middle).abs_() <= limit, x, middle)
 
 
 # --- codebook mixtures

@@ -32,9 +32,7 @@ LARGEST_TAIL = 0.95
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """u [N, d] and log p_mix(z) [N], as `reference.rosenblatt` has them."""
     tail, side, log_p = _tails(z, log_w, mean, log_std)
-    is_larger = tail > 0.5
-    log_tail = torch.where(is_larger, torch.log1p(-tail), torch.log(tail))
-    u = torch.where(is_larger, -side, side) * normal.upper_quantile_of_log(log_tail)
+    u = side * normal.upper_quantile_of_log(torch.log(tail))
     # negated, so that NaN is left to the general path
     in_range = (tail >= math.exp(-near.ROOM)) & (tail <= LARGEST_TAIL)
     rest = (~(in_range.all(-1) & torch.isfinite(log_p))).nonzero().squeeze(-1)
