@@ -1,4 +1,4 @@
-"""What the autograd functions of this folder share: gradients that refuse to be differentiated."""
+"""One autograd function for all maps whose gradients have a closed form."""
 
 from collections.abc import Callable
 
@@ -7,38 +7,63 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
-__all__ = ["Context", "first_derivatives", "saved"]
+__all__ = ["Context", "differentiable", "first_derivatives"]
 
-Compute = Callable[..., tuple[Tensor, ...]]
-
-
-def saved(ctx: Context) -> tuple[Tensor, ...]:
-    """What the forward saved; PyTorch's own type says that it is one tensor."""
-    return ctx.saved_tensors
+Tensors = tuple[Tensor, ...]
 
 
-def first_derivatives(compute: Compute, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """compute(*tensors), the gradients of a backward, without recording it.
+def differentiable(
+    compute: Callable[..., Tensor | Tensors], gradients: Callable[..., Tensors], *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    """compute(*inputs) as a tuple; its backward is gradients(*inputs, *outputs, *cotangents).
+
+    Inputs and outputs are all that is saved.
+    """
+    return _Differentiable.apply(compute, gradients, *inputs)
+
+
+def first_derivatives(gradients: Callable[..., Tensors], *tensors: Tensor) -> Tensors:
+    """gradients(*tensors) of a backward, without recording it.
 
     Differentiating them raises RuntimeError. PyTorch's `once_differentiable` stays silent unless
     the *cotangent* requires a gradient: with create_graph=True a second derivative would lack the
     terms that depend on z or the parameters. A Function sees them.
     """
-    return _FirstDerivatives.apply(compute, *tensors)
+    return _FirstDerivatives.apply(gradients, *tensors)
+
+
+class _Differentiable(Function):
+    @staticmethod
+    def forward(
+        compute: Callable[..., Tensor | Tensors],
+        gradients: Callable[..., Tensors],
+        *inputs: Tensor,
+    ) -> Tensors:
+        found = compute(*inputs)
+        return found if isinstance(found, tuple) else (found,)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
+        _, ctx.gradients, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *first_derivatives(ctx.gradients, *ctx.saved_tensors, *cotangents)
 
 
 class _FirstDerivatives(Function):
     @staticmethod
-    def forward(compute: Compute, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(gradients: Callable[..., Tensors], *tensors: Tensor) -> Tensors:
         with torch.no_grad():
-            return compute(*tensors)
+            return gradients(*tensors)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor | None) -> None:
+    def backward(ctx: Context, *cotangents: Tensor | None) -> None:
         raise RuntimeError(
             "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
         )

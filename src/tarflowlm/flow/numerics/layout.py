@@ -1,6 +1,6 @@
 """Arbitrary leading shapes flattened to rows, and the chunks in which a CPU takes them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -64,14 +64,6 @@ def flatten_vectors(
 def take_rows(params: Params, rows: slice | Tensor | list[int]) -> Params:
     """Rows of [N, K] parameters; a shared [1, K] one is returned as it is."""
     return tuple(p if len(p) == 1 else p[rows] for p in params)
-
-
-def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients [N, K] in the shapes of their parameters: a shared [1, K] one gets the sum."""
-    return tuple(
-        g if len(p) == len(g) else g.sum(0, keepdim=True)
-        for g, p in zip(grads, params, strict=True)
-    )
 
 
 def use_eager_cpu(t: Tensor) -> bool:

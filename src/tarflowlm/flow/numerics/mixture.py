@@ -10,10 +10,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
-from tarflowlm.flow.numerics.derivatives import Context, first_derivatives, saved
+from tarflowlm.flow.numerics.derivatives import differentiable
 
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +26,8 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
     differing K; RuntimeError for second derivatives.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
-    u, log_det = _MixtureCdf.apply(flat_z, *params)
+    cdf = _path(z).mixture_cdf
+    u, log_det = differentiable(cdf, _cdf_gradients, flat_z, *params)
     return u.view(shape), log_det.view(shape)
 
 
@@ -40,9 +40,11 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     z = +-inf. Errors: as `mixture_cdf`.
     """
     shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
-    # without a graph as it is: a Function takes as long as the work for a few rows
-    inverse = _MixtureCdfInverse.apply if torch.is_grad_enabled() else _MixtureCdfInverse.forward
-    return inverse(flat_u, *params).view(shape)
+    if torch.is_grad_enabled():
+        (z,) = differentiable(_inverse, _inverse_gradients, flat_u, *params)
+    else:  # an autograd function takes as long as the work for a few rows
+        z = _inverse(flat_u, *params)
+    return z.view(shape)
 
 
 def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -54,81 +56,55 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     [...], nats. Float32 or float64, any range. Errors: as `mixture_cdf`.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
-    return _MixtureLogDensity.apply(flat_z, *params).view(shape)
+    density = _path(z).mixture_log_density
+    (log_p,) = differentiable(density, _density_gradients, flat_z, *params)
+    return log_p.view(shape)
 
 
 def _path(z: Tensor) -> ModuleType:
     return cpu_forward if layout.use_eager_cpu(z) else reference
 
 
-def _cdf_gradients(
-    z: Tensor, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor, *params: Tensor
+def _inverse(u: Tensor, *params: Tensor) -> Tensor:
+    path = cpu_inverse if layout.use_eager_cpu(u) else reference
+    return path.mixture_cdf_inverse(u, *params)
+
+
+def _gradients(
+    z: Tensor, params: tuple[Tensor, ...], grad_log_p: Tensor, noise: tuple[Tensor, ...] = ()
 ) -> tuple[Tensor, ...]:
-    of_z, *of_params = _path(z).mixture_backward(z, params, grad_log_p, (u, log_det, grad_u))
-    return of_z, *layout.sum_to_shared(of_params, params)
+    """`mixture_backward`, with gradients of shared parameters [1, K] summed over rows."""
+    of_z, *of_params = _path(z).mixture_backward(z, params, grad_log_p, noise)
+    return of_z, *(g.sum_to_size(p.shape) for g, p in zip(of_params, params, strict=True))
 
 
-def _density_gradients(z: Tensor, grad: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-    of_z, *of_params = _path(z).mixture_backward(z, params, grad)
-    return of_z, *layout.sum_to_shared(of_params, params)
+def _cdf_gradients(
+    z: Tensor,
+    log_w: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    u: Tensor,
+    log_det: Tensor,
+    grad_u: Tensor,
+    grad_log_det: Tensor,
+) -> tuple[Tensor, ...]:
+    # log_det = log p - log N(u; 0, 1): the second term depends on u alone
+    noise = u, log_det, grad_u + grad_log_det * u
+    return _gradients(z, (log_w, mean, log_std), grad_log_det, noise)
 
 
-class _MixtureCdf(Function):
-    """Saves inputs and outputs only; the backward computes the rest again, chunk by chunk."""
-
-    @staticmethod
-    def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        return _path(z).mixture_cdf(z, log_w, mean, log_std)
-
-    @staticmethod
-    def setup_context(
-        ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
-    ) -> None:
-        ctx.save_for_backward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: Context, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
-        z, log_w, mean, log_std, u, log_det = saved(ctx)
-        # log_det = log p - log N(u; 0, 1): the second term depends on u alone
-        grad_u = grad_u + grad_log_det * u
-        return first_derivatives(
-            _cdf_gradients, z, u, log_det, grad_u, grad_log_det, log_w, mean, log_std
-        )
+def _density_gradients(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, _log_p: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    return _gradients(z, (log_w, mean, log_std), grad)
 
 
-class _MixtureCdfInverse(Function):
-    """Implicit gradients: dz = (du - du/dparams dparams) / (du/dz)."""
-
-    @staticmethod
-    def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        path = cpu_inverse if layout.use_eager_cpu(u) else reference
-        return path.mixture_cdf_inverse(u, log_w, mean, log_std)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:], output)
-
-    @staticmethod
-    def backward(ctx: Context, grad_z: Tensor) -> tuple[Tensor, ...]:
-        *params, z = saved(ctx)
-        u, log_det = _MixtureCdf.apply(z, *params)
-        grad_u = grad_z * torch.exp(-log_det)
-        _, *grads = first_derivatives(
-            _cdf_gradients, z, u, log_det, -grad_u, torch.zeros_like(grad_u), *params
-        )
-        return grad_u, *grads
-
-
-class _MixtureLogDensity(Function):
-    @staticmethod
-    def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        return _path(z).mixture_log_density(z, log_w, mean, log_std)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, ...]:
-        z, *params = saved(ctx)
-        return first_derivatives(_density_gradients, z, grad, *params)
+def _inverse_gradients(
+    _u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, z: Tensor, grad_z: Tensor
+) -> tuple[Tensor, ...]:
+    """Implicit: dz = (du - du/dparams dparams) / (du/dz)."""
+    params = log_w, mean, log_std
+    u, log_det = _path(z).mixture_cdf(z, *params)
+    grad_u = grad_z * torch.exp(-log_det)
+    _, *of_params = _gradients(z, params, torch.zeros_like(u), (u, log_det, -grad_u))
+    return grad_u, *of_params

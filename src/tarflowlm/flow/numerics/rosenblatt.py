@@ -8,11 +8,10 @@ See docs/math.md, eq. 9. Differs from the paper's algorithm 1: the weights are l
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tarflowlm import chunks
 from tarflowlm.flow.numerics import cpu_inverse, layout, reference, sweep
-from tarflowlm.flow.numerics.derivatives import Context, first_derivatives
+from tarflowlm.flow.numerics.derivatives import differentiable
 from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
@@ -36,7 +35,7 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
     do not fit; RuntimeError for second derivatives.
     """
     shape, flat, weights = layout.flatten_vectors(z, log_w, mean, log_std)
-    u, log_det = _Rosenblatt.apply(flat, weights, mean, log_std)
+    u, log_det = differentiable(_forward, _gradients, flat, weights, mean, log_std)
     return u.view(*shape, flat.shape[-1]), log_det.view(shape)
 
 
@@ -59,47 +58,40 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return z.view(*shape, -1)
 
 
+def _forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    if z.is_meta:
+        return reference.rosenblatt(z, log_w, mean, log_std)
+    if layout.use_eager_cpu(z):
+        budget = SWEPT * layout.cached(len(mean))
+    else:
+        budget = chunks.HELD_ACCELERATOR
+    u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    log_p = torch.empty_like(z[:, 0])
+    for rows in chunks.row_ranges(len(z), len(mean), budget):
+        u[rows], log_p[rows] = sweep.rosenblatt(z[rows], log_w[rows], mean, log_std)
+    return u, log_p - log_standard_normal_vectors(u)
+
+
 def _gradients(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
+    z: Tensor,
+    log_w: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    _u: Tensor,
+    _log_det: Tensor,
+    grad_u: Tensor,
+    grad_log_det: Tensor,
 ) -> tuple[Tensor, ...]:
+    """The map is computed again, chunk by chunk, from differentiable pieces."""
     of_z, of_log_w, *of_book = (torch.zeros_like(t) for t in (z, log_w, mean, log_std))
     per_row = RECORDED * len(mean)
     budget = layout.cached(per_row) if layout.use_eager_cpu(z) else chunks.HELD_ACCELERATOR
     for rows in chunks.row_ranges(len(z), per_row, budget):
         leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
         with torch.enable_grad():
-            # the map from differentiable pieces
-            outputs = reference.rosenblatt(leaves[0], leaves[1], leaves[2], leaves[3], mixture_cdf)
+            outputs = reference.rosenblatt(*leaves, scalar_map=mixture_cdf)
         cotangents = grad_u[rows], grad_log_det[rows]
         of_z[rows], of_log_w[rows], *of_part = torch.autograd.grad(outputs, leaves, cotangents)
         for total, part in zip(of_book, of_part, strict=True):
             total.add_(part)
     return of_z, of_log_w, *of_book
-
-
-class _Rosenblatt(Function):
-    """Saves its inputs only; the backward computes the map again, chunk by chunk."""
-
-    @staticmethod
-    def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        if z.is_meta:
-            return reference.rosenblatt(z, log_w, mean, log_std)
-        if layout.use_eager_cpu(z):
-            budget = SWEPT * layout.cached(len(mean))
-        else:
-            budget = chunks.HELD_ACCELERATOR
-        u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        log_p = torch.empty_like(z[:, 0])
-        for rows in chunks.row_ranges(len(z), len(mean), budget):
-            u[rows], log_p[rows] = sweep.rosenblatt(z[rows], log_w[rows], mean, log_std)
-        return u, log_p - log_standard_normal_vectors(u)
-
-    @staticmethod
-    def setup_context(
-        ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
-    ) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Context, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
-        return first_derivatives(_gradients, *ctx.saved_tensors, grad_u, grad_log_det)
