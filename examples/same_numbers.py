@@ -52,7 +52,8 @@ USES = (
 RENAMED = {"--counterfactual": "--replace"}  # what an older checkout calls it
 WORDS = """the the the the of of to to his and in a is that it was for on are as with they at be
     this from have or by one had not but what all were when we there can an your which their"""
-UNEQUAL = ("minutes", "out", "model", "decoders", "data_share", "mfu")  # as times, in any two runs
+UNEQUAL = ("minutes", "out", "model", "decoders", "data_share", "mfu", "advice")
+"""Fields that differ between any two runs, as times do, and wording."""
 
 
 def jobs(folder: Path, presets: list[str], shipped: list[str]) -> Iterator[tuple[str, list[str]]]:
