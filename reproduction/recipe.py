@@ -62,7 +62,9 @@ def variant(run: RunConfig, suffix: str, **changes: Any) -> RunConfig:
 
 def each_block(run: RunConfig, **changes: Any) -> RunConfig:
     """The run of a flow with these fields changed in each of its blocks."""
-    return replace(run, model=as_flow_config(run.model).each_block(**changes))
+    model = as_flow_config(run.model)
+    blocks = tuple(replace(block, **changes) for block in model.blocks)
+    return replace(run, model=replace(model, blocks=blocks))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
+from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import FlowConfig, TransformerConfig
@@ -24,6 +25,10 @@ def built(name: str, **fields) -> TarFlowLM:
     """The model of a preset with its vocabulary: shapes without values."""
     with torch.device("meta"):
         return replace(preset(name).model, vocab_size=VOCAB[name.split("-")[0]], **fields).build()
+
+
+def couplings_of(model: TarFlowLM) -> list[Coupling]:
+    return [block.coupling for block in model.prior.blocks]
 
 
 def depth(name: str) -> int:
@@ -93,7 +98,7 @@ def test_mix1_and_affine_are_the_papers(corpus, name, kind, outputs):
     run, model = preset(f"{corpus}-{name}"), built(f"{corpus}-{name}")
     assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
     channels, components = CHANNELS[corpus], COMPONENTS[corpus] if name == "mix1" else 1
-    for coupling in model.couplings:
+    for coupling in couplings_of(model):
         assert type(coupling) is kind
         assert [tuple(bias.shape) for bias in coupling.head.biases] == [
             (channels, components)
@@ -107,7 +112,7 @@ def test_mix1_and_affine_are_the_papers(corpus, name, kind, outputs):
 def test_heads_of_the_paper_have_its_masked_layers_and_nothing_else(name, count):
     """Its outer layers are block-diagonal; dense ones would have 12.0 M on OpenWebText."""
     model = built(name)
-    heads = [coupling.head for coupling in model.couplings]
+    heads = [coupling.head for coupling in couplings_of(model)]
     assert sum(p.numel() for head in heads for p in head.parameters()) == count
     assert all(head.embed_bias is not None and head.evidence is None for head in heads)
 
@@ -118,7 +123,7 @@ def test_mixd_is_the_papers(corpus, upper):
     block.
     """
     model, run = built(f"{corpus}-mixd"), preset(f"{corpus}-mixd")
-    tied, *others = model.couplings
+    tied, *others = couplings_of(model)
     assert isinstance(tied, MixDCoupling)
     assert tied.is_tied
     for coupling in others:
@@ -132,11 +137,13 @@ def test_mixd_is_the_papers(corpus, upper):
 def block_1(name: str) -> tuple[TarFlowLM, Mix1Coupling]:
     """A preset of little width and depth, and the coupling of its block 1."""
     config = preset(name).model
-    config = replace(
-        config, vocab_size=27, trunk=TransformerConfig(width=8, num_heads=2)
-    ).each_block(layers=1)
-    model = config.build()
-    return model, model.couplings[0]
+    model = replace(
+        config,
+        vocab_size=27,
+        trunk=TransformerConfig(width=8, num_heads=2),
+        blocks=tuple(replace(block, layers=1) for block in config.blocks),
+    ).build()
+    return model, model.prior.block(0).coupling
 
 
 @pytest.mark.parametrize("name", ["text8-mix1", "mini-mix1-plain"])
@@ -147,7 +154,7 @@ def test_a_plain_block_1_knows_nothing_of_the_codebook(name):
     head = coupling.head
     # channels have the same means, and another codebook gives no others
     assert torch.equal(head.biases[1], head.biases[1][:1].expand_as(head.biases[1]))
-    assert torch.equal(head.biases[1], other.couplings[0].head.biases[1])
+    assert torch.equal(head.biases[1], other.prior.block(0).coupling.head.biases[1])
     assert not head.biases[0].any()
     assert head.evidence is None if name == "text8-mix1" else not head.evidence.any()
     assert torch.equal(head.scale, torch.ones(3))

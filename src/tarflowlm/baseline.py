@@ -47,27 +47,22 @@ class TokenLM(LanguageModel):
         nn.init.zeros_(self.head.bias)
 
     def _positions(self, tokens: Tensor) -> Tensor:
-        """Transformer inputs [B, N, D] of tokens [B, T]."""
         (B, T), P = tokens.shape, self.config.patch
         together = self.embedding(tokens).view(B, T // P, P * self.config.trunk.width)
         return widen(self.join(together))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
-        """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without such a head."""
+        """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without one."""
         B, N = len(tokens), tokens.shape[1] // self.config.patch
         if self.in_patch_embedding is None:
             return self.head.weight.new_empty(B, N, 0)
         return self.in_patch_embedding(tokens).view(B, N, -1)
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Unnormalised log p(x_t | x_<t) of every token, in nats.
-
-        UserError if P does not divide T.
-        """
+        """Unnormalised log p(x_t | x_<t) of every token. UserError if P does not divide T."""
         return self.patch_logits(self._features(tokens), tokens).flatten(1, 2)
 
     def _features(self, tokens: Tensor) -> Tensor:
-        """Features c_n [B, N, D] of all positions."""
         P, T = self.config.patch, tokens.shape[1]
         if T % P:
             raise UserError(f"patch {P} does not divide the {T} tokens of the sequence")
@@ -76,10 +71,7 @@ class TokenLM(LanguageModel):
     def patch_logits(
         self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B N P V"]:
-        """Logits of the P tokens of each position, from its features.
-
-        With `in_patch` also from the earlier tokens of the position.
-        """
+        """Logits of the P tokens of each position, with `in_patch` given the earlier ones."""
         return widen(self.head(self.token_features(features, self._in_patch(tokens))))
 
     def place_logits(
@@ -91,24 +83,23 @@ class TokenLM(LanguageModel):
         return self.patch_logits(features[:, None], tokens)[:, 0, place]
 
     def log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """Exact log p(x) per sequence, in nats. UserError if P does not divide T."""
+        """Exact log p(x) per sequence, in nats."""
         return self.token_log_prob(tokens).sum(-1)
 
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T.
 
-        At most `chunks.LOGITS` elements of the logits are held at once; larger batches are cut
-        into parts, which the backward pass recomputes.
+        Batches with more logits than `chunks.LOGITS` are cut into parts, which the backward pass
+        recomputes.
         """
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
         rows = chunks.rows_at_once(self.config.vocab_size, chunks.LOGITS)
         if len(inputs) <= rows:
             return -self._nll(inputs, targets).view(tokens.shape)
-        pairs = zip(inputs.split(rows), targets.split(rows), strict=True)
         parts = [
             checkpoint(self._nll, *pair, use_reentrant=False, preserve_rng_state=False)
-            for pair in pairs
+            for pair in zip(inputs.split(rows), targets.split(rows), strict=True)
         ]
         return -torch.cat(parts).view(tokens.shape)
 
@@ -129,10 +120,7 @@ class TokenLM(LanguageModel):
         per_token: bool = False,
         frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats.
-
-        The other arguments have no effect.
-        """
+        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats."""
         nats = -self.token_log_prob(tokens)
         return nats if per_token else nats.sum(-1)
 
@@ -140,19 +128,13 @@ class TokenLM(LanguageModel):
         return KVCache(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
-        """Features after the start vector and after each of the N positions.
-
-        The last ones have seen the whole text.
-        """
+        """Features after the start vector and after each of the N positions."""
         start = self.start.expand(len(tokens), 1, -1)
         return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
 
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features of the next position, from the tokens [B, P] before it.
-
-        None at the start of the sequence.
-        """
+        """Features of the next position, from the tokens [B, P] before it (or None)."""
         x = self.start.expand(batch, 1, -1) if previous is None else self._positions(previous)
         return cache.extend(x)[:, 0]

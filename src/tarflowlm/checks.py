@@ -1,4 +1,4 @@
-"""Checks of the values that callers of the Python interface give: each a UserError in one line."""
+"""Checks of the values that callers of the Python interface give."""
 
 from numbers import Integral, Real
 from typing import get_args
@@ -12,11 +12,8 @@ INTEGERS = (int64, int32, int16, int8, uint8)
 
 
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`.
-
-    A bool does not count as a number.
-    """
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`."""
+    if not isinstance(value, kinds):
         raise UserError(f"{name} {_shown(value)}: {wanted}")
 
 
@@ -25,15 +22,12 @@ def _shown(value: object) -> str:
 
 
 def check_model(model: object) -> None:
-    """UserError unless `model` is a model in float32 or wider; the result of `load` holds one."""
+    """UserError unless `model` is a model in float32 or wider."""
     check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
     assert isinstance(model, LanguageModel)
     dtype = next(model.parameters()).dtype
     if dtype not in (float32, float64):
-        raise UserError(
-            f"model in {dtype}: densities need float32 or wider, take model.float(); "
-            "torch.autocast multiplies matrices in bfloat16"
-        )
+        raise UserError(f"model in {dtype}: densities need float32 or wider, take model.float()")
 
 
 def check_generator(generator: object) -> None:
@@ -49,21 +43,16 @@ def check_option(value: object, name: str, literal: object) -> None:
         raise UserError(f"{name} {value!r:.40}: choose one of {', '.join(names)}")
 
 
-def checked_seed(seed: int) -> int:
-    """`seed` itself. UserError outside 0 .. 2^62 - 1.
-
-    Generators reject other seeds, or do not keep them distinct.
-    """
+def checked_seed(value: object) -> int:
+    """`value` as a seed. UserError outside 0 .. 2^62 - 1, where generators keep seeds distinct."""
+    seed = as_integer(value, "seed")
     if not 0 <= seed < 2**62:
         raise UserError(f"seed {seed}: must be at least 0 and below 2^62")
     return seed
 
 
 def as_integer(value: object, name: str, least: int | None = None) -> int:
-    """`value`, an integer of Python, NumPy or PyTorch, as an int.
-
-    UserError for anything else, and for a number below `least`.
-    """
+    """`value`, an integer of Python, NumPy or PyTorch, as an int. UserError below `least`."""
     number = _plain(value)
     if not isinstance(number, Integral) or isinstance(number, bool):
         raise UserError(f"{name} {_shown(number)}: must be an integer")
@@ -73,7 +62,7 @@ def as_integer(value: object, name: str, least: int | None = None) -> int:
 
 
 def as_number(value: object, name: str) -> float:
-    """`value`, a number of Python, NumPy or PyTorch, as a float. UserError for anything else."""
+    """`value`, a number of Python, NumPy or PyTorch, as a float."""
     number = _plain(value)
     if not isinstance(number, Real) or isinstance(number, bool):
         raise UserError(f"{name} {_shown(number)}: must be a number")
@@ -94,11 +83,8 @@ def check_integers(tokens: object, name: str, *shapes: str) -> None:
         if tokens.dtype in INTEGERS and tokens.dim() in dimensions:
             return
         shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
-    text = "torch.from_numpy(tokenizer.encode(text))"
-    if "[T]" not in shapes:
-        text += "[None]"
-    wanted = f"give a tensor of integers {' or '.join(shapes)}, for a text {text}"
-    raise UserError(f"{name} {shown}: {wanted}; tarflowlm.load(...) has methods that take texts")
+    wanted = f"give a tensor of integers {' or '.join(shapes)}, as tokenizer.encode(text) has them"
+    raise UserError(f"{name} {shown}: {wanted}")
 
 
 def check_tokens(
@@ -107,7 +93,7 @@ def check_tokens(
     """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
 
     [B, T] holds at most a context of tokens; one text [T] may have any length. Values on an
-    accelerator are not checked: the host would wait for all work there.
+    accelerator, for which the host would wait, are not checked.
     """
     check_model(model)
     check_integers(tokens, name, shape)
@@ -116,11 +102,10 @@ def check_tokens(
     if not tokens.numel():
         raise UserError(f"{size}: give at least one token")
     if shape != "[T]" and tokens.shape[1] > context:
-        wrong = f"{tokens.shape[1]} tokens exceed the context of {context}"
-        remedy = "cut them into windows, or use tarflowlm.score, which does"
-        raise UserError(f"{size}: {wrong}: {remedy}")
+        raise UserError(
+            f"{size} exceed the context of {context}: use tarflowlm.score, which cuts them"
+        )
     outside = (tokens < 0) | (tokens >= vocab_size)
     if tokens.device.type == "cpu" and outside.any():
-        found = tokens[outside][0].item()
-        known = f"the model has 0 to {vocab_size - 1}"
-        raise UserError(f"{name} hold {found}, {known}: encode the text again")
+        found = f"{name} hold {tokens[outside][0].item()}"
+        raise UserError(f"{found}, the model has 0 to {vocab_size - 1}: encode the text again")

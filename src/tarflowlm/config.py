@@ -29,60 +29,46 @@ def check_alphabet(alphabet: str) -> None:
     """UserError unless `alphabet` has two characters or more, each once, and no lone surrogates."""
     repeats = len(set(alphabet)) < len(alphabet)
     if len(alphabet) < 2 or repeats or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
-        rule = "list two characters or more, each once, and no half of a surrogate pair"
-        raise UserError(f"alphabet {alphabet!r:.80}: {rule}")
+        raise UserError(f"alphabet {alphabet!r:.80}: list two characters or more, each once")
 
 
 Kind = Literal["char", "byte", "bpe"]
 LARGEST_BPE = 1 << 22
-"""Largest number of tokens of a BPE.
-
-The library reserves memory for all of them, and aborts the process where that fails.
-"""
+"""Tokens of a BPE: the library reserves memory for all, and aborts where that fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Config):
-    """The tokenizer of a run. Contradictions raise UserError and name the field."""
+    """The tokenizer of a run."""
 
     kind: Kind = "char"
     """Units of text: characters of `alphabet`, UTF-8 bytes, or byte-pair encoding."""
     alphabet: str = TEXT8_ALPHABET
-    """The characters of kind char, or those that BPE starts from if it is trained here on
-    text8-normalised text.
-    """
+    """The characters of kind char, or from which a BPE trained here on text8 text starts."""
     vocab_size: int = 0
     """Number of tokens of a BPE trained here; 0 for every other tokenizer."""
     source: str = ""
-    """BPE only: a tokenizer.json or a hub name such as gpt2. Empty: train one on the training
-    split.
-    """
+    """BPE only: a tokenizer.json or a hub name such as gpt2. Empty: train one here."""
     normalize: Normalization = "text8"
     """Normalisation of the text: none, or text8 (a-z and single spaces; digits are spelled out)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind != "bpe":
-            rule = f"has no effect with kind={self.kind!r}: set kind to bpe"
-            self.require("source", self.source == "", rule)
+        unused = f"has no effect with kind={self.kind!r} and source={self.source!r}: leave it out"
+        self.require("source", self.kind == "bpe" or not self.source, unused)
         if self.needs_training:
             least = len(self.alphabet) + 1 if self.uses_alphabet else 257
-            rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}"
-            rule += ", or a source: tokenizer.json or hub name"
+            rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or give a source"
             self.require("vocab_size", least <= self.vocab_size <= LARGEST_BPE, rule)
         else:
-            rule = "has no effect here: only a BPE trained here takes it, so leave it out"
-            self.require("vocab_size", self.vocab_size == 0, rule)
-        if self.uses_alphabet:
-            check_alphabet(self.alphabet)
-            missing = "".join(sorted(set(TEXT8_ALPHABET) - set(self.alphabet)))
-            remedy = "add them or set normalize to none"
-            rule = f"lacks {missing!r}, which normalize=text8 can produce: {remedy}"
-            self.require("alphabet", self.normalize != "text8" or not missing, rule)
-        else:
-            given = f"kind={self.kind!r}, source={self.source!r}, normalize={self.normalize!r}"
-            rule = f"has no effect with {given}"
-            self.require("alphabet", self.alphabet == TEXT8_ALPHABET, rule)
+            self.require("vocab_size", self.vocab_size == 0, unused)
+        if not self.uses_alphabet:
+            self.require("alphabet", self.alphabet == TEXT8_ALPHABET, unused)
+            return
+        check_alphabet(self.alphabet)
+        missing = "".join(sorted(set(TEXT8_ALPHABET) - set(self.alphabet)))
+        rule = f"lacks {missing!r}, which normalize=text8 can produce: set normalize to none"
+        self.require("alphabet", self.normalize != "text8" or not missing, rule)
 
     @property
     def uses_alphabet(self) -> bool:
@@ -100,15 +86,12 @@ class DataConfig(Config):
     """Text and tokens."""
 
     source: str = "english"
-    """A corpus name (english, text8, openwebtext), a text file, or a directory made by `tarflowlm
-    data`.
-    """
+    """english, text8, openwebtext, a text file, or a directory made by `tarflowlm data`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
-"""Experiment trackers that metrics can be sent to."""
 MODEL_TYPE = "tarflowlm"
 """First key of config.json, by which `transformers` knows whose model it is (docs/hub.md)."""
 
@@ -119,12 +102,12 @@ class OptimConfig(Config):
 
     section: ClassVar[str] = "optim."
     optimizer: Literal["adamw", "muon"] = "muon"
-    """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
+    """muon: for the matrices of the Transformer, and AdamW for the rest."""
     lr: float = 6e-3
     """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so both use it."""
     codebook_lr_scale: float = 0.05
-    """Learning rate of the codebook, as a multiple of `lr`. Couplings that are not tied to the
-    codebook can only follow it if it moves slowly.
+    """Learning rate of the codebook, as a multiple of `lr`; small, so that couplings which are not
+    tied to it can follow.
     """
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
@@ -149,45 +132,39 @@ class OptimConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Length, batches and stages of training, and how often it logs, evaluates and saves."""
+    """Length, batches and stages of training."""
 
     section: ClassVar[str] = "train."
     stage_steps: tuple[int, ...] = (1000,)
     """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With
-    `minutes`, the stages' shares of the time.
+    `minutes`, shares of the time.
     """
     minutes: float = 0.0
-    """Wall-clock time of the run with checkpoints and evaluation, but without compilation; 0 counts
-    steps instead.
-    """
+    """Wall-clock time of the run, without compilation; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
-    """One block after another on the frozen ones below, or all blocks at once. The baseline has one
-    stage.
-    """
+    """One block after another on the frozen ones below, or all blocks at once."""
     batch_size: int = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Parts into which a process cuts its share of the batch. More parts need less memory."""
+    """Parts into which a process cuts its share of the batch, to need less memory."""
     dropout: float = 0.0
     """Dropout on the outputs of attention and MLP. Useful for several epochs on a small text."""
     ema: float = 0.0
-    """Decay of an average of the weights, with which the model is evaluated, saved, and trained
-    upon by later stages; 0: none.
+    """Decay of an average of the weights that is evaluated, saved, and trained upon by later
+    stages; 0: none.
     """
     keep: Literal["last", "best"] = "last"
     """Weights with which a stage ends: its last ones, or those of its best validation."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto takes bfloat16 where the device multiplies it natively,
-    and config.json records it. Densities, log-dets and inverses are always float32 or wider.
+    """Precision of matrix products; auto takes bfloat16 where the device multiplies it natively.
+    Densities, log-dets and inverses are always float32 or wider.
     """
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicate the model and average gradients, or shard it."""
     checkpoint_activations: bool = False
-    """Keep only the inputs of a Transformer layer and recompute the layer in the backward pass."""
+    """Keep only the inputs of Transformer layers and recompute these in the backward pass."""
     compile: bool | None = None
-    """Compile the Transformer layers; None: if `precision` is bfloat16, on a CUDA GPU with a
-    compiler.
-    """
+    """Compile the Transformer layers; None: in bfloat16 on a CUDA GPU with a compiler."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500
@@ -199,17 +176,12 @@ class TrainConfig(Config):
     checkpoint_every: int = 500
     """Steps between checkpoints; every stage ends with one."""
     track: tuple[TrackerName, ...] = ()
-    """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb, trackio (extra
-    `track`).
-    """
+    """Trackers that also receive the lines of metrics.jsonl (extra `track`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            "stage_steps",
-            min(self.stage_steps, default=0) >= 1,
-            "every stage needs at least 1 step",
-        )
+        least = min(self.stage_steps, default=0)
+        self.require("stage_steps", least >= 1, "every stage needs at least 1 step")
         self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every")
         self.at_least(1, "evaluate_windows", "checkpoint_every")
         self.at_least(0, "minutes", "test_windows")
@@ -217,7 +189,6 @@ class TrainConfig(Config):
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of all stages together."""
         return sum(self.stage_steps)
 
 
@@ -228,32 +199,23 @@ class RunConfig(Config):
     name: str
     """The preset this run started from."""
     model: FlowConfig | BaselineConfig
-    """The model."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Text and tokens."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Length, batches and stages."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and the noise of q(z|x)."""
     parent: str = ""
-    """NAME@SHA256 of the model that `train --from` begins with, and of its weights; empty for new
-    weights.
-    """
+    """NAME@SHA256 of the weights that `train --from` begins with; empty for new ones."""
     temperature: float = 1.0
-    """Temperature that suits its samples; commands, studio and Python take it unless another is
-    given.
-    """
+    """Temperature of samples, unless another is given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.above_zero("temperature")
         self.require("seed", 0 <= self.seed < 2**62, "must be at least 0 and below 2^62")
-        stages, given = self.num_stages, len(self.train.stage_steps)
-        remedy = "give one per block when progressive, else a single one"
-        rule = f"{given} entries for {stages} stages; {remedy}"
-        self.train.require("stage_steps", given == stages, rule)
+        given = len(self.train.stage_steps)
+        rule = f"{given} entries for {self.num_stages} stages (one per block when progressive)"
+        self.train.require("stage_steps", given == self.num_stages, rule)
         rule = "needs whole matrices, which train.parallel fsdp shards: choose adamw"
         is_whole = self.optim.optimizer == "adamw" or self.train.parallel == "ddp"
         self.optim.require("optimizer", is_whole, rule)

@@ -17,8 +17,7 @@ logger = logging.getLogger("tarflowlm")
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """A device of PyTorch, such as "cuda:1". UserError where it is missing.
 
-    auto takes cuda, then mps if the numerics are right there (a notice says if they are not), then
-    cpu.
+    auto takes cuda, then mps if the numerics are right there, then cpu.
     """
     available = ["cuda"] if torch.cuda.is_available() else []
     available += ["mps"] if torch.backends.mps.is_available() else []
@@ -28,11 +27,9 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         torch.empty(0, device=found)
     except (TypeError, RuntimeError, AssertionError):  # the type depends on how PyTorch was built
         choice = ", ".join(["auto", *available])
-        rule = f"not available on this machine; use one of {choice}"
-        raise UserError(f"device {name}: {rule}") from None
+        raise UserError(f"device {name}: not on this machine, use one of {choice}") from None
     if name == "auto" and found.type == "mps" and (problem := numerics_problem(found)):
-        why = "the numerics do not pass their test on mps"
-        logger.warning("device auto: the CPU, since %s (%s)", why, problem)
+        logger.warning("device auto: the CPU, since the numerics fail on mps (%s)", problem)
         return torch.device("cpu")
     return found
 
@@ -41,8 +38,7 @@ def numerics_problem(device: torch.device) -> str | None:
     """What a small test of the mixture maps finds wrong on `device`, in a line, or None.
 
     Noise of up to 8 standard deviations goes through the inverses and back, and densities are
-    compared with float64 on the CPU. Devices differ in what they implement, and in how
-    exact it is.
+    compared with float64 on the CPU.
     """
     from tarflowlm.flow import numerics
 
@@ -86,10 +82,7 @@ def missing_for_compilation(device: torch.device) -> str | None:
 
 @contextmanager
 def threads_for(rows: int) -> Iterator[None]:
-    """A context with one CPU thread for a single row, else with all.
-
-    The operations of a single row are too small to split.
-    """
+    """A context with one CPU thread for a single row, whose operations are too small to split."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if rows == 1 else before)
     try:
@@ -102,8 +95,6 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed memory instead of returning it to the system every time.
 
     glibc unmaps a large block when it is freed unless one of that size, up to 32 MiB, was freed
-    before. So one of nearly that size is allocated, never touched, and freed. Page faults otherwise
-    take a tenth of a training step and up to a third of sampling. MALLOC_TRIM_THRESHOLD_ or
-    MALLOC_MMAP_THRESHOLD_ overrule it.
+    before. Page faults otherwise take a tenth of a training step and up to a third of sampling.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)

@@ -8,13 +8,12 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """An error that the user can fix: one line that names the wrong value and the remedy.
 
-    The command line prints it without a traceback and exits with status 2. Library callers may
-    catch it as a `ValueError`. Violated invariants of this package raise `AssertionError` instead.
+    The command line prints it without a traceback and exits with status 2.
     """
 
 
 def guess(value: str, known: Iterable[str]) -> str:
-    """A question for the name among the `known` that is most like `value`, or an empty text."""
+    """A question for the name among the `known` that is most like `value`, or ""."""
     close = get_close_matches(value.lower().replace("_", "-"), known, 1)
     return f"did you mean {close[0]}? " if close else ""
 

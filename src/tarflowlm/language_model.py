@@ -17,9 +17,8 @@ from tarflowlm.model_config import LanguageModelConfig
 class LanguageModel(nn.Module):
     """A model p(x) of token sequences x [B, T], exact or through a bound; P must divide T.
 
-    `model(tokens)` is what a training loop minimises. How to implement one: `draw_noise` and
-    `bound`, by which it is trained and scored, and `allocate_cache` and `features_at`, by which it
-    writes position by position.
+    It is trained and scored by `draw_noise` and `bound`, and writes position by position through
+    `allocate_cache` and `features_at`.
     """
 
     config: LanguageModelConfig
@@ -29,18 +28,16 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
-            rule = "set it to the tokenizer's number of symbols"
-            raise UserError(f"model.vocab_size {config.vocab_size}: {rule}")
+            raise UserError("model.vocab_size 0: set it to the tokenizer's number of symbols")
         self.config = config
 
     @property
     def num_blocks(self) -> int:
-        """Flow blocks built so far; a progressive run adds them one by one."""
+        """Flow blocks built so far."""
         return 1
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
         return next(self.parameters()).device
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
@@ -51,10 +48,7 @@ class LanguageModel(nn.Module):
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I) for one posterior sample z = mu_x + sigma_x eps.
-
-        d = 0 for an exact model.
-        """
+        """Noise eps ~ N(0, I) for a posterior sample mu_x + sigma_x eps; d = 0 for exact models."""
 
     @abstractmethod
     def bound(
@@ -79,24 +73,18 @@ class LanguageModel(nn.Module):
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features of the next position, from the tokens or latents of the position before it.
-
-        None at the start of the sequence.
-        """
+        """Features of the next position, from the tokens or latents before it (or None)."""
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         """The modules that train when the first `first` blocks are frozen."""
         return (self,)
 
     def append_block(self) -> nn.Module:
-        """Build the next block of the configuration on top of the stack, and return it."""
+        """Build the next block of the configuration, and return it."""
         raise NotImplementedError
 
     def train_only(self, block: int) -> None:
-        """Make only block `block` (0-based) trainable.
-
-        0 leaves everything trainable, the codebook included.
-        """
+        """Make only block `block` (0-based) trainable; 0 includes the codebook."""
         if block > 0:
             self.requires_grad_(False)
             next(iter(self.blocks_from(block))).requires_grad_(True)

@@ -11,7 +11,7 @@ from tarflowlm.checks import check_model
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import Coupling, coupling_class
+from tarflowlm.flow.couplings import coupling_class
 from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -53,7 +53,7 @@ class TarFlowLM(LanguageModel):
     """A language model in continuous space (docs/math.md).
 
     `codebook` is q(z|x) and p(x|z), `prior` is p(z). Initial weights come from PyTorch's global
-    generator; construct it inside `seeded` to reproduce them.
+    generator.
 
     Example:
         >>> model = TarFlowLM(FlowConfig(vocab_size=27, context=8))
@@ -80,10 +80,7 @@ class TarFlowLM(LanguageModel):
         return len(self.prior.blocks)
 
     def append_block(self) -> FlowBlock:
-        """Build the next block of the configuration on top of the stack, and return it.
-
-        A block below it with `certainty` now only fills in what it is sure of (eq. 9a).
-        """
+        """Build the next block; one below it with `certainty` then only fills in (eq. 9a)."""
         plan = BlockPlan(self.config, self.num_blocks, self.codebook)
         block = FlowBlock(
             trunk=self.config.trunk,
@@ -102,10 +99,7 @@ class TarFlowLM(LanguageModel):
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I) for one posterior sample.
-
-        It is drawn on the generator's device, else on the model's.
-        """
+        """Noise eps ~ N(0, I), drawn on the generator's device, else on the model's."""
         mean = self.codebook.mean
         return torch.randn(
             *tokens.shape,
@@ -118,10 +112,7 @@ class TarFlowLM(LanguageModel):
     def elbo(
         self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
     ) -> tuple[ElboTerms, list[Tensor]]:
-        """One sample of the ELBO in its terms, and the states h^(0), ..., h^(L) [B, T, d].
-
-        docs/math.md, eq. 11.
-        """
+        """One sample of the ELBO in its terms, and the states h^(0), ..., h^(L) [B, T, d]."""
         with full_precision(noise):
             z = self.codebook.encode(tokens, noise)
             reconstruction = self.codebook.log_likelihood(tokens, z).sum(-1)
@@ -142,10 +133,10 @@ class TarFlowLM(LanguageModel):
         per_token: bool = False,
         frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """One sample of the negative ELBO in nats: the `nelbo` of `elbo`, in fewer steps.
+        """One sample of the negative ELBO, in nats (docs/math.md, eq. 11a).
 
-        docs/math.md, eq. 11a. If a single block is a mixture of the codebook's components (eq. 12),
-        one pass over these gives both sums. Arguments as in `LanguageModel.bound`.
+        If a single block is a mixture of the codebook's components (eq. 12), one pass over these
+        gives both sums.
         """
         block = self.prior.block(0)
         tied = block.coupling
@@ -173,19 +164,10 @@ class TarFlowLM(LanguageModel):
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features in block 1 of the next position, from the latents [B, C] before it.
-
-        None at the start of the sequence.
-        """
+        """Features in block 1 of the next position, from the latents [B, C] before it (or None)."""
         return self.prior.block(0).features_at(cache, previous, batch)
 
-    @property
-    def couplings(self) -> list[Coupling]:
-        """The couplings, block 1 first."""
-        return [self.prior.block(index).coupling for index in range(self.num_blocks)]
-
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
-        """The blocks after the first `first`; the whole model, codebook included, for 0."""
         return self.prior.blocks[first:] if first else (self,)
 
 
@@ -193,10 +175,7 @@ NO_LATENTS = "this model is the discrete baseline, which has no latents: give a 
 
 
 def as_flow(model: LanguageModel, refusal: str = NO_LATENTS) -> TarFlowLM:
-    """`model`, narrowed to TarFlowLM.
-
-    UserError with the message `refusal` for the baseline, and for what is not a model.
-    """
+    """`model`, narrowed to TarFlowLM. UserError `refusal` for the baseline."""
     check_model(model)
     if not isinstance(model, TarFlowLM):
         raise UserError(refusal)

@@ -22,8 +22,7 @@ def elbo(
 ) -> ElboTerms:
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
-    `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline; see
-    `check_tokens`.
+    `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline.
 
     Example:
         >>> from tarflowlm import FlowConfig
@@ -59,11 +58,8 @@ def conditional_bound(
         p~(x_> | x_<=) = E_{q(z_<= | x_<=)} int p(z_> | z_<=) p(x_> | z_>) dz_>
         -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
 
-    p~ sums to one over x_>, and samples after the prompt x_<= follow it. One sample of the bound
-    sums the parts of x_>.
-
-    UserError for a flow of several blocks, where blocks that run right to left make z_<= depend on
-    x_>, and if `given` is outside 0 .. T - 1 or not a multiple of P.
+    p~ sums to one over x_>, and samples after the prompt x_<= follow it. UserError for a flow of
+    several blocks, and if `given` is outside 0 .. T - 1 or not a multiple of P.
     """
     T, patch = tokens.shape[1], model.config.patch
     if not 0 <= given < T or given % patch:
@@ -74,7 +70,7 @@ def conditional_bound(
         what = (
             f"a flow of {model.num_blocks} blocks has no known bound on tokens given earlier ones"
         )
-        raise UserError(f"{what} (only a flow of one block has): evaluate it in fresh contexts")
+        raise UserError(f"{what}: evaluate it in fresh contexts")
     return model.bound(tokens, noise, per_token=True)[:, given:].sum(-1)
 
 
@@ -89,11 +85,10 @@ def log_importance_weights(
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
     With `given` > 0 they weigh the tokens after the first `given`, conditional on these. The
-    baseline gives one row, its exact log p(x). UserError for `samples` < 1, and as in
-    `conditional_bound`.
+    baseline gives one row, its exact log p(x). UserError as in `conditional_bound`.
     """
     samples = as_integer(samples, "samples", least=1)
-    # on a CPU the activations should stay in the cache, and the allocator reuse their memory
+    # on a CPU the activations should stay in the cache
     rows = max(1, len(tokens))
     if tokens.device.type == "cpu":
         rows = chunks.rows_at_once(tokens.shape[1], chunks.BOUND_TOKENS_CPU)
@@ -124,8 +119,7 @@ def importance_weighted_bound(
 ) -> Float[Tensor, " B"]:
     """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats.
 
-    docs/math.md, eq. 13. UserError for `samples` < 1, for tokens that are not texts of the model,
-    or if P does not divide T.
+    docs/math.md, eq. 13. UserError for tokens that are not texts of the model.
     """
     check_tokens(model, tokens)
     check_generator(generator)

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 def seeded_generator(seed: int) -> torch.Generator:
     """The random stream of a request. UserError for a seed out of range."""
-    return torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
+    return torch.Generator().manual_seed(checked_seed(seed))
 
 
 def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:

@@ -65,7 +65,8 @@ def test_fig5_has_two_tokens_per_position_in_every_model(settings):
     mix1, one_token = runs["Mix-1, head over the patch"], settings.preset("mix1", "owt")
     assert replace(mix1, name=one_token.name, model=replace(mix1.model, patch=1)) == one_token
     with torch.device("meta"):
-        heads = [coupling.head for coupling in replace(mix1.model, vocab_size=27).build().couplings]
+        model = replace(mix1.model, vocab_size=27).build()
+        heads = [block.coupling.head for block in model.prior.blocks]
     # a group per channel of the patch, and each sees all before it
     channels = 2 * mix1.model.latent_dim
     assert [(head.groups, head.num_known) for head in heads] == [(channels, channels - 1)] * 3

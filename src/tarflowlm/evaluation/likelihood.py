@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, check_tokens, checked_seed
+from tarflowlm.checks import check_tokens, checked_seed
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import importance_weighted, log_importance_weights
@@ -194,7 +194,7 @@ def log_weights(
     Arguments as in `evaluate`.
     """
     keep_freed_memory()
-    seed = checked_seed(as_integer(seed, "seed"))
+    seed = checked_seed(seed)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     parts = []
     # one batch has one number of given tokens

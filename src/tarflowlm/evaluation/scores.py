@@ -106,7 +106,7 @@ def scores(
     """
     check_model(model)
     samples = as_integer(samples, "samples", least=1)
-    seed = checked_seed(as_integer(seed, "seed"))
+    seed = checked_seed(seed)
     for tokens in texts:
         check_tokens(model, tokens, shape="[T]")
     draws = 1 if model.is_exact else samples

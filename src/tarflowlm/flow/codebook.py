@@ -13,8 +13,8 @@ from tarflowlm.flow import numerics, wide_dtype
 def spread_means(num_components: int, dim: int) -> Tensor:
     """K well separated points in R^d, with zero mean and unit variance per channel: [K, d].
 
-    Farthest-point selection from 8 K Gaussian candidates. It costs K^2; above K = 4,096 the points
-    are K Gaussian draws, which in d >= 16 are far apart already.
+    Farthest-point selection from 8 K Gaussian candidates, which costs K^2; above K = 4,096 they are
+    K Gaussian draws.
     """
     if num_components > 4096:
         points = torch.randn(num_components, dim)
@@ -52,10 +52,9 @@ class Codebook(nn.Module):
     `mean` [V, d] is mu, `log_std` [V] is log sigma (docs/math.md, eqs. 1 and 2; paper: section
     3.1).
 
-    Start: the means are far apart, with unit variance per channel, the scale of the base. sigma is
-    the typical distance between neighbouring means over `separation`. At the default of 12 almost
-    every sample decodes to its token, so the bound starts near log V nats per token, as for a
-    uniform language model.
+    Start: the means are far apart; sigma is the typical distance between neighbours over
+    `separation`. At the default of 12 almost every sample decodes to its token, so the bound starts
+    near log V nats per token, as for a uniform language model.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -90,32 +89,21 @@ class Codebook(nn.Module):
     def log_q(
         self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]
     ) -> Float[Tensor, "*batch"]:
-        """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise).
-
-        docs/math.md, eq. 1.
-        """
+        """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise)."""
         log_std = self.log_std.index_select(0, tokens.flatten()).view_as(tokens)
         per_channel = log_std + 0.5 * math.log(2 * math.pi)
         return -0.5 * noise.square().sum(-1) - noise.shape[-1] * per_channel
 
-    def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log N_k(z) for every token k, in nats, held at once: for small vocabularies."""
-        return numerics.log_component_densities(z, self.mean, self.log_std)
-
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log sum_k N_k(z), in nats, which is log q(z|x) - log p(x|z) for every x.
-
-        docs/math.md, eqs. 2 and 11a.
-        """
+        """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats."""
         return numerics.mixture_log_prob(z, None, self.mean, self.log_std)
 
     def log_likelihood(
         self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]
     ) -> Float[Tensor, "*batch"]:
-        """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats (docs/math.md, eq. 2).
+        """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats, without a [tokens, V].
 
-        Without a [tokens, V] tensor. Near zero it is a small difference of large numbers, so both
-        are computed in float64 (float32 on devices without it) and the difference is rounded.
+        Near zero it is a small difference of large numbers, so both are in float64 where possible.
         """
         wide = wide_dtype(z)
         flat = tokens.flatten()
@@ -130,7 +118,8 @@ class Codebook(nn.Module):
 
     def log_posterior(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """log p(x = k | z) for every token k, in nats, held at once: for small vocabularies."""
-        return torch.log_softmax(self.log_components(z), dim=-1)
+        densities = numerics.log_component_densities(z, self.mean, self.log_std)
+        return torch.log_softmax(densities, dim=-1)
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The most probable token of every latent vector; on ties the lowest index."""

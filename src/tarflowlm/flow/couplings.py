@@ -148,5 +148,5 @@ class Coupling(nn.Module):
 
 def coupling_class(name: str) -> type[Coupling]:
     """The coupling that `BlockConfig.coupling` calls by this name."""
-    coupling = COUPLINGS[name].coupling
+    coupling = COUPLINGS[name]
     return imported(coupling) if isinstance(coupling, str) else coupling

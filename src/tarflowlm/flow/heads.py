@@ -2,8 +2,7 @@
 
 Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width,
 G groups of C / G channels, M hidden units per group, A embedding width per group, O outputs per
-group. Parameters are group-first and contiguous, [G, B, N, O]: the elementwise kernels that read
-them are bound by memory, and the batched product writes that layout at no extra cost.
+group. Parameters are group-first and contiguous, [G, B, N, O], as the batched product writes them.
 """
 
 from collections.abc import Generator
@@ -19,14 +18,13 @@ from tarflowlm.flow import full_precision, widen
 LARGEST_LOG_STD = 8.0
 """Up to this size a log standard deviation is left as it is."""
 ROOM = 4.0
-"""Beyond it, a log standard deviation tends to the sum of both."""
+"""A larger one is at most this much above."""
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
     """x for |x| <= 8, and sign(x) (8 + 4 tanh((|x| - 8) / 4)) beyond (docs/math.md, eq. 10a).
 
     Without this bound of 12, the chain over the channels of an untrained head can grow to infinity.
-    No trained head comes near it: exp(-8) is a hundredth of the scale of a sharp code.
     """
     if x.device.type == "cpu":
         # numbers at once: comparing tensors would take longer than the search
@@ -65,17 +63,14 @@ class AutoregressiveHead(nn.Module):
         output_g += shared c + sum_{j<g} evidence_gj z_j    (first output, with linear paths)
 
     This is eq. 10 of docs/math.md. c [D] are the features of the position, z_g [C/G] the value of
-    group g, which sees c and the groups j < g of its own position, nothing else. Groups of one
-    channel serve Affine and Mix-1, groups of d channels token-affine and, inside a patch, Mix-d.
+    group g. Groups of one channel serve Affine and Mix-1, groups of d channels token-affine and,
+    inside a patch, Mix-d. Paper: appendix H, after Lippe & Gavves 2021, without linear paths and
+    with a bias in the embeddings. Linear paths start at zero; they help because evidence for a
+    component is additive in log-weights, which a small MLP learns slowly.
 
-    Paper: appendix H, after Lippe & Gavves 2021, without linear paths and with a bias in the
-    embeddings. There, too, only `cross` connects the groups. Linear paths help because evidence for
-    a component is additive in log-weights (with equal scales the Bayes update of eq. 9 is linear in
-    z_j), which a small MLP learns slowly. Both start at zero.
-
-    `outputs` lists the width O of each output tensor; each is returned as a contiguous tensor of
-    its own. The first takes the linear paths: log-weights, or means in Affine. The buffer `scale`
-    holds one fixed factor per output. `log_std_last` bounds the last output.
+    `outputs` lists the width O of each output. The first takes the linear paths: log-weights, or
+    means in Affine. The buffer `scale` holds one fixed factor per output. `log_std_last` bounds the
+    last output.
     """
 
     mask: Tensor
@@ -101,9 +96,8 @@ class AutoregressiveHead(nn.Module):
         self.embed = nn.Parameter(
             torch.randn(known, 3 * channels, shape.features) * (3 * channels) ** -0.5
         )
-        self.embed_bias = (
-            nn.Parameter(torch.zeros(known, shape.features)) if shape.embed_bias else None
-        )
+        bias = nn.Parameter(torch.zeros(known, shape.features)) if shape.embed_bias else None
+        self.embed_bias = bias
         self.cross = nn.Parameter(
             torch.randn(groups, shape.hidden, known, shape.features)
             * max(known * shape.features, 1) ** -0.5
@@ -134,7 +128,7 @@ class AutoregressiveHead(nn.Module):
         return self.cross * self.mask[:, None, :, None]
 
     def masked_evidence(self) -> Float[Tensor, "G known channels O"] | None:
-        """`evidence`, with zeros between groups that do not see each other."""
+        """`evidence`, masked likewise."""
         return None if self.evidence is None else self.evidence * self.mask[:, :, None, None]
 
     def embedded(self, values: Tensor, embed: Tensor, bias: Tensor | None) -> Tensor:
@@ -157,10 +151,7 @@ class AutoregressiveHead(nn.Module):
         return outputs
 
     def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> list[Tensor]:
-        """Parameters of all groups in parallel, each given the earlier groups of z.
-
-        One tensor [G, B, N, O] per output.
-        """
+        """Parameters of all groups, each given the earlier groups of z: [G, B, N, O] each."""
         B, N, _ = z.shape
         hidden = self.context(features).reshape(B * N, -1)
         if self.num_known:
@@ -209,16 +200,14 @@ class AutoregressiveHead(nn.Module):
 
 
 class HeadWeights:
-    """The weights of a head as `walk` reads them: [inputs, outputs], group by group, scaled.
-
-    Made once, they serve any number of positions; they keep the values and the graph of that time.
-    """
+    """The present weights of a head as `walk` reads them: [inputs, outputs], by group, scaled."""
 
     def __init__(self, head: AutoregressiveHead) -> None:
         outputs = zip(head.weights, head.biases, head.scale, strict=True)
         scaled = [zip((w * s).unbind(), (b * s).unbind(), strict=True) for w, b, s in outputs]
-        # of every group one ([M, O], [O]) per output
-        self.outputs = list(zip(*scaled, strict=True))
+        self.outputs = list(
+            zip(*scaled, strict=True)
+        )  # of every group one ([M, O], [O]) per output
         self.embed = head.embed.unbind()
         # of every group, from the groups before it: [g A, M] and [g C/G, O]
         groups = range(head.groups)
@@ -230,8 +219,8 @@ class HeadWeights:
 class TokenFeatures(nn.Module):
     """Features c_na of every token of a patch: [B, N, D] -> [B, N, P, D] (docs/math.md, eq. 16).
 
-    P = 1: the features c_n of the position. P > 1: a linear map per place a; with `in_patch` an
-    autoregressive head is added, through which place a sees the latents of the places before it.
+    P = 1: the features c_n of the position. P > 1: a linear map per place a; with `in_patch` plus
+    an autoregressive head, through which place a sees the latents of the places before it.
     """
 
     def __init__(self, *, width: int, patch: int, latent_dim: int, in_patch: bool) -> None:
@@ -239,10 +228,11 @@ class TokenFeatures(nn.Module):
         self.patch = patch
         self.head: AutoregressiveHead | None = None
         self.place: nn.Linear | None = None
-        if patch > 1:
-            self.place = nn.Linear(width, patch * width, bias=False)
-            nn.init.normal_(self.place.weight, std=width**-0.5)
-        if patch > 1 and in_patch:
+        if patch == 1:
+            return
+        self.place = nn.Linear(width, patch * width, bias=False)
+        nn.init.normal_(self.place.weight, std=width**-0.5)
+        if in_patch:
             shape = HeadShape(width=width, hidden=2 * width, features=width, linear_paths=False)
             self.head = AutoregressiveHead(
                 shape, groups=patch, channels=latent_dim, outputs=(width,)
@@ -251,7 +241,6 @@ class TokenFeatures(nn.Module):
     def forward(
         self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]
     ) -> Float[Tensor, "B N P D"]:
-        """Features of all tokens at once, from the features of the positions and the latents z."""
         B, N, D = features.shape
         if self.place is None:
             return features[:, :, None]

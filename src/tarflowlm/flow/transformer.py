@@ -1,8 +1,7 @@
 """Causal Transformer, which maps vectors to features and knows nothing of flows, and its KV cache.
 
-Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP: the trunk of every flow block
-and of the baseline. `KVCache` runs it on positions that follow cached ones, in few operations: one
-position of a small model costs less than the dispatch of its operations, so their number sets the
+Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP. `KVCache` runs it in few
+operations: one position of a small model costs less than their dispatch, so their number sets the
 time of sampling. Shape legend: B batch, N (new) positions, D width, H heads, E = D / H head width.
 """
 
@@ -27,8 +26,8 @@ def rotary_tables(positions: Tensor, num_heads: int, head_width: int) -> tuple[T
 
     Su et al. 2021.
     """
-    E = head_width
-    exponent = torch.arange(0, E, 2, device=positions.device, dtype=torch.float32) / E
+    even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
+    exponent = even / head_width
     angle = positions.float()[:, None, None] * torch.exp(-math.log(ROTARY_BASE) * exponent)
     # repeated for every head: the product with a batch then reads contiguous memory
     cos, sin = (part.expand(-1, num_heads, -1) for part in (angle.cos(), angle.sin()))
@@ -56,10 +55,7 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention.
-
-    Queries and keys are layer-normalised, which keeps training stable.
-    """
+    """Causal multi-head self-attention with layer-normalised queries and keys."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -71,7 +67,6 @@ class Attention(nn.Module):
         self.key_scale = nn.Parameter(torch.ones(self.head_width))
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, N, D] to [B, N, D], with the rotary `tables` of these positions."""
         B, N, D = x.shape
         # three products: normalising q and k, and the gradients of all three, then need no copies
         parts = (F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
@@ -120,8 +115,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """Causal layers and a final norm, [B, N, D] -> [B, N, D]; output n sees the inputs up to n.
 
-    Start: matrices are N(0, 1 / fan_in), except that matrices which write to the residual stream
-    are zero. A new Transformer is therefore the identity up to the final norm, at any depth.
+    Start: matrices are N(0, 1 / fan_in), but those that write to the residual stream are zero.
     """
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
@@ -146,9 +140,8 @@ class Transformer(nn.Module):
 
 
 LARGEST_COPY = 2**20
-"""A cache on the CPU keeps matrices of at most so many elements transposed.
-
-The product of one row and a transposed matrix is up to twice as fast.
+"""On the CPU matrices of at most so many elements are kept transposed: one row times a transposed
+matrix is up to twice as fast.
 """
 
 
@@ -175,17 +168,15 @@ def _by_inputs(weight: Tensor) -> Tensor:
 class KVCache:
     """A Transformer with the weights that it has now, and the keys and values of past positions.
 
-    It keeps no graph.
+    For `batch` rows of `capacity` positions, with the dtype and device of `like`; without a graph.
     """
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
-        """For `batch` rows of `capacity` positions, with the dtype and device of `like`."""
         config = transformer.config
         taps = transformer.input_taps
         self.weights = [LayerWeights(layer) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach()
-        # taps [D, K], the oldest position first, and inputs after K - 1 zeros: each position has a
-        # window of K inputs
+        # taps [D, K], the oldest position first, and inputs after K - 1 zeros
         self.taps = None if taps is None else taps.detach().flip(0).T.contiguous()
         self.before = max(config.input_taps - 1, 0)
         width = 0 if taps is None else config.width
@@ -197,13 +188,11 @@ class KVCache:
         self.positions = torch.arange(capacity, device=like.device)
         cos, sin = rotary_tables(self.positions, 1, config.head_width)
         self.cos, self.sin = cos.to(like.dtype), sin.to(like.dtype)
-        self.capacity = capacity
         self.length = 0
 
     def rewind(self, length: int) -> None:
-        """Keep only the first `length` positions. ValueError for more than there are."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind a cache of {self.length} positions to {length}")
+        """Keep only the first `length` positions."""
+        assert 0 <= length <= self.length
         self.length = length
 
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
@@ -220,15 +209,10 @@ class KVCache:
         self.stored = [stored[:, rows] for stored in self.stored]
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Features of N positions with inputs x, which follow the cached ones.
-
-        ValueError for more positions than fit.
-        """
+        """Features of N positions with inputs x, which follow the cached ones."""
         B, N, D = x.shape
         end = self.length + N
-        if end > self.capacity:
-            used = f"{self.length} used, {N} more requested"
-            raise ValueError(f"cache of {self.capacity} positions is full: {used}")
+        assert end <= len(self.positions), "the cache is full"
         with torch.inference_mode():
             mask = None
             if self.length and N > 1:

@@ -106,7 +106,7 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     passes = [tokens[row] for tokens in generation.passes]
     probabilities = []
     for tokens, state in zip(passes, generation.states, strict=True):
-        p = flow.codebook.log_components(state[row]).softmax(-1)
+        p = flow.codebook.log_posterior(state[row]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     rows = pass_rows(
         passes,
