@@ -19,7 +19,7 @@ from reproduction.results import write
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.model_config import as_flow_config
-from tarflowlm.presets import PAPER_CORPORA, preset
+from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.grid import CSS, Token, symbols, to_html
 from tarflowlm.views.grid import Row as TextRow
@@ -51,8 +51,8 @@ def plan_fig6(settings: Settings) -> list[Training]:
     """Flows with a plain start, Mix-d, and the judge; at paper scale the flows of both corpora."""
     if settings.scale == "paper":
         runs = {
-            f"{LABELS[kind]}, {paper.title}": preset(f"{corpus}-{kind}")
-            for corpus, paper in PAPER_CORPORA.items()
+            f"{LABELS[kind]}, {title}": preset(f"{corpus}-{kind}")
+            for corpus, title in (("text8", "TEXT8"), ("owt", "OpenWebText"))
             for kind in LABELS
         }
         return trainings(settings, runs)

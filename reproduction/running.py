@@ -14,7 +14,7 @@ from tarflowlm.config import RunConfig
 from tarflowlm.data import build_tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.language_model import seeded
-from tarflowlm.progress import Reporter
+from tarflowlm.progress import Progress
 from tarflowlm.runs.checkpoint import SUMMARY
 from tarflowlm.training.begin import check_same, is_begun
 from tarflowlm.training.optim import (
@@ -50,7 +50,7 @@ def state_of(settings: Settings, training: Training) -> State:
 def finish(
     settings: Settings,
     plan: Sequence[Training],
-    reporter: Reporter,
+    reporter: Progress,
     stop_requests: StopRequests = no_stop_requests,
 ) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""

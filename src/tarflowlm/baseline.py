@@ -109,7 +109,6 @@ class TokenLM(LanguageModel):
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Empty noise, d = 0: the baseline has no latents."""
         return torch.empty(*tokens.shape, 0, device=tokens.device)
 
     def bound(
@@ -120,7 +119,6 @@ class TokenLM(LanguageModel):
         per_token: bool = False,
         frozen: int = 0,
     ) -> Float[Tensor, "B ..."]:
-        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats."""
         nats = -self.token_log_prob(tokens)
         return nats if per_token else nats.sum(-1)
 
@@ -135,6 +133,5 @@ class TokenLM(LanguageModel):
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features of the next position, from the tokens [B, P] before it (or None)."""
         x = self.start.expand(batch, 1, -1) if previous is None else self._positions(previous)
         return cache.extend(x)[:, 0]

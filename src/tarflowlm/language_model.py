@@ -48,7 +48,10 @@ class LanguageModel(nn.Module):
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I) for a posterior sample mu_x + sigma_x eps; d = 0 for exact models."""
+        """Noise eps ~ N(0, I) for a posterior sample mu_x + sigma_x eps; d = 0 for exact models.
+
+        It is drawn on the generator's device, else on the model's.
+        """
 
     @abstractmethod
     def bound(
@@ -73,7 +76,10 @@ class LanguageModel(nn.Module):
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features of the next position, from the tokens or latents before it (or None)."""
+        """Features of the next position, from the tokens [B, P] or latents [B, C] before it.
+
+        None at the start of the sequence.
+        """
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         """The modules that train when the first `first` blocks are frozen."""

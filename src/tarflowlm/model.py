@@ -12,7 +12,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import coupling_class
-from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.plan import BlockPlan
@@ -92,14 +91,13 @@ class TarFlowLM(LanguageModel):
         if plan.index > 0 and (certainty := self.config.blocks[plan.index - 1].certainty):
             below = self.prior.block(plan.index - 1)
             assert isinstance(below.coupling, MixDCoupling)
-            below.coupling = Fills(below.coupling, certainty)
+            below.coupling.certainty = certainty
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I), drawn on the generator's device, else on the model's."""
         mean = self.codebook.mean
         return torch.randn(
             *tokens.shape,
@@ -164,7 +162,6 @@ class TarFlowLM(LanguageModel):
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:
-        """Features in block 1 of the next position, from the latents [B, C] before it (or None)."""
         return self.prior.block(0).features_at(cache, previous, batch)
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:

@@ -227,12 +227,16 @@ def coupling(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def stack(
-    couplings: Sequence[str], layers: Sequence[int], components: Sequence[int]
+    couplings: Sequence[str],
+    layers: Sequence[int],
+    components: Sequence[int],
+    start: Literal["codebook", "plain"] = "codebook",
 ) -> tuple[BlockConfig, ...]:
     """Blocks from their couplings, layers and components, block 1 first."""
     rows = zip(couplings, layers, components, strict=True)
     return tuple(
-        BlockConfig(coupling=name, layers=depth, components=count) for name, depth, count in rows
+        BlockConfig(coupling=name, layers=depth, components=count, start=start)
+        for name, depth, count in rows
     )
 
 

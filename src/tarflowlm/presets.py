@@ -12,9 +12,9 @@ from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig
 from tarflowlm.errors import UserError, guess
 from tarflowlm.model_config import (
     BaselineConfig,
+    BlockConfig,
     FlowConfig,
     TransformerConfig,
-    as_flow_config,
     stack,
 )
 
@@ -27,12 +27,11 @@ MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
 SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
 SMALL_DATA = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096, normalize="none"))
+# several passes over three million tokens, so with dropout; a stage of few steps may end worse
+# than it began, so with the best weights
 SMALL_TRAIN = TrainConfig(
     stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1, keep="best"
 )
-"""Several passes over three million tokens, so with dropout. A stage of few steps may end worse
-than it began, so with the best weights.
-"""
 
 MIXD_CODEBOOK = 0.5
 """Learning rate of a codebook that is tied to block 1, over the rate of the rest (docs/log.md)."""
@@ -47,9 +46,7 @@ CALM = 0.8
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 """The size of GPT-2 small."""
 TOKENS_AT_ONCE = 65_536
-"""Tokens of the paper's presets that one GPU of 80 GB trains on at once, by the sizes of the tensors
-that a step keeps. Several GPUs, which share a batch, need fewer parts (`train.accumulate`).
-"""
+"""Tokens of the paper's presets that one GPU of 80 GB trains on at once (`train.accumulate`)."""
 
 
 def quickstart() -> RunConfig:
@@ -67,16 +64,11 @@ def quickstart() -> RunConfig:
 
 def english_small() -> RunConfig:
     """Writes readable English with punctuation: two hours on two CPU cores, built-in corpus."""
-    blocks = stack(("mixd", "mix1", "mix1"), (6, 1, 1), (0, 2, 2))
-    model = FlowConfig(
-        context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True
-    )
-    train = replace(SMALL_TRAIN, stage_steps=(94, 3, 3))
     return RunConfig(
         name="english-small",
-        model=model,
+        model=FlowConfig(latent_dim=16, trunk=SMALL_TRUNK, reads_tokens=True),
         data=SMALL_DATA,
-        train=train,
+        train=replace(SMALL_TRAIN, stage_steps=(94, 3, 3)),
         optim=MIXD_OPTIM,
         temperature=CALM,
     )
@@ -84,7 +76,7 @@ def english_small() -> RunConfig:
 
 def english_small_ar() -> RunConfig:
     """The discrete twin of `english-small`, with as many Transformer layers, trained as long."""
-    model = BaselineConfig(context=256, trunk=SMALL_TRUNK, layers=8)
+    model = BaselineConfig(trunk=SMALL_TRUNK, layers=8)
     return RunConfig(
         name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN, temperature=CALM
     )
@@ -92,46 +84,52 @@ def english_small_ar() -> RunConfig:
 
 def mini_ar() -> RunConfig:
     """The discrete baseline at CPU size."""
-    model = BaselineConfig(context=256, trunk=MINI_TRUNK, layers=6)
+    model = BaselineConfig(trunk=MINI_TRUNK, layers=6)
     return RunConfig(name="mini-ar", model=model, train=MINI_TRAIN, temperature=CALM)
 
 
 def mini_affine() -> RunConfig:
     """Three affine blocks with as many Transformer layers together as the baseline."""
-    return _mini_joint("mini-affine", "affine", (1, 1, 1), PLAIN_OPTIM)
+    blocks = stack(("affine",) * 3, (4, 1, 1), (1, 1, 1))
+    return _mini_joint("mini-affine", blocks, PLAIN_OPTIM)
 
 
 def mini_mix1() -> RunConfig:
     """Three Mix-1 blocks with as many Transformer layers together as the baseline."""
-    return _mini_joint("mini-mix1", "mix1", (27, 2, 2), OptimConfig(codebook_lr_scale=0.05))
+    blocks = stack(("mix1",) * 3, (4, 1, 1), (27, 2, 2))
+    return _mini_joint("mini-mix1", blocks, OptimConfig(codebook_lr_scale=0.05))
 
 
 def mini_mix1_plain() -> RunConfig:
     """`mini-mix1` without the start from the codebook, as in the paper."""
-    run = mini_mix1()
-    model = as_flow_config(run.model)
-    blocks = (replace(model.blocks[0], start="plain"), *model.blocks[1:])
-    return replace(
-        run, name="mini-mix1-plain", model=replace(model, blocks=blocks), optim=PLAIN_OPTIM
-    )
-
-
-def mini_mixd() -> RunConfig:
-    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one layer."""
-    return _mini_mixd("mini-mixd", 1)
-
-
-def mini_mixd_deep() -> RunConfig:
-    """`mini-mixd` with six layers in block 1: two more than the baseline has over the stack."""
-    return _mini_mixd("mini-mixd-deep", 1, layers=(6, 1, 1))
+    blocks = stack(("mix1",) * 3, (4, 1, 1), (27, 2, 2), start="plain")
+    return _mini_joint("mini-mix1-plain", blocks, PLAIN_OPTIM)
 
 
 def mini_mix1_deep_last() -> RunConfig:
     """Mix-1 with the paper's shares of layers, without the start from the codebook."""
-    run = mini_mix1_plain()
-    first, *upper = stack(("mix1",) * 3, (1, 1, 4), (27,) * 3)
-    model = replace(as_flow_config(run.model), blocks=(replace(first, start="plain"), *upper))
-    return replace(run, name="mini-mix1-deep-last", model=model)
+    blocks = stack(("mix1",) * 3, (1, 1, 4), (27,) * 3, start="plain")
+    return _mini_joint("mini-mix1-deep-last", blocks, PLAIN_OPTIM)
+
+
+def mini_mixd() -> RunConfig:
+    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one layer."""
+    return _mini_mixd("mini-mixd")
+
+
+def mini_mixd_deep() -> RunConfig:
+    """`mini-mixd` with six layers in block 1: two more than the baseline has over the stack."""
+    return _mini_mixd("mini-mixd-deep", layers=6)
+
+
+def mini_mixd_p2() -> RunConfig:
+    """`mini-mixd` with two tokens per position."""
+    return _mini_mixd("mini-mixd-p2", patch=2)
+
+
+def mini_mixd_p4() -> RunConfig:
+    """`mini-mixd` with four tokens per position."""
+    return _mini_mixd("mini-mixd-p4", patch=4)
 
 
 def mini_passes() -> RunConfig:
@@ -140,37 +138,27 @@ def mini_passes() -> RunConfig:
     The last Mix-d block writes a text with gaps, for letters that follow from the letters before
     them. The other block fills these in.
     """
-    run = _mini_mixd("mini-passes", 1)
-    first, last = stack(("mixd",) * 2, (1, 5), (0,) * 2)
-    model = as_flow_config(run.model)
-    model = replace(
-        model, blocks=(replace(first, certainty=0.991), last), channel_mix=None, alternate=False
-    )
-    return replace(run, model=model, train=replace(run.train, stage_steps=(600, MINI_STEPS)))
-
-
-def mini_mixd_p2() -> RunConfig:
-    """`mini-mixd` with two tokens per position."""
-    return _mini_mixd("mini-mixd-p2", 2)
-
-
-def mini_mixd_p4() -> RunConfig:
-    """`mini-mixd` with four tokens per position."""
-    return _mini_mixd("mini-mixd-p4", 4)
-
-
-def _mini_joint(
-    name: str, coupling: str, components: tuple[int, ...], optim: OptimConfig
-) -> RunConfig:
+    first, last = stack(("mixd",) * 2, (1, 5), (0, 0))
+    run = mini_mixd()
     model = FlowConfig(
-        context=256, trunk=MINI_TRUNK, blocks=stack((coupling,) * 3, (4, 1, 1), components)
+        trunk=MINI_TRUNK,
+        blocks=(replace(first, certainty=0.991), last),
+        channel_mix=None,
+        alternate=False,
+        reads_tokens=True,
     )
+    train = replace(MINI_TRAIN, stage_steps=(600, MINI_STEPS))
+    return replace(run, name="mini-passes", model=model, train=train)
+
+
+def _mini_joint(name: str, blocks: tuple[BlockConfig, ...], optim: OptimConfig) -> RunConfig:
+    model = FlowConfig(trunk=MINI_TRUNK, blocks=blocks)
     return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
 
-def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> RunConfig:
-    blocks = stack(("mixd", "mix1", "mix1"), layers, (0, 2, 2))
-    model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch, blocks=blocks, reads_tokens=True)
+def _mini_mixd(name: str, *, layers: int = 4, patch: int = 1) -> RunConfig:
+    blocks = stack(("mixd", "mix1", "mix1"), (layers, 1, 1), (0, 2, 2))
+    model = FlowConfig(trunk=MINI_TRUNK, patch=patch, blocks=blocks, reads_tokens=True)
     train = replace(MINI_TRAIN, stage_steps=(MINI_STEPS, 300, 300))
     return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM, temperature=CALM)
 
@@ -178,7 +166,6 @@ def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> Ru
 class _Corpus(NamedTuple):
     """What the paper's set-up takes from a corpus."""
 
-    title: str
     data: DataConfig
     context: int
     latent_dim: int
@@ -192,10 +179,8 @@ class _Corpus(NamedTuple):
     """K of the Mix-1 blocks above Mix-d."""
 
 
-_GPT2 = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
 PAPER_CORPORA = {
     "text8": _Corpus(
-        title="TEXT8",
         data=DataConfig(source="text8"),
         context=256,
         latent_dim=5,
@@ -206,8 +191,10 @@ PAPER_CORPORA = {
         upper_components=2,
     ),
     "owt": _Corpus(
-        title="OpenWebText",
-        data=DataConfig(source="openwebtext", tokenizer=_GPT2),
+        data=DataConfig(
+            source="openwebtext",
+            tokenizer=TokenizerConfig(kind="bpe", source="gpt2", normalize="none"),
+        ),
         context=1024,
         latent_dim=16,
         steps=200_000,
@@ -233,22 +220,10 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
     which the paper points: a constant rate and averaged weights over a million steps, of which the
     stages of Mix-d have 5/7, 1/7 and 1/7.
     """
-    train = TrainConfig(
-        mode="joint",
-        stage_steps=(corpus.steps,),
-        batch_size=corpus.batch_size,
-        precision="bfloat16",
-        keep="best",
-        dropout=corpus.dropout,
-        evaluate_every=2000,
-        evaluate_windows=512,
-        checkpoint_every=2000,
-        log_every=50,
-    )
+    steps, batch_size = corpus.steps, corpus.batch_size
     optim = OptimConfig(lr=1e-3, warmup=0.01)
     if is_adamw:
-        steps = 714_286 if kind == "mixd" else 1_000_000
-        train = replace(train, stage_steps=(steps,), batch_size=512, dropout=0.1, ema=0.9999)
+        steps, batch_size = (714_286 if kind == "mixd" else 1_000_000), 512
         optim = OptimConfig(
             optimizer="adamw",
             lr=3e-4,
@@ -257,13 +232,23 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
             warmup=2500 / steps,
             decay=0.0,
         )
-    train = replace(train, accumulate=train.batch_size * corpus.context // TOKENS_AT_ONCE)
-    if kind == "mixd":
-        (steps,) = train.stage_steps
-        train = replace(train, mode="progressive", stage_steps=(steps, steps // 5, steps // 5))
     if kind != "ar":
         scale = MIXD_CODEBOOK if kind == "mixd" else PLAIN_CODEBOOK
         optim = replace(optim, codebook_lr_scale=scale)
+    train = TrainConfig(
+        mode="progressive" if kind == "mixd" else "joint",
+        stage_steps=(steps, steps // 5, steps // 5) if kind == "mixd" else (steps,),
+        batch_size=batch_size,
+        accumulate=batch_size * corpus.context // TOKENS_AT_ONCE,
+        precision="bfloat16",
+        keep="best",
+        dropout=0.1 if is_adamw else corpus.dropout,
+        ema=0.9999 if is_adamw else 0.0,
+        evaluate_every=2000,
+        evaluate_windows=512,
+        checkpoint_every=2000,
+        log_every=50,
+    )
     model = _paper_model(corpus, kind)
     return RunConfig(name=name, model=model, data=corpus.data, optim=optim, train=train)
 
@@ -276,8 +261,7 @@ def _paper_model(corpus: _Corpus, kind: str) -> BaselineConfig | FlowConfig:
         blocks = stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper))
     else:
         components = corpus.components if kind == "mix1" else 1
-        blocks = stack((kind,) * 3, (2, 2, 8), (components,) * 3)
-        blocks = tuple(replace(block, start="plain") for block in blocks)
+        blocks = stack((kind,) * 3, (2, 2, 8), (components,) * 3, start="plain")
     return FlowConfig(
         context=corpus.context,
         latent_dim=corpus.latent_dim,
@@ -291,12 +275,11 @@ def _paper_model(corpus: _Corpus, kind: str) -> BaselineConfig | FlowConfig:
 def _paper_preset(corpus: str, kind: str, recipe: str) -> Callable[[], RunConfig]:
     def make() -> RunConfig:
         name = f"{corpus}-{kind}{recipe}"
-        return _paper(name, PAPER_CORPORA[corpus], kind, is_adamw=recipe == "-adamw")
+        return _paper(name, PAPER_CORPORA[corpus], kind, is_adamw=bool(recipe))
 
-    size = "at the size of GPT-2 small"
-    if recipe:
-        size += ", a million steps of AdamW"
-    make.__doc__ = f"The paper's set-up on {PAPER_CORPORA[corpus].title}, {size}: {_KINDS[kind]}."
+    how = ", a million steps of AdamW" if recipe else ""
+    source = PAPER_CORPORA[corpus].data.source
+    make.__doc__ = f"The paper's set-up on {source}, as large as GPT-2 small{how}: {_KINDS[kind]}."
     return make
 
 
@@ -323,8 +306,6 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     for recipe in ("", "-adamw")
     for kind in _KINDS
 }
-
-
 FOR_CPU = (
     "quickstart",
     "english-small",

@@ -20,7 +20,7 @@ from tarflowlm.data import (
 )
 from tarflowlm.data.splits import SPLITS
 from tarflowlm.errors import UserError
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 
 CHARS = TokenizerConfig()
 BYTES = TokenizerConfig(kind="byte", normalize="none")
@@ -70,7 +70,7 @@ class Stopped(Exception):
     pass
 
 
-class Stopping(Silent):
+class Stopping(Progress):
     """Stops a preparation as it begins to encode for the `stages`-th time."""
 
     def __init__(self, stages: int) -> None:

@@ -10,7 +10,7 @@ from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
 from tarflowlm.editing import EDITS, Source, encode, options_of
 from tarflowlm.errors import UserError
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 
 TEXT = "The king saw the other King"
 WORD_PIECES = train_bpe(
@@ -18,7 +18,7 @@ WORD_PIECES = train_bpe(
 )
 
 
-class Stages(Silent):
+class Stages(Progress):
     """Checks that every stage gets as many units as were announced."""
 
     total = count = 0

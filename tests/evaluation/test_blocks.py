@@ -18,7 +18,7 @@ from tarflowlm.evaluation.blocks import (
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 
 FLOWS = {
     "affine": {"couplings": ("affine", "affine")},
@@ -115,7 +115,7 @@ def test_gains_add_up_to_what_the_blocks_lower(model, windows):
 def test_batches_draw_the_noise_of_evaluate():
     model = tiny_flow().eval()
     windows = torch.randint(5, (1500, 8), generator=torch.Generator().manual_seed(4))
-    seen, progress = [], Silent()
+    seen, progress = [], Progress()
     progress.advance = seen.append
     report = latent_report(model, windows, seed=3, progress=progress)
     assert seen == [1024, 476]

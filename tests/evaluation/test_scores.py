@@ -10,7 +10,7 @@ from tarflowlm.data import sliding_windows
 from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.evaluation.scores import score, scores
 from tarflowlm.objective import elbo
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 
 ONE_EACH = torch.ones(5, dtype=torch.int64)
 
@@ -53,7 +53,7 @@ def test_long_texts_are_scored_as_evaluate_scores_their_windows(couplings, strid
     model, tokens = tiny_flow(couplings=couplings).eval(), text(32)
     windows, given = sliding_windows(tokens.numpy(), 8, stride)
     result, seen = evaluate(model, windows, ONE_EACH, given=given, samples=3, seed=5), []
-    progress = Silent()
+    progress = Progress()
     progress.advance = seen.append
     found = score(model, tokens, samples=3, seed=5, progress=progress)
     assert result.tokens == 32
@@ -111,7 +111,7 @@ def test_many_texts_have_the_bits_of_one_after_the_other(name):
     """With one window or several, of equal lengths or not, in any order."""
     model = MODELS[name].eval()
     texts = [text(length, seed=seed) for seed, length in enumerate((3, 21, 8, 1, 8, 33, 21, 3))]
-    progress, seen = Silent(), []
+    progress, seen = Progress(), []
     progress.advance = seen.append
     alone = [score(model, tokens, samples=2, seed=4, progress=progress) for tokens in texts]
     windows, batches = sum(seen), len(seen)

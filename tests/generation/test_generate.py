@@ -10,7 +10,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.inversion import invert_stack
 from tarflowlm.generation.writing import num_positions
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 
 
 def sample(model: nn.Module, seed: int = 0, **options) -> Generation:
@@ -102,7 +102,7 @@ def test_passes_lead_from_noise_to_the_text(model):
     torch.testing.assert_close(u, result.states[0], rtol=1e-6, atol=1e-6)
 
 
-class Count(Silent):
+class Count(Progress):
     """Counts how often it is advanced."""
 
     count = 0

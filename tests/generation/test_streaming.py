@@ -10,7 +10,7 @@ from helpers import tiny_ar, tiny_flow
 from tarflowlm.generation import Generation, generate, generate_steps
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 
 MODELS = {
     "ar": {},
@@ -98,7 +98,7 @@ def test_particles_and_blanks_yield_the_text_that_is_written(options, model):
     yielded(model, num_tokens=8, **options)
 
 
-class Threads(Silent):
+class Threads(Progress):
     """Notes the threads of every piece of work."""
 
     def __init__(self) -> None:

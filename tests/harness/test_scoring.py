@@ -12,14 +12,14 @@ from tarflowlm.generation import generate
 from tarflowlm.harness.scoring import Piece, TextScorer
 from tarflowlm.objective import conditional_bound
 from tarflowlm.pretrained import Pretrained
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 from tarflowlm.texts import Writing
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"
 TOKENIZER = CharTokenizer(TEXT8_ALPHABET)
 
 
-class Count(Silent):
+class Count(Progress):
     done = 0
     total: int | None = None
 

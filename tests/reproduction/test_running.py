@@ -21,7 +21,7 @@ from reproduction.settings import Settings
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.progress import SILENT, Silent
+from tarflowlm.progress import SILENT, Progress
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
 
@@ -120,7 +120,7 @@ def settings(tmp_path, corpus_file) -> Settings:
     return Settings(scale="mini", out=tmp_path / "out", data=str(corpus_file), seeds=2)
 
 
-class StopAt5(Silent):
+class StopAt5(Progress):
     def record(self, record) -> None:
         if record["step"] == 5:
             raise EOFError

@@ -15,7 +15,7 @@ from helpers import FLOW, TRUNK
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 from tarflowlm.training import train as training
 from tarflowlm.training import validation
 from tarflowlm.training.optim import build_optimizers, norms, take_step
@@ -72,7 +72,7 @@ class Stop(Exception):
     pass
 
 
-class Stopper(Silent):
+class Stopper(Progress):
     def __init__(self) -> None:
         self.steps, self.training = 0, False
 

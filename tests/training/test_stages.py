@@ -16,7 +16,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import optim
 from tarflowlm.training.parallel import parallelise
@@ -49,7 +49,7 @@ TRAIN_KEYS = {
 VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
 
 
-class Watcher(Silent):
+class Watcher(Progress):
     """Keeps the weights on disk at the start of every stage, and the parts of the run."""
 
     def __init__(self, directory: Path) -> None:

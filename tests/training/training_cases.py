@@ -13,7 +13,7 @@ from safetensors import safe_open
 from helpers import FLOW, TRUNK, metrics_of
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.model_config import BaselineConfig, stack
-from tarflowlm.progress import SILENT, Reporter, Silent
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.train import train
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def tiny_baseline(text: Path, **fields: Any) -> RunConfig:
 
 
 def go(
-    run: RunConfig | None, out: Path, reporter: Reporter = SILENT, **options: Any
+    run: RunConfig | None, out: Path, reporter: Progress = SILENT, **options: Any
 ) -> dict[str, Any]:
     """Train on the CPU."""
     return train(run, out, device=CPU, reporter=reporter, **options)
@@ -72,7 +72,7 @@ class Killed(BaseException):
     """Like a kill: no `except Exception` may swallow it."""
 
 
-class Killer(Silent):
+class Killer(Progress):
     """Counts what a run reports (its stages, steps, records and test windows) and dies at event
     `at`.
 

@@ -28,8 +28,6 @@ def spread_means(num_components: int, dim: int) -> Tensor:
             chosen.append(int(distance.argmax()))
             distance = torch.minimum(distance, (candidates - candidates[chosen[-1]]).norm(dim=-1))
         points = candidates[chosen]
-    if num_components == 1:
-        return torch.zeros(1, dim)
     points = points - points.mean(0)
     return points / points.std(0, unbiased=False).clamp_min(1e-3)
 

@@ -37,7 +37,7 @@ class MixDCoupling(Coupling):
     All positions share one codebook, and the network predicts only the K weights of each token from
     its own features (`TokenFeatures`). `tied` is the encoder's codebook (K = V), maybe with a
     component of noise (K = V + 1); without it the coupling owns a codebook. Paper: section 3.2.2,
-    appendix B.
+    appendix B. `certainty` is ours.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -49,6 +49,11 @@ class MixDCoupling(Coupling):
         >>> expected = log_det + numerics.log_standard_normal(u).sum(-1)
         >>> torch.allclose(mixd.log_prob(z, features), expected, atol=1e-4)
         True
+    """
+
+    certainty = 0.0
+    """With blocks above: map only tokens of which one component has a weight above this
+    (docs/math.md, eq. 9a). The choice depends on the latents before, so the map stays a flow.
     """
 
     def __init__(
@@ -110,12 +115,30 @@ class MixDCoupling(Coupling):
 
     def extra_repr(self) -> str:
         tie = "own" if self.own is not None else "tied"
-        return f"{self.weight_head.out_features} {tie} components, patch={self.patch}"
+        shape = f"{self.weight_head.out_features} {tie} components, patch={self.patch}"
+        return f"{shape}, certainty={self.certainty}"
 
     def conditional(
         self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
     ) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
+        if not self.certainty:
+            return self._mixture(log_w, adjust)
+        num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
+        largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
+        sure = (largest > self.certainty).nonzero()[:, 0]
+        mixture = self._mixture(log_w[sure], adjust)
+
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            u, log_det = mixture.forward(z[sure])
+            return z.index_copy(0, sure, u), z.new_zeros(len(z)).index_copy(0, sure, log_det)
+
+        def inverse(u: Tensor) -> Tensor:
+            return u.index_copy(0, sure, mixture.inverse(u[sure])) if len(sure) else u
+
+        return Conditional(forward, inverse)
+
+    def _mixture(self, log_w: Tensor, adjust: AdjustWeights | None) -> Conditional:
         mean, log_std = self.components.mean, self.components.log_std
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +184,8 @@ class MixDCoupling(Coupling):
             return self.conditional(log_w).forward(z)
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
+        if self.certainty:
+            return super().log_prob(z, features)
         return self._log_density(z, features, relative=False)
 
     def log_density_ratio(self, z: Latents, features: Features) -> ByPosition:

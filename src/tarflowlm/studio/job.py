@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from tarflowlm.errors import UserError
-from tarflowlm.progress import Silent
+from tarflowlm.progress import Progress
 
 R = TypeVar("R")
 
@@ -23,7 +23,7 @@ class Halted(Exception):
     """Raised in the work once the visitor has left."""
 
 
-class Job(Silent, Generic[R]):
+class Job(Progress, Generic[R]):
     """A function that runs on a thread, with the job as its `Progress`.
 
     It can be stopped wherever it advances.

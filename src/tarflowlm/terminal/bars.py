@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +23,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 from rich.text import Text
+
+from tarflowlm import progress
 
 NUMBER = 14
 """Characters of the longest cell that is kept on one line."""
@@ -140,7 +142,7 @@ class _Numbers(ProgressColumn):
         return Text(f"{count}, {details}" if details else count)
 
 
-class Bars:
+class Bars(progress.Progress):
     """The `Progress` of the command line, one stage of work after the other, as a context."""
 
     keep = False
@@ -234,7 +236,7 @@ class ProgressReporter(Bars):
         self._shown: dict[str, str] = {}
         super().stage(name, total, done)
 
-    def record(self, record: dict[str, Any]) -> None:
+    def record(self, record: progress.Record) -> None:
         """Show the numbers of a line of metrics.jsonl."""
         if record["split"] == "train":
             self._shown["train"] = f"train {record['bpc']:.3f} bpc"

@@ -15,7 +15,7 @@ from typing import TextIO, TypeVar
 
 from tarflowlm.config import RunConfig, TrackerName
 from tarflowlm.errors import UserError
-from tarflowlm.progress import Record, Reporter
+from tarflowlm.progress import Progress, Record
 from tarflowlm.schema import to_dict
 
 METRICS = "metrics.jsonl"
@@ -35,7 +35,7 @@ class MetricsLog:
     Until it is opened, records go to the reporter alone.
     """
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Progress) -> None:
         self.reporter = reporter
         self.trackers: dict[str, Tracker] = {}
         self._file: TextIO | None = None

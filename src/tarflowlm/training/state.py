@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.progress import Reporter
+from tarflowlm.progress import Progress
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import Processes
 
@@ -31,7 +31,7 @@ class Job:
     device: torch.device
     processes: Processes
     compiles: bool  # whether Transformer layers are compiled
-    reporter: Reporter
+    reporter: Progress
     log: MetricsLog
     stop_signal: Callable[[], str | None]  # why this process was asked to stop, or None
     writer: ThreadPoolExecutor  # one thread, which writes checkpoints while training continues

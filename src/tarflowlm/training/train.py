@@ -26,7 +26,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.progress import SILENT, Record, Reporter
+from tarflowlm.progress import SILENT, Progress, Record
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog
@@ -61,7 +61,7 @@ def train(
     out: Path,
     *,
     device: torch.device,
-    reporter: Reporter = SILENT,
+    reporter: Progress = SILENT,
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
     parent: Checkpoint | None = None,
