@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tarflowlm import chunks
 from tarflowlm.errors import UserError
@@ -95,12 +94,7 @@ class TokenLM(LanguageModel):
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
         rows = chunks.rows_at_once(self.config.vocab_size, chunks.LOGITS)
-        if len(inputs) <= rows:
-            return -self._nll(inputs, targets).view(tokens.shape)
-        parts = [
-            checkpoint(self._nll, *pair, use_reentrant=False, preserve_rng_state=False)
-            for pair in zip(inputs.split(rows), targets.split(rows), strict=True)
-        ]
+        parts = chunks.in_parts(self._nll, rows, inputs, targets)
         return -torch.cat(parts).view(tokens.shape)
 
     def _nll(self, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -14,9 +14,14 @@ of another size. The sizes that matter:
 The others are round numbers, good to a factor of two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Result = TypeVar("Result")
 
 CACHED = 2**16
 """Elements per thread of one buffer on a CPU: 256 KiB of float32, five to a cache of 2 MiB."""
@@ -53,6 +58,19 @@ def row_ranges(rows: int, elements_per_row: int, budget: int) -> Iterator[slice]
     size = rows_at_once(elements_per_row, budget)
     for start in range(0, rows, size):
         yield slice(start, min(rows, start + size))
+
+
+def in_parts(function: Callable[..., Result], rows: int, *tensors: Tensor) -> list[Result]:
+    """`function` of the tensors, at most `rows` rows at a time.
+
+    The backward pass computes several parts again, so that none keeps its activations.
+    """
+    parts = list(zip(*(t.split(rows) for t in tensors), strict=True))
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return [function(*part) for part in parts]
+    return [
+        checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+    ]
 
 
 def held(device: torch.device) -> int:

@@ -141,7 +141,7 @@ class TarFlowLM(LanguageModel):
         if self.num_blocks == 1 and isinstance(tied, MixDCoupling) and tied.is_tied and not frozen:
             with full_precision(noise):
                 z = self.prior.patch(self.codebook.encode(tokens, noise))
-            return -self._summed([tied.log_density_ratio(z, block.features(z))], per_token)
+            return -self._summed([tied.log_prob(z, block.features(z), relative=True)], per_token)
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)
             log_normaliser = self.codebook.log_normaliser(z)
@@ -168,10 +168,9 @@ class TarFlowLM(LanguageModel):
         return self.prior.blocks[first:] if first else (self,)
 
 
-NO_LATENTS = "this model is the discrete baseline, which has no latents: give a TarFlowLM"
-
-
-def as_flow(model: LanguageModel, refusal: str = NO_LATENTS) -> TarFlowLM:
+def as_flow(
+    model: LanguageModel, refusal: str = "the discrete baseline has no latents: give a TarFlowLM"
+) -> TarFlowLM:
     """`model`, narrowed to TarFlowLM. UserError `refusal` for the baseline."""
     check_model(model)
     if not isinstance(model, TarFlowLM):

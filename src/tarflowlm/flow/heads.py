@@ -46,13 +46,12 @@ class HeadShape:
     features: int
     """Embedding width per group, A."""
     linear_paths: bool = True
-    """Add linear paths from the features and the earlier groups to the first output."""
     embed_bias: bool = False
     """Give the embeddings a bias, as in the paper's head, which has no linear paths."""
     autoregressive: bool = True
-    """Let a group see the earlier groups of its position. False: it depends on the features."""
+    """Let a group see the earlier groups of its position, or the features alone."""
     tokens: Tensor | None = None
-    """The token [G] of every group: a group then sees the earlier groups of its own token alone."""
+    """The token [G] of every group, which then sees the groups of its own token alone."""
 
 
 class AutoregressiveHead(nn.Module):

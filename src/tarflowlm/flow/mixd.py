@@ -7,7 +7,6 @@ for only some tokens at a time (`chunks.held`). Shape legend: as in `couplings`.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tarflowlm import chunks
 from tarflowlm.flow import full_precision, numerics, widen
@@ -160,17 +159,8 @@ class MixDCoupling(Coupling):
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)
-        rows = self._held_rows(z)
-        z_parts = z.reshape(-1, self.latent_dim).split(rows)
-        parts = list(zip(z_parts, token_features.split(rows), strict=True))
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            mapped = [self._map(*part) for part in parts]
-        else:
-            # recomputed part by part, so that no [tokens, K] tensor is kept for the backward pass
-            mapped = [
-                checkpoint(self._map, *part, use_reentrant=False, preserve_rng_state=False)
-                for part in parts
-            ]
+        tokens = z.reshape(-1, self.latent_dim)
+        mapped = chunks.in_parts(self._map, self._held_rows(z), tokens, token_features)
         u = torch.cat([u for u, _ in mapped])
         log_det = torch.cat([log_det for _, log_det in mapped])
         return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
@@ -183,19 +173,14 @@ class MixDCoupling(Coupling):
         with full_precision(z):
             return self.conditional(log_w).forward(z)
 
-    def log_prob(self, z: Latents, features: Features) -> ByPosition:
+    def log_prob(self, z: Latents, features: Features, *, relative: bool = False) -> ByPosition:
+        """log p(z_n | c_n) of every position, in nats.
+
+        With `relative` minus log prod_t sum_k N_k(z_t) (docs/math.md, eq. 12), in the same pass over
+        the codebook.
+        """
         if self.certainty:
             return super().log_prob(z, features)
-        return self._log_density(z, features, relative=False)
-
-    def log_density_ratio(self, z: Latents, features: Features) -> ByPosition:
-        """log p(z_n | c_n) - log prod_t sum_k N_k(z_t) of every position, in nats.
-
-        docs/math.md, eq. 12; one pass over the codebook gives both terms.
-        """
-        return self._log_density(z, features, relative=True)
-
-    def _log_density(self, z: Tensor, features: Tensor, *, relative: bool) -> Tensor:
         return numerics.mixture_log_prob_from_features(
             z.unflatten(-1, (self.patch, self.latent_dim)),
             self.token_features(features, z),
@@ -209,8 +194,7 @@ class MixDCoupling(Coupling):
     def invert(
         self, u: OneLatent, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> OneLatent:
-        rows = self._held_rows(u)
-        if len(u) > rows:
-            parts = zip(u.split(rows), features.split(rows), strict=True)
-            return torch.cat([self.invert(*part, adjust) for part in parts])
-        return super().invert(u, features, adjust)
+        def invert(u: Tensor, features: Tensor) -> Tensor:
+            return Coupling.invert(self, u, features, adjust)
+
+        return torch.cat(chunks.in_parts(invert, self._held_rows(u), u, features))

@@ -85,9 +85,9 @@ class Layer(nn.Module):
     """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     keeps_activations = True
-    """False: keep the input alone for the backward pass, which recomputes the rest."""
+    """False: the backward pass recomputes all from the input."""
     dropout = 0.0
-    """Share of the outputs of attention and MLP that is dropped, in training mode."""
+    """Share of the outputs of attention and MLP that is dropped in training."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.fills import Fills
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model import TarFlowLM
@@ -227,7 +227,8 @@ class _Inversion:
         show as well as many that they do not. No clock is read, so that the same noise takes the
         same path everywhere.
         """
-        if isinstance(self.block.coupling, Fills):
+        coupling = self.block.coupling
+        if isinstance(coupling, MixDCoupling) and coupling.certainty:
             return len(self.h) <= FEW_SEQUENCES
         start = self.at + SHORTEST_NEWTON
         if not self.takes_newton or start > self.num_positions:

@@ -36,7 +36,6 @@ from tarflowlm.config import TrainConfig
 from tarflowlm.device import missing_for_compilation
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
 
@@ -317,8 +316,6 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
             )
         if isinstance(module, Coupling):  # the last block uses only `log_prob`
             register_fsdp_forward_method(module, "log_prob")
-        if isinstance(module, MixDCoupling):  # which alone, if it is tied, uses this
-            register_fsdp_forward_method(module, "log_density_ratio")
     fully_shard(bound, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
 
