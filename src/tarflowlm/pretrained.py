@@ -5,74 +5,39 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from tarflowlm.checks import as_integer, check_type
 from tarflowlm.config import (
-    TEXT8_ALPHABET,
-    DataConfig,
-    Decoder,
-    Kind,
     RunConfig,
-    TokenizerConfig,
-    TrainConfig,
 )
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
-from tarflowlm.editing import Pick
 from tarflowlm.errors import UserError
-from tarflowlm.generation.inversion import Decoders
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
+from tarflowlm.model_config import LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
+from tarflowlm.runs.own import OWN, own_run
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
-from tarflowlm.texts import Edit, Score, Scored, Writing, as_texts
+from tarflowlm.texts import (
+    Edit,
+    EditOptions,
+    Score,
+    Scored,
+    Writing,
+    WritingOptions,
+    as_texts,
+)
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
-_OWN = Path(os.devnull, "own")
-"""The directory of a model that was not loaded: below a file, where nothing can be."""
-
-
-class WritingOptions(TypedDict, total=False):
-    """The options of `write`, `fill` and `stream`: fields of `texts.Writing`."""
-
-    num_tokens: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    particles: int | None
-    decoder: Decoders
-    blank: str
-    stop: str | Sequence[str]
-    seed: int
-
-
-class EditOptions(TypedDict, total=False):
-    """The options of `edit`: fields of `texts.Edit`."""
-
-    rewrite: str | Sequence[str] | None
-    everywhere: bool
-    replace: tuple[str, str] | None
-    around: int | None
-    counterfactual: tuple[str, str] | None
-    toward: str | None
-    level: int | None
-    strength: float | None
-    words: int | None
-    pick: Pick | None
-    weight: float | None
-    candidates: int | None
-    temperature: float | None
-    decoder: Decoder | None
-    seed: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +55,7 @@ class Pretrained(Checkpoint):
     run: RunConfig = field(default=None)  # type: ignore[assignment]
     """The configuration of its training; for a model of one's own, one with its shape."""
     info: dict[str, str] = field(default_factory=dict)
-    directory: Path = _OWN
+    directory: Path = OWN
 
     def __post_init__(self) -> None:
         check_type(self.model, "model", LanguageModel, "give a module of tarflowlm")
@@ -102,19 +67,13 @@ class Pretrained(Checkpoint):
             )
         self.model.eval()
         if self.run is None:
-            object.__setattr__(self, "run", _own_run(self.model, self.tokenizer))
+            object.__setattr__(self, "run", own_run(self.model, self.tokenizer))
             object.__setattr__(self, "info", {"blocks": str(self.model.num_blocks)})
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Pretrained":
         """A loaded run directory (`runs.checkpoint.load_checkpoint`) with the methods below."""
-        return cls(
-            checkpoint.model,
-            checkpoint.tokenizer,
-            checkpoint.run,
-            checkpoint.info,
-            checkpoint.directory,
-        )
+        return cls(**vars(checkpoint))
 
     def __iter__(self) -> Iterator[Any]:
         """The model and its tokenizer."""
@@ -236,17 +195,17 @@ class Pretrained(Checkpoint):
         return found[0] if isinstance(text, str) else found
 
     @overload
-    def encode(self, text: str, *, name: str = "text") -> Tensor: ...
+    def encode(self, text: str) -> Tensor: ...
 
     @overload
-    def encode(self, text: Several, *, name: str = "text") -> list[Tensor]: ...
+    def encode(self, text: Several) -> list[Tensor]: ...
 
-    def encode(self, text: str | Several, *, name: str = "text") -> Tensor | list[Tensor]:
+    def encode(self, text: str | Several) -> Tensor | list[Tensor]:
         """Token ids [T] of a text; of a list of texts, a list of such tensors.
 
-        UserError, calling the text `name`, for characters that the tokenizer lacks.
+        UserError for characters that the tokenizer lacks.
         """
-        found = [read(self.tokenizer, one, name=name).tokens for one in as_texts(text, name)]
+        found = [read(self.tokenizer, one).tokens for one in as_texts(text, "text")]
         return found[0] if isinstance(text, str) else found
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
@@ -413,25 +372,6 @@ def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:
                 f"{name}: a run has no such field; `tarflowlm train PRESET --help` lists them"
             ) from None
     return from_dict(RunConfig, changed, "run")
-
-
-def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
-    """The configuration with which a model of one's own is saved and tuned."""
-    config = model.config
-    assert isinstance(config, FlowConfig | BaselineConfig)
-    alphabet = "".join(tokenizer.symbols) if tokenizer.kind == "char" else TEXT8_ALPHABET
-    how = TokenizerConfig(
-        kind=cast(Kind, tokenizer.kind),
-        alphabet=alphabet,
-        source="own" if tokenizer.kind == "bpe" else "",
-        normalize=tokenizer.normalization,
-    )
-    return RunConfig(
-        name="own",
-        model=config,
-        data=DataConfig(source="own", tokenizer=how),
-        train=TrainConfig(stage_steps=(1000,) * model.num_blocks),
-    )
 
 
 def _prompts(prompt: str | Several | None) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import signal
 import pytest
 
 from tarflowlm import chunks
-from tarflowlm import texts as requests
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.data.streaming import first_stop
+from tarflowlm.texts import writing
 
 MODELS = ("ar", "patches")
 STEPS = ("--decoder", "steps")
@@ -138,7 +138,7 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
     calls: list[int] = []
-    generate = requests.generate
+    generate = writing.generate
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -146,7 +146,7 @@ def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypat
             signal.raise_signal(number)
         return generate(*args, **options)
 
-    monkeypatch.setattr(requests, "generate", interrupted)
+    monkeypatch.setattr(writing, "generate", interrupted)
     argv, out = ["sample", model, "--num", 9, *STEPS], tmp_path / "out.jsonl"
     done = run(*argv, "--out", out)
     assert done.status == 130

@@ -1,0 +1,70 @@
+"""Requests to score: the bits of every token of texts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tarflowlm.checks import as_integer
+from tarflowlm.config import Normalization
+from tarflowlm.data.prompts import Reading, read
+from tarflowlm.evaluation.scores import Scores, scores
+from tarflowlm.progress import SILENT, Progress
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.texts.requests import options_of, seeded_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Texts of any length, whose tokens are given their bits."""
+
+    texts: tuple[str, ...]
+    samples: int = 8
+    """Posterior samples averaged in the bound of a flow; the baseline is exact."""
+    seed: int = 0
+    normalize: Normalization | None = None
+    """Normalisation of the texts; None: that of the model's training text."""
+
+    def __post_init__(self) -> None:
+        """UserError for numbers out of range, before a model is loaded."""
+        as_integer(self.samples, "samples", least=1)
+        seeded_generator(self.seed)
+
+    def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list["Scored"]:
+        """The bits of every text."""
+        readings = [read(lm.tokenizer, text, normalize=self.normalize) for text in self.texts]
+        tokens = [reading.tokens for reading in readings]
+        in_batches = scores(
+            lm.model, tokens, samples=self.samples, seed=self.seed, progress=progress
+        )
+        found = []
+        for reading, one in zip(readings, in_batches, strict=True):
+            symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
+            found.append(Scored(one.bits, one.blocks, one.exact, symbols, reading=reading))
+        return found
+
+    def command(self, name: str) -> list[str]:
+        """The shell command that scores the same with the model called `name`."""
+        return ["tarflowlm", "score", name, *options_of(self, {"texts": "text"})]
+
+
+@dataclass(frozen=True, repr=False)
+class Scored(Scores):
+    """The bits of a text, and how the text was read."""
+
+    symbols: Sequence[str] = ()
+    """[T]: the tokens."""
+    reading: Reading = field(kw_only=True)
+
+    @property
+    def sign(self) -> str:
+        """The sign before its numbers: = if they are exact, else <=."""
+        return "=" if self.exact else "<="
+
+    @property
+    def notice(self) -> str | None:
+        """A line if the text is not read as it was given."""
+        return self.reading.notice
+
+    @property
+    def bits_per_character(self) -> float:
+        """Bits per character of the text as it was read."""
+        return self.total / len(self.reading.text)

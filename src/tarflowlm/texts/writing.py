@@ -1,0 +1,310 @@
+"""Requests to write: texts that continue prompts, fill templates, or are free."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tarflowlm import chunks
+from tarflowlm.checks import as_integer
+from tarflowlm.config import Normalization
+from tarflowlm.data.prompts import BLANK, Reading, read, read_template
+from tarflowlm.data.streaming import TextStream, first_stop
+from tarflowlm.errors import UserError
+from tarflowlm.generation import Generation, generate, generate_steps
+from tarflowlm.generation.generate import usual_particles
+from tarflowlm.generation.inversion import Decoders, as_decoders
+from tarflowlm.generation.sampling import adjust_weights, row_generators
+from tarflowlm.generation.writing import num_positions
+from tarflowlm.progress import SILENT, Progress
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.texts.requests import as_texts, options_of, seeded_generator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Texts to write: prompts continued, the blanks of a template filled in, or free samples."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts to continue, each in `num` samples."""
+    template: str | None = None
+    """A text with a blank for every token to fill in."""
+    blank: str = "_"
+    """The character that marks a blank."""
+    num_tokens: int | None = None
+    """Length in tokens, given ones included; None: the trained context, or that of the template."""
+    temperature: float | None = None
+    """None: the model's own. The settings from here to `decoder` are those of `generate`."""
+    top_k: int | None = None
+    top_p: float | None = None
+    particles: int | None = None
+    """Candidates per sample; None: 16 where text stands behind a blank, else 1."""
+    decoder: Decoders = "auto"
+    num: int = 1
+    """Samples, of each prompt."""
+    stop: str | Sequence[str] = ()
+    """A sample ends before the first of these texts that follows its prompt."""
+    seed: int = 0
+    normalize: Normalization | None = None
+    """Normalisation of the given texts; None: that of the model's training text."""
+
+    def __post_init__(self) -> None:
+        """UserError for numbers out of range, before a model is loaded."""
+        as_integer(self.num, "num", least=1)
+        for name, value in (("length", self.num_tokens), ("particles", self.particles)):
+            if value is not None:
+                as_integer(value, name, least=1)
+        adjust_weights(
+            1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p
+        )
+        as_decoders(self.decoder)
+        seeded_generator(self.seed)
+        if self.prompts and self.template is not None:
+            raise UserError(
+                "both a prompt and a template: put the prompt at the start of the template"
+            )
+
+    def read(self, lm: Checkpoint) -> "Draft":
+        """The request as a model reads it. UserError for texts that it cannot read."""
+        if self.template is not None:
+            found = read_template(lm.tokenizer, self.template, self.blank, normalize=self.normalize)
+            given = [found]
+        else:
+            given = [
+                read(lm.tokenizer, prompt, name="prompt", normalize=self.normalize, goes_on=True)
+                for prompt in self.prompts
+            ]
+        stops = tuple(
+            read(lm.tokenizer, stop, name="stop", normalize=self.normalize).text
+            for stop in as_texts(self.stop, "stop")
+        )
+        return Draft(lm, self, tuple(given), stops)
+
+    def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
+        """The texts: `num` of every prompt, in order."""
+        draft = self.read(lm)
+        progress.stage("sampling, positions", draft.num_positions)
+        return [text for batch in draft.batches(progress) for text in batch.texts]
+
+    def command(self, name: str) -> list[str]:
+        """The shell command that writes the same with the model called `name`."""
+        renamed = {"prompts": "prompt", "num_tokens": "length"}
+        return ["tarflowlm", "sample", name, *options_of(self, renamed)]
+
+
+class WritingOptions(TypedDict, total=False):
+    """The options of `write`, `fill` and `stream`: fields of `Writing`."""
+
+    num_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    particles: int | None
+    decoder: Decoders
+    blank: str
+    stop: str | Sequence[str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A `Writing` as a model reads it."""
+
+    lm: Checkpoint
+    request: Writing
+    given: tuple[Reading, ...]
+    """The template, or the prompts."""
+    stops: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """Number of samples. Sample r continues prompt r // num."""
+        return self.request.num * max(len(self.given), 1)
+
+    @property
+    def notices(self) -> list[str]:
+        """A line for every text that is not read as it was given."""
+        found = dict.fromkeys(reading.notice for reading in self.given)
+        return [notice for notice in found if notice is not None]
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of every sample, given ones included."""
+        if self.request.num_tokens is not None:
+            return self.request.num_tokens
+        if self.request.template is not None:
+            return len(self.given[0].tokens)
+        return self.lm.model.config.context
+
+    @cached_property
+    def particles(self) -> int:
+        """Candidates for every sample."""
+        if self.request.particles is not None:
+            return self.request.particles
+        return max((usual_particles(reading.tokens) for reading in self.given), default=1)
+
+    @property
+    def num_positions(self) -> int:
+        """How often the progress advances for all samples."""
+        return sum(
+            num_positions(
+                self.lm.model, self.num_tokens, max(len(self.prompt(row)) for row in rows)
+            )
+            for rows in self._rows_of_batches()
+        )
+
+    def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
+        """The samples in batches of bounded memory, each as it is finished."""
+        decoder = self.request.decoder
+        for rows in self._rows_of_batches():
+            if self.stops:
+                written = exhaust(self.steps(rows, progress, decoder))
+            else:
+                # tokens that nobody reads one by one are not decoded one by one
+                generation = self._asked(generate, rows, progress, decoder)
+                written = Written(rows, self._texts(rows, generation.tokens), generation)
+            # the choice of auto for the first batch serves the others
+            decoder = written.generation.decoders or decoder
+            yield written
+
+    def pieces(
+        self, row: int = 0, progress: Progress = SILENT, decoder: Decoders | None = None
+    ) -> Generator[str, None, "Written"]:
+        """The text of one sample, piece by piece as its tokens become final, up to its stop."""
+        stream = TextStream(self.lm.tokenizer, self.stops, start=self._start(row))
+        steps = self.steps(range(row, row + 1), progress, decoder)
+        while True:
+            try:
+                piece = stream.add(next(steps)[0])
+            except StopIteration as end:
+                if piece := stream.close():
+                    yield piece
+                written: Written = end.value
+                return written
+            if piece:
+                yield piece
+
+    def steps(
+        self, rows: range, progress: Progress = SILENT, decoder: Decoders | None = None
+    ) -> Generator[Tensor, None, "Written"]:
+        """The samples `rows` in one batch: yields the next final tokens [num, n] of all of them.
+
+        The batch ends early once every sample has met a stop.
+        """
+        steps = self._asked(generate_steps, rows, progress, decoder)
+        parts: list[Tensor] = []
+        streams = [
+            TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
+        ]
+        while not (self.stops and all(stream.has_stopped for stream in streams)):
+            try:
+                parts.append(next(steps))
+            except StopIteration as end:
+                generation: Generation = end.value
+                break
+            if self.stops:
+                for stream, tokens in zip(streams, parts[-1], strict=True):
+                    stream.add(tokens)
+            yield parts[-1]
+        else:
+            steps.close()
+            generation = Generation(torch.cat(parts, 1))
+        return Written(rows, self._texts(rows, generation.tokens), generation)
+
+    def _asked(
+        self,
+        write: Callable[..., T],
+        rows: range,
+        progress: Progress = SILENT,
+        decoder: Decoders | None = None,
+    ) -> T:
+        """The result of `generate` or `generate_steps` for the samples `rows`."""
+        request = self.request
+        prompts = [self.prompt(row) for row in rows]
+        return write(
+            self.lm.model,
+            num_tokens=self.num_tokens,
+            num=len(rows),
+            prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
+            particles=request.particles,
+            temperature=self.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            decoder=request.decoder if decoder is None else decoder,
+            # numbered over all batches: a sample does not depend on the others
+            generator=row_generators(rows, seeded_generator(request.seed)),
+            progress=progress,
+        )
+
+    @property
+    def follows_loosely(self) -> bool:
+        """Whether one candidate alone takes little notice of the given text."""
+        config = self.lm.model.config
+        is_exact = config.has_token_weights or (
+            self.request.template is None and config.continues_exactly
+        )
+        return bool(self.given) and self.particles == 1 and not is_exact
+
+    def prompt(self, row: int) -> Tensor:
+        """The given tokens of a sample."""
+        if not self.given:
+            return torch.zeros(0, dtype=torch.long)
+        return self.given[row // self.request.num].tokens
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that is asked for, or the model's own."""
+        given = self.request.temperature
+        return self.lm.run.temperature if given is None else given
+
+    def _rows_of_batches(self) -> Iterator[range]:
+        """Consecutive samples; prompts that fill a window are not mixed with others."""
+        num, context = self.request.num, self.lm.model.config.context
+        length = min(self.num_tokens, context)
+        size = chunks.rows_at_once(length * self.particles, chunks.WRITTEN_TOKENS)
+        longest = max((len(reading.tokens) for reading in self.given), default=0)
+        first = 0
+        while first < self.total:
+            last = (first // num + 1) * num if longest >= context else self.total
+            yield range(first, min(first + size, last))
+            first = min(first + size, last)
+
+    def _start(self, row: int) -> int:
+        """Characters of the prompt of a sample, after which stops count."""
+        if not self.given or self.request.template is not None:
+            return 0
+        return len(self.lm.tokenizer.decode(self.prompt(row).tolist()))
+
+    def _texts(self, rows: range, tokens: Tensor) -> list[str]:
+        texts = map(self.lm.tokenizer.decode, tokens.tolist())
+        return [
+            text[: first_stop(text, self.stops, self._start(row))]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Samples of one batch."""
+
+    rows: range
+    """Their numbers among all samples of the request."""
+    texts: list[str]
+    """Each up to its first stop."""
+    generation: Generation
+
+
+def exhaust(steps: Generator[object, None, T]) -> T:
+    """What a generator returns in the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
