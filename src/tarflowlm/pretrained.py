@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.checks import as_integer, check_type
-from tarflowlm.config import (
-    RunConfig,
-)
+from tarflowlm.config import RunConfig
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
@@ -26,15 +24,7 @@ from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.runs.own import OWN, own_run
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
-from tarflowlm.texts import (
-    Edit,
-    EditOptions,
-    Score,
-    Scored,
-    Writing,
-    WritingOptions,
-    as_texts,
-)
+from tarflowlm.texts import Edit, EditOptions, Score, Scored, Writing, WritingOptions, as_texts
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
