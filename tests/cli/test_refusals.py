@@ -82,7 +82,7 @@ LINES = [
     (["data", "TEXT", "--out", "OUT", "--kind", "bpe"], ["vocab_size 0"]),
     ([*SAMPLE, "--prompt", ""], ["prompt"]),
     ([*SAMPLE, "--prompt", "日本"], ["日本"]),
-    ([*SAMPLE, "--prompt", BYTES], ["prompt", "0xff"]),
+    ([*SAMPLE, "--prompt", BYTES], ["prompt", "UTF-8"]),
     ([*SAMPLE, "--prompt", "a" * 40], ["40 tokens", "16"]),
     ([*SAMPLE, "--length", "33", "--passes"], ["length 33", "16"]),
     ([*SAMPLE, "--template", "a_" * 17], ["34", "16"]),
