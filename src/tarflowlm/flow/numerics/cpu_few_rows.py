@@ -57,42 +57,36 @@ _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
 
 _CALL = 12
 """A step costs as much as this many components before it has visited one."""
-_ONE_BY_ONE = 320
+ONE_BY_ONE = 320
 """Visits of one step in all rows, N (K + `_CALL`), up to which scalar mixtures go one by one."""
 _STEPS_TOGETHER = 4
 """Steps of rows that go together: enough for 98 of 100 rows of a trained model."""
+PATIENCE = 12_000
+"""Visits from which a handful of Mix-d rows gives up once the general path promises to be faster.
+"""
 _MOST_ROWS, _MOST_COMPONENTS = 128, 256
 """Sizes beyond which a handful of Mix-d rows is not even tried."""
 
 _quantile = NormalDist().inv_cdf
 
 
-class _Book(NamedTuple):
-    """Components in lists; a scalar mixture has one channel."""
+class _Scales(NamedTuple):
+    """The scales of a mixture's components, and what follows from them."""
 
-    mean: list[list[float]]  # one list per channel
     std: list[float]
     inv_std: list[float]
-    largest_inv_std: float
-    order: list[int]  # components sorted by their means in the first channel
+    narrowest: float
     step: float  # the size from which a Newton step is the last
     eps: float  # the rounding unit of z's format
-    single: bool  # z is rounded to float32
 
 
-def _book(mean: list[list[float]], std: list[float], dtype: torch.dtype) -> _Book | None:
-    """None unless there are channels, all values are finite, and all scales are positive."""
+def _scales(std: list[float], dtype: torch.dtype) -> _Scales | None:
+    """None unless they and their inverses are positive and finite."""
     narrowest = min(std)
-    if not (mean and narrowest > 0.0):
-        return None
-    largest_inv_std = 1.0 / narrowest
-    if not isfinite(largest_inv_std + sum(std) + sum(map(sum, mean))):
+    if not (narrowest > 0.0 and isfinite(1.0 / narrowest + sum(std))):
         return None
     inv_std = [1.0 / s for s in std]
-    order = sorted(range(len(std)), key=mean[0].__getitem__)
-    step = _NEWTON_STEP[dtype] * narrowest
-    single = dtype == torch.float32
-    return _Book(mean, std, inv_std, largest_inv_std, order, step, _EPS[dtype], single)
+    return _Scales(std, inv_std, narrowest, _NEWTON_STEP[dtype] * narrowest, _EPS[dtype])
 
 
 # --- Mix-d
@@ -104,107 +98,117 @@ def is_handful(rows: int, num_components: int) -> bool:
 
 
 def rosenblatt_inverse(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, patient: bool = False
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
 ) -> tuple[Tensor, list[int]]:
-    """z [N, d], and the rows that were left out, where z is NaN.
-
-    Unless `patient`, all that follow are left out once the general path promises to be faster.
-    """
-    book = _book(mean.t().tolist(), torch.exp(log_std.double()).tolist(), mean.dtype)
-    if book is None:
-        return torch.full_like(u, nan), list(range(len(u)))
+    """z [N, d], and the rows that were left out, where z is NaN."""
+    num_rows, dim = u.shape
+    found = [[nan] * dim] * num_rows
+    left = list[int]()
+    scales = _scales(torch.exp(log_std.double()).tolist(), mean.dtype)
+    means = mean.t().tolist()
+    if scales is None or not isfinite(sum(map(sum, means))):
+        return torch.full_like(u, nan), list(range(num_rows))
+    order = sorted(range(len(mean)), key=means[0].__getitem__)
     weights = torch.softmax(log_w.double(), -1).tolist()
-    nothing = [nan] * u.shape[1]
-    found, left = list[list[float]](), list[int]()
-    visits = 0
     # in steps, by all rows together: they cost as much as the general path
-    most_visits = inf if patient else 12_000 + 2 * len(u) * len(log_std)
+    most_visits = PATIENCE + 2 * num_rows * len(mean)
+    visits = 0
     for row, (noise, weight) in enumerate(zip(u.tolist(), weights, strict=True)):
-        if visits * (len(u) - row) > most_visits * row:
-            left += range(row, len(u))
-            found += [nothing] * (len(u) - row)
+        if visits * (num_rows - row) > most_visits * row:
+            left += range(row, num_rows)
             break
-        z, visited = _row(noise, weight, book)
+        live = [k for k in order if weight[k] > _DROPPED]
+        z, visited = _row(noise, live, weight, means, scales, u.dtype == torch.float32)
         visits += visited
-        if len(z) < len(noise):
+        if len(z) == dim:
+            found[row] = z
+        else:
             left.append(row)
-            z = nothing
-        found.append(z)
-    return torch.tensor(found, dtype=u.dtype).view_as(u), left
+    return torch.tensor(found, dtype=u.dtype), left
 
 
-def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[float], int]:
+def _row(
+    noise: list[float],
+    live: list[int],
+    weight: list[float],
+    means: list[list[float]],
+    scales: _Scales,
+    is_single: bool,
+) -> tuple[list[float], int]:
     """z [d] of one row, cut short where it has to be left out, and the components visited.
 
-    Overwrites `weight`.
+    `live` is sorted by the means of the first channel; means has one list per channel. Overwrites
+    `weight`.
     """
-    live = [k for k in book.order if weight[k] > _DROPPED]
     dropped = _DROPPED * (len(weight) - len(live))
     z: list[float] = []
     visits = 0
-    for u, mean in zip(noise, book.mean, strict=True):
+    for u, mean in zip(noise, means, strict=True):
         tail = 0.5 * erfc(SQRT_HALF * abs(u))
         # written so that NaN is left out
-        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * book.eps * tail):
+        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * scales.eps * tail):
             break
         if len(live) == 1:
-            x = mean[live[0]] + book.std[live[0]] * u
+            x = mean[live[0]] + scales.std[live[0]] * u
         else:
             if z:
                 live.sort(key=mean.__getitem__)
-            x, steps = _solve(u, live, weight, mean, book)
+            x, steps = _solve(u, live, weight, mean, scales)
             visits += steps * (len(live) + _CALL)
-        if book.single:  # the channels that follow are conditioned on what is returned
+        if is_single:  # the channels that follow are conditioned on what is returned
             x = c_float(x).value
         z.append(x)
         if len(z) == len(noise):
             break
         if len(live) > 1:
-            live, dropped = _update(x, live, weight, dropped, mean, book)
+            live, dropped = _update(x, live, weight, dropped, mean, scales)
         elif 0.5 * u * u <= _FAR:
-            dropped *= book.largest_inv_std * book.std[live[0]] * exp(0.5 * u * u)
+            dropped *= scales.std[live[0]] / scales.narrowest * exp(0.5 * u * u)
         else:
             break
     return z, visits
 
 
 def _update(
-    x: float, live: list[int], weight: list[float], dropped: float, mean: list[float], book: _Book
+    x: float,
+    live: list[int],
+    weight: list[float],
+    dropped: float,
+    mean: list[float],
+    scales: _Scales,
 ) -> tuple[list[int], float]:
     """Bayes' rule after a channel at x: the components that are left, and the others' mass.
 
     Rewrites `weight`.
     """
-    inv_std = book.inv_std
+    inv_std = scales.inv_std
     exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
     least = min(exponents)
     if not least <= _FAR:
         return [], inf
-    limit = least + _FAR
     near = []
     total = 0.0
     for k, exponent in zip(live, exponents, strict=True):
-        if exponent < limit:
+        if exponent < least + _FAR:
             weight[k] *= inv_std[k] * exp(least - exponent)
             total += weight[k]
             near.append(k)
-    dropped *= exp(least)
-    dropped = (dropped + (len(live) - len(near)) * exp(-_FAR)) * book.largest_inv_std / total
-    scale = 1.0 / total
+    dropped = dropped * exp(least) + (len(live) - len(near)) * exp(-_FAR)
+    dropped /= scales.narrowest * total
     for k in near:
-        weight[k] *= scale
+        weight[k] /= total
     left = [k for k in near if weight[k] > _DROPPED]
     return left, dropped + (len(near) - len(left)) * _DROPPED
 
 
 def _solve(
-    u: float, live: list[int], weight: list[float], mean: list[float], book: _Book
+    u: float, live: list[int], weight: list[float], mean: list[float], scales: _Scales
 ) -> tuple[float, int]:
     """x with F(x) = Phi(u), or NaN, and the number of steps.
 
     The mixture has the components `live`, sorted by mean.
     """
-    std, inv_std, step, eps = book.std, book.inv_std, book.step, book.eps
+    std, inv_std, _, step, eps = scales
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest, k = 0.5 * erfc(SQRT_HALF * y), 0
     for k in reversed(live) if u >= 0.0 else live:
@@ -244,31 +248,21 @@ def _solve(
 
 
 def mixture_cdf_inverse(
-    u: Tensor,
-    log_w: Tensor,
-    mean: Tensor,
-    log_std: Tensor,
-    *,
-    in_tensors: bool | None = None,
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
 ) -> tuple[Tensor, list[int]]:
-    """z [N], and the rows that were left out, where z is NaN.
-
-    The search is `in_tensors` first, or row by row at once; None takes what is faster.
-    """
+    """z [N], and the rows that were left out, where z is NaN."""
     weight = torch.softmax(log_w, -1, dtype=torch.float64)
     std = torch.exp(log_std.double())
     weight, mean, std = (
         p if len(p) == len(u) else p.expand(len(u), -1) for p in (weight, mean, std)
     )
-    if in_tensors is None:
-        in_tensors = len(u) * (mean.shape[1] + _CALL) > _ONE_BY_ONE
-    if not in_tensors:
+    if len(u) * (mean.shape[1] + _CALL) <= ONE_BY_ONE:
         return _row_by_row(u, weight, mean, std)
     z, is_open = _newton_steps(u, weight, mean, std)
     rows = is_open.nonzero().view(-1)
-    if not len(rows):
-        return z, []
-    z[rows], left = _row_by_row(u[rows], weight[rows], mean[rows], std[rows])
+    left = list[int]()
+    if len(rows):
+        z[rows], left = _row_by_row(u[rows], weight[rows], mean[rows], std[rows])
     return z, rows[left].tolist()
 
 
@@ -276,9 +270,17 @@ def _row_by_row(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[T
     """z [N], NaN where it is left out, and these rows."""
     found = list[float]()
     for y, w, m, s in zip(*(t.tolist() for t in (u, weight, mean, std)), strict=True):
-        book = _book([m], s, u.dtype)
-        z = _row([y], w, book)[0] if book else []
-        found.append(z[0] if z else nan)
+        z = nan
+        tail = 0.5 * erfc(SQRT_HALF * abs(y))
+        scales = _scales(s, u.dtype)
+        # written so that NaN is left out
+        if scales and tail > _SMALLEST_TAIL and isfinite(sum(m)):
+            # what is dropped amounts to an eighth of a rounding of the tail at most
+            least = 0.125 * scales.eps * tail / len(w)
+            live = sorted([k for k, share in enumerate(w) if share > least], key=m.__getitem__)
+            if live:
+                z, _ = _solve(y, live, w, m, scales)
+        found.append(z)
     return torch.tensor(found, dtype=u.dtype), [row for row, z in enumerate(found) if z != z]
 
 

@@ -44,12 +44,13 @@ class _Differentiable(Function):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
-        _, ctx.gradients, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.gradients = inputs[1]  # type: ignore[attr-defined]
+        ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)), *output)
 
     @staticmethod
     def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *first_derivatives(ctx.gradients, *ctx.saved_tensors, *cotangents)
+        gradients = ctx.gradients  # type: ignore[attr-defined]
+        return None, None, *first_derivatives(gradients, *ctx.saved_tensors, *cotangents)
 
 
 class _FirstDerivatives(Function):

@@ -24,8 +24,6 @@ Params = tuple[Tensor, ...]
 """log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 Gradients = tuple[Tensor, ...]
 """Gradients of z [N] and of log_w, mean, log_std [N, K]."""
-ScalarMap = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-ScalarInverse = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 BISECTIONS = {torch.float32: 18, torch.float64: 20}
 NEWTON_STEPS = {torch.float32: 3, torch.float64: 5}
 
@@ -162,7 +160,7 @@ def rosenblatt(
     log_w: Tensor,
     mean: Tensor,
     log_std: Tensor,
-    scalar_map: ScalarMap = mixture_cdf,
+    scalar_map: Callable[..., tuple[Tensor, Tensor]] = mixture_cdf,
 ) -> tuple[Tensor, Tensor]:
     """u [N, d], log_det [N] of the Mix-d map, channel by channel (docs/math.md, eq. 9).
 
@@ -188,7 +186,7 @@ def rosenblatt_inverse(
     log_w: Tensor,
     mean: Tensor,
     log_std: Tensor,
-    scalar_inverse: ScalarInverse = mixture_cdf_inverse,
+    scalar_inverse: Callable[..., Tensor] = mixture_cdf_inverse,
 ) -> Tensor:
     """z [N, d], by the same recursion; differentiable if `scalar_inverse` is."""
     mean = mean[None]

@@ -89,7 +89,7 @@ def _gradients(
     for rows in chunks.row_ranges(len(z), per_row, budget):
         leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
         with torch.enable_grad():
-            outputs = reference.rosenblatt(*leaves, scalar_map=mixture_cdf)
+            outputs = reference.rosenblatt(leaves[0], leaves[1], leaves[2], leaves[3], mixture_cdf)
         cotangents = grad_u[rows], grad_log_det[rows]
         of_z[rows], of_log_w[rows], *of_part = torch.autograd.grad(outputs, leaves, cotangents)
         for total, part in zip(of_book, of_part, strict=True):

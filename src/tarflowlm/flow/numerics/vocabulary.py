@@ -262,25 +262,22 @@ def _softmax(x: Tensor) -> Tensor:
 
 def log_sum(x: Tensor) -> Tensor:
     """logsumexp over the last axis of x [n, K], by `log_sum_with_softmax`."""
-    return _LogSum.apply(x)[0]
+    return _LogSum.apply(x)
 
 
 class _LogSum(Function):
-    """logsumexp [n] and softmax [n, K], an output so that a second derivative is seen."""
-
     @staticmethod
-    def forward(ctx: Context, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Context, x: Tensor) -> Tensor:
         total, share = log_sum_with_softmax(x)
-        ctx.save_for_backward(share)
-        ctx.set_materialize_grads(False)
-        return total, share
+        # the output, so that a second derivative is seen
+        ctx.save_for_backward(total, share)
+        return total
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor | None, _: Tensor | None) -> Tensor | None:
-        if grad is None:
-            return None
-        return first_derivatives(_times_share, grad, *ctx.saved_tensors)[0]
+    def backward(ctx: Context, grad: Tensor) -> Tensor:
+        (of_x,) = first_derivatives(_times_share, grad, *ctx.saved_tensors)
+        return of_x
 
 
-def _times_share(grad: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+def _times_share(grad: Tensor, _total: Tensor, share: Tensor) -> tuple[Tensor, ...]:
     return (grad[:, None] * share,)
