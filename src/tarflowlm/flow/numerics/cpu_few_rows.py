@@ -1,14 +1,13 @@
 r"""The inverses of a handful of rows, mostly in Python's own floats, which are float64.
 
-One call of a tensor library costs as much as some forty components here. So each row goes its own
-way, and does only what it needs, which is little where components become certain soon, as in a
-trained codebook. Mix-d takes these steps per channel:
+One call of a tensor library costs as much as some forty components here. So each row does only
+what it needs: little where components become certain soon, as in a trained codebook. Mix-d takes
+these steps per channel:
 
 1. Start. The components, sorted by mean, use up the wanted tail's mass one after the other. The one
    in which it runs out is inverted alone. This is exact where components do not overlap.
-2. Newton steps in noise space from there. The first evaluation also tests the start. Where it was
-   not good, the steps are kept inside the bracket of docs/math.md, eq. 20, and halve it where they
-   do not shrink.
+2. Newton steps in noise space from there, kept inside the bracket of docs/math.md, eq. 20, which
+   they halve where they do not shrink.
 3. Bayes' rule. Components with next to no posterior mass are *dropped*. With one left, the rest is
    z = mu_k + s_k u.
 

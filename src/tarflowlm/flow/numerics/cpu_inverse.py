@@ -2,10 +2,9 @@ r"""Inverse of the mixture CDF on a CPU: a fixed number of steps inside an exact
 
 With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution of
 F(z) = Phi(u) lies between min c and max c (docs/math.md, eq. 20). Bisection shrinks that bracket to
-the scale of the narrowest component, whatever the modes do. Then Newton steps finish, each replaced
-by the bracket's midpoint where it would leave it (`reference.NewtonStep`). All is mirrored to
-u >= 0, where the upper tail's mass is the smaller one. A handful of mixtures, as in sampling one
-position at a time, go another way first: `cpu_few_rows`.
+the scale of the narrowest component, whatever the modes do. Then Newton steps finish as in
+`reference`. All is mirrored to u >= 0, where the upper tail's mass is the smaller one. A handful of
+mixtures, as in sampling one position at a time, go another way first: `cpu_few_rows`.
 """
 
 import math

@@ -46,11 +46,6 @@ def standard_normal_log_prob(u: Tensor) -> Tensor:
     return log_standard_normal(u).flatten(1).sum(-1)
 
 
-def log_standard_normal_vectors(u: Tensor) -> Tensor:
-    """log N(u; 0, I) over the last axis: u [..., d] to [...], nats."""
-    return -0.5 * (u * u).sum(-1) - u.shape[-1] * HALF_LOG_2PI
-
-
 def clamp_(a: Tensor) -> Tensor:
     """Scaled a clipped, in place, to where neither tail nor density underflows."""
     return a.clamp_(-LARGEST[a.dtype], LARGEST[a.dtype])

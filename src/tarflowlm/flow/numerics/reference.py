@@ -15,8 +15,8 @@ from torch import Tensor
 from tarflowlm.flow.numerics.normal import (
     HALF_LOG_2PI,
     log_standard_normal,
-    log_standard_normal_vectors,
     log_upper_tail,
+    standard_normal_log_prob,
     upper_quantile_of_log,
 )
 
@@ -178,7 +178,7 @@ def rosenblatt(
         log_alpha = log_alpha - log_p_i
         log_p = log_p + log_p_i.squeeze(-1)
     u = torch.stack(channels, -1)
-    return u, log_p - log_standard_normal_vectors(u)
+    return u, log_p - standard_normal_log_prob(u)
 
 
 def rosenblatt_inverse(

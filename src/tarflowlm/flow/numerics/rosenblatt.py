@@ -13,7 +13,7 @@ from tarflowlm import chunks
 from tarflowlm.flow.numerics import cpu_inverse, layout, reference, sweep
 from tarflowlm.flow.numerics.derivatives import differentiable
 from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
-from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
+from tarflowlm.flow.numerics.normal import standard_normal_log_prob
 
 SWEPT = 4
 """On a CPU the sweep is fastest in chunks this much longer than those that stay in the cache."""
@@ -69,7 +69,7 @@ def _forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[T
     log_p = torch.empty_like(z[:, 0])
     for rows in chunks.row_ranges(len(z), len(mean), budget):
         u[rows], log_p[rows] = sweep.rosenblatt(z[rows], log_w[rows], mean, log_std)
-    return u, log_p - log_standard_normal_vectors(u)
+    return u, log_p - standard_normal_log_prob(u)
 
 
 def _gradients(

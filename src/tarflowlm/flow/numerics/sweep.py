@@ -41,7 +41,7 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
         rows = z[rest].to(wide), log_w[rest].to(wide)
         found, log_det = reference.rosenblatt(*rows, mean.to(wide), log_std.to(wide))
         u[rest] = found.to(u.dtype)
-        log_p[rest] = (log_det + normal.log_standard_normal_vectors(found)).to(u.dtype)
+        log_p[rest] = (log_det + normal.standard_normal_log_prob(found)).to(u.dtype)
     return u, log_p
 
 
