@@ -53,7 +53,8 @@ class Pretrained(Checkpoint):
         ours, theirs = self.model.config.vocab_size, self.tokenizer.vocab_size
         if ours != theirs:
             raise UserError(
-                f"the model has {ours} symbols and the tokenizer {theirs}: give the one it learnt with"
+                f"the model has {ours} symbols and the tokenizer {theirs}: "
+                "give the one that it learnt with"
             )
         self.model.eval()
         if self.run is None:

@@ -11,12 +11,23 @@ OPTIONS = {
     "quickstart": "device json minutes out seed",
     "data": "json out source tokenizer",
     "train": "blocks checkpoint-every data device json minutes out run steps",
-    "eval": "data decoder device directory json judge latents length normalize num quality samples seed split stride temperature top-k top-p windows",
+    "eval": (
+        "data decoder device directory json judge latents length normalize num quality "
+        "samples seed split stride temperature top-k top-p windows"
+    ),
     "score": "baseline device directory file json normalize samples seed text",
-    "sample": "blank decoder device directory interactive json length normalize num out particles passes prompt prompts seed states stop stream temperature template top-k top-p",
+    "sample": (
+        "blank decoder device directory interactive json length normalize num out "
+        "particles passes prompt prompts seed states stop stream temperature template "
+        "top-k top-p"
+    ),
     "info": "directory json",
     "runs": "directories json",
-    "edit": "around candidates counterfactual decoder device directory everywhere json level normalize num pick replace rewrite seed strength temperature text toward weight words",
+    "edit": (
+        "around candidates counterfactual decoder device directory everywhere json level "
+        "normalize num pick replace rewrite seed strength temperature text toward weight "
+        "words"
+    ),
     "report": "device directories json out",
     "studio": "device host models no-browser port",
     "export": "directory half json out",

@@ -39,7 +39,7 @@ COMMANDS = [
 ]
 """Modules below `cli` (`evaluate` for eval).
 
-Each has `run(args)` and the dataclass `Args`, or `read(argv)` where its options depend on the words.
+Each has `run(args)` and the dataclass `Args`, or `read(argv)` if its options depend on the words.
 The docstring of `Args` summarises the command; comments next to options and docstrings below them
 are their help. None imports torch at its top.
 """

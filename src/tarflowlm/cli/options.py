@@ -50,7 +50,8 @@ Model = Annotated[
     tyro.conf.Positional[Path | None],
     arg(
         "[MODEL]",
-        "Run directory, shipped model or hf:OWNER/NAME; `tarflowlm info` lists models and the default.",
+        "Run directory, shipped model or hf:OWNER/NAME; "
+        "`tarflowlm info` lists models and the default.",
     ),
 ]
 Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
@@ -60,7 +61,10 @@ Normalize = Annotated[
     arg("text8", "Normalise the text first, whatever the model's training text was."),
 ]
 
-TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."
+TEMPERATURE = (
+    "raise the probabilities of tokens to the power 1 / temperature; "
+    "1 samples from the model itself."
+)
 TOP_K = "keep the k most probable tokens."
 TOP_P = "keep the smallest set of tokens that holds this probability."
 

@@ -9,7 +9,7 @@ from tarflowlm.data.tokenizer import Tokenizer
 
 
 def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
-    """Where the first complete one of `stops` begins, at or after `start`; else the text's length."""
+    """Where the first complete one of `stops` begins, from `start` on; else the text's length."""
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
     return min(found, default=(0, len(text)))[1]
 

@@ -76,7 +76,7 @@ class NoticeHandler(logging.Handler):
 def print_table(
     title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")
 ) -> None:
-    """A table with a title: one row for each of `rows`, under the headings `columns` if they have any.
+    """A table with a title, and one row for each of `rows` under the headings `columns`.
 
     Where the width does not suffice, names and longer texts wrap; numbers under headings stay
     whole.

@@ -72,7 +72,8 @@ class Edit:
             if self._is_given(name) and name not in known:
                 takes = ", ".join(sorted(known & OPTIONS))
                 raise UserError(
-                    f"{name} has no effect on this edit ({self.kind}): leave it out; it takes {takes}"
+                    f"{name} has no effect on this edit ({self.kind}): leave it out; "
+                    f"it takes {takes}"
                 )
 
     def _is_given(self, name: str) -> bool:
