@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 REFUSED = [
     (
         'generate(flow, num_tokens=8, prompt="the cat")',
-        ["prompt", "'the cat'", "tokenizer.encode", "load"],
+        ["prompt", "'the cat'", "tokenizer.encode"],
     ),
     ("generate(flow, num_tokens=8, prompt=[1, 2])", ["prompt", "[1, 2]"]),
     ("generate(flow, num_tokens=8, prompt=torch.zeros(4))", ["prompt", "float32"]),
@@ -30,11 +30,11 @@ REFUSED = [
     ('generate("english-mini", num_tokens=8)', ["'english-mini'", "pass lm.model", "load"]),
     ("elbo(lm, tokens[None])", ["of type Pretrained", "pass lm.model"]),
     ("elbo(flow, tokens[None], generator=3)", ["generator 3", "torch.Generator().manual_seed"]),
-    ("elbo(flow, tokens)", ["[12]", "[B, T]", "[None]"]),
+    ("elbo(flow, tokens)", ["[12]", "[B, T]"]),
     ('elbo(flow, "the cat")', ["'the cat'", "tokenizer.encode"]),
     ("elbo(flow, tokens[None] + 99)", ["0 to 26"]),
     ("elbo(flow, -tokens[None])", ["hold -", "0 to 26"]),
-    ("elbo(flow, tokens.repeat(25)[None])", ["300 tokens", "256", "score"]),
+    ("elbo(flow, tokens.repeat(25)[None])", ["300", "256", "score"]),
     ("elbo(flow, tokens[:0][None])", ["[1, 0]", "at least one"]),
     ("elbo(baseline, tokens[None])", ["baseline", "log_prob"]),
     ("importance_weighted_bound(flow, tokens[None], samples='2')", ["samples '2'", "integer"]),
