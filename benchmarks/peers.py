@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reproduction.judges import load_judge
+from reproduction.quality import compare_texts
 from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
-from tarflowlm.evaluation.judges import load_judge
 from tarflowlm.evaluation.likelihood import bits, evaluate
-from tarflowlm.evaluation.quality import compare_texts
 from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
 from tarflowlm.presets import preset, with_steps

@@ -1,4 +1,7 @@
-"""`python -m reproduction NAME`: plan, train what is missing, measure, write the results."""
+"""`python -m reproduction NAME`: plan, train what is missing, measure, write the results.
+
+`python -m reproduction quality MODEL` measures the samples of any model.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from reproduction import quality_command
 from reproduction.settings import Settings
 from tarflowlm.cli.main import main, run_command
 from tarflowlm.cli.options import Flag, PrintJson, arg, check
@@ -122,7 +126,10 @@ def _time(seconds: float) -> str:
 
 
 def reproduce(argv: list[str]) -> None:
-    """Run the command with these words."""
+    """Run a recipe, or measure the quality of samples, with these words."""
+    if argv[:1] == ["quality"]:
+        run_command(quality_command, argv[1:], f"{PROGRAM} quality")
+        return
     try:
         run_command(sys.modules[__name__], argv, PROGRAM)
     except KeyboardInterrupt:

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from reproduction.judges import PAPER_JUDGES, Judge, load_judge
 from reproduction.recipe import RUN_DETAILS, Finished, Row, Training, without
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
-from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import bits, sign_of
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.writing import num_positions

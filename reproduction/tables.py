@@ -8,16 +8,16 @@ import torch
 
 from reproduction.measures import first_columns, judge_of, judge_training, summary_row
 from reproduction.plots import plot_models
-from reproduction.recipe import Finished, Recipe, Row, Training, trainings, without
-from reproduction.settings import Kind, Settings
-from tarflowlm.data import eval_windows
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
-from tarflowlm.evaluation.quality import (
+from reproduction.quality import (
     PAPER_SAMPLES,
     SamplingConfig,
     TextStatistics,
     measure_quality,
 )
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings, without
+from reproduction.settings import Kind, Settings
+from tarflowlm.data import eval_windows
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import Checkpoint
 

@@ -27,6 +27,7 @@ from docs_cases import (
     shell_lines,
 )
 from reproduction.__main__ import Args as ReproductionArgs
+from reproduction.quality_command import Args as QualityArgs
 from reproduction.recipes import RECIPES
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.errors import UserError
@@ -194,9 +195,8 @@ def options() -> dict[str, set[str]]:
             for name, argvs in pages.items()
         }
     found["train"] |= {"--resume"}
-    found["reproduction"] = {
-        f"--{field.name.replace('_', '-')}" for field in fields(ReproductionArgs)
-    }
+    for name, args in (("reproduction", ReproductionArgs), ("quality", QualityArgs)):
+        found[name] = {f"--{field.name.replace('_', '-')}" for field in fields(args)}
     found["harness"] |= {
         "--tasks",
         "--include_path",
@@ -225,8 +225,9 @@ def test_commands_and_options_exist(document, options):
             assert words[0] in PRESETS, place
     for name, arguments in REPRODUCTION.findall("\n".join([*codes, *blocks(document, "")])):
         place = f"{name_of(document)}: python -m reproduction {name}{arguments}"
-        assert name in (*RECIPES, "all", "$n", "NAME"), place
-        assert set(re.findall(r"--[a-z-]+", arguments)) <= options["reproduction"], place
+        assert name in (*RECIPES, "all", "quality", "$n", "NAME"), place
+        allowed = options["quality" if name == "quality" else "reproduction"]
+        assert set(re.findall(r"--[a-z-]+", arguments)) <= allowed, place
     every = set().union(*options.values(), {"--help", "--version", "--import"})
     for code in codes:
         if re.match(r"--[a-z]", code):

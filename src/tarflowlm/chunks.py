@@ -9,7 +9,7 @@ of another size. The sizes that matter:
 - `CACHED` decides how fast the numerics run on a CPU. It was measured; a size four times smaller or
   larger costs up to a fifth.
 - `HELD_CPU` and `HELD_ACCELERATOR` decide how much memory a large vocabulary takes.
-- `EVALUATED_TOKENS` and `COMPARED_TOKENS` decide the noise behind published numbers.
+- `EVALUATED_TOKENS` decides the noise behind published numbers.
 
 The others are round numbers, good to a factor of two.
 """
@@ -44,8 +44,6 @@ EVALUATED_TOKENS = 8192
 """Tokens that an evaluation takes at once: enough for two cores or a small GPU."""
 WRITTEN_TOKENS = 6144
 """Tokens that the command line writes at once, particles counted."""
-COMPARED_TOKENS = 16_384
-"""Tokens that are written at once to be compared with a text (`evaluation.quality`)."""
 
 
 def rows_at_once(elements_per_row: int, budget: int) -> int:

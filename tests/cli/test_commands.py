@@ -209,32 +209,6 @@ def test_eval_reports_the_latents_beside_the_likelihood(run_json, run, models):
     assert f"{states[-1]['kl']['mean']:.4f}" in run(*argv).out
 
 
-@pytest.mark.slow
-def test_quality_of_samples(run_json, run, models):
-    pytest.importorskip("mauve")
-    argv = [
-        "eval",
-        models["flow"],
-        "--quality",
-        "--judge",
-        models["ar"],
-        "--num",
-        30,
-        "--windows",
-        2,
-    ]
-    quality = run_json(*argv, "--temperature", 0.9, "--length", 12)["quality"]
-    assert (quality["length"], quality["temperature"], quality["seed"]) == (12, 0.9, 0)
-    assert (quality["samples"]["texts"], quality["samples"]["judge_tokens"]) == (30, 360)
-    shown = run(*argv, "--temperature", 0.9, "--length", 12).out
-    for part in (
-        f"{quality['samples']['perplexity']:.3f}",
-        f"{quality['mauve']:.4f}",
-        *quality["remarks"],
-    ):
-        assert part in shown
-
-
 def test_score_gives_the_bits_of_every_token(run_json, run, models, monkeypatch):
     model, tokenizer = load(models["flow"])
     argv = ["score", models["flow"], "--text", "the king", "--samples", 3, "--seed", 2]

@@ -11,10 +11,7 @@ OPTIONS = {
     "quickstart": "device json minutes out seed",
     "data": "json out source tokenizer",
     "train": "blocks checkpoint-every data device json minutes out run steps",
-    "eval": (
-        "data decoder device directory json judge latents length normalize num quality "
-        "samples seed split stride temperature top-k top-p windows"
-    ),
+    "eval": "data device directory json latents normalize samples seed split stride windows",
     "score": "baseline device directory file json normalize samples seed text",
     "sample": (
         "blank decoder device directory interactive json length normalize num out "

@@ -30,7 +30,7 @@ WITH = {
     ("edit", "weight"): ["--toward", "the lord"],
     ("edit", "words"): ["--pick", "random"],
     ("edit", "around"): ["--replace", "king", "lord"],
-} | {("eval", name): ["--quality"] for name in ("num", "length", "temperature", "top_k", "top_p")}
+}
 """Options without which an option has no effect."""
 
 
@@ -94,8 +94,6 @@ LINES = [
     (["sample", "no-such"], ["no-such", "tarflowlm train"]),
     ([*EVAL, "--stride", "8"], ["stride 8", "2 blocks"]),
     (["eval", "patches-ar", "--stride", "3"], ["stride 3", "patch of 2"]),
-    ([*EVAL, "--judge", "gpt2"], ["--judge", "--quality"]),
-    ([*EVAL, "--quality", "--judge", "flow"], ["flow", "mini-ar"]),
     (["eval", "ar", "--latents"], ["baseline", "--latents"]),
     (["eval", "english-mini"], ["english27.txt.xz", "--data FILE"]),
     (["score", "flow"], ["--text", "--file"]),

@@ -1,1 +1,1 @@
-"""Likelihood, the share of each block, sample quality, and counts of operations."""
+"""Likelihood, the share of each block, and counts of operations."""

@@ -1,6 +1,5 @@
-"""Quality of samples next to real text, and the entropy of n-grams."""
+"""Quality of samples next to real text: generative perplexity, MAUVE, entropy, repetition."""
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reproduction.judges import PAPER_JUDGES, Judge, JudgedTexts
 from tarflowlm import chunks
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, JudgedTexts
 from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
@@ -22,6 +21,8 @@ from tarflowlm.progress import SILENT, Progress
 MAUVE_SCALING = 5  # the paper's; everything else is mauve-text's default
 PAPER_SAMPLES = 5000
 REPETITION_ORDER = 4
+SAMPLED_TOKENS = 16_384
+"""Tokens that are drawn at once. This decides the noise behind published numbers."""
 
 
 def sequence_entropy(sequences: Sequence[Sequence[Hashable]]) -> float:
@@ -225,7 +226,7 @@ def draw_samples(
     generator = torch.Generator().manual_seed(config.seed)
     progress.stage("samples", config.num)
     parts = []
-    for some in chunks.row_ranges(config.num, length, chunks.COMPARED_TOKENS):
+    for some in chunks.row_ranges(config.num, length, SAMPLED_TOKENS):
         drawn = generate(
             model,
             num_tokens=length,
@@ -256,20 +257,3 @@ def _remarks(judge: Judge, num: int, trained_on: str | None) -> Iterator[str]:
         yield (
             "the judge was trained on the same text as the model: it favours what both have learned"
         )
-
-
-def ngram_entropy(text: str, order: int) -> float:
-    r"""Entropy of a character given the `order - 1` before it, from the counts of a text; in bits.
-
-        H_n = - 1/M sum_{w, a} c(w a) log2( c(w a) / c(w) ),   c(w) = sum_a c(w a),   M = T - n + 1
-
-    over the contexts w of n - 1 characters and the next character a. c counts the M n-grams of the
-    text of T characters. No n-gram model of this order does better on this text. A model fitted to
-    other text does worse, much worse if M is small.
-    """
-    counts = Counter(_ngrams(text, order))
-    contexts: Counter[tuple[str, ...]] = Counter()
-    for gram, count in counts.items():
-        contexts[gram[:-1]] += count
-    total = sum(c * math.log2(contexts[gram[:-1]] / c) for gram, c in counts.items())
-    return total / counts.total()

@@ -1,22 +1,17 @@
 """Sample statistics on texts whose answers are known, MAUVE at its ends, the whole of it on a tiny
-model; n-grams.
+model.
 """
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from helpers import tiny_ar, tiny_flow
-from tarflowlm import chunks
-from tarflowlm.data import CharTokenizer
-from tarflowlm.evaluation import quality
-from tarflowlm.evaluation.judges import Judge
-from tarflowlm.evaluation.quality import (
+from helpers import save_run, tiny_ar, tiny_flow
+from reproduction import quality
+from reproduction.judges import Judge
+from reproduction.quality import (
     SamplingConfig,
     distinct,
     draw_samples,
@@ -24,6 +19,7 @@ from tarflowlm.evaluation.quality import (
     repetition,
     sequence_entropy,
 )
+from tarflowlm.data import CharTokenizer
 
 TOKENIZER = CharTokenizer(" abcd", "none")
 
@@ -118,23 +114,44 @@ def test_samples_depend_on_the_seed_alone(model, monkeypatch):
     assert first.shape == (20, 8)
     assert torch.equal(draw_samples(model, CONFIG), first)
     assert not torch.equal(draw_samples(model, replace(CONFIG, seed=4)), first)
-    monkeypatch.setattr(chunks, "COMPARED_TOKENS", 7 * 8)
+    monkeypatch.setattr(quality, "SAMPLED_TOKENS", 7 * 8)
     several = draw_samples(model, replace(CONFIG, length=5))
     assert several.shape == (20, 5)
     assert not torch.equal(several[:10], several[10:])
 
 
-def plain(text: str, order: int) -> float:
-    """The formula of the docstring, one n-gram at a time."""
-    ngrams = [text[i : i + order] for i in range(len(text) - order + 1)]
-    contexts = Counter(ngram[:-1] for ngram in ngrams)
-    counts = Counter(ngrams)
-    return -sum(c * math.log2(c / contexts[ngram[:-1]]) for ngram, c in counts.items()) / len(
-        ngrams
-    )
+@pytest.fixture
+def runs(tmp_path, corpus_file):
+    """Run directories of a flow and of a baseline, both untrained."""
+    return {
+        name: save_run(tmp_path / name, build(vocab_size=27, context=16), source=corpus_file)
+        for name, build in (("flow", tiny_flow), ("ar", tiny_ar))
+    }
 
 
-@settings(derandomize=True, max_examples=100, deadline=None)
-@given(st.text(st.sampled_from("abcé\U0001f600"), min_size=6, max_size=60), st.integers(1, 6))
-def test_entropy_equals_the_formula(text, order):
-    assert quality.ngram_entropy(text, order) == pytest.approx(plain(text, order), abs=1e-9)
+@pytest.mark.slow
+def test_the_command_measures_samples(run_json, run, runs):
+    pytest.importorskip("mauve")
+    argv = ["quality", runs["flow"], "--judge", runs["ar"], "--num", 30, "--length", 12]
+    argv += ["--temperature", 0.9]
+    found = run_json(*argv)
+    assert (found["length"], found["temperature"], found["seed"]) == (12, 0.9, 0)
+    assert (found["samples"]["texts"], found["samples"]["judge_tokens"]) == (30, 360)
+    shown = run(*argv).out
+    for part in (f"{found['samples']['perplexity']:.3f}", f"{found['mauve']:.4f}"):
+        assert part in shown
+    assert all(remark in shown for remark in found["remarks"])
+
+
+def test_wrong_requests_of_the_command_are_named(refused, runs):
+    argv = ["quality", runs["flow"], "--judge"]
+    refused(*argv, runs["flow"], names=[str(runs["flow"]), "mini-ar"])
+    for option, value in (
+        ("--num", "1"),
+        ("--length", "17"),
+        ("--temperature", "nan"),
+        ("--top-k", "0"),
+        ("--top-p", "-1"),
+        ("--seed", "-1"),
+    ):
+        refused(*argv, runs["ar"], option, value, names=[value])

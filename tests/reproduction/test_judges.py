@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from helpers import save_run, tiny_ar, tiny_flow
+from reproduction import judges
+from reproduction.judges import load_judge
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation import judges
-from tarflowlm.evaluation.judges import load_judge
 
 TOKENIZER = CharTokenizer(" abcde", "none")
 TEXTS = ["bad cab dad", " a bee", "e", "abcde " * 30]

@@ -1,0 +1,128 @@
+"""`python -m reproduction quality`: the quality of a model's samples next to real text."""
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from tarflowlm.cli import options
+from tarflowlm.cli.evaluate import Split
+from tarflowlm.cli.options import arg
+from tarflowlm.config import Decoder
+from tarflowlm.errors import UserError
+
+if TYPE_CHECKING:
+    from reproduction.quality import Quality
+
+LABELS = {
+    "perplexity": "generative perplexity",
+    "entropy": "entropy of tokens, nats",
+    "word_entropy": "entropy of words, nats",
+    "distinct_1": "distinct 1-grams",
+    "distinct_2": "distinct 2-grams",
+    "distinct_3": "distinct 3-grams",
+    "repetition": "repeated 4-grams",
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure samples next to a text: generative perplexity, MAUVE, entropy, distinct n-grams,
+    repetition. Needs the extra quality (mauve-text, transformers).
+    """
+
+    directory: options.Model = None
+    # Another text: corpus name, file or prepared directory; the default is the run's own corpus.
+    data: Annotated[str | None, arg("SOURCE")] = None
+    # Part of the text; a file is split 90/5/5.
+    split: Split = "test"
+    # A run directory or shipped model of the baseline, a directory of transformers, or a hub name.
+    judge: Annotated[str, arg("MODEL")] = "gpt2-large"
+    # Number of samples; the paper has 5000.
+    num: int = 5000
+    # Tokens per sample; the default is the trained context.
+    length: options.Count = None
+    # How to invert a block.
+    decoder: Decoder = "auto"
+    temperature: Annotated[float, arg("FLOAT", options.TEMPERATURE)] = 1.0
+    top_k: Annotated[int | None, arg("INT", options.TOP_K)] = None
+    top_p: Annotated[float | None, arg("FLOAT", options.TOP_P)] = None
+    normalize: options.Normalize = None
+    # Seed of the samples.
+    seed: int = 0
+    device: options.Device = "auto"
+    json: options.PrintJson = False
+
+
+def run(args: Args) -> None:
+    from reproduction.judges import load_judge
+    from reproduction.quality import SamplingConfig, check_mauve, measure_quality
+    from tarflowlm.checks import checked_seed
+    from tarflowlm.cli.evaluate import text_source, text_tokens
+    from tarflowlm.data import eval_windows
+    from tarflowlm.device import pick_device
+    from tarflowlm.terminal.bars import Bars, print_json
+
+    sampling = SamplingConfig(
+        num=args.num,
+        length=args.length,
+        decoder=args.decoder,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=checked_seed(args.seed),
+    )
+    checkpoint = options.load_checkpoint(args.directory, args.device)
+    context = checkpoint.model.config.context
+    length = context if args.length is None else args.length
+    if not 1 <= length <= context:
+        raise UserError(
+            f"length {length}: must be between 1 and the trained context of {context} tokens"
+        )
+    # before anything that takes time, so that a missing judge or package costs none
+    judge = load_judge(args.judge, pick_device(args.device))
+    check_mauve()
+    tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
+    source = text_source(checkpoint, args.data)
+    with Bars() as bars:
+        tokens = text_tokens(checkpoint, tokenizer, args.data, args.split, bars)
+        found = measure_quality(
+            checkpoint.model,
+            tokenizer,
+            judge,
+            eval_windows(tokens, length, sampling.num),
+            sampling,
+            trained_on=checkpoint.run.data.source,
+            progress=bars,
+        )
+    if args.json:
+        print_json({"source": source, "split": args.split} | found.to_json())
+        return
+    _print(found)
+
+
+def _print(found: "Quality") -> None:
+    from tarflowlm.terminal.bars import print_table
+
+    rows = []
+    for name, label in LABELS.items():
+        values = [getattr(texts, name) for texts in (found.samples, found.text)]
+        digits = 3 if name == "perplexity" else 4
+        rows.append([label, *("-" if v is None else f"{v:.{digits}f}" for v in values)])
+    rows.insert(1, ["MAUVE, scaling 5", f"{found.mauve:.4f}", ""])
+    rows.append(["texts", f"{found.samples.texts:,}", f"{found.text.texts:,}"])
+    sampling = found.sampling
+    settings = [
+        f"{sampling.length} tokens each",
+        f"decoder {sampling.decoder}",
+        found.dtype,
+        f"temperature {sampling.temperature}",
+    ]
+    if sampling.top_k:
+        settings.append(f"top-k {sampling.top_k}")
+    if sampling.top_p:
+        settings.append(f"top-p {sampling.top_p}")
+    settings.append(f"seed {sampling.seed}")
+    title = f"{', '.join(settings)}; judge {found.judge} ({found.judge_kind})"
+    print_table(title, rows, ["", "samples", "real text"])
+    for remark in found.remarks:
+        sys.stdout.write(f"{remark}\n")
