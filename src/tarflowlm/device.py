@@ -25,7 +25,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     try:
         found = torch.device(available[0] if name == "auto" else name)
         torch.empty(0, device=found)
-    except (TypeError, RuntimeError, AssertionError):  # the type depends on how PyTorch was built
+    except (TypeError, RuntimeError, AssertionError):
         choice = ", ".join(["auto", *available])
         raise UserError(f"device {name}: not on this machine, use one of {choice}") from None
     if name == "auto" and found.type == "mps" and (problem := numerics_problem(found)):
@@ -68,7 +68,7 @@ def numerics_problem(device: torch.device) -> str | None:
 
 
 def missing_for_compilation(device: torch.device) -> str | None:
-    """The first thing that torch.compile needs and that is not there, or None."""
+    """What torch.compile needs and does not find, or None."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "triton"

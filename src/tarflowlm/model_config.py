@@ -126,11 +126,11 @@ class LanguageModelConfig(Config):
 
     @property
     def fills_in(self) -> bool:
-        """Whether a block below the last one only fills in what it is sure of (`certainty`)."""
+        """Whether a block below the last one has `certainty`."""
         return False
 
     def first_blocks(self: C, num_blocks: int) -> C:
-        """The configuration of the first `num_blocks` blocks."""
+        """The configuration of the first blocks."""
         assert num_blocks >= self.num_blocks
         return self
 
@@ -334,12 +334,11 @@ class FlowConfig(LanguageModelConfig):
         return self.fills_below(self.num_blocks - 1)
 
     def fills_below(self, index: int) -> bool:
-        """Whether a block below block `index` (0-based) only fills in what it is sure of."""
+        """Whether a block below block `index` (0-based) has `certainty`."""
         return any(block.certainty for block in self.blocks[:index])
 
     @property
     def mixes_channels(self) -> bool:
-        """Whether channels are reordered between blocks."""
         return self.patch > 1 if self.channel_mix is None else self.channel_mix
 
     @property

@@ -1,4 +1,4 @@
-"""Bounds on -log p(x), in nats: of a text, of its continuation, and importance-weighted ones."""
+"""Bounds on -log p(x), in nats: of texts, of continuations, and importance-weighted ones."""
 
 import math
 

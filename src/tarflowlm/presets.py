@@ -1,7 +1,6 @@
 """Named run configurations.
 
-Members of a family share Transformer size, data, tokens seen, optimiser and schedule: results
-differ by the model.
+Members of a family share Transformer size, data, tokens seen, optimiser and schedule.
 """
 
 from collections.abc import Callable
@@ -135,8 +134,7 @@ def mini_mixd_p4() -> RunConfig:
 def mini_passes() -> RunConfig:
     """Passes that refine a text at little cost (docs/math.md, eq. 9a).
 
-    The last Mix-d block writes a text with gaps, for letters that follow from the letters before
-    them. The other block fills these in.
+    The last Mix-d block writes a text with gaps, which the other block fills in.
     """
     first, last = stack(("mixd",) * 2, (1, 5), (0, 0))
     run = mini_mixd()
@@ -215,10 +213,9 @@ _KINDS = {
 def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfig:
     """One of the published models.
 
-    docs/reproduce.md lists the values that the paper leaves open and our choices. The recipe is
-    ours: Muon, and a rate that falls to zero. "-adamw" is the recipe of D3PM, MDLM and MD4, to
-    which the paper points: a constant rate and averaged weights over a million steps, of which the
-    stages of Mix-d have 5/7, 1/7 and 1/7.
+    docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, and a
+    rate that falls to zero. "-adamw" is the recipe of D3PM, MDLM and MD4, to which the paper
+    points: a constant rate and averaged weights over a million steps.
     """
     steps, batch_size = corpus.steps, corpus.batch_size
     optim = OptimConfig(lr=1e-3, warmup=0.01)

@@ -137,9 +137,6 @@ class AffineCoupling(ChannelCoupling):
         group = plan.config.latent_dim if by_token else 1
         return cls(channels=plan.channels, head=plan.head(by_token=by_token), group=group)
 
-    def extra_repr(self) -> str:
-        return f"group={self.group}"
-
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters
         return (z - mean) * torch.exp(-log_std), -log_std
@@ -217,9 +214,6 @@ class Mix1Coupling(ChannelCoupling):
             self.head.biases[1][c] = mean[i] / unit
             self.head.biases[2][c] = codebook.log_std
             paths[c, c - i : c, 0] = per_channel[:i]
-
-    def extra_repr(self) -> str:
-        return f"{self.head.biases[0].shape[1]} components"
 
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters)

@@ -125,10 +125,7 @@ class Codebook(nn.Module):
 
 
 class NoisyCodebook:
-    """The components of a codebook and, last, N(0, I).
-
-    Such latents, codes and noise, a block with `certainty` leaves to the blocks above it.
-    """
+    """The components of a codebook and, last, N(0, I): the outputs of a block with `certainty`."""
 
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook
@@ -143,5 +140,4 @@ class NoisyCodebook:
         return F.pad(self.codebook.log_std, (0, 1))
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
-        """The most probable component of every latent vector."""
         return numerics.most_probable_component(z, self.mean, self.log_std)

@@ -22,7 +22,6 @@ Features = Float[Tensor, "B N D"]
 ByPosition = Float[Tensor, "B N"]
 OneLatent = Float[Tensor, "B C"]
 OneFeature = Float[Tensor, "B D"]
-"""Values of all positions, and of one."""
 
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
@@ -78,8 +77,7 @@ class Coupling(nn.Module):
     ) -> Conditionals:
         """The conditionals of one position, group by group, from its features c_n.
 
-        `adjust` changes the mixture weights of `inverse`; only for Mix-d, whose components can be
-        tokens.
+        `adjust` changes the mixture weights of `inverse`, in Mix-d.
         """
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:

@@ -62,10 +62,9 @@ class AutoregressiveHead(nn.Module):
         output_g += shared c + sum_{j<g} evidence_gj z_j    (first output, with linear paths)
 
     This is eq. 10 of docs/math.md. c [D] are the features of the position, z_g [C/G] the value of
-    group g. Groups of one channel serve Affine and Mix-1, groups of d channels token-affine and,
-    inside a patch, Mix-d. Paper: appendix H, after Lippe & Gavves 2021, without linear paths and
-    with a bias in the embeddings. Linear paths start at zero; they help because evidence for a
-    component is additive in log-weights, which a small MLP learns slowly.
+    group g. Paper: appendix H, after Lippe & Gavves 2021, without linear paths and with a bias in
+    the embeddings. Linear paths start at zero; they help because evidence for a component is
+    additive in log-weights, which a small MLP learns slowly.
 
     `outputs` lists the width O of each output. The first takes the linear paths: log-weights, or
     means in Affine. The buffer `scale` holds one fixed factor per output. `log_std_last` bounds the
@@ -84,7 +83,7 @@ class AutoregressiveHead(nn.Module):
         outputs: tuple[int, ...],
         log_std_last: bool = False,
     ) -> None:
-        """`groups` is G, `channels` the number C / G of channels per group."""
+        """With `groups` G of `channels` C / G each."""
         super().__init__()
         self.groups = groups
         self.channels = channels
@@ -119,9 +118,6 @@ class AutoregressiveHead(nn.Module):
         sees = torch.ones(groups, groups).tril(-1) * (token[:, None] == token)
         self.register_buffer("mask", sees[:, :known].contiguous(), persistent=False)
 
-    def extra_repr(self) -> str:
-        return f"groups={self.groups}, channels={self.channels}, hidden={self.hidden}"
-
     def masked_cross(self) -> Float[Tensor, "G M known A"]:
         """`cross`, with zeros between groups that do not see each other."""
         return self.cross * self.mask[:, None, :, None]
@@ -136,8 +132,7 @@ class AutoregressiveHead(nn.Module):
         return F.gelu(product if bias is None else product + bias)
 
     def _read_out(self, hidden: Tensor) -> list[Tensor]:
-        """Outputs of all groups: [rows, G M] -> one [G, rows, O] per output, at least float32."""
-        # one product for all outputs, which reads the hidden units once
+        """[rows, G M] to one [G, rows, O] per output, at least float32, in one product."""
         scaled = [w * scale for w, scale in zip(self.weights, self.scale, strict=True)]
         active = F.gelu(hidden.view(-1, self.groups, self.hidden).transpose(0, 1))
         parts = (active @ torch.cat(scaled, -1)).split([w.shape[-1] for w in scaled], -1)
@@ -173,10 +168,7 @@ class AutoregressiveHead(nn.Module):
     def walk(
         self, features: Float[Tensor, "B D"], weights: "HeadWeights | None" = None
     ) -> Generator[list[Tensor], Tensor | None, None]:
-        """Yields the parameters of each group of a position in turn, one [B, O] per output.
-
-        The caller sends back the value z_g [B, C/G].
-        """
+        """Yields the parameters [B, O] of each group of a position; the caller sends z_g [B, C/G]."""
         weights = HeadWeights(self) if weights is None else weights
         shared = None if self.shared is None else self.shared(features)
         values = embedded = features[:, :0]
@@ -249,10 +241,7 @@ class TokenFeatures(nn.Module):
         return places + self.head(features, z)[0].permute(1, 2, 0, 3)
 
     def walk(self, features: Float[Tensor, "B D"]) -> Generator[Tensor, Tensor | None, None]:
-        """Yields the features [B, D] of each token of a patch in turn.
-
-        The caller sends back the latents [B, d].
-        """
+        """Yields the features [B, D] of each token of a patch; the caller sends its latents [B, d]."""
         if self.place is None:
             yield features
             return

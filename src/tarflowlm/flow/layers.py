@@ -61,6 +61,3 @@ class Order(nn.Module):
     def positions(self, x: Float[Tensor, "B N ..."]) -> Float[Tensor, "B N ..."]:
         """x with its positions in the block's order, or back in the order of the tokens."""
         return x.flip(1) if self.reverse else x
-
-    def extra_repr(self) -> str:
-        return f"{len(self.channels)}, reverse={self.reverse}, mixes={self.mixes}"

@@ -112,11 +112,6 @@ class MixDCoupling(Coupling):
         """Whether the components are the encoder's codebook, and nothing else."""
         return isinstance(self._tied[0], Codebook)
 
-    def extra_repr(self) -> str:
-        tie = "own" if self.own is not None else "tied"
-        shape = f"{self.weight_head.out_features} {tie} components, patch={self.patch}"
-        return f"{shape}, certainty={self.certainty}"
-
     def conditional(
         self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
     ) -> Conditional:

@@ -23,8 +23,7 @@ from tarflowlm.model_config import TransformerConfig
 class InputMap(nn.Module):
     """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))).
 
-    The linear path alone would confine the inputs to a C-dimensional subspace, too little for the
-    Transformer where C is small (docs/log.md).
+    The linear path alone would confine the inputs to a C-dimensional subspace (docs/log.md).
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -46,11 +45,10 @@ class FlowBlock(nn.Module):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
     Position n, counted in the block's own order, is transformed with parameters that depend on the
-    positions before n and on the earlier channels of position n. The order is undone on output, so
-    the codebook can decode every state.
+    positions before n. The order is undone on output, so the codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
-    embedding of the tokens that the latents before n decode to.
+    embedding of the tokens that the latents decode to.
     """
 
     places: Tensor
@@ -94,7 +92,7 @@ class FlowBlock(nn.Module):
         return torch.cat((self.start.expand(len(h), 1, -1), x), dim=1) if first else x
 
     def features(self, h: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
-        """Features c_n of all positions, each from the latents before it, in the block's order."""
+        """Features c_n of all positions, each from the latents before it."""
         return self.transformer(self._inputs(h[:, :-1], first=True))
 
     def forward(

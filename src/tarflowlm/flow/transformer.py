@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         B, N, D = x.shape
-        # three products: normalising q and k, and the gradients of all three, then need no copies
+        # three products, so that normalising and gradients need no copies
         parts = (F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
         q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
         q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables)
@@ -140,9 +140,7 @@ class Transformer(nn.Module):
 
 
 LARGEST_COPY = 2**20
-"""On the CPU matrices of at most so many elements are kept transposed: one row times a transposed
-matrix is up to twice as fast.
-"""
+"""Elements of a matrix that the CPU keeps transposed, to multiply one row up to twice as fast."""
 
 
 class LayerWeights:
@@ -191,7 +189,6 @@ class KVCache:
         self.length = 0
 
     def rewind(self, length: int) -> None:
-        """Keep only the first `length` positions."""
         assert 0 <= length <= self.length
         self.length = length
 
@@ -229,7 +226,7 @@ class KVCache:
                 h = torch.addmm(h, active, layer.down)
             features = F.layer_norm(h, (D,), self.norm).view(B, N, D)
         self.length = end
-        # outside of inference mode a copy, which may go where a graph is built
+        # a copy may go where a graph is built
         return features if torch.is_inference_mode_enabled() else features.clone()
 
     def _attend(
