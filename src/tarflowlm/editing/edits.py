@@ -19,10 +19,8 @@ from tarflowlm.editing.rewriting import (
     Candidates,
     Spaces,
     blend,
-    collected,
     covered,
     informative_level,
-    redrawn,
     rewrite,
     token_costs,
 )
@@ -178,6 +176,8 @@ def replace_piece(
     `around` words on each side may be drawn anew, given all else; 0 keeps them. `candidates` and
     `temperature` as in `redraw_words`.
     """
+    if around < 0:
+        raise UserError(f"around {around}: must be at least 0")
     start, stop, tokens = _replacement(source, old, new)
     before = source.text.tokens[0, : source.text.length].cpu()
     changed = torch.cat((before[:start], tokens, before[stop:]))
@@ -194,17 +194,18 @@ def replace_piece(
     ]
     spans = neighbours(inner, start, end, around)
     source.progress.stage("redrawing, pieces", len(spans) * source.num)
-    rows = redrawn(
+    # the old token at every place of the new text
+    aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
+    return rewrite(
         source.model,
         text,
         [spans] * source.num,
         source.candidates(candidates, temperature, may_repeat=True),
+        before=source.text,
+        aligned=aligned,
         generator=source.generator,
         progress=source.progress,
     )
-    # the old token at every place of the new text
-    aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
-    return collected(source.model, source.text, rows, source.generator, aligned=aligned)
 
 
 def substitute_piece(source: Source, *, old: str, new: str) -> Edit:

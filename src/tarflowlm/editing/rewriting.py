@@ -192,32 +192,17 @@ def rewrite(
     candidates: Candidates,
     *,
     spare: Sequence[Span] = (),
+    before: Encoded | None = None,
+    aligned: Tensor | None = None,
     generator: torch.Generator,
     progress: Progress = SILENT,
 ) -> Edit:
-    """The edit of `redrawn`."""
-    rows = redrawn(
-        model, text, spans, candidates, spare=spare, generator=generator, progress=progress
-    )
-    return collected(model, text, rows, generator)
-
-
-@torch.no_grad()
-def redrawn(
-    model: TarFlowLM,
-    text: Encoded,
-    spans: Sequence[Sequence[Span]],
-    candidates: Candidates,
-    *,
-    spare: Sequence[Span] = (),
-    generator: torch.Generator,
-    progress: Progress = SILENT,
-) -> list[Encoded]:
-    """The texts with their spans redrawn, one after the other given everything else.
+    """Redraw the spans of every text, one after the other given everything else.
 
     `spans[b]` are those of row b. Where all candidates of a span repeat it, some of the `spare`
-    spans are tried instead, but none at either end of the text. `progress` advances once per span.
-    Errors: `redraw`.
+    spans are tried instead, but none at either end of the text. The texts `before`, by default the
+    same, are what the edit is compared with; `aligned` as in `compared`. `progress` advances once
+    per span. Errors: `redraw`.
     """
     rows = []
     for b, chosen in enumerate(spans):
@@ -230,16 +215,16 @@ def redrawn(
             and not any(start < end and first < stop for first, end in chosen)
         ]
         for span in chosen:
-            before = row.tokens
+            old = row.tokens
             row = redraw(model, row, span, candidates, generator=generator)
             for _ in range(SPARE_TRIES):
-                if not left or (row.tokens != before)[:, : text.length].any():
+                if not left or (row.tokens != old)[:, : text.length].any():
                     break
                 span = left.pop(int(torch.randint(len(left), (), generator=generator)))
                 row = redraw(model, row, span, candidates, generator=generator)
             progress.advance()
         rows.append(row)
-    return rows
+    return _collected(model, before or text, rows, generator, aligned)
 
 
 @torch.no_grad()
@@ -271,7 +256,7 @@ def blend(
             row = redraw(model, row, span, candidates, generator=generator)
         progress.advance()
         rows.append(row)
-    return collected(model, first, rows, generator)
+    return _collected(model, first, rows, generator)
 
 
 @torch.no_grad()
@@ -350,15 +335,13 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 
 
-def collected(
+def _collected(
     model: TarFlowLM,
     before: Encoded,
     rows: Sequence[Encoded],
     generator: torch.Generator,
-    *,
     aligned: Tensor | None = None,
 ) -> Edit:
-    """The edit of the texts `before` into `rows`; `aligned` as in `compared`."""
     tokens = torch.cat([row.tokens for row in rows])
     states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
     edit = compared(model, before, tokens, states[::-1], generator, aligned=aligned)
