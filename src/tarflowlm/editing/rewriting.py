@@ -88,7 +88,7 @@ def propose_state(
     They come from block l + 1, given the positions before the span in its order, with standard
     normal noise; so they have the density prod_n p(h_n | h_<n) of that block. The weight of one is
     p_{>l}(h) over that, for h^(l) as it was elsewhere. The blocks below are then inverted, in which
-    tokens beside the span may change, too.
+    tokens next to the span may change, too.
     """
     prior, block, patch = model.prior, model.prior.block(level), model.config.patch
     known, before = (block.order(prior.patch(text.states[i])) for i in (level, level + 1))
@@ -130,7 +130,7 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     tokens.
 
     What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)),
-    for block 1 over tokens of equal probability in place of log N(z).
+    for block 1 with tokens of equal probability instead of log N(z).
     """
     if model.config.has_token_weights:
         return 0
@@ -149,7 +149,7 @@ class Spaces(NamedTuple):
 
     @classmethod
     def of(cls, token_bytes: Sequence[bytes]) -> "Spaces":
-        """Those of tokens with these bytes."""
+        """The masks of tokens with these bytes."""
         return cls(
             torch.tensor([symbol[:1].isspace() for symbol in token_bytes]),
             torch.tensor([symbol[-1:].isspace() for symbol in token_bytes]),
@@ -281,7 +281,8 @@ def redraw(
     assert 0 <= level < model.num_blocks, level
     if temperature != 1.0 and (level or not model.config.has_token_weights):
         raise UserError(
-            f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1"
+            f"temperature {temperature}: state {level} of this model has no weights of tokens, "
+            "take 1"
         )
     if level:
         z, tokens, log_w = propose_state(

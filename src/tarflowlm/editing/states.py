@@ -247,7 +247,7 @@ def compared(
 
     `aligned` [T] has the old token at every place of a new text of another length, -1 for none.
     """
-    # The bounds are those of whole patches, padding included. All texts get the same noise, so that
+    # Bounds are of whole patches, padding included. All texts get the same noise, so that
     # it does not enter the differences of their bounds, and equal texts have equal ones.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     before, after = (

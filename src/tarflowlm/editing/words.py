@@ -36,8 +36,7 @@ def pick_words(
     generator: torch.Generator,
     costs: Sequence[float] | None = None,
 ) -> list[Span]:
-    """`count` words of a text of `length` tokens: at random, or with `costs` of all tokens those of
-    the highest mean.
+    """`count` words of a text of `length` tokens: at random, or by the highest mean of `costs`.
 
     Listed first to last. Words at either end of the text are the last to be picked: nothing says
     that a word begins or ends there. UserError for more words than there are.

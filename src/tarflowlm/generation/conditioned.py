@@ -60,9 +60,7 @@ class Conditioned(ABC):
         """Complete position n from its features c_n [B, D]; returns as `step`."""
 
     def select(self, rows: Tensor) -> None:
-        """Replace the completed positions of every row b by those of row rows[b]; the noise ahead
-        stays.
-        """
+        """Copy the completed positions of row rows[b] to every row b; the noise ahead stays."""
         self.values[:, : self.at] = self.values[rows, : self.at]
         self.noise[:, : self.at] = self.noise[rows, : self.at]
         self.cache.take(self.cache, rows)

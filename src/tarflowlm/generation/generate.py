@@ -115,8 +115,8 @@ def generate_steps(
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
-    num = _at_least_one(num, "num")
-    given = _given(model, num, _at_least_one(num_tokens, "length"), prompt)
+    num = as_integer(num, "num", least=1)
+    given = _given(model, num, as_integer(num_tokens, "length", least=1), prompt)
     text = Window(
         model,
         _row_streams(generator, num),
@@ -162,17 +162,13 @@ def _adjust(
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
     if adjust is not None and not model.config.has_token_weights and not model.config.fills_in:
-        settings = [f"temperature {temperature}"] if temperature != 1.0 else []
-        settings += [
-            f"{name} {value}"
-            for name, value in (("top-k", top_k), ("top-p", top_p))
-            if value is not None
-        ]
-        why = f"{model.config.describe(0)} has no weights of tokens to change"
-        rule = (
+        asked = [f"temperature {temperature}"] if temperature != 1.0 else []
+        asked += [] if top_k is None else [f"top-k {top_k}"]
+        asked += [] if top_p is None else [f"top-p {top_p}"]
+        raise UserError(
+            f"{', '.join(asked)}: {model.config.describe(0)} has no weights of tokens to change: "
             "sample at temperature 1 without top-k and top-p, or use a model whose block 1 is mixd"
         )
-        raise UserError(f"{', '.join(settings)}: {why}: {rule}")
     return adjust
 
 
@@ -187,13 +183,6 @@ def _row_streams(
     if generator is None:
         (generator := torch.Generator()).seed()
     return row_generators(range(num), generator)
-
-
-def _at_least_one(value: int, name: str) -> int:
-    value = as_integer(value, name)
-    if value < 1:
-        raise UserError(f"{name} {value}: must be at least 1")
-    return value
 
 
 def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None) -> Tensor:
@@ -223,24 +212,21 @@ def usual_particles(given: Tensor) -> int:
 
 def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -> int:
     """The number of particles, as asked for or as usual."""
-    is_given = given != BLANK
     num_tokens, context = given.shape[1], model.config.context
-    has_gaps = usual_particles(given) > 1
-    chosen = particles is not None
-    if particles is None:
-        particles = usual_particles(given)
-    particles = _at_least_one(particles, "particles")
-    if num_tokens > context and (particles > 1 or has_gaps):
+    usual = usual_particles(given)
+    asked = particles is not None
+    particles = as_integer(particles, "particles", least=1) if particles is not None else usual
+    if num_tokens > context and max(particles, usual) > 1:
         raise UserError(
             f"length {num_tokens}, particles {particles}: beyond the trained context of {context} "
             "tokens, take 1 particle, and a prompt without blanks in it"
         )
-    if particles == 1 and is_given.all():
+    if particles == 1 and (given != BLANK).all():
         raise UserError(
             f"the prompt has {num_tokens} tokens, which leaves no room in {num_tokens}: "
             "shorten it, or raise the length"
         )
-    if chosen and particles > 1 and case_of(model, given) == "continued":
+    if asked and particles > 1 and case_of(model, given) == "continued":
         raise UserError(
             f"particles {particles}: this model continues a prompt exactly, leave them out"
         )

@@ -1,4 +1,4 @@
-"""The inverse of a block by steps or by sweeps, and the inverse of a stack (docs/math.md, section 7).
+"""The inverse of a block by steps or by sweeps, and of a stack (docs/math.md, section 7).
 
 Steps and sweeps share one guess and one KV cache, so a block can change from one to the other at
 any position.
@@ -67,7 +67,7 @@ class Kept(Generic[Y, R]):
 
 
 def finish(steps: Generator[object, None, R]) -> R:
-    """What a generator returns in the end."""
+    """Run a generator to its end, and return what it returns."""
     kept = Kept(steps)
     for _ in kept:
         pass
@@ -75,7 +75,7 @@ def finish(steps: Generator[object, None, R]) -> R:
 
 
 def finished(function: Callable[P, Generator[object, None, R]]) -> Callable[P, R]:
-    """The function that runs the generators of `function` to their end."""
+    """The function that finishes what `function` starts."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -352,8 +352,9 @@ def _largest_change(new: Tensor, old: Tensor) -> Tensor:
 
 
 def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
-    """First position, from `first` on, whose h does not map back to u, both [B, N, C] in the
-    block's order; or N.
+    """First position, from `first` on, where h does not map back to u, or else N.
+
+    Both are [B, N, C], in the block's order.
     """
     again, _ = block.coupling(h, block.features(h))
     off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
@@ -421,6 +422,6 @@ def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
         return (decoder,) * num_blocks
     if len(decoder) != num_blocks:
         raise UserError(
-            f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one decoder for each"
+            f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one for each"
         )
     return tuple(decoder)

@@ -51,24 +51,16 @@ def adjust_weights(
 
     It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest
     set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest finite
-    log-weight: probability zero. UserError for settings out of range, and for what is no number.
+    log-weight: probability zero. UserError for settings out of range, and for what is not a number.
     """
     temperature = as_number(temperature, "temperature")
-    top_k = None if top_k is None else as_integer(top_k, "top-k")
+    top_k = None if top_k is None else as_integer(top_k, "top-k", least=1)
     top_p = None if top_p is None else as_number(top_p, "top-p")
-    greedy = "top-k 1 takes the most probable token"
-    for name, value, is_right, rule in (
-        (
-            "temperature",
-            temperature,
-            math.isfinite(temperature) and temperature > 0,
-            f"above 0 and finite; {greedy}",
-        ),
-        ("top-k", top_k, top_k is None or top_k >= 1, "at least 1"),
-        ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not is_right:
-            raise UserError(f"{name} {value}: must be {rule}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        rule = "above 0 and finite; top-k 1 takes the most probable token"
+        raise UserError(f"temperature {temperature}: must be {rule}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
     if top_p == 1.0:
         top_p = None  # rounding lets the cumulative sum reach 1 before the last tokens
     if temperature == 1.0 and top_k is None and top_p is None:
