@@ -75,9 +75,10 @@ def finish(steps: Generator[object, None, R]) -> R:
 
 
 def finished(function: Callable[P, Generator[object, None, R]]) -> Callable[P, R]:
-    """The function that finishes what `function` starts."""
+    """The function that finishes what `function` starts, without gradients."""
 
     @wraps(function)
+    @torch.no_grad()
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         return finish(function(*args, **kwargs))
 
@@ -108,7 +109,6 @@ class Inverted:
     """
 
 
-@torch.no_grad()
 def block_inversion(
     block: FlowBlock,
     u: Tensor,
@@ -363,7 +363,6 @@ def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
     return first + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
 
 
-@torch.no_grad()
 def stack_inversion(
     model: TarFlowLM,
     noise: Tensor,
