@@ -57,7 +57,7 @@ def run(args: Args) -> None:
     from reproduction.judges import load_judge
     from reproduction.quality import SamplingConfig, check_mauve, measure_quality
     from tarflowlm.checks import checked_seed
-    from tarflowlm.cli.evaluate import text_source, text_tokens
+    from tarflowlm.cli.evaluate import read_text
     from tarflowlm.data import eval_windows
     from tarflowlm.device import pick_device
     from tarflowlm.terminal.bars import Bars, print_json
@@ -82,9 +82,8 @@ def run(args: Args) -> None:
     judge = load_judge(args.judge, pick_device(args.device))
     check_mauve()
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    source = text_source(checkpoint, args.data)
     with Bars() as bars:
-        tokens = text_tokens(checkpoint, tokenizer, args.data, args.split, bars)
+        source, tokens = read_text(checkpoint, tokenizer, args.data, args.split, bars)
         found = measure_quality(
             checkpoint.model,
             tokenizer,

@@ -12,8 +12,8 @@ from helpers import normal, tiny_flow
 from tarflowlm.evaluation.blocks import (
     latent_report,
     mean_cosine,
-    mean_norm,
     participation_ratio,
+    state_metrics,
 )
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.model import TarFlowLM
@@ -30,7 +30,7 @@ FLOWS = {
 
 def test_norm_is_the_mean_over_vectors():
     states = torch.tensor([[[3.0, 4.0], [-3.0, -4.0]], [[0.0, 2.0], [0.0, 0.0]]])
-    assert mean_norm(states).tolist() == [5.0, 1.0]
+    assert state_metrics([states])[0]["norm"].tolist() == [5.0, 1.0]
 
 
 def test_cosine_equals_the_mean_over_pairs():

@@ -1,7 +1,7 @@
 """`tarflowlm eval`: the likelihood of a text, and on request the latents of every block."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -60,69 +60,59 @@ def run(args: Args) -> None:
     checkpoint = options.load_checkpoint(args.directory, args.device)
     directory = args.directory or checkpoint.directory.name
     model = checkpoint.model
-    context = model.config.context
     refusal = f"{directory} is the discrete baseline, which has no latents: leave --latents out"
     flow = as_flow(model, refusal) if args.latents else None
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    source = text_source(checkpoint, args.data)
     states = None
     with Bars() as bars:
-        tokens = text_tokens(checkpoint, tokenizer, args.data, args.split, bars)
-        likelihood, of_text = _likelihood(args, model, tokenizer, tokens, source, bars)
-        found = likelihood.to_json() | of_text
+        source, tokens = read_text(checkpoint, tokenizer, args.data, args.split, bars)
+        likelihood, reading = _likelihood(args, model, tokenizer, tokens, source, bars)
+        found = likelihood.to_json() | reading
         if flow is not None:
-            windows = eval_windows(tokens, context, args.windows)
+            windows = eval_windows(tokens, model.config.context, args.windows)
             bars.stage("latents, windows", len(windows))
             states = latent_report(flow, windows, seed=args.seed, progress=bars)
-            found["latents"] = [state.to_json() for state in states]
+            found["latents"] = [asdict(state) for state in states]
     if args.json:
         print_json(found)
         return
-    _print_likelihood(f"{directory} on {source}, {args.split}", likelihood, of_text)
+    _print_likelihood(f"{directory} on {source}, {args.split}", likelihood, reading)
     if states is not None:
         _print_latents(states)
 
 
-def text_source(checkpoint: "Checkpoint", data: str | None) -> str:
-    """The text to measure, `data` or that of the run.
-
-    UserError for the text of a shipped model, which is elsewhere.
-    """
-    from tarflowlm.data import FIELD, SOURCE_NAMES
-
-    if data is not None:
-        return data
-    source = checkpoint.run.data.source
-    if source not in SOURCE_NAMES and not Path(source.partition(FIELD)[0]).exists():
-        remedy = "models are shipped without their data. Pass --data english or --data FILE"
-        name = checkpoint.directory.name
-        raise UserError(f"cannot find the training text {source} of {name}; {remedy}")
-    return source
-
-
-def text_tokens(
+def read_text(
     checkpoint: "Checkpoint",
     tokenizer: "Tokenizer",
     data: str | None,
     split: Split,
     progress: "Progress",
-) -> "TokenArray":
-    """The tokens of a split of `text_source`; of a corpus it is the split of training."""
-    from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
+) -> "tuple[str, TokenArray]":
+    """The text to measure, `data` or that of the run, and the tokens of its split.
+
+    A corpus keeps the split of training. UserError for a shipped model's own text, which is
+    elsewhere.
+    """
+    from tarflowlm.data import FIELD, SOURCE_NAMES, cached_corpus, encode_text_source
     from tarflowlm.runs.checkpoint import corpus_digest
     from tarflowlm.terminal.bars import print_notice
 
-    source = text_source(checkpoint, data)
-    is_corpus = data is None or source in SOURCE_NAMES or Path(source).is_dir()
+    source = checkpoint.run.data.source if data is None else data
+    is_named = source in SOURCE_NAMES
+    if data is None and not is_named and not Path(source.partition(FIELD)[0]).exists():
+        raise UserError(
+            f"cannot find the training text {source} of {checkpoint.directory.name}; "
+            "models are shipped without their data. Pass --data english or --data FILE"
+        )
+    is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:
-        return encode_text_source(source, tokenizer, split, progress=progress)
+        return source, encode_text_source(source, tokenizer, split, progress=progress)
     corpus = cached_corpus(source, tokenizer, progress=progress)
-    known = corpus_digest(checkpoint.directory)
-    if data is None and known not in (None, corpus.fingerprint):
+    if data is None and corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
         print_notice(
             f"{source} has changed since training: its {split} split may hold text of that"
         )
-    return corpus.split(split)
+    return source, corpus.split(split)
 
 
 def _likelihood(
@@ -142,10 +132,6 @@ def _likelihood(
 
     context = model.config.context
     patch = model.config.patch
-    is_short = patch <= len(tokens) < context
-    if is_short and args.split == "all" and not args.latents:
-        context = len(tokens) - len(tokens) % patch
-        print_notice(f"the text is shorter than the context: one window of {context} tokens")
     stride = context if args.stride is None else args.stride
     windows, given = sliding_windows(tokens, context, stride, args.windows)
     if stride % patch:
@@ -155,10 +141,9 @@ def _likelihood(
             f"stride {stride}: windows can slide for the baseline and for flows of one block; "
             f"no bound is known for the {model.num_blocks} blocks of this model: leave --stride out"
         )
-    several = args.samples > 1 and not model.is_exact
-    samples = f", {args.samples} samples each" if several else ""
-    text = f"{source}, {args.split}"
-    print_notice(f"evaluating {len(windows):,} windows of {context} tokens{samples}: {text}")
+    samples = f", {args.samples} samples each" if args.samples > 1 and not model.is_exact else ""
+    what = f"{len(windows):,} windows of {context} tokens{samples}"
+    print_notice(f"evaluating {what}: {source}, {args.split}")
     bars.stage("evaluating, windows", len(windows))
     start = time.perf_counter()
     found = evaluate(
@@ -181,7 +166,7 @@ def _likelihood(
     }
 
 
-def _print_likelihood(title: str, found: "Likelihood", of_text: dict[str, object]) -> None:
+def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object]) -> None:
     from tarflowlm.terminal.bars import print_table
 
     spread = f" (standard error {found.stderr:.4f})" if found.windows > 1 else ""
@@ -200,13 +185,12 @@ def _print_likelihood(title: str, found: "Likelihood", of_text: dict[str, object
         gap = f"{found.gap:.5f} nats per token (standard error {found.gap_stderr:.5f})"
         rows.append(("ELBO, nats per token", f"<= {found.elbo:.4f} ({errors})"))
         rows.append(("gap to the ELBO", gap))
-    scored = f"{found.tokens:,} of {of_text['text_tokens']:,} tokens"
+    scored = f"{found.tokens:,} of {reading['text_tokens']:,} tokens"
     rows.append(("text", f"{scored}, {found.characters:,} characters"))
-    given = "fresh contexts"
-    if of_text["stride"] != of_text["context"]:
-        given = "windows with tokens of the one before as context"
-    rows.append(("windows", f"{found.windows:,} {given}, stride {of_text['stride']}"))
-    rows.append(("seconds", f"{of_text['seconds']:.1f}"))
+    is_sliding = reading["stride"] != reading["context"]
+    context = "with tokens of the one before as context" if is_sliding else "with fresh contexts"
+    rows.append(("windows", f"{found.windows:,} {context}, stride {reading['stride']}"))
+    rows.append(("seconds", f"{reading['seconds']:.1f}"))
     print_table(title, rows)
 
 

@@ -6,7 +6,7 @@ The states h^(0) = z, ..., h^(L) = u are [B, T, d].
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -18,11 +18,6 @@ from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import ElboTerms, TarFlowLM
 from tarflowlm.progress import SILENT, Progress
-
-
-def mean_norm(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
-    """(1/T) sum_t |h_t|: the mean L2 norm of the token vectors."""
-    return states.norm(dim=-1).mean(-1)
 
 
 def mean_cosine(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
@@ -50,28 +45,22 @@ def participation_ratio(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
     return trace.square() / covariance.square().sum((-2, -1))
 
 
-def centroid_shift(
-    before: Float[Tensor, "B T d"], after: Float[Tensor, "B T d"]
-) -> Float[Tensor, " B"]:
-    """|mean_t after_t - mean_t before_t|: how far a block moves the centre of a sequence."""
-    return (after.mean(1) - before.mean(1)).norm(dim=-1)
-
-
 def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """The metrics [B] of consecutive states [B, T, d], of texts or of samples.
 
-    The first state has no centroid_shift.
+    norm is (1/T) sum_t |h_t|. centroid_shift, which the first state lacks, is
+    |mean_t after_t - mean_t before_t|.
     """
     metrics = [
         {
-            "norm": mean_norm(state),
+            "norm": state.norm(dim=-1).mean(-1),
             "cosine": mean_cosine(state),
             "participation_ratio": participation_ratio(state),
         }
         for state in states
     ]
     for values, (before, after) in zip(metrics[1:], pairwise(states), strict=True):
-        values["centroid_shift"] = centroid_shift(before, after)
+        values["centroid_shift"] = (after.mean(1) - before.mean(1)).norm(dim=-1)
     return metrics
 
 
@@ -115,9 +104,6 @@ class StateReport:
     """By how much block l lowers it; None for z."""
     nelbo: Spread
     """Negative ELBO with that prior."""
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @torch.no_grad()

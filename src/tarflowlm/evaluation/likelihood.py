@@ -128,9 +128,7 @@ def evaluate(
     tokens with a flow of several blocks.
     """
     check_tokens(model, windows, name="windows")
-    if given is None:
-        given = torch.zeros(len(windows), dtype=torch.int64)
-    log_w = log_weights(model, windows, given, samples=samples, seed=seed, progress=progress)
+    log_w = log_weights(model, windows, given=given, samples=samples, seed=seed, progress=progress)
     return summarise(
         model, log_w, windows, characters_per_token, bytes_per_token=bytes_per_token, given=given
     )
@@ -146,9 +144,9 @@ def summarise(
     given: Int[Tensor, " W"] | None = None,
 ) -> Likelihood:
     """The likelihood of windows from their log-weights; arguments as in `evaluate`."""
-    if given is None:
-        given = torch.zeros(len(windows), dtype=torch.int64)
-    is_scored = torch.arange(windows.shape[1]) >= given[:, None]
+    is_scored = torch.ones(windows.shape, dtype=torch.bool)
+    if given is not None:
+        is_scored = torch.arange(windows.shape[1]) >= given[:, None]
     scored = windows.cpu()[is_scored]
     tokens = is_scored.sum(1).double()
     num_samples = len(log_w)
@@ -183,8 +181,8 @@ def summarise(
 def log_weights(
     model: LanguageModel,
     windows: Int[Tensor, "W T"],
-    given: Int[Tensor, " W"],
     *,
+    given: Int[Tensor, " W"] | None = None,
     samples: int,
     seed: int,
     progress: Progress = SILENT,
@@ -194,15 +192,14 @@ def log_weights(
     Arguments as in `evaluate`.
     """
     keep_freed_memory()
-    seed = checked_seed(seed)
-    generator = torch.Generator(device=model.device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
+    heads = [0] * len(windows) if given is None else given.tolist()
     parts = []
     # one batch has one number of given tokens
-    for some in runs(given.tolist(), windows_per_batch(windows.shape[1])):
+    for some in runs(heads, windows_per_batch(windows.shape[1])):
         tokens = windows[some].to(model.device)
-        head = int(given[some.start])
         log_w = log_importance_weights(
-            model, tokens, samples=samples, generator=generator, given=head
+            model, tokens, samples=samples, generator=generator, given=heads[some.start]
         )
         parts.append(log_w.cpu().double())
         progress.advance(len(tokens))

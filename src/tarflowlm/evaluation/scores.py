@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 
 import torch
@@ -12,7 +11,7 @@ from torch import Generator, Tensor
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checks import as_integer, check_model, check_tokens, checked_seed
-from tarflowlm.evaluation.likelihood import bits, runs, sign_of, windows_per_batch
+from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.language_model import LanguageModel
@@ -28,10 +27,11 @@ class Scores:
     """[T]: -log2 p(x_t | x_<t) of the baseline; of a flow, the part of token t in its bound."""
     blocks: Tensor | None
     """[L, T]: log2|det J| of every block at every token, block 1 first; None for the baseline."""
-    exact: bool
-    """Whether the bits are exact; else they sum to an upper bound, and one of them is no bound."""
-    symbols: Sequence[str] | None = None
-    """[T]: the tokens, shown in notebooks."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bits are exact; else they sum to an upper bound, and one of them is no bound."""
+        return self.blocks is None
 
     @property
     def total(self) -> float:
@@ -43,20 +43,14 @@ class Scores:
         """Mean bits per token."""
         return self.bits.mean().item()
 
-    def __repr__(self) -> str:
-        sign = sign_of("exact" if self.exact else "elbo")
-        return f"<{type(self).__name__} of {len(self.bits)} tokens: {sign} {self.total:.1f} bits>"
+    @property
+    def sign(self) -> str:
+        """The sign before the bits of the whole text: = if they are exact, else <=."""
+        return "=" if self.exact else "<="
 
-    def _repr_html_(self) -> str | None:
-        if self.symbols is None:
-            return None
-        shown = ""
-        for symbol, value in zip(self.symbols, self.bits.tolist(), strict=True):
-            ground = f"rgba(213,94,0,{min(max(value, 0) / 12, 1):.2f})"
-            style = f'style="background:{ground}" title="{value:.2f} bits"'
-            shown += f"<span {style}>{escape(symbol)}</span>"
-        sign = sign_of("exact" if self.exact else "elbo")
-        return f"<pre>{shown}\n{sign} {self.total:.1f} bits</pre>"
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"<{name} of {len(self.bits)} tokens: {self.sign} {self.total:.1f} bits>"
 
 
 def score(
@@ -173,7 +167,7 @@ def _shares(
 def _scores(model: LanguageModel, nats: Float[Tensor, "rows T"], num_tokens: int) -> Scores:
     shares, beyond = bits(nats).tensor_split([num_tokens], dim=1)
     if model.is_exact:
-        return Scores(bits=shares[0], blocks=None, exact=True)
+        return Scores(bits=shares[0], blocks=None)
     # what fills the last patch of a flow counts with the last token
     shares[:, -1] += beyond.sum(1)
-    return Scores(bits=shares[0], blocks=shares[1:], exact=False)
+    return Scores(bits=shares[0], blocks=shares[1:])

@@ -90,7 +90,6 @@ class TextScorer:
             weights = log_weights(
                 self.model,
                 torch.cat(whole),
-                torch.zeros_like(owner),
                 samples=self.samples,
                 seed=self.seed,
                 progress=progress,

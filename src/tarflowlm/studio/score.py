@@ -107,7 +107,7 @@ def heat(scored: Scored, values: Sequence[float], most: float) -> str:
     `most` is full colour.
     """
     spans = []
-    for symbol, value in zip(scored.symbols or (), values, strict=True):
+    for symbol, value in zip(scored.symbols, values, strict=True):
         share = min(abs(value) / max(most, 1e-9), 1.0)
         colour = HOT if value >= 0 else COLD
         ground = f"background:color-mix(in srgb,{colour} {75 * share:.0f}%,transparent)"

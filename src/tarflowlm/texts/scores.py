@@ -1,7 +1,8 @@
 """Requests to score: the bits of every token of texts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from html import escape
 
 from tarflowlm.checks import as_integer
 from tarflowlm.config import Normalization
@@ -38,7 +39,7 @@ class Score:
         found = []
         for reading, one in zip(readings, in_batches, strict=True):
             symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
-            found.append(Scored(one.bits, one.blocks, one.exact, symbols, reading=reading))
+            found.append(Scored(one.bits, one.blocks, symbols, reading))
         return found
 
     def command(self, name: str) -> list[str]:
@@ -50,14 +51,9 @@ class Score:
 class Scored(Scores):
     """The bits of a text, and how the text was read."""
 
-    symbols: Sequence[str] = ()
-    """[T]: the tokens."""
-    reading: Reading = field(kw_only=True)
-
-    @property
-    def sign(self) -> str:
-        """The sign before its numbers: = if they are exact, else <=."""
-        return "=" if self.exact else "<="
+    symbols: Sequence[str]
+    """[T]: the tokens, as they are shown."""
+    reading: Reading
 
     @property
     def notice(self) -> str | None:
@@ -68,3 +64,11 @@ class Scored(Scores):
     def bits_per_character(self) -> float:
         """Bits per character of the text as it was read."""
         return self.total / len(self.reading.text)
+
+    def _repr_html_(self) -> str:
+        shown = ""
+        for symbol, value in zip(self.symbols, self.bits.tolist(), strict=True):
+            ground = f"rgba(213,94,0,{min(max(value, 0) / 12, 1):.2f})"
+            style = f'style="background:{ground}" title="{value:.2f} bits"'
+            shown += f"<span {style}>{escape(symbol)}</span>"
+        return f"<pre>{shown}\n{self.sign} {self.total:.1f} bits</pre>"
