@@ -40,8 +40,8 @@ from tarflowlm.flow.numerics.reference import (
     rounding,
 )
 
-_SAFE_CELL = 7
-"""Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
+_SAFE_CELL = 8
+"""Newton's steps may start in a bracket of 2^-8 of the narrowest scale."""
 _NEARLY_CERTAIN = -1e-5
 """Log posterior of a component from which certainty is looked into."""
 _FEW_ROWS = 64

@@ -24,7 +24,7 @@ Params = tuple[Tensor, ...]
 """log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 Gradients = tuple[Tensor, ...]
 """Gradients of z [N] and of log_w, mean, log_std [N, K]."""
-BISECTIONS = {torch.float32: 18, torch.float64: 20}
+BISECTIONS = {torch.float32: 20, torch.float64: 22}
 NEWTON_STEPS = {torch.float32: 3, torch.float64: 5}
 
 
