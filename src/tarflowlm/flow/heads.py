@@ -168,7 +168,7 @@ class AutoregressiveHead(nn.Module):
     def walk(
         self, features: Float[Tensor, "B D"], weights: "HeadWeights | None" = None
     ) -> Generator[list[Tensor], Tensor | None, None]:
-        """Yields the parameters [B, O] of each group of a position; the caller sends z_g [B, C/G]."""
+        """Yields the parameters [B, O] of each group in turn; the caller sends z_g [B, C/G]."""
         weights = HeadWeights(self) if weights is None else weights
         shared = None if self.shared is None else self.shared(features)
         values = embedded = features[:, :0]
@@ -241,7 +241,7 @@ class TokenFeatures(nn.Module):
         return places + self.head(features, z)[0].permute(1, 2, 0, 3)
 
     def walk(self, features: Float[Tensor, "B D"]) -> Generator[Tensor, Tensor | None, None]:
-        """Yields the features [B, D] of each token of a patch; the caller sends its latents [B, d]."""
+        """Yields the features [B, D] of each token in turn; the caller sends its latents [B, d]."""
         if self.place is None:
             yield features
             return

@@ -171,8 +171,8 @@ class MixDCoupling(Coupling):
     def log_prob(self, z: Latents, features: Features, *, relative: bool = False) -> ByPosition:
         """log p(z_n | c_n) of every position, in nats.
 
-        With `relative` minus log prod_t sum_k N_k(z_t) (docs/math.md, eq. 12), in the same pass over
-        the codebook.
+        With `relative` minus log prod_t sum_k N_k(z_t), in the same pass over the codebook
+        (docs/math.md, eq. 12).
         """
         if self.certainty:
             return super().log_prob(z, features)
