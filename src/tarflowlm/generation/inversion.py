@@ -12,7 +12,6 @@ from functools import wraps
 from typing import Generic, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from tarflowlm.checks import check_option
@@ -23,6 +22,7 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
+from tarflowlm.generation.newton import CONTRACTION, RESIDUAL, NewtonJudge, largest_change
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 
@@ -30,14 +30,6 @@ Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when it changes by at most this times 1 + |h|: a few roundings."""
-RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components
-causes some 1e-5.
-"""
-CONTRACTION = 0.5
-"""A block is near the identity where the first Newton step changes the noise by less than this,
-times 1 + |h|, and every further one by less than this times the step before.
-"""
 SHORTEST_NEWTON = 8
 """Fewer positions than these take no Newton steps. So many show whether a block is near the
 identity.
@@ -237,7 +229,7 @@ class _Inversion:
         features = self._open_features(start, self.cache, slice(None))
         new, _ = cast(ChannelCoupling, self.block.coupling).newton_step(noise, noise, features)
         # negated, so that NaN counts as far
-        if not _largest_change(new, noise).max() < CONTRACTION:
+        if not largest_change(new, noise).max() < CONTRACTION:
             return False
         return self.newton(min(self.num_positions, self.at + self.segment))
 
@@ -276,7 +268,7 @@ class _Inversion:
         features = self._open_features(end, self.cache, slice(None))
         noise = self.noise[:, at:end].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
-        change = _largest_change(new, self.h[:, at:end]).amax(0)
+        change = largest_change(new, self.h[:, at:end]).amax(0)
         self.h[:, at:end] = new
         converged = (change <= self.tolerance).long().cumprod(0).sum()
         # one copy to the host per sweep; NaN counts as not converged, so it advances one position
@@ -310,45 +302,6 @@ class _Inversion:
                     stop = self.at + length
                 last = largest
             length = min(self.segment, 2 * length)
-
-
-class NewtonJudge:
-    """Follows Newton steps from the guess h = u: do they converge, and what has settled?
-
-    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|.
-    """
-
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
-        self.contracts = True
-        self.last = math.inf
-        """The largest change of the last step, times 1 + |h|."""
-
-    def settled(
-        self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor
-    ) -> Bool[Tensor, "B N"]:
-        """Where the step from `old` to `new` was the last that is needed, on the host.
-
-        With q the ratio of the largest changes of this step and the one before, all further steps
-        are estimated to add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u;
-        all [B, N, C].
-        """
-        off = (residual.abs() / (1 + noise.abs())).amax(2)
-        change, off = torch.stack((_largest_change(new, old), off)).cpu()
-        largest = float(change.max())
-        is_first = self.last == math.inf
-        # NaN is not below anything, so it ends the steps
-        self.contracts = largest < CONTRACTION * (1.0 if is_first else self.last)
-        ahead = 1.0
-        if self.contracts and not is_first:
-            ahead = largest / (self.last - largest)
-        self.last = largest
-        return (change * ahead <= self.tolerance) & (off <= RESIDUAL[new.dtype])
-
-
-def _largest_change(new: Tensor, old: Tensor) -> Tensor:
-    """The largest change of every position, over 1 + |h|: [B, N], for latents [B, N, C]."""
-    return ((new - old).abs() / (1 + new.abs())).amax(2)
 
 
 def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
