@@ -12,6 +12,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import coupling_class
+from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.plan import BlockPlan
@@ -91,7 +92,7 @@ class TarFlowLM(LanguageModel):
         if plan.index > 0 and (certainty := self.config.blocks[plan.index - 1].certainty):
             below = self.prior.block(plan.index - 1)
             assert isinstance(below.coupling, MixDCoupling)
-            below.coupling.certainty = certainty
+            below.coupling = Fills(below.coupling, certainty)
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 

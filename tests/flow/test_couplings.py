@@ -15,6 +15,7 @@ from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling, coupling_class
+from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
@@ -54,7 +55,7 @@ def mixd(patch: int, in_patch: bool, components: int = 4, tied: bool = False) ->
     return coupling
 
 
-def fills(patch: int) -> MixDCoupling:
+def fills(patch: int) -> Fills:
     book = Codebook(5, C // patch, separation=1.0)
     coupling = MixDCoupling(
         width=WIDTH,
@@ -65,8 +66,7 @@ def fills(patch: int) -> MixDCoupling:
         in_patch=False,
     )
     coupling.encoder = book
-    coupling.certainty = 0.3
-    return coupling
+    return Fills(coupling, certainty=0.3)
 
 
 def documented():
@@ -157,13 +157,11 @@ def test_filling_in_acts_on_tokens_that_are_likely_and_leaves_the_others():
     weights = coupling.weight_head(coupling.token_features(features, z)).softmax(-1)
     sure = (weights[..., :5].amax(-1) > coupling.certainty)[..., None]
     assert 0.1 < sure.double().mean() < 0.9
-    ours, _ = coupling(z, features)
-    coupling.certainty = 0.0
-    everywhere, _ = coupling(z, features)
-    coupling.certainty = 0.3
+    everywhere, _ = MixDCoupling.forward(Fills(coupling, certainty=0.0), z, features)
     by_token = (4, T, P, d)
     expected = torch.where(sure, everywhere.view(by_token), z.view(by_token)).view(z.shape)
-    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(coupling(z, features)[0], expected)
+    assert not coupling.is_tied
     first, known = features[:, 0], z[:, 0]
     log_p = coupling.complete(known, first, known, torch.ones(4, P, dtype=torch.bool))[2]
     torch.testing.assert_close(log_p.sum(-1), coupling.log_prob(z, features)[:, 0])
@@ -188,7 +186,7 @@ def test_jacobian_is_block_diagonal_over_positions_and_triangular_inside(
         expected = expected & ((group[:, None] != group) | torch.eye(C, dtype=torch.bool))[:, None]
     assert not by_z[~expected].any()
     # where a token is not filled in, the map is the identity
-    assert getattr(coupling, "certainty", 0.0) or (by_z[expected].abs() > 1e-12).all()
+    assert isinstance(coupling, Fills) or (by_z[expected].abs() > 1e-12).all()
 
 
 def test_completing_keeps_what_is_given_and_draws_the_rest(coupling):

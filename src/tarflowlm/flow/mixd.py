@@ -36,7 +36,7 @@ class MixDCoupling(Coupling):
     All positions share one codebook, and the network predicts only the K weights of each token from
     its own features (`TokenFeatures`). `tied` is the encoder's codebook (K = V), maybe with a
     component of noise (K = V + 1); without it the coupling owns a codebook. Paper: section 3.2.2,
-    appendix B. `certainty` is ours.
+    appendix B.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -48,11 +48,6 @@ class MixDCoupling(Coupling):
         >>> expected = log_det + numerics.log_standard_normal(u).sum(-1)
         >>> torch.allclose(mixd.log_prob(z, features), expected, atol=1e-4)
         True
-    """
-
-    certainty = 0.0
-    """With blocks above: map only tokens of which one component has a weight above this
-    (docs/math.md, eq. 9a). The choice depends on the latents before, so the map stays a flow.
     """
 
     def __init__(
@@ -116,23 +111,6 @@ class MixDCoupling(Coupling):
         self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
     ) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
-        if not self.certainty:
-            return self._mixture(log_w, adjust)
-        num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
-        largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
-        sure = (largest > self.certainty).nonzero()[:, 0]
-        mixture = self._mixture(log_w[sure], adjust)
-
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            u, log_det = mixture.forward(z[sure])
-            return z.index_copy(0, sure, u), z.new_zeros(len(z)).index_copy(0, sure, log_det)
-
-        def inverse(u: Tensor) -> Tensor:
-            return u.index_copy(0, sure, mixture.inverse(u[sure])) if len(sure) else u
-
-        return Conditional(forward, inverse)
-
-    def _mixture(self, log_w: Tensor, adjust: AdjustWeights | None) -> Conditional:
         mean, log_std = self.components.mean, self.components.log_std
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,8 +152,6 @@ class MixDCoupling(Coupling):
         With `relative` minus log prod_t sum_k N_k(z_t), in the same pass over the codebook
         (docs/math.md, eq. 12).
         """
-        if self.certainty:
-            return super().log_prob(z, features)
         return numerics.mixture_log_prob_from_features(
             z.unflatten(-1, (self.patch, self.latent_dim)),
             self.token_features(features, z),

@@ -19,7 +19,7 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.newton import CONTRACTION, RESIDUAL, NewtonJudge, largest_change
@@ -220,7 +220,7 @@ class _Inversion:
         same path everywhere.
         """
         coupling = self.block.coupling
-        if isinstance(coupling, MixDCoupling) and coupling.certainty:
+        if isinstance(coupling, Fills):
             return len(self.h) <= FEW_SEQUENCES
         start = self.at + SHORTEST_NEWTON
         if not self.takes_newton or start > self.num_positions:
