@@ -58,25 +58,16 @@ def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def check_mauve() -> None:
-    """UserError if mauve-text is missing."""
-    try:
-        import mauve  # noqa: F401
-    except ImportError:
-        raise UserError("MAUVE needs mauve-text: pip install 'tarflowlm[quality]'") from None
-
-
 def mauve(text: Tensor, samples: Tensor) -> float:
     """MAUVE (Pillutla et al. 2021) between features [texts, D] of real text and of samples.
 
     From 0 to 1, higher is closer. Computed by mauve-text with scaling factor 5 and its defaults: a
-    tenth as many clusters as texts, 90 % of the variance kept, seed 25. UserError if the package is
-    missing, or for fewer than two texts on a side.
+    tenth as many clusters as texts, 90 % of the variance kept, seed 25. UserError for fewer than
+    two texts on a side.
     """
     if min(len(text), len(samples)) < 2:
         sizes = f"{len(text)} with {len(samples)}"
         raise UserError(f"MAUVE compares two sets of texts, not {sizes}: use more of both")
-    check_mauve()
     from mauve import compute_mauve
 
     found = compute_mauve(
@@ -178,10 +169,9 @@ def measure_quality(
     """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples.
 
     Same configuration, same samples. `trained_on` names the model's corpus; a remark warns if the
-    judge shares it. UserError for a missing package, for texts that the judge cannot read, and for
-    settings that the model does not allow.
+    judge shares it. UserError for texts that the judge cannot read, and for settings that the
+    model does not allow.
     """
-    check_mauve()  # before the samples are drawn
     samples = draw_samples(model, config, progress)
     of_samples, of_text, similarity = compare_texts(samples, text, tokenizer, judge, progress)
     return Quality(

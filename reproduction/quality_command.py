@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 from tarflowlm.cli import options
@@ -55,7 +56,7 @@ class Args:
 
 def run(args: Args) -> None:
     from reproduction.judges import load_judge
-    from reproduction.quality import SamplingConfig, check_mauve, measure_quality
+    from reproduction.quality import SamplingConfig, measure_quality
     from tarflowlm.checks import checked_seed
     from tarflowlm.cli.evaluate import read_text
     from tarflowlm.data import eval_windows
@@ -78,9 +79,10 @@ def run(args: Args) -> None:
         raise UserError(
             f"length {length}: must be between 1 and the trained context of {context} tokens"
         )
-    # before anything that takes time, so that a missing judge or package costs none
+    # before anything that takes time, so that a missing package or judge costs none
+    if find_spec("mauve") is None:
+        raise UserError("MAUVE needs mauve-text: pip install 'tarflowlm[quality]'")
     judge = load_judge(args.judge, pick_device(args.device))
-    check_mauve()
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     with Bars() as bars:
         source, tokens = read_text(checkpoint, tokenizer, args.data, args.split, bars)

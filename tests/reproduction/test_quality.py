@@ -144,6 +144,7 @@ def test_the_command_measures_samples(run_json, run, runs):
 
 
 def test_wrong_requests_of_the_command_are_named(refused, runs):
+    pytest.importorskip("mauve")
     argv = ["quality", runs["flow"], "--judge"]
     refused(*argv, runs["flow"], names=[str(runs["flow"]), "mini-ar"])
     for option, value in (

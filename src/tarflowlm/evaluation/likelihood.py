@@ -54,7 +54,7 @@ class Likelihood:
     """Posterior samples per window."""
     windows: int
     tokens: int
-    """Tokens that were scored, each once."""
+    """Scored tokens."""
     characters: int
     bytes: int | None = None
     """UTF-8 bytes of the text; None without `bytes_per_token`."""
@@ -101,7 +101,6 @@ class Likelihood:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
-@torch.no_grad()
 def evaluate(
     model: LanguageModel,
     windows: Int[Tensor, "W T"],
