@@ -259,9 +259,9 @@ def mixture_cdf_inverse(
         return _row_by_row(u, weight, mean, std)
     z, is_open = _newton_steps(u, weight, mean, std)
     rows = is_open.nonzero().view(-1)
-    left = list[int]()
-    if len(rows):
-        z[rows], left = _row_by_row(u[rows], weight[rows], mean[rows], std[rows])
+    if not len(rows):
+        return z, []
+    z[rows], left = _row_by_row(u[rows], weight[rows], mean[rows], std[rows])
     return z, rows[left].tolist()
 
 
