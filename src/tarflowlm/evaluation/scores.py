@@ -30,7 +30,7 @@ class Scores:
 
     @property
     def exact(self) -> bool:
-        """Whether the bits are exact; else they sum to an upper bound, and one of them is no bound."""
+        """Whether the bits are exact. If not, their sum is an upper bound; a single one is none."""
         return self.blocks is None
 
     @property
