@@ -21,11 +21,13 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
     ("command", "rows"),
     [
         (
-            f"training.py mini-ar mini-mixd --calls 1 --rounds 1 --batch-size 1 --against {FOLDER.parent}",
+            "training.py mini-ar mini-mixd --calls 1 --rounds 1 --batch-size 1"
+            f" --against {FOLDER.parent}",
             ["mini-ar", "mini-mixd stage 1"],
         ),
         (
-            "generation.py english-mini-ar english-mini --length 8 --rounds 1 --batches 2 --compare 1",
+            "generation.py english-mini-ar english-mini --length 8 --rounds 1"
+            " --batches 2 --compare 1",
             ["english-mini-ar, steps, batch 2", "english-mini, auto, batch 2"],
         ),
         (

@@ -1,7 +1,8 @@
-"""Golden values: what every shipped model says of three sentences, and the first tokens that it writes.
+"""Golden values: the bits of three sentences, and the first tokens, of every shipped model.
 
-A change of the random stream, or an error of sign that a round trip cancels, passes every other test. Where a change
-is meant, `python tests/test_golden.py` writes the new values, and the commit says why they differ.
+A change of the random stream, or an error of sign that a round trip cancels, passes every other
+test. Where a change is meant, `python tests/test_golden.py` writes the new values, and the commit
+says why they differ.
 """
 
 import json

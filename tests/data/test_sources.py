@@ -115,7 +115,7 @@ def zipped(text: str) -> bytes:
 
 @pytest.fixture
 def served(words, monkeypatch) -> dict[str, bytes | Exception]:
-    """What the address of text8, here `words`, answers or how it fails; nothing without an entry."""
+    """What the address of text8, here `words`, answers, or how it fails; nothing without entry."""
     answers: dict[str, bytes | Exception] = {Text8.url: zipped(words)}
 
     def urlopen(url, timeout):

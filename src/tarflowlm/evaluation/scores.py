@@ -30,7 +30,7 @@ class Scores:
 
     @property
     def exact(self) -> bool:
-        """Whether the bits are exact. If not, their sum is an upper bound; a single one is none."""
+        """Whether the bits are exact. Otherwise only their sum is an upper bound."""
         return self.blocks is None
 
     @property
@@ -68,10 +68,16 @@ def score(
 
         log q(z_t | x_t) - log p(x_t | z_t) - log N(u_t; 0, I) - sum_l log|det J_l|_t
 
-    The baseline needs no samples. docs/evaluation.md (Single texts) says how patches are divided,
-    an incomplete one is filled up, and a text beyond the context is cut into windows. Same seed,
-    same result; the noise is that of `evaluate`. `progress` advances by windows, each counted once
-    per sample.
+    The blocks of a flow read in both directions, so a token's share depends on tokens on both sides
+    of it. With P > 1 the log-determinant of a position is spread evenly over its P tokens.
+
+    An incomplete last patch of a flow is filled up with the first tokens y of the text. Their bits
+    count with the last token, so that the sum stays a bound: -log p(x) <= -log p(x, y) for any y.
+
+    A text beyond the trained context is scored in windows. The baseline and flows of one block see
+    half a window as context; flows of several blocks begin every window anew, as no bound is known
+    for them else. The baseline needs no samples. Same seed, same result; the noise is that of
+    `evaluate`. `progress` advances by windows, each counted once per sample.
 
     UserError for no tokens, for tokens that are not [T] or outside the vocabulary, and for
     `samples` below 1.
@@ -116,7 +122,6 @@ def _mean_nats(
     """`_shares` of texts in windows, in the mean over `draws` posterior samples."""
     patch = model.config.patch
     context = model.config.context
-    # -log p(x) <= -log p(x, y) for any y: the sum stays a bound
     filler = tokens.repeat(1, patch)[:, : -tokens.shape[1] % patch]
     whole = torch.cat((tokens, filler), dim=1).to(model.device)
     kept = context // patch // 2 * patch if model.num_blocks == 1 else 0
