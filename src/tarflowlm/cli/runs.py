@@ -101,7 +101,7 @@ def _row(name: str, directory: Path) -> Row:
         state=record.status,
     )
     if len(bpc := record.valid["bpc"]):
-        best = int(bpc.argmin())
+        best = min(range(len(bpc)), key=bpc.__getitem__)
         step = int(record.valid["step"][best])
         row = replace(row, bpc=float(bpc[best]), split="valid", best_step=step)
     done = record.summary

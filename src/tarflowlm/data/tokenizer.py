@@ -223,7 +223,7 @@ class CharTokenizer(Tokenizer):
         text = "".join(texts)
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
         ids = self._ids.take(codes, mode="clip")
-        if ids.size and ids.min() < 0:
+        if np.min(ids, initial=0) < 0:
             raise UnknownCharacters(text, self.alphabet)
         return ids
 

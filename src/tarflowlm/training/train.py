@@ -104,6 +104,8 @@ def train(
         announce(config, out)
         keep_freed_memory()
         compiled = parallel.compiles(config.train, processes, device)
+        group = dist.new_group(backend="gloo") if processes.world > 1 else None
+        assert not isinstance(group, int), "every process is a member of the group"
         with stop_requests() as stop_signal, parallel.compiling(compiled):
             job = Job(
                 config=config,
@@ -117,7 +119,7 @@ def train(
                 stop_signal=stop_signal,
                 writer=ThreadPoolExecutor(1),
                 writes=[],
-                group=dist.new_group(backend="gloo") if processes.world > 1 else None,
+                group=group,
             )
             try:
                 state = (

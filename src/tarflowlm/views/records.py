@@ -103,7 +103,8 @@ class RunRecord:
     def stage_starts(self) -> list[tuple[int, int]]:
         """The block of each stage but the first, and the index of the last training line before."""
         block = self.train["block"]
-        return [(int(block[line + 1]), int(line)) for line in np.flatnonzero(np.diff(block))]
+        changes = map(int, np.flatnonzero(np.diff(block)))
+        return [(int(block[line + 1]), line) for line in changes]
 
 
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
