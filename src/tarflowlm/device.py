@@ -68,7 +68,7 @@ def numerics_problem(device: torch.device) -> str | None:
 
 
 def missing_for_compilation(device: torch.device) -> str | None:
-    """What torch.compile needs and does not find, or None."""
+    """The tool that torch.compile needs and does not find, or None."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "triton"

@@ -292,7 +292,7 @@ class FlowConfig(LanguageModelConfig):
                 raise UserError(f"model.blocks.{index}.{flaw}")
 
     def _flaw(self, index: int, block: BlockConfig) -> str | None:
-        """What is wrong with a block, as "FIELD VALUE: rule", or None."""
+        """The fault of a block, as "FIELD VALUE: rule", or None."""
         name = block.coupling
         if name not in COUPLINGS:
             known = f"choose one of {', '.join(COUPLINGS)}"

@@ -162,7 +162,7 @@ def _mini_mixd(name: str, *, layers: int = 4, patch: int = 1) -> RunConfig:
 
 
 class _Corpus(NamedTuple):
-    """What the paper's set-up takes from a corpus."""
+    """The facts that the paper's set-up takes from a corpus."""
 
     data: DataConfig
     context: int

@@ -13,7 +13,7 @@ from tarflowlm.errors import UserError
 OURS = ("--model", "-M", "--model_args", "-a")
 """Options of lm-eval that name the model: `harness` fills them in."""
 PRINTED = ("results", "groups", "n-samples", "versions", "config")
-"""What --json prints; `--output_path` keeps all."""
+"""The results that --json prints; `--output_path` keeps all."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Description:
 
     @property
     def kind(self) -> str:
-        """What it is, its size and its likelihood, in half a line."""
+        """Its kind, its size and its likelihood, in half a line."""
         from tarflowlm.evaluation.likelihood import sign_of
         from tarflowlm.terminal.bars import counted
 

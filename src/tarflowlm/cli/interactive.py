@@ -87,7 +87,7 @@ class _Session:
         self.tokens = torch.zeros(0, dtype=torch.long)
         """The text so far."""
         self.last = self.tokens
-        """What it was before the last continuation."""
+        """The text before the last continuation."""
 
     def obey(self, line: str) -> None:
         """A line from the user: a text to continue, or a command."""

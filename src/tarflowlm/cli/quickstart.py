@@ -110,7 +110,7 @@ def run(args: Args) -> None:
 
 
 def training_minutes(total: float, spent_seconds: float) -> float:
-    """What is left of the `total` minutes for training, at least a hundredth of it."""
+    """The part of the `total` minutes left for training, at least a hundredth of it."""
     sampling = max(SAMPLING_SHARE * total, min(SAMPLING_MINUTES, 0.3 * total))
     return max(total - sampling - spent_seconds / 60, total / 100)
 

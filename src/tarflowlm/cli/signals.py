@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do while modules are imported, while a run trains, and elsewhere."""
+"""Effects of SIGINT and SIGTERM while modules are imported, while a run trains, and elsewhere."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What a source of text is, and the first kind of source: the user's own files.
+"""Sources of text, and the first kind of source: the user's own files.
 
 A source yields its normalised text in pieces, each with its split (`data.splits`); `data.prepare`
 encodes them.

@@ -86,7 +86,7 @@ class Likelihood:
 
     @property
     def gap(self) -> float | None:
-        """What the importance weights gain over the ELBO in nats per token, at least 0."""
+        """Gain of the importance weights over the ELBO in nats per token, at least 0."""
         if self.gap_stderr is None or self.elbo is None:
             return None
         return self.elbo - self.nats_per_token

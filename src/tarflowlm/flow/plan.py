@@ -1,4 +1,4 @@
-"""What a block and its coupling are built from."""
+"""The plan from which a block and its coupling are built."""
 
 from dataclasses import dataclass, replace
 

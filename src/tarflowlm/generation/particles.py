@@ -80,7 +80,7 @@ class Weights:
         return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
 
     def evidence(self) -> Evidence:
-        """What the weights say at the end."""
+        """The evidence of the weights at the end."""
         k = [pareto_k(log_w) for log_w in self.log_w]
         return Evidence(
             log_evidence=self.total(),

@@ -127,7 +127,7 @@ class Window:
     start: int = 0
     """The place of the window's first token in the whole text."""
     resample_below: float = RESAMPLE_BELOW
-    """As in `particle_filter`."""
+    """The threshold of `particle_filter`."""
 
     @property
     def rows(self) -> int:

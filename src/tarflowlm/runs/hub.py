@@ -124,7 +124,7 @@ def read_card(directory: Path) -> str:
 
 
 def purpose(card: str) -> str:
-    """What a model is for: the line after the title of its card, or nothing."""
+    """The purpose of a model: the line after the title of its card, or nothing."""
     _, _, text = f"\n{card}".partition("\n# ")
     return next((line for line in text.splitlines()[1:] if line), "")
 

@@ -21,7 +21,7 @@ class Entry:
 
     place: Path
     command_name: str
-    """What the command line calls it: a name, or a path."""
+    """Its name on the command line: a name, or a path."""
     run: RunConfig
 
     @property

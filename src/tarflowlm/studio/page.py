@@ -31,7 +31,7 @@ EXAMPLES = (
     ("Continue a sentence", "english-small", "The people of", 160),
     ("Fill in blanks", "english-small", "The _ of the _ _ was heard in the city of Washington", 96),
 )
-"""What their buttons say, model, text and length; a visitor is shown the first one."""
+"""Label, model, text and length of each example; a visitor is shown the first one."""
 ONE_EACH = "Every _ is one token that the model chooses"
 SENTENCE = "The people of this country have a right to peace and to work."
 HISTORY = (

@@ -17,7 +17,7 @@ LOG = logging.getLogger("tarflowlm.studio")
 
 
 Pages = Generator[str, None, None]
-"""What a view gives: HTML now and then, the last is its result."""
+"""The output of a view: HTML now and then, the last is its result."""
 
 
 def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:

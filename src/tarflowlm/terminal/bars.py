@@ -100,7 +100,7 @@ def print_table(
 def print_result(
     as_json: bool, value: Mapping[str, object], title: str, rows: Iterable[Sequence[str]]
 ) -> None:
-    """What a command has found, as JSON or as a table."""
+    """The findings of a command, as JSON or as a table."""
     if as_json:
         print_json(value)
     else:

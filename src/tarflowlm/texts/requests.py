@@ -1,4 +1,4 @@
-"""What all requests share: their random stream, their texts, and their options in a shell."""
+"""Parts of all requests: their random stream, their texts, and their options in a shell."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields

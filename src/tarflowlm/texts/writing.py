@@ -301,7 +301,7 @@ class Written:
 
 
 def exhaust(steps: Generator[object, None, T]) -> T:
-    """What a generator returns in the end."""
+    """The value that a generator returns in the end."""
     while True:
         try:
             next(steps)

@@ -1,4 +1,4 @@
-"""What comes before the first step: the run directory, the text, and the final configuration."""
+"""Before the first step: the run directory, the text, and the final configuration."""
 
 import logging
 import shutil

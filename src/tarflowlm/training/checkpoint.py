@@ -109,7 +109,7 @@ def stop(job: Job, state: State, reason: str) -> NoReturn:
 
 
 def resume_command(out: Path) -> str:
-    """What a user types to continue the run in `out`."""
+    """The command that continues the run in `out`."""
     return f"tarflowlm train --resume {shlex.quote(str(out))}"
 
 

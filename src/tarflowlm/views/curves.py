@@ -18,7 +18,7 @@ from tarflowlm.views.style import (
 )
 
 AXES = ("tokens", "seconds")
-"""What curves can be drawn over."""
+"""The quantities over which curves can be drawn."""
 
 
 def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] = AXES) -> None:

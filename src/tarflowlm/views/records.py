@@ -74,7 +74,7 @@ class RunRecord:
 
     @property
     def bound(self) -> str:
-        """What the run's numbers are: exact, or the upper bound elbo."""
+        """The kind of the run's numbers: exact, or the upper bound elbo."""
         return "exact" if self.run.model.family == "ar" else "elbo"
 
     @property

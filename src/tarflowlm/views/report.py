@@ -54,7 +54,7 @@ EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no 
 
 
 class RunNotes(TypedDict):
-    """What a report says about a run."""
+    """A run in a report: its name, its state and notes on it."""
 
     name: str
     status: str

@@ -23,7 +23,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, without yellow and black, which vanish on white or on dark."""
 Dashes = Literal["-"] | tuple[float, tuple[float, float]]
 DASHES: tuple[Dashes, ...] = ("-", (0.0, (5.0, 1.5)), (0.0, (1.5, 1.5)))
-"""Of curves whose colours have been used once, twice, three times."""
+"""Dashes of curves whose colours have been used once, twice, three times."""
 INK = "#1b1f24"
 MUTED = "#68707a"
 GRID = "#e3e6ea"
