@@ -22,8 +22,8 @@ class Settings:
     out: Annotated[Path, arg("PATH")] = Path("reproduced")
     # Text for mini scale: corpus name or file; the default is the built-in corpus.
     data: Annotated[str | None, arg("SOURCE")] = None
-    # Text on which the judge of samples is trained at mini scale; it should differ from --data.
-    judge_data: Annotated[str, arg("SOURCE")] = "english"
+    # Text on which the judge of samples is trained at mini scale.
+    judge_data: Annotated[str, arg("SOURCE")] = "tales"
     # table2: also measure the likelihood of this text.
     second_text: Annotated[str | None, arg("SOURCE")] = None
     # Train each model this many times, with seeds 0, 1, ...

@@ -85,8 +85,8 @@ class TokenizerConfig(Config):
 class DataConfig(Config):
     """Text and tokens."""
 
-    source: str = "english"
-    """english, text8, openwebtext, a text file, or a directory made by `tarflowlm data`."""
+    source: str = "tales"
+    """tales, english, text8, openwebtext, a text file, or a directory made by `tarflowlm data`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
 

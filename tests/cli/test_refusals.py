@@ -185,7 +185,7 @@ def test_unknown_characters_are_counted_and_shown(refused, run_json, tmp_path):
     model = save_run(tmp_path / "plain", tiny_flow(vocab_size=27, context=16), tokenizer=plain)
     (tmp_path / "upper.txt").write_text("Hello World, 1790! " * 100, encoding="utf-8")
     argv = ["eval", model, "--data", tmp_path / "upper.txt", "--split", "all"]
-    refused(*argv, names=["'1' x90", "--normalize text8"])
+    refused(*argv, names=["'1' x100", "--normalize text8"])
     refused("sample", model, "--prompt", "the 17", names=["'1' x1", "--normalize text8"])
     assert run_json(*argv, "--normalize", "text8")["tokens"] > 1000
 

@@ -18,6 +18,7 @@ from tarflowlm.data import (
     open_corpus,
     prepare_corpus,
 )
+from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.splits import SPLITS
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
@@ -212,3 +213,14 @@ def test_another_text_is_encoded_with_a_given_tokenizer(text_file, words):
     assert len(encode_text_source(str(text_file), tokenizer, "valid")) == 0
     with pytest.raises(UserError, match="characters"):
         encode_text_source(str(text_file), CharTokenizer("abc", "none"), "all")
+
+
+def test_word_pieces_cross_the_cuts_of_a_text_that_is_encoded_whole(tmp_path):
+    text = "Once upon a time there was a castle."
+    tokenizer = train_bpe([text], 280, alphabet=None, normalization="none")
+    file = tmp_path / "short.txt"
+    file.write_text(text)
+    whole = np.asarray(encode_text_source(str(file), tokenizer, "all"))
+    np.testing.assert_array_equal(whole, tokenizer.encode(text))
+    parts = [encode_text_source(str(file), tokenizer, name) for name in SPLITS]
+    assert len(whole) < sum(map(len, parts))

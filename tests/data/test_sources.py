@@ -46,7 +46,7 @@ def texts_of(source) -> dict[str, str]:
 def test_unknown_sources_are_refused(source):
     with pytest.raises(
         UserError,
-        match=r"give a text file, .* one of english|folder . holds no text",
+        match=r"give a text file, .* one of tales|folder . holds no text",
     ):
         cached_corpus(source, CHARS)
 
@@ -78,6 +78,40 @@ def test_text_that_letters_would_lose_becomes_bytes(tmp_path, caplog):
         bpe,
         CHARS,
     ]
+
+
+# tales
+
+
+def test_tales_are_the_text_that_their_page_describes():
+    [file] = resolve_source("tales").files
+    text = read_text(file)
+    page = (file.parent / "README.md").read_text(encoding="utf-8")
+    for content in (text.encode(), file.read_bytes()):
+        assert hashlib.sha256(content).hexdigest() in page
+    _, *books = (file.parent / "books.tsv").read_text(encoding="utf-8").splitlines()
+    documents = sum(int(book.split("\t")[-2]) for book in books)
+    assert documents == len(resolve_source("tales").documents()) == text.count(SEPARATOR) == 2783
+
+
+def test_a_tale_is_in_one_split_by_its_title():
+    found = resolve_source("tales")
+    splits = {split: set() for split in SPLITS}
+    for split, text in found.pieces(0, "none", SILENT):
+        assert text.endswith(SEPARATOR)
+        title = text.partition("\n")[0]
+        assert split == split_of_document(title)
+        splits[split].add(text.removesuffix(SEPARATOR))
+    assert set().union(*splits.values()) == set(found.documents())
+    sizes = {split: sum(map(len, texts)) for split, texts in splits.items()}
+    assert 0.88 < sizes["train"] / sum(sizes.values()) < 0.92
+    assert min(sizes.values()) / sum(sizes.values()) > 0.04
+
+
+def test_tales_in_letters_are_one_text():
+    pieces = [piece.text for piece in resolve_source("tales").pieces(0, "text8", SILENT)]
+    assert set("".join(pieces)) <= set(TEXT8_ALPHABET)
+    assert all(piece.startswith(" ") and not piece.endswith(" ") for piece in pieces)
 
 
 # English

@@ -10,7 +10,7 @@ from tarflowlm.cli.options import PrintJson, arg
 from tarflowlm.config import TokenizerConfig
 
 SOURCES = (
-    "english (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
+    "tales (built in), english, text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
     "also as .gz or .xz, or a folder."
 )
 

@@ -102,7 +102,7 @@ def read_text(
     if data is None and not is_named and not Path(source.partition(FIELD)[0]).exists():
         raise UserError(
             f"cannot find the training text {source} of {checkpoint.directory.name}; "
-            "models are shipped without their data. Pass --data english or --data FILE"
+            "models are shipped without their data. Pass --data tales or --data FILE"
         )
     is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:

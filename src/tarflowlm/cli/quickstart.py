@@ -95,7 +95,9 @@ def run(args: Args) -> None:
         ("run directory", str(args.out)),
     ]
     print_table("quickstart", rows)
-    print_notice(f"next: tarflowlm sample {shlex.quote(str(args.out))} --prompt 'the people of '")
+    print_notice(
+        f"next: tarflowlm sample {shlex.quote(str(args.out))} --prompt 'once upon a time '"
+    )
     if args.json:
         found = {
             "bpc": test["bpc"],

@@ -98,23 +98,26 @@ def encode_text_source(
     `source` is the name of a corpus, a text file, or a directory that was prepared with this very
     tokenizer. A split of a short text may be empty.
     """
-    wanted = SPLITS if split == "all" else (split,)
-    parts: dict[Split, list[Array]] = {name: [] for name in wanted}
     if is_prepared(source):
         corpus = _opened(source, tokenizer)
-        for name in wanted:
-            parts[name].append(np.asarray(corpus.split(name)))
-    else:
-        problem = misfit(source, tokenizer.normalization, tokenizer)
-        if problem is not None:
-            log.warning("%s", problem)
-        found = resolve_source(source)
-        found.obtain(progress)
-        for part in range(found.num_parts):
-            for name, tokens, _ in _encoded(found, part, tokenizer, wanted, progress):
-                parts[name].append(tokens)
-    found_tokens = [tokens for name in wanted for tokens in parts[name]]
-    return TokenArray([np.concatenate([np.zeros(0, tokenizer.token_dtype), *found_tokens])])
+        names = SPLITS if split == "all" else (split,)
+        return TokenArray([np.asarray(corpus.split(name)) for name in names])
+    problem = misfit(source, tokenizer.normalization, tokenizer)
+    if problem is not None:
+        log.warning("%s", problem)
+    found = resolve_source(source)
+    found.obtain(progress)
+    tokens = [np.zeros(0, tokenizer.token_dtype)]
+    for part in range(found.num_parts):
+        if split == "all":
+            # whole, since word pieces may cross the cuts between the splits
+            pieces = found.pieces(part, tokenizer.normalization, progress)
+            text = "".join(piece.text for piece in pieces)
+            tokens.append(tokenizer.encode(text).astype(tokenizer.token_dtype))
+        else:
+            encoded = _encoded(found, part, tokenizer, (split,), progress)
+            tokens += [some for _, some, _ in encoded]
+    return TokenArray([np.concatenate(tokens)])
 
 
 def _encoded(

@@ -1,4 +1,4 @@
-"""Sources of text by name: English, text8 and OpenWebText; any other name is a path."""
+"""Sources of text by name: tales, English, text8 and OpenWebText; any other name is a path."""
 
 import hashlib
 import http.client
@@ -14,15 +14,46 @@ from pathlib import Path
 from typing import ClassVar
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import SPLITS, Piece, split_of_document
+from tarflowlm.data.splits import SPLITS, Piece, Split, split_of_document
 from tarflowlm.data.text import BLOCK, FIELD, normalize, read_text, text_pieces
 from tarflowlm.data.textfile import Source, TextFile, normalized_piece
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import cache_root, replacing
 from tarflowlm.progress import Progress
 
-# follows every document of OpenWebText; one token if the tokenizer has it, as GPT-2's
+# follows every document; one token if the tokenizer has it, as GPT-2's
 SEPARATOR = "<|endoftext|>"
+
+
+class Tales(Source):
+    """Fairy tales and children's stories in English, in the public domain; shipped in the package.
+
+    2,783 documents, 25 million characters, each a tale, a short story or a chapter, whose first
+    line is its title. The hash of that line gives the split, so one tale in several translations
+    under one title is in one split. `data/tales/README.md` tells how they were made, and
+    `data/tales/books.tsv` names every book.
+    """
+
+    name = identity = "tales"
+    file: ClassVar = Path(__file__).parent / "tales" / "tales.txt.xz"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
+
+    def state(self) -> list[list[str | int]]:
+        return [[self.file.name, self.file.stat().st_size]]
+
+    def documents(self) -> list[str]:
+        """The documents as they are, without the line that ends each."""
+        return read_text(self.file).split(f"\n{SEPARATOR}\n")[:-1]
+
+    def pieces(
+        self, part: int, normalization: Normalization, progress: Progress
+    ) -> Iterator[Piece]:
+        for document in self.documents():
+            title = document.partition("\n")[0]
+            yield document_piece(split_of_document(title), document, normalization)
 
 
 class English(Source):
@@ -169,16 +200,21 @@ class OpenWebText(Source):
             for number, document in enumerate(documents, sum(sizes[:part])):
                 is_valid = number >= first_valid
                 split = "valid" if is_valid else split_of_document(document, self.shares)
-                if normalization == "none":
-                    yield Piece(split, document + SEPARATOR)
-                else:
-                    yield Piece(split, normalized_piece(document, normalization))
+                yield document_piece(split, document, normalization)
         except (OSError, LookupError, TypeError, ValueError) as error:
             what = f"cannot read {self.files[part]} ({first_line(error)})"
             raise UserError(f"{what}: get it again") from None
 
 
+def document_piece(split: Split, document: str, normalization: Normalization) -> Piece:
+    """A document with its end; under text8 normalisation the end is only the next one's space."""
+    if normalization == "none":
+        return Piece(split, document + SEPARATOR)
+    return Piece(split, normalized_piece(document, normalization))
+
+
 _REGISTRY: dict[str, Callable[[], Source]] = {
+    "tales": Tales,
     "english": English,
     "text8": Text8,
     "openwebtext": OpenWebText,

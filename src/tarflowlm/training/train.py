@@ -140,7 +140,7 @@ def announce(config: RunConfig, out: Path) -> None:
     length = (
         f"{round(train.minutes, 2):g} minutes" if train.minutes else f"{train.num_steps:,} steps"
     )
-    text = "english (built in)" if source == "english" else source
+    text = "tales (built in)" if source == "tales" else source
     tokens = f"{train.batch_size * config.model.context:,} tokens a step"
     logger.info("%s on %s: %s, %s, into %s", config.name, text, length, tokens, out)
 
