@@ -14,7 +14,7 @@ import tyro
 from reproduction import quality_command
 from reproduction.settings import Settings
 from tarflowlm.cli.main import main, run_command
-from tarflowlm.cli.options import Flag, PrintJson, arg, check
+from tarflowlm.cli.options import Flag, PrintJson, arg
 from tarflowlm.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Args(Settings):
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        check(self, ("seeds",))
+        if self.seeds < 1:
+            raise UserError(f"seeds {self.seeds}: must be at least 1")
         if self.data is not None and self.scale == "paper":
             reason = "with --scale paper, which keeps the paper's texts"
             raise UserError(f"--data {self.data} has no effect {reason}")

@@ -15,7 +15,7 @@ OPTIONS = {
     "score": "baseline device directory file json normalize samples seed text",
     "sample": (
         "blank decoder device directory interactive json length normalize num out "
-        "particles passes prompt prompts seed states stop stream temperature template "
+        "particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p"
     ),
     "info": "directory json",

@@ -88,7 +88,6 @@ LINES = [
     ([*SAMPLE, "--template", "a_" * 17], ["34", "16"]),
     ([*SAMPLE, "--template", "the end"], ["'_'"]),
     ([*SAMPLE, "--seed", str(2**80)], [f"seed {2**80}"]),
-    ([*SAMPLE, "--num", "1e3"], ["--num 1e3", "whole number"]),
     (["sample", "affine", "--temperature", "0.5"], ["temperature 0.5", "affine"]),
     (["sample", "ar", "--passes"], ["--passes", "baseline"]),
     (["sample", "no-such"], ["no-such", "tarflowlm train"]),
@@ -110,6 +109,7 @@ LINES = [
 ]
 BOXES = [
     (["sample", "x", "--lenght", "3"], ["--lenght", "--length"]),
+    (["sample", "x", "--num", "1e3"], ["--num", "'1e3'"]),
     (["sample", "x", "--decoder", "magic"], ["'magic'", "steps"]),
     ([*TRAIN, "--seed"], ["--seed"]),
     ([*TRAIN, "stray"], ["stray"]),

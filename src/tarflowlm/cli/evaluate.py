@@ -45,18 +45,16 @@ class Args:
     device: options.Device = "auto"
     json: options.PrintJson = False
 
-    def __post_init__(self) -> None:
-        options.check(self, ("samples", "windows"))
-
 
 def run(args: Args) -> None:
-    from tarflowlm.checks import checked_seed
+    from tarflowlm.checks import as_integer, checked_seed
     from tarflowlm.data import eval_windows
     from tarflowlm.evaluation.blocks import latent_report
     from tarflowlm.model import as_flow
     from tarflowlm.terminal.bars import Bars, print_json
 
     checked_seed(args.seed)
+    as_integer(args.samples, "samples", least=1)
     checkpoint = options.load_checkpoint(args.directory, args.device)
     directory = args.directory or checkpoint.directory.name
     model = checkpoint.model

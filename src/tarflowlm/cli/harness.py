@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from tarflowlm.cli.export import Exported
-from tarflowlm.cli.options import Normalize, PrintJson, check, parse
+from tarflowlm.cli.options import Normalize, PrintJson, parse
 from tarflowlm.errors import UserError
 
 OURS = ("--model", "-M", "--model_args", "-a")
@@ -27,9 +27,6 @@ class Args:
     normalize: Normalize = None
     json: PrintJson = False
 
-    def __post_init__(self) -> None:
-        check(self, ("posterior_samples",))
-
 
 def read(argv: list[str]) -> tuple[Args, list[str]]:
     """The arguments, and the words that are for lm-eval."""
@@ -37,7 +34,7 @@ def read(argv: list[str]) -> tuple[Args, list[str]]:
 
 
 def run(given: tuple[Args, list[str]]) -> None:
-    from tarflowlm.checks import checked_seed
+    from tarflowlm.checks import as_integer, checked_seed
     from tarflowlm.harness.register import run_lm_eval
     from tarflowlm.terminal.bars import print_json
 
@@ -48,7 +45,7 @@ def run(given: tuple[Args, list[str]]) -> None:
             raise UserError(f"{word} with {named}: leave it out")
     settings = {
         "pretrained": str(args.directory),
-        "posterior_samples": args.posterior_samples,
+        "posterior_samples": as_integer(args.posterior_samples, "posterior samples", least=1),
         "noise_seed": checked_seed(args.noise_seed),
         "normalize": args.normalize,
     }

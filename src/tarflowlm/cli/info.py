@@ -28,8 +28,6 @@ class Description:
     """A model as `--json` shows it."""
 
     name: str
-    directory: str
-    shipped: bool
     preset: str
     family: str
     blocks: list[str]
@@ -37,19 +35,16 @@ class Description:
     parameters: dict[str, int]
     context: int
     patch: int
-    vocab_size: int
     tokenizer: str
     source: str
     steps: int | None
     tokens: int | None
     seed: int
-    saved: str | None
-    bpc: float | None = None
-    bound: str | None = None
+    bpc: float | None
+    bound: str
     temperature: float
-    files: dict[str, int]
     purpose: str
-    card: str | None
+    card: str
 
     @property
     def kind(self) -> str:
@@ -62,7 +57,7 @@ class Description:
             kind = "discrete autoregressive"
         found = f"{kind}, {self.parameters['all'] / 1e6:.1f} M parameters"
         if self.bpc is not None:
-            found += f", {sign_of(self.bound or '')} {self.bpc:.4f} bits per character"
+            found += f", {sign_of(self.bound)} {self.bpc:.4f} bits per character"
         return found
 
 
@@ -88,57 +83,43 @@ def run(args: Args) -> None:
 
 def describe(given: Path) -> Description:
     """The model that a path or a name stands for."""
-    from datetime import UTC, datetime
-
     from tarflowlm.model_config import BaselineConfig
-    from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
-    from tarflowlm.runs.hub import FOLDER, is_reference, purpose, read_card
+    from tarflowlm.runs.checkpoint import read_summary
+    from tarflowlm.runs.hub import is_reference, purpose, read_card
 
     lm = load_checkpoint(given, "cpu")
-    directory, config = lm.directory, lm.run.model
-    summary = read_summary(directory) or {}
-    test = summary.get("test") or {}
-    shipped = directory.parent == FOLDER
-    saved = datetime.fromtimestamp((directory / WEIGHTS).stat().st_mtime, UTC)
-    layers = (
-        [config.layers]
-        if isinstance(config, BaselineConfig)
-        else [block.layers for block in config.blocks]
-    )
-    card = read_card(directory)
+    config = lm.run.model
+    tokenizer = lm.tokenizer
+    test = (read_summary(lm.directory) or {}).get("test", {})
+    if isinstance(config, BaselineConfig):
+        layers = [config.layers]
+    else:
+        layers = [block.layers for block in config.blocks[: lm.model.num_blocks]]
+    card = read_card(lm.directory)
+    counts = {name: int(lm.info[name]) for name in ("step", "tokens") if name in lm.info}
     return Description(
-        name=given.as_posix() if is_reference(given) else directory.resolve().name,
-        directory=str(directory),
-        shipped=shipped,
+        name=given.as_posix() if is_reference(given) else lm.directory.resolve().name,
         preset=lm.run.name,
         family=config.family,
         blocks=[config.describe(block) for block in range(lm.model.num_blocks)],
-        layers=layers[: lm.model.num_blocks],
+        layers=layers,
         parameters=_parameters(lm.model),
         context=config.context,
         patch=config.patch,
-        vocab_size=lm.tokenizer.vocab_size,
         tokenizer=(
-            f"{lm.tokenizer.kind}, {lm.tokenizer.vocab_size:,} symbols, "
-            f"normalisation {lm.tokenizer.normalization}"
+            f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols, "
+            f"normalisation {tokenizer.normalization}"
         ),
         source=lm.run.data.source,
-        steps=_count(lm.info.get("step", "")),
-        tokens=_count(lm.info.get("tokens", "")),
+        steps=counts.get("step"),
+        tokens=counts.get("tokens"),
         seed=lm.run.seed,
-        # for a shipped model it would be the date of its installation
-        saved=None if shipped else f"{saved:%Y-%m-%d}",
         bpc=test.get("bpc"),
-        bound=test.get("bound"),
+        bound=test.get("bound", ""),
         temperature=lm.run.temperature,
-        files=_files(directory),
         purpose=purpose(card),
-        card=card or None,
+        card=card,
     )
-
-
-def _count(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
 
 
 def _parameters(model: "nn.Module") -> dict[str, int]:
@@ -154,18 +135,6 @@ def _parameters(model: "nn.Module") -> dict[str, int]:
     return {"all": sum(parts.values()), **parts}
 
 
-def _files(directory: Path) -> dict[str, int]:
-    """The bytes of everything in a directory; a folder counts with what it holds."""
-    files = {}
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith((".", "__")):
-            continue
-        name = f"{path.name}/" if path.is_dir() else path.name
-        within = [path, *path.rglob("*")]
-        files[name] = sum(file.stat().st_size for file in within if file.is_file())
-    return files
-
-
 def _print(found: Description) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
@@ -175,26 +144,23 @@ def _print(found: Description) -> None:
 
     layers = zip(found.blocks, found.layers, strict=True)
     blocks = [f"{block}: {counted(n, 'Transformer layer')}" for block, n in layers]
-    parts = [f"{count:,} {name}" for name, count in found.parameters.items() if name != "all"]
-    trained = [found.source]
-    trained += [] if found.tokens is None else [f"{found.tokens:,} tokens"]
-    trained += [] if found.steps is None else [f"{found.steps:,} steps"]
-    trained.append(f"seed {found.seed}")
+    parts = [f"{count:,} {name}" for name, count in found.parameters.items()]
+    trained = [found.source, f"seed {found.seed}"]
+    if found.tokens is not None:
+        trained.append(f"{found.tokens:,} tokens")
+    if found.steps is not None:
+        trained.append(f"{found.steps:,} steps")
     patch = f", {found.patch} per position" if found.patch > 1 else ""
     rows = [
         ("model", f"{found.kind}, preset {found.preset}"),
         ("blocks", "\n".join(blocks)),
-        ("parameters", "\n".join([f"{found.parameters['all']:,}", *parts])),
+        ("parameters", "\n".join(parts)),
         ("context", f"{found.context} tokens{patch}"),
         ("tokenizer", found.tokenizer),
         ("trained on", ", ".join(trained)),
+        ("temperature", f"{found.temperature:g} by default"),
     ]
-    if found.saved:
-        rows.append(("saved", found.saved))
-    rows.append(("temperature", f"{found.temperature:g} by default"))
-    files = [f"{name}  {size:,} bytes" for name, size in found.files.items()]
-    rows.append(("files", "\n".join(files)))
-    print_table(found.name if found.shipped else found.directory, rows)
+    print_table(found.name, rows)
     if found.card:
         console = Console()
         card = Markdown(found.card) if console.is_terminal else Text(found.card.strip())

@@ -4,8 +4,6 @@ No torch here.
 
 import contextlib
 import io
-import itertools
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -70,9 +68,10 @@ TOP_P = "keep the smallest set of tokens that holds this probability."
 
 
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
-    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`. Where an
-    option is misspelt tyro prints its box and exits with status 2. A UserError of the dataclass
-    itself, or of one inside it, passes through.
+    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
+
+    For words that do not parse tyro prints a box and exits with status 2. A UserError of the
+    dataclass itself, or of one inside it, passes through.
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
@@ -86,46 +85,22 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
             error = error.__context__
         if error is not None:
             raise error from None
-        if (problem := _unparsable(box.getvalue(), argv)) is not None:
-            raise UserError(f"{problem}; `{prog} --help` describes it") from None
         sys.stderr.write(box.getvalue())
         raise
 
 
-KINDS = {"INT": "a whole number", "FLOAT": "a number"}
-
-
-def _unparsable(box: str, argv: list[str]) -> str | None:
-    """A line about an option whose value is of another type; None for other boxes of tyro."""
-    found = re.search(r"Error parsing (--[\w.-]+)", box)
-    if found is None or found[1] not in argv:
-        return None
-    option, *behind = argv[argv.index(found[1]) :]
-    values = list(itertools.takewhile(lambda word: not word.startswith("--"), behind))
-    metavar = re.search(rf"^\W*{option} ([A-Z. ]+?)\s*\W*$", box, re.MULTILINE)
-    wanted = metavar[1] if metavar else "another value"
-    return f"{' '.join([option, *values])}: give {KINDS.get(wanted, wanted)}"
-
-
-def check(
-    args: Any, counts: Sequence[str] = (), exclusive: Rules = NO_RULES, needed: Rules = NO_RULES
-) -> None:
-    """UserError for `counts` below 1, an option with one that it excludes, and one without any that
-    it needs.
-    """
-    for name in counts:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name.replace('_', ' ')} {value}: must be at least 1")
+def check(args: Any, exclusive: Rules = NO_RULES, needed: Rules = NO_RULES) -> None:
+    """UserError for an option with one that it excludes, or without any that it needs."""
     given = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
-    for one in sorted(given & {*exclusive}):
-        if both := given.intersection(exclusive[one]):
+    for one in sorted(given):
+        both = given.intersection(exclusive.get(one, ()))
+        if both:
             flag = one.replace("_", "-")
             raise UserError(f"--{flag} with --{min(both)}: leave one of them out")
-    for one in sorted(given & {*needed}):
+    for one in sorted(given.intersection(needed)):
         if not given.intersection(needed[one]):
-            flag, others = one.replace("_", "-"), " or --".join(needed[one])
-            raise UserError(f"--{flag} has no effect without --{others}: leave it out, or add that")
+            others = " or --".join(needed[one])
+            raise UserError(f"--{one} has no effect without --{others}: leave it out, or add that")
 
 
 def load_checkpoint(directory: Path | None, device: DeviceName) -> Checkpoint:
@@ -147,15 +122,11 @@ def read_source(source: str) -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise not_utf8(error) from None
+        what = f"standard input is not UTF-8 text ({error.reason})"
+        raise UserError(f"{what}: convert it to UTF-8") from None
 
 
 def check_stdin() -> None:
     """UserError where standard input is closed."""
     if sys.stdin is None:
         raise UserError("standard input is closed: give the text as an option, or in a file")
-
-
-def not_utf8(error: UnicodeDecodeError) -> UserError:
-    """The error for standard input that is no text."""
-    return UserError(f"standard input is not UTF-8 text ({error.reason}): convert it to UTF-8")

@@ -1,10 +1,10 @@
 """`tarflowlm runs`: training runs compared in a table."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -33,15 +33,14 @@ class Row:
 
     name: str
     directory: str
+    state: str
     preset: str | None = None
     source: str | None = None
     bpc: float | None = None
-    split: str | None = None
-    bound: str | None = None
-    best_step: int | None = None
-    tokens: int | None = None
-    seconds: float | None = None
-    state: str = ""
+    split: str = ""
+    bound: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
     best: bool = False
 
 
@@ -85,50 +84,45 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
 def _row(name: str, directory: Path) -> Row:
     from tarflowlm.views.records import read_record
 
-    row = Row(name, str(directory))
     try:
         record = read_record(directory)
     except (UserError, OSError) as error:
         reason = first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
-        return replace(row, state=reason)
-    row = replace(
-        row,
+        return Row(name, str(directory), reason)
+    row = Row(
+        name,
+        str(directory),
+        record.status,
         preset=record.run.name,
         source=record.run.data.source,
         bound=record.bound,
         tokens=int(record.train["tokens"][-1]),
         seconds=float(record.train["seconds"][-1]),
-        state=record.status,
     )
-    if len(bpc := record.valid["bpc"]):
-        best = min(range(len(bpc)), key=bpc.__getitem__)
-        step = int(record.valid["step"][best])
-        row = replace(row, bpc=float(bpc[best]), split="valid", best_step=step)
     done = record.summary
     if done is not None:
-        row = replace(
+        return replace(
             row,
             bpc=done["test"]["bpc"],
             split="test",
             tokens=done["tokens"],
             seconds=done["seconds"],
         )
+    if len(record.valid["bpc"]):
+        row = replace(row, bpc=float(record.valid["bpc"].min()), split="valid")
     return row
 
 
 def _ranked(rows: list[Row]) -> list[Row]:
     """The runs on a text by bits per character; the best of several is marked."""
-
-    def place(row: Row) -> tuple[float, str]:
-        return (math.inf if row.bpc is None else row.bpc), row.name
-
-    rows = sorted(rows, key=place)
     known = [row for row in rows if row.bpc is not None]
-    if len(known) < 2:
-        return rows
-    # a test says more than a validation, where there is one
-    best = next((row for row in known if row.split == "test"), known[0])
-    return [replace(row, best=row is best) for row in rows]
+    known.sort(key=attrgetter("bpc", "name"))
+    unknown = [row for row in rows if row.bpc is None]
+    if len(known) > 1:
+        # a test says more than a validation, where there is one
+        best = next((row for row in known if row.split == "test"), known[0])
+        known = [replace(row, best=row is best) for row in known]
+    return known + unknown
 
 
 def _print(source: str, rows: Sequence[Row]) -> None:
@@ -140,10 +134,11 @@ def _print(source: str, rows: Sequence[Row]) -> None:
     for row in rows:
         bits = ""
         if row.bpc is not None:
-            bits = f"{sign_of(row.bound or '')} {row.bpc:.4f}"
-            bits += " v" if row.split == "valid" else ""
-            bits += " *" if row.best else ""
-        seen = f"{(row.tokens or 0) / 1e6:.2f}M"
-        cells.append([row.name, bits, seen, minutes(row.seconds or 0.0), row.state])
+            bits = f"{sign_of(row.bound)} {row.bpc:.4f}"
+        if row.split == "valid":
+            bits += " v"
+        if row.best:
+            bits += " *"
+        cells.append([row.name, bits, f"{row.tokens / 1e6:.2f}M", minutes(row.seconds), row.state])
     title = f"runs on {Path(source).name}: bits per character (bpc) and more"
     print_table(title, cells, ["", "bpc", "tokens", "time", "state"])

@@ -1,11 +1,13 @@
 """`tarflowlm sample`: text from a trained model."""
 
+import io
+import itertools
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -21,14 +23,13 @@ if TYPE_CHECKING:
     from tarflowlm.texts import Draft, Writing, Written
 
 EXCLUSIVE = {
-    "interactive": ("num", "prompts", "template", "out", "json", "passes", "states"),
+    "interactive": ("num", "prompt", "prompts", "template", "out", "json", "passes"),
     "stream": ("json", "passes", "particles"),
     "prompts": ("prompt", "template"),
-    "stop": ("template", "passes", "states"),
+    "stop": ("template", "passes"),
 }
 """Options that contradict each other."""
 NEEDED = {
-    "states": ("json", "out"),
     "blank": ("template",),
     "particles": ("prompt", "prompts", "template", "interactive"),
 }
@@ -43,8 +44,7 @@ class Args:
     num: int = 1  # Number of samples.
     length: options.Count = None
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
-    window slides: its last half is the next prompt, exact for the baseline and one block, an
-    approximation for more.
+    window slides: its last half is the next prompt.
     """
     prompt: options.Text = None
     """Text to continue. Exact for one block; an approximation for more, see --particles."""
@@ -70,13 +70,12 @@ class Args:
     # Invert blocks position by position, in parallel sweeps, or by the cheaper of the two.
     decoder: Decoder = "auto"
     passes: options.Flag = False  # Show the text decoded after every block.
-    states: options.Flag = False  # With --json or --out: the latents after every block as well.
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
     """End a sample before this text, once it follows the prompt. May be given several times."""
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
-    # Read prompts at the terminal and continue each; /help there lists commands.
+    # Read prompts at the terminal and continue each; an empty line writes another continuation.
     interactive: options.Flag = False
     normalize: options.Normalize = None
     device: options.Device = "auto"
@@ -85,12 +84,12 @@ class Args:
     def __post_init__(self) -> None:
         options.check(self, exclusive=EXCLUSIVE, needed=NEEDED)
 
-    def writing(self, prompts: tuple[str, ...]) -> "Writing":
-        """The request."""
+    def writing(self) -> "Writing":
+        """The request; the prompts of a file are read later."""
         from tarflowlm.texts import Writing
 
         return Writing(
-            prompts=prompts,
+            prompts=() if self.prompt is None else (self.prompt,),
             template=self.template,
             blank=self.blank,
             num=self.num,
@@ -107,24 +106,23 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.cli.interactive import converse
     from tarflowlm.cli.signals import handled
     from tarflowlm.files import new_lines
     from tarflowlm.terminal.bars import print_notice
 
     # numbers are checked before the model is loaded
-    writing = args.writing(() if args.prompt is None else (args.prompt,))
-    lines = [] if args.prompts is None else _lines(args.prompts)
+    writing = args.writing()
     lm = options.load_checkpoint(args.directory, args.device)
     if args.interactive:
-        converse(lm, writing, args.prompt)
+        _converse(lm, writing)
         return
-    if lines:
-        for number, line in lines:
-            _check_prompt(writing, lm, line, f"line {number} of {args.prompts}")
-        writing = replace(writing, prompts=tuple(line for _, line in lines))
+    if args.prompts is not None:
+        writing = replace(writing, prompts=tuple(_read_prompts(args.prompts, writing, lm)))
     draft = writing.read(lm)
-    _check_passes(args, draft)
+    context = lm.model.config.context
+    if args.passes and (lm.model.is_exact or draft.num_tokens > context):
+        what = "this is a baseline" if lm.model.is_exact else f"length {draft.num_tokens} is more"
+        raise UserError(f"--passes needs a flow, and at most its context of {context}: {what}")
     if draft.follows_loosely:
         print_notice("this model follows given text loosely: --particles 64 weighs 64 candidates")
     for notice in draft.notices:
@@ -135,43 +133,71 @@ def run(args: Args) -> None:
         _Samples(args, draft, out).write()
 
 
-def _lines(source: str) -> list[tuple[int, str]]:
-    """The prompts of a file, with the numbers of their lines."""
-    lines = options.read_source(source).split("\n")
-    found = [(n, line.removesuffix("\r")) for n, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+def _read_prompts(source: str, writing: "Writing", lm: "Checkpoint") -> Iterator[str]:
+    """The prompts of a file. UserError, which names the line, for one that cannot be continued."""
+    is_empty = True
+    for number, line in enumerate(options.read_source(source).split("\n"), 1):
+        prompt = line.removesuffix("\r")
+        if not prompt.strip():
+            continue
+        try:
+            draft = replace(writing, prompts=(prompt,)).read(lm)
+            count = len(draft.prompt(0))
+            if count >= draft.num_tokens:
+                remedy = "raise --length"
+                raise UserError(f"{count} tokens leave no room in {draft.num_tokens}: {remedy}")
+        except UserError as error:
+            error.args = (f"line {number} of {source}: {error}",)
+            raise
+        is_empty = False
+        yield prompt
+    if is_empty:
         raise UserError(f"prompts {source}: holds no prompt; write one per line")
-    return found
 
 
-def _check_prompt(writing: "Writing", lm: "Checkpoint", prompt: str, where: str) -> None:
-    """UserError, which names the line, for a prompt that cannot be read or fills the length."""
-    try:
-        draft = replace(writing, prompts=(prompt,)).read(lm)
-        count = len(draft.given[0].tokens)
-        if count >= draft.num_tokens:
-            raise UserError(f"{count} tokens leave no room in {draft.num_tokens}: raise --length")
-    except UserError as error:
-        error.args = (f"{where}: {error}",)
-        raise
+def _converse(lm: "Checkpoint", writing: "Writing") -> None:
+    """Continue every line of the terminal until its end; a mistake costs its line.
 
+    An empty line continues the one before with other noise.
+    """
+    from tarflowlm.terminal.bars import print_notice
+    from tarflowlm.terminal.texts import write_out
 
-def _check_passes(args: Args, draft: "Draft") -> None:
-    """UserError where there are no passes or states to show."""
-    model, context = draft.lm.model, draft.lm.model.config.context
-    if (args.passes or args.states) and (model.is_exact or draft.num_tokens > context):
-        flag = "passes" if args.passes else "states"
-        what = "this is a baseline" if model.is_exact else f"length {draft.num_tokens} is more"
-        raise UserError(
-            f"--{flag} needs a flow, and at most its context of {context} tokens: {what}"
-        )
+    options.check_stdin()
+    # so that a line that is not UTF-8 is a mistake as others are
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (it lets `input` edit and repeat lines)
+    prompt = ""
+    for seed in itertools.count(writing.seed):
+        try:
+            prompt = input("> " if is_terminal else "") or prompt
+        except EOFError:
+            return
+        request = replace(writing, prompts=(prompt,) if prompt else (), seed=seed)
+        try:
+            draft = request.read(lm)
+            for notice in draft.notices:
+                print_notice(notice)
+            # Ctrl-C ends this text alone
+            with suppress(KeyboardInterrupt):
+                for piece in draft.pieces():
+                    write_out(piece)
+            write_out("\n")
+        except UserError as error:
+            print_notice(f"tarflowlm: {error}")
 
 
 class _Samples:
     """Samples as they are finished: printed, kept for --json, or written to a file."""
 
     def __init__(self, args: Args, draft: "Draft", out: TextIO | None) -> None:
-        self.args, self.draft, self.out = args, draft, out
+        self.args = args
+        self.draft = draft
+        self.out = out
         self.objects: list[dict[str, object]] = []
         self.sweeps: list[int] = []
         self.decoders: tuple[Decoder, ...] = ()
@@ -180,43 +206,41 @@ class _Samples:
 
     def write(self) -> None:
         """Write all samples. An interrupt keeps those that are finished, and tells their number."""
+        start = time.perf_counter()
+        try:
+            for written in self._streamed() if self.args.stream else self._in_batches():
+                self._add(written)
+        except KeyboardInterrupt:
+            self._conclude(time.perf_counter() - start, interrupted=True)
+            found = f"{self.done} of {self.draft.total} samples are finished"
+            where = f" and kept in {self.args.out}" if self.out is not None and self.done else ""
+            raise KeyboardInterrupt(found + where) from None
+        self._conclude(time.perf_counter() - start)
+
+    def _in_batches(self) -> "Iterator[Written]":
         from tarflowlm.terminal.bars import Bars
 
-        start = time.perf_counter()
-        interrupt = None
-        try:
-            if self.args.stream:
-                for row in range(self.draft.total):
-                    self._add(self._stream(row))
-            else:
-                with Bars("sampling, positions", self.draft.num_positions) as bars:
-                    for written in self.draft.batches(bars):
-                        # rich would print below a running bar, on stderr
-                        bars.close()
-                        self._add(written)
-        except KeyboardInterrupt:
-            where = f" and kept in {self.args.out}" if self.out is not None and self.done else ""
-            total = self.draft.total
-            interrupt = KeyboardInterrupt(f"{self.done} of {total} samples are finished{where}")
-        self._conclude(time.perf_counter() - start, interrupted=interrupt is not None)
-        if interrupt is not None:
-            raise interrupt
+        with Bars("sampling, positions", self.draft.num_positions) as bars:
+            for written in self.draft.batches(bars):
+                # rich would print below a running bar, on stderr
+                bars.close()
+                yield written
 
-    def _stream(self, row: int) -> "Written":
-        """One sample, shown while it is written."""
+    def _streamed(self) -> "Iterator[Written]":
+        """Samples one by one, each shown while it is written."""
         from tarflowlm.terminal.texts import write_out
 
-        if self.draft.total > 1:
-            write_out("\n" * (row > 0) + f"sample {row + 1}\n")
-        pieces = self.draft.pieces(row, decoder=self.decoders or None)
-        try:
-            while True:
-                write_out(next(pieces))
-        except StopIteration as end:
-            written: Written = end.value
-            return written
-        finally:
-            write_out("\n")
+        for row in range(self.draft.total):
+            if self.draft.total > 1:
+                write_out("\n" * (row > 0) + f"sample {row + 1}\n")
+            pieces = self.draft.pieces(row, decoder=self.decoders or None)
+            try:
+                while True:
+                    write_out(next(pieces))
+            except StopIteration as end:
+                yield end.value
+            finally:
+                write_out("\n")
 
     def _add(self, written: "Written") -> None:
         """Print, write or keep the samples of a batch."""
@@ -225,46 +249,43 @@ class _Samples:
 
         args, draft, generation = self.args, self.draft, written.generation
         tokenizer = draft.lm.tokenizer
-        if self.out is not None or args.json:
-            objects = samples_to_json(written, tokenizer, passes=args.passes, states=args.states)
-            for row, one in zip(written.rows, objects, strict=True):
+        if args.json or self.out is not None:
+            objects = samples_to_json(written, tokenizer, passes=args.passes)
+            for row, sample in zip(written.rows, objects, strict=True):
                 given: dict[str, object] = {}
                 if args.template is not None:
                     given = {"template": args.template}
                 elif draft.given:
                     given = {"prompt": tokenizer.decode(draft.prompt(row).tolist())}
                 if self.out is None:
-                    self.objects.append(given | one)
+                    self.objects.append(given | sample)
                 else:
-                    self.out.write(json_line({"index": row, "seed": args.seed} | given | one))
+                    self.out.write(json_line({"index": row, "seed": args.seed} | given | sample))
         elif not args.stream:
-            tau = draft.temperature
-            print_samples(
-                written,
-                tokenizer,
-                candidates=draft.particles,
-                passes=args.passes,
-                about="" if tau == 1.0 else f", temperature {tau:g}",
-            )
+            print_samples(written, tokenizer, candidates=draft.particles, passes=args.passes)
         self.decoders = generation.decoders or self.decoders
-        self.sweeps = [a + b for a, b in zip_longest(self.sweeps, generation.sweeps, fillvalue=0)]
+        pairs = itertools.zip_longest(self.sweeps, generation.sweeps, fillvalue=0)
+        self.sweeps = [sum(pair) for pair in pairs]
         self.num_tokens += generation.tokens.numel()
         self.done += len(written.rows)
 
-    def _conclude(self, seconds: float, *, interrupted: bool) -> None:
+    def _conclude(self, seconds: float, *, interrupted: bool = False) -> None:
         """The object of --json, or the number of samples in the file."""
         from tarflowlm.terminal.bars import counted, print_json
 
         if self.args.json:
-            result: dict[str, object] = {"samples": self.objects}
-            if self.out is not None:
-                result = {"out": str(self.args.out), "written": self.done}
-            result |= {
+            found: dict[str, object] = {
                 "sweeps": self.sweeps,
                 "decoders": self.decoders,
                 "seconds": seconds,
                 "tokens_per_second": self.num_tokens / seconds,
             }
-            print_json(result | ({"interrupted": True} if interrupted else {}))
+            if self.out is None:
+                found["samples"] = self.objects
+            else:
+                found |= {"out": str(self.args.out), "written": self.done}
+            if interrupted:
+                found["interrupted"] = True
+            print_json(found)
         elif self.out is not None and not interrupted:
             sys.stdout.write(f"{counted(self.done, 'sample')} in {self.args.out}\n")

@@ -33,17 +33,9 @@ def write_out(piece: str) -> None:
 
 
 def print_samples(
-    written: Written,
-    tokenizer: Tokenizer,
-    *,
-    candidates: int = 1,
-    passes: bool = False,
-    about: str = "",
+    written: Written, tokenizer: Tokenizer, *, candidates: int = 1, passes: bool = False
 ) -> None:
-    """Print every sample, on request with its passes, and the weights of several `candidates`.
-
-    Panels are titled with the number of the sample and what there is `about` it.
-    """
+    """Print every sample, on request with its passes, and the weights of several `candidates`."""
     generation = written.generation
     for row, (number, text) in enumerate(zip(written.rows, written.texts, strict=True)):
         body = Text(printable(text))
@@ -53,7 +45,7 @@ def print_samples(
                 Text.assemble((f"{one.label}\n", "bold cyan"), styled(one.tokens)) for one in rows
             ]
             body = Text("\n").join(parts)
-        show(body, f"sample {number + 1}{about}", is_first=number == 0)
+        show(body, f"sample {number + 1}", is_first=number == 0)
         if candidates > 1 and generation.evidence is not None:
             _print_evidence(generation.evidence, row, candidates)
 
@@ -74,18 +66,15 @@ def _print_evidence(evidence: Evidence, row: int, candidates: int) -> None:
 
 
 def samples_to_json(
-    written: Written, tokenizer: Tokenizer, *, passes: bool = False, states: bool = False
+    written: Written, tokenizer: Tokenizer, *, passes: bool = False
 ) -> list[dict[str, object]]:
-    """One object per sample: its text, on request passes and states, weights if text was given."""
+    """One object per sample: its text, on request its passes, and weights if text was given."""
     generation = written.generation
     samples: list[dict[str, object]] = []
     for row, text in enumerate(written.texts):
         sample: dict[str, object] = {"text": text}
-        if passes or states:
-            decoded = [tokenizer.decode(state[row].tolist()) for state in generation.passes]
-            sample["passes"] = decoded
-        if states:
-            sample["states"] = [state[row].tolist() for state in generation.states]
+        if passes:
+            sample["passes"] = [tokenizer.decode(one[row].tolist()) for one in generation.passes]
         if generation.evidence is not None:
             for name in ("log_evidence", "ess", "draws", "pareto_k"):
                 sample[name] = getattr(generation.evidence, name)[row].item()
