@@ -10,7 +10,7 @@ from tarflowlm.cli.main import COMMANDS, command_module
 OPTIONS = {
     "quickstart": "device json minutes out seed",
     "data": "json out source tokenizer",
-    "train": "blocks checkpoint-every data device json minutes out run steps",
+    "train": "checkpoint-every data device json minutes out run steps",
     "eval": "data device directory json latents normalize samples seed split stride windows",
     "score": "baseline device directory file json normalize samples seed text",
     "sample": (

@@ -74,7 +74,6 @@ LINES = [
     ([*TRAIN, "--steps", "2"], ["steps 2", "3"]),
     ([*TRAIN, "--steps", "9", "--minutes", "1"], ["--steps", "--minutes"]),
     ([*TRAIN, "--minutes", "nan"], ["minutes nan"]),
-    ([*TRAIN, "--blocks", "4"], ["blocks 4", "3"]),
     ([*TRAIN, "--model.trunk.width", "33"], ["width 33"]),
     ([*TRAIN, "--model.vocab-size", "5"], ["vocab_size 5", "27"]),
     ([*TRAIN, "--model.context", "4096"], ["4096"]),

@@ -10,12 +10,11 @@ from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
 
 if TYPE_CHECKING:
-    from tarflowlm.texts import Edit, Edited
+    from tarflowlm import editing
+    from tarflowlm.texts import Edit
 
 MUCH_CHANGED = 0.5
 """Share of changed tokens above which an edit of a state gets advice."""
-MUCH_LONGER = 1.25
-"""Ratio of the bits after and before an edit above which it gets advice."""
 
 
 @dataclass(frozen=True)
@@ -112,47 +111,35 @@ def run(args: Args) -> None:
         edited = request.run(lm, bars)
     for notice in edited.notices:
         print_notice(notice)
-    advice = _advice(request, edited, has_token_weights=lm.model.config.has_token_weights)
+    advice = _advice(request, edited.edit)
     if not args.json:
         print_edits(edited, advice)
         return
-    columns: dict[str, list[object]] = {
-        "text": list(edited.texts),
-        "changed": edited.edit.changed.tolist(),
-        "bpc_before": edited.bits_before.tolist(),
-        "bpc": edited.bits.tolist(),
-    }
-    if edited.edit.pareto_k:
-        columns["pareto_k"] = list(edited.edit.pareto_k)
-    edits = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    edits: list[dict[str, object]] = []
+    for row, text in enumerate(edited.texts):
+        one: dict[str, object] = {
+            "text": text,
+            "changed": edited.edit.changed[row].tolist(),
+            "bpc_before": edited.bits_before[row].item(),
+            "bpc": edited.bits[row].item(),
+        }
+        if edited.edit.pareto_k:
+            one["pareto_k"] = edited.edit.pareto_k[row]
+        edits.append(one)
     print_json({"before": edited.before, "edits": edits, "advice": advice})
 
 
-def _advice(request: "Edit", edited: "Edited", *, has_token_weights: bool) -> str | None:
+def _advice(request: "Edit", edit: "editing.Edit") -> str | None:
     """A better option where the edits have lost the text, or changed nothing."""
     from tarflowlm.generation.particles import UNRELIABLE
 
-    edit = edited.edit
     changed = edit.changed.double().mean().item()
-    ratio = (edit.bound.sum() / edit.bound_before.sum()).item()
     if request.rewrite is not None and changed == 0:
-        more = "more --candidates"
-        if has_token_weights:
-            more += " or a higher --temperature"
-        return f"all candidates equal the text: {more} may find others"
-    weight = 0.0
-    if request.toward is not None:
-        weight = 0.5 if request.weight is None else request.weight
-    # a part of a text that moves has to change
-    has_changed_much = changed > weight + (1 - weight) * MUCH_CHANGED or ratio > MUCH_LONGER
-    if request.level is not None and weight != 1 and has_changed_much:
-        fewer = "some words are drawn anew"
-        if request.toward is not None:
-            fewer = "a stretch of the other text is taken"
-        much = f"({changed:.0%} of the tokens, bits x {ratio:.2f})"
+        return "all candidates equal the text: more --candidates may find others"
+    if request.level is not None and request.toward is None and changed > MUCH_CHANGED:
         return (
-            f"editing state {request.level} changes nearly everything here {much}. "
-            f"Without --level only {fewer}."
+            f"editing state {request.level} changes {changed:.0%} of the tokens: "
+            "without --level only some words are drawn anew"
         )
     unreliable = [k for k in edit.pareto_k if k > UNRELIABLE]
     if unreliable:

@@ -26,7 +26,7 @@ class Args:
     """Measure the likelihood of a text; on request, the latents of every block."""
 
     directory: options.Model = None
-    # Another text: corpus name, file or prepared directory; the default is the run's own corpus.
+    # Another text than the run's own: corpus name, file or prepared directory.
     data: Annotated[str | None, arg("SOURCE")] = None
     # Part of the text; a file is split 90/5/5.
     split: Split = "test"
@@ -37,7 +37,7 @@ class Args:
     # Tokens between window starts (default: the context). Less lets windows overlap: baseline,
     # one-block flows.
     stride: options.Count = None
-    # Also the state after every block: norms, cosines, participation ratio, centroid, log-det, KL.
+    # Also the geometry of the state after every block, and its share of the bound.
     latents: options.Flag = False
     normalize: options.Normalize = None
     # Seed of the posterior samples.
@@ -86,10 +86,9 @@ def read_text(
     split: Split,
     progress: "Progress",
 ) -> "tuple[str, TokenArray]":
-    """The text to measure, `data` or that of the run, and the tokens of its split.
+    """The text to measure, `data` or the run's own, and the tokens of its split.
 
-    A corpus keeps the split of training. UserError for a shipped model's own text, which is
-    elsewhere.
+    A corpus keeps the split of training. UserError for the text of a shipped model.
     """
     from tarflowlm.data import FIELD, SOURCE_NAMES, cached_corpus, encode_text_source
     from tarflowlm.runs.checkpoint import corpus_digest
@@ -98,10 +97,8 @@ def read_text(
     source = checkpoint.run.data.source if data is None else data
     is_named = source in SOURCE_NAMES
     if data is None and not is_named and not Path(source.partition(FIELD)[0]).exists():
-        raise UserError(
-            f"cannot find the training text {source} of {checkpoint.directory.name}; "
-            "models are shipped without their data. Pass --data tales or --data FILE"
-        )
+        what = f"cannot find the training text {source} of {checkpoint.directory.name}"
+        raise UserError(f"{what}: pass --data tales or --data FILE")
     is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:
         return source, encode_text_source(source, tokenizer, split, progress=progress)
@@ -139,10 +136,8 @@ def _likelihood(
     if stride % patch:
         raise UserError(f"stride {stride}: must be a multiple of the patch of {patch} tokens")
     if stride < context and model.num_blocks > 1:
-        raise UserError(
-            f"stride {stride}: windows can slide for the baseline and for flows of one block; "
-            f"no bound is known for the {model.num_blocks} blocks of this model: leave --stride out"
-        )
+        rule = f"windows slide for one block, and this model has {model.num_blocks} blocks"
+        raise UserError(f"stride {stride}: {rule}; leave --stride out")
     samples = f", {args.samples} samples each" if args.samples > 1 and not model.is_exact else ""
     what = f"{len(windows):,} windows of {context} tokens{samples}"
     print_notice(f"evaluating {what}: {source}, {args.split}")
@@ -180,18 +175,14 @@ def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object
         ("bound", found.bound),
     ]
     if found.gap is not None:
-        errors = (
-            f"standard error {found.elbo_stderr:.4f}, "
-            f"{found.elbo_sampling_stderr:.5f} of it from sampling"
-        )
+        errors = f"{found.elbo_stderr:.4f}, {found.elbo_sampling_stderr:.5f} of it from sampling"
+        rows.append(("ELBO, nats per token", f"<= {found.elbo:.4f} (standard error {errors})"))
         gap = f"{found.gap:.5f} nats per token (standard error {found.gap_stderr:.5f})"
-        rows.append(("ELBO, nats per token", f"<= {found.elbo:.4f} ({errors})"))
         rows.append(("gap to the ELBO", gap))
     scored = f"{found.tokens:,} of {reading['text_tokens']:,} tokens"
     rows.append(("text", f"{scored}, {found.characters:,} characters"))
-    is_sliding = reading["stride"] != reading["context"]
-    context = "with tokens of the one before as context" if is_sliding else "with fresh contexts"
-    rows.append(("windows", f"{found.windows:,} {context}, stride {reading['stride']}"))
+    windows = f"{found.windows:,} of {reading['context']} tokens, stride {reading['stride']}"
+    rows.append(("windows", windows))
     rows.append(("seconds", f"{reading['seconds']:.1f}"))
     print_table(title, rows)
 
@@ -200,18 +191,8 @@ def _print_latents(states: "list[StateReport]") -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
     from tarflowlm.terminal.bars import print_table
 
-    geometry = {
-        "norm": "L2 norm",
-        "cosine": "pairwise cosine",
-        "participation_ratio": "part. ratio",
-        "centroid_shift": "centroid shift",
-    }
-    shares = {
-        "log_det": "log-det",
-        "kl": "KL to the prior",
-        "kl_gain": "KL taken off",
-        "nelbo": "<= -ELBO",
-    }
+    geometry = ("norm", "cosine", "participation_ratio", "centroid_shift")
+    shares = ("log_det", "kl", "kl_gain", "nelbo")
     for title, names in (
         ("state after every block", geometry),
         ("with a prior that ends after the block, nats per token", shares),
@@ -222,4 +203,4 @@ def _print_latents(states: "list[StateReport]") -> None:
             label = f"block {state.block}" if state.block else "z"
             rows.append([label, *("" if s is None else f"{s.mean:.4f}" for s in spreads)])
             rows.append(["  ±", *("" if s is None else f"{s.std:.4f}" for s in spreads)])
-        print_table(title, rows, ["", *names.values()])
+        print_table(title, rows, ["", *(name.replace("_", " ") for name in names)])

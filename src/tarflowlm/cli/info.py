@@ -2,14 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from tarflowlm.cli.options import PrintJson, arg, load_checkpoint
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,8 @@ class Description:
     family: str
     blocks: list[str]
     layers: list[int]
-    parameters: dict[str, int]
+    parameters: int
+    trunk_parameters: int
     context: int
     patch: int
     tokenizer: str
@@ -55,7 +53,7 @@ class Description:
         kind = f"flow of {counted(len(self.blocks), 'block')}"
         if self.family == "ar":
             kind = "discrete autoregressive"
-        found = f"{kind}, {self.parameters['all'] / 1e6:.1f} M parameters"
+        found = f"{kind}, {self.parameters / 1e6:.1f} M parameters"
         if self.bpc is not None:
             found += f", {sign_of(self.bound)} {self.bpc:.4f} bits per character"
         return found
@@ -96,6 +94,7 @@ def describe(given: Path) -> Description:
     else:
         layers = [block.layers for block in config.blocks[: lm.model.num_blocks]]
     card = read_card(lm.directory)
+    sizes = {name: one.numel() for name, one in lm.model.named_parameters()}
     counts = {name: int(lm.info[name]) for name in ("step", "tokens") if name in lm.info}
     return Description(
         name=given.as_posix() if is_reference(given) else lm.directory.resolve().name,
@@ -103,7 +102,8 @@ def describe(given: Path) -> Description:
         family=config.family,
         blocks=[config.describe(block) for block in range(lm.model.num_blocks)],
         layers=layers,
-        parameters=_parameters(lm.model),
+        parameters=sum(sizes.values()),
+        trunk_parameters=sum(n for name, n in sizes.items() if "transformer." in name),
         context=config.context,
         patch=config.patch,
         tokenizer=(
@@ -122,19 +122,6 @@ def describe(given: Path) -> Description:
     )
 
 
-def _parameters(model: "nn.Module") -> dict[str, int]:
-    """The number of parameters in all, and of every part of the model."""
-    parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        first, *rest = name.split(".")
-        part = first.replace("_", " ")
-        if first == "prior":
-            kind = "transformer" if rest[2] == "transformer" else "coupling and input"
-            part = f"block {int(rest[1]) + 1} {kind}"
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    return {"all": sum(parts.values()), **parts}
-
-
 def _print(found: Description) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
@@ -144,7 +131,7 @@ def _print(found: Description) -> None:
 
     layers = zip(found.blocks, found.layers, strict=True)
     blocks = [f"{block}: {counted(n, 'Transformer layer')}" for block, n in layers]
-    parts = [f"{count:,} {name}" for name, count in found.parameters.items()]
+    parameters = f"{found.parameters:,}, {found.trunk_parameters:,} of them in Transformers"
     trained = [found.source, f"seed {found.seed}"]
     if found.tokens is not None:
         trained.append(f"{found.tokens:,} tokens")
@@ -154,7 +141,7 @@ def _print(found: Description) -> None:
     rows = [
         ("model", f"{found.kind}, preset {found.preset}"),
         ("blocks", "\n".join(blocks)),
-        ("parameters", "\n".join(parts)),
+        ("parameters", parameters),
         ("context", f"{found.context} tokens{patch}"),
         ("tokenizer", found.tokenizer),
         ("trained on", ", ".join(trained)),

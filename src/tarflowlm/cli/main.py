@@ -21,6 +21,9 @@ STOPPED = 75
 CLOSED_PIPE = 141
 """Exit status: 128 plus the number of SIGPIPE."""
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+"""PyTorch's words for it, on an accelerator and on the CPU, in errors of type RuntimeError."""
+
 COMMANDS = [
     "quickstart",
     "data",
@@ -72,7 +75,7 @@ def main(
         place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
         _end(2, f"{place}; check the path, its permissions and the disk", everywhere=True)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in NO_MEMORY):
             raise
         remedy = "choose a smaller model, context, batch size, or number of samples or particles"
         _end(2, f"out of memory: {remedy}", everywhere=True)
@@ -118,20 +121,20 @@ def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
 
 
 def _import_named(argv: list[str]) -> list[str]:
-    """Import the modules of every --import MODULE, of this folder or installed.
+    """Import the module of every --import MODULE, of this folder or installed.
 
     Returns the other words.
     """
     while "--import" in argv:
         at = argv.index("--import")
-        module, argv = argv[at + 1 : at + 2], [*argv[:at], *argv[at + 2 :]]
+        module = "".join(argv[at + 1 : at + 2])
+        argv = argv[:at] + argv[at + 2 :]
         sys.path.insert(0, str(Path()))
         try:
-            import_module(*module or [""])
+            import_module(module)
         except (ImportError, ValueError) as error:
-            raise UserError(
-                f"--import {' '.join(module)}: {error}; name a Python module, say my_module"
-            ) from None
+            remedy = "name a Python module, say my_module"
+            raise UserError(f"--import {module}: {error}; {remedy}") from None
     return argv
 
 
@@ -144,15 +147,14 @@ def settle_threads() -> None:
     """Choose how idle OpenMP threads wait, before torch is imported, unless the environment does.
 
     If other programs want the cores they sleep, as spinning would cost up to two thirds of the
-    speed; on an idle machine they spin briefly, as sleeping would cost one third (docs/log.md). The
-    load average counts work that has just ended, so this counts what runs now: the minimum of five
-    looks, without this process.
+    speed; on an idle machine they spin briefly, as sleeping would cost one third (docs/log.md).
     """
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     # only Linux has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
     load = Path("/proc/loadavg")
     if not load.exists() or "torch" in sys.modules or any(name in os.environ for name in choices):
         return
+    # a load average would count work that has just ended; this process itself is left out
     looks = []
     for _ in range(5):
         looks.append(int(load.read_text(encoding="ascii").split()[3].split("/")[0]) - 1)
@@ -182,15 +184,3 @@ def _end_quietly() -> NoReturn:
         # Python flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(CLOSED_PIPE)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    import torch
-
-    # PyTorch's CPU allocator raises a plain RuntimeError
-    messages = ("can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        message in str(error) for message in messages
-    )

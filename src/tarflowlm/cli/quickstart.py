@@ -15,15 +15,8 @@ from tarflowlm.presets import preset
 if TYPE_CHECKING:
     from tarflowlm.data import Corpus
 
-SAMPLING_SHARE = 0.06
-"""Share of --minutes spent on sampling."""
-SAMPLING_MINUTES = 0.15
-"""Minutes kept for it at least, but at most 30 % of --minutes."""
-BASELINES = {
-    "bz2_bpc": "bz2",
-    "trigram_bpc": "trigrams of characters",
-}
-"""Rows of the table below the model's."""
+TRAINING_SHARE = 0.94
+"""Share of --minutes until the end of training; the rest is for sampling."""
 NUM_SAMPLES = 2
 SAMPLE_LENGTH = 192
 
@@ -46,7 +39,6 @@ class Args:
 
 
 def run(args: Args) -> None:
-
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
@@ -71,8 +63,9 @@ def run(args: Args) -> None:
     with ProgressReporter() as reporter:
         corpus = cached_corpus(config.data.source, config.data.tokenizer, progress=reporter)
         baselines = baselines_on(corpus)
-        # the training gets the time that is left; however little it is, each stage takes a step
-        minutes = training_minutes(args.minutes, time.perf_counter() - start)
+        spent = (time.perf_counter() - start) / 60
+        # however little time is left, each stage takes a step
+        minutes = max(TRAINING_SHARE * args.minutes - spent, args.minutes / 100)
         summary = train(
             replace(config, train=replace(config.train, minutes=minutes)),
             args.out,
@@ -90,7 +83,8 @@ def run(args: Args) -> None:
     print_samples(written, checkpoint.tokenizer)
     rows = [
         ("this model, test text", f"<= {test['bpc']:.3f} bits per character"),
-        *((label, f"{baselines[name]:.3f}") for name, label in BASELINES.items()),
+        ("bz2", f"{baselines['bz2_bpc']:.3f}"),
+        ("trigrams of characters", f"{baselines['trigram_bpc']:.3f}"),
         ("time", f"{seconds:.0f} s in total"),
         ("run directory", str(args.out)),
     ]
@@ -102,19 +96,12 @@ def run(args: Args) -> None:
         found = {
             "bpc": test["bpc"],
             "bound": test["bound"],
-            **baselines,
             "seconds": seconds,
             "samples": samples_to_json(written, checkpoint.tokenizer),
             "out": str(args.out),
             "test_tokens": test["tokens"],
         }
-        print_json(found)
-
-
-def training_minutes(total: float, spent_seconds: float) -> float:
-    """The part of the `total` minutes left for training, at least a hundredth of it."""
-    sampling = max(SAMPLING_SHARE * total, min(SAMPLING_MINUTES, 0.3 * total))
-    return max(total - sampling - spent_seconds / 60, total / 100)
+        print_json(found | baselines)
 
 
 def baselines_on(corpus: "Corpus") -> dict[str, float]:
@@ -137,8 +124,7 @@ def ngram_entropy(text: str, order: int) -> float:
         H_n = - 1/M sum_{w, a} c(w a) log2( c(w a) / c(w) ),   c(w) = sum_a c(w a),   M = T - n + 1
 
     over the contexts w of n - 1 characters and the next character a. c counts the M n-grams of the
-    text of T characters. No n-gram model of this order does better on this text. A model fitted to
-    other text does worse, much worse if M is small.
+    text of T characters. No n-gram model of this order does better on this text.
     """
     counts = Counter(text[i : i + order] for i in range(len(text) - order + 1))
     contexts: Counter[str] = Counter()

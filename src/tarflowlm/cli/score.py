@@ -1,6 +1,5 @@
 """`tarflowlm score`: the bits of every token of a text, under one model or two."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 
     from tarflowlm.texts import Scored
 
-LEVELS = ((1.0, ""), (2.0, "green"), (4.0, "yellow"), (8.0, "magenta"), (math.inf, "bold red"))
-"""Bits below which a token has a colour."""
+COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
+"""Colours of tokens by their bits: from so many on."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,19 @@ def run(args: Args) -> None:
         found.append(scored)
     if found[0].reading.text != found[-1].reading.text:
         print_notice(f"{' and '.join(names)} read different texts: their bits do not compare")
-    if args.json:
-        objects = [
-            _to_json(name, one, args.samples) for name, one in zip(names, found, strict=True)
-        ]
-        print_json(objects[0] | ({"baseline": objects[1]} if len(objects) > 1 else {}))
-    else:
+    if not args.json:
         _print(names, found, args.samples)
+        return
+    result = _to_json(names[0], found[0], args.samples)
+    if args.baseline is not None:
+        result["baseline"] = _to_json(names[1], found[1], args.samples)
+    print_json(result)
 
 
 def _to_json(name: str, scored: "Scored", samples: int) -> dict[str, object]:
-    tokens: list[dict[str, object]] = [
-        {"text": symbol, "bits": bits}
-        for symbol, bits in zip(scored.symbols, scored.bits.tolist(), strict=True)
-    ]
+    tokens: list[dict[str, object]] = []
+    for symbol, bits in zip(scored.symbols, scored.bits.tolist(), strict=True):
+        tokens.append({"text": symbol, "bits": bits})
     if scored.blocks is not None:
         for token, column in zip(tokens, scored.blocks.T.tolist(), strict=True):
             token["log2_dets"] = column
@@ -101,9 +99,13 @@ def _print(names: Sequence[str], found: "Sequence[Scored]", samples: int) -> Non
 
     console = Console()
     if console.is_terminal:
-        _print_colours(console, names, found)
-    else:
+        for name, one in zip(names, found, strict=True):
+            _print_colours(console, name, one)
+    elif found[0].symbols == found[-1].symbols:
         _print_lines(names, found)
+    else:
+        for name, one in zip(names, found, strict=True):
+            _print_lines([name], [one])
     rows = [
         ["bits per character", *(f"{one.sign} {one.bits_per_character:.4f}" for one in found)],
         ["bits per token", *(f"{one.sign} {one.per_token:.4f}" for one in found)],
@@ -116,33 +118,25 @@ def _print(names: Sequence[str], found: "Sequence[Scored]", samples: int) -> Non
 
 
 def _print_lines(names: Sequence[str], found: "Sequence[Scored]") -> None:
-    """A line for every token, with its bits under every model that reads the same tokens."""
-    groups = [range(len(found))]
-    if found[0].symbols != found[-1].symbols:
-        groups = [range(i, i + 1) for i in range(len(found))]
-    for group in groups:
-        symbols = found[group[0]].symbols
-        bits = zip(*(found[i].bits.tolist() for i in group), strict=True)
-        sys.stdout.write("\t".join(["", *(names[i] for i in group)]) + "\n")
-        for symbol, row in zip(symbols, bits, strict=True):
-            sys.stdout.write("\t".join([symbol, *(f"{one:.3f}" for one in row)]) + "\n")
+    """A line for every token, with its bits under each of the models."""
+    sys.stdout.write("\t".join(["", *names]) + "\n")
+    columns = [[f"{bits:.3f}" for bits in one.bits.tolist()] for one in found]
+    for row in zip(found[0].symbols, *columns, strict=True):
+        sys.stdout.write("\t".join(row) + "\n")
 
 
-def _print_colours(console: "Console", names: Sequence[str], found: "Sequence[Scored]") -> None:
-    """The text under every model, coloured by the bits of its tokens, and a legend."""
+def _print_colours(console: "Console", name: str, scored: "Scored") -> None:
+    """The text coloured by the bits of its tokens, below a title with the colours."""
     from rich.text import Text
 
-    for name, one in zip(names, found, strict=True):
-        console.print(Text(name, style="bold"), soft_wrap=True)
-        line = Text()
-        for symbol, bits in zip(one.symbols, one.bits.tolist(), strict=True):
-            style = next(style for below, style in LEVELS if bits < below)
-            if style and not symbol.strip():
-                style += " underline"  # a space has no colour of its own
-            line.append(symbol, style)
-        console.print(line)
-    legend = Text("bits per token: ", style="dim")
-    for below, style in LEVELS:
-        words = "more" if math.isinf(below) else f"below {below:g}"
-        legend.append(words, style=style or "default").append("  ")
-    console.print(legend)
+    title = Text(f"{name}, bits per token: ", style="bold")
+    for least, colour in COLOURS.items():
+        title.append(f"from {least}  ", colour)
+    line = Text()
+    for symbol, bits in zip(scored.symbols, scored.bits.tolist(), strict=True):
+        colour = next((colour for least, colour in COLOURS.items() if bits >= least), "")
+        if colour and not symbol.strip():
+            colour += " underline"  # a space shows no colour
+        line.append(symbol, colour)
+    console.print(title, soft_wrap=True)
+    console.print(line)

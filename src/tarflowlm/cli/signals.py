@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-Handler = Callable[[int, FrameType | None], object]
-
 INTERRUPTED = 130
 """Exit status: 128 plus the number of SIGINT."""
 
 
 @contextlib.contextmanager
-def handled(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
+def handled(
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], object]],
+) -> Iterator[None]:
     """Handlers of signals within the context, for the main thread of a program."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

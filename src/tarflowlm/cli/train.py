@@ -21,7 +21,7 @@ from tarflowlm.cli.options import (
 )
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_blocks, with_steps
+from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_steps
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
@@ -42,13 +42,11 @@ class Args:
     """
     device: Device = "auto"
     checkpoint_every: Count = None  # Steps between checkpoints.
-    blocks: Count = None  # Train only the first blocks of the preset's stack, this many.
     json: PrintJson = False
     run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None  # The preset's fields.
 
     def __post_init__(self) -> None:
-        check(self, exclusive={"minutes": ("steps",)})
-        check_minutes(self.minutes)
+        check_time(self)
         self.configured()  # for its errors
 
     def configured(self) -> RunConfig:
@@ -62,11 +60,6 @@ class Args:
         run = replace(run, train=train)
         if self.data is not None:
             run = replace(run, data=replace(run.data, source=self.data))
-        if self.blocks is not None:
-            most = run.model.num_blocks
-            if not 1 <= self.blocks <= most:
-                raise UserError(f"blocks {self.blocks}: must be between 1 and the preset's {most}")
-            run = with_blocks(run, self.blocks)
         return run if self.steps is None else with_steps(run, self.steps)
 
 
@@ -89,8 +82,7 @@ class TuneArgs:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        check(self, exclusive={"minutes": ("steps",)})
-        check_minutes(self.minutes)
+        check_time(self)
 
 
 @dataclass(frozen=True)
@@ -102,15 +94,17 @@ class ResumeArgs:
     json: PrintJson = False
 
 
-def check_minutes(minutes: float | None) -> None:
-    """UserError for a time of nothing, which as a field of the run means: no limit."""
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"minutes {minutes:g}: must be above 0")
+def check_time(args: Args | TuneArgs) -> None:
+    """UserError for steps and minutes, and for no minutes, which would mean: no limit."""
+    check(args, exclusive={"minutes": ("steps",)})
+    if args.minutes is not None and not args.minutes > 0:
+        raise UserError(f"minutes {args.minutes:g}: must be above 0")
 
 
 def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
-    """The words after `tarflowlm train`: PRESET, --from MODEL or --resume DIR, and options. Help
-    ends the process.
+    """The words after `tarflowlm train`: PRESET, --from MODEL or --resume DIR, and options.
+
+    Help ends the process.
     """
     if argv[:1] in (["-h"], ["--help"]):
         from tarflowlm.terminal.bars import print_table
@@ -120,7 +114,10 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         raise SystemExit
     given = {word.partition("=")[0] for word in argv}
     if argv and not argv[0].startswith("-"):
-        return read_preset(argv[0], argv[1:])
+        if "--from" in given:
+            remedy = "the model brings its own shape; leave the preset out"
+            raise UserError(f"{argv[0]} with --from: {remedy}")
+        return _read_preset(argv[0], argv[1:])
     if "--from" in given:
         return parse(TuneArgs, argv, "tarflowlm train --from MODEL")
     if "--resume" in given:
@@ -131,10 +128,7 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
     )
 
 
-def read_preset(name: str, argv: list[str]) -> Args:
-    """The options after the name of a preset."""
-    if "--from" in {word.partition("=")[0] for word in argv}:
-        raise UserError(f"{name} with --from: the model brings its own shape; leave the preset out")
+def _read_preset(name: str, argv: list[str]) -> Args:
     args: Args = parse(
         Args,
         argv,
@@ -161,7 +155,8 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     with launched(pick_device(args.device)) as processes:
         # the first process alone shows its progress
         with ProgressReporter() if processes.first else nullcontext(SILENT) as reporter:
-            config, parent = None, None
+            config = None
+            parent = None
             if isinstance(args, ResumeArgs):
                 out = args.resume
             elif isinstance(args, TuneArgs):
@@ -178,7 +173,8 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
                 )
             else:
                 assert args.out is not None
-                out, config = args.out, args.configured()
+                out = args.out
+                config = args.configured()
             summary = train(
                 config,
                 out,

@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -32,8 +31,6 @@ FIRST, EVERY = 3.0, 30.0
 """Seconds until the first line of a stage in a log file, and between its lines."""
 WIDE = 120
 """Columns from which on a terminal shows a bar next to the numbers."""
-
-AnyBars = TypeVar("AnyBars", bound="Bars")
 
 
 def json_line(value: Mapping[str, object]) -> str:
@@ -178,7 +175,7 @@ class Bars(progress.Progress):
         if stage:
             self.stage(stage, total)
 
-    def __enter__(self: AnyBars) -> AnyBars:
+    def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *error: object) -> None:
