@@ -37,6 +37,10 @@ class LanguageModel(nn.Module):
         return 1
 
     @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

@@ -5,29 +5,37 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
 from tarflowlm.checks import as_integer, check_type
-from tarflowlm.config import RunConfig
+from tarflowlm.config import (
+    TEXT8_ALPHABET,
+    DataConfig,
+    Kind,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model_config import LanguageModelConfig
+from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
-from tarflowlm.runs.own import OWN, own_run
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
 from tarflowlm.texts import Edit, EditOptions, Score, Scored, Writing, WritingOptions, as_texts
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
+OWN = Path(os.devnull, "own")
+"""The directory of a model that was not loaded: below a file, where nothing can be."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,8 +46,7 @@ class Pretrained(Checkpoint):
         lm = Pretrained(model, tokenizer)  # also a model from a training loop of your own
 
     Texts are read as the model's training text was (`data.prompts.read`): a model of the 27 letters
-    of TEXT8 gets lower case and spelled digits. UserError for a model and a tokenizer with
-    different numbers of symbols.
+    of TEXT8 gets lower case and spelled digits.
     """
 
     run: RunConfig = field(default=None)  # type: ignore[assignment]
@@ -50,21 +57,14 @@ class Pretrained(Checkpoint):
     def __post_init__(self) -> None:
         check_type(self.model, "model", LanguageModel, "give a module of tarflowlm")
         check_type(self.tokenizer, "tokenizer", Tokenizer, "give a tokenizer of tarflowlm.data")
-        ours, theirs = self.model.config.vocab_size, self.tokenizer.vocab_size
+        ours = self.config.vocab_size
+        theirs = self.tokenizer.vocab_size
         if ours != theirs:
-            raise UserError(
-                f"the model has {ours} symbols and the tokenizer {theirs}: "
-                "give the one that it learnt with"
-            )
+            raise UserError(f"model of {ours} symbols, tokenizer of {theirs}: give the model's own")
         self.model.eval()
         if self.run is None:
-            object.__setattr__(self, "run", own_run(self.model, self.tokenizer))
+            object.__setattr__(self, "run", _own_run(self.model, self.tokenizer))
             object.__setattr__(self, "info", {"blocks": str(self.model.num_blocks)})
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Pretrained":
-        """A loaded run directory (`runs.checkpoint.load_checkpoint`) with the methods below."""
-        return cls(**vars(checkpoint))
 
     def __iter__(self) -> Iterator[Any]:
         """The model and its tokenizer."""
@@ -81,7 +81,7 @@ class Pretrained(Checkpoint):
         return self.model.device
 
     def to(self, device: str | torch.device) -> "Pretrained":
-        """Move the model to a device of PyTorch, or auto; returns this object."""
+        """Move the model to a device of PyTorch, or auto."""
         self.model.to(pick_device(device))
         return self
 
@@ -109,18 +109,17 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """A text that begins with `prompt`; with `num`, a list of so many texts.
 
-        With a list of prompts, a list with the texts of each. `num_tokens` is the length in tokens,
+        A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens,
         given ones included; by default the trained context. A text ends before the first of the
-        texts `stop`. `temperature`, by default the one that suits the model, `top_k`, `top_p`,
-        `particles` and `decoder` are described at `generate`. The same `seed` gives the same text.
-        UserError for what the model cannot read or do.
+        texts `stop`. `temperature`, by default the model's own, `top_k`, `top_p`, `particles` and
+        `decoder` are described at `generate`. The same `seed` gives the same text. UserError for
+        what the model cannot read or do.
         """
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
             return []
-        texts = Writing(prompts=_prompts(prompt), num=1 if num is None else num, **options).run(
-            self
-        )
+        request = Writing(prompts=_prompts(prompt), num=1 if num is None else num, **options)
+        texts = request.run(self)
         return texts if several or num is not None else texts[0]
 
     @overload
@@ -157,15 +156,11 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """The text with some words drawn anew given all others; with `num`, a list of edits.
 
-        `strength` is the share of the words, `words` their number. Instead: `rewrite` draws these
-        pieces of it anew; `replace=(old, new)` puts other words in, keeps the rest, and redraws at
-        most the neighbouring words; `counterfactual=(old, new)` regenerates what follows from its
-        noise; `toward` moves to another text; `level` changes a state (0 is the latents, the number
-        of blocks the noise). The other options are described at `texts.Edit`. UserError for a
-        baseline, and for options that have no effect.
+        `strength` is the share of the words, `words` their number. `rewrite`, `replace`,
+        `counterfactual`, `toward` and `level` ask for another edit. `texts.Edit` describes all
+        options. UserError for a baseline, and for options that have no effect.
         """
-        request = Edit(text=text, num=1 if num is None else num, **options)
-        texts = request.run(self).texts
+        texts = Edit(text=text, num=1 if num is None else num, **options).run(self).texts
         return texts[0] if num is None else texts
 
     @overload
@@ -177,10 +172,9 @@ class Pretrained(Checkpoint):
     def score(
         self, text: str | Several, *, samples: int = 8, seed: int = 0
     ) -> Scored | list[Scored]:
-        """The bits of every token of a text of any length; of a list of texts, a list.
+        """The bits of every token of a text of any length (`tarflowlm.score`); of several, a list.
 
-        `tarflowlm.score` describes the numbers. `notice` of the result says whether the text was
-        read otherwise than it was given.
+        Its `notice` says whether the text was read otherwise than it was given.
         """
         found = Score(texts=as_texts(text, "text"), samples=samples, seed=seed).run(self)
         return found[0] if isinstance(text, str) else found
@@ -192,15 +186,12 @@ class Pretrained(Checkpoint):
     def encode(self, text: Several) -> list[Tensor]: ...
 
     def encode(self, text: str | Several) -> Tensor | list[Tensor]:
-        """Token ids [T] of a text; of a list of texts, a list of such tensors.
-
-        UserError for characters that the tokenizer lacks.
-        """
+        """Token ids [T] of a text; of several, a list of such tensors."""
         found = [read(self.tokenizer, one).tokens for one in as_texts(text, "text")]
         return found[0] if isinstance(text, str) else found
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """The text of token ids [T]. UserError for ids that the tokenizer does not have."""
+        """The text of token ids [T]."""
         if isinstance(tokens, str):
             raise UserError(f"tokens {tokens!r:.40}: give token ids; `encode` makes them of a text")
         return self.tokenizer.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
@@ -219,7 +210,7 @@ class Pretrained(Checkpoint):
         """Train the model further on a text; returns the result.
 
         This takes 10 minutes unless `minutes` or `steps` say otherwise. The run is written to
-        `out`; repeated, the call continues it (`training.tuning.tuning`).
+        `out`; repeated, the call continues it.
         """
         from tarflowlm.training.tuning import tuning
 
@@ -229,10 +220,7 @@ class Pretrained(Checkpoint):
     def save_pretrained(
         self, folder: str | Path, *, half: bool = False, licence: str | None = None
     ) -> Path:
-        """Write the model with its tokenizer and a model card to a new folder.
-
-        Every command, `load` and the studio open it. See `sharing.save_pretrained`.
-        """
+        """Write the model with its tokenizer and a model card: see `sharing.save_pretrained`."""
         try:
             return save_pretrained(self, folder, half=half, licence=licence)
         except OSError as error:
@@ -246,26 +234,18 @@ class Pretrained(Checkpoint):
         half: bool = False,
         licence: str | None = None,
     ) -> str:
-        """Upload the model to OWNER/NAME on the Hugging Face hub; returns its address.
-
-        See `sharing.push_to_hub`.
-        """
+        """Upload the model to OWNER/NAME on the Hugging Face hub: see `sharing.push_to_hub`."""
         return push_to_hub(self, repository, private=private, half=half, licence=licence)
 
     def __repr__(self) -> str:
-        """The kind and size of the model, and its methods."""
-        model = self.model
-        kind = f"TarFlowLM of {model.num_blocks} blocks"
-        if model.is_exact:
+        kind = f"TarFlowLM of {self.model.num_blocks} blocks"
+        if self.model.is_exact:
             kind = "discrete autoregressive model"
-        parameters = sum(p.numel() for p in model.parameters())
-        size = f"{parameters:,} parameters, context {self.config.context}"
-        names = (
-            ".write(prompt), .fill(template), .edit(text), .score(text), .stream(prompt), "
-            ".tune(data, out)"
+        return (
+            f"<{kind}: {self.model.num_parameters:,} parameters, context {self.config.context}, "
+            f"{self.config.vocab_size:,} symbols; .write(prompt), .fill(template), .edit(text), "
+            ".score(text), .stream(prompt), .tune(data, out); or model, tokenizer = ...>"
         )
-        symbols = f"{self.tokenizer.vocab_size:,} symbols"
-        return f"<{kind}: {size}, {symbols}; {names}; or model, tokenizer = ...>"
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
@@ -275,7 +255,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretraine
     PyTorch, or auto. UserError if it is not available, and as in `load_checkpoint`.
     """
     check_type(directory, "model", (str, os.PathLike), _PLACES)
-    return Pretrained.of(load_checkpoint(directory, pick_device(device)))
+    return Pretrained(**vars(load_checkpoint(directory, pick_device(device))))
 
 
 def from_pretrained(
@@ -283,20 +263,17 @@ def from_pretrained(
 ) -> Pretrained:
     """Load as `load` does; OWNER/NAME alone names a model of the hub if there is no such folder.
 
-    `revision` is a branch, tag or commit of a model on the hub. UserError for a revision of
-    anything else.
+    `revision` is a branch, tag or commit of a model on the hub; UserError for one of anything else.
     """
     check_type(name, "model", (str, os.PathLike), _PLACES)
     text = Path(name).as_posix()
     if not Path(name).exists() and re.fullmatch(REPOSITORY, text):
-        text = PREFIX + text
+        name = PREFIX + text
     if revision is not None:
-        if not is_reference(text):
-            raise UserError(
-                f"revision {revision!r}: {text} is not on the hub, so it has none; leave it out"
-            )
-        text += f"@{revision}"
-    return load(text if is_reference(text) else name, device)
+        if not is_reference(name):
+            raise UserError(f"revision {revision!r}: {text} is not on the hub; leave it out")
+        name = f"{Path(name).as_posix()}@{revision}"
+    return load(name, device)
 
 
 def train(
@@ -314,15 +291,13 @@ def train(
 
     Repeated, the call continues a run that was stopped. `minutes` or `steps` set the length, `data`
     the text (a corpus or a file), `values` any field by its dotted name, as in train("mini-ar",
-    "runs/a", **{"model.layers": 8}). UserError for names and values that are wrong, before anything
-    is written.
+    "runs/a", **{"model.layers": 8}).
     """
     check_type(run, "run", (str, RunConfig), "give the name of a preset, or a RunConfig")
     config = preset(run) if isinstance(run, str) else run
     given = {"data.source": data and str(data), "train.minutes": minutes, "seed": seed}
-    config = _changed(
-        config, {name: value for name, value in given.items() if value is not None} | values
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+    config = _changed(config, given | values)
     if steps is not None:
         if minutes is not None:
             raise UserError(f"steps {steps} and minutes {minutes}: give one of them")
@@ -353,18 +328,36 @@ def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:
     """The run with fields set by their dotted names, such as "model.blocks.0.layers"."""
     changed = to_dict(run)
     for name, value in values.items():
-        place, (*parents, last) = changed, name.split(".")
+        *parents, last = [int(key) if key.isdigit() else key for key in name.split(".")]
+        place = changed
         try:
             for parent in parents:
-                place = place[int(parent) if isinstance(place, list) else parent]
-            place[int(last) if isinstance(place, list) else last] = to_dict(value)
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise UserError(
-                f"{name}: a run has no such field; `tarflowlm train PRESET --help` lists them"
-            ) from None
+                place = place[parent]
+            place[last] = to_dict(value)
+        except (LookupError, TypeError):
+            listed = "`tarflowlm train PRESET --help` lists them"
+            raise UserError(f"{name}: a run has no such field; {listed}") from None
     return from_dict(RunConfig, changed, "run")
 
 
 def _prompts(prompt: str | Several | None) -> tuple[str, ...]:
     """The prompts of a request; an empty one is none."""
     return () if prompt is None or prompt == "" else as_texts(prompt, "prompt")
+
+
+def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
+    """The configuration with which a model of one's own is saved and tuned."""
+    assert isinstance(model.config, FlowConfig | BaselineConfig)
+    is_char = tokenizer.kind == "char"
+    how = TokenizerConfig(
+        kind=cast(Kind, tokenizer.kind),
+        alphabet="".join(tokenizer.symbols) if is_char else TEXT8_ALPHABET,
+        source="own" if tokenizer.kind == "bpe" else "",
+        normalize=tokenizer.normalization,
+    )
+    return RunConfig(
+        name="own",
+        model=model.config,
+        data=DataConfig(source="own", tokenizer=how),
+        train=TrainConfig(stage_steps=(1000,) * model.num_blocks),
+    )

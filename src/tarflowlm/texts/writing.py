@@ -1,9 +1,9 @@
 """Requests to write: texts that continue prompts, fill templates, or are free."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict, TypeVar
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,16 +15,14 @@ from tarflowlm.config import Normalization
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
 from tarflowlm.data.streaming import TextStream, first_stop
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate, generate_steps
+from tarflowlm.generation import Generation, generate_steps
 from tarflowlm.generation.generate import usual_particles
-from tarflowlm.generation.inversion import Decoders, as_decoders
+from tarflowlm.generation.inversion import Decoders, Kept, as_decoders, finish
 from tarflowlm.generation.sampling import adjust_weights, row_generators
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import as_texts, options_of, seeded_generator
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,35 +54,32 @@ class Writing:
 
     def __post_init__(self) -> None:
         """UserError for numbers out of range, before a model is loaded."""
-        as_integer(self.num, "num", least=1)
-        for name, value in (("length", self.num_tokens), ("particles", self.particles)):
+        counts = {"num": self.num, "length": self.num_tokens, "particles": self.particles}
+        for name, value in counts.items():
             if value is not None:
                 as_integer(value, name, least=1)
-        adjust_weights(
-            1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p
-        )
+        temperature = 1.0 if self.temperature is None else self.temperature
+        adjust_weights(temperature, self.top_k, self.top_p)
         as_decoders(self.decoder)
         seeded_generator(self.seed)
         if self.prompts and self.template is not None:
-            raise UserError(
-                "both a prompt and a template: put the prompt at the start of the template"
-            )
+            raise UserError("a prompt and a template: put the prompt at the start of the template")
 
     def read(self, lm: Checkpoint) -> "Draft":
         """The request as a model reads it. UserError for texts that it cannot read."""
+        tokenizer = lm.tokenizer
+        how = self.normalize
+        given = [
+            read(tokenizer, prompt, name="prompt", normalize=how, goes_on=True)
+            for prompt in self.prompts
+        ]
         if self.template is not None:
-            found = read_template(lm.tokenizer, self.template, self.blank, normalize=self.normalize)
-            given = [found]
-        else:
-            given = [
-                read(lm.tokenizer, prompt, name="prompt", normalize=self.normalize, goes_on=True)
-                for prompt in self.prompts
-            ]
-        stops = tuple(
-            read(lm.tokenizer, stop, name="stop", normalize=self.normalize).text
+            given = [read_template(tokenizer, self.template, self.blank, normalize=how)]
+        stops = [
+            read(tokenizer, stop, name="stop", normalize=how).text
             for stop in as_texts(self.stop, "stop")
-        )
-        return Draft(lm, self, tuple(given), stops)
+        ]
+        return Draft(lm, self, tuple(given), tuple(stops))
 
     def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
         """The texts: `num` of every prompt, in order."""
@@ -152,95 +147,89 @@ class Draft:
     @property
     def num_positions(self) -> int:
         """How often the progress advances for all samples."""
-        return sum(
-            num_positions(
-                self.lm.model, self.num_tokens, max(len(self.prompt(row)) for row in rows)
-            )
-            for rows in self._rows_of_batches()
-        )
+        total = 0
+        for rows in self._rows_of_batches():
+            longest = max(len(self.prompt(row)) for row in rows)
+            total += num_positions(self.lm.model, self.num_tokens, longest)
+        return total
 
     def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
         """The samples in batches of bounded memory, each as it is finished."""
-        decoder = self.request.decoder
+        decoder = None
+        # tokens that nobody reads one by one are not decoded one by one
+        every = 1 if self.stops else self.num_tokens
         for rows in self._rows_of_batches():
-            if self.stops:
-                written = exhaust(self.steps(rows, progress, decoder))
-            else:
-                # tokens that nobody reads one by one are not decoded one by one
-                generation = self._asked(generate, rows, progress, decoder)
-                written = Written(rows, self._texts(rows, generation.tokens), generation)
+            written = finish(self.steps(rows, progress, decoder, every=every))
             # the choice of auto for the first batch serves the others
             decoder = written.generation.decoders or decoder
             yield written
 
     def pieces(
-        self, row: int = 0, progress: Progress = SILENT, decoder: Decoders | None = None
+        self, row: int = 0, decoder: Decoders | None = None
     ) -> Generator[str, None, "Written"]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
         stream = TextStream(self.lm.tokenizer, self.stops, start=self._start(row))
-        steps = self.steps(range(row, row + 1), progress, decoder)
-        while True:
-            try:
-                piece = stream.add(next(steps)[0])
-            except StopIteration as end:
-                if piece := stream.close():
-                    yield piece
-                written: Written = end.value
-                return written
+        steps = Kept(self.steps(range(row, row + 1), decoder=decoder))
+        for tokens in steps:
+            piece = stream.add(tokens[0])
             if piece:
                 yield piece
+        last = stream.close()
+        if last:
+            yield last
+        return steps.value
 
     def steps(
-        self, rows: range, progress: Progress = SILENT, decoder: Decoders | None = None
-    ) -> Generator[Tensor, None, "Written"]:
-        """The samples `rows` in one batch: yields the next final tokens [num, n] of all of them.
-
-        The batch ends early once every sample has met a stop.
-        """
-        steps = self._asked(generate_steps, rows, progress, decoder)
-        parts: list[Tensor] = []
-        streams = [
-            TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
-        ]
-        while not (self.stops and all(stream.has_stopped for stream in streams)):
-            try:
-                parts.append(next(steps))
-            except StopIteration as end:
-                generation: Generation = end.value
-                break
-            if self.stops:
-                for stream, tokens in zip(streams, parts[-1], strict=True):
-                    stream.add(tokens)
-            yield parts[-1]
-        else:
-            steps.close()
-            generation = Generation(torch.cat(parts, 1))
-        return Written(rows, self._texts(rows, generation.tokens), generation)
-
-    def _asked(
         self,
-        write: Callable[..., T],
         rows: range,
         progress: Progress = SILENT,
         decoder: Decoders | None = None,
-    ) -> T:
-        """The result of `generate` or `generate_steps` for the samples `rows`."""
+        *,
+        every: int = 1,
+    ) -> Generator[Tensor, None, "Written"]:
+        """The samples `rows` in one batch: yields the next final tokens [num, n] of all of them.
+
+        The batch ends early once every sample has met a stop. `every` as in `generate_steps`.
+        """
         request = self.request
         prompts = [self.prompt(row) for row in rows]
-        return write(
-            self.lm.model,
-            num_tokens=self.num_tokens,
-            num=len(rows),
-            prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
-            particles=request.particles,
-            temperature=self.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            decoder=request.decoder if decoder is None else decoder,
-            # numbered over all batches: a sample does not depend on the others
-            generator=row_generators(rows, seeded_generator(request.seed)),
-            progress=progress,
+        steps = Kept(
+            generate_steps(
+                self.lm.model,
+                num_tokens=self.num_tokens,
+                num=len(rows),
+                prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
+                particles=request.particles,
+                temperature=self.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                decoder=request.decoder if decoder is None else decoder,
+                # numbered over all batches: a sample does not depend on the others
+                generator=row_generators(rows, seeded_generator(request.seed)),
+                progress=progress,
+                every=every,
+            )
         )
+        streams = [
+            TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
+        ]
+        parts: list[Tensor] = []
+        for part in steps:
+            parts.append(part)
+            yield part
+            if self.stops:
+                for stream, tokens in zip(streams, part, strict=True):
+                    stream.add(tokens)
+                if all(stream.has_stopped for stream in streams):
+                    generation = Generation(torch.cat(parts, 1))
+                    break
+        else:
+            generation = steps.value
+        texts = []
+        for row, tokens in zip(rows, generation.tokens.tolist(), strict=True):
+            text = self.lm.tokenizer.decode(tokens)
+            texts.append(text[: first_stop(text, self.stops, self._start(row))])
+        return Written(rows, texts, generation)
 
     @property
     def follows_loosely(self) -> bool:
@@ -281,13 +270,6 @@ class Draft:
             return 0
         return len(self.lm.tokenizer.decode(self.prompt(row).tolist()))
 
-    def _texts(self, rows: range, tokens: Tensor) -> list[str]:
-        texts = map(self.lm.tokenizer.decode, tokens.tolist())
-        return [
-            text[: first_stop(text, self.stops, self._start(row))]
-            for row, text in zip(rows, texts, strict=True)
-        ]
-
 
 @dataclass(frozen=True)
 class Written:
@@ -298,13 +280,3 @@ class Written:
     texts: list[str]
     """Each up to its first stop."""
     generation: Generation
-
-
-def exhaust(steps: Generator[object, None, T]) -> T:
-    """The value that a generator returns in the end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
