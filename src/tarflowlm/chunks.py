@@ -58,6 +58,12 @@ def row_ranges(rows: int, elements_per_row: int, budget: int) -> Iterator[slice]
         yield slice(start, min(rows, start + size))
 
 
+def bound_rows(num_tokens: int, device: torch.device) -> int:
+    """Texts of `num_tokens` whose bounds are computed together: few on a CPU, to stay in cache."""
+    budget = BOUND_TOKENS_CPU if device.type == "cpu" else EVALUATED_TOKENS
+    return rows_at_once(num_tokens, budget)
+
+
 def in_parts(function: Callable[..., Result], rows: int, *tensors: Tensor) -> list[Result]:
     """`function` of the tensors, at most `rows` rows at a time.
 

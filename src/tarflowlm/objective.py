@@ -88,10 +88,7 @@ def log_importance_weights(
     baseline gives one row, its exact log p(x). UserError as in `conditional_bound`.
     """
     samples = as_integer(samples, "samples", least=1)
-    # on a CPU the activations should stay in the cache
-    rows = max(1, len(tokens))
-    if tokens.device.type == "cpu":
-        rows = chunks.rows_at_once(tokens.shape[1], chunks.BOUND_TOKENS_CPU)
+    rows = chunks.bound_rows(tokens.shape[1], tokens.device)
     bounds = []
     for _ in range(1 if model.is_exact else samples):
         # drawn for all rows at once, so that the numbers do not depend on the parts

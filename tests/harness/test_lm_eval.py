@@ -91,7 +91,6 @@ def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
         "lower bound: ELBO",
         "no bound itself",
         "(text8)",
-        "--batch_size 8 is ignored",
         "num_beams",
     ):
         assert done.err.count(said) == 1, said

@@ -23,10 +23,7 @@ GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
-    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it.
-
-    UserError for what lm-eval refuses.
-    """
+    """The command line of lm-eval on `words`. UserError for what lm-eval refuses."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
@@ -42,8 +39,7 @@ def run_lm_eval(words: Sequence[str]) -> None:
     except UserError:
         raise
     except (ValueError, LookupError, OSError, ImportError) as error:
-        what = f"lm-eval stopped: {first_line(error)} ({type(error).__name__})"
-        raise UserError(what) from error
+        raise UserError(f"lm-eval stopped: {first_line(error)} ({type(error).__name__})") from error
     finally:
         sys.argv = before
 
@@ -79,6 +75,7 @@ def register() -> None:
             noise_seed: int = 0,
             normalize: Normalization | None = None,
             device: str | None = None,
+            # batches are sized by `chunks`
             batch_size: object = None,
             max_batch_size: object = None,
         ) -> None:
@@ -97,10 +94,6 @@ def register() -> None:
             if self.tokenizer.normalization != "none":
                 how = f"texts are normalised ({self.tokenizer.normalization})"
                 print_notice(f"{how}: bits per byte are theirs, over bytes of the raw text")
-            if batch_size not in (None, 1, "1"):
-                print_notice(
-                    f"--batch_size {batch_size} is ignored: batches are sized by themselves"
-                )
 
         def loglikelihood(self, requests: Requests) -> list[tuple[float, bool]]:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
@@ -122,9 +115,7 @@ def register() -> None:
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             if chat_template:
-                raise UserError(
-                    "--apply_chat_template: the model has no chat template; leave it out"
-                )
+                raise UserError("--apply_chat_template: there is no chat template; leave it out")
             return ""
 
         def get_model_info(self) -> dict[str, object]:
@@ -140,7 +131,7 @@ def register() -> None:
 def how_to_continue(options: dict[str, Any]) -> Writing:
     """The generation options of a task, as a request without its text; num_tokens are new ones.
 
-    Without do_sample, or at temperature 0, greedy as everywhere in lm-eval.
+    Greedy without do_sample or at temperature 0, as everywhere in lm-eval.
     """
     until = options.get("until") or ()
     temperature = float(options.get("temperature", 1.0))

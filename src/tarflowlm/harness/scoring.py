@@ -1,13 +1,12 @@
 """Log-likelihoods and continuations of texts, as lm-evaluation-harness asks for them.
 
-The harness itself is not needed here.
-Shape legend: B requests of n tokens each, S posterior samples, d channels, T the trained context, P
-the patch.
+The harness itself is not needed here. Shape legend: B requests of n tokens each, T the trained
+context, P the patch.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tarflowlm import chunks
@@ -41,20 +40,20 @@ class TextScorer:
     """Log-likelihoods and continuations of texts under a model, all in nats.
 
     `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All
-    continuations see the same noise at the same position of their window, so no log-likelihood
-    depends on the other requests.
+    continuations see the same noise at the same position, so none depends on the other requests.
     """
 
     def __init__(self, lm: Checkpoint, *, samples: int = 1, seed: int = 0) -> None:
-        samples = as_integer(samples, "posterior samples", least=1)
         self.lm = lm
-        self.model = model = lm.model
+        self.model = lm.model
         self.tokenizer = lm.tokenizer
-        self.samples = 1 if model.is_exact else samples
+        samples = as_integer(samples, "posterior samples", least=1)
+        self.samples = 1 if self.model.is_exact else samples
         self.seed = seed
-        generator = torch.Generator(device=model.device).manual_seed(seed)
-        whole = torch.zeros(1, model.config.context, dtype=torch.int64, device=model.device)
-        self.noise = [model.draw_noise(whole, generator) for _ in range(self.samples)]
+        device = self.model.device
+        generator = torch.Generator(device=device).manual_seed(seed)
+        whole = torch.zeros(1, self.model.config.context, dtype=torch.int64, device=device)
+        self.noise = [self.model.draw_noise(whole, generator) for _ in range(self.samples)]
         """The noise of a window, of every posterior sample."""
 
     def encode(self, text: str) -> Int[Tensor, " n"]:
@@ -64,14 +63,12 @@ class TextScorer:
         return torch.zeros(0, dtype=torch.int64)
 
     def encode_pair(self, context: str, continuation: str) -> Piece:
-        """The tokens of both texts, and how many belong to the context.
+        """The tokens of both texts, normalised together, and how many belong to the context.
 
-        They are normalised together, since words may meet. White space at the end of the context
-        goes to the continuation, as in the training text.
+        White space at the end of the context goes to the continuation, as in the training text.
         """
-        start = context.rstrip()
         tokens = self.encode(context + continuation)
-        return Piece(tokens, min(len(self.encode(start)), len(tokens)))
+        return Piece(tokens, min(len(self.encode(context.rstrip())), len(tokens)))
 
     def rolling(self, texts: Sequence[str], progress: Progress = SILENT) -> list[float]:
         """log p of every text, or a lower bound on it: the sum over windows with fresh contexts.
@@ -87,12 +84,9 @@ class TextScorer:
         progress.stage("rolling log-likelihoods, windows", len(owner) + len(rest))
         total = torch.zeros(len(texts), dtype=torch.float64)
         if len(owner):
+            windows = torch.cat(whole)
             weights = log_weights(
-                self.model,
-                torch.cat(whole),
-                samples=self.samples,
-                seed=self.seed,
-                progress=progress,
+                self.model, windows, samples=self.samples, seed=self.seed, progress=progress
             )
             total.index_add_(0, owner, -importance_weighted(weights))
         values = [value for value, _ in self._scores(rest, progress)]
@@ -112,7 +106,7 @@ class TextScorer:
         scored = iter(self._scores([piece for parts in pieces for piece in parts], progress))
         found = []
         for parts in pieces:
-            some = [*islice(scored, len(parts))]
+            some = list(islice(scored, len(parts)))
             value = math.fsum(value for value, _ in some)
             found.append((value, all(is_best for _, is_best in some)))
         return found
@@ -120,10 +114,7 @@ class TextScorer:
     def complete(
         self, requests: Sequence[tuple[str, Writing]], progress: Progress = SILENT
     ) -> list[str]:
-        """Text that follows each context, drawn with the scorer's seed, whatever the others are.
-
-        The `num_tokens` of a request are those that follow.
-        """
+        """Text of `num_tokens` that follows each context, drawn with the scorer's seed."""
         found = []
         for context, how in requests:
             prompts = (context,) if self._reads(context) else ()
@@ -154,17 +145,6 @@ class TextScorer:
                     found.append(read(self.tokenizer, stop).text)
         return tuple(found)
 
-    def _alike(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
-        """The places of pieces with equal lengths, in batches of a size for that length."""
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for place, piece in enumerate(pieces):
-            groups[len(piece.tokens), piece.given].append(place)
-        is_cpu = self.model.device.type == "cpu"
-        budget = chunks.BOUND_TOKENS_CPU if is_cpu else chunks.EVALUATED_TOKENS
-        for (length, _), places in groups.items():
-            for some in chunks.row_ranges(len(places), length, budget):
-                yield places[some]
-
     def pieces(self, tokens: Int[Tensor, " n"], given: int) -> list[Piece]:
         """Windows that score the tokens after the first `given`, once each.
 
@@ -186,20 +166,21 @@ class TextScorer:
     def _scores(self, pieces: Sequence[Piece], progress: Progress) -> list[tuple[float, bool]]:
         """log p of the scored tokens of every piece, and whether they are the most probable."""
         found = [(0.0, True)] * len(pieces)
-        for places in self._alike(pieces):
-            given = pieces[places[0]].given
-            tokens = torch.stack([pieces[place].tokens for place in places])
-            if tokens.shape[1] > given:
-                log_p, is_best = self._batch(tokens, given)
-                scores = zip(log_p.tolist(), is_best.tolist(), strict=True)
-                for place, score in zip(places, scores, strict=True):
-                    found[place] = score
-            progress.advance(len(places))
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for place, piece in enumerate(pieces):
+            alike[len(piece.tokens), piece.given].append(place)
+        for (length, given), places in alike.items():
+            rows = chunks.bound_rows(length, self.model.device)
+            for start in range(0, len(places), rows):
+                some = places[start : start + rows]
+                if length > given:
+                    tokens = torch.stack([pieces[place].tokens for place in some])
+                    for place, score in zip(some, self._batch(tokens, given), strict=True):
+                        found[place] = score
+                progress.advance(len(some))
         return found
 
-    def _batch(
-        self, tokens: Int[Tensor, "B n"], given: int
-    ) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
+    def _batch(self, tokens: Int[Tensor, "B n"], given: int) -> list[tuple[float, bool]]:
         """log p of the tokens after the first `given`, and whether they are the most probable."""
         model = self.model
         end = tokens.shape[1]
@@ -209,8 +190,9 @@ class TextScorer:
         if isinstance(model, TokenLM):
             scored = tokens[:, given:end]
             logits = model.logits(tokens)[:, given:end]
-            log_p = logits.log_softmax(-1).gather(-1, scored[..., None]).squeeze(-1)
-            return log_p.double().sum(-1), (logits.argmax(-1) == scored).all(-1)
+            parts = logits.log_softmax(-1).gather(-1, scored[..., None]).squeeze(-1)
+            is_best = (logits.argmax(-1) == scored).all(-1)
+            return list(zip(parts.double().sum(-1).tolist(), is_best.tolist(), strict=True))
         noise = [eps[:, : tokens.shape[1]].expand(len(tokens), -1, -1) for eps in self.noise]
         if given == 0 or model.num_blocks == 1:
             log_w = [-conditional_bound(model, tokens, given, eps) for eps in noise]
@@ -219,4 +201,4 @@ class TextScorer:
             head = [-model.bound(tokens[:, :given], eps[:, :given]) for eps in noise]
             whole = [-model.bound(tokens, eps) for eps in noise]
             log_p = importance_weighted(torch.stack(head)) - importance_weighted(torch.stack(whole))
-        return log_p.double(), torch.zeros(len(tokens), dtype=torch.bool)
+        return [(value, False) for value in log_p.double().tolist()]

@@ -62,19 +62,15 @@ class Edit:
             if getattr(self, name) is not None:
                 as_integer(getattr(self, name), name, least=least)
         seeded_generator(self.seed)
-        named = [name for name in NAMED if self._is_given(name)]
-        if self.kind == "words":
-            named = [name for name in ("words", "strength") if self._is_given(name)]
+        exclusive = ("words", "strength") if self.kind == "words" else NAMED
+        named = [name for name in exclusive if self._is_given(name)]
         if len(named) > 1:
             raise UserError(f"{named[0]} with {named[1]}: leave one of them out")
-        known = editing.options_of(self.kind)
-        for name in OPTIONS:
-            if self._is_given(name) and name not in known:
-                takes = ", ".join(sorted(known & OPTIONS))
-                raise UserError(
-                    f"{name} has no effect on this edit ({self.kind}): leave it out; "
-                    f"it takes {takes}"
-                )
+        takes = editing.options_of(self.kind) & OPTIONS
+        for name in OPTIONS - takes:
+            if self._is_given(name):
+                rule = f"leave it out; it takes {', '.join(sorted(takes))}"
+                raise UserError(f"{name} has no effect on this edit ({self.kind}): {rule}")
 
     def _is_given(self, name: str) -> bool:
         value = getattr(self, name)
@@ -92,33 +88,28 @@ class Edit:
         flow = as_flow(lm.model, "a discrete baseline has no latents to edit: give a flow")
         tokenizer = lm.tokenizer
         readings = [self._read(tokenizer, self.text, "text")]
-        if self.toward is not None:
-            readings.append(self._read(tokenizer, self.toward, "other text"))
         length = len(readings[0].tokens)
         if self.toward is not None:
+            readings.append(self._read(tokenizer, self.toward, "other text"))
             length = editing.common_length(readings[0].tokens, readings[1].tokens)
-        options: dict[str, object] = {
-            name: getattr(self, name) for name in OPTIONS if self._is_given(name)
-        }
-        if self.rewrite is not None:
-            pieces = as_texts(self.rewrite, "rewrite")
-            options["pieces"] = [self._piece(tokenizer, text, "piece") for text in pieces]
-        pair = self.replace or self.counterfactual
-        if pair is not None:
-            old, new = pair
-            options["old"] = self._piece(tokenizer, old, "text to replace")
-            options["new"] = self._piece(tokenizer, new, "replacement")
         generator = seeded_generator(self.seed)
         # the text first, then the other one; every edit starts from the same latents
-        source, *others = (
+        encoded = [
             editing.encode(flow, reading.tokens[None, :length], generator) for reading in readings
-        )
-        if others:
-            options["other"] = others[0]
-        rows = source.repeated(self.num)
-        found = editing.EDITS[self.kind](
-            editing.Source(flow, tokenizer, rows, generator, progress), **options
-        )
+        ]
+        options = {name: getattr(self, name) for name in OPTIONS if self._is_given(name)}
+        if self.toward is not None:
+            options["other"] = encoded[1]
+        if self.rewrite is not None:
+            pieces = as_texts(self.rewrite, "rewrite")
+            options["pieces"] = [self._piece(tokenizer, piece, "piece") for piece in pieces]
+        pair = self.replace or self.counterfactual
+        if pair is not None:
+            options["old"] = self._piece(tokenizer, pair[0], "text to replace")
+            options["new"] = self._piece(tokenizer, pair[1], "replacement")
+        rows = encoded[0].repeated(self.num)
+        source = editing.Source(flow, tokenizer, rows, generator, progress)
+        found = editing.EDITS[self.kind](source, **options)
         return Edited(tokenizer, tuple(readings), found)
 
     def _read(self, tokenizer: Tokenizer, text: str, name: str) -> Reading:
@@ -154,19 +145,8 @@ class EditOptions(TypedDict, total=False):
 
 NAMED = ("rewrite", "replace", "counterfactual", "toward")
 """Fields of `Edit` that name the edit."""
-OPTIONS = frozenset(
-    {
-        "around",
-        "candidates",
-        "decoder",
-        "everywhere",
-        "level",
-        "pick",
-        "strength",
-        "temperature",
-        "weight",
-        "words",
-    }
+OPTIONS = EditOptions.__annotations__.keys() & frozenset[str]().union(
+    *map(editing.options_of, editing.EDITS)
 )
 """Fields of `Edit` that are options of some kinds of edit only."""
 
@@ -193,30 +173,24 @@ class Edited:
     @property
     def notices(self) -> list[str]:
         """A line for every text that is not read as it was given, or cut."""
-        found = []
+        found = [reading.notice for reading in self.readings if reading.notice is not None]
         length = min(len(reading.tokens) for reading in self.readings)
         for name, reading in zip(("text", "other text"), self.readings, strict=False):
-            if reading.notice is not None:
-                found.append(reading.notice)
-            if (count := len(reading.tokens)) > length:
-                found.append(
-                    f"the {name} is cut from {count} to {length} tokens, the length of the other"
-                )
+            count = len(reading.tokens)
+            if count > length:
+                found.append(f"the {name} is cut from {count} to {length} tokens, as the other")
         return found
 
     @property
     def bits_before(self) -> Tensor:
         """At most so many bits per character before each edit, [num]."""
-        characters = num_characters(self.tokenizer, self.edit.before)
-        return bits(self.edit.bound_before.cpu()) / characters
+        return self._per_character(self.edit.bound_before, self.edit.before)
 
     @property
     def bits(self) -> Tensor:
         """At most so many bits per character after each edit, [num]."""
-        return bits(self.edit.bound.cpu()) / num_characters(self.tokenizer, self.edit.tokens)
+        return self._per_character(self.edit.bound, self.edit.tokens)
 
-
-def num_characters(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
-    """Characters of texts [..., T], and at least 1."""
-    counts = torch.from_numpy(tokenizer.characters_per_token)
-    return counts[tokens.cpu()].sum(-1).clamp_min(1)
+    def _per_character(self, nats: Tensor, tokens: Tensor) -> Tensor:
+        counts = torch.from_numpy(self.tokenizer.characters_per_token)
+        return bits(nats.cpu()) / counts[tokens.cpu()].sum(-1).clamp_min(1)
