@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
 import torch
 
@@ -13,7 +14,7 @@ from tarflowlm.generation import generate
 from tarflowlm.model_config import BaselineConfig
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
-from tarflowlm.runs.hub import CARD
+from tarflowlm.runs.hub import CARD, read_card
 from tarflowlm.schema import flatten
 
 NUM_SAMPLES = 2
@@ -58,22 +59,19 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     `origin` is the folder that it was made from, with the results of its training; a README.md
     there is kept as the text. `name` is its OWNER/NAME or the name of its folder.
     """
-    summary = read_summary(origin) or {}
-    title = name.rpartition("/")[2]
-    written = origin / CARD
-    if written.is_file():
-        text = written.read_text(encoding="utf-8")
-        if not text.startswith("---\n"):
-            return _head(checkpoint, licence) + text
+    head = _head(checkpoint, licence)
+    written = read_card(origin)
+    if written.startswith("---\n"):
         if licence is not None:
-            what = f"licence {licence!r}: {written} has a head, which is kept"
-            raise UserError(f"{what}: state it there")
-        return text
+            raise UserError(f"licence {licence!r}: {origin / CARD} has a head: state it there")
+        return written
+    if written:
+        return head + written
     length = min(LONGEST, checkpoint.run.model.context)
-    facts = _facts(checkpoint, origin, summary, licence)
+    facts = _facts(checkpoint, origin, licence)
     return TEMPLATE.format(
-        head=_head(checkpoint, licence),
-        title=title,
+        head=head,
+        title=name.rpartition("/")[2],
         what=BASELINE if checkpoint.model.is_exact else FLOW,
         name=name,
         reference=f"hf:{name}" if "/" in name else name,
@@ -86,22 +84,21 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
 
 def _head(checkpoint: Checkpoint, licence: str | None) -> str:
     """Metadata in YAML, of which JSON values are a part."""
-    is_exact = checkpoint.model.is_exact
     values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
     if licence:
         values["license"] = licence
-    values["tags"] = ["tarflowlm"] if is_exact else ["tarflowlm", "normalizing-flows"]
+    values["tags"] = (
+        ["tarflowlm"] if checkpoint.model.is_exact else ["tarflowlm", "normalizing-flows"]
+    )
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
     return f"---\n{lines}---\n\n"
 
 
-def _facts(
-    checkpoint: Checkpoint, origin: Path, summary: Summary, licence: str | None
-) -> Iterator[tuple[str, str]]:
+def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterator[tuple[str, str]]:
     run = checkpoint.run
     tokenizer = checkpoint.tokenizer
-    size = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    yield "model", f"preset `{run.name}`: {_shape(checkpoint)}; {size:,} parameters"
+    size = f"{checkpoint.model.num_parameters:,} parameters"
+    yield "model", f"preset `{run.name}`: {_shape(checkpoint)}; {size}"
     symbols = f"{tokenizer.vocab_size:,} ({tokenizer.kind})"
     yield "symbols", f"{symbols}, normalisation {tokenizer.normalization}"
     units = {"step": "steps", "tokens": "tokens"}
@@ -118,7 +115,7 @@ def _facts(
         ours = flatten(replace(run, model=replace(run.model, vocab_size=0)))
         changes = [f"`{name}` {ours[name]}" for name in ours if ours[name] != theirs.get(name)]
         yield "other than the preset", ", ".join(changes) or "nothing"
-    test = summary.get("test")
+    test = (read_summary(origin) or {}).get("test")
     yield "test", _result(test) if test else "not recorded"
     yield "licence", licence or "not stated by its owner"
 
@@ -155,6 +152,6 @@ def _samples(checkpoint: Checkpoint, length: int) -> str:
     samples = ""
     for number, row in enumerate(tokens.tolist(), 1):
         # indented, so that nothing in a sample is taken for Markdown
-        lines = [f"        {line}\n" for line in checkpoint.tokenizer.decode(row).splitlines()]
-        samples += f"{number}.\n\n{''.join(lines)}\n"
+        text = indent(checkpoint.tokenizer.decode(row), " " * 8, lambda _line: True)
+        samples += f"{number}.\n\n{text}\n\n"
     return samples

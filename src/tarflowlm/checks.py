@@ -8,8 +8,6 @@ from torch import Generator, Tensor, float32, float64, int8, int16, int32, int64
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 
-INTEGERS = (int64, int32, int16, int8, uint8)
-
 
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
     """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`."""
@@ -21,10 +19,9 @@ def _shown(value: object) -> str:
     return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
 
 
-def check_model(model: object) -> None:
+def check_model(model: LanguageModel) -> None:
     """UserError unless `model` is a model in float32 or wider."""
     check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
-    assert isinstance(model, LanguageModel)
     dtype = next(model.parameters()).dtype
     if dtype not in (float32, float64):
         raise UserError(f"model in {dtype}: densities need float32 or wider, take model.float()")
@@ -32,7 +29,7 @@ def check_model(model: object) -> None:
 
 def check_generator(generator: object) -> None:
     """UserError unless `generator` is a torch.Generator or None."""
-    wanted = "give torch.Generator().manual_seed(0) or None"
+    wanted = "give torch.Generator().manual_seed(0)"
     check_type(generator, "generator", (Generator, type(None)), wanted)
 
 
@@ -45,9 +42,9 @@ def check_option(value: object, name: str, literal: object) -> None:
 
 def checked_seed(value: object) -> int:
     """`value` as a seed. UserError outside 0 .. 2^62 - 1, where generators keep seeds distinct."""
-    seed = as_integer(value, "seed")
-    if not 0 <= seed < 2**62:
-        raise UserError(f"seed {seed}: must be at least 0 and below 2^62")
+    seed = as_integer(value, "seed", least=0)
+    if seed >= 2**62:
+        raise UserError(f"seed {seed}: must be below 2^62")
     return seed
 
 
@@ -77,14 +74,12 @@ def _plain(value: object) -> object:
 
 def check_integers(tokens: object, name: str, *shapes: str) -> None:
     """UserError unless `tokens` is a tensor of integers of one of the `shapes`: "[T]", "[B, T]"."""
-    shown = _shown(tokens)
-    if isinstance(tokens, Tensor):
-        dimensions = [shape.count(",") + 1 for shape in shapes]
-        if tokens.dtype in INTEGERS and tokens.dim() in dimensions:
-            return
-        shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
-    wanted = f"give a tensor of integers {' or '.join(shapes)}, as tokenizer.encode(text) has them"
-    raise UserError(f"{name} {shown}: {wanted}")
+    wanted = f"give a tensor of integers {' or '.join(shapes)}, as of tokenizer.encode(text)"
+    check_type(tokens, name, Tensor, wanted)
+    assert isinstance(tokens, Tensor)
+    dimensions = [shape.count(",") + 1 for shape in shapes]
+    if tokens.dtype not in (int64, int32, int16, int8, uint8) or tokens.dim() not in dimensions:
+        raise UserError(f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}: {wanted}")
 
 
 def check_tokens(
@@ -97,15 +92,13 @@ def check_tokens(
     """
     check_model(model)
     check_integers(tokens, name, shape)
-    vocab_size, context = model.config.vocab_size, model.config.context
     size = f"{name} of shape {list(tokens.shape)}"
     if not tokens.numel():
         raise UserError(f"{size}: give at least one token")
+    context = model.config.context
     if shape != "[T]" and tokens.shape[1] > context:
-        raise UserError(
-            f"{size} exceed the context of {context}: use tarflowlm.score, which cuts them"
-        )
-    outside = (tokens < 0) | (tokens >= vocab_size)
+        raise UserError(f"{size} exceed the context of {context}: use tarflowlm.score")
+    outside = (tokens < 0) | (tokens >= model.config.vocab_size)
     if tokens.device.type == "cpu" and outside.any():
-        found = f"{name} hold {tokens[outside][0].item()}"
-        raise UserError(f"{found}, the model has 0 to {vocab_size - 1}: encode the text again")
+        last = model.config.vocab_size - 1
+        raise UserError(f"{name} hold {tokens[outside][0].item()}: give tokens of 0 to {last}")

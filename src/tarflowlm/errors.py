@@ -21,9 +21,8 @@ def guess(value: str, known: Iterable[str]) -> str:
 def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among the `known`."""
     known = list(known)
-    return UserError(
-        f"{kind} {value!r} is unknown: {guess(value, known)}choose one of {', '.join(known)}"
-    )
+    remedy = f"{guess(value, known)}choose one of {', '.join(known)}"
+    return UserError(f"{kind} {value!r} is unknown: {remedy}")
 
 
 class UnknownCharacters(UserError):

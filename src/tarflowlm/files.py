@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +24,7 @@ def cache_root() -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success that file replaces `path`.
 
-    It is in the same folder and synced before the rename, so a kill or a power failure leaves the
-    old file or the new one. On failure it is removed.
+    A kill or a power failure leaves the old file or the new one: it is synced before the rename.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     os.close(descriptor)
@@ -90,15 +88,12 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_lines(path: Path) -> Iterator[TextIO]:
-    """A new text file, whose lines are written at once; where none are, it is removed.
-
-    UserError where it cannot be created, or the disk is full.
-    """
+    """A new text file, whose lines are written at once; where none are, it is removed."""
     try:
         file = path.open("x", buffering=1, encoding="utf-8", newline="\n")
     except OSError as error:
         what = f"cannot create {path}: {error.strerror or error}"
-        raise UserError(f"{what}; choose another name, or check the folder") from None
+        raise UserError(f"{what}; choose another") from None
     try:
         with full_disk_as_user_error(path, lambda: "choose another name"), file:
             yield file
@@ -127,17 +122,11 @@ def _disk_full_reason(error: BaseException | None) -> str | None:
     """The system's words for a full disk, an exceeded quota or a too large file, else None."""
     if error is None:
         return None
-    number = error.errno if isinstance(error, OSError) else None
-    # safetensors gives the number only in its message
-    in_message = re.search(r"\(os error (\d+)\)", str(error))
-    if number is None and in_message is not None:
-        number = int(in_message[1])
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # safetensors gives the number only in its message
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return os.strerror(number)
     # torch.distributed.checkpoint collects the errors of its processes
     failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
-    for inner in (error.__cause__, error.__context__, *failures):
-        reason = _disk_full_reason(inner)
-        if reason is not None:
-            return reason
-    return None
+    reasons = map(_disk_full_reason, (error.__cause__, error.__context__, *failures))
+    return next(filter(None, reasons), None)

@@ -19,8 +19,7 @@ LOCK = ".lock"  # the lock file of a run directory
 def waiting_lock(path: Path) -> FileLock:
     """A lock of `path`, which need not exist, to hold in a `with`; waits while others hold it.
 
-    For what several processes of one user may write at once, such as a corpus. Not reentrant. Its
-    file is in the cache, where nobody sees it.
+    It is for what several processes of one user may write at once, such as a corpus.
     """
     name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:24]
     folder = cache_root() / "locks"

@@ -38,25 +38,25 @@ def flatten(value: object, name: str = "") -> dict[str, object]:
 def from_dict(cls: type[T], data: object, where: str = "config") -> T:
     """The dataclass `cls` from plain JSON values; inverse of `to_dict`.
 
-    The key `family` selects the member of a union of dataclasses. UserError, naming the dotted key
-    behind `where`, for unknown keys, missing keys and values of the wrong type.
+    The key `family` selects the member of a union of dataclasses. UserError names the dotted key
+    behind `where`.
     """
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected an object, found {data!r}")
     hints = typing.get_type_hints(cls)
-    family = getattr(cls, "family", None)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in data.items():
-        is_family = key == "family" and family is not None and value == family
+        is_family = key == "family" and value == getattr(cls, "family", None)
         if key not in fields and not is_family:
             known = ", ".join(sorted(fields))
             raise UserError(f"{where}.{key}: unknown key; known keys are {known}")
-    missing = dataclasses.MISSING
+    given = {}
     for name, field in fields.items():
-        if name not in data and field.default is field.default_factory is missing:
+        if name in data:
+            given[name] = _value(hints[name], data[name], f"{where}.{name}")
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}.{name}: missing key")
-    given = [name for name in fields if name in data]
-    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in given})
+    return cls(**given)
 
 
 def _value(hint: Any, value: object, where: str) -> object:
@@ -66,7 +66,9 @@ def _value(hint: Any, value: object, where: str) -> object:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _value(_member(arguments, value, where), value, where)
+        members = [member for member in arguments if member is not type(None)]
+        member = members[0] if len(members) == 1 else _family(members, value, where)
+        return _value(member, value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
@@ -86,12 +88,9 @@ def _value(hint: Any, value: object, where: str) -> object:
     return value
 
 
-def _member(union: tuple[object, ...], value: object, where: str) -> object:
-    """The member of a union that `value` is for, which its `family` names where there are more."""
-    members = [member for member in union if member is not type(None)]
-    if len(members) == 1:
-        return members[0]
-    by_family = {getattr(member, "family", ""): member for member in members}
+def _family(members: list[object], value: object, where: str) -> object:
+    """The one of several dataclasses that the `family` of a value names."""
+    by_family = {getattr(member, "family", None): member for member in members}
     family = value.get("family") if isinstance(value, dict) else None
     if not isinstance(family, str) or family not in by_family:
         known = ", ".join(map(repr, by_family))

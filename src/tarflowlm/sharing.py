@@ -19,7 +19,6 @@ APP = """from tarflowlm.cli.main import main
 
 main(["studio", ".", "--host", "0.0.0.0", "--no-browser"])
 """
-"""app.py of a Space."""
 
 
 def save_pretrained(
@@ -34,7 +33,6 @@ def save_pretrained(
 
     A README.md next to the `source` becomes the card. `half` as in `export`, `licence` an
     identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to name.
-    Nothing is left behind if this fails.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
@@ -84,8 +82,7 @@ def push_folder(
             exist_ok=True,
         )
         if private and not api.repo_info(repository, repo_type=kind).private:
-            remedy = "make it private in its settings, or name another"
-            raise UserError(f"{repository} exists and is public: {remedy}")
+            raise UserError(f"{repository} exists and is public: name another")
         api.upload_folder(
             repo_id=repository,
             repo_type=kind,
@@ -108,7 +105,7 @@ def add_space(folder: Path, title: str) -> None:
 
 def checked_repository(name: str) -> str:
     """OWNER/NAME, without hf: before it. UserError for anything else."""
-    check_type(name, "repository", str, "give OWNER/NAME, a text")
+    check_type(name, "repository", str, "give OWNER/NAME")
     name = name.removeprefix(PREFIX)
     if not re.fullmatch(REPOSITORY, name):
         rule = "give OWNER/NAME, of letters, digits and - _ . between them"

@@ -54,7 +54,7 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
-    """Write a state dict to model.safetensors, and `info` into its header: they always agree."""
+    """Write a state dict to model.safetensors, and `info` into its header."""
     write_weights(directory / WEIGHTS, weights, info)
 
 
@@ -62,9 +62,8 @@ def read_run(directory: Path) -> RunConfig:
     """The configuration of a run directory. UserError where it is none, or damaged."""
     if not directory.is_dir():
         known = released()
-        remedy = "give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or one of"
-        hint = guess(str(directory), known)
-        raise UserError(f"{directory} is not a directory: {hint}{remedy} {', '.join(known)}")
+        remedy = f"{guess(str(directory), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
+        raise UserError(f"{directory} is not a run directory: {remedy}")
     path = directory / CONFIG
     document = read_json(path)
     if not isinstance(document, dict) or document.pop("model_type", None) != MODEL_TYPE:
@@ -75,17 +74,14 @@ def read_run(directory: Path) -> RunConfig:
 def read_summary(directory: Path) -> Summary | None:
     """The results of a finished run, or None where there are none."""
     path = directory / SUMMARY
-    if not path.exists():
-        return None
-    found: Summary = read_json(path)
-    return found or None
+    return (read_json(path) or None) if path.exists() else None
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Load a run directory, the released model of that name, or hf:OWNER/NAME, onto `device`.
 
     A progressive run that was stopped early gives the blocks it had by then. UserError, naming the
-    file, for a directory that is missing, incomplete, damaged, or not a run directory.
+    file, for a directory that is incomplete or damaged.
     """
     directory = locate(directory)
     run = read_run(directory)
@@ -94,9 +90,8 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         tensors, info = read_weights(directory / WEIGHTS)
     except UserError as error:
         state = undamaged_state(directory)
-        command = f"`tarflowlm train --resume {directory}`"
-        remedy = "train again" if state is None else f"{command} restores it from {state.name}"
-        raise UserError(f"{error}: {remedy}") from None
+        command = f"`tarflowlm train --resume {directory}` restores it"
+        raise UserError(f"{error}: {'train again' if state is None else command}") from None
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     blocks = info.get("blocks", "")
@@ -119,8 +114,7 @@ def undamaged_state(directory: Path) -> Path | None:
 def corpus_digest(directory: Path) -> str | None:
     """The fingerprint of the corpus that a run trains on; None without its training state."""
     state = undamaged_state(directory)
-    digest = None if state is None else read_json(state / COUNTERS).get("corpus")
-    return digest if isinstance(digest, str) else None
+    return None if state is None else read_json(state / COUNTERS).get("corpus")
 
 
 def weights_problem(directory: Path) -> str | None:
@@ -136,11 +130,9 @@ def weights_problem(directory: Path) -> str | None:
 def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
     """Write the files that load a model into the new directory `out`; returns `out`.
 
-    `source` is a checkpoint, or whatever `load_checkpoint` takes; its training state stays behind.
-    `half` stores the matrices of linear layers, and those between the channels of a head, in
-    bfloat16, which loading converts to float32. Codebooks, biases and the evidence of heads keep
-    their precision. Paths in the configuration are cut to file names. If this fails, nothing is
-    left behind.
+    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of
+    linear layers, and those between the channels of a head, in bfloat16, which loading converts to
+    float32. Paths in the configuration are cut to file names. If this fails, nothing is left.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
     out = Path(out)
@@ -174,6 +166,6 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
 
 
 def _without_folders(source: str) -> str:
-    """./NAME for an absolute path, which no corpus or tokenizer is called; a name as it is."""
+    """./NAME for an absolute path; the name of a corpus or tokenizer as it is."""
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source

@@ -1,7 +1,6 @@
-"""Trained models by name: the ones in the package, and those on the Hugging Face hub.
+"""Trained models by name: in the package, and on the Hugging Face hub (docs/hub.md).
 
-Only the files of an exported model are fetched, by exact name, so nothing arrives that could be
-unpickled or run. The checksum of the weights is compared on load (docs/hub.md).
+Only the files of a model are fetched, by exact name: nothing that could be unpickled or run.
 """
 
 import logging
@@ -18,7 +17,7 @@ from tarflowlm.files import read_json
 PREFIX = "hf:"
 CARD = "README.md"
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
-"""The files of a model: with its card, all that is fetched."""
+"""The files of a model."""
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 """OWNER/NAME; never the path of a folder above."""
 _REFERENCE = re.compile(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?")
@@ -32,14 +31,12 @@ def is_reference(name: str | Path) -> bool:
 def fetch(name: str | Path) -> Path:
     """The folder with the model hf:OWNER/NAME or hf:OWNER/NAME@REVISION, downloaded where needed.
 
-    Offline, it is taken from the client's cache. Weights that fail their checksum are removed from
-    there. The client shows its progress.
+    Weights that fail their checksum are removed from the client's cache.
     """
     name = Path(name).as_posix()
     match = _REFERENCE.fullmatch(name)
     if match is None:
-        rule = "name a model of the hub as hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
-        raise UserError(f"{name}: {rule}")
+        raise UserError(f"{name}: name a model of the hub as hf:OWNER/NAME[@REVISION]")
     import huggingface_hub
 
     repository, revision = match.groups()
@@ -60,23 +57,20 @@ def fetch(name: str | Path) -> Path:
         # in the client's cache a file is a link to where its bytes are
         weights.resolve().unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
-        what = f"{error}: removed from the cache, where it came from {name}"
+        what = f"{name}: {error}, and is removed from the cache"
         raise UserError(f"{what}; run this again to download it") from None
     return folder
 
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn errors of the hub, and of the way there, into one UserError about `name`.
-
-    The client's notices of its retries are silenced.
-    """
+    """Turn errors of the hub, and of the way there, into one UserError about `name`."""
     import httpx
     from huggingface_hub.errors import HFValidationError
 
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.ERROR)  # without notices of retries
     try:
         yield
     except (OSError, httpx.HTTPError, HFValidationError, RuntimeError) as error:
@@ -97,8 +91,7 @@ def _reason(error: Exception) -> str:
             what = f"{place} cannot be reached, and the cache does not hold all of it"
             return f"{what}; check the connection and HF_HUB_OFFLINE"
         case errors.RepositoryNotFoundError():  # a gated one as well
-            what = f"{place} has no such model, or it is private or gated"
-            return f"{what}; check the name, or {log_in}"
+            return f"{place} has no such model, or it is private; check the name, or {log_in}"
         case errors.RevisionNotFoundError():
             return "it has no such revision; leave out what follows @ for the newest one"
         case errors.HfHubHTTPError():
@@ -125,8 +118,8 @@ def read_card(directory: Path) -> str:
 
 def purpose(card: str) -> str:
     """The purpose of a model: the line after the title of its card, or nothing."""
-    _, _, text = f"\n{card}".partition("\n# ")
-    return next((line for line in text.splitlines()[1:] if line), "")
+    found = re.search(r"^# .*\n+(.+)", card, re.MULTILINE)
+    return "" if found is None else found[1]
 
 
 def locate(directory: str | Path) -> Path:
@@ -144,5 +137,5 @@ def read_only_reason(directory: str | Path) -> str | None:
     path = Path(directory)
     if is_reference(path) and not path.exists():
         return f"{path.as_posix()} is on the hub"
-    path = locate(path).resolve()
-    return f"{path.name} comes with the package" if path.parent == FOLDER.resolve() else None
+    path = locate(path)
+    return f"{path.name} comes with the package" if path.parent == FOLDER else None

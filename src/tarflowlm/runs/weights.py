@@ -1,8 +1,4 @@
-"""Weights in safetensors files, and checksums. Reading weights never unpickles.
-
-The header of weights holds a checksum of the tensors. The folder of a training state has a
-manifest.json with the sha256 of its files, which is written last.
-"""
+"""Weights in safetensors files, and checksums. Reading weights never unpickles."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,6 +14,7 @@ from tarflowlm.files import read_json, replacing, sha256_of, write_json
 CHECKSUM = "sha256"
 """Entry of the header: the checksum of all tensors and their names."""
 MANIFEST = "manifest.json"
+"""The last file that is written to the folder of a training state: the sha256 of the others."""
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
@@ -58,21 +55,18 @@ def check_weights(
     path: Path, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: str
 ) -> None:
     """UserError, naming the tensor, unless `tensors` fit `module`, built from the file `config`."""
-    expected = module.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        what = "has no" if name in expected else "has an unexpected"
-        raise UserError(f"{path} {what} tensor {name}: it does not belong to its {config}")
-    for name, tensor in tensors.items():
-        found = list(tensor.shape)
-        wanted = list(expected[name].shape)
-        if found != wanted:
-            raise UserError(f"{path}: {name} has shape {found}, {config} expects {wanted}")
-        if not torch.isfinite(tensor).all():
+    expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            wanted = f"{config} expects {expected.get(name, 'none')}"
+            raise UserError(f"{path}: {name} of shape {found.get(name, 'none')}, {wanted}")
+        if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} holds non-finite values; the run diverged")
 
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Write a manifest: the sha256 of the files `names` of `folder` as they are now."""
+    """Write the manifest of the files `names` of `folder`."""
     write_json(folder / MANIFEST, {name: sha256_of(folder / name) for name in sorted(names)})
 
 
