@@ -21,9 +21,9 @@ from tarflowlm.config import RunConfig
 from tarflowlm.model_config import as_flow_config
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.views.grid import CSS, Token, symbols, to_html
 from tarflowlm.views.grid import Row as TextRow
-from tarflowlm.views.page import Section, page_html
+from tarflowlm.views.grid import Token, symbols, to_html
+from tarflowlm.views.page import page_html, section_html
 from tarflowlm.views.style import COLOURS, SMALL, Figure, log_scale
 
 LENGTH = 128  # tokens per sample
@@ -120,12 +120,12 @@ def page_fig6(rows: Sequence[Row]) -> str:
         "differs. The bits per character are those of all samples by another language model, "
         "which reads the text after every pass.",
     )
-    sections = [Section("How to read it", notes)]
+    sections = [section_html("How to read it", notes)]
     for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
         states = list(group)
         grid = to_html([_text_row(row, states[-1]["text"]) for row in states])
-        sections.append(Section(f"{model}, seed {seed}", parts=[grid]))
-    return page_html(FIG6.title, sections, CSS, "python -m reproduction")
+        sections.append(section_html(f"{model}, seed {seed}", parts=[grid]))
+    return page_html(FIG6.title, sections)
 
 
 def _text_row(row: Row, final: str) -> TextRow:

@@ -64,9 +64,8 @@ def write_results(
     write(out / f"{recipe.name}.csv", _csv(rows))
     parts = [f"# {recipe.title}\n", f"{recipe.claim}\n", markdown_table(recipe.table(rows))]
     if recipe.draw is not None:
-        plot = out / f"{recipe.name}.png"
-        _plot(plot, recipe, rows)
-        parts.append(f"![{recipe.title}]({plot.name})\n")
+        _plot(out, recipe, rows)
+        parts.append(f"![{recipe.title}]({recipe.name}.png)\n")
     if recipe.below is not None:
         parts.append(recipe.below(rows, out))
     parts.append(_provenance(finished, command))
@@ -82,14 +81,14 @@ def _csv(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
+def _plot(folder: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
     def draw(figure: Figure) -> None:
         assert recipe.draw is not None
         recipe.draw(figure, rows)
         figure.suptitle(recipe.title, fontsize=10, x=0.01, ha="left")
 
     width, height = recipe.size
-    render(draw, path, width=width, height=height)
+    render(draw, recipe.name, folder, width=width, height=height)
 
 
 def _provenance(finished: Sequence[Finished], command: Sequence[str]) -> str:

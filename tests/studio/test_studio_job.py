@@ -17,37 +17,37 @@ from tarflowlm.studio.server import free_port
 from tarflowlm.views.style import check_package
 
 
-def endless(job: Job[None]) -> None:
+def endless(job: Job) -> None:
     while True:
         time.sleep(0.002)
         job.advance()
 
 
 def test_work_is_followed_to_its_end():
-    def work(job):
-        job.advance(3)
+    following, results = Job(), []
+
+    def work():
+        following.advance(3)
         return 7
 
-    following, results = Job(work), []
-
     def view():
-        results.append((yield from following.follow(str)))
+        results.append((yield from following.follow(work, str)))
 
     list(view())
     assert (results, following.advanced) == ([7], 3)
 
 
 def test_work_ends_when_nobody_waits():
-    ended = threading.Event()
+    ended, job = threading.Event(), Job()
 
-    def work(job):
+    def work():
         try:
             endless(job)
         except Halted:
             ended.set()
             raise
 
-    steps = Job(work).follow(str)
+    steps = job.follow(work, str)
     next(steps)
     steps.close()
     assert ended.wait(5)
@@ -55,21 +55,22 @@ def test_work_ends_when_nobody_waits():
 
 def test_work_ends_when_the_time_is_over(monkeypatch):
     monkeypatch.setattr(job, "SECONDS", 0.05)
+    following = Job()
     with pytest.raises(UserError):
-        list(Job(endless).follow(str))
+        list(following.follow(lambda: endless(following), str))
 
 
 def test_one_works_at_a_time():
     running, most = [], []
 
-    def work(job):
+    def work():
         running.append(1)
         most.append(len(running))
         time.sleep(0.03)
         running.pop()
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: list(Job(work).follow(str)), range(3)))
+        list(pool.map(lambda _: list(Job().follow(work, str)), range(3)))
     assert most == [1, 1, 1]
 
 

@@ -136,7 +136,6 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
         with pytest.raises(UserError, match="no model of that name"):
             catalogue.load(name)
     assert Catalogue().pair == ["english-mini", "english-mini-ar"]
-    assert Catalogue().word_model == "english-small"
     assert Catalogue().models == [
         "english-small",
         "english-mini",

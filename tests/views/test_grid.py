@@ -44,10 +44,8 @@ def test_control_characters_are_visible():
 def test_kinds_of_a_text():
     before, after = encode("the cat"), encode("the hat")
     given = torch.tensor([True] * 3 + [False] * 4)
-    assert (
-        kinds(text_tokens(after, ByteTokenizer(), changed=after != before, given=given))
-        == "gggfcff"
-    )
+    shown = text_tokens(after, ByteTokenizer(), {"given": given, "changed": after != before})
+    assert kinds(shown) == "gggfcff"
 
 
 def test_rows_of_passes():

@@ -1,10 +1,10 @@
 """The models and runs that a visitor can reach, by short names and never by a path."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import combinations
 from pathlib import Path
 
 from tarflowlm.config import RunConfig
@@ -54,18 +54,12 @@ class Catalogue:
     @property
     def pair(self) -> list[str]:
         """A flow and a baseline that read texts alike, if there are any; else the first model."""
-        for flow, baseline in product(self.models, repeat=2):
-            one, other = self.entries[flow], self.entries[baseline]
-            alike = one.run.data.tokenizer == other.run.data.tokenizer
-            if alike and other.is_baseline and not one.is_baseline:
-                return [flow, baseline]
+        for names in combinations(self.models, 2):
+            flow, baseline = (self.entries[name] for name in names)
+            is_alike = flow.run.data.tokenizer == baseline.run.data.tokenizer
+            if is_alike and baseline.is_baseline and not flow.is_baseline:
+                return list(names)
         return self.models[:1]
-
-    @property
-    def word_model(self) -> str:
-        """The first model whose tokens are longer than letters, if there is one."""
-        kinds = {name: self.entries[name].run.data.tokenizer.kind for name in self.models}
-        return next((name for name in self.models if kinds[name] == "bpe"), self.models[0])
 
     @property
     def runs(self) -> list[str]:
@@ -94,10 +88,11 @@ class Catalogue:
         UserError if it has no weights yet, or is damaged.
         """
         place = self.entry(name).place
-        if not (place / WEIGHTS).is_file():
+        weights = place / WEIGHTS
+        if not weights.is_file():
             raise UserError(f"{name} has no weights yet: wait until its training has saved some")
         try:
-            return _loaded(place, (place / WEIGHTS).stat().st_mtime_ns, self.device)
+            return _loaded(place, weights.stat().st_mtime_ns, self.device)
         except UserError as error:
             # do not show the server's paths to visitors
             raise UserError(str(error).replace(str(place), str(name))) from None
@@ -114,24 +109,18 @@ def _collect(names: Sequence[str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     known = set()
     for given in names:
-        for place, command_name in _runs_of(given):
-            if place.resolve() not in known:
-                known.add(place.resolve())
-                name = place.resolve().name
+        folder = locate(given)
+        found = [path for path in find_runs(folder) if (path / CONFIG).is_file()]
+        if not found:
+            others = f"nor one of {', '.join(released())}"
+            what = f"{given!r} is neither a run directory, nor a folder of them, {others}"
+            raise UserError(f"{what}: check the path")
+        for path in found:
+            place = path.resolve()
+            if place not in known:
+                known.add(place)
+                command_name = given if path == folder else str(path)
                 # a second run of a name is shown as the command line calls it
-                name = command_name if name in entries else name
-                entries[name] = Entry(place, command_name, read_run(place))
+                name = command_name if place.name in entries else place.name
+                entries[name] = Entry(path, command_name, read_run(path))
     return entries
-
-
-def _runs_of(given: str) -> Iterator[tuple[Path, str]]:
-    """The runs that a name means, with their names on the command line."""
-    place = locate(given)
-    found = [path for path in find_runs(place) if (path / CONFIG).is_file()]
-    if not found:
-        known = f"nor one of {', '.join(released())}"
-        raise UserError(
-            f"{given!r} is neither a run directory, nor a folder of them, {known}: check the path"
-        )
-    for path in found:
-        yield path, given if path == place else str(path)

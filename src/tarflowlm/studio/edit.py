@@ -1,24 +1,15 @@
 """The views that edit: named words or a share of them resampled, and states re-noised."""
 
 from dataclasses import replace
+from functools import partial
 
 from tarflowlm.data.prompts import read
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import (
-    Pages,
-    asked,
-    card,
-    facts,
-    muted,
-    open_stage,
-    page,
-    stage,
-    took,
-)
+from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, stage, took, unfinished
 from tarflowlm.terminal.bars import counted
-from tarflowlm.texts import Edit, Edited
+from tarflowlm.texts import Edit
 from tarflowlm.views.grid import text_tokens
 
 LATENTS, NOISE = STATES = ("latents", "noise")
@@ -29,8 +20,8 @@ def rewrite(
     catalogue: Catalogue, model: object, text: object, words: object, num: object, seed: object
 ) -> Pages:
     """HTML of texts with other `words`, several separated by commas, wherever they are."""
-    named = values.text(words, "list of words").split(",")
-    pieces = tuple(word.strip() for word in named if word.strip())
+    named = [word.strip() for word in values.text(words).split(",")]
+    pieces = tuple(word for word in named if word)
     request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
     yield from _edited(catalogue, model, request)
 
@@ -72,15 +63,11 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     """HTML of the progress, then of the edits, every text below the original."""
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
-    original = read(tokenizer, request.text)
-    before = text_tokens(original.tokens, tokenizer)
-
-    def work(job: Job[Edited]) -> Edited:
-        return request.run(checkpoint, job)
-
-    job = Job(work)
+    before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)
+    job = Job()
     found = yield from job.follow(
-        lambda: page(card(open_stage(before), muted(job.doing("editing"))))
+        partial(request.run, checkpoint, job),
+        lambda: unfinished(before, job.doing("editing")),
     )
     notes = ["the original", *found.notices]
     cards = [card(stage(before), muted(", ".join(notes)))]
@@ -91,6 +78,6 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
             ("", f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"),
             (f"≤ {found.bits[row]:.2f}", bits),
         )
-        cards.append(card(stage(text_tokens(tokens, tokenizer, changed=changed)), numbers))
+        cards.append(card(stage(text_tokens(tokens, tokenizer, {"changed": changed})), numbers))
     command = request.command(catalogue.entry(model).command_name)
     yield page(asked(command), *cards, card(facts(took(job.seconds))))

@@ -4,9 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
-from typing import Generic, TypeVar
-
-import torch
+from typing import TypeVar
 
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
@@ -23,16 +21,10 @@ class Halted(Exception):
     """Raised in the work once the visitor has left."""
 
 
-class Job(Progress, Generic[R]):
-    """A function that runs on a thread, with the job as its `Progress`.
+class Job(Progress):
+    """The progress of work on a thread, which can be stopped wherever it advances."""
 
-    It can be stopped wherever it advances.
-    """
-
-    def __init__(self, function: Callable[["Job[R]"], R]) -> None:
-        self.function = function
-        self.tokens: list[torch.Tensor] = []
-        """The final tokens so far, [num, n] each."""
+    def __init__(self) -> None:
         self.advanced = 0
         self.seconds = 0.0
         """How long the finished work has taken."""
@@ -52,14 +44,26 @@ class Job(Progress, Generic[R]):
         """`words`, or that another visitor has the turn."""
         return words if self.advanced else "waiting for its turn"
 
-    def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:
-        """Start the work; yields what `show` gives now and then until it is done.
+    def follow(self, work: Callable[[], R], show: Callable[[], str]) -> Generator[str, None, R]:
+        """Start `work`, which advances this job; yields what `show` gives until it is done.
 
         Returns its result, and raises what it raised. Closing the iterator, as when a visitor
         leaves, ends the work where it advances next.
         """
         future = Future[R]()
-        threading.Thread(target=self._run, args=(future,), daemon=True).start()
+
+        def run() -> None:
+            try:
+                with TURN:
+                    self._begun = time.perf_counter()
+                    self.advance(0)
+                    result = work()
+                    self.seconds = time.perf_counter() - self._begun
+                future.set_result(result)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
         try:
             while not future.done():
                 yield show()
@@ -67,14 +71,3 @@ class Job(Progress, Generic[R]):
         finally:
             self._is_wanted = False
         return future.result()
-
-    def _run(self, future: Future[R]) -> None:
-        try:
-            with TURN:
-                self._begun = time.perf_counter()
-                self.advance(0)
-                result = self.function(self)
-                self.seconds = time.perf_counter() - self._begun
-            future.set_result(result)
-        except BaseException as error:
-            future.set_exception(error)

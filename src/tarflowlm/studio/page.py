@@ -1,7 +1,7 @@
 """The layout of the page: one tab per view, in Gradio. The views are in modules without it."""
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -45,13 +45,11 @@ def build(catalogue: Catalogue) -> Component:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
         gr.HTML(f'<div class="st"><div class="st-head">{head}</div></div>', apply_default_css=False)
-        with gr.Tab("Write"), gr.Row(equal_height=False):
-            _write(catalogue, blocks.load)
-        for name, view in (("Infill", _infill), ("Edit", _edit), ("Score", _score)):
-            with gr.Tab(name), gr.Row(equal_height=False):
-                view(catalogue)
-        with gr.Tab("Runs"):
-            _runs(catalogue, blocks.load)
+        _write(catalogue, blocks.load)
+        _infill(catalogue)
+        _edit(catalogue)
+        _score(catalogue)
+        _runs(catalogue, blocks.load)
         lists = [block for block in blocks.blocks.values() if isinstance(block, gr.Dropdown)]
 
         def offer() -> list[object]:
@@ -79,11 +77,20 @@ def _quick(event: Event, function: Callable[..., object], inputs: object, output
 
 def _write(catalogue: Catalogue, arrival: Event) -> None:
     """The view that writes; at first what the address asks for, or the first example."""
-    examples = [example for example in EXAMPLES if example[1] in catalogue.entries]
-    with gr.Column(scale=3, min_width=300):
+
+    def values_of(name: str, text: str, length: int) -> list[str | int | float]:
+        return [name, text, length, catalogue.temperature(name), 1.0, 1, 0]
+
+    first = catalogue.models[0]
+    examples = {
+        label: partial(values_of, name, text, length)
+        for label, name, text, length in EXAMPLES
+        if name in catalogue.entries
+    }
+    with _form("Write", "The text appears here, then its passes.") as out:
         with gr.Row():
-            buttons = [gr.Button(words, size="sm", min_width=90) for words, *_ in examples]
-        model = _model(catalogue, catalogue.models[0])
+            buttons = [gr.Button(label, size="sm", min_width=90) for label in examples]
+        model = _model(catalogue)
         text = gr.Textbox(
             "The people of",
             label="Start, or a text with blanks",
@@ -98,27 +105,22 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         with gr.Row():
             num = _number("Samples", 1)
             seed = _number("Seed", 0)
-        go = _buttons("Write")
-    out = _output("The text appears here, then its passes.")
-    inputs = [model, text, length, temperature, top_p, num, seed]
-    answer = _bind(go, write, catalogue, inputs, out, text.submit)
+        inputs = [model, text, length, temperature, top_p, num, seed]
 
-    def values_of(name: str, start: str, tokens: int) -> list[str | int | float]:
-        return [name, start, tokens, catalogue.temperature(name), 1.0, 1, 0]
+        def asked_for(visitor: gr.Request) -> list[str | int | float]:
+            usual = next(iter(examples.values()), partial(values_of, first, "", 96))
+            return values.from_address(dict(visitor.query_params), usual(), catalogue.models)
 
-    def asked_for(visitor: gr.Request) -> list[str | int | float]:
-        usual = values_of(*(examples[0][1:] if examples else (catalogue.models[0], "", 96)))
-        return values.from_address(dict(visitor.query_params), usual, catalogue.models)
-
-    for button, (_, name, start, tokens) in zip(buttons, examples, strict=True):
-        example = partial(values_of, name, start, tokens)
-        answer(_quick(button.click, example, None, inputs).then)
-    answer(_quick(arrival, asked_for, None, inputs).then)
+        filled = [_quick(arrival, asked_for, None, inputs)]
+        for button, example in zip(buttons, examples.values(), strict=True):
+            filled.append(_quick(button.click, example, None, inputs))
+        events = [text.submit, *(one.then for one in filled)]
+        _ask("Write", partial(write, catalogue), inputs, out, events)
 
 
 def _infill(catalogue: Catalogue) -> None:
-    with gr.Column(scale=3, min_width=300):
-        model = _model(catalogue, catalogue.word_model)
+    with _form("Infill", "Candidates appear here, with their weights.") as out:
+        model = _model(catalogue)
         text = gr.Textbox(
             "The people of the _ _ in the _ of peace",
             label="Text with blanks",
@@ -130,41 +132,37 @@ def _infill(catalogue: Catalogue) -> None:
         particles = gr.Slider(1, values.PARTICLES, 16, step=1, label="Particles in each try")
         temperature = _temperature(catalogue, model)
         seed = _number("Seed", 0)
-        go = _buttons("Fill in")
-    out = _output("Candidates appear here, with their weights.")
-    inputs = [model, text, tries, particles, temperature, seed]
-    _bind(go, infill, catalogue, inputs, out, text.submit)
+        inputs = [model, text, tries, particles, temperature, seed]
+        _ask("Fill in", partial(infill, catalogue), inputs, out, [text.submit])
 
 
 def _edit(catalogue: Catalogue) -> None:
-    with gr.Column(scale=3, min_width=300):
-        model = _model(catalogue, catalogue.word_model)
+    with _form("Edit", "The edit appears here, below the original.") as out:
+        model = _model(catalogue)
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
         num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
         seed = _number("Seed", 0)
         with gr.Tab("Rewrite"):
-            named = gr.Textbox(
+            words = gr.Textbox(
                 "peace, work",
                 label="Words to rewrite",
                 info="Separated by commas. The rest is kept.",
             )
-            go_named = _buttons("Rewrite")
+            inputs = [model, text, words, num, seed]
+            _ask("Rewrite", partial(rewrite, catalogue), inputs, out, [words.submit])
         with gr.Tab("Words"):
             share = _strength("Share of the words that are resampled.")
-            go_words = _buttons("Resample")
+            inputs = [model, text, share, num, seed]
+            _ask("Resample", partial(resample, catalogue), inputs, out, [share.release])
         with gr.Tab("Level"):
             change = _strength("0 keeps the text, 1 forgets it.")
             state = gr.Radio(list(STATES), value=STATES[0], label="What is changed")
-            go_level = _buttons("Re-noise")
-    out = _output("The edit appears here, below the original.")
-    common = [num, seed]
-    _bind(go_named, rewrite, catalogue, [model, text, named, *common], out, named.submit)
-    _bind(go_words, resample, catalogue, [model, text, share, *common], out, share.release)
-    _bind(go_level, renoise, catalogue, [model, text, state, change, *common], out, change.release)
+            inputs = [model, text, state, change, num, seed]
+            _ask("Re-noise", partial(renoise, catalogue), inputs, out, [change.release])
 
 
 def _score(catalogue: Catalogue) -> None:
-    with gr.Column(scale=3, min_width=300):
+    with _form("Score", "The bits of every token appear here.") as out:
         models = gr.Dropdown(
             catalogue.models,
             value=catalogue.pair,
@@ -173,18 +171,17 @@ def _score(catalogue: Catalogue) -> None:
             max_choices=MODELS,
         )
         text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
-        go = _buttons("Score")
-    out = _output("The bits of every token appear here.")
-    _bind(go, compare, catalogue, [models, text], out, text.submit)
+        _ask("Score", partial(compare, catalogue), [models, text], out, [text.submit])
 
 
 def _runs(catalogue: Catalogue, arrival: Event) -> None:
     """The view of runs, which looks at the folders on arrival and now and then."""
     names = catalogue.runs
-    with gr.Row(equal_height=False, visible=bool(names)) as row:
-        chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs", scale=4)
-        axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200)
-    out = gr.HTML(apply_default_css=False)
+    with gr.Tab("Runs"):
+        with gr.Row(equal_height=False, visible=bool(names)) as row:
+            chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs", scale=4)
+            axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200)
+        out = gr.HTML(apply_default_css=False)
 
     def shown(names: object, axis: object) -> str:
         *_, final = guarded(runs)(catalogue, names, axis)
@@ -201,14 +198,26 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
         _quick(event, look, [chosen, axis], [row, chosen, out])
 
 
-def _model(catalogue: Catalogue, name: str) -> Component:
+@contextmanager
+def _form(tab: str, words: str) -> Iterator[Component]:
+    """A tab with the fields of a view, and next to them its output, at first these words."""
+    with gr.Tab(tab), gr.Row(equal_height=False):
+        out = gr.HTML(page(card(muted(words))), apply_default_css=False, render=False)
+        with gr.Column(scale=3, min_width=300):
+            yield out
+        with gr.Column(scale=7, min_width=320):
+            out.render()
+
+
+def _model(catalogue: Catalogue) -> Component:
     """The list of models, with a line about the chosen one."""
 
     def about(name: object) -> str:
         return f'<div class="st">{muted(catalogue.about(name))}</div>'
 
-    model = gr.Dropdown(catalogue.models, value=name, label="Model", filterable=False)
-    line = gr.HTML(about(name), apply_default_css=False, padding=False)
+    first = catalogue.models[0]
+    model = gr.Dropdown(catalogue.models, value=first, label="Model", filterable=False)
+    line = gr.HTML(about(first), apply_default_css=False, padding=False)
     _quick(model.change, about, model, line)
     return model
 
@@ -230,34 +239,15 @@ def _strength(words: str) -> Component:
     return gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info=words)
 
 
-def _buttons(words: str) -> tuple[Component, Component]:
+def _ask(
+    words: str, view: View, inputs: list[Component], out: Component, events: list[Event]
+) -> None:
+    """A button that calls the view, as do the `events`, and a button that stops it."""
     with gr.Row():
         go = gr.Button(words, variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=80)
-    return go, stop
-
-
-def _output(words: str) -> Component:
-    with gr.Column(scale=7, min_width=320):
-        return gr.HTML(value=page(card(muted(words))), apply_default_css=False)
-
-
-def _bind(
-    buttons: tuple[Component, Component],
-    view: View,
-    catalogue: Catalogue,
-    inputs: list[Component],
-    out: Component,
-    also: Event,
-) -> Callable[[Event], None]:
-    """Call the view at a click on the first button, or at the event `also`.
-
-    A click on the second button ends it. Returns what binds the view to one more event.
-    """
-    go, stop = buttons
-    handle = newest(partial(guarded(view), catalogue))
-
-    def bind(event: Event) -> None:
+    handle = newest(guarded(view))
+    for event in (go.click, *events):
         started = event(
             handle,
             inputs,
@@ -269,10 +259,6 @@ def _bind(
             api_visibility="private",
         )
         stop.click(None, None, None, cancels=[started], api_visibility="private")
-
-    bind(go.click)
-    bind(also)
-    return bind
 
 
 def newest(view: View) -> View:

@@ -80,11 +80,6 @@ def stage(tokens: Sequence[Token]) -> str:
     return f'<div class="st-stage">{spans(tokens)}</div>{copying(escape(text))}'
 
 
-def open_stage(tokens: Sequence[Token]) -> str:
-    """A text that is still being written, with a caret."""
-    return f'<div class="st-stage">{spans(tokens)}<span class="st-caret"></span></div>'
-
-
 def facts(*pairs: tuple[str, str]) -> str:
     """Numbers, each with what it counts."""
     shown = ""
@@ -102,6 +97,12 @@ def took(seconds: float) -> tuple[str, str]:
 def bar(share: float) -> str:
     """A bar that is filled up to `share`, from 0 to 1."""
     return f'<div class="st-bar"><i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
+
+
+def unfinished(tokens: Sequence[Token], words: str, share: float | None = None) -> str:
+    """What a view shows of a text that is being written: a caret, and the share that is done."""
+    text = f'<div class="st-stage">{spans(tokens)}<span class="st-caret"></span></div>'
+    return page(card(text, "" if share is None else bar(share), muted(words)))
 
 
 def slider(rows: Sequence[Row], *, is_open: bool) -> str:

@@ -1,6 +1,5 @@
 """The view of learning curves."""
 
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from tarflowlm.views.tables import summary_table
 
 MOST = 12  # runs in one figure
 
-Wanted = tuple[str, Path, tuple[object, ...]]
-"""A run: its name, its directory, and what tells whether it has changed."""
-
 
 def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
     """HTML with the curves and numbers of the runs `names`, over tokens or seconds of training."""
@@ -28,32 +24,34 @@ def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
         words = "No learning curves here: name run directories, as in `tarflowlm studio runs/mine`."
         yield page(card(muted(words)))
         return
-    wanted = []
+    places = {}
+    state: list[object] = []
     for name in names[:MOST] if isinstance(names, list) else ():
         place = catalogue.entry(name).place
+        places[str(name)] = place
         files = (place / METRICS, place / SUMMARY)
-        sizes = [file.stat().st_size for file in files if file.exists()]
-        wanted.append((str(name), place, (*sizes, is_written(place))))
-    yield page(_view(tuple(wanted), choice(axis, AXES)))
+        state += [file.stat().st_size for file in files if file.exists()]
+        state.append(is_written(place))
+    yield page(_view(tuple(places.items()), choice(axis, AXES), tuple(state)))
 
 
 @lru_cache(maxsize=8)
-def _view(wanted: tuple[Wanted, ...], axis: str) -> str:
-    """Curves and table of runs; drawn again when they have changed."""
+def _view(places: tuple[tuple[str, Path], ...], axis: str, state: tuple[object, ...]) -> str:
+    """Curves and table of runs by name; drawn again when their files have another `state`."""
     records = []
     problems = ""
-    for name, place, _ in wanted:
+    for name, place in places:
         try:
-            record = read_record(place)
+            record = read_record(place, name)
         except UserError as error:
             problems += notice(str(error).replace(str(place), name))
         else:
             if record.has_log:
-                records.append(replace(record, name=name))
+                records.append(record)
     if not records:
         return problems + card(muted("Choose a run to see its learning curve."))
     draw = partial(draw_bits, records=records, over=[axis])
-    figure = render(draw, None, width=4.2, height=3.0 + 0.18 * len(records), name="runs")
+    figure = render(draw, "runs", width=4.2, height=3.0 + 0.18 * len(records))
     note = muted("Faint: training batches; with markers: validation. Flows have upper bounds (≤).")
     drawn = card(f'<div class="st-figure">{figure}</div>', note)
     return problems + drawn + card(summary_table(records))

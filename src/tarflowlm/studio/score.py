@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
 
-from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
@@ -29,36 +28,36 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     found: dict[str, Scored] = {}
     seconds = 0.0
     for name, checkpoint in checkpoints.items():
-        job = Job(partial(_scored, request, checkpoint))
-        progress = page(card(muted(f"scoring with {name}") + bar(len(found) / len(checkpoints))))
-        found[name] = yield from job.follow(partial(str, progress))
+        job = Job()
+        progress = card(muted(f"scoring with {name}"), bar(len(found) / len(checkpoints)))
+        work = partial(request.run, checkpoint, job)
+        (found[name],) = yield from job.follow(work, partial(page, progress))
         seconds += job.seconds
-    # one scale for all, so that colours compare
-    most = max(one.bits.abs().quantile(0.98).item() for one in found.values())
-    scale = f"{SCALE}{most:.1f} bits per token; point at one or tap it"
-    explained = card(f'<div class="st-muted">{scale}</div>', facts(took(seconds)))
     first, *others = (catalogue.entry(name).command_name for name in found)
     command = request.command(first)
     if others:
         command += ["--baseline", *others]
-    cards = [_card(name, one, request, most) for name, one in found.items()]
+    # one scale for all, so that colours compare
+    most = max(one.bits.abs().quantile(0.98).item() for one in found.values())
+    scale = f"{SCALE}{most:.1f} bits per token; point at one or tap it"
     yield page(
         asked(command),
-        f'<div class="st-pair">{"".join(cards)}</div>',
+        '<div class="st-pair">',
+        *(_card(name, one, request, most) for name, one in found.items()),
+        "</div>",
         _difference(found),
         *(_blocks(name, one) for name, one in found.items()),
-        explained,
+        card(f'<div class="st-muted">{scale}</div>', facts(took(seconds))),
     )
-
-
-def _scored(request: Score, checkpoint: Checkpoint, job: Job[Scored]) -> Scored:
-    return request.run(checkpoint, job)[0]
 
 
 def _card(name: str, scored: Scored, request: Score, most: float) -> str:
     """The bits of every token under a model, and in all."""
-    sign = "" if scored.exact else "≤ "
-    kind = "exact" if scored.exact else f"a bound, mean of {request.samples} posterior samples"
+    sign = "≤ "
+    kind = f"a bound, mean of {request.samples} posterior samples"
+    if scored.exact:
+        sign = ""
+        kind = "exact"
     numbers = facts(
         (f"{sign}{scored.bits_per_character:.3f}", "bits per character"),
         (f"{sign}{scored.total:.1f}", "bits in all"),
@@ -106,12 +105,11 @@ def heat(scored: Scored, values: Sequence[float], most: float) -> str:
 
     `most` is full colour.
     """
-    spans = []
+    spans = ""
     for symbol, value in zip(scored.symbols, values, strict=True):
         share = min(abs(value) / max(most, 1e-9), 1.0)
         colour = HOT if value >= 0 else COLD
         ground = f"background:color-mix(in srgb,{colour} {75 * share:.0f}%,transparent)"
-        text = escape(visible(symbol))
-        spans.append(f'<span style="{ground}" title="{value:.2f} bits">{text}</span>')
+        spans += f'<span style="{ground}" title="{value:.2f} bits">{escape(visible(symbol))}</span>'
     # the line below is for fingers, which cannot point
-    return f'<div class="st-heat">{"".join(spans)}</div><p class="st-muted"></p>'
+    return f'<div class="st-heat">{spans}</div><p class="st-muted"></p>'

@@ -12,7 +12,6 @@ TOKENS = 1024
 SAMPLES = 4
 TRIES = 8
 PARTICLES = 64
-MARK = "_"  # stands for one token to fill in
 
 
 def number(value: object, name: str, least: int | float, most: int | float) -> float:
@@ -40,10 +39,10 @@ def choice(value: object, allowed: Sequence[str]) -> str:
     return value if isinstance(value, str) and value in allowed else allowed[0]
 
 
-def text(value: object, name: str = "text") -> str:
+def text(value: object) -> str:
     """A text that is not too long; empty for None."""
     if not isinstance(value, str | None) or len(value or "") > CHARACTERS:
-        raise UserError(f"{name}: give a text of at most {CHARACTERS:,} characters")
+        raise UserError(f"give a text of at most {CHARACTERS:,} characters")
     return value or ""
 
 
@@ -53,14 +52,13 @@ LINKED = ("model", "text", "length", "temperature", "top_p", "num", "seed")
 
 def to_address(values: Sequence[object]) -> str:
     """The link to a request to write."""
-    named = dict(zip(LINKED, values, strict=True))
-    return f"?{urlencode({name: value for name, value in named.items() if value is not None})}"
+    return f"?{urlencode(dict(zip(LINKED, values, strict=True)))}"
 
 
 def from_address(
     asked: Mapping[str, str], usual: Sequence[str | int | float], models: Sequence[str]
 ) -> list[str | int | float]:
-    """The values of a link; the `usual` ones for those that it lacks, or that cannot be read."""
+    """The values of a link; the `usual` ones where it lacks them or they cannot be read."""
     found = list(usual)
     for place, (name, value) in enumerate(zip(LINKED, usual, strict=True)):
         with suppress(ValueError):

@@ -1,12 +1,14 @@
 """The views that draw: a text as it is written, and candidates for blanks with their weights."""
 
+from collections import defaultdict
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tarflowlm.data.prompts import BLANK
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import as_flow
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
@@ -17,11 +19,11 @@ from tarflowlm.studio.pieces import (
     card,
     facts,
     muted,
-    open_stage,
     page,
     slider,
     stage,
     took,
+    unfinished,
 )
 from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Draft, Writing, Written
@@ -43,8 +45,8 @@ def write(
     """HTML of the text while it is written, then of the samples and their passes."""
     checkpoint = catalogue.load(model)
     start = values.text(text)
+    is_template = Writing.blank in start
     cut = values.number(top_p, "top-p", 0.05, 1.0)
-    is_template = values.MARK in start
     request = Writing(
         prompts=(start,) if start and not is_template else (),
         template=start if is_template else None,
@@ -56,57 +58,55 @@ def write(
     )
     draft = request.read(checkpoint)
     given = _given(draft)
+    written: list[int] = []
 
-    def work(job: Job[Written]) -> Written:
+    def work() -> Written:
         steps = draft.steps(range(draft.total), job)
         while True:
             try:
-                job.tokens.append(next(steps))
+                written.extend(next(steps)[0].tolist())
             except StopIteration as end:
                 return cast(Written, end.value)
 
     def show() -> str:
-        written = torch.cat(job.tokens, 1)[0] if job.tokens else torch.zeros(0, dtype=torch.long)
-        shown = text_tokens(written, checkpoint.tokenizer, given=given[: len(written)])
+        shown = text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
         share = min(job.advanced / draft.num_positions, 1.0)
-        return page(card(open_stage(shown), bar(share), muted(job.doing(f"{100 * share:.0f} %"))))
+        return unfinished(shown, job.doing(f"{100 * share:.0f} %"), share)
 
-    job = Job(work)
-    written = yield from job.follow(show)
-    drawn = written.generation.tokens.numel()
+    job = Job()
+    found = yield from job.follow(work, show)
+    samples = found.generation.tokens
     numbers = facts(
         (f"{draft.num_tokens:,}", "tokens"),
         took(job.seconds),
-        (f"{drawn / job.seconds:,.0f}", "tokens per second"),
+        (f"{samples.numel() / job.seconds:,.0f}", "tokens per second"),
     )
     cards = []
-    for row, tokens in enumerate(written.generation.tokens):
-        body = stage(text_tokens(tokens, checkpoint.tokenizer, given=given))
-        body += "".join(map(muted, draft.notices)) + numbers
-        if checkpoint.model.num_blocks > 1 and written.generation.passes:
-            body += _passes(draft, written, row)
-        cards.append(card(body))
-    link = values.to_address((model, text, length, temperature, top_p, num, seed))
+    for row, tokens in enumerate(samples):
+        text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": given}))
+        passes = ""
+        if checkpoint.model.num_blocks > 1 and found.generation.passes:
+            passes = _passes(draft, found, row)
+        cards.append(card(text_of_row, *map(muted, draft.notices), numbers, passes))
+    link = values.to_address((model, start, length, temperature, top_p, num, seed))
     command = request.command(catalogue.entry(model).command_name)
     yield page(asked(command, link=link), *cards)
 
 
 def _given(draft: Draft) -> Tensor:
     """Where a text has given tokens, [T]."""
-    given = torch.zeros(draft.num_tokens, dtype=torch.bool)
-    for reading in draft.given:
-        given[: len(reading.tokens)] = reading.tokens[: len(given)] != BLANK
-    return given
+    prompt = draft.prompt(0)[: draft.num_tokens]
+    return pad(prompt != BLANK, (0, draft.num_tokens - len(prompt)))
 
 
 def _passes(draft: Draft, written: Written, row: int) -> str:
     """The passes of sample `row`, as opaque as p(x|h), and a note on blocks that are left out."""
     generation = written.generation
-    flow = cast(TarFlowLM, draft.lm.model)
+    codebook = as_flow(draft.lm.model).codebook
     passes = [tokens[row] for tokens in generation.passes]
     probabilities = []
     for tokens, state in zip(passes, generation.states, strict=True):
-        p = flow.codebook.log_posterior(state[row]).exp()
+        p = codebook.log_posterior(state[row]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     rows = pass_rows(
         passes,
@@ -116,7 +116,8 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
         least_change=LEAST_CHANGE,
     )
     note = None
-    if hidden := len(passes) - len(rows):
+    hidden = len(passes) - len(rows)
+    if hidden:
         note = f"Not shown: {counted(hidden, 'block')} above, which changed next to nothing."
     return slider(rows, is_open=row == 0) + muted(note)
 
@@ -140,38 +141,34 @@ def infill(
     tokenizer = checkpoint.tokenizer
     request = Writing(
         template=values.text(text),
-        blank=values.MARK,
         num=values.whole(tries, "tries", 1, values.TRIES),
         particles=values.whole(particles, "particles", 1, values.PARTICLES),
         temperature=values.number(temperature, "temperature", 0.1, 2.0),
         seed=values.seed(seed),
     )
     draft = request.read(checkpoint)
-    template = draft.given[0].tokens
+    template = draft.prompt(0)
     given = _given(draft)
     tokens = [
-        token if token.kind == "given" else Token(values.MARK, "noise")
-        for token in text_tokens(template.clamp_min(0), tokenizer, given=given)
+        token if token.kind == "given" else Token(request.blank, "noise")
+        for token in text_tokens(template.clamp_min(0), tokenizer, {"given": given})
     ]
 
-    def work(job: Job[list[Written]]) -> list[Written]:
-        return list(draft.batches(job))
-
     def show() -> str:
-        progress = bar(job.advanced / draft.num_positions)
-        return page(card(open_stage(tokens), progress, muted(job.doing("trying"))))
+        return unfinished(tokens, job.doing("trying"), job.advanced / draft.num_positions)
 
-    job = Job(work)
-    batches = yield from job.follow(show)
+    job = Job()
+    batches = yield from job.follow(lambda: list(draft.batches(job)), show)
     weights = _weights(batches)
-    shares: dict[tuple[int, ...], float] = {}  # equal texts are one candidate
-    texts = torch.cat([batch.generation.tokens for batch in batches]).tolist()
-    for row, weight in zip(texts, weights.tolist(), strict=True):
-        shares[tuple(row)] = shares.get(tuple(row), 0.0) + weight
+    texts = torch.cat([batch.generation.tokens for batch in batches])
+    shares: dict[tuple[int, ...], float] = defaultdict(float)  # equal texts are one candidate
+    for row, weight in zip(texts.tolist(), weights.tolist(), strict=True):
+        shares[tuple(row)] += weight
     choices = ""
-    for row, share in sorted(shares.items(), key=lambda pair: -pair[1]):
+    for row in sorted(shares, key=shares.__getitem__, reverse=True):
         new = torch.tensor(row)
-        shown = spans(text_tokens(new, tokenizer, changed=new != template, given=given))
+        share = shares[row]
+        shown = spans(text_tokens(new, tokenizer, {"given": given, "changed": new != template}))
         head = f'<div class="st-share"><b>{100 * share:.0f} %</b>{bar(share)}</div>'
         choices += f'<div class="st-choice">{head}<div class="st-stage">{shown}</div></div>'
     numbers = facts((f"{draft.particles:,}", "particles per try"), took(job.seconds))

@@ -100,7 +100,7 @@ def print_edits(edited: Edited, advice: str | None) -> None:
             f"{int(changed.sum())} of {len(changed)} tokens changed; "
             f"bits per character <= {old:.3f} before, <= {new:.3f} now"
         )
-        body = styled(text_tokens(tokens, tokenizer, changed=changed))
+        body = styled(text_tokens(tokens, tokenizer, {"changed": changed}))
         show(body, f"edit {number}", note, is_first=number == 1)
     if advice is not None:
         print_notice(advice)

@@ -3,32 +3,27 @@
 from collections.abc import Sequence
 
 from tarflowlm.evaluation.blocks import StateReport
-from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.views.page import table_html
 from tarflowlm.views.style import COLOURS, MUTED, Figure
 
 
-def terms(states: Sequence[StateReport]) -> list[tuple[str, float]]:
-    """Name and nats per token of each term; their sum is the bound."""
+def terms_table(states: Sequence[StateReport], to_bpc: float) -> str:
+    """The terms of the bound, which add up to it, and the bound after each block.
+
+    A nat per token is `to_bpc` bits per character.
+    """
     first = states[0]
     last = states[-1]
-    return [
-        ("log q(z|x)", first.kl.mean + first.base.mean),
-        ("−log N(u; 0, I)", -last.base.mean),
-        *(
-            (f"−log|det J|, block {state.block}", -state.log_det.mean)
-            for state in states
-            if state.log_det is not None
-        ),
-        ("−log p(x|z)", last.nelbo.mean - last.kl.mean),
-    ]
-
-
-def terms_table(states: Sequence[StateReport], tokens_per_character: float) -> str:
-    """The terms of the bound, and the bound after each block."""
-    to_bpc = bits(tokens_per_character)
-    rows = [(name, signed(value, 5), signed(to_bpc * value, 5)) for name, value in terms(states)]
-    kl = states[-1].kl.mean
+    terms = {
+        "log q(z|x)": first.kl.mean + first.base.mean,
+        "−log N(u; 0, I)": -last.base.mean,
+    }
+    for state in states:
+        if state.log_det is not None:
+            terms[f"−log|det J|, block {state.block}"] = -state.log_det.mean
+    kl = last.kl.mean
+    terms["−log p(x|z)"] = last.nelbo.mean - kl
+    rows = [(name, signed(value, 5), signed(to_bpc * value, 5)) for name, value in terms.items()]
     rows.append(("KL(q(z|x) ‖ p(z))", f"{kl:.5f}", f"{to_bpc * kl:.5f}"))
     names = [f"bound of blocks 1 to {state.block}" for state in states]
     names[0] = "bound of no block"
@@ -39,10 +34,9 @@ def terms_table(states: Sequence[StateReport], tokens_per_character: float) -> s
     return table_html(["", "nats per token", "bits per character"], rows)
 
 
-def draw_gains(figure: Figure, states: Sequence[StateReport], tokens_per_character: float) -> None:
+def draw_gains(figure: Figure, states: Sequence[StateReport], to_bpc: float) -> None:
     """By how much every block lowers the bound: a bar for each, block 1 on top."""
     gains = [state.kl_gain.mean for state in states if state.kl_gain is not None]
-    to_bpc = bits(tokens_per_character)
     axes = figure.subplots()
     colours = [COLOURS[0] if gain >= 0 else COLOURS[1] for gain in gains]
     axes.barh(range(len(gains)), gains, height=0.62, color=colours)

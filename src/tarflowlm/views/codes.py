@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.views.records import Series
@@ -26,7 +25,7 @@ def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
 
 
 def draw_codebook(
-    figure: Figure, codebook: Codebook, symbols: Sequence[str], named: npt.NDArray[np.int64]
+    figure: Figure, codebook: Codebook, symbols: Sequence[str], named: Sequence[int]
 ) -> None:
     """The projection of mu, with discs of radius sigma around the codes that are `named`."""
     from matplotlib.patches import Circle
@@ -52,9 +51,7 @@ def draw_codebook(
     axes.margins(0.04)
     axes.autoscale_view()
     axes.set_aspect("equal", adjustable="datalim")
-    first, second = (
-        f"principal component ({100 * share:.0f} % of the variance)" for share in explained
-    )
-    axes.set_xlabel(f"first {first}")
-    axes.set_ylabel(f"second {second}")
+    first, second = (f"component ({100 * share:.0f} % of the variance)" for share in explained)
+    axes.set_xlabel(f"first principal {first}")
+    axes.set_ylabel(f"second principal {second}")
     axes.set_title(f"codebook, {len(symbols):,} symbols, discs of one σ")

@@ -6,8 +6,6 @@ import numpy as np
 
 from tarflowlm.views.records import RunRecord
 from tarflowlm.views.style import (
-    COLOURS,
-    DASHES,
     MUTED,
     PAPER,
     SMALL,
@@ -28,25 +26,17 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
     """
     panels = figure.subplots(len(over), sharey=True, squeeze=False)[:, 0]
     for axes, column in zip(panels, over, strict=True):
-        for index, run in enumerate(records):
-            colour = f"C{index}"
-            dashes = DASHES[index // len(COLOURS) % len(DASHES)]
+        for run in records:
+            bpc = run.valid["bpc"]
+            (line,) = axes.plot(run.valid[column], bpc, marker="o", markersize=3.5)
+            line.set_label(_label(run))
             axes.plot(
                 run.train[column],
                 run.train["bpc"],
-                color=colour,
-                linestyle=dashes,
+                color=line.get_color(),
+                linestyle=line.get_linestyle(),
                 linewidth=0.7,
                 alpha=0.45,
-            )
-            axes.plot(
-                run.valid[column],
-                run.valid["bpc"],
-                color=colour,
-                linestyle=dashes,
-                marker="o",
-                markersize=3.5,
-                label=_label(run),
             )
         axes.set_ylabel("bits per character")
         _count_on_x(axes, records, column)
@@ -94,7 +84,7 @@ def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str) -> None:
             if any(block == other and abs(x - place) < near for other, place in marked):
                 continue
             marked.append((block, x))
-            axes.axvline(x, color=MUTED, linewidth=0.8, linestyle=DASHES[-1], zorder=0.5)
+            axes.axvline(x, color=MUTED, linewidth=0.8, linestyle=":", zorder=0.5)
             axes.annotate(
                 f"block {block}",
                 (x, 0.98),

@@ -6,7 +6,7 @@ colours.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -76,19 +76,15 @@ def visible(text: str) -> str:
 def text_tokens(
     tokens: Tensor,
     tokenizer: Tokenizer,
-    *,
-    changed: Tensor | None = None,
-    given: Tensor | None = None,
+    kinds: Mapping[Kind, Tensor] = {},
+    probabilities: Tensor | None = None,
 ) -> list[Token]:
-    """A text [T]: given where `given` [T] is true, changed where `changed` [T] is."""
+    """A text [T]. A token has the first of the `kinds` whose mask [T] holds there, else final."""
     found = []
     for place, symbol in enumerate(symbols(tokens, tokenizer)):
-        kind: Kind = "final"
-        if given is not None and given[place]:
-            kind = "given"
-        elif changed is not None and changed[place]:
-            kind = "changed"
-        found.append(Token(symbol, kind))
+        kind: Kind = next((kind for kind, mask in kinds.items() if mask[place]), "final")
+        p = 1.0 if probabilities is None else probabilities[place].item()
+        found.append(Token(symbol, kind, p))
     return found
 
 
@@ -103,8 +99,8 @@ def pass_rows(
     """One row for each of the `passes` [T] of a text, noise first.
 
     A row shows its new tokens, and which are already final. Tokens where `given` [T] is true are
-    marked in the last row. `probabilities` are [T] for every pass. Passes in the
-    middle that change a smaller share of tokens than `least_change` are left out.
+    marked in the last row. `probabilities` are [T] for every pass. Passes in the middle that
+    change a smaller share of tokens than `least_change` are left out.
     """
     rows: list[Row] = []
     before = passes[0]
@@ -114,19 +110,14 @@ def pass_rows(
         count = int(changed.sum())
         if 0 < index < last and count < least_change * len(tokens):
             continue
-        row = []
-        for place, symbol in enumerate(symbols(tokens, tokenizer)):
-            kind: Kind = "noise"
-            if index == last and given is not None and given[place]:
-                kind = "given"
-            elif changed[place]:
-                kind = "changed"
-            elif index > 0 and tokens[place] == passes[-1][place]:
-                kind = "final"
-            p = 1.0 if probabilities is None else probabilities[index][place].item()
-            row.append(Token(symbol, kind, p))
+        noise = tokens != passes[-1] if index > 0 else ~changed
+        kinds: dict[Kind, Tensor] = {"changed": changed, "noise": noise}
+        if index == last and given is not None:
+            kinds = {"given": given, "changed": changed}
         label = f"after block {last - index + 1}: {count} of {len(tokens)} changed"
-        rows.append(Row(label if index > 0 else "noise", row))
+        p = None if probabilities is None else probabilities[index]
+        shown = text_tokens(tokens, tokenizer, kinds, p)
+        rows.append(Row(label if index > 0 else "noise", shown))
         before = tokens
     return rows
 
@@ -134,9 +125,10 @@ def pass_rows(
 def to_html(rows: Sequence[Row]) -> str:
     """The rows, escaped, under a legend of the kinds that occur."""
     present = {token.kind for row in rows for token in row.tokens}
-    legend = "".join(
-        f'<span class="tl-{kind}">{name}</span>' for kind, name in LEGEND.items() if kind in present
-    )
+    legend = ""
+    for kind, name in LEGEND.items():
+        if kind in present:
+            legend += f'<span class="tl-{kind}">{name}</span>'
     body = ""
     for row in rows:
         label = f'<div class="tl-label">{escape(row.label)}</div>'
@@ -148,16 +140,14 @@ def to_html(rows: Sequence[Row]) -> str:
 def spans(tokens: Sequence[Token]) -> str:
     """The tokens of one row as HTML; the probability of a token is shown under the pointer."""
 
-    def look_of(token: Token) -> tuple[Kind, str]:
-        look = ""
+    def opening(token: Token) -> str:
         p = token.probability
-        if p < 0.995:
-            look = f' style="opacity:{FAINTEST + (1 - FAINTEST) * p:.1f}" title="p = {p:.2f}"'
-        return token.kind, look
+        look = f' style="opacity:{FAINTEST + (1 - FAINTEST) * p:.1f}" title="p = {p:.2f}"'
+        return f'<span class="tl-{token.kind}"{look if p < 0.995 else ""}>'
 
-    found = []
+    found = ""
     # neighbours that look alike share an element, so that a long text in many rows stays light
-    for (kind, look), run in groupby(tokens, key=look_of):
+    for start, run in groupby(tokens, key=opening):
         text = escape("".join(token.symbol for token in run)).replace("↵\n", "<i>↵</i>\n")
-        found.append(f'<span class="tl-{kind}"{look}>{text}</span>')
-    return "".join(found)
+        found += f"{start}{text}</span>"
+    return found

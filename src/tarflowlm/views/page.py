@@ -1,37 +1,19 @@
 """A page of HTML without scripts: sections, tables and pictures, light or dark."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-GENERATOR = "tarflowlm report"
+from tarflowlm.views.grid import CSS
 
-
-@dataclass(frozen=True)
-class Section:
-    """Notes, then parts in HTML, under a title; a folded section opens at a click."""
-
-    title: str
-    notes: Sequence[str] = ()
-    parts: Sequence[str] = ()
-    is_folded: bool = False
-
-    def to_html(self) -> str:
-        """The section; title and notes are escaped."""
-        notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in self.notes)
-        body = f'{notes}<div class="parts">\n{"".join(self.parts)}</div>'
-        if self.is_folded:
-            return f"<details><summary>{escape(self.title)}</summary>\n{body}</details>"
-        return f"<section>\n<h2>{escape(self.title)}</h2>\n{body}</section>"
-
-
+GENERATOR = '<meta name="generator" content="tarflowlm">'
+"""A line of every page, by which it is known."""
 PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="generator" content="{generator}">
+{generator}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style>
@@ -44,15 +26,26 @@ PAGE = """\
 """
 
 
-def page_html(title: str, sections: Sequence[Section], css: str, generator: str = GENERATOR) -> str:
-    """The whole document; `css` has rules for the parts of the sections."""
+def page_html(title: str, sections: Sequence[str]) -> str:
+    """The whole document."""
     style = files("tarflowlm.views").joinpath("page.css").read_text(encoding="utf-8")
     return PAGE.format(
-        generator=generator,
+        generator=GENERATOR,
         title=escape(title),
-        style=style + css,
-        body="\n".join(section.to_html() for section in sections),
+        style=style + CSS,
+        body="\n".join(sections),
     )
+
+
+def section_html(
+    title: str, notes: Sequence[str] = (), parts: Sequence[str] = (), *, is_folded: bool = False
+) -> str:
+    """Notes, then parts in HTML, under a title; a folded section opens at a click."""
+    body = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
+    body += f'<div class="parts">\n{"".join(parts)}</div>'
+    if is_folded:
+        return f"<details><summary>{escape(title)}</summary>\n{body}</details>"
+    return f"<section>\n<h2>{escape(title)}</h2>\n{body}</section>"
 
 
 def picture_html(name: str, svg: str, caption: str) -> str:

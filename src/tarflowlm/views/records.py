@@ -5,7 +5,6 @@ Reports, the studio, `tarflowlm runs` and the reproduction read runs here.
 
 import json
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,19 +106,8 @@ class RunRecord:
         return [(int(block[line + 1]), line) for line in changes]
 
 
-def read_records(directories: Sequence[Path]) -> list[RunRecord]:
-    """The runs in `directories`. UserError as `read_record`, and if two have the same name."""
-    records: dict[str, RunRecord] = {}
-    for record in map(read_record, directories):
-        if (other := records.get(record.slug)) is not None:
-            both = f"{other.directory} and {record.directory} have the same name {record.name!r}"
-            raise UserError(f"{both}: give each run once, or rename one of the directories")
-        records[record.slug] = record
-    return list(records.values())
-
-
-def read_record(directory: Path) -> RunRecord:
-    """The run in a directory, named after it.
+def read_record(directory: Path, name: str = "") -> RunRecord:
+    """The run in a directory, named after it by default.
 
     UserError for what is not a run directory, and for a training that has not logged anything yet.
     """
@@ -134,21 +122,20 @@ def read_record(directory: Path) -> RunRecord:
             raise UserError(f"{directory} has just begun: wait for the first line of its log")
         remedy = f"`tarflowlm train --resume {directory}`"
         raise UserError(f"{directory} stopped before its first logged step: {remedy}")
-    name = directory.resolve().name
+    name = name or directory.resolve().name
     return RunRecord(name, directory, run, train, valid, read_summary(directory))
 
 
-def _read_metrics(directory: Path) -> tuple[dict[str, Series], dict[str, Series]]:
+def _read_metrics(directory: Path) -> list[dict[str, Series]]:
     """The columns of training lines, and of validation lines."""
     path = directory / METRICS
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    rows: dict[str, list[dict[str, float]]] = {split: [] for split in COLUMNS}
+    lines = []
     for line in text.splitlines():
         with suppress(ValueError):  # the last line may be incomplete
-            row = json.loads(line)
-            rows.get(row["split"], []).append(row)  # other kinds of lines are not read
-    train, valid = (
-        {name: np.array([row[name] for row in rows[split]], float) for name in names}
-        for split, names in COLUMNS.items()
-    )
-    return train, valid
+            lines.append(json.loads(line))
+    found = []
+    for split, names in COLUMNS.items():
+        rows = [line for line in lines if line["split"] == split]
+        found.append({name: np.array([row[name] for row in rows], float) for name in names})
+    return found

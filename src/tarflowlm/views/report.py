@@ -1,32 +1,31 @@
 """The report: reads runs and their models, draws figures, and writes one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import latent_report
+from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.files import replacing
-from tarflowlm.generation import generate
-from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
+from tarflowlm.texts import Writing
+from tarflowlm.texts.edits import num_characters
 from tarflowlm.views import grid
 from tarflowlm.views.blocks import draw_gains, terms_table
 from tarflowlm.views.codes import draw_codebook
 from tarflowlm.views.curves import draw_bits
-from tarflowlm.views.page import GENERATOR, Section, page_html, picture_html
-from tarflowlm.views.records import RunRecord, read_records
+from tarflowlm.views.page import GENERATOR, page_html, picture_html, section_html
+from tarflowlm.views.records import RunRecord, read_record
 from tarflowlm.views.style import Figure, check_package, render
 from tarflowlm.views.tables import config_table, summary_table
 
@@ -34,7 +33,6 @@ NUM, LENGTH, SEED = 3, 256, 0  # samples, the most tokens of each, and how they 
 WIDTH = 4.6  # inches; on a phone, such a figure shows its text in full size
 DPI = 240
 NAMED = 64  # codes that are named
-COUNTED = 1 << 22  # tokens of the validation split whose frequencies are counted
 
 SIGNS = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
 BITS = (
@@ -87,32 +85,25 @@ def write_report(
     check_package("matplotlib", "plots")
     if out is None:
         out = _own_place(directories)
-    records = read_records([locate(directory) for directory in directories])
-    # folders in the hub's cache are named after commits
-    records = [
-        replace(record, name=directory.as_posix()) if is_reference(directory) else record
-        for record, directory in zip(records, directories, strict=True)
-    ]
+    records: dict[str, RunRecord] = {}
+    for directory in directories:
+        # folders in the hub's cache are named after commits
+        name = directory.as_posix() if is_reference(directory) else ""
+        record = read_record(locate(directory), name)
+        if record.slug in records:
+            what = f"two runs have the same name {record.name!r}"
+            raise UserError(f"{what}: give each run once, or rename one of the directories")
+        records[record.slug] = record
     page = out / "index.html"
     is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_new and not _is_report(page):
+    if not is_new and not (page.is_file() and GENERATOR in page.read_text("utf-8", "replace")):
         raise UserError(f"{out} exists and holds no report: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-
     writer = _Writer(out, device, progress)
-    sections = [Section("Summary", [SIGNS], [summary_table(records)])]
-    if logged := [record for record in records if record.has_log]:
-        progress.stage("training curves")
-        height = 6.0 + 0.18 * len(logged)
-        curves = writer.draw("bits", BITS, partial(draw_bits, records=logged), height)
-        sections.append(Section("Training", parts=[curves]))
-    sections += [writer.section(record) for record in records]
-    sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
-    title = f"Report on {', '.join(record.name for record in records)}"
     with replacing(page) as temporary:
-        temporary.write_text(page_html(title, sections, css=grid.CSS), encoding="utf-8")
-    notes = [RunNotes(name=r.name, status=r.status, notes=r.notes) for r in records]
-    return Report(page=str(page), figures=writer.figures, runs=notes)
+        temporary.write_text(writer.page(list(records.values())), encoding="utf-8")
+    runs = [RunNotes(name=r.name, status=r.status, notes=r.notes) for r in records.values()]
+    return Report(page=str(page), figures=writer.figures, runs=runs)
 
 
 def _own_place(directories: Sequence[Path]) -> Path:
@@ -125,33 +116,6 @@ def _own_place(directories: Sequence[Path]) -> Path:
     return locate(directories[0]) / "report"
 
 
-def _is_report(page: Path) -> bool:
-    """Whether a page is one that `write_report` has written."""
-    mark = f'content="{GENERATOR}"'
-    return page.is_file() and mark in page.read_text(encoding="utf-8", errors="replace")[:1000]
-
-
-def draw_samples(
-    checkpoint: Checkpoint, progress: Progress = SILENT
-) -> tuple[list[str], list[Tensor]]:
-    """NUM texts, always the same for a model, and the first one [T] after every pass, noise first.
-
-    They have the trained context, or LENGTH tokens where that is less. There are no passes for
-    fewer than two blocks.
-    """
-    model = checkpoint.model
-    result = generate(
-        model,
-        num=NUM,
-        num_tokens=min(LENGTH, model.config.context),
-        temperature=checkpoint.run.temperature,
-        generator=torch.Generator().manual_seed(SEED),
-        progress=progress,
-    )
-    passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
-    return [checkpoint.tokenizer.decode(row.tolist()) for row in result.tokens], passes
-
-
 @dataclass(frozen=True)
 class _Writer:
     """Draws figures into the folder of a report, whose paths it collects."""
@@ -161,41 +125,53 @@ class _Writer:
     progress: Progress
     figures: list[str] = field(default_factory=list)
 
-    def draw(self, name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
+    def page(self, records: Sequence[RunRecord]) -> str:
+        """The page about the runs; their notes say what is missing."""
+        sections = [section_html("Summary", [SIGNS], [summary_table(records)])]
+        logged = [record for record in records if record.has_log]
+        if logged:
+            self.progress.stage("training curves")
+            draw = partial(draw_bits, records=logged)
+            curves = self._draw("bits", BITS, draw, 6.0 + 0.18 * len(logged))
+            sections.append(section_html("Training", parts=[curves]))
+        sections += [self._section(record) for record in records]
+        table = config_table(records)
+        sections.append(section_html("Configuration", parts=[table], is_folded=True))
+        return page_html(f"Report on {', '.join(record.name for record in records)}", sections)
+
+    def _draw(self, name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
         """A figure of this height in inches as PNG; returns it as HTML."""
-        path = self.out / f"{name}.png"
-        svg = render(draw, path, width=WIDTH, height=height, dpi=DPI)
-        self.figures.append(str(path))
+        svg = render(draw, name, self.out, width=WIDTH, height=height, dpi=DPI)
+        self.figures.append(str(self.out / f"{name}.png"))
         return picture_html(name, svg, caption)
 
-    def section(self, record: RunRecord) -> Section:
-        """Samples, terms of the bound and codebook of a run; it notes what is missing."""
+    def _section(self, record: RunRecord) -> str:
+        """Samples, terms of the bound and codebook of a run."""
         try:
             checkpoint = load_checkpoint(record.directory, self.device)
         except UserError as error:
             record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
-            return Section(record.name, record.notes)
-        model = checkpoint.model
+            return section_html(record.name, record.notes)
         step = checkpoint.info.get("step", "?")
-        parts = self._samples(record, checkpoint)
-        length = min(LENGTH, model.config.context)
+        length = min(LENGTH, checkpoint.model.config.context)
+        parts = self._samples(record, checkpoint, length)
         how = f"seed {SEED}, temperature {checkpoint.run.temperature:g}, not selected"
         notes = [f"{NUM} samples of {length} tokens at step {step}: {how}."]
-        if model.is_exact:
+        if checkpoint.model.is_exact:
             notes.append(EXACT)
         else:
             parts += self._flow(record, checkpoint, step)
-        return Section(record.name, [*record.notes, *notes], parts)
+        return section_html(record.name, [*record.notes, *notes], parts)
 
-    def _samples(self, record: RunRecord, checkpoint: Checkpoint) -> list[str]:
-        """Samples, and the passes of the first one."""
-        model = checkpoint.model
-        positions = num_positions(model, min(LENGTH, model.config.context))
-        self.progress.stage(f"samples of {record.name}, positions", positions)
-        samples, passes = draw_samples(checkpoint, self.progress)
-        texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples)
+    def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
+        """Samples, always the same for a model, and the passes of the first one."""
+        draft = Writing(num=NUM, num_tokens=length, seed=SEED).read(checkpoint)
+        self.progress.stage(f"samples of {record.name}, positions", draft.num_positions)
+        (written,) = draft.batches(self.progress)
+        texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
         parts = [f'<div class="samples">\n{texts}</div>\n']
-        if passes:
+        if checkpoint.model.num_blocks > 1:
+            passes = [state[0] for state in written.generation.passes]
             rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
             caption = f"<figcaption>{escape(PASSES)}</figcaption>"
             parts.append(f"<figure>\n{rows}\n{caption}\n</figure>\n")
@@ -205,27 +181,28 @@ class _Writer:
         """Pictures of the blocks and of the codebook, and a table of the terms of the bound."""
         flow = as_flow(checkpoint.model)
         tokenizer = checkpoint.tokenizer
-        named = np.arange(tokenizer.vocab_size)
+        named = list(range(tokenizer.vocab_size))
+        chosen = "first"
         parts = []
         table = ""
         corpus = _corpus(record, checkpoint)
         if corpus is not None:
-            valid = corpus.split("valid")
-            counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)
-            named = np.argsort(-counts, kind="stable")
-            windows = eval_windows(valid, flow.config.context, record.run.train.evaluate_windows)
+            length = flow.config.context
+            windows = eval_windows(corpus.split("valid"), length, record.run.train.evaluate_windows)
+            counts = windows.flatten().bincount(minlength=tokenizer.vocab_size)
+            named = counts.argsort(descending=True, stable=True).tolist()
+            chosen = "most frequent"
             self.progress.stage(f"validation windows of {record.name}", len(windows))
             states = latent_report(flow, windows, progress=self.progress)
-            characters = int(tokenizer.characters_per_token[windows.numpy()].sum())
-            per_character = windows.numel() / characters
-            table = terms_table(states, per_character)
+            characters = num_characters(tokenizer, windows.flatten()).item()
+            to_bpc = bits(windows.numel() / characters)
+            table = terms_table(states, to_bpc)
             caption = BLOCKS.format(windows=len(windows), tokens=windows.numel(), step=step)
-            draw = partial(draw_gains, states=states, tokens_per_character=per_character)
+            draw = partial(draw_gains, states=states, to_bpc=to_bpc)
             height = 1.0 + 0.7 * flow.num_blocks
-            parts.append(self.draw(f"blocks-{record.slug}", caption, draw, height))
+            parts.append(self._draw(f"blocks-{record.slug}", caption, draw, height))
         caption = f"The codebook at step {step} on its first two principal components."
         if len(named) > NAMED:
-            chosen = "first" if corpus is None else "most frequent"
             caption += f" The {NAMED} {chosen} tokens are named."
         draw = partial(
             draw_codebook,
@@ -233,7 +210,7 @@ class _Writer:
             symbols=tokenizer.symbols,
             named=named[:NAMED],
         )
-        return [*parts, self.draw(f"codebook-{record.slug}", caption, draw, 4.6), table]
+        return [*parts, self._draw(f"codebook-{record.slug}", caption, draw, 4.6), table]
 
 
 def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import replacing
@@ -21,9 +21,6 @@ else:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, without yellow and black, which vanish on white or on dark."""
-Dashes = Literal["-"] | tuple[float, tuple[float, float]]
-DASHES: tuple[Dashes, ...] = ("-", (0.0, (5.0, 1.5)), (0.0, (1.5, 1.5)))
-"""Dashes of curves whose colours have been used once, twice, three times."""
 INK = "#1b1f24"
 MUTED = "#68707a"
 GRID = "#e3e6ea"
@@ -48,17 +45,17 @@ def check_package(name: str, extra: str) -> None:
 
 def render(
     draw: Callable[[Figure], None],
-    path: Path | None,
+    name: str,
+    folder: Path | None = None,
     *,
     width: float,
     height: float,
-    name: str = "",
     dpi: int = 160,
 ) -> str:
     """Draw a figure of `width` x `height` inches as SVG for a page that defines the colours.
 
-    `draw` gets an empty figure. A PNG goes to the file `path`, if that is given, and replaces it
-    atomically. Ids in the SVG begin with `name`, or else with the name of the file.
+    `draw` gets an empty figure. A PNG goes into the `folder`, if one is given, and replaces the one
+    of the same name atomically. Ids in the SVG begin with `name`.
     """
     check_package("matplotlib", "plots")
     import matplotlib
@@ -73,12 +70,12 @@ def render(
         # the layout takes half of the time of saving, so compute it once
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        if path is not None:
-            with replacing(path) as temporary:
+        if folder is not None:
+            with replacing(folder / f"{name}.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_a_page(buffer.getvalue(), name or (path.stem if path is not None else "figure"))
+    return _for_a_page(buffer.getvalue(), name)
 
 
 def _for_a_page(svg: str, prefix: str) -> str:
@@ -101,8 +98,8 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def literal(text: str, longest: int = 30) -> str:
+def literal(text: str) -> str:
     """`text` escaped for matplotlib; the middle of a long text is left out."""
-    if len(text) > longest:
-        text = f"{text[: longest // 2]}…{text[-longest // 2 + 1 :]}"
+    if len(text) > 30:
+        text = f"{text[:15]}…{text[-14:]}"
     return text.replace("$", r"\$")
