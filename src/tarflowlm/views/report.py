@@ -19,7 +19,6 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 from tarflowlm.texts import Writing
-from tarflowlm.texts.edits import num_characters
 from tarflowlm.views import grid
 from tarflowlm.views.blocks import draw_gains, terms_table
 from tarflowlm.views.codes import draw_codebook
@@ -194,7 +193,7 @@ class _Writer:
             chosen = "most frequent"
             self.progress.stage(f"validation windows of {record.name}", len(windows))
             states = latent_report(flow, windows, progress=self.progress)
-            characters = num_characters(tokenizer, windows.flatten()).item()
+            characters = tokenizer.characters_per_token[windows.numpy()].sum()
             to_bpc = bits(windows.numel() / characters)
             table = terms_table(states, to_bpc)
             caption = BLOCKS.format(windows=len(windows), tokens=windows.numel(), step=step)
