@@ -11,13 +11,10 @@ from torch import Tensor
 
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.inversion import finish
-from tarflowlm.generation.particles import RESAMPLE_BELOW, Weights, resample
-from tarflowlm.generation.sampling import BLANK, row_generators
-from tarflowlm.generation.writing import Window
+from tarflowlm.generation import generate, particles
+from tarflowlm.generation.particles import Weights, resample
+from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT
 
 V = 3
 
@@ -81,50 +78,30 @@ def model(request) -> TarFlowLM | TokenLM:
     return tiny_flow(**(sizes | fields))
 
 
-def filtered(
-    model: TarFlowLM | TokenLM,
-    template: torch.Tensor,
-    particles: int,
-    threshold: float,
-    generator: torch.Generator,
-) -> Generation:
-    """300 samples around a template, whose particles are resampled below a `threshold`."""
-    window = Window(
-        model,
-        row_generators(range(300), generator),
-        particles,
-        adjust=None,
-        decoder="auto",
-        progress=SILENT,
-        given=template.expand(300, -1),
-        resample_below=threshold,
-    )
-    with torch.no_grad():
-        return finish(window.write())
-
-
 TEMPLATES = {2: [[BLANK, 2], [1, BLANK]], 3: [[BLANK, BLANK, 2], [BLANK, 1, BLANK], [0, BLANK, 1]]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True], ids=["when-uneven", "always"])
-def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always):
+def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always, monkeypatch):
     """With few particles the evidence is still unbiased; with many the texts follow the
     conditional.
     """
-    threshold = 1.1 if always else RESAMPLE_BELOW
+    if always:
+        monkeypatch.setattr(particles, "RESAMPLE_BELOW", 1.1)
     T, joint = model.config.context, probabilities(model)
     assert joint.sum().item() == pytest.approx(1.0, abs=1e-2)
     for template in TEMPLATES[T]:
         wanted = torch.tensor(template)
         fits = ((texts(T) == wanted) | (wanted == BLANK)).all(-1)
         evidence = joint[fits].sum().item()
-        generator = torch.Generator().manual_seed(0)
-        few = filtered(model, wanted, 3, threshold, generator)
+        options = {"num_tokens": T, "num": 300, "prompt": wanted}
+        options["generator"] = torch.Generator().manual_seed(0)
+        few = generate(model, particles=3, **options)
         estimates = few.evidence.log_evidence.exp()
         error = estimates.std().item() / math.sqrt(300)
         assert abs(estimates.mean().item() - evidence) < 4.5 * error + 2e-2 * evidence
-        many = filtered(model, wanted, 24, threshold, generator)
+        many = generate(model, particles=24, **options)
         assert ((many.tokens == wanted) | (wanted == BLANK)).all()
         code = (many.tokens * V ** torch.arange(T).flip(0)).sum(-1)
         observed = torch.bincount(code, minlength=V**T).double() / 300
@@ -147,8 +124,8 @@ def test_one_particle_ignores_what_comes_later_and_many_do_not():
     joint = probabilities(model).view(V, V)
     free, given = joint.sum(1), joint[:, 2] / joint[:, 2].sum()
     assert (free - given).abs().max() > 0.2
-    for particles, expected in ((1, free), (16, given)):
-        options = {"particles": particles, "generator": torch.Generator().manual_seed(1)}
+    for count, expected in ((1, free), (16, given)):
+        options = {"particles": count, "generator": torch.Generator().manual_seed(1)}
         tokens = generate(
             model, num_tokens=2, num=400, prompt=torch.tensor([BLANK, 2]), **options
         ).tokens

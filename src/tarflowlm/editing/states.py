@@ -19,6 +19,7 @@ from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, invert_block, per_block
+from tarflowlm.generation.sampling import num_leading
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -221,13 +222,12 @@ def inverted_below(
         block, u = prior.block(index), prior.patch(states[-1])
         above, below = (prior.patch(text.states[i]) for i in (index + 1, index))
         # leading positions, in the block's order, whose noise is unchanged in all rows
-        same = (block.order(u) == block.order(above)).all(2).all(0)
+        same = num_leading((block.order(u) == block.order(above)).all(2).all(0))
         found = invert_block(
             block,
             u,
             decoder=chosen[-1 - index],
-            settled=below,
-            num_settled=int(same.long().cumprod(0).sum()),
+            settled=block.order(below)[:, :same],
             progress=progress,
         )
         states.append(prior.patch.inverse(found.h))

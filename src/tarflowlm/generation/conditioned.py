@@ -16,7 +16,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.sampling import inverse_cdf
+from tarflowlm.generation.sampling import inverse_cdf, num_leading
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
@@ -107,7 +107,7 @@ class ConditionedLatents(Conditioned):
         """Complete the leading positions that are given in all rows, in one parallel pass; returns
         as `step`.
         """
-        num = int(self.is_known.all(2).all(0).long().cumprod(0).sum())
+        num = num_leading(self.is_known.all(2).all(0))
         if num == 0:
             return self.noise.new_zeros(len(self.noise))
         u, log_det = self.block.coupling(self.known[:, :num], self.settle(self.known, num))

@@ -2,7 +2,7 @@
 (docs/math.md, 7 and 9).
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from tarflowlm.checks import as_integer, check_generator, check_integers, check_
 from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.inversion import Decoders, as_decoders, finish
+from tarflowlm.generation.inversion import Decoders, check_decoders, finish
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
-from tarflowlm.generation.writing import Generation, Window, case_of, write
+from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -105,7 +105,7 @@ def generate_steps(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: Progress = SILENT,
     every: int = 1,
-) -> Generator[Tensor, None, Generation]:
+) -> Parts:
     """Write as `generate`, and yield the tokens as they become final.
 
     Each time these are the next tokens [num, n] of all samples, int64 on the CPU: in order, each
@@ -115,6 +115,7 @@ def generate_steps(
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
+    check_decoders(decoder)
     num = as_integer(num, "num", least=1)
     given = _given(model, num, as_integer(num_tokens, "length", least=1), prompt)
     text = Window(
@@ -122,37 +123,26 @@ def generate_steps(
         _row_streams(generator, num),
         _num_particles(model, given, particles),
         _adjust(model, temperature, top_k, top_p),
-        as_decoders(decoder),
+        decoder,
         progress,
         given,
+        every,
     )
     keep_freed_memory()
-    return _shown(text, every)
+    return _undisturbed(text)
 
 
-def _shown(text: Window, every: int) -> Generator[Tensor, None, Generation]:
-    """The tokens of a text as they become final."""
-    given, steps = text.given, write(text)
-    num_tokens = given.shape[1]
-    # what begins all samples is known before they are written
-    shown = int((given != BLANK).all(0).long().cumprod(0).sum())
-    if shown:
-        yield given[:, :shown].clone()
+def _undisturbed(text: Window) -> Parts:
+    """Write a text; between two parts, the reader has its own settings of PyTorch."""
+    steps = write(text)
     while True:
-        # between two parts, the reader has its own settings again
         with torch.no_grad(), threads_for(text.rows):
             try:
-                final = next(steps)
-                while final.end < shown + every and not final.ends_window:
-                    final = next(steps)
-            except StopIteration as stop:
-                result: Generation = stop.value
+                part = next(steps)
+            except StopIteration as end:
+                result: Generation = end.value
                 return result
-            end = min(final.end, num_tokens)
-            found, known = final.read(shown, end).cpu(), given[:, shown:end]
-        if end > shown:
-            yield torch.where(known == BLANK, found, known)
-            shown = end
+        yield part
 
 
 def _adjust(
@@ -226,7 +216,7 @@ def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -
             f"the prompt has {num_tokens} tokens, which leaves no room in {num_tokens}: "
             "shorten it, or raise the length"
         )
-    if asked and particles > 1 and case_of(model, given) == "continued":
+    if asked and particles > 1 and exact_prompt(model, given):
         raise UserError(
             f"particles {particles}: this model continues a prompt exactly, leave them out"
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
-from typing import Generic, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.newton import CONTRACTION, RESIDUAL, NewtonJudge, largest_change
+from tarflowlm.generation.sampling import num_leading
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 
@@ -31,19 +32,15 @@ Decoders = Decoder | Sequence[Decoder]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when it changes by at most this times 1 + |h|: a few roundings."""
 SHORTEST_NEWTON = 8
-"""Fewer positions than these take no Newton steps. So many show whether a block is near the
-identity.
-"""
+"""Fewest positions for Newton steps; so many show whether a block is near the identity."""
 LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 FEW_SEQUENCES = 2
 """Exact inverses of many positions at once cost less than steps for so few sequences."""
-FEW_SEQUENCES = 2
-"""Exact inverses of many positions at once cost less than steps for so few sequences."""
 
 P = ParamSpec("P")
-Y = TypeVar("Y")
 R = TypeVar("R")
+Y = TypeVar("Y")
 
 
 class Kept(Generic[Y, R]):
@@ -77,15 +74,6 @@ def finished(function: Callable[P, Generator[object, None, R]]) -> Callable[P, R
     return run
 
 
-class FinalLatents(NamedTuple):
-    """How far the latents of a block are final."""
-
-    h: Tensor
-    """The latents [B, N, C], in the block's order."""
-    num: int
-    """The first so many positions will not change."""
-
-
 @dataclass(frozen=True)
 class Inverted:
     """The latents of a block, and how they were computed."""
@@ -96,9 +84,7 @@ class Inverted:
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
     repeated: int = 0
-    """Positions inverted again by steps, because their swept latents did not map back to the
-    noise.
-    """
+    """Positions inverted again, because their swept latents did not map back to the noise."""
 
 
 def block_inversion(
@@ -108,38 +94,33 @@ def block_inversion(
     decoder: Decoder = "steps",
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
-    num_settled: int = 0,
     segment: int = LONGEST_SEGMENT,
     tolerance: float | None = None,
     progress: Progress = SILENT,
-) -> Generator[FinalLatents, None, Inverted]:
+) -> Generator[Tensor, None, Inverted]:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
-    rounding; the result is mapped forward again, and the rest is inverted by steps from the first
-    position whose noise does not come back. "auto": sweeps for a block near the identity, where
-    Newton steps converge, and else steps. With `adjust` there is no forward map to check against:
-    steps.
+    rounding; the result is mapped forward again, and inverted by steps from the first position
+    whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
+    `adjust` there is no forward map to check against: steps.
 
-    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. A
-    sweep inverts at most `segment` positions; `tolerance` is TOLERANCE by default. `progress`
-    advances once per position. The generator yields after every step; what sweeps found is final at
-    the end.
+    `settled` [B, n, C] are the latents of the first positions, in the block's order. A sweep
+    inverts at most `segment` positions; `tolerance` is TOLERANCE by default. `progress` advances
+    once per position. After every step the generator yields the final latents [B, n, C], in the
+    block's order; what sweeps found is final at the end.
     """
     if adjust is not None:
         decoder = "steps"
     work = _Inversion(block, u, adjust, segment, tolerance or TOLERANCE[u.dtype], progress)
-    if settled is not None and num_settled:
-        work.settle(settled, num_settled)
+    if settled is not None:
+        work.settle(settled)
     if decoder == "auto":
         decoder = "sweeps" if work.is_near_identity() else "steps"
     repeated = 0
     if decoder == "sweeps":
         work.sweep()
-        start, end = work.swept
-        if end and (bad := first_bad(block, work.h[:, :end], work.noise[:, :end], start)) < end:
-            repeated = work.num_positions - bad
-            work.at, work.progress = bad, SILENT
+        repeated = work.rewind_to_bad()
     yield from work.step()
     return Inverted(block.order.inverse(work.h), decoder, work.passes, repeated)
 
@@ -148,9 +129,7 @@ invert_block = finished(block_inversion)
 
 
 class _Inversion:
-    """The state of an inversion. Positions are in the block's order; those before `at` are
-    final.
-    """
+    """The state of an inversion, in the block's order. Positions before `at` are final."""
 
     def __init__(
         self,
@@ -161,9 +140,13 @@ class _Inversion:
         tolerance: float,
         progress: Progress,
     ) -> None:
-        self.block, self.adjust, self.progress = block, adjust, progress
-        self.segment, self.tolerance = segment, tolerance
-        self.noise, self.num_positions = block.order(u), u.shape[1]
+        self.block = block
+        self.adjust = adjust
+        self.progress = progress
+        self.segment = segment
+        self.tolerance = tolerance
+        self.noise = block.order(u)
+        self.num_positions = u.shape[1]
         self.h = self.noise.clone()
         self.cache = block.allocate_cache(len(u), self.num_positions)
         self.at = 0
@@ -173,11 +156,13 @@ class _Inversion:
         self.takes_newton = isinstance(block.coupling, ChannelCoupling)
         """Whether Newton steps may converge."""
 
-    def settle(self, h: Tensor, num: int) -> None:
-        """Copy the first `num` positions from h [B, N, C], in the order of the tokens."""
-        self.h[:, :num] = self.block.order(h)[:, :num]
-        self._advance(num)
-        self._fill_cache()
+    def settle(self, h: Tensor) -> None:
+        """Begin with the latents h [B, n, C] of the first positions."""
+        num = h.shape[1]
+        if num:
+            self.h[:, :num] = h
+            self._advance(num)
+            self._fill_cache()
 
     def _fill_cache(self) -> None:
         """Cache the final positions of all rows."""
@@ -188,8 +173,8 @@ class _Inversion:
         self.at += num
         self.progress.advance(num)
 
-    def step(self) -> Iterator[FinalLatents]:
-        """Invert position by position, up to the last one."""
+    def step(self) -> Iterator[Tensor]:
+        """Invert position by position, up to the last one; yields the final latents [B, at, C]."""
         if self.at == self.num_positions:
             return
         self.cache.rewind(self.at)
@@ -200,12 +185,12 @@ class _Inversion:
             self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
-            yield FinalLatents(self.h, self.at)
+            yield self.h[:, : self.at]
 
-    def _open_features(self, end: int, cache: KVCache, rows: Tensor | slice) -> Tensor:
-        """Features [B, end - at, D] of the open positions of some rows before `end`, from the
-        current guess.
-        """
+    def _open_features(
+        self, end: int, cache: KVCache, rows: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
         cache.rewind(self.at)
         self.passes += 1
         past = self.h[rows, max(self.at - 1, 0) : end - 1]
@@ -222,41 +207,44 @@ class _Inversion:
         coupling = self.block.coupling
         if isinstance(coupling, Fills):
             return len(self.h) <= FEW_SEQUENCES
-        start = self.at + SHORTEST_NEWTON
-        if not self.takes_newton or start > self.num_positions:
+        end = self.at + SHORTEST_NEWTON
+        if not isinstance(coupling, ChannelCoupling) or end > self.num_positions:
             return False
-        noise = self.noise[:, self.at : start]
-        features = self._open_features(start, self.cache, slice(None))
-        new, _ = cast(ChannelCoupling, self.block.coupling).newton_step(noise, noise, features)
-        # negated, so that NaN counts as far
+        noise = self.noise[:, self.at : end]
+        new, _ = coupling.newton_step(noise, noise, self._open_features(end, self.cache))
+        # NaN counts as far
         if not largest_change(new, noise).max() < CONTRACTION:
             return False
         return self.newton(min(self.num_positions, self.at + self.segment))
 
     def newton(self, end: int) -> bool:
-        """Newton steps of all channels of all positions at once, up to position `end`: True if they
-        converged.
+        """Newton steps of all positions up to `end` at once: True if they converged.
 
-        They carry their own check: each evaluates the forward map. Rows that have settled take no
-        further steps. A step that fails to shrink the changes ends them, and the open positions are
-        again what they were before; final ones stay so.
+        Each step checks the one before, since it evaluates the forward map. Rows that have settled
+        take no further steps. A step that fails to shrink the changes ends them, and the open
+        positions get back their guess.
         """
         coupling = cast(ChannelCoupling, self.block.coupling)
         judge = NewtonJudge(self.tolerance)
-        at, guess = self.at, self.h[:, self.at : end].clone()
-        cache, rows = self.cache, torch.arange(len(self.h), device=self.h.device)
+        at = self.at
+        guess = self.h[:, at:end].clone()
+        cache = self.cache
+        rows = torch.arange(len(self.h), device=self.h.device)
         while self.at < end:
-            old, noise = self.h[rows, self.at : end], self.noise[rows, self.at : end]
+            old = self.h[rows, self.at : end]
+            noise = self.noise[rows, self.at : end]
             new, residual = coupling.newton_step(old, noise, self._open_features(end, cache, rows))
             settled = judge.settled(new, old, residual, noise)
             self.h[rows, self.at : end] = new
-            self._advance(int(settled.all(0).long().cumprod(0).sum()))
+            self._advance(num_leading(settled.all(0)))
             if self.at < end and not judge.contracts:
                 self.h[:, self.at : end] = guess[:, self.at - at :]
                 break
-            if bool((done := settled.all(1)).any()):
+            done = settled.all(1)
+            if done.any():
                 left = (~done).nonzero()[:, 0].to(rows.device)
-                cache, rows = copy(cache), rows[left]
+                rows = rows[left]
+                cache = copy(cache)
                 cache.keep(left)
         if cache is not self.cache and 0 < self.at < self.num_positions:
             self._fill_cache()
@@ -264,18 +252,18 @@ class _Inversion:
 
     def _sweep_once(self, end: int) -> float:
         """One sweep over positions `at` to `end` - 1: the largest change."""
-        at, (B, _, C) = self.at, self.h.shape
-        features = self._open_features(end, self.cache, slice(None))
+        at = self.at
+        B, _, C = self.h.shape
+        features = self._open_features(end, self.cache)
         noise = self.noise[:, at:end].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
         change = largest_change(new, self.h[:, at:end]).amax(0)
         self.h[:, at:end] = new
         converged = (change <= self.tolerance).long().cumprod(0).sum()
-        # one copy to the host per sweep; NaN counts as not converged, so it advances one position
-        # at a time
+        # one copy to the host per sweep; NaN counts as not converged
         final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
         self._advance(min(int(final) + 1, end - at))
-        self.swept = min(at, self.swept[0]), self.at
+        self.swept = (min(at, self.swept[0]), self.at)
         return float(largest)
 
     def sweep(self) -> None:
@@ -288,7 +276,8 @@ class _Inversion:
         sweeps always suffice. A segment whose changes stop shrinking is halved, down to single
         positions (a step); after one that converged, the next is twice as long.
         """
-        limit, length = self.num_positions, self.segment
+        limit = self.num_positions
+        length = self.segment
         while limit - self.at >= SHORTEST_NEWTON and self.takes_newton:
             self.takes_newton = self.newton(min(limit, self.at + length))
         while self.at < limit:
@@ -296,24 +285,31 @@ class _Inversion:
             last = math.inf
             while self.at < stop:
                 largest = self._sweep_once(stop)
-                # negated, so that NaN counts as no convergence
+                # NaN counts as no convergence
                 if not largest < CONTRACTION * last and stop - self.at > 1:
                     length = (stop - self.at) // 2
                     stop = self.at + length
                 last = largest
             length = min(self.segment, 2 * length)
 
+    def rewind_to_bad(self) -> int:
+        """Go back to the first swept position whose latents do not map back to their noise.
 
-def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
-    """First position, from `first` on, where h does not map back to u, or else N.
-
-    Both are [B, N, C], in the block's order.
-    """
-    again, _ = block.coupling(h, block.features(h))
-    off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
-    # negated, so that NaN counts as bad
-    bad = ~(off <= RESIDUAL[off.dtype])
-    return first + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
+        Returns the number of positions that are to be inverted again.
+        """
+        start, end = self.swept
+        if not end:
+            return 0
+        h, u = self.h[:, :end], self.noise[:, :end]
+        again, _ = self.block.coupling(h, self.block.features(h))
+        off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[start:]
+        # NaN counts as bad
+        num_good = num_leading(off <= RESIDUAL[off.dtype])
+        if start + num_good == end:
+            return 0
+        self.at = start + num_good
+        self.progress = SILENT
+        return self.num_positions - self.at
 
 
 def stack_inversion(
@@ -325,34 +321,32 @@ def stack_inversion(
     adjust: AdjustWeights | None = None,
     settled: Sequence[Tensor] = (),
     progress: Progress = SILENT,
-) -> Generator[FinalLatents, None, tuple[list[Tensor], list[Inverted]]]:
-    """Invert blocks L, ..., above + 1; returns the states h^(L) = noise, ..., h^(above), each
-    [B, T, d], and one `Inverted` for each block, L first.
+) -> Generator[Tensor, None, tuple[list[Tensor], list[Inverted]]]:
+    """Invert blocks L, ..., above + 1; yields what block 1 yields.
 
-    Yields as block 1 does. `adjust` is for block 1 as well, except where the blocks below the last
-    one only fill in what they are sure of: then it is for all. `settled` has the states of the
-    tokens at the start, h^(0) first, in a stack that runs left to right. Errors: `per_block`.
+    Returned are the states h^(L) = noise, ..., h^(above), each [B, T, d], and one `Inverted` for
+    each block, L first. `adjust` is for block 1, and for all where the blocks below the last one
+    only fill in what they are sure of. `settled` has the states of the tokens at the start, h^(0)
+    first, in a stack that runs left to right. UserError for another number of decoders.
     """
-    patch, chosen = model.prior.patch, per_block(decoder, model.num_blocks)
-    h, states, work = patch(noise), [noise], list[Inverted]()
+    patch = model.prior.patch
+    chosen = per_block(decoder, model.num_blocks)
+    h = patch(noise)
+    states = [noise]
+    work: list[Inverted] = []
     for index in reversed(range(above, model.num_blocks)):
-        known = patch(settled[index]) if settled else None
-        steps = Kept(
-            block_inversion(
-                model.prior.block(index),
-                h,
-                decoder=chosen[-1 - index],
-                adjust=adjust if index == 0 or model.config.fills_in else None,
-                settled=known,
-                num_settled=0 if known is None else known.shape[1],
-                progress=progress,
-            )
+        block = model.prior.block(index)
+        steps = block_inversion(
+            block,
+            h,
+            decoder=chosen[-1 - index],
+            adjust=adjust if index == 0 or model.config.fills_in else None,
+            settled=block.order(patch(settled[index])) if settled else None,
+            progress=progress,
         )
-        for final in steps:
-            if index == 0:
-                yield final
-        work.append(steps.value)
-        h = steps.value.h
+        found = finish(steps) if index else (yield from steps)
+        work.append(found)
+        h = found.h
         states.append(patch.inverse(h))
     return states, work
 
@@ -360,12 +354,12 @@ def stack_inversion(
 invert_stack = finished(stack_inversion)
 
 
-def as_decoders(decoder: object) -> Decoders:
-    """`decoder`, lists as tuples. UserError unless it is a decoder, or lists some."""
-    if isinstance(decoder, Sequence) and not isinstance(decoder, str):
-        return tuple(cast(Decoder, as_decoders(one)) for one in decoder)
-    check_option(decoder, "decoder", Decoder)
-    return cast(Decoder, decoder)
+def check_decoders(decoder: object) -> None:
+    """UserError unless `decoder` is a decoder, or lists some."""
+    if isinstance(decoder, str) or not isinstance(decoder, Sequence):
+        decoder = (decoder,)
+    for one in decoder:
+        check_option(one, "decoder", Decoder)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

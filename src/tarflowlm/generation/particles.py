@@ -8,7 +8,7 @@ given tokens are fixed and the others drawn from left to right.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -117,20 +117,24 @@ def particle_filter(
     weights: Weights,
     generators: list[torch.Generator],
     source: "UniformSource | LatentSource",
-    resample_below: float = RESAMPLE_BELOW,
-) -> Iterator[None]:
-    """Run `conditioned` to its end, adding to `weights`; yields after every position.
+    progress: Progress,
+) -> Generator[Tensor, None, None]:
+    """Run `conditioned` to its end, adding to `weights`.
 
     The particles of a sample are resampled when their effective number falls below a share of R;
-    `source` gives them fresh noise. `generators` has one per sample.
+    `source` gives them fresh noise. `generators` has one per sample. A single particle is final
+    after every position: then the generator yields its values so far.
     """
     num, particles = weights.log_w.shape
     while conditioned.at < conditioned.num_positions:
         weights.add(conditioned.step())
-        yield
-        if particles == 1 or conditioned.at == conditioned.num_positions:
+        progress.advance()
+        if particles == 1:
+            yield conditioned.values[:, : conditioned.at]
             continue
-        is_uneven = weights.effective() < resample_below * particles
+        if conditioned.at == conditioned.num_positions:
+            return
+        is_uneven = weights.effective() < RESAMPLE_BELOW * particles
         uneven: list[int] = is_uneven.nonzero().flatten().tolist()
         if not uneven:
             continue

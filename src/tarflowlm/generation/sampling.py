@@ -33,6 +33,11 @@ def row_uniform(generators: list[Generator], *shape: int) -> Tensor:
     return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
 
 
+def num_leading(mask: Tensor) -> int:
+    """How many places at the start of `mask` [N] are True."""
+    return int(mask.long().cumprod(0).sum())
+
+
 def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
     """Indices [...] drawn by the log-weights [..., K], as the inverse of their CDF at numbers
     `uniform` [...].

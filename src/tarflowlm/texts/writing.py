@@ -17,7 +17,7 @@ from tarflowlm.data.streaming import TextStream, first_stop
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate_steps
 from tarflowlm.generation.generate import usual_particles
-from tarflowlm.generation.inversion import Decoders, Kept, as_decoders, finish
+from tarflowlm.generation.inversion import Decoders, Kept, check_decoders, finish
 from tarflowlm.generation.sampling import adjust_weights, row_generators
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.progress import SILENT, Progress
@@ -60,7 +60,7 @@ class Writing:
                 as_integer(value, name, least=1)
         temperature = 1.0 if self.temperature is None else self.temperature
         adjust_weights(temperature, self.top_k, self.top_p)
-        as_decoders(self.decoder)
+        check_decoders(self.decoder)
         seeded_generator(self.seed)
         if self.prompts and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
