@@ -3,15 +3,9 @@
     rows = max(1, budget // what one row takes)
 
 Rows do not influence each other, so no size changes a result by more than rounding, with one
-exception: a sampler or an evaluation that draws noise batch by batch draws other noise in batches
-of another size. The sizes that matter:
-
-- `CACHED` decides how fast the numerics run on a CPU. It was measured; a size four times smaller or
-  larger costs up to a fifth.
-- `HELD_CPU` and `HELD_ACCELERATOR` decide how much memory a large vocabulary takes.
-- `EVALUATED_TOKENS` decides the noise behind published numbers.
-
-The others are round numbers, good to a factor of two.
+exception: an evaluation that draws noise batch by batch draws other noise in batches of another
+size. So `EVALUATED_TOKENS` decides the noise behind published numbers. `CACHED` was measured; a
+size four times smaller or larger costs up to a fifth. The others are good to a factor of two.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,16 +24,12 @@ HELD_CPU = 2**22
 HELD_ACCELERATOR = 2**26
 """The same on an accelerator: 256 MiB fill it, and a large vocabulary takes some gigabytes."""
 KEPT = 2**24
-"""Elements of a softmax that is kept for the backward: 64 MiB of float32. The general path over a
-vocabulary has three of them. A larger one is computed again.
-"""
+"""Elements of a softmax that is kept for the backward, 64 MiB: a larger one is computed again."""
 LOGITS = 2**27
 """Elements of the baseline's logits that are held at once: 512 MiB of float32."""
 
 BOUND_TOKENS_CPU = 2048
-"""Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at
-D = 128 and stays in the cache.
-"""
+"""Tokens whose bounds a CPU computes together: an activation of 4 D channels stays in the cache."""
 EVALUATED_TOKENS = 8192
 """Tokens that an evaluation takes at once: enough for two cores or a small GPU."""
 WRITTEN_TOKENS = 6144
@@ -59,7 +49,7 @@ def row_ranges(rows: int, elements_per_row: int, budget: int) -> Iterator[slice]
 
 
 def bound_rows(num_tokens: int, device: torch.device) -> int:
-    """Texts of `num_tokens` whose bounds are computed together: few on a CPU, to stay in cache."""
+    """Texts of `num_tokens` whose bounds are computed together."""
     budget = BOUND_TOKENS_CPU if device.type == "cpu" else EVALUATED_TOKENS
     return rows_at_once(num_tokens, budget)
 

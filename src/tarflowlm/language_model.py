@@ -45,17 +45,14 @@ class LanguageModel(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """`bound` of every sequence with fresh noise, in nats."""
+        """`bound` with fresh noise."""
         return self.bound(tokens, self.draw_noise(tokens))
 
     @abstractmethod
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Noise eps ~ N(0, I) for a posterior sample mu_x + sigma_x eps; d = 0 for exact models.
-
-        It is drawn on the generator's device, else on the model's.
-        """
+        """Noise eps ~ N(0, I) for a posterior sample mu_x + sigma_x eps; d = 0 for exact models."""
 
     @abstractmethod
     def bound(
@@ -106,7 +103,7 @@ class LanguageModel(nn.Module):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's global CPU generator starts from `seed`; then it is restored."""
+    """A context in which PyTorch's global CPU generator starts from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -36,8 +36,7 @@ def elbo(
         >>> round(terms.nelbo.item() / 8, 2), round(math.log(27), 2)  # a new model knows nothing
         (3.3, 3.3)
     """
-    exact = "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact"
-    as_flow(model, exact)
+    as_flow(model, "elbo of the discrete baseline: model.log_prob(tokens) is exact")
     check_tokens(model, tokens)
     check_generator(generator)
     if noise is None:
@@ -67,10 +66,8 @@ def conditional_bound(
     if given == 0:
         return model.bound(tokens, noise)
     if model.num_blocks > 1:
-        what = (
-            f"a flow of {model.num_blocks} blocks has no known bound on tokens given earlier ones"
-        )
-        raise UserError(f"{what}: evaluate it in fresh contexts")
+        what = f"no bound is known for {model.num_blocks} blocks on tokens given earlier ones"
+        raise UserError(f"{what}: evaluate them in fresh contexts")
     return model.bound(tokens, noise, per_token=True)[:, given:].sum(-1)
 
 
@@ -84,8 +81,8 @@ def log_importance_weights(
 ) -> Float[Tensor, "S B"]:
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
-    With `given` > 0 they weigh the tokens after the first `given`, conditional on these. The
-    baseline gives one row, its exact log p(x). UserError as in `conditional_bound`.
+    With `given` > 0 they weigh the tokens after the first `given`, conditional on these
+    (`conditional_bound`). The baseline gives one row, its exact log p(x).
     """
     samples = as_integer(samples, "samples", least=1)
     rows = chunks.bound_rows(tokens.shape[1], tokens.device)
@@ -114,10 +111,7 @@ def importance_weighted_bound(
     samples: int,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
-    """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats.
-
-    docs/math.md, eq. 13. UserError for tokens that are not texts of the model.
-    """
+    """The bound on -log p(x) from `samples` posterior samples, in nats (docs/math.md, eq. 13)."""
     check_tokens(model, tokens)
     check_generator(generator)
     log_weights = log_importance_weights(model, tokens, samples=samples, generator=generator)

@@ -1,6 +1,5 @@
 """The work of each block of a flow: its share of the bound, and the geometry of the state after it.
 
-Both come from one pass over the windows of a text, with one posterior sample z ~ q(z|x) for each.
 The states h^(0) = z, ..., h^(L) = u are [B, T, d].
 """
 
@@ -114,12 +113,11 @@ def latent_report(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> list[StateReport]:
-    """Geometry and share of the bound of every state h^(0) = z, ..., h^(L) = u of a text's windows.
+    """The report of every state of a text's windows, with one posterior sample for each.
 
     The gains add up to kl(0) - kl(L). Same seed, same result; the noise is that of `evaluate`.
     `progress` advances by windows.
     """
-    # the batches of `evaluate`, so that both draw the same noise
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches: list[list[dict[str, Tensor]]] = []
     for rows in windows.split(windows_per_batch(windows.shape[1])):

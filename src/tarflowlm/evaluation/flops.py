@@ -1,8 +1,7 @@
 """Floating-point operations of a model of a given configuration, for each sequence of its context.
 
-A multiply-add counts as two. PyTorch counts every matrix product of the real modules on meta
-tensors (shapes without numbers). Attention counts over the whole square of positions. Elementwise
-operations do not count.
+PyTorch counts the matrix products of the real modules on meta tensors (shapes without numbers), a
+multiply-add as two. Attention counts over the whole square of positions.
 
 Training costs three forward passes of what is trained, and one of the frozen blocks. Work that the
 backward pass repeats (attention weights, codebook tiles, checkpointed layers) does not count.
@@ -31,14 +30,13 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "V100": 125.0,
 }
-"""Dense matrix products in half precision with float32 sums, as the maker states them.
-
-The keys are parts of a GPU's name; the first that fits counts.
+"""Dense matrix products in half precision with float32 sums, as the maker states them, by parts of
+a GPU's name: the first that fits counts.
 """
 
 
 def peak_flops(device_name: str) -> float | None:
-    """What the maker of a GPU of this name states, per second; None for other devices."""
+    """Operations per second of a GPU of this name; None for other devices."""
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 

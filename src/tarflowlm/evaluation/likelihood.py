@@ -56,17 +56,14 @@ class Likelihood:
     tokens: int
     """Scored tokens."""
     characters: int
-    bytes: int | None = None
+    bytes: int | None
     """UTF-8 bytes of the text; None without `bytes_per_token`."""
-    elbo: float | None = None
+    elbo: float | None
     """Negative ELBO in nats per token, the mean over all samples; None for the baseline."""
-    elbo_stderr: float | None = None
-    elbo_sampling_stderr: float | None = None
-    """The part of it that comes from posterior sampling, and would change with the seed.
-
-    This and the error of the gap need 2 samples.
-    """
-    gap_stderr: float | None = None
+    elbo_stderr: float | None
+    elbo_sampling_stderr: float | None
+    """The part of it that another seed would change; like the gap it needs 2 samples."""
+    gap_stderr: float | None
 
     @property
     def ppl(self) -> float:
@@ -80,9 +77,7 @@ class Likelihood:
 
     @property
     def bits_per_byte(self) -> float | None:
-        if self.bytes is None:
-            return None
-        return bits(self.nats_per_token) * self.tokens / self.bytes
+        return None if self.bytes is None else bits(self.nats_per_token) * self.tokens / self.bytes
 
     @property
     def gap(self) -> float | None:
@@ -93,7 +88,7 @@ class Likelihood:
 
     @property
     def sign(self) -> str:
-        """The sign before the numbers: = for exact ones, <= for bounds."""
+        """The sign before the numbers."""
         return sign_of(self.bound)
 
     def to_json(self) -> dict[str, str | int | float | None]:
@@ -119,12 +114,9 @@ def evaluate(
     `bytes_per_token` [V] give bits per character and per byte.
 
     The first `given` tokens of a window are context and are not scored (`sliding_windows`). The
-    baseline and flows of one block allow this (`conditional_bound`).
+    baseline and flows of one block allow this (`conditional_bound`), other flows raise UserError.
 
     `progress` advances by windows. Same seed, same result.
-
-    UserError for `samples` below 1, for windows that are no texts of the model, and for `given`
-    tokens with a flow of several blocks.
     """
     check_tokens(model, windows, name="windows")
     log_w = log_weights(model, windows, given=given, samples=samples, seed=seed, progress=progress)
@@ -161,16 +153,19 @@ def summarise(
         tokens=len(scored),
         characters=int(characters_per_token[scored].sum()),
         bytes=None if bytes_per_token is None else int(bytes_per_token[scored].sum()),
+        elbo=None if model.is_exact else nats,
+        elbo_stderr=None if model.is_exact else stderr,
+        elbo_sampling_stderr=None,
+        gap_stderr=None,
     )
-    if model.is_exact:
-        return found
-    elbo_nats, elbo_stderr = _per_token(elbo, tokens)
-    found = replace(found, elbo=elbo_nats, elbo_stderr=elbo_stderr)
     if num_samples == 1:
         return found
+    elbo_nats, elbo_stderr = _per_token(elbo, tokens)
     return replace(
         found,
         bound=f"iw-{num_samples}",
+        elbo=elbo_nats,
+        elbo_stderr=elbo_stderr,
         elbo_sampling_stderr=math.sqrt(log_w.var(0).sum().item() / num_samples) / len(scored),
         gap_stderr=_per_token(elbo - weighted, tokens)[1],
     )
@@ -186,10 +181,7 @@ def log_weights(
     seed: int,
     progress: Progress = SILENT,
 ) -> Float[Tensor, "S W"]:
-    """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
-
-    Arguments as in `evaluate`.
-    """
+    """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU."""
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
     heads = [0] * len(windows) if given is None else given.tolist()
@@ -215,10 +207,7 @@ def runs(values: Iterable[object], longest: int) -> Iterator[slice]:
 
 
 def _per_token(nats: Float[Tensor, " W"], tokens: Float[Tensor, " W"]) -> tuple[float, float]:
-    """Nats per token over all windows, and the standard error of this ratio.
-
-    `tokens` were scored in each window.
-    """
+    """Nats per scored token over all windows, and the standard error of this ratio."""
     count = len(nats)
     total = tokens.sum().item()
     mean = nats.sum().item() / total

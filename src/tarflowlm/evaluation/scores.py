@@ -1,8 +1,8 @@
 """The bits of every token of a text, and of many texts at once."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checks import as_integer, check_model, check_tokens, checked_seed
+from tarflowlm.checks import as_integer, check_tokens, checked_seed
 from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import log_standard_normal
@@ -45,12 +45,11 @@ class Scores:
 
     @property
     def sign(self) -> str:
-        """The sign before the bits of the whole text: = if they are exact, else <=."""
+        """The sign before the bits of the whole text: = or <=."""
         return "=" if self.exact else "<="
 
     def __repr__(self) -> str:
-        name = type(self).__name__
-        return f"<{name} of {len(self.bits)} tokens: {self.sign} {self.total:.1f} bits>"
+        return f"<Scores of {len(self.bits)} tokens: {self.sign} {self.total:.1f} bits>"
 
 
 def score(
@@ -76,11 +75,8 @@ def score(
 
     A text beyond the trained context is scored in windows. The baseline and flows of one block see
     half a window as context; flows of several blocks begin every window anew, as no bound is known
-    for them else. The baseline needs no samples. Same seed, same result; the noise is that of
-    `evaluate`. `progress` advances by windows, each counted once per sample.
-
-    UserError for no tokens, for tokens that are not [T] or outside the vocabulary, and for
-    `samples` below 1.
+    for them else. Same seed, same result; the noise is that of `evaluate`. `progress` advances by
+    windows, each counted once per sample.
     """
     return scores(model, [tokens], samples=samples, seed=seed, progress=progress)[0]
 
@@ -98,16 +94,16 @@ def scores(
 
     The results are those of one text after the other, as each draws the noise of `seed` for itself.
     """
-    check_model(model)
     samples = as_integer(samples, "samples", least=1)
     seed = checked_seed(seed)
     for tokens in texts:
         check_tokens(model, tokens, shape="[T]")
     draws = 1 if model.is_exact else samples
+    alike: dict[int, list[int]] = defaultdict(list)
+    for index, tokens in enumerate(texts):
+        alike[len(tokens)].append(index)
     found: dict[int, Scores] = {}
-    by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    for length, equal in groupby(by_length, key=lambda index: len(texts[index])):
-        indices = list(equal)
+    for length, indices in alike.items():
         for some in chunks.row_ranges(len(indices), length, chunks.EVALUATED_TOKENS):
             rows = torch.stack([texts[index] for index in indices[some]])
             nats = _mean_nats(model, rows, draws, seed, progress)

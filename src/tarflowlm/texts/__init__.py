@@ -1,8 +1,8 @@
 """Requests on texts: write, edit or score them. One rule behind every front end.
 
-A request is plain data and holds everything on which its result depends. It reads the texts as the
-model's training text was read (`data.prompts`), seeds the random stream and calls the model.
-`Pretrained`, the command line and the studio make requests, and show progress and results.
+A request reads the texts as the model's training text was read (`data.prompts`), seeds the random
+stream and calls the model. `Pretrained`, the command line and the studio make requests, and show
+progress and results.
 
     Writing(prompts=("The people",), num_tokens=60).run(lm)
     Edit(text="The king of the land", rewrite=("king",)).run(lm).texts
@@ -10,7 +10,7 @@ model's training text was read (`data.prompts`), seeds the random stream and cal
 """
 
 from tarflowlm.texts.edits import Edit, Edited, EditOptions
-from tarflowlm.texts.requests import as_texts, seeded_generator
+from tarflowlm.texts.requests import as_texts
 from tarflowlm.texts.scores import Score, Scored
 from tarflowlm.texts.writing import Draft, Writing, WritingOptions, Written
 
@@ -25,5 +25,4 @@ __all__ = [
     "WritingOptions",
     "Written",
     "as_texts",
-    "seeded_generator",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tarflowlm import editing
 from tarflowlm.checks import as_integer
-from tarflowlm.config import Decoder, Normalization
+from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading, read
 from tarflowlm.errors import UserError
@@ -17,13 +17,14 @@ from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts.requests import as_texts, options_of, seeded_generator
+from tarflowlm.texts.requests import Request, as_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class Edit(Request):
     """A text to edit: by default some of its words are drawn anew given all others."""
 
+    COMMAND = "edit"
     text: str
     rewrite: str | Sequence[str] | None = None
     """Draw these pieces of the text anew."""
@@ -48,12 +49,10 @@ class Edit:
     decoder: Decoder | None = None
     num: int = 1
     """Edits, each with its own noise."""
-    seed: int = 0
-    normalize: Normalization | None = None
-    """Normalisation of all texts; None: that of the model's training text."""
 
     def __post_init__(self) -> None:
         """UserError for options that contradict each other or have no effect, and for numbers."""
+        super().__post_init__()
         for name in ("replace", "counterfactual"):
             pair = getattr(self, name)
             if pair is not None and (isinstance(pair, str) or len(pair) != 2):
@@ -61,7 +60,6 @@ class Edit:
         for name, least in (("num", 1), ("words", 1), ("candidates", 1), ("around", 0)):
             if getattr(self, name) is not None:
                 as_integer(getattr(self, name), name, least=least)
-        seeded_generator(self.seed)
         exclusive = ("words", "strength") if self.kind == "words" else NAMED
         named = [name for name in exclusive if self._is_given(name)]
         if len(named) > 1:
@@ -92,7 +90,7 @@ class Edit:
         if self.toward is not None:
             readings.append(self._read(tokenizer, self.toward, "other text"))
             length = editing.common_length(readings[0].tokens, readings[1].tokens)
-        generator = seeded_generator(self.seed)
+        generator = self.random_stream()
         # the text first, then the other one; every edit starts from the same latents
         encoded = [
             editing.encode(flow, reading.tokens[None, :length], generator) for reading in readings
@@ -117,10 +115,6 @@ class Edit:
 
     def _piece(self, tokenizer: Tokenizer, text: str, name: str) -> str:
         return self._read(tokenizer, text, name).text.strip()
-
-    def command(self, name: str) -> list[str]:
-        """The shell command that gives the same edits with the model called `name`."""
-        return ["tarflowlm", "edit", name, *options_of(self)]
 
 
 class EditOptions(TypedDict, total=False):

@@ -1,20 +1,53 @@
-"""Parts of all requests: their random stream, their texts, and their options in a shell."""
+"""The parts that all requests have: their random stream, their texts, their command."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 
 from tarflowlm.checks import check_type, checked_seed
+from tarflowlm.config import Normalization
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+RENAMED = {"prompts": "prompt", "num_tokens": "length", "texts": "text"}
+"""Fields whose options have other names."""
 
 
-def seeded_generator(seed: int) -> torch.Generator:
-    """The random stream of a request. UserError for a seed out of range."""
-    return torch.Generator().manual_seed(checked_seed(seed))
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Plain data that holds everything on which the result depends."""
+
+    COMMAND: ClassVar[str]
+    seed: int = 0
+    normalize: Normalization | None = None
+    """Normalisation of all texts; None: that of the model's training text."""
+
+    def __post_init__(self) -> None:
+        """UserError for numbers out of range, before a model is loaded."""
+        checked_seed(self.seed)
+
+    def random_stream(self) -> torch.Generator:
+        """A generator that starts from the seed."""
+        return torch.Generator().manual_seed(checked_seed(self.seed))
+
+    def command(self, name: str) -> list[str]:
+        """The shell command that gives the same with the model called `name`."""
+        words = ["tarflowlm", self.COMMAND, name]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value == one.default:
+                continue
+            option = "--" + RENAMED.get(one.name, one.name).replace("_", "-")
+            if value is True:
+                words.append(option)
+            elif one.name in ("stop", "rewrite"):
+                for text in as_texts(value, one.name):
+                    words += [option, text]
+            elif isinstance(value, (tuple, list)):
+                words += [option, *value]
+            else:
+                words += [option, str(value)]
+        return words
 
 
 def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:
@@ -25,24 +58,3 @@ def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:
     if not is_list or not all(isinstance(one, str) for one in value):
         check_type(value, name, str, "give a text, a str, or a list of them")
     return tuple(value)
-
-
-def options_of(request: "DataclassInstance", renamed: Mapping[str, str] = {}) -> list[str]:
-    """The fields of a request as options of its command, without those at their defaults."""
-    words: list[str] = []
-    for one in fields(request):
-        value = getattr(request, one.name)
-        option = "--" + renamed.get(one.name, one.name).replace("_", "-")
-        if value == one.default:
-            continue
-        if value is True:
-            words.append(option)
-        elif one.name in ("stop", "rewrite"):
-            words += [word for text in as_texts(value, one.name) for word in (option, text)]
-        elif isinstance(value, (tuple, list)):
-            words += [option, *value]
-        elif isinstance(value, float) and float(f"{value:g}") == value:
-            words += [option, f"{value:g}"]
-        else:
-            words += [option, str(value)]
-    return words

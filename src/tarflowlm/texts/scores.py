@@ -5,46 +5,36 @@ from dataclasses import dataclass
 from html import escape
 
 from tarflowlm.checks import as_integer
-from tarflowlm.config import Normalization
 from tarflowlm.data.prompts import Reading, read
 from tarflowlm.evaluation.scores import Scores, scores
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts.requests import options_of, seeded_generator
+from tarflowlm.texts.requests import Request
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(Request):
     """Texts of any length, whose tokens are given their bits."""
 
+    COMMAND = "score"
     texts: tuple[str, ...]
     samples: int = 8
     """Posterior samples averaged in the bound of a flow; the baseline is exact."""
-    seed: int = 0
-    normalize: Normalization | None = None
-    """Normalisation of the texts; None: that of the model's training text."""
 
     def __post_init__(self) -> None:
-        """UserError for numbers out of range, before a model is loaded."""
+        super().__post_init__()
         as_integer(self.samples, "samples", least=1)
-        seeded_generator(self.seed)
 
     def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list["Scored"]:
         """The bits of every text."""
         readings = [read(lm.tokenizer, text, normalize=self.normalize) for text in self.texts]
         tokens = [reading.tokens for reading in readings]
-        in_batches = scores(
-            lm.model, tokens, samples=self.samples, seed=self.seed, progress=progress
-        )
-        found = []
-        for reading, one in zip(readings, in_batches, strict=True):
+        found = scores(lm.model, tokens, samples=self.samples, seed=self.seed, progress=progress)
+        scored = []
+        for reading, one in zip(readings, found, strict=True):
             symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
-            found.append(Scored(one.bits, one.blocks, symbols, reading))
-        return found
-
-    def command(self, name: str) -> list[str]:
-        """The shell command that scores the same with the model called `name`."""
-        return ["tarflowlm", "score", name, *options_of(self, {"texts": "text"})]
+            scored.append(Scored(one.bits, one.blocks, symbols, reading))
+        return scored
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm import chunks
 from tarflowlm.checks import as_integer
-from tarflowlm.config import Normalization
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
 from tarflowlm.data.streaming import TextStream, first_stop
 from tarflowlm.errors import UserError
@@ -22,13 +21,14 @@ from tarflowlm.generation.sampling import adjust_weights, row_generators
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts.requests import as_texts, options_of, seeded_generator
+from tarflowlm.texts.requests import Request, as_texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class Writing(Request):
     """Texts to write: prompts continued, the blanks of a template filled in, or free samples."""
 
+    COMMAND = "sample"
     prompts: tuple[str, ...] = ()
     """Texts to continue, each in `num` samples."""
     template: str | None = None
@@ -48,12 +48,9 @@ class Writing:
     """Samples, of each prompt."""
     stop: str | Sequence[str] = ()
     """A sample ends before the first of these texts that follows its prompt."""
-    seed: int = 0
-    normalize: Normalization | None = None
-    """Normalisation of the given texts; None: that of the model's training text."""
 
     def __post_init__(self) -> None:
-        """UserError for numbers out of range, before a model is loaded."""
+        super().__post_init__()
         counts = {"num": self.num, "length": self.num_tokens, "particles": self.particles}
         for name, value in counts.items():
             if value is not None:
@@ -61,7 +58,6 @@ class Writing:
         temperature = 1.0 if self.temperature is None else self.temperature
         adjust_weights(temperature, self.top_k, self.top_p)
         check_decoders(self.decoder)
-        seeded_generator(self.seed)
         if self.prompts and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
 
@@ -86,11 +82,6 @@ class Writing:
         draft = self.read(lm)
         progress.stage("sampling, positions", draft.num_positions)
         return [text for batch in draft.batches(progress) for text in batch.texts]
-
-    def command(self, name: str) -> list[str]:
-        """The shell command that writes the same with the model called `name`."""
-        renamed = {"prompts": "prompt", "num_tokens": "length"}
-        return ["tarflowlm", "sample", name, *options_of(self, renamed)]
 
 
 class WritingOptions(TypedDict, total=False):
@@ -205,7 +196,7 @@ class Draft:
                 top_p=request.top_p,
                 decoder=request.decoder if decoder is None else decoder,
                 # numbered over all batches: a sample does not depend on the others
-                generator=row_generators(rows, seeded_generator(request.seed)),
+                generator=row_generators(rows, request.random_stream()),
                 progress=progress,
                 every=every,
             )
