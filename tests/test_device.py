@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tarflowlm import device
 from tarflowlm.flow.numerics import layout, normal, sweep
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
@@ -29,21 +28,6 @@ for _ in range(20):
     torch.zeros(2**21)
 print(faults() - before)
 """
-
-
-def test_auto_leaves_out_an_apple_gpu_whose_numerics_fail(monkeypatch, caplog):
-    assert device.numerics_problem(torch.device("cpu")) is None
-    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
-    assert device.numerics_problem(torch.device("cpu")) is None
-    assert "meta" in device.numerics_problem(torch.device("meta"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
-    monkeypatch.setattr(device, "numerics_problem", lambda device: None)
-    assert device.pick_device() == torch.device("mps")
-    monkeypatch.setattr(device, "numerics_problem", lambda device: "no kernel for erfcx")
-    assert device.pick_device() == torch.device("cpu")
-    assert "no kernel for erfcx" in caplog.text
 
 
 class Operators(TorchDispatchMode):

@@ -11,7 +11,6 @@ import torch
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.model_config import BaselineConfig
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
 from tarflowlm.runs.hub import CARD, read_card
@@ -97,8 +96,10 @@ def _head(checkpoint: Checkpoint, licence: str | None) -> str:
 def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterator[tuple[str, str]]:
     run = checkpoint.run
     tokenizer = checkpoint.tokenizer
-    size = f"{checkpoint.model.num_parameters:,} parameters"
-    yield "model", f"preset `{run.name}`: {_shape(checkpoint)}; {size}"
+    model = checkpoint.model
+    blocks = ", ".join(run.model.describe(block) for block in range(model.num_blocks))
+    size = f"{model.num_parameters:,} parameters, context {run.model.context}"
+    yield "model", f"preset `{run.name}`: {blocks}; {size}"
     symbols = f"{tokenizer.vocab_size:,} ({tokenizer.kind})"
     yield "symbols", f"{symbols}, normalisation {tokenizer.normalization}"
     units = {"step": "steps", "tokens": "tokens"}
@@ -120,25 +121,13 @@ def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterato
     yield "licence", licence or "not stated by its owner"
 
 
-def _shape(checkpoint: Checkpoint) -> str:
-    config = checkpoint.run.model
-    if isinstance(config, BaselineConfig):
-        shape = f"{config.layers} layers"
-    else:
-        blocks = range(checkpoint.model.num_blocks)
-        layers = ", ".join(f"{config.describe(b)} ({config.blocks[b].layers})" for b in blocks)
-        shape = f"{layers}, Transformer layers in brackets; d = {config.latent_dim}"
-    return f"{shape}; width {config.trunk.width}, context {config.context}"
-
-
 def _result(test: Summary) -> str:
     sign = "=" if test["bound"] == "exact" else "<="
     bits = f"{sign} {test['bpc']:.4f} bits per character"
     nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
     if math.isfinite(test["stderr"]):  # one window alone has none
         nats += f" (standard error {test['stderr']:.4f})"
-    windows = f"{test['windows']:,} windows of the test split ({test['bound']})"
-    return f"{bits}, {nats}, over {windows}"
+    return f"{bits}, {nats}, over {test['windows']:,} windows of the test split ({test['bound']})"
 
 
 def _samples(checkpoint: Checkpoint, length: int) -> str:

@@ -217,25 +217,8 @@ class Pretrained(Checkpoint):
         run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed)
         return _trained(run, out, device, self)
 
-    def save_pretrained(
-        self, folder: str | Path, *, half: bool = False, licence: str | None = None
-    ) -> Path:
-        """Write the model with its tokenizer and a model card: see `sharing.save_pretrained`."""
-        try:
-            return save_pretrained(self, folder, half=half, licence=licence)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}; choose another") from None
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        private: bool = False,
-        half: bool = False,
-        licence: str | None = None,
-    ) -> str:
-        """Upload the model to OWNER/NAME on the Hugging Face hub: see `sharing.push_to_hub`."""
-        return push_to_hub(self, repository, private=private, half=half, licence=licence)
+    save_pretrained = save_pretrained
+    push_to_hub = push_to_hub
 
     def __repr__(self) -> str:
         kind = f"TarFlowLM of {self.model.num_blocks} blocks"

@@ -36,11 +36,14 @@ def save_pretrained(
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
-    folder = export(checkpoint, folder, half=half)
-    name = repository or folder.name
+    try:
+        folder = export(checkpoint, folder, half=half)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another") from None
     try:
         # the samples on the card are drawn with the weights that are saved
-        card = model_card(load_checkpoint(folder), checkpoint.directory, name, licence)
+        saved = load_checkpoint(folder)
+        card = model_card(saved, checkpoint.directory, repository or folder.name, licence)
         (folder / CARD).write_text(card, encoding="utf-8")
     except BaseException:
         shutil.rmtree(folder)

@@ -150,8 +150,8 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
     # under another name until it is whole, so that a kill leaves nothing that blocks the name
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         with full_disk_as_user_error(out, lambda: "export it again"):
             write_run(partial, replace(checkpoint.run, data=data), checkpoint.tokenizer)
             save_weights(partial, weights, checkpoint.info)

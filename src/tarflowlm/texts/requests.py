@@ -33,7 +33,8 @@ class Request:
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same with the model called `name`."""
         words = ["tarflowlm", self.COMMAND, name]
-        for one in fields(self):
+        shared = fields(Request)
+        for one in (*fields(self)[len(shared) :], *shared):
             value = getattr(self, one.name)
             if value == one.default:
                 continue
