@@ -44,9 +44,10 @@ class Args:
     length: options.Count = None
     # How to invert a block.
     decoder: Decoder = "auto"
-    temperature: Annotated[float, arg("FLOAT", options.TEMPERATURE)] = 1.0
-    top_k: Annotated[int | None, arg("INT", options.TOP_K)] = None
-    top_p: Annotated[float | None, arg("FLOAT", options.TOP_P)] = None
+    # Raise the probabilities of tokens to the power 1 / temperature.
+    temperature: Annotated[float, arg("FLOAT")] = 1.0
+    top_k: options.TopK = None
+    top_p: options.TopP = None
     normalize: options.Normalize = None
     # Seed of the samples.
     seed: int = 0

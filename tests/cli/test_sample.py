@@ -38,7 +38,7 @@ def stdin(monkeypatch, text: str | bytes) -> None:
 def test_samples_repeat_and_keep_to_length_and_prompt(run_json, models, name):
     argv = ["sample", models[name], "--num", 2, "--length", 8, "--prompt", "ab c", *STEPS]
     first, second, other = (run_json(*argv, "--seed", seed) for seed in (3, 3, 4))
-    assert first.keys() == {"samples", "sweeps", "decoders", "seconds", "tokens_per_second"}
+    assert first.keys() == {"samples", "seconds", "interrupted"}
     assert first["samples"] == second["samples"] != other["samples"]
     for sample in first["samples"]:
         assert len(sample["text"]) == 8

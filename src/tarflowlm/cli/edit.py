@@ -39,23 +39,18 @@ class Args:
     """
     everywhere: options.Flag = False  # With --rewrite: every occurrence, as whole words.
     candidates: options.Count = None
-    """Candidates for every piece that is drawn anew (32). One is taken by how well the rest of the
-    text follows it.
-    """
-    temperature: Annotated[
-        float | None, arg("FLOAT", f"Of the candidates (0.7): {options.TEMPERATURE}")
-    ] = None
+    """Candidates for every piece that is drawn anew (32), weighted by the rest of the text."""
+    temperature: options.Temperature = None
     toward: options.Text = None
-    """Take a stretch of this text of the same length, in its place, and redraw the words it cuts.
-    With --level: interpolate between the states of the two texts.
+    """Take a stretch of this text instead, and redraw the words it cuts. With --level: interpolate
+    between the states of the two texts.
     """
     # With --toward: the share of words to take (0.5); 0 is the text, 1 the other text.
     weight: options.Number = None
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Put NEW where OLD first stands, as a word if it is one. The rest is kept, but for the
-    neighbouring words, which may be drawn anew.
-    """
-    around: options.Count = None  # With --replace: so many words on each side (1); 0 keeps them.
+    """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
+    # With --replace: so many words on each side may be drawn anew (1).
+    around: options.Count = None
     counterfactual: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
     """Put NEW, of as many tokens, where OLD first stands, and regenerate what follows from its
     noise.
@@ -64,13 +59,10 @@ class Args:
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
     the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates.
     """
-    # Number of edits, each with its own noise.
-    num: int = 1
+    num: int = 1  # Number of edits, each with its own noise.
     seed: int = 0  # The same seed gives the same edits.
     decoder: Annotated[Decoder | None, arg()] = None
-    """With --level: how to invert a block: position by position, in parallel sweeps, or by the
-    cheaper of the two (auto, the default).
-    """
+    """With --level: how to invert a block, see `tarflowlm sample --help`."""
     normalize: options.Normalize = None
     device: options.Device = "auto"
     json: options.PrintJson = False

@@ -41,8 +41,7 @@ def run(given: tuple[Args, list[str]]) -> None:
     args, words = given
     for word in words:
         if word.partition("=")[0] in OURS:
-            named = f"harness {args.directory}, which names the model"
-            raise UserError(f"{word} with {named}: leave it out")
+            raise UserError(f"{word}: harness {args.directory} names the model; leave it out")
     settings = {
         "pretrained": str(args.directory),
         "posterior_samples": as_integer(args.posterior_samples, "posterior samples", least=1),

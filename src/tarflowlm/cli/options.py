@@ -1,6 +1,4 @@
-"""Options: their parser, types that several commands share, and the model and texts that they name.
-No torch here.
-"""
+"""Options: their parser, types that commands share, and what they name. No torch here."""
 
 import contextlib
 import io
@@ -17,13 +15,6 @@ from tarflowlm.errors import UserError
 
 if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
-else:
-    Checkpoint = object
-
-
-Rules = Mapping[str, Sequence[str]]
-"""Options that belong to an option, by its name."""
-NO_RULES: Rules = {}
 
 
 def arg(metavar: str | None = None, help: str | None = None) -> Any:
@@ -58,13 +49,18 @@ Normalize = Annotated[
     Literal["text8"] | None,
     arg("text8", "Normalise the text first, whatever the model's training text was."),
 ]
-
-TEMPERATURE = (
-    "raise the probabilities of tokens to the power 1 / temperature; "
-    "1 samples from the model itself."
-)
-TOP_K = "keep the k most probable tokens."
-TOP_P = "keep the smallest set of tokens that holds this probability."
+Temperature = Annotated[
+    float | None,
+    arg(
+        "FLOAT",
+        "Raise the probabilities of tokens to the power 1 / temperature. The default is the "
+        "model's own, and 0.7 for edits.",
+    ),
+]
+TopK = Annotated[int | None, arg("INT", "Keep the k most probable tokens.")]
+TopP = Annotated[
+    float | None, arg("FLOAT", "Keep the smallest set of tokens that holds this probability.")
+]
 
 
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
@@ -89,7 +85,11 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
         raise
 
 
-def check(args: Any, exclusive: Rules = NO_RULES, needed: Rules = NO_RULES) -> None:
+def check(
+    args: Any,
+    exclusive: Mapping[str, Sequence[str]] = {},
+    needed: Mapping[str, Sequence[str]] = {},
+) -> None:
     """UserError for an option with one that it excludes, or without any that it needs."""
     given = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
     for one in sorted(given):
@@ -103,7 +103,7 @@ def check(args: Any, exclusive: Rules = NO_RULES, needed: Rules = NO_RULES) -> N
             raise UserError(f"--{one} has no effect without --{others}: leave it out, or add that")
 
 
-def load_checkpoint(directory: Path | None, device: DeviceName) -> Checkpoint:
+def load_checkpoint(directory: Path | None, device: DeviceName) -> "Checkpoint":
     """The model in a directory, among the shipped ones or on the hub; without one the default."""
     from tarflowlm.device import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint

@@ -5,7 +5,6 @@ import itertools
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from tarflowlm.texts import Draft, Writing, Written
 
 EXCLUSIVE = {
-    "interactive": ("num", "prompt", "prompts", "template", "out", "json", "passes"),
-    "stream": ("json", "passes", "particles"),
+    "interactive": ("prompt", "prompts", "template", "out", "json", "passes"),
+    "stream": ("out", "json", "passes", "particles"),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes"),
 }
@@ -62,11 +61,9 @@ class Args:
     many. The default is 16 for a template with text behind a blank, else 1.
     """
     seed: int = 0  # The same seed gives the same text.
-    temperature: Annotated[
-        float | None, arg("FLOAT", f"By default the model's own: {options.TEMPERATURE}")
-    ] = None
-    top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
-    top_p: Annotated[float | None, arg("FLOAT", options.TOP_P.capitalize())] = None
+    temperature: options.Temperature = None
+    top_k: options.TopK = None
+    top_p: options.TopP = None
     # Invert blocks position by position, in parallel sweeps, or by the cheaper of the two.
     decoder: Decoder = "auto"
     passes: options.Flag = False  # Show the text decoded after every block.
@@ -117,7 +114,7 @@ def run(args: Args) -> None:
         _converse(lm, writing)
         return
     if args.prompts is not None:
-        writing = replace(writing, prompts=tuple(_read_prompts(args.prompts, writing, lm)))
+        writing = replace(writing, prompts=_read_prompts(args.prompts, writing, lm))
     draft = writing.read(lm)
     context = lm.model.config.context
     if args.passes and (lm.model.is_exact or draft.num_tokens > context):
@@ -127,15 +124,18 @@ def run(args: Args) -> None:
         print_notice("this model follows given text loosely: --particles 64 weighs 64 candidates")
     for notice in draft.notices:
         print_notice(notice)
+    if args.stream:
+        _stream(draft)
+        return
     # SIGTERM raises KeyboardInterrupt, as SIGINT does
     interrupts = handled({signal.SIGTERM: signal.default_int_handler})
     with interrupts, nullcontext() if args.out is None else new_lines(args.out) as out:
-        _Samples(args, draft, out).write()
+        _write(args, draft, out)
 
 
-def _read_prompts(source: str, writing: "Writing", lm: "Checkpoint") -> Iterator[str]:
+def _read_prompts(source: str, writing: "Writing", lm: "Checkpoint") -> tuple[str, ...]:
     """The prompts of a file. UserError, which names the line, for one that cannot be continued."""
-    is_empty = True
+    prompts = []
     for number, line in enumerate(options.read_source(source).split("\n"), 1):
         prompt = line.removesuffix("\r")
         if not prompt.strip():
@@ -149,10 +149,22 @@ def _read_prompts(source: str, writing: "Writing", lm: "Checkpoint") -> Iterator
         except UserError as error:
             error.args = (f"line {number} of {source}: {error}",)
             raise
-        is_empty = False
-        yield prompt
-    if is_empty:
+        prompts.append(prompt)
+    if not prompts:
         raise UserError(f"prompts {source}: holds no prompt; write one per line")
+    return tuple(prompts)
+
+
+def _stream(draft: "Draft") -> None:
+    """Show each sample while it is written."""
+    from tarflowlm.terminal.texts import write_out
+
+    for row in range(draft.total):
+        if draft.total > 1:
+            write_out(f"sample {row + 1}\n")
+        for piece in draft.pieces(row):
+            write_out(piece)
+        write_out("\n")
 
 
 def _converse(lm: "Checkpoint", writing: "Writing") -> None:
@@ -161,7 +173,6 @@ def _converse(lm: "Checkpoint", writing: "Writing") -> None:
     An empty line continues the one before with other noise.
     """
     from tarflowlm.terminal.bars import print_notice
-    from tarflowlm.terminal.texts import write_out
 
     options.check_stdin()
     # so that a line that is not UTF-8 is a mistake as others are
@@ -177,115 +188,69 @@ def _converse(lm: "Checkpoint", writing: "Writing") -> None:
             prompt = input("> " if is_terminal else "") or prompt
         except EOFError:
             return
-        request = replace(writing, prompts=(prompt,) if prompt else (), seed=seed)
         try:
-            draft = request.read(lm)
+            draft = replace(writing, prompts=(prompt,) if prompt else (), seed=seed).read(lm)
             for notice in draft.notices:
                 print_notice(notice)
-            # Ctrl-C ends this text alone
-            with suppress(KeyboardInterrupt):
-                for piece in draft.pieces():
-                    write_out(piece)
-            write_out("\n")
+            _stream(draft)
         except UserError as error:
             print_notice(f"tarflowlm: {error}")
-
-
-class _Samples:
-    """Samples as they are finished: printed, kept for --json, or written to a file."""
-
-    def __init__(self, args: Args, draft: "Draft", out: TextIO | None) -> None:
-        self.args = args
-        self.draft = draft
-        self.out = out
-        self.objects: list[dict[str, object]] = []
-        self.sweeps: list[int] = []
-        self.decoders: tuple[Decoder, ...] = ()
-        self.done = 0
-        self.num_tokens = 0
-
-    def write(self) -> None:
-        """Write all samples. An interrupt keeps those that are finished, and tells their number."""
-        start = time.perf_counter()
-        try:
-            for written in self._streamed() if self.args.stream else self._in_batches():
-                self._add(written)
         except KeyboardInterrupt:
-            self._conclude(time.perf_counter() - start, interrupted=True)
-            found = f"{self.done} of {self.draft.total} samples are finished"
-            where = f" and kept in {self.args.out}" if self.out is not None and self.done else ""
-            raise KeyboardInterrupt(found + where) from None
-        self._conclude(time.perf_counter() - start)
+            print_notice("")
 
-    def _in_batches(self) -> "Iterator[Written]":
-        from tarflowlm.terminal.bars import Bars
 
-        with Bars("sampling, positions", self.draft.num_positions) as bars:
-            for written in self.draft.batches(bars):
+def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
+    """Write all samples. An interrupt keeps those that are finished, and tells their number."""
+    from tarflowlm.terminal.bars import Bars, counted, json_line, print_json
+    from tarflowlm.terminal.texts import print_samples
+
+    start = time.perf_counter()
+    samples: list[dict[str, object]] = []
+    done = 0
+    interrupt = None
+    try:
+        with Bars("sampling, positions", draft.num_positions) as bars:
+            for written in draft.batches(bars):
                 # rich would print below a running bar, on stderr
                 bars.close()
-                yield written
-
-    def _streamed(self) -> "Iterator[Written]":
-        """Samples one by one, each shown while it is written."""
-        from tarflowlm.terminal.texts import write_out
-
-        for row in range(self.draft.total):
-            if self.draft.total > 1:
-                write_out("\n" * (row > 0) + f"sample {row + 1}\n")
-            pieces = self.draft.pieces(row, decoder=self.decoders or None)
-            try:
-                while True:
-                    write_out(next(pieces))
-            except StopIteration as end:
-                yield end.value
-            finally:
-                write_out("\n")
-
-    def _add(self, written: "Written") -> None:
-        """Print, write or keep the samples of a batch."""
-        from tarflowlm.terminal.bars import json_line
-        from tarflowlm.terminal.texts import print_samples, samples_to_json
-
-        args, draft, generation = self.args, self.draft, written.generation
-        tokenizer = draft.lm.tokenizer
-        if args.json or self.out is not None:
-            objects = samples_to_json(written, tokenizer, passes=args.passes)
-            for row, sample in zip(written.rows, objects, strict=True):
-                given: dict[str, object] = {}
-                if args.template is not None:
-                    given = {"template": args.template}
-                elif draft.given:
-                    given = {"prompt": tokenizer.decode(draft.prompt(row).tolist())}
-                if self.out is None:
-                    self.objects.append(given | sample)
+                if out is not None:
+                    out.writelines(map(json_line, _objects(args, draft, written)))
+                elif args.json:
+                    samples += _objects(args, draft, written)
                 else:
-                    self.out.write(json_line({"index": row, "seed": args.seed} | given | sample))
-        elif not args.stream:
-            print_samples(written, tokenizer, candidates=draft.particles, passes=args.passes)
-        self.decoders = generation.decoders or self.decoders
-        pairs = itertools.zip_longest(self.sweeps, generation.sweeps, fillvalue=0)
-        self.sweeps = [sum(pair) for pair in pairs]
-        self.num_tokens += generation.tokens.numel()
-        self.done += len(written.rows)
+                    print_samples(
+                        written,
+                        draft.lm.tokenizer,
+                        candidates=draft.particles,
+                        passes=args.passes,
+                    )
+                done += len(written.rows)
+    except KeyboardInterrupt:
+        where = f" and kept in {args.out}" if out is not None and done else ""
+        interrupt = KeyboardInterrupt(f"{done} of {draft.total} samples are finished{where}")
+    if args.json:
+        found: dict[str, object] = {"samples": samples}
+        if out is not None:
+            found = {"out": str(args.out), "written": done}
+        found["seconds"] = time.perf_counter() - start
+        found["interrupted"] = interrupt is not None
+        print_json(found)
+    elif out is not None and interrupt is None:
+        sys.stdout.write(f"{counted(done, 'sample')} in {args.out}\n")
+    if interrupt is not None:
+        raise interrupt
 
-    def _conclude(self, seconds: float, *, interrupted: bool = False) -> None:
-        """The object of --json, or the number of samples in the file."""
-        from tarflowlm.terminal.bars import counted, print_json
 
-        if self.args.json:
-            found: dict[str, object] = {
-                "sweeps": self.sweeps,
-                "decoders": self.decoders,
-                "seconds": seconds,
-                "tokens_per_second": self.num_tokens / seconds,
-            }
-            if self.out is None:
-                found["samples"] = self.objects
-            else:
-                found |= {"out": str(self.args.out), "written": self.done}
-            if interrupted:
-                found["interrupted"] = True
-            print_json(found)
-        elif self.out is not None and not interrupted:
-            sys.stdout.write(f"{counted(self.done, 'sample')} in {self.args.out}\n")
+def _objects(args: Args, draft: "Draft", written: "Written") -> list[dict[str, object]]:
+    """The samples of a batch for JSON, each with its number and the text that it was given."""
+    from tarflowlm.terminal.texts import samples_to_json
+
+    tokenizer = draft.lm.tokenizer
+    samples = samples_to_json(written, tokenizer, passes=args.passes)
+    for row, sample in zip(written.rows, samples, strict=True):
+        sample |= {"index": row, "seed": args.seed}
+        if args.template is not None:
+            sample["template"] = args.template
+        elif draft.given:
+            sample["prompt"] = tokenizer.decode(draft.prompt(row).tolist())
+    return samples

@@ -28,8 +28,7 @@ def handled(
 def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
     """While modules are imported, Ctrl-C ends the process with one line.
 
-    An exception would pass through half-imported modules, some of which print tracebacks of their
-    own.
+    Some half-imported modules would print tracebacks of their own.
     """
 
     def end(*_: object) -> None:

@@ -73,10 +73,9 @@ class NoticeHandler(logging.Handler):
 def print_table(
     title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")
 ) -> None:
-    """A table with a title, and one row for each of `rows` under the headings `columns`.
+    """A table with a title, and `rows` under the headings `columns`.
 
-    Where the width does not suffice, names and longer texts wrap; numbers under headings stay
-    whole.
+    Where the width does not suffice, longer texts wrap; numbers under headings stay whole.
     """
     console = Console()
     rows = list(rows)
@@ -200,12 +199,6 @@ class Bars(progress.Progress):
         self.progress.advance(self._task, count)
         self._show()
 
-    def describe(self, count: str, details: str) -> None:
-        """Show these words instead of the numbers of the current stage."""
-        assert self._task is not None
-        self.progress.update(self._task, count=count, details=details)
-        self._show()
-
     def _show(self) -> None:
         """Draw the bar, or write a line to a log file when one is due."""
         self.progress.start()
@@ -229,7 +222,7 @@ class ProgressReporter(Bars):
     keep = True
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part of the run, without the numbers of the part before."""
+        """Begin a part of the run, without numbers at first."""
         self._shown: dict[str, str] = {}
         super().stage(name, total, done)
 
@@ -241,4 +234,8 @@ class ProgressReporter(Bars):
                 self._shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
             self._shown["valid"] = f"valid {record['bpc']:.3f}"
-        self.describe(f"step {record['step']:,}", ", ".join(self._shown.values()))
+        count = f"step {record['step']:,}"
+        details = ", ".join(self._shown.values())
+        assert self._task is not None
+        self.progress.update(self._task, count=count, details=details)
+        self._show()

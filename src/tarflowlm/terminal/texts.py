@@ -52,17 +52,13 @@ def print_samples(
 
 def _print_evidence(evidence: Evidence, row: int, candidates: int) -> None:
     """How many of the candidates of a sample count, and whether their weights are reliable."""
-    ess, log_p = evidence.ess[row].item(), evidence.log_evidence[row].item()
     print_notice(
-        f"  {candidates} candidates, effective number {ess:.1f}; "
-        f"log p(given) about {log_p:.1f} nats"
+        f"  {candidates} candidates, effective number {evidence.ess[row]:.1f}; "
+        f"log p(given) about {evidence.log_evidence[row]:.1f} nats"
     )
-    k = evidence.pareto_k[row].item()
+    k = evidence.pareto_k[row]
     if k > UNRELIABLE:  # NaN is not
-        print_notice(
-            f"  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f}); "
-            "more particles find texts that fit better"
-        )
+        print_notice(f"  that is unreliable (k = {k:.2f}): more particles fit the text better")
 
 
 def samples_to_json(
@@ -84,24 +80,18 @@ def samples_to_json(
 
 def print_edits(edited: Edited, advice: str | None) -> None:
     """The text, each of its edits with the changes highlighted and a note, and the advice."""
-    edit, tokenizer = edited.edit, edited.tokenizer
-    before = edit.before[0]
+    edit = edited.edit
+    tokenizer = edited.tokenizer
     if Console().is_terminal:
-        show(styled(text_tokens(before, tokenizer)), "text")
-    rows = zip(
-        edit.tokens,
-        edit.changed,
-        edited.bits_before.tolist(),
-        edited.bits.tolist(),
-        strict=True,
-    )
-    for number, (tokens, changed, old, new) in enumerate(rows, 1):
+        show(styled(text_tokens(edit.before[0], tokenizer)), "text")
+    for row, tokens in enumerate(edit.tokens):
+        changed = edit.changed[row]
         note = (
-            f"{int(changed.sum())} of {len(changed)} tokens changed; "
-            f"bits per character <= {old:.3f} before, <= {new:.3f} now"
+            f"{int(changed.sum())} of {len(changed)} tokens changed; bits per character "
+            f"<= {edited.bits_before[row]:.3f} before, <= {edited.bits[row]:.3f} now"
         )
         body = styled(text_tokens(tokens, tokenizer, {"changed": changed}))
-        show(body, f"edit {number}", note, is_first=number == 1)
+        show(body, f"edit {row + 1}", note, is_first=row == 0)
     if advice is not None:
         print_notice(advice)
 
@@ -112,9 +102,9 @@ def styled(tokens: Sequence[Token]) -> Text:
 
 
 def show(body: Text, title: str, note: str | None = None, *, is_first: bool = True) -> None:
-    """A text in a panel on a terminal; elsewhere alone, and its note on stderr.
+    """A text in a panel on a terminal; elsewhere alone, after an empty line unless it `is_first`.
 
-    There an empty line precedes it unless it `is_first`.
+    The note is below the panel, or on stderr.
     """
     console = Console()
     if console.is_terminal:
