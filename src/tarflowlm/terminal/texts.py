@@ -39,7 +39,7 @@ def print_samples(
     generation = written.generation
     for row, (number, text) in enumerate(zip(written.rows, written.texts, strict=True)):
         body = Text(printable(text))
-        if passes and generation.passes:
+        if passes:
             rows = pass_rows([state[row] for state in generation.passes], tokenizer)
             parts = [
                 Text.assemble((f"{one.label}\n", "bold cyan"), styled(one.tokens)) for one in rows
