@@ -89,7 +89,7 @@ LINES = [
     ([*SAMPLE, "--seed", str(2**80)], [f"seed {2**80}"]),
     (["sample", "affine", "--temperature", "0.5"], ["temperature 0.5", "affine"]),
     (["sample", "ar", "--passes"], ["--passes", "baseline"]),
-    (["sample", "no-such"], ["no-such", "tarflowlm train"]),
+    (["sample", "no-such"], ["no-such", "english-small"]),
     ([*EVAL, "--stride", "8"], ["stride 8", "2 blocks"]),
     (["eval", "patches-ar", "--stride", "3"], ["stride 3", "patch of 2"]),
     (["eval", "ar", "--latents"], ["baseline", "--latents"]),

@@ -138,15 +138,15 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
     calls: list[int] = []
-    generate = writing.generate
+    generate_steps = writing.generate_steps
 
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 3:
             signal.raise_signal(number)
-        return generate(*args, **options)
+        return generate_steps(*args, **options)
 
-    monkeypatch.setattr(writing, "generate", interrupted)
+    monkeypatch.setattr(writing, "generate_steps", interrupted)
     argv, out = ["sample", model, "--num", 9, *STEPS], tmp_path / "out.jsonl"
     done = run(*argv, "--out", out)
     assert done.status == 130

@@ -72,13 +72,13 @@ def test_errors_cost_one_line(run, model, monkeypatch, error, status, said):
     def fail(*_args: object, **_more: object) -> None:
         raise error
 
-    monkeypatch.setattr("tarflowlm.texts.writing.generate", fail)
+    monkeypatch.setattr("tarflowlm.texts.writing.generate_steps", fail)
     done = run("sample", model)
     assert (done.status, done.err.count("\n")) == (status, 1)
     assert done.err.startswith(f"tarflowlm: {said}")
 
 
 def test_a_bug_brings_its_traceback(run, model, monkeypatch):
-    monkeypatch.setattr("tarflowlm.texts.writing.generate", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("tarflowlm.texts.writing.generate_steps", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("sample", model)
