@@ -6,13 +6,13 @@ import importlib.util
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
 from tarflowlm.errors import UserError
 from tarflowlm.studio import job
-from tarflowlm.studio.job import Halted, Job
+from tarflowlm.studio.job import Job
 from tarflowlm.studio.server import free_port
 from tarflowlm.views.style import check_package
 
@@ -43,7 +43,7 @@ def test_work_ends_when_nobody_waits():
     def work():
         try:
             endless(job)
-        except Halted:
+        except CancelledError:
             ended.set()
             raise
 

@@ -1,4 +1,4 @@
-"""The models and runs that a visitor can reach, by short names and never by a path."""
+"""The models and runs that a visitor can reach, by short names."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,24 +17,15 @@ from tarflowlm.views.records import find_runs
 
 @dataclass(frozen=True)
 class Entry:
-    """A model or run."""
+    """A model or run; `command_name` is its name or path on the command line."""
 
     place: Path
     command_name: str
-    """Its name on the command line: a name, or a path."""
     run: RunConfig
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether it is a discrete baseline."""
-        return self.run.model.family == "ar"
 
 
 class Catalogue:
-    """Models by name, run directories and folders of runs; by default all released models.
-
-    UserError for a name without a run, and for a run that cannot be read.
-    """
+    """Models by name, run directories and folders of runs; by default all released models."""
 
     def __init__(self, names: Sequence[str] = (), device: str = "cpu") -> None:
         self.names = names or sorted(released(), key=lambda name: name != DEFAULT)
@@ -49,21 +40,21 @@ class Catalogue:
     @property
     def models(self) -> list[str]:
         """All names: flows first, then baselines."""
-        return sorted(self.entries, key=lambda name: self.entries[name].is_baseline)
+        return sorted(self.entries, key=lambda name: self.entries[name].run.model.family == "ar")
 
     @property
     def pair(self) -> list[str]:
         """A flow and a baseline that read texts alike, if there are any; else the first model."""
         for names in combinations(self.models, 2):
-            flow, baseline = (self.entries[name] for name in names)
-            is_alike = flow.run.data.tokenizer == baseline.run.data.tokenizer
-            if is_alike and baseline.is_baseline and not flow.is_baseline:
+            flow, baseline = (self.entries[name].run for name in names)
+            is_alike = flow.data.tokenizer == baseline.data.tokenizer
+            if is_alike and flow.model.family != baseline.model.family:
                 return list(names)
         return self.models[:1]
 
     @property
     def runs(self) -> list[str]:
-        """The runs that have learning curves now."""
+        """The runs with learning curves."""
         return [name for name, one in self.entries.items() if (one.place / METRICS).is_file()]
 
     def about(self, name: object) -> str:
@@ -77,16 +68,13 @@ class Catalogue:
         return self.entry(name).run.temperature
 
     def entry(self, name: object) -> Entry:
-        """The entry of a name. UserError for any other value that a visitor may send."""
+        """The entry of a name. UserError for any other value."""
         if not isinstance(name, str) or name not in self.entries:
             raise UserError("this page has no model of that name: choose one from the list")
         return self.entries[name]
 
     def load(self, name: object) -> Checkpoint:
-        """The model of a name, kept for the next call.
-
-        UserError if it has no weights yet, or is damaged.
-        """
+        """The model of a name. UserError if it has no weights yet, or is damaged."""
         place = self.entry(name).place
         weights = place / WEIGHTS
         if not weights.is_file():
@@ -94,18 +82,21 @@ class Catalogue:
         try:
             return _loaded(place, weights.stat().st_mtime_ns, self.device)
         except UserError as error:
-            # do not show the server's paths to visitors
+            # visitors see no paths of the server
             raise UserError(str(error).replace(str(place), str(name))) from None
 
 
 @lru_cache(maxsize=4)
 def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
-    """The model in a directory; `saved`, when its weights were written, makes a newer one load."""
+    """The model in a directory, whose weights were `saved` at this time."""
     return load_checkpoint(place, device)
 
 
 def _collect(names: Sequence[str]) -> dict[str, Entry]:
-    """The entries by the names that the page shows, each run once."""
+    """The entries by the names that the page shows, each run once.
+
+    UserError for a name without a run, and for a run that cannot be read.
+    """
     entries: dict[str, Entry] = {}
     known = set()
     for given in names:

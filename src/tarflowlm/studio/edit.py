@@ -19,7 +19,7 @@ LATENTS, NOISE = STATES = ("latents", "noise")
 def rewrite(
     catalogue: Catalogue, model: object, text: object, words: object, num: object, seed: object
 ) -> Pages:
-    """HTML of texts with other `words`, several separated by commas, wherever they are."""
+    """Texts with other `words`, several separated by commas, wherever they are."""
     named = [word.strip() for word in values.text(words).split(",")]
     pieces = tuple(word for word in named if word)
     request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
@@ -29,7 +29,7 @@ def rewrite(
 def resample(
     catalogue: Catalogue, model: object, text: object, strength: object, num: object, seed: object
 ) -> Pages:
-    """HTML of texts in which a share `strength` of the words is resampled given all others."""
+    """Texts in which a share `strength` of the words is resampled given all others."""
     share = values.number(strength, "strength", 0.0, 1.0)
     yield from _edited(catalogue, model, replace(_request(text, num, seed), strength=share))
 
@@ -43,7 +43,7 @@ def renoise(
     num: object,
     seed: object,
 ) -> Pages:
-    """HTML of texts whose latents or noise have changed by a share `strength`."""
+    """Texts whose latents or noise have changed by a share `strength`."""
     is_noise = values.choice(state, STATES) == NOISE
     level = catalogue.load(model).model.num_blocks if is_noise else 0
     share = values.number(strength, "strength", 0.0, 1.0)
@@ -60,7 +60,7 @@ def _request(text: object, num: object, seed: object) -> Edit:
 
 
 def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
-    """HTML of the progress, then of the edits, every text below the original."""
+    """The progress, then the edits below the original."""
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
     before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from typing import TypeVar
 
 from tarflowlm.errors import UserError
@@ -17,10 +17,6 @@ TURN = threading.Lock()
 """Held while a model works: two at once would only slow each other down."""
 
 
-class Halted(Exception):
-    """Raised in the work once the visitor has left."""
-
-
 class Job(Progress):
     """The progress of work on a thread, which can be stopped wherever it advances."""
 
@@ -32,10 +28,10 @@ class Job(Progress):
         self._begun = 0.0
 
     def advance(self, count: int = 1) -> None:
-        """Count progress. Halted once the visitor has left, UserError when the time is over."""
+        """Count progress. CancelledError once nobody waits, UserError when the time is over."""
         self.advanced += count
         if not self._is_wanted:
-            raise Halted
+            raise CancelledError
         if time.perf_counter() - self._begun > SECONDS:
             limit = f"{SECONDS:g} seconds, the limit of this page"
             raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
@@ -47,8 +43,8 @@ class Job(Progress):
     def follow(self, work: Callable[[], R], show: Callable[[], str]) -> Generator[str, None, R]:
         """Start `work`, which advances this job; yields what `show` gives until it is done.
 
-        Returns its result, and raises what it raised. Closing the iterator, as when a visitor
-        leaves, ends the work where it advances next.
+        Returns its result. Closing the iterator, as when a visitor leaves, ends the work where it
+        advances next.
         """
         future = Future[R]()
 

@@ -1,4 +1,4 @@
-"""The layout of the page: one tab per view, in Gradio. The views are in modules without it."""
+"""The layout of the page in Gradio: one tab per view."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -14,7 +14,8 @@ from tarflowlm.studio.pieces import Pages, card, guarded, muted, page
 from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import MODELS, compare
 from tarflowlm.studio.write import infill, write
-from tarflowlm.views.curves import AXES
+from tarflowlm.views.figures import AXES
+from tarflowlm.views.grid import div
 
 # gradio's classes cannot be named in annotations that tests check
 Component = Any
@@ -44,7 +45,7 @@ def build(catalogue: Catalogue) -> Component:
     """The page about the models and runs of `catalogue`."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
-        gr.HTML(f'<div class="st"><div class="st-head">{head}</div></div>', apply_default_css=False)
+        gr.HTML(div("st", div("st-head", head)), apply_default_css=False)
         _write(catalogue, blocks.load)
         _infill(catalogue)
         _edit(catalogue)
@@ -81,7 +82,6 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
     def values_of(name: str, text: str, length: int) -> list[str | int | float]:
         return [name, text, length, catalogue.temperature(name), 1.0, 1, 0]
 
-    first = catalogue.models[0]
     examples = {
         label: partial(values_of, name, text, length)
         for label, name, text, length in EXAMPLES
@@ -108,13 +108,12 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         inputs = [model, text, length, temperature, top_p, num, seed]
 
         def asked_for(visitor: gr.Request) -> list[str | int | float]:
-            usual = next(iter(examples.values()), partial(values_of, first, "", 96))
-            return values.from_address(dict(visitor.query_params), usual(), catalogue.models)
+            first = [*examples.values(), partial(values_of, catalogue.models[0], "", 96)][0]
+            return values.from_address(dict(visitor.query_params), first(), catalogue.models)
 
-        filled = [_quick(arrival, asked_for, None, inputs)]
+        events = [text.submit, _quick(arrival, asked_for, None, inputs).then]
         for button, example in zip(buttons, examples.values(), strict=True):
-            filled.append(_quick(button.click, example, None, inputs))
-        events = [text.submit, *(one.then for one in filled)]
+            events.append(_quick(button.click, example, None, inputs).then)
         _ask("Write", partial(write, catalogue), inputs, out, events)
 
 
@@ -178,7 +177,7 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
     """The view of runs, which looks at the folders on arrival and now and then."""
     names = catalogue.runs
     with gr.Tab("Runs"):
-        with gr.Row(equal_height=False, visible=bool(names)) as row:
+        with gr.Row(visible=bool(names)) as row:
             chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs", scale=4)
             axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200)
         out = gr.HTML(apply_default_css=False)
@@ -201,11 +200,11 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
 @contextmanager
 def _form(tab: str, words: str) -> Iterator[Component]:
     """A tab with the fields of a view, and next to them its output, at first these words."""
-    with gr.Tab(tab), gr.Row(equal_height=False):
+    with gr.Tab(tab), gr.Row():
         out = gr.HTML(page(card(muted(words))), apply_default_css=False, render=False)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3):
             yield out
-        with gr.Column(scale=7, min_width=320):
+        with gr.Column(scale=7):
             out.render()
 
 
@@ -213,7 +212,7 @@ def _model(catalogue: Catalogue) -> Component:
     """The list of models, with a line about the chosen one."""
 
     def about(name: object) -> str:
-        return f'<div class="st">{muted(catalogue.about(name))}</div>'
+        return div("st", muted(catalogue.about(name)))
 
     first = catalogue.models[0]
     model = gr.Dropdown(catalogue.models, value=first, label="Model", filterable=False)

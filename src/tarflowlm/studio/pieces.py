@@ -4,14 +4,13 @@ import logging
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 
 from tarflowlm.errors import UserError
-from tarflowlm.views.grid import CSS, Row, Token, spans, to_html
+from tarflowlm.views.grid import CSS, Row, Token, div, spans, to_html
 
-FILES = files("tarflowlm.studio")
-STYLE = FILES.joinpath("studio.css").read_text(encoding="utf-8")
-SCRIPT = FILES.joinpath("studio.js").read_text(encoding="utf-8")
+STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")
 HEAD = f"<style>{STYLE}</style><script>{SCRIPT}</script>"
 LOG = logging.getLogger("tarflowlm.studio")
 
@@ -38,46 +37,49 @@ def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:
 
 def page(*parts: str) -> str:
     """What a view shows."""
-    return f'<div class="st st-view"><style>{CSS}</style>{"".join(parts)}</div>'
+    return div("st st-view", f"<style>{CSS}</style>", *parts)
 
 
 def card(*parts: str) -> str:
-    """A box."""
-    return f'<div class="st-card">{"".join(parts)}</div>'
+    return div("st-card", *parts)
 
 
-def asked(command: Sequence[str], *, link: str = "") -> str:
-    """The request above its result: the command that gives the same, and a link to this page."""
-    shown = escape(shlex.join(command))
-    more = f'<a href="{escape(link)}">link</a>' if link else ""
-    return f'<div class="st-asked"><code>{shown}</code>{copying(shown)}{more}</div>'
-
-
-def copying(escaped: str) -> str:
-    """A button that copies a text."""
-    return f'<button type="button" data-copy="{escaped}">copy</button>'
+def title(text: str) -> str:
+    return div("st-title", escape(text))
 
 
 def notice(text: str) -> str:
-    """A message to the visitor."""
     text += "" if text.endswith((".", "!", "?")) else "."
     return f'<div class="st-notice" role="alert">{escape(text)}</div>'
 
 
-def title(text: str) -> str:
-    """The heading of a card."""
-    return f'<div class="st-title">{escape(text)}</div>'
+def muted(text: str) -> str:
+    """A line in small type."""
+    return f'<p class="st-muted">{escape(text)}</p>'
 
 
-def muted(text: str | None) -> str:
-    """A line in small type; nothing for None."""
-    return f'<p class="st-muted">{escape(text)}</p>' if text else ""
+def copying(text: str) -> str:
+    """A button that copies a text."""
+    return f'<button type="button" data-copy="{escape(text)}">copy</button>'
+
+
+def asked(command: Sequence[str], *, link: str = "") -> str:
+    """The request above its result: the command that gives the same, and a link to this page."""
+    line = shlex.join(command)
+    more = f'<a href="{escape(link)}">link</a>' if link else ""
+    return div("st-asked", f"<code>{escape(line)}</code>", copying(line), more)
 
 
 def stage(tokens: Sequence[Token]) -> str:
     """A text in large type, with a button that copies it."""
     text = "".join(token.symbol for token in tokens).replace("↵\n", "\n")
-    return f'<div class="st-stage">{spans(tokens)}</div>{copying(escape(text))}'
+    return div("st-stage", spans(tokens)) + copying(text)
+
+
+def unfinished(tokens: Sequence[Token], words: str, share: float | None = None) -> str:
+    """What a view shows of a text that is being written: a caret, and the share that is done."""
+    text = div("st-stage", spans(tokens), '<span class="st-caret"></span>')
+    return page(card(text, "" if share is None else bar(share), muted(words)))
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -86,7 +88,7 @@ def facts(*pairs: tuple[str, str]) -> str:
     for value, words in pairs:
         number = f"<b>{escape(value)}</b> " if value else ""
         shown += f"<span>{number}{escape(words)}</span>"
-    return f'<div class="st-facts">{shown}</div>'
+    return div("st-facts", shown)
 
 
 def took(seconds: float) -> tuple[str, str]:
@@ -96,13 +98,7 @@ def took(seconds: float) -> tuple[str, str]:
 
 def bar(share: float) -> str:
     """A bar that is filled up to `share`, from 0 to 1."""
-    return f'<div class="st-bar"><i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
-
-
-def unfinished(tokens: Sequence[Token], words: str, share: float | None = None) -> str:
-    """What a view shows of a text that is being written: a caret, and the share that is done."""
-    text = f'<div class="st-stage">{spans(tokens)}<span class="st-caret"></span></div>'
-    return page(card(text, "" if share is None else bar(share), muted(words)))
+    return div("st-bar", f'<i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i>')
 
 
 def slider(rows: Sequence[Row], *, is_open: bool) -> str:
@@ -117,6 +113,6 @@ def slider(rows: Sequence[Row], *, is_open: bool) -> str:
         f'aria-label="pass"{plays}><output>{escape(rows[-1].label)}</output>'
     )
     opened = " open" if is_open else ""
-    summary = "<summary>how it was written, block by block</summary>"
-    below = f'{summary}<div class="st-rows">{to_html(rows)}</div>'
-    return f'<div class="st-slide">{control}</div><details{opened}>{below}</details>'
+    below = "<summary>how it was written, block by block</summary>"
+    below += div("st-rows", to_html(rows))
+    return f"{div('st-slide', control)}<details{opened}>{below}</details>"

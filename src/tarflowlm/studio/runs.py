@@ -10,7 +10,8 @@ from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import Pages, card, muted, notice, page
 from tarflowlm.studio.values import choice
 from tarflowlm.training.metrics import METRICS
-from tarflowlm.views.curves import AXES, draw_bits
+from tarflowlm.views.figures import AXES, CURVES, draw_bits
+from tarflowlm.views.grid import div
 from tarflowlm.views.records import read_record
 from tarflowlm.views.style import render
 from tarflowlm.views.tables import summary_table
@@ -19,11 +20,7 @@ MOST = 12  # runs in one figure
 
 
 def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
-    """HTML with the curves and numbers of the runs `names`, over tokens or seconds of training."""
-    if not catalogue.runs:
-        words = "No learning curves here: name run directories, as in `tarflowlm studio runs/mine`."
-        yield page(card(muted(words)))
-        return
+    """Curves and numbers of the runs `names`, over tokens or seconds of training."""
     places = {}
     state: list[object] = []
     for name in names[:MOST] if isinstance(names, list) else ():
@@ -49,9 +46,9 @@ def _view(places: tuple[tuple[str, Path], ...], axis: str, state: tuple[object, 
             if record.has_log:
                 records.append(record)
     if not records:
-        return problems + card(muted("Choose a run to see its learning curve."))
+        words = "Choose a run to see its curve; `tarflowlm studio runs/mine` shows one of yours."
+        return problems + card(muted(words))
     draw = partial(draw_bits, records=records, over=[axis])
     figure = render(draw, "runs", width=4.2, height=3.0 + 0.18 * len(records))
-    note = muted("Faint: training batches; with markers: validation. Flows have upper bounds (≤).")
-    drawn = card(f'<div class="st-figure">{figure}</div>', note)
+    drawn = card(div("st-figure", figure), muted(CURVES))
     return problems + drawn + card(summary_table(records))

@@ -9,7 +9,7 @@ from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import Pages, asked, bar, card, facts, muted, page, title, took
 from tarflowlm.texts import Score, Scored
-from tarflowlm.views.grid import visible
+from tarflowlm.views.grid import div, visible
 
 MODELS = 2  # models that are compared
 GAP = 2.0  # bits between two models, or around the mean of a block, that are shown in full colour
@@ -21,7 +21,7 @@ SCALE = (
 
 
 def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
-    """HTML with the bits of every token of `text` under each of the models `names`."""
+    """The bits of every token of `text` under each of the models `names`."""
     wanted = names if isinstance(names, list) and names else [names]
     checkpoints = {str(name): catalogue.load(name) for name in wanted[:MODELS]}
     request = Score(texts=(values.text(text),))
@@ -42,12 +42,10 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     scale = f"{SCALE}{most:.1f} bits per token; point at one or tap it"
     yield page(
         asked(command),
-        '<div class="st-pair">',
-        *(_card(name, one, request, most) for name, one in found.items()),
-        "</div>",
+        div("st-pair", *(_card(name, one, request, most) for name, one in found.items())),
         _difference(found),
         *(_blocks(name, one) for name, one in found.items()),
-        card(f'<div class="st-muted">{scale}</div>', facts(took(seconds))),
+        card(div("st-muted", scale), facts(took(seconds))),
     )
 
 
@@ -64,7 +62,8 @@ def _card(name: str, scored: Scored, request: Score, most: float) -> str:
         ("", kind),
     )
     shown = heat(scored, scored.bits.tolist(), most)
-    return card(title(name), shown, muted(scored.notice), numbers)
+    notice = "" if scored.notice is None else muted(scored.notice)
+    return card(title(name), shown, notice, numbers)
 
 
 def _difference(found: Mapping[str, Scored]) -> str:
@@ -112,4 +111,4 @@ def heat(scored: Scored, values: Sequence[float], most: float) -> str:
         ground = f"background:color-mix(in srgb,{colour} {75 * share:.0f}%,transparent)"
         spans += f'<span style="{ground}" title="{value:.2f} bits">{escape(visible(symbol))}</span>'
     # the line below is for fingers, which cannot point
-    return f'<div class="st-heat">{spans}</div><p class="st-muted"></p>'
+    return div("st-heat", spans) + muted("")

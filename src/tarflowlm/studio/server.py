@@ -11,18 +11,14 @@ from tarflowlm.errors import UserError
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import HEAD
 
-PORT = 7860  # the first port that is tried
-PORTS = 100  # how many are
+PORTS = range(7860, 7960)  # tried in turn
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def free_port(host: str, port: int | None) -> int:
-    """The given port, or the first free one from PORT on.
-
-    UserError for a bad address and a taken port.
-    """
+    """The given port, or the first free one of PORTS. UserError where there is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in range(PORT, PORT + PORTS) if port is None else (port,):
+    for candidate in PORTS if port is None else (port,):
         try:
             socket.create_server((host, candidate), family=family).close()
             return candidate

@@ -1,4 +1,4 @@
-"""The values of visitors, checked: the page can be called with any."""
+"""Checks of what visitors send, which can be any values."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,14 +15,12 @@ PARTICLES = 64
 
 
 def number(value: object, name: str, least: int | float, most: int | float) -> float:
-    """A number within bounds."""
     if not isinstance(value, int | float) or not least <= value <= most:
         raise UserError(f"{name}: give a number from {least:g} to {most:g}")
     return float(value)
 
 
 def whole(value: object, name: str, least: int, most: int) -> int:
-    """A whole number within bounds."""
     found = number(value, name, least, most)
     if not found.is_integer():
         raise UserError(f"{name}: give a whole number")
@@ -30,7 +28,6 @@ def whole(value: object, name: str, least: int, most: int) -> int:
 
 
 def seed(value: object) -> int:
-    """A seed."""
     return whole(value, "seed", 0, 2**31)
 
 

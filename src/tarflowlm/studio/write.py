@@ -1,13 +1,13 @@
 """The views that draw: a text as it is written, and candidates for blanks with their weights."""
 
 from collections import defaultdict
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from tarflowlm.data.prompts import BLANK
+from tarflowlm.generation.inversion import Kept
 from tarflowlm.model import as_flow
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
@@ -27,7 +27,7 @@ from tarflowlm.studio.pieces import (
 )
 from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Draft, Writing, Written
-from tarflowlm.views.grid import Token, pass_rows, spans, text_tokens
+from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible
 
 LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
 
@@ -42,7 +42,7 @@ def write(
     num: object,
     seed: object,
 ) -> Pages:
-    """HTML of the text while it is written, then of the samples and their passes."""
+    """The text while it is written, then the samples and their passes."""
     checkpoint = catalogue.load(model)
     start = values.text(text)
     is_template = Writing.blank in start
@@ -61,12 +61,10 @@ def write(
     written: list[int] = []
 
     def work() -> Written:
-        steps = draft.steps(range(draft.total), job)
-        while True:
-            try:
-                written.extend(next(steps)[0].tolist())
-            except StopIteration as end:
-                return cast(Written, end.value)
+        steps = Kept(draft.steps(range(draft.total), job))
+        for tokens in steps:
+            written.extend(tokens[0].tolist())
+        return steps.value
 
     def show() -> str:
         shown = text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
@@ -115,11 +113,11 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
         probabilities=probabilities,
         least_change=LEAST_CHANGE,
     )
-    note = None
+    shown = slider(rows, is_open=row == 0)
     hidden = len(passes) - len(rows)
     if hidden:
-        note = f"Not shown: {counted(hidden, 'block')} above, which changed next to nothing."
-    return slider(rows, is_open=row == 0) + muted(note)
+        shown += muted(f"Not shown: {counted(hidden, 'block')}, which changed next to nothing.")
+    return shown
 
 
 def infill(
@@ -131,11 +129,10 @@ def infill(
     temperature: object,
     seed: object,
 ) -> Pages:
-    """HTML of candidates for the blanks of `text`, the likeliest first.
+    """Candidates for the blanks of `text`, the likeliest first.
 
-    Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased
-    for p(given), so a draw from the tries by evidence is a draw by all of their particles. This is
-    the weight of its text.
+    The weight of a try is its evidence, the mean weight of its particles. This is unbiased for
+    p(given), so a draw from the tries by weight is a draw by all of their particles.
     """
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
@@ -149,13 +146,11 @@ def infill(
     draft = request.read(checkpoint)
     template = draft.prompt(0)
     given = _given(draft)
-    tokens = [
-        token if token.kind == "given" else Token(request.blank, "noise")
-        for token in text_tokens(template.clamp_min(0), tokenizer, {"given": given})
-    ]
+    text_with_blanks = [Token(visible(draft.given[0].text))]
 
     def show() -> str:
-        return unfinished(tokens, job.doing("trying"), job.advanced / draft.num_positions)
+        share = job.advanced / draft.num_positions
+        return unfinished(text_with_blanks, job.doing("trying"), share)
 
     job = Job()
     batches = yield from job.follow(lambda: list(draft.batches(job)), show)
@@ -169,8 +164,8 @@ def infill(
         new = torch.tensor(row)
         share = shares[row]
         shown = spans(text_tokens(new, tokenizer, {"given": given, "changed": new != template}))
-        head = f'<div class="st-share"><b>{100 * share:.0f} %</b>{bar(share)}</div>'
-        choices += f'<div class="st-choice">{head}<div class="st-stage">{shown}</div></div>'
+        head = div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share))
+        choices += div("st-choice", head, div("st-stage", shown))
     numbers = facts((f"{draft.particles:,}", "particles per try"), took(job.seconds))
     yield page(
         asked(request.command(catalogue.entry(model).command_name)),
@@ -190,7 +185,7 @@ def _weights(batches: list[Written]) -> Tensor:
 
 
 def _trust(weights: Tensor) -> str:
-    """How far the weights can be trusted: so many tries count, from 1 to all of them."""
+    """How many of the tries count, from 1 to all of them."""
     effective = 1 / (weights**2).sum().item()
     words = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
     return f"{words} More particles find more texts that fit.{bar(effective / len(weights))}"

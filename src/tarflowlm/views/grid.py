@@ -9,8 +9,8 @@ import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -27,7 +27,7 @@ LEGEND: dict[Kind, str] = {
 }
 FAINTEST = 0.3  # the least opacity: every token stays readable
 
-CSS = files("tarflowlm.views").joinpath("grid.css").read_text(encoding="utf-8")
+CSS = Path(__file__).with_name("grid.css").read_text(encoding="utf-8")
 """The style of `to_html`, light or dark; the page must include it."""
 
 
@@ -65,11 +65,10 @@ PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n
 
 def visible(text: str) -> str:
     """`text` with control characters as their pictures; ↵ precedes a new line."""
-    shown = text.translate(PICTURES)
-    for character in set(shown):
-        if not character.isprintable() and character != "\n":
-            escaped = character.encode("unicode_escape").decode("ascii")
-            shown = shown.replace(character, escaped)
+    shown = ""
+    for character in text.translate(PICTURES):
+        is_shown = character.isprintable() or character == "\n"
+        shown += character if is_shown else character.encode("unicode_escape").decode("ascii")
     return shown
 
 
@@ -122,6 +121,11 @@ def pass_rows(
     return rows
 
 
+def div(name: str, *parts: str) -> str:
+    """Parts in HTML in an element of a class."""
+    return f'<div class="{name}">{"".join(parts)}</div>'
+
+
 def to_html(rows: Sequence[Row]) -> str:
     """The rows, escaped, under a legend of the kinds that occur."""
     present = {token.kind for row in rows for token in row.tokens}
@@ -131,10 +135,9 @@ def to_html(rows: Sequence[Row]) -> str:
             legend += f'<span class="tl-{kind}">{name}</span>'
     body = ""
     for row in rows:
-        label = f'<div class="tl-label">{escape(row.label)}</div>'
-        text = f'<div class="tl-text">{spans(row.tokens)}</div>'
-        body += f'<div class="tl-row">{label}{text}</div>'
-    return f'<div class="tl-grid"><div class="tl-legend">{legend}</div>{body}</div>'
+        label = div("tl-label", escape(row.label))
+        body += div("tl-row", label, div("tl-text", spans(row.tokens)))
+    return div("tl-grid", div("tl-legend", legend), body)
 
 
 def spans(tokens: Sequence[Token]) -> str:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 
-from tarflowlm.views.grid import CSS
+from tarflowlm.views.grid import CSS, div
 
 GENERATOR = '<meta name="generator" content="tarflowlm">'
 """A line of every page, by which it is known."""
@@ -28,13 +28,9 @@ PAGE = """\
 
 def page_html(title: str, sections: Sequence[str]) -> str:
     """The whole document."""
-    style = files("tarflowlm.views").joinpath("page.css").read_text(encoding="utf-8")
-    return PAGE.format(
-        generator=GENERATOR,
-        title=escape(title),
-        style=style + CSS,
-        body="\n".join(sections),
-    )
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + CSS
+    body = "\n".join(sections)
+    return PAGE.format(generator=GENERATOR, title=escape(title), style=style, body=body)
 
 
 def section_html(
@@ -42,7 +38,7 @@ def section_html(
 ) -> str:
     """Notes, then parts in HTML, under a title; a folded section opens at a click."""
     body = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
-    body += f'<div class="parts">\n{"".join(parts)}</div>'
+    body += div("parts", *parts)
     if is_folded:
         return f"<details><summary>{escape(title)}</summary>\n{body}</details>"
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}</section>"
@@ -64,4 +60,4 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         body += f"<tr><th>{escape(name)}</th>{values}</tr>\n"
     table = f"<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody>"
-    return f'<div class="table"><table>\n{table}</table></div>\n'
+    return div("table", f"<table>\n{table}</table>\n")

@@ -1,7 +1,4 @@
-"""Run directories without their weights: where they lie, and what a finished or running one says.
-
-Reports, the studio, `tarflowlm runs` and the reproduction read runs here.
-"""
+"""Run directories without their weights: where they lie, and what a run says of itself."""
 
 import json
 import re
@@ -55,10 +52,7 @@ class RunRecord:
     directory: Path
     run: RunConfig
     train: dict[str, Series]
-    """Columns of the training lines of metrics.jsonl, and `seconds`, the time up to each.
-
-    An exported model has no lines.
-    """
+    """Columns of its training lines, and `seconds`, the time up to each. An export has no lines."""
     valid: dict[str, Series]
     """Columns of its validation lines, and `seconds`."""
     summary: Summary | None
@@ -83,7 +77,7 @@ class RunRecord:
 
     @property
     def has_log(self) -> bool:
-        """Whether there are training lines."""
+        """Whether there are any training lines."""
         return len(self.train["step"]) > 0
 
     @property
@@ -118,10 +112,8 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
     if len(train["step"]) > 0:
         valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"])
     elif not is_export(directory):
-        if is_written(directory):
-            raise UserError(f"{directory} has just begun: wait for the first line of its log")
-        remedy = f"`tarflowlm train --resume {directory}`"
-        raise UserError(f"{directory} stopped before its first logged step: {remedy}")
+        remedy = f"wait, or continue it by `tarflowlm train --resume {directory}`"
+        raise UserError(f"{directory} has no logged step yet: {remedy}")
     name = name or directory.resolve().name
     return RunRecord(name, directory, run, train, valid, read_summary(directory))
 

@@ -20,38 +20,32 @@ from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 from tarflowlm.texts import Writing
 from tarflowlm.views import grid
-from tarflowlm.views.blocks import draw_gains, terms_table
-from tarflowlm.views.codes import draw_codebook
-from tarflowlm.views.curves import draw_bits
+from tarflowlm.views.figures import CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm.views.page import GENERATOR, page_html, picture_html, section_html
 from tarflowlm.views.records import RunRecord, read_record
 from tarflowlm.views.style import Figure, check_package, render
-from tarflowlm.views.tables import config_table, summary_table
+from tarflowlm.views.tables import config_table, summary_table, terms_table
 
-NUM, LENGTH, SEED = 3, 256, 0  # samples, the most tokens of each, and how they are drawn
+NUM = 3  # samples
+LENGTH = 256  # the most tokens of each
 WIDTH = 4.6  # inches; on a phone, such a figure shows its text in full size
-DPI = 240
 NAMED = 64  # codes that are named
 
 SIGNS = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
-BITS = (
-    "Bits per character against tokens and training time. Faint: training batches; with markers: "
-    "validation windows. Flows show upper bounds. The first steps may lie above the frame."
-)
 PASSES = (
     "The first sample after every block, decoded with the codebook. Noise becomes latents block by "
-    "block, the last block first. Where only the last row reads as text, block 1 does the writing."
+    "block, the last block first. Where only the last row is text, block 1 does the writing."
 )
 BLOCKS = (
     "By how much each block lowers the bound of the blocks under it with the standard normal on "
-    "top, on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Of jointly trained "
-    "blocks, only the whole stack is trained to be a good model."
+    "top, on {windows:,} validation windows ({tokens:,} tokens). Of jointly trained blocks, only "
+    "the whole stack is trained to be a good model."
 )
 EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no codebook."
 
 
 class RunNotes(TypedDict):
-    """A run in a report: its name, its state and notes on it."""
+    """A run in a report, with notes on what is missing."""
 
     name: str
     status: str
@@ -75,11 +69,10 @@ def write_report(
 ) -> Report:
     """Write PNG figures and index.html about the runs in `directories` into `out`.
 
-    A run is a run directory, a model exported from one, the name of a released model or
-    hf:OWNER/NAME; all but the first have no curves. `out` defaults to DIR/report for a single run
-    directory. An earlier report there is replaced file by file. `device` draws the samples and
-    computes the terms of the bound. Raises UserError, before anything is written, for a directory
-    without a run, for runs of the same name, and for an `out` that holds something else.
+    A run is a run directory, or a model as `locate` finds it, without curves. `out` defaults to
+    DIR/report for a single run directory; an earlier report there is replaced file by file. Raises
+    UserError, before anything is written, for a directory without a run, for runs of the same name,
+    and for an `out` that holds something else.
     """
     check_package("matplotlib", "plots")
     if out is None:
@@ -131,7 +124,7 @@ class _Writer:
         if logged:
             self.progress.stage("training curves")
             draw = partial(draw_bits, records=logged)
-            curves = self._draw("bits", BITS, draw, 6.0 + 0.18 * len(logged))
+            curves = self._draw("bits", CURVES, draw, 6.0 + 0.18 * len(logged))
             sections.append(section_html("Training", parts=[curves]))
         sections += [self._section(record) for record in records]
         table = config_table(records)
@@ -140,7 +133,7 @@ class _Writer:
 
     def _draw(self, name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
         """A figure of this height in inches as PNG; returns it as HTML."""
-        svg = render(draw, name, self.out, width=WIDTH, height=height, dpi=DPI)
+        svg = render(draw, name, self.out, width=WIDTH, height=height)
         self.figures.append(str(self.out / f"{name}.png"))
         return picture_html(name, svg, caption)
 
@@ -151,32 +144,31 @@ class _Writer:
         except UserError as error:
             record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
             return section_html(record.name, record.notes)
-        step = checkpoint.info.get("step", "?")
         length = min(LENGTH, checkpoint.model.config.context)
         parts = self._samples(record, checkpoint, length)
-        how = f"seed {SEED}, temperature {checkpoint.run.temperature:g}, not selected"
-        notes = [f"{NUM} samples of {length} tokens at step {step}: {how}."]
+        step = checkpoint.info.get("step", "?")
+        how = f"seed 0, temperature {checkpoint.run.temperature:g}, not selected"
+        notes = [f"Step {step}. {NUM} samples of {length} tokens: {how}."]
         if checkpoint.model.is_exact:
             notes.append(EXACT)
         else:
-            parts += self._flow(record, checkpoint, step)
+            parts += self._flow(record, checkpoint)
         return section_html(record.name, [*record.notes, *notes], parts)
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
-        """Samples, always the same for a model, and the passes of the first one."""
-        draft = Writing(num=NUM, num_tokens=length, seed=SEED).read(checkpoint)
+        """Samples, and the passes of the first one."""
+        draft = Writing(num=NUM, num_tokens=length).read(checkpoint)
         self.progress.stage(f"samples of {record.name}, positions", draft.num_positions)
         (written,) = draft.batches(self.progress)
         texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
-        parts = [f'<div class="samples">\n{texts}</div>\n']
+        parts = [grid.div("samples", texts)]
         if checkpoint.model.num_blocks > 1:
             passes = [state[0] for state in written.generation.passes]
             rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
-            caption = f"<figcaption>{escape(PASSES)}</figcaption>"
-            parts.append(f"<figure>\n{rows}\n{caption}\n</figure>\n")
+            parts.append(f"<figure>{rows}<figcaption>{PASSES}</figcaption></figure>\n")
         return parts
 
-    def _flow(self, record: RunRecord, checkpoint: Checkpoint, step: str) -> list[str]:
+    def _flow(self, record: RunRecord, checkpoint: Checkpoint) -> list[str]:
         """Pictures of the blocks and of the codebook, and a table of the terms of the bound."""
         flow = as_flow(checkpoint.model)
         tokenizer = checkpoint.tokenizer
@@ -196,11 +188,11 @@ class _Writer:
             characters = tokenizer.characters_per_token[windows.numpy()].sum()
             to_bpc = bits(windows.numel() / characters)
             table = terms_table(states, to_bpc)
-            caption = BLOCKS.format(windows=len(windows), tokens=windows.numel(), step=step)
+            caption = BLOCKS.format(windows=len(windows), tokens=windows.numel())
             draw = partial(draw_gains, states=states, to_bpc=to_bpc)
             height = 1.0 + 0.7 * flow.num_blocks
             parts.append(self._draw(f"blocks-{record.slug}", caption, draw, height))
-        caption = f"The codebook at step {step} on its first two principal components."
+        caption = "The codebook on its first two principal components."
         if len(named) > NAMED:
             caption += f" The {NAMED} {chosen} tokens are named."
         draw = partial(

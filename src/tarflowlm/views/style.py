@@ -5,7 +5,6 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,7 @@ VARIABLES = {
 
 
 def check_package(name: str, extra: str) -> None:
-    """Raises UserError if an optional package is missing."""
+    """UserError if an optional package is missing."""
     if importlib.util.find_spec(name) is None:
         raise UserError(f"this needs the package {name}: pip install 'tarflowlm[{extra}]'")
 
@@ -50,19 +49,17 @@ def render(
     *,
     width: float,
     height: float,
-    dpi: int = 160,
 ) -> str:
     """Draw a figure of `width` x `height` inches as SVG for a page that defines the colours.
 
-    `draw` gets an empty figure. A PNG goes into the `folder`, if one is given, and replaces the one
-    of the same name atomically. Ids in the SVG begin with `name`.
+    `draw` gets an empty figure. NAME.png in the `folder`, if one is given, is replaced. Ids in the
+    SVG begin with `name`.
     """
     check_package("matplotlib", "plots")
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure as New
 
-    look = as_file(files("tarflowlm.views").joinpath("figures.mplstyle"))
-    with look as style, matplotlib.rc_context(fname=style), warnings.catch_warnings():
+    with style.context("tarflowlm.views.figures"), warnings.catch_warnings():
         # symbols of a vocabulary may be missing from the font; they show as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = New(figsize=(width, height))
@@ -72,7 +69,7 @@ def render(
         figure.set_layout_engine("none")
         if folder is not None:
             with replacing(folder / f"{name}.png") as temporary:
-                figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+                figure.savefig(temporary, format="png", metadata={"Software": None})
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_a_page(buffer.getvalue(), name)

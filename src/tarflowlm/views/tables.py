@@ -1,29 +1,22 @@
-"""Tables about runs, one column for each: their results, and their configurations."""
+"""Tables about runs: their results, their configurations, and the terms of a bound."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tarflowlm.evaluation.blocks import StateReport
 from tarflowlm.schema import flatten
 from tarflowlm.views.page import table_html
 from tarflowlm.views.records import RunRecord
 
-MACHINE = {
-    "parameters": "parameters",
-    "of them in Transformers": "trunk_parameters",
-    "device": "device",
-    "threads": "threads",
-    "machine": "machine",
-    "PyTorch": "torch",
-}
-"""Rows that show a value of summary.json as it is."""
+MACHINE = ("parameters", "trunk_parameters", "device", "threads", "machine", "torch")
+"""Values of summary.json that are shown as they are."""
 
 
 def summary_table(records: Sequence[RunRecord]) -> str:
     """Results, text, size and machine of every run."""
-    return _table(records, [_summary_of(record) for record in records])
+    return _table(records, _rows([_summary_of(record) for record in records]))
 
 
 def config_table(records: Sequence[RunRecord]) -> str:
@@ -32,15 +25,16 @@ def config_table(records: Sequence[RunRecord]) -> str:
     for record in records:
         fields = flatten(record.run)
         columns.append({name: str(value).strip("[]") for name, value in fields.items()})
-    names = dict.fromkeys(name for column in columns for name in column)
-    differing = {name: "" for name in names if len({one.get(name) for one in columns}) > 1}
-    return _table(records, [differing | column for column in columns])
+    return _table(records, sorted(_rows(columns), key=lambda row: len(set(row[1:])) == 1))
 
 
-def _table(records: Sequence[RunRecord], columns: Sequence[Mapping[str, str]]) -> str:
+def _rows(columns: Sequence[dict[str, str]]) -> list[list[str]]:
     """One row for each key, in the order of first appearance; a dash for a missing value."""
     names = dict.fromkeys(name for column in columns for name in column)
-    rows = [(name, *(column.get(name) or "–" for column in columns)) for name in names]
+    return [[name, *(column.get(name) or "–" for column in columns)] for name in names]
+
+
+def _table(records: Sequence[RunRecord], rows: Sequence[Sequence[str]]) -> str:
     return table_html(["", *(record.name for record in records)], rows)
 
 
@@ -52,11 +46,10 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
     if done is not None:
         test = done["test"]
         column["test, bits per character"] = f"{sign} {test['bpc']:.4f} ({test['bound']})"
-        nats = f"{sign} {test['nats_per_token']:.4f}"
-        if math.isfinite(test["stderr"]):  # that of a single window is not a number
-            nats += f" ± {test['stderr']:.4f}"
+        nats = f"{sign} {test['nats_per_token']:.4f} ± {test['stderr']:.4f}"
         column["test, nats per token, standard error"] = nats
-    if len(bpc := record.valid["bpc"]):
+    bpc = record.valid["bpc"]
+    if len(bpc) > 0:
         step = int(record.valid["step"][-1])
         column["validation, bits per character"] = f"{sign} {bpc[-1]:.4f} at step {step:,}"
     if done is not None:
@@ -71,7 +64,40 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
         column["training, seconds"] = f"{train['seconds'][-1]:,.0f}"
         column["tokens per second, median"] = f"{np.median(train['tokens_per_second']):,.0f}"
     if done is not None:
-        for label, key in MACHINE.items():
+        for key in MACHINE:
             value = done[key]
-            column[label] = f"{value:,}" if isinstance(value, int) else str(value)
+            column[key.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else str(value)
     return column
+
+
+def terms_table(states: Sequence[StateReport], to_bpc: float) -> str:
+    """The terms of the bound, which add up to it, and the bound after each block.
+
+    A nat per token is `to_bpc` bits per character.
+    """
+    first = states[0]
+    last = states[-1]
+    kl = last.kl.mean
+    terms = {
+        "log q(z|x)": first.kl.mean + first.base.mean,
+        "−log N(u; 0, I)": -last.base.mean,
+    }
+    for state in states:
+        if state.log_det is not None:
+            terms[f"−log|det J|, block {state.block}"] = -state.log_det.mean
+    terms["−log p(x|z)"] = last.nelbo.mean - kl
+    rows = [(name, signed(value, 5), signed(to_bpc * value, 5)) for name, value in terms.items()]
+    rows.append(("KL(q(z|x) ‖ p(z))", f"{kl:.5f}", f"{to_bpc * kl:.5f}"))
+    names = [f"bound of blocks 1 to {state.block}" for state in states]
+    names[0] = "bound of no block"
+    names[-1] = "bound of the model"
+    for name, state in zip(names, states, strict=True):
+        bound = state.nelbo.mean
+        rows.append((name, f"<= {bound:.5f}", f"<= {to_bpc * bound:.5f}"))
+    return table_html(["", "nats per token", "bits per character"], rows)
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A number with its sign."""
+    rounded = round(value, digits) + 0.0  # -0.0 becomes 0.0
+    return f"{rounded:+.{digits}f}".replace("-", "−")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tarflowlm.views.codes import project
+from tarflowlm.views.figures import project
 
 
 @pytest.fixture
