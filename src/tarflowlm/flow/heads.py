@@ -50,6 +50,8 @@ class HeadShape:
     """Give the embeddings a bias, as in the paper's head, which has no linear paths."""
     autoregressive: bool = True
     """Let a group see the earlier groups of its position, or the features alone."""
+    noise: float = 0.1
+    """Size of the outputs at the start, next to their biases."""
     tokens: Tensor | None = None
     """The token [G] of every group, which then sees the groups of its own token alone."""
 
@@ -101,7 +103,7 @@ class AutoregressiveHead(nn.Module):
             * max(known * shape.features, 1) ** -0.5
         )
         self.weights = nn.ParameterList(
-            torch.randn(groups, shape.hidden, n) * 0.1 * shape.hidden**-0.5 for n in outputs
+            torch.randn(groups, shape.hidden, n) * shape.noise * shape.hidden**-0.5 for n in outputs
         )
         self.biases = nn.ParameterList(torch.zeros(groups, n) for n in outputs)
         nn.init.normal_(self.context.weight, std=shape.width**-0.5)

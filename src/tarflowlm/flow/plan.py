@@ -59,6 +59,8 @@ class BlockPlan:
             linear_paths=config.head == "linear-paths",
             embed_bias=config.head == "paper",
             autoregressive=block.sees_channels,
+            # a block that is put on a trained stack must not harm it: it starts as the identity
+            noise=0.1 if self.index == 0 else 0.0,
         )
         if block.sees_tokens:
             return shape
