@@ -12,7 +12,7 @@ from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
-from tarflowlm.evaluation.likelihood import bits, sign_of
+from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate, sign_of
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
@@ -67,6 +67,21 @@ def summaries_by(
         {column: value(as_flow_config(done.training.run.model)), **summary_row(done)}
         for done in finished
     ]
+
+
+def likelihood_on(
+    done: Finished, checkpoint: Checkpoint, source: str | None, windows: int, samples: int
+) -> Likelihood:
+    """The bound over evenly spaced windows of the run's test split, or of the text `source`."""
+    some = eval_windows(done.tokens(checkpoint, source), checkpoint.run.model.context, windows)
+    text = "test split" if source is None else "second text"
+    return evaluate(
+        checkpoint.model,
+        some,
+        torch.from_numpy(checkpoint.tokenizer.characters_per_token),
+        samples=samples,
+        progress=done.stage(f"windows of the {text}", len(some)),
+    )
 
 
 def sample(

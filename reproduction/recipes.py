@@ -2,6 +2,7 @@
 
 from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE, SHARES
 from reproduction.geometry import FIG7
+from reproduction.lengths import LENGTHS_RECIPE
 from reproduction.passes import FIG6, FRONTIER
 from reproduction.patches import FIG5, IN_PATCH, PATCH_SIZES
 from reproduction.recipe import Recipe
@@ -11,6 +12,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         TABLE2,
+        LENGTHS_RECIPE,
         FIG2,
         FIG3,
         FIG4,

@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from reproduction.measures import first_columns, judge_of, judge_training, summary_row
+from reproduction.measures import (
+    first_columns,
+    judge_of,
+    judge_training,
+    likelihood_on,
+    summary_row,
+)
 from reproduction.plots import plot_models
 from reproduction.quality import (
     PAPER_SAMPLES,
@@ -17,9 +21,7 @@ from reproduction.quality import (
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, without
 from reproduction.settings import Kind, Settings
 from tarflowlm.data import eval_windows
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.presets import preset
-from tarflowlm.runs.checkpoint import Checkpoint
 
 FAMILIES: dict[str, Kind] = {"AR": "ar", "affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
 PLAIN = "Mix-1, plain start as in the paper"
@@ -67,13 +69,13 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
     for done in finished:
         row = summary_row(done)
         checkpoint = done.load()
-        weighted = _likelihood(done, checkpoint, None, WINDOWS, SAMPLES)
+        weighted = likelihood_on(done, checkpoint, None, WINDOWS, SAMPLES)
         # over the same windows; the exact value of the baseline
         elbo = weighted.nats_per_token if weighted.elbo is None else weighted.elbo
         row[f"{WINDOWS} windows: bpc"] = weighted.bpc * elbo / weighted.nats_per_token
         row[f"iw-{SAMPLES} bpc"] = weighted.bpc
         if settings.second_text is not None:
-            second = _likelihood(done, checkpoint, settings.second_text, SECOND_WINDOWS, 1)
+            second = likelihood_on(done, checkpoint, settings.second_text, SECOND_WINDOWS, 1)
             row["second text bpc"] = second.bpc
         corpora = list(PAPER_LIKELIHOOD)
         if settings.scale == "paper":
@@ -83,21 +85,6 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
         row |= {f"paper, {corpus}": PAPER_LIKELIHOOD[corpus].get(label) for corpus in corpora}
         rows.append(row)
     return rows
-
-
-def _likelihood(
-    done: Finished, checkpoint: Checkpoint, source: str | None, windows: int, samples: int
-) -> Likelihood:
-    """The bound over evenly spaced windows of the run's test split, or of the text `source`."""
-    some = eval_windows(done.tokens(checkpoint, source), checkpoint.run.model.context, windows)
-    text = "test split" if source is None else "second text"
-    return evaluate(
-        checkpoint.model,
-        some,
-        torch.from_numpy(checkpoint.tokenizer.characters_per_token),
-        samples=samples,
-        progress=done.stage(f"windows of the {text}", len(some)),
-    )
 
 
 def plan_table6(settings: Settings) -> list[Training]:

@@ -113,6 +113,8 @@ class OptimConfig(Config):
     """Decoupled weight decay, on matrices only."""
     beta2: float = 0.98
     """AdamW's second-moment decay."""
+    eps: float = 1e-10
+    """AdamW's term in the denominator."""
     grad_clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     warmup: float = 0.03
@@ -123,6 +125,7 @@ class OptimConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.above_zero("lr")
+        self.above_zero("eps")
         self.require("grad_clip", self.grad_clip > 0, "must be above 0")
         self.at_least(0, "codebook_lr_scale", "weight_decay")
         self.below_one("beta2")
@@ -153,8 +156,14 @@ class TrainConfig(Config):
     """Decay of an average of the weights that is evaluated, saved, and trained upon by later
     stages; 0: none.
     """
-    keep: Literal["last", "best"] = "last"
-    """Weights with which a stage ends: its last ones, or those of its best validation."""
+    keep: Literal["last", "best"] = "best"
+    """Weights with which a stage ends: its last ones, or those of its best validation, which may be
+    those it began with.
+    """
+    patience: int = 0
+    """End a stage after this many evaluations in a row without a better bound; 0: when its steps or
+    time are over. The paper trains a block until the bound stabilises.
+    """
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto takes bfloat16 where the device multiplies it natively.
     Densities, log-dets and inverses are always float32 or wider.
@@ -184,7 +193,7 @@ class TrainConfig(Config):
         self.require("stage_steps", least >= 1, "every stage needs at least 1 step")
         self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every")
         self.at_least(1, "evaluate_windows", "checkpoint_every")
-        self.at_least(0, "minutes", "test_windows")
+        self.at_least(0, "minutes", "test_windows", "patience")
         self.below_one("dropout", "ema")
 
     @property

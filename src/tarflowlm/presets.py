@@ -28,11 +28,8 @@ SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
 SMALL_DATA = DataConfig(
     source="english", tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096, normalize="none")
 )
-# several passes over three million tokens, so with dropout; a stage of few steps may end worse
-# than it began, so with the best weights
-SMALL_TRAIN = TrainConfig(
-    stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1, keep="best"
-)
+# several passes over three million tokens, so with dropout
+SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1)
 
 MIXD_CODEBOOK = 0.5
 """Learning rate of a codebook that is tied to block 1, over the rate of the rest (docs/log.md)."""
@@ -55,9 +52,7 @@ def quickstart() -> RunConfig:
     trunk = replace(MINI_TRUNK, input_taps=0)
     model = FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True)
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
-    train = TrainConfig(
-        stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000, keep="best"
-    )
+    train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
     return RunConfig(
         name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM, temperature=CALM
     )
@@ -227,6 +222,7 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
             optimizer="adamw",
             lr=3e-4,
             beta2=0.999,
+            eps=1e-8,
             weight_decay=0.0,
             warmup=2500 / steps,
             decay=0.0,
@@ -240,7 +236,6 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
         batch_size=batch_size,
         accumulate=batch_size * corpus.context // TOKENS_AT_ONCE,
         precision="bfloat16",
-        keep="best",
         dropout=0.1 if is_adamw else corpus.dropout,
         ema=0.9999 if is_adamw else 0.0,
         evaluate_every=2000,

@@ -77,7 +77,7 @@ def build_optimizers(
             [group for group in groups if group["params"]],
             lr=config.lr,
             betas=(0.9, config.beta2),
-            eps=1e-10,
+            eps=config.eps,
             fused=True,
         )
     ]

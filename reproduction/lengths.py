@@ -1,0 +1,104 @@
+"""How the families compare after more and more training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from reproduction.measures import likelihood_on, summary_row
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings
+from reproduction.settings import Settings
+from reproduction.tables import FAMILIES, SAMPLES, WINDOWS
+from tarflowlm.config import RunConfig
+from tarflowlm.views.style import Figure
+
+LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0}
+"""Shares of the steps of a preset."""
+TOKENS = "tokens of block 1"
+RATIO = "over AR"
+
+
+def plan_lengths(settings: Settings) -> list[Training]:
+    """Every family for every length, with the schedule of that length."""
+    plan = []
+    for label, kind in FAMILIES.items():
+        for name, factor in LENGTHS.items():
+            run = lengthened(settings.preset(kind, "text8"), factor, name)
+            # the length of the presets has further seeds, which table2 shares
+            few = settings if factor == 1 else replace(settings, seeds=1)
+            plan += trainings(few, {label: run})
+    return plan
+
+
+def lengthened(run: RunConfig, factor: float, name: str) -> RunConfig:
+    """The run with every stage `factor` times as long."""
+    if factor == 1:
+        return run
+    steps = tuple(max(1, round(count * factor)) for count in run.train.stage_steps)
+    name = f"{run.name}-x{name.replace('/', 'of')}"
+    return replace(run, name=name, train=replace(run.train, stage_steps=steps))
+
+
+def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The bound, the importance-weighted bound, and both over those of the baseline."""
+    rows = []
+    for done in finished:
+        row = summary_row(done)
+        row[TOKENS] = done.summary["stage_tokens"][0]
+        row[f"iw-{SAMPLES} bpc"] = likelihood_on(done, done.load(), None, WINDOWS, SAMPLES).bpc
+        rows.append(row)
+    for row in rows:
+        baseline = next(
+            other
+            for other in rows
+            if other["model"] == "AR"
+            and (other[TOKENS], other["seed"]) == (row[TOKENS], row["seed"])
+        )
+        row[RATIO] = row["test bpc"] / baseline["test bpc"]
+        row[f"iw-{SAMPLES} {RATIO}"] = row[f"iw-{SAMPLES} bpc"] / baseline[f"iw-{SAMPLES} bpc"]
+    return rows
+
+
+def draw_lengths(figure: Figure, rows: Sequence[Row]) -> None:
+    """The ratio to the baseline over the tokens seen: the bound, and dashed the weighted bound."""
+    axes = figure.subplots()
+    for index, label in enumerate(label for label in FAMILIES if label != "AR"):
+        own = [row for row in rows if row["model"] == label]
+        counts = sorted({row[TOKENS] for row in own})
+        for column, style in ((RATIO, "-"), (f"iw-{SAMPLES} {RATIO}", "--")):
+            means = [
+                _mean([row[column] for row in own if row[TOKENS] == count]) for count in counts
+            ]
+            name = label if style == "-" else None
+            axes.plot(counts, means, style, color=f"C{index}", label=name)
+            axes.plot(
+                [row[TOKENS] for row in own],
+                [row[column] for row in own],
+                "o",
+                color=f"C{index}",
+                markersize=4,
+                fillstyle="full" if style == "-" else "none",
+            )
+    axes.axhline(1.0, color="gray", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row[TOKENS] for row in rows})
+    axes.set_xticks(ticks, [f"{count / 1e6:.1f} M" for count in ticks])
+    axes.set(xlabel=f"{TOKENS} (characters)", ylabel="bits per character over the baseline's")
+    axes.legend(title=f"dashed: iw-{SAMPLES}")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+LENGTHS_RECIPE = Recipe(
+    name="lengths",
+    title="Ratios over training length",
+    claim=(
+        "The paper, at one length: Mix-d 1.06, Mix-1 1.11 and affine 1.25 times the bits of the "
+        "baseline on TEXT8. Are these where the ratios go with more training? (Every length has "
+        f"its own schedule. iw-{SAMPLES} is a tighter bound, over {WINDOWS} windows.)"
+    ),
+    plan=plan_lengths,
+    measure=measure_lengths,
+    draw=draw_lengths,
+    seeds=2,
+)
