@@ -56,15 +56,14 @@ _OPERATIONS = (
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
-    """Affine, Mix-1 and Mix-d; at mini scale also Mix-1 with a plain start, as in the paper."""
+    """Affine, Mix-1 and Mix-d; at mini scale also Mix-1 from the codebook."""
     runs = {
         "affine": settings.preset("affine", "owt"),
         "Mix-1": settings.preset("mix1", "owt"),
         "Mix-d": settings.preset("mixd", "owt"),
     }
     if settings.scale == "mini":
-        runs[measures.PLAIN_START] = preset("mini-mix1-plain")
-        runs[measures.DEEPEST_LAST] = preset("mini-mix1-deep-last")
+        runs[measures.FROM_CODEBOOK] = preset("mini-mix1-codebook")
     return trainings(settings, runs)
 
 

@@ -22,15 +22,12 @@ from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.records import RunRecord, read_record
 
 JUDGED = "judge's bits"
-PLAIN_START = "Mix-1, plain start"
-"""Label of `mini-mix1-plain`."""
-DEEPEST_LAST = "Mix-1, plain start, last block deepest"
-"""Label of `mini-mix1-deep-last`."""
+FROM_CODEBOOK = "Mix-1 from the codebook"
+"""Label of `mini-mix1-codebook`."""
 JUDGE_STEPS = 1300
 AVERAGED = 5  # lines of metrics.jsonl averaged in a point of a curve
 POINTS = 12  # evenly spaced points of a curve
 LATENT_WINDOWS = 256  # windows of text whose states are measured
-SHORT_STEPS = 300  # steps of mini trainings whose ranking shows early
 SHORT_WINDOWS = 1024  # test windows of these
 
 
@@ -173,7 +170,7 @@ def without_curves(rows: Sequence[Row]) -> list[Row]:
     return without(rows, [*points, *RUN_DETAILS])
 
 
-def shortened(settings: Settings, run: RunConfig, steps: int = SHORT_STEPS) -> RunConfig:
+def shortened(settings: Settings, run: RunConfig, steps: int) -> RunConfig:
     """At mini scale the run with fewer steps, more validations and a smaller test."""
     if settings.scale == "paper":
         return run

@@ -57,8 +57,7 @@ def plan_fig6(settings: Settings) -> list[Training]:
         }
         return trainings(settings, runs)
     runs = {
-        measures.PLAIN_START: preset("mini-mix1-plain"),
-        measures.DEEPEST_LAST: preset("mini-mix1-deep-last"),
+        "Mix-1": preset("mini-mix1"),
         "affine": preset("mini-affine"),
         "Mix-d": preset("mini-mixd"),
         FILLING: preset("mini-passes"),
@@ -195,9 +194,8 @@ def plan_frontier(settings: Settings) -> list[Training]:
         "AR": preset("mini-ar"),
         "Mix-d": preset("mini-mixd"),
         "affine": preset("mini-affine"),
-        "Mix-1, start from the codebook": preset("mini-mix1"),
-        "Mix-1, plain start, layers 4, 1, 1": preset("mini-mix1-plain"),
-        "Mix-1, plain start, layers 1, 1, 4": preset("mini-mix1-deep-last"),
+        "Mix-1": preset("mini-mix1"),
+        measures.FROM_CODEBOOK: preset("mini-mix1-codebook"),
         FILLING: preset("mini-passes"),
         "Mix-1, last block Mix-d of 12 classes": _top_mixd("k12", components=12),
         "Mix-1, last block Mix-d of the codebook": _top_mixd("tied", components=0),
@@ -210,7 +208,7 @@ def _top_mixd(suffix: str, *, components: int) -> RunConfig:
 
     It has a smaller test.
     """
-    run = preset("mini-mix1-deep-last")
+    run = preset("mini-mix1")
     *lower, top = as_flow_config(run.model).blocks
     blocks = (*lower, replace(top, coupling="mixd", components=components))
     model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)

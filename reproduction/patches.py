@@ -124,8 +124,6 @@ def plan_in_patch(settings: Settings) -> list[Training]:
     In the stack the tokens are apart in block 1 or together, and the channels mixed or not.
     """
     run = settings.preset("mix1", "text8")
-    if settings.scale == "mini":
-        run = preset("mini-mix1-deep-last")
     found = {"Mix-d, tokens apart": two_tokens(settings, "independent")}
     first, *upper = as_flow_config(run.model).blocks
     for tokens in ("together", "apart"):
@@ -156,7 +154,7 @@ FIG5 = Recipe(
         "The paper: at patch size 2 the flow's generative perplexity stays good over all prefix "
         "lengths; a baseline that predicts two tokens at once breaks down. (It does not say which"
         " coupling the flow has. Its patch models have a head over all channels of a patch, as "
-        "Mix-1 has here, which starts from the codebook. Its figure 1 has the tokens of a patch "
+        "Mix-1 has here. Its figure 1 has the tokens of a patch "
         "independent in the first blocks. The judge scores the continuation alone.)"
     ),
     plan=plan_fig5,

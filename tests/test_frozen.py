@@ -28,7 +28,7 @@ FIELDS = {
         separation trunk vocab_size
     """,
     config.OptimConfig: """
-        beta2 codebook_lr_scale decay grad_clip lr optimizer warmup weight_decay
+        beta2 codebook_lr_scale decay eps grad_clip lr optimizer warmup weight_decay
     """,
     config.RunConfig: """
         data model name optim parent seed temperature train
@@ -38,8 +38,8 @@ FIELDS = {
     """,
     config.TrainConfig: """
         accumulate batch_size checkpoint_activations checkpoint_every compile dropout ema
-        evaluate_every evaluate_windows keep log_every minutes mode parallel precision stage_steps
-        test_windows track
+        evaluate_every evaluate_windows keep log_every minutes mode parallel patience precision
+        stage_steps test_windows track
     """,
     model_config.TransformerConfig: """
         input_taps mlp_ratio num_heads width

@@ -20,9 +20,9 @@ sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the packa
 
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
 from reproduction.measures import JUDGED  # noqa: E402
-from reproduction.tables import PLAIN  # noqa: E402
 
 BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
+PLAIN = "Mix-1, plain start as in the paper"
 SURE = 0.01  # bits per character
 PAIRS = 3.42  # entropy of a letter of english27 given the one before, in bits
 SEEN, NOT_SEEN, NOT_TESTABLE = "**seen**", "**not seen**", "**not testable**"

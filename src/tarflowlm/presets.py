@@ -22,6 +22,8 @@ from tarflowlm.model_config import (
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2, input_taps=4)
 MINI_STEPS = 2600
 """Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
+PAPER_SHARES = (1, 1, 4)
+"""Layers of the blocks in the proportions of the paper's 2, 2, 8."""
 MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
 SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
@@ -86,26 +88,21 @@ def mini_ar() -> RunConfig:
 
 def mini_affine() -> RunConfig:
     """Three affine blocks with as many Transformer layers together as the baseline."""
-    blocks = stack(("affine",) * 3, (4, 1, 1), (1, 1, 1))
+    blocks = stack(("affine",) * 3, PAPER_SHARES, (1, 1, 1))
     return _mini_joint("mini-affine", blocks, PLAIN_OPTIM)
 
 
 def mini_mix1() -> RunConfig:
-    """Three Mix-1 blocks with as many Transformer layers together as the baseline."""
+    """Three Mix-1 blocks as in the paper, with as many layers together as the baseline."""
+    blocks = stack(("mix1",) * 3, PAPER_SHARES, (27, 27, 27), start="plain")
+    return _mini_joint("mini-mix1", blocks, PLAIN_OPTIM)
+
+
+def mini_mix1_codebook() -> RunConfig:
+    """Three Mix-1 blocks, the first and deepest of which starts from the codebook."""
     blocks = stack(("mix1",) * 3, (4, 1, 1), (27, 2, 2))
-    return _mini_joint("mini-mix1", blocks, OptimConfig(codebook_lr_scale=0.05))
-
-
-def mini_mix1_plain() -> RunConfig:
-    """`mini-mix1` without the start from the codebook, as in the paper."""
-    blocks = stack(("mix1",) * 3, (4, 1, 1), (27, 2, 2), start="plain")
-    return _mini_joint("mini-mix1-plain", blocks, PLAIN_OPTIM)
-
-
-def mini_mix1_deep_last() -> RunConfig:
-    """Mix-1 with the paper's shares of layers, without the start from the codebook."""
-    blocks = stack(("mix1",) * 3, (1, 1, 4), (27,) * 3, start="plain")
-    return _mini_joint("mini-mix1-deep-last", blocks, PLAIN_OPTIM)
+    run = _mini_joint("mini-mix1-codebook", blocks, OptimConfig(codebook_lr_scale=0.05))
+    return replace(run, model=replace(run.model, channel_mix=True))
 
 
 def mini_mixd() -> RunConfig:
@@ -147,7 +144,7 @@ def mini_passes() -> RunConfig:
 
 
 def _mini_joint(name: str, blocks: tuple[BlockConfig, ...], optim: OptimConfig) -> RunConfig:
-    model = FlowConfig(trunk=MINI_TRUNK, blocks=blocks)
+    model = FlowConfig(trunk=MINI_TRUNK, blocks=blocks, channel_mix=None)
     return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
 
@@ -284,8 +281,7 @@ _OWN = (
     mini_ar,
     mini_affine,
     mini_mix1,
-    mini_mix1_plain,
-    mini_mix1_deep_last,
+    mini_mix1_codebook,
     mini_mixd,
     mini_mixd_deep,
     mini_mixd_p2,
