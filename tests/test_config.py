@@ -144,7 +144,7 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
         (OptimConfig, {"warmup": 1.5}, "optim.warmup 1.5: must be between 0 and 1"),
         (OptimConfig, {"beta2": 1.0}, "optim.beta2 1.0: must be at least 0 and below 1"),
         (TrainConfig, {"stage_steps": ()}, "train.stage_steps"),
-        (TrainConfig, {"stage_steps": (10, 0)}, "every stage needs at least 1 step"),
+        (TrainConfig, {"stage_steps": (0, 10)}, "the first stage needs at least 1 step"),
         (TrainConfig, {"checkpoint_every": 0}, "train.checkpoint_every 0"),
         (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entries for 2 stages"),
         (

@@ -139,8 +139,8 @@ class TrainConfig(Config):
 
     section: ClassVar[str] = "train."
     stage_steps: tuple[int, ...] = (1000,)
-    """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With
-    `minutes`, shares of the time.
+    """Optimiser steps of each stage: one entry per block when progressive, one otherwise; 0 leaves
+    a block as it starts. With `minutes`, shares of the time.
     """
     minutes: float = 0.0
     """Wall-clock time of the run, without compilation; 0 counts steps instead."""
@@ -189,8 +189,9 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = min(self.stage_steps, default=0)
-        self.require("stage_steps", least >= 1, "every stage needs at least 1 step")
+        first, *later = self.stage_steps or (0,)
+        rule = "the first stage needs at least 1 step, and later ones 0 or more"
+        self.require("stage_steps", first >= 1 and min(later, default=0) >= 0, rule)
         self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every")
         self.at_least(1, "evaluate_windows", "checkpoint_every")
         self.at_least(0, "minutes", "test_windows", "patience")

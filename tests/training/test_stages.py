@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,29 @@ def test_every_stage_trains_its_block(finished, corpus_file):
 
 
 # dropout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 9])
+def test_a_later_stage_that_gains_nothing_changes_nothing(tmp_path, corpus_file, caplog, steps):
+    caplog.set_level(logging.INFO, "tarflowlm")
+    # at this rate the blocks go astray, unless they are not trained at all
+    config = tiny_run(corpus_file, stage_steps=(1, steps, steps), optim={"lr": 1.0})
+    first, *later = go(config, tmp_path / "run")["stage_valid_bpc"]
+    assert later == pytest.approx([first, first], abs=1e-3)
+    assert caplog.text.count("changes nothing") == 2
+
+
+@pytest.mark.slow
+def test_patience_ends_a_stage_whose_bound_no_longer_falls(tmp_path, corpus_file):
+    config = tiny_run(
+        corpus_file, stage_steps=(4, 90, 90), patience=2, evaluate_every=2, optim={"lr": 1.0}
+    )
+    go(config, tmp_path / "run")
+    valid = [line for line in metrics_of(tmp_path / "run") if line["split"] == "valid"]
+    for block in (2, 3):
+        bounds = [line["bpc"] for line in valid if line["block"] == block]
+        assert bounds.index(min(bounds)) == len(bounds) - 3
 
 
 def model_with(run, **fields):

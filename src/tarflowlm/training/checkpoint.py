@@ -193,8 +193,18 @@ def write_state(job: Job, tensors: dict[str, Any], saved: dict[str, Any]) -> Non
 def tensors_of(state: State) -> dict[str, Any]:
     """All tensors of a state: of model, optimisers and generator, and the copies of weights."""
     model, optimizers = get_state_dict(state.model, state.optimizers)
+    forget_no_step(state)
     generator = state.generator.get_state()
     return {"model": model, "optimizers": optimizers, "generator": generator, **state.copies}
+
+
+def forget_no_step(state: State) -> None:
+    """Let optimisers begin anew in a stage without a step: to read or write their state, PyTorch
+    takes one with a rate of zero, which would count.
+    """
+    if not state.counters.stage_step:
+        for optimizer in state.optimizers:
+            optimizer.state.clear()
 
 
 def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
@@ -239,6 +249,7 @@ def load_state(folder: Path, state: State, processes: Processes, *, seed: int) -
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizers"],
     )
+    forget_no_step(state)
     if is_moved:
         logger.warning(
             "%s is from another kind of device: the noise from here on is another", folder.name

@@ -11,6 +11,8 @@ SAVES_SHARE = 0.05
 """Largest share of such a run's time that is spent on saving."""
 TEST_SHARE = 0.15
 """Largest share of a run's time for the test split at its end."""
+LEAST_STEPS = 36
+"""A stage after the first has time for so many steps, or is left out: fewer do harm."""
 UNTIMED_STEPS = 1000.0
 """Steps that a stage with a time limit is assumed to have until one of them has been timed."""
 
@@ -26,23 +28,38 @@ def measure(
     stage itself.
     """
     step = counters.stage_step
-    shares = train.stage_steps[counters.stage :]
     if not train.minutes:
-        counters.expected_steps = shares[0]
-        counters.share = step / shares[0]
+        counters.expected_steps = train.stage_steps[counters.stage]
+        counters.share = step / counters.expected_steps if counters.expected_steps else 1.0
         return
-    passed = clock() - counters.stage_start
+    now = clock()
+    passed = now - counters.stage_start
     # until the first evaluation: a window without a backward pass takes a third of the time
     guess = passed / max(step, 1) * (train.evaluate_windows / train.batch_size / 3)
     stage_end = (counters.evaluation or guess) + counters.save
     limit = 60 * train.minutes
     left = limit - test_seconds(limit, test_windows, counters.per_window) - counters.stage_start
-    own = (left - len(shares) * stage_end) * shares[0] / sum(shares)
+    shares = shares_left(train, counters, left, now / max(counters.step, 1))
+    own = (left - len(shares) * stage_end) * shares[0] / max(sum(shares), 1)
     # the share never falls, even if an evaluation is shorter than estimated
     counters.share = max(counters.share, min(1.0, passed / own) if own > 0 else 1.0)
     # the first step may compile, which does not count
     is_timed = step > 1
     counters.expected_steps = step / max(counters.share, 1e-9) if is_timed else UNTIMED_STEPS
+
+
+def shares_left(
+    train: TrainConfig, counters: Counters, seconds: float, per_step: float
+) -> list[int]:
+    """The shares of this stage and those after it in the `seconds` that are left. A stage that has
+    no time for `LEAST_STEPS` gets none, the last one first; one that has begun continues.
+    """
+    shares = [*train.stage_steps[counters.stage :]]
+    has_begun = counters.stage_step > 0 or counters.stage == 0
+    for index in reversed(range(int(has_begun), len(shares))):
+        if seconds * shares[index] < LEAST_STEPS * per_step * sum(shares):
+            shares[index] = 0
+    return shares
 
 
 def test_seconds(total: float, windows: int, per_window: float) -> float:

@@ -132,14 +132,22 @@ def enter_stage(job: Job, state: State, stage: int) -> None:
 
 
 def leave_stage(job: Job, state: State, end: Likelihood) -> None:
-    """Record the final validation `end` of a stage and enter the next one. Collective."""
-    counters = state.counters
-    counters.valid_bpc.append(end.bpc)
+    """Record how a stage ended, with `end` as its last validation, and enter the next one.
+    Collective.
+    """
+    counters, keeps_best = state.counters, job.config.train.keep == "best"
+    kept = counters.lowest / end.nats_per_token if keeps_best else 1.0
+    counters.valid_bpc.append(kept * end.bpc)
+    if counters.stage and keeps_best and not counters.lowest_at:
+        why = "gained nothing" if counters.stage_step else "has no time"
+        name = describe_stage(job, counters.stage)
+        logger.info("%s %s: the block stays as it started, which changes nothing", name, why)
     counters.stage_steps.append(counters.stage_step)
     counters.stage += 1
     counters.stage_step = 0
     counters.share = 0.0
     counters.lowest = math.inf
+    counters.stalled = 0
     final = state.copies.get("best") or state.copies.get("average")
     if final:
         assign(trained(state.model), final)

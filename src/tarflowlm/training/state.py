@@ -66,12 +66,14 @@ class Counters:
     expected_steps: int | float = 1  # of the stage; an estimate if its time is limited
     evaluation_is_due: bool = False  # before the next step
     lowest: float = math.inf  # validation bound of the stage, in nats per token: that of best/
+    lowest_at: int = 0  # the step of the stage that has it
+    stalled: int = 0  # evaluations since
 
     # all stages; the current one has no steps and no bound yet
     stage_seconds: list[float] = field(default_factory=list)  # without evaluations and checkpoints
     stage_tokens: list[int] = field(default_factory=list)
     stage_steps: list[int] = field(default_factory=list)
-    valid_bpc: list[float] = field(default_factory=list)  # bits per character at the end
+    valid_bpc: list[float] = field(default_factory=list)  # bits per character of what was kept
 
     # the steps since the last line of the log
     window: dict[str, list[float]] = field(default_factory=dict)  # the numbers of every step
@@ -88,8 +90,8 @@ class Counters:
 
     @property
     def stage_is_over(self) -> bool:
-        """Whether the steps or the time of the stage are used up; every stage takes a step."""
-        return self.stage_step > 0 and self.share >= 1
+        """Whether the steps or the time of the stage are used up; the first one takes a step."""
+        return self.step > 0 and self.share >= 1
 
     def place(self) -> dict[str, int]:
         """Where the run is, as a line of the log says it."""

@@ -148,7 +148,8 @@ def announce(config: RunConfig, out: Path) -> None:
 def train_stage(job: Job, state: State) -> Likelihood:
     """Train until the steps or the time of the stage are used up; returns the last validation.
 
-    Raises FloatingPointError, naming parameters, if the loss or a gradient is not finite; Stopped
+    With `train.patience`, it ends as soon as so many evaluations in a row were no better. Raises
+    FloatingPointError, naming parameters, if the loss or a gradient is not finite; Stopped
     if the run was asked to stop. Collective.
     """
     config, train, counters = job.config, job.config.train, state.counters
@@ -169,7 +170,8 @@ def train_stage(job: Job, state: State) -> Likelihood:
         if counters.evaluation_is_due:
             result = validate(job, state)
             pace.measure(train, counters, clock, job.num_test_windows)
-            if counters.stage_is_over:
+            has_stalled = 0 < train.patience <= counters.stalled
+            if counters.stage_is_over or has_stalled:
                 return result
             mark = time.perf_counter()
 

@@ -36,8 +36,11 @@ def validate(job: Job, state: State) -> Likelihood:
             "stderr": result.stderr,
         }
     )
+    counters.stalled += 1
     if result.nats_per_token < counters.lowest:
         counters.lowest = result.nats_per_token
+        counters.lowest_at = counters.stage_step
+        counters.stalled = 0
         save_best(job, state, result)
     counters.evaluation_is_due = False
     counters.evaluation = seconds(job, state) - start
