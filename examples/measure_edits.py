@@ -18,6 +18,7 @@ import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.editing import (
     Candidates,
+    Source,
     blend,
     bound,
     encode,
@@ -89,27 +90,23 @@ def main(
             merge_words(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)
         ]
         return rewrite(
-            model,
-            text,
+            Source(model, text, generator(2)),
             spans,
             Candidates(CANDIDATES, temperature, level, spaces),
-            generator=generator(2),
         ).tokens
 
     def noisy(level: int, strength: float, share: float | None = None) -> torch.Tensor:
         if share is None:
             return renoise(
-                model, text, level=level, strength=strength, generator=generator(2), decoder="auto"
+                Source(model, text, generator(2)), level=level, strength=strength, decoder="auto"
             ).tokens
         each = zip(range(TEXTS), mask(chosen(share)), strict=True)
         return torch.cat(
             [
                 renoise(
-                    model,
-                    text.row(i),
+                    Source(model, text.row(i), generator(2)),
                     level=level,
                     strength=strength,
-                    generator=generator(2),
                     where=where,
                 ).tokens
                 for i, where in each
@@ -118,7 +115,7 @@ def main(
 
     def arc(level: int, weight: float) -> torch.Tensor:
         return interpolate(
-            model, text, other, level=level, weight=weight, generator=generator(2), decoder="auto"
+            Source(model, text, generator(2)), other, level=level, weight=weight, decoder="auto"
         ).tokens
 
     def blended(weight: float) -> torch.Tensor:
@@ -129,12 +126,10 @@ def main(
             start = int(torch.randint(len(second) - count + 1, (), generator=g))
             spans.append(blended_spans(words[i], second, second[start : start + count], LENGTH))
         return blend(
-            model,
-            text,
+            Source(model, text, generator(2)),
             other,
             spans,
             Candidates(CANDIDATES, usual, told, spaces),
-            generator=generator(2),
         ).tokens
 
     print(f"the original texts: <= {before[0]:.3f} bits per character, judge {before[1]:.3f}\n")

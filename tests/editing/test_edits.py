@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_flow
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
-from tarflowlm.editing import EDITS, Source, encode, options_of
+from tarflowlm.editing import EDITS, WordSource, encode, options_of
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
 
@@ -31,7 +31,7 @@ class Stages(Progress):
 
 
 @pytest.fixture(scope="module", params=["characters", "word pieces"])
-def source(request) -> Source:
+def source(request) -> WordSource:
     tokenizer = (
         CharTokenizer(" adbceghiknorstuwKT", "none")
         if request.param == "characters"
@@ -42,10 +42,10 @@ def source(request) -> Source:
     )
     generator = torch.Generator().manual_seed(0)
     text = encode(model, torch.from_numpy(tokenizer.encode(TEXT))[None], generator)
-    return Source(model, tokenizer, text.repeated(2), generator, Stages())
+    return WordSource(model, text.repeated(2), generator, Stages(), tokenizer=tokenizer)
 
 
-def edited(source: Source, name: str, **options) -> list[str]:
+def edited(source: WordSource, name: str, **options) -> list[str]:
     """The texts of both edits, after checks that hold for all of them."""
     source = dataclasses.replace(source, generator=torch.Generator().manual_seed(1))
     edit = EDITS[name](source, **options)
@@ -102,7 +102,7 @@ def test_every_occurrence_of_a_piece_can_be_rewritten():
     )
     generator = torch.Generator().manual_seed(0)
     tokens = encode(model, torch.from_numpy(tokenizer.encode(text))[None], generator)
-    source = Source(model, tokenizer, tokens, generator)
+    source = WordSource(model, tokens, generator, tokenizer=tokenizer)
     edit = EDITS["rewrite"](source, pieces=["king"], everywhere=True, candidates=40)
     changed = edit.changed[0]
     assert changed[4:8].any()

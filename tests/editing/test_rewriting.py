@@ -12,6 +12,7 @@ import tarflowlm
 from helpers import tiny_flow
 from tarflowlm.editing import (
     Candidates,
+    Source,
     blend,
     encode,
     informative_level,
@@ -46,7 +47,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("span", [(0, 2), (3, 5), (4, 7), (0, 7)])
 def test_the_rest_keeps_tokens_and_latents(model, span):
     text = encode(model, TEXT, generator())
-    edit = rewrite(model, text, [[span], []], Candidates(4), generator=generator(1))
+    edit = rewrite(Source(model, text, generator(1)), [[span], []], Candidates(4))
     inside = torch.zeros(7, dtype=torch.bool)
     inside[slice(*span)] = True
     assert not edit.changed[0, ~inside].any()
@@ -59,7 +60,7 @@ def test_the_rest_keeps_tokens_and_latents(model, span):
 def test_weights_are_the_density_over_that_of_the_proposal(model, span):
     """Spans of whole positions, whose density in block 1 can be read off."""
     text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator()).row(0)
-    z, _, log_w = propose(model, text, span, candidates=5, generator=generator(1))
+    z, _, log_w = propose(Source(model, text, generator(1)), span, candidates=5)
     patch = model.config.patch
     with torch.no_grad():
         proposal = model.prior.block(0).log_prob(model.prior.patch(z))
@@ -80,7 +81,7 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(
     model = tiny_flow(log_std=-3.0, couplings=couplings, patch=patch)
     text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator()).row(0)
     z, tokens, log_w = propose_state(
-        model, text, span, level=level, candidates=5, generator=generator(1)
+        Source(model, text, generator(1)), span, level=level, candidates=5
     )
     assert torch.equal(tokens, model.codebook.decode(z))
     with torch.no_grad():
@@ -103,9 +104,7 @@ def test_parts_of_positions_are_redrawn_with_their_position():
     """Seven tokens in four positions of two: the padding behind the text does not count."""
     model = tiny_flow(log_std=-3.0, couplings=("mix1", "mix1"), patch=2)
     text = encode(model, TEXT, generator())
-    edit = rewrite(
-        model, text, [[(3, 4)], [(6, 7)]], Candidates(30, level=1), generator=generator(1)
-    )
+    edit = rewrite(Source(model, text, generator(1)), [[(3, 4)], [(6, 7)]], Candidates(30, level=1))
     assert edit.tokens.shape == TEXT.shape
     assert edit.changed[0, 3]
     assert edit.changed[1, 6]
@@ -122,7 +121,7 @@ def test_words_are_redrawn_in_the_state_that_tells_most():
     start = sentence.index("great")
     edits = [[(start, start + 5)]] * 4
     lower, upper = (
-        rewrite(model, text.repeated(4), edits, Candidates(16, level=level), generator=generator(1))
+        rewrite(Source(model, text.repeated(4), generator(1)), edits, Candidates(16, level=level))
         for level in (0, 1)
     )
     assert upper.bound.mean() < lower.bound.mean()
@@ -133,7 +132,7 @@ def test_part_of_a_position_is_weighed_by_what_it_keeps():
     """One token of a patch of two: p(z) over the density of the noise, at equal latents."""
     model = tiny_flow(log_std=-3.0, couplings=("mixd",), patch=2)
     text = encode(model, TEXT, generator()).row(0)
-    z, _, log_w = propose(model, text, (2, 3), candidates=4, generator=generator(1))
+    z, _, log_w = propose(Source(model, text, generator(1)), (2, 3), candidates=4)
     with torch.no_grad():
         u, log_det = model.prior(z)
         log_p = model.prior.log_prob(z)
@@ -156,7 +155,7 @@ def test_weighted_candidates_have_the_conditional_of_the_model(couplings):
     model = tiny_flow(log_std=-3.0, vocab_size=3, context=4, couplings=couplings)
     text = encode(model, torch.tensor([[1, 2, 0, 1]]), generator())
     with torch.no_grad():
-        _, tokens, log_w = propose(model, text, (1, 3), candidates=4000, generator=generator(1))
+        _, tokens, log_w = propose(Source(model, text, generator(1)), (1, 3), candidates=4000)
     found = torch.zeros(9).double().index_add(0, tokens[:, 1] * 3 + tokens[:, 2], log_w.softmax(0))
     pairs = torch.tensor(list(product(range(3), repeat=2))).repeat_interleave(400, 0)
     with torch.no_grad():
@@ -173,12 +172,12 @@ def test_candidates_that_repeat_the_text_come_last():
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT[:1], generator())
     changed = [
-        redraw(model, text, (3, 4), Candidates(60), generator=generator(s)).tokens[0, 3]
+        redraw(Source(model, text, generator(s)), (3, 4), Candidates(60)).tokens[0, 3]
         for s in range(20)
     ]
     assert TEXT[0, 3] not in changed
     only = [
-        redraw(model, text, (3, 4), Candidates(1), generator=generator(s)).tokens[0, 3]
+        redraw(Source(model, text, generator(s)), (3, 4), Candidates(1)).tokens[0, 3]
         for s in range(40)
     ]
     assert TEXT[0, 3] in only
@@ -186,16 +185,15 @@ def test_candidates_that_repeat_the_text_come_last():
 
 def test_edits_report_the_tail_of_their_weights():
     model = tiny_flow(log_std=-3.0, couplings=("mixd", "mix1"))
-    text, options = encode(model, TEXT, generator()), {"generator": generator(1)}
-    first, untouched = rewrite(
-        model, text, [[(1, 3), (4, 6)], []], Candidates(60), **options
-    ).pareto_k
+    text = encode(model, TEXT, generator())
+    source = Source(model, text, generator(1))
+    first, untouched = rewrite(source, [[(1, 3), (4, 6)], []], Candidates(60)).pareto_k
     assert math.isfinite(first)
     assert math.isnan(untouched)
-    one = redraw(model, text.row(0), (1, 3), Candidates(60), generator=generator(1))
-    assert (
-        redraw(model, one, (4, 6), Candidates(4), **options).pareto_k == one.pareto_k
-    )  # too few for a tail
+    one = redraw(Source(model, text.row(0), generator(1)), (1, 3), Candidates(60))
+    # too few for a tail
+    again = redraw(Source(model, one, generator(1)), (4, 6), Candidates(4))
+    assert again.pareto_k == one.pareto_k
 
 
 def test_another_span_is_tried_where_all_candidates_repeat_one():
@@ -208,12 +206,12 @@ def test_another_span_is_tried_where_all_candidates_repeat_one():
     text = encode(model, tokens, generator()).repeated(2)
     words = [(at, at + 1) for at in range(7)]
     spans = [[(1, 2)], []]
-    same = rewrite(model, text, spans, sure, spare=words, generator=generator(1))
+    same = rewrite(Source(model, text, generator(1)), spans, sure, spare=words)
     assert not same.changed.any()
     tokens[0, 5] = (tokens[0, 5] + 1) % 5
     text = encode(model, tokens, generator()).repeated(2)
-    assert not rewrite(model, text, spans, sure, generator=generator(1)).changed.any()
-    other = rewrite(model, text, spans, sure, spare=words, generator=generator(1))
+    assert not rewrite(Source(model, text, generator(1)), spans, sure).changed.any()
+    other = rewrite(Source(model, text, generator(1)), spans, sure, spare=words)
     assert other.changed.sum(1).tolist() == [1, 0]
     assert other.changed[0, 5]
 
@@ -225,11 +223,7 @@ def test_candidates_may_repeat_the_text_where_this_is_allowed():
     repeated = {
         may_repeat: [
             redraw(
-                model,
-                text,
-                (3, 4),
-                Candidates(60, may_repeat=may_repeat),
-                generator=generator(seed),
+                Source(model, text, generator(seed)), (3, 4), Candidates(60, may_repeat=may_repeat)
             ).tokens.equal(tokens)
             for seed in range(20)
         ]
@@ -246,7 +240,7 @@ def test_candidates_that_keep_the_spaces_of_a_span_are_preferred():
     spaces = Spaces.of([b"a", b"b ", b"c", b"d", b" e"])
     for seed in range(10):
         draws = Candidates(60, spaces=spaces)
-        redrawn = redraw(model, text, (2, 4), draws, generator=generator(seed))
+        redrawn = redraw(Source(model, text, generator(seed)), (2, 4), draws)
         first, last = redrawn.tokens[0, 2:4].tolist()
         assert first != 4  # token 1 stood there
         assert last != 1  # token 4 stood there
@@ -256,13 +250,11 @@ def test_candidates_that_keep_the_spaces_of_a_span_are_preferred():
 def test_blends_take_and_keep_the_requested_spans(model):
     first, second = (encode(model, x[None], generator()) for x in TEXT)
     spans = [([(0, 2)], [(4, 7)])]
-    edit = blend(model, first, second, spans, Candidates(3), generator=generator(1))
+    edit = blend(Source(model, first, generator(1)), second, spans, Candidates(3))
     assert torch.equal(edit.tokens[0, :2], TEXT[1, :2])
     assert torch.equal(edit.tokens[0, 4:], TEXT[0, 4:])
     for taken, whole in (([], TEXT[:1]), ([(0, 7)], TEXT[1:])):
-        edit = blend(
-            model, first, second, [(taken, [(0, 7)])], Candidates(1), generator=generator()
-        )
+        edit = blend(Source(model, first, generator()), second, [(taken, [(0, 7)])], Candidates(1))
         assert torch.equal(edit.tokens, whole)
 
 
@@ -285,7 +277,7 @@ def test_refusals():
     for level in (0, 1):
         candidates = Candidates(2, temperature=0.5, level=level)
         with pytest.raises(UserError, match=f"state {level} .* no weights of tokens"):
-            redraw(model, text, (1, 3), candidates, generator=generator())
+            redraw(Source(model, text, generator()), (1, 3), candidates)
     short = encode(model, TEXT[:1, :4], generator())
     with pytest.raises(UserError, match="7 and 4 tokens"):
-        blend(model, text, short, [([], [])], Candidates(1), generator=generator())
+        blend(Source(model, text, generator()), short, [([], [])], Candidates(1))

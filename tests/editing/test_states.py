@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_flow
-from tarflowlm.editing import encode, interpolate, renoise, substitute
+from tarflowlm.editing import Source, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
@@ -49,7 +49,7 @@ def test_strength_zero_returns_the_text_to_the_bit(model, decoder):
     text = encode(model, TEXT, generator())
     for level in range(model.num_blocks + 1):
         edit = renoise(
-            model, text, level=level, strength=0.0, generator=generator(1), decoder=decoder
+            Source(model, text, generator(1)), level=level, strength=0.0, decoder=decoder
         )
         assert torch.equal(edit.tokens, TEXT)
         assert not edit.changed.any()
@@ -63,21 +63,21 @@ def test_strength_one_forgets_the_state_and_less_keeps_more(model):
     for strength in (0.05, 0.5, 1.0):
         changed = [
             renoise(
-                model, text, level=model.num_blocks, strength=strength, generator=generator(s)
+                Source(model, text, generator(s)), level=model.num_blocks, strength=strength
             ).changed.float()
             for s in range(6)
         ]
         counts.append(torch.cat(changed).mean().item())
     assert counts[0] < counts[1] < counts[2]
-    a = renoise(model, text, level=1, strength=1.0, generator=generator(5))
+    a = renoise(Source(model, text, generator(5)), level=1, strength=1.0)
     other = encode(model, TEXT.flip(0), generator())
-    b = renoise(model, other, level=1, strength=1.0, generator=generator(5))
+    b = renoise(Source(model, other, generator(5)), level=1, strength=1.0)
     torch.testing.assert_close(a.states[-1], b.states[-1], rtol=1e-6, atol=1e-6)
 
 
 def test_renoising_follows_its_formula_and_comes_down_the_stack(model):
     text = encode(model, TEXT, generator())
-    edit = renoise(model, text, level=1, strength=0.6, generator=generator(2))
+    edit = renoise(Source(model, text, generator(2)), level=1, strength=0.6)
     eps = torch.randn(*text.states[1].shape, generator=generator(2)).to(text.states[1])
     expected = 0.8 * text.states[1] + 0.6 * eps
     torch.testing.assert_close(edit.states[0], expected[:, :7])
@@ -92,7 +92,7 @@ def test_a_change_late_in_the_text_leaves_what_block_1_saw_before_it(model):
     """At level 1 only block 1 is inverted, from left to right."""
     text = encode(model, TEXT, generator())
     where = torch.arange(text.tokens.shape[1]) >= 4
-    edit = renoise(model, text, level=1, strength=1.0, generator=generator(3), where=where)
+    edit = renoise(Source(model, text, generator(3)), level=1, strength=1.0, where=where)
     assert torch.equal(edit.states[-1][:, :4], text.states[0][:, :4])
     assert not edit.changed[:, :4].any()
 
@@ -108,10 +108,10 @@ def test_interpolation_has_its_ends_and_its_arc(model):
     for level in range(model.num_blocks + 1):
         for weight, tokens in ((0.0, TEXT[:1]), (1.0, TEXT[1:])):
             edit = interpolate(
-                model, first, second, level=level, weight=weight, generator=generator()
+                Source(model, first, generator()), second, level=level, weight=weight
             )
             assert torch.equal(edit.tokens, tokens)
-        middle = interpolate(model, first, second, level=level, weight=0.3, generator=generator())
+        middle = interpolate(Source(model, first, generator()), second, level=level, weight=0.3)
         expected = slerp(first.states[level], second.states[level], 0.3)
         torch.testing.assert_close(middle.states[0], expected[:, :7], rtol=1e-6, atol=1e-6)
     assert torch.equal(middle.changed, middle.tokens != TEXT[:1])
@@ -120,7 +120,7 @@ def test_interpolation_has_its_ends_and_its_arc(model):
 def test_substitution_keeps_the_noise_of_the_rest(model):
     text = encode(model, TEXT, generator())
     replacements = torch.tensor([-1, -1, -1, 0, -1, -1, -1])
-    edit = substitute(model, text, replacements, generator=generator(4))
+    edit = substitute(Source(model, text, generator(4)), replacements)
     assert (edit.tokens[:, 3] == 0).all()
     assert not edit.changed[:, : 3 - 3 % model.config.patch].any()
     kept = torch.tensor([True] * 3 + [False] + [True] * 3)
@@ -133,7 +133,7 @@ def test_substitution_keeps_the_noise_of_the_rest(model):
 def test_bounds_are_means_of_the_negative_elbo():
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT, generator())
-    edit = renoise(model, text, level=1, strength=1.0, generator=generator(1))
+    edit = renoise(Source(model, text, generator(1)), level=1, strength=1.0)
     with torch.no_grad():
         for tokens, found in ((TEXT, edit.bound_before), (edit.tokens, edit.bound)):
             expected = torch.stack(
@@ -150,8 +150,4 @@ def test_renoising_refuses(option, value):
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"))
     text = encode(model, TEXT, generator())
     with pytest.raises(UserError, match=f"{option} {value}"):
-        renoise(
-            model,
-            text,
-            **({"level": 1, "strength": 0.5, "generator": generator()} | {option: value}),
-        )
+        renoise(Source(model, text, generator()), **{"level": 1, "strength": 0.5} | {option: value})

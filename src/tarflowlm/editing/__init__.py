@@ -1,6 +1,6 @@
 """Editing a text: draw some of its words anew given all others, or change its states."""
 
-from tarflowlm.editing.edits import EDITS, Pick, Source, common_length, options_of
+from tarflowlm.editing.edits import EDITS, Pick, WordSource, common_length, options_of
 from tarflowlm.editing.rewriting import (
     Candidates,
     blend,
@@ -9,7 +9,16 @@ from tarflowlm.editing.rewriting import (
     rewrite,
     token_costs,
 )
-from tarflowlm.editing.states import Edit, Encoded, bound, encode, interpolate, renoise, substitute
+from tarflowlm.editing.states import (
+    Edit,
+    Encoded,
+    Source,
+    bound,
+    encode,
+    interpolate,
+    renoise,
+    substitute,
+)
 
 __all__ = [
     "EDITS",
@@ -18,6 +27,7 @@ __all__ = [
     "Encoded",
     "Pick",
     "Source",
+    "WordSource",
     "blend",
     "bound",
     "common_length",

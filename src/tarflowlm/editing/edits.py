@@ -1,13 +1,13 @@
-"""The edits by name, each a function of a `Source` whose keyword arguments are its options.
+"""The edits by name, each a function of a `WordSource` whose keyword arguments are its options.
 
-text = encode(model, tokens[None], generator)
-source = Source(model, tokenizer, text.repeated(num), generator, progress)
+text = encode(model, tokens[None], generator).repeated(num)
+source = WordSource(model, text, generator, progress, tokenizer=tokenizer)
 edit = EDITS["words"](source, strength=0.2)
 """
 
 import inspect
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from tarflowlm.editing.rewriting import (
 from tarflowlm.editing.states import (
     Edit,
     Encoded,
+    Source,
     check_share,
     encode,
     interpolate,
@@ -44,8 +45,6 @@ from tarflowlm.editing.words import (
     words_of,
 )
 from tarflowlm.errors import UserError
-from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT, Progress
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens: rare words are rarely what was
@@ -56,15 +55,11 @@ Pick = Literal["random", "unlikely"]
 """Which words: at random, or those that cost most in block 1."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A text to edit, in every row of `text`: each row is one edit, with its own noise."""
+@dataclass(frozen=True, kw_only=True)
+class WordSource(Source):
+    """A text to edit by its words, the same in every row."""
 
-    model: TarFlowLM
     tokenizer: Tokenizer
-    text: Encoded
-    generator: torch.Generator
-    progress: Progress = SILENT
 
     @property
     def num(self) -> int:
@@ -100,7 +95,7 @@ class Source:
 
 
 def redraw_words(
-    source: Source,
+    source: WordSource,
     *,
     strength: float = 0.1,
     words: int | None = None,
@@ -121,19 +116,11 @@ def redraw_words(
     count = num_words(strength, places) if words is None else words
     spans = [merge_words(source.pick(count, pick), places) for _ in range(source.num)]
     source.progress.stage("redrawing, pieces", sum(map(len, spans)))
-    return rewrite(
-        source.model,
-        source.text,
-        spans,
-        source.candidates(candidates, temperature),
-        spare=places,
-        generator=source.generator,
-        progress=source.progress,
-    )
+    return rewrite(source, spans, source.candidates(candidates, temperature), spare=places)
 
 
 def rewrite_pieces(
-    source: Source,
+    source: WordSource,
     *,
     pieces: Sequence[str],
     everywhere: bool = False,
@@ -152,18 +139,11 @@ def rewrite_pieces(
     if everywhere:
         spans = list({span for piece in pieces for span in find_words(symbols, piece)})
     source.progress.stage("redrawing, pieces", len(spans) * source.num)
-    return rewrite(
-        source.model,
-        source.text,
-        [sorted(spans)] * source.num,
-        source.candidates(candidates, temperature),
-        generator=source.generator,
-        progress=source.progress,
-    )
+    return rewrite(source, [sorted(spans)] * source.num, source.candidates(candidates, temperature))
 
 
 def replace_piece(
-    source: Source,
+    source: WordSource,
     *,
     old: str,
     new: str,
@@ -197,18 +177,15 @@ def replace_piece(
     # the old token at every place of the new text
     aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
     return rewrite(
-        source.model,
-        text,
+        replace(source, text=text),
         [spans] * source.num,
         source.candidates(candidates, temperature, may_repeat=True),
         before=source.text,
         aligned=aligned,
-        generator=source.generator,
-        progress=source.progress,
     )
 
 
-def substitute_piece(source: Source, *, old: str, new: str) -> Edit:
+def substitute_piece(source: WordSource, *, old: str, new: str) -> Edit:
     """Put `new`, of as many tokens, where `old` first stands; what follows keeps its noise."""
     start, stop, tokens = _replacement(source, old, new)
     if len(tokens) != stop - start:
@@ -219,16 +196,10 @@ def substitute_piece(source: Source, *, old: str, new: str) -> Edit:
     replacements = torch.full((source.text.length,), -1)
     replacements[start:stop] = tokens
     source.stage(1)
-    return substitute(
-        source.model,
-        source.text,
-        replacements,
-        generator=source.generator,
-        progress=source.progress,
-    )
+    return substitute(source, replacements)
 
 
-def _replacement(source: Source, old: str, new: str) -> tuple[int, int, Tensor]:
+def _replacement(source: WordSource, old: str, new: str) -> tuple[int, int, Tensor]:
     """The tokens of the text that hold `old`, from one place to another, and those to put there."""
     symbols = source.symbols()
     start, stop = find_piece(symbols, old)
@@ -238,7 +209,7 @@ def _replacement(source: Source, old: str, new: str) -> tuple[int, int, Tensor]:
 
 
 def take_words(
-    source: Source,
+    source: WordSource,
     *,
     other: Encoded,
     weight: float = 0.5,
@@ -260,19 +231,16 @@ def take_words(
         taken = theirs[start : start + count]
         spans.append(blended_spans(ours, theirs, taken, source.text.length))
     source.progress.stage("redrawing, texts", source.num)
-    return blend(
-        source.model,
-        source.text,
-        second,
-        spans,
-        source.candidates(candidates, temperature),
-        generator=source.generator,
-        progress=source.progress,
-    )
+    return blend(source, second, spans, source.candidates(candidates, temperature))
 
 
 def interpolate_states(
-    source: Source, *, other: Encoded, level: int, weight: float = 0.5, decoder: Decoder = "auto"
+    source: WordSource,
+    *,
+    other: Encoded,
+    level: int,
+    weight: float = 0.5,
+    decoder: Decoder = "auto",
 ) -> Edit:
     """Interpolate the states `level` with those of another text [1, T] of the same length.
 
@@ -280,20 +248,12 @@ def interpolate_states(
     blocks below are inverted.
     """
     source.stage(level)
-    return interpolate(
-        source.model,
-        source.text,
-        other.repeated(source.num),
-        level=level,
-        weight=weight,
-        generator=source.generator,
-        decoder=decoder,
-        progress=source.progress,
-    )
+    second = other.repeated(source.num)
+    return interpolate(source, second, level=level, weight=weight, decoder=decoder)
 
 
 def renoise_state(
-    source: Source,
+    source: WordSource,
     *,
     level: int,
     strength: float = 0.1,
@@ -309,16 +269,7 @@ def renoise_state(
     length = source.text.tokens.shape[1]
     where = None if words is None else covered(source.pick(words, pick), length)
     source.stage(level)
-    return renoise(
-        source.model,
-        source.text,
-        level=level,
-        strength=strength,
-        where=where,
-        generator=source.generator,
-        decoder=decoder,
-        progress=source.progress,
-    )
+    return renoise(source, level=level, strength=strength, where=where, decoder=decoder)
 
 
 EDITS: dict[str, Callable[..., Edit]] = {

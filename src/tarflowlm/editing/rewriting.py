@@ -1,8 +1,7 @@
-r"""Editing by redrawing: a span of a text gets new tokens, and what is around it stays.
+"""Editing by redrawing: a span of a text gets new tokens, and what is around it stays.
 
 Candidates for the span come from a block given what is before it; one is taken by how well the
-model expects what follows (docs/math.md, section 10, eq. 24). By default that is block 1, and all
-other tokens keep their latents.
+model expects what follows (docs/math.md, section 10).
 """
 
 import math
@@ -10,11 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tarflowlm.editing.states import Edit, Encoded, check_lengths, compared, inverted_below
+from tarflowlm.editing.states import (
+    Edit,
+    Encoded,
+    Source,
+    check_lengths,
+    compared,
+    inverted_below,
+)
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -22,38 +29,35 @@ from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.particles import pareto_k, resample
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT, Progress
+
+Proposed = tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]
+"""Latents and tokens of candidates, and their log-weights in float64 on the CPU, in nats."""
 
 
 @torch.no_grad()
-def propose(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    candidates: int,
-    temperature: float = 1.0,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
-    """R candidates for a span of the text [1, T]: latents, tokens, and log-weights in float64 on
-    the CPU, in nats.
+def propose(source: Source, span: Span, *, candidates: int, temperature: float = 1.0) -> Proposed:
+    """R candidates for a span of the text [1, T] from block 1 (docs/math.md, eq. 24).
 
     The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t |
     z_<t) of block 1. Its weight is p(z) over that: the densities of block 1 behind the span, times
     p_{>1}(h) / N(h; 0, I) for the noise h = h^(1) of the whole text. At another temperature h keeps
     the noise that was drawn in the span.
     """
-    (start, stop), patch, prior = span, model.config.patch, model.prior
-    known, before = prior.patch(text.states[0]), prior.patch(text.states[1])
-    first, end = start // patch, -(-stop // patch)
-    R, (T, d) = candidates, text.states[0].shape[1:]
-    noise = torch.randn(R, T, d, generator=generator, device=generator.device).to(known)
+    model = source.model
+    text = source.text
+    prior = model.prior
+    start, stop = span
+    known = prior.patch(text.states[0])
+    first, end = _positions(model, span)
+    R = candidates
+    T, d = text.states[0].shape[1:]
+    noise = _normal(source, R, T, d)
     is_known = torch.ones(R, T, dtype=torch.bool)
     is_known[:, start:stop] = False
     latents = text.states[0].expand(R, -1, -1)
     passage = ConditionedLatents(model, noise, latents, is_known, adjust_weights(temperature))
     passage.settle(known, first)
-    passage.noise[:, :first] = before[:, :first]
+    passage.noise[:, :first] = prior.patch(text.states[1])[:, :first]
     log_w = noise.new_zeros(R)
     while passage.at < end:
         log_p = passage.step()
@@ -73,33 +77,27 @@ def propose(
 
 
 @torch.no_grad()
-def propose_state(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    level: int,
-    candidates: int,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
-    """R candidates for state l = `level` at a span of whole positions of the text [1, T]: as
-    `propose`.
+def propose_state(source: Source, span: Span, *, level: int, candidates: int) -> Proposed:
+    """R candidates for state l = `level` at a span of whole positions of the text [1, T].
 
-    They come from block l + 1, given the positions before the span in its order, with standard
-    normal noise; so they have the density prod_n p(h_n | h_<n) of that block. The weight of one is
-    p_{>l}(h) over that, for h^(l) as it was elsewhere. The blocks below are then inverted, in which
-    tokens next to the span may change, too.
+    They come from block l + 1, given the positions before the span in its order, with the density
+    prod_n p(h_n | h_<n) of that block. The weight of one is p_{>l}(h) over that, for h^(l) as it
+    was elsewhere. The blocks below are then inverted, in which tokens next to the span may change,
+    too.
     """
-    prior, block, patch = model.prior, model.prior.block(level), model.config.patch
-    known, before = (block.order(prior.patch(text.states[i])) for i in (level, level + 1))
-    R, N = candidates, known.shape[1]
-    first, end = span[0] // patch, -(-span[1] // patch)
+    model = source.model
+    prior = model.prior
+    block = prior.block(level)
+    known = block.order(prior.patch(source.text.states[level]))
+    before = block.order(prior.patch(source.text.states[level + 1]))
+    R = candidates
+    N = known.shape[1]
+    first, end = _positions(model, span)
     if block.order.reverse:
         first, end = N - end, N - first
-    h, u = known.repeat(R, 1, 1), before.repeat(R, 1, 1)
-    u[:, first:end] = torch.randn(
-        R, end - first, h.shape[2], generator=generator, device=generator.device
-    ).to(u)
+    h = known.repeat(R, 1, 1)
+    u = before.repeat(R, 1, 1)
+    u[:, first:end] = _normal(source, R, end - first, h.shape[2])
     cache = block.allocate_cache(R, N)
     if first:
         # what is before the span is the same for all
@@ -111,31 +109,41 @@ def propose_state(
         h[:, n] = invert(u[:, n], block.features_at(cache, h[:, n - 1] if n else None, R), None)
     log_w = h.new_zeros(R)
     if end < N:
-        u[:, end:], log_det = block.coupling(
-            h[:, end:], block.features_of(cache, h[:, end - 1 : -1], first=False)
-        )
+        features = block.features_of(cache, h[:, end - 1 : -1], first=False)
+        u[:, end:], log_det = block.coupling(h[:, end:], features)
         log_w = log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
     if level + 1 < model.num_blocks:
         noise = prior.patch.inverse(block.order.inverse(u))
         log_w = log_w + prior.log_prob(noise, above=level + 1) - standard_normal_log_prob(u)
-    z = inverted_below(
-        model, text.repeated(R), level, prior.patch.inverse(block.order.inverse(h)), "auto"
-    )[-1]
+    rows = Source(model, source.text.repeated(R), source.generator)
+    z = inverted_below(rows, level, prior.patch.inverse(block.order.inverse(h)), "auto")[-1]
     return z, model.codebook.decode(z), log_w.double().cpu().nan_to_num(nan=-torch.inf)
+
+
+def _positions(model: TarFlowLM, span: Span) -> Span:
+    """The positions that hold a span of tokens."""
+    patch = model.config.patch
+    return span[0] // patch, -(-span[1] // patch)
+
+
+def _normal(source: Source, *shape: int) -> Tensor:
+    generator = source.generator
+    noise = torch.randn(*shape, generator=generator, device=generator.device)
+    return noise.to(source.text.states[0])
 
 
 @torch.no_grad()
 def informative_level(model: TarFlowLM, text: Encoded) -> int:
-    """The state l whose block l + 1 knows most about the texts; 0 where block 1 has weights of
-    tokens.
+    """The state l whose block l + 1 knows most; 0 where block 1 has weights of tokens.
 
-    What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)),
-    for block 1 with tokens of equal probability instead of log N(z).
+    It knows the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)), for
+    block 1 with tokens of equal probability instead of log N(z).
     """
     if model.config.has_token_weights:
         return 0
     states, log_dets = model.prior.states(text.states[0])
-    book, log_p = model.codebook, [standard_normal_log_prob(h) for h in states]
+    book = model.codebook
+    log_p = [standard_normal_log_prob(h) for h in states]
     log_p[0] = (book.log_normaliser(states[0]) - math.log(book.vocab_size)).sum(1)
     gains = [log_dets[i].sum(-1) + log_p[i + 1] - log_p[i] for i in range(model.num_blocks)]
     return int(torch.stack(gains).mean(1).argmax())
@@ -186,88 +194,77 @@ SPARE_TRIES = 8
 
 @torch.no_grad()
 def rewrite(
-    model: TarFlowLM,
-    text: Encoded,
+    source: Source,
     spans: Sequence[Sequence[Span]],
     candidates: Candidates,
     *,
     spare: Sequence[Span] = (),
     before: Encoded | None = None,
     aligned: Tensor | None = None,
-    generator: torch.Generator,
-    progress: Progress = SILENT,
 ) -> Edit:
     """Redraw the spans of every text, one after the other given everything else.
 
-    `spans[b]` are those of row b. Where all candidates of a span repeat it, some of the `spare`
-    spans are tried instead, but none at either end of the text. The texts `before`, by default the
-    same, are what the edit is compared with; `aligned` as in `compared`. `progress` advances once
-    per span. Errors: `redraw`.
+    `spans[b]` are the spans of row b. Where all candidates of a span repeat it, some of the `spare`
+    spans are tried instead, but none at either end of the text. The edit is compared with the
+    texts `before`, by default the same; `aligned` as in `compared`. The progress advances once per
+    span. Errors: `redraw`.
     """
+    length = source.text.length
     rows = []
     for b, chosen in enumerate(spans):
-        row = text.row(b)
+        row = replace(source, text=source.text.row(b))
         left = [
             (start, stop)
             for start, stop in spare
             if start > 0
-            and stop < text.length
+            and stop < length
             and not any(start < end and first < stop for first, end in chosen)
         ]
         for span in chosen:
-            old = row.tokens
-            row = redraw(model, row, span, candidates, generator=generator)
+            old = row.text.tokens
+            row = replace(row, text=redraw(row, span, candidates))
             for _ in range(SPARE_TRIES):
-                if not left or (row.tokens != old)[:, : text.length].any():
+                if not left or (row.text.tokens != old)[:, :length].any():
                     break
-                span = left.pop(int(torch.randint(len(left), (), generator=generator)))
-                row = redraw(model, row, span, candidates, generator=generator)
-            progress.advance()
-        rows.append(row)
-    return _collected(model, before or text, rows, generator, aligned)
+                at = int(torch.randint(len(left), (), generator=source.generator))
+                row = replace(row, text=redraw(row, left.pop(at), candidates))
+            source.progress.advance()
+        rows.append(row.text)
+    compare_with = source if before is None else replace(source, text=before)
+    return _collected(compare_with, rows, aligned)
 
 
 @torch.no_grad()
 def blend(
-    model: TarFlowLM,
-    first: Encoded,
+    source: Source,
     second: Encoded,
     spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
     candidates: Candidates,
-    *,
-    generator: torch.Generator,
-    progress: Progress = SILENT,
 ) -> Edit:
-    """Take spans of a second text, at their places, and redraw the words that they cut.
+    """Take spans of second texts, at their places, and redraw the words that they cut.
 
-    `spans[b]` are the spans that row b takes, and the spans of the first text that stay. `progress`
-    advances once per row. UserError for texts of different lengths.
+    `spans[b]` are the spans that row b takes, and the spans of the first text that stay. The
+    progress advances once per row. UserError for texts of different lengths.
     """
+    first = source.text
     check_lengths(first, second)
     rows = []
     for b, (taken, kept) in enumerate(spans):
-        is_second, stays = (covered(part, first.tokens.shape[1]) for part in (taken, kept))
-        row, other = first.row(b), second.row(b)
-        mask = is_second.to(row.tokens.device)
-        z = torch.where(mask[:, None], other.states[0], row.states[0])
-        tokens = torch.where(mask, other.tokens, row.tokens)
-        row = replace(row, tokens=tokens, states=tuple(model.prior.states(z)[0]))
+        is_second = covered(taken, first.tokens.shape[1])
+        stays = covered(kept, first.tokens.shape[1])
+        mask = is_second.to(first.tokens.device)
+        z = torch.where(mask[:, None], second.states[0][b], first.states[0][b])[None]
+        tokens = torch.where(mask, second.tokens[b], first.tokens[b])[None]
+        row = replace(first, tokens=tokens, states=tuple(source.model.prior.states(z)[0]))
         for span in _runs(~(is_second | stays)[: first.length]):
-            row = redraw(model, row, span, candidates, generator=generator)
-        progress.advance()
+            row = redraw(replace(source, text=row), span, candidates)
+        source.progress.advance()
         rows.append(row)
-    return _collected(model, first, rows, generator)
+    return _collected(source, rows)
 
 
 @torch.no_grad()
-def redraw(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    candidates: Candidates,
-    *,
-    generator: torch.Generator,
-) -> Encoded:
+def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
     """The text [1, T] with the tokens of `span` redrawn given all others, which keep their latents.
 
     One candidate is taken by its weight (docs/math.md, eq. 24). At a level above 0, tokens next to
@@ -275,9 +272,11 @@ def redraw(
 
     UserError for a temperature other than 1 where there are no weights of tokens.
     """
-    start, stop = span
-    level, temperature = candidates.level, candidates.temperature
-    assert 0 <= start < stop <= text.length, span
+    model = source.model
+    text = source.text
+    level = candidates.level
+    temperature = candidates.temperature
+    assert 0 <= span[0] < span[1] <= text.length, span
     assert 0 <= level < model.num_blocks, level
     if temperature != 1.0 and (level or not model.config.has_token_weights):
         raise UserError(
@@ -285,35 +284,26 @@ def redraw(
             "take 1"
         )
     if level:
-        z, tokens, log_w = propose_state(
-            model, text, span, level=level, candidates=candidates.number, generator=generator
-        )
+        found = propose_state(source, span, level=level, candidates=candidates.number)
     else:
-        z, tokens, log_w = propose(
-            model,
-            text,
-            span,
-            candidates=candidates.number,
-            temperature=temperature,
-            generator=generator,
-        )
-    k = pareto_k(log_w)
+        found = propose(source, span, candidates=candidates.number, temperature=temperature)
+    z, tokens, log_w = found
+    # the number, if one of the two is NaN
+    k = float(np.fmax(text.pareto_k, pareto_k(log_w)))
     for is_preferred in _preferences(text, tokens.cpu(), span, candidates):
         if (is_preferred & (log_w > -torch.inf)).any():
             log_w = torch.where(is_preferred, log_w, -torch.inf)
-    chosen = resample(log_w, 1, generator).to(z.device)
-    # of two NaN the second, so that one number remains if there is any
-    k = max(text.pareto_k, k, key=lambda k: -math.inf if math.isnan(k) else k)
-    return replace(
-        text, tokens=tokens[chosen], states=tuple(model.prior.states(z[chosen])[0]), pareto_k=k
-    )
+    chosen = resample(log_w, 1, source.generator).to(z.device)
+    states = tuple(model.prior.states(z[chosen])[0])
+    return replace(text, tokens=tokens[chosen], states=states, pareto_k=k)
 
 
 def _preferences(
     text: Encoded, tokens: Tensor, span: Span, candidates: Candidates
 ) -> Iterator[Tensor]:
     """Which candidates, with tokens [R, T], are preferred: [R], the most important first."""
-    old, inside = text.tokens[0].cpu(), slice(*span)
+    old = text.tokens[0].cpu()
+    inside = slice(*span)
     if candidates.spaces is not None:
         yield candidates.spaces.kept(tokens[:, inside], old[inside])
     changed = (tokens != old)[:, : text.length]
@@ -325,27 +315,21 @@ def _preferences(
 
 @torch.no_grad()
 def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
-    """-log p(x_t | z_<t) of every token, in nats, as block 1 alone sees it: one sample of a bound
-    (eq. 21).
+    """-log p(x_t | z_<t) of every token in block 1, in nats: one sample of a bound (eq. 21).
 
     Tokens of a position share the cost of the position equally.
     """
-    patch, z = model.config.patch, text.states[0]
+    patch = model.config.patch
+    z = text.states[0]
     log_p = model.prior.block(0).log_prob(model.prior.patch(z)) / patch
     normaliser = model.codebook.log_normaliser(z).unflatten(1, (-1, patch)).mean(2)
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 
 
-def _collected(
-    model: TarFlowLM,
-    before: Encoded,
-    rows: Sequence[Encoded],
-    generator: torch.Generator,
-    aligned: Tensor | None = None,
-) -> Edit:
+def _collected(source: Source, rows: Sequence[Encoded], aligned: Tensor | None = None) -> Edit:
     tokens = torch.cat([row.tokens for row in rows])
     states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
-    edit = compared(model, before, tokens, states[::-1], generator, aligned=aligned)
+    edit = compared(source, tokens, states[::-1], aligned=aligned)
     return replace(edit, pareto_k=tuple(row.pareto_k for row in rows))
 
 
@@ -359,13 +343,8 @@ def covered(spans: Sequence[Span], length: int) -> Tensor:
 
 def _runs(mask: Tensor) -> list[Span]:
     """Maximal runs of True."""
-    edges = torch.diff(
-        mask.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int)
-    )
-    return list(
-        zip(
-            (edges == 1).nonzero()[:, 0].tolist(),
-            (edges == -1).nonzero()[:, 0].tolist(),
-            strict=True,
-        )
-    )
+    spans: list[Span] = []
+    for at in mask.nonzero()[:, 0].tolist():
+        start = spans.pop()[0] if spans and spans[-1][1] == at else at
+        spans.append((start, at + 1))
+    return spans

@@ -1,8 +1,6 @@
-r"""Editing in latent space: encode a text, change its state at some block, and invert the blocks
-below.
+"""Editing in latent space: change a state of a text, and invert the blocks below it.
 
-A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u. The flow is invertible, so
-every changed state is a text (paper, section 4; docs/math.md, section 10).
+The flow is invertible, so every changed state is a text (docs/math.md, section 10).
 """
 
 import math
@@ -24,6 +22,9 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 
+SAMPLES = 8
+"""Posterior samples of a bound."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -32,21 +33,17 @@ class Edit:
     before: Tensor
     """Tokens before the edit, [B, T]."""
     tokens: Tensor
-    """Tokens after it, [B, T], or another number where words of another length were put in."""
+    """Tokens after it, [B, T'], with T' = T unless words of another length were put in."""
     changed: Tensor
-    """Which of the new tokens are new, as `tokens`."""
+    """Which of these are new, [B, T']."""
     bound_before: Tensor
     """Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples."""
     bound: Tensor
     """The same after the edit."""
     states: tuple[Tensor, ...]
-    """States of the new text from the edited one down to h^(0), each [B, T, d]; all L + 1 after
-    `substitute`.
-    """
+    """States of the new text, from the edited one down to h^(0), each [B, T', d]."""
     pareto_k: tuple[float, ...] = ()
-    """For every text the largest tail index of the weights by which spans were redrawn: above 0.7
-    these are unreliable. NaN for fewer than 25 candidates; empty for other edits.
-    """
+    """`Encoded.pareto_k` of every text if spans were redrawn, else empty."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,9 @@ class Encoded:
     states: tuple[Tensor, ...]
     """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
     pareto_k: float = math.nan
-    """The largest tail index of the weights by which spans of it were redrawn."""
+    """The largest tail index of the weights by which spans were redrawn: above 0.7 these are
+    unreliable. NaN for fewer than 25 candidates.
+    """
 
     def row(self, b: int) -> "Encoded":
         """Text b alone."""
@@ -75,18 +74,23 @@ class Encoded:
 
 @torch.no_grad()
 def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -> Encoded:
-    """Latents z ~ q(z|x) and states of texts; an incomplete last patch is filled with a sample of
-    the model.
+    """Latents z ~ q(z|x) and states of texts; the model fills an incomplete last patch.
 
     Latents that decode to another token (Gaussians may overlap) become the mean of their own.
     Errors: `check_tokens`.
     """
     check_tokens(model, tokens)
-    length, book = tokens.shape[1], model.codebook
-    if missing := -length % model.config.patch:
-        full, num = length + missing, len(tokens)
+    length = tokens.shape[1]
+    book = model.codebook
+    missing = -length % model.config.patch
+    if missing:
         filled = generate(
-            model, num_tokens=full, num=num, prompt=tokens, generator=generator, decoder="sweeps"
+            model,
+            num_tokens=length + missing,
+            num=len(tokens),
+            prompt=tokens,
+            generator=generator,
+            decoder="sweeps",
         )
         tokens = filled.tokens.cpu()
     tokens = tokens.to(book.mean.device)
@@ -95,58 +99,49 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -
     return Encoded(tokens, length, tuple(model.prior.states(z)[0]))
 
 
+@dataclass(frozen=True)
+class Source:
+    """Texts to edit, and what an edit of them needs. Each row is one edit, with its own noise."""
+
+    model: TarFlowLM
+    text: Encoded
+    generator: Generator
+    progress: Progress = SILENT
+
+
 @torch.no_grad()
 def renoise(
-    model: TarFlowLM,
-    text: Encoded,
+    source: Source,
     *,
     level: int,
     strength: float,
-    generator: Generator,
     where: Bool[Tensor, " T"] | None = None,
     decoder: Decoders = "steps",
-    progress: Progress = SILENT,
 ) -> Edit:
-    r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md,
-    eq. 23).
+    """Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps, with eps ~ N(0, I) (eq. 23).
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise),
-    `strength` eta from 0 (no change) to 1 (all noise). At l = L the distribution of the state is
-    the same for every eta. `where` limits the change to some tokens. `progress` advances once per
-    position and block. UserError if eta or l is out of range.
+    `strength` eta from 0 (no change) to 1 (all noise). `where` limits the change to some tokens.
+    The progress advances once per position and block. UserError if eta or l is out of range.
     """
     check_share(strength, "strength")
-    state = text.states[_checked_level(model, level)]
+    state = _state(source.text, level)
+    generator = source.generator
     eps = torch.randn(*state.shape, generator=generator, device=generator.device).to(state)
     changed = (1 - strength**2) ** 0.5 * state + strength * eps
-    # strength 0 must not change the state even by rounding
-    keep = (
-        torch.zeros_like(state, dtype=torch.bool)
-        if strength
-        else torch.ones_like(state, dtype=torch.bool)
-    )
+    if strength == 0:
+        changed = state  # to the bit
     if where is not None:
-        keep = keep | ~where.to(state.device)[:, None]
-    states = inverted_below(
-        model, text, level, torch.where(keep, state, changed), decoder, progress
-    )
-    return compared(model, text, model.codebook.decode(states[-1]), states, generator)
+        changed = torch.where(where.to(state.device)[:, None], changed, state)
+    states = inverted_below(source, level, changed, decoder)
+    return compared(source, source.model.codebook.decode(states[-1]), states)
 
 
 @torch.no_grad()
 def interpolate(
-    model: TarFlowLM,
-    first: Encoded,
-    second: Encoded,
-    *,
-    level: int,
-    weight: float,
-    generator: Generator,
-    decoder: Decoders = "steps",
-    progress: Progress = SILENT,
+    source: Source, second: Encoded, *, level: int, weight: float, decoder: Decoders = "steps"
 ) -> Edit:
-    r"""Spherical interpolation of the states l of two texts (docs/math.md, eq. 23), then blocks l,
-    ..., 1 inverted:
+    """Interpolate the states l of two texts on a sphere (eq. 23), and invert blocks l, ..., 1.
 
         (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
 
@@ -155,115 +150,93 @@ def interpolate(
     lengths, or kappa or l out of range.
     """
     check_share(weight, "weight")
+    first = source.text
     check_lengths(first, second)
-    a, b = (text.states[_checked_level(model, level)] for text in (first, second))
+    a = _state(first, level)
+    b = _state(second, level)
     anchor = second if weight == 1.0 else first
     cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).to(wide_dtype(a))
     angle = cosine.clamp(-1, 1).arccos().clamp(1e-4, torch.pi - 1e-4)[:, None, None]
     state = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
     state = anchor.states[level] if weight in (0.0, 1.0) else state.to(a)
-    states = inverted_below(model, anchor, level, state, decoder, progress)
-    return compared(model, first, model.codebook.decode(states[-1]), states, generator)
+    states = inverted_below(replace(source, text=anchor), level, state, decoder)
+    return compared(source, source.model.codebook.decode(states[-1]), states)
 
 
 @torch.no_grad()
-def substitute(
-    model: TarFlowLM,
-    text: Encoded,
-    replacements: Int[Tensor, " T"],
-    *,
-    generator: Generator,
-    progress: Progress = SILENT,
-) -> Edit:
-    """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md,
-    section 10).
+def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
+    """Replace some tokens, and regenerate the others from their own noise h^(1).
 
     `replacements` holds the new tokens, and -1 elsewhere. Positions before the first new token keep
     their latents; later tokens change where their new context changes them.
     """
+    model = source.model
+    text = source.text
     assert replacements.shape == (text.length,), "one entry for every token"
     B, T = text.tokens.shape
     wanted = torch.full((T,), -1)
     wanted[: text.length] = replacements.cpu()
-    is_known = (wanted >= 0).expand(B, T)
-    noise = torch.randn(B, T, model.config.latent_dim, generator=generator, device=generator.device)
-    known = model.codebook.encode(
-        wanted.clamp_min(0).expand(B, T).to(text.tokens.device), noise.to(text.states[0])
-    )
-    passage = ConditionedLatents(model, text.states[1], known, is_known, None)
-    passage.settle(
-        model.prior.patch(text.states[0]), int(is_known[0].int().argmax()) // model.config.patch
-    )
-    progress.advance(passage.at)
+    is_known = wanted >= 0
+    tokens = wanted.clamp_min(0).expand(B, T).to(text.tokens.device)
+    known = model.codebook.encode(tokens, model.draw_noise(tokens, source.generator))
+    passage = ConditionedLatents(model, text.states[1], known, is_known.expand(B, T), None)
+    first = num_leading(~is_known) // model.config.patch
+    passage.settle(model.prior.patch(text.states[0]), first)
+    source.progress.advance(first)
     while passage.at < passage.num_positions:
         passage.step()
-        progress.advance()
+        source.progress.advance()
     z = model.prior.patch.inverse(passage.values)
-    tokens = torch.where(wanted >= 0, wanted, model.codebook.decode(z).cpu()).to(z.device)
-    return compared(model, text, tokens, model.prior.states(z)[0][::-1], generator)
+    tokens = torch.where(is_known, wanted, model.codebook.decode(z).cpu()).to(z.device)
+    return compared(source, tokens, model.prior.states(z)[0][::-1])
 
 
-def inverted_below(
-    model: TarFlowLM,
-    text: Encoded,
-    level: int,
-    state: Tensor,
-    decoder: Decoders,
-    progress: Progress = SILENT,
-) -> list[Tensor]:
-    """The states h^(level) = `state`, ..., h^(0), each [B, T, d]. What agrees with `text` is copied
-    from it.
+def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:
+    """The states h^(level) = `state`, ..., h^(0), each [B, T, d].
 
-    In each block these are the positions before the first changed one, in the block's order.
+    In each block, the positions before the first changed one are copied from the text.
     """
-    prior, chosen = model.prior, per_block(decoder, model.num_blocks)
+    prior = source.model.prior
+    old = source.text.states
+    chosen = per_block(decoder, source.model.num_blocks)
     states = [state]
     for index in reversed(range(level)):
-        block, u = prior.block(index), prior.patch(states[-1])
-        above, below = (prior.patch(text.states[i]) for i in (index + 1, index))
-        # leading positions, in the block's order, whose noise is unchanged in all rows
-        same = num_leading((block.order(u) == block.order(above)).all(2).all(0))
+        block = prior.block(index)
+        u = prior.patch(states[-1])
+        is_same = block.order(u) == block.order(prior.patch(old[index + 1]))
+        settled = block.order(prior.patch(old[index]))
         found = invert_block(
             block,
             u,
             decoder=chosen[-1 - index],
-            settled=block.order(below)[:, :same],
-            progress=progress,
+            settled=settled[:, : num_leading(is_same.all(2).all(0))],
+            progress=source.progress,
         )
         states.append(prior.patch.inverse(found.h))
     return states
 
 
 def compared(
-    model: TarFlowLM,
-    text: Encoded,
-    tokens: Tensor,
-    states: Sequence[Tensor],
-    generator: Generator,
-    *,
-    aligned: Tensor | None = None,
+    source: Source, tokens: Tensor, states: Sequence[Tensor], *, aligned: Tensor | None = None
 ) -> Edit:
-    """The edit of `text` into these tokens [B, T] and states, with bounds of both.
+    """The edit of the texts into these tokens [B, T] and states, with bounds of both.
 
     `aligned` [T] has the old token at every place of a new text of another length, -1 for none.
     """
-    # Bounds are of whole patches, padding included. All texts get the same noise, so that
-    # it does not enter the differences of their bounds, and equal texts have equal ones.
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    before, after = (
-        bound(model, some, Generator().manual_seed(seed), same_noise=True)
-        for some in (text.tokens, tokens)
-    )
+    model = source.model
+    text = source.text
     old = text.tokens[:, : text.length]
     aligned = old if aligned is None else aligned.to(tokens.device)
     length = aligned.shape[-1]
     new = tokens[:, :length]
+    # of whole patches, padding included, with the same noise: equal texts have equal bounds
+    seed = int(torch.randint(2**62, (), generator=source.generator, device=source.generator.device))
     return Edit(
         old,
         new,
         changed=new != aligned,
-        bound_before=before,
-        bound=after,
+        bound_before=bound(model, text.tokens, Generator().manual_seed(seed), same_noise=True),
+        bound=bound(model, tokens, Generator().manual_seed(seed), same_noise=True),
         states=tuple(h[:, :length] for h in states),
     )
 
@@ -274,20 +247,16 @@ def bound(
     tokens: Int[Tensor, "B T"],
     generator: Generator,
     *,
-    samples: int = 8,
     same_noise: bool = False,
 ) -> Float[Tensor, " B"]:
-    """The negative ELBO of texts, [B], in nats, averaged over `samples` posterior samples; exact
-    for the baseline.
+    """The bound of texts, [B], in nats: a mean over SAMPLES posterior samples, unless exact.
 
     With `same_noise` all texts get the same samples of the noise.
     """
     draws = []
-    for _ in range(1 if model.is_exact else samples):
-        noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator).expand(
-            *tokens.shape, -1
-        )
-        draws.append(model.bound(tokens, noise))
+    for _ in range(1 if model.is_exact else SAMPLES):
+        noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator)
+        draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
     return torch.stack(draws).mean(0)
 
 
@@ -305,9 +274,11 @@ def check_lengths(first: Encoded, second: Encoded) -> None:
         )
 
 
-def _checked_level(model: TarFlowLM, level: int) -> int:
-    if not 0 <= level <= model.num_blocks:
+def _state(text: Encoded, level: int) -> Tensor:
+    """h^(level) of a text. UserError for a level that there is not."""
+    last = len(text.states) - 1
+    if not 0 <= level <= last:
         raise UserError(
-            f"level {level}: the model has states 0 (the latents) to {model.num_blocks} (the noise)"
+            f"level {level}: the model has states 0 (the latents) to {last} (the noise)"
         )
-    return level
+    return text.states[level]

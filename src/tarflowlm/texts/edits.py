@@ -106,7 +106,7 @@ class Edit(Request):
             options["old"] = self._piece(tokenizer, pair[0], "text to replace")
             options["new"] = self._piece(tokenizer, pair[1], "replacement")
         rows = encoded[0].repeated(self.num)
-        source = editing.Source(flow, tokenizer, rows, generator, progress)
+        source = editing.WordSource(flow, rows, generator, progress, tokenizer=tokenizer)
         found = editing.EDITS[self.kind](source, **options)
         return Edited(tokenizer, tuple(readings), found)
 
