@@ -205,7 +205,7 @@ def test_modules_of_one_s_own_are_imported(run_json, refused, corpus_file, tmp_p
     refused("info", tmp_path / "run", names=["coupling 'bent'"])
 
 
-def test_eval_reports_the_latents_beside_the_likelihood(run_json, run, models):
+def test_eval_reports_the_latents_after_the_likelihood(run_json, run, models):
     argv = ["eval", models["flow"], "--latents", "--windows", 5]
     result = run_json(*argv)
     states = result["latents"]

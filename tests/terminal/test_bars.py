@@ -53,7 +53,7 @@ def test_a_line_comes_soon_and_then_every_half_minute(lines, clock):
         bars.stage("evaluating", 209)
         work(bars, clock, 209, 0.4)
         found = lines()
-        assert found[0] == "evaluating: 8 of 209 (3 %), 2.5/s, 1:21 left"
+        assert found[0] == "evaluating: 8 of 209 (3 %), 2.5/s, 0:01:21 left"
         assert [line.split()[1] for line in found] == ["8", "83", "158"]
         bars.stage("reading, characters")
         work(bars, clock, 8, 0.4)

@@ -59,6 +59,9 @@ def run(given: tuple[Args, list[str]]) -> None:
     # an object, and tables after it; nothing of that for, say, --tasks list
     text = shown.getvalue()
     start = text.find("{\n")
-    results, end = json.JSONDecoder().raw_decode(text, start) if start >= 0 else ({}, 0)
+    results: dict[str, object] = {}
+    end = 0
+    if start >= 0:
+        results, end = json.JSONDecoder().raw_decode(text, start)
     sys.stdout.write(text[end:].lstrip())
     print_json({key: results[key] for key in PRINTED if key in results})

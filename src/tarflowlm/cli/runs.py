@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -128,7 +129,7 @@ def _ranked(rows: list[Row]) -> list[Row]:
 def _print(source: str, rows: Sequence[Row]) -> None:
     """A table about the runs on a text."""
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import minutes, print_table
+    from tarflowlm.terminal.bars import print_table
 
     cells = []
     for row in rows:
@@ -139,6 +140,7 @@ def _print(source: str, rows: Sequence[Row]) -> None:
             bits += " v"
         if row.best:
             bits += " *"
-        cells.append([row.name, bits, f"{row.tokens / 1e6:.2f}M", minutes(row.seconds), row.state])
+        time = str(timedelta(seconds=round(row.seconds)))
+        cells.append([row.name, bits, f"{row.tokens / 1e6:.2f}M", time, row.state])
     title = f"runs on {Path(source).name}: bits per character (bpc) and more"
     print_table(title, cells, ["", "bpc", "tokens", "time", "state"])

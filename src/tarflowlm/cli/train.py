@@ -52,7 +52,8 @@ class Args:
     def configured(self) -> RunConfig:
         """The run, with the short options moved into its fields."""
         assert self.run is not None
-        run, train = self.run, self.run.train
+        run = self.run
+        train = run.train
         if self.checkpoint_every is not None:
             train = replace(train, checkpoint_every=self.checkpoint_every)
         if self.minutes is not None:

@@ -1,6 +1,4 @@
-"""Tables, JSON and notices, and the progress of long work on stderr: a bar on a terminal, lines in
-a log file.
-"""
+"""Tables, JSON and notices, and the progress of long work: a bar on a terminal, else lines."""
 
 import contextlib
 import json
@@ -9,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -27,8 +26,10 @@ from tarflowlm import progress
 
 NUMBER = 14
 """Characters of the longest cell that is kept on one line."""
-FIRST, EVERY = 3.0, 30.0
-"""Seconds until the first line of a stage in a log file, and between its lines."""
+FIRST = 3.0
+"""Seconds until the first line of a stage in a log file."""
+EVERY = 30.0
+"""Seconds between its lines."""
 WIDE = 120
 """Columns from which on a terminal shows a bar next to the numbers."""
 
@@ -101,12 +102,6 @@ def print_result(
         print_json(value)
     else:
         print_table(title, rows)
-
-
-def minutes(seconds: float) -> str:
-    """5:46, or 2:05:46."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours:,}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 def per_second(rate: float) -> str:
@@ -208,7 +203,7 @@ class Bars(progress.Progress):
         self._due = self.clock() + EVERY
         line = f"{task.description}: {self._numbers.render(task)}"
         if task.time_remaining is not None:
-            line += f", {minutes(float(task.time_remaining))} left"
+            line += f", {timedelta(seconds=int(task.time_remaining))} left"
         print_notice(line)
 
     def close(self) -> None:
