@@ -251,6 +251,6 @@ def _objects(args: Args, draft: "Draft", written: "Written") -> list[dict[str, o
         sample |= {"index": row, "seed": args.seed}
         if args.template is not None:
             sample["template"] = args.template
-        elif draft.given:
+        elif draft.request.prompts:
             sample["prompt"] = tokenizer.decode(draft.prompt(row).tolist())
     return samples

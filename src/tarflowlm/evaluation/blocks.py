@@ -27,8 +27,8 @@ def mean_cosine(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
     T = states.shape[1]
     unit = F.normalize(states, dim=-1)
     # |sum_t n_t|^2 = sum_t |n_t|^2 + 2 sum_{s<t} n_s n_t
-    pairs = (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / 2
-    return pairs / (T * (T - 1) / 2) if T > 1 else pairs * torch.nan
+    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    return pairs / (T * (T - 1)) if T > 1 else pairs * torch.nan
 
 
 def participation_ratio(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
@@ -45,10 +45,9 @@ def participation_ratio(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
 
 
 def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """The metrics [B] of consecutive states [B, T, d], of texts or of samples.
+    """The metrics [B] of consecutive states [B, T, d].
 
-    norm is (1/T) sum_t |h_t|. centroid_shift, which the first state lacks, is
-    |mean_t after_t - mean_t before_t|.
+    norm is (1/T) sum_t |h_t|, centroid_shift |mean_t after_t - mean_t before_t|.
     """
     metrics = [
         {
@@ -80,8 +79,8 @@ class Spread:
 class StateReport:
     """State h^(l) after l blocks (0: the latents z) over a set of sequences.
 
-    Terms of the bound are in nats per token. A prior that ends after block l has the standard
-    normal on top of it, so that the terms of the last state are those of the model:
+    Terms of the bound are in nats per token, for a prior that ends after block l with the standard
+    normal on top of it:
 
         kl    = E_q[ log q(z|x) - base - sum_{k <= l} log_det_k ]
         nelbo = kl - E_q[ log p(x|z) ]
@@ -92,17 +91,16 @@ class StateReport:
     cosine: Spread
     participation_ratio: Spread
     centroid_shift: Spread | None = None
-    """From the state before; None for z."""
+    """From the state before; None for z, as every other difference."""
     log_det: Spread | None = None
-    """log|det J| of block l; None for z."""
+    """log|det J| of block l."""
     base: Spread
     """log N(h^(l); 0, I)."""
     kl: Spread
-    """KL divergence from q(z|x) to a prior that ends after block l."""
+    """KL divergence from q(z|x) to the prior."""
     kl_gain: Spread | None = None
-    """By how much block l lowers it; None for z."""
+    """By how much block l lowers it."""
     nelbo: Spread
-    """Negative ELBO with that prior."""
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Likelihood of a text: the ELBO and the importance-weighted bound over its windows.
 
-Shape legend: W windows of T tokens, S posterior samples for each, V token types.
+Shape legend: W windows of T tokens, S posterior samples for each.
 """
 
 import math
@@ -109,14 +109,13 @@ def evaluate(
 ) -> Likelihood:
     """Likelihood of the windows of a text; each window has a fresh context.
 
-    With one sample this is the ELBO (docs/math.md, eq. 3). With S > 1 it is the importance-weighted
-    bound (eq. 13), and the ELBO of the same samples next to it. `characters_per_token` and
-    `bytes_per_token` [V] give bits per character and per byte.
+    With one sample this is the ELBO (docs/math.md, eq. 3), with more the importance-weighted bound
+    (eq. 13) and the ELBO of the same samples. `characters_per_token` and `bytes_per_token`, one for
+    each token type, give bits per character and per byte. Same seed, same result.
 
     The first `given` tokens of a window are context and are not scored (`sliding_windows`). The
     baseline and flows of one block allow this (`conditional_bound`), other flows raise UserError.
-
-    `progress` advances by windows. Same seed, same result.
+    `progress` advances by windows.
     """
     check_tokens(model, windows, name="windows")
     log_w = log_weights(model, windows, given=given, samples=samples, seed=seed, progress=progress)

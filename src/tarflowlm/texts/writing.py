@@ -71,6 +71,8 @@ class Writing(Request):
         ]
         if self.template is not None:
             given = [read_template(tokenizer, self.template, self.blank, normalize=how)]
+        if not given:
+            given = [Reading(torch.zeros(0, dtype=torch.long), "", "")]
         stops = [
             read(tokenizer, stop, name="stop", normalize=how).text
             for stop in as_texts(self.stop, "stop")
@@ -105,13 +107,13 @@ class Draft:
     lm: Checkpoint
     request: Writing
     given: tuple[Reading, ...]
-    """The template, or the prompts."""
+    """The template, or the prompts; for free samples an empty one."""
     stops: tuple[str, ...]
 
     @property
     def total(self) -> int:
         """Number of samples. Sample r continues prompt r // num."""
-        return self.request.num * max(len(self.given), 1)
+        return self.request.num * len(self.given)
 
     @property
     def notices(self) -> list[str]:
@@ -133,7 +135,7 @@ class Draft:
         """Candidates for every sample."""
         if self.request.particles is not None:
             return self.request.particles
-        return max((usual_particles(reading.tokens) for reading in self.given), default=1)
+        return max(usual_particles(reading.tokens) for reading in self.given)
 
     @property
     def num_positions(self) -> int:
@@ -178,11 +180,12 @@ class Draft:
         *,
         every: int = 1,
     ) -> Generator[Tensor, None, "Written"]:
-        """The samples `rows` in one batch: yields the next final tokens [num, n] of all of them.
+        """The samples `rows` in one batch: yields their next final tokens [num, n].
 
-        The batch ends early once every sample has met a stop. `every` as in `generate_steps`.
+        It ends early once every sample has met a stop. `every` as in `generate_steps`.
         """
         request = self.request
+        usual = self.lm.run.temperature
         prompts = [self.prompt(row) for row in rows]
         steps = Kept(
             generate_steps(
@@ -191,7 +194,7 @@ class Draft:
                 num=len(rows),
                 prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
                 particles=request.particles,
-                temperature=self.temperature,
+                temperature=usual if request.temperature is None else request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
                 decoder=request.decoder if decoder is None else decoder,
@@ -226,38 +229,29 @@ class Draft:
     def follows_loosely(self) -> bool:
         """Whether one candidate alone takes little notice of the given text."""
         config = self.lm.model.config
-        is_exact = config.has_token_weights or (
-            self.request.template is None and config.continues_exactly
-        )
-        return bool(self.given) and self.particles == 1 and not is_exact
+        is_template = self.request.template is not None
+        is_exact = config.has_token_weights or (config.continues_exactly and not is_template)
+        return len(self.given[0].tokens) > 0 and self.particles == 1 and not is_exact
 
     def prompt(self, row: int) -> Tensor:
         """The given tokens of a sample."""
-        if not self.given:
-            return torch.zeros(0, dtype=torch.long)
         return self.given[row // self.request.num].tokens
-
-    @property
-    def temperature(self) -> float:
-        """The temperature that is asked for, or the model's own."""
-        given = self.request.temperature
-        return self.lm.run.temperature if given is None else given
 
     def _rows_of_batches(self) -> Iterator[range]:
         """Consecutive samples; prompts that fill a window are not mixed with others."""
-        num, context = self.request.num, self.lm.model.config.context
+        context = self.lm.model.config.context
         length = min(self.num_tokens, context)
         size = chunks.rows_at_once(length * self.particles, chunks.WRITTEN_TOKENS)
-        longest = max((len(reading.tokens) for reading in self.given), default=0)
-        first = 0
-        while first < self.total:
-            last = (first // num + 1) * num if longest >= context else self.total
-            yield range(first, min(first + size, last))
-            first = min(first + size, last)
+        longest = max(len(reading.tokens) for reading in self.given)
+        together = self.request.num if longest >= context else self.total
+        for first in range(0, self.total, together):
+            rows = range(first, first + together)
+            for start in range(0, together, size):
+                yield rows[start : start + size]
 
     def _start(self, row: int) -> int:
         """Characters of the prompt of a sample, after which stops count."""
-        if not self.given or self.request.template is not None:
+        if self.request.template is not None:
             return 0
         return len(self.lm.tokenizer.decode(self.prompt(row).tolist()))
 
