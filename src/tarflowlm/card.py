@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 
-import torch
-
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
 from tarflowlm.runs.hub import CARD, read_card
 from tarflowlm.schema import flatten
+from tarflowlm.texts import Writing
 
 NUM_SAMPLES = 2
 LONGEST = 256
@@ -55,8 +53,8 @@ unit.
 def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
     """README.md of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
 
-    `origin` is the folder that it was made from, with the results of its training; a README.md
-    there is kept as the text. `name` is its OWNER/NAME or the name of its folder.
+    `origin` is the folder that it was made from; a README.md there is kept. `name` is its
+    OWNER/NAME or the name of its folder.
     """
     head = _head(checkpoint, licence)
     written = read_card(origin)
@@ -86,9 +84,9 @@ def _head(checkpoint: Checkpoint, licence: str | None) -> str:
     values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
     if licence:
         values["license"] = licence
-    values["tags"] = (
-        ["tarflowlm"] if checkpoint.model.is_exact else ["tarflowlm", "normalizing-flows"]
-    )
+    values["tags"] = ["tarflowlm"]
+    if not checkpoint.model.is_exact:
+        values["tags"] = ["tarflowlm", "normalizing-flows"]
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
     return f"---\n{lines}---\n\n"
 
@@ -131,16 +129,9 @@ def _result(test: Summary) -> str:
 
 
 def _samples(checkpoint: Checkpoint, length: int) -> str:
-    tokens = generate(
-        checkpoint.model,
-        num_tokens=length,
-        num=NUM_SAMPLES,
-        generator=torch.Generator().manual_seed(0),
-        temperature=checkpoint.run.temperature,
-    ).tokens
     samples = ""
-    for number, row in enumerate(tokens.tolist(), 1):
+    texts = Writing(num_tokens=length, num=NUM_SAMPLES).run(checkpoint)
+    for number, text in enumerate(texts, 1):
         # indented, so that nothing in a sample is taken for Markdown
-        text = indent(checkpoint.tokenizer.decode(row), " " * 8, lambda _line: True)
-        samples += f"{number}.\n\n{text}\n\n"
+        samples += f"{number}.\n\n{indent(text, ' ' * 8)}\n\n"
     return samples

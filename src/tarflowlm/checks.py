@@ -87,8 +87,8 @@ def check_tokens(
 ) -> None:
     """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
 
-    [B, T] holds at most a context of tokens; one text [T] may have any length. Values on an
-    accelerator, for which the host would wait, are not checked.
+    [B, T] holds at most a context of tokens; one text [T] may have any length. The host would wait
+    for values on an accelerator: these are not checked.
     """
     check_model(model)
     check_integers(tokens, name, shape)

@@ -92,8 +92,7 @@ def new_lines(path: Path) -> Iterator[TextIO]:
     try:
         file = path.open("x", buffering=1, encoding="utf-8", newline="\n")
     except OSError as error:
-        what = f"cannot create {path}: {error.strerror or error}"
-        raise UserError(f"{what}; choose another") from None
+        raise UserError(f"cannot create {path}: {error.strerror}; choose another") from None
     try:
         with full_disk_as_user_error(path, lambda: "choose another name"), file:
             yield file
@@ -114,8 +113,8 @@ def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Itera
         reason = _disk_full_reason(error)
         if reason is None:
             raise
-        what = f"cannot write to {directory} ({reason})"
-        raise UserError(f"{what}: make room and {remedy()}") from error
+        where = f"cannot write to {directory} ({reason})"
+        raise UserError(f"{where}: make room and {remedy()}") from error
 
 
 def _disk_full_reason(error: BaseException | None) -> str | None:

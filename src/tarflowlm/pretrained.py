@@ -112,8 +112,7 @@ class Pretrained(Checkpoint):
         A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens,
         given ones included; by default the trained context. A text ends before the first of the
         texts `stop`. `temperature`, by default the model's own, `top_k`, `top_p`, `particles` and
-        `decoder` are described at `generate`. The same `seed` gives the same text. UserError for
-        what the model cannot read or do.
+        `decoder` are described at `generate`. The same `seed` gives the same text.
         """
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
@@ -235,7 +234,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretraine
     """The model, in eval mode, with its tokenizer.
 
     `directory` is a run directory, the name of a shipped model, or hf:OWNER/NAME; `device` one of
-    PyTorch, or auto. UserError if it is not available, and as in `load_checkpoint`.
+    PyTorch, or auto.
     """
     check_type(directory, "model", (str, os.PathLike), _PLACES)
     return Pretrained(**vars(load_checkpoint(directory, pick_device(device))))
@@ -290,7 +289,6 @@ def train(
 
 def resume(out: str | Path, *, device: str = "auto") -> Pretrained:
     """Continue the run in `out`, or load it if it is finished."""
-    check_type(out, "out", (str, os.PathLike), "give a run directory")
     return _trained(None, out, device, None)
 
 

@@ -14,7 +14,7 @@ from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors
 
 Source = Checkpoint | str | Path
 """A checkpoint, or whatever `load_checkpoint` takes."""
-ADDRESS = "https://github.com/tarflowlm/tarflowlm"
+REQUIREMENT = "tarflowlm[studio] @ git+https://github.com/tarflowlm/tarflowlm\n"
 APP = """from tarflowlm.cli.main import main
 
 main(["studio", ".", "--host", "0.0.0.0", "--no-browser"])
@@ -99,8 +99,7 @@ def push_folder(
 def add_space(folder: Path, title: str) -> None:
     """Make a Space of a saved model: add app.py, requirements.txt and a head of the card."""
     (folder / "app.py").write_text(APP, encoding="utf-8")
-    requirement = f"tarflowlm[studio] @ git+{ADDRESS}\n"
-    (folder / "requirements.txt").write_text(requirement, encoding="utf-8")
+    (folder / "requirements.txt").write_text(REQUIREMENT, encoding="utf-8")
     card = (folder / CARD).read_text(encoding="utf-8")
     head = f"---\ntitle: {title}\nsdk: gradio\napp_file: app.py\npython_version: 3.12\n"
     (folder / CARD).write_text(head + card.removeprefix("---\n"), encoding="utf-8")

@@ -30,7 +30,7 @@ class Scores:
 
     @property
     def exact(self) -> bool:
-        """Whether the bits are exact. Otherwise only their sum is an upper bound."""
+        """Whether the bits are exact; else only their sum is an upper bound."""
         return self.blocks is None
 
     @property
@@ -123,19 +123,16 @@ def _mean_nats(
     kept = context // patch // 2 * patch if model.num_blocks == 1 else 0
     starts = range(0, max(1, whole.shape[1] - kept), context - kept)
     windows = [whole[:, start : start + context] for start in starts]
-    givens = [0] + [kept] * (len(windows) - 1)
-    alike = [(part.shape[1], given) for part, given in zip(windows, givens, strict=True)]
+    givens = [min(start, kept) for start in starts]
+    alike = [(window.shape[1], given) for window, given in zip(windows, givens, strict=True)]
     generators = [Generator(device=model.device).manual_seed(seed) for _ in tokens]
     found = []
     for some in runs(alike, windows_per_batch(windows[0].shape[1])):
         rows = torch.stack(windows[some], dim=1)  # [B, windows, T]
         nats = torch.zeros(())
         for _ in range(draws):
-            noise = [
-                model.draw_noise(of_text, generator)
-                for of_text, generator in zip(rows, generators, strict=True)
-            ]
-            shares = _shares(model, rows.flatten(0, 1), torch.cat(noise))
+            noise = torch.cat(list(map(model.draw_noise, rows, generators)))
+            shares = _shares(model, rows.flatten(0, 1), noise)
             nats = nats + shares.cpu().double() / draws
             progress.advance(rows.shape[0] * rows.shape[1])
         scored = nats.unflatten(1, rows.shape[:2])[..., givens[some.start] :]

@@ -56,7 +56,7 @@ def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
 
 
 def register() -> None:
-    """Make the model known to lm-eval as `tarflowlm`; may be called again."""
+    """Make the model known to lm-eval as `tarflowlm`."""
     from lm_eval.api.model import LM
     from lm_eval.api.registry import MODEL_REGISTRY, register_model
 
@@ -65,7 +65,7 @@ def register() -> None:
 
     @register_model("tarflowlm")
     class HarnessModel(LM):  # type: ignore[misc]
-        """A run directory, or a model that comes with the package, as lm-eval calls it."""
+        """What `load` takes, as lm-eval calls it."""
 
         def __init__(
             self,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class TextScorer:
-    """Log-likelihoods and continuations of texts under a model, all in nats.
+    """Log-likelihoods in nats, and continuations, of texts under a model.
 
     `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All
     continuations see the same noise at the same position, so none depends on the other requests.
@@ -73,8 +73,7 @@ class TextScorer:
     def rolling(self, texts: Sequence[str], progress: Progress = SILENT) -> list[float]:
         """log p of every text, or a lower bound on it: the sum over windows with fresh contexts.
 
-        Windows and noise are those of `evaluate`, but an incomplete last window counts as a shorter
-        one.
+        Windows and noise are those of `evaluate`; an incomplete last window is a shorter one.
         """
         T = self.model.config.context
         tokens = [self.encode(text) for text in texts]
@@ -117,17 +116,22 @@ class TextScorer:
         """Text of `num_tokens` that follows each context, drawn with the scorer's seed."""
         found = []
         for context, how in requests:
-            prompts = (context,) if self._reads(context) else ()
-            given = [read(self.tokenizer, prompt, goes_on=True).tokens for prompt in prompts]
+            start = 0
+            given: tuple[str, ...] = ()
+            num_tokens = how.num_tokens or 0
+            if self._reads(context):
+                given = (context,)
+                prompt = read(self.tokenizer, context, goes_on=True).tokens.tolist()
+                start = len(self.tokenizer.decode(prompt))
+                num_tokens += len(prompt)
             writing = replace(
                 how,
-                prompts=prompts,
-                num_tokens=sum(map(len, given)) + (how.num_tokens or 0),
+                prompts=given,
+                num_tokens=num_tokens,
                 stop=self._stops(how.stop),
                 seed=self.seed,
             )
             (text,) = writing.run(self.lm)
-            start = sum(len(self.tokenizer.decode(tokens)) for tokens in given)
             found.append(text[start:])
             progress.advance()
         return found
@@ -146,10 +150,7 @@ class TextScorer:
         return tuple(found)
 
     def pieces(self, tokens: Int[Tensor, " n"], given: int) -> list[Piece]:
-        """Windows that score the tokens after the first `given`, once each.
-
-        Each has as much text before them as fits.
-        """
+        """Windows that score the tokens after the first `given`, with as much before as fits."""
         T = self.model.config.context
         # a flow scores whole positions: its context is cut at the start, the last position padded
         P = 1 if self.model.is_exact else self.model.config.patch
@@ -184,8 +185,7 @@ class TextScorer:
         """log p of the tokens after the first `given`, and whether they are the most probable."""
         model = self.model
         end = tokens.shape[1]
-        # whole positions: the baseline does not score what is added, for a flow any tokens there
-        # give a lower bound
+        # whole positions: the baseline does not score what is added, a flow's bound holds for any
         tokens = F.pad(tokens.to(model.device), (0, -end % model.config.patch))
         if isinstance(model, TokenLM):
             scored = tokens[:, given:end]
@@ -193,12 +193,14 @@ class TextScorer:
             parts = logits.log_softmax(-1).gather(-1, scored[..., None]).squeeze(-1)
             is_best = (logits.argmax(-1) == scored).all(-1)
             return list(zip(parts.double().sum(-1).tolist(), is_best.tolist(), strict=True))
-        noise = [eps[:, : tokens.shape[1]].expand(len(tokens), -1, -1) for eps in self.noise]
         if given == 0 or model.num_blocks == 1:
-            log_w = [-conditional_bound(model, tokens, given, eps) for eps in noise]
-            log_p = -importance_weighted(torch.stack(log_w))
+            nats = self._bound(tokens, given)
         else:
-            head = [-model.bound(tokens[:, :given], eps[:, :given]) for eps in noise]
-            whole = [-model.bound(tokens, eps) for eps in noise]
-            log_p = importance_weighted(torch.stack(head)) - importance_weighted(torch.stack(whole))
-        return [(value, False) for value in log_p.double().tolist()]
+            nats = self._bound(tokens, 0) - self._bound(tokens[:, :given], 0)
+        return [(-value, False) for value in nats.double().tolist()]
+
+    def _bound(self, tokens: Int[Tensor, "B n"], given: int) -> Float[Tensor, " B"]:
+        """A bound on -log p of the tokens after the first `given`, with the common noise."""
+        noise = [eps[:, : tokens.shape[1]].expand(len(tokens), -1, -1) for eps in self.noise]
+        log_w = [-conditional_bound(self.model, tokens, given, eps) for eps in noise]
+        return importance_weighted(torch.stack(log_w))

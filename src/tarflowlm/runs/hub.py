@@ -88,17 +88,16 @@ def _reason(error: Exception) -> str:
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     match error:
         case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
-            what = f"{place} cannot be reached, and the cache does not hold all of it"
-            return f"{what}; check the connection and HF_HUB_OFFLINE"
+            return f"{place} cannot be reached; check the connection and HF_HUB_OFFLINE"
         case errors.RepositoryNotFoundError():  # a gated one as well
             return f"{place} has no such model, or it is private; check the name, or {log_in}"
         case errors.RevisionNotFoundError():
-            return "it has no such revision; leave out what follows @ for the newest one"
+            return "it has no such revision; leave out what follows @"
         case errors.HfHubHTTPError():
             status = error.response.status_code
             remedy = log_in if status in (401, 403) else "try again later"
             return f"{place} answers {status}; {remedy}"
-    return f"{place} failed ({first_line(error)}); check the name, or run this again"
+    return f"{place} failed ({first_line(error)}); run this again"
 
 
 FOLDER = Path(__file__).parent / "released"

@@ -25,10 +25,7 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, 
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file and its header. UserError where its checksum is another.
-
-    A file of another program, whose header has no checksum, is read as it is.
-    """
+    """The tensors of a file and its header. UserError where its checksum, if any, is another."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:
