@@ -157,20 +157,12 @@ class Draft:
             decoder = written.generation.decoders or decoder
             yield written
 
-    def pieces(
-        self, row: int = 0, decoder: Decoders | None = None
-    ) -> Generator[str, None, "Written"]:
+    def pieces(self, row: int = 0) -> Iterator[str]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
         stream = TextStream(self.lm.tokenizer, self.stops, start=self._start(row))
-        steps = Kept(self.steps(range(row, row + 1), decoder=decoder))
-        for tokens in steps:
-            piece = stream.add(tokens[0])
-            if piece:
-                yield piece
-        last = stream.close()
-        if last:
-            yield last
-        return steps.value
+        for tokens in self.steps(range(row, row + 1)):
+            yield stream.add(tokens[0])
+        yield stream.close()
 
     def steps(
         self,
