@@ -3,7 +3,6 @@
 No torch here: the command line reads configurations without it.
 """
 
-import typing
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -19,7 +18,6 @@ Decoder = Literal["steps", "sweeps", "auto"]
 Precision = Literal["float32", "bfloat16"]
 
 Normalization = Literal["none", "text8"]
-NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)
 
 TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 """The 27 characters of text8: single spaces and `a`-`z`."""
@@ -129,8 +127,8 @@ class OptimConfig(Config):
         self.require("grad_clip", self.grad_clip > 0, "must be above 0")
         self.at_least(0, "codebook_lr_scale", "weight_decay")
         self.below_one("beta2")
-        self.require("warmup", 0 <= self.warmup <= 1, "must be between 0 and 1")
-        self.require("decay", 0 <= self.decay <= 1, "must be between 0 and 1")
+        for name in ("warmup", "decay"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +190,8 @@ class TrainConfig(Config):
         first, *later = self.stage_steps or (0,)
         rule = "the first stage needs at least 1 step, and later ones 0 or more"
         self.require("stage_steps", first >= 1 and min(later, default=0) >= 0, rule)
-        self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every")
-        self.at_least(1, "evaluate_windows", "checkpoint_every")
+        self.at_least(1, "batch_size", "accumulate", "log_every")
+        self.at_least(1, "evaluate_every", "evaluate_windows", "checkpoint_every")
         self.at_least(0, "minutes", "test_windows", "patience")
         self.below_one("dropout", "ema")
 

@@ -43,7 +43,6 @@ TRAIN_KEYS = {
     "bpc",
     "lr",
     "grad_norm",
-    "grad_norm_max",
     "tokens_per_second",
     "data_share",
 }
@@ -85,8 +84,6 @@ def test_run_directory_holds_the_documented_files_and_summary(finished):
         7,
         224,
     )
-    assert summary["stage_tokens"] == [96, 64, 64]
-    assert len(summary["stage_seconds"]) == 3
     model = load_checkpoint(out).model
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert 0 < summary["trunk_parameters"] < summary["parameters"]

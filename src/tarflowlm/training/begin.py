@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,6 @@ from tarflowlm.runs.checkpoint import (
     WEIGHTS,
     Checkpoint,
     read_run,
-    read_summary,
     weights_problem,
     write_run,
 )
@@ -44,9 +42,7 @@ logger = logging.getLogger("tarflowlm")
 
 
 def is_begun(out: Path) -> bool:
-    """Whether `out` holds a run that has saved something. UserError if it is in use for anything
-    else.
-    """
+    """Whether `out` holds a run that has saved something. UserError for any other content."""
     if (out / ASKED).exists():
         # a hidden folder is a state that a kill left incomplete
         states = (path for path in (out / STATE).glob("*") if path.name[0] != ".")
@@ -70,11 +66,6 @@ def check_same(asked: RunConfig, out: Path) -> None:
             )
 
 
-def summary_of(out: Path) -> dict[str, Any] | None:
-    """The results of a run that is finished and undamaged."""
-    return read_summary(out) if weights_problem(out) is None else None
-
-
 def configured(
     asked: RunConfig | None, out: Path, parent: Checkpoint | None, *, begun: bool
 ) -> RunConfig:
@@ -84,16 +75,14 @@ def configured(
     check_installed(asked.train.track)
     if asked.parent:
         if parent is None:
-            raise UserError(
-                f"parent {asked.parent}: give that model, as `tarflowlm train --from` does"
-            )
+            raise UserError(f"parent {asked.parent}: give that model with `train --from`")
         return located(asked)
     tokenizer = suited(asked.data.source, asked.data.tokenizer)
     return located(replace(asked, data=replace(asked.data, tokenizer=tokenizer)))
 
 
 def located(config: RunConfig) -> RunConfig:
-    """`config` with an absolute path to its text, since a run may be used from other folders."""
+    """`config` with an absolute path to its text."""
     source = config.data.source
     if source not in SOURCE_NAMES:
         source = str(Path(source).expanduser().resolve())
@@ -125,18 +114,18 @@ def corpus_of(
                 f"the {name} split of {config.data.source} has {have} tokens, "
                 f"fewer than the context of {context}: use a longer text or a smaller model.context"
             )
+    return corpus
+
+
+def decided(config: RunConfig, corpus: Corpus, device: torch.device) -> RunConfig:
+    """`config` with what the text and the device decide: the vocabulary's size, the precision."""
     vocab_size = corpus.tokenizer.vocab_size
     if config.model.vocab_size not in (0, vocab_size):
         raise UserError(
             f"model.vocab_size {config.model.vocab_size}: the tokenizer has {vocab_size} symbols; "
             "leave it at 0"
         )
-    return corpus
-
-
-def decided(config: RunConfig, corpus: Corpus, device: torch.device) -> RunConfig:
-    """`config` with what the text and the device decide: the vocabulary's size, the precision."""
-    model = replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+    model = replace(config.model, vocab_size=vocab_size)
     return replace(config, model=model, train=with_precision(config.train, device))
 
 
@@ -157,19 +146,15 @@ def writing(out: Path, processes: Processes) -> Iterator[None]:
     lock = writer_lock(out) if processes.first else nullcontext()
     with full_disk_as_user_error(out, remedy), lock:
         if processes.first:
-            remove_partial_files(out)
+            # what a kill left incomplete
+            for folder in (out, out / BEST):
+                remove_leftovers(folder)
+            for partial in (out / STATE).glob(".step-*"):
+                shutil.rmtree(partial)
         try:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(remedy()) from None
-
-
-def remove_partial_files(out: Path) -> None:
-    """Remove what a kill left incomplete."""
-    for folder in (out, out / BEST):
-        remove_leftovers(folder)
-    for partial in (out / STATE).glob(".step-*"):
-        shutil.rmtree(partial)
 
 
 def write_start(
@@ -181,7 +166,7 @@ def write_start(
 ) -> None:
     """Write the files that a run directory has from the beginning."""
     if asked is not None or not (out / ASKED).exists():
-        # the first file of a run, by which others know that the directory is one
+        # the first file: it makes the directory a run
         write_json(out / ASKED, to_dict(located(asked or config)))
     (out / STATE).mkdir(exist_ok=True)
     shutil.rmtree(out / BEST, ignore_errors=True)  # a run may have been killed before it saved

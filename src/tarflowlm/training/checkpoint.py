@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from tarflowlm.errors import Stopped, UserError
-from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import (
     BEST,
@@ -56,14 +55,12 @@ logger = logging.getLogger("tarflowlm")
 
 def save(job: Job, state: State) -> None:
     """Copy a checkpoint for the thread to write, unless this step is saved: the state, then the
-    weights, so that the directory loads. Collective.
-
-    Waits for the checkpoint before. Waits for the first one, too, to see how long one takes.
+    weights. Collective.
     """
     counters = state.counters
     if counters.saved_step == counters.step:
         return
-    wait(job)
+    wait(job)  # for the checkpoint before
     counters.total = seconds(job, state)
     weights = finite_weights(job, state)
     counters.saved_step = counters.step
@@ -77,12 +74,9 @@ def save(job: Job, state: State) -> None:
     tensors = snapshot(tensors_of(state), job.processes)
     job.writes.append(job.writer.submit(write_state, job, tensors, saved))
     write_weights(job, state, job.out, weights)
-    if not counters.save:
-        wait(job)
-        counters.save = seconds(job, state) - counters.total
 
 
-def save_best(job: Job, state: State, result: Likelihood) -> None:
+def save_best(job: Job, state: State) -> None:
     """Save the weights of the best validation bound to best/, a run directory of its own."""
     best = job.out / BEST
     if job.processes.first and not (best / TOKENIZER).exists():
@@ -90,8 +84,7 @@ def save_best(job: Job, state: State, result: Likelihood) -> None:
         write_run(best, job.config, job.corpus.tokenizer)
     present = state.copies.get("average") or trained_parameters(state.model)
     assign(state.copies.get("best", {}), present)
-    nats = repr(result.nats_per_token)
-    write_weights(job, state, best, finite_weights(job, state), nats_per_token=nats)
+    write_weights(job, state, best, finite_weights(job, state))
 
 
 def wait(job: Job) -> None:
@@ -145,9 +138,7 @@ def finite_weights(job: Job, state: State) -> dict[str, Tensor]:
     return weights
 
 
-def write_weights(
-    job: Job, state: State, directory: Path, weights: dict[str, Tensor], **more: str
-) -> None:
+def write_weights(job: Job, state: State, directory: Path, weights: dict[str, Tensor]) -> None:
     """Let the thread write model.safetensors, with the counts of this step in its header."""
     if job.processes.first:
         info = {
@@ -155,7 +146,7 @@ def write_weights(
             "tokens": str(state.counters.tokens),
             "blocks": str(state.model.num_blocks),
         }
-        job.writes.append(job.writer.submit(save_weights, directory, weights, info | more))
+        job.writes.append(job.writer.submit(save_weights, directory, weights, info))
 
 
 # the training state
@@ -163,9 +154,7 @@ def write_weights(
 
 def write_state(job: Job, tensors: dict[str, Any], saved: dict[str, Any]) -> None:
     """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but
-    the newest ones.
-
-    Collective: all processes write their shards into one folder; the first one does the rest.
+    the newest ones. Collective: all processes write their shards into one folder.
     """
     root = job.out / STATE
     name = f"step-{saved['step']:08d}"
@@ -226,8 +215,8 @@ def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
 
 
 def load_state(folder: Path, state: State, processes: Processes, *, seed: int) -> None:
-    """Load the tensors in `folder` into a state built for the same stage. Another number of
-    processes may have written them. Collective.
+    """Load the tensors in `folder`, from any number of processes, into a state built for the same
+    stage. Collective.
 
     A generator of another kind of device cannot continue; it gets `seed`.
     """
@@ -240,9 +229,7 @@ def load_state(folder: Path, state: State, processes: Processes, *, seed: int) -
         load(tensors, checkpoint_id=folder, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"{folder} does not fit this run ({reason}): does it belong to another run?"
-        ) from None
+        raise UserError(f"{folder} does not fit this run ({reason}): restore its own") from None
     set_state_dict(
         state.model,
         state.optimizers,
@@ -251,9 +238,7 @@ def load_state(folder: Path, state: State, processes: Processes, *, seed: int) -
     )
     forget_no_step(state)
     if is_moved:
-        logger.warning(
-            "%s is from another kind of device: the noise from here on is another", folder.name
-        )
+        logger.warning("%s is from another kind of device: the noise changes", folder.name)
         state.generator.manual_seed(seed)
     else:
         state.generator.set_state(tensors["generator"])
@@ -267,9 +252,7 @@ def newest_state(directory: Path) -> Path:
     newest = undamaged_state(directory)
     if newest is None:
         rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
-        raise UserError(
-            f"{directory} has no state to resume from{rest}: start a new run with another --out"
-        )
+        raise UserError(f"{directory} has no state to resume from{rest}: choose another --out")
     for state in states[states.index(newest) + 1 :]:
         aside = state.with_name(f"damaged-{state.name}")
         shutil.rmtree(aside, ignore_errors=True)

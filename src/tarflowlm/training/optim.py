@@ -1,6 +1,4 @@
-"""How weights change: which optimiser each parameter gets, the learning rate of a step, averages of
-weights, and Muon in a precision of its choice.
-"""
+"""How weights change: optimisers, the learning rate, averages of weights, and Muon."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,19 +15,16 @@ CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.
 """Name endings of the codebook parameters: the encoder's, and those of Mix-d blocks with their own
 codebook.
 """
-TAPS = "transformer.input_taps"
-"""Name ending of a convolution's weights."""
 TAPS_SCALE = 3.0
-"""Learning rate of these weights over the rest."""
+"""Learning rate of a convolution's weights over the rest."""
 MUON = ("transformer.layers.", "token_features.")
 """Modules whose matrices Muon optimises."""
-STACKED = "attention.qkv.weight"
-"""Name ending of parameters that hold three matrices of equal shape, one below the other."""
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
-    """The learning rate over its peak, in (0, 1], at `step` (0-based) of `num_steps`, which may be
-    an estimate: it rises linearly, is constant, and falls linearly to zero.
+    """The learning rate over its peak, in (0, 1], at `step` (0-based) of `num_steps`.
+
+    It rises linearly, is constant, and falls linearly to zero.
     """
     warmup = max(1, round(config.warmup * num_steps))
     if step < warmup:
@@ -41,8 +36,7 @@ def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
 def build_optimizers(
     config: OptimConfig, model: nn.Module, precision: Precision = "float32"
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of the trainable parameters of `model`: AdamW, and Muon if it has matrices to
-    optimise.
+    """AdamW for the trainable parameters of `model`, and Muon if it has matrices to optimise.
 
     Weight decay acts on matrices only. Muon (Jordan et al. 2024), in this `precision`, optimises
     the matrices of the Transformers and of the features inside a patch; AdamW the input maps,
@@ -51,7 +45,6 @@ def build_optimizers(
     muon = muon_matrices(config, model)
     matrices = list[nn.Parameter]()
     vectors = list[nn.Parameter]()
-    biases = list[nn.Parameter]()
     codebook = list[nn.Parameter]()
     taps = list[nn.Parameter]()
     for name, p in model.named_parameters():
@@ -59,16 +52,16 @@ def build_optimizers(
             continue
         if name.endswith(CODEBOOK):
             codebook.append(p)
-        elif name.endswith(TAPS):
+        elif name.endswith("transformer.input_taps"):
             taps.append(p)
-        elif ".biases." in name or name.endswith(".evidence"):
-            # of a head: biases are stacked over its groups, and its evidence starts nonzero
-            biases.append(p)
+        elif p.ndim < 2 or ".biases." in name or name.endswith(".evidence"):
+            # a head stacks the biases of its groups, and its evidence starts nonzero
+            vectors.append(p)
         else:
-            (matrices if p.ndim >= 2 else vectors).append(p)
+            matrices.append(p)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": vectors + biases, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": codebook, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
         {"params": taps, "weight_decay": 0.0, "lr_scale": TAPS_SCALE},
     ]
@@ -82,12 +75,12 @@ def build_optimizers(
         )
     ]
     if muon:
-        stacked = [p for name, p in muon.items() if name.endswith(STACKED)]
         optimizers.append(
             Muon(
                 [{"params": [*muon.values()], "lr_scale": 1.0}],
                 precision=precision,
-                stacked=stacked,
+                # queries, keys and values
+                stacked=[p for name, p in muon.items() if name.endswith("attention.qkv.weight")],
                 lr=config.lr,
                 weight_decay=config.weight_decay,
             )
@@ -126,8 +119,8 @@ def take_step(
 ) -> None:
     """Change the `parameters` by their gradients, and forget these.
 
-    `norm` is the norm of all gradients together; it is clipped to `grad_clip`. Every group of
-    parameters has the learning rate `lr` times its `lr_scale`.
+    `norm` is the norm of all gradients together; it is clipped to `grad_clip`. The learning rate of
+    a group is `lr` times its `lr_scale`.
     """
     clip_grads_with_norm_(parameters.values(), grad_clip, norm)
     for optimizer in optimizers:
@@ -160,8 +153,7 @@ def update_average(
 ) -> None:
     """Move the averaged weights, if there are any, towards the present ones.
 
-    The first steps of a stage move them further: 1 - d of the way, d = min(decay, (1 + n) / (10 +
-    n)) after step n.
+    1 - d of the way, with d = min(decay, (1 + n) / (10 + n)) after step n of a stage.
     """
     if average := copies.get("average"):
         kept = min(decay, (1 + step) / (10 + step))
@@ -186,9 +178,7 @@ BUCKET = 64
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16 by instructions of its own; others emulate
-    that slowly.
-    """
+    """Whether the device multiplies matrices in bfloat16 natively; others emulate that slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -207,22 +197,20 @@ def muon_precision(config: OptimConfig, model: nn.Module, device: torch.device) 
     reproducible: bfloat16 on GPUs that support it, and for large matrices on CPUs with AMX tiles;
     else float32.
     """
-    largest = max((p.numel() for p in muon_matrices(config, model).values()), default=0)
-    is_worth_it = largest >= LARGE and torch.cpu._is_amx_tile_supported()
-    return (
-        "bfloat16" if has_bfloat16(device) and (is_worth_it or device.type == "cuda") else "float32"
-    )
+    if not has_bfloat16(device):
+        return "float32"
+    matrices = muon_matrices(config, model).values()
+    is_large = any(p.numel() >= LARGE for p in matrices) and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if is_large or device.type == "cuda" else "float32"
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    r"""The matrix with all its singular values moved close to 1, by Newton-Schulz iteration (Jordan
-    et al. 2024).
+    """The matrix with all its singular values moved close to 1 (Newton-Schulz; Jordan et al. 2024).
 
         X <- X / |X|_F,   then five times   X <- (a I + b Y + c Y^2) X   with   Y = X X^T
 
-    With a matrix in bfloat16 this is what torch.optim.Muon computes; it has no other precision, and
-    CPUs without bfloat16 products emulate it about thirty times slower. Several matrices of one
-    shape may be stacked, [n, rows, columns].
+    torch.optim.Muon does this in bfloat16 only, which some CPUs emulate thirty times slower.
+    Several matrices of one shape may be stacked, [n, rows, columns].
     """
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[-2] > matrix.shape[-1]
@@ -231,8 +219,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=LEAST_NORM)
     gram = x @ x.mT
     product: Tensor | None = None
-    # Multiply the factors F of X alone, which turn Y into F Y F, where that takes half the time:
-    # for long rows. Rounding errors grow to about 1e-4 in float32, a hundredth of bfloat16's.
+    # For long rows it takes half the time to multiply the factors F of X alone, which turn Y into
+    # F Y F. Rounding errors grow to about 1e-4 in float32, a hundredth of bfloat16's.
     apart = x.shape[-1] >= 2 * x.shape[-2] and x.dtype != torch.bfloat16
     for step in range(STEPS):
         factor = add_product(gram, gram, gram, beta=b, alpha=c)
@@ -265,11 +253,11 @@ def orthogonalise_all(stacks: list[Tensor], *, batched: bool) -> list[Tensor]:
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in a `precision` of its choice.
+    """torch.optim.Muon that orthogonalises in a `precision` of its choice.
 
     Updates have the root mean square of AdamW's (`match_rms_adamw`), so both use one learning rate.
-    `stacked` lists parameters that hold three matrices one below the other: queries, keys and
-    values. Parameters must be whole matrices: FSDP2 takes AdamW.
+    `stacked` lists parameters that hold three matrices one below the other. Parameters must be
+    whole matrices: FSDP2 takes AdamW.
     """
 
     def __init__(
@@ -307,9 +295,7 @@ class Muon(torch.optim.Muon):
                 torch._foreach_add_(bucket, updates, alpha=-group["lr"])
 
     def update_momentum(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        """Move the momentum towards the gradients; returns Nesterov's look-ahead, which is then
-        orthogonalised.
-        """
+        """Move the momentum towards the gradients; returns Nesterov's look-ahead."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -1,5 +1,4 @@
-"""Training in one process or in several: the group of processes, and the model replicated (DDP) or
-sharded (FSDP2).
+"""Training in one process or in several, with the model replicated (DDP) or sharded (FSDP2).
 
 A global batch gives the same step however it is divided: every process draws the noise of all
 sequences and uses its own rows, the loss is a mean over equal parts, and gradients are averaged.
@@ -47,9 +46,7 @@ PATIENCE = timedelta(hours=3)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process in its group. Methods that communicate are collective: all processes must call
-    them.
-    """
+    """This process in its group. All processes must call a method that communicates."""
 
     rank: int = 0  # index of this process, from 0
     world: int = 1  # number of processes
@@ -128,9 +125,7 @@ ALONE = Processes()
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[Processes]:
-    """Join the process group that torchrun started, with one GPU per process; without torchrun, a
-    group of one.
-    """
+    """Join the group that torchrun started, one GPU per process; without torchrun, one process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
         yield Processes(device=device)
@@ -140,14 +135,12 @@ def launched(device: torch.device) -> Iterator[Processes]:
         local = int(os.environ["LOCAL_RANK"])
         available = torch.cuda.device_count()
         if local >= available:
-            remedy = f"start torchrun with --nproc-per-node {available}"
-            raise UserError(f"this machine has {available} GPUs: {remedy}")
+            raise UserError(f"{available} GPUs: start torchrun with --nproc-per-node {available}")
         device = torch.device("cuda", local)
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     elif device.type != "cpu":
-        remedy = "use --device cpu, or train without torchrun"
-        raise UserError(f"device {device.type}: serves only one process; {remedy}")
+        raise UserError(f"device {device.type}: serves only one process; use --device cpu")
     store, rank, world = next(rendezvous("env://"))
     # processes that torchrun starts again would find the addresses of those that have ended
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -159,10 +152,9 @@ def launched(device: torch.device) -> Iterator[Processes]:
     # happens for heads under FSDP2; harmless, since nothing here is changed in place
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     yield Processes(dist.get_rank(), dist.get_world_size(), device)
-    # sharded modules hold the group in reference cycles; one that outlives the group can abort the
-    # process on exit
+    # a sharded module that outlives the group, in a reference cycle, can abort the process on exit
     gc.collect()
-    # not reached after an error: the others may be waiting for this process, and torchrun ends them
+    # not after an error: the others may be waiting for this process, and torchrun ends them
     dist.destroy_process_group()
 
 
@@ -196,10 +188,9 @@ def parallelise(
 ) -> nn.Module:
     """The negative bound of `model`, which maps tokens and noise to nats [B], for all processes.
 
-    The first `frozen` blocks get no graph; the caller has frozen their parameters and the codebook
-    before (`LanguageModel.train_only`). Under FSDP2 the trained parameters of `model` are sharded
-    in place. If `compiled`, every Transformer layer is: those of one shape share a graph, whatever
-    the depth and the vocabulary.
+    The first `frozen` blocks get no graph; `LanguageModel.train_only` has frozen their parameters.
+    Under FSDP2 the trained parameters of `model` are sharded in place. If `compiled`, every
+    Transformer layer is; layers of one shape share a graph.
     """
     trained = [layer for part in model.blocks_from(frozen) for layer in layers_of(part)]
     for layer in layers_of(model):
@@ -218,9 +209,7 @@ def parallelise(
 
 
 def synchronise(bound: nn.Module, is_last: bool) -> None:
-    """Let the next backward pass average the gradients over the processes only if it is the last
-    one of the step.
-    """
+    """Let only the last backward pass of a step average the gradients over the processes."""
     if isinstance(bound, FSDPModule):
         bound.set_requires_gradient_sync(is_last)
     elif isinstance(bound, DistributedDataParallel):
@@ -239,23 +228,21 @@ def seeded_dropout(
         return
     device = generator.device
     drawn = torch.randint(2**62, (), generator=generator, device=device)
-    seed = int(drawn) if device.type == "cpu" else digest_of(generator)
+    if device.type == "cpu":
+        seed = int(drawn)
+    else:
+        # the state of a GPU's generator is on the host; reading a number would wait for the device
+        state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+        seed = int.from_bytes(state[:7], "little")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed + processes.rank)
         yield
 
 
-def digest_of(generator: torch.Generator) -> int:
-    """A number below 2^56 from the state of a generator. The state of an accelerator's generator is
-    on the host; a number that it draws is not, so that reading it waits for the device.
-    """
-    state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
-    return int.from_bytes(state[:7], "little")
-
-
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
-    """Whether layers are compiled on `device`: `train.compile`, or by default where it helps and is
-    possible, with a warning if it would help but a compiler is missing.
+    """Whether layers are compiled: `train.compile`, or by default in bfloat16 on a GPU.
+
+    A missing compiler is a warning.
     """
     if train.compile is not None:
         return train.compile
@@ -263,18 +250,14 @@ def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> 
         return False
     missing = missing_for_compilation(device)
     if missing and processes.first:
-        warnings.warn(
-            f"torch.compile needs {missing}, which is not installed: training without it",
-            stacklevel=3,
-        )
+        text = f"torch.compile needs {missing}, which is not installed: training without it"
+        warnings.warn(text, stacklevel=3)
     return not missing
 
 
 @contextmanager
 def compiling(compiled: bool) -> Iterator[None]:
-    """A context for calls of compiled layers: of frozen ones, of one sequence and so on, each with
-    its own graph, which is too small for DDP to split.
-    """
+    """A context for calls of compiled layers, with many small graphs that DDP need not split."""
     if not compiled:
         yield
         return
@@ -293,7 +276,6 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
     """Shard the trained parameters of `model` in place; frozen ones stay whole.
 
     Layers, in `precision`, and heads are gathered one at a time, the rest for the whole step.
-    `bound` is the module that is called.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -327,9 +309,7 @@ def reshard(bound: nn.Module) -> None:
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict with whole tensors on the CPU. Collective under FSDP2; without `keep` the
-    result is empty.
-    """
+    """The state dict with whole tensors on the CPU, empty without `keep`. Collective."""
     weights = {}
     for name, tensor in model.state_dict().items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -339,7 +319,7 @@ def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
 
 
 def whole_model(model: LanguageModel) -> LanguageModel:
-    """A copy on the CPU of a model that FSDP2 has sharded, with whole parameters. Collective."""
+    """A copy of a model on the CPU, with whole parameters. Collective."""
     with seeded(0):
         copy = model.config.first_blocks(model.num_blocks).build()
     copy.load_state_dict(whole_weights(model))

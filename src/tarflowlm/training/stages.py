@@ -23,7 +23,6 @@ from tarflowlm.runs.weights import read_weights
 from tarflowlm.training.checkpoint import finite_weights, load_state, save, wait, write_weights
 from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
 from tarflowlm.training.optim import trained_parameters as trained
-from tarflowlm.training.pace import test_seconds
 from tarflowlm.training.parallel import parallelise, whole_model
 from tarflowlm.training.state import Counters, Job, State, seconds
 from tarflowlm.training.validation import evaluate
@@ -53,8 +52,7 @@ def resumed_state(job: Job, folder: Path) -> State:
     step = saved["step"]
     logger.info("resuming %s at step %d", job.out, step)
     state = build_state(job, Counters(**saved["counters"]))
-    seed = (job.config.seed + 1_000_003 * step) % 2**62
-    load_state(folder, state, job.processes, seed=seed)
+    load_state(folder, state, job.processes, seed=(job.config.seed + 1_000_003 * step) % 2**62)
     state.sampler.load_state_dict(saved["sampler"])
     # weights may be damaged, or a kill came between the state and its weights
     write_weights(job, state, job.out, finite_weights(job, state))
@@ -87,7 +85,7 @@ def build_state(job: Job, counters: Counters) -> State:
         counters=counters,
         began=began,
     )
-    # a run that is finished has left its last stage
+    # a finished run has left its last stage
     enter_stage(job, state, min(counters.stage, config.num_stages - 1))
     return state
 
@@ -126,22 +124,20 @@ def enter_stage(job: Job, state: State, stage: int) -> None:
         state.copies["average"] = copy_of(trained(model))
     if config.train.keep == "best":
         state.copies["best"] = copy_of(trained(model))
-    if len(state.counters.stage_tokens) <= stage:
-        state.counters.stage_tokens.append(0)
-        state.counters.stage_seconds.append(0.0)
 
 
 def leave_stage(job: Job, state: State, end: Likelihood) -> None:
     """Record how a stage ended, with `end` as its last validation, and enter the next one.
     Collective.
     """
-    counters, keeps_best = state.counters, job.config.train.keep == "best"
+    counters = state.counters
+    keeps_best = job.config.train.keep == "best"
     kept = counters.lowest / end.nats_per_token if keeps_best else 1.0
     counters.valid_bpc.append(kept * end.bpc)
     if counters.stage and keeps_best and not counters.lowest_at:
         why = "gained nothing" if counters.stage_step else "has no time"
         name = describe_stage(job, counters.stage)
-        logger.info("%s %s: the block stays as it started, which changes nothing", name, why)
+        logger.info("%s %s: the block stays as it started", name, why)
     counters.stage_steps.append(counters.stage_step)
     counters.stage += 1
     counters.stage_step = 0
@@ -173,11 +169,9 @@ def describe_stage(job: Job, stage: int) -> str:
 
 def finish(job: Job, state: State) -> dict[str, Any]:
     """Evaluate the test split, and write the summary. Collective."""
-    config, counters = job.config, state.counters
-    minutes = config.train.minutes
-    if minutes:
-        config = with_lengths(job, state)
-    state.model.eval()
+    counters = state.counters
+    minutes = job.config.train.minutes
+    config = with_lengths(job, state) if minutes else job.config
     windows = eval_windows(
         job.corpus.split("test"), config.model.context, config.train.test_windows or None
     )
@@ -189,10 +183,8 @@ def finish(job: Job, state: State) -> dict[str, Any]:
         "seed": config.seed,
         "steps": counters.step,
         "tokens": counters.tokens,
-        "stage_tokens": counters.stage_tokens,
-        "stage_seconds": [round(s, 2) for s in counters.stage_seconds],
         "stage_valid_bpc": counters.valid_bpc,
-        "seconds": round(sum(counters.stage_seconds), 2),
+        "seconds": round(counters.training, 2),
         "wall_seconds": round(seconds(job, state), 2),
         "minutes": minutes,
         "parameters": sum(sizes.values()),
@@ -213,16 +205,16 @@ def finish(job: Job, state: State) -> dict[str, Any]:
 
 
 def with_lengths(job: Job, state: State) -> RunConfig:
-    """The configuration of a run whose time is over, with the steps that it took instead of the
-    limit, and the test windows for which there is time left. Collective.
+    """The configuration with the steps that a run took instead of its time limit, and the test
+    windows for which there is time left. Collective.
     """
     train, counters = job.config.train, state.counters
-    total = 60 * train.minutes
-    left = max(total - seconds(job, state), 0.0)
-    left = min(left, test_seconds(total, job.num_test_windows, counters.per_window))
+    left = 60 * train.minutes - seconds(job, state)
     fitting = max(LEAST_TEST_WINDOWS, int(left / max(counters.per_window, 1e-9)))
-    count = job.processes.from_first(min(job.num_test_windows, fitting))
     lengths = replace(
-        train, minutes=0.0, stage_steps=tuple(counters.stage_steps), test_windows=count
+        train,
+        minutes=0.0,
+        stage_steps=tuple(counters.stage_steps),
+        test_windows=min(job.num_test_windows, job.processes.from_first(fitting)),
     )
     return replace(job.config, train=lengths)

@@ -23,7 +23,7 @@ from tarflowlm.training.parallel import Processes
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is given. Every process holds the same, but only the first one writes files."""
+    """What a run is given. All processes hold the same; only the first one writes files."""
 
     config: RunConfig
     out: Path
@@ -69,24 +69,23 @@ class Counters:
     lowest_at: int = 0  # the step of the stage that has it
     stalled: int = 0  # evaluations since
 
-    # all stages; the current one has no steps and no bound yet
-    stage_seconds: list[float] = field(default_factory=list)  # without evaluations and checkpoints
-    stage_tokens: list[int] = field(default_factory=list)
+    # the stages that have ended
     stage_steps: list[int] = field(default_factory=list)
     valid_bpc: list[float] = field(default_factory=list)  # bits per character of what was kept
 
     # the steps since the last line of the log
-    window: dict[str, list[float]] = field(default_factory=dict)  # the numbers of every step
+    window_losses: list[float] = field(default_factory=list)  # nats per token
+    window_norms: list[float] = field(default_factory=list)  # of the gradient
     window_tokens: int = 0
     window_seconds: float = 0.0
     window_waited: float = 0.0  # seconds of these in which the next batch was not there yet
 
     # wall-clock seconds
+    training: float = 0.0  # without evaluations and checkpoints
     total: float = 0.0  # from the start to the newest checkpoint; a kill loses what came after it
     stage_start: float = 0.0  # `total` when the stage began
     evaluation: float = 0.0  # duration of the newest validation
-    per_window: float = 0.0  # the same, for one window
-    save: float = 0.0  # duration of the first checkpoint
+    per_window: float = 0.0  # of it, for one window
 
     @property
     def stage_is_over(self) -> bool:
@@ -100,9 +99,7 @@ class Counters:
 
 @dataclass
 class State:
-    """What training changes. All of it is in a checkpoint, or follows from what is: a resumed run
-    continues as if it had never stopped.
-    """
+    """What training changes. All of it is in a checkpoint, or follows from what is."""
 
     model: LanguageModel  # with the blocks of the stages so far
     bound: nn.Module  # the model's negative bound as DDP or FSDP2 wrap it for the current stage
@@ -115,9 +112,7 @@ class State:
     generator: Generator  # of the noise
     counters: Counters
     began: float
-    """When the run would have begun, on the clock of `time.monotonic`, had it neither stopped nor
-    compiled.
-    """
+    """When the run began, on the clock of `time.monotonic`, less pauses and compilation."""
 
 
 def seconds(job: Job, state: State) -> float:

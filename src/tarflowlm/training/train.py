@@ -7,6 +7,7 @@ changes, and on a `State`, which is what a checkpoint holds.
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Progress, Record
-from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, read_summary, weights_problem
 from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import ALONE, Processes
@@ -35,16 +36,14 @@ from tarflowlm.training.state import Job, State, seconds
 from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
-"""Steps after which the host reads the losses of a device. It would otherwise wait for the device
-in every step; the CPU need not wait.
-"""
+"""Steps after which the host reads the losses of a device, for which it then has to wait."""
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context in which a run can be asked to stop. It yields a function that returns the reason, or
 None.
 """
-Unread = list[tuple[int, dict[str, Tensor], list[str], Tensor]]
-"""Steps whose numbers are still on the device: the step, its numbers by name, and the names of the
-parameters that have a gradient with the norms of these.
+Unread = list[tuple[int, Tensor, list[str], Tensor]]
+"""Steps whose numbers are still on the device: the step, its loss and gradient norm [2], and the
+names of the parameters that have a gradient with the norms of these.
 """
 
 logger = logging.getLogger("tarflowlm")
@@ -72,9 +71,9 @@ def train(
 
     If `out` holds this run already, it continues from the newest undamaged state, with the time
     that this had left; its weights come out as if it had never stopped. The number of processes may
-    differ from before. A finished run is left alone, unless its weights are damaged and have to be
-    restored. With `asked` None, whatever run `out` holds continues. A run that `tuning` made begins
-    with the weights and the tokenizer of its `parent`, and keeps a copy of both.
+    change. A finished run is left alone, unless its weights are damaged and have to be restored.
+    With `asked` None, whatever run `out` holds continues. A run of `tuning` begins with the weights
+    and the tokenizer of its `parent`, and keeps a copy of both.
 
     Raises UserError, before anything is written, if `out` is in use for anything else, or the text
     has changed; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError as
@@ -84,7 +83,8 @@ def train(
     if begun:
         if asked is not None:
             begin.check_same(asked, out)
-        summary = processes.from_first(begin.summary_of(out) if processes.first else None)
+        summary = read_summary(out) if processes.first and weights_problem(out) is None else None
+        summary = processes.from_first(summary)
         if summary is not None:
             logger.info("%s is finished", out)
             return summary
@@ -122,9 +122,10 @@ def train(
                 group=group,
             )
             try:
-                state = (
-                    stages.first_state(job) if folder is None else stages.resumed_state(job, folder)
-                )
+                if folder is None:
+                    state = stages.first_state(job)
+                else:
+                    state = stages.resumed_state(job, folder)
                 while state.counters.stage < config.num_stages:
                     stages.leave_stage(job, state, train_stage(job, state))
                 return stages.finish(job, state)
@@ -136,13 +137,11 @@ def train(
 
 def announce(config: RunConfig, out: Path) -> None:
     """Say what is trained, for how long, and where to."""
-    train, source = config.train, config.data.source
-    length = (
-        f"{round(train.minutes, 2):g} minutes" if train.minutes else f"{train.num_steps:,} steps"
-    )
-    text = "tales (built in)" if source == "tales" else source
+    train = config.train
+    minutes = f"{round(train.minutes, 2):g} minutes"
+    length = minutes if train.minutes else f"{train.num_steps:,} steps"
     tokens = f"{train.batch_size * config.model.context:,} tokens a step"
-    logger.info("%s on %s: %s, %s, into %s", config.name, text, length, tokens, out)
+    logger.info("%s on %s: %s, %s, into %s", config.name, config.data.source, length, tokens, out)
 
 
 def train_stage(job: Job, state: State) -> Likelihood:
@@ -186,11 +185,10 @@ def train_stage(job: Job, state: State) -> Likelihood:
         each = optim.norms({name: p.grad for name, p in trained.items() if p.grad is not None})
         norm = torch.linalg.vector_norm(each)
 
-        # Read the numbers of the step; the log shows the mean of each. If the loss or a gradient is
-        # not finite, the run ends here, before any weight changes. A GPU, which should not wait for
-        # the host, is read every 16 steps: weights may be spoiled by then, but none were saved.
-        numbers = {"nats_per_token": loss, "grad_norm": norm}
-        unread.append((counters.step + 1, numbers, [*trained], each))
+        # Read the numbers of the step. If the loss or a gradient is not finite, the run ends here,
+        # before any weight changes. A GPU, which should not wait for the host, is read every 16
+        # steps: weights may be spoiled by then, but none were saved.
+        unread.append((counters.step + 1, torch.stack((loss, norm)), [*trained], each))
         if len(unread) >= every:
             read(state, unread)
 
@@ -204,7 +202,9 @@ def train_stage(job: Job, state: State) -> Likelihood:
             # the first step of a stage compiles layers, which is not training time
             read(state, unread)
             state.began += time.perf_counter() - mark
-            counters.window_tokens, counters.window_seconds, counters.window_waited = 0, 0.0, 0.0
+            counters.window_tokens = 0
+            counters.window_seconds = 0.0
+            counters.window_waited = 0.0
             mark = time.perf_counter()
             may_compile = False
 
@@ -225,7 +225,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
             read(state, unread)
             now = time.perf_counter()
             counters.window_seconds += now - mark
-            counters.stage_seconds[counters.stage] += now - mark
+            counters.training += now - mark
             mark = now
         if is_logged:
             write_line(job, state, lr)
@@ -260,8 +260,8 @@ def accumulate_gradients(
     """Add up the gradients of the mean loss over the global batch; returns that mean, in nats per
     token. Collective.
 
-    `tokens` are this process's rows of the batch. `generator` draws the noise of the whole batch,
-    so it must be in the same state in all processes.
+    `tokens` are this process's rows. `generator` draws the noise of the whole batch, and must be in
+    the same state in all processes.
     """
     first_row = processes.rank * len(tokens)
     global_batch = tokens.new_empty(processes.world * len(tokens), tokens.shape[1])
@@ -285,20 +285,19 @@ def read(state: State, unread: Unread) -> None:
     """
     if not unread:
         return
-    rows = torch.stack([torch.stack([*numbers.values()]) for _, numbers, _, _ in unread]).tolist()
-    for (step, numbers, names, each), row in zip(unread, rows, strict=True):
-        values = dict(zip(numbers, row, strict=True))
-        if not math.isfinite(values["nats_per_token"] + values["grad_norm"]):
-            raise not_finite(state, step, values["nats_per_token"], names, each)
-        for name, value in values.items():
-            state.counters.window.setdefault(name, []).append(value)
+    rows = torch.stack([numbers for _, numbers, _, _ in unread]).tolist()
+    for (step, _, names, each), (loss, norm) in zip(unread, rows, strict=True):
+        if not math.isfinite(loss + norm):
+            raise not_finite(state, step, loss, names, each)
+        state.counters.window_losses.append(loss)
+        state.counters.window_norms.append(norm)
     unread.clear()
 
 
 def not_finite(
     state: State, step: int, loss: float, names: list[str], each: Tensor
 ) -> FloatingPointError:
-    """The error for a step: which gradients are not finite, and which parameters, if these are
+    """The error for a step: the gradients that are not finite, and the parameters, if these are
     still the ones of that step. Collective.
     """
     culprits = {"gradients": dict(zip(names, each.tolist(), strict=True))}
@@ -321,24 +320,23 @@ def count(job: Job, state: State, tokens: Int[Tensor, "B T"]) -> None:
     counters.step += 1
     counters.stage_step += 1
     counters.tokens += num_tokens
-    counters.stage_tokens[counters.stage] += num_tokens
     counters.window_tokens += num_tokens
 
 
 def write_line(job: Job, state: State, lr: float) -> None:
     """Write a line of the log with the means since the last one, and start the next window."""
     counters = state.counters
-    means = {name: sum(values) / len(values) for name, values in counters.window.items()}
+    loss = statistics.fmean(counters.window_losses)
     duration = max(counters.window_seconds, 1e-9)
     speed = counters.window_tokens / duration
     characters = job.corpus.num_characters("train") / job.corpus.num_tokens("train")
     record: Record = {
         "split": "train",
         **counters.place(),
-        **means,
-        "bpc": bits(means["nats_per_token"]) / characters,
+        "nats_per_token": loss,
+        "grad_norm": statistics.fmean(counters.window_norms),
+        "bpc": bits(loss) / characters,
         "lr": lr,
-        "grad_norm_max": max(counters.window["grad_norm"]),
         "tokens_per_second": speed,
         "data_share": counters.window_waited / duration,
     }
@@ -350,7 +348,8 @@ def write_line(job: Job, state: State, lr: float) -> None:
             flops = training_flops(model, frozen=counters.stage) / model.context  # of a token
             record["mfu"] = speed * flops / peak / job.processes.world
     job.log.write(record)
-    counters.window = {}
+    counters.window_losses = []
+    counters.window_norms = []
     counters.window_tokens = 0
     counters.window_seconds = 0.0
     counters.window_waited = 0.0

@@ -1,7 +1,7 @@
 """The bound over the validation and the test split, which all processes compute together."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Generator, Tensor
 
 from tarflowlm import chunks
@@ -19,14 +19,11 @@ def validate(job: Job, state: State) -> Likelihood:
     of the stage. Collective.
     """
     counters, start = state.counters, seconds(job, state)
+    config = job.config
     windows = eval_windows(
-        job.corpus.split("valid"),
-        job.config.model.context,
-        job.config.train.evaluate_windows,
+        job.corpus.split("valid"), config.model.context, config.train.evaluate_windows
     )
-    state.model.eval()
-    result = evaluate(job, state, windows)  # with the same noise at every call
-    state.model.train()
+    result = evaluate(job, state, windows)
     job.log.write(
         {
             "split": "valid",
@@ -41,55 +38,50 @@ def validate(job: Job, state: State) -> Likelihood:
         counters.lowest = result.nats_per_token
         counters.lowest_at = counters.stage_step
         counters.stalled = 0
-        save_best(job, state, result)
+        save_best(job, state)
     counters.evaluation_is_due = False
     counters.evaluation = seconds(job, state) - start
     counters.per_window = counters.evaluation / len(windows)
     return result
 
 
+@torch.no_grad()
 def evaluate(
     job: Job, state: State, windows: Int[Tensor, "W T"], progress: Progress = SILENT
 ) -> Likelihood:
-    """The bound over `windows`, as `evaluation.likelihood.evaluate` computes it with one sample;
-    the processes share the rows of every batch. Stops in between if the run was asked to.
+    """The bound over `windows`, with the noise of `evaluation.likelihood.evaluate`.
+
+    Each process computes its own rows of every batch. Stops in between if the run was asked to.
     Collective.
     """
+    model, processes = state.model, job.processes
     size = windows_per_batch(windows.shape[1])
     generator = Generator(device=job.device).manual_seed(0)
+    bound = state.bound if job.is_sharded else model.bound
     nats = list[Tensor]()
     why: str | None = None
+    model.eval()
     with averaged(state):
-        for batch in windows.split(job.processes.world * size):
-            nats.append(divided_bound(job, state, batch.to(job.device), size, generator))
+        for batch in windows.split(processes.world * size):
+            tokens = batch.to(job.device)
+            # in the parts that a single process would draw
+            noise = torch.cat([model.draw_noise(part, generator) for part in tokens.split(size)])
+            # in the last batch, processes without rows of their own repeat one: all must take part
+            each = -(-len(tokens) // processes.world)
+            own = processes.rank * each + torch.arange(each, device=job.device)
+            rows = own.clamp(max=len(tokens) - 1).split(
+                chunks.bound_rows(tokens.shape[1], job.device)
+            )
+            parts = [bound(tokens[some], noise[some]) for some in rows]
+            nats.append(processes.gather(torch.cat(parts))[: len(tokens)])
+            reshard(state.bound)
+            progress.advance(len(batch))
             why = stop_requested(job)
             if why is not None:
                 break
-            progress.advance(len(batch))
+    model.train()
     if why is not None:  # out here, so that the weights in training are saved
         stop(job, state, why)
     characters = torch.from_numpy(job.corpus.tokenizer.characters_per_token)
     log_weights = -torch.cat(nats)[None].cpu().double()
-    return summarise(state.model, log_weights, windows, characters)
-
-
-@torch.no_grad()
-def divided_bound(
-    job: Job, state: State, tokens: Int[Tensor, "B T"], size: int, generator: Generator
-) -> Float[Tensor, " B"]:
-    """The negative bound of every row of a batch, in nats, from all processes; each computes its
-    own rows. Collective.
-    """
-    # in the parts that a single process would draw
-    noise = torch.cat([state.model.draw_noise(part, generator) for part in tokens.split(size)])
-    # in the last batch, processes without rows of their own repeat one: all must take part
-    each = -(-len(tokens) // job.processes.world)
-    own = job.processes.rank * each + torch.arange(each, device=tokens.device)
-    own = own.clamp(max=len(tokens) - 1)
-    rows = each
-    if tokens.device.type == "cpu":  # where the activations should stay in the cache
-        rows = chunks.rows_at_once(tokens.shape[1], chunks.BOUND_TOKENS_CPU)
-    bound = state.bound if job.is_sharded else state.model.bound
-    nats = [bound(tokens[some], noise[some]) for some in own.split(rows)]
-    reshard(state.bound)
-    return job.processes.gather(torch.cat(nats))[: len(tokens)]
+    return summarise(model, log_weights, windows, characters)
