@@ -8,7 +8,7 @@ import pytest
 from studio_cases import shown, stages, words
 
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.edit import renoise, resample, rewrite
+from tarflowlm.studio.edit import change, rewrite
 from tarflowlm.studio.score import compare
 from tarflowlm.studio.write import infill, write
 
@@ -18,8 +18,8 @@ REQUESTS = [
     (write, "", 24, 1.0, 1.0, 1, 0),
     (infill, "The ___ of 2 Kings", 2, 4, 0.9, 7),
     (rewrite, TEXT, "King, Laws", 2, 4),
-    (resample, TEXT, 0.3, 2, 5),
-    (renoise, TEXT, "latents", 0.3, 2, 6),
+    (change, TEXT, "words", 0.3, 2, 5),
+    (change, TEXT, "noise", 0.3, 2, 6),
 ]
 
 

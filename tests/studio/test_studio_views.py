@@ -14,7 +14,7 @@ from studio_cases import shown, stages, words
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.edit import STATES, renoise, resample, rewrite
+from tarflowlm.studio.edit import KINDS, change, rewrite
 from tarflowlm.studio.pieces import guarded
 from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import compare
@@ -27,8 +27,7 @@ VALID = {
     write: ["flow", "the ", 12, 1.0, 1.0, 1, 0],
     infill: ["flow", "the ___ saw", 3, 2, 1.0, 0],
     rewrite: ["flow", "the cat saw", "cat", 2, 0],
-    resample: ["flow", "the cat saw", 0.5, 2, 0],
-    renoise: ["flow", "the cat saw", "latents", 0.5, 2, 0],
+    change: ["flow", "the cat saw", "latents", 0.5, 2, 0],
     compare: [["flow", "baseline"], "the cat saw"],
     runs: [["flow", "baseline"], "tokens"],
 }
@@ -103,10 +102,9 @@ def test_only_whole_words_are_rewritten(catalogue):
     assert "st-notice" in html
 
 
-@pytest.mark.parametrize("values", [(resample,), *((renoise, state) for state in STATES)])
-def test_edit_of_strength_zero_changes_nothing(catalogue, values):
-    view, *state = values
-    html = words(shown(view, catalogue, ["flow", "the cat saw", *state, 0.0, 1, 0]))
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_of_strength_zero_changes_nothing(catalogue, kind):
+    html = words(shown(change, catalogue, ["flow", "the cat saw", kind, 0.0, 1, 0]))
     assert "0 of 11 tokens changed" in html
 
 

@@ -1,4 +1,4 @@
-"""The views that edit: named words or a share of them resampled, and states re-noised."""
+"""The views that edit: named words drawn anew, or a share of the words or of a state."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,8 +12,8 @@ from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Edit
 from tarflowlm.views.grid import text_tokens
 
-LATENTS, NOISE = STATES = ("latents", "noise")
-"""The states h^(0) = z and h^(L) = u."""
+WORDS, LATENTS, NOISE = KINDS = ("words", "latents", "noise")
+"""What can change: words, or the states h^(0) = z and h^(L) = u."""
 
 
 def rewrite(
@@ -26,28 +26,22 @@ def rewrite(
     yield from _edited(catalogue, model, request)
 
 
-def resample(
-    catalogue: Catalogue, model: object, text: object, strength: object, num: object, seed: object
-) -> Pages:
-    """Texts in which a share `strength` of the words is resampled given all others."""
-    share = values.number(strength, "strength", 0.0, 1.0)
-    yield from _edited(catalogue, model, replace(_request(text, num, seed), strength=share))
-
-
-def renoise(
+def change(
     catalogue: Catalogue,
     model: object,
     text: object,
-    state: object,
+    kind: object,
     strength: object,
     num: object,
     seed: object,
 ) -> Pages:
-    """Texts whose latents or noise have changed by a share `strength`."""
-    is_noise = values.choice(state, STATES) == NOISE
-    level = catalogue.load(model).model.num_blocks if is_noise else 0
-    share = values.number(strength, "strength", 0.0, 1.0)
-    request = replace(_request(text, num, seed), level=level, strength=share)
+    """Texts in which a share `strength` of the words, of the latents or of the noise is new."""
+    levels = {WORDS: None, LATENTS: 0, NOISE: catalogue.load(model).model.num_blocks}
+    request = replace(
+        _request(text, num, seed),
+        level=levels[values.choice(kind, KINDS)],
+        strength=values.number(strength, "strength", 0.0, 1.0),
+    )
     yield from _edited(catalogue, model, request)
 
 
@@ -75,7 +69,7 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
         changed = found.edit.changed[row].cpu()
         bits = f"bits per character, ≤ {found.bits_before[row]:.2f} before"
         numbers = facts(
-            ("", f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"),
+            (f"{int(changed.sum())}", f"of {counted(len(changed), 'token')} changed"),
             (f"≤ {found.bits[row]:.2f}", bits),
         )
         cards.append(card(stage(text_tokens(tokens, tokenizer, {"changed": changed})), numbers))

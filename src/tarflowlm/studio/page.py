@@ -9,7 +9,7 @@ import gradio as gr
 
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.edit import STATES, renoise, resample, rewrite
+from tarflowlm.studio.edit import KINDS, WORDS, change, rewrite
 from tarflowlm.studio.pieces import Pages, card, guarded, muted, page
 from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import MODELS, compare
@@ -151,13 +151,13 @@ def _edit(catalogue: Catalogue) -> None:
             _ask("Rewrite", partial(rewrite, catalogue), inputs, out, [words.submit])
         with gr.Tab("Words"):
             share = _strength("Share of the words that are resampled.")
-            inputs = [model, text, share, num, seed]
-            _ask("Resample", partial(resample, catalogue), inputs, out, [share.release])
+            inputs = [model, text, gr.State(WORDS), share, num, seed]
+            _ask("Resample", partial(change, catalogue), inputs, out, [share.release])
         with gr.Tab("Level"):
-            change = _strength("0 keeps the text, 1 forgets it.")
-            state = gr.Radio(list(STATES), value=STATES[0], label="What is changed")
-            inputs = [model, text, state, change, num, seed]
-            _ask("Re-noise", partial(renoise, catalogue), inputs, out, [change.release])
+            share = _strength("0 keeps the text, 1 forgets it.")
+            state = gr.Radio(KINDS[1:], value=KINDS[1], label="What is changed")
+            inputs = [model, text, state, share, num, seed]
+            _ask("Re-noise", partial(change, catalogue), inputs, out, [share.release])
 
 
 def _score(catalogue: Catalogue) -> None:
@@ -174,7 +174,7 @@ def _score(catalogue: Catalogue) -> None:
 
 
 def _runs(catalogue: Catalogue, arrival: Event) -> None:
-    """The view of runs, which looks at the folders on arrival and now and then."""
+    """The view of runs, which looks at the folders again now and then."""
     names = catalogue.runs
     with gr.Tab("Runs"):
         with gr.Row(visible=bool(names)) as row:
@@ -182,18 +182,13 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
             axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200)
         out = gr.HTML(apply_default_css=False)
 
-    def shown(names: object, axis: object) -> str:
-        *_, final = guarded(runs)(catalogue, names, axis)
-        return final
-
     def look(names: object, axis: object) -> tuple[object, object, str]:
         catalogue.refresh()
         found = catalogue.runs
-        return gr.Row(visible=bool(found)), gr.CheckboxGroup(found), shown(names, axis)
+        *_, shown = guarded(runs)(catalogue, names, axis)
+        return gr.Row(visible=bool(found)), gr.CheckboxGroup(found), shown
 
-    for event in (chosen.change, axis.change):
-        _quick(event, shown, [chosen, axis], out)
-    for event in (arrival, gr.Timer(REFRESH).tick):
+    for event in (arrival, gr.Timer(REFRESH).tick, chosen.change, axis.change):
         _quick(event, look, [chosen, axis], [row, chosen, out])
 
 

@@ -84,11 +84,8 @@ def unfinished(tokens: Sequence[Token], words: str, share: float | None = None) 
 
 def facts(*pairs: tuple[str, str]) -> str:
     """Numbers, each with what it counts."""
-    shown = ""
-    for value, words in pairs:
-        number = f"<b>{escape(value)}</b> " if value else ""
-        shown += f"<span>{number}{escape(words)}</span>"
-    return div("st-facts", shown)
+    shown = (f"<span><b>{escape(value)}</b> {escape(words)}</span>" for value, words in pairs)
+    return div("st-facts", *shown)
 
 
 def took(seconds: float) -> tuple[str, str]:

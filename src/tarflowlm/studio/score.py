@@ -52,14 +52,13 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
 def _card(name: str, scored: Scored, request: Score, most: float) -> str:
     """The bits of every token under a model, and in all."""
     sign = "≤ "
-    kind = f"a bound, mean of {request.samples} posterior samples"
+    kind = f"a bound from {request.samples} posterior samples"
     if scored.exact:
         sign = ""
         kind = "exact"
     numbers = facts(
         (f"{sign}{scored.bits_per_character:.3f}", "bits per character"),
-        (f"{sign}{scored.total:.1f}", "bits in all"),
-        ("", kind),
+        (f"{sign}{scored.total:.1f}", f"bits in all, {kind}"),
     )
     shown = heat(scored, scored.bits.tolist(), most)
     notice = "" if scored.notice is None else muted(scored.notice)

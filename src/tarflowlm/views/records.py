@@ -67,12 +67,12 @@ class RunRecord:
 
     @property
     def bound(self) -> str:
-        """The kind of the run's numbers: exact, or the upper bound elbo."""
+        """The kind of the numbers: exact, or the upper bound elbo."""
         return "exact" if self.run.model.family == "ar" else "elbo"
 
     @property
     def sign(self) -> str:
-        """Precedes the run's numbers: = for exact ones, <= for upper bounds."""
+        """= for exact numbers, <= for upper bounds."""
         return sign_of(self.bound)
 
     @property

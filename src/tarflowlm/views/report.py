@@ -17,7 +17,7 @@ from tarflowlm.files import replacing
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
-from tarflowlm.runs.hub import is_reference, locate, read_only_reason
+from tarflowlm.runs.hub import is_reference, locate
 from tarflowlm.texts import Writing
 from tarflowlm.views import grid
 from tarflowlm.views.figures import CURVES, draw_bits, draw_codebook, draw_gains
@@ -75,8 +75,6 @@ def write_report(
     and for an `out` that holds something else.
     """
     check_package("matplotlib", "plots")
-    if out is None:
-        out = _own_place(directories)
     records: dict[str, RunRecord] = {}
     for directory in directories:
         # folders in the hub's cache are named after commits
@@ -86,6 +84,10 @@ def write_report(
             what = f"two runs have the same name {record.name!r}"
             raise UserError(f"{what}: give each run once, or rename one of the directories")
         records[record.slug] = record
+    if out is None:
+        if len(directories) > 1 or not directories[0].is_dir():
+            raise UserError("several runs, or a model by name, need a place: add --out DIR")
+        out = directories[0] / "report"
     page = out / "index.html"
     is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_new and not (page.is_file() and GENERATOR in page.read_text("utf-8", "replace")):
@@ -96,16 +98,6 @@ def write_report(
         temporary.write_text(writer.page(list(records.values())), encoding="utf-8")
     runs = [RunNotes(name=r.name, status=r.status, notes=r.notes) for r in records.values()]
     return Report(page=str(page), figures=writer.figures, runs=runs)
-
-
-def _own_place(directories: Sequence[Path]) -> Path:
-    """The folder of a report in its run. UserError where there is not one run of the user's own."""
-    problem: str | None = f"{len(directories)} runs are given"
-    if len(directories) == 1:
-        problem = read_only_reason(directories[0])
-    if problem is not None:
-        raise UserError(f"{problem}, so the report needs a place: add --out DIR")
-    return locate(directories[0]) / "report"
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,14 @@ else:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, without yellow and black, which vanish on white or on dark."""
-INK = "#1b1f24"
 MUTED = "#68707a"
-GRID = "#e3e6ea"
 PAPER = "#fefefe"
 SMALL = 8.0
 
 VARIABLES = {
-    INK: "--ink",
+    "#1b1f24": "--ink",
     MUTED: "--muted",
-    GRID: "--grid",
+    "#e3e6ea": "--grid",
     PAPER: "--paper",
     COLOURS[0]: "--blue",
 }
