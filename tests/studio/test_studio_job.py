@@ -24,21 +24,21 @@ def endless(job: Job) -> None:
 
 
 def test_work_is_followed_to_its_end():
-    following, results = Job(), []
+    following, results = Job("working", 3), []
 
     def work():
         following.advance(3)
         return 7
 
     def view():
-        results.append((yield from following.follow(work, str)))
+        results.append((yield from following.follow(work, list)))
 
     list(view())
     assert (results, following.advanced) == ([7], 3)
 
 
 def test_work_ends_when_nobody_waits():
-    ended, job = threading.Event(), Job()
+    ended, job = threading.Event(), Job("working")
 
     def work():
         try:
@@ -47,7 +47,7 @@ def test_work_ends_when_nobody_waits():
             ended.set()
             raise
 
-    steps = job.follow(work, str)
+    steps = job.follow(work, list)
     next(steps)
     steps.close()
     assert ended.wait(5)
@@ -55,9 +55,9 @@ def test_work_ends_when_nobody_waits():
 
 def test_work_ends_when_the_time_is_over(monkeypatch):
     monkeypatch.setattr(job, "SECONDS", 0.05)
-    following = Job()
+    following = Job("working")
     with pytest.raises(UserError):
-        list(following.follow(lambda: endless(following), str))
+        list(following.follow(lambda: endless(following), list))
 
 
 def test_one_works_at_a_time():
@@ -70,7 +70,7 @@ def test_one_works_at_a_time():
         running.pop()
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: list(Job().follow(work, str)), range(3)))
+        list(pool.map(lambda _: list(Job("working").follow(work, list)), range(3)))
     assert most == [1, 1, 1]
 
 

@@ -59,11 +59,7 @@ def test_rows_of_passes():
     ]
     assert rows[1].label == "after block 3: 1 of 3 changed"
     assert [kinds(row.tokens) for row in rows] == ["nnn", "ncn", "nfc", "cfg"]
-    # the passes in the middle may be left out; changes count from the row before
-    rows = pass_rows(
-        passes, ByteTokenizer(), least_change=0.8, probabilities=[torch.tensor([0.25, 1, 1])] * 4
-    )
-    assert [kinds(row.tokens) for row in rows] == ["nnn", "ccc"]
+    rows = pass_rows(passes, ByteTokenizer(), probabilities=[torch.tensor([0.25, 1, 1])] * 4)
     assert [token.probability for token in rows[0].tokens] == [0.25, 1, 1]
     assert 'title="p = 0.25"' in spans(rows[0].tokens)
 

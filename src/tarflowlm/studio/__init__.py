@@ -1,5 +1,5 @@
 """A local page on models and runs: write, fill in, edit, score, watch a training.
 
-Needs the extra `studio` (gradio). Each view is a generator of HTML, without gradio; `page` lays
-them out, and `server` serves them.
+Needs the extra `studio` (gradio). Each view is a generator of HTML; `page` lays them out, and
+`server` serves them.
 """

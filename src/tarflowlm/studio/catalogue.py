@@ -103,9 +103,8 @@ def _collect(names: Sequence[str]) -> dict[str, Entry]:
         folder = locate(given)
         found = [path for path in find_runs(folder) if (path / CONFIG).is_file()]
         if not found:
-            others = f"nor one of {', '.join(released())}"
-            what = f"{given!r} is neither a run directory, nor a folder of them, {others}"
-            raise UserError(f"{what}: check the path")
+            models = ", ".join(released())
+            raise UserError(f"{given!r} holds no run, and is not one of {models}: check the path")
         for path in found:
             place = path.resolve()
             if place not in known:

@@ -1,13 +1,12 @@
 """The views that edit: named words drawn anew, or a share of the words or of a state."""
 
 from dataclasses import replace
-from functools import partial
 
 from tarflowlm.data.prompts import read
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, stage, took, unfinished
+from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, stage, took
 from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Edit
 from tarflowlm.views.grid import text_tokens
@@ -58,11 +57,8 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
     before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)
-    job = Job()
-    found = yield from job.follow(
-        partial(request.run, checkpoint, job),
-        lambda: unfinished(before, job.doing("editing")),
-    )
+    job = Job("editing")
+    found = yield from job.follow(lambda: request.run(checkpoint, job), lambda: before)
     notes = ["the original", *found.notices]
     cards = [card(stage(before), muted(", ".join(notes)))]
     for row, tokens in enumerate(found.edit.tokens.cpu()):

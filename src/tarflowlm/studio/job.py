@@ -2,12 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from typing import TypeVar
 
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
+from tarflowlm.studio.pieces import bar, card, muted, page, unfinished
+from tarflowlm.views.grid import Token
 
 R = TypeVar("R")
 
@@ -18,9 +20,14 @@ TURN = threading.Lock()
 
 
 class Job(Progress):
-    """The progress of work on a thread, which can be stopped wherever it advances."""
+    """The progress of work on a thread, which can be stopped wherever it advances.
 
-    def __init__(self) -> None:
+    `doing` says what it does. It advances by `total` units, 0 if they are unknown.
+    """
+
+    def __init__(self, doing: str, total: int = 0) -> None:
+        self.doing = doing
+        self.total = total
         self.advanced = 0
         self.seconds = 0.0
         """How long the finished work has taken."""
@@ -36,12 +43,10 @@ class Job(Progress):
             limit = f"{SECONDS:g} seconds, the limit of this page"
             raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
 
-    def doing(self, words: str) -> str:
-        """`words`, or that another visitor has the turn."""
-        return words if self.advanced else "waiting for its turn"
-
-    def follow(self, work: Callable[[], R], show: Callable[[], str]) -> Generator[str, None, R]:
-        """Start `work`, which advances this job; yields what `show` gives until it is done.
+    def follow(
+        self, work: Callable[[], R], text: Callable[[], Sequence[Token]]
+    ) -> Generator[str, None, R]:
+        """Start `work`, which advances this job; yields its progress below a text until it is done.
 
         Returns its result. Closing the iterator, as when a visitor leaves, ends the work where it
         advances next.
@@ -62,7 +67,9 @@ class Job(Progress):
         threading.Thread(target=run, daemon=True).start()
         try:
             while not future.done():
-                yield show()
+                words = self.doing if self.advanced else "waiting for its turn"
+                done = bar(self.advanced / self.total) if self.total else ""
+                yield page(card(unfinished(text()), done, muted(words)))
                 wait([future], EVERY)
         finally:
             self._is_wanted = False

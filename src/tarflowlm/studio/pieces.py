@@ -76,10 +76,9 @@ def stage(tokens: Sequence[Token]) -> str:
     return div("st-stage", spans(tokens)) + copying(text)
 
 
-def unfinished(tokens: Sequence[Token], words: str, share: float | None = None) -> str:
-    """What a view shows of a text that is being written: a caret, and the share that is done."""
-    text = div("st-stage", spans(tokens), '<span class="st-caret"></span>')
-    return page(card(text, "" if share is None else bar(share), muted(words)))
+def unfinished(tokens: Sequence[Token]) -> str:
+    """A text that is worked on, with a caret."""
+    return div("st-stage", spans(tokens), '<span class="st-caret"></span>')
 
 
 def facts(*pairs: tuple[str, str]) -> str:

@@ -7,9 +7,9 @@ from html import escape
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import Pages, asked, bar, card, facts, muted, page, title, took
+from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, title, took
 from tarflowlm.texts import Score, Scored
-from tarflowlm.views.grid import div, visible
+from tarflowlm.views.grid import Token, div, visible
 
 MODELS = 2  # models that are compared
 GAP = 2.0  # bits between two models, or around the mean of a block, that are shown in full colour
@@ -22,16 +22,15 @@ SCALE = (
 
 def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     """The bits of every token of `text` under each of the models `names`."""
-    wanted = names if isinstance(names, list) and names else [names]
-    checkpoints = {str(name): catalogue.load(name) for name in wanted[:MODELS]}
-    request = Score(texts=(values.text(text),))
+    wanted = names[:MODELS] if isinstance(names, list) and names else [names]
+    shown = values.text(text)
+    request = Score(texts=(shown,))
     found: dict[str, Scored] = {}
     seconds = 0.0
-    for name, checkpoint in checkpoints.items():
-        job = Job()
-        progress = card(muted(f"scoring with {name}"), bar(len(found) / len(checkpoints)))
-        work = partial(request.run, checkpoint, job)
-        (found[name],) = yield from job.follow(work, partial(page, progress))
+    for name in wanted:
+        job = Job(f"scoring with {name}")
+        work = partial(request.run, catalogue.load(name), job)
+        (found[str(name)],) = yield from job.follow(work, lambda: [Token(visible(shown))])
         seconds += job.seconds
     first, *others = (catalogue.entry(name).command_name for name in found)
     command = request.command(first)

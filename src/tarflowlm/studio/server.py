@@ -23,12 +23,10 @@ def free_port(host: str, port: int | None) -> int:
             socket.create_server((host, candidate), family=family).close()
             return candidate
         except OSError as error:
-            problem = error
+            problem = f"cannot serve at {host}, port {candidate} ({error.strerror})"
             if error.errno != errno.EADDRINUSE:
                 break
-    raise UserError(
-        f"cannot serve at {host}, port {candidate} ({problem.strerror}): choose another"
-    )
+    raise UserError(f"{problem}: choose another")
 
 
 @contextmanager

@@ -12,24 +12,10 @@ from tarflowlm.model import as_flow
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import (
-    Pages,
-    asked,
-    bar,
-    card,
-    facts,
-    muted,
-    page,
-    slider,
-    stage,
-    took,
-    unfinished,
-)
+from tarflowlm.studio.pieces import Pages, asked, bar, card, facts, muted, page, slider, stage, took
 from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Draft, Writing, Written
 from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible
-
-LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
 
 
 def write(
@@ -66,13 +52,11 @@ def write(
             written.extend(tokens[0].tolist())
         return steps.value
 
-    def show() -> str:
-        shown = text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
-        share = min(job.advanced / draft.num_positions, 1.0)
-        return unfinished(shown, job.doing(f"{100 * share:.0f} %"), share)
+    def so_far() -> list[Token]:
+        return text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
 
-    job = Job()
-    found = yield from job.follow(work, show)
+    job = Job("writing", draft.num_positions)
+    found = yield from job.follow(work, so_far)
     samples = found.generation.tokens
     numbers = facts(
         (f"{draft.num_tokens:,}", "tokens"),
@@ -98,7 +82,7 @@ def _given(draft: Draft) -> Tensor:
 
 
 def _passes(draft: Draft, written: Written, row: int) -> str:
-    """The passes of sample `row`, as opaque as p(x|h), and a note on blocks that are left out."""
+    """The passes of sample `row`, each token as opaque as p(x|h)."""
     generation = written.generation
     codebook = as_flow(draft.lm.model).codebook
     passes = [tokens[row] for tokens in generation.passes]
@@ -106,18 +90,8 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     for tokens, state in zip(passes, generation.states, strict=True):
         p = codebook.log_posterior(state[row]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
-    rows = pass_rows(
-        passes,
-        draft.lm.tokenizer,
-        given=_given(draft),
-        probabilities=probabilities,
-        least_change=LEAST_CHANGE,
-    )
-    shown = slider(rows, is_open=row == 0)
-    hidden = len(passes) - len(rows)
-    if hidden:
-        shown += muted(f"Not shown: {counted(hidden, 'block')}, which changed next to nothing.")
-    return shown
+    rows = pass_rows(passes, draft.lm.tokenizer, given=_given(draft), probabilities=probabilities)
+    return slider(rows, is_open=row == 0)
 
 
 def infill(
@@ -146,14 +120,9 @@ def infill(
     draft = request.read(checkpoint)
     template = draft.prompt(0)
     given = _given(draft)
-    text_with_blanks = [Token(visible(draft.given[0].text))]
-
-    def show() -> str:
-        share = job.advanced / draft.num_positions
-        return unfinished(text_with_blanks, job.doing("trying"), share)
-
-    job = Job()
-    batches = yield from job.follow(lambda: list(draft.batches(job)), show)
+    with_blanks = [Token(visible(draft.given[0].text))]
+    job = Job("trying", draft.num_positions)
+    batches = yield from job.follow(lambda: list(draft.batches(job)), lambda: with_blanks)
     weights = _weights(batches)
     texts = torch.cat([batch.generation.tokens for batch in batches])
     shares: dict[tuple[int, ...], float] = defaultdict(float)  # equal texts are one candidate

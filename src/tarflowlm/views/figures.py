@@ -7,16 +7,7 @@ import numpy as np
 from tarflowlm.evaluation.blocks import StateReport
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.views.records import RunRecord, Series
-from tarflowlm.views.style import (
-    COLOURS,
-    MUTED,
-    PAPER,
-    SMALL,
-    Axes,
-    Figure,
-    literal,
-    log_scale,
-)
+from tarflowlm.views.style import COLOURS, MUTED, PAPER, SMALL, Axes, Figure, literal, log_scale
 from tarflowlm.views.tables import signed
 
 AXES = ("tokens", "seconds")

@@ -1,9 +1,4 @@
-"""Rows of coloured tokens for the terminal, the report and the studio, and their HTML.
-
-The kind of a token is its colour: green for new in its row, plain for final, grey for noise,
-underlined for given. Green has a ground as a second sign, for readers who cannot distinguish the
-colours.
-"""
+"""Rows of coloured tokens for the terminal, the report and the studio, and their HTML."""
 
 import codecs
 from collections.abc import Mapping, Sequence
@@ -93,13 +88,11 @@ def pass_rows(
     *,
     given: Tensor | None = None,
     probabilities: Sequence[Tensor] | None = None,
-    least_change: float = 0.0,
 ) -> list[Row]:
     """One row for each of the `passes` [T] of a text, noise first.
 
-    A row shows its new tokens, and which are already final. Tokens where `given` [T] is true are
-    marked in the last row. `probabilities` are [T] for every pass. Passes in the middle that
-    change a smaller share of tokens than `least_change` are left out.
+    Tokens where `given` [T] is true are marked in the last row. `probabilities` are [T] for every
+    pass.
     """
     rows: list[Row] = []
     before = passes[0]
@@ -107,8 +100,6 @@ def pass_rows(
     for index, tokens in enumerate(passes):
         changed = tokens != before
         count = int(changed.sum())
-        if 0 < index < last and count < least_change * len(tokens):
-            continue
         noise = tokens != passes[-1] if index > 0 else ~changed
         kinds: dict[Kind, Tensor] = {"changed": changed, "noise": noise}
         if index == last and given is not None:
