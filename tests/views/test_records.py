@@ -25,7 +25,8 @@ def test_finished_run(runs):
         [],
     )
     assert record.train["step"].tolist() == list(range(1, 15))
-    assert record.valid["step"].tolist() == [3, 6, 9, 10, 12, 14]
+    assert record.valid["step"].tolist() == [0, 3, 6, 6, 9, 10, 10, 12, 14]
+    assert record.valid["seconds"][0] == 0 < record.valid["seconds"][1]
     assert [(block, record.train["tokens"][line]) for block, line in record.stage_starts] == [
         (2, 192),
         (3, 320),

@@ -5,11 +5,9 @@ from pathlib import Path
 
 from tarflowlm.errors import UserError
 from tarflowlm.locks import is_written
-from tarflowlm.runs.checkpoint import SUMMARY
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import Pages, card, muted, notice, page
 from tarflowlm.studio.values import choice
-from tarflowlm.training.metrics import METRICS
 from tarflowlm.views.figures import AXES, CURVES, draw_bits
 from tarflowlm.views.grid import div
 from tarflowlm.views.records import read_record
@@ -26,9 +24,8 @@ def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
     for name in names[:MOST] if isinstance(names, list) else ():
         place = catalogue.entry(name).place
         places[str(name)] = place
-        files = (place / METRICS, place / SUMMARY)
-        state += [file.stat().st_size for file in files if file.exists()]
         state.append(is_written(place))
+        state += [file.stat().st_size for file in place.glob("*.json*")]
     yield page(_view(tuple(places.items()), choice(axis, AXES), tuple(state)))
 
 

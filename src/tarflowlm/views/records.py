@@ -107,11 +107,10 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
     """
     run = read_run(directory)
     train, valid = _read_metrics(directory)
-    train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
-    valid["seconds"] = np.zeros(0)
-    if len(train["step"]) > 0:
-        valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"])
-    elif not is_export(directory):
+    seconds = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
+    train["seconds"] = seconds
+    valid["seconds"] = np.interp(valid["step"], [0, *train["step"]], [0, *seconds])
+    if len(seconds) == 0 and not is_export(directory):
         remedy = f"wait, or continue it by `tarflowlm train --resume {directory}`"
         raise UserError(f"{directory} has no logged step yet: {remedy}")
     name = name or directory.resolve().name
