@@ -118,6 +118,23 @@ def test_near_components_miss_none():
         assert found[wanted].all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 10.0, 30.0])
+def test_near_components_miss_none_under_autocast(offset):
+    """Codes far from the origin, whose products cancel: bfloat16 would lose a row's own code."""
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(1024, 16, generator=g) + offset
+    log_std = torch.full((1024,), -1.5)
+    z = mean[:128] + log_std[:128, None].exp() * torch.randn(128, 16, generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = near_components(z, mean, log_std)
+    exact = log_component_densities(z.double(), mean.double(), log_std.double())
+    wanted = exact >= exact.amax(-1, keepdim=True) - near.reach(torch.float32, 1024)
+    found = torch.zeros_like(wanted)
+    found[pairs.rows, pairs.components] = True
+    assert wanted.sum() > 128
+    assert found[wanted].all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_most_probable_component_is_the_first_of_the_largest(dtype, budget):
     z, _, mean, log_std = codebook_case(50, 40, 3, 5, dtype)

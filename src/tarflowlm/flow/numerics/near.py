@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm import chunks
+from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics.normal import component_factors, point_factors
 
 FEWEST = 64
@@ -74,8 +75,8 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
 
     None where components are few, many of them are near, or values are not finite.
 
-    A product of the factors A, B of log N in float32 finds them, chunk by chunk. The product
-    cancels, so the threshold is lowered by a bound on its rounding error,
+    A product of the factors A, B of log N finds them, chunk by chunk, in float32 under autocast
+    too. The product cancels, so the threshold is lowered by a bound on its rounding error,
     gamma_(d + 2) sum_i |A_i| |B_i|.
     """
     num_components, dim = mean.shape
@@ -83,20 +84,21 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
         return None
     points = point_factors(z).float()
     components = component_factors(mean, log_std).float()
-    size = points.abs() @ components.abs().amax(0)
-    rounding = 2 * (dim + 8) * torch.finfo(torch.float32).eps * size
-    margin = rounding + reach(z.dtype, num_components)
-    components = components.T.contiguous()
     found = list[Tensor]()
     room = LARGEST_SHARE * len(z) * num_components
-    for rows in chunks.row_ranges(len(z), 4 * num_components, chunks.held(z.device)):
-        log_density = points[rows] @ components
-        lowest = log_density.amax(-1) - margin[rows]
-        pairs = (log_density >= lowest[:, None]).nonzero()
-        room -= len(pairs)
-        if room < 0 or not lowest.isfinite().all():
-            return None
-        pairs[:, 0] += rows.start
-        found.append(pairs)
+    with full_precision(z):
+        size = points.abs() @ components.abs().amax(0)
+        rounding = 2 * (dim + 8) * torch.finfo(torch.float32).eps * size
+        margin = rounding + reach(z.dtype, num_components)
+        components = components.T.contiguous()
+        for rows in chunks.row_ranges(len(z), 4 * num_components, chunks.held(z.device)):
+            log_density = points[rows] @ components
+            lowest = log_density.amax(-1) - margin[rows]
+            pairs = (log_density >= lowest[:, None]).nonzero()
+            room -= len(pairs)
+            if room < 0 or not lowest.isfinite().all():
+                return None
+            pairs[:, 0] += rows.start
+            found.append(pairs)
     rows, indices = torch.cat(found).T.contiguous()
     return Pairs(rows, indices, len(z))
