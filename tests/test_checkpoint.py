@@ -157,15 +157,15 @@ def test_summary_is_read_where_there_is_one(directory):
 
 
 ALTERED = {
-    "renamed": (lambda t: t.update(other=t.pop("codebook.mean")), r"codebook\.mean of shape none"),
-    "extra": (lambda t: t.update(extra=torch.zeros(1)), "extra of shape .*expects none"),
+    "renamed": (lambda t: t.update(other=t.pop("codebook.mean")), r"codebook\.mean"),
+    "extra": (lambda t: t.update(extra=torch.zeros(1)), r"does not fit config\.json: .*extra"),
     "reshaped": (
         lambda t: t.update({"codebook.mean": torch.zeros(3, 2)}),
-        r"codebook\.mean of shape \[3, 2\]",
+        r"does not fit config\.json: .*codebook\.mean",
     ),
     "not-finite": (
         lambda t: t["codebook.mean"].fill_(float("nan")),
-        r"codebook\.mean holds non-finite values",
+        r"codebook\.mean is not finite",
     ),
 }
 
@@ -192,7 +192,7 @@ def edit_config(directory: Path, change) -> None:
     [
         (lambda c: c["model"].update(widht=3), r"config\.json\.model\.widht: unknown key"),
         (lambda c: c["model"].update(family=[]), r"family: \[\]"),
-        (lambda c: c["model"].update(latent_dim=5), r"expects \[27, 5\]"),
+        (lambda c: c["model"].update(latent_dim=5), r"does not fit config\.json"),
         (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
         (lambda c: c.update(train=[1, 2]), "train: expected an object"),
         (lambda c: c.update(model_type="gpt2"), "not the configuration of a run"),
@@ -223,9 +223,7 @@ def test_missing_file_is_named(directory, missing, message):
 
 def test_another_tokenizer_is_refused(directory):
     CharTokenizer("ab", "none").save(directory / "tokenizer.json")
-    with pytest.raises(
-        UserError, match=r"codebook\.log_std of shape \[27\], config.json expects \[2\]"
-    ):
+    with pytest.raises(UserError, match=r"does not fit config\.json"):
         load_checkpoint(directory)
 
 

@@ -32,7 +32,7 @@ metric_list: [{metric: acc}]
 output_type: generate_until
 doc_to_text: "{{start}}"
 doc_to_target: "x"
-generation_kwargs: {until: ["\n"], max_gen_toks: 4, num_beams: 1}
+generation_kwargs: {until: ["\n"], max_gen_toks: 4}
 metric_list: [{metric: exact_match}]
 """,
 }
@@ -91,7 +91,6 @@ def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
         "lower bound: ELBO",
         "no bound itself",
         "(text8)",
-        "num_beams",
     ):
         assert done.err.count(said) == 1, said
 

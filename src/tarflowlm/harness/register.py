@@ -18,9 +18,6 @@ from tarflowlm.texts import Writing
 Requests = list[Any]
 """Requests of lm-eval, each with its `args`."""
 
-GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-"""Generation options of a task that are used; others are named and ignored."""
-
 
 def run_lm_eval(words: Sequence[str]) -> None:
     """The command line of lm-eval on `words`. UserError for what lm-eval refuses."""
@@ -87,10 +84,8 @@ def register() -> None:
             self.tokenizer = lm.tokenizer
             self.scorer = TextScorer(lm, samples=posterior_samples, seed=noise_seed)
             self.meaning = meaning(lm.model, posterior_samples)
-            print_notice(f"rolling log-likelihoods: {self.meaning['rolling']}")
-            print_notice(f"log-likelihoods of continuations: {self.meaning['conditional']}")
-            if not lm.model.is_exact:
-                print_notice("greedy matches of continuations are not known for a flow: misses")
+            for kind, words in self.meaning.items():
+                print_notice(f"{kind} log-likelihoods: {words}")
             if self.tokenizer.normalization != "none":
                 how = f"texts are normalised ({self.tokenizer.normalization})"
                 print_notice(f"{how}: bits per byte are theirs, over bytes of the raw text")
@@ -107,9 +102,6 @@ def register() -> None:
 
         def generate_until(self, requests: Requests) -> list[str]:
             asked = [(request.args[0], how_to_continue(request.args[1])) for request in requests]
-            options = {name for request in requests for name in request.args[1]}
-            if ignored := options - GENERATION_OPTIONS:
-                print_notice(f"generation options without effect: {', '.join(sorted(ignored))}")
             with Bars("continuations", len(asked)) as progress:
                 return self.scorer.complete(asked, progress)
 

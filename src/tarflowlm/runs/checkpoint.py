@@ -13,7 +13,7 @@ from tarflowlm.errors import UserError, guess
 from tarflowlm.files import full_disk_as_user_error, read_json, write_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.hub import locate, released
-from tarflowlm.runs.weights import check_weights, is_whole, read_weights, write_weights
+from tarflowlm.runs.weights import is_whole, read_weights, write_weights
 from tarflowlm.schema import from_dict, to_dict
 
 CONFIG = "config.json"
@@ -100,8 +100,14 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
         model = config.build()
-    check_weights(directory / WEIGHTS, model, tensors, CONFIG)
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1].strip()
+        raise UserError(f"{directory / WEIGHTS} does not fit {CONFIG}: {problem}") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{directory / WEIGHTS}: {name} is not finite; the run diverged")
     return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
 
 

@@ -48,20 +48,6 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_weights(
-    path: Path, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: str
-) -> None:
-    """UserError, naming the tensor, unless `tensors` fit `module`, built from the file `config`."""
-    expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            wanted = f"{config} expects {expected.get(name, 'none')}"
-            raise UserError(f"{path}: {name} of shape {found.get(name, 'none')}, {wanted}")
-        if not torch.isfinite(tensors[name]).all():
-            raise UserError(f"{path}: {name} holds non-finite values; the run diverged")
-
-
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
     """Write the manifest of the files `names` of `folder`."""
     write_json(folder / MANIFEST, {name: sha256_of(folder / name) for name in sorted(names)})
