@@ -8,21 +8,21 @@ from safetensors.torch import load_file
 
 from tarflowlm.generation import generate
 from tarflowlm.pretrained import load
-from tarflowlm.runs.checkpoint import export
+from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.runs.hub import FOLDER, released
 
 
 @pytest.fixture
 def shelf(tmp_path, trained, monkeypatch):
     """A shelf of released models with one on it, by the name of tiny."""
-    export(trained, tmp_path / "shelf" / "tiny")
+    export(load_checkpoint(trained), tmp_path / "shelf" / "tiny")
     monkeypatch.setattr("tarflowlm.runs.hub.FOLDER", tmp_path / "shelf")
     monkeypatch.setattr("tarflowlm.runs.hub.DEFAULT", "tiny")
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_an_export_loads_and_knows_nothing_of_the_training(tmp_path, trained, half):
-    out = export(trained, tmp_path / "out", half=half)
+    out = export(load_checkpoint(trained), tmp_path / "out", half=half)
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "model.safetensors",

@@ -12,8 +12,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors
 
-Source = Checkpoint | str | Path
-"""A checkpoint, or whatever `load_checkpoint` takes."""
 REQUIREMENT = "tarflowlm[studio] @ git+https://github.com/tarflowlm/tarflowlm\n"
 APP = """from tarflowlm.cli.main import main
 
@@ -22,7 +20,7 @@ main(["studio", ".", "--host", "0.0.0.0", "--no-browser"])
 
 
 def save_pretrained(
-    source: Source,
+    checkpoint: Checkpoint,
     folder: str | Path,
     *,
     half: bool = False,
@@ -31,11 +29,10 @@ def save_pretrained(
 ) -> Path:
     """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
-    A README.md next to the `source` becomes the card. `half` as in `export`, `licence` an
-    identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to name.
+    A README.md next to the weights becomes the card. `half` as in `export`, `licence` an identifier
+    of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to name.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
-    checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
     try:
         folder = export(checkpoint, folder, half=half)
     except OSError as error:
@@ -52,7 +49,7 @@ def save_pretrained(
 
 
 def push_to_hub(
-    source: Source,
+    checkpoint: Checkpoint,
     repository: str,
     *,
     private: bool = False,
@@ -63,7 +60,7 @@ def push_to_hub(
     repository = checked_repository(repository)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repository.rpartition("/")[2]
-        save_pretrained(source, folder, half=half, licence=licence, repository=repository)
+        save_pretrained(checkpoint, folder, half=half, licence=licence, repository=repository)
         return push_folder(folder, repository, private=private)
 
 

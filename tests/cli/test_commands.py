@@ -19,7 +19,7 @@ from tarflowlm.evaluation.scores import score
 from tarflowlm.locks import writer_lock
 from tarflowlm.model_config import COUPLINGS
 from tarflowlm.pretrained import load
-from tarflowlm.runs.checkpoint import export
+from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.runs.hub import released
 from tarflowlm.terminal.bars import print_json
 from tarflowlm.terminal.texts import write_out
@@ -282,7 +282,7 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
     config["data"]["source"] = "english"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    export(trained, tmp_path / "exported")
+    export(load_checkpoint(trained), tmp_path / "exported")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
     rows = {row["name"]: row for row in run_json("runs", tmp_path)["runs"]}

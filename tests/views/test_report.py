@@ -14,7 +14,7 @@ import tarflowlm
 from helpers import metrics_of
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import export, read_run
+from tarflowlm.runs.checkpoint import export, load_checkpoint, read_run
 from tarflowlm.training.train import train
 from tarflowlm.views import report
 from tarflowlm.views.report import write_report
@@ -126,7 +126,7 @@ def test_missing_pieces_are_noted(runs, tmp_path, undrawn):
     (young / "model.safetensors").unlink()
     first = (young / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
     (young / "metrics.jsonl").write_text(first, encoding="utf-8")
-    model = export(runs["joint"], tmp_path / "model")
+    model = export(load_checkpoint(runs["joint"]), tmp_path / "model")
     result = write_report([young, model], tmp_path / "out")
     assert {Path(path).stem for path in result["figures"]} == {"bits", "codebook-model"}
     (of_young,), (of_model,) = (run["notes"] for run in result["runs"])

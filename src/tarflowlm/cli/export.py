@@ -24,10 +24,10 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.runs.checkpoint import export
+    from tarflowlm.runs.checkpoint import export, load_checkpoint
     from tarflowlm.terminal.bars import print_notice, print_result
 
-    out = export(args.directory, args.out, half=args.half)
+    out = export(load_checkpoint(args.directory), args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print_result(
         args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")]

@@ -133,14 +133,13 @@ def weights_problem(directory: Path) -> str | None:
     return None
 
 
-def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
+def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Path:
     """Write the files that load a model into the new directory `out`; returns `out`.
 
-    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of
-    linear layers, and those between the channels of a head, in bfloat16, which loading converts to
-    float32. Paths in the configuration are cut to file names. If this fails, nothing is left.
+    `half` stores the matrices of linear layers, and those between the channels of a head, in
+    bfloat16, which loading converts to float32. Paths in the configuration are cut to file names.
+    If this fails, nothing is left.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose a new directory")
