@@ -1,7 +1,6 @@
 """A pass over a sequence with some given tokens, position by position with the KV cache.
 
-Rows are samples or particles. Every step returns the log-probability of the given tokens, by which
-`particles` weights the rows; `select` and `renew` copy rows and refresh the noise ahead of them.
+Rows are samples or particles, which `particles` weights by the given tokens and resamples.
 
 Shape legend: B rows, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D
 width.
@@ -25,8 +24,8 @@ class Conditioned(ABC):
     """A pass over N positions, of which the first `at` are done.
 
     It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the
-    baseline. Given tokens, where `is_known` [B, N, P] on the CPU is True, replace the noise there
-    by the one that belongs to them.
+    baseline. Tokens are given where `is_known` [B, N, P], on the CPU, is True; their noise is the
+    one that belongs to them.
     """
 
     def __init__(
@@ -37,21 +36,22 @@ class Conditioned(ABC):
         is_known: Tensor,
         adjust: AdjustWeights | None,
     ) -> None:
-        self.noise, self.values, self.adjust = noise, values, adjust
+        self.model = model
+        self.noise = noise
+        self.values = values
+        self.adjust = adjust
         self.is_known = is_known.view(len(noise), -1, model.config.patch)
         # read on the host once, so that a position without given tokens costs nothing for them
         self.some_known = self.is_known.any(0).tolist()
-        self.model, self.num_positions, self.at = model, noise.shape[1], 0
+        self.num_positions = noise.shape[1]
+        self.at = 0
         self.cache = model.allocate_cache(len(noise), self.num_positions)
 
     def step(self) -> Tensor | None:
-        """Complete the next position; returns log p [B] of its given tokens, in nats; None where no
-        row has any.
-        """
+        """Complete the next position: log p [B] of its given tokens, in nats; None without any."""
         previous = self.values[:, self.at - 1] if self.at else None
-        log_p = self.complete(
-            self.at, self.model.features_at(self.cache, previous, len(self.values))
-        )
+        features = self.model.features_at(self.cache, previous, len(self.values))
+        log_p = self.complete(self.at, features)
         self.at += 1
         return log_p
 
@@ -59,15 +59,15 @@ class Conditioned(ABC):
     def complete(self, n: int, features: Tensor) -> Tensor | None:
         """Complete position n from its features c_n [B, D]; returns as `step`."""
 
-    def select(self, rows: Tensor) -> None:
-        """Copy the completed positions of row rows[b] to every row b; the noise ahead stays."""
+    def select(self, rows: Tensor, renewed: Tensor, noise: Tensor) -> None:
+        """Copy the completed positions of row rows[b] to every row b.
+
+        The rows `renewed` get the noise ahead from `noise` [rows, T, ...].
+        """
         self.values[:, : self.at] = self.values[rows, : self.at]
         self.noise[:, : self.at] = self.noise[rows, : self.at]
+        self.noise[renewed, self.at :] = self.positions(noise)[:, self.at :].to(self.noise)
         self.cache.take(self.cache, rows)
-
-    def renew(self, rows: Tensor, noise: Tensor) -> None:
-        """Replace the noise of `rows` at the positions ahead by that in `noise` [rows, T, ...]."""
-        self.noise[rows, self.at :] = self.positions(noise)[:, self.at :].to(self.noise)
 
     @abstractmethod
     def positions(self, x: Tensor) -> Tensor:
@@ -75,12 +75,12 @@ class Conditioned(ABC):
 
 
 class ConditionedLatents(Conditioned):
-    """The pass of a flow through block 1: noise to latents for free tokens, latents to noise for
-    given ones.
+    """The pass of a flow through block 1: noise to latents, and back for given tokens (eq. 21).
 
-    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t |
-    z_<t) + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t)
-    (docs/math.md, eq. 21).
+    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability is
+
+        log p(z_t | z_<t) + log p(x_t | z_t) - log q(z_t | x_t)
+            = log p(z_t | z_<t) - log sum_j N_j(z_t)
     """
 
     def __init__(
@@ -92,37 +92,36 @@ class ConditionedLatents(Conditioned):
         adjust: AdjustWeights | None,
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
-        self.block, self.patch = model.prior.block(0), model.prior.patch
+        self.block = model.prior.block(0)
+        self.patch = model.prior.patch
         reorders = self.block.order.reverse or self.block.order.mixes
         assert not reorders, "given latents need the order of the tokens"
-        noise, self.known = self.positions(noise).clone(), self.positions(known)
+        noise = self.patch(noise).clone()
+        self.known = self.patch(known)
         super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
         mask = self.is_known.to(noise.device)
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
 
     def positions(self, x: Tensor) -> Tensor:
-        return self.patch(x)  # [B, N, C] (docs/math.md, eq. 14)
+        return self.patch(x)
 
     def prefill(self) -> Tensor:
-        """Complete the leading positions that are given in all rows, in one parallel pass; returns
-        as `step`.
-        """
+        """Complete the leading positions that are given in all rows at once; returns as `step`."""
         num = num_leading(self.is_known.all(2).all(0))
         if num == 0:
             return self.noise.new_zeros(len(self.noise))
         u, log_det = self.block.coupling(self.known[:, :num], self.settle(self.known, num))
         self.noise[:, :num] = u
-        return (
-            log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
-        )
+        log_p = log_det.sum(-1) + standard_normal_log_prob(u)
+        return log_p - self.log_normaliser[:, :num].sum((1, 2))
 
     def settle(self, z: Tensor, num: int) -> Tensor:
-        """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their
-        features.
+        """Copy the first `num` positions from z [B, N, C]; returns their features.
 
         z [1, N, C] serves all rows: its features are computed once.
         """
-        self.values[:, :num], self.at = z[:, :num], num
+        self.values[:, :num] = z[:, :num]
+        self.at = num
         if num == 0:
             return self.values.new_zeros(len(z), 0, 0)
         cache = self.cache if len(z) == len(self.values) else self.block.allocate_cache(1, num)
@@ -132,20 +131,19 @@ class ConditionedLatents(Conditioned):
         return features
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        coupling, noise = self.block.coupling, self.noise[:, n]
-        known, is_known = self.known[:, n], self.is_known[:, n]
+        coupling = self.block.coupling
+        noise = self.noise[:, n]
         if not any(self.some_known[n]):
             self.values[:, n] = coupling.invert(noise, features, self.adjust)
             return None
-        z, u, log_p = coupling.complete(noise, features, known, is_known, self.adjust)
-        self.values[:, n], self.noise[:, n] = z, u
+        self.values[:, n], self.noise[:, n], log_p = coupling.complete(
+            noise, features, self.known[:, n], self.is_known[:, n], self.adjust
+        )
         return (log_p - self.log_normaliser[:, n]).sum(-1)
 
 
 class ConditionedTokens(Conditioned):
-    """The pass of the baseline: a token is drawn as the inverse of its CDF at a uniform random
-    number.
-    """
+    """The pass of the baseline: a token is the inverse of its CDF at a uniform random number."""
 
     def __init__(
         self,
@@ -155,32 +153,29 @@ class ConditionedTokens(Conditioned):
         is_known: Tensor,
         adjust: AdjustWeights | None,
     ) -> None:
-        """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on
-        the CPU.
-        """
-        self.baseline, uniform = model, uniform.to(model.device, wide_dtype(model.start))
-        noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(model.device)))
+        """`uniform` [B, T] in [0, 1); tokens `given` [B, T] where `is_known`; all on the CPU."""
+        self.baseline = model
+        noise = self.positions(uniform.to(model.device, wide_dtype(model.start)))
+        values = self.positions((given * is_known).to(model.device))
         super().__init__(model, noise, values, is_known, adjust)
 
     def positions(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1, self.baseline.config.patch)  # [B, N, P]
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        # a view, filled in place: the logits at place a depend on the tokens before a only
-        patch, uniform = self.values[:, n], self.noise[:, n]
+        # filled in place: the logits at place a depend on the tokens before a only
+        patch = self.values[:, n]
         log_p = None
         for a, some in enumerate(self.some_known[n]):
             logits = self.baseline.place_logits(features, patch, a)
-            drawn = inverse_cdf(
-                logits if self.adjust is None else self.adjust(logits), uniform[:, a]
-            )
+            uniform = self.noise[:, n, a]
+            drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform)
             if not some:
                 patch[:, a] = drawn
                 continue
             known = self.is_known[:, n, a].to(drawn.device)
-            here = (
-                logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0] * known
-            )
+            log_probs = logits.to(uniform.dtype).log_softmax(-1)
+            here = log_probs.gather(-1, patch[:, a, None])[:, 0] * known
             log_p = here if log_p is None else log_p + here
             patch[:, a] = torch.where(known, patch[:, a], drawn)
         return log_p

@@ -83,8 +83,6 @@ class Inverted:
     decoder: Decoder
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
-    repeated: int = 0
-    """Positions inverted again, because their swept latents did not map back to the noise."""
 
 
 def block_inversion(
@@ -94,8 +92,6 @@ def block_inversion(
     decoder: Decoder = "steps",
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
-    segment: int = LONGEST_SEGMENT,
-    tolerance: float | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, Inverted]:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
@@ -105,24 +101,22 @@ def block_inversion(
     whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
     `adjust` there is no forward map to check against: steps.
 
-    `settled` [B, n, C] are the latents of the first positions, in the block's order. A sweep
-    inverts at most `segment` positions; `tolerance` is TOLERANCE by default. `progress` advances
-    once per position. After every step the generator yields the final latents [B, n, C], in the
-    block's order; what sweeps found is final at the end.
+    `settled` [B, n, C] are the latents of the first positions, in the block's order. `progress`
+    advances once per position. After every step the generator yields the final latents [B, n, C],
+    in the block's order; what sweeps found is final at the end.
     """
     if adjust is not None:
         decoder = "steps"
-    work = _Inversion(block, u, adjust, segment, tolerance or TOLERANCE[u.dtype], progress)
+    work = _Inversion(block, u, adjust, progress)
     if settled is not None:
         work.settle(settled)
     if decoder == "auto":
         decoder = "sweeps" if work.is_near_identity() else "steps"
-    repeated = 0
     if decoder == "sweeps":
         work.sweep()
-        repeated = work.rewind_to_bad()
+        work.rewind_to_bad()
     yield from work.step()
-    return Inverted(block.order.inverse(work.h), decoder, work.passes, repeated)
+    return Inverted(block.order.inverse(work.h), decoder, work.passes)
 
 
 invert_block = finished(block_inversion)
@@ -132,19 +126,12 @@ class _Inversion:
     """The state of an inversion, in the block's order. Positions before `at` are final."""
 
     def __init__(
-        self,
-        block: FlowBlock,
-        u: Tensor,
-        adjust: AdjustWeights | None,
-        segment: int,
-        tolerance: float,
-        progress: Progress,
+        self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, progress: Progress
     ) -> None:
         self.block = block
         self.adjust = adjust
         self.progress = progress
-        self.segment = segment
-        self.tolerance = tolerance
+        self.tolerance = TOLERANCE[u.dtype]
         self.noise = block.order(u)
         self.num_positions = u.shape[1]
         self.h = self.noise.clone()
@@ -215,7 +202,7 @@ class _Inversion:
         # NaN counts as far
         if not largest_change(new, noise).max() < CONTRACTION:
             return False
-        return self.newton(min(self.num_positions, self.at + self.segment))
+        return self.newton(min(self.num_positions, self.at + LONGEST_SEGMENT))
 
     def newton(self, end: int) -> bool:
         """Newton steps of all positions up to `end` at once: True if they converged.
@@ -277,7 +264,7 @@ class _Inversion:
         positions (a step); after one that converged, the next is twice as long.
         """
         limit = self.num_positions
-        length = self.segment
+        length = LONGEST_SEGMENT
         while limit - self.at >= SHORTEST_NEWTON and self.takes_newton:
             self.takes_newton = self.newton(min(limit, self.at + length))
         while self.at < limit:
@@ -290,26 +277,21 @@ class _Inversion:
                     length = (stop - self.at) // 2
                     stop = self.at + length
                 last = largest
-            length = min(self.segment, 2 * length)
+            length = min(LONGEST_SEGMENT, 2 * length)
 
-    def rewind_to_bad(self) -> int:
-        """Go back to the first swept position whose latents do not map back to their noise.
-
-        Returns the number of positions that are to be inverted again.
-        """
+    def rewind_to_bad(self) -> None:
+        """Go back to the first swept position whose latents do not map back to their noise."""
         start, end = self.swept
         if not end:
-            return 0
+            return
         h, u = self.h[:, :end], self.noise[:, :end]
         again, _ = self.block.coupling(h, self.block.features(h))
         off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[start:]
         # NaN counts as bad
-        num_good = num_leading(off <= RESIDUAL[off.dtype])
-        if start + num_good == end:
-            return 0
-        self.at = start + num_good
-        self.progress = SILENT
-        return self.num_positions - self.at
+        first_bad = start + num_leading(off <= RESIDUAL[off.dtype])
+        if first_bad < end:
+            self.at = first_bad
+            self.progress = SILENT
 
 
 def stack_inversion(

@@ -1,10 +1,9 @@
-r"""Sampling with given tokens: sequential Monte Carlo over positions (docs/math.md, section 9).
+"""Sampling with given tokens: sequential Monte Carlo over positions (docs/math.md, section 9).
 
-Each sample has R particles that agree on the given tokens. At a given token, a particle's weight is
-multiplied by the probability that the particle assigned to it. When the weights of a sample become
-uneven, its particles are resampled by weight and get fresh noise for the positions ahead. At the
-end one particle is drawn by weight. In the limit of many particles this is exact; with R = 1 the
-given tokens are fixed and the others drawn from left to right.
+Each sample has R particles that agree on the given tokens. At a given token, the weight of a
+particle is multiplied by the probability that it assigned to the token. When the weights of a
+sample become uneven, its particles are resampled. At the end one is drawn by weight. In the limit
+of many particles this is exact; with R = 1 the other tokens are drawn from left to right.
 """
 
 import math
@@ -26,7 +25,7 @@ RESAMPLE_BELOW = 0.5
 FEWEST = 25
 """Weights below which a tail is too short to fit."""
 UNRELIABLE = 0.7
-"""Tail index above which the mean of weights is unreliable, however many there are in practice."""
+"""Tail index above which the mean of weights is unreliable."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Evidence:
     ess: Tensor
     """Effective sample size of the particles at the end, [num]."""
     pareto_k: Tensor
-    """Tail index of the weights, [num]: above 0.7 they are unreliable. NaN if R < 25."""
+    """Tail index of the weights, [num]: unreliable above 0.7. NaN if R < 25."""
     draws: Tensor
     """How often the particles of each sample were resampled, [num]."""
 
@@ -56,27 +55,22 @@ class Weights:
 
     @classmethod
     def uniform(cls, num: int, particles: int) -> "Weights":
-        """Weights of 1 for `particles` particles of each of `num` samples."""
+        """Weights of 1."""
         zero = torch.zeros(num, dtype=torch.float64)
         return cls(torch.zeros(num, particles, dtype=torch.float64), zero, zero.long())
 
     def add(self, log_increment: Tensor | None) -> None:
-        """Multiply the weights by exp(`log_increment`), [num R]: NaN counts as probability zero,
-        and None as zeros.
-        """
+        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero."""
         if log_increment is not None:
             increment = log_increment.detach().cpu().double().view(self.log_w.shape)
             self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 
     def effective(self) -> Tensor:
-        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num].
-
-        It lies between 1 and R, or is 0 if all weights are zero.
-        """
+        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]; 0 without weight."""
         return (2 * self.log_w.logsumexp(-1) - (2 * self.log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
     def total(self) -> Tensor:
-        """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
+        """The estimate of log p(given tokens), [num], in nats."""
         return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
 
     def evidence(self) -> Evidence:
@@ -90,9 +84,7 @@ class Weights:
         )
 
     def reset(self, sample: int) -> None:
-        """After resampling the particles of `sample`: their mean weight moves to the evidence, and
-        the weights are 1 again.
-        """
+        """Move the mean weight of a resampled sample to the evidence; its weights are 1 again."""
         self.log_evidence[sample] = self.total()[sample]
         self.log_w[sample] = 0.0
         self.draws[sample] += 1
@@ -106,9 +98,8 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
     w = log_w.softmax(-1)
     if not torch.isfinite(w).all():
         w = torch.full_like(w, 1 / len(w))
-    at = (
-        torch.arange(count, dtype=w.dtype) + torch.rand((), generator=generator, dtype=w.dtype)
-    ) / count
+    offset = torch.rand((), generator=generator, dtype=w.dtype)
+    at = (torch.arange(count, dtype=w.dtype) + offset) / count
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
 
 
@@ -143,42 +134,33 @@ def particle_filter(
         for b in uneven:
             rows[b] = rows[b, resample(weights.log_w[b], particles, generators[b])]
             weights.reset(b)
-        source.follow(own, rows[uneven].flatten(), conditioned.at)
-        conditioned.select(rows.flatten())
-        conditioned.renew(own, source.refresh(uneven, own, conditioned.at))
+        fresh = source.redraw(uneven, own, rows[uneven].flatten(), conditioned.at)
+        conditioned.select(rows.flatten(), own, fresh)
 
 
 class UniformSource:
-    """Uniform random numbers for the baseline. They are independent, so they add no factor to the
-    weights.
-    """
+    """Uniform random numbers for the baseline. They add no factor to the weights."""
 
     def __init__(self, generators: list[torch.Generator], particles: int, num_tokens: int) -> None:
-        self.generators, self.shape = generators, (particles, num_tokens)
-        self.uniform = row_uniform(generators, particles, num_tokens).flatten(0, 1)
+        self.generators = generators
+        self.shape = (particles, num_tokens)
+        self.draw = row_uniform(generators, *self.shape).flatten(0, 1)
 
-    def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
-        """Nothing to record."""
-
-    def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
+    def redraw(self, samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
         """Fresh uniform numbers [rows, T] for all particles of these samples."""
         return row_uniform([self.generators[b] for b in samples], *self.shape).flatten(0, 1)
 
 
 class LatentSource:
-    r"""Noise for block 1, drawn from the blocks above it without the given tokens (docs/math.md,
-    eq. 22).
+    """Noise for block 1, drawn from the blocks above it without the given tokens (eq. 22).
 
-    h^(1) has the density p_{>1} of the blocks above. A particle takes the noise of its free tokens
-    from a full draw h' ~ p_{>1}; given tokens have the noise h* that block 1 assigns to their
-    latents. The weight gains the factor
+    A particle takes the noise of its free tokens from a full draw h' ~ p_{>1} of these blocks;
+    given tokens have the noise h* of their latents. The weight gains the factor
 
         p_{>1}(h*) / N(h*_given; 0, I)  prod_{draws h'} rho(h'_unused | h'_used) / p_{>1}(h')
 
-    With any density rho, the mean weight is then unbiased for p(given tokens). It is the
-    conditional of block 2, which is exact in a stack of two; unused tokens of a partly used patch
-    get a standard normal. After resampling, particles take fresh draws for the positions ahead.
-    With a single block all factors cancel.
+    which is 1 for a single block. rho is the conditional of block 2, and a standard normal for
+    unused tokens of a partly used patch.
     """
 
     def __init__(
@@ -190,15 +172,11 @@ class LatentSource:
         decoder: Decoders,
         progress: Progress,
     ) -> None:
-        """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per
-        sample.
-        """
-        self.model, self.generators, self.decoder, self.single = (
-            model,
-            generators,
-            decoder,
-            model.num_blocks == 1,
-        )
+        """`is_known` [num R, T] says which tokens are given; `generators` has one per sample."""
+        self.model = model
+        self.generators = generators
+        self.decoder = decoder
+        self.single = model.num_blocks == 1
         self.is_known = is_known.to(model.codebook.mean.device)
         self.shape = (particles, is_known.shape[1], model.config.latent_dim)
         self.draw, self.work = self._draw(generators, progress)
@@ -221,68 +199,57 @@ class LatentSource:
         return h.new_zeros(len(h)) if self.single else self.model.prior.log_prob(h, above=1)
 
     def _account_for_draw(self, rows: Tensor, at: int) -> None:
-        """Add log rho(h'_unused | h'_used) - log p_{>1}(h') for the draws of `rows`, which were
-        used up to `at`.
-        """
+        """Add log rho(h'_unused | h'_used) - log p_{>1}(h') for draws that were used up to `at`."""
         if self.single:
             return
-        prior, token = self.model.prior, torch.arange(self.shape[1], device=self.since.device)
-        used = (
-            (token >= self.since[rows, None])
-            & (token < at * self.model.config.patch)
-            & ~self.is_known[rows]
-        )
-        h, used_NP = self.draw[rows], used.view(len(rows), -1, self.model.config.patch)
-        whole = prior.block(1).log_prob(prior.patch(h)) * ~used_NP.any(-1)
-        normal = log_standard_normal(h).sum(-1) * (
-            used_NP.any(-1, keepdim=True) & ~used_NP
-        ).flatten(1)
+        prior = self.model.prior
+        patch = self.model.config.patch
+        h = self.draw[rows]
+        token = torch.arange(self.shape[1], device=self.since.device)
+        is_served = (token >= self.since[rows, None]) & (token < at * patch)
+        used = (is_served & ~self.is_known[rows]).view(len(rows), -1, patch)
+        whole = prior.block(1).log_prob(prior.patch(h)) * ~used.any(-1)
+        is_left = used.any(-1, keepdim=True) & ~used
+        normal = log_standard_normal(h).sum(-1) * is_left.flatten(1)
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
-    def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
-        """Close the draws of the rows `own` at position `at`, and copy the factors of their
-        parents.
+    def redraw(self, samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
+        """Fresh draws h' [rows, T, d] for the rows `own` of these samples, from position `at` on.
+
+        The rows continue those of their `parents`, and get the factors of their draws.
         """
         self._account_for_draw(own, at)
         self.correction[own] = self.correction[parents]
-
-    def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
-        """Fresh draws h' [rows, T, d] for all particles of these samples; used from position `at`
-        on.
-        """
         fresh, _ = self._draw([self.generators[b] for b in samples], SILENT)
-        self.draw[own], self.log_p[own] = fresh, self._log_p(fresh)
+        self.draw[own] = fresh
+        self.log_p[own] = self._log_p(fresh)
         self.since[own] = at * self.model.config.patch
         return fresh
 
     def log_factor(self, h: Tensor) -> Tensor:
-        """The log of the factor above for every row [num R], in nats, given its final noise h* [num
-        R, T, d].
-        """
+        """The log of the factor, [num R], in nats, given the final noise h* [num R, T, d]."""
         if self.single:
             return torch.zeros_like(self.log_p)
         self._account_for_draw(torch.arange(len(h)), -(-self.shape[1] // self.model.config.patch))
-        return (
-            self._log_p(h)
-            - (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
-            + self.correction
-        )
+        known = (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
+        return self._log_p(h) - known + self.correction
 
 
 def pareto_k(log_w: Tensor) -> float:
-    """The tail index k of weights exp(`log_w` [R]), or NaN for fewer than 25 weights and for tails
-    without a spread.
+    """The tail index k of weights exp(`log_w` [R]); NaN if R < 25 or the tail has no spread.
 
-    Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. k is that of a
-    generalised Pareto distribution of the largest M = min(R / 5, 3 sqrt(R)) weights (Vehtari et al.
+    Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. A generalised
+    Pareto distribution is fitted to the largest M = min(R / 5, 3 sqrt(R)) weights (Vehtari et al.
     2024, section 2 and appendix C), by its posterior mean (Zhang and Stephens 2009).
     """
-    R, w = len(log_w), (log_w.double() - log_w.max()).exp().sort().values
+    R = len(log_w)
+    w = (log_w.double() - log_w.max()).exp().sort().values
     M = math.ceil(min(0.2 * R, 3 * R**0.5))
     if R < FEWEST or not torch.isfinite(w).all():
         return math.nan
     x = w[-M:] - w[-M - 1]
-    if not (quartile := x[int(M / 4 + 0.5) - 1]) > 0:
+    quartile = x[int(M / 4 + 0.5) - 1]
+    if not quartile > 0:
         return math.nan
     points = 30 + int(M**0.5)  # of a grid of theta = -k / scale
     j = torch.arange(1, points + 1, dtype=x.dtype) - 0.5

@@ -45,13 +45,11 @@ class Generation:
     evidence: Evidence | None = None
     """How well the samples agree with the given tokens; None without given tokens."""
     sweeps: tuple[int, ...] = ()
-    """Passes of the Transformer in each block, block L first: N of them by steps. Empty for the
-    baseline.
-    """
+    """Passes of the Transformer in each block, L first; empty for the baseline."""
     decoders: tuple[Decoder, ...] = ()
-    """Decoder of each block, block L first; pass it as `decoder` to repeat the choice."""
+    """Decoder of each block, L first; pass it as `decoder` to repeat the choice."""
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
-    """The states that the inversion gave, padded to whole patches; with given tokens z alone."""
+    """The states that the inversion gave, in whole patches; after a completion z alone."""
     _flow: TarFlowLM | None = field(default=None, repr=False)
     """The model of `states` and `passes`."""
 
@@ -224,7 +222,7 @@ class Window:
     def _from_baseline(self, model: TokenLM, given: Tensor) -> Parts:
         source = UniformSource(self.generators, self.particles, given.shape[1])
         spread = given.repeat_interleave(self.particles, dim=0)
-        tokens = ConditionedTokens(model, source.uniform, spread, spread != BLANK, self.adjust)
+        tokens = ConditionedTokens(model, source.draw, spread, spread != BLANK, self.adjust)
         weights = Weights.uniform(len(given), self.particles)
         filtered = particle_filter(tokens, weights, self.generators, source, self.progress)
         yield from self._read(filtered)
@@ -242,8 +240,7 @@ class Window:
 def spans(
     config: LanguageModelConfig, num_tokens: int, num_given: int = 0
 ) -> list[tuple[int, int]]:
-    """(start, end) of every window, in tokens, for a text of `num_tokens`, `num_given` of them a
-    prompt.
+    """(start, end) of every window of a text, in tokens, of which the first `num_given` are given.
 
     A prompt that leaves no room in a window enters the first one with its last half window.
     """
