@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tarflowlm.device import pick_device
 from tarflowlm.flow.numerics import layout, normal, sweep
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
@@ -28,6 +29,14 @@ for _ in range(20):
     torch.zeros(2**21)
 print(faults() - before)
 """
+
+
+def test_auto_takes_cuda_or_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert pick_device() == torch.device("cuda")
 
 
 class Operators(TorchDispatchMode):

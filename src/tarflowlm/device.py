@@ -26,16 +26,13 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     return found
 
 
-def missing_for_compilation(device: torch.device) -> str | None:
-    """The tool that torch.compile needs and does not find, or None."""
-    is_cuda = device.type == "cuda"
-    if is_cuda and importlib.util.find_spec("triton") is None:
+def missing_for_compilation() -> str | None:
+    """The tool that torch.compile needs on a GPU and does not find, or None."""
+    if importlib.util.find_spec("triton") is None:
         return "triton"
-    compilers = ("cc", "gcc", "clang") if is_cuda else ("g++", "clang++", "cl")
-    chosen = os.environ.get("CC" if is_cuda else "CXX")
-    if chosen or any(shutil.which(name) for name in compilers):
+    if os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang"))):
         return None
-    return "a C compiler" if is_cuda else "a C++ compiler"
+    return "a C compiler"
 
 
 @contextmanager

@@ -238,7 +238,7 @@ def from_pretrained(
 ) -> Pretrained:
     """Load as `load` does; OWNER/NAME alone names a model of the hub if there is no such folder.
 
-    `revision` is a branch, tag or commit of a model on the hub; UserError for one of anything else.
+    `revision` is a branch, tag or commit of a model on the hub.
     """
     check_type(name, "model", (str, os.PathLike), _PLACES)
     text = Path(name).as_posix()
@@ -262,7 +262,7 @@ def train(
     device: str = "auto",
     **values: Any,
 ) -> Pretrained:
-    """Train a preset, or a configuration, in the directory `out`; returns the model as `load` does.
+    """Train a preset or a configuration in the directory `out`, and load the model.
 
     Repeated, the call continues a run that was stopped. `minutes` or `steps` set the length, `data`
     the text (a corpus or a file), `values` any field by its dotted name, as in train("mini-ar",

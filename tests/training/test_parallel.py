@@ -135,7 +135,7 @@ def test_compiled_layers_share_graphs_of_one_size(out):
 
 
 def test_without_a_compiler_training_goes_on_with_a_warning(monkeypatch):
-    monkeypatch.setattr(parallel, "missing_for_compilation", lambda device: "triton")
+    monkeypatch.setattr(parallel, "missing_for_compilation", lambda: "triton")
     train, gpu = TrainConfig(precision="bfloat16"), torch.device("cuda")
     with pytest.warns(UserWarning, match=r"torch\.compile needs triton, which is not installed"):
         assert not parallel.compiles(train, ALONE, gpu)

@@ -143,7 +143,7 @@ def _mean_nats(
 def _shares(
     model: LanguageModel, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
 ) -> Float[Tensor, "rows B T"]:
-    """Nats of every token, and for a flow the log-determinant of every block at it."""
+    """Nats of every token, and for a flow every block's log-determinant at it."""
     if isinstance(model, TokenLM):
         return -model.token_log_prob(tokens)[None]
     flow = as_flow(model)

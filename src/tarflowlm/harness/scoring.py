@@ -79,7 +79,7 @@ class TextScorer:
         tokens = [self.encode(text) for text in texts]
         whole = [text[: len(text) // T * T].view(-1, T) for text in tokens]
         rest = [Piece(text[len(text) // T * T :], 0) for text in tokens]
-        owner = torch.repeat_interleave(torch.tensor([len(w) for w in whole], dtype=torch.int64))
+        owner = torch.tensor([at for at, windows in enumerate(whole) for _ in windows])
         progress.stage("rolling log-likelihoods, windows", len(owner) + len(rest))
         total = torch.zeros(len(texts), dtype=torch.float64)
         if len(owner):

@@ -248,7 +248,7 @@ def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> 
         return train.compile
     if train.precision != "bfloat16" or device.type != "cuda":
         return False
-    missing = missing_for_compilation(device)
+    missing = missing_for_compilation()
     if missing and processes.first:
         text = f"torch.compile needs {missing}, which is not installed: training without it"
         warnings.warn(text, stacklevel=3)
