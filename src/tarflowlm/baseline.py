@@ -29,7 +29,8 @@ class TokenLM(LanguageModel):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
-        width, P = config.trunk.width, config.patch
+        width = config.trunk.width
+        P = config.patch
         in_patch = config.in_patch == "autoregressive"
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.join = nn.Linear(P * width, width) if P > 1 else nn.Identity()
@@ -46,26 +47,25 @@ class TokenLM(LanguageModel):
         nn.init.zeros_(self.head.bias)
 
     def _positions(self, tokens: Tensor) -> Tensor:
-        (B, T), P = tokens.shape, self.config.patch
-        together = self.embedding(tokens).view(B, T // P, P * self.config.trunk.width)
-        return widen(self.join(together))
+        patches = tokens.unflatten(1, (-1, self.config.patch))
+        return widen(self.join(self.embedding(patches).flatten(2)))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
         """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without one."""
-        B, N = len(tokens), tokens.shape[1] // self.config.patch
+        patches = tokens.unflatten(1, (-1, self.config.patch))
         if self.in_patch_embedding is None:
-            return self.head.weight.new_empty(B, N, 0)
-        return self.in_patch_embedding(tokens).view(B, N, -1)
+            return self.head.weight.new_empty(*patches.shape[:2], 0)
+        return self.in_patch_embedding(patches).flatten(2)
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Unnormalised log p(x_t | x_<t) of every token. UserError if P does not divide T."""
+        """Unnormalised log p(x_t | x_<t) of every token."""
         return self.patch_logits(self._features(tokens), tokens).flatten(1, 2)
 
     def _features(self, tokens: Tensor) -> Tensor:
-        P, T = self.config.patch, tokens.shape[1]
-        if T % P:
-            raise UserError(f"patch {P} does not divide the {T} tokens of the sequence")
-        return self.states(tokens[:, :-P])
+        patch = self.config.patch
+        if tokens.shape[1] % patch:
+            raise UserError(f"patch {patch} does not divide the {tokens.shape[1]} tokens")
+        return self.states(tokens[:, :-patch])
 
     def patch_logits(
         self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]
@@ -86,11 +86,7 @@ class TokenLM(LanguageModel):
         return self.token_log_prob(tokens).sum(-1)
 
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T.
-
-        Batches with more logits than `chunks.LOGITS` are cut into parts, which the backward pass
-        recomputes.
-        """
+        """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T."""
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
         rows = chunks.rows_at_once(self.config.vocab_size, chunks.LOGITS)

@@ -89,10 +89,11 @@ class TarFlowLM(LanguageModel):
             coupling=coupling_class(plan.block.coupling).build(plan),
             codebook=plan.token_reader,
         )
-        if plan.index > 0 and (certainty := self.config.blocks[plan.index - 1].certainty):
+        if plan.index > 0:
             below = self.prior.block(plan.index - 1)
-            assert isinstance(below.coupling, MixDCoupling)
-            below.coupling = Fills(below.coupling, certainty)
+            certainty = self.config.blocks[plan.index - 1].certainty
+            if certainty and isinstance(below.coupling, MixDCoupling):
+                below.coupling = Fills(below.coupling, certainty)
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 

@@ -29,11 +29,9 @@ class Config:
             if typing.get_origin(hint) is tuple:
                 values = getattr(self, name)
                 hint = typing.get_args(hint)[0]
-            if typing.get_origin(hint) is not Literal:
-                continue
-            allowed = typing.get_args(hint)
-            for value in values:
-                if value not in allowed:
+            if typing.get_origin(hint) is Literal:
+                allowed = typing.get_args(hint)
+                for value in (v for v in values if v not in allowed):
                     choice = f"choose one of {', '.join(allowed)}"
                     raise UserError(f"{self.section}{name} {value!r}: {choice}")
 
@@ -131,7 +129,6 @@ class LanguageModelConfig(Config):
 
     def first_blocks(self: C, num_blocks: int) -> C:
         """The configuration of the first blocks."""
-        assert num_blocks >= self.num_blocks
         return self
 
     def describe(self, block: int) -> str:
@@ -233,10 +230,9 @@ def stack(
     start: Literal["codebook", "plain"] = "codebook",
 ) -> tuple[BlockConfig, ...]:
     """Blocks from their couplings, layers and components, block 1 first."""
-    rows = zip(couplings, layers, components, strict=True)
     return tuple(
         BlockConfig(coupling=name, layers=depth, components=count, start=start)
-        for name, depth, count in rows
+        for name, depth, count in zip(couplings, layers, components, strict=True)
     )
 
 
@@ -300,7 +296,7 @@ class FlowConfig(LanguageModelConfig):
         if block.layers < 1:
             return f"layers {block.layers}: must be at least 1"
         components = f"components ({name}) {block.components}"
-        least = 1 if name == "mix1" else 0
+        least = int(name == "mix1")
         if block.components < least:
             return f"{components}: must be at least {least}"
         if name in ("affine", "token-affine") and block.components > 1:
@@ -311,10 +307,7 @@ class FlowConfig(LanguageModelConfig):
         if self.fills_below(index) and not block.is_tied:
             return f"{components}: above a block with certainty, use mixd with components 0"
         if block.is_tied and index > 0 and self.mixes_channels:
-            rule = (
-                "ties it to the codebook, which needs block 1 or channel_mix off; else give K >= 1"
-            )
-            return f"{components}: {rule}"
+            return f"{components}: ties it to block 1; set channel_mix off, or give K >= 1"
         return None
 
     @property

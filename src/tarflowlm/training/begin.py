@@ -1,6 +1,5 @@
 """Before the first step: the run directory, the text, and the final configuration."""
 
-import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,12 +22,11 @@ from tarflowlm.runs.checkpoint import (
     WEIGHTS,
     Checkpoint,
     read_run,
-    weights_problem,
     write_run,
 )
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, to_dict
-from tarflowlm.training.checkpoint import newest_state, resume_command
+from tarflowlm.training.checkpoint import resume_command
 from tarflowlm.training.metrics import check_installed
 from tarflowlm.training.optim import with_precision
 from tarflowlm.training.parallel import Processes
@@ -37,8 +35,6 @@ ASKED = "asked.json"
 """The configuration that a run was asked for. config.json has what was decided since: the size of
 the vocabulary, say, or the steps that a limited time was enough for.
 """
-
-logger = logging.getLogger("tarflowlm")
 
 
 def is_begun(out: Path) -> bool:
@@ -55,9 +51,8 @@ def is_begun(out: Path) -> bool:
 
 def check_same(asked: RunConfig, out: Path) -> None:
     """UserError, naming the first field that differs, unless the run in `out` was asked for so."""
-    # a temperature changes no weights
-    ours = flatten(replace(located(asked), temperature=1.0))
-    theirs = flatten(read_json(out / ASKED)) | {"temperature": 1.0}
+    ours = flatten(located(asked))
+    theirs = flatten(read_json(out / ASKED))
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             raise UserError(
@@ -133,7 +128,7 @@ def decided(config: RunConfig, corpus: Corpus, device: torch.device) -> RunConfi
 def writing(out: Path, processes: Processes) -> Iterator[None]:
     """A context in which the first process is the only writer of `out`.
 
-    A full disk is a UserError there, and an interrupt says how to continue.
+    A full disk is a UserError, and an interrupt says how to continue.
     """
 
     def remedy() -> str:
@@ -173,12 +168,3 @@ def write_start(
     if parent is not None:
         write_weights(out / PARENT, parent.model.state_dict(), parent.info)
     write_run(out, config, corpus.tokenizer)
-
-
-def state_to_resume(out: Path) -> Path:
-    """The newest undamaged state. Damaged weights are restored from it, with a notice."""
-    damage = weights_problem(out)
-    state = newest_state(out)
-    if damage is not None:
-        logger.warning("%s: restored from %s", damage, state.name)
-    return state

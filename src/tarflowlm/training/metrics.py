@@ -122,14 +122,16 @@ def open_tensorboard(_name: str, config: RunConfig, out: Path, resume_at: int) -
 
 
 def open_tracked_run(name: TrackerName, config: RunConfig, out: Path, _resume_at: int) -> Tracker:
-    """A run of Weights & Biases, online or offline by WANDB_MODE, or of Trackio, whose calls are
-    the same. `out`/NAME.id holds its identity there, under which a resumed run continues.
+    """A run of Weights & Biases or of Trackio, whose calls are the same.
+
+    A resumed run continues under the identity in `out`/NAME.id.
     """
     check_installed((name,))
     module = import_module(name)
-    if not (out / f"{name}.id").exists():
-        (out / f"{name}.id").write_text(secrets.token_hex(4), encoding="ascii")
-    identity = (out / f"{name}.id").read_text(encoding="ascii")
+    file = out / f"{name}.id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4), encoding="ascii")
+    identity = file.read_text(encoding="ascii")
     own: dict[str, object] = {"project": PROJECT, "auto_log_gpu": False, "auto_log_cpu": False}
     if name == "wandb":
         settings = module.Settings(silent=True, console="off")

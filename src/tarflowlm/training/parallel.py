@@ -41,7 +41,7 @@ from tarflowlm.language_model import LanguageModel, seeded
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=3)
-"""How long processes wait for another one. The first one may prepare some 6 MB of text a second."""
+"""How long processes wait for another one, which may be preparing the text."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,9 @@ class Processes:
         """Sequences of a global batch for each process. UserError if they do not divide evenly."""
         parts = self.world * train.accumulate
         if train.batch_size % parts:
-            division = f"{self.world} processes x {train.accumulate} accumulation steps"
             raise UserError(
-                f"train.batch_size {train.batch_size}: does not divide into {division}; "
-                f"use a multiple of {parts}"
+                f"train.batch_size {train.batch_size}: use a multiple of {parts} for {self.world} "
+                f"processes x {train.accumulate} accumulation steps"
             )
         return train.batch_size // self.world
 

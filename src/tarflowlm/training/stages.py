@@ -1,6 +1,4 @@
-"""The stages of a run: its state before the first step or after a checkpoint, the change from one
-stage to the next, and the end.
-"""
+"""The stages of a run: its first or resumed state, the next stage, and the end."""
 
 import logging
 import math
@@ -42,7 +40,7 @@ def first_state(job: Job) -> State:
 
 
 def resumed_state(job: Job, folder: Path) -> State:
-    """The state in the `folder` of a checkpoint; cuts the log back to where it was then."""
+    """The state in the `folder` of a checkpoint; cuts the log back. Collective."""
     saved = read_json(folder / COUNTERS)
     if saved["corpus"] != job.corpus.fingerprint:
         raise UserError(
@@ -97,10 +95,9 @@ def open_log(job: Job, *, step: int, position: int) -> None:
 
 
 def enter_stage(job: Job, state: State, stage: int) -> None:
-    """Append the blocks of `stage` to the model, freeze all blocks but its own, and build new
-    optimisers. Collective.
-    """
-    config, model = job.config, state.model
+    """Append the blocks of `stage`, freeze the others, and build optimisers. Collective."""
+    config = job.config
+    model = state.model
     while model.num_blocks < config.model_of_stage(stage).num_blocks:
         with seeded(config.seed + 1000 * model.num_blocks):
             model.append_block()

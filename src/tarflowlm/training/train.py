@@ -1,8 +1,7 @@
 """A training run, from its configuration to its results.
 
-`train` is the whole of it, and `train_stage` is the loop: evaluate, take a batch, add up gradients,
-step, count, log, save, in the order in which these happen. They act on a `Job`, which never
-changes, and on a `State`, which is what a checkpoint holds.
+`train` is the whole of it, and `train_stage` is the loop. They act on a `Job`, which never changes,
+and on a `State`, which is what a checkpoint holds.
 """
 
 import logging
@@ -38,9 +37,7 @@ from tarflowlm.training.validation import validate
 STEPS_BETWEEN_READS = {"cuda": 16}
 """Steps after which the host reads the losses of a device, for which it then has to wait."""
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
-"""A context in which a run can be asked to stop. It yields a function that returns the reason, or
-None.
-"""
+"""A context that yields a function: the reason why the run was asked to stop, or None."""
 Unread = list[tuple[int, Tensor, list[str], Tensor]]
 """Steps whose numbers are still on the device: the step, its loss and gradient norm [2], and the
 names of the parameters that have a gradient with the norms of these.
@@ -97,7 +94,7 @@ def train(
             raise UserError(
                 f"{out} has just been begun by another process: repeat the command to continue it"
             )
-        folder = begin.state_to_resume(out) if processes.first and begun else None
+        folder = checkpoint.newest_state(out) if processes.first and begun else None
         folder = processes.from_first(folder)
         if processes.first and folder is None:
             begin.write_start(out, asked, config, corpus, parent)
@@ -151,7 +148,9 @@ def train_stage(job: Job, state: State) -> Likelihood:
     FloatingPointError, naming parameters, if the loss or a gradient is not finite; Stopped
     if the run was asked to stop. Collective.
     """
-    config, train, counters = job.config, job.config.train, state.counters
+    config = job.config
+    train = config.train
+    counters = state.counters
     every = STEPS_BETWEEN_READS.get(job.device.type, 1)
     unread: Unread = []
     may_compile = job.compiles
@@ -281,7 +280,7 @@ def accumulate_gradients(
 def read(state: State, unread: Unread) -> None:
     """Read the numbers of steps into the window of the log, with one transfer from the device.
 
-    FloatingPointError for the first step whose loss or gradient is not finite. Collective.
+    FloatingPointError for the first step that is not finite. Collective.
     """
     if not unread:
         return
@@ -316,7 +315,8 @@ def not_finite(
 
 def count(job: Job, state: State, tokens: Int[Tensor, "B T"]) -> None:
     """Count a step that this process took on `tokens`."""
-    counters, num_tokens = state.counters, tokens.numel() * job.processes.world
+    counters = state.counters
+    num_tokens = tokens.numel() * job.processes.world
     counters.step += 1
     counters.stage_step += 1
     counters.tokens += num_tokens

@@ -27,11 +27,9 @@ def tuning(
 ) -> RunConfig:
     """The run that continues the training of a model on another text, for `train(..., parent=...)`.
 
-    Shape, tokenizer, batches and stages are those of the parent's own training. The stages keep
-    their shares of the new length: `minutes`, by default 10, or `steps`. The optimiser is new, with
-    the peak rate `lr`, by default half of the parent's. Each stage ends with the weights of its
-    best validation, since a text for tuning is often short. UserError for a length or rate that is
-    not above 0.
+    Shape, tokenizer, batches and stages are the parent's. The stages keep their shares of the new
+    length: `minutes`, by default 10, or `steps`. The optimiser is new, with the peak rate `lr`, by
+    default half of the parent's. UserError for a length or rate that is not above 0.
     """
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"minutes {minutes}: must be above 0 and finite")
