@@ -149,13 +149,9 @@ class TrainConfig(Config):
     dropout: float = 0.0
     """Dropout on the outputs of attention and MLP. Useful for several epochs on a small text."""
     ema: float = 0.0
-    """Decay of an average of the weights that is evaluated, saved, and trained upon by later
-    stages; 0: none.
-    """
+    """Decay of an average of the weights, which is evaluated and saved instead of them; 0: none."""
     keep: Literal["last", "best"] = "best"
-    """Weights with which a stage ends: its last ones, or those of its best validation, which may be
-    those it began with.
-    """
+    """Weights with which a stage ends: the last ones, or the ones of its best validation."""
     patience: int = 0
     """End a stage after this many evaluations in a row without a better bound; 0: when its steps or
     time are over. The paper trains a block until the bound stabilises.

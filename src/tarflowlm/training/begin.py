@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tarflowlm.config import RunConfig
-from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, load_tokenizer, suited
+from tarflowlm.config import RunConfig, TokenizerConfig
+from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, load_tokenizer, suited
 from tarflowlm.errors import UserError
 from tarflowlm.files import full_disk_as_user_error, read_json, remove_leftovers, write_json
 from tarflowlm.locks import writer_lock
@@ -32,9 +32,7 @@ from tarflowlm.training.optim import with_precision
 from tarflowlm.training.parallel import Processes
 
 ASKED = "asked.json"
-"""The configuration that a run was asked for. config.json has what was decided since: the size of
-the vocabulary, say, or the steps that a limited time was enough for.
-"""
+"""The configuration that a run was asked for; config.json has what was decided since."""
 
 
 def is_begun(out: Path) -> bool:
@@ -68,12 +66,12 @@ def configured(
     if begun or asked is None:
         return read_run(out)
     check_installed(asked.train.track)
-    if asked.parent:
-        if parent is None:
-            raise UserError(f"parent {asked.parent}: give that model with `train --from`")
-        return located(asked)
-    tokenizer = suited(asked.data.source, asked.data.tokenizer)
-    return located(replace(asked, data=replace(asked.data, tokenizer=tokenizer)))
+    if not asked.parent:
+        tokenizer = suited(asked.data.source, asked.data.tokenizer)
+        asked = replace(asked, data=replace(asked.data, tokenizer=tokenizer))
+    elif parent is None:
+        raise UserError(f"parent {asked.parent}: give that model with `train --from`")
+    return located(asked)
 
 
 def located(config: RunConfig) -> RunConfig:
@@ -92,15 +90,13 @@ def corpus_of(
     processes: Processes,
 ) -> Corpus:
     """The text in tokens. UserError if it is too short, or its tokenizer does not suit `config`."""
-    tokenizer = parent.tokenizer if parent is not None else None
-    if config.parent and tokenizer is None:
+    tokenizer: Tokenizer | TokenizerConfig = config.data.tokenizer
+    if parent is not None:
+        tokenizer = parent.tokenizer
+    elif config.parent:
         tokenizer = load_tokenizer(out / TOKENIZER)
     with processes.first_alone():
-        corpus = cached_corpus(
-            config.data.source,
-            tokenizer or config.data.tokenizer,
-            progress=progress,
-        )
+        corpus = cached_corpus(config.data.source, tokenizer, progress=progress)
     context = config.model.context
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)

@@ -240,8 +240,7 @@ def orthogonalise_all(stacks: list[Tensor], *, batched: bool) -> list[Tensor]:
     same kernels.
     """
     if not batched:
-        each = [[orthogonalise(matrix) for matrix in stack] for stack in stacks]
-        return [torch.stack(x) if len(x) > 1 else x[0][None] for x in each]
+        return [torch.stack([orthogonalise(matrix) for matrix in stack]) for stack in stacks]
     wide = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks]
     found = [*stacks]
     for shape in {x.shape[1:] for x in wide}:

@@ -54,7 +54,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """True for the process that writes files and reports to the user."""
+        """Whether this process writes files and reports to the user."""
         return self.rank == 0
 
     def shards(self, train: TrainConfig) -> bool:
@@ -108,7 +108,7 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """A context whose body the first process runs before the others, which find its files."""
+        """A context that the first process passes before the others, which find its files."""
         if not self.first:
             self.wait()
         try:
