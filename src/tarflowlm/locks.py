@@ -31,7 +31,7 @@ def waiting_lock(path: Path) -> FileLock:
 def writer_lock(directory: Path) -> Iterator[None]:
     """Be the only writer of a run directory. UserError where there is another."""
     try:
-        # longer than `is_written` holds it; a run may take days
+        # longer than `is_written` holds it
         held = FileLock(directory / LOCK).acquire(timeout=1.0)
     except Timeout:
         what = f"{directory} is being written by another process"

@@ -67,7 +67,7 @@ def push_to_hub(
 def push_folder(
     folder: Path, repository: str, *, private: bool = False, space: bool = False
 ) -> str:
-    """Upload a saved model as a commit to OWNER/NAME, made if needed; returns the address."""
+    """Upload a saved model to OWNER/NAME, made if needed; returns the address."""
     import huggingface_hub
     from huggingface_hub import constants
 

@@ -79,17 +79,17 @@ class TextScorer:
         tokens = [self.encode(text) for text in texts]
         whole = [text[: len(text) // T * T].view(-1, T) for text in tokens]
         rest = [Piece(text[len(text) // T * T :], 0) for text in tokens]
-        owner = torch.tensor([at for at, windows in enumerate(whole) for _ in windows])
+        owner = [at for at, windows in enumerate(whole) for _ in windows]
         progress.stage("rolling log-likelihoods, windows", len(owner) + len(rest))
-        total = torch.zeros(len(texts), dtype=torch.float64)
-        if len(owner):
+        total = [value for value, _ in self._scores(rest, progress)]
+        if owner:
             windows = torch.cat(whole)
             weights = log_weights(
                 self.model, windows, samples=self.samples, seed=self.seed, progress=progress
             )
-            total.index_add_(0, owner, -importance_weighted(weights))
-        values = [value for value, _ in self._scores(rest, progress)]
-        return (total + torch.tensor(values, dtype=torch.float64)).tolist()
+            for at, nats in zip(owner, importance_weighted(weights).tolist(), strict=True):
+                total[at] -= nats
+        return total
 
     def conditional(
         self, requests: Sequence[Piece], progress: Progress = SILENT

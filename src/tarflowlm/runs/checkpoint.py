@@ -112,7 +112,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
 
 
 def undamaged_state(directory: Path) -> Path | None:
-    """The newest undamaged training state of a run directory; older ones are not read."""
+    """The newest undamaged training state of a run directory."""
     states = sorted((directory / STATE).glob("step-*"), reverse=True)
     return next((state for state in states if is_whole(state, COUNTERS)), None)
 
@@ -125,11 +125,11 @@ def corpus_digest(directory: Path) -> str | None:
 
 def weights_problem(directory: Path) -> str | None:
     """The damage of the weights of a run directory, in words; None for undamaged or no weights."""
-    if (directory / WEIGHTS).exists():
-        try:
+    try:
+        if (directory / WEIGHTS).exists():
             read_weights(directory / WEIGHTS)
-        except UserError as error:
-            return str(error)
+    except UserError as error:
+        return str(error)
     return None
 
 
