@@ -124,8 +124,8 @@ def test_missing_pieces_are_noted(runs, tmp_path, undrawn):
         runs["progressive"], tmp_path / "young", ignore=shutil.ignore_patterns("summary.json")
     )
     (young / "model.safetensors").unlink()
-    first = (young / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    (young / "metrics.jsonl").write_text(first, encoding="utf-8")
+    first = next(line for line in metrics_of(young) if line["split"] == "train")
+    (young / "metrics.jsonl").write_text(json.dumps(first), encoding="utf-8")
     model = export(load_checkpoint(runs["joint"]), tmp_path / "model")
     result = write_report([young, model], tmp_path / "out")
     assert {Path(path).stem for path in result["figures"]} == {"bits", "codebook-model"}
