@@ -99,7 +99,7 @@ def test_report_has_figures_and_numbers(runs, tmp_path):
     assert page.text.count("3 samples of 16 tokens") == 3
     assert page.text.count("after block 1: ") == 2
     # the terms of the bound are those that training evaluated last
-    shown = [float(number) for number in re.findall(r"bound of the model<= (\d+\.\d+)", page.text)]
+    shown = [float(number) for number in re.findall(r"3 of 3 blocks<= (\d+\.\d+)", page.text)]
     expected = []
     for name in ("progressive", "joint"):
         lines = metrics_of(runs[name])

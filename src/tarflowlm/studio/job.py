@@ -20,9 +20,9 @@ TURN = threading.Lock()
 
 
 class Job(Progress):
-    """The progress of work on a thread, which can be stopped wherever it advances.
+    """The progress of work on a thread, of `total` units if known.
 
-    `doing` says what it does. It advances by `total` units, 0 if they are unknown.
+    It can be stopped wherever it advances.
     """
 
     def __init__(self, doing: str, total: int = 0) -> None:

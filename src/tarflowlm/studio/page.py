@@ -32,7 +32,7 @@ EXAMPLES = (
     ("Continue a sentence", "english-small", "The people of", 160),
     ("Fill in blanks", "english-small", "The _ of the _ _ was heard in the city of Washington", 96),
 )
-"""Label, model, text and length of each example; a visitor is shown the first one."""
+"""Label, model, text and length of each."""
 ONE_EACH = "Every _ is one token that the model chooses"
 SENTENCE = "The people of this country have a right to peace and to work."
 HISTORY = (
@@ -77,7 +77,7 @@ def _quick(event: Event, function: Callable[..., object], inputs: object, output
 
 
 def _write(catalogue: Catalogue, arrival: Event) -> None:
-    """The view that writes; at first what the address asks for, or the first example."""
+    """At first it writes what the address asks for, or the first example."""
 
     def values_of(name: str, text: str, length: int) -> list[str | int | float]:
         return [name, text, length, catalogue.temperature(name), 1.0, 1, 0]
@@ -174,7 +174,6 @@ def _score(catalogue: Catalogue) -> None:
 
 
 def _runs(catalogue: Catalogue, arrival: Event) -> None:
-    """The view of runs, which looks at the folders again now and then."""
     names = catalogue.runs
     with gr.Tab("Runs"):
         with gr.Row(visible=bool(names)) as row:
@@ -217,7 +216,7 @@ def _model(catalogue: Catalogue) -> Component:
 
 
 def _temperature(catalogue: Catalogue, model: Component) -> Component:
-    """A slider at the temperature of the model's configuration; choosing a model resets it."""
+    """A slider at the temperature that suits the model."""
     usual = catalogue.temperature(model.value)
     slider = gr.Slider(0.1, 1.5, usual, step=0.05, label="Temperature")
     _quick(model.input, catalogue.temperature, model, slider)

@@ -98,9 +98,9 @@ def bar(share: float) -> str:
 
 
 def slider(rows: Sequence[Row], *, is_open: bool) -> str:
-    """A slider over passes: one of them is on the stage of the same card, all of them are below.
+    """A slider over passes; one that `is_open` goes through them once by itself.
 
-    If it `is_open`, it goes through them once by itself.
+    The chosen pass is on the stage of the same card, all of them are below.
     """
     last = len(rows) - 1
     plays = " data-play" if is_open else ""

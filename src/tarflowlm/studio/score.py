@@ -79,7 +79,7 @@ def _difference(found: Mapping[str, Scored]) -> str:
 
 
 def _blocks(name: str, scored: Scored) -> str:
-    """The contribution of every block of a flow at every token, around its mean."""
+    """log2 |det J| of every block of a flow at every token, around its mean."""
     blocks = scored.blocks
     if blocks is None or len(blocks) < 2:
         return ""
@@ -98,10 +98,7 @@ def _blocks(name: str, scored: Scored) -> str:
 
 
 def heat(scored: Scored, values: Sequence[float], most: float) -> str:
-    """A text whose tokens have a warmer ground the higher their value, a blue one below 0.
-
-    `most` is full colour.
-    """
+    """A text on grounds that are warm for high values and blue below 0; `most` is full colour."""
     spans = ""
     for symbol, value in zip(scored.symbols, values, strict=True):
         share = min(abs(value) / max(most, 1e-9), 1.0)

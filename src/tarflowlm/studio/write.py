@@ -135,11 +135,14 @@ def infill(
         shown = spans(text_tokens(new, tokenizer, {"given": given, "changed": new != template}))
         head = div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share))
         choices += div("st-choice", head, div("st-stage", shown))
+    effective = 1 / (weights**2).sum().item()  # from 1 to all of them
+    count = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
+    trust = f"{count} More particles find more texts that fit.{bar(effective / len(weights))}"
     numbers = facts((f"{draft.particles:,}", "particles per try"), took(job.seconds))
     yield page(
         asked(request.command(catalogue.entry(model).command_name)),
         card(choices, *map(muted, draft.notices)),
-        card(_trust(weights), numbers),
+        card(trust, numbers),
     )
 
 
@@ -151,10 +154,3 @@ def _weights(batches: list[Written]) -> Tensor:
         evidence.append(torch.zeros(len(batch.rows)) if found is None else found.log_evidence)
     weights = torch.cat(evidence).softmax(0)
     return weights.nan_to_num(1 / len(weights))
-
-
-def _trust(weights: Tensor) -> str:
-    """How many of the tries count, from 1 to all of them."""
-    effective = 1 / (weights**2).sum().item()
-    words = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
-    return f"{words} More particles find more texts that fit.{bar(effective / len(weights))}"

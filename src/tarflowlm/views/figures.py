@@ -11,13 +11,12 @@ from tarflowlm.views.style import COLOURS, MUTED, PAPER, SMALL, Axes, Figure, li
 from tarflowlm.views.tables import signed
 
 AXES = ("tokens", "seconds")
-"""The quantities over which curves can be drawn."""
 CURVES = "Faint: training batches; with markers: validation. Flows have upper bounds (≤)."
 """How to read `draw_bits`."""
 
 
 def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] = AXES) -> None:
-    """Bits per character of runs, a panel for each of the axes `over`.
+    """Bits per character of runs, a panel for each of `over`, names of AXES.
 
     The legend has their last validation, or the last training batch of runs without one.
     """

@@ -62,7 +62,7 @@ class RunRecord:
 
     @property
     def slug(self) -> str:
-        """The name without the characters that file names and ids cannot have."""
+        """The name as a file name and an id."""
         return re.sub(r"[^\w.-]+", "_", self.name)
 
     @property
@@ -77,7 +77,6 @@ class RunRecord:
 
     @property
     def has_log(self) -> bool:
-        """Whether there are any training lines."""
         return len(self.train["step"]) > 0
 
     @property
@@ -94,7 +93,7 @@ class RunRecord:
 
     @property
     def stage_starts(self) -> list[tuple[int, int]]:
-        """The block of each stage but the first, and the index of the last training line before."""
+        """The block of each stage but the first, and the index of the line before it."""
         block = self.train["block"]
         changes = map(int, np.flatnonzero(np.diff(block)))
         return [(int(block[line + 1]), line) for line in changes]

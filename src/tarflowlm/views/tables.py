@@ -71,7 +71,7 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
 
 
 def terms_table(states: Sequence[StateReport], to_bpc: float) -> str:
-    """The terms of the bound, which add up to it, and the bound after each block.
+    """The terms of the bound, and the bound after each block.
 
     A nat per token is `to_bpc` bits per character.
     """
@@ -88,10 +88,8 @@ def terms_table(states: Sequence[StateReport], to_bpc: float) -> str:
     terms["−log p(x|z)"] = last.nelbo.mean - kl
     rows = [(name, signed(value, 5), signed(to_bpc * value, 5)) for name, value in terms.items()]
     rows.append(("KL(q(z|x) ‖ p(z))", f"{kl:.5f}", f"{to_bpc * kl:.5f}"))
-    names = [f"bound of blocks 1 to {state.block}" for state in states]
-    names[0] = "bound of no block"
-    names[-1] = "bound of the model"
-    for name, state in zip(names, states, strict=True):
+    for state in states:
+        name = f"bound with {state.block} of {last.block} blocks"
         bound = state.nelbo.mean
         rows.append((name, f"<= {bound:.5f}", f"<= {to_bpc * bound:.5f}"))
     return table_html(["", "nats per token", "bits per character"], rows)
