@@ -44,7 +44,7 @@ class Catalogue:
 
     @property
     def pair(self) -> list[str]:
-        """A flow and a baseline that read texts alike, if there are any; else the first model."""
+        """A flow and a baseline that read texts alike, else the first model."""
         for names in combinations(self.models, 2):
             flow, baseline = (self.entries[name].run for name in names)
             is_alike = flow.data.tokenizer == baseline.data.tokenizer
@@ -58,7 +58,6 @@ class Catalogue:
         return [name for name, one in self.entries.items() if (one.place / METRICS).is_file()]
 
     def about(self, name: object) -> str:
-        """A line about a model."""
         entry = self.entry(name)
         trained = f"Preset {entry.run.name}, trained on {Path(entry.run.data.source).name}."
         return purpose(read_card(entry.place)) or trained

@@ -36,7 +36,6 @@ def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:
 
 
 def page(*parts: str) -> str:
-    """What a view shows."""
     return div("st st-view", f"<style>{CSS}</style>", *parts)
 
 
@@ -88,7 +87,6 @@ def facts(*pairs: tuple[str, str]) -> str:
 
 
 def took(seconds: float) -> tuple[str, str]:
-    """A pair for `facts`."""
     return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s", "in all"
 
 

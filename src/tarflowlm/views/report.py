@@ -45,15 +45,13 @@ EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no 
 
 
 class RunNotes(TypedDict):
-    """A run in a report, with notes on what is missing."""
-
     name: str
     status: str
     notes: list[str]
 
 
 class Report(TypedDict):
-    """The files of a report, and its runs."""
+    """The files of a report, and its runs with notes on what is missing."""
 
     page: str
     figures: list[str]
@@ -102,7 +100,7 @@ def write_report(
 
 @dataclass(frozen=True)
 class _Writer:
-    """Draws figures into the folder of a report, whose paths it collects."""
+    """Writes the page of a report, and draws its figures."""
 
     out: Path
     device: torch.device | str
@@ -110,7 +108,6 @@ class _Writer:
     figures: list[str] = field(default_factory=list)
 
     def page(self, records: Sequence[RunRecord]) -> str:
-        """The page about the runs; their notes say what is missing."""
         sections = [section_html("Summary", [SIGNS], [summary_table(records)])]
         logged = [record for record in records if record.has_log]
         if logged:
@@ -148,7 +145,6 @@ class _Writer:
         return section_html(record.name, [*record.notes, *notes], parts)
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
-        """Samples, and the passes of the first one."""
         draft = Writing(num=NUM, num_tokens=length).read(checkpoint)
         self.progress.stage(f"samples of {record.name}, positions", draft.num_positions)
         (written,) = draft.batches(self.progress)

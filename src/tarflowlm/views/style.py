@@ -19,7 +19,7 @@ else:
     Figure = Axes = object
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, without yellow and black, which vanish on white or on dark."""
+"""By Okabe and Ito, without yellow and black, which vanish on white or on dark."""
 MUTED = "#68707a"
 PAPER = "#fefefe"
 SMALL = 8.0
