@@ -1,4 +1,4 @@
-"""The views that edit: named words drawn anew, or a share of the words or of a state."""
+"""The views that edit: named words, or a share of the words or of a state."""
 
 from dataclasses import replace
 
