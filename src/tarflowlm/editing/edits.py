@@ -47,9 +47,7 @@ from tarflowlm.editing.words import (
 from tarflowlm.errors import UserError
 
 TEMPERATURE = 0.7
-"""Temperature of new words where block 1 has weights of tokens: rare words are rarely what was
-meant.
-"""
+"""Temperature of new words where block 1 has weights of tokens, else 1."""
 
 Pick = Literal["random", "unlikely"]
 """Which words: at random, or those that cost most in block 1."""
@@ -71,16 +69,15 @@ class WordSource(Source):
         positions = self.text.tokens.shape[1] // self.model.config.patch
         self.progress.stage("editing, positions", blocks * positions)
 
-    def symbols(self, text: Encoded | None = None) -> list[bytes]:
-        """The bytes of every token of the text, or of another one."""
-        text = text or self.text
+    def symbols(self, text: Encoded) -> list[bytes]:
+        """The bytes of every token of a text."""
         tokens: list[int] = text.tokens[0, : text.length].tolist()
         return [self.tokenizer.token_bytes[token] for token in tokens]
 
     def pick(self, count: int, pick: Pick) -> list[Span]:
         """`count` words of the text."""
         costs = token_costs(self.model, self.text)[0].tolist() if pick == "unlikely" else None
-        words = words_of(self.symbols())
+        words = words_of(self.symbols(self.text))
         return pick_words(words, count, self.text.length, self.generator, costs=costs)
 
     def candidates(
@@ -106,11 +103,11 @@ def redraw_words(
     """Draw some words anew, given all others.
 
     `strength` is the share of the words, from 0 to 1, and `words` a number of them instead. Where
-    the model repeats a word, another one is tried. Of as many `candidates` for every word, or for
-    several neighbouring ones, one is taken by how well the rest of the text follows it.
-    `temperature` is 0.7 by default, or 1 where block 1 has no weights of tokens.
+    the model repeats a word, another one is tried. Of so many `candidates` for every word, or for
+    several neighbouring ones, one is taken by how well the rest of the text follows it. The default
+    of their `temperature` is TEMPERATURE.
     """
-    places = words_of(source.symbols())
+    places = words_of(source.symbols(source.text))
     if not places:
         raise UserError("the text has no words: give some, or name pieces of it to rewrite")
     count = num_words(strength, places) if words is None else words
@@ -129,10 +126,9 @@ def rewrite_pieces(
 ) -> Edit:
     """Draw these pieces of the text anew, words or more, given everything else.
 
-    The first occurrence of each, or with `everywhere` all of them as whole words. `candidates` and
-    `temperature` as in `redraw_words`.
+    The first occurrence of each, or with `everywhere` all of them as whole words.
     """
-    symbols = source.symbols()
+    symbols = source.symbols(source.text)
     if not pieces:
         raise UserError("no piece of the text is named: give at least one")
     spans = [find_piece(symbols, piece) for piece in pieces]
@@ -153,8 +149,7 @@ def replace_piece(
 ) -> Edit:
     """Put `new` where `old` first stands, as a word if it is one, and keep the rest.
 
-    `around` words on each side may be drawn anew, given all else; 0 keeps them. `candidates` and
-    `temperature` as in `redraw_words`.
+    `around` words on each side may be drawn anew, given all else; 0 keeps them.
     """
     if around < 0:
         raise UserError(f"around {around}: must be at least 0")
@@ -167,12 +162,10 @@ def replace_piece(
             f"{source.model.config.context}: shorten it"
         )
     text = encode(source.model, changed[None], source.generator).repeated(source.num)
-    end = start + len(tokens)
+    words = words_of(source.symbols(text))
     # at either end of the text nothing says that a word begins or ends there
-    inner = [
-        word for word in words_of(source.symbols(text)) if 0 < word[0] < word[1] < len(changed)
-    ]
-    spans = neighbours(inner, start, end, around)
+    inner = [word for word in words if 0 < word[0] < word[1] < len(changed)]
+    spans = neighbours(inner, start, start + len(tokens), around)
     source.progress.stage("redrawing, pieces", len(spans) * source.num)
     # the old token at every place of the new text
     aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
@@ -200,8 +193,8 @@ def substitute_piece(source: WordSource, *, old: str, new: str) -> Edit:
 
 
 def _replacement(source: WordSource, old: str, new: str) -> tuple[int, int, Tensor]:
-    """The tokens of the text that hold `old`, from one place to another, and those to put there."""
-    symbols = source.symbols()
+    """The first and last place of the tokens that hold `old`, and the tokens to put there."""
+    symbols = source.symbols(source.text)
     start, stop = find_piece(symbols, old)
     # with everything else in these tokens: tokens of word pieces begin with a space
     held = b"".join(symbols[start:stop]).decode("utf-8", errors="replace")
@@ -219,11 +212,12 @@ def take_words(
     """Take a stretch of the words of another text [1, T] of the same length, at their places.
 
     `weight` is the share of its words: 0 is the text, 1 the other one. Words that the stretch cuts
-    are drawn anew; `candidates` and `temperature` as in `redraw_words`.
+    are drawn anew.
     """
     check_share(weight, "weight")
     second = other.repeated(source.num)
-    ours, theirs = (words_of(source.symbols(text)) for text in (source.text, second))
+    ours = words_of(source.symbols(source.text))
+    theirs = words_of(source.symbols(second))
     count = round(weight * len(theirs))
     spans = []
     for _ in range(source.num):
@@ -244,8 +238,7 @@ def interpolate_states(
 ) -> Edit:
     """Interpolate the states `level` with those of another text [1, T] of the same length.
 
-    `weight` is that of the other state: 0 is the text, 1 the other one. `decoder` says how the
-    blocks below are inverted.
+    `weight` 0 gives the text, 1 the other one.
     """
     source.stage(level)
     second = other.repeated(source.num)
@@ -261,11 +254,7 @@ def renoise_state(
     pick: Pick = "random",
     decoder: Decoder = "auto",
 ) -> Edit:
-    """Add noise to a state: h -> sqrt(1 - s^2) h + s eps with s the `strength`.
-
-    `level` 0 is the latents, the number of blocks the noise. `words` changes the state at so many
-    words only. `decoder` says how the blocks below are inverted.
-    """
+    """Add noise of a `strength` to the state `level`, everywhere or at some `words`."""
     length = source.text.tokens.shape[1]
     where = None if words is None else covered(source.pick(words, pick), length)
     source.stage(level)
@@ -281,9 +270,7 @@ EDITS: dict[str, Callable[..., Edit]] = {
     "interpolate": interpolate_states,
     "level": renoise_state,
 }
-"""The edits by name. Each raises UserError for options out of range, and names the stages of the
-progress.
-"""
+"""The edits by name. Each raises UserError for options out of range."""
 
 
 def options_of(name: str) -> frozenset[str]:
@@ -306,6 +293,8 @@ def common_length(text: Sized, other: Sized) -> int:
     UserError where little of the first `text` would be left.
     """
     if 2 * len(other) < len(text):
-        what = f"the other text has {len(other)} of the {len(text)} tokens of the text"
-        raise UserError(f"{what}: give one that is about as long")
+        raise UserError(
+            f"the other text has {len(other)} of the {len(text)} tokens of the text: "
+            "give one that is about as long"
+        )
     return min(len(text), len(other))

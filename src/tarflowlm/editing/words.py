@@ -18,7 +18,8 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
 
     A token that begins with white space begins a word; one of nothing else belongs to none.
     """
-    spans, inside = list[Span](), False
+    spans: list[Span] = []
+    inside = False
     for at, piece in enumerate(pieces):
         is_space = not piece.strip()
         if not is_space and (not inside or piece[:1].isspace()):
@@ -53,10 +54,9 @@ def pick_words(
 
 
 def merge_words(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
-    """The chosen words, first to last, with neighbours and the white space between them as one
-    span.
-    """
-    spans, previous = list[Span](), False
+    """The chosen words, first to last; neighbours and the white space between them are one span."""
+    spans: list[Span] = []
+    previous = False
     for word in words:
         if word in chosen:
             spans.append((spans.pop()[0] if previous else word[0], word[1]))
@@ -93,8 +93,7 @@ def blended_spans(
 
 
 def find_piece(pieces: Sequence[bytes], piece: str) -> Span:
-    """The tokens that hold the first occurrence of `piece` as whole words, or else the first one at
-    all.
+    """The tokens that hold `piece`, where it first occurs as whole words, or else at all.
 
     UserError for a piece that is empty or not in the text.
     """
@@ -110,8 +109,7 @@ def find_words(pieces: Sequence[bytes], piece: str) -> list[Span]:
 
 
 def _found(pieces: Sequence[bytes], pattern: str) -> list[Span]:
-    # tokens may hold parts of characters, so places are counted in bytes; the error handler keeps
-    # any of them
+    # tokens may hold parts of characters, so places are counted in bytes
     handler = "surrogateescape"
     text = b"".join(pieces).decode("utf-8", handler)
     ends = list(itertools.accumulate(len(part) for part in pieces))

@@ -1,6 +1,4 @@
-"""`generate`, the entry point of sampling: either model, with or without given tokens
-(docs/math.md, 7 and 9).
-"""
+"""`generate`, the entry point of sampling: either model, with or without given tokens."""
 
 from collections.abc import Sequence
 
@@ -37,42 +35,34 @@ def generate(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: Progress = SILENT,
 ) -> Generation:
-    """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections
-    7 and 9).
+    """Draw `num` samples of `num_tokens` tokens each, given ones included (docs/math.md, 7 and 9).
 
     `model` is a model, or what `load` returns. At temperature 1, without top-k, top-p or given
     tokens, the latents are exact samples; their most probable tokens are exact, too, where the
     codebook is sharp.
 
     `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token
-    to draw, anywhere. Tokens given at the start are exact for the baseline and, given their
-    latents, for a flow of one block and for a stack without blocks from right to left, in which the
-    states of its tokens are known. Otherwise the drawn tokens ignore given tokens further right and
-    the dependence that the upper blocks describe. R = `particles` > 1 corrects this at R times the
-    cost, exactly in the limit of many particles. By default R is 16 where given tokens follow a
-    blank, and else 1.
+    to draw, anywhere. A prompt at the start is exact for the baseline and, given its latents, for a
+    single block and for a stack without blocks from right to left. Otherwise the drawn tokens
+    ignore given tokens further right and the dependence that the upper blocks describe.
+    R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
+    By default R is 16 where given tokens follow a blank, and else 1.
 
-    `temperature` tau raises the probabilities of tokens, given everything before in the baseline or
-    in block 1, to the power 1 / tau; `top_k` and `top_p` truncate them. A Mix-d block tied to the
-    codebook has these probabilities as its weights (the noise is not scaled, since Phi(u) has to
-    stay uniform). Other flows have none and refuse. In a stack whose lower blocks fill in what they
-    are sure of, the weights of every block change, in the noise for particles those of block 1
-    alone.
+    `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
+    block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
+    flows refuse. In a stack that fills in (eq. 9a), the weights of all blocks change.
 
-    `num_tokens` may exceed the trained context (`writing.py`) with one particle and no blanks
-    between given tokens.
+    `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
+    given tokens.
 
     `decoder`, for all blocks or one per block, L first: "steps" inverts position by position,
     "sweeps" in parallel, equal up to rounding, "auto" by the cheaper. Given tokens, temperature,
     top-k and top-p make block 1 take steps.
 
-    Row b has a random stream of its own, made from `generator` and b, so it does not depend on
-    `num`. A list of generators, one per row, replaces these streams.
+    Row b has a random stream of its own, made from `generator` and b, or the one of a list of
+    `num` generators. `progress` advances `num_positions` times: once per position and block.
 
-    `progress` advances once per position and block: `num_positions` times in all.
-
-    Raises UserError for a prompt or settings that the model cannot take, for particles where a
-    prompt is continued exactly, and for arguments of a wrong type.
+    UserError for a prompt or settings that the model cannot take.
     """
     steps = generate_steps(
         model,
@@ -108,10 +98,10 @@ def generate_steps(
 ) -> Parts:
     """Write as `generate`, and yield the tokens as they become final.
 
-    Each time these are the next tokens [num, n] of all samples, int64 on the CPU: in order, each
-    once, given tokens included; at least `every` of them, except for given tokens at the start and
-    the end of a window. The generator returns the `Generation`; to stop a text, close it. With
-    particles, and where block 1 is inverted by sweeps, a text comes at the end of its window.
+    Each time these are the next tokens [num, n] of all samples, int64 on the CPU, given tokens
+    included: at least `every` of them, except for given tokens at the start and the end of a
+    window. With particles, and where block 1 is inverted by sweeps, a text comes at the end of its
+    window. The generator returns the `Generation`; to stop a text, close it.
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
@@ -152,12 +142,15 @@ def _adjust(
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
     if adjust is not None and not model.config.has_token_weights and not model.config.fills_in:
-        asked = [f"temperature {temperature}"] if temperature != 1.0 else []
-        asked += [] if top_k is None else [f"top-k {top_k}"]
-        asked += [] if top_p is None else [f"top-p {top_p}"]
+        given = {
+            "temperature": None if temperature == 1.0 else temperature,
+            "top-k": top_k,
+            "top-p": top_p,
+        }
+        asked = [f"{name} {value}" for name, value in given.items() if value is not None]
         raise UserError(
             f"{', '.join(asked)}: {model.config.describe(0)} has no weights of tokens to change: "
-            "sample at temperature 1 without top-k and top-p, or use a model whose block 1 is mixd"
+            "leave this out, or use a model whose block 1 is mixd"
         )
     return adjust
 
@@ -171,7 +164,8 @@ def _row_streams(
         return list(generator)
     check_generator(generator)
     if generator is None:
-        (generator := torch.Generator()).seed()
+        generator = torch.Generator()
+        generator.seed()
     return row_generators(range(num), generator)
 
 
@@ -184,38 +178,41 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | Non
     check_integers(prompt, "prompt", "[T]", "[num, T]")
     length = prompt.shape[-1]
     if length > num_tokens:
-        what = f"the prompt has {length} tokens, which leaves no room in {num_tokens}"
-        raise UserError(f"{what}: shorten it, or raise the length")
+        raise _no_room(length, num_tokens)
     if ((prompt < BLANK) | (prompt >= vocab_size)).any():
-        rule = f"0 to {vocab_size - 1}, or {BLANK} for a blank: encode it again"
-        raise UserError(f"the prompt {prompt.tolist()} has tokens outside of {rule}")
+        raise UserError(
+            f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}, "
+            f"or {BLANK} for a blank: encode it again"
+        )
     return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
 
 
+def _no_room(length: int, num_tokens: int) -> UserError:
+    return UserError(
+        f"the prompt has {length} tokens, which leaves no room in {num_tokens}: "
+        "shorten it, or raise the length"
+    )
+
+
 def usual_particles(given: Tensor) -> int:
-    """Particles for given tokens [..., T] unless a number is asked for: 16 where some follow a
-    BLANK, else 1.
-    """
+    """Particles by default for given tokens [..., T]: PARTICLES where some follow a BLANK."""
     is_given = given != BLANK
     return PARTICLES if (~is_given[..., :-1] & is_given[..., 1:]).any() else 1
 
 
 def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -> int:
-    """The number of particles, as asked for or as usual."""
-    num_tokens, context = given.shape[1], model.config.context
+    num_tokens = given.shape[1]
+    context = model.config.context
     usual = usual_particles(given)
     asked = particles is not None
-    particles = as_integer(particles, "particles", least=1) if particles is not None else usual
+    particles = as_integer(usual if particles is None else particles, "particles", least=1)
     if num_tokens > context and max(particles, usual) > 1:
         raise UserError(
             f"length {num_tokens}, particles {particles}: beyond the trained context of {context} "
             "tokens, take 1 particle, and a prompt without blanks in it"
         )
     if particles == 1 and (given != BLANK).all():
-        raise UserError(
-            f"the prompt has {num_tokens} tokens, which leaves no room in {num_tokens}: "
-            "shorten it, or raise the length"
-        )
+        raise _no_room(num_tokens, num_tokens)
     if asked and particles > 1 and exact_prompt(model, given):
         raise UserError(
             f"particles {particles}: this model continues a prompt exactly, leave them out"

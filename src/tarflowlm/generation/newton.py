@@ -10,12 +10,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components
-causes some 1e-5.
-"""
+"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|; rounding causes up to 1e-5."""
 CONTRACTION = 0.5
-"""A block is near the identity where the first Newton step changes the noise by less than this,
-times 1 + |h|, and every further one by less than this times the step before.
+"""Newton steps converge where the first changes the noise by less than this, times 1 + |h|, and
+every further one by less than this times the step before.
 """
 
 

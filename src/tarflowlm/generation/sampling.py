@@ -16,9 +16,7 @@ from tarflowlm.flow.couplings import AdjustWeights
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
-    """One generator per row, from `generator` and the row alone; on the CPU, for the same noise on
-    every device.
-    """
+    """A generator per row, from `generator` and the row; on the CPU, alike for every device."""
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     return [Generator().manual_seed(seed + row) for row in rows]
 
@@ -39,9 +37,7 @@ def num_leading(mask: Tensor) -> int:
 
 
 def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
-    """Indices [...] drawn by the log-weights [..., K], as the inverse of their CDF at numbers
-    `uniform` [...].
-    """
+    """Indices [...] where the CDF of the log-weights [..., K] reaches `uniform` [...]."""
     cumulative = log_w.softmax(-1, dtype=uniform.dtype).cumsum(-1)
     # above zero, where the first index may have no probability; NaN is found behind the last
     wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
@@ -51,19 +47,20 @@ def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
 def adjust_weights(
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> AdjustWeights | None:
-    """The map that a sampler applies to log-weights of tokens [..., K], or None for the identity
-    (docs/math.md, 7).
+    """A map of log-weights of tokens [..., K], or None for the identity (docs/math.md, 7).
 
     It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest
     set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest finite
-    log-weight: probability zero. UserError for settings out of range, and for what is not a number.
+    log-weight: probability zero. UserError for settings out of range.
     """
     temperature = as_number(temperature, "temperature")
     top_k = None if top_k is None else as_integer(top_k, "top-k", least=1)
     top_p = None if top_p is None else as_number(top_p, "top-p")
-    if not (math.isfinite(temperature) and temperature > 0):
-        rule = "above 0 and finite; top-k 1 takes the most probable token"
-        raise UserError(f"temperature {temperature}: must be {rule}")
+    if not 0 < temperature < math.inf:
+        raise UserError(
+            f"temperature {temperature}: must be above 0 and finite; "
+            "top-k 1 takes the most probable token"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
     if top_p == 1.0:
@@ -72,20 +69,19 @@ def adjust_weights(
         return None
 
     def adjust(log_w: Tensor) -> Tensor:
-        log_w, least = torch.log_softmax(log_w / temperature, dim=-1), torch.finfo(log_w.dtype).min
+        least = torch.finfo(log_w.dtype).min
+        log_w = torch.log_softmax(log_w / temperature, dim=-1)
         if top_k is not None and top_k < log_w.shape[-1]:
             # by index, so that ties do not keep more than top_k
-            drop = torch.ones_like(log_w, dtype=torch.bool).scatter(
-                -1, log_w.topk(top_k, dim=-1).indices, False
-            )
-            log_w = log_w.masked_fill(drop, least)
+            kept = log_w.topk(top_k, dim=-1).indices
+            is_dropped = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, kept, False)
+            log_w = log_w.masked_fill(is_dropped, least)
         if top_p is not None:
             ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
             # a token is kept when the mass before it has not reached top_p
             is_behind = ordered.cumsum(-1) - ordered >= top_p
-            log_w = log_w.masked_fill(
-                torch.zeros_like(is_behind).scatter(-1, order, is_behind), least
-            )
+            is_dropped = torch.zeros_like(is_behind).scatter(-1, order, is_behind)
+            log_w = log_w.masked_fill(is_dropped, least)
         return log_w
 
     return adjust
