@@ -4,10 +4,10 @@ The smaller tail's mass is a sum of positive terms, each right to an ulp or two,
 *relative* precision down to the smallest normal number. Rows that get near that number (`SMALLEST`)
 are repeated in float64, and where that ends too, in log space by `reference`.
 
-Standardised values are scaled by `UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and
-constant factors come last:
+Standardised values are scaled by sqrt(1/2) before they reach erfc and `density_into`, and constant
+factors come last:
 
-    Q(a) = TAIL_SCALE * erfc(UNIT a),        N(a; 0, 1) = DENSITY_SCALE * exp(-(UNIT a)^2)
+    Q(a) = erfc(a sqrt(1/2)) / 2,        N(a; 0, 1) = exp(-(a sqrt(1/2))^2) / sqrt(2 pi)
 """
 
 import torch
@@ -24,9 +24,6 @@ from tarflowlm.flow.numerics.normal import (
 )
 from tarflowlm.flow.numerics.reference import Gradients, Params
 
-UNIT = SQRT_HALF
-TAIL_SCALE = 0.5
-DENSITY_SCALE = INV_SQRT_2PI
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
 """Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not
 the 13 where the mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and
@@ -99,7 +96,7 @@ def guess_side(a: Tensor, weight: Tensor, buffer: Tensor, space: Workspace) -> T
 
 
 def density_into(a: Tensor, out: Tensor, space: Workspace) -> Tensor:
-    """The density of scaled a, without DENSITY_SCALE, in `out`."""
+    """The density of scaled a, without 1 / sqrt(2 pi), in `out`."""
     return torch.addcmul(space.zero, a, a, value=-1.0, out=out).exp_()
 
 
@@ -129,11 +126,11 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         a, other = space(2, len(z[rows])), space(3, len(z[rows]))
         torch.sub(spread(z[rows]), mean, out=a).mul_(inv_std)
         side[rows] = guess_side(a, weight, other, space)
-        clamp_(a.mul_(spread(side[rows] * UNIT)))
+        clamp_(a.mul_(spread(side[rows] * SQRT_HALF)))
         density_into(a, other, space).mul_(weight).mul_(inv_std)
         torch.sum(other, axis, out=density[rows]).div_(total)
         torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
-    size = torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE))
+    size = torch.minimum(tail.mul_(0.5), density.mul_(INV_SQRT_2PI))
     u = upper_quantile(tail).mul_(side)
     log_det = density.log_().sub_(log_standard_normal(u))
     far = rows_below(size, SMALLEST[z.dtype])
@@ -151,10 +148,10 @@ def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
     for rows in cached_chunks(len(z), num_components):
         weight, total, mean, inv_std = load(take_rows(params, rows), space)
         a = torch.sub(space.spread(z[rows]), mean, out=space(2, len(z[rows])))
-        clamp_(a.mul_(inv_std).mul_(UNIT))
+        clamp_(a.mul_(inv_std).mul_(SQRT_HALF))
         density_into(a, a, space).mul_(weight).mul_(inv_std)
         torch.sum(a, space.axis, out=density[rows]).div_(total)
-    far = rows_below(density.mul_(DENSITY_SCALE), SMALLEST[z.dtype])
+    far = rows_below(density.mul_(INV_SQRT_2PI), SMALLEST[z.dtype])
     log_p = density.log_()
     if far is not None:
         narrow = z.dtype != torch.float64
@@ -207,15 +204,15 @@ def _gradients(rows: Params, params: Params, space: Workspace) -> tuple[Gradient
     of_mean, share = space(4, n), space(5, n)
     side = guess_side(a, weight, share, space) if noise else space.one
     torch.mul(a, inv_std, out=of_mean)
-    clamp_(a.mul_(spread(side * UNIT)))
+    clamp_(a.mul_(spread(side * SQRT_HALF)))
     density = density_into(a, share, space).mul_(weight).mul_(inv_std).sum(axis)
     share.div_(spread(density))
     of_mean.mul_(spread(grad_log_p))
-    size = density * DENSITY_SCALE
+    size = density * INV_SQRT_2PI
     if noise:
         u, log_det, grad_u = noise
         of_mean.sub_(spread(grad_u * torch.exp(log_det)))
-        mass = a.erfc_().mul_(TAIL_SCALE)
+        mass = a.erfc_().mul_(0.5)
         tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
         size = torch.minimum(tail, size)
         per_mass = grad_u * side * torch.exp(-log_standard_normal(u))

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from tarflowlm.flow.numerics import cpu_few_rows, reference
 from tarflowlm.flow.numerics.cpu_forward import (
-    DENSITY_SCALE,
     SMALLEST,
-    TAIL_SCALE,
-    UNIT,
     Workspace,
     density_into,
     load,
@@ -26,6 +23,8 @@ from tarflowlm.flow.numerics.cpu_forward import (
 )
 from tarflowlm.flow.numerics.layout import cached_chunks, take_rows
 from tarflowlm.flow.numerics.normal import (
+    INV_SQRT_2PI,
+    SQRT_HALF,
     clamp_,
     standard_normal_density,
     upper_quantile,
@@ -98,8 +97,8 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
     bisections = BISECTIONS[u.dtype]
     if widest < 2.0 ** (bisections - _SAFE_CELL):
         bisections = max(0, math.ceil(math.log2(max(widest, 1e-9))) + _SAFE_CELL)
-    inv_std.mul_(UNIT)
-    wanted = tail * total / TAIL_SCALE
+    inv_std.mul_(SQRT_HALF)
+    wanted = 2.0 * tail * total
     above = torch.empty_like(u)
 
     def scaled(x: Tensor) -> Tensor:
@@ -115,12 +114,12 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
     for _ in range(NEWTON_STEPS[u.dtype]):
         density = density_into(scaled(x), other, space).mul_(weight).mul_(inv_std).sum(axis)
         mass = a.erfc_().mul_(weight).sum(axis)
-        here = upper_quantile(mass.div_(total).mul_(TAIL_SCALE))
+        here = upper_quantile(mass.div_(total).mul_(0.5))
         # not by mass: a step never leaves the bracket because the two are rounded differently
         torch.lt(here, y, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
         slope = standard_normal_density(here).mul_(total).div_(density)
-        step = slope.mul_(UNIT / DENSITY_SCALE).mul_(y - here)
+        step = slope.mul_(SQRT_HALF / INV_SQRT_2PI).mul_(y - here)
         x = or_middle(step.add_(x), low, high, slack)
     # the bracket knows nothing of a weight that is NaN
     return x.mul_(side).add_(total.mul_(0.0))

@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
-__all__ = ["Context", "differentiable", "first_derivatives"]
+__all__ = ["Context", "differentiable", "first_derivatives_only"]
 
 Tensors = tuple[Tensor, ...]
 
 
 def differentiable(
     compute: Callable[..., Tensor | Tensors], gradients: Callable[..., Tensors], *inputs: Tensor
-) -> tuple[Tensor, ...]:
+) -> Tensors:
     """compute(*inputs) as a tuple; its backward is gradients(*inputs, *outputs, *cotangents).
 
     Inputs and outputs are all that is saved.
@@ -22,14 +22,16 @@ def differentiable(
     return _Differentiable.apply(compute, gradients, *inputs)
 
 
-def first_derivatives(gradients: Callable[..., Tensors], *tensors: Tensor) -> Tensors:
-    """gradients(*tensors) of a backward, without recording it.
+def first_derivatives_only() -> None:
+    """RuntimeError in a backward with create_graph=True.
 
-    Differentiating them raises RuntimeError. PyTorch's `once_differentiable` stays silent unless
-    the *cotangent* requires a gradient: with create_graph=True a second derivative would lack the
-    terms that depend on z or the parameters. A Function sees them.
+    PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: a
+    second derivative would lack the terms that depend on z or the parameters.
     """
-    return _FirstDerivatives.apply(gradients, *tensors)
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
+        )
 
 
 class _Differentiable(Function):
@@ -49,22 +51,6 @@ class _Differentiable(Function):
 
     @staticmethod
     def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivatives_only()
         gradients = ctx.gradients  # type: ignore[attr-defined]
-        return None, None, *first_derivatives(gradients, *ctx.saved_tensors, *cotangents)
-
-
-class _FirstDerivatives(Function):
-    @staticmethod
-    def forward(gradients: Callable[..., Tensors], *tensors: Tensor) -> Tensors:
-        with torch.no_grad():
-            return gradients(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Context, *cotangents: Tensor | None) -> None:
-        raise RuntimeError(
-            "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
-        )
+        return None, None, *gradients(*ctx.saved_tensors, *cotangents)

@@ -63,12 +63,6 @@ class Pairs(NamedTuple):
         return largest + self.sum(share).log(), largest
 
 
-def nearest_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """argmax_k log N_k(z_n), [N], up to the rounding of a product in float32."""
-    points = point_factors(z).float()
-    return (points @ component_factors(mean, log_std).float().T).argmax(-1)
-
-
 @torch.no_grad()
 def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
     """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below.

@@ -52,7 +52,9 @@ def _tails(
     log p_mix(z), [N].
     """
     dim = z.shape[1]
-    best = near.nearest_component(z, mean, log_std)
+    # the nearest component, up to the rounding of a product in float32
+    points = normal.point_factors(z).float()
+    best = (points @ normal.component_factors(mean, log_std).float().T).argmax(-1)
     scaled = torch.exp(-log_std) * normal.SQRT_HALF
     # by how much the log-weight of b falls in every channel, log(2 pi) / 2 left out
     falls = ((z - mean[best]) * scaled[best, None]).square().add_(log_std[best, None])

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm import chunks
 from tarflowlm.flow.numerics import layout, near
-from tarflowlm.flow.numerics.derivatives import Context, first_derivatives
+from tarflowlm.flow.numerics.derivatives import Context, first_derivatives_only
 from tarflowlm.flow.numerics.near import Pairs, near_components
 from tarflowlm.flow.numerics.normal import (
     check_codebook,
@@ -187,44 +187,29 @@ class _HeadSums(Function):
 
     @staticmethod
     def backward(ctx: Context, of_sum: Tensor, of_picked: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            *first_derivatives(_head_gradients, of_sum, of_picked, *ctx.saved_tensors),
-            None,
-            None,
+        first_derivatives_only()
+        features, weight, bias, rows, components, *shares = ctx.saved_tensors
+        dtype = features.dtype
+        scaled = features * of_sum[:, None].to(dtype)
+        of_features, of_weight, of_bias = (
+            torch.zeros_like(t, dtype=of_sum.dtype) for t in (features, weight, bias)
         )
-
-
-def _head_gradients(
-    of_sum: Tensor,
-    of_picked: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rows: Tensor,
-    components: Tensor,
-    *shares: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradients of features [N, E], weight [K, E] and bias [K], from those in the format of the
-    products.
-    """
-    dtype = features.dtype
-    scaled = features * of_sum[:, None].to(dtype)
-    of_features, of_weight, of_bias = (
-        torch.zeros_like(t, dtype=of_sum.dtype) for t in (features, weight, bias)
-    )
-    for index, part in enumerate(_head_chunks(features, weight)):
-        share = shares[index] if shares else _softmax(torch.addmm(bias, features[part], weight.T))
-        of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
-        if dtype == of_weight.dtype:
-            of_weight.addmm_(share.T, scaled[part])
-        else:
-            of_weight += share.T @ scaled[part]
-        of_bias += share.T @ of_sum[part].to(dtype)
-    of_pair = of_picked[:, None]
-    of_features.index_add_(0, rows, of_pair * weight.index_select(0, components))
-    of_weight.index_add_(0, components, of_pair * features.index_select(0, rows))
-    of_bias.index_add_(0, components, of_picked)
-    return of_features, of_weight, of_bias
+        for index, part in enumerate(_head_chunks(features, weight)):
+            if shares:
+                share = shares[index]
+            else:
+                share = _softmax(torch.addmm(bias, features[part], weight.T))
+            of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
+            if dtype == of_weight.dtype:
+                of_weight.addmm_(share.T, scaled[part])
+            else:
+                of_weight += share.T @ scaled[part]
+            of_bias += share.T @ of_sum[part].to(dtype)
+        of_pair = of_picked[:, None]
+        of_features.index_add_(0, rows, of_pair * weight.index_select(0, components))
+        of_weight.index_add_(0, components, of_pair * features.index_select(0, rows))
+        of_bias.index_add_(0, components, of_picked)
+        return of_features, of_weight, of_bias, None, None
 
 
 def _head_chunks(features: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -269,15 +254,11 @@ class _LogSum(Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
         total, share = log_sum_with_softmax(x)
-        # the output, so that a second derivative is seen
-        ctx.save_for_backward(total, share)
+        ctx.save_for_backward(share)
         return total
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Tensor:
-        (of_x,) = first_derivatives(_times_share, grad, *ctx.saved_tensors)
-        return of_x
-
-
-def _times_share(grad: Tensor, _total: Tensor, share: Tensor) -> tuple[Tensor, ...]:
-    return (grad[:, None] * share,)
+        first_derivatives_only()
+        (share,) = ctx.saved_tensors
+        return grad[:, None] * share
