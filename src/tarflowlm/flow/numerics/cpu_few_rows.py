@@ -1,8 +1,7 @@
 r"""The inverses of a handful of rows, mostly in Python's own floats, which are float64.
 
-One call of a tensor library costs as much as some forty components here. So each row does only
-what it needs: little where components become certain soon, as in a trained codebook. Mix-d takes
-these steps per channel:
+One call of a tensor library costs as much as some forty components here, so each row does only what
+it needs. Mix-d takes these steps per channel; scalar mixtures take the first two:
 
 1. Start. The components, sorted by mean, use up the wanted tail's mass one after the other. The one
    in which it runs out is inverted alone. This is exact where components do not overlap.
@@ -11,14 +10,11 @@ these steps per channel:
 3. Bayes' rule. Components with next to no posterior mass are *dropped*. With one left, the rest is
    z = mu_k + s_k u.
 
-Scalar mixtures take steps 1 and 2, one row after the other or, where rows are more than a few,
-together in tensors.
-
-What was dropped stays bounded. Let e be an upper bound on its posterior mass. A channel that is
-found at z multiplies e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the
-others. The mixture's CDF is off by at most e, so e must stay below half an ulp of the smaller tail
-of u_i. A row where it does not is *left out*, to the general path, like a row with values that are
-not finite.
+Let e be an upper bound on the posterior mass of what was dropped. A channel that is found at z
+multiplies e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the others. The
+mixture's CDF is off by at most e, so e must stay below half an ulp of the smaller tail of u_i. A
+row where it does not is *left out*, to the general path, like a row with values that are not
+finite.
 """
 
 from ctypes import c_float
@@ -34,8 +30,7 @@ from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_
 # These decide what is exact.
 
 _DROPPED = 1e-40
-"""Posterior mass of a component that is dropped: room for it to grow in the channels that follow.
-"""
+"""Posterior mass of a component that is dropped, with room to grow in the channels that follow."""
 _FAR = 100.0
 """A component whose density is below exp(-100) of the nearest one's is dropped. A row in which the
 nearest one's is below exp(-100) of its largest value is left out.
@@ -61,8 +56,7 @@ ONE_BY_ONE = 320
 _STEPS_TOGETHER = 4
 """Steps of rows that go together: enough for 98 of 100 rows of a trained model."""
 PATIENCE = 12_000
-"""Visits from which a handful of Mix-d rows gives up once the general path promises to be faster.
-"""
+"""Visits from which Mix-d rows give up once the general path promises to be faster."""
 _MOST_ROWS, _MOST_COMPONENTS = 128, 256
 """Sizes beyond which a handful of Mix-d rows is not even tried."""
 
@@ -70,8 +64,6 @@ _quantile = NormalDist().inv_cdf
 
 
 class _Scales(NamedTuple):
-    """The scales of a mixture's components, and what follows from them."""
-
     std: list[float]
     inv_std: list[float]
     narrowest: float
@@ -136,8 +128,7 @@ def _row(
 ) -> tuple[list[float], int]:
     """z [d] of one row, cut short where it has to be left out, and the components visited.
 
-    `live` is sorted by the means of the first channel; means has one list per channel. Overwrites
-    `weight`.
+    `live` is sorted by the first of `means`, one list per channel. Overwrites `weight`.
     """
     dropped = _DROPPED * (len(weight) - len(live))
     z: list[float] = []
@@ -209,14 +200,17 @@ def _solve(
     """
     std, inv_std, _, step, eps = scales
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
-    rest, k = 0.5 * erfc(SQRT_HALF * y), 0
+    rest = 0.5 * erfc(SQRT_HALF * y)
+    k = 0
     for k in reversed(live) if u >= 0.0 else live:
         if weight[k] > rest:
             break
         rest -= weight[k]
     share = min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
     x = mean[k] - side * std[k] * _quantile(share)
-    low, high, last, beyond = inf, -inf, inf, y + _CERTAIN
+    low, high = inf, -inf
+    last = inf
+    beyond = y + _CERTAIN
     for number in range(1, 301):  # each halves the bracket, or takes more than half off the step
         tail = density = 0.0
         for k in live:
@@ -234,12 +228,16 @@ def _solve(
         if low > high:
             ends = [mean[k] + std[k] * u for k in live]
             low, high = min(ends), max(ends)
-        low, high = (max(low, x), high) if (here < y) == (u >= 0.0) else (low, min(high, x))
+        if (here < y) == (u >= 0.0):
+            low = max(low, x)
+        else:
+            high = min(high, x)
         if not low <= following <= high or abs(size) > 0.5 * last:
             following = low + 0.5 * (high - low)
             if high - low <= 4.0 * eps * abs(following):
                 return following, number
-        last, x = abs(following - x), following
+        last = abs(following - x)
+        x = following
     return nan, number
 
 

@@ -25,9 +25,8 @@ from tarflowlm.flow.numerics.normal import (
 from tarflowlm.flow.numerics.reference import Gradients, Params
 
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
-"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not
-the 13 where the mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and
-float64 removes it.
+"""Tail masses and densities below this leave the linear path. In float32 that is 7 sigma: beyond,
+an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it.
 """
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
@@ -38,9 +37,8 @@ _MANY_COMPONENTS = 20
 class Workspace:
     """Buffers that all chunks of one call share, and the layout of a chunk.
 
-    Fresh buffers would cost page faults. Few components: [K, n], so that broadcasts of z and sums
-    over K are long vector loops, which pays for transposing the parameters. Many components:
-    [n, K], as they come.
+    Few components: [K, n], so that broadcasts of z and sums over K are long vector loops, which
+    pays for transposing the parameters. Many components: [n, K], as they come.
     """
 
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype) -> None:
@@ -69,8 +67,7 @@ class Workspace:
 def load(params: Params, space: Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights, their sum [n], means (a view) and 1 / scales of a chunk's parameters [n or 1, K].
 
-    In the workspace's layout, buffers 0 and 1. The weights of a row are those of the mixture times
-    a positive number.
+    In the workspace's layout, buffers 0 and 1. Weights are not normalised.
     """
     log_w, mean, log_std = (space.orient(p) for p in params)
     weight = torch.exp(log_w, out=space(0, len(params[0])))
@@ -163,7 +160,7 @@ def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
 def mixture_backward(
     z: Tensor, params: Params, grad_log_p: Tensor, noise: tuple[Tensor, ...] = ()
 ) -> Gradients:
-    """Gradients of z, log_w, mean, log_std, shaped like them, as `reference.mixture_backward`."""
+    """Gradients as `reference.mixture_backward`, shaped like z and the parameters."""
     by_row = z, grad_log_p, *noise
     num_components = params[1].shape[-1]
     out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))

@@ -1,10 +1,8 @@
 r"""Inverse of the mixture CDF on a CPU: a fixed number of steps inside an exact bracket.
 
-With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution of
-F(z) = Phi(u) lies between min c and max c (docs/math.md, eq. 20). Bisection shrinks that bracket to
-the scale of the narrowest component, whatever the modes do. Then Newton steps finish as in
-`reference`. All is mirrored to u >= 0, where the upper tail's mass is the smaller one. A handful of
-mixtures, as in sampling one position at a time, go another way first: `cpu_few_rows`.
+Bisection shrinks the bracket of docs/math.md, eq. 20, to the scale of the narrowest component. Then
+Newton steps finish. All is mirrored to u >= 0 as in `reference`. A handful of mixtures, as in
+sampling one position at a time, go another way first: `cpu_few_rows`.
 """
 
 import math
@@ -44,9 +42,7 @@ _SAFE_CELL = 8
 _NEARLY_CERTAIN = -1e-5
 """Log posterior of a component from which certainty is looked into."""
 _FEW_ROWS = 64
-"""Certainty is looked into when half the rows have reached it; but when all of them have, where
-rows are so few that calls are all that costs.
-"""
+"""Certainty is looked into when half the rows have reached it; up to so few, when all have."""
 
 
 # --- scalar mixtures
@@ -178,12 +174,11 @@ def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tens
 def _from_one_component(
     u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The channels [n, r] if the most probable component k were the only one, and which rows [n]
-    may take them.
+    """z [n, r] = mu_k + s_k u of the most probable component k, and the rows [n] that may take it.
 
-    Then z = mu_k + s_k u. With e_i the posterior mass of all other components before channel i,
-    given these z, the mixture's CDF differs from Phi(u_i) by at most e_i. Where that is below half
-    an ulp of the smaller tail of u_i, in every channel, the search could not find anything better.
+    With e_i the posterior mass of all other components before channel i, given these z, the
+    mixture's CDF differs from Phi(u_i) by at most e_i. Where that is below half an ulp of the
+    smaller tail of u_i, in every channel, the search could not find anything better.
     """
     best = log_alpha.argmax(-1, keepdim=True)
     std = torch.exp(log_std).expand_as(log_alpha).gather(-1, best)

@@ -12,23 +12,22 @@ from tarflowlm.flow.numerics.reference import Params
 LEAST_ROWS = 16
 """Rows of a chunk on a CPU, however many components: with fewer, calls cost more than work."""
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
-"""Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows,
-and so is every product with a subnormal number. The floor adds 1e-22 (1e-44) per component.
+"""Floor for exponents whose sum is at least 1, since on a CPU exp is 30 times slower where it
+underflows. The floor adds 1e-22 (1e-44) per component.
 """
 
 
 def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor]]:
-    """z [...] and parameters [..., K], broadcast against each other, as z [N] and [N, K] or [1, K].
+    """The broadcast leading shape, z [...] as [N], and parameters [..., K] as [N, K] or [1, K].
 
-    Returns the broadcast leading shape first. ValueError if the component counts or floating dtypes
-    differ.
+    ValueError if the component counts or floating dtypes differ.
     """
     if any(p.dtype != z.dtype for p in params) or not z.dtype.is_floating_point:
         found = [t.dtype for t in (z, *params)]
         raise ValueError(f"z and parameters must share one floating dtype, got {found}")
     counts = {p.shape[-1] for p in params}
     num_components = max(counts)
-    if num_components == 0 or counts - {1, num_components}:
+    if num_components == 0 or len(counts) > 1:
         raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     if z.ndim == 1 and all(p.shape == (len(z), num_components) for p in params):
         # as they come: a step of a sampler calls with so few rows that every view counts
@@ -38,7 +37,7 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     flat = []
     for p in params:
         if p.numel() == p.shape[-1] and rows != 1:
-            flat.append(p.reshape(1, -1).expand(1, num_components))
+            flat.append(p.reshape(1, -1))
         else:
             flat.append(p.expand(*shape, num_components).reshape(rows, num_components))
     return shape, z.expand(shape).reshape(rows), flat
@@ -47,9 +46,9 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
 def flatten_vectors(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
 ) -> tuple[torch.Size, Tensor, Tensor]:
-    """z [..., d] and log_w [..., K], broadcast against each other, as [N, d] and [N, K].
+    """The broadcast leading shape, z [..., d] as [N, d], and log_w [..., K] as [N, K].
 
-    Returns the broadcast leading shape first. ValueError unless mean [K, d] and log_std [K] fit.
+    ValueError unless mean [K, d] and log_std [K] fit.
     """
     check_codebook(z, mean, log_std)
     if log_w.shape[-1] != mean.shape[0]:
@@ -69,8 +68,7 @@ def take_rows(params: Params, rows: slice | Tensor | list[int]) -> Params:
 def use_eager_cpu(t: Tensor) -> bool:
     """True on a CPU, where branching on data is free and buffers are reused.
 
-    torch.compile can follow neither, and takes the path of accelerators. Tests replace this
-    function to run that path on a CPU.
+    torch.compile can follow neither, and takes the path of accelerators.
     """
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -34,10 +34,8 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20).
 
-    Shapes: u [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against u; z [...].
-    Float32 or float64. Gradients are implicit (eq. 20a). The number of steps is fixed, nothing is
-    clamped and, on an accelerator, nothing is copied to the host. NaN gives NaN, u = +-inf gives
-    z = +-inf. Errors: as `mixture_cdf`.
+    Shapes, formats and errors: as `mixture_cdf`. Gradients are implicit (eq. 20a). The number of
+    steps is fixed, and nothing is clamped. NaN gives NaN, u = +-inf gives z = +-inf.
     """
     shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
     if torch.is_grad_enabled():
@@ -51,9 +49,7 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     r"""log p(z) = log F'(z) = log sum_k w_k N(z; m_k, s_k^2) of scalar mixtures, elementwise.
 
     Equals log_det + log N(u; 0, 1) of `mixture_cdf` (docs/math.md, eq. 6), without the cost of u.
-
-    Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns
-    [...], nats. Float32 or float64, any range. Errors: as `mixture_cdf`.
+    Shapes, formats and errors: as there.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     density = _path(z).mixture_log_density

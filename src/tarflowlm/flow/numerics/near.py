@@ -1,12 +1,11 @@
 r"""The components near a point, as pairs of a row and a component (docs/math.md, eq. 20b).
 
-To a sum over a vocabulary only components near z contribute, usually a single one. With b the
-nearest component, every k with
+With b the component nearest to z, every k with
 
-    log N_k(z) < log N_b(z) - R
+    log N_k(z) < log N_b(z) - R,    R = `reach`
 
-may be left out. With R = `reach`, what is left out of sum_k N_k(z) vanishes in rounding. It also
-vanishes from sum_k w_k N_k(z), unless all components near z have weights below exp(-ROOM).
+may be left out: it vanishes in the rounding of sum_k N_k(z). It also vanishes from
+sum_k w_k N_k(z), unless all components near z have weights below exp(-ROOM).
 """
 
 import math
@@ -22,13 +21,9 @@ from tarflowlm.flow.numerics.normal import component_factors, point_factors
 FEWEST = 64
 """With fewer components, none is left out."""
 LARGEST_SHARE = 1 / 32
-"""All components are taken where more than this share is near: one pair costs as much as thirty
-elements of an [N, K] tensor.
-"""
+"""Where more are near, all are taken: one pair costs as much as 30 elements of an [N, K] tensor."""
 ROOM = 18.0
-"""The part of a sum that has to be right, such as the share of a token or a tail, may be as small
-as exp(-ROOM).
-"""
+"""The share of a sum that has to be right, of a token or a tail, may be as small as exp(-ROOM)."""
 
 
 def log_rounding(dtype: torch.dtype) -> float:

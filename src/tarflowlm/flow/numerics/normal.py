@@ -27,12 +27,10 @@ HALF_LOG_2PI = 0.5 * LOG_2PI
 SQRT_HALF = math.sqrt(0.5)
 INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _SERIES_BELOW = -60.0
-"""log q below which the asymptotic series of Q^-1 starts: the rational one is fitted to q > 1e-30.
-"""
+"""log q below which the asymptotic series of Q^-1 starts, as the rational fit ends at q = 1e-30."""
 LARGEST = {torch.float32: 9.0, torch.float64: 26.4}
-"""Bound for standardised values over sqrt 2. On a CPU, vectorised exp and erfc are 30 to 80 times
-slower where their result underflows, flushed denormals or not. What is left at the bound (4e-37,
-4e-305) vanishes next to what is exact.
+"""Bound for standardised values over sqrt 2: on a CPU, exp and erfc are 30 to 80 times slower where
+they underflow. What is left at the bound (4e-37, 4e-305) vanishes next to what is exact.
 """
 
 
@@ -126,8 +124,7 @@ def _from_squares(squares: Tensor, log_std: Tensor, dim: int) -> Tensor:
 
 
 def log_component_densities(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log N(z; mean_k, exp(log_std_k)^2 I) of every component, without weights (docs/math.md, N_k
-    of eq. 1).
+    """log N(z; mean_k, exp(log_std_k)^2 I) of every component k (docs/math.md, eq. 1).
 
     Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [..., K], nats, in z's dtype.
     Differentiable any number of times. Errors: ValueError for shapes that do not fit.

@@ -18,9 +18,7 @@ from tarflowlm.flow.numerics.normal import standard_normal_log_prob
 SWEPT = 4
 """On a CPU the sweep is fastest in chunks this much longer than those that stay in the cache."""
 RECORDED = 4
-"""Chunks of the backward are this much shorter than others, since some 16 tensors of one are
-recorded per channel.
-"""
+"""Chunks of the backward are this much shorter: some 16 tensors are recorded per channel."""
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,11 +26,11 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
 
         u ~ N(0, I)  iff  z ~ sum_k w_k N(mu_k, s_k^2 I)
 
-    Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K] (one shared
-    codebook); u [..., d], log_det [...], nats. Float32 or float64; exact in both tails of every
-    channel. NaN in a row gives NaN there. Memory: some tensors of a chunk x K, whatever the number
-    of rows; the backward computes the map again, chunk by chunk. Errors: ValueError for shapes that
-    do not fit; RuntimeError for second derivatives.
+    Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; u [..., d], log_det
+    [...], nats. Float32 or float64; exact in both tails of every channel. NaN in a row gives NaN
+    there. Memory: some tensors of a chunk x K, whatever the number of rows; the backward computes
+    the map again. Errors: ValueError for shapes that do not fit; RuntimeError for second
+    derivatives.
     """
     shape, flat, weights = layout.flatten_vectors(z, log_w, mean, log_std)
     u, log_det = differentiable(_forward, _gradients, flat, weights, mean, log_std)
@@ -42,9 +40,8 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     r"""Inverse of `rosenblatt`: one scalar mixture is solved per channel (docs/math.md, eq. 9).
 
-    Shapes: u [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; z [..., d]. Float32
-    or float64. Gradients are implicit, channel by channel, and hold d tensors [..., K]; without
-    any, memory is as in `rosenblatt`. Errors: ValueError for shapes that do not fit.
+    Shapes, formats and errors: as there. Gradients are implicit, channel by channel, and hold d
+    tensors [..., K]; without any, memory is as in `rosenblatt`.
     """
     shape, flat, weights = layout.flatten_vectors(u, log_w, mean, log_std)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std)):
@@ -82,7 +79,6 @@ def _gradients(
     grad_u: Tensor,
     grad_log_det: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The map is computed again, chunk by chunk, from differentiable pieces."""
     of_z, of_log_w, *of_book = (torch.zeros_like(t) for t in (z, log_w, mean, log_std))
     per_row = RECORDED * len(mean)
     budget = layout.cached(per_row) if layout.use_eager_cpu(z) else chunks.HELD_ACCELERATOR

@@ -7,9 +7,8 @@ As z is known, every component has weights of its own, and channel i takes three
 
 with the sign of the smaller tail. The weights are held relative to those of the component b that is
 nearest to z. It is known in advance how far the weight of b falls by the last channel, and how
-large a density any component can reach in a channel. A component that is `near.reach` below can
-never matter again. Once few components are left, the other channels are summed over pairs of a row
-and a component.
+large a density any component can reach in a channel: one that is `near.reach` below can never
+matter again. Once few components are left, the sums are over pairs of a row and a component.
 
 Rows where a tail is below exp(-ROOM) are left to `reference`.
 """
@@ -48,9 +47,7 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
 def _tails(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every channel the tail's mass beyond z and its side (+1 upper, -1 lower), [N, d], and
-    log p_mix(z), [N].
-    """
+    """Tail masses beyond z and their sides (+1 upper, -1 lower), [N, d], and log p_mix(z), [N]."""
     dim = z.shape[1]
     # the nearest component, up to the rounding of a product in float32
     points = normal.point_factors(z).float()

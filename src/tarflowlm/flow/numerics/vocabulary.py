@@ -3,10 +3,9 @@ r"""Mixtures over a whole vocabulary of isotropic Gaussians (docs/math.md, eqs. 
     log p_mix(z) = log sum_k w_k N_k(z),   N_k(z) = N(z; mu_k, s_k^2 I),   w = softmax(x)
                  = logsumexp_k (x_k + log N_k(z)) - logsumexp_k x_k
 
-The logits x come as they are or as features, of which they are a linear map. The second sum is the
-one of a cross-entropy. The first one is taken over the pairs of `near_components`, whose error is
-below rounding unless all tokens near z are very improbable. The sum itself shows that (eq. 20b),
-and such rows take the general path, over all components.
+The logits x come as they are or as features, of which they are a linear map. The first sum is taken
+over the pairs of `near_components`, whose error is below rounding unless all tokens near z are very
+improbable. The sum itself shows that (eq. 20b), and such rows take all components.
 
 Rows come in chunks, so that nothing makes an [N, K] tensor. E is the number of features.
 """
@@ -132,10 +131,7 @@ def _log_densities(pairs: Pairs, z: Tensor, mean: Tensor, log_std: Tensor) -> Te
 
 
 def _by_chunks(function: Callable[..., Tensor], per_row: int, *rows: Tensor) -> Tensor:
-    """function(*rows) [N] of tensors with N rows, by chunks with up to eight [n, per_row] tensors.
-
-    Large ones are computed again in the backward.
-    """
+    """function(*rows) [N] of tensors with N rows, in chunks; the backward repeats large ones."""
     num_rows = len(rows[0])
     if torch.is_grad_enabled() and num_rows * per_row > chunks.KEPT:
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
@@ -148,11 +144,7 @@ def _by_chunks(function: Callable[..., Tensor], per_row: int, *rows: Tensor) -> 
 
 
 class _HeadSums(Function):
-    """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of pairs.
-
-    The gradient of the first is softmax(logits) [N, K] times a number per row, applied to the other
-    factor, [N, E].
-    """
+    """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of pairs."""
 
     @staticmethod
     def forward(
