@@ -1,9 +1,7 @@
 """Couplings channel by channel, or group by group, with parameters from an autoregressive head.
 
-Inside a position the forward map is parallel, since the head sees the channels it is given; the
-inverse walks from group to group.
-
-Shape legend: as in `couplings`.
+Inside a position the forward map is parallel, the inverse walks from group to group. Shape legend:
+as in `couplings`.
 """
 
 from abc import abstractmethod
@@ -33,9 +31,9 @@ from tarflowlm.flow.plan import BlockPlan
 class ChannelCoupling(Coupling):
     """A coupling of groups of C/G channels, with parameters from an autoregressive head.
 
-    How to implement one: `__init__` takes `channels` (C), `components` and the shape of a `head`,
-    and makes that head with the outputs that the map needs; `to_noise` and `to_latents` map a group
-    from them, with any leading axes. docs/flow.md has one in 30 lines.
+    To implement one, `__init__` takes `channels` (C), `components` and the shape of a `head`, and
+    makes that head; `to_noise` and `to_latents` map a group from its outputs, with any leading
+    axes. docs/flow.md has one in 30 lines.
     """
 
     group = 1
@@ -88,7 +86,8 @@ class ChannelCoupling(Coupling):
         weights: HeadWeights | None = None,
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
-        walk, z = self.head.walk(features, weights), None
+        walk = self.head.walk(features, weights)
+        z = None
         for _ in range(self.head.groups):
             z = yield self._conditional(walk.send(z))
 
@@ -116,8 +115,8 @@ class AffineCoupling(ChannelCoupling):
 
         u_i = (z_i - m_i) / s_i,    log du_i/dz_i = -log s_i,    (m_i, log s_i) = head_i(c, z_<i)
 
-    Mix-1 with K = 1, in closed form. With `group` > 1 channels per group, i counts groups: `group`
-    = d is the token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
+    Mix-1 with K = 1, in closed form. With `group` > 1, i counts groups: `group` = d is the
+    token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
     """
 
     def __init__(self, *, channels: int, head: HeadShape, group: int = 1) -> None:
@@ -174,7 +173,8 @@ class Mix1Coupling(ChannelCoupling):
 
     @classmethod
     def build(cls, plan: BlockPlan) -> Coupling:
-        block, is_first = plan.block, plan.index == 0
+        block = plan.block
+        is_first = plan.index == 0
         coupling = cls(
             channels=plan.channels,
             components=block.components,
@@ -196,10 +196,10 @@ class Mix1Coupling(ChannelCoupling):
             sum_{j<i} log N(z_j; mu_kj, sigma^2)
                 = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
 
-        Without it, a Mix-1 block spends most of its steps finding the codebook. UserError for a
-        head that does not see the channels before.
+        UserError for a head that does not see the channels before.
         """
-        mean, dim = codebook.mean.T, codebook.mean.shape[1]
+        mean = codebook.mean.T
+        dim = len(mean)
         paths = self.head.evidence
         if paths is None or (self.head.groups > 1 and not paths.shape[1]):
             rule = "needs linear paths from the channels before; use plain"

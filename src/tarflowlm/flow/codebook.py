@@ -50,9 +50,8 @@ class Codebook(nn.Module):
     `mean` [V, d] is mu, `log_std` [V] is log sigma (docs/math.md, eqs. 1 and 2; paper: section
     3.1).
 
-    Start: the means are far apart; sigma is the typical distance between neighbours over
-    `separation`. At the default of 12 almost every sample decodes to its token, so the bound starts
-    near log V nats per token, as for a uniform language model.
+    Start: sigma is the typical distance between neighbours over `separation`. At the default of 12
+    almost every sample decodes to its token, so the bound starts near log V nats per token.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -99,7 +98,7 @@ class Codebook(nn.Module):
     def log_likelihood(
         self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]
     ) -> Float[Tensor, "*batch"]:
-        """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats, without a [tokens, V].
+        """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats.
 
         Near zero it is a small difference of large numbers, so both are in float64 where possible.
         """

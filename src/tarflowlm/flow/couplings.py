@@ -53,9 +53,8 @@ class Coupling(nn.Module):
 
     so the last block needs only `log_prob`. The code writes z for h, whatever the block.
 
-    How to implement one: `forward` maps all positions at once, `conditionals` gives the same map
-    for one position, group by group; `build` makes it from the configuration of a block; `log_prob`
-    where the density is cheaper than the noise. A coupling that acts channel by channel subclasses
+    To implement one, write `forward`, `conditionals` and `build`, and `log_prob` where the density
+    is cheaper than the noise. A coupling that acts channel by channel subclasses
     `channelwise.ChannelCoupling`, which asks for less (docs/flow.md).
     """
 
@@ -75,10 +74,7 @@ class Coupling(nn.Module):
     def conditionals(
         self, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> Conditionals:
-        """The conditionals of one position, group by group, from its features c_n.
-
-        `adjust` changes the mixture weights of `inverse`, in Mix-d.
-        """
+        """The conditionals of one position, group by group; Mix-d takes weights to `adjust`."""
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         """log p(z_n | c_n) of every position, in nats."""
@@ -118,7 +114,7 @@ class Coupling(nn.Module):
         """
         P, channels = is_known.shape[1], u.shape[1]
         mask = is_known.to(u.device)
-        # read on the host, to skip a direction that no row needs
+        # on the host, to skip a direction that no row needs
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
         conditionals = self.conditionals(features, adjust)
         z: list[Tensor] = []

@@ -34,9 +34,6 @@ class Fills(MixDCoupling):
         """False: where it is the identity, no components are mixed."""
         return False
 
-    def extra_repr(self) -> str:
-        return f"certainty={self.certainty}"
-
     def conditional(
         self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
     ) -> Conditional:

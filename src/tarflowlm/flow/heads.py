@@ -2,7 +2,7 @@
 
 Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width,
 G groups of C / G channels, M hidden units per group, A embedding width per group, O outputs per
-group. Parameters are group-first and contiguous, [G, B, N, O], as the batched product writes them.
+group.
 """
 
 from collections.abc import Generator
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from tarflowlm.flow import full_precision, widen
 
 LARGEST_LOG_STD = 8.0
-"""Up to this size a log standard deviation is left as it is."""
 ROOM = 4.0
-"""A larger one is at most this much above."""
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
@@ -69,8 +67,7 @@ class AutoregressiveHead(nn.Module):
     additive in log-weights, which a small MLP learns slowly.
 
     `outputs` lists the width O of each output. The first takes the linear paths: log-weights, or
-    means in Affine. The buffer `scale` holds one fixed factor per output. `log_std_last` bounds the
-    last output.
+    means in Affine. `scale` holds one fixed factor per output. `log_std_last` bounds the last.
     """
 
     mask: Tensor
@@ -198,11 +195,10 @@ class HeadWeights:
     def __init__(self, head: AutoregressiveHead) -> None:
         outputs = zip(head.weights, head.biases, head.scale, strict=True)
         scaled = [zip((w * s).unbind(), (b * s).unbind(), strict=True) for w, b, s in outputs]
-        self.outputs = list(
-            zip(*scaled, strict=True)
-        )  # of every group one ([M, O], [O]) per output
+        # for every group one ([M, O], [O]) per output
+        self.outputs = list(zip(*scaled, strict=True))
         self.embed = head.embed.unbind()
-        # of every group, from the groups before it: [g A, M] and [g C/G, O]
+        # for every group, from the groups before it: [g A, M] and [g C/G, O]
         groups = range(head.groups)
         cross, evidence = head.masked_cross(), head.masked_evidence()
         self.cross = [cross[g, :, :g].flatten(1).T.contiguous() for g in groups]
@@ -247,6 +243,7 @@ class TokenFeatures(nn.Module):
         if self.place is None:
             yield features
             return
-        inner, z = None if self.head is None else self.head.walk(features), None
+        inner = None if self.head is None else self.head.walk(features)
+        z = None
         for place in self.place(features).view(len(features), self.patch, -1).unbind(1):
             z = yield place if inner is None else place + inner.send(z)[0]

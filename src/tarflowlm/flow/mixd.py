@@ -34,9 +34,8 @@ class MixDCoupling(Coupling):
         u_t = Rosenblatt(z_t)
 
     All positions share one codebook, and the network predicts only the K weights of each token from
-    its own features (`TokenFeatures`). `tied` is the encoder's codebook (K = V), maybe with a
-    component of noise (K = V + 1); without it the coupling owns a codebook. Paper: section 3.2.2,
-    appendix B.
+    its own features. `tied` is the encoder's codebook (K = V), maybe with a component of noise
+    (K = V + 1); without it the coupling owns a codebook. Paper: section 3.2.2, appendix B.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -77,7 +76,8 @@ class MixDCoupling(Coupling):
 
     @classmethod
     def build(cls, plan: BlockPlan) -> "MixDCoupling":
-        config, block = plan.config, plan.block
+        config = plan.config
+        block = plan.block
         coupling = MixDCoupling(
             width=config.trunk.width,
             patch=config.patch,
@@ -125,7 +125,8 @@ class MixDCoupling(Coupling):
     def conditionals(
         self, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> Conditionals:
-        walk, z = self.token_features.walk(features), None
+        walk = self.token_features.walk(features)
+        z = None
         for _ in range(self.patch):
             log_w = widen(self.weight_head(walk.send(z)))
             z = yield self.conditional(log_w, adjust)

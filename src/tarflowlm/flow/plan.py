@@ -50,7 +50,8 @@ class BlockPlan:
 
     def head(self, *, by_token: bool = False) -> HeadShape:
         """The shape of a head whose groups are channels, or with `by_token` tokens."""
-        config, block = self.config, self.block
+        config = self.config
+        block = self.block
         group = config.latent_dim if by_token else 1
         shape = HeadShape(
             width=config.trunk.width,

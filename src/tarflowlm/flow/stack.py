@@ -114,14 +114,14 @@ class FlowBlock(nn.Module):
         """Features c_n of the next position, from the latents [B, C] before it (or None)."""
         if previous is None:
             return cache.extend(self.start.expand(batch, 1, -1))[:, 0]
-        return cache.extend(self._inputs(previous[:, None]))[:, 0]
+        return self.features_of(cache, previous[:, None], first=False)[:, 0]
 
     def features_of(
         self, cache: KVCache, past: Float[Tensor, "B given C"], *, first: bool
     ) -> Float[Tensor, "B next D"]:
         """Features of the positions after the cached ones, from the latents `past` before them.
 
-        `first`: from the first position of the sequence on, so one more than there are in `past`.
+        `first`: from the first position of the sequence on, one more than `past` has.
         """
         return cache.extend(self._inputs(past, first=first))
 
@@ -145,8 +145,7 @@ class FlowBlock(nn.Module):
 class Prior(nn.Module):
     """The prior p(z): u = f(z) ~ N(0, I) with f = f^(L) o ... o f^(1) (docs/math.md, eq. 4).
 
-    z and u are [B, T, d]; the blocks act on positions of P tokens. All methods raise UserError if P
-    does not divide T.
+    z and u are [B, T, d]. All methods raise UserError if P does not divide T.
 
     Example:
         >>> from tarflowlm import FlowConfig, TarFlowLM
@@ -170,10 +169,7 @@ class Prior(nn.Module):
         return block
 
     def states(self, z: Float[Tensor, "B T d"]) -> tuple[list[Tensor], list[Tensor]]:
-        """The states h^(0) = z, ..., h^(L) = u [B, T, d], and every log|det J_l| by position.
-
-        Log-determinants are [B, N], in nats.
-        """
+        """States h^(0) = z, ..., h^(L) = u [B, T, d], and every log|det J_l| [B, N], in nats."""
         h = self.patch(z)
         states, log_dets = [z], []
         for block in self.blocks:
@@ -204,17 +200,16 @@ class Prior(nn.Module):
     def log_prob_parts(
         self, z: Float[Tensor, "B T d"], *, above: int = 0, frozen: int = 0
     ) -> list[Float[Tensor, "B N"]]:
-        """The parts of log p(z) by position, in nats (docs/math.md, eqs. 4 and 6).
+        """log|det J_l| of all blocks but the last, and its density (docs/math.md, eqs. 4 and 6).
 
-        They are the log-determinants of all blocks but the last, and its density. The first
-        `frozen` blocks run without a graph.
+        By position, in nats. The first `frozen` blocks run without a graph.
         """
         h = self.patch(z)
+        if above == len(self.blocks):
+            return [log_standard_normal(h).sum(-1)]
         parts: list[Tensor] = []
         for index in range(above, len(self.blocks) - 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
                 h, log_det = self.block(index)(h)
             parts.append(log_det)
-        if above == len(self.blocks):
-            return [log_standard_normal(h).sum(-1)]
         return [*parts, self.block(-1).log_prob(h)]

@@ -1,8 +1,7 @@
 """Causal Transformer, which maps vectors to features and knows nothing of flows, and its KV cache.
 
-Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP. `KVCache` runs it in few
-operations: one position of a small model costs less than their dispatch, so their number sets the
-time of sampling. Shape legend: B batch, N (new) positions, D width, H heads, E = D / H head width.
+`KVCache` runs it in few operations: their number sets the time of sampling with a small model.
+Shape legend: B batch, N (new) positions, D width, H heads, E = D / H head width.
 """
 
 import math
@@ -18,14 +17,11 @@ from tarflowlm.flow import full_precision, widen
 from tarflowlm.model_config import TransformerConfig
 
 ROTARY_BASE = 10_000.0
-"""The longest wavelength of rotary positions is near 2 pi times this many positions."""
+"""The longest wavelength of rotary positions, over 2 pi."""
 
 
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E).
-
-    Su et al. 2021.
-    """
+    """cos and signed sin [N, H, E] of angles position * base^(-2 i / E) (Su et al. 2021)."""
     even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     exponent = even / head_width
     angle = positions.float()[:, None, None] * torch.exp(-math.log(ROTARY_BASE) * exponent)
@@ -154,7 +150,8 @@ class LayerWeights:
         self.scale = scales[:, None, None, None]
         self.out = _by_inputs(attention.out.weight)
         self.mlp_norm = layer.mlp_norm.weight.detach()
-        self.up, self.down = _by_inputs(layer.up.weight), _by_inputs(layer.down.weight)
+        self.up = _by_inputs(layer.up.weight)
+        self.down = _by_inputs(layer.down.weight)
 
 
 def _by_inputs(weight: Tensor) -> Tensor:
