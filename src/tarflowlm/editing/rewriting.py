@@ -81,9 +81,8 @@ def propose_state(source: Source, span: Span, *, level: int, candidates: int) ->
     """R candidates for state l = `level` at a span of whole positions of the text [1, T].
 
     They come from block l + 1, given the positions before the span in its order, with the density
-    prod_n p(h_n | h_<n) of that block. The weight of one is p_{>l}(h) over that, for h^(l) as it
-    was elsewhere. The blocks below are then inverted, in which tokens next to the span may change,
-    too.
+    prod_n p(h_n | h_<n). Their weight is p_{>l}(h) over that. The blocks below are then inverted;
+    tokens next to the span may change, too.
     """
     model = source.model
     prior = model.prior
@@ -175,11 +174,11 @@ class Candidates:
 
     number: int
     temperature: float = 1.0
-    """Temperature of their tokens; other than 1 only where block 1 has weights of tokens."""
+    """Of their tokens; other than 1 only where block 1 has weights of tokens."""
     level: int = 0
     """The state in which they are drawn (see `informative_level`)."""
     spaces: Spaces | None = None
-    """If given, candidates that keep the white space at the ends of the span are preferred."""
+    """Candidates that keep the white space at the ends of the span are preferred."""
     may_repeat: bool = False
     """Else those that repeat the tokens that were there are taken only if all do."""
 
@@ -205,9 +204,8 @@ def rewrite(
     """Redraw the spans of every text, one after the other given everything else.
 
     `spans[b]` are the spans of row b. Where all candidates of a span repeat it, some of the `spare`
-    spans are tried instead, but none at either end of the text. The edit is compared with the
-    texts `before`, by default the same; `aligned` as in `compared`. The progress advances once per
-    span. Errors: `redraw`.
+    spans are tried instead, but none at either end of the text. `before` are the texts to compare
+    with, if not the same; `aligned` as in `compared`. The progress advances once per span.
     """
     length = source.text.length
     rows = []
@@ -230,8 +228,7 @@ def rewrite(
                 row = replace(row, text=redraw(row, left.pop(at), candidates))
             source.progress.advance()
         rows.append(row.text)
-    compare_with = source if before is None else replace(source, text=before)
-    return _collected(compare_with, rows, aligned)
+    return _collected(replace(source, text=before or source.text), rows, aligned)
 
 
 @torch.no_grad()

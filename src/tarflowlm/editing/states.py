@@ -37,7 +37,7 @@ class Edit:
     changed: Tensor
     """Which of these are new, [B, T']."""
     bound_before: Tensor
-    """Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples."""
+    """`bound` before the edit, [B], in nats."""
     bound: Tensor
     """The same after the edit."""
     states: tuple[Tensor, ...]
