@@ -1,8 +1,7 @@
 """Mixture-CDF and Rosenblatt flows as pure functions (docs/math.md, sections 3 and 8).
 
 Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the
-public functions, which take any leading shape. Inside this folder there are rows, and these letters
-stand for the same things everywhere:
+public functions, which take any leading shape. Inside this folder there are rows:
 
     N rows (n of them in a chunk), K components, d channels, M pairs of a row and a component
     scalar mixtures:    z, u [N];     log_w, mean, log_std [N, K], or [1, K] shared by all rows

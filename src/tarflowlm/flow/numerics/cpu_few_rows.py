@@ -50,7 +50,7 @@ _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
 # These only decide which way is the fastest. They were measured, and matter to a factor of two.
 
 _CALL = 12
-"""A step costs as much as this many components before it has visited one."""
+"""Components that cost as much as the calls of a step."""
 ONE_BY_ONE = 320
 """Visits of one step in all rows, N (K + `_CALL`), up to which scalar mixtures go one by one."""
 _STEPS_TOGETHER = 4
@@ -84,7 +84,7 @@ def _scales(std: list[float], dtype: torch.dtype) -> _Scales | None:
 
 
 def is_handful(rows: int, num_components: int) -> bool:
-    """True where this may be the fastest way: it is if components become certain soon."""
+    """True where this may be the fastest way."""
     return rows <= _MOST_ROWS and num_components <= _MOST_COMPONENTS
 
 
@@ -167,10 +167,7 @@ def _update(
     mean: list[float],
     scales: _Scales,
 ) -> tuple[list[int], float]:
-    """Bayes' rule after a channel at x: the components that are left, and the others' mass.
-
-    Rewrites `weight`.
-    """
+    """Bayes' rule, into `weight`, after a channel at x: components left, and the others' mass."""
     inv_std = scales.inv_std
     exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
     least = min(exponents)
@@ -194,10 +191,7 @@ def _update(
 def _solve(
     u: float, live: list[int], weight: list[float], mean: list[float], scales: _Scales
 ) -> tuple[float, int]:
-    """x with F(x) = Phi(u), or NaN, and the number of steps.
-
-    The mixture has the components `live`, sorted by mean.
-    """
+    """x with F(x) = Phi(u), or NaN, and the number of steps; `live` is sorted by mean."""
     std, inv_std, _, step, eps = scales
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest = 0.5 * erfc(SQRT_HALF * y)

@@ -188,10 +188,7 @@ def mixture_backward(
 
 
 def _gradients(rows: Params, params: Params, space: Workspace) -> tuple[Gradients, Tensor]:
-    """Gradients of one chunk, and the smaller of tail mass and density, [n].
-
-    The gradients of parameters are [n, K] views of the workspace.
-    """
+    """Gradients of one chunk, [n, K] views of the workspace, and its smallest masses [n]."""
     z, grad_log_p, *noise = rows
     n, axis, spread = len(z), space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)

@@ -143,10 +143,7 @@ def by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tens
 
 
 def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [n, d] for mean [1, K, d], log_std [1, K].
-
-    Rows whose component is certain early skip the search.
-    """
+    """z [n, d] for mean [1, K, d], log_std [1, K]; rows of a certain component skip the search."""
     z = torch.empty_like(u)
     open_rows = torch.arange(len(u))
     inv_std = torch.exp(-log_std)

@@ -2,8 +2,8 @@ r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and 
 
     F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
 
-The public functions take any leading shape, have closed-form derivatives, and choose a path: the
-linear space of `cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators.
+The public functions have closed-form derivatives and choose a path: the linear space of
+`cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators.
 """
 
 from types import ModuleType

@@ -11,8 +11,7 @@ For N rows z [N, d] and K components mean [K, d], log_std [K], with s_k = exp(lo
     B_k = [mean_k / s_k^2,  -1 / (2 s_k^2),  -|mean_k|^2 / (2 s_k^2) - d log s_k - d log(2 pi) / 2]
 
 This is one matrix product, in *float64*: |z|^2 - 2 z mean + |mean|^2 cancels, and at s = 1e-3
-float32 would be wrong by some nats. Differences in float32 are as accurate, and two to four times
-slower on a CPU. They are taken on devices without float64.
+float32 would be wrong by some nats. Devices without float64 take differences, which are slower.
 """
 
 import math

@@ -68,8 +68,8 @@ def mixture_log_prob_from_features(
 ) -> Tensor:
     r"""`mixture_log_prob` with log_w = features @ weight.T + bias, computed chunk by chunk.
 
-    `relative` returns log p_mix(z) - log sum_k N(z; mu_k, s_k^2 I). That is log sum_k w_k p(k | z)
-    under the decoder (docs/math.md, eq. 12). The component densities are computed once for both.
+    `relative` returns log p_mix(z) - log sum_k N(z; mu_k, s_k^2 I) = log sum_k w_k p(k | z) under
+    the decoder (docs/math.md, eq. 12).
 
     Shapes: z [..., d]; features [..., E]; weight [K, E]; bias [K]; mean [K, d]; log_std [K];
     returns [...], nats, in z's dtype. Under autocast the head's products run in the autocast
@@ -213,10 +213,9 @@ def _head_chunks(features: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Tensor]:
-    """logsumexp [n] of x [n, K], in float32 or wider, and softmax(x) in x's dtype.
+    """logsumexp [n] of x [n, K], in float32 or wider, and with `softmax` softmax(x) in x's dtype.
 
-    The latter is empty unless `softmax`. Faster than torch's on a CPU, where an exp that underflows
-    is slow.
+    Faster than torch's on a CPU, where an exp that underflows is slow.
     """
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
