@@ -31,6 +31,8 @@ def check_alphabet(alphabet: str) -> None:
 
 
 Kind = Literal["char", "byte", "bpe"]
+LARGEST_BPE = 1 << 22
+"""Tokens of a BPE: the library reserves memory for all, and aborts where that fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,8 @@ class TokenizerConfig(Config):
         self.require("source", self.kind == "bpe" or not self.source, unused)
         if self.needs_training:
             least = len(self.alphabet) + 1 if self.uses_alphabet else 257
-            rule = f"a BPE trained here needs at least {least}, or give a source"
-            self.require("vocab_size", self.vocab_size >= least, rule)
+            rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or give a source"
+            self.require("vocab_size", least <= self.vocab_size <= LARGEST_BPE, rule)
         else:
             self.require("vocab_size", self.vocab_size == 0, unused)
         if not self.uses_alphabet:
