@@ -24,9 +24,12 @@ PROMPTS = 32  # continuations of each model and prefix
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
-    """Flows of both couplings and the baseline at patch size 2, and the judge."""
+    """Flows of both couplings and the baseline at patch sizes 1 and 2, and the judge."""
     foil = settings.preset("ar", "owt")
     runs = {
+        "AR": foil,
+        "Mix-1": settings.preset("mix1", "owt"),
+        "Mix-d": settings.preset("mixd", "owt"),
         "Mix-1, head over the patch": variant(settings.preset("mix1", "owt"), "p2", patch=2),
         "Mix-d, in-patch weights": two_tokens(settings, "autoregressive"),
         "Mix-d, independent weights": two_tokens(settings, "independent"),
@@ -155,7 +158,8 @@ FIG5 = Recipe(
         "lengths; a baseline that predicts two tokens at once breaks down. (It does not say which"
         " coupling the flow has. Its patch models have a head over all channels of a patch, as "
         "Mix-1 has here. Its figure 1 has the tokens of a patch "
-        "independent in the first blocks. The judge scores the continuation alone.)"
+        "independent in the first blocks. The judge scores the continuation alone. The first three "
+        "models have one token per position.)"
     ),
     plan=plan_fig5,
     measure=measure_fig5,
