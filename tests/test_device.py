@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tarflowlm.device import pick_device
+from tarflowlm import device
 from tarflowlm.flow.numerics import layout, normal, sweep
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
@@ -31,12 +31,19 @@ print(faults() - before)
 """
 
 
-def test_auto_takes_cuda_or_the_cpu(monkeypatch):
+def test_auto_leaves_out_an_apple_gpu_whose_numerics_fail(monkeypatch, caplog):
+    assert device.numerics_problem(torch.device("cpu")) is None
+    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    assert device.numerics_problem(torch.device("cpu")) is None
+    assert "meta" in device.numerics_problem(torch.device("meta"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device() == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
-    assert pick_device() == torch.device("cuda")
+    monkeypatch.setattr(device, "numerics_problem", lambda device: None)
+    assert device.pick_device() == torch.device("mps")
+    monkeypatch.setattr(device, "numerics_problem", lambda device: "no kernel for erfcx")
+    assert device.pick_device() == torch.device("cpu")
+    assert "no kernel for erfcx" in caplog.text
 
 
 class Operators(TorchDispatchMode):

@@ -101,8 +101,7 @@ def mini_mix1() -> RunConfig:
 def mini_mix1_codebook() -> RunConfig:
     """Three Mix-1 blocks, the first and deepest of which starts from the codebook."""
     blocks = stack(("mix1",) * 3, (4, 1, 1), (27, 2, 2))
-    run = _mini_joint("mini-mix1-codebook", blocks, OptimConfig(codebook_lr_scale=0.05))
-    return replace(run, model=replace(run.model, channel_mix=True))
+    return _mini_joint("mini-mix1-codebook", blocks, OptimConfig(codebook_lr_scale=0.05))
 
 
 def mini_mixd() -> RunConfig:

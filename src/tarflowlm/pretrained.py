@@ -178,9 +178,16 @@ class Pretrained(Checkpoint):
         found = Score(texts=as_texts(text, "text"), samples=samples, seed=seed).run(self)
         return found[0] if isinstance(text, str) else found
 
-    def encode(self, text: str) -> Tensor:
-        """Token ids [T] of a text."""
-        return read(self.tokenizer, text).tokens
+    @overload
+    def encode(self, text: str) -> Tensor: ...
+
+    @overload
+    def encode(self, text: Several) -> list[Tensor]: ...
+
+    def encode(self, text: str | Several) -> Tensor | list[Tensor]:
+        """Token ids [T] of a text; of a list of texts, a list of such tensors."""
+        found = [read(self.tokenizer, one).tokens for one in as_texts(text, "text")]
+        return found[0] if isinstance(text, str) else found
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """The text of token ids [T]."""
