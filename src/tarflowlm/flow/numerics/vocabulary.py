@@ -180,7 +180,8 @@ class _HeadSums(Function):
     @staticmethod
     def backward(ctx: Context, of_sum: Tensor, of_picked: Tensor) -> tuple[Tensor | None, ...]:
         first_derivatives_only()
-        features, weight, bias, rows, components, *shares = ctx.saved_tensors
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        features, weight, bias, rows, components, *shares = saved
         dtype = features.dtype
         scaled = features * of_sum[:, None].to(dtype)
         of_features, of_weight, of_bias = (
