@@ -42,7 +42,8 @@ def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[R
     rows = []
     for done in finished:
         row = summary_row(done)
-        row[TOKENS] = done.summary["stage_tokens"][0]
+        run = done.training.run
+        row[TOKENS] = run.train.stage_steps[0] * run.train.batch_size * run.model.context
         row[f"iw-{SAMPLES} bpc"] = likelihood_on(done, done.load(), None, WINDOWS, SAMPLES).bpc
         rows.append(row)
     for row in rows:
