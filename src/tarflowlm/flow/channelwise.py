@@ -5,6 +5,7 @@ as in `couplings`.
 """
 
 from abc import abstractmethod
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -92,14 +93,15 @@ class ChannelCoupling(Coupling):
             z = yield self._conditional(walk.send(z))
 
     def _conditional(self, parameters: list[Tensor]) -> Conditional:
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            u, log_slope = self.to_noise(z, *parameters)
-            return u, log_slope.sum(-1)
+        inverse = partial(self._group_to_latents, parameters=parameters)
+        return Conditional(partial(self._group_to_noise, parameters=parameters), inverse)
 
-        def inverse(u: Tensor) -> Tensor:
-            return self.to_latents(u, *parameters)
+    def _group_to_noise(self, z: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+        u, log_slope = self.to_noise(z, *parameters)
+        return u, log_slope.sum(-1)
 
-        return Conditional(forward, inverse)
+    def _group_to_latents(self, u: Tensor, parameters: list[Tensor]) -> Tensor:
+        return self.to_latents(u, *parameters)
 
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)

@@ -4,6 +4,8 @@ At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so
 for only some tokens at a time (`chunks.held`). Shape legend: as in `couplings`.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -111,16 +113,16 @@ class MixDCoupling(Coupling):
         self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
     ) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
-        mean, log_std = self.components.mean, self.components.log_std
+        inverse = partial(self._token_to_latents, log_w=log_w, adjust=adjust)
+        return Conditional(partial(self._token_to_noise, log_w=log_w), inverse)
 
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            return numerics.rosenblatt(z, log_w, mean, log_std)
+    def _token_to_noise(self, z: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        return numerics.rosenblatt(z, log_w, self.components.mean, self.components.log_std)
 
-        def inverse(u: Tensor) -> Tensor:
-            weights = log_w if adjust is None else adjust(log_w)
-            return numerics.rosenblatt_inverse(u, weights, mean, log_std)
-
-        return Conditional(forward, inverse)
+    def _token_to_latents(self, u: Tensor, log_w: Tensor, adjust: AdjustWeights | None) -> Tensor:
+        weights = log_w if adjust is None else adjust(log_w)
+        mean = self.components.mean
+        return numerics.rosenblatt_inverse(u, weights, mean, self.components.log_std)
 
     def conditionals(
         self, features: OneFeature, adjust: AdjustWeights | None = None
@@ -166,11 +168,9 @@ class MixDCoupling(Coupling):
     def invert(
         self, u: OneLatent, features: OneFeature, adjust: AdjustWeights | None = None
     ) -> OneLatent:
-        def invert(u: Tensor, features: Tensor) -> Tensor:
-            return Coupling.invert(self, u, features, adjust)
-
         rows = self._held_rows(u)
         if self.patch == 1 and len(u) <= rows:
             # every step of a sampler comes here: one token needs no walk over the patch
             return self.conditional(widen(self.weight_head(features)), adjust).inverse(u)
-        return torch.cat(chunks.in_parts(invert, rows, u, features))
+        walk = partial(Coupling.invert, self, adjust=adjust)
+        return torch.cat(chunks.in_parts(walk, rows, u, features))

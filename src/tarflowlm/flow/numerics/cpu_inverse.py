@@ -97,18 +97,17 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
     wanted = 2.0 * tail * total
     above = torch.empty_like(u)
 
-    def scaled(x: Tensor) -> Tensor:
-        return clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
-
     for _ in range(bisections):
         x = torch.lerp(low, high, 0.5)
-        mass = scaled(x).erfc_().mul_(weight).sum(axis)
+        clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
+        mass = a.erfc_().mul_(weight).sum(axis)
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
     slack = rounding(low, high)
     x = torch.lerp(low, high, 0.5)
     for _ in range(NEWTON_STEPS[u.dtype]):
-        density = density_into(scaled(x), other, space).mul_(weight).mul_(inv_std).sum(axis)
+        clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
+        density = density_into(a, other, space).mul_(weight).mul_(inv_std).sum(axis)
         mass = a.erfc_().mul_(weight).sum(axis)
         here = upper_quantile(mass.div_(total).mul_(0.5))
         # not by mass: a step never leaves the bracket because the two are rounded differently
