@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("command", "rows"),
     [

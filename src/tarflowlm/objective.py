@@ -23,6 +23,18 @@ def elbo(
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
     `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline.
+
+    Example:
+        >>> from tarflowlm import FlowConfig
+        >>> from tarflowlm.language_model import seeded
+        >>> with seeded(0):
+        ...     model = TarFlowLM(FlowConfig(vocab_size=27, context=8))
+        >>> tokens = torch.arange(8).view(1, 8)
+        >>> terms = elbo(model, tokens, generator=torch.Generator().manual_seed(0))
+        >>> terms.reconstruction.item() > -1e-6  # the codes are far apart
+        True
+        >>> round(terms.nelbo.item() / 8, 2), round(math.log(27), 2)  # a new model knows nothing
+        (3.3, 3.3)
     """
     as_flow(model, "elbo of the discrete baseline: model.log_prob(tokens) is exact")
     check_tokens(model, tokens)

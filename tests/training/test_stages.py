@@ -169,7 +169,7 @@ def test_a_later_stage_that_gains_nothing_changes_nothing(tmp_path, corpus_file,
     config = tiny_run(corpus_file, stage_steps=(1, steps, steps), optim={"lr": 1.0})
     first, *later = go(config, tmp_path / "run")["stage_valid_bpc"]
     assert later == pytest.approx([first, first], abs=1e-3)
-    assert caplog.text.count("changes nothing") == 2
+    assert caplog.text.count("as it started") == 2
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, monkeypatch, c
         ({"data": "missing.txt"}, r"missing\.txt"),
         ({"data": "short.txt"}, r"split .* has \d+ tokens, fewer than the context of 16"),
         ({"vocab_size": 5}, "vocab_size 5: the tokenizer has 27"),
-        ({"batch_size": 4, "accumulate": 3}, "batch_size 4: does not divide"),
+        ({"batch_size": 4, "accumulate": 3}, "batch_size 4: use a multiple of 3"),
     ],
 )
 def test_run_that_cannot_start_leaves_no_directory(tmp_path, fields, message, corpus_file):
