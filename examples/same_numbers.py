@@ -25,7 +25,7 @@ from typing import Any
 
 SIZES = """--model.trunk.width 32 --model.trunk.num-heads 2 --model.context 64 --train.batch-size 4
     --train.log-every 1 --train.evaluate-every 3 --train.evaluate-windows 8
-    --train.test-windows 16 --steps 12"""
+    --train.test-windows 16 --train.keep last --steps 12"""
 PRESETS = {
     "mini-mixd": "",
     "mini-mix1": "",

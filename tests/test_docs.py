@@ -35,10 +35,19 @@ from tarflowlm.presets import PRESETS
 
 # the log records what was true at a date; its commands may be gone
 CURRENT = [document for document in DOCUMENTS if document != ROOT / "docs" / "log.md"]
-RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md", ROOT / "examples" / "first_hour.md"]
+FIRST_HOUR = ROOT / "examples" / "first_hour.md"
+RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md", FIRST_HOUR]
 """Documents whose commands are run, in their order; of the others only names and options are
 checked.
 """
+
+
+def nightly_if_long(document: Path) -> object:
+    """The first hour takes most of a minute, and little in it is in no other document."""
+    marks = [pytest.mark.nightly] if document == FIRST_HOUR else []
+    return pytest.param(document, marks=marks)
+
+
 SMALL = [
     "--model.trunk.width=16",
     "--model.context=32",
@@ -137,7 +146,7 @@ def check_pip(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", RUN, ids=name_of)
+@pytest.mark.parametrize("document", [nightly_if_long(document) for document in RUN], ids=name_of)
 def test_commands_run(document, place):
     for line in shell_lines(document):
         program, *words = shlex.split(line)
@@ -160,7 +169,9 @@ def test_commands_run(document, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "document", [document for document in CURRENT if blocks(document, "python")], ids=name_of
+    "document",
+    [nightly_if_long(document) for document in CURRENT if blocks(document, "python")],
+    ids=name_of,
 )
 def test_python_runs(document, place):
     names = {"__name__": "__main__"}

@@ -29,6 +29,7 @@ sys.modules |= {"IPython": types.ModuleType("IPython"), "IPython.display": displ
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code = "\n\n".join([STAND_IN, *("".join(cell["source"]) for cell in CODE)])

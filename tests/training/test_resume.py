@@ -231,6 +231,7 @@ def test_joint_and_baseline_runs_resume(tmp_path, family, corpus_file):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_run_ends_with_its_best_weights_even_if_killed(tmp_path, corpus_file):
     config = tiny_run(corpus_file, stage_steps=(6, 6, 6), keep="best", ema=0.5, optim={"lr": 0.3})
     go(config, tmp_path / "whole")
