@@ -94,6 +94,7 @@ def test_tales_are_the_text_that_their_page_describes():
     assert documents == len(resolve_source("tales").documents()) == text.count(SEPARATOR) == 2783
 
 
+@pytest.mark.slow
 def test_a_tale_is_in_one_split_by_its_title():
     found = resolve_source("tales")
     splits = {split: set() for split in SPLITS}
@@ -108,6 +109,7 @@ def test_a_tale_is_in_one_split_by_its_title():
     assert min(sizes.values()) / sum(sizes.values()) > 0.04
 
 
+@pytest.mark.slow
 def test_tales_in_letters_are_one_text():
     pieces = [piece.text for piece in resolve_source("tales").pieces(0, "text8", SILENT)]
     assert set("".join(pieces)) <= set(TEXT8_ALPHABET)
