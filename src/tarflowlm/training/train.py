@@ -154,10 +154,11 @@ def train_stage(job: Job, state: State) -> Likelihood:
     every = STEPS_BETWEEN_READS.get(job.device.type, 1)
     unread: Unread = []
     may_compile = job.compiles
-    # the best weights of a stage may be those that it begins with
-    counters.evaluation_is_due |= train.keep == "best" and counters.stage_step == 0
     clock = partial(seconds, job, state)
     pace.measure(train, counters, clock, job.num_test_windows)
+    if counters.stage_step == 0:
+        # the best weights of a stage may be those that it begins with, and it may have no steps
+        counters.evaluation_is_due |= train.keep == "best" or counters.stage_is_over
     done, total = pace.units(train, counters)
     job.reporter.stage(stages.describe_stage(job, counters.stage), total, done)
 
