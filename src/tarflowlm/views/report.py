@@ -17,7 +17,7 @@ from tarflowlm.files import replacing
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
-from tarflowlm.runs.hub import is_reference, locate
+from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 from tarflowlm.texts import Writing
 from tarflowlm.views import grid
 from tarflowlm.views.figures import CURVES, draw_bits, draw_codebook, draw_gains
@@ -83,8 +83,11 @@ def write_report(
             raise UserError(f"{what}: give each run once, or rename one of the directories")
         records[record.slug] = record
     if out is None:
-        if len(directories) > 1 or not directories[0].is_dir():
-            raise UserError("several runs, or a model by name, need a place: add --out DIR")
+        problem: str | None = f"{len(directories)} runs are given"
+        if len(directories) == 1:
+            problem = read_only_reason(directories[0])
+        if problem is not None:
+            raise UserError(f"{problem}, so the report needs a place: add --out DIR")
         out = directories[0] / "report"
     page = out / "index.html"
     is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
