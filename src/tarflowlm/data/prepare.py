@@ -113,7 +113,9 @@ def encode_text_source(
             # whole, since word pieces may cross the cuts between the splits
             pieces = found.pieces(part, tokenizer.normalization, progress)
             text = "".join(piece.text for piece in pieces)
+            progress.stage(f"encoding {found.name}, characters", len(text))
             tokens.append(tokenizer.encode(text).astype(tokenizer.token_dtype))
+            progress.advance(len(text))
         else:
             encoded = _encoded(found, part, tokenizer, (split,), progress)
             tokens += [some for _, some, _ in encoded]
