@@ -117,6 +117,7 @@ def test_a_list_of_texts_is_scored_as_one_by_one(loaded):
         alone = loaded.score(text, samples=2, seed=3)
         assert one.bits.tolist() == pytest.approx(alone.bits.tolist(), rel=1e-4, abs=1e-4)
         assert (one.reading.text, one.notice) == (alone.reading.text, alone.notice)
+    assert [len(tokens) for tokens in loaded.encode(texts)] == [8, 1, 33, 8]
 
 
 @pytest.mark.slow
