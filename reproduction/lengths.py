@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from reproduction.measures import likelihood_on, summary_row
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings
@@ -46,13 +47,9 @@ def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[R
         row[TOKENS] = run.train.stage_steps[0] * run.train.batch_size * run.model.context
         row[f"iw-{SAMPLES} bpc"] = likelihood_on(done, done.load(), None, WINDOWS, SAMPLES).bpc
         rows.append(row)
+    baselines = {(row[TOKENS], row["seed"]): row for row in rows if row["model"] == "AR"}
     for row in rows:
-        baseline = next(
-            other
-            for other in rows
-            if other["model"] == "AR"
-            and (other[TOKENS], other["seed"]) == (row[TOKENS], row["seed"])
-        )
+        baseline = baselines[row[TOKENS], row["seed"]]
         row[RATIO] = row["test bpc"] / baseline["test bpc"]
         row[f"iw-{SAMPLES} {RATIO}"] = row[f"iw-{SAMPLES} bpc"] / baseline[f"iw-{SAMPLES} bpc"]
     return rows
@@ -65,9 +62,7 @@ def draw_lengths(figure: Figure, rows: Sequence[Row]) -> None:
         own = [row for row in rows if row["model"] == label]
         counts = sorted({row[TOKENS] for row in own})
         for column, style in ((RATIO, "-"), (f"iw-{SAMPLES} {RATIO}", "--")):
-            means = [
-                _mean([row[column] for row in own if row[TOKENS] == count]) for count in counts
-            ]
+            means = [fmean(row[column] for row in own if row[TOKENS] == count) for count in counts]
             name = label if style == "-" else None
             axes.plot(counts, means, style, color=f"C{index}", label=name)
             axes.plot(
@@ -84,10 +79,6 @@ def draw_lengths(figure: Figure, rows: Sequence[Row]) -> None:
     axes.set_xticks(ticks, [f"{count / 1e6:.1f} M" for count in ticks])
     axes.set(xlabel=f"{TOKENS} (characters)", ylabel="bits per character over the baseline's")
     axes.legend(title=f"dashed: iw-{SAMPLES}")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 LENGTHS_RECIPE = Recipe(

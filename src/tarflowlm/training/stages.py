@@ -131,7 +131,7 @@ def leave_stage(job: Job, state: State, end: Likelihood) -> None:
     keeps_best = job.config.train.keep == "best"
     kept = counters.lowest / end.nats_per_token if keeps_best else 1.0
     counters.valid_bpc.append(kept * end.bpc)
-    if counters.stage and (keeps_best or not counters.stage_step) and not counters.lowest_at:
+    if counters.stage and not counters.lowest_at:
         why = "gained nothing" if counters.stage_step else "has no time"
         name = describe_stage(job, counters.stage)
         logger.info("%s %s: the block stays as it started", name, why)
