@@ -1,4 +1,4 @@
-"""What a user chooses. No torch here: the help page answers without it."""
+"""The choices of a user. No torch here: the help page answers without it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

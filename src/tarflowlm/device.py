@@ -35,7 +35,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def numerics_problem(device: torch.device) -> str | None:
-    """What the mixture maps of `device` get wrong, in a line; None for nothing.
+    """The error of the mixture maps of `device`, in a line; None if they are right.
 
     Noise of up to 8 standard deviations goes through the inverses and back.
     """

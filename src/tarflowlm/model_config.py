@@ -141,7 +141,7 @@ class LanguageModelConfig(Config):
 
 
 def imported(path: str) -> Any:
-    """What "module:name" names."""
+    """The object that "module:name" names."""
     module, name = path.split(":")
     return getattr(import_module(module), name)
 

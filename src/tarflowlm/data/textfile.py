@@ -35,7 +35,7 @@ class Source(ABC):
 
     @abstractmethod
     def state(self) -> list[list[str | int]]:
-        """What tells a changed text from this one, such as names and sizes of its files."""
+        """Names and sizes of its files, or whatever else tells a changed text from this one."""
 
     def obtain(self, progress: Progress) -> None:  # noqa: B027
         """Download and check what `pieces` needs."""

@@ -62,7 +62,7 @@ def register() -> None:
 
     @register_model("tarflowlm")
     class HarnessModel(LM):  # type: ignore[misc]
-        """What `load` takes, as lm-eval calls it."""
+        """A model that `load` finds, as lm-eval calls it."""
 
         def __init__(
             self,

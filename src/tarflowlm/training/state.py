@@ -1,4 +1,4 @@
-"""What a training run consists of: a `Job`, which never changes, and a `State`, which every step
+"""The parts of a training run: a `Job`, which never changes, and a `State`, which every step
 changes and every checkpoint holds.
 """
 
@@ -23,7 +23,7 @@ from tarflowlm.training.parallel import Processes
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is given. All processes hold the same; only the first one writes files."""
+    """The fixed parts of a run. All processes hold the same; only the first one writes files."""
 
     config: RunConfig
     out: Path
@@ -99,7 +99,7 @@ class Counters:
 
 @dataclass
 class State:
-    """What training changes. All of it is in a checkpoint, or follows from what is."""
+    """Everything that training changes. All of it is in a checkpoint, or follows from what is."""
 
     model: LanguageModel  # with the blocks of the stages so far
     bound: nn.Module  # the model's negative bound as DDP or FSDP2 wrap it for the current stage
