@@ -89,9 +89,12 @@ def measure_progressive(settings: Settings, finished: Sequence[Finished]) -> lis
     """Final bound, the curves, and the KL divergence after every block."""
     rows = measures.with_curves(settings, finished)
     for row, done in zip(rows, finished, strict=True):
-        for state in measures.latents(done)[1:]:
-            row[f"kl after block {state.block}"] = state.kl.mean
+        row |= done.measured("KL divergences", partial(_divergences, done))
     return rows
+
+
+def _divergences(done: Finished) -> Row:
+    return {f"kl after block {state.block}": state.kl.mean for state in measures.latents(done)[1:]}
 
 
 def plan_shares(settings: Settings) -> list[Training]:

@@ -5,6 +5,7 @@ The paper leaves open which end is "layer 0", so the states are read in both dir
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -72,8 +73,12 @@ def measure_fig7(_settings: Settings, finished: Sequence[Finished]) -> list[Row]
     rows: list[Row] = []
     for done in finished:
         model = measures.first_columns(done)
-        rows += [model | row for row in (*_states_of_text(done), *_states_of_samples(done))]
+        rows += [model | row for row in done.measured("geometry", partial(_states, done))]
     return rows + flops_by_size()
+
+
+def _states(done: Finished) -> list[Row]:
+    return [*_states_of_text(done), *_states_of_samples(done)]
 
 
 def _states_of_text(done: Finished) -> Iterator[Row]:

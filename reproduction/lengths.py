@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from reproduction.measures import likelihood_on, summary_row
+from reproduction import tables
+from reproduction.measures import summary_row
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings
-from reproduction.tables import FAMILIES, SAMPLES, WINDOWS
 from tarflowlm.config import RunConfig
 from tarflowlm.views.style import Figure
 
@@ -20,7 +20,7 @@ RATIO = "over AR"
 def plan_lengths(settings: Settings) -> list[Training]:
     """Every family for every length, with the schedule of that length."""
     plan = []
-    for label, kind in FAMILIES.items():
+    for label, kind in tables.FAMILIES.items():
         for name, factor in LENGTHS.items():
             run = lengthened(settings.preset(kind, "text8"), factor, name)
             # the length of the presets has further seeds, which table2 shares
@@ -45,23 +45,24 @@ def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[R
         row = summary_row(done)
         run = done.training.run
         row[TOKENS] = run.train.stage_steps[0] * run.train.batch_size * run.model.context
-        row[f"iw-{SAMPLES} bpc"] = likelihood_on(done, done.load(), None, WINDOWS, SAMPLES).bpc
+        row |= tables.weighted_bound(done)
         rows.append(row)
     baselines = {(row[TOKENS], row["seed"]): row for row in rows if row["model"] == "AR"}
+    weighted = f"iw-{tables.SAMPLES}"
     for row in rows:
         baseline = baselines[row[TOKENS], row["seed"]]
         row[RATIO] = row["test bpc"] / baseline["test bpc"]
-        row[f"iw-{SAMPLES} {RATIO}"] = row[f"iw-{SAMPLES} bpc"] / baseline[f"iw-{SAMPLES} bpc"]
+        row[f"{weighted} {RATIO}"] = row[f"{weighted} bpc"] / baseline[f"{weighted} bpc"]
     return rows
 
 
 def draw_lengths(figure: Figure, rows: Sequence[Row]) -> None:
     """The ratio to the baseline over the tokens seen: the bound, and dashed the weighted bound."""
     axes = figure.subplots()
-    for index, label in enumerate(label for label in FAMILIES if label != "AR"):
+    for index, label in enumerate(label for label in tables.FAMILIES if label != "AR"):
         own = [row for row in rows if row["model"] == label]
         counts = sorted({row[TOKENS] for row in own})
-        for column, style in ((RATIO, "-"), (f"iw-{SAMPLES} {RATIO}", "--")):
+        for column, style in ((RATIO, "-"), (f"iw-{tables.SAMPLES} {RATIO}", "--")):
             means = [fmean(row[column] for row in own if row[TOKENS] == count) for count in counts]
             name = label if style == "-" else None
             axes.plot(counts, means, style, color=f"C{index}", label=name)
@@ -78,7 +79,7 @@ def draw_lengths(figure: Figure, rows: Sequence[Row]) -> None:
     ticks = sorted({row[TOKENS] for row in rows})
     axes.set_xticks(ticks, [f"{count / 1e6:.1f} M" for count in ticks])
     axes.set(xlabel=f"{TOKENS} (characters)", ylabel="bits per character over the baseline's")
-    axes.legend(title=f"dashed: iw-{SAMPLES}")
+    axes.legend(title=f"dashed: iw-{tables.SAMPLES}")
 
 
 LENGTHS_RECIPE = Recipe(
@@ -87,7 +88,7 @@ LENGTHS_RECIPE = Recipe(
     claim=(
         "The paper, at one length: Mix-d 1.06, Mix-1 1.11 and affine 1.25 times the bits of the "
         "baseline on TEXT8. Are these where the ratios go with more training? (Every length has "
-        f"its own schedule. iw-{SAMPLES} is a tighter bound, over {WINDOWS} windows.)"
+        f"its own schedule. iw-{tables.SAMPLES} is a tighter bound, over {tables.WINDOWS} windows.)"
     ),
     plan=plan_lengths,
     measure=measure_lengths,

@@ -38,7 +38,7 @@ def first_columns(done: Finished) -> Row:
 
 def summary_row(done: Finished) -> Row:
     """The run's own measurement on its test split."""
-    summary = done.summary
+    summary = done.record.summary
     test = summary["test"]
     return {
         "model": done.training.label,
@@ -119,8 +119,12 @@ def latents(done: Finished) -> list[StateReport]:
 
 def gains(done: Finished) -> Row:
     """The nats per token that every block takes off the KL divergence."""
-    found = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
-    return {f"KL taken off by block {number}": gain for number, gain in enumerate(found, 1)}
+
+    def measure() -> Row:
+        found = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
+        return {f"KL taken off by block {number}": gain for number, gain in enumerate(found, 1)}
+
+    return done.measured("gains of blocks", measure)
 
 
 def judged_bits(judge: Judge, checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
@@ -139,16 +143,20 @@ def curves(done: Finished) -> Row:
 
     The training text has `POINTS` evenly spaced steps.
     """
-    record = read_record(done.directory)
-    row = Row()
-    curve = training_curve(record)
-    for place in range(1, POINTS + 1):
-        goal = place * done.training.run.train.num_steps / POINTS
-        _, step = min((abs(step - goal), step) for step in curve)
-        row[f"train bpc at {step:,}"] = curve[step]
-    for step, bpc in zip(record.valid["step"], record.valid["bpc"], strict=True):
-        row[f"valid bpc at {int(step):,}"] = float(bpc)
-    return row
+
+    def measure() -> Row:
+        log = read_record(done.directory)
+        row = Row()
+        curve = training_curve(log)
+        for place in range(1, POINTS + 1):
+            goal = place * done.training.run.train.num_steps / POINTS
+            _, step = min((abs(step - goal), step) for step in curve)
+            row[f"train bpc at {step:,}"] = curve[step]
+        for step, bpc in zip(log.valid["step"], log.valid["bpc"], strict=True):
+            row[f"valid bpc at {int(step):,}"] = float(bpc)
+        return row
+
+    return done.measured("curves", measure)
 
 
 def training_curve(record: RunRecord) -> dict[int, float]:

@@ -3,18 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from reproduction.records import Record, Records
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
-from tarflowlm.files import read_json
+from tarflowlm.errors import UserError
 from tarflowlm.model_config import as_flow_config
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.runs.checkpoint import SUMMARY, Checkpoint, load_checkpoint
+from tarflowlm.runs.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from tarflowlm.views.style import Figure
+
+T = TypeVar("T")
 
 Row = dict[str, Any]
 """A row of the CSV: column name -> number or text."""
@@ -74,6 +77,8 @@ class Finished:
     training: Training
     directory: Path
     device: torch.device
+    records: Records
+    record: Record
     progress: Progress = SILENT
 
     def stage(self, name: str, total: int) -> Progress:
@@ -81,11 +86,18 @@ class Finished:
         self.progress.stage(f"{self.training.name}, {name}", total)
         return self.progress
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        return read_json(self.directory / SUMMARY)
+    def measured(self, what: str, measure: Callable[[], T]) -> T:
+        """The result of the measurement `what`, from the record if it is there: JSON values."""
+        return self.records.measured(self.record, what, measure)
 
     def load(self) -> Checkpoint:
+        """The trained model. UserError where only its record is left."""
+        if not (self.directory / WEIGHTS).exists():
+            name = self.training.name
+            raise UserError(
+                f"{name} is on record, but this page needs its weights: remove the line of {name} "
+                f"from {self.records.path} to train it again"
+            )
         return load_checkpoint(self.directory, self.device)
 
     def tokens(self, checkpoint: Checkpoint, source: str | None = None) -> TokenArray:

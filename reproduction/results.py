@@ -2,20 +2,14 @@
 
 import csv
 import io
-import platform
-import re
 import shlex
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from reproduction.recipe import Finished, Recipe, Row
 from reproduction.settings import Settings
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.files import replacing, sha256_of
-from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS
 from tarflowlm.views.style import Figure, render
 
 
@@ -99,35 +93,20 @@ def _provenance(finished: Sequence[Finished], command: Sequence[str]) -> str:
         f"|{' --- |' * 5}",
     ]
     for done in finished:
-        hashes = [sha256_of(done.directory / name)[:12] for name in (CONFIG, WEIGHTS)]
-        counts = [f"{done.summary[name]:,.0f}" for name in ("steps", "seconds")]
-        lines.append(f"| {' | '.join([done.training.name, *counts, *hashes])} |")
+        record = done.record
+        counts = [f"{record.summary[name]:,.0f}" for name in ("steps", "seconds")]
+        lines.append(f"| {' | '.join([record.name, *counts, *record.hashes.values()])} |")
     texts = "; ".join(sorted({_text(done) for done in finished}))
-    versions = [
-        f"tarflowlm {version('tarflowlm')}",
-        f"PyTorch {torch.__version__}",
-        f"Python {platform.python_version()}",
-    ]
+    machines = sorted({done.record.machine for done in finished})
     lines.append(f"\nHashes are the first 12 digits of sha256. Texts: {texts}.")
-    lines.append(f"Machine: {_hardware(finished[0].device)}; {', '.join(versions)}.\n")
+    lines.append(f"Trained on: {'; '.join(machines)}.\n")
     return "\n".join(lines)
 
 
 def _text(done: Finished) -> str:
     """The name of a run's training text, and the hashes of its files."""
-    source = done.summary["source"]
+    source = done.record.summary["source"]
     files = resolve_source(source).files
     digests = ", ".join(sha256_of(file)[:12] for file in files[:3])
     more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
     return f"{Path(source).name} {digests}{more}"
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpus = Path("/proc/cpuinfo")  # of Linux
-    text = cpus.read_text(encoding="utf-8") if cpus.exists() else ""
-    found = re.search(r"^model name\s*: *(.*)", text, re.MULTILINE)
-    name = found[1].strip() if found else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {device.type}"

@@ -4,11 +4,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from reproduction.recipe import Finished, Training
+from reproduction.records import Records
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import build_tokenizer
@@ -38,8 +40,10 @@ GPT2_SIZE = 50_257
 def state_of(settings: Settings, training: Training) -> State:
     """State of a training on disk.
 
-    Raises UserError if its directory holds a run of another configuration.
+    Raises UserError if its record or its directory is that of another configuration.
     """
+    if Records(settings.out).find(training.name, training.run) is not None:
+        return "finished"
     directory = training.directory(settings)
     if not is_begun(directory):
         return "new"
@@ -55,6 +59,8 @@ def finish(
 ) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""
     device = pick_device(settings.device)
+    records = Records(settings.out)
+    finished = []
     for training in plan:
         directory = training.directory(settings)
         if state_of(settings, training) == "finished":
@@ -67,7 +73,18 @@ def finish(
                 reporter=reporter,
                 stop_requests=stop_requests,
             )
-    return [Finished(training, training.directory(settings), device) for training in plan]
+        finished.append(recorded(records, training, directory, device))
+    return finished
+
+
+def recorded(
+    records: Records, training: Training, directory: Path, device: torch.device
+) -> Finished:
+    """A finished training, which is put on record if it is not."""
+    record = records.find(training.name, training.run)
+    if record is None:
+        record = records.add(training.name, training.run, directory, device)
+    return Finished(training, directory, device, records, record)
 
 
 @dataclass(frozen=True)

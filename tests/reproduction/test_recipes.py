@@ -16,7 +16,9 @@ from docs_cases import ROOT
 from reproduction import ablations, geometry, measures, passes, patches, tables
 from reproduction.recipe import Finished, Training
 from reproduction.recipes import RECIPES
+from reproduction.records import Records
 from reproduction.results import write_results
+from reproduction.running import recorded
 from reproduction.settings import Settings
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
@@ -84,7 +86,8 @@ def untrained(settings: Settings, training: Training) -> Finished:
         (directory / "metrics.jsonl").write_text(
             "".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8"
         )
-    return Finished(replace(training, run=run), directory, torch.device("cpu"))
+    training = replace(training, run=run)
+    return recorded(Records(settings.out), training, directory, torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Plans of the recipes, and on a tiny training: work is done once, resumed, and written down."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from docs_cases import ROOT
 from helpers import FLOW
 from reproduction import ablations, passes, patches
-from reproduction.measures import summary_row
+from reproduction.measures import gains, summary_row, with_curves
 from reproduction.recipe import Recipe, trainings
 from reproduction.recipes import RECIPES
 from reproduction.running import estimate, finish, state_of
@@ -144,8 +145,26 @@ def test_trainings_are_resumed_and_done_once(settings, tmp_path):
     again = finish(settings, plan, SILENT)
     assert [(d.directory / "model.safetensors").stat().st_mtime_ns for d in again] == times
     other = trainings(settings, {"tiny": replace(TINY, optim=replace(TINY.optim, lr=1e-3))})
-    with pytest.raises(UserError, match=r"optim.lr 0.001: the run in .*tiny-s0 has"):
+    with pytest.raises(UserError, match=r"optim.lr 0.001: tiny-s0 in .*records.jsonl has"):
         finish(settings, other, SILENT)
+
+
+@pytest.mark.slow
+def test_a_page_is_printed_from_records_without_the_runs(settings):
+    plan = TINY_RECIPE.plan(settings)
+    finished = finish(settings, plan, SILENT)
+    rows = with_curves(settings, finished)
+    gained = gains(finished[0])
+    shutil.rmtree(settings.out / "runs")
+    again = finish(settings, plan, SILENT)
+    assert with_curves(settings, again) == rows
+    assert gains(again[0]) == gained
+    assert again[1].record == finished[1].record
+    with pytest.raises(UserError, match="tiny-s1 is on record, but this page needs its weights"):
+        again[1].load()
+    (settings.out / "records.jsonl").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"records.jsonl is damaged .*: restore or remove it"):
+        finish(settings, plan, SILENT)
 
 
 def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypatch):

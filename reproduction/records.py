@@ -1,0 +1,120 @@
+"""What is known of finished trainings, a line each, in records.jsonl.
+
+Pages whose measurements are all on record are printed without weights. So the trainings of one page
+may come from several machines, and anyone can print the page again.
+"""
+
+import json
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from tarflowlm.config import RunConfig
+from tarflowlm.errors import UserError
+from tarflowlm.files import read_json, replacing, sha256_of
+from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS
+from tarflowlm.schema import flatten, to_dict
+
+RECORDS = "records.jsonl"
+
+T = TypeVar("T")
+
+
+@dataclass
+class Record:
+    """A finished training."""
+
+    name: str
+    config: dict[str, Any]
+    """What was asked for, as config.json has it."""
+    summary: dict[str, Any]
+    """The run's own results."""
+    machine: str
+    """The processor that trained it, and the versions."""
+    hashes: dict[str, str]
+    """The first 12 digits of the sha256 of its configuration and its weights."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Measurement -> its numbers, as JSON values."""
+
+
+class Records:
+    """The records in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / RECORDS
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        try:
+            records = [Record(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.path} is damaged ({error}): restore or remove it") from None
+        self._by_name = {record.name: record for record in records}
+
+    def find(self, name: str, run: RunConfig) -> Record | None:
+        """The record of a training, or None.
+
+        UserError, naming the first field that differs, where it is of another configuration.
+        """
+        record = self._by_name.get(name)
+        if record is None:
+            return None
+        ours = flatten(run)
+        theirs = flatten(record.config)
+        for key in ours | theirs:
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{key} {ours.get(key)}: {name} in {self.path} has {theirs.get(key)}; "
+                    "choose another --out"
+                )
+        return record
+
+    def add(self, name: str, run: RunConfig, directory: Path, device: torch.device) -> Record:
+        """Record the finished run in `directory`."""
+        record = Record(
+            name=name,
+            config=to_dict(run),
+            summary=read_json(directory / SUMMARY),
+            machine=machine(device),
+            hashes={file: sha256_of(directory / file)[:12] for file in (CONFIG, WEIGHTS)},
+        )
+        self._by_name[name] = record
+        self.save()
+        return record
+
+    def measured(self, record: Record, what: str, measure: Callable[[], T]) -> T:
+        """The result of the measurement `what`, which is made once: JSON values."""
+        if what not in record.measured:
+            record.measured[what] = measure()
+            self.save()
+        return record.measured[what]
+
+    def save(self) -> None:
+        lines = [json.dumps(asdict(record)) for _, record in sorted(self._by_name.items())]
+        with replacing(self.path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def machine(device: torch.device) -> str:
+    """The processor in use, and the versions that decide about numbers."""
+    versions = [
+        f"tarflowlm {version('tarflowlm')}",
+        f"PyTorch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ]
+    return f"{_hardware(device)}; {', '.join(versions)}"
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")  # of Linux
+    text = cpus.read_text(encoding="utf-8") if cpus.exists() else ""
+    found = re.search(r"^model name\s*: *(.*)", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {device.type}"
