@@ -17,7 +17,7 @@ from reproduction.settings import Settings
 from tarflowlm.evaluation.blocks import Spread, state_metrics
 from tarflowlm.model_config import FlowConfig, TransformerConfig, as_flow_config
 from tarflowlm.presets import preset
-from tarflowlm.views.style import SMALL, Figure
+from tarflowlm.views.style import SMALL, Figure, log_scale
 
 SAMPLES = 64  # samples of each model, whose states are measured
 UP = "latents of a text"
@@ -51,20 +51,18 @@ goes the paper's way as a whole, and at no layer the other way. A change counts 
 nats per token, of texts. The CSV has all values with standard deviations.
 """
 _OPERATIONS = (
-    "The last panel: operations of a flow with one input map and head over those of a "
-    "Transformer LM.\n"
+    "The last panel: operations of a flow with one input map and head, and of a Transformer LM, "
+    "over a text of 1,024 tokens.\n"
 )
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
-    """Affine, Mix-1 and Mix-d; at mini scale also Mix-1 from the codebook."""
+    """Affine, Mix-1 and Mix-d."""
     runs = {
         "affine": settings.preset("affine", "owt"),
         "Mix-1": settings.preset("mix1", "owt"),
         "Mix-d": settings.preset("mixd", "owt"),
     }
-    if settings.scale == "mini":
-        runs[measures.FROM_CODEBOOK] = preset("mini-mix1-codebook")
     return trainings(settings, runs)
 
 
@@ -114,7 +112,7 @@ def _states_of_samples(done: Finished) -> Iterator[Row]:
 
 
 def flops_by_size() -> list[Row]:
-    """Operations of a Mix-1 flow over those of a Transformer LM, by size and patch."""
+    """Operations of a Mix-1 flow and of a Transformer LM, by size and patch."""
     rows: list[Row] = []
     paper = as_flow_config(preset("owt-mix1").model)
     for name, (layers, width, heads) in GPT2_SIZES.items():
@@ -123,7 +121,8 @@ def flops_by_size() -> list[Row]:
         for patch in FLOW_PATCHES:
             row: Row = {"model": f"Mix-1, {name}", "size": name, "patch": patch}
             operations = flow_flops(replace(flow, patch=patch), layers)
-            row["over the LM"] = operations / baseline_flops(width, layers, flow.context)
+            row["operations"] = operations
+            row["of the LM"] = baseline_flops(width, layers, flow.context)
             rows.append(row)
     return rows
 
@@ -256,11 +255,15 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
     sizes = list(GPT2_SIZES)
     axes = figure.add_subplot(grid[:, len(METRICS)])
     for patch in FLOW_PATCHES:
-        ratios = [row["over the LM"] for row in rows if row.get("patch") == patch]
-        axes.plot(range(len(sizes)), ratios, "o-", label=f"P = {patch}")
-    axes.axhline(1.0, color="gray", linestyle=":")
+        own = [row for row in rows if row.get("patch") == patch]
+        if patch == 1:
+            of_lm = [row["of the LM"] / 1e12 for row in own]
+            axes.plot(range(len(sizes)), of_lm, "s:", color="gray", label="LM")
+        counts = [row["operations"] / 1e12 for row in own]
+        axes.plot(range(len(sizes)), counts, "o-", label=f"flow, P = {patch}")
+    log_scale(axes)
     axes.set_xticks(range(len(sizes)), [size.removeprefix("gpt2-") for size in sizes], rotation=45)
-    axes.set_title("operations, flow / LM", fontsize=9)
+    axes.set_title("operations, 10^12", fontsize=9)
     axes.legend(fontsize=SMALL)
 
 

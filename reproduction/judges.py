@@ -53,6 +53,13 @@ class JudgedTexts:
         """exp of the nats per scored token, over all texts together. NaN without scored tokens."""
         return math.exp(self.nats / self.tokens) if self.tokens else math.nan
 
+    @property
+    def perplexity_error(self) -> float:
+        """Standard error of the perplexity over texts of equal length. NaN for a single text."""
+        texts = len(self.by_text)
+        of_mean = self.by_text.std().item() / texts**0.5  # nats per text
+        return self.perplexity * of_mean * texts / self.tokens
+
 
 @dataclass(frozen=True)
 class _Chunk:

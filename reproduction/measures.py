@@ -160,11 +160,14 @@ def curves(done: Finished) -> Row:
 
 
 def training_curve(record: RunRecord) -> dict[int, float]:
-    """Step -> training bound in bits per character, averaged over `AVERAGED` lines up to it."""
+    """Step -> training bound in bits per character, averaged over `AVERAGED` lines around it."""
     steps = record.train["step"]
     values = record.train["bpc"]
-    ends = range(min(AVERAGED, len(values)), len(values) + 1)
-    return {int(steps[end - 1]): float(values[max(0, end - AVERAGED) : end].mean()) for end in ends}
+    half = AVERAGED // 2
+    return {
+        int(step): float(values[max(0, index - half) : index + half + 1].mean())
+        for index, step in enumerate(steps)
+    }
 
 
 def with_curves(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:

@@ -5,7 +5,6 @@ stack is a point: its bits per character, and the judge's bits of its text befor
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +16,6 @@ from reproduction.measures import JUDGED
 from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
 from reproduction.results import write
 from reproduction.settings import Settings
-from tarflowlm.config import RunConfig
-from tarflowlm.model_config import as_flow_config
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.grid import Row as TextRow
@@ -197,23 +194,8 @@ def plan_frontier(settings: Settings) -> list[Training]:
         "Mix-1": preset("mini-mix1"),
         measures.FROM_CODEBOOK: preset("mini-mix1-codebook"),
         FILLING: preset("mini-passes"),
-        "Mix-1, last block Mix-d of 12 classes": _top_mixd("k12", components=12),
-        "Mix-1, last block Mix-d of the codebook": _top_mixd("tied", components=0),
     }
     return trainings(settings, runs) + measures.judge_training(settings)
-
-
-def _top_mixd(suffix: str, *, components: int) -> RunConfig:
-    """Mix-1 under a deep Mix-d block that is tied to the codebook, or has components of its own.
-
-    It has a smaller test.
-    """
-    run = preset("mini-mix1")
-    *lower, top = as_flow_config(run.model).blocks
-    blocks = (*lower, replace(top, coupling="mixd", components=components))
-    model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
-    train = replace(run.train, test_windows=measures.SHORT_WINDOWS)
-    return replace(run, name=f"mini-top-mixd-{suffix}", model=model, train=train)
 
 
 def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:

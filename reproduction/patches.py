@@ -80,8 +80,13 @@ def _continued(
 ) -> Row:
     before = [decode(row) for row in tokens[:, :prefix].tolist()]
     after = [decode(row) for row in tokens[:, prefix:].tolist()]
-    perplexity = judge.read(after, after=before).perplexity
-    return {"prefix": prefix, "perplexity": perplexity, "judge": judge.name}
+    judged = judge.read(after, after=before)
+    return {
+        "prefix": prefix,
+        "perplexity": judged.perplexity,
+        "perplexity ±": judged.perplexity_error,
+        "judge": judge.name,
+    }
 
 
 def table_fig5(rows: Sequence[Row]) -> list[Row]:
@@ -95,13 +100,19 @@ def table_fig5(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
-    """Perplexity over the length of the prefix, one line per model."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        curves.setdefault(row["model"], []).append((row["prefix"], row["perplexity"]))
+    """Perplexity over the length of the prefix with its standard error, one line per model."""
     axes = figure.subplots()
-    for name, points in curves.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+    for name in dict.fromkeys(row["model"] for row in rows):
+        points = [row for row in rows if row["model"] == name]
+        axes.errorbar(
+            [row["prefix"] for row in points],
+            [row["perplexity"] for row in points],
+            [row["perplexity ±"] for row in points],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
     log_scale(axes)
     axes.set(
         xlabel="tokens of real text before the continuation",

@@ -86,6 +86,8 @@ class TextStatistics:
     texts: int
     perplexity: float
     """Generative perplexity: that of the judge, per token of the judge."""
+    perplexity_error: float
+    """Its standard error over the texts."""
     judge_tokens: int
     entropy: float
     """Average sequence entropy over the model's tokens in nats, as in the paper."""
@@ -104,6 +106,7 @@ class TextStatistics:
         return cls(
             texts=len(texts),
             perplexity=judged.perplexity,
+            perplexity_error=judged.perplexity_error,
             judge_tokens=judged.tokens,
             entropy=sequence_entropy(tokens.tolist()),
             word_entropy=sequence_entropy(words),

@@ -135,6 +135,7 @@ def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row
 def _quality_row(label: str, found: TextStatistics, mauve: float | None) -> Row:
     row: Row = {
         "perplexity": found.perplexity,
+        "perplexity ±": found.perplexity_error,
         "MAUVE": mauve,
         "entropy": found.entropy,
         "word entropy": found.word_entropy,
@@ -175,5 +176,7 @@ TABLE6 = Recipe(
     measure=measure_table6,
     table=partial(without, columns=("judge", "samples")),
     below=_judge_and_samples,
-    draw=partial(plot_models, column="perplexity", label="generative perplexity"),
+    draw=partial(
+        plot_models, column="perplexity", error="perplexity ±", label="generative perplexity"
+    ),
 )
