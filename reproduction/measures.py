@@ -25,6 +25,8 @@ JUDGED = "judge's bits"
 FROM_CODEBOOK = "Mix-1 from the codebook"
 """Label of `mini-mix1-codebook`."""
 JUDGE_STEPS = 1300
+JUDGE_SEED = 1000
+"""No model has it, so that none is judged by an earlier state of itself."""
 AVERAGED = 5  # lines of metrics.jsonl averaged in a point of a curve
 POINTS = 12  # evenly spaced points of a curve
 LATENT_WINDOWS = 256  # windows of text whose states are measured
@@ -191,11 +193,13 @@ def shortened(settings: Settings, run: RunConfig, steps: int) -> RunConfig:
 
 
 def judge_training(settings: Settings) -> list[Training]:
-    """The judge of the mini scale: the baseline on another text. The paper's needs no training."""
+    """The judge of the mini scale: a baseline of its own seed. The paper's needs no training."""
     if settings.scale == "paper":
         return []
     run = settings.adapt(with_steps(mini_ar(), JUDGE_STEPS))
-    run = replace(run, name="judge", data=replace(run.data, source=settings.judge_data))
+    run = replace(
+        run, name="judge", seed=JUDGE_SEED, data=replace(run.data, source=settings.judge_data)
+    )
     return [Training("judge", run, "judge")]
 
 

@@ -162,8 +162,8 @@ FIG6 = Recipe(
     claim=(
         "The paper: every intermediate state decodes to text, which each pass refines from coarse"
         " to fine. Its panels show the decoded text before and after every block, with the edits "
-        "highlighted. (Refining is more than becoming final: a judge, the baseline trained on "
-        "another text, reads the text after every pass.)"
+        "highlighted. (Refining is more than becoming final: a judge, a baseline of another "
+        "seed, reads the text after every pass.)"
     ),
     plan=plan_fig6,
     measure=measure_fig6,
@@ -255,7 +255,7 @@ FRONTIER = Recipe(
     title="Passes and the bound",
     claim=(
         "The paper shows passes that refine a text, and a good bound. Can one model have both? A "
-        "judge, the baseline trained on another text, reads the samples after every pass: passes "
+        "judge, a baseline of another seed, reads the samples after every pass: passes "
         "refine where its bits fall."
     ),
     plan=plan_frontier,
