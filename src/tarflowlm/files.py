@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,24 @@ def new_lines(path: Path) -> Iterator[TextIO]:
     finally:
         if not path.stat().st_size:
             path.unlink()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `path` on success; nothing is left otherwise."""
+    if path.exists():
+        raise UserError(f"{path} exists already: choose a new directory")
+    # under another name until it is whole, so that a kill leaves nothing that blocks the name
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        with full_disk_as_user_error(path, lambda: "export it again"):
+            yield partial
+            partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -27,7 +27,7 @@ OPTIONS = {
     ),
     "report": "device directories json out",
     "studio": "device host models no-browser port",
-    "export": "directory half json out",
+    "export": "causal-lm directory half json out",
     "push": "directory dry-run half json licence out private repository space",
     "harness": "directory json noise-seed normalize posterior-samples",
 }

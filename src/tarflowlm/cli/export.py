@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import Flag, PrintJson, arg
+from tarflowlm.cli.options import Flag, PrintJson, arg, check
 
 Exported = Annotated[
     tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a shipped model.")
@@ -20,16 +20,26 @@ class Args:
     directory: Exported
     out: Annotated[Path, arg("PATH")]  # Directory to create.
     half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
+    causal_lm: Flag = False  # Write block 1 as a language model of transformers (docs/hub.md).
     json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        check(self, exclusive={"half": ("causal_lm",)})
 
 
 def run(args: Args) -> None:
+    from tarflowlm.causal_lm.checkpoint import save_causal_lm
     from tarflowlm.runs.checkpoint import export, load_checkpoint
     from tarflowlm.terminal.bars import print_notice, print_result
 
-    out = export(load_checkpoint(args.directory), args.out, half=args.half)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    checkpoint = load_checkpoint(args.directory)
+    if args.causal_lm:
+        out = save_causal_lm(checkpoint, args.out)
+    else:
+        out = export(checkpoint, args.out, half=args.half)
+    size = sum(path.stat().st_size for path in out.iterdir())
     print_result(
         args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")]
     )
-    print_notice(f"next: tarflowlm sample {out}")
+    if not args.causal_lm:
+        print_notice(f"next: tarflowlm sample {out}")

@@ -39,8 +39,8 @@ class Piece(NamedTuple):
 class TextScorer:
     """Log-likelihoods in nats, and continuations, of texts under a model.
 
-    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All
-    continuations see the same noise at the same position, so none depends on the other requests.
+    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. No result
+    depends on the other requests.
     """
 
     def __init__(self, lm: Checkpoint, *, samples: int = 1, seed: int = 0) -> None:
@@ -56,10 +56,10 @@ class TextScorer:
         self.noise = [self.model.draw_noise(whole, generator) for _ in range(self.samples)]
         """The noise of a window, of every posterior sample."""
 
-    def encode(self, text: str) -> Int[Tensor, " n"]:
+    def encode(self, text: str, *, goes_on: bool = False) -> Int[Tensor, " n"]:
         """The tokens of a text; none where normalisation leaves nothing of it."""
         if self._reads(text):
-            return read(self.tokenizer, text).tokens
+            return read(self.tokenizer, text, goes_on=goes_on).tokens
         return torch.zeros(0, dtype=torch.int64)
 
     def encode_pair(self, context: str, continuation: str) -> Piece:
@@ -94,12 +94,10 @@ class TextScorer:
     def conditional(
         self, requests: Sequence[Piece], progress: Progress = SILENT
     ) -> list[tuple[float, bool]]:
-        """log p(continuation | context) for each request, and whether it is the most probable one.
+        """log p(continuation | context), and whether it is the greedy one (docs/harness.md).
 
-        Exact for the baseline. For a flow of one block a lower bound on log p~
-        (`objective.conditional_bound`); for more blocks a difference of two bounds with the same
-        noise, which is not a bound. A flow never knows the most probable tokens. Beyond the trained
-        context the start of the context is cut, and a longer continuation is scored in pieces.
+        Beyond the trained context the start of the context is cut, and a longer continuation is
+        scored in pieces.
         """
         pieces = [self.pieces(*request) for request in requests]
         scored = iter(self._scores([piece for parts in pieces for piece in parts], progress))
@@ -116,23 +114,16 @@ class TextScorer:
         """Text of `num_tokens` that follows each context, drawn with the scorer's seed."""
         found = []
         for context, how in requests:
-            start = 0
-            given: tuple[str, ...] = ()
-            num_tokens = how.num_tokens or 0
-            if self._reads(context):
-                given = (context,)
-                prompt = read(self.tokenizer, context, goes_on=True).tokens.tolist()
-                start = len(self.tokenizer.decode(prompt))
-                num_tokens += len(prompt)
+            prompt = self.encode(context, goes_on=True).tolist()
             writing = replace(
                 how,
-                prompts=given,
-                num_tokens=num_tokens,
+                prompts=(context,) if prompt else (),
+                num_tokens=len(prompt) + (how.num_tokens or 0),
                 stop=self._stops(how.stop),
                 seed=self.seed,
             )
             (text,) = writing.run(self.lm)
-            found.append(text[start:])
+            found.append(text[len(self.tokenizer.decode(prompt)) :])
             progress.advance()
         return found
 
@@ -182,7 +173,7 @@ class TextScorer:
         return found
 
     def _batch(self, tokens: Int[Tensor, "B n"], given: int) -> list[tuple[float, bool]]:
-        """log p of the tokens after the first `given`, and whether they are the most probable."""
+        """The same of pieces of one shape."""
         model = self.model
         end = tokens.shape[1]
         # whole positions: the baseline does not score what is added, a flow's bound holds for any

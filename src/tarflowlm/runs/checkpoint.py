@@ -1,6 +1,5 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError, guess
-from tarflowlm.files import full_disk_as_user_error, read_json, write_json
+from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.hub import locate, released
 from tarflowlm.runs.weights import is_whole, read_weights, write_weights
@@ -138,11 +137,8 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
 
     `half` stores the matrices of linear layers, and those between the channels of a head, in
     bfloat16, which loading converts to float32. Paths in the configuration are cut to file names.
-    If this fails, nothing is left.
     """
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists already: choose a new directory")
     data = checkpoint.run.data
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
@@ -152,21 +148,12 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
         # what came in bfloat16 loses nothing
         if is_matrix and (half or weight.equal(weight.bfloat16().to(weight.dtype))):
             weights[name] = weight.bfloat16()
-    # under another name until it is whole, so that a kill leaves nothing that blocks the name
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        with full_disk_as_user_error(out, lambda: "export it again"):
-            write_run(partial, replace(checkpoint.run, data=data), checkpoint.tokenizer)
-            save_weights(partial, weights, checkpoint.info)
-            summary = read_summary(checkpoint.directory)
-            if summary is not None:
-                write_json(partial / SUMMARY, summary | {"source": data.source})
-            partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(out) as folder:
+        write_run(folder, replace(checkpoint.run, data=data), checkpoint.tokenizer)
+        save_weights(folder, weights, checkpoint.info)
+        summary = read_summary(checkpoint.directory)
+        if summary is not None:
+            write_json(folder / SUMMARY, summary | {"source": data.source})
     return out
 
 

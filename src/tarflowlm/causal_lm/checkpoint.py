@@ -1,0 +1,119 @@
+"""A model as a checkpoint of `transformers`: block 1 in the limit of sharp codes (docs/math.md).
+
+It reads the means of codes. Its Transformer is Persimmon's with biases of zero, its start vector
+embeds a token of its own, and its head W x + b is (W - mean(W) + b / D) (x + 1), because a
+layer-normalised x has the mean zero.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.data.sources import SEPARATOR
+from tarflowlm.errors import UserError
+from tarflowlm.files import new_folder, read_json, write_json
+from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.stack import FlowBlock
+from tarflowlm.flow.transformer import ROTARY_BASE
+from tarflowlm.model import as_flow
+from tarflowlm.runs.checkpoint import TOKENIZER, WEIGHTS, Checkpoint
+from tarflowlm.runs.weights import write_weights
+
+START, PAD = "<|start|>", "<|pad|>"
+NEVER = -1e4
+"""The logit of both."""
+TEMPLATE = Path(__file__).with_name("template")
+"""What all checkpoints share; names.json has the weights of a layer and Persimmon's modules."""
+
+
+@torch.no_grad()
+def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
+    """Write what `AutoModelForCausalLM` and `AutoTokenizer` load into the new directory `out`.
+
+    UserError for patches, and for a flow whose block 1 is no tied Mix-d that acts on all tokens.
+    """
+    embedding, block, head = _token_model(checkpoint)
+    shape = checkpoint.model.config
+    trunk = shape.trunk
+    V = shape.vocab_size
+    library = Tokenizer.from_str(checkpoint.tokenizer.to_json())
+    library.add_special_tokens([START, PAD])
+    library.post_processor = TemplateProcessing(single=f"{START} $A", special_tokens=[(START, V)])
+    end = START if library.token_to_id(SEPARATOR) is None else SEPARATOR
+    special = {"bos_token": START, "eos_token": end, "pad_token": PAD}
+    ids = {f"{name}_id": library.token_to_id(token) for name, token in special.items()}
+    config = ids | {
+        "vocab_size": V + 2,
+        "hidden_size": trunk.width,
+        "intermediate_size": trunk.width * trunk.mlp_ratio,
+        "num_hidden_layers": len(block.transformer.layers),
+        "num_attention_heads": trunk.num_heads,
+        "max_position_embeddings": shape.context,
+        "rope_theta": ROTARY_BASE,
+    }
+    with new_folder(out) as folder:
+        if trunk.input_taps:
+            code = "modeling_tarflowlm.py"
+            shutil.copy(TEMPLATE / f"{code}.txt", folder / code)
+            config |= read_json(TEMPLATE / "config_of_taps.json") | {"input_taps": trunk.input_taps}
+        files = {
+            "config.json": config,
+            "generation_config.json": ids | {"temperature": checkpoint.run.temperature},
+            "tokenizer_config.json": special | {"model_max_length": shape.context},
+        }
+        for name, values in files.items():
+            write_json(folder / name, read_json(TEMPLATE / name) | values)
+        library.save(str(folder / TOKENIZER))
+        write_weights(folder / WEIGHTS, _weights(embedding, block, head), {"format": "pt"})
+    return out
+
+
+def _token_model(checkpoint: Checkpoint) -> tuple[Tensor, TokenLM | FlowBlock, nn.Linear]:
+    """What predicts a token from those before it: embedding [V, D], Transformer, head."""
+    model = checkpoint.model
+    if model.config.patch == 1:
+        if isinstance(model, TokenLM):
+            return model.embedding.weight, model, model.head
+        flow = as_flow(model)
+        block = flow.prior.block(0)
+        tied = block.coupling
+        if isinstance(tied, MixDCoupling) and tied.is_tied:
+            embedding = block.input(flow.codebook.mean)
+            if block.token_embedding is not None:
+                embedding += block.token_embedding.weight
+            return embedding, block, tied.weight_head
+    rule = "export a baseline, or a flow whose block 1 is mixd with components 0 and certainty 0"
+    raise UserError(f"{checkpoint.directory.name} predicts no single tokens: {rule}, with patch 1")
+
+
+def _weights(embedding: Tensor, block: TokenLM | FlowBlock, head: nn.Linear) -> dict[str, Tensor]:
+    """The state dict of Persimmon, and the taps."""
+    transformer = block.transformer
+    start = block.start[None]
+    D = start.shape[1]
+    W = head.weight * transformer.norm.weight
+    rows = W - W.mean(-1, keepdim=True) + head.bias[:, None] / D
+    found = {
+        "model.embed_tokens.weight": torch.cat((embedding, start, 0 * start)),
+        "model.final_layernorm.weight": torch.ones(D),
+        "model.final_layernorm.bias": torch.ones(D),
+        "lm_head.weight": torch.cat((rows, rows.new_full((2, D), NEVER / D))),
+    }
+    if transformer.input_taps is not None:
+        found["taps"] = transformer.input_taps
+    names = read_json(TEMPLATE / "names.json")
+    for index, layer in enumerate(transformer.layers):
+        for key, weight in layer.state_dict().items():
+            name = names[key]
+            if key == "attention.qkv.weight":
+                # rows by [q k v, head]; there by [head, q k v]
+                heads = weight.unflatten(0, (3, transformer.config.num_heads, -1))
+                weight = heads.transpose(0, 1).flatten(0, 2)
+            found[f"model.layers.{index}.{name}.weight"] = weight
+            found[f"model.layers.{index}.{name}.bias"] = torch.zeros(len(weight))
+    return found
