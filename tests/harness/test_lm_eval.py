@@ -1,11 +1,16 @@
 """lm-evaluation-harness itself, on tasks of its own in local files: nothing is fetched."""
 
 import json
+import math
 from functools import partial
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+import tarflowlm
 from helpers import tiny_ar, tiny_flow
+from tarflowlm.causal_lm.checkpoint import save_causal_lm
 from tarflowlm.errors import UserError
 from tarflowlm.harness.register import how_to_continue, meaning, register
 
@@ -93,6 +98,41 @@ def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
         "(text8)",
     ):
         assert done.err.count(said) == 1, said
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_exported_model_needs_no_model_of_ours(folder, monkeypatch):
+    pytest.importorskip("accelerate", reason="which the model hf of lm-eval needs")
+    simple_evaluate = pytest.importorskip("lm_eval").simple_evaluate
+    modules = str(folder / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    lm = tarflowlm.load("english-mini")
+    text = TEXT[:240].strip()
+    data = folder / "documents.jsonl"
+    data.write_text(json.dumps({"text": text, "start": "The king of"}) + "\n", encoding="utf-8")
+    settings = {
+        "pretrained": str(save_causal_lm(lm, folder / "exported")),
+        "trust_remote_code": True,
+        # `rolling` puts the start before a text itself
+        "add_bos_token": False,
+    }
+    found = simple_evaluate(
+        "hf",
+        model_args=settings,
+        tasks=[f"local_{task}" for task in TASKS],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        device="cpu",
+        batch_size=2,
+        bootstrap_iters=0,
+    )["results"]
+    tokens = torch.from_numpy(lm.tokenizer.encode(lm.tokenizer.prepare(text)))
+    block = lm.model.prior.block(0)
+    log_w = block.coupling.weight_head(block.features(lm.model.codebook.mean[tokens][None]))[0]
+    bits = F.cross_entropy(log_w, tokens, reduction="sum").item() / math.log(2)
+    assert found["local_rolling"]["bits_per_byte,none"] == pytest.approx(bits / len(text), abs=1e-5)
+    assert found["local_choice"]["acc,none"] == 1.0
+    assert "exact_match,none" in found["local_writing"]
 
 
 def test_error_of_lm_eval_is_one_line(run, folder):

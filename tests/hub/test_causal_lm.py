@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tarflowlm
-from helpers import FILLS, TRUNK, mostly_slow, save_run, tiny_ar, tiny_flow
+from helpers import FILLS, TEXT8, TRUNK, mostly_slow, save_run, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.causal_lm.checkpoint import save_causal_lm
 from tarflowlm.errors import UserError
@@ -139,15 +139,16 @@ def test_texts_become_the_same_tokens(name, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     text = "The people  of 12 \U0001f600 caf\u00e9s,\n\nand so on."
     ids = tokenizer(text).input_ids
-    assert ids == [lm.config.vocab_size, *lm.encode(text).tolist()]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == lm.decode(ids[1:])
+    ours = lm.tokenizer.encode(lm.tokenizer.prepare(text)).tolist()
+    assert ids == [lm.config.vocab_size, *ours]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == lm.decode(ours)
     assert tokenizer.model_max_length == lm.config.context
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_are_refused(name, tmp_path):
-    lm = load_checkpoint(save_run(tmp_path / "run", OTHERS[name]()))
-    with pytest.raises(UserError, match=r"run predicts no single tokens: .* certainty 0"):
+    lm = tarflowlm.Pretrained(OTHERS[name]().float(), TEXT8)
+    with pytest.raises(UserError, match=r"own predicts no single tokens: .* certainty 0"):
         save_causal_lm(lm, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
