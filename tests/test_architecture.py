@@ -21,8 +21,8 @@ MODULES = {
 LAYERS = """
     errors progress chunks | files schema | locks model_config | config | presets | flow data |
     language_model device | checks | model baseline | objective | runs | generation |
-    evaluation editing | texts | card | sharing causal_lm | training | views | terminal | pretrained |
-    __init__ | reproduce harness | studio | cli | __main__
+    evaluation editing | texts | card | sharing causal_lm | training | views | terminal |
+    pretrained | __init__ | reproduce harness | studio | cli | __main__
 """
 """Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour
 in its layer.

@@ -104,7 +104,7 @@ def new_lines(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `path` on success; nothing is left otherwise."""
+    """Yield a folder that becomes `path`; on failure nothing is left."""
     if path.exists():
         raise UserError(f"{path} exists already: choose a new directory")
     # under another name until it is whole, so that a kill leaves nothing that blocks the name

@@ -1,1 +1,1 @@
-"""Models as causal language models of `transformers`."""
+"""Models for `transformers`."""

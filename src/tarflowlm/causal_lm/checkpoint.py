@@ -19,14 +19,11 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.stack import FlowBlock
-from tarflowlm.flow.transformer import ROTARY_BASE
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import TOKENIZER, WEIGHTS, Checkpoint
 from tarflowlm.runs.weights import write_weights
 
 START, PAD = "<|start|>", "<|pad|>"
-NEVER = -1e4
-"""The logit of both."""
 TEMPLATE = Path(__file__).with_name("template")
 """What all checkpoints share; names.json has the weights of a layer and Persimmon's modules."""
 
@@ -54,7 +51,6 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
         "num_hidden_layers": len(block.transformer.layers),
         "num_attention_heads": trunk.num_heads,
         "max_position_embeddings": shape.context,
-        "rope_theta": ROTARY_BASE,
     }
     with new_folder(out) as folder:
         if trunk.input_taps:
@@ -74,7 +70,7 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 def _token_model(checkpoint: Checkpoint) -> tuple[Tensor, TokenLM | FlowBlock, nn.Linear]:
-    """What predicts a token from those before it: embedding [V, D], Transformer, head."""
+    """Embedding [V, D], Transformer and head of a model of single tokens."""
     model = checkpoint.model
     if model.config.patch == 1:
         if isinstance(model, TokenLM):
@@ -102,7 +98,8 @@ def _weights(embedding: Tensor, block: TokenLM | FlowBlock, head: nn.Linear) -> 
         "model.embed_tokens.weight": torch.cat((embedding, start, 0 * start)),
         "model.final_layernorm.weight": torch.ones(D),
         "model.final_layernorm.bias": torch.ones(D),
-        "lm_head.weight": torch.cat((rows, rows.new_full((2, D), NEVER / D))),
+        # START and PAD, which are no text, have the logit -1e4
+        "lm_head.weight": torch.cat((rows, rows.new_full((2, D), -1e4 / D))),
     }
     if transformer.input_taps is not None:
         found["taps"] = transformer.input_taps

@@ -138,7 +138,6 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
     `half` stores the matrices of linear layers, and those between the channels of a head, in
     bfloat16, which loading converts to float32. Paths in the configuration are cut to file names.
     """
-    out = Path(out)
     data = checkpoint.run.data
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
@@ -148,13 +147,13 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
         # what came in bfloat16 loses nothing
         if is_matrix and (half or weight.equal(weight.bfloat16().to(weight.dtype))):
             weights[name] = weight.bfloat16()
-    with new_folder(out) as folder:
+    with new_folder(Path(out)) as folder:
         write_run(folder, replace(checkpoint.run, data=data), checkpoint.tokenizer)
         save_weights(folder, weights, checkpoint.info)
         summary = read_summary(checkpoint.directory)
         if summary is not None:
             write_json(folder / SUMMARY, summary | {"source": data.source})
-    return out
+    return Path(out)
 
 
 def _without_folders(source: str) -> str:
