@@ -153,8 +153,7 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """The text with some words drawn anew given all others; with `num`, a list of edits.
 
-        `texts.Edit` describes the options. UserError for a baseline, and for options that have no
-        effect.
+        `texts.Edit` describes the options. UserError for a baseline.
         """
         texts = Edit(text=text, num=1 if num is None else num, **options).run(self).texts
         return texts[0] if num is None else texts

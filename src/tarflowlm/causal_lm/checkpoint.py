@@ -25,14 +25,14 @@ from tarflowlm.runs.weights import write_weights
 
 START, PAD = "<|start|>", "<|pad|>"
 TEMPLATE = Path(__file__).with_name("template")
-"""What all checkpoints share; names.json has the weights of a layer and Persimmon's modules."""
+"""What all checkpoints share; names.json: weights of a layer, and modules of Persimmon."""
 
 
 @torch.no_grad()
 def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
     """Write what `AutoModelForCausalLM` and `AutoTokenizer` load into the new directory `out`.
 
-    UserError for patches, and for a flow whose block 1 is no tied Mix-d that acts on all tokens.
+    UserError for patches, and where block 1 is no tied Mix-d that acts on all tokens.
     """
     embedding, block, head = _token_model(checkpoint)
     shape = checkpoint.model.config

@@ -39,8 +39,7 @@ class Piece(NamedTuple):
 class TextScorer:
     """Log-likelihoods in nats, and continuations, of texts under a model.
 
-    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. No result
-    depends on the other requests.
+    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`.
     """
 
     def __init__(self, lm: Checkpoint, *, samples: int = 1, seed: int = 0) -> None:
@@ -143,7 +142,7 @@ class TextScorer:
     def pieces(self, tokens: Int[Tensor, " n"], given: int) -> list[Piece]:
         """Windows that score the tokens after the first `given`, with as much before as fits."""
         T = self.model.config.context
-        # a flow scores whole positions: its context is cut at the start, the last position padded
+        # a flow scores whole positions
         P = 1 if self.model.is_exact else self.model.config.patch
         found = []
         start = given

@@ -133,7 +133,7 @@ def weights_problem(directory: Path) -> str | None:
 
 
 def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Path:
-    """Write the files that load a model into the new directory `out`; returns `out`.
+    """Write the files that load a model into the new directory `out`.
 
     `half` stores the matrices of linear layers, and those between the channels of a head, in
     bfloat16, which loading converts to float32. Paths in the configuration are cut to file names.
