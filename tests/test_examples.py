@@ -1,10 +1,16 @@
-"""The examples in docstrings print what they show."""
+"""The examples in docstrings print what they show, and those in `examples` do what they say."""
 
 import doctest
+import math
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+
+from tarflowlm import UserError
+from tarflowlm.language_model import seeded
+from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
 
 MODULES = {
     "flow.codebook": "Codebook",
@@ -26,3 +32,111 @@ def test_examples_print_what_they_show(module, name):
         runner = doctest.DocTestRunner()
         runner.run(example)
     assert runner.failures == 0
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a script of the folder `examples` by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    return import_module
+
+
+def small_model(separation: float | None):
+    """A random model of one block whose codes are so many sigmas apart; None: a baseline."""
+    trunk = TransformerConfig(width=32, num_heads=2)
+    config = BaselineConfig(vocab_size=27, context=64, trunk=trunk, layers=1)
+    if separation is not None:
+        config = FlowConfig(
+            vocab_size=27,
+            context=64,
+            trunk=trunk,
+            latent_dim=4,
+            separation=separation,
+            blocks=(BlockConfig(coupling="mixd", components=0),),
+        )
+    with seeded(0):
+        model = config.build().eval()
+        head = model.head if separation is None else model.prior.block(0).coupling.weight_head
+        torch.nn.init.normal_(head.weight, std=0.3)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("separation", "latents"), [(None, False), (12.0, False), (12.0, True), (3.0, True)]
+)
+def test_file_holds_the_text_in_the_bits_of_the_bound(example, separation, latents):
+    """For codes that overlap as well, where neither x nor the component is certain given z."""
+    compress = example("compress")
+    model = small_model(separation)
+    tokens = torch.randint(27, (300,), generator=torch.Generator().manual_seed(1))
+    coder = compress.Coder(model, latents=latents)
+    file = coder.encode(tokens)
+    assert coder.decode(file) == tokens.tolist()
+    loan = coder.loan(len(tokens)).bit_length() - 1
+    num_bits = 8 * (len(file) - 4) - loan
+    windows = tokens[:256].view(4, 64)
+    generator = torch.Generator().manual_seed(0)
+    draws = []
+    with torch.no_grad():
+        for _ in range(64):
+            nats = [
+                model.bound(part, latents * model.draw_noise(part, generator)).sum()
+                for part in (windows, tokens[None, 256:])
+            ]
+            draws.append(sum(nats) / math.log(2))
+    stated = torch.stack(draws)
+    assert abs(num_bits - stated.mean()) < 8 + 4 * stated.std()
+    damaged = bytearray(file)
+    damaged[len(file) // 2] ^= 1
+    with pytest.raises(UserError, match="damaged"):
+        coder.decode(bytes(damaged))
+
+
+@pytest.mark.slow
+def test_compressed_tale_is_read_back(example, tmp_path):
+    compress = example("compress")
+    text = "once upon a time there was a king who had a daughter " * 6
+    (tmp_path / "text").write_text(text[:300], encoding="utf-8")
+    for latents in ([], ["latents"]):
+        paths = [tmp_path / name for name in ("text", "file", "back")]
+        compress.main("compress", "english-mini", paths[0], paths[1], *latents)
+        compress.main("decompress", "english-mini", paths[1], paths[2], *latents)
+        assert paths[2].read_text(encoding="utf-8") == text[:300]
+    assert paths[1].stat().st_size > 0
+
+
+def test_series_given_a_vector(example):
+    """log p(x | c) = log p(c, x) - log p(c), in the places of x; the gap alone is filled."""
+    series = example("series")
+    with seeded(0):
+        model = series.Series(channels=3, given=4).double()
+        x, c = torch.randn(2, 5, 3).double(), torch.randn(2, 4).double()
+        whole = model.joined(x, c)
+        expected = model.prior.log_prob(whole) - model.prior.log_prob(whole[:, : model.first])
+        torch.testing.assert_close(model.by_position(x, c).sum(1), expected)
+        filled = model.impute(x[:1], c[:1], slice(2, 4), draws=8)
+    assert filled.shape == (2, 3)
+    assert filled.isfinite().all()
+
+
+def test_density_of_the_process_is_the_known_one(example):
+    series = example("series")
+    with seeded(0):
+        x, c = series.process(3)
+    step = x[..., 0] - c[:, :1] * torch.nn.functional.pad(x[:, :-1, 0], (1, 0))
+    signs = torch.tensor([-1.0, 1.0])
+    components = torch.distributions.Normal(c[:, 1, None, None] * signs, series.NOISE)
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(3, 1, 2)), components
+    )
+    torch.testing.assert_close(series.true_by_position(x, c), mixture.log_prob(step))
+
+
+@pytest.mark.slow
+def test_series_are_fitted_beside_zuko(example, capsys):
+    pytest.importorskip("zuko")
+    pytest.importorskip("sklearn")
+    example("series").main("0.01")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 7

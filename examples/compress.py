@@ -1,0 +1,197 @@
+"""A text as a file of the bits that a model says it takes, and back again.
+
+python examples/compress.py compress MODEL TEXT FILE [latents]
+python examples/compress.py decompress MODEL FILE TEXT [latents]
+python examples/compress.py compare MODEL TEXT
+"""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from ans import TOTAL, Stack, Table
+from torch import Tensor
+
+import tarflowlm
+from tarflowlm import Pretrained, TarFlowLM, UserError
+from tarflowlm.data.prompts import read
+from tarflowlm.flow.transformer import KVCache
+from tarflowlm.language_model import LanguageModel
+
+CELLS, REACH = 4, 8  # cells of the grid in the least sigma; sigmas from a code to its last cell
+Cells = npt.NDArray[np.int64]
+
+
+class Coder:
+    """Tokens x by the weights of block 1, each given the latents z of the tokens before it.
+
+    z is a cell of a grid, to which the codes are rounded. With `latents` it follows q(z|x), drawn
+    by bits of the stack that coding z gives back (bits-back), and a window adds
+    -log2 p(x|z) p(z) / q(z|x), a sample of the bound of block 1. Without, z is the code of x: the
+    limit sigma -> 0. The baseline has numbers of tokens for codes.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: LanguageModel, *, latents: bool) -> None:
+        self.model = model
+        if isinstance(model, TarFlowLM):
+            coupling = model.prior.block(0).coupling
+            if model.config.patch > 1 or not getattr(coupling, "is_tied", False):
+                raise UserError("block 1: must be a tied Mix-d with one token a position")
+            self.head, self.dtype = coupling.weight_head, model.codebook.mean.dtype
+            mean = model.codebook.mean.double()
+            std = model.codebook.log_std.double().exp()
+            self.width = std.min() / CELLS
+        else:
+            self.head, self.dtype = model.head, torch.long
+            mean = torch.arange(model.config.vocab_size)[:, None]
+            std, self.width = torch.ones(len(mean)), 1
+        self.codes = (mean / self.width).round().long().numpy()
+        self.std = (std / self.width).numpy()
+        self.reach = math.ceil(REACH * self.std.max()) if latents else 0
+        edges = (torch.arange(-self.reach, self.reach + 2) - 0.5) / torch.tensor(self.std[:, None])
+        self.gaussians = [Table(mass.numpy()) for mass in torch.special.ndtr(edges).diff()]
+
+    def loan(self, length: int) -> int:
+        """The stack before a text: bits that both sides know, enough to draw a window's latents."""
+        p = self.gaussians[self.std.argmax()].frequency / TOTAL
+        channels = min(length, self.model.config.context) * self.codes.shape[1]
+        count = 24 + math.ceil(-channels * (p * np.log2(p)).sum())
+        return 1 << count | Random(0).getrandbits(count)
+
+    def draw(self, stack: Stack, token: int) -> Cells:
+        places = [stack.pop(self.gaussians[token]) for _ in self.codes[token]]
+        return self.codes[token] + places - self.reach
+
+    def give_back(self, stack: Stack, token: int, cells: Cells) -> None:
+        for place in (cells - self.codes[token] + self.reach)[::-1].tolist():
+            stack.push(place, self.gaussians[token])
+
+    def weights(self, cache: KVCache, before: Cells | None) -> Table:
+        """p(x_t | what is before it), from the cells of the last position."""
+        value = None
+        if before is not None:
+            value = (torch.tensor(before)[None] * self.width).to(self.dtype)
+        logits = self.head(self.model.features_at(cache, value, 1))
+        return Table(logits[0].double().softmax(-1).numpy())
+
+    def posteriors(self, cells: Cells, weights: Table) -> tuple[Table, Table]:
+        """p(x|z) of the codebook, and p(k|z) for the component k of the mixture with `weights`."""
+        offset = cells - self.codes
+        log_p = -0.5 * np.square(offset / self.std[:, None]).sum(1)
+        log_p -= self.codes.shape[1] * np.log(self.std)
+        log_p[(np.abs(offset) > self.reach).any(1)] = -math.inf
+        density = np.exp(log_p - log_p.max())
+        return Table(density), Table(density * weights.frequency, least=0)
+
+    def push(self, stack: Stack, tokens: list[int]) -> None:
+        """Code a window, its first token last."""
+        cache = self.model.allocate_cache(1, len(tokens))
+        drawn = [self.draw(stack, token) for token in tokens]
+        tables = [self.weights(cache, before) for before in (None, *drawn[:-1])]
+        for token, cells, weights in reversed(list(zip(tokens, drawn, tables, strict=True))):
+            of_token, of_component = self.posteriors(cells, weights)
+            stack.push(token, of_token)
+            # p(z) is a mixture: its component is one more latent, drawn and given back
+            component = stack.pop(of_component)
+            self.give_back(stack, component, cells)
+            stack.push(component, weights)
+
+    def pop(self, stack: Stack, length: int) -> list[int]:
+        """Undo `push`."""
+        cache = self.model.allocate_cache(1, length)
+        found: list[tuple[int, Cells]] = []
+        for _ in range(length):
+            weights = self.weights(cache, found[-1][1] if found else None)
+            component = stack.pop(weights)
+            cells = self.draw(stack, component)
+            of_token, of_component = self.posteriors(cells, weights)
+            stack.push(component, of_component)
+            found.append((stack.pop(of_token), cells))
+        for token, cells in reversed(found):
+            self.give_back(stack, token, cells)
+        return [token for token, _ in found]
+
+    @torch.inference_mode()
+    def encode(self, tokens: Tensor) -> bytes:
+        """The file of tokens [T]: T, then the stack, on which the first window is on top."""
+        stack = Stack(self.loan(len(tokens)))
+        for window in reversed(tokens.split(self.model.config.context)):
+            self.push(stack, window.tolist())
+        size = (stack.state.bit_length() + 7) // 8
+        return len(tokens).to_bytes(4, "little") + stack.state.to_bytes(size, "little")
+
+    @torch.inference_mode()
+    def decode(self, file: bytes) -> list[int]:
+        """The tokens of a file. UserError if anything but the loan is left on the stack."""
+        length = int.from_bytes(file[:4], "little")
+        stack = Stack(int.from_bytes(file[4:], "little"))
+        tokens: list[int] = []
+        while len(tokens) < length:
+            tokens += self.pop(stack, min(self.model.config.context, length - len(tokens)))
+        if stack.state != self.loan(length):
+            raise UserError("the file is damaged, or was made by another model or machine")
+        return tokens
+
+
+@torch.inference_mode()
+def stated(model: LanguageModel, tokens: Tensor, *, noise: bool, draws: int = 4) -> float:
+    """Bits of tokens [T] by `model.bound` in the windows of the file; without `noise` at z = mu."""
+    generator = torch.Generator().manual_seed(0)
+    nats = 0.0
+    for window in tokens.split(model.config.context):
+        rows = window.expand(draws, -1)
+        nats += model.bound(rows, noise * model.draw_noise(rows, generator)).mean().item()
+    return nats / math.log(2)
+
+
+def compare(lm: Pretrained, text: str) -> None:
+    """Print the bytes and the bits a character of every file, and what the model states."""
+    found = read(lm.tokenizer, text)
+    raw = found.text.encode()
+    flow = lm.model if isinstance(lm.model, TarFlowLM) else None
+
+    def show(label: str, num_bits: float) -> None:
+        print(f"| {label} | {num_bits / 8:,.0f} | {num_bits / len(found.text):.4f} |", flush=True)
+
+    for command in ("xz -9e", "bzip2 -9", "zstd --ultra -22"):
+        words = command.split()
+        if shutil.which(words[0]):
+            packed = subprocess.run(words, input=raw, capture_output=True, check=True).stdout
+            show(command, 8 * len(packed))
+    if flow is not None:
+        show("bound, all blocks", stated(flow, found.tokens, noise=True))
+        flow.prior.blocks = flow.prior.blocks[:1]
+    for latents in (False, True)[: 1 + (flow is not None)]:
+        coder = Coder(lm.model, latents=latents)
+        file = coder.encode(found.tokens)
+        assert coder.decode(file) == found.tokens.tolist()
+        loan = coder.loan(len(found.tokens)).bit_length() - 1
+        name = "bits-back" if latents else "sharp codes"
+        show(f"{name}, stated", stated(lm.model, found.tokens, noise=latents))
+        show(f"{name}, file without the loan", 8 * len(file) - loan)
+        show(f"{name}, file", 8 * len(file))
+
+
+def main(action: str, name: str, source: str, target: str = "", latents: str = "") -> None:
+    lm = tarflowlm.load(name)
+    torch.set_num_threads(1)
+    coder = Coder(lm.model, latents=latents == "latents")
+    if action == "compare":
+        compare(lm, Path(source).read_text(encoding="utf-8"))
+    elif action == "compress":
+        tokens = lm.encode(Path(source).read_text(encoding="utf-8"))
+        Path(target).write_bytes(coder.encode(tokens))
+    else:
+        tokens = coder.decode(Path(source).read_bytes())
+        Path(target).write_text(lm.decode(tokens), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
