@@ -1,8 +1,28 @@
 """A text as a file of the bits that a model says it takes, and back again.
 
-python examples/compress.py compress MODEL TEXT FILE [latents]
-python examples/compress.py decompress MODEL FILE TEXT [latents]
-python examples/compress.py compare MODEL TEXT
+    python examples/compress.py compress MODEL TEXT FILE [latents]
+    python examples/compress.py decompress MODEL FILE TEXT [latents]
+    python examples/compress.py compare MODEL TEXT
+
+A discrete model codes a text into -log2 p(x) bits. Block 1 with a tied Mix-d is one where the
+latents z of a token are its code mu: the limit sigma -> 0. With `latents` z follows q(z|x), drawn
+by bits of the stack that coding z gives back, and a text takes the bits of the bound (bits-back;
+Hinton & van Camp 1993, Townsend et al. 2019). Either file has 32 bits for the length and up to 8 to
+fill a byte beside those of `model.bound`, and a loan: 24 bits, with `latents` also those of one
+window's z. Reading gives the loan back, so it could be another file. Blocks above the first are
+left out: they would map the grid of z to another (local bits-back; Ho et al. 2019).
+
+| bits a character | english-mini-ar | english-mini | english-small |
+| --- | ---: | ---: | ---: |
+| `xz -9e`, `bzip2 -9`, `zstd --ultra -22` | 3.704, 3.234, 3.312 | the same | 4.800, 4.344, 4.296 |
+| bound of all blocks | | 2.6393 | 1.3324 |
+| codes: stated, file without the loan | 2.617, 2.632 | 2.6397, 2.6548 | 1.3312, 1.3480 |
+| latents: stated, file without the loan | | 2.6400, 2.6556 | 1.3312, 1.3505 |
+| latents: bits of the loan | | 13,414 | 32,499 |
+
+The bound costs 0.0003 bits a character; the price of bits-back is the loan. Texts: a test tale,
+"The Rowdy of the Woods", as 2,471 letters, far from the speeches that the models have read; the
+first 2,000 characters of a test speech, `1962-Kennedy-1.txt`.
 """
 
 import math
@@ -173,24 +193,25 @@ def compare(lm: Pretrained, text: str) -> None:
         file = coder.encode(found.tokens)
         assert coder.decode(file) == found.tokens.tolist()
         loan = coder.loan(len(found.tokens)).bit_length() - 1
-        name = "bits-back" if latents else "sharp codes"
+        name = "latents" if latents else "codes"
         show(f"{name}, stated", stated(lm.model, found.tokens, noise=latents))
         show(f"{name}, file without the loan", 8 * len(file) - loan)
         show(f"{name}, file", 8 * len(file))
 
 
 def main(action: str, name: str, source: str, target: str = "", latents: str = "") -> None:
-    lm = tarflowlm.load(name)
     torch.set_num_threads(1)
+    lm = tarflowlm.load(name)
+    given = Path(source).read_bytes()
     coder = Coder(lm.model, latents=latents == "latents")
     if action == "compare":
-        compare(lm, Path(source).read_text(encoding="utf-8"))
+        compare(lm, given.decode())
     elif action == "compress":
-        tokens = lm.encode(Path(source).read_text(encoding="utf-8"))
-        Path(target).write_bytes(coder.encode(tokens))
+        Path(target).write_bytes(coder.encode(lm.encode(given.decode())))
+    elif action == "decompress":
+        Path(target).write_bytes(lm.decode(coder.decode(given)).encode())
     else:
-        tokens = coder.decode(Path(source).read_bytes())
-        Path(target).write_text(lm.decode(tokens), encoding="utf-8")
+        raise UserError(f"{action!r}: give compress, decompress or compare")
 
 
 if __name__ == "__main__":

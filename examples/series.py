@@ -1,13 +1,26 @@
 """The flow alone on continuous series: exact densities given a vector, and gaps filled in.
 
-python examples/series.py [SECONDS]        # of the processor for each model; needs zuko
+    python examples/series.py [SECONDS]    # of the processor, for each fit; needs zuko
+
+A vector is given as the first positions of a series. Nats per value of test series after 10 seconds
+on one core of a busy machine, far from convergence; zuko's flows see a series as one vector:
+
+| | process, 32 values | digits, 8 rows of 8 pixels |
+| --- | ---: | ---: |
+| `tarflowlm.flow`, Mix-1 | -0.539 | 0.589 |
+| NSF of zuko | -0.995 | 0.463 |
+| MAF of zuko | -1.062 | 0.265 |
+| the process itself | -0.216 | |
+
+Six missing values of the process have a root mean square error of 0.689 in the mean of draws given
+both sides, of 1.006 on a straight line; the process itself would give 0.649.
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -89,15 +102,20 @@ def true_by_position(x: Tensor, c: Tensor) -> Tensor:
     return log_standard_normal(both).logsumexp(0) - math.log(2 * NOISE)
 
 
-def digits(batch: int, *, test: bool = False) -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits as series of 8 rows of 8 pixels with noise, and their classes."""
+@cache
+def images() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: pixels 0 .. 16 [1797, 8, 8] and classes [1797, 10]."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
+    return torch.tensor(found.images).float(), F.one_hot(torch.tensor(found.target)).float()
+
+
+def digits(batch: int, *, test: bool = False) -> tuple[Tensor, Tensor]:
+    """Digits as series of 8 rows of 8 pixels with uniform noise, -1 .. 1, and their classes."""
     rows = torch.arange(1500, 1797) if test else torch.randint(1500, (batch,))
-    pixels = torch.tensor(found.images[rows], dtype=torch.float32)
-    c = F.one_hot(torch.tensor(found.target[rows]), 10).float()
-    return (pixels + torch.rand(pixels.shape)) / 8.5 - 1, c
+    pixels, classes = images()
+    return (pixels[rows] + torch.rand(len(rows), 8, 8)) / 8.5 - 1, classes[rows]
 
 
 def fit(model: nn.Module, log_prob: Callable, data: Batch, seconds: float) -> int:
@@ -143,8 +161,8 @@ def main(seconds: str = "60") -> None:
     print(f"| the process | | {true_by_position(x, c).mean():.3f} |")
     errors = [ours.impute(x[i, None], c[i, None], GAP) - x[i, GAP] for i in range(16)]
     line = torch.lerp(x[:16, 11:12], x[:16, 18:19], torch.arange(1, 7)[:, None] / 7) - x[:16, GAP]
-    rms = [torch.stack(errors).square().mean().sqrt(), line.square().mean().sqrt()]
-    print("gap of 6 values, root mean square error: {:.3f}, of a line {:.3f}".format(*rms))
+    for name, error in {"imputed": torch.stack(errors), "straight line": line}.items():
+        print(f"gap of 6 values, {name}: root mean square error {error.square().mean().sqrt():.3f}")
     compare(digits, digits(0, test=True), float(seconds))
 
 
