@@ -3,12 +3,14 @@ order.
 """
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from tarflowlm.data import TokenArray, WindowSampler, eval_windows, sliding_windows
+from tarflowlm.data import TokenArray, WindowSampler, eval_windows, sliding_windows, windows
+from tarflowlm.data.order import Permutation
 from tarflowlm.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)
@@ -82,6 +84,42 @@ def test_resuming_with_another_number_of_ranks():
     expected = draw(one, 20)
     assert torch.equal(torch.cat([draw(member, 20) for member in pair], dim=1), expected)
     assert pair[0].state_dict() == pair[1].state_dict() == one.state_dict()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 15, 16, 17, 97, 127, 128, 129, 1021, 4095, 4097])
+def test_a_permutation_that_is_not_stored_holds_every_place_once(size):
+    found = [Permutation(size, np.random.default_rng(seed)) for seed in range(3)]
+    orders = [order[0:size].tolist() for order in found]
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    assert size < 15 or orders[0] != orders[1] != orders[2]
+    pieces = [found[0][first : first + 5] for first in range(0, size, 5)]
+    assert np.concatenate(pieces).tolist() == orders[0]
+
+
+def test_the_order_of_a_large_text(monkeypatch):
+    monkeypatch.setattr(windows, "TABLE", 1)
+    test_an_epoch_sees_no_token_twice_and_all_but_the_ends()
+    test_ranks_share_out_the_global_batch()
+    test_resuming_with_another_number_of_ranks()
+    test_resuming_equals_never_stopping(26)
+
+
+def test_a_text_of_100_billion_tokens_needs_no_memory():
+    tokens = np.broadcast_to(np.uint16(3), 100_000_000_000)
+    tracemalloc.start()
+    source = sampler(tokens=tokens, window=1024, rank=7, world=8)
+    assert source.next().shape == (4, 1024)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_of_a_large_text_some_windows_are_evaluated(monkeypatch, caplog):
+    monkeypatch.setattr(windows, "EVALUATED", 500)
+    with caplog.at_level("INFO"):
+        assert len(eval_windows(TOKENS, 10)) == 50
+        assert len(sliding_windows(TOKENS, 10, 5)[0]) == 100
+    assert "50 windows" in caplog.text
+    assert len(eval_windows(TOKENS, 10, limit=90)) == 90
 
 
 def test_states_of_another_stream_are_refused():

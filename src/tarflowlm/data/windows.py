@@ -1,5 +1,6 @@
 """Windows of tokens: drawn without end for training, in order for evaluation."""
 
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -8,10 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tarflowlm.data.order import Permutation
 from tarflowlm.errors import UserError
 
 Array = npt.NDArray[np.integer]
 """Tokens or indices, 1-d."""
+TABLE = 1 << 24
+"""Windows from which on their order is not stored."""
+EVALUATED = 1 << 24
+"""Tokens that are evaluated of a larger text, unless a number of windows is given."""
+
+log = logging.getLogger("tarflowlm")
 
 
 class TokenArray:
@@ -62,7 +70,8 @@ class WindowSampler:
     """An endless stream of batches of windows, fixed by `seed` alone.
 
     Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a
-    permutation of the non-overlapping windows from there on, so no token is seen twice in an epoch.
+    permutation of the non-overlapping windows from there on, so no token is seen twice in an epoch;
+    from `TABLE` windows on it draws the keys of a `Permutation` instead, which needs no memory.
     The permutations of successive epochs form one sequence, cut into global batches of `world *
     batch` windows, of which rank r takes the r-th `batch`. The stream is the same for equal `world
     * batch`, so another number of ranks can resume it.
@@ -89,18 +98,19 @@ class WindowSampler:
         self.world = world
         self.epoch = 0  # completed passes over the text
         self.position = 0  # windows used in this one by all ranks
-        self._starts = self._epoch_starts(0)
+        self._begin_epoch()
 
     def next(self) -> torch.Tensor:
         """The next batch of this rank: int64 [batch, window]."""
         parts: list[Array] = []
         missing = self.world * self.batch
         while missing:
-            if self.position == len(self._starts):
+            if self.position == len(self._order):
                 self.epoch += 1
                 self.position = 0
-                self._starts = self._epoch_starts(self.epoch)
-            parts.append(self._starts[self.position : self.position + missing])
+                self._begin_epoch()
+            chosen = self._order[self.position : self.position + missing]
+            parts.append(self._offset + self.window * chosen)
             self.position += len(parts[-1])
             missing -= len(parts[-1])
         starts = np.concatenate(parts)[self.rank * self.batch : (self.rank + 1) * self.batch]
@@ -118,18 +128,20 @@ class WindowSampler:
                 raise UserError(f"cannot resume the data stream: {what}")
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self._starts = self._epoch_starts(self.epoch)
-        assert 0 <= self.position <= len(self._starts), state
+        self._begin_epoch()
+        assert 0 <= self.position <= len(self._order), state
 
     def _identity(self) -> dict[str, int]:
         return {"seed": self.seed, "window": self.window, "num_tokens": len(self.tokens)}
 
-    def _epoch_starts(self, epoch: int) -> Array:
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+    def _begin_epoch(self) -> None:
+        generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
         # a text of less than two windows allows fewer offsets: one window must remain
-        offset = int(generator.integers(min(self.window, len(self.tokens) - self.window + 1)))
-        num_windows = (len(self.tokens) - offset) // self.window
-        return offset + self.window * generator.permutation(num_windows).astype(np.int64)
+        most = min(self.window, len(self.tokens) - self.window + 1)
+        self._offset = int(generator.integers(most))
+        size = (len(self.tokens) - self._offset) // self.window
+        self._order: Array | Permutation
+        self._order = generator.permutation(size) if size < TABLE else Permutation(size, generator)
 
 
 def eval_windows(tokens: TokenArray | Array, window: int, limit: int | None = None) -> torch.Tensor:
@@ -145,7 +157,8 @@ def sliding_windows(
     Returns int64 [N, window] and [N]. The tokens after the context continue those of the window
     before, so every token counts once; the first window has no context. `limit` keeps at most that
     many windows, evenly spaced over the text, all with `window - stride` tokens of context, as
-    nearly every window of the text has. Fewer than `stride` tokens at the end are left out.
+    nearly every window of the text has; None keeps as many as `EVALUATED` tokens have. Fewer than
+    `stride` tokens at the end are left out.
     """
     if not 1 <= stride <= window:
         rule = f"must be at least 1 and at most the context of {window} tokens"
@@ -155,6 +168,9 @@ def sliding_windows(
     view = TokenArray.of(tokens)
     _check_length(len(view), window)
     num_windows = (len(view) - window) // stride + 1
+    if limit is None and num_windows * stride > EVALUATED:
+        limit = EVALUATED // stride
+        log.info("a large text: %d windows of it are evaluated, evenly spaced", limit)
     if limit is not None and limit < num_windows:
         starts = np.arange(limit) * num_windows // limit * stride
         return view.windows(starts, window), torch.full((limit,), window - stride)
