@@ -25,7 +25,8 @@ def misfit(source: str, how: Normalization, tokenizer: Tokenizer | None = None) 
     if source in SOURCE_NAMES or is_prepared(source):
         return None
     found = resolve_source(source)
-    assert isinstance(found, TextFile), found
+    if not isinstance(found, TextFile):
+        return None
     text = "".join(islice(found.blocks(), 2))[:BLOCK]
     if how == "text8":
         letters = [character for character in text if character.isalpha()]

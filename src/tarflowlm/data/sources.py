@@ -1,20 +1,22 @@
-"""Sources of text by name: tales, English, text8 and OpenWebText; any other name is a path."""
+"""Sources of text by name: tales, English, text8, OpenWebText, sets of the hub, and paths."""
 
 import hashlib
 import http.client
 import importlib.util
 import io
+import itertools
 import os
 import socket
 import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import SPLITS, Piece, Split, split_of_document
+from tarflowlm.data.splits import LARGEST, SPLITS, Piece, Split, split_of_document
 from tarflowlm.data.text import BLOCK, FIELD, normalize, read_text, text_pieces
 from tarflowlm.data.textfile import Source, TextFile, normalized_piece
 from tarflowlm.errors import UserError, first_line
@@ -23,6 +25,8 @@ from tarflowlm.progress import Progress
 
 # follows every document; one token if the tokenizer has it, as GPT-2's
 SEPARATOR = "<|endoftext|>"
+HUB = "hf:"
+"""Before the OWNER/NAME of a set of the hub."""
 
 
 class Tales(Source):
@@ -134,34 +138,32 @@ class Text8(TextFile):
         return super()._normalized("none")
 
 
-class OpenWebText(Source):
-    """About 8 million web pages, 40 GB, each encoded on its own and followed by `SEPARATOR`.
+class Documents(Source):
+    """Documents in parquet files, each encoded on its own and followed by `SEPARATOR`.
 
-    The last 100,000 are the validation split, on which MDLM and its successors give perplexities;
-    they train on all others. Our test split is 1 % of these, chosen by hash. Every parquet file of
-    the hub's dataset is a part. Under text8 normalisation a separator is a space.
+    Every file is a part, and the hash of a document gives its split. Under text8 normalisation a
+    separator is a space. With a `repository`, OWNER/NAME or a folder in it, the files are those of
+    that set of the hub, and are downloaded.
     """
 
-    name = identity = "openwebtext"
-    repository: ClassVar = "Skylion007/openwebtext"
-    num_valid: ClassVar = 100_000
-    """Documents of the validation split; of less text at most 1 in 80."""
-    shares: ClassVar = (99, 99)
-    """Cumulative percentages of train and valid among the other documents."""
-
-    def __init__(self) -> None:
-        self._folder = sources_dir() / self.name
+    def __init__(self, name: str, folder: Path, field: str = "text", repository: str = "") -> None:
+        self.name = name
+        self.identity = name if repository else f"{folder.resolve()}{FIELD}{field}"
+        self.folder = folder
+        self.field = field
+        self.repository = repository
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted(self._folder.rglob("*.parquet")))
+        is_file = self.folder.is_file()
+        return (self.folder,) if is_file else tuple(sorted(self.folder.rglob("*.parquet")))
 
     @property
     def num_parts(self) -> int:
         return len(self.files)
 
     def state(self) -> list[list[str | int]]:
-        return []  # its files may not be here yet
+        return [] if self.repository else super().state()  # its files may not be here yet
 
     def obtain(self, progress: Progress) -> None:
         if importlib.util.find_spec("pyarrow") is None:
@@ -171,21 +173,22 @@ class OpenWebText(Source):
             return
         import huggingface_hub
 
-        # under another name until it is complete; the client continues what a kill left there
-        partial = self._folder.with_name(f"{self.name}.partial")
+        # another name until it is complete; the client continues what a kill left there
+        incomplete = self.folder.with_name(f"{self.folder.name}.partial")
+        owner, name, *inner = self.repository.split("/")
         try:
             check_hub_reachable()
             huggingface_hub.snapshot_download(
-                self.repository,
+                f"{owner}/{name}",
                 repo_type="dataset",
-                allow_patterns="*.parquet",
-                local_dir=partial,
+                allow_patterns="/".join([*inner, "*.parquet"]),
+                local_dir=incomplete,
             )
+            incomplete.rename(self.folder)
         except Exception as error:  # hub, network and library errors share no base class
             what = f"cannot fetch {self.name} ({first_line(error)})"
-            remedy = f"run this again, or put the hub's {self.repository} into {self._folder}"
+            remedy = f"run this again, or put the hub's {self.repository} into {self.folder}"
             raise UserError(f"{what}: {remedy}") from None
-        partial.rename(self._folder)
 
     def pieces(
         self, part: int, normalization: Normalization, progress: Progress
@@ -193,17 +196,51 @@ class OpenWebText(Source):
         from pyarrow import parquet
 
         try:
-            sizes = [parquet.read_metadata(file).num_rows for file in self.files]
-            first_valid = sum(sizes) - min(self.num_valid, max(1, sum(sizes) // 80))
-            batches = parquet.ParquetFile(self.files[part]).iter_batches(columns=["text"])
-            documents = (text for batch in batches for text in batch.column(0).to_pylist())
-            for number, document in enumerate(documents, sum(sizes[:part])):
-                is_valid = number >= first_valid
-                split = "valid" if is_valid else split_of_document(document, self.shares)
-                yield document_piece(split, document, normalization)
+            split = self.splitter(part)
+            file = parquet.ParquetFile(self.files[part])
+            for batch in file.iter_batches(columns=[self.field]):
+                for document in batch.column(0).drop_null().to_pylist():
+                    yield document_piece(split(document), document, normalization)
         except (OSError, LookupError, TypeError, ValueError) as error:
-            what = f"cannot read {self.files[part]} ({first_line(error)})"
-            raise UserError(f"{what}: get it again") from None
+            what = f"cannot read the column {self.field} of {self.files[part]}"
+            remedy = f"get it again, or name a column of texts, as SOURCE{FIELD}COLUMN"
+            raise UserError(f"{what} ({first_line(error)}): {remedy}") from None
+
+    def splitter(self, part: int) -> Callable[[str], Split]:
+        """The split of each document of a part: 5 % or about `LARGEST` characters, and the rest."""
+        # compression leaves half of the characters
+        held = min(5.0, 50 * LARGEST / sum(file.stat().st_size for file in self.files))
+        return partial(split_of_document, shares=(100 - 2 * held, 100 - held))
+
+
+class OpenWebText(Documents):
+    """About 8 million web pages, 40 GB.
+
+    The last 100,000 are the validation split, on which MDLM and its successors give perplexities;
+    they train on all others. Our test split is 1 % of these, chosen by hash.
+    """
+
+    num_valid: ClassVar = 100_000
+    """Documents of the validation split; of less text at most 1 in 80."""
+    shares: ClassVar = (99.0, 99.0)
+    """Cumulative percentages of train and valid among the other documents."""
+
+    def __init__(self) -> None:
+        folder = sources_dir() / "openwebtext"
+        super().__init__("openwebtext", folder, repository="Skylion007/openwebtext")
+
+    def splitter(self, part: int) -> Callable[[str], Split]:
+        from pyarrow import parquet
+
+        sizes = [parquet.read_metadata(file).num_rows for file in self.files]
+        first_valid = sum(sizes) - min(self.num_valid, max(1, sum(sizes) // 80))
+        numbers = itertools.count(sum(sizes[:part]))
+
+        def split(document: str) -> Split:
+            is_valid = next(numbers) >= first_valid
+            return "valid" if is_valid else split_of_document(document, self.shares)
+
+        return split
 
 
 def document_piece(split: Split, document: str, normalization: Normalization) -> Piece:
@@ -227,12 +264,22 @@ def resolve_source(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path, _, field = os.path.expanduser(source).partition(FIELD)
+    field = field or "text"
+    if path.startswith(HUB):
+        repository = path.removeprefix(HUB)
+        if "/" not in repository:
+            raise UserError(f"{source}: name a set of the hub as {HUB}OWNER/NAME{FIELD}FIELD")
+        folder = sources_dir() / repository.replace("/", "--")
+        return Documents(source, folder, field, repository)
     if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
         remedy = f"give a text file, a folder of them, or one of {', '.join(_REGISTRY)}"
         raise UserError(f"{source!r} is neither a file nor the name of a corpus: {remedy}")
-    found = TextFile(Path(path), field or "text")
+    texts = TextFile(Path(path), field)
+    documents = Documents(source, Path(path), field)
+    is_parquet = path.endswith(".parquet") or not texts.files
+    found: Source = documents if is_parquet else texts
     if not found.files:
-        remedy = "put .txt or .jsonl files there, compressed or not"
+        remedy = "put .txt, .jsonl or .parquet files there"
         raise UserError(f"the folder {path} holds no text: {remedy}")
     return found
 

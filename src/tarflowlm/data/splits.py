@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, get_args
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+LARGEST = 40_000_000
+"""Characters of validation and of test, about 10 million tokens of GPT-2."""
 
 
 class Piece(NamedTuple):
@@ -17,8 +19,10 @@ class Piece(NamedTuple):
 
 
 def cut_in_three(pieces: Iterable[str], total: int) -> Iterator[Piece]:
-    """A text of `total` characters, given in pieces: the first 90 %, then 5 %, then 5 %."""
-    cuts = list(pairwise([0, total * 90 // 100, total * 95 // 100, total]))
+    """A text of `total` characters in pieces: 90 %, 5 % and 5 %, but at most `LARGEST` of these."""
+    valid = max(total * 90 // 100, total - 2 * LARGEST)
+    test = max(total * 95 // 100, total - LARGEST)
+    cuts = list(pairwise([0, valid, test, total]))
     position = 0
     for piece in pieces:
         for split, (start, stop) in zip(SPLITS, cuts, strict=True):
@@ -28,7 +32,7 @@ def cut_in_three(pieces: Iterable[str], total: int) -> Iterator[Piece]:
         position += len(piece)
 
 
-def split_of_document(key: str, shares: tuple[int, int] = (90, 95)) -> Split:
+def split_of_document(key: str, shares: tuple[float, float] = (90.0, 95.0)) -> Split:
     """The split of a document by the sha256 of its `key`.
 
     `shares` are the cumulative percentages of train and valid.

@@ -33,9 +33,9 @@ class Source(ABC):
         """Parts that are prepared one by one. A kill loses the one that is being prepared."""
         return 1
 
-    @abstractmethod
     def state(self) -> list[list[str | int]]:
-        """Names and sizes of its files, or whatever else tells a changed text from this one."""
+        """What tells a changed text from this one."""
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
 
     def obtain(self, progress: Progress) -> None:  # noqa: B027
         """Download and check what `pieces` needs."""
@@ -68,9 +68,6 @@ class TextFile(Source):
     @property
     def files(self) -> tuple[Path, ...]:
         return text_files(self.path)
-
-    def state(self) -> list[list[str | int]]:
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
 
     def blocks(self) -> Iterator[str]:
         """The text as it is, in blocks of at most a megabyte; a line end between files."""

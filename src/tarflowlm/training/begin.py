@@ -10,6 +10,7 @@ import torch
 
 from tarflowlm.config import RunConfig, TokenizerConfig
 from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, load_tokenizer, suited
+from tarflowlm.data.sources import HUB
 from tarflowlm.errors import UserError
 from tarflowlm.files import full_disk_as_user_error, read_json, remove_leftovers, write_json
 from tarflowlm.locks import writer_lock
@@ -77,7 +78,7 @@ def configured(
 def located(config: RunConfig) -> RunConfig:
     """`config` with an absolute path to its text."""
     source = config.data.source
-    if source not in SOURCE_NAMES:
+    if source not in SOURCE_NAMES and not source.startswith(HUB):
         source = str(Path(source).expanduser().resolve())
     return replace(config, data=replace(config.data, source=source))
 
