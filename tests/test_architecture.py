@@ -19,9 +19,10 @@ MODULES = {
 }
 
 LAYERS = """
-    errors progress chunks | files schema | locks model_config | config | presets | flow data |
-    language_model device | checks | model baseline | objective | runs | generation |
-    evaluation editing | texts | card | sharing causal_lm | training | views | terminal |
+    errors progress chunks | files parts schema | locks model_config | config | presets |
+    flow data | language_model device | checks | model baseline | objective | runs |
+    generation | evaluation editing | texts | card | sharing causal_lm | training | views |
+    terminal |
     pretrained | __init__ | reproduce harness | studio | cli | __main__
 """
 """Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour
@@ -106,7 +107,7 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-LARGEST_TEXT = 790_000
+LARGEST_TEXT = 800_000
 """Characters of all Python files of the package."""
 MOST_ANY = 40
 """Lines of the package with the word Any, which no type checker looks into."""

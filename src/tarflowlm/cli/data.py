@@ -6,12 +6,13 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import PrintJson, arg
+from tarflowlm.cli.options import Part, PrintJson, arg
 from tarflowlm.config import TokenizerConfig
+from tarflowlm.parts import WHOLE
 
 SOURCES = (
     "tales (built in), english, text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
-    "also as .gz or .xz, or a folder."
+    "also as .gz or .xz, a folder of these or of .parquet, or hf:OWNER/NAME#FIELD."
 )
 
 
@@ -25,16 +26,22 @@ class Args:
         default_factory=TokenizerConfig
     )
     """The tokenizer."""
+    part: Part = WHOLE
     json: PrintJson = False
 
 
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus, suited
+    from tarflowlm.data.prepare import prepare_part
     from tarflowlm.data.splits import SPLITS
     from tarflowlm.terminal.bars import Bars, print_notice, print_result
 
     with Bars() as bars:
         tokenizer = suited(args.source, args.tokenizer)
+        if args.part != WHOLE:
+            prepare_part(args.source, tokenizer, args.out, args.part, progress=bars)
+            print_notice("when all parts are there, give the same command without --part")
+            return
         corpus = prepare_corpus(args.source, tokenizer, args.out, progress=bars)
     counts = {name: corpus.num_tokens(name) for name in SPLITS}
     vocab_size = corpus.tokenizer.vocab_size

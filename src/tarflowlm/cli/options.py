@@ -49,6 +49,7 @@ Normalize = Annotated[
     Literal["text8"] | None,
     arg("text8", "Normalise the text first, whatever the model's training text was."),
 ]
+Part = Annotated[str, arg("I/N", "One of N parts, for an array of processes (docs/scaling.md).")]
 Temperature = Annotated[
     float | None,
     arg(

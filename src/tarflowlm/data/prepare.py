@@ -32,11 +32,11 @@ from tarflowlm.files import (
     cache_root,
     read_json,
     remove_leftovers,
-    sha256_of,
     sync_file,
     write_json,
 )
 from tarflowlm.locks import waiting_lock
+from tarflowlm.parts import share
 from tarflowlm.progress import SILENT, Progress
 
 BPE_CHARACTERS = 1 << 27
@@ -84,6 +84,33 @@ def prepare_corpus(
         remedy = "remove it or choose another --out"
         raise UserError(f"{target} holds something else than {source} so encoded: {remedy}")
     return _prepare(found, tokenizer, plan, target, progress)
+
+
+def prepare_part(
+    source: str,
+    tokenizer: TokenizerConfig | Tokenizer,
+    out: str | os.PathLike[str],
+    part: str,
+    *,
+    progress: Progress = SILENT,
+) -> None:
+    """Prepare a share of the files of `source` for `out`, beside the processes of other shares.
+
+    `prepare_corpus` then prepares what is missing and puts all together.
+    """
+    found = resolve_source(source)
+    plan = _plan(found, tokenizer)
+    folder = _partial(Path(out))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / PLAN).exists():
+        write_json(folder / PLAN, plan)
+    if read_json(folder / PLAN) != plan:
+        raise UserError(f"{folder} holds something else than {source} so encoded: remove it")
+    found.obtain(progress)
+    used = _tokenizer(found, tokenizer, folder, progress)
+    used.save(folder)
+    for number in share(part, found.num_parts):
+        _part(found, number, used, folder, progress)
 
 
 def encode_text_source(
@@ -192,7 +219,7 @@ def _prepare(
             except UserError as error:
                 log.warning("preparing %s again: %s", source.name, error)
         source.obtain(progress)
-        folder = target.with_name(f".{target.name}.partial")
+        folder = _partial(target)
         _take_over(folder, plan)
         try:
             tokenizer = _tokenizer(source, wanted, folder, progress)
@@ -219,6 +246,10 @@ def _prepare(
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
         return open_corpus(target)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _take_over(folder: Path, plan: list[object]) -> None:
@@ -267,6 +298,7 @@ def _part(
         done: dict[Split, Shard] = read_json(record)
         return done
     shards: dict[Split, Shard] = {}
+    digests = {split: hashlib.sha256() for split in SPLITS}
     for split, tokens, characters in _encoded(source, part, tokenizer, SPLITS, progress):
         name = f"{split}-{part:05d}.bin"
         if split not in shards:
@@ -274,10 +306,11 @@ def _part(
             shards[split] = {"file": name, "tokens": 0, "characters": 0, "sha256": ""}
         with (folder / name).open("ab") as file:
             tokens.tofile(file)
+        digests[split].update(tokens.tobytes())
         shards[split]["tokens"] += len(tokens)
         shards[split]["characters"] += characters
-    for shard in shards.values():
+    for split, shard in shards.items():
         sync_file(folder / shard["file"])
-        shard["sha256"] = sha256_of(folder / shard["file"])
+        shard["sha256"] = digests[split].hexdigest()
     write_json(record, shards)
     return shards
