@@ -9,13 +9,15 @@ from tarflowlm.cli.main import COMMANDS, command_module
 
 OPTIONS = {
     "quickstart": "device json minutes out seed",
-    "data": "json out source tokenizer",
+    "data": "json out part source tokenizer",
     "train": "checkpoint-every data device json minutes out run steps",
-    "eval": "data device directory json latents normalize samples seed split stride windows",
-    "score": "baseline device directory file json normalize samples seed text",
+    "eval": (
+        "data device directory json latents merge normalize part samples seed split stride windows"
+    ),
+    "score": "baseline device directory file json normalize part samples seed text texts",
     "sample": (
         "blank decoder device directory interactive json length normalize num out "
-        "particles passes prompt prompts seed stop stream temperature template "
+        "part particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p"
     ),
     "info": "directory json",

@@ -1,6 +1,7 @@
 """`tarflowlm eval`: the likelihood of a text, and on request the latents of every block."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,8 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.errors import UserError
+from tarflowlm.files import read_json
+from tarflowlm.parts import WHOLE
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tarflowlm.data import TokenArray, Tokenizer
     from tarflowlm.evaluation.blocks import StateReport
     from tarflowlm.evaluation.likelihood import Likelihood
@@ -42,8 +47,14 @@ class Args:
     normalize: options.Normalize = None
     # Seed of the posterior samples.
     seed: int = 0
+    part: options.Part = WHOLE
+    # The JSON objects that all parts have printed: gives the result of the whole.
+    merge: Annotated[tuple[Path, ...], arg("FILE ...")] = ()
     device: options.Device = "auto"
     json: options.PrintJson = False
+
+    def __post_init__(self) -> None:
+        options.check(self, exclusive={"part": ("merge", "latents", "json")})
 
 
 def run(args: Args) -> None:
@@ -65,6 +76,8 @@ def run(args: Args) -> None:
     with Bars() as bars:
         source, tokens = read_text(checkpoint, tokenizer, args.data, args.split, bars)
         likelihood, reading = _likelihood(args, model, tokenizer, tokens, source, bars)
+        if likelihood is None:
+            return
         found = likelihood.to_json() | reading
         if flow is not None:
             windows = eval_windows(tokens, model.config.context, args.windows)
@@ -91,11 +104,12 @@ def read_text(
     A corpus keeps the split of training. UserError for the text of a shipped model.
     """
     from tarflowlm.data import FIELD, SOURCE_NAMES, cached_corpus, encode_text_source
+    from tarflowlm.data.sources import HUB
     from tarflowlm.runs.checkpoint import corpus_digest
     from tarflowlm.terminal.bars import print_notice
 
     source = checkpoint.run.data.source if data is None else data
-    is_named = source in SOURCE_NAMES
+    is_named = source in SOURCE_NAMES or source.startswith(HUB)
     if data is None and not is_named and not Path(source.partition(FIELD)[0]).exists():
         what = f"cannot find the training text {source} of {checkpoint.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
@@ -117,13 +131,16 @@ def _likelihood(
     tokens: "TokenArray",
     source: str,
     bars: "Bars",
-) -> "tuple[Likelihood, dict[str, object]]":
-    """The likelihood of the text, and what --json says about how it was read."""
+) -> "tuple[Likelihood | None, dict[str, object]]":
+    """The likelihood of the text, and what --json says about how it was read.
+
+    None of a part, which is printed.
+    """
     import torch
 
     from tarflowlm.data import sliding_windows
-    from tarflowlm.evaluation.likelihood import evaluate
-    from tarflowlm.terminal.bars import print_notice
+    from tarflowlm.evaluation.likelihood import log_weights, summarise
+    from tarflowlm.terminal.bars import print_json, print_notice
 
     context = model.config.context
     patch = model.config.patch
@@ -143,15 +160,28 @@ def _likelihood(
     print_notice(f"evaluating {what}: {source}, {args.split}")
     bars.stage("evaluating, windows", len(windows))
     start = time.perf_counter()
-    found = evaluate(
+    if args.merge:
+        log_w = _merged(args.merge, len(windows))
+    else:
+        log_w = log_weights(
+            model,
+            windows,
+            given=given,
+            samples=args.samples,
+            seed=args.seed,
+            progress=bars,
+            part=args.part,
+        )
+    if args.part != WHOLE:
+        print_json({"part": args.part, "log_weights": log_w.tolist()})
+        return None, {}
+    found = summarise(
         model,
+        log_w,
         windows,
         torch.from_numpy(tokenizer.characters_per_token),
         bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
         given=given,
-        samples=args.samples,
-        seed=args.seed,
-        progress=bars,
     )
     return found, {
         "source": source,
@@ -161,6 +191,22 @@ def _likelihood(
         "text_tokens": len(tokens),
         "seconds": time.perf_counter() - start,
     }
+
+
+def _merged(files: Sequence[Path], num_windows: int) -> "Tensor":
+    """The log-weights [S, W] that all parts have printed. UserError for other files."""
+    import torch
+
+    try:
+        found = {one["part"]: one["log_weights"] for one in map(read_json, files)}
+        parts = [found[f"{number}/{len(found)}"] for number in range(1, len(found) + 1)]
+        log_w = torch.cat([torch.tensor(part, dtype=torch.float64) for part in parts], dim=1)
+    except (TypeError, LookupError, RuntimeError):
+        log_w = torch.empty(0, 0)
+    if log_w.shape[1] != num_windows:
+        what = f"these are not the parts of {num_windows:,} windows"
+        raise UserError(f"merge: {what}: give what each of 1/N to N/N printed with these options")
+    return log_w
 
 
 def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object]) -> None:

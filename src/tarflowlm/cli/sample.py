@@ -16,14 +16,15 @@ from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
+from tarflowlm.parts import WHOLE, share
 
 if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
     from tarflowlm.texts import Draft, Writing, Written
 
 EXCLUSIVE = {
-    "interactive": ("prompt", "prompts", "template", "out", "json", "passes"),
-    "stream": ("out", "json", "passes", "particles"),
+    "interactive": ("prompt", "prompts", "template", "out", "part", "json", "passes"),
+    "stream": ("out", "part", "json", "passes", "particles"),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes"),
 }
@@ -72,6 +73,7 @@ class Args:
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
+    part: options.Part = WHOLE
     # Read prompts at the terminal and continue each; an empty line writes another continuation.
     interactive: options.Flag = False
     normalize: options.Normalize = None
@@ -115,7 +117,7 @@ def run(args: Args) -> None:
         return
     if args.prompts is not None:
         writing = replace(writing, prompts=_read_prompts(args.prompts, writing, lm))
-    draft = writing.read(lm)
+    draft = replace(writing.read(lm), part=args.part)
     context = lm.model.config.context
     if args.passes and (lm.model.is_exact or draft.num_tokens > context):
         what = "this is a baseline" if lm.model.is_exact else f"length {draft.num_tokens} is more"
@@ -227,7 +229,8 @@ def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
                 done += len(written.rows)
     except KeyboardInterrupt:
         where = f" and kept in {args.out}" if out is not None and done else ""
-        interrupt = KeyboardInterrupt(f"{done} of {draft.total} samples are finished{where}")
+        wanted = len(share(args.part, draft.total))
+        interrupt = KeyboardInterrupt(f"{done} of {wanted} samples are finished{where}")
     if args.json:
         found: dict[str, object] = {"samples": samples}
         if out is not None:

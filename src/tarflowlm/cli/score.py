@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.errors import UserError
+from tarflowlm.parts import WHOLE, share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,9 @@ class Args:
     directory: options.Model = None
     text: options.Text = None  # The text to score.
     file: options.File = None  # A file with the text, or - for standard input, instead of --text.
+    texts: options.File = None
+    """Or a file with one text per line, for a JSON object per line."""
+    part: options.Part = WHOLE
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with: run directory, or the name of a model of the
     package.
@@ -37,7 +41,8 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        if (self.text is None) == (self.file is None):
+        options.check(self, {"texts": ("baseline", "text", "file")}, {"part": ("texts",)})
+        if self.texts is None and (self.text is None) == (self.file is None):
             raise UserError(
                 "give the text to score: either --text TEXT, or --file FILE (- for standard input)"
             )
@@ -47,8 +52,13 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
     from tarflowlm.texts import Score
 
-    text = options.read_source(str(args.file)) if args.text is None else args.text
-    request = Score(texts=(text,), samples=args.samples, seed=args.seed, normalize=args.normalize)
+    source = args.file or args.texts
+    text = args.text if source is None else options.read_source(source)
+    assert text is not None
+    texts = (text,) if args.texts is None else tuple(filter(str.strip, text.splitlines()))
+    own = share(args.part, len(texts))
+    texts = texts[own.start : own.stop]
+    request = Score(texts=texts, samples=args.samples, seed=args.seed, normalize=args.normalize)
     # both before the first is used, so that a missing model costs no time
     models = [options.load_checkpoint(args.directory, args.device)]
     if args.baseline is not None:
@@ -57,7 +67,12 @@ def run(args: Args) -> None:
     found: list[Scored] = []
     for name, lm in zip(names, models, strict=True):
         with Bars(f"scoring with {name}, windows") as bars:
-            (scored,) = request.run(lm, bars)
+            all_scored = request.run(lm, bars)
+        if args.texts is not None:
+            for row, scored in zip(own, all_scored, strict=True):
+                print_json({"index": row} | _to_json(name, scored, args.samples))
+            return
+        (scored,) = all_scored
         if scored.notice:
             print_notice(f"{name}: {scored.notice}")
         found.append(scored)

@@ -18,6 +18,7 @@ from tarflowlm.checks import check_tokens, checked_seed
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import importance_weighted, log_importance_weights
+from tarflowlm.parts import WHOLE, share
 from tarflowlm.progress import SILENT, Progress
 
 Nats = TypeVar("Nats", float, Tensor)
@@ -179,21 +180,33 @@ def log_weights(
     samples: int,
     seed: int,
     progress: Progress = SILENT,
-) -> Float[Tensor, "S W"]:
-    """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU."""
+    part: str = WHOLE,
+) -> Float[Tensor, "S own"]:
+    """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
+
+    Of a `part`, only those of its batches, which follow one another.
+    """
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
     heads = [0] * len(windows) if given is None else given.tolist()
-    parts = []
+    draws = 1 if model.is_exact else samples
+    found = [torch.empty(draws, 0, dtype=torch.float64)]
     # one batch has one number of given tokens
-    for some in runs(heads, windows_per_batch(windows.shape[1])):
+    batches = list(runs(heads, windows_per_batch(windows.shape[1])))
+    own = share(part, len(batches))
+    for number, some in enumerate(batches[: own.stop]):
         tokens = windows[some].to(model.device)
+        if number < own.start:
+            # so that the noise of its own is that of one process
+            for _ in range(draws):
+                model.draw_noise(tokens, generator)
+            continue
         log_w = log_importance_weights(
             model, tokens, samples=samples, generator=generator, given=heads[some.start]
         )
-        parts.append(log_w.cpu().double())
+        found.append(log_w.cpu().double())
         progress.advance(len(tokens))
-    return torch.cat(parts, dim=1)
+    return torch.cat(found, dim=1)
 
 
 def runs(values: Iterable[object], longest: int) -> Iterator[slice]:

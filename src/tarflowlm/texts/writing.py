@@ -19,6 +19,7 @@ from tarflowlm.generation.generate import usual_particles
 from tarflowlm.generation.inversion import Decoders, Kept, check_decoders, finish
 from tarflowlm.generation.sampling import adjust_weights, row_generators
 from tarflowlm.generation.writing import num_positions
+from tarflowlm.parts import WHOLE, share
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import Request, as_texts
@@ -109,6 +110,8 @@ class Draft:
     given: tuple[Reading, ...]
     """The template, or the prompts; for free samples an empty one."""
     stops: tuple[str, ...]
+    part: str = WHOLE
+    """The share of the samples that `batches` writes."""
 
     @property
     def total(self) -> int:
@@ -236,9 +239,10 @@ class Draft:
         size = chunks.rows_at_once(length * self.particles, chunks.WRITTEN_TOKENS)
         longest = max(len(reading.tokens) for reading in self.given)
         together = self.request.num if longest >= context else self.total
+        own = share(self.part, self.total)
         for first in range(0, self.total, together):
-            rows = range(first, first + together)
-            for start in range(0, together, size):
+            rows = range(max(first, own.start), min(first + together, own.stop))
+            for start in range(0, len(rows), size):
                 yield rows[start : start + size]
 
     def _start(self, row: int) -> int:
