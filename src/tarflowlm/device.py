@@ -1,11 +1,9 @@
 """The device a command runs on, and its threads."""
 
-import importlib.util
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -59,13 +57,17 @@ def numerics_problem(device: torch.device) -> str | None:
     return None if off < 1e-3 else f"an error of {off:.1g}"  # NaN is not below
 
 
-def missing_for_compilation() -> str | None:
-    """The tool that torch.compile needs on a GPU and does not find, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton"
-    if os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return None
-    return "a C compiler"
+@cache
+def compilation_problem(kind: str) -> str | None:
+    """Why torch.compile fails on a kind of device, in a line; None if it compiles two operations.
+
+    It may lack triton, a C compiler or the headers of Python, or not know this Python yet.
+    """
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(2, device=kind))
+    except Exception as error:  # of any type: they come from Dynamo, Inductor, Triton or gcc
+        return first_line(error)
+    return None
 
 
 @contextmanager

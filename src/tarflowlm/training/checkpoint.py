@@ -93,6 +93,12 @@ def wait(job: Job) -> None:
         job.writes.pop(0).result()
 
 
+def check(job: Job) -> None:
+    """Raise the error of a checkpoint that the thread has failed to write."""
+    while job.writes and job.writes[0].done():
+        job.writes.pop(0).result()
+
+
 def stop(job: Job, state: State, reason: str) -> NoReturn:
     """Save the run and raise Stopped. Collective."""
     save(job, state)
@@ -129,7 +135,7 @@ def finite_weights(job: Job, state: State) -> dict[str, Tensor]:
     """
     first = job.processes.first
     with averaged(state):
-        weights = copy_of(whole_weights(state.model, keep=first))
+        weights = whole_weights(state.model, keep=first)
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken := job.processes.from_first(broken):
         where = f"parameters {', '.join(broken[:NAMED])} are not finite"
@@ -164,9 +170,12 @@ def write_state(job: Job, tensors: dict[str, Any], saved: dict[str, Any]) -> Non
         save_shards(tensors, checkpoint_id=temporary, process_group=job.group, no_dist=alone)
         if job.processes.first:
             write_json(temporary / COUNTERS, saved)
-            write_manifest(temporary, [file.name for file in temporary.iterdir()])
-            for file in temporary.iterdir():
-                sync_file(file)
+            # as it names them: a network file system may not list yet what others have written
+            shards = FileSystemReader(temporary).read_metadata().storage_data.values()
+            files = {COUNTERS, ".metadata", *(shard.relative_path for shard in shards)}
+            write_manifest(temporary, files)
+            for file in files:
+                sync_file(temporary / file)
             sync_folder(temporary)
             temporary.rename(root / name)
             sync_folder(root)

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.device import missing_for_compilation
+from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
@@ -41,7 +41,9 @@ from tarflowlm.language_model import LanguageModel, seeded
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=3)
-"""How long processes wait for another one, which may be preparing the text."""
+"""How long processes wait for the first one, which may be preparing the text."""
+PATIENCE_LATER = timedelta(minutes=10)
+"""How long they wait for one another once the text is there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Processes:
     rank: int = 0  # index of this process, from 0
     world: int = 1  # number of processes
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None  # for values on the CPU; None: PyTorch's default group
 
     @property
     def first(self) -> bool:
@@ -83,7 +86,7 @@ class Processes:
         """True if `flag` is set in any process."""
         raised = torch.tensor([int(flag)])  # on the CPU, by gloo, so that no device has to wait
         if self.world > 1:
-            dist.all_reduce(raised, dist.ReduceOp.MAX)
+            dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.group)
         return bool(raised)
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -98,13 +101,21 @@ class Processes:
         """The value of the first process (any object that can be pickled)."""
         box = [value]
         if self.world > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def wait(self) -> None:
         """Wait until all processes have called it."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def shorten_patience(self) -> None:
+        """Let a process that waits `PATIENCE_LATER` for another one fail, on the CPU and on GPUs.
+
+        The text must have been prepared.
+        """
+        if self.world > 1:
+            dist.distributed_c10d._set_pg_timeout(PATIENCE_LATER, self.group)
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -124,37 +135,73 @@ ALONE = Processes()
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[Processes]:
-    """Join the group that torchrun started, one GPU per process; without torchrun, one process."""
+    """Join the group that torchrun started, one GPU per process; without torchrun, one process.
+
+    A group that exists, such as Ray Train, accelerate and Fabric make, is used, and left to them.
+    """
+    if dist.is_initialized():
+        # theirs may serve GPUs alone
+        yield member(device, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"{tasks} Slurm tasks without torchrun: start torchrun in one task per machine, as "
+            "examples/train.sbatch does; for separate runs, unset SLURM_STEP_NUM_TASKS"
+        )
     if world == 1 or "RANK" not in os.environ:
         yield Processes(device=device)
         return
-    backend = "gloo"
-    if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        available = torch.cuda.device_count()
-        if local >= available:
-            raise UserError(f"{available} GPUs: start torchrun with --nproc-per-node {available}")
-        device = torch.device("cuda", local)
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise UserError(f"device {device.type}: serves only one process; use --device cpu")
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if machines > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            f"torchrun on {machines} machines: a restart would hang; use --rdzv-backend c10d, and "
+            "before torchrun `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`"
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(rendezvous("env://"))
-    # processes that torchrun starts again would find the addresses of those that have ended
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.distributed_c10d.PrefixStore(restarts, store)
+    if machines == 1:
+        # processes that torchrun starts again would find the addresses of those that have ended;
+        # machines count their restarts separately, but there each restart has a new store
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.distributed_c10d.PrefixStore(restarts, store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
-    if dist.get_rank():
-        # the first process gives the notices
-        logging.getLogger("tarflowlm").setLevel(logging.ERROR)
-    # happens for heads under FSDP2; harmless, since nothing here is changed in place
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    # torchrun starts the same command, and so the same --device, in all processes
+    yield member(torch.device(device.type))
     # a sharded module that outlives the group, in a reference cycle, can abort the process on exit
     gc.collect()
     # not after an error: the others may be waiting for this process, and torchrun ends them
     dist.destroy_process_group()
+
+
+def member(device: torch.device, group: dist.ProcessGroup | None = None) -> Processes:
+    """This process in PyTorch's default group, of which the first one alone gives notices."""
+    rank = dist.get_rank()
+    if rank:
+        logging.getLogger("tarflowlm").setLevel(logging.ERROR)
+    # happens for heads under FSDP2; harmless, since nothing here is changed in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    return Processes(rank, dist.get_world_size(), own_device(device, rank), group)
+
+
+def own_device(device: torch.device, rank: int) -> torch.device:
+    """The CPU, or the GPU of the process with this `rank`: the one that `device` names, or one of
+    its own. UserError where there is none.
+    """
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"device {device.type}: serves only one process; use --device cpu")
+    available = torch.cuda.device_count()
+    # Kubernetes sets RANK alone
+    local = int(os.environ.get("LOCAL_RANK", rank % available))
+    if device.index is not None:
+        local = device.index
+    if local >= available:
+        raise UserError(f"{available} GPUs: start torchrun with --nproc-per-node {available}")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 # the model over all processes
@@ -241,17 +288,17 @@ def seeded_dropout(
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
     """Whether layers are compiled: `train.compile`, or by default in bfloat16 on a GPU.
 
-    A missing compiler is a warning.
+    Where compilation does not work, that is a warning.
     """
     if train.compile is not None:
         return train.compile
     if train.precision != "bfloat16" or device.type != "cuda":
         return False
-    missing = missing_for_compilation()
-    if missing and processes.first:
-        text = f"torch.compile needs {missing}, which is not installed: training without it"
+    problem = compilation_problem(device.type)
+    if problem and processes.first:
+        text = f"torch.compile does not work here ({problem}): training without it"
         warnings.warn(text, stacklevel=3)
-    return not missing
+    return not problem
 
 
 @contextmanager
@@ -308,12 +355,12 @@ def reshard(bound: nn.Module) -> None:
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict with whole tensors on the CPU, empty without `keep`. Collective."""
+    """A copy of the state dict, whole and on the CPU; empty without `keep`. Collective."""
     weights = {}
     for name, tensor in model.state_dict().items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            weights[name] = full.detach().cpu()
+            weights[name] = full.detach().to("cpu", copy=True)
     return weights
 
 

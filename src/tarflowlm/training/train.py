@@ -39,8 +39,9 @@ STEPS_BETWEEN_READS = {"cuda": 16}
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
 Unread = list[tuple[int, Tensor, list[str], Tensor]]
-"""Steps whose numbers are still on the device: the step, its loss and gradient norm [2], and the
-names of the parameters that have a gradient with the norms of these.
+"""Steps whose numbers are still on the device: the step; its loss, its gradient norm and the share
+of the processes that were asked to stop [3]; the names of the parameters that have a gradient, and
+the norms of these.
 """
 
 logger = logging.getLogger("tarflowlm")
@@ -88,6 +89,7 @@ def train(
     config = begin.configured(asked, out, parent, begun=begun)
     processes.rows_each(config.train)  # for its error
     corpus = begin.corpus_of(config, out, parent, reporter, processes)
+    processes.shorten_patience()
     config = processes.from_first(begin.decided(config, corpus, device))
     with begin.writing(out, processes):
         if processes.first and begin.is_begun(out) != begun:
@@ -153,6 +155,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
     counters = state.counters
     every = STEPS_BETWEEN_READS.get(job.device.type, 1)
     unread: Unread = []
+    is_asked = False  # whether a process was asked to stop, as far as has been read
     may_compile = job.compiles
     clock = partial(seconds, job, state)
     pace.measure(train, counters, clock, job.num_test_windows)
@@ -184,13 +187,15 @@ def train_stage(job: Job, state: State) -> Likelihood:
         trained = {n: p for n, p in state.model.named_parameters() if p.grad is not None}
         each = optim.norms({name: p.grad for name, p in trained.items() if p.grad is not None})
         norm = torch.linalg.vector_norm(each)
+        asked = job.processes.mean(torch.full_like(loss, job.stop_signal() is not None))
 
         # Read the numbers of the step. If the loss or a gradient is not finite, the run ends here,
         # before any weight changes. A GPU, which should not wait for the host, is read every 16
         # steps: weights may be spoiled by then, but none were saved.
-        unread.append((counters.step + 1, torch.stack((loss, norm)), [*trained], each))
+        numbers = torch.stack((loss, norm, asked))
+        unread.append((counters.step + 1, numbers, [*trained], each))
         if len(unread) >= every:
-            read(state, unread)
+            is_asked |= read(state, unread)
 
         # Change the weights.
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
@@ -200,7 +205,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
         optim.update_average(state.copies, state.model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
-            read(state, unread)
+            is_asked |= read(state, unread)
             state.began += time.perf_counter() - mark
             counters.window_tokens = 0
             counters.window_seconds = 0.0
@@ -215,20 +220,21 @@ def train_stage(job: Job, state: State) -> Likelihood:
         job.reporter.advance(done - before)
 
         # Log. Whatever is saved below has been read before.
-        why = pace.stop_requested(job)
+        why = pace.stop_reason(job, is_asked)
         counters.evaluation_is_due = (
             counters.stage_is_over or counters.step % train.evaluate_every == 0
         )
         is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
         is_saved = pace.save_is_due(train, counters, clock) or why is not None
         if is_logged or is_saved:
-            read(state, unread)
+            is_asked |= read(state, unread)
             now = time.perf_counter()
             counters.window_seconds += now - mark
             counters.training += now - mark
             mark = now
         if is_logged:
             write_line(job, state, lr)
+            checkpoint.check(job)
 
         # Save.
         if is_saved:
@@ -278,20 +284,22 @@ def accumulate_gradients(
     return processes.mean(total)
 
 
-def read(state: State, unread: Unread) -> None:
-    """Read the numbers of steps into the window of the log, with one transfer from the device.
+def read(state: State, unread: Unread) -> bool:
+    """Read the numbers of steps into the window of the log, with one transfer from the device;
+    returns whether a process was asked to stop.
 
     FloatingPointError for the first step that is not finite. Collective.
     """
     if not unread:
-        return
+        return False
     rows = torch.stack([numbers for _, numbers, _, _ in unread]).tolist()
-    for (step, _, names, each), (loss, norm) in zip(unread, rows, strict=True):
+    for (step, _, names, each), (loss, norm, _) in zip(unread, rows, strict=True):
         if not math.isfinite(loss + norm):
             raise not_finite(state, step, loss, names, each)
         state.counters.window_losses.append(loss)
         state.counters.window_norms.append(norm)
     unread.clear()
+    return any(asked for _, _, asked in rows)
 
 
 def not_finite(
