@@ -126,3 +126,30 @@ def test_freed_memory_is_kept_for_what_comes_next(chosen):
         check=True,
     )
     assert (int(found.stdout) < 4096) is not bool(chosen)  # 20 blocks of 8 MiB are 40,960 pages
+
+
+def test_compilation_is_tried_once_and_its_error_kept(monkeypatch):
+    calls = []
+
+    def broken(function):
+        calls.append(function)
+        raise RuntimeError("torch.compile is not supported on Python 3.14+\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    device.compilation_problem.cache_clear()
+    for _ in range(2):
+        assert device.compilation_problem("cpu") == "torch.compile is not supported on Python 3.14+"
+    assert len(calls) == 1
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    device.compilation_problem.cache_clear()
+    assert device.compilation_problem("cpu") is None
+    device.compilation_problem.cache_clear()
+
+
+def test_seeded_leaves_the_generators_of_gpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs are seeded"))
+    before = torch.get_rng_state()
+    with seeded(3):
+        drawn = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(3)))

@@ -1,5 +1,6 @@
 """Locks have one holder."""
 
+import errno
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,3 +46,15 @@ def test_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
         list(pool.map(lambda _: work(), range(4)))
     assert seen == [1] * 40
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_file_system_without_locks_is_a_notice(tmp_path, monkeypatch, caplog, number):
+    def flock(*_: object) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    for _ in range(2):  # nothing stays that would refuse the next one
+        with writer_lock(tmp_path), waiting_lock(tmp_path / "x"):
+            assert not is_written(tmp_path)
+    assert f"{tmp_path}: no locks on this file system" in caplog.text

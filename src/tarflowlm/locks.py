@@ -3,9 +3,11 @@
 Lock files stay on disk: if one were removed, two processes could hold two files of one name.
 """
 
+import errno
 import hashlib
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,9 +16,32 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import cache_root
 
 LOCK = ".lock"  # the lock file of a run directory
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of a file system without locks, such as Lustre that is mounted without `flock`."""
+
+logger = logging.getLogger("tarflowlm")
 
 
-def waiting_lock(path: Path) -> FileLock:
+@contextmanager
+def held(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock in the file `path`; a negative `timeout` (seconds) waits without end.
+
+    A file system without locks is a notice. A mere file as a lock would outlive a killed process.
+    """
+    lock = FileLock(path, timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: no locks on this file system; write there once at a time", path.parent)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def waiting_lock(path: Path) -> AbstractContextManager[None]:
     """A lock of `path`, which need not exist, to hold in a `with`; waits while others hold it.
 
     It is for what several processes of one user may write at once, such as a corpus.
@@ -24,19 +49,19 @@ def waiting_lock(path: Path) -> FileLock:
     name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:24]
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / name)
+    return held(folder / name)
 
 
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
     """Be the only writer of a run directory. UserError where there is another."""
-    try:
-        # longer than `is_written` holds it
-        held = FileLock(directory / LOCK).acquire(timeout=1.0)
-    except Timeout:
-        what = f"{directory} is being written by another process"
-        raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
-    with held:
+    with ExitStack() as stack:
+        try:
+            # longer than `is_written` holds it
+            stack.enter_context(held(directory / LOCK, timeout=1.0))
+        except Timeout:
+            what = f"{directory} is being written by another process"
+            raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
         yield
 
 
@@ -45,9 +70,9 @@ def is_written(directory: Path) -> bool:
     if not (directory / LOCK).exists():
         return False
     try:
-        with FileLock(directory / LOCK, timeout=0.0):
+        with FileLock(directory / LOCK, timeout=0.0, fallback_to_soft=False):
             return False
     except Timeout:
         return True
-    except (OSError, NotImplementedError):  # nobody can be writing to a folder that is read-only
+    except OSError:  # the folder is read-only, so that nobody is writing, or has no locks
         return False

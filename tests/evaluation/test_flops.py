@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tarflowlm.evaluation.flops import training_flops
+from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.presets import preset
@@ -76,3 +76,18 @@ def test_count_equals_a_real_step_on_a_cpu(name):
     model, tokens = config.build(), torch.zeros(2, 32, dtype=torch.long)
     both = counted(lambda: loss_of(model, tokens, 0).backward())
     assert 2 * training_flops(config) == pytest.approx(both, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("cpu", None),
+    ],
+)
+def test_peak_is_that_of_the_longest_name(name, tera):
+    assert peak_flops(name) == (tera and 1e12 * tera)

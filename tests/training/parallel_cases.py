@@ -1,6 +1,7 @@
 """The work of the processes of test_parallel.py, which import this file anew."""
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
@@ -86,8 +88,8 @@ class Stopper(Progress):
 
 
 def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
-    """Two processes train every family, and one run that is cut short; four resume it. A third
-    compiles meanwhile.
+    """Two processes train every family, and one run that is cut short; four resume it, in a group
+    that another program has made. A third compiles meanwhile.
 
     They evaluate as many windows at once as there are processes.
     """
@@ -101,10 +103,14 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
         join(rank, 2, ports[0])
         with launched(torch.device("cpu")) as processes:
             train_all(processes, source, out)
-    join(rank, 4, ports[1])
+    address = f"tcp://127.0.0.1:{ports[1]}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=4)
     with launched(torch.device("cpu")) as processes:
         for mode in MODES:
             train(None, out / f"cut-{mode}-4", device=processes.device, processes=processes)
+    assert dist.is_initialized(), "the group is its maker's"
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def join(rank: int, world: int, port: int) -> None:

@@ -4,6 +4,7 @@ More kills of processes, or the same ones again: TARFLOWLM_KILLS=200 TARFLOWLM_K
 -k processes
 """
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -12,6 +13,7 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,8 @@ from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import checkpoint
+from tarflowlm.training import train as training
+from tarflowlm.training.checkpoint import newest_state
 from tarflowlm.training.train import train
 
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "12"))
@@ -279,6 +283,44 @@ def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, caplog, d
         in caplog.text
     )
     assert_same_run(stopped, whole[1])
+
+
+def test_manifest_names_every_file_of_a_state(stopped):
+    newest = newest_state(stopped)
+    listed = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+    assert {*listed, "manifest.json"} == {path.name for path in newest.iterdir()}
+
+
+class AtOnce(Executor):
+    """Writes checkpoints when it is told to."""
+
+    def __init__(self, workers: int) -> None:
+        pass
+
+    def submit(self, work, *args):
+        done = Future()
+        try:
+            done.set_result(work(*args))
+        except OSError as error:
+            done.set_exception(error)
+        return done
+
+
+def test_failed_checkpoint_ends_the_run_at_the_next_line_of_the_log(
+    tmp_path, corpus_file, monkeypatch
+):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(checkpoint, "save_shards", full)
+    monkeypatch.setattr(training, "ThreadPoolExecutor", AtOnce)
+    config = tiny_run(
+        corpus_file, mode="joint", stage_steps=(9,), checkpoint_every=4, evaluate_every=9
+    )
+    with pytest.raises(UserError, match="make room and continue with"):
+        go(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5]
 
 
 def test_run_without_an_undamaged_state_is_left_alone(stopped):

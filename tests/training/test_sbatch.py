@@ -1,8 +1,9 @@
 """examples/train.sbatch starts a run, saves it and requeues itself before its time is up, and
 resumes it.
 
-Run by bash, with a stand-in for SLURM on one machine: `srun` runs its command here, `scontrol`
-notes its arguments. torchrun, the two processes and their signals are real.
+Run by bash, with a stand-in for SLURM on one machine: `srun` runs its command here, and kills it on
+SIGTERM, as the real one; `scancel` brings a signal to that command alone, not to what it started;
+`scontrol` notes its arguments. torchrun, the two processes and their signals are real.
 """
 
 import json
@@ -12,16 +13,24 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from training_cases import process_with
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.sbatch"
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
-exec "$@"
+"$@" &
+task=$!
+echo "$task" > "$NOTES.task"
+trap 'kill -KILL $(pgrep -P "$task") "$task"' TERM
+wait "$task"
+"""
+SCANCEL = """#!/bin/bash
+echo "scancel $@" >> "$NOTES"
+[ "$1 $2" = "--signal=TERM $SLURM_JOB_ID" ] && kill -TERM "$(cat "$NOTES.task")"
 """
 SCONTROL = """#!/bin/bash
 echo "$@" >> "$NOTES"
@@ -57,7 +66,7 @@ def slurm(tmp_path):
     """The environment of a job with one machine of two `GPUs`."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
         (folder / name).write_text(text, encoding="utf-8")
         (folder / name).chmod(0o755)
     path = os.pathsep.join((str(folder), str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -79,15 +88,6 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def process_with(path: Path) -> int:
-    """The process that has a file open."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if link.readlink() == path:
-                return int(link.parts[2])
-    raise AssertionError(path)
-
-
 def submit(slurm: dict[str, str], *args: object) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", str(SCRIPT), *map(str, args)],
@@ -101,19 +101,21 @@ def submit(slurm: dict[str, str], *args: object) -> subprocess.Popen:
 def test_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     run = tmp_path / "run"
     job = submit(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size) and job.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    begun = time.time()
     job.send_signal(signal.SIGTERM)
-    out = job.communicate(timeout=120)[0]
+    out = job.communicate(timeout=300)[0]
     assert job.returncode == 0, out
-    assert "back into the queue" in out
+    (state,) = (run / "state").glob("step-*")
+    assert state.stat().st_mtime > begun
+    assert f"saved in {state}; back into the queue" in out
     notes = Path(slurm["NOTES"]).read_text(encoding="utf-8")
     assert f"requeue {slurm['SLURM_JOB_ID']}" in notes
     assert not (run / "summary.json").exists()
-    assert list((run / "state").glob("step-*"))
 
     lines = metrics.read_text(encoding="utf-8").count("\n")
     job = submit(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
@@ -121,7 +123,7 @@ def test_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
         time.sleep(0.05)
     # a process that dies is started again, and with it the others
     os.kill(process_with(run / ".lock"), signal.SIGKILL)
-    out = job.communicate(timeout=120)[0]
+    out = job.communicate(timeout=300)[0]
     assert job.returncode == 0, out
     assert out.count("resuming") == 2
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

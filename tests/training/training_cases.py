@@ -1,7 +1,10 @@
 """Runs so small that a test can afford dozens of them, what kills them, and what compares them."""
 
 import json
+import random
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,3 +140,21 @@ def assert_same_run(left: Path, right: Path) -> None:
     )
     for name in ("steps", "tokens", "stage_valid_bpc", "parameters", "test"):
         assert ours[name] == theirs[name]
+
+
+def free_port() -> int:
+    """A port below those that systems hand out, so that it is still free minutes later."""
+    with socket.socket() as probe:
+        while True:
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 30_000)))
+                return probe.getsockname()[1]
+
+
+def process_with(path: Path) -> int:
+    """The process that has a file open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if link.readlink() == path:
+                return int(link.parts[2])
+    raise AssertionError(path)

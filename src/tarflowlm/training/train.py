@@ -4,6 +4,7 @@
 and on a `State`, which is what a checkpoint holds.
 """
 
+import gc
 import logging
 import math
 import statistics
@@ -36,6 +37,8 @@ from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
 """Steps after which the host reads the losses of a device, for which it then has to wait."""
+STEPS_BETWEEN_COLLECTIONS = 100
+"""Steps after which all processes collect garbage together; a pause of one holds up the others."""
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
 Unread = list[tuple[int, Tensor, list[str], Tensor]]
@@ -126,12 +129,26 @@ def train(
                 else:
                     state = stages.resumed_state(job, folder)
                 while state.counters.stage < config.num_stages:
-                    stages.leave_stage(job, state, train_stage(job, state))
+                    with collecting_seldom():
+                        end = train_stage(job, state)
+                    stages.leave_stage(job, state, end)
                 return stages.finish(job, state)
             finally:
                 # returns once nothing is being written any more, even if something failed
                 job.writer.shutdown()
                 job.log.close()
+
+
+@contextmanager
+def collecting_seldom() -> Iterator[None]:
+    """A context in which Python collects garbage only where it is told to."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def announce(config: RunConfig, out: Path) -> None:
@@ -242,6 +259,8 @@ def train_stage(job: Job, state: State) -> Likelihood:
             mark = time.perf_counter()
         if why is not None:
             checkpoint.stop(job, state, why)
+        if counters.step % STEPS_BETWEEN_COLLECTIONS == 0:
+            gc.collect(1)
 
 
 def next_batch(job: Job, state: State) -> Int[Tensor, "B T"]:
