@@ -59,13 +59,10 @@ def numerics_problem(device: torch.device) -> str | None:
 
 @cache
 def compilation_problem(kind: str) -> str | None:
-    """Why torch.compile fails on a kind of device, in a line; None if it compiles two operations.
-
-    It may lack triton, a C compiler or the headers of Python, or not know this Python yet.
-    """
+    """Why torch.compile fails on a kind of device, in a line; None if it works."""
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(2, device=kind))
-    except Exception as error:  # of any type: they come from Dynamo, Inductor, Triton or gcc
+    except Exception as error:  # of any type, for want of Triton, gcc or Python.h
         return first_line(error)
     return None
 

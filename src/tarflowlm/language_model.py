@@ -105,5 +105,5 @@ class LanguageModel(nn.Module):
 def seeded(seed: int) -> Iterator[None]:
     """A context in which PyTorch's global CPU generator starts from `seed`."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not those of GPUs, as `torch.manual_seed`
+        torch.default_generator.manual_seed(seed)
         yield

@@ -3,11 +3,11 @@
 Lock files stay on disk: if one were removed, two processes could hold two files of one name.
 """
 
-import errno
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,25 +16,20 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import cache_root
 
 LOCK = ".lock"  # the lock file of a run directory
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of a file system without locks, such as Lustre that is mounted without `flock`."""
 
 logger = logging.getLogger("tarflowlm")
 
 
 @contextmanager
 def held(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock in the file `path`; a negative `timeout` (seconds) waits without end.
-
-    A file system without locks is a notice. A mere file as a lock would outlive a killed process.
-    """
+    """Hold the lock in the file `path`; where the file system has none, as Lustre may, go on."""
     lock = FileLock(path, timeout, fallback_to_soft=False)
     try:
         lock.acquire()
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in (ENOSYS, ENOLCK, EOPNOTSUPP):
             raise
-        logger.warning("%s: no locks on this file system; write there once at a time", path.parent)
+        logger.warning("%s: no locks on this file system; let only one process write", path.parent)
     try:
         yield
     finally:
@@ -55,14 +50,13 @@ def waiting_lock(path: Path) -> AbstractContextManager[None]:
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
     """Be the only writer of a run directory. UserError where there is another."""
-    with ExitStack() as stack:
-        try:
-            # longer than `is_written` holds it
-            stack.enter_context(held(directory / LOCK, timeout=1.0))
-        except Timeout:
-            what = f"{directory} is being written by another process"
-            raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
-        yield
+    try:
+        # longer than `is_written` holds it
+        with held(directory / LOCK, timeout=1.0):
+            yield
+    except Timeout:
+        what = f"{directory} is being written by another process"
+        raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
 
 
 def is_written(directory: Path) -> bool:

@@ -94,7 +94,7 @@ def wait(job: Job) -> None:
 
 
 def check(job: Job) -> None:
-    """Raise the error of a checkpoint that the thread has failed to write."""
+    """Raise the error of the thread, if it has failed."""
     while job.writes and job.writes[0].done():
         job.writes.pop(0).result()
 
@@ -170,7 +170,7 @@ def write_state(job: Job, tensors: dict[str, Any], saved: dict[str, Any]) -> Non
         save_shards(tensors, checkpoint_id=temporary, process_group=job.group, no_dist=alone)
         if job.processes.first:
             write_json(temporary / COUNTERS, saved)
-            # as it names them: a network file system may not list yet what others have written
+            # network file systems list what others have written late
             shards = FileSystemReader(temporary).read_metadata().storage_data.values()
             files = {COUNTERS, ".metadata", *(shard.relative_path for shard in shards)}
             write_manifest(temporary, files)

@@ -76,12 +76,7 @@ def save_is_due(train: TrainConfig, counters: Counters, clock: Callable[[], floa
 
 def stop_requested(job: Job) -> str | None:
     """Why this process or another one was asked to stop, or None. Collective."""
-    return stop_reason(job, job.processes.any(job.stop_signal() is not None))
-
-
-def stop_reason(job: Job, is_asked: bool) -> str | None:
-    """`stop_requested` if the answers of all processes are known. A single one knows its own."""
-    why = job.stop_signal()
-    if job.processes.world == 1:
-        return why
-    return (why or "a signal to another process") if is_asked else None
+    asked = job.stop_signal()
+    if job.processes.any(asked is not None):
+        return asked or "a signal to another process"
+    return None

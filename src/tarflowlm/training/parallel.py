@@ -40,10 +40,10 @@ from tarflowlm.language_model import LanguageModel, seeded
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=3)
-"""How long processes wait for the first one, which may be preparing the text."""
-PATIENCE_LATER = timedelta(minutes=10)
-"""How long they wait for one another once the text is there."""
+PATIENCE = timedelta(minutes=10)
+"""How long processes wait for one another."""
+PREPARATION = timedelta(hours=3)
+"""How long they wait for the first one to prepare the text."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class Processes:
     rank: int = 0  # index of this process, from 0
     world: int = 1  # number of processes
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: dist.ProcessGroup | None = None  # for values on the CPU; None: PyTorch's default group
 
     @property
     def first(self) -> bool:
@@ -84,9 +83,12 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """True if `flag` is set in any process."""
-        raised = torch.tensor([int(flag)])  # on the CPU, by gloo, so that no device has to wait
-        if self.world > 1:
-            dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.group)
+        if self.world == 1:
+            return flag
+        # on the CPU, by gloo, so that no device has to wait
+        device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+        raised = torch.tensor([int(flag)], device=device)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised)
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -101,32 +103,25 @@ class Processes:
         """The value of the first process (any object that can be pickled)."""
         box = [value]
         if self.world > 1:
-            dist.broadcast_object_list(box, src=0, group=self.group)
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wait(self) -> None:
+    def wait(self, group: dist.ProcessGroup | None = None) -> None:
         """Wait until all processes have called it."""
         if self.world > 1:
-            dist.barrier(group=self.group)
-
-    def shorten_patience(self) -> None:
-        """Let a process that waits `PATIENCE_LATER` for another one fail, on the CPU and on GPUs.
-
-        The text must have been prepared.
-        """
-        if self.world > 1:
-            dist.distributed_c10d._set_pg_timeout(PATIENCE_LATER, self.group)
+            dist.barrier(group=group)
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """A context that the first process passes before the others, which find its files."""
+        group = dist.new_group(backend="gloo", timeout=PREPARATION) if self.world > 1 else None
         if not self.first:
-            self.wait()
+            self.wait(group)
         try:
             yield
         finally:
             if self.first:
-                self.wait()
+                self.wait(group)
 
 
 ALONE = Processes()
@@ -137,37 +132,35 @@ ALONE = Processes()
 def launched(device: torch.device) -> Iterator[Processes]:
     """Join the group that torchrun started, one GPU per process; without torchrun, one process.
 
-    A group that exists, such as Ray Train, accelerate and Fabric make, is used, and left to them.
+    A group of Ray Train, accelerate or Fabric is used and left to them.
     """
     if dist.is_initialized():
-        # theirs may serve GPUs alone
-        yield member(device, dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield member(device)
         return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "RANK" not in os.environ:
+    given = os.environ
+    if "RANK" not in given and given.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise UserError(
-            f"{tasks} Slurm tasks without torchrun: start torchrun in one task per machine, as "
-            "examples/train.sbatch does; for separate runs, unset SLURM_STEP_NUM_TASKS"
+            f"{given['SLURM_STEP_NUM_TASKS']} Slurm tasks without torchrun: see "
+            "examples/train.sbatch; for separate runs, unset SLURM_STEP_NUM_TASKS"
         )
-    if world == 1 or "RANK" not in os.environ:
+    if "RANK" not in given or given.get("WORLD_SIZE", "1") == "1":
         yield Processes(device=device)
         return
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if machines > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    machines = given.get("GROUP_WORLD_SIZE", "1")
+    if machines != "1" and given.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
-            f"torchrun on {machines} machines: a restart would hang; use --rdzv-backend c10d, and "
-            "before torchrun `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`"
+            f"torchrun on {machines} machines, whose restart would hang: use --rdzv-backend c10d "
+            "and, before torchrun, export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(rendezvous("env://"))
-    if machines == 1:
+    if machines == "1":
         # processes that torchrun starts again would find the addresses of those that have ended;
-        # machines count their restarts separately, but there each restart has a new store
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # several machines have counts of their own, but a new store
+        restarts = given.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d.PrefixStore(restarts, store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
-    # torchrun starts the same command, and so the same --device, in all processes
+    gc.disable()  # `train` collects, so that no process holds up the others
     yield member(torch.device(device.type))
     # a sharded module that outlives the group, in a reference cycle, can abort the process on exit
     gc.collect()
@@ -175,29 +168,26 @@ def launched(device: torch.device) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def member(device: torch.device, group: dist.ProcessGroup | None = None) -> Processes:
-    """This process in PyTorch's default group, of which the first one alone gives notices."""
+def member(device: torch.device) -> Processes:
+    """This process in PyTorch's group, where the first one alone gives notices."""
     rank = dist.get_rank()
     if rank:
         logging.getLogger("tarflowlm").setLevel(logging.ERROR)
     # happens for heads under FSDP2; harmless, since nothing here is changed in place
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    return Processes(rank, dist.get_world_size(), own_device(device, rank), group)
+    return Processes(rank, dist.get_world_size(), own_device(device, rank))
 
 
 def own_device(device: torch.device, rank: int) -> torch.device:
-    """The CPU, or the GPU of the process with this `rank`: the one that `device` names, or one of
-    its own. UserError where there is none.
-    """
+    """The CPU, or a GPU for the process of this `rank` alone, unless `device` names one."""
     if device.type == "cpu":
         return device
     if device.type != "cuda":
         raise UserError(f"device {device.type}: serves only one process; use --device cpu")
     available = torch.cuda.device_count()
-    # Kubernetes sets RANK alone
-    local = int(os.environ.get("LOCAL_RANK", rank % available))
-    if device.index is not None:
-        local = device.index
+    # Kubernetes sets no LOCAL_RANK
+    own = int(os.environ.get("LOCAL_RANK", rank % max(available, 1)))
+    local = own if device.index is None else device.index
     if local >= available:
         raise UserError(f"{available} GPUs: start torchrun with --nproc-per-node {available}")
     torch.cuda.set_device(local)

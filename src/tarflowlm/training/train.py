@@ -36,15 +36,13 @@ from tarflowlm.training.state import Job, State, seconds
 from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
-"""Steps after which the host reads the losses of a device, for which it then has to wait."""
-STEPS_BETWEEN_COLLECTIONS = 100
-"""Steps after which all processes collect garbage together; a pause of one holds up the others."""
+"""Steps after which the host waits for the losses of a device, and asks whether to stop."""
+STEPS_BETWEEN_COLLECTIONS = 1000  # of garbage, by several processes at once
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
 Unread = list[tuple[int, Tensor, list[str], Tensor]]
-"""Steps whose numbers are still on the device: the step; its loss, its gradient norm and the share
-of the processes that were asked to stop [3]; the names of the parameters that have a gradient, and
-the norms of these.
+"""Steps whose numbers are still on the device: the step, its loss and gradient norm [2], and the
+names of the parameters that have a gradient with the norms of these.
 """
 
 logger = logging.getLogger("tarflowlm")
@@ -92,7 +90,6 @@ def train(
     config = begin.configured(asked, out, parent, begun=begun)
     processes.rows_each(config.train)  # for its error
     corpus = begin.corpus_of(config, out, parent, reporter, processes)
-    processes.shorten_patience()
     config = processes.from_first(begin.decided(config, corpus, device))
     with begin.writing(out, processes):
         if processes.first and begin.is_begun(out) != begun:
@@ -129,26 +126,12 @@ def train(
                 else:
                     state = stages.resumed_state(job, folder)
                 while state.counters.stage < config.num_stages:
-                    with collecting_seldom():
-                        end = train_stage(job, state)
-                    stages.leave_stage(job, state, end)
+                    stages.leave_stage(job, state, train_stage(job, state))
                 return stages.finish(job, state)
             finally:
                 # returns once nothing is being written any more, even if something failed
                 job.writer.shutdown()
                 job.log.close()
-
-
-@contextmanager
-def collecting_seldom() -> Iterator[None]:
-    """A context in which Python collects garbage only where it is told to."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def announce(config: RunConfig, out: Path) -> None:
@@ -164,15 +147,13 @@ def train_stage(job: Job, state: State) -> Likelihood:
     """Train until the steps or the time of the stage are used up; returns the last validation.
 
     With `train.patience`, it ends as soon as so many evaluations in a row were no better. Raises
-    FloatingPointError, naming parameters, if the loss or a gradient is not finite; Stopped
-    if the run was asked to stop. Collective.
+    FloatingPointError, naming parameters, and Stopped, as `train` does. Collective.
     """
     config = job.config
     train = config.train
     counters = state.counters
     every = STEPS_BETWEEN_READS.get(job.device.type, 1)
     unread: Unread = []
-    is_asked = False  # whether a process was asked to stop, as far as has been read
     may_compile = job.compiles
     clock = partial(seconds, job, state)
     pace.measure(train, counters, clock, job.num_test_windows)
@@ -194,6 +175,9 @@ def train_stage(job: Job, state: State) -> Likelihood:
                 return result
             mark = time.perf_counter()
 
+        if job.processes.world > 1 and counters.stage_step % STEPS_BETWEEN_COLLECTIONS == 0:
+            gc.collect()
+
         # Take this process's rows of the next batch.
         tokens = next_batch(job, state)
 
@@ -204,15 +188,12 @@ def train_stage(job: Job, state: State) -> Likelihood:
         trained = {n: p for n, p in state.model.named_parameters() if p.grad is not None}
         each = optim.norms({name: p.grad for name, p in trained.items() if p.grad is not None})
         norm = torch.linalg.vector_norm(each)
-        asked = job.processes.mean(torch.full_like(loss, job.stop_signal() is not None))
 
-        # Read the numbers of the step. If the loss or a gradient is not finite, the run ends here,
-        # before any weight changes. A GPU, which should not wait for the host, is read every 16
-        # steps: weights may be spoiled by then, but none were saved.
-        numbers = torch.stack((loss, norm, asked))
-        unread.append((counters.step + 1, numbers, [*trained], each))
+        # Read the numbers of the step. If one is not finite, the run ends here, before any weight
+        # changes. A GPU is read every 16 steps: weights may be spoiled by then, none saved.
+        unread.append((counters.step + 1, torch.stack((loss, norm)), [*trained], each))
         if len(unread) >= every:
-            is_asked |= read(state, unread)
+            read(state, unread)
 
         # Change the weights.
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
@@ -222,7 +203,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
         optim.update_average(state.copies, state.model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
-            is_asked |= read(state, unread)
+            read(state, unread)
             state.began += time.perf_counter() - mark
             counters.window_tokens = 0
             counters.window_seconds = 0.0
@@ -237,14 +218,14 @@ def train_stage(job: Job, state: State) -> Likelihood:
         job.reporter.advance(done - before)
 
         # Log. Whatever is saved below has been read before.
-        why = pace.stop_reason(job, is_asked)
+        why = pace.stop_requested(job) if counters.step % every == 0 else None
         counters.evaluation_is_due = (
             counters.stage_is_over or counters.step % train.evaluate_every == 0
         )
         is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
         is_saved = pace.save_is_due(train, counters, clock) or why is not None
         if is_logged or is_saved:
-            is_asked |= read(state, unread)
+            read(state, unread)
             now = time.perf_counter()
             counters.window_seconds += now - mark
             counters.training += now - mark
@@ -259,8 +240,6 @@ def train_stage(job: Job, state: State) -> Likelihood:
             mark = time.perf_counter()
         if why is not None:
             checkpoint.stop(job, state, why)
-        if counters.step % STEPS_BETWEEN_COLLECTIONS == 0:
-            gc.collect(1)
 
 
 def next_batch(job: Job, state: State) -> Int[Tensor, "B T"]:
@@ -303,22 +282,20 @@ def accumulate_gradients(
     return processes.mean(total)
 
 
-def read(state: State, unread: Unread) -> bool:
-    """Read the numbers of steps into the window of the log, with one transfer from the device;
-    returns whether a process was asked to stop.
+def read(state: State, unread: Unread) -> None:
+    """Read the numbers of steps into the window of the log, with one transfer from the device.
 
     FloatingPointError for the first step that is not finite. Collective.
     """
     if not unread:
-        return False
+        return
     rows = torch.stack([numbers for _, numbers, _, _ in unread]).tolist()
-    for (step, _, names, each), (loss, norm, _) in zip(unread, rows, strict=True):
+    for (step, _, names, each), (loss, norm) in zip(unread, rows, strict=True):
         if not math.isfinite(loss + norm):
             raise not_finite(state, step, loss, names, each)
         state.counters.window_losses.append(loss)
         state.counters.window_norms.append(norm)
     unread.clear()
-    return any(asked for _, _, asked in rows)
 
 
 def not_finite(
