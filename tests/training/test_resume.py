@@ -13,7 +13,7 @@ import random
 import shutil
 import signal
 import time
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -291,11 +291,8 @@ def test_manifest_names_every_file_of_a_state(stopped):
     assert {*listed, "manifest.json"} == {path.name for path in newest.iterdir()}
 
 
-class AtOnce(Executor):
+class AtOnce(ThreadPoolExecutor):
     """Writes checkpoints when it is told to."""
-
-    def __init__(self, workers: int) -> None:
-        pass
 
     def submit(self, work, *args):
         done = Future()
