@@ -22,7 +22,7 @@ logger = logging.getLogger("tarflowlm")
 
 @contextmanager
 def held(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold the lock in the file `path`; where the file system has none, as Lustre may, go on."""
+    """Hold the lock in file `path`, unless its file system, such as Lustre, has none."""
     lock = FileLock(path, timeout, fallback_to_soft=False)
     try:
         lock.acquire()

@@ -43,7 +43,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
 """How long processes wait for one another."""
 PREPARATION = timedelta(hours=3)
-"""How long they wait for the first one to prepare the text."""
+"""The same, while the first one prepares the text."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
     store, rank, world = next(rendezvous("env://"))
     if machines == "1":
         # processes that torchrun starts again would find the addresses of those that have ended;
-        # several machines have counts of their own, but a new store
+        # several machines count apart, but have a new store
         restarts = given.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d.PrefixStore(restarts, store)
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
