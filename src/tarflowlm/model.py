@@ -68,9 +68,12 @@ class TarFlowLM(LanguageModel):
     is_exact = False
     config: FlowConfig
 
-    def __init__(self, config: FlowConfig) -> None:
+    def __init__(self, config: FlowConfig, *, means: Tensor | None = None) -> None:
+        """`means` [V, d] spare the search for well separated ones where weights are loaded."""
         super().__init__(config)
-        self.codebook = Codebook(config.vocab_size, config.latent_dim, separation=config.separation)
+        self.codebook = Codebook(
+            config.vocab_size, config.latent_dim, separation=config.separation, mean=means
+        )
         self.prior = Prior(config.patch, ())
         for _ in config.blocks:
             self.append_block()

@@ -2,17 +2,27 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from numerics_cases import codebook_case, nasty_mixtures
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tarflowlm.config import TrainConfig
+from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.flow.numerics import (
+    layout,
     mixture_cdf,
+    mixture_cdf_inverse,
     mixture_log_density,
     mixture_log_prob,
     rosenblatt,
+    rosenblatt_inverse,
 )
+from tarflowlm.model_config import BlockConfig, FlowConfig, TransformerConfig
+from tarflowlm.training.parallel import compiling, parallelise
+from tarflowlm.training.train import accumulate_gradients
 
 
 def scalar(z, *params):
@@ -42,8 +52,74 @@ def compare(function):
     )
 
 
+def compare_maps():
+    """Assert that the maps that accelerators compile are the others."""
+    layout.use_eager_cpu = lambda t: False
+    z = torch.linspace(-3, 3, 20)
+    params = nasty_mixtures(20, 3, 1, torch.float32)
+    for function in (mixture_cdf, mixture_log_density, mixture_cdf_inverse):
+        results = []
+        for compiled in (False, True):
+            leaves = [t.clone().requires_grad_() for t in (z, *params)]
+            found = function(*leaves, compiled=compiled)
+            found = found if isinstance(found, tuple) else (found,)
+            results.append([*found, *torch.autograd.grad(sum(t.sum() for t in found), leaves)])
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    case = codebook_case(20, 80, 3, 0, torch.float32)
+    for function in (rosenblatt, rosenblatt_inverse):
+        torch.testing.assert_close(
+            function(*case, compiled=True), function(*case), rtol=1e-5, atol=1e-5
+        )
+
+
+class Products(TorchDispatchMode):
+    """The formats of matrix products, by their inner dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.split("::")[1] in ("mm", "bmm", "addmm", "addmm_", "baddbmm"):
+            self.found.add((args[-1].shape[-2], args[-1].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def train_step(coupling):
+    """One step in bfloat16: no graph breaks, and densities are in float32 or wider."""
+    layout.use_eager_cpu = lambda t: False
+    blocks = (BlockConfig(coupling=coupling, layers=1, components=0 if coupling == "mixd" else 2),)
+    upper = BlockConfig(coupling="mix1", layers=1, components=2)
+    config = FlowConfig(
+        vocab_size=70,
+        context=8,
+        latent_dim=5,
+        blocks=(*blocks, upper),
+        trunk=TransformerConfig(width=24, num_heads=2),
+    )
+    torch.manual_seed(0)
+    model = config.build()
+    train = TrainConfig(precision="bfloat16", batch_size=2, accumulate=1)
+    tokens = torch.randint(70, (2, 8))
+    generator = torch.Generator().manual_seed(0)
+    with Products() as products:
+        accumulate_gradients(model, parallelise(model, train), tokens, generator, train)
+    inner = {size: dtype for size, dtype in products.found if size == 7}  # d + 2
+    assert set(inner.values()) <= {torch.float32, torch.float64}
+    assert inner
+    assert (24, torch.bfloat16) in products.found
+    bound = parallelise(model, train, compiled=True)
+    for part in couplings_of(model):
+        part.compiled = True
+    with compiling(True):
+        loss = accumulate_gradients(model, bound, tokens, generator, train)
+    assert loss.isfinite()
+    # near components are a branch on data, which nothing compiles
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scalar", "codebook"])
+@pytest.mark.parametrize("name", ["scalar", "codebook", "maps", "affine", "mix1", "mixd"])
 def test_compiled_maps_have_the_same_values_and_gradients(name):
     # in a process of its own: a compiler cannot follow the shape checks of the tests
     done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True)
@@ -51,4 +127,9 @@ def test_compiled_maps_have_the_same_values_and_gradients(name):
 
 
 if __name__ == "__main__":
-    compare({"scalar": scalar, "codebook": codebook}[sys.argv[1]])
+    name = sys.argv[1]
+    if name in ("scalar", "codebook"):
+        compare({"scalar": scalar, "codebook": codebook}[name])
+    else:
+        torch.compile = partial(torch.compile, backend="aot_eager")
+        compare_maps() if name == "maps" else train_step(name)

@@ -5,6 +5,9 @@ densities, log-determinants and inverses are float32 or wider (docs/math.md, sec
 products in codebook densities cancel, so they are float64 where the device has it.
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,20 @@ def wide_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
-def full_precision(like: Tensor) -> torch.autocast:
-    """A context that turns autocast off on the device of `like`; for meta tensors, on the CPU."""
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast on the device of `like`, and on CUDA without TF32."""
+    if like.is_cuda:
+        return _without_tf32()
     return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = before

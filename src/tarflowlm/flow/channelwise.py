@@ -218,13 +218,16 @@ class Mix1Coupling(ChannelCoupling):
             paths[c, c - i : c, 0] = per_channel[:i]
 
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters)
+        u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters, compiled=self.compiled)
         return u[..., None], log_slope[..., None]
 
     def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
-        return numerics.mixture_cdf_inverse(u[..., 0], *parameters)[..., None]
+        z = numerics.mixture_cdf_inverse(u[..., 0], *parameters, compiled=self.compiled)
+        return z[..., None]
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         parameters = self.head(features, z)
+        values = self._groups(z)[..., 0]
         with full_precision(z):
-            return numerics.mixture_log_density(self._groups(z)[..., 0], *parameters).sum(0)
+            densities = numerics.mixture_log_density(values, *parameters, compiled=self.compiled)
+            return densities.sum(0)

@@ -64,10 +64,15 @@ class Codebook(nn.Module):
         [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, vocab_size: int, dim: int, *, separation: float = 12.0) -> None:
+    def __init__(
+        self, vocab_size: int, dim: int, *, separation: float = 12.0, mean: Tensor | None = None
+    ) -> None:
+        """`mean` is given, with any sigma, where weights are about to be loaded."""
         super().__init__()
-        mean = spread_means(vocab_size, dim)
-        log_std = math.log(typical_neighbour_distance(mean) / separation)
+        log_std = 0.0
+        if mean is None:
+            mean = spread_means(vocab_size, dim)
+            log_std = math.log(typical_neighbour_distance(mean) / separation)
         self.mean = nn.Parameter(mean)
         self.log_std = nn.Parameter(torch.full((vocab_size,), log_std))
 

@@ -60,6 +60,8 @@ class Coupling(nn.Module):
 
     group: int
     """Channels C/G that one conditional maps."""
+    compiled = False
+    """Whether maps are compiled where they run on an accelerator."""
 
     @classmethod
     @abstractmethod
@@ -138,6 +140,10 @@ class Coupling(nn.Module):
             noise.append(torch.where(here, given_u, u_g))
             log_p[:, token] += torch.where(here[:, 0], density, 0.0)
         return torch.cat(z, -1), torch.cat(noise, -1), log_p
+
+
+def couplings_of(module: nn.Module) -> list[Coupling]:
+    return [m for m in module.modules() if isinstance(m, Coupling)]
 
 
 def coupling_class(name: str) -> type[Coupling]:

@@ -117,12 +117,13 @@ class MixDCoupling(Coupling):
         return Conditional(partial(self._token_to_noise, log_w=log_w), inverse)
 
     def _token_to_noise(self, z: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
-        return numerics.rosenblatt(z, log_w, self.components.mean, self.components.log_std)
+        book = self.components.mean, self.components.log_std
+        return numerics.rosenblatt(z, log_w, *book, compiled=self.compiled)
 
     def _token_to_latents(self, u: Tensor, log_w: Tensor, adjust: AdjustWeights | None) -> Tensor:
         weights = log_w if adjust is None else adjust(log_w)
-        mean = self.components.mean
-        return numerics.rosenblatt_inverse(u, weights, mean, self.components.log_std)
+        book = self.components.mean, self.components.log_std
+        return numerics.rosenblatt_inverse(u, weights, *book, compiled=self.compiled)
 
     def conditionals(
         self, features: OneFeature, adjust: AdjustWeights | None = None

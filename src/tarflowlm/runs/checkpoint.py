@@ -8,9 +8,13 @@ import torch
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
+from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError, guess
 from tarflowlm.files import new_folder, read_json, write_json
+from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.language_model import LanguageModel, seeded
+from tarflowlm.model import TarFlowLM
+from tarflowlm.model_config import FlowConfig
 from tarflowlm.runs.hub import locate, released
 from tarflowlm.runs.weights import is_whole, read_weights, write_weights
 from tarflowlm.schema import from_dict, to_dict
@@ -98,7 +102,11 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         config = config.first_blocks(int(blocks))
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
-        model = config.build()
+        means = tensors.get("codebook.mean")
+        if isinstance(config, FlowConfig) and means is not None and means.ndim == 2:
+            model: LanguageModel = TarFlowLM(config, means=means.float().clone())
+        else:
+            model = config.build()
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -107,6 +115,10 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{directory / WEIGHTS}: {name} is not finite; the run diverged")
+    device = torch.device(device)
+    compiled = device.type == "cuda" and compilation_problem("cuda") is None
+    for coupling in couplings_of(model):
+        coupling.compiled = compiled
     return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
 
 

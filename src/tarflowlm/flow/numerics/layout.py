@@ -1,6 +1,8 @@
 """Arbitrary leading shapes flattened to rows, and the chunks in which a CPU takes them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from torch import Tensor
 from tarflowlm import chunks
 from tarflowlm.flow.numerics.normal import check_codebook
 from tarflowlm.flow.numerics.reference import Params
+
+Map = TypeVar("Map", bound=Callable[..., object])
 
 LEAST_ROWS = 16
 """Rows of a chunk on a CPU, however many components: with fewer, calls cost more than work."""
@@ -71,6 +75,14 @@ def use_eager_cpu(t: Tensor) -> bool:
     torch.compile can follow neither, and takes the path of accelerators.
     """
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@cache
+def fused(function: Map) -> Map:
+    """`function` by torch.compile: of what its operations read and write, little is input or
+    output.
+    """
+    return torch.compile(function)
 
 
 def cached(elements_per_row: int) -> int:

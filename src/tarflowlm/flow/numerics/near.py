@@ -16,12 +16,15 @@ from torch import Tensor
 
 from tarflowlm import chunks
 from tarflowlm.flow import full_precision
+from tarflowlm.flow.numerics import layout
 from tarflowlm.flow.numerics.normal import component_factors, point_factors
 
 FEWEST = 64
 """With fewer components, none is left out."""
 LARGEST_SHARE = 1 / 32
 """Where more are near, all are taken: one pair costs as much as 30 elements of an [N, K] tensor."""
+MOST = 16
+"""The same on an accelerator, in pairs per row: one takes the memory of a row of the head."""
 ROOM = 18.0
 """The share of a sum that has to be right, of a token or a tail, may be as small as exp(-ROOM)."""
 
@@ -62,7 +65,8 @@ class Pairs(NamedTuple):
 def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
     """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below.
 
-    None where components are few, many of them are near, or values are not finite.
+    None where components are few, many of them are near, or values are not finite. The host waits
+    for a GPU twice, not in every chunk.
 
     A product of the factors A, B of log N finds them, chunk by chunk, in float32 under autocast
     too. The product cancels, so the threshold is lowered by a bound on its rounding error,
@@ -74,7 +78,12 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
     points = point_factors(z).float()
     components = component_factors(mean, log_std).float()
     found = list[Tensor]()
-    room = LARGEST_SHARE * len(z) * num_components
+    fits = list[Tensor]()
+    most = LARGEST_SHARE * num_components
+    if not layout.use_eager_cpu(z):
+        most = min(most, MOST)
+    room = most * len(z)
+    counts = layout.use_eager_cpu(z) or z.device.type == "mps"  # which has no nonzero_static
     with full_precision(z):
         size = points.abs() @ components.abs().amax(0)
         rounding = 2 * (dim + 8) * torch.finfo(torch.float32).eps * size
@@ -83,11 +92,22 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
         for rows in chunks.row_ranges(len(z), 4 * num_components, chunks.held(z.device)):
             log_density = points[rows] @ components
             lowest = log_density.amax(-1) - margin[rows]
-            pairs = (log_density >= lowest[:, None]).nonzero()
-            room -= len(pairs)
-            if room < 0 or not lowest.isfinite().all():
-                return None
+            is_near = log_density >= lowest[:, None]
+            if counts:
+                pairs = is_near.nonzero()
+                room -= len(pairs)
+                if room < 0 or not lowest.isfinite().all():
+                    return None
+            else:  # -1 behind the last pair; some more, as the last chunk may be short
+                size = int(most * (len(lowest) + MOST))
+                pairs = torch.nonzero_static(is_near, size=size, fill_value=-1)
+                fits.append((pairs[-1, 1] < 0) & lowest.isfinite().all())
             pairs[:, 0] += rows.start
             found.append(pairs)
-    rows, indices = torch.cat(found).T.contiguous()
+    every = torch.cat(found)
+    if fits:
+        if not torch.stack(fits).all():
+            return None
+        every = every[every[:, 1] >= 0]
+    rows, indices = every.T.contiguous()
     return Pairs(rows, indices, len(z))

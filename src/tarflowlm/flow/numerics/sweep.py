@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.flow import wide_dtype
+from tarflowlm.flow import full_precision, wide_dtype
 from tarflowlm.flow.numerics import layout, near, normal, reference
 from tarflowlm.flow.numerics.near import Pairs
 
@@ -28,9 +28,12 @@ LARGEST_TAIL = 0.95
 
 
 @torch.no_grad()
-def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+def rosenblatt(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """u [N, d] and log p_mix(z) [N], as `reference.rosenblatt` has them."""
-    tail, side, log_p = _tails(z, log_w, mean, log_std)
+    with full_precision(z):
+        tail, side, log_p = _tails(z, log_w, mean, log_std, compiled)
     u = side * normal.upper_quantile_of_log(torch.log(tail))
     # negated, so that NaN is left to the general path
     in_range = (tail >= math.exp(-near.ROOM)) & (tail <= LARGEST_TAIL)
@@ -45,7 +48,7 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
 
 
 def _tails(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tail masses beyond z and their sides (+1 upper, -1 lower), [N, d], and log p_mix(z), [N]."""
     dim = z.shape[1]
@@ -67,16 +70,20 @@ def _tails(
     ones = torch.ones_like(log_std)
     by_component = torch.stack((ones, -log_std))
     for i in range(dim):
-        alpha = exp_clamped(log_alpha)
-        total, first = (alpha @ torch.stack((ones, mean[:, i]), -1)).unbind(-1)
-        # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
-        side[:, i] = torch.where(z[:, i] * total < first, -1.0, 1.0)
-        sign = side[:, i, None]
-        a = torch.addcmul(sign * z[:, i, None], sign, mean[:, i], value=-1.0).mul_(scaled)
-        log_alpha.addcmul_(a, a, value=-1.0)
-        # adds falls - log_std: a sum of a row's and a component's number, as a product in one pass
-        log_alpha.addmm_(torch.stack((falls[:, i], torch.ones_like(total)), -1), by_component)
-        tail[:, i] = 0.5 * alpha.mul_(erfc_clamped_(a)).sum(-1) / total
+        if compiled and not layout.use_eager_cpu(z):
+            now = log_alpha, z[:, i], mean[:, i], scaled, falls[:, i], log_std
+            tail[:, i], side[:, i], log_alpha = layout.fused(_channel)(*now)
+        else:
+            alpha = exp_clamped(log_alpha)
+            total, first = (alpha @ torch.stack((ones, mean[:, i]), -1)).unbind(-1)
+            # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
+            side[:, i] = torch.where(z[:, i] * total < first, -1.0, 1.0)
+            sign = side[:, i, None]
+            a = torch.addcmul(sign * z[:, i, None], sign, mean[:, i], value=-1.0).mul_(scaled)
+            log_alpha.addcmul_(a, a, value=-1.0)
+            # adds falls - log_std, a row's and a component's number, as a product in one pass
+            log_alpha.addmm_(torch.stack((falls[:, i], torch.ones_like(total)), -1), by_component)
+            tail[:, i] = 0.5 * alpha.mul_(erfc_clamped_(a)).sum(-1) / total
         if len(mean) >= near.FEWEST and 2 <= i < dim - 1:
             alive = log_alpha >= -(rests[:, i, None] + near.reach(z.dtype, len(mean)))
             # no tensor over pairs and channels is then larger than one over rows and components
@@ -95,6 +102,18 @@ def _tails(
                 return tail, side, torch.log(total) + log_p.squeeze(-1)
     total = exp_clamped(log_alpha).sum(-1)
     return tail, side, torch.log(total) + log_p.squeeze(-1)
+
+
+def _channel(
+    log_alpha: Tensor, z: Tensor, mean: Tensor, scaled: Tensor, fall: Tensor, log_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tail and side [N] of a channel and the next log_alpha, for a compiler: sums, no products."""
+    alpha = torch.exp(log_alpha)
+    total = alpha.sum(-1)
+    side = torch.where(z * total < (alpha * mean).sum(-1), -1.0, 1.0).to(z.dtype)
+    a = (z[:, None] - mean) * scaled
+    tail = 0.5 * (alpha * torch.erfc(side[:, None] * a)).sum(-1) / total
+    return tail, side, log_alpha - a * a + (fall[:, None] - log_std)
 
 
 def _tails_of_pairs(

@@ -216,9 +216,11 @@ class _HeadSums(Function):
             else:
                 of_weight += share.T @ scaled[part]
             of_bias += share.T @ of_sum[part].to(dtype)
-        of_pair = of_picked[:, None]
-        of_features.index_add_(0, rows, of_pair * weight.index_select(0, components))
-        of_weight.index_add_(0, components, of_pair * features.index_select(0, rows))
+        budget = chunks.held(features.device)
+        for pairs in chunks.row_ranges(len(rows), 4 * features.shape[1], budget):
+            row, component, of_pair = rows[pairs], components[pairs], of_picked[pairs, None]
+            of_features.index_add_(0, row, of_pair * weight.index_select(0, component))
+            of_weight.index_add_(0, component, of_pair * features.index_select(0, row))
         of_bias.index_add_(0, components, of_picked)
         return of_features, of_weight, of_bias, None, None
 

@@ -1,0 +1,115 @@
+"""The path of accelerators, on a CPU: little memory, few waits, and no products in TF32."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from numerics_cases import codebook_case
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tarflowlm import chunks
+from tarflowlm.flow import full_precision
+from tarflowlm.flow.numerics import (
+    layout,
+    mixture_log_prob_from_features,
+    near,
+    reference,
+    rosenblatt_inverse,
+)
+from tarflowlm.flow.numerics.rosenblatt import CUTS
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+
+
+def separated(rows, components, dim, separation):
+    """u, log_w, mean, log_std of codes so many standard deviations apart."""
+    u, log_w, mean, _ = codebook_case(rows, components, dim, 0, torch.float32)
+    nearest = torch.cdist(mean[:64], mean).topk(2, largest=False).values[:, 1].median().item()
+    return u, 2 * log_w, mean, torch.full((components,), math.log(nearest / separation))
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(("separation", "found"), [(40.0, True), (1.0, False)])
+def test_an_inverse_of_few_components_is_the_one_of_all_or_says_that_it_is_not(separation, found):
+    u, *book = separated(5, 1024, 10, separation)
+    exact, all_right = reference.rosenblatt_inverse(u, *book)
+    z, is_right = reference.rosenblatt_inverse(u, *book, cuts=CUTS)
+    assert all_right.all()
+    assert is_right.all() if found else not is_right.any()
+    torch.testing.assert_close(z[is_right], exact[is_right], rtol=0, atol=1e-6)
+    torch.testing.assert_close(rosenblatt_inverse(u, *book), exact, rtol=0, atol=1e-6)
+
+
+def near_case(rows, separation=20.0):
+    noise, _, mean, log_std = separated(rows, 200, 6, separation)
+    tokens = torch.arange(rows) % len(mean)
+    return mean[tokens] + log_std.exp()[tokens, None] * noise, mean, log_std
+
+
+def test_near_pairs_are_those_of_a_cpu(monkeypatch):
+    case = near_case(50)
+    expected = near.near_components(*case)
+    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    monkeypatch.setattr(chunks, "HELD_CPU", 4 * 200 * 7)  # chunks of 7 rows
+    found = near.near_components(*case)
+    assert expected is not None
+    assert found is not None
+    assert found.rows.equal(expected.rows)
+    assert found.components.equal(expected.components)
+    assert near.near_components(*near_case(50, separation=1.0)) is None
+    case[0][3, 0] = math.nan
+    assert near.near_components(*case) is None
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        self.found.update([name] if name in ("_local_scalar_dense", "nonzero") else [])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("rows", [7, 100])
+def test_the_waits_do_not_grow_with_the_rows(rows, monkeypatch):
+    monkeypatch.setattr(chunks, "HELD_CPU", 4 * 200 * 7)
+    with Waits() as waits:
+        near.near_components(*near_case(rows))
+    assert waits.found.total() == 2
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_gradients_of_pairs_come_in_small_parts(monkeypatch):
+    z, mean, log_std = near_case(40)
+    weight = torch.randn(200, 5)
+    leaves = [t.requires_grad_() for t in (z, torch.randn(40, 5), weight, torch.zeros(200))]
+
+    def gradients():
+        log_p = mixture_log_prob_from_features(*leaves, mean, log_std, relative=True)
+        return torch.autograd.grad(log_p.sum(), leaves)
+
+    expected = gradients()
+    monkeypatch.setattr(chunks, "HELD_CPU", 4 * 5 * 3)
+    torch.testing.assert_close(gradients(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("before", ["tf32", "ieee"])
+def test_full_precision_has_no_tf32(before, monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "fp32_precision", before)
+    mode = FakeTensorMode()
+    on_cuda = FakeTensor(mode, torch.empty(1, device="meta"), torch.device("cuda:0"))
+    with full_precision(on_cuda):
+        assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == before
