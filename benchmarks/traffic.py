@@ -2,15 +2,15 @@
 follow from it.
 
     python benchmarks/traffic.py                 # bytes per (token, component)
-    python benchmarks/traffic.py --hours         # the table of docs/scaling.md: hours on 1, 8 and
-    64 H100 python benchmarks/traffic.py --nodes         # operations in the compiled graphs of a
-    step of owt-mixd
+    python benchmarks/traffic.py --hours         # the table of docs/scaling.md: on 1, 8, 64 H100
+    python benchmarks/traffic.py --nodes         # operations compiled for a step of owt-mixd
 
 Every operation counts what it reads and writes, as kernels without fusion do; logsumexp counts five
-passes. The accelerators' paths run on the CPU at OpenWebText's vocabulary. Which components matter
-depends on the data, so the tensors are real: random codes, typical neighbours `--separation`
-standard deviations apart, 12 as training begins and
-22 in the trained english-small.
+passes. A map that accelerators compile counts its inputs and outputs, and long rows twice, as they
+leave the registers between two sums. The accelerators' paths run on the CPU at OpenWebText's
+vocabulary. Which components matter depends on the data, so the tensors are real: random codes,
+typical neighbours `--separation` standard deviations apart, 12 as training begins and 22 in the
+trained english-small.
 """
 
 import argparse
@@ -23,18 +23,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timing import show
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
+from tarflowlm import chunks
+from tarflowlm.config import RunConfig
 from tarflowlm.evaluation.flops import training_flops
-from tarflowlm.flow.codebook import typical_neighbour_distance
+from tarflowlm.flow.codebook import Codebook, typical_neighbour_distance
+from tarflowlm.flow.couplings import coupling_class
 from tarflowlm.flow.numerics import (
     layout,
+    mixture,
     mixture_log_prob,
     mixture_log_prob_from_features,
     rosenblatt,
 )
+from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.presets import preset
 
 VIEWS = (
@@ -58,7 +63,9 @@ VIEWS = (
     "new_empty",
     "empty_like",
 )
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 COMPONENTS, CHANNELS, WIDTH = 50_257, 16, 768
+KINDS = ("ar", "affine", "mix1", "mixd")
 FLOPS, BYTES = 396e12, 2.8e12
 """Of one H100, per second: 40 % of the dense bfloat16 peak, and most of the memory's 3.35 TB/s."""
 OVERHEAD, WITHIN, ACROSS = 6e-3, 300e9, 40e9
@@ -78,26 +85,85 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1].rstrip("_")
         if name not in VIEWS:
-            read = {
-                id(t): t for t in tree_iter((args, kwargs or {})) if isinstance(t, torch.Tensor)
-            }
-            written = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
-            # an expanded axis is in memory once
-            axes = [(t, zip(t.shape, t.stride(), strict=True)) for t in read.values()]
-            size = sum(
-                t.element_size() * math.prod(n for n, stride in pairs if stride)
-                for t, pairs in axes
-            )
-            size += sum(t.element_size() * t.numel() for t in written)
-            self.bytes[name] += size + (16 * args[0].numel() if name == "logsumexp" else 0)
-            self.calls[name] += 1
+            again = 16 * args[0].numel() if name == "logsumexp" else 0
+            self.count(name, (args, kwargs or {}), out, again)
         return out
+
+    def count(self, name: str, inputs: Any, outputs: Any, again: int) -> None:
+        read = {id(t): t for t in tree_iter(inputs) if isinstance(t, torch.Tensor)}
+        written = [t for t in tree_iter(outputs) if isinstance(t, torch.Tensor)]
+        # an expanded axis is in memory once
+        axes = [(t, zip(t.shape, t.stride(), strict=True)) for t in read.values()]
+        size = sum(
+            t.element_size() * math.prod(n for n, stride in pairs if stride) for t, pairs in axes
+        )
+        size += sum(t.element_size() * t.numel() for t in written)
+        self.bytes[name] += size + again
+        self.calls[name] += 1
+
+    def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, counted as what a compiler makes of it."""
+
+        def call(*args: Any) -> Any:
+            with _disable_current_modes():
+                out = function(*args)
+            rows = [t for t in args if isinstance(t, torch.Tensor) and t.ndim == 2]
+            again = sum(4 * t.numel() for t in rows if t.shape[1] > 4096)
+            self.count(function.__name__, args, out, again)
+            return out
+
+        return call
+
+
+def as_accelerator() -> None:
+    """Let a CPU take the paths of accelerators."""
+    layout.use_eager_cpu = lambda t: False  # type: ignore[assignment]
+    chunks.HELD_CPU = chunks.HELD_ACCELERATOR
+
+
+def bytes_of_couplings(config: RunConfig, stage: int) -> float:
+    """Bytes per token of the couplings of a stage, Mix-d over the vocabulary and products left out.
+
+    The blocks below run forward, the last one its density; those that train, backward too.
+    """
+    as_accelerator()
+    model = replace(config.model_of_stage(stage).first_blocks(stage + 1), vocab_size=64)
+    if config.num_stages == 1:
+        model = replace(config.model, vocab_size=64)
+    codebook = Codebook(64, model.latent_dim)
+    total = 0.0
+    for index, block in enumerate(model.blocks):
+        if block.coupling == "mixd":
+            continue
+        coupling = coupling_class(block.coupling).build(BlockPlan(model, index, codebook))
+        coupling.compiled = True
+        trains = index >= stage
+        is_last = index == len(model.blocks) - 1
+        sizes = []
+        for tokens in (256, 512):
+            z = torch.randn(1, tokens, model.latent_dim, requires_grad=trains)
+            features = torch.randn(1, tokens, model.trunk.width, requires_grad=trains)
+            traffic = Traffic()
+            layout.fused = traffic.fused  # type: ignore[assignment]
+            mixture._compiled.cache_clear()
+            with traffic, torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16):
+                if is_last:
+                    result = coupling.log_prob(z, features).sum()
+                else:
+                    u, log_det = coupling(z, features)
+                    result = u.square().sum() + log_det.sum()
+            if trains:
+                with traffic:
+                    result.backward()
+            products = sum(traffic.bytes[name] for name in PRODUCTS)
+            sizes.append(sum(traffic.bytes.values()) - products)
+        total += (sizes[1] - sizes[0]) / 256
+    return total
 
 
 def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, float]:
     """Bytes per (token, component) of every kind of vocabulary-sized work."""
-    layout.use_eager_cpu = lambda t: False  # type: ignore[assignment]
-    layout.HELD_ELEMENTS["cpu"] = layout.HELD_ELEMENTS_ACCELERATOR
+    as_accelerator()
     generator, found = torch.Generator().manual_seed(0), {}
     mean, weight = (torch.randn(COMPONENTS, n, generator=generator) for n in (CHANNELS, WIDTH))
     features, noise = (torch.randn(args.tokens, n, generator=generator) for n in (WIDTH, CHANNELS))
@@ -124,13 +190,15 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
         value.backward()
 
     work: dict[str, Callable[[], Any]] = {"loss of stage 1": loss, "cross-entropy": cross_entropy}
-    work["frozen map"] = torch.no_grad()(lambda: rosenblatt(z, log_w, mean, log_std))
+    work["frozen map"] = torch.no_grad()(lambda: rosenblatt(z, log_w, mean, log_std, compiled=True))
     work["normaliser"] = torch.no_grad()(lambda: mixture_log_prob(z, None, mean, log_std))
     work["normaliser, trained"] = lambda: (
         mixture_log_prob(leaves[0], None, *leaves[4:]).sum().backward()
     )
     for name, call in work.items():
-        with Traffic() as traffic:
+        traffic = Traffic()
+        layout.fused = traffic.fused  # type: ignore[assignment]
+        with traffic:
             call()
         found[name] = sum(traffic.bytes.values()) / args.tokens / COMPONENTS
         for operation, size in traffic.bytes.most_common(args.top):
@@ -140,17 +208,18 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
 
 
 def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for every stage of every OpenWebText preset, from bytes at the start of training and
-    after it.
+    """A row for every stage of every preset of the paper's size, from bytes at the start of
+    training and after it.
     """
     rows = []
-    for name in ("owt-ar", "owt-affine", "owt-mix1", "owt-mixd"):
+    for name in (*(f"owt-{kind}" for kind in KINDS), *(f"text8-{kind}" for kind in KINDS)):
         config = preset(name)
-        config = replace(config, model=replace(config.model, vocab_size=COMPONENTS))
+        vocabulary = COMPONENTS if name.startswith("owt") else 27
+        config = replace(config, model=replace(config.model, vocab_size=vocabulary))
         for stage in range(config.num_stages):
-            if name == "owt-ar":
+            if name.endswith("-ar"):
                 work = size["cross-entropy"]
-            elif name == "owt-mixd":
+            elif name.endswith("-mixd"):
                 # the head's logits, in bfloat16 and float32, are part of the map
                 work = (
                     trained["frozen map"] + trained["normaliser"] + 8
@@ -160,7 +229,9 @@ def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, A
             else:
                 work = size["normaliser, trained"]
             model, context = config.model_of_stage(stage), config.model.context
-            flops, traffic = training_flops(model, frozen=stage) / context, work * COMPONENTS
+            flops, traffic = training_flops(model, frozen=stage) / context, work * vocabulary
+            if not name.endswith("-ar"):
+                traffic += bytes_of_couplings(config, stage)
             row = {"": name if config.num_stages == 1 else f"{name} {stage + 1}"}
             row |= {"GFLOP per token": flops / 1e9, "MB per token": traffic / 1e6}
             for world in (1, 8, 64):
@@ -225,7 +296,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--separation", type=float, nargs="+", default=[12.0, 22.0])
     options.add_argument("--top", type=int, default=0, help="operations to list")
-    options.add_argument("--hours", action="store_true", help="of the OpenWebText presets")
+    options.add_argument("--hours", action="store_true", help="of the paper's presets")
     options.add_argument("--nodes", action="store_true", help="of compiled graphs")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     args = options.parse_args()
