@@ -1,6 +1,7 @@
 """The path of accelerators, on a CPU: little memory, few waits, and no products in TF32."""
 
 import math
+import warnings
 from collections import Counter
 
 import pytest
@@ -103,13 +104,15 @@ def test_gradients_of_pairs_come_in_small_parts(monkeypatch):
     torch.testing.assert_close(gradients(), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize("before", ["tf32", "ieee"])
-def test_full_precision_has_no_tf32(before, monkeypatch):
+def test_full_precision_has_no_tf32(before):
     matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "fp32_precision", before)
-    mode = FakeTensorMode()
-    on_cuda = FakeTensor(mode, torch.empty(1, device="meta"), torch.device("cuda:0"))
-    with full_precision(on_cuda):
-        assert matmul.fp32_precision == "ieee"
-    assert matmul.fp32_precision == before
+    kept = matmul.fp32_precision
+    on_cuda = FakeTensor(FakeTensorMode(), torch.empty(1, device="meta"), torch.device("cuda:0"))
+    try:
+        matmul.fp32_precision = before
+        with warnings.catch_warnings(action="ignore"), full_precision(on_cuda):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = kept
