@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tarflowlm.config import TrainConfig
 from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import Coupling
+from tarflowlm.flow.couplings import Coupling, couplings_of
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
 
@@ -226,7 +226,7 @@ def parallelise(
 
     The first `frozen` blocks get no graph; `LanguageModel.train_only` has frozen their parameters.
     Under FSDP2 the trained parameters of `model` are sharded in place. If `compiled`, every
-    Transformer layer is; layers of one shape share a graph.
+    Transformer layer is, layers of one shape sharing a graph, and the maps of every coupling.
     """
     trained = [layer for part in model.blocks_from(frozen) for layer in layers_of(part)]
     for layer in layers_of(model):
@@ -235,6 +235,8 @@ def parallelise(
         layer.dropout = train.dropout if is_trained else 0.0
         if compiled:
             layer.compile(fullgraph=True)
+    for coupling in couplings_of(model):
+        coupling.compiled = compiled
     bound: nn.Module = NegativeBound(model, frozen, train.precision)
     if processes.shards(train):
         shard(bound, model, processes, train.precision)
@@ -293,11 +295,16 @@ def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> 
 
 @contextmanager
 def compiling(compiled: bool) -> Iterator[None]:
-    """A context for calls of compiled layers, with many small graphs that DDP need not split."""
+    """A context for calls of compiled layers, with many small graphs that DDP need not split.
+
+    Every size of batch has a graph of its own: validation, which comes first, has another size.
+    """
     if not compiled:
         yield
         return
-    with torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False):
+    with torch._dynamo.config.patch(
+        recompile_limit=64, optimize_ddp=False, automatic_dynamic_shapes=False
+    ):
         yield
 
 
