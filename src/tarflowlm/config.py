@@ -12,8 +12,11 @@ from tarflowlm.model_config import BaselineConfig, Config, FlowConfig
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `device.pick_device` resolves auto."""
 
-Decoder = Literal["steps", "sweeps", "auto"]
-"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper one."""
+Decoder = Literal["steps", "sweeps", "auto", "draw"]
+"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper one.
+
+"draw" draws the states below the last block from its mixtures, and so needs no noise.
+"""
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -24,7 +24,9 @@ from tarflowlm.flow.couplings import (
     Inverter,
     Latents,
     OneFeature,
+    Uniform,
 )
+from tarflowlm.flow.draws import inverse_cdf
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.plan import BlockPlan
 
@@ -51,6 +53,10 @@ class ChannelCoupling(Coupling):
     @abstractmethod
     def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
         """The inverse of `to_noise` at the same parameters."""
+
+    def draw(self, normal: Tensor, uniform: Tensor, *parameters: Tensor) -> Tensor:
+        """A draw from standard normal [B, C/G] and uniform numbers [B]; here the inverse."""
+        return self.to_latents(normal, *parameters)
 
     def channels(self, z: Latents, features: Features) -> tuple[Latents, Latents]:
         """Noise u, and log du_i/dz_i of every channel, in nats."""
@@ -84,30 +90,37 @@ class ChannelCoupling(Coupling):
         self,
         features: OneFeature,
         adjust: AdjustWeights | None = None,
+        uniform: Uniform | None = None,
         weights: HeadWeights | None = None,
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
         walk = self.head.walk(features, weights)
         z = None
-        for _ in range(self.head.groups):
-            z = yield self._conditional(walk.send(z))
+        for g in range(self.head.groups):
+            z = yield self._conditional(walk.send(z), None if uniform is None else uniform[:, g])
 
-    def _conditional(self, parameters: list[Tensor]) -> Conditional:
-        inverse = partial(self._group_to_latents, parameters=parameters)
+    def _conditional(self, parameters: list[Tensor], uniform: Tensor | None) -> Conditional:
+        def inverse(u: Tensor) -> Tensor:
+            if uniform is None:
+                return self.to_latents(u, *parameters)
+            return self.draw(u, uniform, *parameters)
+
         return Conditional(partial(self._group_to_noise, parameters=parameters), inverse)
 
     def _group_to_noise(self, z: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         u, log_slope = self.to_noise(z, *parameters)
         return u, log_slope.sum(-1)
 
-    def _group_to_latents(self, u: Tensor, parameters: list[Tensor]) -> Tensor:
-        return self.to_latents(u, *parameters)
-
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
 
-        def invert(u: Tensor, features: Tensor, adjust: AdjustWeights | None) -> Tensor:
-            return self._walk(u, self.conditionals(features, adjust, weights))
+        def invert(
+            u: Tensor,
+            features: Tensor,
+            adjust: AdjustWeights | None,
+            uniform: Tensor | None = None,
+        ) -> Tensor:
+            return self._walk(u, self.conditionals(features, adjust, uniform, weights))
 
         return invert
 
@@ -224,6 +237,11 @@ class Mix1Coupling(ChannelCoupling):
     def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
         z = numerics.mixture_cdf_inverse(u[..., 0], *parameters, compiled=self.compiled)
         return z[..., None]
+
+    def draw(self, normal: Tensor, uniform: Tensor, *parameters: Tensor) -> Tensor:
+        log_w, mean, log_std = parameters
+        k = inverse_cdf(log_w, uniform)[:, None]
+        return torch.addcmul(mean.gather(1, k), log_std.gather(1, k).exp(), normal)
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         parameters = self.head(features, z)

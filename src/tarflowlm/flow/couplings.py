@@ -22,11 +22,12 @@ Features = Float[Tensor, "B N D"]
 ByPosition = Float[Tensor, "B N"]
 OneLatent = Float[Tensor, "B C"]
 OneFeature = Float[Tensor, "B D"]
+Uniform = Float[Tensor, "B G"]
 
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
 
-Inverter = Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]
+Inverter = Callable[..., Tensor]
 """`Coupling.invert` with the weights of the network as they were when it was made."""
 
 
@@ -37,7 +38,7 @@ class Conditional:
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
     """z_g [B, C/G] to u_g [B, C/G], and log|det du_g/dz_g| [B] in nats."""
     inverse: Callable[[Tensor], Tensor]
-    """u_g to z_g, with the weights as the sampler adjusted them."""
+    """u_g to z_g, with the weights as the sampler adjusted them; or a draw of z_g."""
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]
@@ -74,9 +75,16 @@ class Coupling(nn.Module):
 
     @abstractmethod
     def conditionals(
-        self, features: OneFeature, adjust: AdjustWeights | None = None
+        self,
+        features: OneFeature,
+        adjust: AdjustWeights | None = None,
+        uniform: Uniform | None = None,
     ) -> Conditionals:
-        """The conditionals of one position, group by group; Mix-d takes weights to `adjust`."""
+        """The conditionals of one position, group by group; Mix-d takes weights to `adjust`.
+
+        With `uniform` numbers, one per group, `inverse` may map standard normal u_g to any draw
+        from the conditional (docs/math.md, eq. 18d).
+        """
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         """log p(z_n | c_n) of every position, in nats."""
@@ -84,10 +92,14 @@ class Coupling(nn.Module):
         return log_det + log_standard_normal(u).sum(-1)
 
     def invert(
-        self, u: OneLatent, features: OneFeature, adjust: AdjustWeights | None = None
+        self,
+        u: OneLatent,
+        features: OneFeature,
+        adjust: AdjustWeights | None = None,
+        uniform: Uniform | None = None,
     ) -> OneLatent:
-        """The latents z_n of one position, from its noise u_n and features c_n."""
-        return self._walk(u, self.conditionals(features, adjust))
+        """The latents z_n of one position, from its noise u_n and features c_n, or a draw."""
+        return self._walk(u, self.conditionals(features, adjust, uniform))
 
     def _walk(self, u: OneLatent, conditionals: Conditionals) -> OneLatent:
         z: list[Tensor] = []
@@ -107,18 +119,19 @@ class Coupling(nn.Module):
         known: OneLatent,
         is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
+        uniform: Uniform | None = None,
     ) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
         """Complete one position in which some tokens are given: (z, u, log p).
 
         Given tokens, where `is_known` on the CPU is True, keep their latents `known` and get their
-        noise; the others are inverted from u. log p, in nats, is the density of each given token's
+        noise; the others are as in `invert`. log p, in nats, is the density of each given token's
         latents given everything before them, and 0 for the others (docs/math.md, section 9).
         """
         P, channels = is_known.shape[1], u.shape[1]
         mask = is_known.to(u.device)
         # on the host, to skip a direction that no row needs
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
-        conditionals = self.conditionals(features, adjust)
+        conditionals = self.conditionals(features, adjust, uniform)
         z: list[Tensor] = []
         noise: list[Tensor] = []
         log_p = u.new_zeros(is_known.shape)

@@ -37,12 +37,16 @@ class Fills(MixDCoupling):
         return False
 
     def conditional(
-        self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
+        self,
+        log_w: Float[Tensor, "rows K"],
+        adjust: AdjustWeights | None = None,
+        uniform: Float[Tensor, " rows"] | None = None,
     ) -> Conditional:
         num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
         largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
         sure = (largest > self.certainty).nonzero()[:, 0]
-        mixd = super().conditional(log_w[sure], adjust)
+        chosen = None if uniform is None else uniform[sure]
+        mixd = super().conditional(log_w[sure], adjust, chosen)
         return Conditional(
             partial(_some_to_noise, mixd, sure), partial(_some_to_latents, mixd, sure)
         )

@@ -23,7 +23,9 @@ from tarflowlm.flow.couplings import (
     Latents,
     OneFeature,
     OneLatent,
+    Uniform,
 )
+from tarflowlm.flow.draws import inverse_cdf
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.layers import Order
 from tarflowlm.flow.plan import BlockPlan
@@ -110,29 +112,41 @@ class MixDCoupling(Coupling):
         return isinstance(self._tied[0], Codebook)
 
     def conditional(
-        self, log_w: Float[Tensor, "rows K"], adjust: AdjustWeights | None = None
+        self,
+        log_w: Float[Tensor, "rows K"],
+        adjust: AdjustWeights | None = None,
+        uniform: Float[Tensor, " rows"] | None = None,
     ) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
-        inverse = partial(self._token_to_latents, log_w=log_w, adjust=adjust)
+        inverse = partial(self._token_to_latents, log_w=log_w, adjust=adjust, uniform=uniform)
         return Conditional(partial(self._token_to_noise, log_w=log_w), inverse)
 
     def _token_to_noise(self, z: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
         book = self.components.mean, self.components.log_std
         return numerics.rosenblatt(z, log_w, *book, compiled=self.compiled)
 
-    def _token_to_latents(self, u: Tensor, log_w: Tensor, adjust: AdjustWeights | None) -> Tensor:
+    def _token_to_latents(
+        self, u: Tensor, log_w: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None
+    ) -> Tensor:
         weights = log_w if adjust is None else adjust(log_w)
-        book = self.components.mean, self.components.log_std
-        return numerics.rosenblatt_inverse(u, weights, *book, compiled=self.compiled)
+        mean, log_std = self.components.mean, self.components.log_std
+        if uniform is None:
+            compiled = self.compiled
+            return numerics.rosenblatt_inverse(u, weights, mean, log_std, compiled=compiled)
+        k = inverse_cdf(weights, uniform)
+        return torch.addcmul(mean[k], log_std[k, None].exp(), u)
 
     def conditionals(
-        self, features: OneFeature, adjust: AdjustWeights | None = None
+        self,
+        features: OneFeature,
+        adjust: AdjustWeights | None = None,
+        uniform: Uniform | None = None,
     ) -> Conditionals:
         walk = self.token_features.walk(features)
         z = None
-        for _ in range(self.patch):
+        for a in range(self.patch):
             log_w = widen(self.weight_head(walk.send(z)))
-            z = yield self.conditional(log_w, adjust)
+            z = yield self.conditional(log_w, adjust, None if uniform is None else uniform[:, a])
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)
@@ -167,11 +181,18 @@ class MixDCoupling(Coupling):
         ).sum(-1)
 
     def invert(
-        self, u: OneLatent, features: OneFeature, adjust: AdjustWeights | None = None
+        self,
+        u: OneLatent,
+        features: OneFeature,
+        adjust: AdjustWeights | None = None,
+        uniform: Uniform | None = None,
     ) -> OneLatent:
         rows = self._held_rows(u)
-        if self.patch == 1 and len(u) <= rows:
-            # every step of a sampler comes here: one token needs no walk over the patch
-            return self.conditional(widen(self.weight_head(features)), adjust).inverse(u)
-        walk = partial(Coupling.invert, self, adjust=adjust)
-        return torch.cat(chunks.in_parts(walk, rows, u, features))
+        parts = [slice(at, at + rows) for at in range(0, len(u), rows)]
+        found = [
+            super(MixDCoupling, self).invert(
+                u[p], features[p], adjust, None if uniform is None else uniform[p]
+            )
+            for p in parts
+        ]
+        return torch.cat(found)

@@ -14,8 +14,9 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.draws import inverse_cdf
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.sampling import inverse_cdf, num_leading
+from tarflowlm.generation.sampling import num_leading
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
@@ -90,8 +91,13 @@ class ConditionedLatents(Conditioned):
         known: Tensor,
         is_known: Tensor,
         adjust: AdjustWeights | None,
+        uniform: Tensor | None = None,
     ) -> None:
-        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
+        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU.
+
+        With `uniform` [B, N, G] the other tokens are drawn; then `noise` is not theirs.
+        """
+        self.uniform = uniform
         self.block = model.prior.block(0)
         self.patch = model.prior.patch
         reorders = self.block.order.reverse or self.block.order.mixes
@@ -100,6 +106,7 @@ class ConditionedLatents(Conditioned):
         self.known = self.patch(known)
         super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
         mask = self.is_known.to(noise.device)
+        self.invert = self.block.coupling.inverter()
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
 
     def positions(self, x: Tensor) -> Tensor:
@@ -131,13 +138,13 @@ class ConditionedLatents(Conditioned):
         return features
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        coupling = self.block.coupling
         noise = self.noise[:, n]
+        uniform = None if self.uniform is None else self.uniform[:, n]
         if not any(self.some_known[n]):
-            self.values[:, n] = coupling.invert(noise, features, self.adjust)
+            self.values[:, n] = self.invert(noise, features, self.adjust, uniform)
             return None
-        self.values[:, n], self.noise[:, n], log_p = coupling.complete(
-            noise, features, self.known[:, n], self.is_known[:, n], self.adjust
+        self.values[:, n], self.noise[:, n], log_p = self.block.coupling.complete(
+            noise, features, self.known[:, n], self.is_known[:, n], self.adjust, uniform
         )
         return (log_p - self.log_normaliser[:, n]).sum(-1)
 

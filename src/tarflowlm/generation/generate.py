@@ -10,10 +10,12 @@ from tarflowlm.checks import as_integer, check_generator, check_integers, check_
 from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.generation.drawing import sampler_decoders
 from tarflowlm.generation.inversion import Decoders, check_decoders, finish
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 
@@ -56,8 +58,11 @@ def generate(
     given tokens.
 
     `decoder`, for all blocks or one per block, L first: "steps" inverts position by position,
-    "sweeps" in parallel, equal up to rounding, "auto" by the cheaper. Given tokens, temperature,
-    top-k and top-p make block 1 take steps.
+    "sweeps" in parallel, equal up to rounding, "auto" by the cheaper. "draw" draws the states
+    below block L from its mixtures instead, which has the same distribution, at every temperature,
+    top-k and top-p, and costs less: "auto" does so in block L, unless sweeps cost less still.
+    For all blocks, "draw" means "auto" below block L. Given tokens, temperature, top-k and top-p
+    make block 1 take steps, or draw.
 
     Row b has a random stream of its own, made from `generator` and b, or the one of a list of
     `num` generators. `progress` advances `num_positions` times: once per position and block.
@@ -106,6 +111,7 @@ def generate_steps(
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
     check_decoders(decoder)
+    decoders = sampler_decoders(model, decoder) if isinstance(model, TarFlowLM) else ()
     num = as_integer(num, "num", least=1)
     given = _given(model, num, as_integer(num_tokens, "length", least=1), prompt)
     text = Window(
@@ -113,7 +119,7 @@ def generate_steps(
         _row_streams(generator, num),
         _num_particles(model, given, particles),
         _adjust(model, temperature, top_k, top_p),
-        decoder,
+        decoders,
         progress,
         given,
         every,

@@ -92,6 +92,7 @@ def block_inversion(
     decoder: Decoder = "steps",
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
+    uniform: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, Inverted]:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
@@ -99,13 +100,16 @@ def block_inversion(
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
     rounding; the result is mapped forward again, and inverted by steps from the first position
     whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
-    `adjust` there is no forward map to check against: steps.
+    `adjust` there is no forward map to check against: steps. "draw": steps that draw h from its
+    conditionals, with u and `uniform` [B, N, G] as their random numbers; u is not the noise of h.
 
     `settled` [B, n, C] are the latents of the first positions, in the block's order. `progress`
     advances once per position. After every step the generator yields the final latents [B, n, C],
     in the block's order; what sweeps found is final at the end.
     """
-    if adjust is not None:
+    if decoder == "draw":
+        assert uniform is not None
+    elif adjust is not None:
         decoder = "steps"
     work = _Inversion(block, u, adjust, progress)
     if settled is not None:
@@ -115,7 +119,7 @@ def block_inversion(
     if decoder == "sweeps":
         work.sweep()
         work.rewind_to_bad()
-    yield from work.step()
+    yield from work.step(uniform if decoder == "draw" else None)
     return Inverted(block.order.inverse(work.h), decoder, work.passes)
 
 
@@ -160,8 +164,11 @@ class _Inversion:
         self.at += num
         self.progress.advance(num)
 
-    def step(self) -> Iterator[Tensor]:
-        """Invert position by position, up to the last one; yields the final latents [B, at, C]."""
+    def step(self, uniform: Tensor | None = None) -> Iterator[Tensor]:
+        """Invert position by position, up to the last one; yields the final latents [B, at, C].
+
+        With `uniform` [B, N, G] the latents are drawn.
+        """
         if self.at == self.num_positions:
             return
         self.cache.rewind(self.at)
@@ -169,7 +176,8 @@ class _Inversion:
         while self.at < self.num_positions:
             previous = self.h[:, self.at - 1] if self.at else None
             features = self.block.features_at(self.cache, previous, len(self.h))
-            self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
+            drawn = None if uniform is None else uniform[:, self.at]
+            self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust, drawn)
             self.passes += 1
             self._advance(1)
             yield self.h[:, : self.at]
@@ -302,17 +310,19 @@ def stack_inversion(
     above: int = 0,
     adjust: AdjustWeights | None = None,
     settled: Sequence[Tensor] = (),
+    uniform: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, tuple[list[Tensor], list[Inverted]]]:
     """Invert blocks L, ..., above + 1; yields what block 1 yields.
 
     Returned are the states h^(L) = noise, ..., h^(above), each [B, T, d], and one `Inverted` for
-    each block, L first. `adjust` is for block 1, and for all where the blocks below the last one
-    only fill in what they are sure of. `settled` has the states of the tokens at the start, h^(0)
-    first, in a stack that runs left to right. UserError for another number of decoders.
+    each block, L first. With `uniform` numbers block L may be drawn; then `noise` is not h^(L).
+    `adjust` is for block 1, and for all where the blocks below the last one only fill in what they
+    are sure of. `settled` has the states of the tokens at the start, h^(0) first, in a stack that
+    runs left to right. UserError for another number of decoders.
     """
     patch = model.prior.patch
-    chosen = per_block(decoder, model.num_blocks)
+    chosen = per_block(decoder, model.num_blocks, draws=uniform is not None)
     h = patch(noise)
     states = [noise]
     work: list[Inverted] = []
@@ -324,6 +334,7 @@ def stack_inversion(
             decoder=chosen[-1 - index],
             adjust=adjust if index == 0 or model.config.fills_in else None,
             settled=block.order(patch(settled[index])) if settled else None,
+            uniform=uniform,
             progress=progress,
         )
         found = finish(steps) if index else (yield from steps)
@@ -344,12 +355,21 @@ def check_decoders(decoder: object) -> None:
         check_option(one, "decoder", Decoder)
 
 
-def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
-    """One decoder per block, block L first. UserError if `decoder` lists another number of them."""
+def per_block(decoder: Decoders, num_blocks: int, *, draws: bool = False) -> tuple[Decoder, ...]:
+    """One decoder per block, block L first; "draw" for all of them is for block L, "auto" below.
+
+    UserError if `decoder` lists another number of them, or "draw" below block L, or, unless the
+    caller `draws`, at all.
+    """
+    if decoder == "draw" and draws:
+        return ("draw", *("auto",) * (num_blocks - 1))
     if isinstance(decoder, str):
-        return (decoder,) * num_blocks
+        decoder = (decoder,) * num_blocks
     if len(decoder) != num_blocks:
         raise UserError(
             f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one for each"
         )
+    if "draw" in decoder[draws:]:
+        where = "below the last block" if draws else "where the noise is given"
+        raise UserError(f"decoder draw: nothing is drawn {where}; use auto")
     return tuple(decoder)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tarflowlm.config import Decoder
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.conditioned import Conditioned
-from tarflowlm.generation.inversion import Decoders, Inverted, invert_stack
+from tarflowlm.generation.drawing import row_draws
+from tarflowlm.generation.inversion import Inverted, invert_stack
 from tarflowlm.generation.sampling import row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -169,7 +171,7 @@ class LatentSource:
         generators: list[torch.Generator],
         particles: int,
         is_known: Tensor,
-        decoder: Decoders,
+        decoder: tuple[Decoder, ...],
         progress: Progress,
     ) -> None:
         """`is_known` [num R, T] says which tokens are given; `generators` has one per sample."""
@@ -190,8 +192,16 @@ class LatentSource:
         self, generators: list[torch.Generator], progress: Progress
     ) -> tuple[Tensor, list[Inverted]]:
         noise = row_normal(generators, *self.shape).flatten(0, 1).to(self.model.codebook.mean)
+        if self.single:
+            return noise, []
+        particles, num_tokens, _ = self.shape
         states, work = invert_stack(
-            self.model, noise, decoder=self.decoder, above=1, progress=progress
+            self.model,
+            noise,
+            decoder=self.decoder,
+            above=1,
+            uniform=row_draws(self.model, self.decoder, generators, num_tokens, particles),
+            progress=progress,
         )
         return states[-1], work
 

@@ -18,7 +18,8 @@ from tarflowlm.config import Decoder
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import ConditionedLatents, ConditionedTokens
-from tarflowlm.generation.inversion import Decoders, Kept, stack_inversion
+from tarflowlm.generation.drawing import row_draws
+from tarflowlm.generation.inversion import Kept, stack_inversion
 from tarflowlm.generation.particles import (
     Evidence,
     LatentSource,
@@ -49,7 +50,9 @@ class Generation:
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, L first; pass it as `decoder` to repeat the choice."""
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
-    """The states that the inversion gave, in whole patches; after a completion z alone."""
+    """The states that the inversion gave, in whole patches; z alone after a completion, and where
+    the last block was drawn: its noise is that of the forward map.
+    """
     _flow: TarFlowLM | None = field(default=None, repr=False)
     """The model of `states` and `passes`."""
 
@@ -63,7 +66,7 @@ class Generation:
             return ()
         states = self._latents
         if len(states) == 1:
-            # the states of z, not the noise drawn above: the given tokens have changed it
+            # not the noise drawn above: given tokens have changed it, or it was never inverted
             with torch.no_grad():
                 states = tuple(self._flow.prior.states(states[0])[0][::-1])
         return tuple(h[:, : self.tokens.shape[1]] for h in states)
@@ -101,7 +104,8 @@ class Window:
     """One per sample."""
     particles: int
     adjust: AdjustWeights | None
-    decoder: Decoders
+    decoders: tuple[Decoder, ...]
+    """One per block, L first; none for the baseline."""
     progress: Progress
     given: Tensor
     """The given tokens, BLANK elsewhere, [num, T] on the CPU."""
@@ -175,9 +179,10 @@ class Window:
         steps = stack_inversion(
             flow,
             noise,
-            decoder=self.decoder,
+            decoder=self.decoders,
             adjust=self.adjust,
             settled=settled,
+            uniform=row_draws(flow, self.decoders, self.generators, num_tokens),
             progress=self.progress,
         )
         states, work = yield from self._read(steps)
@@ -188,7 +193,7 @@ class Window:
             evidence,
             sweeps=tuple(w.passes for w in work),
             decoders=tuple(w.decoder for w in work),
-            _latents=tuple(states),
+            _latents=tuple(states[-1:] if self.decoders[0] == "draw" else states),
             _flow=flow,
         )
 
@@ -197,11 +202,15 @@ class Window:
         spread = given.repeat_interleave(self.particles, dim=0)
         is_known = spread != BLANK
         source = LatentSource(
-            flow, self.generators, self.particles, is_known, self.decoder, self.progress
+            flow, self.generators, self.particles, is_known, self.decoders, self.progress
         )
         eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
-        latents = ConditionedLatents(flow, source.draw, known, is_known, self.adjust)
+        uniform = None
+        if source.single:
+            num_tokens = given.shape[1]
+            uniform = row_draws(flow, self.decoders, self.generators, num_tokens, self.particles)
+        latents = ConditionedLatents(flow, source.draw, known, is_known, self.adjust, uniform)
         weights = Weights.uniform(len(given), self.particles)
         weights.add(latents.prefill())
         self.progress.advance(latents.at)
@@ -214,7 +223,7 @@ class Window:
             tokens.to(z.device),
             weights.evidence(),
             sweeps=(*(w.passes for w in source.work), latents.num_positions),
-            decoders=(*(w.decoder for w in source.work), "steps"),
+            decoders=(*(w.decoder for w in source.work), "steps" if uniform is None else "draw"),
             _latents=(z,),
             _flow=flow,
         )
