@@ -33,7 +33,9 @@ BOUND_TOKENS_CPU = 2048
 EVALUATED_TOKENS = 8192
 """Tokens that an evaluation takes at once: enough for two cores or a small GPU."""
 WRITTEN_TOKENS = 6144
-"""Tokens that the command line writes at once, particles counted."""
+"""Tokens that the command line writes at once, particles counted; more on a GPU."""
+WRITTEN_BYTES = 2**16
+"""Memory of a GPU for each: 8 layers of width 768 cache 49 KB; some 2**20 tokens on 80 GB."""
 
 
 def rows_at_once(elements_per_row: int, budget: int) -> int:
@@ -51,6 +53,14 @@ def row_ranges(rows: int, elements_per_row: int, budget: int) -> Iterator[slice]
 def bound_rows(num_tokens: int, device: torch.device) -> int:
     """Texts of `num_tokens` whose bounds are computed together."""
     budget = BOUND_TOKENS_CPU if device.type == "cpu" else EVALUATED_TOKENS
+    return rows_at_once(num_tokens, budget)
+
+
+def written_rows(num_tokens: int, device: torch.device) -> int:
+    """Texts of `num_tokens`, particles counted, that are written together."""
+    budget = WRITTEN_TOKENS
+    if device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory // WRITTEN_BYTES
     return rows_at_once(num_tokens, budget)
 
 

@@ -1,4 +1,4 @@
-"""Drawing the last block is exact: the noise of what it draws is standard normal, and inverts to it."""
+"""Drawing the last block is exact: what it draws has standard normal noise, which inverts to it."""
 
 import math
 

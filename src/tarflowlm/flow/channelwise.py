@@ -113,16 +113,9 @@ class ChannelCoupling(Coupling):
 
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
-
-        def invert(
-            u: Tensor,
-            features: Tensor,
-            adjust: AdjustWeights | None,
-            uniform: Tensor | None = None,
-        ) -> Tensor:
-            return self._walk(u, self.conditionals(features, adjust, uniform, weights))
-
-        return invert
+        return lambda u, features, adjust=None, uniform=None: self._walk(
+            u, self.conditionals(features, adjust, uniform, weights)
+        )
 
 
 class AffineCoupling(ChannelCoupling):

@@ -5,6 +5,7 @@ for only some tokens at a time (`chunks.held`). Shape legend: as in `couplings`.
 """
 
 from functools import partial
+from itertools import repeat
 
 import torch
 from jaxtyping import Float
@@ -188,11 +189,7 @@ class MixDCoupling(Coupling):
         uniform: Uniform | None = None,
     ) -> OneLatent:
         rows = self._held_rows(u)
-        parts = [slice(at, at + rows) for at in range(0, len(u), rows)]
-        found = [
-            super(MixDCoupling, self).invert(
-                u[p], features[p], adjust, None if uniform is None else uniform[p]
-            )
-            for p in parts
-        ]
-        return torch.cat(found)
+        uniforms = repeat(None) if uniform is None else uniform.split(rows)
+        parts = zip(u.split(rows), features.split(rows), uniforms, strict=False)
+        invert = super().invert
+        return torch.cat([invert(v, c, adjust, r) for v, c, r in parts])

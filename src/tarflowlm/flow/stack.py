@@ -125,9 +125,9 @@ class FlowBlock(nn.Module):
         """
         return cache.extend(self._inputs(past, first=first))
 
-    def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
+    def allocate_cache(self, batch: int, num_positions: int, *, half: bool = False) -> KVCache:
         """An empty KV cache for `num_positions` positions of this block."""
-        return KVCache(self.transformer, batch, num_positions, self.start)
+        return KVCache(self.transformer, batch, num_positions, self.start, half=half)
 
     @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:

@@ -139,10 +139,16 @@ LARGEST_COPY = 2**20
 """Elements of a matrix that the CPU keeps transposed, to multiply one row up to twice as fast."""
 
 
-class LayerWeights:
-    """The present weights of one layer, matrices as [inputs, outputs]."""
+WIDTH = 128
+"""On an accelerator one position attends to a multiple of so many, of which later ones are masked:
+the operations have the same shapes for so many positions.
+"""
 
-    def __init__(self, layer: Layer) -> None:
+
+class LayerWeights:
+    """The present weights of one layer in a format, matrices as [inputs, outputs]."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         attention = layer.attention
         self.attention_norm = layer.attention_norm.weight.detach()
         self.qkv = _by_inputs(torch.stack(attention.qkv.weight.chunk(3)))  # [3, D, D]
@@ -152,6 +158,8 @@ class LayerWeights:
         self.mlp_norm = layer.mlp_norm.weight.detach()
         self.up = _by_inputs(layer.up.weight)
         self.down = _by_inputs(layer.down.weight)
+        for name, weight in vars(self).items():
+            setattr(self, name, weight.to(dtype))
 
 
 def _by_inputs(weight: Tensor) -> Tensor:
@@ -164,15 +172,27 @@ class KVCache:
     """A Transformer with the weights that it has now, and the keys and values of past positions.
 
     For `batch` rows of `capacity` positions, with the dtype and device of `like`; without a graph.
+    With `half` products and cache are bfloat16.
     """
 
-    def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        batch: int,
+        capacity: int,
+        like: Tensor,
+        *,
+        half: bool = False,
+    ) -> None:
         config = transformer.config
         taps = transformer.input_taps
-        self.weights = [LayerWeights(layer) for layer in transformer.layers]  # type: ignore[arg-type]
-        self.norm = transformer.norm.weight.detach()
+        like = like.bfloat16() if half else like
+        self.masks = like.device.type != "cpu"
+        """Whether a single position has fixed shapes, see `WIDTH`."""
+        self.weights = [LayerWeights(layer, like.dtype) for layer in transformer.layers]  # type: ignore[arg-type]
+        self.norm = transformer.norm.weight.detach().to(like)
         # taps [D, K], the oldest position first, and inputs after K - 1 zeros
-        self.taps = None if taps is None else taps.detach().flip(0).T.contiguous()
+        self.taps = None if taps is None else taps.detach().flip(0).T.contiguous().to(like)
         self.before = max(config.input_taps - 1, 0)
         width = 0 if taps is None else config.width
         self.inputs = like.new_zeros(batch, self.before + capacity, width)
@@ -181,6 +201,7 @@ class KVCache:
             for _ in self.weights
         ]
         self.positions = torch.arange(capacity, device=like.device)
+        self.window = torch.arange(self.before + 1, device=like.device)
         cos, sin = rotary_tables(self.positions, 1, config.head_width)
         self.cos, self.sin = cos.to(like.dtype), sin.to(like.dtype)
         self.length = 0
@@ -204,41 +225,70 @@ class KVCache:
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Features of N positions with inputs x, which follow the cached ones."""
-        B, N, D = x.shape
-        end = self.length + N
+        dtype = x.dtype
+        N = x.shape[1]
+        start = self.length
+        end = start + N
         assert end <= len(self.positions), "the cache is full"
         with torch.inference_mode():
-            mask = None
-            if self.length and N > 1:
-                mask = self.positions[:end] <= self.positions[self.length : end, None]
-            if self.taps is not None:
-                self.inputs[:, self.before + self.length : self.before + end] = x
-                recent = self.inputs[:, self.length : self.before + end]
-                windows = recent.unfold(1, self.before + 1, 1)  # [B, N, D, K]
-                x = (windows * self.taps).sum(-1)
-            h = x.reshape(B * N, D)
-            for layer, stored in zip(self.weights, self.stored, strict=True):
-                h = self._attend(h, layer, stored, end, mask)
-                active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
-                h = torch.addmm(h, active, layer.down)
-            features = F.layer_norm(h, (D,), self.norm).view(B, N, D)
+            at = self.positions[start:end]
+            x = x.to(self.norm.dtype)
+            if self.masks and N == 1:
+                width = min(-(-end // WIDTH) * WIDTH, len(self.positions))
+                features = self.one(x, at, width)
+            else:
+                if self.taps is not None:
+                    self.inputs[:, self.before + start : self.before + end] = x
+                    x = self._filtered(self.inputs[:, start : self.before + end])
+                mask = self.positions[:end] <= at[:, None] if start and N > 1 else None
+                features = self._layers(x, slice(start, end), end, mask)
+            features = features.to(dtype)
         self.length = end
         # a copy may go where a graph is built
         return features if torch.is_inference_mode_enabled() else features.clone()
 
+    def one(self, x: Float[Tensor, "B 1 D"], at: Tensor, width: int) -> Float[Tensor, "B 1 D"]:
+        """Features of position `at` [1] < `width`, which only its values depend on.
+
+        A CUDA graph of these operations can be replayed at every such position.
+        """
+        if self.taps is not None:
+            self.inputs[:, at + self.before] = x
+            x = self._filtered(self.inputs[:, at + self.window])
+        return self._layers(x, at, width, self.positions[:width] <= at[:, None])
+
+    def _filtered(self, recent: Float[Tensor, "B past D"]) -> Float[Tensor, "B N D"]:
+        windows = recent.unfold(1, self.before + 1, 1)  # [B, N, D, K]
+        return (windows * self.taps).sum(-1)
+
+    def _layers(self, x: Tensor, here: slice | Tensor, width: int, mask: Tensor | None) -> Tensor:
+        B, N, D = x.shape
+        h = x.reshape(B * N, D)
+        for layer, stored in zip(self.weights, self.stored, strict=True):
+            h = self._attend(h, layer, stored, here, width, mask)
+            active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
+            h = torch.addmm(h, active, layer.down)
+        return F.layer_norm(h, (D,), self.norm).view(B, N, D)
+
     def _attend(
-        self, h: Tensor, layer: LayerWeights, stored: Tensor, end: int, mask: Tensor | None
+        self,
+        h: Tensor,
+        layer: LayerWeights,
+        stored: Tensor,
+        here: slice | Tensor,
+        width: int,
+        mask: Tensor | None,
     ) -> Tensor:
-        """h + attention(norm(h)), [B N, D]; writes the new keys and values up to position `end`."""
+        """h + attention(norm(h)), [B N, D], over `width` positions; caches those `here`."""
         _, B, H, _, E = stored.shape
-        here, N = slice(self.length, end), end - self.length
+        N = len(h) // B
         normal = F.layer_norm(h, h.shape[1:], layer.attention_norm)
         qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
         # queries and keys at once: normalised, then rotated as in `rotate_`
         both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
         torch.addcmul(both * self.cos[here], both.roll(E // 2, -1), self.sin[here], out=qkv[:2])
         stored[:, :, :, here] = qkv[1:].transpose(2, 3)
-        keys, values = stored[:, :, :, :end].unbind(0)
+        keys, values = stored[:, :, :, :width].unbind(0)
         q = qkv[0].transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, is_causal=mask is None and N > 1

@@ -111,7 +111,8 @@ def block_inversion(
         assert uniform is not None
     elif adjust is not None:
         decoder = "steps"
-    work = _Inversion(block, u, adjust, progress)
+    uniform = uniform if decoder == "draw" else None
+    work = _Inversion(block, u, adjust, progress, uniform)
     if settled is not None:
         work.settle(settled)
     if decoder == "auto":
@@ -119,7 +120,7 @@ def block_inversion(
     if decoder == "sweeps":
         work.sweep()
         work.rewind_to_bad()
-    yield from work.step(uniform if decoder == "draw" else None)
+    yield from work.step()
     return Inverted(block.order.inverse(work.h), decoder, work.passes)
 
 
@@ -130,16 +131,24 @@ class _Inversion:
     """The state of an inversion, in the block's order. Positions before `at` are final."""
 
     def __init__(
-        self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, progress: Progress
+        self,
+        block: FlowBlock,
+        u: Tensor,
+        adjust: AdjustWeights | None,
+        progress: Progress,
+        uniform: Tensor | None,
     ) -> None:
         self.block = block
         self.adjust = adjust
         self.progress = progress
+        self.uniform = uniform
         self.tolerance = TOLERANCE[u.dtype]
         self.noise = block.order(u)
         self.num_positions = u.shape[1]
         self.h = self.noise.clone()
-        self.cache = block.allocate_cache(len(u), self.num_positions)
+        # where noise is inverted the features have to be those of the forward map
+        half = uniform is not None and u.is_cuda and u.dtype == torch.float32
+        self.cache = block.allocate_cache(len(u), self.num_positions, half=half)
         self.at = 0
         self.passes = 0
         self.swept = (self.num_positions, 0)
@@ -164,11 +173,8 @@ class _Inversion:
         self.at += num
         self.progress.advance(num)
 
-    def step(self, uniform: Tensor | None = None) -> Iterator[Tensor]:
-        """Invert position by position, up to the last one; yields the final latents [B, at, C].
-
-        With `uniform` [B, N, G] the latents are drawn.
-        """
+    def step(self) -> Iterator[Tensor]:
+        """Invert position by position, up to the last one; yields the final latents [B, at, C]."""
         if self.at == self.num_positions:
             return
         self.cache.rewind(self.at)
@@ -176,8 +182,8 @@ class _Inversion:
         while self.at < self.num_positions:
             previous = self.h[:, self.at - 1] if self.at else None
             features = self.block.features_at(self.cache, previous, len(self.h))
-            drawn = None if uniform is None else uniform[:, self.at]
-            self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust, drawn)
+            uniform = None if self.uniform is None else self.uniform[:, self.at]
+            self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust, uniform)
             self.passes += 1
             self._advance(1)
             yield self.h[:, : self.at]

@@ -236,7 +236,7 @@ class Draft:
         """Consecutive samples; prompts that fill a window are not mixed with others."""
         context = self.lm.model.config.context
         length = min(self.num_tokens, context)
-        size = chunks.rows_at_once(length * self.particles, chunks.WRITTEN_TOKENS)
+        size = chunks.written_rows(length * self.particles, self.lm.model.device)
         longest = max(len(reading.tokens) for reading in self.given)
         together = self.request.num if longest >= context else self.total
         own = share(self.part, self.total)
