@@ -13,9 +13,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `device.pick_device` resolves auto."""
 
 Decoder = Literal["steps", "sweeps", "auto", "draw"]
-"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper one.
-
-"draw" draws the states below the last block from its mixtures, and so needs no noise.
+"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper one;
+"draw" draws the latents of the last block from its mixtures instead.
 """
 
 Precision = Literal["float32", "bfloat16"]

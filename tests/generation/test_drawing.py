@@ -115,8 +115,8 @@ def test_auto_sweeps_a_block_near_the_identity():
 def test_drawing_is_for_the_last_block_of_a_sampler_alone():
     model = build("mix1-mix1")
     assert generate(model, num_tokens=4, decoder=("draw", "steps")).decoders == ("draw", "steps")
-    with pytest.raises(UserError, match="decoder draw: nothing is drawn below the last block"):
+    with pytest.raises(UserError, match="decoder draw: only the last block"):
         generate(model, num_tokens=4, decoder=("auto", "draw"))
     text = encode(model, torch.tensor([[1, 2, 0, 3]]), generator())
-    with pytest.raises(UserError, match="decoder draw: nothing is drawn where the noise is given"):
+    with pytest.raises(UserError, match="decoder draw: only the last block"):
         renoise(Source(model, text, generator()), level=1, strength=0.5, decoder="draw")

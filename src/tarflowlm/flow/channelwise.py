@@ -25,8 +25,8 @@ from tarflowlm.flow.couplings import (
     Latents,
     OneFeature,
     Uniform,
+    inverse_cdf,
 )
-from tarflowlm.flow.draws import inverse_cdf
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.plan import BlockPlan
 

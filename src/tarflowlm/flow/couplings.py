@@ -82,8 +82,7 @@ class Coupling(nn.Module):
     ) -> Conditionals:
         """The conditionals of one position, group by group; Mix-d takes weights to `adjust`.
 
-        With `uniform` numbers, one per group, `inverse` may map standard normal u_g to any draw
-        from the conditional (docs/math.md, eq. 18d).
+        With `uniform` numbers, one per group, `inverse` of normal ones may be any draw (eq. 18d).
         """
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
@@ -157,6 +156,14 @@ class Coupling(nn.Module):
 
 def couplings_of(module: nn.Module) -> list[Coupling]:
     return [m for m in module.modules() if isinstance(m, Coupling)]
+
+
+def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
+    """Indices [...] where the CDF of the log-weights [..., K] reaches `uniform` [...]."""
+    cumulative = log_w.softmax(-1, dtype=uniform.dtype).cumsum(-1)
+    # above zero, where the first index may have no probability; NaN is found behind the last
+    wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
+    return torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=log_w.shape[-1] - 1)
 
 
 def coupling_class(name: str) -> type[Coupling]:

@@ -25,8 +25,8 @@ from tarflowlm.flow.couplings import (
     OneFeature,
     OneLatent,
     Uniform,
+    inverse_cdf,
 )
-from tarflowlm.flow.draws import inverse_cdf
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.layers import Order
 from tarflowlm.flow.plan import BlockPlan

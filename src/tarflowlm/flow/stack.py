@@ -44,8 +44,8 @@ class InputMap(nn.Module):
 class FlowBlock(nn.Module):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
-    Position n, counted in the block's own order, is transformed with parameters that depend on the
-    positions before n. The order is undone on output, so the codebook can decode every state.
+    Position n, in the block's own order, is transformed with parameters that depend on those before
+    it. The order is undone on output, so the codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
     embedding of the tokens that the latents decode to.
@@ -126,8 +126,9 @@ class FlowBlock(nn.Module):
         return cache.extend(self._inputs(past, first=first))
 
     def allocate_cache(self, batch: int, num_positions: int, *, half: bool = False) -> KVCache:
-        """An empty KV cache for `num_positions` positions of this block."""
-        return KVCache(self.transformer, batch, num_positions, self.start, half=half)
+        """An empty KV cache for `num_positions` positions of this block; `half`: in bfloat16."""
+        like = self.start.bfloat16() if half else self.start
+        return KVCache(self.transformer, batch, num_positions, like)
 
     @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:

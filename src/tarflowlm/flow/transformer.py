@@ -140,15 +140,13 @@ LARGEST_COPY = 2**20
 
 
 WIDTH = 128
-"""On an accelerator one position attends to a multiple of so many, of which later ones are masked:
-the operations have the same shapes for so many positions.
-"""
+"""On an accelerator a position attends to a multiple of so many, with a mask: the shapes stay."""
 
 
 class LayerWeights:
-    """The present weights of one layer in a format, matrices as [inputs, outputs]."""
+    """The present weights of one layer, in the format of `like`, matrices as [inputs, outputs]."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Layer, like: Tensor) -> None:
         attention = layer.attention
         self.attention_norm = layer.attention_norm.weight.detach()
         self.qkv = _by_inputs(torch.stack(attention.qkv.weight.chunk(3)))  # [3, D, D]
@@ -159,7 +157,7 @@ class LayerWeights:
         self.up = _by_inputs(layer.up.weight)
         self.down = _by_inputs(layer.down.weight)
         for name, weight in vars(self).items():
-            setattr(self, name, weight.to(dtype))
+            setattr(self, name, weight.to(like))
 
 
 def _by_inputs(weight: Tensor) -> Tensor:
@@ -172,24 +170,14 @@ class KVCache:
     """A Transformer with the weights that it has now, and the keys and values of past positions.
 
     For `batch` rows of `capacity` positions, with the dtype and device of `like`; without a graph.
-    With `half` products and cache are bfloat16.
     """
 
-    def __init__(
-        self,
-        transformer: Transformer,
-        batch: int,
-        capacity: int,
-        like: Tensor,
-        *,
-        half: bool = False,
-    ) -> None:
+    def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
         config = transformer.config
         taps = transformer.input_taps
-        like = like.bfloat16() if half else like
+        # whether a single position has fixed shapes
         self.masks = like.device.type != "cpu"
-        """Whether a single position has fixed shapes, see `WIDTH`."""
-        self.weights = [LayerWeights(layer, like.dtype) for layer in transformer.layers]  # type: ignore[arg-type]
+        self.weights = [LayerWeights(layer, like) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach().to(like)
         # taps [D, K], the oldest position first, and inputs after K - 1 zeros
         self.taps = None if taps is None else taps.detach().flip(0).T.contiguous().to(like)
@@ -248,10 +236,7 @@ class KVCache:
         return features if torch.is_inference_mode_enabled() else features.clone()
 
     def one(self, x: Float[Tensor, "B 1 D"], at: Tensor, width: int) -> Float[Tensor, "B 1 D"]:
-        """Features of position `at` [1] < `width`, which only its values depend on.
-
-        A CUDA graph of these operations can be replayed at every such position.
-        """
+        """Features of position `at` [1] < `width`, by operations that a CUDA graph can replay."""
         if self.taps is not None:
             self.inputs[:, at + self.before] = x
             x = self._filtered(self.inputs[:, at + self.window])
@@ -265,7 +250,7 @@ class KVCache:
         B, N, D = x.shape
         h = x.reshape(B * N, D)
         for layer, stored in zip(self.weights, self.stored, strict=True):
-            h = self._attend(h, layer, stored, here, width, mask)
+            h = self._attend(h, layer, stored[:, :, :, :width], here, mask)
             active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
             h = torch.addmm(h, active, layer.down)
         return F.layer_norm(h, (D,), self.norm).view(B, N, D)
@@ -276,10 +261,9 @@ class KVCache:
         layer: LayerWeights,
         stored: Tensor,
         here: slice | Tensor,
-        width: int,
         mask: Tensor | None,
     ) -> Tensor:
-        """h + attention(norm(h)), [B N, D], over `width` positions; caches those `here`."""
+        """h + attention(norm(h)), [B N, D]; writes the keys and values of the positions `here`."""
         _, B, H, _, E = stored.shape
         N = len(h) // B
         normal = F.layer_norm(h, h.shape[1:], layer.attention_norm)
@@ -288,7 +272,7 @@ class KVCache:
         both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
         torch.addcmul(both * self.cos[here], both.roll(E // 2, -1), self.sin[here], out=qkv[:2])
         stored[:, :, :, here] = qkv[1:].transpose(2, 3)
-        keys, values = stored[:, :, :, :width].unbind(0)
+        keys, values = stored.unbind(0)
         q = qkv[0].transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, is_causal=mask is None and N > 1

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import wide_dtype
-from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.draws import inverse_cdf
+from tarflowlm.flow.couplings import AdjustWeights, inverse_cdf
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.sampling import num_leading
 from tarflowlm.language_model import LanguageModel
@@ -78,10 +77,8 @@ class Conditioned(ABC):
 class ConditionedLatents(Conditioned):
     """The pass of a flow through block 1: noise to latents, and back for given tokens (eq. 21).
 
-    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability is
-
-        log p(z_t | z_<t) + log p(x_t | z_t) - log q(z_t | x_t)
-            = log p(z_t | z_<t) - log sum_j N_j(z_t)
+    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`, and the log-probability
+    log p(z_t | z_<t) - log sum_j N_j(z_t).
     """
 
     def __init__(

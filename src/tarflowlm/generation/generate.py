@@ -10,8 +10,7 @@ from tarflowlm.checks import as_integer, check_generator, check_integers, check_
 from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.drawing import sampler_decoders
-from tarflowlm.generation.inversion import Decoders, check_decoders, finish
+from tarflowlm.generation.inversion import Decoders, check_decoders, finish, sampler_decoders
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
 from tarflowlm.language_model import LanguageModel
@@ -58,11 +57,10 @@ def generate(
     given tokens.
 
     `decoder`, for all blocks or one per block, L first: "steps" inverts position by position,
-    "sweeps" in parallel, equal up to rounding, "auto" by the cheaper. "draw" draws the states
-    below block L from its mixtures instead, which has the same distribution, at every temperature,
-    top-k and top-p, and costs less: "auto" does so in block L, unless sweeps cost less still.
-    For all blocks, "draw" means "auto" below block L. Given tokens, temperature, top-k and top-p
-    make block 1 take steps, or draw.
+    "sweeps" in parallel, equal up to rounding, "auto" by the cheaper. "draw", for block L
+    alone, draws from its mixtures instead of inverting noise, with the same distribution at every
+    setting; there "auto" does so, unless sweeps cost less. Given tokens, temperature, top-k and
+    top-p make block 1 take steps, or draw.
 
     Row b has a random stream of its own, made from `generator` and b, or the one of a list of
     `num` generators. `progress` advances `num_positions` times: once per position and block.

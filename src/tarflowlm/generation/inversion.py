@@ -37,6 +37,8 @@ LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 FEW_SEQUENCES = 2
 """Exact inverses of many positions at once cost less than steps for so few sequences."""
+PROBED = 8
+"""Sequences of noise that tell whether sweeps cost less than drawing."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,19 +102,19 @@ def block_inversion(
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
     rounding; the result is mapped forward again, and inverted by steps from the first position
     whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
-    `adjust` there is no forward map to check against: steps. "draw": steps that draw h from its
-    conditionals, with u and `uniform` [B, N, G] as their random numbers; u is not the noise of h.
+    `adjust` there is no forward map to check against: steps. "draw": steps that draw h, whose noise
+    is not u then, by the random numbers u and `uniform` [B, N, G].
 
     `settled` [B, n, C] are the latents of the first positions, in the block's order. `progress`
     advances once per position. After every step the generator yields the final latents [B, n, C],
     in the block's order; what sweeps found is final at the end.
     """
-    if decoder == "draw":
-        assert uniform is not None
-    elif adjust is not None:
-        decoder = "steps"
-    uniform = uniform if decoder == "draw" else None
-    work = _Inversion(block, u, adjust, progress, uniform)
+    if decoder != "draw":
+        uniform = None
+        decoder = "steps" if adjust is not None else decoder
+    elif uniform is None:
+        raise UserError("decoder draw: only the last block of a new text is drawn; use auto")
+    work = _Inversion(block, u, adjust, uniform, progress)
     if settled is not None:
         work.settle(settled)
     if decoder == "auto":
@@ -128,15 +130,15 @@ invert_block = finished(block_inversion)
 
 
 class _Inversion:
-    """The state of an inversion, in the block's order. Positions before `at` are final."""
+    """An inversion, in the block's order. Positions before `at` are final."""
 
     def __init__(
         self,
         block: FlowBlock,
         u: Tensor,
-        adjust: AdjustWeights | None,
-        progress: Progress,
-        uniform: Tensor | None,
+        adjust: AdjustWeights | None = None,
+        uniform: Tensor | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         self.block = block
         self.adjust = adjust
@@ -200,10 +202,9 @@ class _Inversion:
     def is_near_identity(self) -> bool:
         """Whether few sweeps will do.
 
-        A block that fills in is the identity but for what it is sure of. In channel couplings
-        Newton steps have to converge on the first segment, which is final then; a few positions
-        show as well as many that they do not. No clock is read, so that the same noise takes the
-        same path everywhere.
+        In channel couplings Newton steps have to converge on the first segment, which is final
+        then; a few positions show as well as many that they do not. No clock is read, so that the
+        same noise takes the same path everywhere.
         """
         coupling = self.block.coupling
         if isinstance(coupling, Fills):
@@ -221,9 +222,8 @@ class _Inversion:
     def newton(self, end: int) -> bool:
         """Newton steps of all positions up to `end` at once: True if they converged.
 
-        Each step checks the one before, since it evaluates the forward map. Rows that have settled
-        take no further steps. A step that fails to shrink the changes ends them, and the open
-        positions get back their guess.
+        Rows that have settled take no further steps. A step that fails to shrink the changes ends
+        them, and the open positions get back their guess.
         """
         coupling = cast(ChannelCoupling, self.block.coupling)
         judge = NewtonJudge(self.tolerance)
@@ -270,11 +270,8 @@ class _Inversion:
     def sweep(self) -> None:
         """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
 
-        Segments take Newton steps until one does not converge by them. From there on a sweep
-        inverts all open positions of a segment at once, with parameters from the current guess, at
-        first the noise. By causality the leading positions that no longer changed are final, and
-        the one after them, whose inputs were: every sweep finishes at least one position, and N
-        sweeps always suffice. A segment whose changes stop shrinking is halved, down to single
+        Segments take Newton steps until one does not converge by them. Every later sweep finishes
+        at least one position. A segment whose changes stop shrinking is halved, down to single
         positions (a step); after one that converged, the next is twice as long.
         """
         limit = self.num_positions
@@ -322,13 +319,13 @@ def stack_inversion(
     """Invert blocks L, ..., above + 1; yields what block 1 yields.
 
     Returned are the states h^(L) = noise, ..., h^(above), each [B, T, d], and one `Inverted` for
-    each block, L first. With `uniform` numbers block L may be drawn; then `noise` is not h^(L).
+    each block, L first. By `uniform` numbers block L may be drawn; then `noise` is not h^(L).
     `adjust` is for block 1, and for all where the blocks below the last one only fill in what they
     are sure of. `settled` has the states of the tokens at the start, h^(0) first, in a stack that
     runs left to right. UserError for another number of decoders.
     """
     patch = model.prior.patch
-    chosen = per_block(decoder, model.num_blocks, draws=uniform is not None)
+    chosen = per_block(decoder, model.num_blocks)
     h = patch(noise)
     states = [noise]
     work: list[Inverted] = []
@@ -340,7 +337,7 @@ def stack_inversion(
             decoder=chosen[-1 - index],
             adjust=adjust if index == 0 or model.config.fills_in else None,
             settled=block.order(patch(settled[index])) if settled else None,
-            uniform=uniform,
+            uniform=uniform if index + 1 == model.num_blocks else None,
             progress=progress,
         )
         found = finish(steps) if index else (yield from steps)
@@ -361,21 +358,30 @@ def check_decoders(decoder: object) -> None:
         check_option(one, "decoder", Decoder)
 
 
-def per_block(decoder: Decoders, num_blocks: int, *, draws: bool = False) -> tuple[Decoder, ...]:
-    """One decoder per block, block L first; "draw" for all of them is for block L, "auto" below.
-
-    UserError if `decoder` lists another number of them, or "draw" below block L, or, unless the
-    caller `draws`, at all.
-    """
-    if decoder == "draw" and draws:
-        return ("draw", *("auto",) * (num_blocks - 1))
+def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
+    """One decoder per block, block L first. UserError if `decoder` lists another number of them."""
     if isinstance(decoder, str):
-        decoder = (decoder,) * num_blocks
+        return (decoder,) * num_blocks
     if len(decoder) != num_blocks:
         raise UserError(
             f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one for each"
         )
-    if "draw" in decoder[draws:]:
-        where = "below the last block" if draws else "where the noise is given"
-        raise UserError(f"decoder draw: nothing is drawn {where}; use auto")
     return tuple(decoder)
+
+
+@torch.no_grad()
+def sampler_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[Decoder, ...]:
+    """`per_block` for new texts: "auto" draws block L, and "draw" for all is "auto" below it.
+
+    Where block L stands on others and looks near the identity, sweeps cost less than drawing. It
+    is looked at on other noise, since the noise of a text must not choose how the text is drawn.
+    """
+    first, *below = per_block(decoder, model.num_blocks)
+    if decoder == "draw":
+        below = ["auto"] * len(below)
+    block = model.prior.block(-1)
+    shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
+    probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
+    if first == "auto" and not (below and _Inversion(block, probe).is_near_identity()):
+        first = "draw"
+    return (first, *below)

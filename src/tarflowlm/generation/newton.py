@@ -34,9 +34,8 @@ class NewtonJudge:
     ) -> Bool[Tensor, "B N"]:
         """Where the step from `old` to `new` was the last that is needed, on the host.
 
-        With q the ratio of the largest changes of this step and the one before, all further steps
-        are estimated to add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u;
-        all [B, N, C].
+        All further steps are estimated from the ratio of this one and the one before. `residual` is
+        u - f(old), `noise` u; all [B, N, C].
         """
         off = (residual.abs() / (1 + noise.abs())).amax(2)
         change, off = torch.stack((largest_change(new, old), off)).cpu()

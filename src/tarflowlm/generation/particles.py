@@ -1,9 +1,8 @@
 """Sampling with given tokens: sequential Monte Carlo over positions (docs/math.md, section 9).
 
-Each sample has R particles that agree on the given tokens. At a given token, the weight of a
-particle is multiplied by the probability that it assigned to the token. When the weights of a
-sample become uneven, its particles are resampled. At the end one is drawn by weight. In the limit
-of many particles this is exact; with R = 1 the other tokens are drawn from left to right.
+Each sample has R particles that agree on the given tokens, weighted by the probabilities that they
+assigned to these. Uneven particles are resampled, and at the end one is drawn by weight: exact in
+the limit of many. With R = 1 the other tokens are drawn from left to right.
 """
 
 import math
@@ -16,9 +15,8 @@ from torch import Tensor
 from tarflowlm.config import Decoder
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.conditioned import Conditioned
-from tarflowlm.generation.drawing import row_draws
 from tarflowlm.generation.inversion import Inverted, invert_stack
-from tarflowlm.generation.sampling import row_normal, row_uniform
+from tarflowlm.generation.sampling import row_draws, row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 
@@ -157,12 +155,8 @@ class LatentSource:
     """Noise for block 1, drawn from the blocks above it without the given tokens (eq. 22).
 
     A particle takes the noise of its free tokens from a full draw h' ~ p_{>1} of these blocks;
-    given tokens have the noise h* of their latents. The weight gains the factor
-
-        p_{>1}(h*) / N(h*_given; 0, I)  prod_{draws h'} rho(h'_unused | h'_used) / p_{>1}(h')
-
-    which is 1 for a single block. rho is the conditional of block 2, and a standard normal for
-    unused tokens of a partly used patch.
+    given tokens have the noise h* of their latents. The weight gains the factor of (22), which is 1
+    for a single block.
     """
 
     def __init__(
@@ -194,13 +188,16 @@ class LatentSource:
         noise = row_normal(generators, *self.shape).flatten(0, 1).to(self.model.codebook.mean)
         if self.single:
             return noise, []
-        particles, num_tokens, _ = self.shape
+        uniform = None
+        if self.decoder[0] == "draw":
+            particles, num_tokens, _ = self.shape
+            uniform = row_draws(generators, self.model.prior, num_tokens, particles)
         states, work = invert_stack(
             self.model,
             noise,
             decoder=self.decoder,
             above=1,
-            uniform=row_draws(self.model, self.decoder, generators, num_tokens, particles),
+            uniform=uniform,
             progress=progress,
         )
         return states[-1], work

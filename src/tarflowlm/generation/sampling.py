@@ -12,7 +12,9 @@ from torch import Generator, Tensor
 from tarflowlm.checks import as_integer, as_number
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
+from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.stack import Prior
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -29,6 +31,16 @@ def row_normal(generators: list[Generator], *shape: int) -> Tensor:
 def row_uniform(generators: list[Generator], *shape: int) -> Tensor:
     """Uniform numbers [B, *shape] in [0, 1) in float64, row b from generators[b]."""
     return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
+
+
+def row_draws(
+    generators: list[Generator], prior: Prior, num_tokens: int, particles: int = 1
+) -> Tensor:
+    """Uniform numbers [B R, N, G] by which block L is drawn, on its device."""
+    block = prior.block(-1)
+    groups = len(block.order.channels) // block.coupling.group
+    uniform = row_uniform(generators, particles, num_tokens // prior.patch.patch, groups)
+    return uniform.flatten(0, 1).to(block.start.device, wide_dtype(block.start))
 
 
 def num_leading(mask: Tensor) -> int:

@@ -18,7 +18,6 @@ from tarflowlm.config import Decoder
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import ConditionedLatents, ConditionedTokens
-from tarflowlm.generation.drawing import row_draws
 from tarflowlm.generation.inversion import Kept, stack_inversion
 from tarflowlm.generation.particles import (
     Evidence,
@@ -28,7 +27,7 @@ from tarflowlm.generation.particles import (
     particle_filter,
     resample,
 )
-from tarflowlm.generation.sampling import BLANK, num_leading, row_normal
+from tarflowlm.generation.sampling import BLANK, num_leading, row_draws, row_normal
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.model_config import LanguageModelConfig
@@ -50,9 +49,7 @@ class Generation:
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, L first; pass it as `decoder` to repeat the choice."""
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
-    """The states that the inversion gave, in whole patches; z alone after a completion, and where
-    the last block was drawn: its noise is that of the forward map.
-    """
+    """The states that the inversion gave, in whole patches; z alone after a completion or draw."""
     _flow: TarFlowLM | None = field(default=None, repr=False)
     """The model of `states` and `passes`."""
 
@@ -182,7 +179,7 @@ class Window:
             decoder=self.decoders,
             adjust=self.adjust,
             settled=settled,
-            uniform=row_draws(flow, self.decoders, self.generators, num_tokens),
+            uniform=self._uniform(flow, num_tokens),
             progress=self.progress,
         )
         states, work = yield from self._read(steps)
@@ -197,6 +194,11 @@ class Window:
             _flow=flow,
         )
 
+    def _uniform(self, flow: TarFlowLM, num_tokens: int) -> Tensor | None:
+        if self.decoders[0] != "draw":
+            return None
+        return row_draws(self.generators, flow.prior, num_tokens, self.particles)
+
     def _completed(self, flow: TarFlowLM, given: Tensor) -> Parts:
         """A particle filter through block 1 (docs/math.md, section 9)."""
         spread = given.repeat_interleave(self.particles, dim=0)
@@ -206,10 +208,7 @@ class Window:
         )
         eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
-        uniform = None
-        if source.single:
-            num_tokens = given.shape[1]
-            uniform = row_draws(flow, self.decoders, self.generators, num_tokens, self.particles)
+        uniform = self._uniform(flow, given.shape[1]) if source.single else None
         latents = ConditionedLatents(flow, source.draw, known, is_known, self.adjust, uniform)
         weights = Weights.uniform(len(given), self.particles)
         weights.add(latents.prefill())
