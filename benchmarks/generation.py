@@ -4,9 +4,12 @@
     python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers       # beside models of
     transformers python benchmarks/generation.py english-mini --compare 100                # do
     decoders give the same tokens?
+    python benchmarks/generation.py --count owt-ar owt-mix1 owt-mixd   # launches and bytes on a GPU
 
 "steps" inverts every block position by position with the KV cache, "steps below sweeps" only block
-1, with sweeps in the blocks above; "auto" takes the cheaper of the two in every block.
+1, with sweeps in the blocks above; "auto" takes the cheaper of the two in every block, or draws the
+last one. With --count nothing is timed: a CPU runs one position of every block by the operations
+of an accelerator, at the vocabulary of OpenWebText, as if each was the last block.
 """
 
 from argparse import Namespace
@@ -75,10 +78,98 @@ def build(args: Namespace) -> dict[str, Contender]:
     return found
 
 
+def middle(allocate: Any, context: int) -> Any:
+    """A cache as on an accelerator, half full."""
+    cache = allocate(context)
+    cache.masks = True
+    cache.length = context // 2
+    return cache
+
+
+def baseline_position(model: Any, rows: int) -> Any:
+    """A call that writes one position of `rows` texts of the baseline."""
+    import torch
+
+    from tarflowlm.flow.couplings import inverse_cdf
+
+    cache = middle(partial(model.allocate_cache, rows), model.config.context)
+    tokens = torch.zeros(rows, 1, dtype=torch.long)
+    uniform = torch.rand(rows, dtype=torch.float64)
+
+    def position() -> None:
+        logits = model.place_logits(model.features_at(cache, tokens, rows), tokens, 0)
+        inverse_cdf(logits, uniform)
+
+    return position
+
+
+def block_position(block: Any, context: int, draws: bool, rows: int) -> Any:
+    """A call that inverts or draws one position of `rows` texts in a block."""
+    import torch
+
+    channels = len(block.order.channels)
+    cache = middle(partial(block.allocate_cache, rows, half=draws), context)
+    invert = block.coupling.inverter()
+    h, u = torch.randn(2, rows, channels)
+    uniform = torch.rand(rows, channels, dtype=torch.float64) if draws else None
+    return lambda: invert(u, block.features_at(cache, h, rows), None, uniform)
+
+
+def count(args: Namespace) -> list[dict[str, Any]]:
+    """A row for every block and decoder of presets: launches, and bytes of a position in the middle
+    of the context, shared by all rows and of each; and the ceiling of an H100 with 64 rows.
+    """
+    from dataclasses import replace
+
+    import torch
+    from traffic import BYTES, COMPONENTS, Traffic
+
+    from tarflowlm.flow import heads
+    from tarflowlm.flow.numerics import layout
+    from tarflowlm.language_model import seeded
+    from tarflowlm.presets import preset
+
+    def bounded(x: Any) -> Any:
+        inside = x.clamp(-heads.LARGEST_LOG_STD, heads.LARGEST_LOG_STD)
+        return inside + heads.ROOM * torch.tanh((x - inside) / heads.ROOM)
+
+    layout.use_eager_cpu = lambda t: False  # type: ignore[assignment]
+    heads.bounded_log_std = bounded
+    rows = []
+    for name in args.count:
+        config = preset(name).model
+        with seeded(0):
+            model: Any = replace(config, vocab_size=COMPONENTS).build()
+        positions = {}
+        if model.is_exact:
+            positions["steps"] = partial(baseline_position, model)
+        for index in range(0 if model.is_exact else model.num_blocks):
+            for way in ("steps", "draw"):
+                block = model.prior.block(index)
+                position = partial(block_position, block, config.context, way == "draw")
+                positions[f"block {index + 1}, {way}"] = position
+        for label, build_position in positions.items():
+            sizes = []
+            for num in (1, 2):
+                position = build_position(num)
+                with torch.no_grad(), Traffic() as traffic:
+                    position()
+                sizes.append(sum(traffic.bytes.values()))
+            launches, each = sum(traffic.calls.values()), sizes[1] - sizes[0]
+            shared = sizes[0] - each
+            seconds = max(5e-6 * launches, (shared + 64 * each) / BYTES)
+            row = {"": f"{name}, {label}", "launches": launches, "MB shared": shared / 1e6}
+            rows.append(row | {"MB of a row": each / 1e6, "tokens/s, 64 rows": 64 / seconds})
+    return rows
+
+
 def main() -> None:
     options = parser(__doc__, rounds=3)
     options.add_argument(
-        "models", nargs="+", help="run directories or shipped models, the baseline first"
+        "models", nargs="*", help="run directories or shipped models, the baseline first"
+    )
+    options.add_argument(
+        "--count", nargs="+", default=[], metavar="PRESET", help="launches and bytes instead"
     )
     options.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="samples at once")
     options.add_argument(
@@ -91,6 +182,9 @@ def main() -> None:
         "--peers", action="store_true", help="beside a GPT-2 and a Llama of the first model's shape"
     )
     args = options.parse_args()
+    if args.count:
+        show(args, count(args))
+        return
     found = run(build, args)
     rows, first = [], {}
     for name, contender in found.items():

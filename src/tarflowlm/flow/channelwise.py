@@ -5,7 +5,6 @@ as in `couplings`.
 """
 
 from abc import abstractmethod
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -100,16 +99,16 @@ class ChannelCoupling(Coupling):
             z = yield self._conditional(walk.send(z), None if uniform is None else uniform[:, g])
 
     def _conditional(self, parameters: list[Tensor], uniform: Tensor | None) -> Conditional:
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            u, log_slope = self.to_noise(z, *parameters)
+            return u, log_slope.sum(-1)
+
         def inverse(u: Tensor) -> Tensor:
             if uniform is None:
                 return self.to_latents(u, *parameters)
             return self.draw(u, uniform, *parameters)
 
-        return Conditional(partial(self._group_to_noise, parameters=parameters), inverse)
-
-    def _group_to_noise(self, z: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
-        u, log_slope = self.to_noise(z, *parameters)
-        return u, log_slope.sum(-1)
+        return Conditional(forward, inverse)
 
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)

@@ -1,7 +1,5 @@
 """A coupling that fills in what it is sure of, and leaves the rest to the blocks above it."""
 
-from functools import partial
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,20 +45,16 @@ class Fills(MixDCoupling):
         sure = (largest > self.certainty).nonzero()[:, 0]
         chosen = None if uniform is None else uniform[sure]
         mixd = super().conditional(log_w[sure], adjust, chosen)
-        return Conditional(
-            partial(_some_to_noise, mixd, sure), partial(_some_to_latents, mixd, sure)
-        )
+
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            u, log_det = mixd.forward(z[sure])
+            return z.index_copy(0, sure, u), z.new_zeros(len(z)).index_copy(0, sure, log_det)
+
+        def inverse(u: Tensor) -> Tensor:
+            return u.index_copy(0, sure, mixd.inverse(u[sure])) if len(sure) else u
+
+        return Conditional(forward, inverse)
 
     def log_prob(self, z: Latents, features: Features, *, relative: bool = False) -> ByPosition:
         assert not relative, "only a tied Mix-d block has a relative density"
         return Coupling.log_prob(self, z, features)
-
-
-def _some_to_noise(mixd: Conditional, rows: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The map of these `rows`; the others stay as they are."""
-    u, log_det = mixd.forward(z[rows])
-    return z.index_copy(0, rows, u), z.new_zeros(len(z)).index_copy(0, rows, log_det)
-
-
-def _some_to_latents(mixd: Conditional, rows: Tensor, u: Tensor) -> Tensor:
-    return u.index_copy(0, rows, mixd.inverse(u[rows])) if len(rows) else u

@@ -4,7 +4,6 @@ At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so
 for only some tokens at a time (`chunks.held`). Shape legend: as in `couplings`.
 """
 
-from functools import partial
 from itertools import repeat
 
 import torch
@@ -119,23 +118,20 @@ class MixDCoupling(Coupling):
         uniform: Float[Tensor, " rows"] | None = None,
     ) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
-        inverse = partial(self._token_to_latents, log_w=log_w, adjust=adjust, uniform=uniform)
-        return Conditional(partial(self._token_to_noise, log_w=log_w), inverse)
-
-    def _token_to_noise(self, z: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
         book = self.components.mean, self.components.log_std
-        return numerics.rosenblatt(z, log_w, *book, compiled=self.compiled)
+        compiled = self.compiled
 
-    def _token_to_latents(
-        self, u: Tensor, log_w: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None
-    ) -> Tensor:
-        weights = log_w if adjust is None else adjust(log_w)
-        mean, log_std = self.components.mean, self.components.log_std
-        if uniform is None:
-            compiled = self.compiled
-            return numerics.rosenblatt_inverse(u, weights, mean, log_std, compiled=compiled)
-        k = inverse_cdf(weights, uniform)
-        return torch.addcmul(mean[k], log_std[k, None].exp(), u)
+        def inverse(u: Tensor) -> Tensor:
+            weights = log_w if adjust is None else adjust(log_w)
+            if uniform is None:
+                return numerics.rosenblatt_inverse(u, weights, *book, compiled=compiled)
+            mean, log_std = book
+            k = inverse_cdf(weights, uniform)
+            return torch.addcmul(mean[k], log_std[k, None].exp(), u)
+
+        return Conditional(
+            lambda z: numerics.rosenblatt(z, log_w, *book, compiled=compiled), inverse
+        )
 
     def conditionals(
         self,
