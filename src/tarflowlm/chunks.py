@@ -35,7 +35,7 @@ EVALUATED_TOKENS = 8192
 WRITTEN_TOKENS = 6144
 """Tokens that the command line writes at once, particles counted; more on a GPU."""
 WRITTEN_BYTES = 2**16
-"""Memory of a GPU for each; 8 layers of width 768 cache 49 KB. 80 GB are some 2**20 tokens."""
+"""Memory of a GPU for each: some 2**20 tokens on 80 GB. 8 layers of width 768 cache 49 KB."""
 
 
 def rows_at_once(elements_per_row: int, budget: int) -> int:

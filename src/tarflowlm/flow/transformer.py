@@ -189,7 +189,6 @@ class KVCache:
             for _ in self.weights
         ]
         self.positions = torch.arange(capacity, device=like.device)
-        self.window = torch.arange(self.before + 1, device=like.device)
         cos, sin = rotary_tables(self.positions, 1, config.head_width)
         self.cos, self.sin = cos.to(like.dtype), sin.to(like.dtype)
         self.length = 0
@@ -239,7 +238,8 @@ class KVCache:
         """Features of position `at` [1] < `width`, by operations that a CUDA graph can replay."""
         if self.taps is not None:
             self.inputs[:, at + self.before] = x
-            x = self._filtered(self.inputs[:, at + self.window])
+            past = torch.arange(self.before + 1, device=at.device)
+            x = self._filtered(self.inputs[:, at + past])
         return self._layers(x, at, width, self.positions[:width] <= at[:, None])
 
     def _filtered(self, recent: Float[Tensor, "B past D"]) -> Float[Tensor, "B N D"]:

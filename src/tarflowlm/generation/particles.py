@@ -188,10 +188,8 @@ class LatentSource:
         noise = row_normal(generators, *self.shape).flatten(0, 1).to(self.model.codebook.mean)
         if self.single:
             return noise, []
-        uniform = None
-        if self.decoder[0] == "draw":
-            particles, num_tokens, _ = self.shape
-            uniform = row_draws(generators, self.model.prior, num_tokens, particles)
+        particles, num_tokens, _ = self.shape
+        uniform = row_draws(self.decoder[0], generators, self.model.prior, num_tokens, particles)
         states, work = invert_stack(
             self.model,
             noise,

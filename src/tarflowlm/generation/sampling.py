@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from tarflowlm.checks import as_integer, as_number
+from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
@@ -34,9 +35,11 @@ def row_uniform(generators: list[Generator], *shape: int) -> Tensor:
 
 
 def row_draws(
-    generators: list[Generator], prior: Prior, num_tokens: int, particles: int = 1
-) -> Tensor:
-    """Uniform numbers [B R, N, G] by which block L is drawn, on its device."""
+    decoder: Decoder, generators: list[Generator], prior: Prior, num_tokens: int, particles: int = 1
+) -> Tensor | None:
+    """Uniform numbers [B R, N, G] to draw block L by, on its device; None unless it is drawn."""
+    if decoder != "draw":
+        return None
     block = prior.block(-1)
     groups = len(block.order.channels) // block.coupling.group
     uniform = row_uniform(generators, particles, num_tokens // prior.patch.patch, groups)

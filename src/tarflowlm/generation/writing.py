@@ -179,7 +179,7 @@ class Window:
             decoder=self.decoders,
             adjust=self.adjust,
             settled=settled,
-            uniform=self._uniform(flow, num_tokens),
+            uniform=row_draws(self.decoders[0], self.generators, flow.prior, num_tokens),
             progress=self.progress,
         )
         states, work = yield from self._read(steps)
@@ -194,11 +194,6 @@ class Window:
             _flow=flow,
         )
 
-    def _uniform(self, flow: TarFlowLM, num_tokens: int) -> Tensor | None:
-        if self.decoders[0] != "draw":
-            return None
-        return row_draws(self.generators, flow.prior, num_tokens, self.particles)
-
     def _completed(self, flow: TarFlowLM, given: Tensor) -> Parts:
         """A particle filter through block 1 (docs/math.md, section 9)."""
         spread = given.repeat_interleave(self.particles, dim=0)
@@ -208,7 +203,11 @@ class Window:
         )
         eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
-        uniform = self._uniform(flow, given.shape[1]) if source.single else None
+        uniform = None
+        if source.single:
+            uniform = row_draws(
+                self.decoders[0], self.generators, flow.prior, given.shape[1], self.particles
+            )
         latents = ConditionedLatents(flow, source.draw, known, is_known, self.adjust, uniform)
         weights = Weights.uniform(len(given), self.particles)
         weights.add(latents.prefill())
