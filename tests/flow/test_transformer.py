@@ -138,3 +138,12 @@ def test_a_cache_in_half_precision_returns_wide_features(transformer):
     assert steps.dtype == x.dtype
     assert {stored.dtype for stored in cache.stored} == {torch.bfloat16}
     torch.testing.assert_close(steps, transformer(x), rtol=0.1, atol=0.1)
+
+
+def test_what_a_rewound_cache_forgot_does_not_come_through_a_mask(transformer, monkeypatch):
+    x = normal(3, T, 8)
+    cache = masked(transformer, x, monkeypatch)
+    cache.extend(torch.cat((x[:, :2], torch.full_like(x[:, 2:], torch.nan)), 1))
+    cache.rewind(2)
+    rest = [cache.extend(part) for part in x[:, 2:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(rest, 1), transformer(x)[:, 2:], **CLOSE)

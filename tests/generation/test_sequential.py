@@ -126,6 +126,15 @@ def test_temperature_is_a_power_of_the_weights(temperature):
     with torch.no_grad():
         z = invert_stack(model, normal(NUM, 1, 2), adjust=adjust_weights(temperature))[0][-1]
     assert_frequencies(model.codebook.decode(z), power / power.sum(), 4)
+    drawn = generate(
+        model,
+        num_tokens=1,
+        num=NUM,
+        temperature=temperature,
+        decoder="draw",
+        generator=generator(2),
+    )
+    assert_frequencies(drawn.tokens, power / power.sum(), 4)
 
     lm: TokenLM = tiny_ar(vocab_size=3, context=4, seed=1)
     with torch.no_grad():
@@ -136,15 +145,31 @@ def test_temperature_is_a_power_of_the_weights(temperature):
     assert_frequencies(tokens, power / power.sum(), 3)
 
 
+@pytest.mark.parametrize("decoder", ["steps", "draw"])
+def test_truncated_weights_have_the_rest_of_the_probability(decoder):
+    model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
+    kept = discrete_probabilities(model, 1, 4)
+    kept[kept.argsort()[:2]] = 0.0
+    found = generate(model, num_tokens=1, num=NUM, top_k=2, decoder=decoder, generator=generator(1))
+    assert found.decoders == (decoder,)
+    assert_frequencies(found.tokens, kept / kept.sum(), 4)
+
+
 @pytest.mark.slow
-def test_a_prompt_conditions_a_single_block():
+@pytest.mark.parametrize("decoder", ["steps", "draw"])
+def test_a_prompt_conditions_a_single_block(decoder):
     """p(x_2 | x_1): for one block from left to right a prompt is exact."""
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     joint = discrete_probabilities(model, 2, 4).view(4, 4)
     for first in (0, 3):
         prompt = torch.tensor([first])
         tokens = generate(
-            model, num_tokens=2, num=NUM, prompt=prompt, generator=generator(first)
+            model,
+            num_tokens=2,
+            num=NUM,
+            prompt=prompt,
+            decoder=decoder,
+            generator=generator(first),
         ).tokens
         assert (tokens[:, 0] == first).all()
         assert_frequencies(tokens[:, 1:], joint[first] / joint[first].sum(), 4)

@@ -65,7 +65,7 @@ class Args:
     temperature: options.Temperature = None
     top_k: options.TopK = None
     top_p: options.TopP = None
-    # Invert blocks position by position, in parallel sweeps, or by the cheaper of the two.
+    # Invert blocks position by position, in sweeps, or by the cheaper; or draw the last block.
     decoder: Decoder = "auto"
     passes: options.Flag = False  # Show the text decoded after every block.
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()

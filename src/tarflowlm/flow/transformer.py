@@ -195,6 +195,9 @@ class KVCache:
 
     def rewind(self, length: int) -> None:
         assert 0 <= length <= self.length
+        if self.masks:  # which NaN would come through
+            for stored in self.stored:
+                stored[:, :, :, length : self.length] = 0
         self.length = length
 
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
