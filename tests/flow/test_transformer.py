@@ -143,7 +143,8 @@ def test_a_cache_in_half_precision_returns_wide_features(transformer):
 def test_what_a_rewound_cache_forgot_does_not_come_through_a_mask(transformer, monkeypatch):
     x = normal(3, T, 8)
     cache = masked(transformer, x, monkeypatch)
-    cache.extend(torch.cat((x[:, :2], torch.full_like(x[:, 2:], torch.nan)), 1))
+    cache.extend(x[:, :2])
+    cache.extend(torch.full_like(x[:, 2:], torch.nan))
     cache.rewind(2)
     rest = [cache.extend(part) for part in x[:, 2:].split(1, dim=1)]
     torch.testing.assert_close(torch.cat(rest, 1), transformer(x)[:, 2:], **CLOSE)

@@ -246,6 +246,7 @@ class KVCache:
         return self._layers(x, at, width, self.positions[:width] <= at[:, None])
 
     def _filtered(self, recent: Float[Tensor, "B past D"]) -> Float[Tensor, "B N D"]:
+        assert self.taps is not None
         windows = recent.unfold(1, self.before + 1, 1)  # [B, N, D, K]
         return (windows * self.taps).sum(-1)
 

@@ -378,7 +378,7 @@ def sampler_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[Decoder, ...]
     """
     first, *below = per_block(decoder, model.num_blocks)
     if decoder == "draw":
-        below = ["auto"] * len(below)
+        below = ["auto" for _ in below]
     block = model.prior.block(-1)
     shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
     probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
