@@ -149,8 +149,8 @@ def test_temperature_is_a_power_of_the_weights(temperature):
 def test_truncated_weights_have_the_rest_of_the_probability(decoder):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     kept = discrete_probabilities(model, 1, 4)
-    kept[kept.argsort()[:2]] = 0.0
-    found = generate(model, num_tokens=1, num=NUM, top_k=2, decoder=decoder, generator=generator(1))
+    kept[kept.argmin()] = 0.0
+    found = generate(model, num_tokens=1, num=NUM, top_k=3, decoder=decoder, generator=generator(1))
     assert found.decoders == (decoder,)
     assert_frequencies(found.tokens, kept / kept.sum(), 4)
 
