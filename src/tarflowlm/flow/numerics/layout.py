@@ -79,10 +79,9 @@ def use_eager_cpu(t: Tensor) -> bool:
 
 @cache
 def fused(function: Map) -> Map:
-    """`function` by torch.compile: of what its operations read and write, little is input or
-    output.
-    """
-    return torch.compile(function)
+    """`function` by torch.compile, which keeps what is between its operations out of memory."""
+    compiled: Map = torch.compile(function)
+    return compiled
 
 
 def cached(elements_per_row: int) -> int:

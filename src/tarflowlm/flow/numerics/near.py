@@ -99,8 +99,8 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
                 if room < 0 or not lowest.isfinite().all():
                     return None
             else:  # -1 behind the last pair; some more, as the last chunk may be short
-                size = int(most * (len(lowest) + MOST))
-                pairs = torch.nonzero_static(is_near, size=size, fill_value=-1)
+                space = int(most * (len(lowest) + MOST))
+                pairs = torch.nonzero_static(is_near, size=space, fill_value=-1)
                 fits.append((pairs[-1, 1] < 0) & lowest.isfinite().all())
             pairs[:, 0] += rows.start
             found.append(pairs)
