@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -80,8 +80,7 @@ def use_eager_cpu(t: Tensor) -> bool:
 @cache
 def fused(function: Map) -> Map:
     """`function` by torch.compile, which keeps what is between its operations out of memory."""
-    compiled: Map = torch.compile(function)
-    return compiled
+    return cast(Map, torch.compile(function))
 
 
 def cached(elements_per_row: int) -> int:
