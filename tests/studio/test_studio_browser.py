@@ -1,12 +1,7 @@
 """The page in a browser: every view once, nothing from elsewhere, no script in a text, no foreign
 host.
-
-Needs Chromium. Where TARFLOWLM_BROWSER is set to its path the tests insist on it; elsewhere they
-skip without one.
 """
 
-import importlib.util
-import os
 import shutil
 import signal
 import subprocess
@@ -17,21 +12,11 @@ from pathlib import Path
 
 import pytest
 
-INSISTED = os.environ.get("TARFLOWLM_BROWSER")
-BROWSER = INSISTED or shutil.which("chromium") or shutil.which("chromium-browser")
-MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
-if not INSISTED and (MISSING or BROWSER is None):
-    pytest.skip(
-        f"no {' and '.join(MISSING) or 'chromium'} to test the page with", allow_module_level=True
-    )
+from browser import BROWSER, OPTIONS, need_browser
+
+need_browser("gradio", "playwright")
 pytestmark = pytest.mark.slow
 
-OPTIONS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-]
 PWN = "document.title='pwned'"
 HOSTILE = f'the <script>{PWN}</script><img src=x onerror="{PWN}"> ${{{PWN}}}'
 
