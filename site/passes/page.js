@@ -2,7 +2,7 @@
 /* The page: letters in cells, which the passes change in place. */
 
 const LENGTH = Math.min(192, model.context);
-const REST = 0.7; // seconds between two passes
+const REST = 1; // seconds before a pass
 const lastPass = model.blocks.length;
 const cells = Array.from({ length: LENGTH }, () => document.createElement("span"));
 

@@ -340,9 +340,12 @@ const DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "
 
 /** The tokens of a prompt, read as the model's training text was; unknown letters are left out. */
 function readPrompt(text) {
-  let words = text;
+  const isLower = model.symbols.every((symbol) => symbol === symbol.toLowerCase());
+  let words = isLower ? text.toLowerCase() : text;
   if (model.normalization === "text8") {
-    words = words.toLowerCase().replace(/[0-9]/g, (digit) => ` ${DIGITS[digit]} `);
+    // some letters become ASCII in lower case, so others go first
+    words = text.replace(/<\|endoftext\|>|[^\x00-\x7f]/g, " ").toLowerCase();
+    words = words.replace(/[0-9]/g, (digit) => ` ${DIGITS[digit]} `);
     words = words.replace(/[^a-z]+/g, " ").trim();
     if (/^\s/.test(text)) words = ` ${words}`;
     if (/\s$/.test(text)) words = `${words} `;
@@ -362,5 +365,3 @@ function drawNoise(seed, length) {
   const normal = () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform());
   return Array.from({ length }, () => Float32Array.from({ length: model.channels }, normal));
 }
-
-window.generate = generate;

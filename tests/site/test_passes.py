@@ -93,12 +93,14 @@ def test_the_shipped_model_writes_as_in_python(open_page, shipped, prompt):
     page.get_by_role("button", name="Pause").click()
     lm = tarflowlm.load("english-passes")
     assert_same_tokens(page, lm, length=96, prompt=prompt, temperature=lm.run.temperature)
+    for text in ("In 1984,", " A.D. 7 ", "\u212aing \u0130n caf\u00e9s<|endoftext|>now"):
+        assert page.evaluate("text => readPrompt(text)", text) == lm.encode(text).tolist()
 
 
 def test_other_models_write_as_in_python(build, open_page, tmp_path):
     # three blocks in float32 that read no tokens and convolve no inputs
     model = tiny_flow(context=24, alternate=False, seed=3, scale=0.6, **FILLS).float().eval()
-    lm = tarflowlm.Pretrained(model, CharTokenizer("abcde"))
+    lm = tarflowlm.Pretrained(model, CharTokenizer("abcde", "none"))
     path = tmp_path / "tiny.html"
     path.write_text(build.build(lm, "tiny"), encoding="utf-8")
     page = open_page(path)
