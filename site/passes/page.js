@@ -186,7 +186,8 @@ function setUp() {
     advance();
   });
   find("speed").addEventListener("input", showSpeed);
-  find("name").textContent = `${model.name}, ${(model.parameters / 1e6).toFixed(1)} million weights`;
+  const millions = (model.parameters / 1e6).toFixed(1);
+  find("name").textContent = `${model.name}, ${millions} million weights`;
   showSpeed();
   begin();
 }
