@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -203,10 +204,13 @@ def judge_training(settings: Settings) -> list[Training]:
     return [Training("judge", run, "judge")]
 
 
-def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, list[Finished]]:
-    """The judge, and the trainings that it judges."""
+def judge_of(
+    settings: Settings, finished: Sequence[Finished]
+) -> tuple[Callable[[], Judge], list[Finished]]:
+    """A function that loads the judge when it is first needed, and the trainings to be judged."""
     if settings.scale == "paper":
-        return load_judge(PAPER_JUDGES[0], finished[0].device), list(finished)
+        device = finished[0].device
+        return cache(lambda: load_judge(PAPER_JUDGES[0], device)), list(finished)
     [judge] = [done for done in finished if done.training.label == "judge"]
     others = [done for done in finished if done is not judge]
-    return load_judge(str(judge.directory), judge.device), others
+    return cache(lambda: load_judge(str(judge.directory), judge.device)), others

@@ -4,20 +4,19 @@ fig6 decodes a sample after every block, marks its edits, and has a judge read i
 stack is a point: its bits per character, and the judge's bits of its text before the last pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from torch import Tensor
-
 from reproduction import measures
+from reproduction.judges import Judge
 from reproduction.measures import JUDGED
 from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
 from reproduction.results import write
 from reproduction.settings import Settings
+from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset
-from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.grid import Row as TextRow
 from tarflowlm.views.grid import Token, symbols, to_html
 from tarflowlm.views.page import page_html, section_html
@@ -62,29 +61,24 @@ def plan_fig6(settings: Settings) -> list[Training]:
     return trainings(settings, runs) + measures.judge_training(settings)
 
 
-def _passes(done: Finished, checkpoint: Checkpoint) -> Sequence[Tensor]:
-    """The decoded states [SAMPLES, T] of samples: of the noise, and after every inverted block."""
-    length = min(LENGTH, checkpoint.run.model.context)
-    return measures.sample(done, checkpoint, SAMPLES, length).passes
-
-
-def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+def judged_passes(done: Finished, judge: Callable[[], Judge]) -> list[Row]:
     """The judge's bits and shares of tokens after every pass, and the edits of the first sample."""
-    judge, models = measures.judge_of(settings, finished)
-    rows: list[Row] = []
-    for done in models:
+
+    def measure() -> list[Row]:
         checkpoint = done.load()
-        passes = _passes(done, checkpoint)
-        judged = [measures.judged_bits(judge, checkpoint, tokens) for tokens in passes]
+        length = min(LENGTH, checkpoint.run.model.context)
+        # decoded states [SAMPLES, T]: of the noise, and after every inverted block
+        passes = measures.sample(done, checkpoint, SAMPLES, length).passes
+        judged = [measures.judged_bits(judge(), checkpoint, tokens) for tokens in passes]
+        rows: list[Row] = []
         for number, tokens in enumerate(passes):
             block = len(passes) - number
             mean = measures.mean_of(judged[number])
             text = symbols(tokens[0], checkpoint.tokenizer)
-            row = measures.first_columns(done) | {
+            row: Row = {
                 "state": f"block {block} inverted" if number else "noise",
                 JUDGED: mean.mean,
                 "±": mean.std,
-                "judge": judge.name,
                 "tokens as in the end": measures.share(tokens == passes[-1]),
                 "tokens edited": None,
                 "text": "".join(text),
@@ -104,7 +98,17 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
                     "edited": edited_spans(text, is_edited),
                 }
             rows.append(row)
-    return rows
+        return rows
+
+    return done.measured("judged passes", measure)
+
+
+def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """What `judged_passes` says of every model."""
+    judge, models = measures.judge_of(settings, finished)
+    return [
+        measures.first_columns(done) | row for done in models for row in judged_passes(done, judge)
+    ]
 
 
 def page_fig6(rows: Sequence[Row]) -> str:
@@ -167,9 +171,7 @@ FIG6 = Recipe(
     ),
     plan=plan_fig6,
     measure=measure_fig6,
-    table=partial(
-        without, columns=("text", "block", "direction", "edits", "tokens", "edited", "judge")
-    ),
+    table=partial(without, columns=("text", "block", "direction", "edits", "tokens", "edited")),
     below=_link_page,
 )
 
@@ -207,17 +209,14 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
     baseline = measures.summary_row(models[0])["test bpc"]
     rows = []
     for done in models:
-        checkpoint = done.load()
         row = measures.summary_row(done)
         row["over the baseline"] = row["test bpc"] / baseline
-        if not checkpoint.model.is_exact:
-            passes = _passes(done, checkpoint)
-            for number, tokens in enumerate(passes):
-                judged = measures.mean_of(measures.judged_bits(judge, checkpoint, tokens))
-                after = f"block {len(passes) - number}" if number else "noise"
-                row[f"{JUDGED} after {after}"] = judged.mean
-                row[f"± after {after}"] = judged.std
-                row[f"final after {after}"] = measures.share(tokens == passes[-1])
+        if isinstance(done.training.run.model, FlowConfig):
+            for state in judged_passes(done, judge):
+                after = state["state"].removesuffix(" inverted")
+                row[f"{JUDGED} after {after}"] = state[JUDGED]
+                row[f"± after {after}"] = state["±"]
+                row[f"final after {after}"] = state["tokens as in the end"]
             row |= measures.gains(done)
         rows.append(row)
     return rows

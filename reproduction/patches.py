@@ -52,27 +52,40 @@ def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independ
 def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """The judge's perplexity of the continuation alone, by model and prefix; real text last."""
     judge, models = measures.judge_of(settings, finished)
-    rows: list[Row] = []
-    for done in models:
-        checkpoint = done.load()
-        context = checkpoint.run.model.context
-        decode = checkpoint.tokenizer.decode
-        text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
-        for prefix in PREFIXES:
-            found = measures.sample(
-                done,
-                checkpoint,
-                len(text),
-                context,
-                prompt=text[:, :prefix],
-                what=f" after a prefix of {prefix}",
-            )
-            row = _continued(judge, decode, found.tokens.cpu(), prefix)
-            rows.append(measures.first_columns(done) | row)
+    rows = [
+        measures.first_columns(done) | row
+        for done in models
+        for row in done.measured("continuations", partial(_continuations, done, judge))
+    ]
     # the models have one test text
+    some = models[0]
+    of_text = some.measured("judged text", partial(_judged_text, some, judge))
+    return rows + [{"model": "real text"} | row for row in of_text]
+
+
+def _continuations(done: Finished, judge: Callable[[], Judge]) -> list[Row]:
+    checkpoint = done.load()
+    context = checkpoint.run.model.context
+    text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
+    rows = []
     for prefix in PREFIXES:
-        rows.append({"model": "real text"} | _continued(judge, decode, text, prefix))
+        found = measures.sample(
+            done,
+            checkpoint,
+            len(text),
+            context,
+            prompt=text[:, :prefix],
+            what=f" after a prefix of {prefix}",
+        )
+        rows.append(_continued(judge(), checkpoint.tokenizer.decode, found.tokens.cpu(), prefix))
     return rows
+
+
+def _judged_text(done: Finished, judge: Callable[[], Judge]) -> list[Row]:
+    checkpoint = done.load()
+    text = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, PROMPTS)
+    decode = checkpoint.tokenizer.decode
+    return [_continued(judge(), decode, text, prefix) for prefix in PREFIXES]
 
 
 def _continued(
@@ -85,7 +98,6 @@ def _continued(
         "prefix": prefix,
         "perplexity": judged.perplexity,
         "perplexity ±": judged.perplexity_error,
-        "judge": judge.name,
     }
 
 

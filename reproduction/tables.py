@@ -1,9 +1,11 @@
 """Tables 2 and 6 of the paper: likelihood and sample quality of the model families."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from reproduction.judges import Judge
 from reproduction.measures import (
     FROM_CODEBOOK,
     first_columns,
@@ -111,29 +113,36 @@ def plan_table6(settings: Settings) -> list[Training]:
 def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Quality of samples of each model and of real text, and the paper's numbers."""
     judge, models = judge_of(settings, finished)
-    config = SamplingConfig(num=MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES)
+    num = MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES
     rows: list[Row] = []
     for done in models:
-        checkpoint = done.load()
-        result = measure_quality(
-            checkpoint.model,
-            checkpoint.tokenizer,
-            judge,
-            eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, config.num),
-            config,
-            trained_on=checkpoint.run.data.source,
-            progress=done.progress,
-        )
-        label = done.training.label
-        rows.append(first_columns(done) | _quality_row(label, result.samples, result.mauve))
-    rows.append({"model": "real text", "seed": None} | _quality_row("real text", result.text, None))
-    settings_of_all = f"decoder auto, {result.dtype}, temperature 1, seed 0"
-    how = f"{config.num} samples of {result.sampling.length} tokens, {settings_of_all}"
-    return [row | {"judge": judge.name, "samples": how} for row in rows]
+        found = done.measured("quality", partial(_quality, done, judge, num))
+        rows.append(first_columns(done) | found["samples"] | _published(done.training.label))
+    rows.append({"model": "real text", "seed": None} | found["text"] | _published("real text"))
+    return [row | {"samples": found["how"]} for row in rows]
 
 
-def _quality_row(label: str, found: TextStatistics, mauve: float | None) -> Row:
-    row: Row = {
+def _quality(done: Finished, judge: Callable[[], Judge], num: int) -> dict[str, Any]:
+    checkpoint = done.load()
+    result = measure_quality(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        judge(),
+        eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, num),
+        SamplingConfig(num=num),
+        trained_on=checkpoint.run.data.source,
+        progress=done.progress,
+    )
+    of_all = f"decoder auto, {result.dtype}, temperature 1, seed 0"
+    return {
+        "samples": _quality_row(result.samples, result.mauve),
+        "text": _quality_row(result.text, None),
+        "how": f"{num} samples of {result.sampling.length} tokens, {of_all}",
+    }
+
+
+def _quality_row(found: TextStatistics, mauve: float | None) -> Row:
+    return {
         "perplexity": found.perplexity,
         "perplexity ±": found.perplexity_error,
         "MAUVE": mauve,
@@ -142,11 +151,14 @@ def _quality_row(label: str, found: TextStatistics, mauve: float | None) -> Row:
         "distinct 2-grams": found.distinct_2,
         "repeated 4-grams": found.repetition,
     }
-    return row | {f"paper, {name}": value for name, value in PAPER_QUALITY[label].items()}
 
 
-def _judge_and_samples(rows: Sequence[Row], _folder: Path) -> str:
-    return f"Judge {rows[0]['judge']}; {rows[0]['samples']}. {OTHER_QUALITY}\n"
+def _published(label: str) -> Row:
+    return {f"paper, {name}": value for name, value in PAPER_QUALITY[label].items()}
+
+
+def _samples(rows: Sequence[Row], _folder: Path) -> str:
+    return f"{rows[0]['samples']}. {OTHER_QUALITY}\n"
 
 
 TABLE2 = Recipe(
@@ -174,8 +186,8 @@ TABLE6 = Recipe(
     ),
     plan=plan_table6,
     measure=measure_table6,
-    table=partial(without, columns=("judge", "samples")),
-    below=_judge_and_samples,
+    table=partial(without, columns=("samples",)),
+    below=_samples,
     draw=partial(
         plot_models, column="perplexity", error="perplexity ±", label="generative perplexity"
     ),
