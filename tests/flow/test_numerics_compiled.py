@@ -88,7 +88,8 @@ class Products(TorchDispatchMode):
 def train_step(coupling):
     """One step in bfloat16: no graph breaks, and densities are in float32 or wider."""
     layout.use_eager_cpu = lambda t: False
-    blocks = (BlockConfig(coupling=coupling, layers=1, components=0 if coupling == "mixd" else 2),)
+    components = {"mixd": 0, "affine": 1, "mix1": 2}[coupling]
+    blocks = (BlockConfig(coupling=coupling, layers=1, components=components),)
     upper = BlockConfig(coupling="mix1", layers=1, components=2)
     config = FlowConfig(
         vocab_size=70,

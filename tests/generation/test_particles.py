@@ -55,7 +55,8 @@ MODELS = {
     "mixd-mix1": {"couplings": ("mixd", "mix1")},
     "mixd-mix1-mix1": {"couplings": ("mixd", "mix1", "mix1")},
     "mixd-mix1-long": {"couplings": ("mixd", "mix1"), "context": 3, "log_std": -1.4},
-    "affine-affine": {"couplings": ("affine", "affine")},
+    # codes that overlap: a Gaussian that covers codes far apart has weights of infinite variance
+    "affine-affine": {"couplings": ("affine", "affine"), "log_std": -0.5},
     "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
 }
 

@@ -167,8 +167,6 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
 def compile_layers(run: RunConfig, report: Path) -> None:
     """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs,
     by batch size.
-
-    PyTorch compiles for the first size alone, and once more for all others but 1.
     """
     blocks, counted = stack(("mixd", "mix1", "mix1"), (2, 3, 1), (0, 2, 2)), list[int]()
     run = replace(run, model=replace(run.model, vocab_size=5, blocks=blocks))

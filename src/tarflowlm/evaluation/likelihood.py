@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import check_tokens, checked_seed
+from tarflowlm.checks import as_integer, check_tokens, checked_seed
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import importance_weighted, log_importance_weights
@@ -189,7 +189,7 @@ def log_weights(
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
     heads = [0] * len(windows) if given is None else given.tolist()
-    draws = 1 if model.is_exact else samples
+    draws = 1 if model.is_exact else as_integer(samples, "samples", least=1)
     found = [torch.empty(draws, 0, dtype=torch.float64)]
     # one batch has one number of given tokens
     batches = list(runs(heads, windows_per_batch(windows.shape[1])))

@@ -54,6 +54,7 @@ def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
 
 def register() -> None:
     """Make the model known to lm-eval as `tarflowlm`."""
+    import lm_eval.models  # noqa: F401  # which lm-eval imports only while no model is known
     from lm_eval.api.model import LM
     from lm_eval.api.registry import MODEL_REGISTRY, register_model
 

@@ -102,9 +102,11 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         config = config.first_blocks(int(blocks))
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
-        means = tensors.get("codebook.mean")
-        if isinstance(config, FlowConfig) and means is not None and means.ndim == 2:
-            model: LanguageModel = TarFlowLM(config, means=means.float().clone())
+        if isinstance(config, FlowConfig):
+            means = tensors.get("codebook.mean", torch.empty(0))
+            fits = means.shape == (config.vocab_size, config.latent_dim)
+            given = means.float().clone() if fits else None
+            model: LanguageModel = TarFlowLM(config, means=given)
         else:
             model = config.build()
     try:
