@@ -109,8 +109,10 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """A text that begins with `prompt`; with `num`, a list of so many texts.
 
-        A list of prompts gives a list with the texts of each. `texts.Writing` describes the
-        options. The same `seed` gives the same text.
+        A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens,
+        given ones included; by default the trained context. A text ends before the first of the
+        texts `stop`. `temperature`, by default the model's own, `top_k`, `top_p`, `particles` and
+        `decoder` are described at `generate`. The same `seed` gives the same text.
         """
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
@@ -153,7 +155,9 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """The text with some words drawn anew given all others; with `num`, a list of edits.
 
-        `texts.Edit` describes the options. UserError for a baseline.
+        `strength` is the share of the words, `words` their number. `rewrite`, `replace`,
+        `counterfactual`, `toward` and `level` ask for another edit. `texts.Edit` describes all
+        options. UserError for a baseline, and for options that have no effect.
         """
         texts = Edit(text=text, num=1 if num is None else num, **options).run(self).texts
         return texts[0] if num is None else texts
