@@ -379,9 +379,12 @@ def sampler_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[Decoder, ...]
     first, *below = per_block(decoder, model.num_blocks)
     if decoder == "draw":
         below = ["auto" for _ in below]
-    block = model.prior.block(-1)
-    shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
-    probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
-    if first == "auto" and not (below and _Inversion(block, probe).is_near_identity()):
+    if first == "auto" and not (below and _looks_near_identity(model.prior.block(-1))):
         first = "draw"
     return (first, *below)
+
+
+def _looks_near_identity(block: FlowBlock) -> bool:
+    shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
+    probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
+    return _Inversion(block, probe).is_near_identity()
