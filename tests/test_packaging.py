@@ -1,6 +1,8 @@
-"""What is published: the wheel, the source distribution and the citation."""
+"""What is published: the wheel, the source distribution, the citation and the release."""
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -9,11 +11,21 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from docs_cases import ROOT
 from tarflowlm.runs.hub import released
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def script(path: str):
+    """A file beside the package as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def build(target: str, project: Path, out: Path) -> Path:
@@ -99,8 +111,80 @@ def test_the_citation_names_the_software_and_the_paper():
     )
     assert citation["cff-version"] == "1.2.0"
     assert citation["authors"] == PROJECT["authors"]
+    assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"]
     assert citation["repository-code"] == PROJECT["urls"]["Homepage"]
     (paper,) = citation["references"]
     assert paper["url"].endswith("/2507.00425")
     assert len(paper["authors"]) == 9
+
+
+def test_the_page_on_the_index_has_no_relative_links():
+    pytest.importorskip("hatchling")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = script("hatch_build.py").with_absolute_links(readme, "https://x.org/a/b", "v1.2.3")
+    assert "](https://x.org/a/b/raw/v1.2.3/docs/passes.png)" in page
+    assert "](https://x.org/a/b/blob/v1.2.3/docs/math.md)" in page
+    targets = re.findall(r"\]\(([^)]+)\)", page)
+    assert all(target.startswith(("https://", "#")) for target in targets)
+
+
+@pytest.fixture
+def release(tmp_path):
+    """The script of a release, and a project of version 1.2.3 that agrees with itself."""
+    texts = {
+        "pyproject.toml": '[project]\nversion = "1.2.3"\n',
+        "CITATION.cff": "cff-version: 1.2.0\nversion: 1.2.3\ndate-released: 2030-01-02\n",
+        "CHANGELOG.md": "# Changelog\n\n## [Unreleased]\n\n- later\n\n"
+        "## [1.2.3] - 2030-01-02\n\n- a change\n\n## [1.2.2] - 2029-01-02\n\n- earlier\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return script(".ci/release.py"), tmp_path
+
+
+def test_a_release_has_the_notes_of_its_version(release):
+    module, root = release
+    assert module.notes("v1.2.3", root) == "- a change\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("pyproject.toml", "1.2.3", "1.2.4"),
+        ("CITATION.cff", "version: 1.2.3", "version: 1.2.2"),
+        ("CITATION.cff", "2030-01-02", "2030-01-03"),
+        ("CHANGELOG.md", "## [1.2.3]", "## [1.2.4]"),
+    ],
+)
+def test_a_release_that_disagrees_with_itself_is_refused(release, file, old, new):
+    module, root = release
+    text = (root / file).read_text(encoding="utf-8")
+    (root / file).write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"v1\.2\.3|1\.2\.3|2030"):
+        module.notes("v1.2.3", root)
+
+
+def test_the_environment_of_the_figures_is_one_that_the_package_allows():
+    lines = (ROOT / "constraints" / "figures.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = PROJECT["optional-dependencies"]
+    for needed in [*PROJECT["dependencies"], *extras["demo"], *extras["plots"], *extras["quality"]]:
+        requirement = Requirement(needed)
+        name = requirement.name.replace("_", "-")
+        assert Version(pins[name]) in requirement.specifier, needed
+
+
+def test_workflows_and_forms_are_read():
+    """They are YAML, call scripts that exist, and a new push ends the runs of the one before."""
+    yaml = pytest.importorskip("yaml")
+    for path in (ROOT / ".github").rglob("*.yml"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.parent.name != "workflows":
+            continue
+        assert "group" in content["concurrency"], path
+        assert content["permissions"] == {"contents": "read"}, path
+        steps = [step for job in content["jobs"].values() for step in job["steps"]]
+        commands = "\n".join(step.get("run", "") for step in steps)
+        for called in re.findall(r"\.ci/[\w.]+", commands):
+            assert (ROOT / called).is_file(), called
