@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +33,27 @@ from tarflowlm.model_config import TransformerConfig
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step
 
-Reads = Literal["noise", "tokens", "key"]
-"""u_<t alone; also the tokens of z_<t; also, at the own position, w(z_<t)."""
+Reads = Literal["noise", "text", "key"]
+"""u_<t alone; also the tokens of z_<t, and the features that block 1 has of them; also, at the own
+position, w(z_<t) and the cells.
+"""
 Maps = Literal["mix1", "cells", "redo"]
 """Mix-1; Mix-1 whose components stand in the cells of channel 1; R_w' after the inverse of R_w."""
 BASELINE_CHANNELS = 16
 HIDDEN = 64
 ROWS = 16
 """Windows that are evaluated at once."""
+
+
+class Known(NamedTuple):
+    """What block 1 makes of texts."""
+
+    tokens: Int[Tensor, "B T"]
+    z: Float[Tensor, "B T d"]
+    features: Float[Tensor, "B T D"]
+    """c_t, a function of z_<t."""
+    log_w: Float[Tensor, "B T V"]
+    """log w(z_<t)."""
 
 
 class Below(nn.Module):
@@ -64,16 +77,19 @@ class Below(nn.Module):
         return self.codebook.mean.shape[1]
 
     @torch.no_grad()
-    def forward(
-        self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
-    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T V"]]:
-        """Latents z, and log w(z_<t) of every position."""
+    def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> "Known":
         z = self.codebook.encode(tokens, noise)
         if isinstance(self.model, TokenLM):
-            return z, self.model.logits(tokens).log_softmax(-1)
+            features = self.model.states(tokens[:, :-1])
+            return Known(tokens, z, features, self.model.head(features).log_softmax(-1))
         block = as_flow(self.model).prior.block(0)
         assert isinstance(block.coupling, MixDCoupling), "block 1 must be tied Mix-d"
-        return z, block.coupling.weight_head(block.features(z)).log_softmax(-1)
+        features = block.features(z)
+        return Known(tokens, z, features, block.coupling.weight_head(features).log_softmax(-1))
+
+    @property
+    def width(self) -> int:
+        return self.model.config.trunk.width
 
     def noise(
         self, z: Float[Tensor, "*rows d"], log_w: Float[Tensor, "*rows V"]
@@ -109,6 +125,7 @@ class Upper(nn.Module):
         width = trunk.width
         self.input = InputMap(channels, width)
         self.embedding = nn.Embedding(V, width)
+        self.skip = nn.Linear(below.width, width)
         self.start = nn.Parameter(torch.randn(width))
         self.transformer = Transformer(trunk, layers)
         self.key = nn.Sequential(
@@ -132,14 +149,16 @@ class Upper(nn.Module):
 
     order: Tensor
 
-    def features(
-        self, u: Float[Tensor, "B T d"], tokens: Int[Tensor, "B T"], log_w: Float[Tensor, "B T V"]
-    ) -> Float[Tensor, "B T D"]:
+    def features(self, u: Float[Tensor, "B T d"], known: Known) -> Float[Tensor, "B T D"]:
         """c_t of every position."""
         x = self.input(u[:, :-1])
         if self.reads != "noise":
-            x = x + self.embedding(tokens[:, :-1])
-        c = self.transformer(torch.cat((self.start.expand(len(u), 1, -1), x), dim=1))
+            x = x + self.embedding(known.tokens[:, :-1])
+        x = torch.cat((self.start.expand(len(u), 1, -1), x), dim=1)
+        if self.reads != "noise":
+            x = x + self.skip(known.features)
+        c = self.transformer(x)
+        log_w = known.log_w
         if self.reads == "key":
             key = torch.cat((log_w.clamp(min=-20.0), self.edges(log_w)), dim=-1)
             c = c + self.key(key)
@@ -154,11 +173,12 @@ class Upper(nn.Module):
         self, below: Below, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
     ) -> Float[Tensor, "B T"]:
         """log p(z_t | z_<t) under both blocks, in nats."""
-        z, log_w = below(tokens, noise)
-        u, log_det = below.noise(z, log_w)
-        c = self.features(u, tokens, log_w)
+        known = below(tokens, noise)
+        log_w = known.log_w
+        u, log_det = below.noise(known.z, log_w)
+        c = self.features(u, known)
         if self.maps == "redo":
-            return below.log_prob(z, (log_w + self.weights(c)).log_softmax(-1))
+            return below.log_prob(known.z, (log_w + self.weights(c)).log_softmax(-1))
         if self.maps == "cells":
             return log_det + self._in_cells(u, log_w, c)
         return log_det + self.mix1.log_prob(u, c)
@@ -209,9 +229,9 @@ def evaluate(below: Below, upper: Upper, windows: Int[Tensor, "N T"]) -> Boosted
     both = list[Tensor]()
     for tokens in windows.split(ROWS):
         noise = torch.randn(*tokens.shape, below.channels, generator=generator)
-        z, log_w = below(tokens, noise)
-        normaliser = below.codebook.log_normaliser(z)
-        alone.append((normaliser - below.log_prob(z, log_w)).mean(-1))
+        known = below(tokens, noise)
+        normaliser = below.codebook.log_normaliser(known.z)
+        alone.append((normaliser - below.log_prob(known.z, known.log_w)).mean(-1))
         both.append((normaliser - upper.log_prob(below, tokens, noise)).mean(-1))
     nats = math.log(2)
     return Boosted(torch.cat(alone) / nats, torch.cat(both) / nats)

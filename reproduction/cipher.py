@@ -40,20 +40,20 @@ NAMES = {
 UPPERS = {
     SHALLOW: (
         Kind("mix1", "noise"),
-        Kind("mix1", "tokens"),
+        Kind("mix1", "text"),
         Kind("mix1", "key"),
         Kind("redo", "noise"),
-        Kind("redo", "tokens"),
+        Kind("redo", "text"),
     ),
-    TWO_CHANNELS: (Kind("mix1", "key"), Kind("redo", "tokens")),
+    TWO_CHANNELS: (Kind("mix1", "key"), Kind("redo", "text")),
     ONE_CHANNEL: (
         Kind("mix1", "noise"),
         Kind("mix1", "key"),
         Kind("cells", "noise"),
-        Kind("cells", "tokens"),
-        Kind("redo", "tokens"),
+        Kind("cells", "text"),
+        Kind("redo", "text"),
     ),
-    SHALLOW_AR: (Kind("redo", "tokens"),),
+    SHALLOW_AR: (Kind("redo", "text"),),
 }
 """The second blocks on every model."""
 MISSING = {SHALLOW: DEEP, ONE_CHANNEL: DEEP, TWO_CHANNELS: DEEP, SHALLOW_AR: DEEP_AR}
