@@ -103,21 +103,34 @@ def plan_shares(settings: Settings) -> list[Training]:
     The stack is trained progressively, jointly, and with codes that overlap. Block 1 alone has its
     layers, or all of the stack's. It sees as many tokens in each training.
     """
+    deep = deep_last(settings)
+    layers = [block.layers for block in as_flow_config(deep.model).blocks]
+    soft = variant(deep, "soft", separation=4.0)
+    soft = replace(soft, optim=replace(deep.optim, codebook_lr_scale=0.0))
+    found = {"progressive": deep, "joint": joint(deep), "progressive, codes 4 sigma apart": soft}
+    for count in (layers[0], sum(layers)):
+        label = f"block 1 alone, {count} {'layer' if count == 1 else 'layers'}"
+        found[label] = shallow(settings, count)
+    return trainings(settings, found)
+
+
+def deep_last(settings: Settings) -> RunConfig:
+    """Mix-d with the paper's shares of layers, most of them in the last block."""
     run = settings.preset("mixd", "text8")
     layers, K = ((1, 1, 4), 27) if settings.scale == "mini" else ((2, 2, 8), 64)
     blocks = stack(("mixd", "mix1", "mix1"), layers, (0, K, K))
     first = run.train.stage_steps[0]
     deep = variant(run, "deep-last", blocks=blocks, channel_mix=None)
     deep = replace(deep, train=replace(run.train, stage_steps=(first, first // 2, first // 2)))
-    deep = measures.shortened(settings, deep, 2 * HALF_STEPS)
-    soft = variant(deep, "soft", separation=4.0)
-    soft = replace(soft, optim=replace(run.optim, codebook_lr_scale=0.0))
-    found = {"progressive": deep, "joint": joint(deep), "progressive, codes 4 sigma apart": soft}
-    for count in (layers[0], sum(layers)):
-        one = replace(with_blocks(deep, 1), name=run.name)
-        one = variant(one, f"one-l{count}", blocks=(replace(blocks[0], layers=count),))
-        found[f"block 1 alone, {count} {'layer' if count == 1 else 'layers'}"] = one
-    return trainings(settings, found)
+    return measures.shortened(settings, deep, 2 * HALF_STEPS)
+
+
+def shallow(settings: Settings, layers: int) -> RunConfig:
+    """Block 1 of `deep_last` alone, with this many layers, for as many steps."""
+    deep = deep_last(settings)
+    block = as_flow_config(deep.model).blocks[0]
+    one = replace(with_blocks(deep, 1), name=settings.preset("mixd", "text8").name)
+    return variant(one, f"one-l{layers}", blocks=(replace(block, layers=layers),))
 
 
 def measure_shares(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:

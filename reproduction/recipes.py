@@ -1,6 +1,8 @@
 """Every recipe by its name."""
 
 from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE, SHARES
+from reproduction.cipher import CIPHER
+from reproduction.directions import DIRECTIONS
 from reproduction.geometry import FIG7
 from reproduction.lengths import LENGTHS_RECIPE
 from reproduction.passes import FIG6, FRONTIER
@@ -25,6 +27,8 @@ RECIPES: dict[str, Recipe] = {
         PATCH_SIZES,
         IN_PATCH,
         SHARES,
+        CIPHER,
+        DIRECTIONS,
     )
 }
 """In the order in which `all` runs them."""

@@ -116,13 +116,14 @@ def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row
     num = MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES
     rows: list[Row] = []
     for done in models:
-        found = done.measured("quality", partial(_quality, done, judge, num))
+        found = done.measured("quality", partial(quality_of, done, judge, num))
         rows.append(first_columns(done) | found["samples"] | _published(done.training.label))
     rows.append({"model": "real text", "seed": None} | found["text"] | _published("real text"))
     return [row | {"samples": found["how"]} for row in rows]
 
 
-def _quality(done: Finished, judge: Callable[[], Judge], num: int) -> dict[str, Any]:
+def quality_of(done: Finished, judge: Callable[[], Judge], num: int) -> dict[str, Any]:
+    """Quality of `num` samples of a model, of as much real text, and how they were made."""
     checkpoint = done.load()
     result = measure_quality(
         checkpoint.model,

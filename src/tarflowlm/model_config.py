@@ -179,8 +179,9 @@ class BlockConfig(Config):
     sees_channels: bool = True
     """Let the head of a channel see the channels before it; without, the past alone."""
     sees_tokens: bool = True
-    """Let it also see the channels of the other tokens of its patch; without, they are independent
-    given the past (the paper's figure 1b). For mixd: in_patch.
+    """Let it see those of all tokens of its patch; without, only those of its own group of d
+    channels, which is its token where channels are not mixed (the paper's figure 1b), and where
+    they are has channels of several tokens (figure 1c). For mixd: in_patch.
     """
     certainty: float = 0.0
     """For a tied mixd block below others: act only where a token has a weight above this

@@ -128,8 +128,8 @@ def earlier_channels(model, index: int, num_channels: int) -> Tensor:
     if model.config.blocks[index].coupling == "token-affine":
         lower &= ~same | torch.eye(num_channels, dtype=torch.bool)
     if not model.config.blocks[index].sees_tokens:
-        token = model.prior.block(index).order.channels // d
-        lower &= token[:, None] == token
+        # groups of d channels in the block's own order
+        lower &= same
     if not model.config.blocks[index].sees_channels:
         lower = torch.eye(num_channels, dtype=torch.bool)
     return lower

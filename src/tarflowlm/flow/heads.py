@@ -51,7 +51,7 @@ class HeadShape:
     noise: float = 0.1
     """Size of the outputs at the start, next to their biases."""
     tokens: Tensor | None = None
-    """The token [G] of every group, which then sees the groups of its own token alone."""
+    """The token [G] of every group, which then sees the groups of the same number alone."""
 
 
 class AutoregressiveHead(nn.Module):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.layers import Order
@@ -67,4 +69,5 @@ class BlockPlan:
             return shape
         if by_token:
             return replace(shape, autoregressive=False)
-        return replace(shape, tokens=self.order.channels // config.latent_dim)
+        # groups of d channels in the block's order, which are tokens unless channels are mixed
+        return replace(shape, tokens=torch.arange(self.channels) // config.latent_dim)

@@ -1,0 +1,171 @@
+"""Why blocks above a tied Mix-d block gain nothing, and a block that does."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from reproduction import measures
+from reproduction.ablations import HALF_STEPS, shallow
+from reproduction.boosting import Below, Maps, Reads, Upper, boost, evaluate
+from reproduction.lengths import lengthened
+from reproduction.measures import first_columns
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
+from reproduction.settings import Settings
+from tarflowlm.data import cached_corpus, eval_windows
+from tarflowlm.views.style import COLOURS, SMALL, Figure
+
+SHALLOW = "Mix-d, 1 layer"
+DEEP = "Mix-d, 6 layers"
+ONE_CHANNEL = "Mix-d, 1 layer, d = 1"
+TWO_CHANNELS = "Mix-d, 1 layer, d = 2"
+SHALLOW_AR = "AR, 1 layer"
+DEEP_AR = "AR, 6 layers"
+LAYERS = 5  # of block 2: with one below it as many as the deep models have
+VALID_WINDOWS = 256
+VALIDATIONS = 5
+
+
+class Kind(NamedTuple):
+    """A second block."""
+
+    maps: Maps
+    reads: Reads
+
+
+NAMES = {
+    "mix1": "Mix-1",
+    "cells": "Mix-1 in the cells",
+    "redo": "redone with new weights",
+}
+UPPERS = {
+    SHALLOW: (
+        Kind("mix1", "noise"),
+        Kind("mix1", "text"),
+        Kind("mix1", "key"),
+        Kind("redo", "noise"),
+        Kind("redo", "text"),
+    ),
+    TWO_CHANNELS: (Kind("mix1", "key"), Kind("redo", "text")),
+    ONE_CHANNEL: (
+        Kind("mix1", "noise"),
+        Kind("mix1", "key"),
+        Kind("cells", "noise"),
+        Kind("cells", "text"),
+        Kind("redo", "text"),
+    ),
+    SHALLOW_AR: (Kind("redo", "text"),),
+}
+"""The second blocks on every model."""
+MISSING = {SHALLOW: DEEP, ONE_CHANNEL: DEEP, TWO_CHANNELS: DEEP, SHALLOW_AR: DEEP_AR}
+"""The model with as many layers as both blocks, trained at once: what a block 2 could reach."""
+
+
+def plan_cipher(settings: Settings) -> list[Training]:
+    """Block 1 of one layer, with the channels of the preset, one and two; and the deep controls."""
+    one = shallow(settings, 1)
+    baseline = lengthened(settings.preset("ar", "text8"), HALF_STEPS / 2600, "1/2")
+    runs = {
+        SHALLOW: one,
+        DEEP: shallow(settings, 6),
+        ONE_CHANNEL: variant(one, "d1", latent_dim=1),
+        TWO_CHANNELS: variant(one, "d2", latent_dim=2),
+        SHALLOW_AR: variant(baseline, "l1", layers=1),
+        DEEP_AR: baseline,
+    }
+    return trainings(settings, runs)
+
+
+def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Every second block: what it gains on the test windows, and the share of what is missing."""
+    rows = []
+    reached = {_key(done, done.training.label): _bits(done) for done in finished}
+    for done in finished:
+        label = done.training.label
+        if label not in MISSING:
+            continue
+        missing = _bits(done) - reached[_key(done, MISSING[label])]
+        for kind in UPPERS[label]:
+            what = f"block 2: {kind.maps}, reads {kind.reads}"
+            found = done.measured(what, partial(_boosted, done, kind, settings.steps))
+            rows.append(
+                first_columns(done)
+                | {"block 2": NAMES[kind.maps], "reads": kind.reads}
+                | found
+                | {"missing": missing, "share": found["gain"] / missing}
+            )
+    return rows
+
+
+def _key(done: Finished, label: str) -> tuple[str, int]:
+    return label, done.training.run.seed
+
+
+def _bits(done: Finished) -> float:
+    bits: float = done.record.summary["test"]["bpc"]
+    return bits
+
+
+def _boosted(done: Finished, kind: Kind, steps: int | None) -> Row:
+    """Train a second block on the run's model; its bits on the run's test windows."""
+    checkpoint = done.load()
+    run = checkpoint.run
+    below = Below(checkpoint.model)
+    corpus = cached_corpus(run.data.source, checkpoint.tokenizer)
+    steps = steps or run.train.num_steps
+    upper = boost(
+        below,
+        lambda: Upper(below, run.model.trunk, layers=LAYERS, reads=kind.reads, maps=kind.maps),
+        corpus.split("train"),
+        eval_windows(corpus.split("valid"), run.model.context, VALID_WINDOWS),
+        optim=run.optim,
+        steps=steps,
+        batch=run.train.batch_size,
+        seed=run.seed,
+        every=max(1, steps // VALIDATIONS),
+        progress=done.progress,
+    )
+    windows = eval_windows(corpus.split("test"), run.model.context, measures.SHORT_WINDOWS)
+    found = evaluate(below, upper, windows)
+    gain, error = found.gain
+    return {
+        "bpc of block 1": found.below.mean().item(),
+        "bpc of both": found.above.mean().item(),
+        "gain": gain,
+        "gain ±": error,
+    }
+
+
+def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
+    """The share of the missing bits that every second block recovers, one dot per seed."""
+    axes = figure.subplots()
+    names = list(dict.fromkeys((row["model"], row["block 2"], row["reads"]) for row in rows))
+    for place, name in enumerate(reversed(names)):
+        own = [row for row in rows if (row["model"], row["block 2"], row["reads"]) == name]
+        errors = [2 * row["gain ±"] / abs(row["missing"]) for row in own]
+        places = [place + 0.15 * number for number in range(len(own))]
+        shares = [row["share"] for row in own]
+        axes.errorbar(shares, places, xerr=errors, fmt="o", color=COLOURS[0], capsize=2)
+    labels = [f"{model}: {block}, reads {reads}" for model, block, reads in reversed(names)]
+    axes.set_yticks(range(len(names)), labels, fontsize=SMALL)
+    axes.axvline(0.0, color="gray", linewidth=0.8)
+    axes.set(xlabel="share of the missing bits that block 2 recovers")
+
+
+CIPHER = Recipe(
+    name="cipher",
+    title="Why blocks above Mix-d gain nothing, and one that does",
+    claim=(
+        "Progressive training adds blocks that refine. Above a tied Mix-d block of one layer, a "
+        "block 2 of five could recover what six layers have more than one. It does not where it "
+        "reads noise: u_t is uniform in a cell that depends on w(z_<t), which noise alone does not "
+        "tell. What must it read, and how must it map? (Block 1 is frozen, block 2 runs left to "
+        "right; *missing* is what the model of six layers has less, bits per character. redone: "
+        "u' = R_w'(R_w^-1(u)), w' = softmax(log w + delta).)"
+    ),
+    plan=plan_cipher,
+    measure=measure_cipher,
+    draw=draw_cipher,
+    size=(8.0, 5.0),
+    seeds=2,
+    clear=(ONE_CHANNEL, TWO_CHANNELS),
+)

@@ -1,0 +1,89 @@
+"""The paper's first claim: blocks of alternating direction give context from both sides."""
+
+from collections.abc import Sequence
+
+from reproduction import measures
+from reproduction.ablations import HALF_STEPS
+from reproduction.lengths import lengthened
+from reproduction.measures import JUDGED
+from reproduction.passes import FILLING, LABELS, judged_passes
+from reproduction.plots import bits_error, plot_models
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
+from reproduction.settings import Settings
+from tarflowlm.config import RunConfig
+from tarflowlm.model_config import as_flow_config
+from tarflowlm.presets import preset
+from tarflowlm.views.style import Figure
+
+ALTERNATING, ONE_WAY = "alternating", "left to right"
+
+
+def plan_directions(settings: Settings) -> list[Training]:
+    """Stacks with every second block right to left, and with all blocks left to right."""
+    runs = {
+        LABELS[kind]: _shortened(settings, preset(f"mini-{kind}")) for kind in ("affine", "mix1")
+    }
+    runs[FILLING] = preset("mini-passes")
+    found = {}
+    for label, run in runs.items():
+        for alternate, directions in ((True, ALTERNATING), (False, ONE_WAY)):
+            is_given = as_flow_config(run.model).alternate == alternate
+            suffix = "both-ways" if alternate else "one-way"
+            found[f"{label}, {directions}"] = (
+                run if is_given else variant(run, suffix, alternate=alternate)
+            )
+    return trainings(settings, found) + measures.judge_training(settings)
+
+
+def _shortened(settings: Settings, run: RunConfig) -> RunConfig:
+    if settings.scale == "paper":
+        return run
+    return lengthened(run, HALF_STEPS / run.train.num_steps, "1/2")
+
+
+def measure_directions(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The bound, the nats that each block takes off, and the judge's bits of the final text."""
+    judge, models = measures.judge_of(settings, finished)
+    rows = []
+    for done in models:
+        *_, final = judged_passes(done, judge)
+        found = {JUDGED: final[JUDGED], "±": final["±"]}
+        rows.append(measures.summary_row(done) | found | measures.gains(done))
+    return rows
+
+
+def draw_directions(figure: Figure, rows: Sequence[Row]) -> None:
+    """What alternation takes off the bits of each model, with the error of the difference."""
+    pairs: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        label, _, directions = row["model"].rpartition(", ")
+        pairs.setdefault((label, row["seed"]), {})[directions] = row
+    gains = []
+    for (label, seed), pair in pairs.items():
+        one_way, both = pair[ONE_WAY], pair[ALTERNATING]
+        error = (bits_error(one_way) ** 2 + bits_error(both) ** 2) ** 0.5
+        gain = one_way["test bpc"] - both["test bpc"]
+        gains.append({"model": label, "seed": seed, "gain": gain, "gain ±": error})
+    plot_models(
+        figure,
+        gains,
+        column="gain",
+        error="gain ±",
+        label="bits per character that alternating directions take off",
+    )
+    figure.axes[0].axhline(0.0, color="gray", linewidth=0.8)
+
+
+DIRECTIONS = Recipe(
+    name="directions",
+    title="Alternating directions",
+    claim=(
+        "The paper: blocks of alternating direction give bi-directional context. Do they fit a "
+        "text better, or write a better one, than blocks that all run left to right? (Half of the "
+        "presets' steps for affine and Mix-1. The judge reads the samples of the whole stack.)"
+    ),
+    plan=plan_directions,
+    measure=measure_directions,
+    draw=draw_directions,
+    seeds=2,
+)
