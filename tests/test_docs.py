@@ -36,7 +36,7 @@ from tarflowlm.presets import PRESETS
 # the log records what was true at a date; its commands may be gone
 CURRENT = [document for document in DOCUMENTS if document != ROOT / "docs" / "log.md"]
 FIRST_HOUR = ROOT / "examples" / "first_hour.md"
-RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md", FIRST_HOUR]
+RUN = [ROOT / "README.md", ROOT / "docs" / "commands.md", ROOT / "docs" / "tour.md", FIRST_HOUR]
 """Documents whose commands are run, in their order; of the others only names and options are
 checked.
 """
