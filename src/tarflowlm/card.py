@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import indent
 
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
 from tarflowlm.runs.hub import CARD, read_card
@@ -22,32 +23,7 @@ Gaussian in a learned codebook, and a stack of autoregressive Transformer flows 
 vectors. Figures of its likelihood are upper bounds (<=)."""
 BASELINE = """A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is
 exact."""
-TEMPLATE = """{head}# {title}
-
-{what}
-
-```
-pip install 'tarflowlm[hub]'
-tarflowlm sample {reference} --num 2
-```
-
-```python
-model, tokenizer = tarflowlm.from_pretrained("{name}")
-```
-
-| | |
-| --- | --- |
-{facts}
-## Samples
-
-Not selected: `tarflowlm sample {reference} --num {num} --length {length} --seed 0 --device cpu`
-
-{samples}## Limits
-
-Samples are untrue, follow no instructions, and may repeat passages of the training text. Figures
-compare with those of other models only on the same text, with the same windows and per the same
-unit.
-"""
+TEMPLATE = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
 
 
 def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
@@ -120,7 +96,7 @@ def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterato
 
 
 def _result(test: Summary) -> str:
-    sign = "=" if test["bound"] == "exact" else "<="
+    sign = sign_of(test["bound"])
     bits = f"{sign} {test['bpc']:.4f} bits per character"
     nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
     if math.isfinite(test["stderr"]):  # one window alone has none

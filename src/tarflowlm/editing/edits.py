@@ -64,11 +64,6 @@ class WordSource(Source):
         """Number of edits."""
         return len(self.text.tokens)
 
-    def stage(self, blocks: int) -> None:
-        """Begin the progress of an edit that passes all positions through so many blocks."""
-        positions = self.text.tokens.shape[1] // self.model.config.patch
-        self.progress.stage("editing, positions", blocks * positions)
-
     def symbols(self, text: Encoded) -> list[bytes]:
         """The bytes of every token of a text."""
         tokens: list[int] = text.tokens[0, : text.length].tolist()
@@ -228,23 +223,6 @@ def take_words(
     return blend(source, second, spans, source.candidates(candidates, temperature))
 
 
-def interpolate_states(
-    source: WordSource,
-    *,
-    other: Encoded,
-    level: int,
-    weight: float = 0.5,
-    decoder: Decoder = "auto",
-) -> Edit:
-    """Interpolate the states `level` with those of another text [1, T] of the same length.
-
-    `weight` 0 gives the text, 1 the other one.
-    """
-    source.stage(level)
-    second = other.repeated(source.num)
-    return interpolate(source, second, level=level, weight=weight, decoder=decoder)
-
-
 def renoise_state(
     source: WordSource,
     *,
@@ -267,7 +245,7 @@ EDITS: dict[str, Callable[..., Edit]] = {
     "replace": replace_piece,
     "counterfactual": substitute_piece,
     "toward": take_words,
-    "interpolate": interpolate_states,
+    "interpolate": interpolate,
     "level": renoise_state,
 }
 """The edits by name. Each raises UserError for options out of range."""
