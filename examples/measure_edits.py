@@ -16,19 +16,16 @@ import torch
 
 import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
-from tarflowlm.editing import (
+from tarflowlm.editing.edits import num_words
+from tarflowlm.editing.rewriting import (
     Candidates,
-    Source,
+    Spaces,
     blend,
-    encode,
     informative_level,
-    interpolate,
-    renoise,
     rewrite,
     token_costs,
 )
-from tarflowlm.editing.edits import num_words
-from tarflowlm.editing.rewriting import Spaces
+from tarflowlm.editing.states import Source, encode, interpolate, renoise
 from tarflowlm.editing.words import blended_spans, merge_words, pick_words, words_of
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import log_importance_weights

@@ -1,8 +1,6 @@
 """Heads: from the features of a position to the parameters of its coupling.
 
-Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width,
-G groups of C / G channels, M hidden units per group, A embedding width per group, O outputs per
-group.
+Every group has M hidden units, A channels of its embedding, and O outputs.
 """
 
 from collections.abc import Generator

@@ -1,7 +1,7 @@
 """Causal Transformer, which maps vectors to features and knows nothing of flows, and its KV cache.
 
 `KVCache` runs it in few operations: their number sets the time of sampling with a small model.
-Shape legend: B batch, N (new) positions, D width, H heads, E = D / H head width.
+H heads have the width E = D / H; N counts new positions.
 """
 
 import math

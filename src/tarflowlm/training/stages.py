@@ -18,7 +18,7 @@ from tarflowlm.files import read_json, write_json
 from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, SUMMARY, write_run
 from tarflowlm.runs.weights import read_weights
-from tarflowlm.training.checkpoint import finite_weights, load_state, save, wait, write_weights
+from tarflowlm.training.checkpoint import finite_weights, load_state, save, submit_weights, wait
 from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
 from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.parallel import parallelise, whole_model
@@ -53,7 +53,7 @@ def resumed_state(job: Job, folder: Path) -> State:
     load_state(folder, state, job.processes, seed=(job.config.seed + 1_000_003 * step) % 2**62)
     state.sampler.load_state_dict(saved["sampler"])
     # weights may be damaged, or a kill came between the state and its weights
-    write_weights(job, state, job.out, finite_weights(job, state))
+    submit_weights(job, state, job.out, finite_weights(job, state))
     open_log(job, step=step, position=saved["metrics"])
     return state
 
@@ -145,7 +145,7 @@ def leave_stage(job: Job, state: State, end: Likelihood) -> None:
     if final:
         assign(trained(state.model), final)
         assign(state.copies.get("average", {}), final)
-        write_weights(job, state, job.out, finite_weights(job, state))
+        submit_weights(job, state, job.out, finite_weights(job, state))
     if counters.stage < job.config.num_stages:
         if job.is_sharded:
             state.model = whole_model(state.model)

@@ -232,7 +232,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
             mark = now
         if is_logged:
             write_line(job, state, lr)
-            checkpoint.check(job)
+            checkpoint.wait(job, until_done=False)
 
         # Save.
         if is_saved:

@@ -57,7 +57,7 @@ _STEPS_TOGETHER = 4
 """Steps of rows that go together: enough for 98 of 100 rows of a trained model."""
 PATIENCE = 12_000
 """Visits from which Mix-d rows give up once the general path promises to be faster."""
-_MOST_ROWS, _MOST_COMPONENTS = 128, 256
+MOST_ROWS, MOST_COMPONENTS = 128, 256
 """Sizes beyond which a handful of Mix-d rows is not even tried."""
 
 _quantile = NormalDist().inv_cdf
@@ -81,11 +81,6 @@ def _scales(std: list[float], dtype: torch.dtype) -> _Scales | None:
 
 
 # --- Mix-d
-
-
-def is_handful(rows: int, num_components: int) -> bool:
-    """True where this may be the fastest way."""
-    return rows <= _MOST_ROWS and num_components <= _MOST_COMPONENTS
 
 
 def rosenblatt_inverse(

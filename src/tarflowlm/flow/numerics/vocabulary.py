@@ -38,26 +38,24 @@ def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Ten
     float64; distances do not lose precision for small s. Errors: ValueError for shapes that do not
     fit; RuntimeError for second derivatives.
     """
+    general = partial(_log_prob, mean=mean, log_std=log_std)
     if log_w is not None:
         shape, flat, log_w = layout.flatten_vectors(z, log_w, mean, log_std)
-        weighted = partial(_weighted, mean=mean, log_std=log_std)
-        return _by_chunks(weighted, len(mean), flat, log_w).view(shape)
+        return _by_chunks(general, len(mean), flat, log_w).view(shape)
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
     pairs = near_components(flat, mean, log_std)
     if pairs is None:
-        unweighted = partial(_unweighted, mean=mean, log_std=log_std)
-        return _by_chunks(unweighted, len(mean), flat).view(z.shape[:-1])
+        return _by_chunks(general, len(mean), flat).view(z.shape[:-1])
     log_p, _ = pairs.log_sum(_log_densities(pairs, flat, mean, log_std))
     return log_p.to(z.dtype).view(z.shape[:-1])
 
 
-def _weighted(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    return log_sum(log_w + log_component_densities(z, mean, log_std)) - log_sum(log_w)
-
-
-def _unweighted(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    return log_sum(log_component_densities(z, mean, log_std))
+def _log_prob(z: Tensor, log_w: Tensor | None = None, *, mean: Tensor, log_std: Tensor) -> Tensor:
+    log_density = log_component_densities(z, mean, log_std)
+    if log_w is None:
+        return log_sum(log_density)
+    return log_sum(log_w + log_density) - log_sum(log_w)
 
 
 def mixture_log_prob_from_features(
