@@ -7,17 +7,7 @@ import numpy as np
 from tarflowlm.evaluation.blocks import StateReport
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.views.records import RunRecord, Series
-from tarflowlm.views.style import (
-    BLUE,
-    MUTED,
-    ORANGE,
-    PAPER,
-    SMALL,
-    Axes,
-    Figure,
-    literal,
-    log_scale,
-)
+from tarflowlm.views.style import COLOURS, MUTED, PAPER, SMALL, Axes, Figure, literal, log_scale
 from tarflowlm.views.tables import signed
 
 AXES = ("tokens", "seconds")
@@ -105,7 +95,7 @@ def draw_gains(figure: Figure, states: Sequence[StateReport], to_bpc: float) -> 
     """By how much every block lowers the bound: a bar for each, block 1 on top."""
     gains = [state.kl_gain.mean for state in states if state.kl_gain is not None]
     axes = figure.subplots()
-    colours = [BLUE if gain >= 0 else ORANGE for gain in gains]
+    colours = [COLOURS[0] if gain >= 0 else COLOURS[1] for gain in gains]
     axes.barh(range(len(gains)), gains, height=0.62, color=colours)
     axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
     axes.set_ylim(len(gains) - 0.4, -0.6)
@@ -133,7 +123,7 @@ def draw_codebook(
     axes.scatter(x[rest], y[rest], s=4, color=MUTED, alpha=0.5, linewidths=0, rasterized=True)
     for code in named[::-1]:  # the first of them on top
         place = (x[code], y[code])
-        axes.add_patch(Circle(place, std[code], color=BLUE, alpha=0.14, linewidth=0.8))
+        axes.add_patch(Circle(place, std[code], color=COLOURS[0], alpha=0.14, linewidth=0.8))
         axes.text(
             *place,
             literal(symbols[code].replace(" ", "␣")),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 else:
     Figure = Axes = object
 
-BLUE, ORANGE = "#0072b2", "#d55e00"
-"""By Okabe and Ito, as are those of figures.mplstyle."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""By Okabe and Ito, without yellow and black, which vanish on white or on dark."""
 MUTED = "#68707a"
 PAPER = "#fefefe"
 SMALL = 8.0
@@ -29,7 +29,7 @@ VARIABLES = {
     MUTED: "--muted",
     "#e3e6ea": "--grid",
     PAPER: "--paper",
-    BLUE: "--blue",
+    COLOURS[0]: "--blue",
 }
 """Colours that an SVG takes from its page, which has one set for light and one for dark."""
 
