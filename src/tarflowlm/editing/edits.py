@@ -107,7 +107,6 @@ def redraw_words(
         raise UserError("the text has no words: give some, or name pieces of it to rewrite")
     count = num_words(strength, places) if words is None else words
     spans = [merge_words(source.pick(count, pick), places) for _ in range(source.num)]
-    source.progress.stage("redrawing, pieces", sum(map(len, spans)))
     return rewrite(source, spans, source.candidates(candidates, temperature), spare=places)
 
 
@@ -129,7 +128,6 @@ def rewrite_pieces(
     spans = [find_piece(symbols, piece) for piece in pieces]
     if everywhere:
         spans = list({span for piece in pieces for span in find_words(symbols, piece)})
-    source.progress.stage("redrawing, pieces", len(spans) * source.num)
     return rewrite(source, [sorted(spans)] * source.num, source.candidates(candidates, temperature))
 
 
@@ -161,7 +159,6 @@ def replace_piece(
     # at either end of the text nothing says that a word begins or ends there
     inner = [word for word in words if 0 < word[0] < word[1] < len(changed)]
     spans = neighbours(inner, start, start + len(tokens), around)
-    source.progress.stage("redrawing, pieces", len(spans) * source.num)
     # the old token at every place of the new text
     aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
     return rewrite(

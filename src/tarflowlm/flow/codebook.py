@@ -73,7 +73,7 @@ class Codebook(nn.Module):
         if mean is None:
             mean = spread_means(vocab_size, dim)
             log_std = math.log(typical_neighbour_distance(mean) / separation)
-        self.mean = nn.Parameter(mean.to(torch.get_default_dtype()))
+        self.mean = nn.Parameter(mean)
         self.log_std = nn.Parameter(torch.full((vocab_size,), log_std))
 
     @property

@@ -98,7 +98,10 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
         if isinstance(config, FlowConfig):
-            model: LanguageModel = TarFlowLM(config, means=tensors.get("codebook.mean"))
+            means = tensors.get("codebook.mean", torch.empty(0))
+            fits = means.shape == (config.vocab_size, config.latent_dim)
+            given = means.float().clone() if fits else None
+            model: LanguageModel = TarFlowLM(config, means=given)
         else:
             model = config.build()
     try:
