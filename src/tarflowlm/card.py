@@ -32,7 +32,15 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     `origin` is the folder that it was made from; a README.md there is kept. `name` is its
     OWNER/NAME or the name of its folder.
     """
-    head = _head(checkpoint, licence)
+    # metadata in YAML, of which JSON values are a part
+    values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
+    if licence:
+        values["license"] = licence
+    values["tags"] = ["tarflowlm"]
+    if not checkpoint.model.is_exact:
+        values["tags"] = ["tarflowlm", "normalizing-flows"]
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+    head = f"---\n{lines}---\n\n"
     written = read_card(origin)
     if written.startswith("---\n"):
         if licence is not None:
@@ -53,18 +61,6 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
         length=length,
         samples=_samples(checkpoint, length),
     )
-
-
-def _head(checkpoint: Checkpoint, licence: str | None) -> str:
-    """Metadata in YAML, of which JSON values are a part."""
-    values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
-    if licence:
-        values["license"] = licence
-    values["tags"] = ["tarflowlm"]
-    if not checkpoint.model.is_exact:
-        values["tags"] = ["tarflowlm", "normalizing-flows"]
-    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
-    return f"---\n{lines}---\n\n"
 
 
 def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterator[tuple[str, str]]:

@@ -223,7 +223,12 @@ def train_stage(job: Job, state: State) -> Likelihood:
             counters.stage_is_over or counters.step % train.evaluate_every == 0
         )
         is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
-        is_saved = pace.save_is_due(train, counters, clock) or why is not None
+        is_saved = (
+            why is not None
+            or counters.stage_is_over
+            or counters.step % train.checkpoint_every == 0
+            or (train.minutes > 0 and clock() - counters.total > pace.SAVE_SECONDS)
+        )
         if is_logged or is_saved:
             read(state, unread)
             now = time.perf_counter()
