@@ -48,11 +48,6 @@ def clamp_(a: Tensor) -> Tensor:
     return a.clamp_(-LARGEST[a.dtype], LARGEST[a.dtype])
 
 
-def standard_normal_density(a: Tensor) -> Tensor:
-    """N(a; 0, 1), elementwise."""
-    return (a * a).mul_(-0.5).exp_().mul_(INV_SQRT_2PI)
-
-
 def upper_tail(a: Tensor) -> Tensor:
     """Q(a), elementwise; its relative precision is kept until it underflows."""
     return torch.erfc(a * SQRT_HALF).mul_(0.5)
