@@ -47,7 +47,6 @@ class Row:
 
 
 def run(args: Args) -> None:
-
     rows = [_row(name, path) for name, path in _find(args.directories).items()]
     broken = [row for row in rows if row.source is None]
     # bits per character compare within a text only
