@@ -16,22 +16,19 @@ import torch
 
 import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
-from tarflowlm.editing import (
+from tarflowlm.editing.edits import num_words
+from tarflowlm.editing.rewriting import (
     Candidates,
-    Source,
+    Spaces,
     blend,
-    bound,
-    encode,
     informative_level,
-    interpolate,
-    renoise,
     rewrite,
     token_costs,
 )
-from tarflowlm.editing.edits import num_words
-from tarflowlm.editing.rewriting import Spaces
+from tarflowlm.editing.states import Source, encode, interpolate, renoise
 from tarflowlm.editing.words import blended_spans, merge_words, pick_words, words_of
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.objective import log_importance_weights
 
 TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7
 
@@ -162,8 +159,10 @@ def mask(rows: Sequence) -> torch.Tensor:
     return found
 
 
+@torch.no_grad()
 def bits(model: LanguageModel, tokens: torch.Tensor) -> float:
-    nats = bound(model, tokens, generator(3)).sum().item()
+    log_p = log_importance_weights(model, tokens, samples=8, generator=generator(3)).mean(0)
+    nats = -log_p.sum().item()
     return nats / tokens.numel() / 0.6931471805599453
 
 

@@ -17,9 +17,9 @@ from reproduction.recipe import (
     variant,
     without,
 )
-from reproduction.settings import Settings
+from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
-from tarflowlm.model_config import FlowConfig, as_flow_config, stack
+from tarflowlm.model_config import FlowConfig, stack
 from tarflowlm.presets import with_blocks
 
 BASE, CHANNELWISE, JOINT = "base", "+ channel-wise", "+ Mix-d"

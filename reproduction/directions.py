@@ -9,9 +9,8 @@ from reproduction.measures import JUDGED
 from reproduction.passes import FILLING, LABELS, judged_passes
 from reproduction.plots import bits_error, plot_models
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
-from reproduction.settings import Settings
+from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
-from tarflowlm.model_config import as_flow_config
 from tarflowlm.presets import preset
 from tarflowlm.views.style import Figure
 

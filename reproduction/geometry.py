@@ -13,9 +13,9 @@ from reproduction import measures
 from reproduction.recipe import Finished, Recipe, Row, Training, no_table, trainings
 from reproduction.results import markdown_table
 from reproduction.running import GPT2_SIZE
-from reproduction.settings import Settings
+from reproduction.settings import Settings, as_flow_config
 from tarflowlm.evaluation.blocks import Spread, state_metrics
-from tarflowlm.model_config import FlowConfig, TransformerConfig, as_flow_config
+from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.presets import preset
 from tarflowlm.views.style import SMALL, Figure, log_scale
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reproduction.judges import PAPER_JUDGES, Judge, load_judge
 from reproduction.recipe import RUN_DETAILS, Finished, Row, Training, without
-from reproduction.settings import Settings
+from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
@@ -17,7 +17,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate, sign_of
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
-from tarflowlm.model_config import FlowConfig, as_flow_config
+from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.records import RunRecord, read_record

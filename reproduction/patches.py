@@ -12,10 +12,9 @@ from reproduction.ablations import HALF_STEPS
 from reproduction.judges import Judge
 from reproduction.plots import plot_over
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
-from reproduction.settings import Settings
+from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
-from tarflowlm.model_config import as_flow_config
 from tarflowlm.presets import preset
 from tarflowlm.views.style import Figure, log_scale
 

@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 import torch
 
 from reproduction.records import Record, Records
-from reproduction.settings import Settings
+from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
 from tarflowlm.errors import UserError
-from tarflowlm.model_config import as_flow_config
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from tarflowlm.views.style import Figure

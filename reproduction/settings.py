@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from tarflowlm.cli.options import Count, Device, arg
 from tarflowlm.config import Precision, RunConfig
+from tarflowlm.model_config import FlowConfig, LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 
 Scale = Literal["mini", "paper"]
@@ -46,3 +47,9 @@ class Settings:
         if self.precision is not None:
             run = replace(run, train=replace(run.train, precision=self.precision))
         return run if self.steps is None else with_steps(run, self.steps)
+
+
+def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
+    """`config`, narrowed to FlowConfig; AssertionError for another configuration."""
+    assert isinstance(config, FlowConfig), config
+    return config

@@ -19,7 +19,8 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
-from tarflowlm.runs.checkpoint import save_weights, write_run
+from tarflowlm.runs.checkpoint import WEIGHTS, write_run
+from tarflowlm.runs.weights import write_weights
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -128,8 +129,10 @@ def save_run(
     write_run(
         folder, RunConfig(name="mini-mixd", model=model.config, train=train, data=data), tokenizer
     )
-    save_weights(
-        folder, model.float().state_dict(), {"blocks": str(getattr(model, "num_blocks", 0))} | info
+    write_weights(
+        folder / WEIGHTS,
+        model.float().state_dict(),
+        {"blocks": str(getattr(model, "num_blocks", 0))} | info,
     )
     return folder
 

@@ -16,8 +16,8 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
-from tarflowlm.runs.checkpoint import load_checkpoint, read_summary, save_weights, write_run
-from tarflowlm.runs.weights import is_whole, write_manifest
+from tarflowlm.runs.checkpoint import WEIGHTS, load_checkpoint, read_summary, write_run
+from tarflowlm.runs.weights import is_whole, write_manifest, write_weights
 
 CONFIGS = {
     "flow": FLOW,
@@ -44,7 +44,7 @@ def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int
             parameter += 0.1 * torch.randn_like(parameter)
     out.mkdir(exist_ok=True)
     write_run(out, run, tokenizer)
-    save_weights(out, model.state_dict(), INFO | {"blocks": str(model.num_blocks)})
+    write_weights(out / WEIGHTS, model.state_dict(), INFO | {"blocks": str(model.num_blocks)})
     return model
 
 

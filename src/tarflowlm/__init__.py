@@ -20,50 +20,11 @@ tarflowlm.coupling
 
 import importlib as _importlib
 import importlib.util as _util
-import typing as _typing
+import pathlib as _pathlib
+import re as _re
 
-if _typing.TYPE_CHECKING:
-    from tarflowlm.baseline import TokenLM as TokenLM
-    from tarflowlm.config import RunConfig as RunConfig
-    from tarflowlm.errors import UserError as UserError
-    from tarflowlm.evaluation.likelihood import evaluate as evaluate
-    from tarflowlm.evaluation.scores import Scores as Scores
-    from tarflowlm.evaluation.scores import score as score
-    from tarflowlm.generation.generate import generate as generate
-    from tarflowlm.model import TarFlowLM as TarFlowLM
-    from tarflowlm.model_config import BaselineConfig as BaselineConfig
-    from tarflowlm.model_config import FlowConfig as FlowConfig
-    from tarflowlm.model_config import coupling as coupling
-    from tarflowlm.objective import elbo as elbo
-    from tarflowlm.objective import importance_weighted_bound as importance_weighted_bound
-    from tarflowlm.presets import preset as preset
-    from tarflowlm.pretrained import Pretrained as Pretrained
-    from tarflowlm.pretrained import from_pretrained as from_pretrained
-    from tarflowlm.pretrained import load as load
-    from tarflowlm.pretrained import resume as resume
-    from tarflowlm.pretrained import train as train
-
-_MODULES = {
-    "BaselineConfig": "model_config",
-    "FlowConfig": "model_config",
-    "Pretrained": "pretrained",
-    "RunConfig": "config",
-    "Scores": "evaluation.scores",
-    "TarFlowLM": "model",
-    "TokenLM": "baseline",
-    "UserError": "errors",
-    "coupling": "model_config",
-    "elbo": "objective",
-    "evaluate": "evaluation.likelihood",
-    "from_pretrained": "pretrained",
-    "generate": "generation",
-    "importance_weighted_bound": "objective",
-    "load": "pretrained",
-    "preset": "presets",
-    "resume": "pretrained",
-    "score": "evaluation.scores",
-    "train": "pretrained",
-}
+_STUB = _pathlib.Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_MODULES = {name: module for module, name in _re.findall(r"from (\S+) import (\w+)", _STUB)}
 """The module of every public name, imported on first use.
 
 PyTorch reads some environment variables at import, and the command line has to set them first.
@@ -80,7 +41,7 @@ def __getattr__(name: str) -> object:
         except _metadata.PackageNotFoundError:
             return "unknown"
     if name in _MODULES:
-        value: object = getattr(_importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        value: object = getattr(_importlib.import_module(_MODULES[name]), name)
         globals()[name] = value  # so that later uses skip this function
         return value
     if not name.startswith("_") and _util.find_spec(f"{__name__}.{name}") is not None:

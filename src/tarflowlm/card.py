@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import indent
 
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
 from tarflowlm.runs.hub import CARD, read_card
@@ -22,32 +23,7 @@ Gaussian in a learned codebook, and a stack of autoregressive Transformer flows 
 vectors. Figures of its likelihood are upper bounds (<=)."""
 BASELINE = """A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is
 exact."""
-TEMPLATE = """{head}# {title}
-
-{what}
-
-```
-pip install 'tarflowlm[hub]'
-tarflowlm sample {reference} --num 2
-```
-
-```python
-model, tokenizer = tarflowlm.from_pretrained("{name}")
-```
-
-| | |
-| --- | --- |
-{facts}
-## Samples
-
-Not selected: `tarflowlm sample {reference} --num {num} --length {length} --seed 0 --device cpu`
-
-{samples}## Limits
-
-Samples are untrue, follow no instructions, and may repeat passages of the training text. Figures
-compare with those of other models only on the same text, with the same windows and per the same
-unit.
-"""
+TEMPLATE = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
 
 
 def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
@@ -56,7 +32,15 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     `origin` is the folder that it was made from; a README.md there is kept. `name` is its
     OWNER/NAME or the name of its folder.
     """
-    head = _head(checkpoint, licence)
+    # metadata in YAML, of which JSON values are a part
+    values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
+    if licence:
+        values["license"] = licence
+    values["tags"] = ["tarflowlm"]
+    if not checkpoint.model.is_exact:
+        values["tags"] = ["tarflowlm", "normalizing-flows"]
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+    head = f"---\n{lines}---\n\n"
     written = read_card(origin)
     if written.startswith("---\n"):
         if licence is not None:
@@ -77,18 +61,6 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
         length=length,
         samples=_samples(checkpoint, length),
     )
-
-
-def _head(checkpoint: Checkpoint, licence: str | None) -> str:
-    """Metadata in YAML, of which JSON values are a part."""
-    values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
-    if licence:
-        values["license"] = licence
-    values["tags"] = ["tarflowlm"]
-    if not checkpoint.model.is_exact:
-        values["tags"] = ["tarflowlm", "normalizing-flows"]
-    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
-    return f"---\n{lines}---\n\n"
 
 
 def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterator[tuple[str, str]]:
@@ -120,7 +92,7 @@ def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterato
 
 
 def _result(test: Summary) -> str:
-    sign = "=" if test["bound"] == "exact" else "<="
+    sign = sign_of(test["bound"])
     bits = f"{sign} {test['bpc']:.4f} bits per character"
     nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
     if math.isfinite(test["stderr"]):  # one window alone has none

@@ -346,9 +346,3 @@ class FlowConfig(LanguageModelConfig):
 
     def describe(self, block: int) -> str:
         return f"block {block + 1} {self.blocks[block].coupling}"
-
-
-def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
-    """`config`, narrowed to FlowConfig; AssertionError for another configuration."""
-    assert isinstance(config, FlowConfig), config
-    return config

@@ -66,8 +66,15 @@ def _value(hint: Any, value: object, where: str) -> object:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        members = [member for member in arguments if member is not type(None)]
-        member = members[0] if len(members) == 1 else _family(members, value, where)
+        member, *others = [member for member in arguments if member is not type(None)]
+        if others:
+            # of several dataclasses the one of this family
+            by_family = {getattr(one, "family", None): one for one in (member, *others)}
+            family = value.get("family") if isinstance(value, dict) else None
+            if not isinstance(family, str) or family not in by_family:
+                known = ", ".join(map(repr, by_family))
+                raise UserError(f"{where}.family: {family!r} is not one of {known}")
+            member = by_family[family]
         return _value(member, value, where)
     if origin is typing.Literal:
         if value not in arguments:
@@ -86,13 +93,3 @@ def _value(hint: Any, value: object, where: str) -> object:
     if not isinstance(value, hint) or is_bool != (hint is bool):
         raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
     return value
-
-
-def _family(members: list[object], value: object, where: str) -> object:
-    """The one of several dataclasses that the `family` of a value names."""
-    by_family = {getattr(member, "family", None): member for member in members}
-    family = value.get("family") if isinstance(value, dict) else None
-    if not isinstance(family, str) or family not in by_family:
-        known = ", ".join(map(repr, by_family))
-        raise UserError(f"{where}.family: {family!r} is not one of {known}")
-    return by_family[family]

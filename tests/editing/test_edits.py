@@ -8,7 +8,8 @@ import torch
 from helpers import tiny_flow
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
-from tarflowlm.editing import EDITS, WordSource, encode, options_of
+from tarflowlm.editing.edits import EDITS, WordSource, options_of
+from tarflowlm.editing.states import encode
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
 

@@ -10,17 +10,18 @@ import torch
 
 import tarflowlm
 from helpers import tiny_flow
-from tarflowlm.editing import (
+from tarflowlm.editing.rewriting import (
     Candidates,
-    Source,
+    Spaces,
     blend,
-    encode,
     informative_level,
+    propose,
+    propose_state,
     redraw,
     rewrite,
     token_costs,
 )
-from tarflowlm.editing.rewriting import Spaces, propose, propose_state
+from tarflowlm.editing.states import Source, encode
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation import generate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_flow
-from tarflowlm.editing import Source, encode, interpolate, renoise, substitute
+from tarflowlm.editing.states import Source, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo

@@ -24,7 +24,8 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.presets import preset
-from tarflowlm.runs.checkpoint import save_weights, write_run
+from tarflowlm.runs.checkpoint import WEIGHTS, write_run
+from tarflowlm.runs.weights import write_weights
 from tarflowlm.views.records import read_record
 
 CONTEXT = 16
@@ -65,8 +66,10 @@ def untrained(settings: Settings, training: Training) -> Finished:
         directory.mkdir(parents=True)
         write_run(directory, run, CharTokenizer(TEXT8_ALPHABET))
         built = model.build()
-        save_weights(
-            directory, built.state_dict(), {"blocks": str(getattr(built, "num_blocks", 0))}
+        write_weights(
+            directory / WEIGHTS,
+            built.state_dict(),
+            {"blocks": str(getattr(built, "num_blocks", 0))},
         )
         exact = "exact" if run.model.family == "ar" else "elbo"
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}

@@ -8,6 +8,7 @@ import tyro
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
+from tarflowlm.terminal.bars import Bars, print_json, print_notice
 
 if TYPE_CHECKING:
     from tarflowlm import editing
@@ -94,7 +95,6 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.terminal.bars import Bars, print_json, print_notice
     from tarflowlm.terminal.texts import print_edits
 
     request = args.edit()

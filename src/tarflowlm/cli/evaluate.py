@@ -11,6 +11,8 @@ from tarflowlm.cli.options import arg
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.parts import WHOLE
+from tarflowlm.progress import Progress
+from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +21,7 @@ if TYPE_CHECKING:
     from tarflowlm.evaluation.blocks import StateReport
     from tarflowlm.evaluation.likelihood import Likelihood
     from tarflowlm.language_model import LanguageModel
-    from tarflowlm.progress import Progress
     from tarflowlm.runs.checkpoint import Checkpoint
-    from tarflowlm.terminal.bars import Bars
 
 Split = Literal["train", "valid", "test", "all"]
 
@@ -62,7 +62,6 @@ def run(args: Args) -> None:
     from tarflowlm.data import eval_windows
     from tarflowlm.evaluation.blocks import latent_report
     from tarflowlm.model import as_flow
-    from tarflowlm.terminal.bars import Bars, print_json
 
     checked_seed(args.seed)
     as_integer(args.samples, "samples", least=1)
@@ -97,7 +96,7 @@ def read_text(
     tokenizer: "Tokenizer",
     data: str | None,
     split: Split,
-    progress: "Progress",
+    progress: Progress,
 ) -> "tuple[str, TokenArray]":
     """The text to measure, `data` or the run's own, and the tokens of its split.
 
@@ -106,7 +105,6 @@ def read_text(
     from tarflowlm.data import FIELD, SOURCE_NAMES, cached_corpus, encode_text_source
     from tarflowlm.data.sources import HUB
     from tarflowlm.runs.checkpoint import corpus_digest
-    from tarflowlm.terminal.bars import print_notice
 
     source = checkpoint.run.data.source if data is None else data
     is_named = source in SOURCE_NAMES or source.startswith(HUB)
@@ -130,7 +128,7 @@ def _likelihood(
     tokenizer: "Tokenizer",
     tokens: "TokenArray",
     source: str,
-    bars: "Bars",
+    bars: Bars,
 ) -> "tuple[Likelihood | None, dict[str, object]]":
     """The likelihood of the text, and what --json says about how it was read.
 
@@ -140,7 +138,6 @@ def _likelihood(
 
     from tarflowlm.data import sliding_windows
     from tarflowlm.evaluation.likelihood import log_weights, summarise
-    from tarflowlm.terminal.bars import print_json, print_notice
 
     context = model.config.context
     patch = model.config.patch
@@ -210,8 +207,6 @@ def _merged(files: Sequence[Path], num_windows: int) -> "Tensor":
 
 
 def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object]) -> None:
-    from tarflowlm.terminal.bars import print_table
-
     spread = f" (standard error {found.stderr:.4f})" if found.windows > 1 else ""
     rows = [
         ("bits per character", f"{found.sign} {found.bpc:.4f}"),
@@ -235,8 +230,6 @@ def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object
 
 def _print_latents(states: "list[StateReport]") -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
-    from tarflowlm.terminal.bars import print_table
-
     geometry = ("norm", "cosine", "participation_ratio", "centroid_shift")
     shares = ("log_det", "kl", "kl_gain", "nelbo")
     for title, names in (

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.cli.options import Flag, PrintJson, arg, check
+from tarflowlm.terminal.bars import print_notice, print_result
 
 Exported = Annotated[
     tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a shipped model.")
@@ -30,7 +31,6 @@ class Args:
 def run(args: Args) -> None:
     from tarflowlm.causal_lm.checkpoint import save_causal_lm
     from tarflowlm.runs.checkpoint import export, load_checkpoint
-    from tarflowlm.terminal.bars import print_notice, print_result
 
     checkpoint = load_checkpoint(args.directory)
     if args.causal_lm:

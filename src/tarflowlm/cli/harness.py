@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tarflowlm.cli.export import Exported
 from tarflowlm.cli.options import Normalize, PrintJson, parse
 from tarflowlm.errors import UserError
+from tarflowlm.terminal.bars import print_json
 
 OURS = ("--model", "-M", "--model_args", "-a")
 """Options of lm-eval that name the model: `harness` fills them in."""
@@ -36,7 +37,6 @@ def read(argv: list[str]) -> tuple[Args, list[str]]:
 def run(given: tuple[Args, list[str]]) -> None:
     from tarflowlm.checks import as_integer, checked_seed
     from tarflowlm.harness.register import run_lm_eval
-    from tarflowlm.terminal.bars import print_json
 
     args, words = given
     for word in words:

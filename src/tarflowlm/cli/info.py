@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.cli.options import PrintJson, arg, load_checkpoint
+from tarflowlm.terminal.bars import counted, print_json, print_result, print_table
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,6 @@ class Description:
     def kind(self) -> str:
         """Its kind, its size and its likelihood, in half a line."""
         from tarflowlm.evaluation.likelihood import sign_of
-        from tarflowlm.terminal.bars import counted
 
         kind = f"flow of {counted(len(self.blocks), 'block')}"
         if self.family == "ar":
@@ -61,7 +61,6 @@ class Description:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.hub import DEFAULT, FOLDER, released
-    from tarflowlm.terminal.bars import print_json, print_result
 
     if args.directory is not None:
         found = describe(args.directory)
@@ -126,8 +125,6 @@ def _print(found: Description) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.text import Text
-
-    from tarflowlm.terminal.bars import counted, print_table
 
     layers = zip(found.blocks, found.layers, strict=True)
     blocks = [f"{block}: {counted(n, 'Transformer layer')}" for block, n in layers]

@@ -9,6 +9,7 @@ import tyro
 
 from tarflowlm.cli.export import Exported
 from tarflowlm.cli.options import Flag, Out, PrintJson, Text, arg, check, load_checkpoint
+from tarflowlm.terminal.bars import print_notice, print_result
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.sharing import add_space, checked_repository, push_folder, save_pretrained
-    from tarflowlm.terminal.bars import print_notice, print_result
 
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]

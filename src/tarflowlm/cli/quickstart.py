@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from tarflowlm.cli.options import Device, PrintJson, arg
 from tarflowlm.errors import UserError
 from tarflowlm.presets import preset
+from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
     from tarflowlm.data import Corpus
@@ -43,13 +44,6 @@ def run(args: Args) -> None:
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint
-    from tarflowlm.terminal.bars import (
-        Bars,
-        ProgressReporter,
-        print_json,
-        print_notice,
-        print_table,
-    )
     from tarflowlm.terminal.texts import print_samples, samples_to_json
     from tarflowlm.texts import Writing
     from tarflowlm.training.begin import is_begun

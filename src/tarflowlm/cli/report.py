@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.cli.options import Device, Out, PrintJson, arg
+from tarflowlm.terminal.bars import Bars, print_result
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.device import pick_device
-    from tarflowlm.terminal.bars import Bars, print_result
     from tarflowlm.views.report import write_report
 
     with Bars() as bars:

@@ -13,6 +13,7 @@ import tyro
 
 from tarflowlm.cli.options import PrintJson, arg
 from tarflowlm.errors import UserError, first_line
+from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ class Row:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.terminal.bars import print_json, print_notice
-
     rows = [_row(name, path) for name, path in _find(args.directories).items()]
     broken = [row for row in rows if row.source is None]
     # bits per character compare within a text only
@@ -129,7 +128,6 @@ def _ranked(rows: list[Row]) -> list[Row]:
 def _print(source: str, rows: Sequence[Row]) -> None:
     """A table about the runs on a text."""
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import print_table
 
     cells = []
     for row in rows:

@@ -7,6 +7,7 @@ import tyro
 
 from tarflowlm.cli.options import Count, Device, Flag, arg
 from tarflowlm.errors import UserError
+from tarflowlm.terminal.bars import print_notice
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.studio.catalogue import Catalogue
     from tarflowlm.studio.server import LOOPBACK, free_port, serving
-    from tarflowlm.terminal.bars import print_notice
     from tarflowlm.views.style import check_package
 
     check_package("gradio", "studio")

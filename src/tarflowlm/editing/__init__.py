@@ -1,43 +1,6 @@
 """Editing a text: draw some of its words anew given all others, or change its states."""
 
 from tarflowlm.editing.edits import EDITS, Pick, WordSource, common_length, options_of
-from tarflowlm.editing.rewriting import (
-    Candidates,
-    blend,
-    informative_level,
-    redraw,
-    rewrite,
-    token_costs,
-)
-from tarflowlm.editing.states import (
-    Edit,
-    Encoded,
-    Source,
-    bound,
-    encode,
-    interpolate,
-    renoise,
-    substitute,
-)
+from tarflowlm.editing.states import Edit, encode
 
-__all__ = [
-    "EDITS",
-    "Candidates",
-    "Edit",
-    "Encoded",
-    "Pick",
-    "Source",
-    "WordSource",
-    "blend",
-    "bound",
-    "common_length",
-    "encode",
-    "informative_level",
-    "interpolate",
-    "options_of",
-    "redraw",
-    "renoise",
-    "rewrite",
-    "substitute",
-    "token_costs",
-]
+__all__ = ["EDITS", "Edit", "Pick", "WordSource", "common_length", "encode", "options_of"]

@@ -64,11 +64,6 @@ class WordSource(Source):
         """Number of edits."""
         return len(self.text.tokens)
 
-    def stage(self, blocks: int) -> None:
-        """Begin the progress of an edit that passes all positions through so many blocks."""
-        positions = self.text.tokens.shape[1] // self.model.config.patch
-        self.progress.stage("editing, positions", blocks * positions)
-
     def symbols(self, text: Encoded) -> list[bytes]:
         """The bytes of every token of a text."""
         tokens: list[int] = text.tokens[0, : text.length].tolist()
@@ -112,7 +107,6 @@ def redraw_words(
         raise UserError("the text has no words: give some, or name pieces of it to rewrite")
     count = num_words(strength, places) if words is None else words
     spans = [merge_words(source.pick(count, pick), places) for _ in range(source.num)]
-    source.progress.stage("redrawing, pieces", sum(map(len, spans)))
     return rewrite(source, spans, source.candidates(candidates, temperature), spare=places)
 
 
@@ -134,7 +128,6 @@ def rewrite_pieces(
     spans = [find_piece(symbols, piece) for piece in pieces]
     if everywhere:
         spans = list({span for piece in pieces for span in find_words(symbols, piece)})
-    source.progress.stage("redrawing, pieces", len(spans) * source.num)
     return rewrite(source, [sorted(spans)] * source.num, source.candidates(candidates, temperature))
 
 
@@ -166,7 +159,6 @@ def replace_piece(
     # at either end of the text nothing says that a word begins or ends there
     inner = [word for word in words if 0 < word[0] < word[1] < len(changed)]
     spans = neighbours(inner, start, start + len(tokens), around)
-    source.progress.stage("redrawing, pieces", len(spans) * source.num)
     # the old token at every place of the new text
     aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
     return rewrite(
@@ -228,23 +220,6 @@ def take_words(
     return blend(source, second, spans, source.candidates(candidates, temperature))
 
 
-def interpolate_states(
-    source: WordSource,
-    *,
-    other: Encoded,
-    level: int,
-    weight: float = 0.5,
-    decoder: Decoder = "auto",
-) -> Edit:
-    """Interpolate the states `level` with those of another text [1, T] of the same length.
-
-    `weight` 0 gives the text, 1 the other one.
-    """
-    source.stage(level)
-    second = other.repeated(source.num)
-    return interpolate(source, second, level=level, weight=weight, decoder=decoder)
-
-
 def renoise_state(
     source: WordSource,
     *,
@@ -267,7 +242,7 @@ EDITS: dict[str, Callable[..., Edit]] = {
     "replace": replace_piece,
     "counterfactual": substitute_piece,
     "toward": take_words,
-    "interpolate": interpolate_states,
+    "interpolate": interpolate,
     "level": renoise_state,
 }
 """The edits by name. Each raises UserError for options out of range."""

@@ -207,6 +207,7 @@ def rewrite(
     spans are tried instead, but none at either end of the text. `before` are the texts to compare
     with, if not the same; `aligned` as in `compared`. The progress advances once per span.
     """
+    source.progress.stage("redrawing, pieces", sum(map(len, spans)))
     length = source.text.length
     rows = []
     for b, chosen in enumerate(spans):

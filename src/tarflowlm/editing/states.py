@@ -18,7 +18,6 @@ from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, invert_block, per_block
 from tarflowlm.generation.sampling import num_leading
-from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 
@@ -37,9 +36,9 @@ class Edit:
     changed: Tensor
     """Which of these are new, [B, T']."""
     bound_before: Tensor
-    """`bound` before the edit, [B], in nats."""
+    """The bound before the edit, [B], in nats: a mean over SAMPLES posterior samples."""
     bound: Tensor
-    """The same after the edit."""
+    """The same after the edit, with the same noise."""
     states: tuple[Tensor, ...]
     """States of the new text, from the edited one down to h^(0), each [B, T', d]."""
     pareto_k: tuple[float, ...] = ()
@@ -108,6 +107,11 @@ class Source:
     generator: Generator
     progress: Progress = SILENT
 
+    def stage(self, blocks: int) -> None:
+        """Begin the progress of an edit that passes all positions through so many blocks."""
+        positions = self.text.tokens.shape[1] // self.model.config.patch
+        self.progress.stage("editing, positions", blocks * positions)
+
 
 @torch.no_grad()
 def renoise(
@@ -139,11 +143,18 @@ def renoise(
 
 @torch.no_grad()
 def interpolate(
-    source: Source, second: Encoded, *, level: int, weight: float, decoder: Decoders = "steps"
+    source: Source,
+    other: Encoded,
+    *,
+    level: int,
+    weight: float = 0.5,
+    decoder: Decoders = "auto",
 ) -> Edit:
     """Interpolate the states l of two texts on a sphere (eq. 23), and invert blocks l, ..., 1.
 
         (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
+
+    `other` has the second text of every row, or one for all.
 
     theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0
     gives the first text, 1 the second, exactly; `Edit.before` is the first. UserError for other
@@ -151,7 +162,9 @@ def interpolate(
     """
     check_share(weight, "weight")
     first = source.text
+    second = other.repeated(len(first.tokens))
     check_lengths(first, second)
+    source.stage(level)
     a = _state(first, level)
     b = _state(second, level)
     anchor = second if weight == 1.0 else first
@@ -229,33 +242,27 @@ def compared(
     aligned = old if aligned is None else aligned.to(tokens.device)
     length = aligned.shape[-1]
     new = tokens[:, :length]
-    # of whole patches, padding included, with the same noise: equal texts have equal bounds
     seed = int(torch.randint(2**62, (), generator=source.generator, device=source.generator.device))
     return Edit(
         old,
         new,
         changed=new != aligned,
-        bound_before=bound(model, text.tokens, Generator().manual_seed(seed), same_noise=True),
-        bound=bound(model, tokens, Generator().manual_seed(seed), same_noise=True),
+        bound_before=_bound(model, text.tokens, seed),
+        bound=_bound(model, tokens, seed),
         states=tuple(h[:, :length] for h in states),
     )
 
 
 @torch.no_grad()
-def bound(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    generator: Generator,
-    *,
-    same_noise: bool = False,
-) -> Float[Tensor, " B"]:
-    """The bound of texts, [B], in nats: a mean over SAMPLES posterior samples, unless exact.
+def _bound(model: TarFlowLM, tokens: Int[Tensor, "B T"], seed: int) -> Float[Tensor, " B"]:
+    """The bound of texts of whole patches, in nats: a mean over SAMPLES posterior samples.
 
-    With `same_noise` all texts get the same samples of the noise.
+    All texts get the same noise, so that equal ones have equal bounds.
     """
+    generator = Generator().manual_seed(seed)
     draws = []
-    for _ in range(1 if model.is_exact else SAMPLES):
-        noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator)
+    for _ in range(SAMPLES):
+        noise = model.draw_noise(tokens[:1], generator)
         draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
     return torch.stack(draws).mean(0)
 

@@ -82,20 +82,13 @@ def _on_meta(config: Config) -> LanguageModel:
         return config.build().requires_grad_(False)
 
 
-def _addmm_in_place(
-    _out: torch.Size, left: torch.Size, right: torch.Size, **_options: object
-) -> int:
-    """Operations of the product that adds in place, which PyTorch's table lacks."""
-    return 2 * left[0] * left[1] * right[1]
-
-
 def _count(work: Callable[[], object]) -> int:
     """Operations of the matrix products in `work`; of attention by its definition, two products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_in_place}
-    )
+    # the product that adds in place, which PyTorch's table lacks
+    missing = {torch.ops.aten.addmm_: lambda _, a, b, **options: 2 * a[0] * a[1] * b[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=missing)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         work()
     return counter.get_total_flops()

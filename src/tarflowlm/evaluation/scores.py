@@ -108,7 +108,13 @@ def scores(
             rows = torch.stack([texts[index] for index in indices[some]])
             nats = _mean_nats(model, rows, draws, seed, progress)
             for index, of_text in zip(indices[some], nats, strict=True):
-                found[index] = _scores(model, of_text, length)
+                shares, beyond = bits(of_text).tensor_split([length], dim=1)
+                blocks = None
+                if not model.is_exact:
+                    # what fills the last patch of a flow counts with the last token
+                    shares[:, -1] += beyond.sum(1)
+                    blocks = shares[1:]
+                found[index] = Scores(shares[0], blocks)
     return [found[index] for index in range(len(texts))]
 
 
@@ -155,12 +161,3 @@ def _shares(
     states, by_position = flow.prior.states(z)
     log_dets = [log_det.repeat_interleave(patch, dim=1) / patch for log_det in by_position]
     return torch.stack([nats - log_standard_normal(states[-1]).sum(-1) - sum(log_dets), *log_dets])
-
-
-def _scores(model: LanguageModel, nats: Float[Tensor, "rows T"], num_tokens: int) -> Scores:
-    shares, beyond = bits(nats).tensor_split([num_tokens], dim=1)
-    if model.is_exact:
-        return Scores(bits=shares[0], blocks=None)
-    # what fills the last patch of a flow counts with the last token
-    shares[:, -1] += beyond.sum(1)
-    return Scores(bits=shares[0], blocks=shares[1:])

@@ -3,6 +3,9 @@
 Matrix products may run in half precision under autocast; densities never do. Couplings, codebook
 densities, log-determinants and inverses are float32 or wider (docs/math.md, section 8). The
 products in codebook densities cancel, so they are float64 where the device has it.
+
+Shape legend of this folder: B batch, T tokens, P tokens per patch, N = T / P positions, d channels
+per token, C = P d, D width, K components, G groups of C / G channels.
 """
 
 from collections.abc import Iterator

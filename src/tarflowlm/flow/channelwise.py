@@ -1,7 +1,6 @@
 """Couplings channel by channel, or group by group, with parameters from an autoregressive head.
 
-Inside a position the forward map is parallel, the inverse walks from group to group. Shape legend:
-as in `couplings`.
+Inside a position the forward map is parallel, the inverse walks from group to group.
 """
 
 from abc import abstractmethod

@@ -1,8 +1,5 @@
 """Couplings: invertible maps of one position, with parameters predicted from features of the
 earlier positions.
-
-Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width,
-K components, G groups of C / G channels.
 """
 
 from abc import abstractmethod

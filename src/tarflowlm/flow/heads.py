@@ -1,8 +1,6 @@
 """Heads: from the features of a position to the parameters of its coupling.
 
-Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width,
-G groups of C / G channels, M hidden units per group, A embedding width per group, O outputs per
-group.
+Every group has M hidden units, A channels of its embedding, and O outputs.
 """
 
 from collections.abc import Generator
@@ -130,19 +128,6 @@ class AutoregressiveHead(nn.Module):
         product = torch.cat((values, F.elu(values), F.elu(-values)), dim=-1) @ embed
         return F.gelu(product if bias is None else product + bias)
 
-    def _read_out(self, hidden: Tensor) -> list[Tensor]:
-        """[rows, G M] to one [G, rows, O] per output, at least float32, in one product."""
-        scaled = [w * scale for w, scale in zip(self.weights, self.scale, strict=True)]
-        active = F.gelu(hidden.view(-1, self.groups, self.hidden).transpose(0, 1))
-        parts = (active @ torch.cat(scaled, -1)).split([w.shape[-1] for w in scaled], -1)
-        outputs = [
-            widen(part) + bias[:, None] * scale
-            for part, bias, scale in zip(parts, self.biases, self.scale, strict=True)
-        ]
-        if self.log_std_last:
-            outputs[-1] = bounded_log_std(outputs[-1])
-        return outputs
-
     def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> list[Tensor]:
         """Parameters of all groups, each given the earlier groups of z: [G, B, N, O] each."""
         B, N, _ = z.shape
@@ -153,7 +138,17 @@ class AutoregressiveHead(nn.Module):
             embedded = self.embedded(values, self.embed, bias).transpose(0, 1).flatten(1)
             cross = self.masked_cross().reshape(self.groups * self.hidden, -1)
             hidden = torch.addmm(hidden, embedded, cross.T)
-        first, *rest = self._read_out(hidden)
+        # the outputs of all groups [G, rows, O], in one product
+        scaled = [w * scale for w, scale in zip(self.weights, self.scale, strict=True)]
+        active = F.gelu(hidden.view(-1, self.groups, self.hidden).transpose(0, 1))
+        parts = (active @ torch.cat(scaled, -1)).split([w.shape[-1] for w in scaled], -1)
+        outputs = [
+            widen(part) + bias[:, None] * scale
+            for part, bias, scale in zip(parts, self.biases, self.scale, strict=True)
+        ]
+        if self.log_std_last:
+            outputs[-1] = bounded_log_std(outputs[-1])
+        first, *rest = outputs
         evidence = self.masked_evidence()
         if self.shared is not None and evidence is not None:
             first = first + widen(self.shared(features)).view(1, B * N, -1)

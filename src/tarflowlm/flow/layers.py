@@ -1,7 +1,4 @@
-"""The two maps of a flow that only move latents to other places.
-
-Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d.
-"""
+"""The two maps of a flow that only move latents to other places."""
 
 import torch
 from jaxtyping import Float

@@ -1,7 +1,7 @@
 """The Mix-d coupling: per token a mixture over one shared codebook, with predicted weights.
 
 At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so weights are held
-for only some tokens at a time (`chunks.held`). Shape legend: as in `couplings`.
+for only some tokens at a time (`chunks.held`).
 """
 
 from itertools import repeat

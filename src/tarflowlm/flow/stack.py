@@ -1,8 +1,4 @@
-"""A flow block, and the prior: a stack of blocks of alternating direction over patches of tokens.
-
-Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d,
-D width.
-"""
+"""A flow block, and the prior: a stack of blocks of alternating direction over patches."""
 
 from collections.abc import Iterable
 

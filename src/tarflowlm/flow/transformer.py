@@ -1,7 +1,7 @@
 """Causal Transformer, which maps vectors to features and knows nothing of flows, and its KV cache.
 
 `KVCache` runs it in few operations: their number sets the time of sampling with a small model.
-Shape legend: B batch, N (new) positions, D width, H heads, E = D / H head width.
+H heads have the width E = D / H; N counts new positions.
 """
 
 import math
@@ -254,31 +254,24 @@ class KVCache:
         B, N, D = x.shape
         h = x.reshape(B * N, D)
         for layer, stored in zip(self.weights, self.stored, strict=True):
-            h = self._attend(h, layer, stored[:, :, :, :width], here, mask)
+            stored = stored[:, :, :, :width]
+            _, _, H, _, E = stored.shape
+            normal = F.layer_norm(h, (D,), layer.attention_norm)
+            qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
+            # queries and keys at once: normalised, then rotated as in `rotate_`
+            both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
+            swapped = both.roll(E // 2, -1)
+            torch.addcmul(both * self.cos[here], swapped, self.sin[here], out=qkv[:2])
+            stored[:, :, :, here] = qkv[1:].transpose(2, 3)
+            keys, values = stored.unbind(0)
+            y = F.scaled_dot_product_attention(
+                qkv[0].transpose(1, 2),
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None and N > 1,
+            )
+            h = torch.addmm(h, y.transpose(1, 2).reshape(B * N, D), layer.out)
             active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
             h = torch.addmm(h, active, layer.down)
         return F.layer_norm(h, (D,), self.norm).view(B, N, D)
-
-    def _attend(
-        self,
-        h: Tensor,
-        layer: LayerWeights,
-        stored: Tensor,
-        here: slice | Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """h + attention(norm(h)), [B N, D]; writes the keys and values of the positions `here`."""
-        _, B, H, _, E = stored.shape
-        N = len(h) // B
-        normal = F.layer_norm(h, h.shape[1:], layer.attention_norm)
-        qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
-        # queries and keys at once: normalised, then rotated as in `rotate_`
-        both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
-        torch.addcmul(both * self.cos[here], both.roll(E // 2, -1), self.sin[here], out=qkv[:2])
-        stored[:, :, :, here] = qkv[1:].transpose(2, 3)
-        keys, values = stored.unbind(0)
-        q = qkv[0].transpose(1, 2)
-        y = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=mask is None and N > 1
-        )
-        return torch.addmm(h, y.transpose(1, 2).reshape(B * N, H * E), layer.out)

@@ -56,11 +56,6 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     tokenizer.save(directory / TOKENIZER)
 
 
-def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
-    """Write a state dict to model.safetensors, and `info` into its header."""
-    write_weights(directory / WEIGHTS, weights, info)
-
-
 def read_run(directory: Path) -> RunConfig:
     """The configuration of a run directory. UserError where it is none, or damaged."""
     if not directory.is_dir():
@@ -163,7 +158,7 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
             weights[name] = weight.bfloat16()
     with new_folder(Path(out)) as folder:
         write_run(folder, replace(checkpoint.run, data=data), checkpoint.tokenizer)
-        save_weights(folder, weights, checkpoint.info)
+        write_weights(folder / WEIGHTS, weights, checkpoint.info)
         summary = read_summary(checkpoint.directory)
         if summary is not None:
             write_json(folder / SUMMARY, summary | {"source": data.source})

@@ -9,7 +9,6 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.generation import Evidence
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.terminal.bars import print_notice
 from tarflowlm.texts import Edited, Written
@@ -46,19 +45,16 @@ def print_samples(
             ]
             body = Text("\n").join(parts)
         show(body, f"sample {number + 1}", is_first=number == 0)
-        if candidates > 1 and generation.evidence is not None:
-            _print_evidence(generation.evidence, row, candidates)
-
-
-def _print_evidence(evidence: Evidence, row: int, candidates: int) -> None:
-    """How many of the candidates of a sample count, and whether their weights are reliable."""
-    print_notice(
-        f"  {candidates} candidates, effective number {evidence.ess[row]:.1f}; "
-        f"log p(given) about {evidence.log_evidence[row]:.1f} nats"
-    )
-    k = evidence.pareto_k[row]
-    if k > UNRELIABLE:  # NaN is not
-        print_notice(f"  that is unreliable (k = {k:.2f}): more particles fit the text better")
+        evidence = generation.evidence
+        if candidates == 1 or evidence is None:
+            continue
+        print_notice(
+            f"  {candidates} candidates, effective number {evidence.ess[row]:.1f}; "
+            f"log p(given) about {evidence.log_evidence[row]:.1f} nats"
+        )
+        k = evidence.pareto_k[row]
+        if k > UNRELIABLE:  # NaN is not
+            print_notice(f"  that is unreliable (k = {k:.2f}): more particles fit the text better")
 
 
 def samples_to_json(

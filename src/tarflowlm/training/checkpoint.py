@@ -33,11 +33,11 @@ from tarflowlm.runs.checkpoint import (
     COUNTERS,
     STATE,
     TOKENIZER,
-    save_weights,
+    WEIGHTS,
     undamaged_state,
     write_run,
 )
-from tarflowlm.runs.weights import write_manifest
+from tarflowlm.runs.weights import write_manifest, write_weights
 from tarflowlm.training.optim import assign, copy_of, trained_parameters
 from tarflowlm.training.parallel import Processes, whole_weights
 from tarflowlm.training.state import Job, State, seconds
@@ -73,7 +73,7 @@ def save(job: Job, state: State) -> None:
     }
     tensors = snapshot(tensors_of(state), job.processes)
     job.writes.append(job.writer.submit(write_state, job, tensors, saved))
-    write_weights(job, state, job.out, weights)
+    submit_weights(job, state, job.out, weights)
 
 
 def save_best(job: Job, state: State) -> None:
@@ -84,18 +84,12 @@ def save_best(job: Job, state: State) -> None:
         write_run(best, job.config, job.corpus.tokenizer)
     present = state.copies.get("average") or trained_parameters(state.model)
     assign(state.copies.get("best", {}), present)
-    write_weights(job, state, best, finite_weights(job, state))
+    submit_weights(job, state, best, finite_weights(job, state))
 
 
-def wait(job: Job) -> None:
-    """Return once everything that was saved is on disk."""
-    while job.writes:
-        job.writes.pop(0).result()
-
-
-def check(job: Job) -> None:
-    """Raise the error of the thread, if it has failed."""
-    while job.writes and job.writes[0].done():
+def wait(job: Job, *, until_done: bool = True) -> None:
+    """Return once everything that was saved is on disk, or at once; raises the thread's error."""
+    while job.writes and (until_done or job.writes[0].done()):
         job.writes.pop(0).result()
 
 
@@ -144,7 +138,7 @@ def finite_weights(job: Job, state: State) -> dict[str, Tensor]:
     return weights
 
 
-def write_weights(job: Job, state: State, directory: Path, weights: dict[str, Tensor]) -> None:
+def submit_weights(job: Job, state: State, directory: Path, weights: dict[str, Tensor]) -> None:
     """Let the thread write model.safetensors, with the counts of this step in its header."""
     if job.processes.first:
         info = {
@@ -152,7 +146,7 @@ def write_weights(job: Job, state: State, directory: Path, weights: dict[str, Te
             "tokens": str(state.counters.tokens),
             "blocks": str(state.model.num_blocks),
         }
-        job.writes.append(job.writer.submit(save_weights, directory, weights, info))
+        job.writes.append(job.writer.submit(write_weights, directory / WEIGHTS, weights, info))
 
 
 # the training state

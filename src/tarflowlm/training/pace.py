@@ -1,4 +1,4 @@
-"""How far a stage is, by its steps or by its time, and when a run saves or stops."""
+"""How far a stage is, by its steps or by its time, and when a run stops."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,13 @@ def measure(
     if counters.per_window:
         test = min(test, 1.2 * test_windows * counters.per_window)
     left = limit - test - counters.stage_start
-    shares = shares_left(train, counters, left, now / max(counters.step, 1))
+    shares = [*train.stage_steps[counters.stage :]]
+    least = LEAST_STEPS * now / max(counters.step, 1)
+    # a stage that has no time for them gets none, the last one first; one that has begun continues
+    has_begun = step > 0 or counters.stage == 0
+    for index in reversed(range(int(has_begun), len(shares))):
+        if left * shares[index] < least * sum(shares):
+            shares[index] = 0
     own = (left - len(shares) * counters.evaluation) * shares[0] / max(sum(shares), 1)
     # the share never falls, even if an evaluation is shorter than estimated
     counters.share = max(counters.share, min(1.0, passed / own) if own > 0 else 1.0)
@@ -46,32 +52,11 @@ def measure(
     counters.expected_steps = step / max(counters.share, 1e-9) if is_timed else UNTIMED_STEPS
 
 
-def shares_left(
-    train: TrainConfig, counters: Counters, seconds: float, per_step: float
-) -> list[int]:
-    """The shares of this stage and those after it in the `seconds` that are left. A stage that has
-    no time for `LEAST_STEPS` gets none, the last one first; one that has begun continues.
-    """
-    shares = [*train.stage_steps[counters.stage :]]
-    has_begun = counters.stage_step > 0 or counters.stage == 0
-    for index in reversed(range(int(has_begun), len(shares))):
-        if seconds * shares[index] < LEAST_STEPS * per_step * sum(shares):
-            shares[index] = 0
-    return shares
-
-
 def units(train: TrainConfig, counters: Counters) -> tuple[int, int]:
     """How much of the stage is done, and of how much: in steps, or in thousandths of its time."""
     if train.minutes:
         return int(1000 * counters.share), 1000
     return counters.stage_step, train.stage_steps[counters.stage]
-
-
-def save_is_due(train: TrainConfig, counters: Counters, clock: Callable[[], float]) -> bool:
-    """Whether to save: after some steps, after a stage, and with a time limit by the clock."""
-    if counters.stage_is_over or counters.step % train.checkpoint_every == 0:
-        return True
-    return train.minutes > 0 and clock() - counters.total > SAVE_SECONDS
 
 
 def stop_requested(job: Job) -> str | None:

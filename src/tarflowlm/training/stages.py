@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tarflowlm.config import RunConfig
 from tarflowlm.data import WindowSampler, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood
@@ -18,7 +17,7 @@ from tarflowlm.files import read_json, write_json
 from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, SUMMARY, write_run
 from tarflowlm.runs.weights import read_weights
-from tarflowlm.training.checkpoint import finite_weights, load_state, save, wait, write_weights
+from tarflowlm.training.checkpoint import finite_weights, load_state, save, submit_weights, wait
 from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
 from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.parallel import parallelise, whole_model
@@ -53,7 +52,7 @@ def resumed_state(job: Job, folder: Path) -> State:
     load_state(folder, state, job.processes, seed=(job.config.seed + 1_000_003 * step) % 2**62)
     state.sampler.load_state_dict(saved["sampler"])
     # weights may be damaged, or a kill came between the state and its weights
-    write_weights(job, state, job.out, finite_weights(job, state))
+    submit_weights(job, state, job.out, finite_weights(job, state))
     open_log(job, step=step, position=saved["metrics"])
     return state
 
@@ -145,7 +144,7 @@ def leave_stage(job: Job, state: State, end: Likelihood) -> None:
     if final:
         assign(trained(state.model), final)
         assign(state.copies.get("average", {}), final)
-        write_weights(job, state, job.out, finite_weights(job, state))
+        submit_weights(job, state, job.out, finite_weights(job, state))
     if counters.stage < job.config.num_stages:
         if job.is_sharded:
             state.model = whole_model(state.model)
@@ -168,7 +167,18 @@ def finish(job: Job, state: State) -> dict[str, Any]:
     """Evaluate the test split, and write the summary. Collective."""
     counters = state.counters
     minutes = job.config.train.minutes
-    config = with_lengths(job, state) if minutes else job.config
+    config = job.config
+    if minutes:
+        # the steps that the run took instead, and the test windows for which there is time left
+        left = 60 * minutes - seconds(job, state)
+        fitting = max(LEAST_TEST_WINDOWS, int(left / max(counters.per_window, 1e-9)))
+        lengths = replace(
+            config.train,
+            minutes=0.0,
+            stage_steps=tuple(counters.stage_steps),
+            test_windows=min(job.num_test_windows, job.processes.from_first(fitting)),
+        )
+        config = replace(config, train=lengths)
     windows = eval_windows(
         job.corpus.split("test"), config.model.context, config.train.test_windows or None
     )
@@ -199,19 +209,3 @@ def finish(job: Job, state: State) -> dict[str, Any]:
         for directory in (job.out, job.out / BEST) if minutes else ():
             write_run(directory, config, job.corpus.tokenizer)
     return summary
-
-
-def with_lengths(job: Job, state: State) -> RunConfig:
-    """The configuration with the steps that a run took instead of its time limit, and the test
-    windows for which there is time left. Collective.
-    """
-    train, counters = job.config.train, state.counters
-    left = 60 * train.minutes - seconds(job, state)
-    fitting = max(LEAST_TEST_WINDOWS, int(left / max(counters.per_window, 1e-9)))
-    lengths = replace(
-        train,
-        minutes=0.0,
-        stage_steps=tuple(counters.stage_steps),
-        test_windows=min(job.num_test_windows, job.processes.from_first(fitting)),
-    )
-    return replace(job.config, train=lengths)

@@ -1,7 +1,6 @@
 """A training run, from its configuration to its results.
 
-`train` is the whole of it, and `train_stage` is the loop. They act on a `Job`, which never changes,
-and on a `State`, which is what a checkpoint holds.
+`train` is the whole of it, and `train_stage` is the loop.
 """
 
 import gc
@@ -199,7 +198,11 @@ def train_stage(job: Job, state: State) -> Likelihood:
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
         lr = config.optim.lr * optim.schedule(config.optim, counters.stage_step, num_steps)
         optim.take_step(state.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
-        count(job, state, tokens)
+        num_tokens = tokens.numel() * job.processes.world
+        counters.step += 1
+        counters.stage_step += 1
+        counters.tokens += num_tokens
+        counters.window_tokens += num_tokens
         optim.update_average(state.copies, state.model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
@@ -223,7 +226,12 @@ def train_stage(job: Job, state: State) -> Likelihood:
             counters.stage_is_over or counters.step % train.evaluate_every == 0
         )
         is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
-        is_saved = pace.save_is_due(train, counters, clock) or why is not None
+        is_saved = (
+            why is not None
+            or counters.stage_is_over
+            or counters.step % train.checkpoint_every == 0
+            or (train.minutes > 0 and clock() - counters.total > pace.SAVE_SECONDS)
+        )
         if is_logged or is_saved:
             read(state, unread)
             now = time.perf_counter()
@@ -232,7 +240,7 @@ def train_stage(job: Job, state: State) -> Likelihood:
             mark = now
         if is_logged:
             write_line(job, state, lr)
-            checkpoint.check(job)
+            checkpoint.wait(job, until_done=False)
 
         # Save.
         if is_saved:
@@ -316,16 +324,6 @@ def not_finite(
             )
     remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
     return FloatingPointError(f"the run ended at step {step}: {'; '.join(found)}; {remedy}")
-
-
-def count(job: Job, state: State, tokens: Int[Tensor, "B T"]) -> None:
-    """Count a step that this process took on `tokens`."""
-    counters = state.counters
-    num_tokens = tokens.numel() * job.processes.world
-    counters.step += 1
-    counters.stage_step += 1
-    counters.tokens += num_tokens
-    counters.window_tokens += num_tokens
 
 
 def write_line(job: Job, state: State, lr: float) -> None:

@@ -8,29 +8,14 @@ from tarflowlm.views.grid import CSS, div
 
 GENERATOR = '<meta name="generator" content="tarflowlm">'
 """A line of every page, by which it is known."""
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{generator}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
 def page_html(title: str, sections: Sequence[str]) -> str:
     """The whole document."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + CSS
     body = "\n".join(sections)
-    return PAGE.format(generator=GENERATOR, title=escape(title), style=style, body=body)
+    return PAGE.format(title=escape(title), style=style, body=body)
 
 
 def section_html(

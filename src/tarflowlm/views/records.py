@@ -105,7 +105,17 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
     UserError for what is not a run directory, and for a training that has not logged anything yet.
     """
     run = read_run(directory)
-    train, valid = _read_metrics(directory)
+    path = directory / METRICS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = []
+    for line in text.splitlines():
+        with suppress(ValueError):  # the last line may be incomplete
+            lines.append(json.loads(line))
+    columns = []
+    for split, names in COLUMNS.items():
+        rows = [line for line in lines if line["split"] == split]
+        columns.append({name: np.array([row[name] for row in rows], float) for name in names})
+    train, valid = columns
     seconds = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
     train["seconds"] = seconds
     valid["seconds"] = np.interp(valid["step"], [0, *train["step"]], [0, *seconds])
@@ -114,18 +124,3 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
         raise UserError(f"{directory} has no logged step yet: {remedy}")
     name = name or directory.resolve().name
     return RunRecord(name, directory, run, train, valid, read_summary(directory))
-
-
-def _read_metrics(directory: Path) -> list[dict[str, Series]]:
-    """The columns of training lines, and of validation lines."""
-    path = directory / METRICS
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    lines = []
-    for line in text.splitlines():
-        with suppress(ValueError):  # the last line may be incomplete
-            lines.append(json.loads(line))
-    found = []
-    for split, names in COLUMNS.items():
-        rows = [line for line in lines if line["split"] == split]
-        found.append({name: np.array([row[name] for row in rows], float) for name in names})
-    return found

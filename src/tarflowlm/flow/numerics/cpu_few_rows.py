@@ -57,7 +57,7 @@ _STEPS_TOGETHER = 4
 """Steps of rows that go together: enough for 98 of 100 rows of a trained model."""
 PATIENCE = 12_000
 """Visits from which Mix-d rows give up once the general path promises to be faster."""
-_MOST_ROWS, _MOST_COMPONENTS = 128, 256
+MOST_ROWS, MOST_COMPONENTS = 128, 256
 """Sizes beyond which a handful of Mix-d rows is not even tried."""
 
 _quantile = NormalDist().inv_cdf
@@ -81,11 +81,6 @@ def _scales(std: list[float], dtype: torch.dtype) -> _Scales | None:
 
 
 # --- Mix-d
-
-
-def is_handful(rows: int, num_components: int) -> bool:
-    """True where this may be the fastest way."""
-    return rows <= _MOST_ROWS and num_components <= _MOST_COMPONENTS
 
 
 def rosenblatt_inverse(
@@ -130,6 +125,7 @@ def _row(
 
     `live` is sorted by the first of `means`, one list per channel. Overwrites `weight`.
     """
+    inv_std = scales.inv_std
     dropped = _DROPPED * (len(weight) - len(live))
     z: list[float] = []
     visits = 0
@@ -150,42 +146,31 @@ def _row(
         z.append(x)
         if len(z) == len(noise):
             break
-        if len(live) > 1:
-            live, dropped = _update(x, live, weight, dropped, mean, scales)
-        elif 0.5 * u * u <= _FAR:
-            dropped *= scales.std[live[0]] / scales.narrowest * exp(0.5 * u * u)
-        else:
+        if len(live) == 1:
+            exponent = 0.5 * u * u
+            if exponent > _FAR:
+                break
+            dropped *= scales.std[live[0]] / scales.narrowest * exp(exponent)
+            continue
+        # Bayes' rule
+        exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
+        least = min(exponents)
+        if not least <= _FAR:
             break
+        near = []
+        total = 0.0
+        for k, exponent in zip(live, exponents, strict=True):
+            if exponent < least + _FAR:
+                weight[k] *= inv_std[k] * exp(least - exponent)
+                total += weight[k]
+                near.append(k)
+        dropped = dropped * exp(least) + (len(live) - len(near)) * exp(-_FAR)
+        dropped /= scales.narrowest * total
+        for k in near:
+            weight[k] /= total
+        live = [k for k in near if weight[k] > _DROPPED]
+        dropped += (len(near) - len(live)) * _DROPPED
     return z, visits
-
-
-def _update(
-    x: float,
-    live: list[int],
-    weight: list[float],
-    dropped: float,
-    mean: list[float],
-    scales: _Scales,
-) -> tuple[list[int], float]:
-    """Bayes' rule, into `weight`, after a channel at x: components left, and the others' mass."""
-    inv_std = scales.inv_std
-    exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
-    least = min(exponents)
-    if not least <= _FAR:
-        return [], inf
-    near = []
-    total = 0.0
-    for k, exponent in zip(live, exponents, strict=True):
-        if exponent < least + _FAR:
-            weight[k] *= inv_std[k] * exp(least - exponent)
-            total += weight[k]
-            near.append(k)
-    dropped = dropped * exp(least) + (len(live) - len(near)) * exp(-_FAR)
-    dropped /= scales.narrowest * total
-    for k in near:
-        weight[k] /= total
-    left = [k for k in near if weight[k] > _DROPPED]
-    return left, dropped + (len(near) - len(left)) * _DROPPED
 
 
 def _solve(

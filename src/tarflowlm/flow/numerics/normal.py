@@ -48,11 +48,6 @@ def clamp_(a: Tensor) -> Tensor:
     return a.clamp_(-LARGEST[a.dtype], LARGEST[a.dtype])
 
 
-def standard_normal_density(a: Tensor) -> Tensor:
-    """N(a; 0, 1), elementwise."""
-    return (a * a).mul_(-0.5).exp_().mul_(INV_SQRT_2PI)
-
-
 def upper_tail(a: Tensor) -> Tensor:
     """Q(a), elementwise; its relative precision is kept until it underflows."""
     return torch.erfc(a * SQRT_HALF).mul_(0.5)
@@ -85,19 +80,16 @@ def upper_quantile_of_log(log_q: Tensor) -> Tensor:
     log_q = torch.where(is_larger, torch.log1p(-torch.exp(log_q)), log_q)
     square = (-2.0 * log_q).clamp(min=1.0)
     series = torch.sqrt((square - torch.log(square) - LOG_2PI).clamp(min=0.0))
-    x = torch.where(log_q < _SERIES_BELOW, series, _rational_start(torch.sqrt(-2.0 * log_q)))
+    # Abramowitz & Stegun 26.2.23, right to 4.5e-4
+    t = torch.sqrt(-2.0 * log_q)
+    top = (t * 0.010328).add_(0.802853).mul_(t).add_(2.515517)
+    bottom = (t * 0.001308).add_(0.189269).mul_(t).add_(1.432788).mul_(t).add_(1.0)
+    x = torch.where(log_q < _SERIES_BELOW, series, t - top.div_(bottom))
     for _ in range(3):
         log_tail = log_upper_tail(x)
         x = x + (log_tail - log_q) * torch.exp(log_tail - log_standard_normal(x))
     x = torch.where(torch.isneginf(log_q), math.inf, x)
     return torch.where(is_larger, -x, x)
-
-
-def _rational_start(t: Tensor) -> Tensor:
-    """x with Q(x) = exp(-t^2 / 2) to 4.5e-4 (Abramowitz & Stegun 26.2.23)."""
-    top = (t * 0.010328).add_(0.802853).mul_(t).add_(2.515517)
-    bottom = (t * 0.001308).add_(0.189269).mul_(t).add_(1.432788).mul_(t).add_(1.0)
-    return t - top.div_(bottom)
 
 
 def point_factors(z: Tensor) -> Tensor:

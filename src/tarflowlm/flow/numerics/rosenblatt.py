@@ -100,15 +100,9 @@ def _forward(
 
 
 def _gradients(
-    z: Tensor,
-    log_w: Tensor,
-    mean: Tensor,
-    log_std: Tensor,
-    _u: Tensor,
-    _log_det: Tensor,
-    grad_u: Tensor,
-    grad_log_det: Tensor,
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *rest: Tensor
 ) -> tuple[Tensor, ...]:
+    _u, _log_det, grad_u, grad_log_det = rest
     of_z, of_log_w, *of_book = (torch.zeros_like(t) for t in (z, log_w, mean, log_std))
     per_row = RECORDED * len(mean)
     budget = layout.cached(per_row) if layout.use_eager_cpu(z) else chunks.HELD_ACCELERATOR

@@ -99,8 +99,9 @@ def _tails(
                     log_std,
                     falls[:, rest],
                 )
-                return tail, side, torch.log(total) + log_p.squeeze(-1)
-    total = exp_clamped(log_alpha).sum(-1)
+                break
+    else:
+        total = exp_clamped(log_alpha).sum(-1)
     return tail, side, torch.log(total) + log_p.squeeze(-1)
 
 

@@ -38,26 +38,23 @@ def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Ten
     float64; distances do not lose precision for small s. Errors: ValueError for shapes that do not
     fit; RuntimeError for second derivatives.
     """
+
+    def general(z: Tensor, log_w: Tensor | None = None) -> Tensor:
+        log_density = log_component_densities(z, mean, log_std)
+        if log_w is None:
+            return log_sum(log_density)
+        return log_sum(log_w + log_density) - log_sum(log_w)
+
     if log_w is not None:
         shape, flat, log_w = layout.flatten_vectors(z, log_w, mean, log_std)
-        weighted = partial(_weighted, mean=mean, log_std=log_std)
-        return _by_chunks(weighted, len(mean), flat, log_w).view(shape)
+        return _by_chunks(general, len(mean), flat, log_w).view(shape)
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
     pairs = near_components(flat, mean, log_std)
     if pairs is None:
-        unweighted = partial(_unweighted, mean=mean, log_std=log_std)
-        return _by_chunks(unweighted, len(mean), flat).view(z.shape[:-1])
+        return _by_chunks(general, len(mean), flat).view(z.shape[:-1])
     log_p, _ = pairs.log_sum(_log_densities(pairs, flat, mean, log_std))
     return log_p.to(z.dtype).view(z.shape[:-1])
-
-
-def _weighted(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    return log_sum(log_w + log_component_densities(z, mean, log_std)) - log_sum(log_w)
-
-
-def _unweighted(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    return log_sum(log_component_densities(z, mean, log_std))
 
 
 def mixture_log_prob_from_features(
@@ -79,9 +76,13 @@ def mixture_log_prob_from_features(
     format; densities and logsumexps keep z's. Errors: as `mixture_log_prob`.
     """
     check_codebook(z, mean, log_std)
-    general = partial(
-        _from_features, weight=weight, bias=bias, mean=mean, log_std=log_std, relative=relative
-    )
+
+    def general(z: Tensor, features: Tensor) -> Tensor:
+        log_w = (features @ weight.T).to(z.dtype) + bias
+        log_density = log_component_densities(z, mean, log_std)
+        log_p = log_sum(log_w + log_density) - log_sum(log_w)
+        return log_p - log_sum(log_density) if relative else log_p
+
     shape = z.shape[:-1]
     z = z.reshape(-1, z.shape[-1])
     features = features.reshape(-1, features.shape[-1])
@@ -104,21 +105,6 @@ def mixture_log_prob_from_features(
     return log_p.view(shape)
 
 
-def _from_features(
-    z: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    log_std: Tensor,
-    relative: bool,
-) -> Tensor:
-    log_w = (features @ weight.T).to(z.dtype) + bias
-    log_density = log_component_densities(z, mean, log_std)
-    log_p = log_sum(log_w + log_density) - log_sum(log_w)
-    return log_p - log_sum(log_density) if relative else log_p
-
-
 @torch.no_grad()
 def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """argmax_k N(z; mu_k, s_k^2 I), the first of equals: the decoder's mode (docs/math.md, eq. 2).
@@ -127,25 +113,21 @@ def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     shapes do not fit.
     """
     check_codebook(z, mean, log_std)
-    best = partial(_most_probable, mean=mean, log_std=log_std)
+
+    def best(z: Tensor) -> Tensor:
+        return log_component_densities(z, mean, log_std).argmax(-1)
+
     return _by_chunks(best, len(mean), z.reshape(-1, z.shape[-1])).view(z.shape[:-1])
-
-
-def _most_probable(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    return log_component_densities(z, mean, log_std).argmax(-1)
 
 
 def _log_densities(pairs: Pairs, z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N_k(z_n) of all pairs, [M], in the wide format."""
-    own = partial(_log_density_of_pairs, z=z, mean=mean, log_std=log_std)
+
+    def own(rows: Tensor, components: Tensor) -> Tensor:
+        means = mean.index_select(0, components)
+        return log_own_density(z.index_select(0, rows), means, log_std.index_select(0, components))
+
     return _by_chunks(own, mean.shape[1] + 2, pairs.rows, pairs.components)
-
-
-def _log_density_of_pairs(
-    rows: Tensor, components: Tensor, z: Tensor, mean: Tensor, log_std: Tensor
-) -> Tensor:
-    means = mean.index_select(0, components)
-    return log_own_density(z.index_select(0, rows), means, log_std.index_select(0, components))
 
 
 def _by_chunks(function: Callable[..., Tensor], per_row: int, *rows: Tensor) -> Tensor:
