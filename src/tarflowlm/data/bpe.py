@@ -9,36 +9,56 @@ import tokenizers
 from tarflowlm.config import Normalization, TokenizerConfig
 from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.data.text import text_pieces
-from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tarflowlm.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    end_token,
+    load_tokenizer,
+)
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 
 _PIECE = 1 << 15  # characters: in such pieces the library counts words in parallel
 
 
-def build_tokenizer(config: TokenizerConfig, training_text: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer that `config` describes. BPE is trained on pieces of normalised text."""
+def build_tokenizer(
+    config: TokenizerConfig, training_text: Iterable[str] = (), *, has_documents: bool = False
+) -> Tokenizer:
+    """The tokenizer that `config` describes. BPE is trained on pieces of normalised text.
+
+    Where the text `has_documents`, and is not normalised, a token of it ends them. A tokenizer that
+    is read stays as it is.
+    """
+    how = config.normalization
+    has_end = has_documents and how == "none"
     if config.kind == "char":
-        return CharTokenizer(config.alphabet, config.normalize)
+        return CharTokenizer(config.alphabet, how, has_end=has_end)
     if config.kind == "byte":
-        return ByteTokenizer(config.normalize)
+        return ByteTokenizer(how, has_end=has_end)
     if config.source:
-        return _read_bpe(config.source).with_normalization(config.normalize)
+        return _read_bpe(config.source).with_normalization(how)
     return train_bpe(
         training_text,
         config.vocab_size,
         alphabet=config.alphabet if config.uses_alphabet else None,
-        normalization=config.normalize,
+        normalization=how,
+        has_end=has_end,
     )
 
 
 def train_bpe(
-    pieces: Iterable[str], vocab_size: int, *, alphabet: str | None, normalization: Normalization
+    pieces: Iterable[str],
+    vocab_size: int,
+    *,
+    alphabet: str | None,
+    normalization: Normalization,
+    has_end: bool = False,
 ) -> Tokenizer:
     """BPE trained on `pieces` of already normalised text; deterministic.
 
     `alphabet=None` gives byte-level BPE with GPT-2's word pattern (`vocab_size >= 257`); otherwise
     the tokens start from the characters of `alphabet`. A merge may include the one space before a
-    word and never crosses words.
+    word and never crosses words. With `has_end`, the last token is the end of a document.
     """
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     if alphabet is None:
@@ -54,14 +74,17 @@ def train_bpe(
         library.decoder = tokenizers.decoders.Fuse()
         initial = list(alphabet)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=initial, show_progress=False
+        vocab_size=vocab_size - has_end, initial_alphabet=initial, show_progress=False
     )
     library.train_from_iterator(_checked(pieces, alphabet), trainer)
-    reached = library.get_vocab_size()
+    reached = library.get_vocab_size() + has_end
     if reached != vocab_size:
         what = f"vocab_size={vocab_size} cannot be reached"
         raise UserError(f"{what}: the text gives at most {reached} tokens; ask for fewer")
-    return Tokenizer(json.loads(library.to_str()), normalization)
+    document = json.loads(library.to_str())
+    if has_end:
+        document["added_tokens"] = [end_token(vocab_size - 1)]
+    return Tokenizer(document, normalization)
 
 
 def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:

@@ -1,39 +1,38 @@
-"""Whether a text suits a tokenizer: a text in other letters is lost, or spelled byte by byte."""
+"""What suits a text: the tokenizer that keeps it as it is, and whether a given one reads it."""
 
 import logging
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import replace
 
-from tarflowlm.config import Normalization, TokenizerConfig
-from tarflowlm.data.corpus import is_prepared
-from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
-from tarflowlm.data.text import BLOCK
+from tarflowlm.config import TEXT8_ALPHABET, TokenizerConfig
+from tarflowlm.data.corpus import is_prepared, open_corpus
+from tarflowlm.data.sources import SOURCE_NAMES, Tales, resolve_source
+from tarflowlm.data.text import BLOCK, is_wrapped
 from tarflowlm.data.textfile import TextFile
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
+from tarflowlm.schema import from_dict
 
 STRANGE = 0.01
 """The share of letters that text8 normalisation may lose."""
+MOST_CHARACTERS = 256
+"""Different characters of a text up to which they are its symbols."""
 
 log = logging.getLogger("tarflowlm")
 
 
-def misfit(source: str, how: Normalization, tokenizer: Tokenizer | None = None) -> str | None:
-    """Why the user's own text suits a normalisation or a trained `tokenizer` badly, else None.
+def misfit(source: str, tokenizer: Tokenizer) -> str | None:
+    """Why the user's own text suits a trained `tokenizer` badly, else None.
 
     The beginning of the text decides.
     """
-    if source in SOURCE_NAMES or is_prepared(source):
-        return None
-    found = resolve_source(source)
-    if not isinstance(found, TextFile):
-        return None
-    text = "".join(islice(found.blocks(), 2))[:BLOCK]
-    if how == "text8":
+    text = _beginning(source)
+    if tokenizer.normalization == "text8":
         letters = [character for character in text if character.isalpha()]
         lost = sum(not character.isascii() for character in letters) / max(len(letters), 1)
         if lost > STRANGE:
             return f"{lost:.1%} of the letters of {source} are not a-z, and would be lost"
-    elif tokenizer is not None and tokenizer.kind == "bpe":
+    elif tokenizer.kind == "bpe":
         per_character = len(tokenizer.encode(text)) / max(len(text), 1)
         if per_character > 1:
             what = f"{per_character:.1f} tokens of the model for a character of {source}"
@@ -41,24 +40,80 @@ def misfit(source: str, how: Normalization, tokenizer: Tokenizer | None = None) 
     return None
 
 
-def suited(source: str, wanted: TokenizerConfig) -> TokenizerConfig:
-    """The tokenizer that is `wanted`; instead of the default one, bytes for a text that it loses.
-
-    A text that another tokenizer loses in part is only reported.
-    """
-    problem = misfit(source, wanted.normalize)
-    if problem is None:
-        return wanted
-    if wanted != TokenizerConfig():
-        log.warning("%s: keep them with a byte or BPE tokenizer and normalize none", problem)
-        return wanted
-    log.warning("%s: its tokens are bytes, which keep all", problem)
-    return TokenizerConfig(kind="byte", normalize="none")
+def _beginning(source: str) -> str:
+    """The beginning of a text file or folder of the user's own; "" for any other source."""
+    if source in SOURCE_NAMES or is_prepared(source):
+        return ""
+    found = resolve_source(source)
+    text = ""
+    for block in found.blocks() if isinstance(found, TextFile) else ():
+        text += block
+        if len(text) >= BLOCK:
+            break
+    return text[:BLOCK]
 
 
-def check_fit(source: str, tokenizer: Tokenizer) -> None:
+def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool = False) -> None:
     """UserError where the text does not suit the tokenizer of a model that is to learn it."""
-    problem = misfit(source, tokenizer.normalization, tokenizer)
+    problem = misfit(source, tokenizer)
     if problem is not None:
         remedy = f"`tarflowlm train english-small --data {source} --out DIR`"
         raise UserError(f"{problem}: train a new model on it: {remedy}")
+    if tokenizer.normalization == "none":
+        _advise(source, unwrap=unwrap)
+
+
+def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> TokenizerConfig:
+    """The tokenizer that is `wanted`, with the normalisation and the alphabet that are left open.
+
+    A text of the user's own stays as it is. Its characters are the alphabet, or its tokens bytes if
+    there are more than MOST_CHARACTERS; a line says so. A prepared directory has its tokenizer.
+    """
+    is_open = wanted.normalize == "auto"
+    if is_prepared(source):
+        made = open_corpus(source).meta["tokenizer_config"]
+        return from_dict(TokenizerConfig, made) if is_open and made else wanted
+    if is_open:
+        is_named = source in SOURCE_NAMES
+        wanted = replace(wanted, normalize="text8" if is_named else "none")
+    if wanted.normalize == "text8" or source == "text8":
+        return wanted
+    count = wanted.vocab_size
+    what = "pieces of words"
+    if wanted.kind == "char":
+        characters = "".join(sorted(_characters(source)))
+        if wanted.alphabet == TEXT8_ALPHABET and 1 < len(characters) <= MOST_CHARACTERS:
+            wanted = replace(wanted, alphabet=characters)
+        elif wanted.alphabet == TEXT8_ALPHABET:
+            wanted = replace(wanted, kind="byte")
+        count = len(wanted.alphabet)
+        what = "its characters"
+    if wanted.kind == "byte":
+        count = 256
+        what = "bytes"
+    if not wanted.source:
+        log.info("%s is read as it is, in %s symbols: %s", source, f"{count:,}", what)
+    _advise(source, unwrap=unwrap)
+    return wanted
+
+
+def _characters(source: str) -> set[str]:
+    """The different characters of a text, as far as it is known to have few."""
+    found = resolve_source(source)
+    texts: Iterable[str] = map(chr, range(MOST_CHARACTERS + 1))
+    if isinstance(found, TextFile):
+        texts = found.blocks()
+    elif isinstance(found, Tales):
+        texts = found.documents()
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
+        if len(seen) > MOST_CHARACTERS:
+            break
+    return seen
+
+
+def _advise(source: str, *, unwrap: bool) -> None:
+    """Tell the user of lines that were wrapped by hand."""
+    if not unwrap and is_wrapped(_beginning(source)):
+        log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)

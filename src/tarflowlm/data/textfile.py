@@ -5,12 +5,30 @@ encodes them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import Piece, cut_in_three
-from tarflowlm.data.text import BLOCK, FIELD, file_blocks, normalize, text_files, text_pieces
+from tarflowlm.data.splits import (
+    FEW,
+    Piece,
+    Split,
+    cut_in_three,
+    fair_shares,
+    place_of_document,
+    split_of_document,
+)
+from tarflowlm.data.text import (
+    BLOCK,
+    FIELD,
+    is_json_lines,
+    json_texts,
+    normalize,
+    text_blocks,
+    text_files,
+    text_pieces,
+    unwrapped,
+)
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
 
@@ -22,11 +40,20 @@ class Source(ABC):
     """The user's word for it."""
     identity: str
     """A registered name, or the absolute path of a file."""
+    unwrap: bool = False
+    """Whether the lines of paragraphs are joined."""
+    separator: str = "\n"
+    """Follows a document that is not normalised where no token can end it."""
 
     @property
     @abstractmethod
     def files(self) -> tuple[Path, ...]:
         """The files it is read from, as far as they are on this machine."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether it holds documents, and not one text that is cut anywhere."""
+        return True
 
     @property
     def num_parts(self) -> int:
@@ -52,7 +79,8 @@ class Source(ABC):
 
 
 class TextFile(Source):
-    """A text file, or a folder of them by their names, cut in three; so it is read twice.
+    """A text file, which is cut in three; or documents: the files of a folder by their names, and
+    the lines of .jsonl files. So it is read twice.
 
     `field` holds the texts of .jsonl files.
     """
@@ -64,27 +92,47 @@ class TextFile(Source):
         self.name = f"{path}{more}"
         self.identity = f"{self.path}{more}"
         self._totals: dict[Normalization, int] = {}
+        self._places: set[float] = set()
 
     @property
     def files(self) -> tuple[Path, ...]:
         return text_files(self.path)
 
+    @property
+    def has_documents(self) -> bool:
+        return len(self.files) > 1 or any(map(is_json_lines, self.files))
+
+    def documents(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """What a document is known by, the name of a file or a line itself, and its blocks."""
+        for file in self.files:
+            if is_json_lines(file):
+                for text in json_texts(file, self.field):
+                    yield text, self._unwrapped([text])
+            elif file == self.path or file.stat().st_size:
+                yield file.name, self._unwrapped(text_blocks(file))
+
     def blocks(self) -> Iterator[str]:
-        """The text as it is, in blocks of at most a megabyte; a line end between files."""
-        for number, file in enumerate(self.files):
-            if number:
-                yield "\n"
-            yield from file_blocks(file, self.field)
+        """The text of all documents."""
+        for _, blocks in self.documents():
+            yield from blocks
+
+    def _unwrapped(self, blocks: Iterable[str]) -> Iterable[str]:
+        return [unwrapped("".join(blocks))] if self.unwrap else blocks
 
     def count_characters(self, normalization: Normalization, progress: Progress) -> int:
         if normalization not in self._totals:
             progress.stage(f"reading {self.name}, characters")
             total = 0
-            for piece in self._normalized(normalization):
-                total += len(piece)
-                progress.advance(len(piece))
+            for key, blocks in self.documents():
+                size = 0
+                for piece in self._normalized(blocks, normalization):
+                    size += len(piece)
+                    progress.advance(len(piece))
+                if size and len(self._places) <= FEW:
+                    self._places.add(place_of_document(key))
+                total += size
             if not total:
-                remedy = "keep its letters with a byte or BPE tokenizer and normalize none"
+                remedy = "keep its letters with --data.tokenizer.normalize none"
                 raise UserError(f"text8 normalisation leaves nothing of {self.name}: {remedy}")
             self._totals[normalization] = total
         return self._totals[normalization]
@@ -93,10 +141,16 @@ class TextFile(Source):
         self, part: int, normalization: Normalization, progress: Progress
     ) -> Iterator[Piece]:
         total = self.count_characters(normalization, progress)
-        return cut_in_three(self._normalized(normalization), total)
+        if not self.has_documents:
+            yield from cut_in_three(self._normalized(self.blocks(), normalization), total)
+            return
+        shares = fair_shares(self._places, total)
+        for key, blocks in self.documents():
+            texts = self._normalized(blocks, normalization)
+            yield from document_pieces(split_of_document(key, shares), texts)
 
-    def _normalized(self, normalization: Normalization) -> Iterator[str]:
-        for piece in text_pieces(self.blocks(), BLOCK):
+    def _normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
+        for piece in text_pieces(blocks, BLOCK):
             yield normalized_piece(piece, normalization)
 
 
@@ -104,3 +158,14 @@ def normalized_piece(piece: str, normalization: Normalization) -> str:
     """One of several pieces of a text; pieces of text8 begin with a space and end without one."""
     text = normalize(piece, normalization)
     return "" if normalization == "text8" and text == " " else text
+
+
+def document_pieces(split: Split, texts: Iterable[str]) -> Iterator[Piece]:
+    """A document in normalised pieces, of which the last that is not empty ends it."""
+    last = ""
+    for text in filter(None, texts):
+        if last:
+            yield Piece(split, last)
+        last = text
+    if last:
+        yield Piece(split, last, ends=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tokenizers
 
 from tarflowlm.config import Normalization, check_alphabet
-from tarflowlm.data.text import DIGITS, normalize, text_pieces
+from tarflowlm.data.text import DIGITS, SEPARATOR, normalize, text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 
@@ -43,11 +43,11 @@ class Tokenizer:
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
 
     `document` is a tokenizer.json with BPE, either byte-level (GPT-2 and its relatives) or over the
-    characters of an alphabet. ValueError for one that does not restore every text. Special tokens
-    in the text, such as `<|endoftext|>`, become one token and count all their characters; none are
-    added.
+    characters of an alphabet. ValueError for one that does not restore every text. The names of
+    special tokens, such as `<|endoftext|>`, are plain text in a text.
 
-    `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not
+    `decode(encode(text)) == text` for every text that `encode` accepts. Where documents end with
+    the token `end`, it has no characters, and is decoded as an empty line. `encode` does not
     normalise: call `prepare` first on text from a file, or read a user's text with `prompts.read`.
     Immutable.
     """
@@ -62,6 +62,7 @@ class Tokenizer:
             self._library = tokenizers.Tokenizer.from_str(json.dumps(self._document))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not a tokenizer of the `tokenizers` library ({error})") from None
+        self._library.encode_special_tokens = True
         self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
         self._check_invertible()
 
@@ -90,7 +91,15 @@ class Tokenizer:
             # a token with other characters is a special token that the file did not declare
             is_bytes = index not in added and all(c in byte_of for c in token)
             table[index] = bytes(byte_of[c] for c in token) if is_bytes else token.encode("utf-8")
+        if self.end is not None:
+            table[self.end] = b"\n\n"
         return table
+
+    @property
+    def end(self) -> int | None:
+        """The token that follows every document; None for text8, and for tokenizers without it."""
+        added = {token["content"]: token["id"] for token in self._document["added_tokens"]}
+        return None if self.normalization == "text8" else added.get(SEPARATOR)
 
     @property
     def vocab_size(self) -> int:
@@ -150,12 +159,19 @@ class Tokenizer:
         """Int64 [V]: bytes of each token that start a character; summed, the length of a text."""
         # a continuation byte is 0b10xxxxxx
         counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes]
-        return np.array(counts, dtype=np.int64)
+        return self._without_end(counts)
 
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """Int64 [V]: the number of UTF-8 bytes of each token."""
-        return np.array(list(map(len, self.token_bytes)), dtype=np.int64)
+        return self._without_end(list(map(len, self.token_bytes)))
+
+    def _without_end(self, counts: list[int]) -> npt.NDArray[np.int64]:
+        """The counts [V], 0 for the end of a document."""
+        found = np.array(counts, dtype=np.int64)
+        if self.end is not None:
+            found[self.end] = 0
+        return found
 
     @cached_property
     def symbols(self) -> list[str]:
@@ -210,9 +226,12 @@ class CharTokenizer(Tokenizer):
 
     kind = "char"
 
-    def __init__(self, alphabet: str, normalization: Normalization = "text8") -> None:
+    def __init__(
+        self, alphabet: str, normalization: Normalization = "text8", *, has_end: bool = False
+    ) -> None:
         check_alphabet(alphabet)
-        super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}), normalization)
+        document = _without_merges(alphabet, None, {"type": "Fuse"}, has_end)
+        super().__init__(document, normalization)
         self.alphabet = alphabet
         codes = list(map(ord, alphabet))
         # the id of every code point, -1 for foreign ones; all above share the last place
@@ -233,12 +252,12 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One token per UTF-8 byte, V = 256; encodes any text."""
+    """One token per UTF-8 byte, V = 256 and the end of a document; encodes any text."""
 
     kind = "byte"
 
-    def __init__(self, normalization: Normalization = "none") -> None:
-        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL), normalization)
+    def __init__(self, normalization: Normalization = "none", *, has_end: bool = False) -> None:
+        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL, has_end), normalization)
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         data = "".join(texts).encode("utf-8")
@@ -270,12 +289,20 @@ TEXT8_NORMALIZER: Document = {
 """`normalize_text8` in the library's terms, for other programs; it also tells ours what to do."""
 
 
-def _without_merges(alphabet: str, pre_tokenizer: Document | None, decoder: Document) -> Document:
-    """A tokenizer.json with one token for each character of `alphabet`."""
+def end_token(index: int) -> Document:
+    """The end of a document as an added token of a tokenizer.json."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": SEPARATOR, **plain, "special": True}
+
+
+def _without_merges(
+    alphabet: str, pre_tokenizer: Document | None, decoder: Document, has_end: bool
+) -> Document:
+    """A tokenizer.json with one token for each character of `alphabet`, and the end."""
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     return {
         "version": "1.0",
-        "added_tokens": [],
+        "added_tokens": [end_token(len(alphabet))] if has_end else [],
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
@@ -288,14 +315,15 @@ def _from_document(document: Document) -> Tokenizer:
     if normalizer not in (None, TEXT8_NORMALIZER):
         raise ValueError("it has a normaliser, so it does not restore every text")
     normalization: Normalization = "text8" if normalizer else "none"
-    if not document["model"]["merges"] and not document["added_tokens"]:
-        vocabulary = document["model"]["vocab"]
+    vocabulary = document["model"]["vocab"]
+    has_end = document["added_tokens"] == [end_token(len(vocabulary))]
+    if not document["model"]["merges"] and (has_end or not document["added_tokens"]):
         alphabet = "".join(sorted(vocabulary, key=vocabulary.get))
         is_plain = vocabulary == {character: index for index, character in enumerate(alphabet)}
         if is_plain and document["pre_tokenizer"] is None:
-            return CharTokenizer(alphabet, normalization)
+            return CharTokenizer(alphabet, normalization, has_end=has_end)
         if is_plain and document["pre_tokenizer"] == BYTE_LEVEL and alphabet == BYTES:
-            return ByteTokenizer(normalization)
+            return ByteTokenizer(normalization, has_end=has_end)
     return Tokenizer(document, normalization)
 
 

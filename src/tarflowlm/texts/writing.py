@@ -24,6 +24,9 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import Request, as_texts
 
+EVERY = 8
+"""Tokens after which it is looked whether all samples have ended."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Writing(Request):
@@ -37,7 +40,9 @@ class Writing(Request):
     blank: str = "_"
     """The character that marks a blank."""
     num_tokens: int | None = None
-    """Length in tokens, given ones included; None: the trained context, or that of the template."""
+    """Length in tokens at most, given ones included; None: the trained context, or that of the
+    template.
+    """
     temperature: float | None = None
     """None: the model's own. The settings from here to `decoder` are those of `generate`."""
     top_k: int | None = None
@@ -49,6 +54,8 @@ class Writing(Request):
     """Samples, of each prompt."""
     stop: str | Sequence[str] = ()
     """A sample ends before the first of these texts that follows its prompt."""
+    stop_at_end: bool = True
+    """It ends with its document, if the model has learnt ends. Else the next document follows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,6 +105,7 @@ class WritingOptions(TypedDict, total=False):
     decoder: Decoders
     blank: str
     stop: str | Sequence[str]
+    stop_at_end: bool
     seed: int
 
 
@@ -112,6 +120,10 @@ class Draft:
     stops: tuple[str, ...]
     part: str = WHOLE
     """The share of the samples that `batches` writes."""
+    is_whole: bool = False
+    """Whether all tokens are written, though nothing behind the end of a document is shown: passes
+    need them.
+    """
 
     @property
     def total(self) -> int:
@@ -127,11 +139,32 @@ class Draft:
     @cached_property
     def num_tokens(self) -> int:
         """Tokens of every sample, given ones included."""
-        if self.request.num_tokens is not None:
-            return self.request.num_tokens
+        context = self.lm.model.config.context
+        asked = self.request.num_tokens
+        if asked is not None:
+            # passes need all in one window
+            return asked - len(self.lead) if self.is_whole and asked == context > 1 else asked
         if self.request.template is not None:
             return len(self.given[0].tokens)
-        return self.lm.model.config.context
+        return max(1, context - len(self.lead))
+
+    @cached_property
+    def lead(self) -> Tensor:
+        """What begins a free sample, and is not shown: the end of the document before."""
+        end = self.lm.tokenizer.end
+        is_free = end is not None and len(self.given[0].tokens) == 0
+        return torch.tensor([end] if is_free else []).long()
+
+    @cached_property
+    def num_written(self) -> int:
+        """Tokens of every sample with the lead."""
+        return len(self.lead) + self.num_tokens
+
+    @property
+    def end(self) -> int | None:
+        """The token at which samples end."""
+        is_text = self.request.template is None and self.request.stop_at_end
+        return self.lm.tokenizer.end if is_text else None
 
     @cached_property
     def particles(self) -> int:
@@ -146,14 +179,15 @@ class Draft:
         total = 0
         for rows in self._rows_of_batches():
             longest = max(len(self.prompt(row)) for row in rows)
-            total += num_positions(self.lm.model, self.num_tokens, longest)
+            given = len(self.lead) + longest
+            total += num_positions(self.lm.model, self.num_written, given)
         return total
 
     def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
         """The samples in batches of bounded memory, each as it is finished."""
         decoder = None
         # tokens that nobody reads one by one are not decoded one by one
-        every = 1 if self.stops else self.num_tokens
+        every = 1 if self.stops else self.num_written if self.end is None else EVERY
         for rows in self._rows_of_batches():
             written = finish(self.steps(rows, progress, decoder, every=every))
             # the choice of auto for the first batch serves the others
@@ -164,8 +198,13 @@ class Draft:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
         stream = TextStream(self.lm.tokenizer, self.stops, start=self._start(row))
         for tokens in self.steps(range(row, row + 1)):
-            yield stream.add(tokens[0])
+            yield stream.add(tokens[0, : self.length(tokens[0].tolist())])
         yield stream.close()
+
+    def length(self, tokens: list[int]) -> int:
+        """How many of the tokens of a sample stand before its end."""
+        end = self.end
+        return tokens.index(end) if end is not None and end in tokens else len(tokens)
 
     def steps(
         self,
@@ -177,18 +216,18 @@ class Draft:
     ) -> Generator[Tensor, None, "Written"]:
         """The samples `rows` in one batch: yields their next final tokens [num, n].
 
-        It ends early once every sample has met a stop. `every` as in `generate_steps`.
+        It ends early once every sample has met a stop or its end. `every` as in `generate_steps`.
         """
         request = self.request
         usual = self.lm.run.temperature
-        prompts = [self.prompt(row) for row in rows]
+        prompts = [torch.cat((self.lead, self.prompt(row))) for row in rows]
         steps = Kept(
             generate_steps(
                 self.lm.model,
-                num_tokens=self.num_tokens,
+                num_tokens=self.num_written,
                 num=len(rows),
                 prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
-                particles=request.particles,
+                particles=None if len(self.lead) else request.particles,
                 temperature=usual if request.temperature is None else request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
@@ -197,28 +236,40 @@ class Draft:
                 generator=row_generators(rows, request.random_stream()),
                 progress=progress,
                 every=every,
+                without=None if request.template is None else self.lm.tokenizer.end,
             )
         )
         streams = [
             TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
         ]
         parts: list[Tensor] = []
+        has_ended = [False] * len(rows)
+        hidden = len(self.lead)
+        is_whole = self.is_whole and self.num_written <= self.lm.model.config.context
         for part in steps:
+            part = part[:, hidden:]
+            hidden = 0
+            if not part.shape[1]:
+                continue
             parts.append(part)
             yield part
-            if self.stops:
-                for stream, tokens in zip(streams, part, strict=True):
-                    stream.add(tokens)
-                if all(stream.has_stopped for stream in streams):
-                    generation = Generation(torch.cat(parts, 1))
-                    break
+            for number, tokens in enumerate(part):
+                if self.stops:
+                    streams[number].add(tokens)
+                is_over = streams[number].has_stopped or self.end in tokens.tolist()
+                has_ended[number] = has_ended[number] or is_over
+            if all(has_ended) and not is_whole:
+                generation = Generation(torch.cat(parts, 1))
+                break
         else:
-            generation = steps.value
+            generation = steps.value.behind(len(self.lead)) if len(self.lead) else steps.value
         texts = []
+        lengths = []
         for row, tokens in zip(rows, generation.tokens.tolist(), strict=True):
-            text = self.lm.tokenizer.decode(tokens)
+            lengths.append(self.length(tokens))
+            text = self.lm.tokenizer.decode(tokens[: lengths[-1]])
             texts.append(text[: first_stop(text, self.stops, self._start(row))])
-        return Written(rows, texts, generation)
+        return Written(rows, texts, generation, lengths)
 
     @property
     def follows_loosely(self) -> bool:
@@ -235,7 +286,7 @@ class Draft:
     def _rows_of_batches(self) -> Iterator[range]:
         """Consecutive samples; prompts that fill a window are not mixed with others."""
         context = self.lm.model.config.context
-        length = min(self.num_tokens, context)
+        length = min(self.num_written, context)
         size = chunks.written_rows(length * self.particles, self.lm.model.device)
         longest = max(len(reading.tokens) for reading in self.given)
         together = self.request.num if longest >= context else self.total
@@ -259,5 +310,11 @@ class Written:
     rows: range
     """Their numbers among all samples of the request."""
     texts: list[str]
-    """Each up to its first stop."""
+    """Each up to its first stop, or to its end."""
     generation: Generation
+    lengths: list[int]
+    """Tokens of each before its end, or all."""
+
+    def has_ended(self, row: int) -> bool:
+        """Whether the sample `row` of the batch came to the end of its document."""
+        return self.lengths[row] < self.generation.tokens.shape[1]
