@@ -9,14 +9,14 @@ from tarflowlm.cli.main import COMMANDS, command_module
 
 OPTIONS = {
     "quickstart": "device json minutes out seed",
-    "data": "json out part source tokenizer",
-    "train": "checkpoint-every data device json minutes out run steps",
+    "data": "json out part source tokenizer unwrap",
+    "train": "checkpoint-every data device json minutes normalize out run steps unwrap",
     "eval": (
         "data device directory json latents merge normalize part samples seed split stride windows"
     ),
     "score": "baseline device directory file json normalize part samples seed text texts",
     "sample": (
-        "blank decoder device directory interactive json length normalize num out "
+        "blank decoder device directory interactive json length no-stop normalize num out "
         "part particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p"
     ),
@@ -34,7 +34,7 @@ OPTIONS = {
     "harness": "directory json noise-seed normalize posterior-samples",
 }
 """Names of the fields of `Args`: words without dashes, options, and configurations."""
-TUNING = "data device from json lr minutes out seed steps"
+TUNING = "data device from json lr minutes out seed steps unwrap"
 RESUMING = "device json resume"
 
 

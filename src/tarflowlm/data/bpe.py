@@ -9,13 +9,7 @@ import tokenizers
 from tarflowlm.config import Normalization, TokenizerConfig
 from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.data.text import text_pieces
-from tarflowlm.data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    end_token,
-    load_tokenizer,
-)
+from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 
 _PIECE = 1 << 15  # characters: in such pieces the library counts words in parallel
@@ -26,39 +20,34 @@ def build_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that `config` describes. BPE is trained on pieces of normalised text.
 
-    Where the text `has_documents`, and is not normalised, a token of it ends them. A tokenizer that
-    is read stays as it is.
+    If the text `has_documents` and is not normalised, one token of a new tokenizer ends them.
     """
     how = config.normalization
-    has_end = has_documents and how == "none"
-    if config.kind == "char":
-        return CharTokenizer(config.alphabet, how, has_end=has_end)
-    if config.kind == "byte":
-        return ByteTokenizer(how, has_end=has_end)
     if config.source:
         return _read_bpe(config.source).with_normalization(how)
-    return train_bpe(
-        training_text,
-        config.vocab_size,
-        alphabet=config.alphabet if config.uses_alphabet else None,
-        normalization=how,
-        has_end=has_end,
-    )
+    has_end = has_documents and how == "none"
+    if config.kind == "char":
+        found: Tokenizer = CharTokenizer(config.alphabet, how)
+    elif config.kind == "byte":
+        found = ByteTokenizer(how)
+    else:
+        found = train_bpe(
+            training_text,
+            config.vocab_size - has_end,
+            alphabet=config.alphabet if config.uses_alphabet else None,
+            normalization=how,
+        )
+    return found.with_end() if has_end else found
 
 
 def train_bpe(
-    pieces: Iterable[str],
-    vocab_size: int,
-    *,
-    alphabet: str | None,
-    normalization: Normalization,
-    has_end: bool = False,
+    pieces: Iterable[str], vocab_size: int, *, alphabet: str | None, normalization: Normalization
 ) -> Tokenizer:
     """BPE trained on `pieces` of already normalised text; deterministic.
 
     `alphabet=None` gives byte-level BPE with GPT-2's word pattern (`vocab_size >= 257`); otherwise
     the tokens start from the characters of `alphabet`. A merge may include the one space before a
-    word and never crosses words. With `has_end`, the last token is the end of a document.
+    word and never crosses words.
     """
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     if alphabet is None:
@@ -74,17 +63,14 @@ def train_bpe(
         library.decoder = tokenizers.decoders.Fuse()
         initial = list(alphabet)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - has_end, initial_alphabet=initial, show_progress=False
+        vocab_size=vocab_size, initial_alphabet=initial, show_progress=False
     )
     library.train_from_iterator(_checked(pieces, alphabet), trainer)
-    reached = library.get_vocab_size() + has_end
+    reached = library.get_vocab_size()
     if reached != vocab_size:
         what = f"vocab_size={vocab_size} cannot be reached"
         raise UserError(f"{what}: the text gives at most {reached} tokens; ask for fewer")
-    document = json.loads(library.to_str())
-    if has_end:
-        document["added_tokens"] = [end_token(vocab_size - 1)]
-    return Tokenizer(document, normalization)
+    return Tokenizer(json.loads(library.to_str()), normalization)
 
 
 def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:

@@ -1,12 +1,11 @@
 """What suits a text: the tokenizer that keeps it as it is, and whether a given one reads it."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 
 from tarflowlm.config import TEXT8_ALPHABET, TokenizerConfig
 from tarflowlm.data.corpus import is_prepared, open_corpus
-from tarflowlm.data.sources import SOURCE_NAMES, Tales, resolve_source
+from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
 from tarflowlm.data.text import BLOCK, is_wrapped
 from tarflowlm.data.textfile import TextFile
 from tarflowlm.data.tokenizer import Tokenizer
@@ -40,20 +39,7 @@ def misfit(source: str, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def _beginning(source: str) -> str:
-    """The beginning of a text file or folder of the user's own; "" for any other source."""
-    if source in SOURCE_NAMES or is_prepared(source):
-        return ""
-    found = resolve_source(source)
-    text = ""
-    for block in found.blocks() if isinstance(found, TextFile) else ():
-        text += block
-        if len(text) >= BLOCK:
-            break
-    return text[:BLOCK]
-
-
-def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool = False) -> None:
+def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool) -> None:
     """UserError where the text does not suit the tokenizer of a model that is to learn it."""
     problem = misfit(source, tokenizer)
     if problem is not None:
@@ -74,46 +60,46 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
         made = open_corpus(source).meta["tokenizer_config"]
         return from_dict(TokenizerConfig, made) if is_open and made else wanted
     if is_open:
-        is_named = source in SOURCE_NAMES
-        wanted = replace(wanted, normalize="text8" if is_named else "none")
+        wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
     if wanted.normalize == "text8" or source == "text8":
         return wanted
-    count = wanted.vocab_size
-    what = "pieces of words"
+    what = f"{wanted.vocab_size or 'the'} tokens of a BPE"
+    if wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET:
+        found = _characters(source)
+        is_few = 1 < len(found) <= MOST_CHARACTERS
+        wanted = replace(wanted, alphabet=found) if is_few else replace(wanted, kind="byte")
     if wanted.kind == "char":
-        characters = "".join(sorted(_characters(source)))
-        if wanted.alphabet == TEXT8_ALPHABET and 1 < len(characters) <= MOST_CHARACTERS:
-            wanted = replace(wanted, alphabet=characters)
-        elif wanted.alphabet == TEXT8_ALPHABET:
-            wanted = replace(wanted, kind="byte")
-        count = len(wanted.alphabet)
-        what = "its characters"
-    if wanted.kind == "byte":
-        count = 256
-        what = "bytes"
-    if not wanted.source:
-        log.info("%s is read as it is, in %s symbols: %s", source, f"{count:,}", what)
+        what = f"{len(wanted.alphabet)} different characters"
+    elif wanted.kind == "byte":
+        what = "256 bytes"
+    log.info("%s is read as it is; its symbols are %s", source, what)
     _advise(source, unwrap=unwrap)
     return wanted
-
-
-def _characters(source: str) -> set[str]:
-    """The different characters of a text, as far as it is known to have few."""
-    found = resolve_source(source)
-    texts: Iterable[str] = map(chr, range(MOST_CHARACTERS + 1))
-    if isinstance(found, TextFile):
-        texts = found.blocks()
-    elif isinstance(found, Tales):
-        texts = found.documents()
-    seen: set[str] = set()
-    for text in texts:
-        seen.update(text)
-        if len(seen) > MOST_CHARACTERS:
-            break
-    return seen
 
 
 def _advise(source: str, *, unwrap: bool) -> None:
     """Tell the user of lines that were wrapped by hand."""
     if not unwrap and is_wrapped(_beginning(source)):
         log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
+
+
+def _beginning(source: str) -> str:
+    """The beginning of a text file or folder of the user's own; "" for any other source."""
+    text = ""
+    found = None if source in SOURCE_NAMES or is_prepared(source) else resolve_source(source)
+    for block in found.blocks() if isinstance(found, TextFile) else ():
+        text += block[:BLOCK]
+        if len(text) >= BLOCK:
+            break
+    return text
+
+
+def _characters(source: str) -> str:
+    """The different characters of a text file or folder, in order; many may be left out."""
+    seen: set[str] = set()
+    found = resolve_source(source)
+    for block in found.blocks() if isinstance(found, TextFile) else ():
+        seen.update(block)
+        if len(seen) > MOST_CHARACTERS:
+            break
+    return "".join(sorted(seen))

@@ -143,19 +143,15 @@ def encode_text_source(
     found.obtain(progress)
     tokens = [np.zeros(0, tokenizer.token_dtype)]
     for part in range(found.num_parts):
-        if split == "all":
+        if split == "all" and tokenizer.end is None:
             # whole, since word pieces may cross the cuts between the splits
-            whole = [Piece("test", "")]
-            for piece in _pieces(found, part, tokenizer, progress):
-                if whole[-1].ends and tokenizer.end is not None:
-                    whole.append(Piece("test", ""))
-                whole[-1] = Piece("test", whole[-1].text + piece.text, piece.ends)
-            size = sum(len(piece.text) for piece in whole)
-            progress.stage(f"encoding {found.name}, characters", size)
-            tokens.append(_tokens(whole, tokenizer))
-            progress.advance(size)
+            text = "".join(piece.text for piece in _pieces(found, part, tokenizer, progress))
+            progress.stage(f"encoding {found.name}, characters", len(text))
+            tokens.append(tokenizer.encode(text).astype(tokenizer.token_dtype))
+            progress.advance(len(text))
         else:
-            encoded = _encoded(found, part, tokenizer, (split,), progress)
+            wanted = SPLITS if split == "all" else (split,)
+            encoded = _encoded(found, part, tokenizer, wanted, progress)
             tokens += [some for _, some, _ in encoded]
     return TokenArray([np.concatenate(tokens)])
 
@@ -224,19 +220,14 @@ def _key(wanted: TokenizerConfig | Tokenizer, has_documents: bool) -> str | dict
     if isinstance(wanted, Tokenizer):
         return wanted.fingerprint
     if wanted.needs_training:
-        return _described(wanted)
+        return asdict(wanted)
     return build_tokenizer(wanted, has_documents=has_documents).fingerprint
-
-
-def _described(wanted: TokenizerConfig) -> dict[str, object]:
-    return asdict(wanted) | {"normalize": wanted.normalization}
 
 
 def _opened(directory: str, wanted: TokenizerConfig | Tokenizer) -> Corpus:
     """The corpus in a directory. UserError if it was prepared with another tokenizer."""
     corpus = open_corpus(directory)
-    known = corpus.meta["tokenizer_config"]
-    if isinstance(wanted, TokenizerConfig) and _described(wanted) == known:
+    if isinstance(wanted, TokenizerConfig) and asdict(wanted) == corpus.meta["tokenizer_config"]:
         return corpus  # without asking the hub again
     if corpus.tokenizer.fingerprint not in (_key(wanted, False), _key(wanted, True)):
         what = f"{directory} was prepared with {corpus.tokenizer!r}, not with {wanted!r}"
@@ -280,7 +271,7 @@ def _prepare(
             "source": source.name,
             "plan": plan,
             "tokenizer": tokenizer.fingerprint,
-            "tokenizer_config": _described(wanted) if isinstance(wanted, TokenizerConfig) else None,
+            "tokenizer_config": asdict(wanted) if isinstance(wanted, TokenizerConfig) else None,
             "splits": shards,
         }
         write_json(folder / META, meta)

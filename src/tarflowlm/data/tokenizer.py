@@ -159,19 +159,17 @@ class Tokenizer:
         """Int64 [V]: bytes of each token that start a character; summed, the length of a text."""
         # a continuation byte is 0b10xxxxxx
         counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes]
-        return self._without_end(counts)
+        return np.array(counts, dtype=np.int64) * self._is_text
 
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """Int64 [V]: the number of UTF-8 bytes of each token."""
-        return self._without_end(list(map(len, self.token_bytes)))
+        return np.array(list(map(len, self.token_bytes)), dtype=np.int64) * self._is_text
 
-    def _without_end(self, counts: list[int]) -> npt.NDArray[np.int64]:
-        """The counts [V], 0 for the end of a document."""
-        found = np.array(counts, dtype=np.int64)
-        if self.end is not None:
-            found[self.end] = 0
-        return found
+    @property
+    def _is_text(self) -> npt.NDArray[np.bool_]:
+        """Bool [V]: False for the end of a document, which has no characters."""
+        return np.array([index != self.end for index in range(self.vocab_size)])
 
     @cached_property
     def symbols(self) -> list[str]:
@@ -194,6 +192,14 @@ class Tokenizer:
             return self
         other = copy(self)
         other.normalization = normalization
+        return other
+
+    def with_end(self) -> "Tokenizer":
+        """This tokenizer with one more token, which ends documents."""
+        other = copy(self)
+        vars(other).pop("token_bytes")
+        document = self._document | {"added_tokens": [_end_token(self.vocab_size)]}
+        Tokenizer.__init__(other, document, self.normalization)
         return other
 
     @property
@@ -226,12 +232,9 @@ class CharTokenizer(Tokenizer):
 
     kind = "char"
 
-    def __init__(
-        self, alphabet: str, normalization: Normalization = "text8", *, has_end: bool = False
-    ) -> None:
+    def __init__(self, alphabet: str, normalization: Normalization = "text8") -> None:
         check_alphabet(alphabet)
-        document = _without_merges(alphabet, None, {"type": "Fuse"}, has_end)
-        super().__init__(document, normalization)
+        super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}), normalization)
         self.alphabet = alphabet
         codes = list(map(ord, alphabet))
         # the id of every code point, -1 for foreign ones; all above share the last place
@@ -252,12 +255,12 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One token per UTF-8 byte, V = 256 and the end of a document; encodes any text."""
+    """One token per UTF-8 byte, V = 256; encodes any text."""
 
     kind = "byte"
 
-    def __init__(self, normalization: Normalization = "none", *, has_end: bool = False) -> None:
-        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL, has_end), normalization)
+    def __init__(self, normalization: Normalization = "none") -> None:
+        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL), normalization)
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         data = "".join(texts).encode("utf-8")
@@ -289,20 +292,17 @@ TEXT8_NORMALIZER: Document = {
 """`normalize_text8` in the library's terms, for other programs; it also tells ours what to do."""
 
 
-def end_token(index: int) -> Document:
-    """The end of a document as an added token of a tokenizer.json."""
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": index, "content": SEPARATOR, **plain, "special": True}
+def _end_token(index: int) -> Document:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": SEPARATOR, **flags, "special": True}
 
 
-def _without_merges(
-    alphabet: str, pre_tokenizer: Document | None, decoder: Document, has_end: bool
-) -> Document:
-    """A tokenizer.json with one token for each character of `alphabet`, and the end."""
+def _without_merges(alphabet: str, pre_tokenizer: Document | None, decoder: Document) -> Document:
+    """A tokenizer.json with one token for each character of `alphabet`."""
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     return {
         "version": "1.0",
-        "added_tokens": [end_token(len(alphabet))] if has_end else [],
+        "added_tokens": [],
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
@@ -316,14 +316,15 @@ def _from_document(document: Document) -> Tokenizer:
         raise ValueError("it has a normaliser, so it does not restore every text")
     normalization: Normalization = "text8" if normalizer else "none"
     vocabulary = document["model"]["vocab"]
-    has_end = document["added_tokens"] == [end_token(len(vocabulary))]
-    if not document["model"]["merges"] and (has_end or not document["added_tokens"]):
+    if document["added_tokens"] == [_end_token(len(vocabulary))]:
+        return _from_document(document | {"added_tokens": []}).with_end()
+    if not document["model"]["merges"] and not document["added_tokens"]:
         alphabet = "".join(sorted(vocabulary, key=vocabulary.get))
         is_plain = vocabulary == {character: index for index, character in enumerate(alphabet)}
         if is_plain and document["pre_tokenizer"] is None:
-            return CharTokenizer(alphabet, normalization, has_end=has_end)
+            return CharTokenizer(alphabet, normalization)
         if is_plain and document["pre_tokenizer"] == BYTE_LEVEL and alphabet == BYTES:
-            return ByteTokenizer(normalization, has_end=has_end)
+            return ByteTokenizer(normalization)
     return Tokenizer(document, normalization)
 
 

@@ -50,19 +50,20 @@ def write(
     def work() -> Written:
         steps = Kept(draft.steps(range(draft.total), job))
         for tokens in steps:
-            written.extend(tokens[0].tolist())
+            if draft.end not in written:
+                written.extend(tokens[0].tolist())
         return steps.value
 
     def so_far() -> list[Token]:
-        shown = torch.tensor(written[: draft.length(written)]).long()
-        return text_tokens(shown, checkpoint.tokenizer, {"given": given})
+        return text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
 
     job = Job("writing", draft.num_positions)
     found = yield from job.follow(work, so_far)
     samples = found.generation.tokens
     speed = (f"{samples.numel() / job.seconds:,.0f}", "tokens per second")
     cards = []
-    for row, length in enumerate(found.lengths):
+    for row, stream in enumerate(found.streams):
+        length = stream.length
         numbers = facts((f"{length:,}", "tokens"), took(job.seconds), speed)
         # with its end, of which a mark is shown
         tokens = samples[row, : length + 1]
@@ -86,7 +87,7 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     """The passes of sample `row`, each token as opaque as p(x|h)."""
     generation = written.generation
     codebook = as_flow(draft.lm.model).codebook
-    length = written.lengths[row]
+    length = written.streams[row].length
     passes = [tokens[row, :length] for tokens in generation.passes]
     probabilities = []
     for tokens, state in zip(passes, generation.states, strict=True):

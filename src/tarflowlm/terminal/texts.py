@@ -40,7 +40,7 @@ def print_samples(
     for row, (number, text) in enumerate(zip(written.rows, written.texts, strict=True)):
         body = Text(printable(text))
         if passes:
-            length = written.lengths[row]
+            length = written.streams[row].length
             rows = pass_rows([state[row, :length] for state in generation.passes], tokenizer)
             parts = [
                 Text.assemble((f"{one.label}\n", "bold cyan"), styled(one.tokens)) for one in rows
@@ -69,10 +69,10 @@ def samples_to_json(
     generation = written.generation
     samples: list[dict[str, object]] = []
     for row, text in enumerate(written.texts):
-        sample: dict[str, object] = {"text": text, "ended": written.has_ended(row)}
+        sample: dict[str, object] = {"text": text, "ended": written.streams[row].has_ended}
         if passes:
-            shown = [one[row, : written.lengths[row]].tolist() for one in generation.passes]
-            sample["passes"] = [tokenizer.decode(tokens) for tokens in shown]
+            shown = [one[row, : written.streams[row].length] for one in generation.passes]
+            sample["passes"] = [tokenizer.decode(tokens.tolist()) for tokens in shown]
         if generation.evidence is not None:
             for name in ("log_evidence", "ess", "draws", "pareto_k"):
                 sample[name] = getattr(generation.evidence, name)[row].item()

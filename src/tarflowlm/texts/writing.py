@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tarflowlm import chunks
 from tarflowlm.checks import as_integer
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
-from tarflowlm.data.streaming import TextStream, first_stop
+from tarflowlm.data.streaming import TextStream
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate_steps
 from tarflowlm.generation.generate import usual_particles
@@ -121,8 +121,7 @@ class Draft:
     part: str = WHOLE
     """The share of the samples that `batches` writes."""
     is_whole: bool = False
-    """Whether all tokens are written, though nothing behind the end of a document is shown: passes
-    need them.
+    """Whether tokens behind the end of a document are written, though not shown: passes need them.
     """
 
     @property
@@ -178,9 +177,8 @@ class Draft:
         """How often the progress advances for all samples."""
         total = 0
         for rows in self._rows_of_batches():
-            longest = max(len(self.prompt(row)) for row in rows)
-            given = len(self.lead) + longest
-            total += num_positions(self.lm.model, self.num_written, given)
+            longest = len(self.lead) + max(len(self.prompt(row)) for row in rows)
+            total += num_positions(self.lm.model, self.num_written, longest)
         return total
 
     def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
@@ -196,15 +194,10 @@ class Draft:
 
     def pieces(self, row: int = 0) -> Iterator[str]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
-        stream = TextStream(self.lm.tokenizer, self.stops, start=self._start(row))
+        stream = self._stream(row)
         for tokens in self.steps(range(row, row + 1)):
-            yield stream.add(tokens[0, : self.length(tokens[0].tolist())])
+            yield stream.add(tokens[0])
         yield stream.close()
-
-    def length(self, tokens: list[int]) -> int:
-        """How many of the tokens of a sample stand before its end."""
-        end = self.end
-        return tokens.index(end) if end is not None and end in tokens else len(tokens)
 
     def steps(
         self,
@@ -239,11 +232,8 @@ class Draft:
                 without=None if request.template is None else self.lm.tokenizer.end,
             )
         )
-        streams = [
-            TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
-        ]
+        streams = list(map(self._stream, rows))
         parts: list[Tensor] = []
-        has_ended = [False] * len(rows)
         hidden = len(self.lead)
         is_whole = self.is_whole and self.num_written <= self.lm.model.config.context
         for part in steps:
@@ -253,23 +243,16 @@ class Draft:
                 continue
             parts.append(part)
             yield part
-            for number, tokens in enumerate(part):
-                if self.stops:
-                    streams[number].add(tokens)
-                is_over = streams[number].has_stopped or self.end in tokens.tolist()
-                has_ended[number] = has_ended[number] or is_over
-            if all(has_ended) and not is_whole:
+            for stream, tokens in zip(streams, part, strict=True):
+                stream.add(tokens)
+            if all(stream.has_stopped for stream in streams) and not is_whole:
                 generation = Generation(torch.cat(parts, 1))
                 break
         else:
             generation = steps.value.behind(len(self.lead)) if len(self.lead) else steps.value
-        texts = []
-        lengths = []
-        for row, tokens in zip(rows, generation.tokens.tolist(), strict=True):
-            lengths.append(self.length(tokens))
-            text = self.lm.tokenizer.decode(tokens[: lengths[-1]])
-            texts.append(text[: first_stop(text, self.stops, self._start(row))])
-        return Written(rows, texts, generation, lengths)
+        for stream in streams:
+            stream.close()
+        return Written(rows, [stream.text for stream in streams], generation, streams)
 
     @property
     def follows_loosely(self) -> bool:
@@ -296,11 +279,12 @@ class Draft:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
 
-    def _start(self, row: int) -> int:
-        """Characters of the prompt of a sample, after which stops count."""
-        if self.request.template is not None:
-            return 0
-        return len(self.lm.tokenizer.decode(self.prompt(row).tolist()))
+    def _stream(self, row: int) -> TextStream:
+        """Reads the tokens of a sample. Stops count behind its prompt."""
+        tokenizer = self.lm.tokenizer
+        is_template = self.request.template is not None
+        start = 0 if is_template else len(tokenizer.decode(self.prompt(row).tolist()))
+        return TextStream(tokenizer, self.stops, start=start, end=self.end)
 
 
 @dataclass(frozen=True)
@@ -312,9 +296,5 @@ class Written:
     texts: list[str]
     """Each up to its first stop, or to its end."""
     generation: Generation
-    lengths: list[int]
-    """Tokens of each before its end, or all."""
-
-    def has_ended(self, row: int) -> bool:
-        """Whether the sample `row` of the batch came to the end of its document."""
-        return self.lengths[row] < self.generation.tokens.shape[1]
+    streams: Sequence[TextStream] = ()
+    """What read each: whether it came to the end of its document, and its tokens before that."""

@@ -154,8 +154,8 @@ class _Writer:
         texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
         parts = [grid.div("samples", texts)]
         if checkpoint.model.num_blocks > 1:
-            shown = written.lengths[0]
-            passes = [state[0, :shown] for state in written.generation.passes]
+            length = written.streams[0].length
+            passes = [state[0, :length] for state in written.generation.passes]
             rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
             parts.append(f"<figure>{rows}<figcaption>{PASSES}</figcaption></figure>\n")
         return parts
