@@ -174,7 +174,7 @@ def test_closed_standard_input_costs_one_line(refused, complete, monkeypatch, ar
 def test_texts_that_cannot_be_used(refused, complete, tmp_path, content, name):
     (tmp_path / "bad.txt").write_bytes(content)
     for argv in (EVAL, TRAIN):
-        refused(*complete(argv), "--data", "bad.txt", names=[name])
+        refused(*complete(argv), "--data", "bad.txt", "--normalize", "text8", names=[name])
     if len(content) != 11:
         refused("data", "bad.txt", "--out", "corpus", names=[name])
     assert {path.suffix for path in tmp_path.iterdir()} <= {".txt", ".lock"}

@@ -1,6 +1,7 @@
 """What suits a text: the tokenizer that keeps it as it is, and whether a given one reads it."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 from tarflowlm.config import TEXT8_ALPHABET, TokenizerConfig
@@ -66,7 +67,7 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
     what = f"{wanted.vocab_size or 'the'} tokens of a BPE"
     if wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET:
         found = _characters(source)
-        is_few = 1 < len(found) <= MOST_CHARACTERS
+        is_few = len(found) > 1
         wanted = replace(wanted, alphabet=found) if is_few else replace(wanted, kind="byte")
     if wanted.kind == "char":
         what = f"{len(wanted.alphabet)} different characters"
@@ -83,11 +84,16 @@ def _advise(source: str, *, unwrap: bool) -> None:
         log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
 
 
+def _blocks(source: str) -> Iterator[str]:
+    """A text file or folder of the user's own; nothing of any other source."""
+    if source not in SOURCE_NAMES and not is_prepared(source):
+        found = resolve_source(source)
+        yield from found.blocks() if isinstance(found, TextFile) else ()
+
+
 def _beginning(source: str) -> str:
-    """The beginning of a text file or folder of the user's own; "" for any other source."""
     text = ""
-    found = None if source in SOURCE_NAMES or is_prepared(source) else resolve_source(source)
-    for block in found.blocks() if isinstance(found, TextFile) else ():
+    for block in _blocks(source):
         text += block[:BLOCK]
         if len(text) >= BLOCK:
             break
@@ -95,11 +101,10 @@ def _beginning(source: str) -> str:
 
 
 def _characters(source: str) -> str:
-    """The different characters of a text file or folder, in order; many may be left out."""
+    """The different characters of a text, in order; none of one that has too many."""
     seen: set[str] = set()
-    found = resolve_source(source)
-    for block in found.blocks() if isinstance(found, TextFile) else ():
+    for block in _blocks(source):
         seen.update(block)
         if len(seen) > MOST_CHARACTERS:
-            break
+            return ""
     return "".join(sorted(seen))

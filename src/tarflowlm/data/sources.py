@@ -16,18 +16,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import LARGEST, SPLITS, Piece, Split, split_of_document
-from tarflowlm.data.text import (
-    BLOCK,
-    FIELD,
-    SEPARATOR,
-    normalize,
-    plain_line_ends,
-    read_text,
-    text_pieces,
-    unwrapped,
-)
-from tarflowlm.data.textfile import Source, TextFile, document_pieces, normalized_piece
+from tarflowlm.data.splits import LARGEST, SPLITS, Split, split_of_document
+from tarflowlm.data.text import FIELD, SEPARATOR, plain_line_ends, read_text
+from tarflowlm.data.textfile import Placed, Source, TextFile
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import cache_root, replacing
 from tarflowlm.progress import Progress
@@ -60,13 +51,10 @@ class Tales(Source):
         """The documents as they are, without the line that ends each."""
         return read_text(self.file).split(f"\n{SEPARATOR}\n")[:-1]
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
         for document in self.documents():
             title = document.partition("\n")[0]
-            text = normalized_piece(document, normalization)
-            yield from document_pieces(split_of_document(title), [text])
+            yield split_of_document(title), [document]
 
 
 class English(Source):
@@ -96,14 +84,10 @@ class English(Source):
     def state(self) -> list[list[str | int]]:
         return [[file.name, file.stat().st_size] for file in self.files]
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
         for split in SPLITS:
             documents = [f for f in self.files if split_of_document(f.name) == split]
-            text = normalize("\n".join(map(read_text, documents)), normalization)
-            for piece in text_pieces([text], BLOCK):
-                yield Piece(split, piece)
+            yield split, ["\n".join(map(read_text, documents))]
 
 
 def _sha256(text: str) -> str:
@@ -147,8 +131,8 @@ class Text8(TextFile):
         with replacing(self.path) as temporary:
             temporary.write_bytes(text)
 
-    def _normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
-        return super()._normalized(blocks, "none")
+    def normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
+        return super().normalized(blocks, "none")
 
 
 class Documents(Source):
@@ -204,9 +188,7 @@ class Documents(Source):
             remedy = f"run this again, or put the hub's {self.repository} into {self.folder}"
             raise UserError(f"{what}: {remedy}") from None
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
         from pyarrow import parquet
 
         try:
@@ -214,10 +196,7 @@ class Documents(Source):
             file = parquet.ParquetFile(self.files[part])
             for batch in file.iter_batches(columns=[self.field]):
                 for document in batch.column(0).drop_null().to_pylist():
-                    text = plain_line_ends(document)
-                    text = unwrapped(text) if self.unwrap else text
-                    text = normalized_piece(text, normalization)
-                    yield from document_pieces(split(document), [text])
+                    yield split(document), [plain_line_ends(document)]
         except (OSError, LookupError, TypeError, ValueError) as error:
             what = f"cannot read the column {self.field} of {self.files[part]}"
             remedy = f"get it again, or name a column of texts, as SOURCE{FIELD}COLUMN"

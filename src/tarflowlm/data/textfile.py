@@ -32,6 +32,9 @@ from tarflowlm.data.text import (
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
 
+Placed = Iterator[tuple[Split, Iterable[str]]]
+"""Documents: the split and the text of each, in blocks."""
+
 
 class Source(ABC):
     """A text in one or more parts. Equal normalisation gives the same pieces every time."""
@@ -72,10 +75,29 @@ class Source(ABC):
         return None
 
     @abstractmethod
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+        """The documents of part `part`, counted from 0, as they are."""
+
     def pieces(
         self, part: int, normalization: Normalization, progress: Progress
     ) -> Iterator[Piece]:
-        """The text of part `part`, counted from 0. Call `obtain` first."""
+        """The text of part `part`. Call `obtain` first."""
+        for split, blocks in self.placed(part, normalization, progress):
+            last = ""
+            for text in filter(None, self.normalized(blocks, normalization)):
+                if last:
+                    yield Piece(split, last)
+                last = text
+            if last:
+                yield Piece(split, last, ends=True)
+
+    def normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
+        """Pieces of a document; of text8 they begin with a space and end without one."""
+        if self.unwrap:
+            blocks = [unwrapped("".join(blocks))]
+        for piece in text_pieces(blocks, BLOCK):
+            text = normalize(piece, normalization)
+            yield "" if normalization == "text8" and text == " " else text
 
 
 class TextFile(Source):
@@ -107,17 +129,14 @@ class TextFile(Source):
         for file in self.files:
             if is_json_lines(file):
                 for text in json_texts(file, self.field):
-                    yield text, self._unwrapped([text])
+                    yield text, [text]
             elif file == self.path or file.stat().st_size:
-                yield file.name, self._unwrapped(text_blocks(file))
+                yield file.name, text_blocks(file)
 
     def blocks(self) -> Iterator[str]:
         """The text of all documents."""
         for _, blocks in self.documents():
             yield from blocks
-
-    def _unwrapped(self, blocks: Iterable[str]) -> Iterable[str]:
-        return [unwrapped("".join(blocks))] if self.unwrap else blocks
 
     def count_characters(self, normalization: Normalization, progress: Progress) -> int:
         if normalization not in self._totals:
@@ -125,7 +144,7 @@ class TextFile(Source):
             total = 0
             for key, blocks in self.documents():
                 size = 0
-                for piece in self._normalized(blocks, normalization):
+                for piece in self.normalized(blocks, normalization):
                     size += len(piece)
                     progress.advance(len(piece))
                 if size and len(self._places) <= FEW:
@@ -137,35 +156,16 @@ class TextFile(Source):
             self._totals[normalization] = total
         return self._totals[normalization]
 
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+        total = self.count_characters(normalization, progress)
+        shares = fair_shares(self._places, total)
+        for key, blocks in self.documents():
+            yield split_of_document(key, shares), blocks
+
     def pieces(
         self, part: int, normalization: Normalization, progress: Progress
     ) -> Iterator[Piece]:
+        if self.has_documents:
+            return super().pieces(part, normalization, progress)
         total = self.count_characters(normalization, progress)
-        if not self.has_documents:
-            yield from cut_in_three(self._normalized(self.blocks(), normalization), total)
-            return
-        shares = fair_shares(self._places, total)
-        for key, blocks in self.documents():
-            texts = self._normalized(blocks, normalization)
-            yield from document_pieces(split_of_document(key, shares), texts)
-
-    def _normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
-        for piece in text_pieces(blocks, BLOCK):
-            yield normalized_piece(piece, normalization)
-
-
-def normalized_piece(piece: str, normalization: Normalization) -> str:
-    """One of several pieces of a text; pieces of text8 begin with a space and end without one."""
-    text = normalize(piece, normalization)
-    return "" if normalization == "text8" and text == " " else text
-
-
-def document_pieces(split: Split, texts: Iterable[str]) -> Iterator[Piece]:
-    """A document in normalised pieces, of which the last that is not empty ends it."""
-    last = ""
-    for text in filter(None, texts):
-        if last:
-            yield Piece(split, last)
-        last = text
-    if last:
-        yield Piece(split, last, ends=True)
+        return cut_in_three(self.normalized(self.blocks(), normalization), total)

@@ -158,18 +158,19 @@ class Tokenizer:
     def characters_per_token(self) -> npt.NDArray[np.int64]:
         """Int64 [V]: bytes of each token that start a character; summed, the length of a text."""
         # a continuation byte is 0b10xxxxxx
-        counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes]
-        return np.array(counts, dtype=np.int64) * self._is_text
+        counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self._texts]
+        return np.array(counts, dtype=np.int64)
 
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """Int64 [V]: the number of UTF-8 bytes of each token."""
-        return np.array(list(map(len, self.token_bytes)), dtype=np.int64) * self._is_text
+        return np.array(list(map(len, self._texts)), dtype=np.int64)
 
     @property
-    def _is_text(self) -> npt.NDArray[np.bool_]:
-        """Bool [V]: False for the end of a document, which has no characters."""
-        return np.array([index != self.end for index in range(self.vocab_size)])
+    def _texts(self) -> list[bytes]:
+        """The bytes of every token; none of the end of a document, which is no text."""
+        end = self.end
+        return [b"" if index == end else text for index, text in enumerate(self.token_bytes)]
 
     @cached_property
     def symbols(self) -> list[str]:
