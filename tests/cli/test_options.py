@@ -6,6 +6,7 @@ import pytest
 
 from tarflowlm.cli import train
 from tarflowlm.cli.main import COMMANDS, command_module
+from tarflowlm.config import DataConfig, TokenizerConfig
 
 OPTIONS = {
     "quickstart": "device json minutes out seed",
@@ -52,3 +53,10 @@ def test_options_do_not_grow_by_themselves(command):
 def test_options_of_tuning_and_resuming_do_not_grow_by_themselves():
     assert names_of(train.TuneArgs) == set(TUNING.split())
     assert names_of(train.ResumeArgs) == set(RESUMING.split())
+
+
+def test_short_options_say_how_a_text_is_read():
+    argv = ["mini-mixd", "--out", "run", "--data", "novel.txt"]
+    assert train.read(argv).configured().data == DataConfig(source="novel.txt")
+    data = train.read([*argv, "--normalize", "text8", "--unwrap"]).configured().data
+    assert data == DataConfig(source="novel.txt", tokenizer=TokenizerConfig(), unwrap=True)

@@ -210,7 +210,7 @@ def test_existing_files_are_left_alone(refused, copied, corpus_file, tmp_path):
     argv = ["--data", corpus_file, *TINY]
     for out in (copied, tmp_path / "file", tmp_path / "file" / "run"):
         refused("train", "mini-mixd", "--out", out, *argv, names=[str(tmp_path)])
-        refused("data", corpus_file, "--out", out, names=[str(tmp_path)])
+        refused("data", corpus_file, "--normalize", "text8", "--out", out, names=[str(tmp_path)])
         refused("sample", copied, "--length", 4, "--out", out, names=[str(tmp_path)])
     refused("export", copied, "--out", copied, names=["exists"])
     refused(

@@ -27,6 +27,7 @@ EXCLUSIVE = {
     "stream": ("out", "part", "json", "passes", "particles"),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes"),
+    "no_stop": ("template",),
 }
 """Options that contradict each other."""
 NEEDED = {

@@ -40,7 +40,7 @@ def misfit(source: str, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool) -> None:
+def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool = False) -> None:
     """UserError where the text does not suit the tokenizer of a model that is to learn it."""
     problem = misfit(source, tokenizer)
     if problem is not None:
@@ -64,16 +64,17 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
         wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
     if wanted.normalize == "text8" or source == "text8":
         return wanted
-    what = f"{wanted.vocab_size or 'the'} tokens of a BPE"
+    what = f"{wanted.vocab_size or 'the'} pieces of words"
     if wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET:
         found = _characters(source)
-        is_few = len(found) > 1
-        wanted = replace(wanted, alphabet=found) if is_few else replace(wanted, kind="byte")
+        few = replace(wanted, alphabet=found) if len(found) > 1 else None
+        wanted = few or replace(wanted, kind="byte")
     if wanted.kind == "char":
         what = f"{len(wanted.alphabet)} different characters"
     elif wanted.kind == "byte":
         what = "256 bytes"
-    log.info("%s is read as it is; its symbols are %s", source, what)
+    if source not in SOURCE_NAMES:
+        log.info("%s is read as it is; its symbols are %s", source, what)
     _advise(source, unwrap=unwrap)
     return wanted
 

@@ -80,7 +80,8 @@ def located(config: RunConfig) -> RunConfig:
     """`config` with an absolute path to its text, or the normalisation of a corpus by name."""
     data = config.data
     if data.source in SOURCE_NAMES:
-        data = replace(data, tokenizer=suited(data.source, data.tokenizer))
+        how = data.tokenizer.normalization
+        data = replace(data, tokenizer=replace(data.tokenizer, normalize=how))
     elif not data.source.startswith(HUB):
         data = replace(data, source=str(Path(data.source).expanduser().resolve()))
     return replace(config, data=data)
