@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import FLOW, TRUNK, save_run, tiny_flow
-from tarflowlm.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.model_config import BaselineConfig
 
 
@@ -82,7 +82,10 @@ def runs(tmp_path_factory, corpus_file) -> dict[str, Path]:
         stage_steps=(6, 4, 4), batch_size=2, log_every=1, precision="float32", **seldom
     )
     progressive = RunConfig(
-        name="tiny", model=FLOW, data=DataConfig(source=str(corpus_file)), train=steps
+        name="tiny",
+        model=FLOW,
+        data=DataConfig(source=str(corpus_file), tokenizer=TokenizerConfig()),
+        train=steps,
     )
     joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
     baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))

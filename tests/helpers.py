@@ -14,7 +14,7 @@ from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import TarFlowLM
@@ -125,7 +125,10 @@ def save_run(
 ) -> Path:
     """The folder, now a run directory of the model."""
     folder.mkdir()
-    train, data = TrainConfig(mode="joint", stage_steps=(1,)), DataConfig(source=str(source))
+    train, data = (
+        TrainConfig(mode="joint", stage_steps=(1,)),
+        DataConfig(source=str(source), tokenizer=TokenizerConfig()),
+    )
     write_run(
         folder, RunConfig(name="mini-mixd", model=model.config, train=train, data=data), tokenizer
     )

@@ -21,7 +21,7 @@ FIELDS = {
         certainty components coupling layers sees_channels sees_tokens start
     """,
     config.DataConfig: """
-        source tokenizer
+        source tokenizer unwrap
     """,
     model_config.FlowConfig: """
         alternate blocks channel_mix context head head_hidden in_patch latent_dim patch reads_tokens

@@ -49,15 +49,17 @@ class TokenizerConfig(Config):
     """Number of tokens of a BPE trained here; 0 for every other tokenizer."""
     source: str = ""
     """BPE only: a tokenizer.json or a hub name such as gpt2. Empty: train one here."""
-    normalize: Normalization = "text8"
-    """Of the text: none, or text8 (a-z and single spaces; digits are spelled out)."""
+    normalize: Literal["none", "text8", "auto"] = "text8"
+    """Of the text: none, or text8 (a-z and single spaces; digits are spelled out). auto: none for
+    your own text, whose characters are the alphabet then, and text8 for the corpora by name.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unused = f"has no effect with kind={self.kind!r} and source={self.source!r}: leave it out"
         self.require("source", self.kind == "bpe" or not self.source, unused)
         if self.needs_training:
-            least = len(self.alphabet) + 1 if self.uses_alphabet else 257
+            least = len(self.alphabet) + 1 if self.uses_alphabet else 258
             rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or give a source"
             self.require("vocab_size", least <= self.vocab_size <= LARGEST_BPE, rule)
         else:
@@ -68,12 +70,17 @@ class TokenizerConfig(Config):
         check_alphabet(self.alphabet)
         missing = "".join(sorted(set(TEXT8_ALPHABET) - set(self.alphabet)))
         rule = f"lacks {missing!r}, which normalize=text8 can produce: set normalize to none"
-        self.require("alphabet", self.normalize != "text8" or not missing, rule)
+        self.require("alphabet", self.normalization != "text8" or not missing, rule)
+
+    @property
+    def normalization(self) -> Normalization:
+        """What `normalize` says; auto is text8 until `data.suited` has seen the text."""
+        return "text8" if self.normalize == "auto" else self.normalize
 
     @property
     def uses_alphabet(self) -> bool:
         """Whether tokens are, or start from, the characters of `alphabet`."""
-        return self.kind == "char" or (self.needs_training and self.normalize == "text8")
+        return self.kind == "char" or (self.needs_training and self.normalization == "text8")
 
     @property
     def needs_training(self) -> bool:
@@ -87,8 +94,10 @@ class DataConfig(Config):
 
     source: str = "tales"
     """tales, english, text8, openwebtext, a text file, or a directory made by `tarflowlm data`."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(normalize="auto"))
     """How text becomes tokens."""
+    unwrap: bool = False
+    """Join the lines of every paragraph: of a text of your own that is wrapped by hand."""
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]

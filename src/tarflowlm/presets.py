@@ -54,7 +54,8 @@ def quickstart() -> RunConfig:
     """A few minutes on two CPU cores: a Mix-d block and two Mix-1 blocks on the built-in corpus."""
     trunk = replace(MINI_TRUNK, input_taps=0)
     model = FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True)
-    data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
+    words = TokenizerConfig(kind="bpe", vocab_size=2048, normalize="auto")
+    data = DataConfig(tokenizer=words)
     train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
     return RunConfig(
         name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM, temperature=CALM

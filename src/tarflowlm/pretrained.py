@@ -19,7 +19,7 @@ from tarflowlm.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from tarflowlm.data import Tokenizer
+from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
@@ -110,9 +110,10 @@ class Pretrained(Checkpoint):
         """A text that begins with `prompt`; with `num`, a list of so many texts.
 
         A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens,
-        given ones included; by default the trained context. A text ends before the first of the
-        texts `stop`. `temperature`, by default the model's own, `top_k`, `top_p`, `particles` and
-        `decoder` are described at `generate`. The same `seed` gives the same text.
+        given ones included; by default the trained context. A text ends with its document, unless
+        `stop_at_end` is False, or before the first of the texts `stop`. `temperature`, by default
+        the model's own, `top_k`, `top_p`, `particles` and `decoder` are described at `generate`.
+        The same `seed` gives the same text.
         """
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
@@ -329,10 +330,9 @@ def _prompts(prompt: str | Several | None) -> tuple[str, ...]:
 def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
     """The configuration with which a model of one's own is saved and tuned."""
     assert isinstance(model.config, FlowConfig | BaselineConfig)
-    is_char = tokenizer.kind == "char"
     how = TokenizerConfig(
         kind=cast(Kind, tokenizer.kind),
-        alphabet="".join(tokenizer.symbols) if is_char else TEXT8_ALPHABET,
+        alphabet=tokenizer.alphabet if isinstance(tokenizer, CharTokenizer) else TEXT8_ALPHABET,
         source="own" if tokenizer.kind == "bpe" else "",
         normalize=tokenizer.normalization,
     )

@@ -100,14 +100,15 @@ def test_data_prepares_a_directory_that_eval_takes(
     odd.mkdir(parents=True)
     shutil.copy(corpus_file, odd / "words.txt")
     corpus = odd / "corpus"
-    result = run_json("data", odd / "words.txt", "--out", corpus)
+    letters = ["--normalize", "text8"]
+    result = run_json("data", odd / "words.txt", "--out", corpus, *letters)
     assert (result["out"], result["vocab_size"]) == (str(corpus), 27)
     assert sum(result["tokens"].values()) == len(corpus_file.read_text(encoding="utf-8")) + 1
     of_text, of_corpus = (
         run_json("eval", model, "--windows", 9, *data) for data in ([], ["--data", corpus])
     )
     assert of_text["bpc"] == of_corpus["bpc"]
-    assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table").out
+    assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table", *letters).out
     refused("data", corpus, "--out", tmp_path / "again", names=["holds no text"])
 
 

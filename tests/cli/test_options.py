@@ -6,17 +6,18 @@ import pytest
 
 from tarflowlm.cli import train
 from tarflowlm.cli.main import COMMANDS, command_module
+from tarflowlm.config import DataConfig, TokenizerConfig
 
 OPTIONS = {
     "quickstart": "device json minutes out seed",
-    "data": "json out part source tokenizer",
-    "train": "checkpoint-every data device json minutes out run steps",
+    "data": "json out part source tokenizer unwrap",
+    "train": "checkpoint-every data device json minutes normalize out run steps unwrap",
     "eval": (
         "data device directory json latents merge normalize part samples seed split stride windows"
     ),
     "score": "baseline device directory file json normalize part samples seed text texts",
     "sample": (
-        "blank decoder device directory interactive json length normalize num out "
+        "blank decoder device directory interactive json length no-stop normalize num out "
         "part particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p"
     ),
@@ -34,7 +35,7 @@ OPTIONS = {
     "harness": "directory json noise-seed normalize posterior-samples",
 }
 """Names of the fields of `Args`: words without dashes, options, and configurations."""
-TUNING = "data device from json lr minutes out seed steps"
+TUNING = "data device from json lr minutes out seed steps unwrap"
 RESUMING = "device json resume"
 
 
@@ -52,3 +53,10 @@ def test_options_do_not_grow_by_themselves(command):
 def test_options_of_tuning_and_resuming_do_not_grow_by_themselves():
     assert names_of(train.TuneArgs) == set(TUNING.split())
     assert names_of(train.ResumeArgs) == set(RESUMING.split())
+
+
+def test_short_options_say_how_a_text_is_read():
+    argv = ["mini-mixd", "--out", "run", "--data", "novel.txt"]
+    assert train.read(argv).configured().data == DataConfig(source="novel.txt")
+    data = train.read([*argv, "--normalize", "text8", "--unwrap"]).configured().data
+    assert data == DataConfig(source="novel.txt", tokenizer=TokenizerConfig(), unwrap=True)

@@ -140,8 +140,9 @@ def test_every_number_out_of_range_is_named(refused, complete, tmp_path, command
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_options_that_exclude_each_other_are_named(refused, complete, one, other):
-    words = [word for name in (one, other) for word in (f"--{name}", *GIVEN.get(name, []))]
-    refused(*complete([*SAMPLE, *words]), names=[f"--{one}", f"--{other}"])
+    flags = {name: f"--{name.replace('_', '-')}" for name in (one, other)}
+    words = [word for name, flag in flags.items() for word in (flag, *GIVEN.get(name, []))]
+    refused(*complete([*SAMPLE, *words]), names=list(flags.values()))
 
 
 @pytest.mark.slow
@@ -174,7 +175,7 @@ def test_closed_standard_input_costs_one_line(refused, complete, monkeypatch, ar
 def test_texts_that_cannot_be_used(refused, complete, tmp_path, content, name):
     (tmp_path / "bad.txt").write_bytes(content)
     for argv in (EVAL, TRAIN):
-        refused(*complete(argv), "--data", "bad.txt", names=[name])
+        refused(*complete(argv), "--data", "bad.txt", "--normalize", "text8", names=[name])
     if len(content) != 11:
         refused("data", "bad.txt", "--out", "corpus", names=[name])
     assert {path.suffix for path in tmp_path.iterdir()} <= {".txt", ".lock"}
@@ -207,10 +208,10 @@ def test_wrong_prompts_are_named_by_their_line(refused, model, tmp_path, monkeyp
 def test_existing_files_are_left_alone(refused, copied, corpus_file, tmp_path):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     before = listing(tmp_path)
-    argv = ["--data", corpus_file, *TINY]
+    argv = ["--data", corpus_file, "--normalize", "text8", *TINY]
     for out in (copied, tmp_path / "file", tmp_path / "file" / "run"):
         refused("train", "mini-mixd", "--out", out, *argv, names=[str(tmp_path)])
-        refused("data", corpus_file, "--out", out, names=[str(tmp_path)])
+        refused("data", corpus_file, "--normalize", "text8", "--out", out, names=[str(tmp_path)])
         refused("sample", copied, "--length", 4, "--out", out, names=[str(tmp_path)])
     refused("export", copied, "--out", copied, names=["exists"])
     refused(

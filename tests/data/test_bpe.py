@@ -86,7 +86,7 @@ def test_long_texts_encode_as_if_whole(monkeypatch):
     assert (BYTE_LEVEL.encode(CASED) == whole).all()
 
 
-def test_special_tokens_in_the_text_count_their_characters():
+def test_the_names_of_special_tokens_are_text_in_a_text():
     library = tokenizers.Tokenizer.from_str(BYTE_LEVEL.to_json())
     library.add_special_tokens(["<|endoftext|>"])
     library.enable_truncation(3)
@@ -95,7 +95,8 @@ def test_special_tokens_in_the_text_count_their_characters():
     text = "the cat<|endoftext|>the cats"
     ids = tokenizer.encode(text)
     assert tokenizer.vocab_size == 301
-    assert (ids == 300).sum() == 1
+    assert tokenizer.end == 300
+    assert 300 not in ids
     assert tokenizer.decode(ids) == text
     assert tokenizer.characters_per_token[ids].sum() == len(text)
 

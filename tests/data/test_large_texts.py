@@ -10,7 +10,7 @@ import pytest
 from tarflowlm.data import TokenizerConfig, open_corpus, prepare_corpus, splits
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.prepare import prepare_part
-from tarflowlm.data.sources import SEPARATOR, resolve_source, sources_dir
+from tarflowlm.data.sources import resolve_source, sources_dir
 from tarflowlm.data.splits import SPLITS, cut_in_three, split_of_document
 from tarflowlm.errors import UserError
 
@@ -58,7 +58,7 @@ def test_documents_of_parquet_files_are_each_in_one_split(folder, tmp_path):
     for split, text in texts_of(corpus).items():
         own = [one for one in documents if split_of_document(one) == split]
         assert own
-        assert text == "".join(one + SEPARATOR for one in own)
+        assert text == "".join(one + "\n\n" for one in own)
     assert len(corpus.meta["splits"]["train"]) == 3
     one = prepare_corpus(str(folder / "sample" / "002.parquet"), BYTES, tmp_path / "one")
     assert texts_of(corpus)["train"].endswith(texts_of(one)["train"])

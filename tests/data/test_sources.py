@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,11 +32,12 @@ from tarflowlm.errors import UserError
 from tarflowlm.progress import SILENT
 
 CHARS = TokenizerConfig()
+OPEN = TokenizerConfig(normalize="auto")
 
 
 def texts_of(source) -> dict[str, str]:
     texts = dict.fromkeys(SPLITS, "")
-    for split, piece in source.pieces(0, "none", SILENT):
+    for split, piece, _ in source.pieces(0, "none", SILENT):
         texts[split] += piece
     return texts
 
@@ -56,28 +58,44 @@ def test_folders_and_json_lines(tmp_path):
     lines = '{"text": "one", "body": "x\\ny"}\n\n{"text": "ü", "body": "z"}'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.md").write_text("left out", encoding="utf-8")
-    assert "".join(resolve_source(str(tmp_path)).blocks()) == "one\n\nü\n\ntwo".replace(
-        "\n\n", "\n", 1
-    )
-    assert "".join(resolve_source(f"{tmp_path / 'a.jsonl.gz'}#body").blocks()) == "x\ny\nz\n"
+    assert list(resolve_source(str(tmp_path)).blocks()) == ["one", "ü", "two"]
+    assert list(resolve_source(f"{tmp_path / 'a.jsonl.gz'}#body").blocks()) == ["x\ny", "z"]
     with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl\.gz .* under 'title'"):
         cached_corpus(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
 
 
-def test_text_that_letters_would_lose_becomes_bytes(tmp_path, caplog):
-    german, english = tmp_path / "de.txt", tmp_path / "en.txt"
-    german.write_text("Die Müller über Straßen. " * 400, encoding="utf-8")
-    english.write_text(
-        "The café is open. " + "All the other words are plain. " * 400, encoding="utf-8"
-    )
-    assert suited(str(german), CHARS).kind == "byte"
-    assert "its tokens are bytes" in caplog.text
-    bpe = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
-    assert [suited(str(english), CHARS), suited(str(german), bpe), suited("english", CHARS)] == [
-        CHARS,
-        bpe,
-        CHARS,
-    ]
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Perché no? È «così», papà.\n", "char"),
+        ("def f(x):\n\treturn {x: [1, 'ß']}\n", "char"),
+        ("".join(map(chr, range(0x4E00, 0x4E00 + 257))), "byte"),
+    ],
+)
+def test_a_text_of_ones_own_keeps_every_character(text, kind, tmp_path, caplog):
+    file = tmp_path / "own.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + (text * 9).replace("\n", "\r\n").encode())
+    with caplog.at_level("INFO"):
+        found = suited(str(file), OPEN)
+    assert (found.kind, found.normalize) == (kind, "none")
+    assert len(caplog.messages) == 1
+    corpus = cached_corpus(str(file), found)
+    read = "".join(corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in SPLITS)
+    assert read == text * 9
+    assert corpus.tokenizer.end is None
+    assert corpus.tokenizer.vocab_size == (len(set(text)) if kind == "char" else 256)
+
+
+def test_what_is_asked_for_is_not_changed(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text("Die Müller. " * 9, encoding="utf-8")
+    words = TokenizerConfig(kind="bpe", vocab_size=300, normalize="auto")
+    assert suited(str(file), words) == replace(words, normalize="none")
+    for given in (CHARS, TokenizerConfig(kind="byte", normalize="none")):
+        assert suited(str(file), given) == given
+    assert suited("tales", OPEN) == suited("text8", OPEN) == CHARS
+    prepare_corpus(str(file), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "out")
+    assert suited(str(tmp_path / "out"), OPEN).kind == "byte"
 
 
 # tales
@@ -98,11 +116,11 @@ def test_tales_are_the_text_that_their_page_describes():
 def test_a_tale_is_in_one_split_by_its_title():
     found = resolve_source("tales")
     splits = {split: set() for split in SPLITS}
-    for split, text in found.pieces(0, "none", SILENT):
-        assert text.endswith(SEPARATOR)
+    for split, text, ends in found.pieces(0, "none", SILENT):
+        assert ends
         title = text.partition("\n")[0]
         assert split == split_of_document(title)
-        splits[split].add(text.removesuffix(SEPARATOR))
+        splits[split].add(text)
     assert set().union(*splits.values()) == set(found.documents())
     sizes = {split: sum(map(len, texts)) for split, texts in splits.items()}
     assert 0.88 < sizes["train"] / sum(sizes.values()) < 0.92
@@ -213,21 +231,18 @@ def test_openwebtext_documents_are_each_in_one_split_encoded_alone(in_parts, tmp
     for split, held in by_split(documents).items():
         assert held
         ids = np.asarray(corpus.split(split))
-        assert (
-            ids.tolist()
-            == tokenizer.encode_each([document + SEPARATOR for document in held]).tolist()
-        )
-        assert corpus.num_characters(split) == sum(
-            len(document) + len(SEPARATOR) for document in held
-        )
+        ended = [document + SEPARATOR for document in held if document]
+        assert ids.tolist() == tokenizer.encode_each(ended).tolist()
+        assert corpus.num_characters(split) == sum(map(len, ended))
     spaced = prepare_corpus("openwebtext", CHARS, tmp_path / "text8")
     for split, held in by_split(documents).items():
         text = spaced.tokenizer.decode(np.asarray(spaced.split(split)))
         assert text == normalize_text8(SEPARATOR.join(held))
     config = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
     trained = prepare_corpus("openwebtext", config, tmp_path / "bpe").tokenizer
-    train = [document + SEPARATOR for document in by_split(documents)["train"]]
-    assert trained.fingerprint == build_tokenizer(config, train).fingerprint
+    train = by_split(documents)["train"]
+    expected = build_tokenizer(config, train, has_documents=True)
+    assert trained.fingerprint == expected.fingerprint
 
 
 def test_openwebtext_is_fetched_once(in_parts, tmp_path, monkeypatch):
@@ -262,10 +277,6 @@ def test_openwebtext_offline_or_without_its_package_names_the_remedy(
 def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     path = tmp_path / "german.txt"
     path.write_text("Die Müller führen über Brücken. " * 50, encoding="utf-8")
-    bpe = TokenizerConfig(kind="bpe", vocab_size=40)
-    assert suited(str(path), bpe) == bpe
-    assert "15.4% of the letters" in caplog.text
-    caplog.clear()
     encode_text_source(str(path), CharTokenizer(TEXT8_ALPHABET), "all")
     assert "15.4% of the letters" in caplog.text
     caplog.clear()

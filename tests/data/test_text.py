@@ -14,13 +14,14 @@ from tarflowlm.data import TEXT8_ALPHABET, normalize_text8, read_text
 from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UserError
 
-TEXT = "héllo\r\nworld \U0001f600\x00\n" * 50
-RAW = TEXT.encode("utf-8")
+WINDOWS = "héllo\r\nwo\rrld \U0001f600\x00\n" * 50
+TEXT = WINDOWS.replace("\r\n", "\n")
+RAW = WINDOWS.encode("utf-8")
 COMPRESSED = {".gz": gzip.compress(RAW, mtime=0), ".xz": lzma.compress(RAW)}
 
 
 @pytest.mark.parametrize("suffix", [".txt", "", ".XZ", *COMPRESSED])
-def test_text_comes_back_unchanged(suffix, tmp_path, monkeypatch):
+def test_text_comes_back_with_plain_line_ends(suffix, tmp_path, monkeypatch):
     path = tmp_path / f"text{suffix}"
     path.write_bytes(COMPRESSED.get(suffix.lower(), RAW))
     assert read_text(path) == read_text(str(path)) == TEXT

@@ -54,7 +54,7 @@ def runs(source: str, mode: str = "ddp") -> dict[str, RunConfig]:
     compiled = replace(staged, accumulate=2, checkpoint_activations=True, compile=True)
 
     def run(model: FlowConfig | BaselineConfig, train: TrainConfig) -> RunConfig:
-        data = DataConfig(source=source)
+        data = DataConfig(source=source, tokenizer=TokenizerConfig())
         return RunConfig(name="tiny", model=model, train=train, data=data, optim=optim)
 
     return {

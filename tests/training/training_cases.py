@@ -46,7 +46,7 @@ def tiny_run(
     return RunConfig(
         name="tiny",
         model=replace(FLOW, blocks=blocks, **(model or {})),
-        data=DataConfig(source=str(text)),
+        data=DataConfig(source=str(text), tokenizer=TokenizerConfig()),
         optim=OptimConfig(**(optim or {})),
         train=replace(STEPS, **fields),
         seed=seed,

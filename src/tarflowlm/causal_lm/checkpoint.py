@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data.sources import SEPARATOR
+from tarflowlm.data.text import SEPARATOR
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling

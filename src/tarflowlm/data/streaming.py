@@ -18,11 +18,21 @@ class TextStream:
     """A text as its tokens come. What may begin a stop waits until it is known not to be one."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, start: int = 0, shown: int = 0
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        start: int = 0,
+        shown: int = 0,
+        end: int | None = None,
     ) -> None:
-        """Stops count from character `start` on; the first `shown` characters are left out."""
-        self.stops, self.start, self.shown = stops, start, shown
-        self.text, self.has_stopped = "", False
+        """Stops count from character `start` on; the first `shown` characters are left out.
+
+        The token `end` is a stop, too.
+        """
+        self.stops, self.start, self.shown, self.end = stops, start, shown, end
+        self.text, self.has_stopped, self.has_ended = "", False, False
+        self.length = 0  # tokens read
         self._bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -30,7 +40,16 @@ class TextStream:
         """Read the next tokens [n]; returns the characters that have become certain."""
         if self.has_stopped:
             return ""
-        return self._extend(self._decoder.decode(b"".join(self._bytes[i] for i in tokens.tolist())))
+        places = tokens.tolist()
+        if self.end in places:
+            places = places[: places.index(self.end)]
+            self.has_ended = True
+        self.length += len(places)
+        piece = self._extend(self._decoder.decode(b"".join(self._bytes[i] for i in places)))
+        if self.has_ended:
+            piece += self.close()
+            self.has_stopped = True
+        return piece
 
     def close(self) -> str:
         """The text has ended: returns what still waited."""

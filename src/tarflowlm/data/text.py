@@ -8,8 +8,8 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from io import BufferedIOBase, TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +19,8 @@ from tarflowlm.errors import UserError
 BLOCK = 1 << 20  # characters read at once
 FIELD = "#"
 """Between a .jsonl file and the name of the field with its texts, which else is "text"."""
+SEPARATOR = "<|endoftext|>"
+"""The name of the token that ends every document, and begins the next; as GPT-2's."""
 _PACKED = (".gz", ".xz")
 
 
@@ -36,22 +38,26 @@ def _kind(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in _PACKED else path.name).suffix.lower()
 
 
-def file_blocks(path: Path, field: str) -> Iterator[str]:
-    """The text of a file in blocks: of .jsonl the texts under `field`, each with a line end."""
-    if _kind(path) != ".jsonl":
-        yield from text_blocks(path)
-        return
+def is_json_lines(path: Path) -> bool:
+    """Whether each line of a file is a document."""
+    return _kind(path) == ".jsonl"
+
+
+def json_texts(path: Path, field: str) -> Iterator[str]:
+    """The texts under `field` in the objects of the lines of a file, but for empty ones."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[field] + "\n"
+                text = plain_line_ends("" + json.loads(line)[field])
+                text.encode()  # half of a surrogate pair is no text
             except (ValueError, LookupError, TypeError):
                 what = f"line {number} of {path} is not an object with a text under {field!r}"
                 remedy = f"name the field that has one, say {path.name}{FIELD}content"
                 raise UserError(f"{what}: {remedy}") from None
-            yield text
+            if text:
+                yield text
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -62,16 +68,52 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
     """The text of a UTF-8 file in blocks of about a megabyte.
 
-    The suffix gives the compression: `.gz` or `.xz`; any other is plain text. Line ends stay as
-    they are; a byte-order mark at the start is dropped. UserError for a file that is missing,
-    unreadable, empty, damaged or not UTF-8, possibly after some blocks.
+    The suffix gives the compression: `.gz` or `.xz`; any other is plain text. The line ends of
+    Windows become plain ones; a byte-order mark at the start is dropped. UserError for a file that
+    is missing, unreadable, empty, damaged or not UTF-8, possibly after some blocks.
     """
     with _opened(Path(path)) as file:
         block = file.read(BLOCK)
         if not block:
             raise UserError(f"{path} is empty: give a file with text")
-        yield block
-        yield from iter(partial(file.read, BLOCK), "")
+        held = ""
+        while block:
+            block = held + block
+            # it may be half of a line end
+            held = "\r" if block.endswith("\r") else ""
+            yield plain_line_ends(block.removesuffix(held))
+            block = file.read(BLOCK)
+        if held:
+            yield held
+
+
+def plain_line_ends(text: str) -> str:
+    """`text` with the line ends of Windows as plain ones."""
+    return text.replace("\r\n", "\n")
+
+
+_WRAP = re.compile(r"(?<=\S)(?<!-)[ \t]*\n(?=\S)")
+
+
+def unwrapped(text: str) -> str:
+    """A text with the lines of every paragraph joined by a space, or by nothing after a hyphen.
+
+    A paragraph ends before a line that is empty or indented.
+    """
+    return re.sub(r"(?<=-)\n(?=\S)", "", _WRAP.sub(" ", text))
+
+
+def is_wrapped(text: str) -> bool:
+    """Whether the lines of a text end where the next word would have made them too long."""
+    lines = text.split("\n")
+    width = sorted(map(len, lines))[len(lines) * 9 // 10]
+    inner = [
+        len(line) + 1 + len(following.split()[0]) > width - 4
+        for line, following in pairwise(lines)
+        if line.strip() and following[:1].strip()
+    ]
+    is_full = len(inner) > max(50, len(lines) / 3) and sum(inner) > 0.8 * len(inner)
+    return 40 <= width <= 100 and is_full
 
 
 @contextmanager

@@ -5,14 +5,35 @@ encodes them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import Piece, cut_in_three
-from tarflowlm.data.text import BLOCK, FIELD, file_blocks, normalize, text_files, text_pieces
+from tarflowlm.data.splits import (
+    FEW,
+    Piece,
+    Split,
+    cut_in_three,
+    fair_shares,
+    place_of_document,
+    split_of_document,
+)
+from tarflowlm.data.text import (
+    BLOCK,
+    FIELD,
+    is_json_lines,
+    json_texts,
+    normalize,
+    text_blocks,
+    text_files,
+    text_pieces,
+    unwrapped,
+)
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Progress
+
+Placed = Iterator[tuple[Split, Iterable[str]]]
+"""Documents: the split and the text of each, in blocks."""
 
 
 class Source(ABC):
@@ -22,11 +43,20 @@ class Source(ABC):
     """The user's word for it."""
     identity: str
     """A registered name, or the absolute path of a file."""
+    unwrap: bool = False
+    """Whether the lines of paragraphs are joined."""
+    separator: str = "\n"
+    """Follows a document that is not normalised where no token can end it."""
 
     @property
     @abstractmethod
     def files(self) -> tuple[Path, ...]:
         """The files it is read from, as far as they are on this machine."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether it holds documents, and not one text that is cut anywhere."""
+        return True
 
     @property
     def num_parts(self) -> int:
@@ -45,14 +75,34 @@ class Source(ABC):
         return None
 
     @abstractmethod
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+        """The documents of part `part`, counted from 0, as they are."""
+
     def pieces(
         self, part: int, normalization: Normalization, progress: Progress
     ) -> Iterator[Piece]:
-        """The text of part `part`, counted from 0. Call `obtain` first."""
+        """The text of part `part`. Call `obtain` first."""
+        for split, blocks in self.placed(part, normalization, progress):
+            last = ""
+            for text in filter(None, self.normalized(blocks, normalization)):
+                if last:
+                    yield Piece(split, last)
+                last = text
+            if last:
+                yield Piece(split, last, ends=True)
+
+    def normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
+        """Pieces of a document; of text8 they begin with a space and end without one."""
+        if self.unwrap:
+            blocks = [unwrapped("".join(blocks))]
+        for piece in text_pieces(blocks, BLOCK):
+            text = normalize(piece, normalization)
+            yield "" if normalization == "text8" and text == " " else text
 
 
 class TextFile(Source):
-    """A text file, or a folder of them by their names, cut in three; so it is read twice.
+    """A text file, which is cut in three; or documents: the files of a folder by their names, and
+    the lines of .jsonl files. So it is read twice.
 
     `field` holds the texts of .jsonl files.
     """
@@ -64,43 +114,58 @@ class TextFile(Source):
         self.name = f"{path}{more}"
         self.identity = f"{self.path}{more}"
         self._totals: dict[Normalization, int] = {}
+        self._places: set[float] = set()
 
     @property
     def files(self) -> tuple[Path, ...]:
         return text_files(self.path)
 
+    @property
+    def has_documents(self) -> bool:
+        return len(self.files) > 1 or any(map(is_json_lines, self.files))
+
+    def documents(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """What a document is known by, the name of a file or a line itself, and its blocks."""
+        for file in self.files:
+            if is_json_lines(file):
+                for text in json_texts(file, self.field):
+                    yield text, [text]
+            elif file == self.path or file.stat().st_size:
+                yield file.name, text_blocks(file)
+
     def blocks(self) -> Iterator[str]:
-        """The text as it is, in blocks of at most a megabyte; a line end between files."""
-        for number, file in enumerate(self.files):
-            if number:
-                yield "\n"
-            yield from file_blocks(file, self.field)
+        """The text of all documents."""
+        for _, blocks in self.documents():
+            yield from blocks
 
     def count_characters(self, normalization: Normalization, progress: Progress) -> int:
         if normalization not in self._totals:
             progress.stage(f"reading {self.name}, characters")
             total = 0
-            for piece in self._normalized(normalization):
-                total += len(piece)
-                progress.advance(len(piece))
+            for key, blocks in self.documents():
+                size = 0
+                for piece in self.normalized(blocks, normalization):
+                    size += len(piece)
+                    progress.advance(len(piece))
+                if size and len(self._places) <= FEW:
+                    self._places.add(place_of_document(key))
+                total += size
             if not total:
-                remedy = "keep its letters with a byte or BPE tokenizer and normalize none"
+                remedy = "keep its letters with --data.tokenizer.normalize none"
                 raise UserError(f"text8 normalisation leaves nothing of {self.name}: {remedy}")
             self._totals[normalization] = total
         return self._totals[normalization]
 
+    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+        total = self.count_characters(normalization, progress)
+        shares = fair_shares(self._places, total)
+        for key, blocks in self.documents():
+            yield split_of_document(key, shares), blocks
+
     def pieces(
         self, part: int, normalization: Normalization, progress: Progress
     ) -> Iterator[Piece]:
+        if self.has_documents:
+            return super().pieces(part, normalization, progress)
         total = self.count_characters(normalization, progress)
-        return cut_in_three(self._normalized(normalization), total)
-
-    def _normalized(self, normalization: Normalization) -> Iterator[str]:
-        for piece in text_pieces(self.blocks(), BLOCK):
-            yield normalized_piece(piece, normalization)
-
-
-def normalized_piece(piece: str, normalization: Normalization) -> str:
-    """One of several pieces of a text; pieces of text8 begin with a space and end without one."""
-    text = normalize(piece, normalization)
-    return "" if normalization == "text8" and text == " " else text
+        return cut_in_three(self.normalized(self.blocks(), normalization), total)

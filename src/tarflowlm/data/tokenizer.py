@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tokenizers
 
 from tarflowlm.config import Normalization, check_alphabet
-from tarflowlm.data.text import DIGITS, normalize, text_pieces
+from tarflowlm.data.text import DIGITS, SEPARATOR, normalize, text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 
@@ -43,11 +43,11 @@ class Tokenizer:
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
 
     `document` is a tokenizer.json with BPE, either byte-level (GPT-2 and its relatives) or over the
-    characters of an alphabet. ValueError for one that does not restore every text. Special tokens
-    in the text, such as `<|endoftext|>`, become one token and count all their characters; none are
-    added.
+    characters of an alphabet. ValueError for one that does not restore every text. The names of
+    special tokens, such as `<|endoftext|>`, are plain text in a text.
 
-    `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not
+    `decode(encode(text)) == text` for every text that `encode` accepts. Where documents end with
+    the token `end`, it has no characters, and is decoded as an empty line. `encode` does not
     normalise: call `prepare` first on text from a file, or read a user's text with `prompts.read`.
     Immutable.
     """
@@ -62,6 +62,7 @@ class Tokenizer:
             self._library = tokenizers.Tokenizer.from_str(json.dumps(self._document))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not a tokenizer of the `tokenizers` library ({error})") from None
+        self._library.encode_special_tokens = True
         self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
         self._check_invertible()
 
@@ -90,7 +91,15 @@ class Tokenizer:
             # a token with other characters is a special token that the file did not declare
             is_bytes = index not in added and all(c in byte_of for c in token)
             table[index] = bytes(byte_of[c] for c in token) if is_bytes else token.encode("utf-8")
+        if self.end is not None:
+            table[self.end] = b"\n\n"
         return table
+
+    @property
+    def end(self) -> int | None:
+        """The token that follows every document; None for text8, and for tokenizers without it."""
+        added = {token["content"]: token["id"] for token in self._document["added_tokens"]}
+        return None if self.normalization == "text8" else added.get(SEPARATOR)
 
     @property
     def vocab_size(self) -> int:
@@ -149,13 +158,19 @@ class Tokenizer:
     def characters_per_token(self) -> npt.NDArray[np.int64]:
         """Int64 [V]: bytes of each token that start a character; summed, the length of a text."""
         # a continuation byte is 0b10xxxxxx
-        counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes]
+        counts = [sum((b & 0xC0) != 0x80 for b in token) for token in self._texts]
         return np.array(counts, dtype=np.int64)
 
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """Int64 [V]: the number of UTF-8 bytes of each token."""
-        return np.array(list(map(len, self.token_bytes)), dtype=np.int64)
+        return np.array(list(map(len, self._texts)), dtype=np.int64)
+
+    @property
+    def _texts(self) -> list[bytes]:
+        """The bytes of every token; none of the end of a document, which is no text."""
+        end = self.end
+        return [b"" if index == end else text for index, text in enumerate(self.token_bytes)]
 
     @cached_property
     def symbols(self) -> list[str]:
@@ -178,6 +193,14 @@ class Tokenizer:
             return self
         other = copy(self)
         other.normalization = normalization
+        return other
+
+    def with_end(self) -> "Tokenizer":
+        """This tokenizer with one more token, which ends documents."""
+        other = copy(self)
+        vars(other).pop("token_bytes")
+        document = self._document | {"added_tokens": [_end_token(self.vocab_size)]}
+        Tokenizer.__init__(other, document, self.normalization)
         return other
 
     @property
@@ -270,6 +293,11 @@ TEXT8_NORMALIZER: Document = {
 """`normalize_text8` in the library's terms, for other programs; it also tells ours what to do."""
 
 
+def _end_token(index: int) -> Document:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": SEPARATOR, **flags, "special": True}
+
+
 def _without_merges(alphabet: str, pre_tokenizer: Document | None, decoder: Document) -> Document:
     """A tokenizer.json with one token for each character of `alphabet`."""
     vocabulary = {character: index for index, character in enumerate(alphabet)}
@@ -288,8 +316,10 @@ def _from_document(document: Document) -> Tokenizer:
     if normalizer not in (None, TEXT8_NORMALIZER):
         raise ValueError("it has a normaliser, so it does not restore every text")
     normalization: Normalization = "text8" if normalizer else "none"
+    vocabulary = document["model"]["vocab"]
+    if document["added_tokens"] == [_end_token(len(vocabulary))]:
+        return _from_document(document | {"added_tokens": []}).with_end()
     if not document["model"]["merges"] and not document["added_tokens"]:
-        vocabulary = document["model"]["vocab"]
         alphabet = "".join(sorted(vocabulary, key=vocabulary.get))
         is_plain = vocabulary == {character: index for index, character in enumerate(alphabet)}
         if is_plain and document["pre_tokenizer"] is None:

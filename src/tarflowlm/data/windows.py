@@ -14,7 +14,7 @@ from tarflowlm.errors import UserError
 
 Array = npt.NDArray[np.integer]
 """Tokens or indices, 1-d."""
-TABLE = 1 << 24
+TABLE = 1 << 22
 """Windows from which on their order is not stored."""
 EVALUATED = 1 << 24
 """Tokens that are evaluated of a larger text, unless a number of windows is given."""
@@ -56,6 +56,13 @@ class TokenArray:
             start += len(pieces[-1])
         return np.concatenate(pieces)
 
+    def documents(self, end: int) -> list[Array]:
+        """Views of the stretches that end with the token `end`, or with a part."""
+        pieces = []
+        for part in self._parts:
+            pieces += np.split(part, np.flatnonzero(part == end) + 1)
+        return [piece for piece in pieces if len(piece)]
+
     def windows(self, starts: Array, length: int) -> torch.Tensor:
         """Int64 [N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
         windows = np.stack([self[start : start + length] for start in starts.tolist()])
@@ -72,6 +79,9 @@ class WindowSampler:
     Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a
     permutation of the non-overlapping windows from there on, so no token is seen twice in an epoch;
     from `TABLE` windows on it draws the keys of a `Permutation` instead, which needs no memory.
+    In a text of fewer windows, documents that the token `end` follows are first put into an order
+    of the epoch, with an end before the first one.
+
     The permutations of successive epochs form one sequence, cut into global batches of `world *
     batch` windows, of which rank r takes the r-th `batch`. The stream is the same for equal `world
     * batch`, so another number of ranks can resume it.
@@ -86,6 +96,7 @@ class WindowSampler:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        end: int | None = None,
     ) -> None:
         assert min(window, batch) >= 1, (window, batch)
         assert 0 <= rank < world, (rank, world)
@@ -98,23 +109,29 @@ class WindowSampler:
         self.world = world
         self.epoch = 0  # completed passes over the text
         self.position = 0  # windows used in this one by all ranks
+        self._documents: list[Array] = []
+        if end is not None and len(self.tokens) // window < TABLE:
+            self._documents = self.tokens.documents(end)
         self._begin_epoch()
 
     def next(self) -> torch.Tensor:
         """The next batch of this rank: int64 [batch, window]."""
-        parts: list[Array] = []
+        parts: list[torch.Tensor] = []
         missing = self.world * self.batch
+        first = self.rank * self.batch
         while missing:
             if self.position == len(self._order):
                 self.epoch += 1
                 self.position = 0
                 self._begin_epoch()
             chosen = self._order[self.position : self.position + missing]
-            parts.append(self._offset + self.window * chosen)
-            self.position += len(parts[-1])
-            missing -= len(parts[-1])
-        starts = np.concatenate(parts)[self.rank * self.batch : (self.rank + 1) * self.batch]
-        return self.tokens.windows(starts, self.window)
+            own = chosen[max(0, first) : max(0, first + self.batch)]
+            if len(own):
+                parts.append(self._text.windows(self._offset + self.window * own, self.window))
+            self.position += len(chosen)
+            missing -= len(chosen)
+            first -= len(chosen)
+        return torch.cat(parts)
 
     def state_dict(self) -> dict[str, int]:
         """Position in the stream, and its seed, window and number of tokens; small JSON."""
@@ -136,10 +153,15 @@ class WindowSampler:
 
     def _begin_epoch(self) -> None:
         generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+        self._text = self.tokens
+        if len(self._documents) > 1:
+            order = generator.permutation(len(self._documents)).tolist()
+            joined = [self._documents[number] for number in order]
+            self._text = TokenArray([joined[-1][-1:], *joined])
         # a text of less than two windows allows fewer offsets: one window must remain
-        most = min(self.window, len(self.tokens) - self.window + 1)
+        most = min(self.window, len(self._text) - self.window + 1)
         self._offset = int(generator.integers(most))
-        size = (len(self.tokens) - self._offset) // self.window
+        size = (len(self._text) - self._offset) // self.window
         self._order: Array | Permutation
         self._order = generator.permutation(size) if size < TABLE else Permutation(size, generator)
 

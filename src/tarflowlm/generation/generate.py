@@ -98,13 +98,15 @@ def generate_steps(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: Progress = SILENT,
     every: int = 1,
+    without: int | None = None,
 ) -> Parts:
     """Write as `generate`, and yield the tokens as they become final.
 
     Each time these are the next tokens [num, n] of all samples, int64 on the CPU, given tokens
     included: at least `every` of them, except for given tokens at the start and the end of a
     window. With particles, and where block 1 is inverted by sweeps, a text comes at the end of its
-    window. The generator returns the `Generation`; to stop a text, close it.
+    window. The generator returns the `Generation`; to stop a text, close it. The token `without` is
+    not drawn where the weights of tokens may change.
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
@@ -116,7 +118,7 @@ def generate_steps(
         model,
         _row_streams(generator, num),
         _num_particles(model, given, particles),
-        _adjust(model, temperature, top_k, top_p),
+        _adjust(model, temperature, top_k, top_p, without),
         decoders,
         progress,
         given,
@@ -140,12 +142,17 @@ def _undisturbed(text: Window) -> Parts:
 
 
 def _adjust(
-    model: LanguageModel, temperature: float, top_k: int | None, top_p: float | None
+    model: LanguageModel,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    without: int | None,
 ) -> AdjustWeights | None:
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
-    if adjust is not None and not model.config.has_token_weights and not model.config.fills_in:
+    may_adjust = model.config.has_token_weights or model.config.fills_in
+    if adjust is not None and not may_adjust:
         given = {
             "temperature": None if temperature == 1.0 else temperature,
             "top-k": top_k,
@@ -156,7 +163,15 @@ def _adjust(
             f"{', '.join(asked)}: {model.config.describe(0)} has no weights of tokens to change: "
             "leave this out, or use a model whose block 1 is mixd"
         )
-    return adjust
+    if without is None or not may_adjust:
+        return adjust
+    banned = torch.tensor([without])
+
+    def adjust_others(log_w: Tensor) -> Tensor:
+        log_w = log_w.index_fill(-1, banned.to(log_w.device), torch.finfo(log_w.dtype).min)
+        return log_w if adjust is None else adjust(log_w)
+
+    return adjust_others
 
 
 def _row_streams(

@@ -52,6 +52,8 @@ class Generation:
     """The states that the inversion gave, in whole patches; z alone after a completion or draw."""
     _flow: TarFlowLM | None = field(default=None, repr=False)
     """The model of `states` and `passes`."""
+    _first: int = field(default=0, repr=False)
+    """The place of the first token among the states."""
 
     @cached_property
     def states(self) -> tuple[Tensor, ...]:
@@ -66,7 +68,8 @@ class Generation:
             # not the noise drawn above: given tokens have changed it, or it was never inverted
             with torch.no_grad():
                 states = tuple(self._flow.prior.states(states[0])[0][::-1])
-        return tuple(h[:, : self.tokens.shape[1]] for h in states)
+        end = self._first + self.tokens.shape[1]
+        return tuple(h[:, self._first : end] for h in states)
 
     @cached_property
     def passes(self) -> tuple[Tensor, ...]:
@@ -74,6 +77,10 @@ class Generation:
         if self._flow is None:
             return ()
         return (*(self._flow.codebook.decode(h) for h in self.states[:-1]), self.tokens)
+
+    def behind(self, num: int) -> "Generation":
+        """The samples without their first `num` tokens, which were context."""
+        return replace(self, tokens=self.tokens[:, num:], evidence=None, _first=num)
 
 
 Parts = Generator[Tensor, None, Generation]

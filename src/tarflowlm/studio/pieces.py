@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from tarflowlm.errors import UserError
-from tarflowlm.views.grid import CSS, Row, Token, div, spans, to_html
+from tarflowlm.views.grid import CSS, END, Row, Token, div, spans, to_html
 
 STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def asked(command: Sequence[str], *, link: str = "") -> str:
 
 def stage(tokens: Sequence[Token]) -> str:
     """A text in large type, with a button that copies it."""
-    text = "".join(token.symbol for token in tokens).replace("↵\n", "\n")
+    text = "".join(token.symbol for token in tokens).replace("↵\n", "\n").removesuffix(END)
     return div("st-stage", spans(tokens)) + copying(text)
 
 

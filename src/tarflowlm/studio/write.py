@@ -1,6 +1,7 @@
 """The views that draw: a text as it is written, and candidates for blanks with their weights."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,14 +43,15 @@ def write(
         num=values.whole(num, "samples", 1, values.SAMPLES),
         seed=values.seed(seed),
     )
-    draft = request.read(checkpoint)
+    draft = replace(request.read(checkpoint), is_whole=checkpoint.model.num_blocks > 1)
     given = _given(draft)
     written: list[int] = []
 
     def work() -> Written:
         steps = Kept(draft.steps(range(draft.total), job))
         for tokens in steps:
-            written.extend(tokens[0].tolist())
+            if draft.end not in written:
+                written.extend(tokens[0].tolist())
         return steps.value
 
     def so_far() -> list[Token]:
@@ -58,13 +60,13 @@ def write(
     job = Job("writing", draft.num_positions)
     found = yield from job.follow(work, so_far)
     samples = found.generation.tokens
-    numbers = facts(
-        (f"{draft.num_tokens:,}", "tokens"),
-        took(job.seconds),
-        (f"{samples.numel() / job.seconds:,.0f}", "tokens per second"),
-    )
+    speed = (f"{samples.numel() / job.seconds:,.0f}", "tokens per second")
     cards = []
-    for row, tokens in enumerate(samples):
+    for row, stream in enumerate(found.streams):
+        length = stream.length
+        numbers = facts((f"{length:,}", "tokens"), took(job.seconds), speed)
+        # with its end, of which a mark is shown
+        tokens = samples[row, : length + 1]
         text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": given}))
         passes = ""
         if checkpoint.model.num_blocks > 1 and found.generation.passes:
@@ -85,10 +87,11 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     """The passes of sample `row`, each token as opaque as p(x|h)."""
     generation = written.generation
     codebook = as_flow(draft.lm.model).codebook
-    passes = [tokens[row] for tokens in generation.passes]
+    length = written.streams[row].length
+    passes = [tokens[row, :length] for tokens in generation.passes]
     probabilities = []
     for tokens, state in zip(passes, generation.states, strict=True):
-        p = codebook.log_posterior(state[row]).exp()
+        p = codebook.log_posterior(state[row, :length]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     rows = pass_rows(passes, draft.lm.tokenizer, given=_given(draft), probabilities=probabilities)
     return slider(rows, is_open=row == 0)

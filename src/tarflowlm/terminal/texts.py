@@ -39,7 +39,8 @@ def print_samples(
     for row, (number, text) in enumerate(zip(written.rows, written.texts, strict=True)):
         body = Text(printable(text))
         if passes:
-            rows = pass_rows([state[row] for state in generation.passes], tokenizer)
+            length = written.streams[row].length
+            rows = pass_rows([state[row, :length] for state in generation.passes], tokenizer)
             parts = [
                 Text.assemble((f"{one.label}\n", "bold cyan"), styled(one.tokens)) for one in rows
             ]
@@ -64,9 +65,10 @@ def samples_to_json(
     generation = written.generation
     samples: list[dict[str, object]] = []
     for row, text in enumerate(written.texts):
-        sample: dict[str, object] = {"text": text}
+        sample: dict[str, object] = {"text": text, "ended": written.streams[row].has_ended}
         if passes:
-            sample["passes"] = [tokenizer.decode(one[row].tolist()) for one in generation.passes]
+            shown = [one[row, : written.streams[row].length] for one in generation.passes]
+            sample["passes"] = [tokenizer.decode(tokens.tolist()) for tokens in shown]
         if generation.evidence is not None:
             for name in ("log_evidence", "ess", "draws", "pareto_k"):
                 sample[name] = getattr(generation.evidence, name)[row].item()

@@ -9,7 +9,12 @@ import torch
 from tarflowlm.checks import check_type, checked_seed
 from tarflowlm.config import Normalization
 
-RENAMED = {"prompts": "prompt", "num_tokens": "length", "texts": "text"}
+RENAMED = {
+    "prompts": "prompt",
+    "num_tokens": "length",
+    "texts": "text",
+    "stop_at_end": "no-stop",
+}
 """Fields whose options have other names."""
 
 
@@ -39,7 +44,7 @@ class Request:
             if value == one.default:
                 continue
             option = "--" + RENAMED.get(one.name, one.name).replace("_", "-")
-            if value is True:
+            if isinstance(value, bool):
                 words.append(option)
             elif one.name in ("stop", "rewrite"):
                 for text in as_texts(value, one.name):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tarflowlm import chunks
 from tarflowlm.checks import as_integer
 from tarflowlm.data.prompts import BLANK, Reading, read, read_template
-from tarflowlm.data.streaming import TextStream, first_stop
+from tarflowlm.data.streaming import TextStream
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate_steps
 from tarflowlm.generation.generate import usual_particles
@@ -23,6 +23,9 @@ from tarflowlm.parts import WHOLE, share
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import Request, as_texts
+
+EVERY = 8
+"""Tokens after which it is looked whether all samples have ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,9 @@ class Writing(Request):
     blank: str = "_"
     """The character that marks a blank."""
     num_tokens: int | None = None
-    """Length in tokens, given ones included; None: the trained context, or that of the template."""
+    """Length in tokens at most, given ones included; None: the trained context, or that of the
+    template.
+    """
     temperature: float | None = None
     """None: the model's own. The settings from here to `decoder` are those of `generate`."""
     top_k: int | None = None
@@ -49,6 +54,8 @@ class Writing(Request):
     """Samples, of each prompt."""
     stop: str | Sequence[str] = ()
     """A sample ends before the first of these texts that follows its prompt."""
+    stop_at_end: bool = True
+    """It ends with its document, if the model has learnt ends. Else the next document follows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,6 +105,7 @@ class WritingOptions(TypedDict, total=False):
     decoder: Decoders
     blank: str
     stop: str | Sequence[str]
+    stop_at_end: bool
     seed: int
 
 
@@ -112,6 +120,9 @@ class Draft:
     stops: tuple[str, ...]
     part: str = WHOLE
     """The share of the samples that `batches` writes."""
+    is_whole: bool = False
+    """Whether tokens behind the end of a document are written, though not shown: passes need them.
+    """
 
     @property
     def total(self) -> int:
@@ -127,11 +138,32 @@ class Draft:
     @cached_property
     def num_tokens(self) -> int:
         """Tokens of every sample, given ones included."""
-        if self.request.num_tokens is not None:
-            return self.request.num_tokens
+        context = self.lm.model.config.context
+        asked = self.request.num_tokens
+        if asked is not None:
+            # passes need all in one window
+            return asked - len(self.lead) if self.is_whole and asked == context > 1 else asked
         if self.request.template is not None:
             return len(self.given[0].tokens)
-        return self.lm.model.config.context
+        return max(1, context - len(self.lead))
+
+    @cached_property
+    def lead(self) -> Tensor:
+        """What begins a free sample, and is not shown: the end of the document before."""
+        end = self.lm.tokenizer.end
+        is_free = end is not None and len(self.given[0].tokens) == 0
+        return torch.tensor([end] if is_free else []).long()
+
+    @cached_property
+    def num_written(self) -> int:
+        """Tokens of every sample with the lead."""
+        return len(self.lead) + self.num_tokens
+
+    @property
+    def end(self) -> int | None:
+        """The token at which samples end."""
+        is_text = self.request.template is None and self.request.stop_at_end
+        return self.lm.tokenizer.end if is_text else None
 
     @cached_property
     def particles(self) -> int:
@@ -145,15 +177,15 @@ class Draft:
         """How often the progress advances for all samples."""
         total = 0
         for rows in self._rows_of_batches():
-            longest = max(len(self.prompt(row)) for row in rows)
-            total += num_positions(self.lm.model, self.num_tokens, longest)
+            longest = len(self.lead) + max(len(self.prompt(row)) for row in rows)
+            total += num_positions(self.lm.model, self.num_written, longest)
         return total
 
     def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
         """The samples in batches of bounded memory, each as it is finished."""
         decoder = None
         # tokens that nobody reads one by one are not decoded one by one
-        every = 1 if self.stops else self.num_tokens
+        every = 1 if self.stops else self.num_written if self.end is None else EVERY
         for rows in self._rows_of_batches():
             written = finish(self.steps(rows, progress, decoder, every=every))
             # the choice of auto for the first batch serves the others
@@ -162,7 +194,7 @@ class Draft:
 
     def pieces(self, row: int = 0) -> Iterator[str]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
-        stream = TextStream(self.lm.tokenizer, self.stops, start=self._start(row))
+        stream = self._stream(row)
         for tokens in self.steps(range(row, row + 1)):
             yield stream.add(tokens[0])
         yield stream.close()
@@ -177,18 +209,18 @@ class Draft:
     ) -> Generator[Tensor, None, "Written"]:
         """The samples `rows` in one batch: yields their next final tokens [num, n].
 
-        It ends early once every sample has met a stop. `every` as in `generate_steps`.
+        It ends early once every sample has met a stop or its end. `every` as in `generate_steps`.
         """
         request = self.request
         usual = self.lm.run.temperature
-        prompts = [self.prompt(row) for row in rows]
+        prompts = [torch.cat((self.lead, self.prompt(row))) for row in rows]
         steps = Kept(
             generate_steps(
                 self.lm.model,
-                num_tokens=self.num_tokens,
+                num_tokens=self.num_written,
                 num=len(rows),
                 prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
-                particles=request.particles,
+                particles=None if len(self.lead) else request.particles,
                 temperature=usual if request.temperature is None else request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
@@ -197,28 +229,30 @@ class Draft:
                 generator=row_generators(rows, request.random_stream()),
                 progress=progress,
                 every=every,
+                without=None if request.template is None else self.lm.tokenizer.end,
             )
         )
-        streams = [
-            TextStream(self.lm.tokenizer, self.stops, start=self._start(row)) for row in rows
-        ]
+        streams = list(map(self._stream, rows))
         parts: list[Tensor] = []
+        hidden = len(self.lead)
+        is_whole = self.is_whole and self.num_written <= self.lm.model.config.context
         for part in steps:
+            part = part[:, hidden:]
+            hidden = 0
+            if not part.shape[1]:
+                continue
             parts.append(part)
             yield part
-            if self.stops:
-                for stream, tokens in zip(streams, part, strict=True):
-                    stream.add(tokens)
-                if all(stream.has_stopped for stream in streams):
-                    generation = Generation(torch.cat(parts, 1))
-                    break
+            for stream, tokens in zip(streams, part, strict=True):
+                stream.add(tokens)
+            if all(stream.has_stopped for stream in streams) and not is_whole:
+                generation = Generation(torch.cat(parts, 1))
+                break
         else:
-            generation = steps.value
-        texts = []
-        for row, tokens in zip(rows, generation.tokens.tolist(), strict=True):
-            text = self.lm.tokenizer.decode(tokens)
-            texts.append(text[: first_stop(text, self.stops, self._start(row))])
-        return Written(rows, texts, generation)
+            generation = steps.value.behind(len(self.lead)) if len(self.lead) else steps.value
+        for stream in streams:
+            stream.close()
+        return Written(rows, [stream.text for stream in streams], generation, streams)
 
     @property
     def follows_loosely(self) -> bool:
@@ -235,7 +269,7 @@ class Draft:
     def _rows_of_batches(self) -> Iterator[range]:
         """Consecutive samples; prompts that fill a window are not mixed with others."""
         context = self.lm.model.config.context
-        length = min(self.num_tokens, context)
+        length = min(self.num_written, context)
         size = chunks.written_rows(length * self.particles, self.lm.model.device)
         longest = max(len(reading.tokens) for reading in self.given)
         together = self.request.num if longest >= context else self.total
@@ -245,11 +279,12 @@ class Draft:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
 
-    def _start(self, row: int) -> int:
-        """Characters of the prompt of a sample, after which stops count."""
-        if self.request.template is not None:
-            return 0
-        return len(self.lm.tokenizer.decode(self.prompt(row).tolist()))
+    def _stream(self, row: int) -> TextStream:
+        """Reads the tokens of a sample. Stops count behind its prompt."""
+        tokenizer = self.lm.tokenizer
+        is_template = self.request.template is not None
+        start = 0 if is_template else len(tokenizer.decode(self.prompt(row).tolist()))
+        return TextStream(tokenizer, self.stops, start=start, end=self.end)
 
 
 @dataclass(frozen=True)
@@ -259,5 +294,7 @@ class Written:
     rows: range
     """Their numbers among all samples of the request."""
     texts: list[str]
-    """Each up to its first stop."""
+    """Each up to its first stop, or to its end."""
     generation: Generation
+    streams: Sequence[TextStream] = ()
+    """What read each: whether it came to the end of its document, and its tokens before that."""

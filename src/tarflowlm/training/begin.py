@@ -26,7 +26,7 @@ from tarflowlm.runs.checkpoint import (
     write_run,
 )
 from tarflowlm.runs.weights import write_weights
-from tarflowlm.schema import flatten, to_dict
+from tarflowlm.schema import flatten, from_dict, to_dict
 from tarflowlm.training.checkpoint import resume_command
 from tarflowlm.training.metrics import check_installed
 from tarflowlm.training.optim import with_precision
@@ -51,7 +51,7 @@ def is_begun(out: Path) -> bool:
 def check_same(asked: RunConfig, out: Path) -> None:
     """UserError, naming the first field that differs, unless the run in `out` was asked for so."""
     ours = flatten(located(asked))
-    theirs = flatten(read_json(out / ASKED))
+    theirs = flatten(from_dict(RunConfig, read_json(out / ASKED)))
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             raise UserError(
@@ -68,19 +68,23 @@ def configured(
         return read_run(out)
     check_installed(asked.train.track)
     if not asked.parent:
-        tokenizer = suited(asked.data.source, asked.data.tokenizer)
-        asked = replace(asked, data=replace(asked.data, tokenizer=tokenizer))
+        data = asked.data
+        tokenizer = suited(data.source, data.tokenizer, unwrap=data.unwrap)
+        asked = replace(asked, data=replace(data, tokenizer=tokenizer))
     elif parent is None:
         raise UserError(f"parent {asked.parent}: give that model with `train --from`")
     return located(asked)
 
 
 def located(config: RunConfig) -> RunConfig:
-    """`config` with an absolute path to its text."""
-    source = config.data.source
-    if source not in SOURCE_NAMES and not source.startswith(HUB):
-        source = str(Path(source).expanduser().resolve())
-    return replace(config, data=replace(config.data, source=source))
+    """`config` with an absolute path to its text, or the normalisation of a corpus by name."""
+    data = config.data
+    if data.source in SOURCE_NAMES:
+        how = data.tokenizer.normalization
+        data = replace(data, tokenizer=replace(data.tokenizer, normalize=how))
+    elif not data.source.startswith(HUB):
+        data = replace(data, source=str(Path(data.source).expanduser().resolve()))
+    return replace(config, data=data)
 
 
 def corpus_of(
@@ -97,7 +101,8 @@ def corpus_of(
     elif config.parent:
         tokenizer = load_tokenizer(out / TOKENIZER)
     with processes.first_alone():
-        corpus = cached_corpus(config.data.source, tokenizer, progress=progress)
+        data = config.data
+        corpus = cached_corpus(data.source, tokenizer, unwrap=data.unwrap, progress=progress)
     context = config.model.context
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)

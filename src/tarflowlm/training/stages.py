@@ -71,6 +71,7 @@ def build_state(job: Job, counters: Counters) -> State:
         seed=config.seed,
         rank=processes.rank,
         world=processes.world,
+        end=job.corpus.tokenizer.end,
     )
     state = State(
         model=model,

@@ -24,16 +24,18 @@ def tuning(
     steps: int | None = None,
     seed: int = 0,
     lr: float | None = None,
+    unwrap: bool = False,
 ) -> RunConfig:
     """The run that continues the training of a model on another text, for `train(..., parent=...)`.
 
     Shape, tokenizer, batches and stages are the parent's. The stages keep their shares of the new
     length: `minutes`, by default 10, or `steps`. The optimiser is new, with the peak rate `lr`, by
-    default half of the parent's. UserError for a length or rate that is not above 0.
+    default half of the parent's. `unwrap` joins the lines of paragraphs. UserError for a length or
+    rate that is not above 0.
     """
     if minutes is not None and not 0 < minutes < math.inf:
         raise UserError(f"minutes {minutes}: must be above 0 and finite")
-    check_fit(data, parent.tokenizer)
+    check_fit(data, parent.tokenizer, unwrap=unwrap)
     run = with_blocks(parent.run, parent.model.num_blocks)
     weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
     train = replace(
@@ -48,7 +50,7 @@ def tuning(
         run,
         name=f"{run.name}-tuned",
         parent=f"{parent.directory.name}@{checksum(weights)}",
-        data=replace(run.data, source=data),
+        data=replace(run.data, source=data, unwrap=unwrap),
         optim=replace(run.optim, lr=TUNING_RATE * run.optim.lr if lr is None else lr),
         train=train,
         seed=seed,

@@ -20,6 +20,8 @@ LEGEND: dict[Kind, str] = {
     "changed": "new in this row",
     "noise": "noise",
 }
+END = "∎"
+"""What is shown for the end of a document."""
 FAINTEST = 0.3  # the least opacity: every token stays readable
 
 CSS = Path(__file__).with_name("grid.css").read_text(encoding="utf-8")
@@ -49,10 +51,12 @@ def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
     A character of several tokens is in the last of them; the others are empty.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    found = [decoder.decode(tokenizer.token_bytes[token]) for token in tokens.tolist()]
+    places = tokens.tolist()
+    found = [decoder.decode(tokenizer.token_bytes[token]) for token in places]
     if found:
         found[-1] += decoder.decode(b"", final=True)
-    return [visible(text) for text in found]
+    ended = [token == tokenizer.end for token in places]
+    return [END if end else visible(text) for text, end in zip(found, ended, strict=True)]
 
 
 PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n"}

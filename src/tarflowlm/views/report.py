@@ -1,7 +1,7 @@
 """The report: reads runs and their models, draws figures, and writes one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -148,13 +148,14 @@ class _Writer:
         return section_html(record.name, [*record.notes, *notes], parts)
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
-        draft = Writing(num=NUM, num_tokens=length).read(checkpoint)
+        draft = replace(Writing(num=NUM, num_tokens=length).read(checkpoint), is_whole=True)
         self.progress.stage(f"samples of {record.name}, positions", draft.num_positions)
         (written,) = draft.batches(self.progress)
         texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
         parts = [grid.div("samples", texts)]
         if checkpoint.model.num_blocks > 1:
-            passes = [state[0] for state in written.generation.passes]
+            length = written.streams[0].length
+            passes = [state[0, :length] for state in written.generation.passes]
             rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
             parts.append(f"<figure>{rows}<figcaption>{PASSES}</figcaption></figure>\n")
         return parts
@@ -199,7 +200,7 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
     """The run's text in the tokens of its model; None, with a note, where it cannot be read."""
     source = record.run.data.source
     try:
-        corpus = cached_corpus(source, checkpoint.tokenizer)
+        corpus = cached_corpus(source, checkpoint.tokenizer, unwrap=record.run.data.unwrap)
     except (UserError, OSError) as error:
         missing = "The gain of each block is not shown, because the run's corpus cannot be used"
         record.notes.append(f"{missing}: {error}.")
