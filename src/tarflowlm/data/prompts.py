@@ -16,6 +16,18 @@ BLANK = -1  # marks a token of a template that is to be drawn
 _SHOWN = 200  # characters of a text in a notice
 
 
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """Tokens to draw between given ones, `least` to `most` of them, all numbers alike before."""
+
+    most: int
+    least: int = 1
+    begins: Tensor | None = None
+    """The tokens [V] that may come first; None for all."""
+    once: bool = False
+    """Whether the given tokens behind it stand nowhere before."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """A user's text as a model reads it.
