@@ -53,6 +53,8 @@ GIVEN = {
     "prompts": ["-"],
     "prompt": ["a"],
     "template": ["a_"],
+    "contains": ["a"],
+    "without": ["a"],
     "out": ["OUT"],
     "particles": ["2"],
     "stop": ["a"],

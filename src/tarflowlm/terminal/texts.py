@@ -11,7 +11,7 @@ from rich.text import Text
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Evidence
 from tarflowlm.generation.particles import UNRELIABLE
-from tarflowlm.terminal.bars import print_notice
+from tarflowlm.terminal.bars import counted, print_notice
 from tarflowlm.texts import Edited, Written
 from tarflowlm.views.grid import Kind, Token, pass_rows, text_tokens
 
@@ -48,6 +48,16 @@ def print_samples(
         show(body, f"sample {number + 1}", is_first=number == 0)
         if candidates > 1 and generation.evidence is not None:
             _print_evidence(generation.evidence, row, candidates)
+        if generation.filled is not None:
+            for index, lengths in enumerate(generation.filled.lengths):
+                print_notice(f"  gap {index + 1}: {likely_lengths(lengths[row].tolist())}")
+
+
+def likely_lengths(probabilities: list[float]) -> str:
+    """The likeliest lengths of a gap, of 1, 2, ... tokens, with their probabilities."""
+    order = sorted(range(len(probabilities)), key=probabilities.__getitem__, reverse=True)
+    shown = [f"{counted(n + 1, 'token')} {probabilities[n]:.0%}" for n in order[:4]]
+    return ", ".join(shown)
 
 
 def _print_evidence(evidence: Evidence, row: int, candidates: int) -> None:
@@ -74,6 +84,8 @@ def samples_to_json(
         if generation.evidence is not None:
             for name in ("log_evidence", "ess", "draws", "pareto_k"):
                 sample[name] = getattr(generation.evidence, name)[row].item()
+        if generation.filled is not None and generation.filled.lengths:
+            sample["lengths"] = [one[row].tolist() for one in generation.filled.lengths]
         samples.append(sample)
     return samples
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer
-from tarflowlm.data.prompts import BLANK, Reading, read, read_template
+from tarflowlm.checks import as_integer, check_type
+from tarflowlm.data.prompts import BLANK, Gap, Reading, read, read_template, tokens_without
 from tarflowlm.data.streaming import TextStream, first_stop
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate_steps
-from tarflowlm.generation.generate import usual_particles
+from tarflowlm.generation.gaps import Allowed
+from tarflowlm.generation.generate import PARTICLES, usual_particles
 from tarflowlm.generation.inversion import Decoders, Kept, check_decoders, finish
 from tarflowlm.generation.sampling import adjust_weights, row_generators
 from tarflowlm.generation.writing import num_positions
@@ -33,9 +34,15 @@ class Writing(Request):
     prompts: tuple[str, ...] = ()
     """Texts to continue, each in `num` samples."""
     template: str | None = None
-    """A text with a blank for every token to fill in."""
+    """A text with a blank for every token to fill in, or [...] for some (`data.prompts`)."""
     blank: str = "_"
     """The character that marks a blank."""
+    without: str = ""
+    """Letters that no drawn token has."""
+    contains: str | None = None
+    """Words that follow the prompt somewhere."""
+    allowed: Allowed | None = None
+    """The tokens that may be drawn, as `generate` takes them."""
     num_tokens: int | None = None
     """Length in tokens, given ones included; None: the trained context, or that of the template."""
     temperature: float | None = None
@@ -43,7 +50,7 @@ class Writing(Request):
     top_k: int | None = None
     top_p: float | None = None
     particles: int | None = None
-    """Candidates per sample; None: 16 where text stands behind a blank, else 1."""
+    """Candidates per sample; None: 16 under a constraint or with text behind a blank, else 1."""
     decoder: Decoders = "auto"
     num: int = 1
     """Samples, of each prompt."""
@@ -61,6 +68,13 @@ class Writing(Request):
         check_decoders(self.decoder)
         if self.prompts and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
+        for name in ("without", "contains"):
+            if getattr(self, name) is not None:
+                check_type(getattr(self, name), name, str, "give a text, a str")
+        if self.contains is not None and self.template is not None:
+            raise UserError("contains and a template: put [...] and the words into the template")
+        if self.without and self.allowed is not None:
+            raise UserError(f"without {self.without!r} and allowed: put both into one mask")
 
     def read(self, lm: Checkpoint) -> "Draft":
         """The request as a model reads it. UserError for texts that it cannot read."""
@@ -78,7 +92,13 @@ class Writing(Request):
             read(tokenizer, stop, name="stop", normalize=how).text
             for stop in as_texts(self.stop, "stop")
         ]
-        return Draft(lm, self, tuple(given), tuple(stops))
+        words = None
+        if self.contains is not None:
+            words = read(tokenizer, f" {self.contains}", name="contains", normalize=how)
+        allowed = self.allowed
+        if self.without:
+            allowed = tokens_without(tokenizer, self.without)
+        return Draft(lm, self, tuple(given), tuple(stops), words, allowed)
 
     def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
         """The texts: `num` of every prompt, in order."""
@@ -97,6 +117,9 @@ class WritingOptions(TypedDict, total=False):
     particles: int | None
     decoder: Decoders
     blank: str
+    without: str
+    contains: str | None
+    allowed: Allowed | None
     stop: str | Sequence[str]
     seed: int
 
@@ -110,6 +133,9 @@ class Draft:
     given: tuple[Reading, ...]
     """The template, or the prompts; for free samples an empty one."""
     stops: tuple[str, ...]
+    words: Reading | None = None
+    """What every sample contains, with a space before it."""
+    allowed: Allowed | None = None
     part: str = WHOLE
     """The share of the samples that `batches` writes."""
 
@@ -138,7 +164,26 @@ class Draft:
         """Candidates for every sample."""
         if self.request.particles is not None:
             return self.request.particles
+        if self.is_constrained:
+            return PARTICLES
         return max(usual_particles(reading.tokens) for reading in self.given)
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there are gaps of unknown length, words to contain, or tokens not allowed."""
+        is_open = self.words is not None or any(reading.parts for reading in self.given)
+        return is_open or self.allowed is not None
+
+    def _parts(self, row: int) -> tuple[Tensor | Gap, ...]:
+        """The prompt or template of a sample as pieces and gaps; none if its tokens say it all."""
+        reading = self.given[row // self.request.num]
+        if self.words is None or self.words.text in f" {reading.text}":
+            return reading.parts
+        room = self.num_tokens - len(reading.tokens) - len(self.words.tokens)
+        if room < 0:
+            what = f"contains {self.request.contains!r}: with the prompt it has {-room} tokens more"
+            raise UserError(f"{what} than the length of {self.num_tokens}: raise the length")
+        return reading.tokens, Gap(room, least=0, once=True), self.words.tokens
 
     @property
     def num_positions(self) -> int:
@@ -182,13 +227,15 @@ class Draft:
         request = self.request
         usual = self.lm.run.temperature
         prompts = [self.prompt(row) for row in rows]
+        padded = pad_sequence(prompts, batch_first=True, padding_value=BLANK)
         steps = Kept(
             generate_steps(
                 self.lm.model,
                 num_tokens=self.num_tokens,
                 num=len(rows),
-                prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
+                prompt=self._parts(rows.start) or padded,
                 particles=request.particles,
+                allowed=self.allowed,
                 temperature=usual if request.temperature is None else request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
@@ -215,9 +262,9 @@ class Draft:
         else:
             generation = steps.value
         texts = []
-        for row, tokens in zip(rows, generation.tokens.tolist(), strict=True):
-            text = self.lm.tokenizer.decode(tokens)
-            texts.append(text[: first_stop(text, self.stops, self._start(row))])
+        for index, tokens in enumerate(generation.tokens.tolist()):
+            text = self.lm.tokenizer.decode(tokens[: self.end(index, generation)])
+            texts.append(text[: first_stop(text, self.stops, self._start(rows[index]))])
         return Written(rows, texts, generation)
 
     @property
@@ -238,12 +285,19 @@ class Draft:
         length = min(self.num_tokens, context)
         size = chunks.written_rows(length * self.particles, self.lm.model.device)
         longest = max(len(reading.tokens) for reading in self.given)
-        together = self.request.num if longest >= context else self.total
+        is_alone = longest >= context or self.is_constrained
+        together = self.request.num if is_alone else self.total
         own = share(self.part, self.total)
         for first in range(0, self.total, together):
             rows = range(max(first, own.start), min(first + together, own.stop))
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
+
+    def end(self, index: int, generation: Generation) -> int:
+        """Tokens of the text of sample `index` of a batch: a template with gaps ends with them."""
+        is_open = self.request.num_tokens is not None or not self.given[0].parts
+        filled = generation.filled
+        return self.num_tokens if is_open or filled is None else int(filled.ends[index])
 
     def _start(self, row: int) -> int:
         """Characters of the prompt of a sample, after which stops count."""
