@@ -15,21 +15,18 @@ def texts(length: int) -> Tensor:
     return torch.tensor(list(itertools.product(range(V), repeat=length)))
 
 
-def probabilities(model: TarFlowLM | TokenLM) -> Tensor:
+def probabilities(model: TarFlowLM | TokenLM, axis: Tensor | None = None) -> Tensor:
     """p(x) of all V^T texts; of a flow with one channel per token, the integral of p(x|z) p(z) on a
-    grid.
+    grid, whose `axis` has spacings below the codebook's scale.
     """
     T = model.config.context
     with torch.no_grad():
         if isinstance(model, TokenLM):
             return model.log_prob(texts(T)).exp()
         assert model.config.latent_dim == 1
-        # spacings below the codebook's scale, where sums over a grid are exact for Gaussians
-        axis = {
-            2: torch.linspace(-8, 8, 401),
-            3: torch.linspace(-7, 7, 71),
-            4: torch.linspace(-5, 5, 26),
-        }[T]
+        # sums over a grid are exact for Gaussians
+        if axis is None:
+            axis = torch.linspace(-8, 8, 401) if T == 2 else torch.linspace(-7, 7, 71)
         z = torch.cartesian_prod(*[axis.double()] * T)[..., None]
         density = (
             torch.cat([model.prior.log_prob(part) for part in z.split(40_000)]).exp()

@@ -148,7 +148,9 @@ def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
 
     free = [is_free(token) for token in tokenizer.token_bytes]
     shown = zip(tokenizer.token_bytes, free, strict=True)
-    if not any(kept and any(map(str.isalnum, token.decode(errors="ignore"))) for token, kept in shown):
+    if not any(
+        kept and any(map(str.isalnum, token.decode(errors="ignore"))) for token, kept in shown
+    ):
         raise UserError(f"without {letters!r}: no letters are left to write with; ban fewer")
     return torch.tensor(free)
 

@@ -56,7 +56,7 @@ class GapFilter:
         self.gaps = list(zip(rest[::2], rest[1::2], strict=True))
         self.generators = generators
         self.particles = particles
-        self.adjust = adjust or torch.Tensor.detach
+        self.adjust = adjust or (lambda log_w: log_w)
         self.allowed = allowed
         self.progress = progress
         B = len(generators) * particles
@@ -71,6 +71,7 @@ class GapFilter:
         self.log_w = torch.zeros(B, dtype=torch.float64)
         self.draws = torch.zeros(len(generators), dtype=torch.long)
         self.candidates = self.log_w.view(len(generators), -1)
+        self.left = num_tokens * model.num_blocks
 
     def write(self) -> Parts:
         """The samples, all at once. UserError if no particle of a sample fits."""
@@ -101,6 +102,7 @@ class GapFilter:
                 # what came later weighs a length by the particles that have it
                 share = all_of * torch.where(old > 0, new / old, 1.0)
                 posteriors.append(share[:, gap.least :] / share.sum(-1, keepdim=True))
+        self._advance(self.tokens.shape[1])
         yield self.tokens.cpu()
         return Generation(
             self.tokens,
@@ -146,7 +148,13 @@ class GapFilter:
         self.values[rows, places] = values
         self.given[rows, places] = True
         self.ends = self.ends + len(piece)
-        self.progress.advance(len(piece) * self.model.num_blocks)
+        self._advance(len(piece))
+
+    def _advance(self, positions: int) -> None:
+        """Report so many positions of all blocks, up to all that there are."""
+        count = min(positions * self.model.num_blocks, self.left)
+        self.left -= count
+        self.progress.advance(count)
 
     def _take(self, parents: Tensor) -> None:
         """Replace the rows by copies of `parents`."""
@@ -203,9 +211,7 @@ class GapFilter:
         uniform = row_uniform(self.generators, self.particles, count).flatten(0, 1)
         return uniform, self._normal(count)
 
-    def _draw(
-        self, own: Tensor, rows: Rows, gap: Gap, numbers: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _draw(self, own: Tensor, rows: Rows, gap: Gap, numbers: tuple[Tensor, Tensor]) -> Tensor:
         """Draw the most tokens of a gap: the log-weights [n, most + 1] after each number of them.
 
         Where the length is fixed, rows may change places after every draw.
@@ -215,10 +221,15 @@ class GapFilter:
         for n in range(gap.most):
             mask = self._mask(rows, gap.begins if n == 0 else None)
             gain = weight(rows.draw(uniform[:, n], noise[:, n], mask))
-            if mask is not None and gap.least == gap.most:
+            if mask is None:
+                gain = torch.zeros_like(gain)  # up to rounding
+            elif gap.least == gap.most:
                 self.log_w[own] += gain
                 self._even_out(own, rows)
-            gained.append(gained[-1] if mask is None or gap.least == gap.most else gained[-1] + gain)
+                gain = torch.zeros_like(gain)
+            gained.append(gained[-1] + gain)
+            if len(own) == len(self.tokens):
+                self._advance(1)
         self.tokens[own] = rows.tokens
         self.values[own] = rows.values
         return torch.stack(gained, 1)

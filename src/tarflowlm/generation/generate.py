@@ -203,15 +203,15 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | Non
     return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
 
 
-def _template(
-    model: LanguageModel, num_tokens: int, prompt: Prompt | None
-) -> list[Tensor | Gap]:
+def _template(model: LanguageModel, num_tokens: int, prompt: Prompt | None) -> list[Tensor | Gap]:
     """Pieces and gaps in turn. UserError where the model or the length does not take them."""
     config = model.config
     rule = "gaps of unknown length and constraints take"
     if config.patch > 1 or not config.has_token_weights:
         found = f"patch {config.patch}" if config.patch > 1 else config.describe(0)
-        raise UserError(f"{found}: {rule} one token per position and a block 1 mixd that acts on all")
+        raise UserError(
+            f"{found}: {rule} one token per position and a block 1 mixd that acts on all"
+        )
     if num_tokens > config.context:
         raise UserError(f"length {num_tokens}: {rule} at most the context of {config.context}")
     if isinstance(prompt, Tensor) and prompt.dim() == 2:
@@ -232,7 +232,7 @@ def _template(
             else:
                 template[-1] = torch.cat((template[-1], tokens))
     longest = sum(part.most if isinstance(part, Gap) else len(part) for part in template)
-    if longest > num_tokens or len(template) == 1 and longest == num_tokens:
+    if longest > num_tokens or (len(template) == 1 and longest == num_tokens):
         raise _no_room(longest, num_tokens)
     return template
 

@@ -136,4 +136,3 @@ class LatentRows(Rows):
         inside = log_p.masked_fill(allowed == -torch.inf, -torch.inf)
         mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
         return inside.argmax(-1), z, mixed + inside.logsumexp(-1)
-
