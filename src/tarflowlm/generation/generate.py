@@ -209,14 +209,14 @@ def _template(model: LanguageModel, num_tokens: int, prompt: Prompt | None) -> l
     rule = "gaps of unknown length and constraints take"
     if config.patch > 1 or not config.has_token_weights:
         found = f"patch {config.patch}" if config.patch > 1 else config.describe(0)
-        raise UserError(
-            f"{found}: {rule} one token per position and a block 1 mixd that acts on all"
-        )
+        needed = "one token per position and weights of tokens in block 1"
+        raise UserError(f"{found}: {rule} {needed}; use another model, such as english-small")
     if num_tokens > config.context:
-        raise UserError(f"length {num_tokens}: {rule} at most the context of {config.context}")
+        most = f"at most the context of {config.context} tokens"
+        raise UserError(f"length {num_tokens}: {rule} {most}; shorten the text or its gaps")
     if isinstance(prompt, Tensor) and prompt.dim() == 2:
         if (prompt != prompt[:1]).any():
-            raise UserError(f"prompts {prompt.tolist()}: {rule} one prompt for all samples")
+            raise UserError(f"{len(prompt)} prompts: {rule} one for all samples, call it for each")
         prompt = prompt[0]
     empty = torch.zeros(0, dtype=torch.long)
     template: list[Tensor | Gap] = [empty]

@@ -69,10 +69,12 @@ class Writing(Request):
         if self.prompts and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
         for name in ("without", "contains"):
-            if getattr(self, name) is not None:
-                check_type(getattr(self, name), name, str, "give a text, a str")
-        if self.contains is not None and self.template is not None:
-            raise UserError("contains and a template: put [...] and the words into the template")
+            check_type(getattr(self, name), name, (str, type(None)), "give a text, a str")
+        if self.contains is not None:
+            if self.template is not None:
+                raise UserError("contains and a template: put [...] and the words into it")
+            if not self.contains.strip():
+                raise UserError(f"contains {self.contains!r}: give some words, or leave it out")
         if self.without and self.allowed is not None:
             raise UserError(f"without {self.without!r} and allowed: put both into one mask")
 
