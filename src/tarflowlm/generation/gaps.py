@@ -41,7 +41,8 @@ class GapFilter:
     def __init__(
         self,
         model: LanguageModel,
-        template: Sequence[Tensor | Gap],
+        pieces: Sequence[Tensor],
+        gaps: Sequence[Gap],
         num_tokens: int,
         generators: list[torch.Generator],
         particles: int,
@@ -49,11 +50,11 @@ class GapFilter:
         allowed: Allowed | None,
         progress: Progress,
     ) -> None:
-        """`template` is a piece [S], then gaps and pieces in turn; a piece may be empty."""
+        """`pieces` [S] of given tokens, maybe empty, around and between the `gaps`."""
         self.model = model
         self.flow = model if isinstance(model, TarFlowLM) else None
-        self.first, *rest = template
-        self.gaps = list(zip(rest[::2], rest[1::2], strict=True))
+        self.pieces = pieces
+        self.gaps = gaps
         self.generators = generators
         self.particles = particles
         self.adjust = adjust or (lambda log_w: log_w)
@@ -75,10 +76,11 @@ class GapFilter:
 
     def write(self) -> Parts:
         """The samples, all at once. UserError if no particle of a sample fits."""
-        values = self._values_of(self.first)
+        first = self.pieces[0]
+        values = self._values_of(first)
         for own, rows in self._groups():
-            self.log_w[own] = weight(rows.add(self.first, values))
-        self._append(self.first, values)
+            self.log_w[own] = weight(rows.add(first, values))
+        self._append(first, values)
         candidates: list[Tensor] = []
         for index in range(len(self.gaps)):
             candidates = self._fill(index)
@@ -97,7 +99,7 @@ class GapFilter:
         if not is_weighed:
             self._finish()
         posteriors = []
-        for (gap, _), all_of, old, new in zip(self.gaps, candidates, before, after, strict=True):
+        for gap, all_of, old, new in zip(self.gaps, candidates, before, after, strict=True):
             if gap.least < gap.most and not gap.once:
                 # what came later weighs a length by the particles that have it
                 share = all_of * torch.where(old > 0, new / old, 1.0)
@@ -170,7 +172,8 @@ class GapFilter:
 
     def _fill(self, index: int) -> list[Tensor]:
         """Fill a gap and write the piece behind it: `_shares` of all candidates."""
-        gap, piece = self.gaps[index]
+        gap = self.gaps[index]
+        piece = self.pieces[index + 1]
         lengths = torch.arange(gap.least, gap.most + 1)
         span = len(lengths)
         values = self._values_of(piece)
@@ -271,7 +274,7 @@ class GapFilter:
         """For each gap the weights of its lengths, [num, most + 1], of candidates [C, G]."""
         shares = log_w.view(len(self.generators), -1).softmax(-1)
         found = []
-        for (gap, _), length in zip(self.gaps, lengths.T, strict=True):
+        for gap, length in zip(self.gaps, lengths.T, strict=True):
             table = shares.new_zeros(len(shares), gap.most + 1)
             found.append(table.scatter_add(1, length.reshape(shares.shape), shares))
         return found

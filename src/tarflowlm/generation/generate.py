@@ -132,17 +132,17 @@ def generate_steps(
     keep_freed_memory()
     if allowed is not None or isinstance(prompt, Sequence):
         particles = as_integer(PARTICLES if particles is None else particles, "particles", least=1)
-        template = _template(model, num_tokens, prompt)
+        pieces, gaps = _template(model, num_tokens, prompt)
         if isinstance(allowed, Tensor):
             allowed = checked_mask(allowed, model)
-        gaps = GapFilter(
-            model, template, num_tokens, generators, particles, adjust, allowed, progress
+        text = GapFilter(
+            model, pieces, gaps, num_tokens, generators, particles, adjust, allowed, progress
         )
-        return _undisturbed(gaps.write(), num * particles)
+        return _undisturbed(text.write(), num * particles)
     given = _given(model, num, num_tokens, prompt)
     particles = _num_particles(model, given, particles)
-    text = Window(model, generators, particles, adjust, decoders, progress, given, every)
-    return _undisturbed(write(text), text.rows)
+    window = Window(model, generators, particles, adjust, decoders, progress, given, every)
+    return _undisturbed(write(window), window.rows)
 
 
 def _undisturbed(steps: Parts, rows: int) -> Parts:
@@ -203,8 +203,10 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | Non
     return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
 
 
-def _template(model: LanguageModel, num_tokens: int, prompt: Prompt | None) -> list[Tensor | Gap]:
-    """Pieces and gaps in turn. UserError where the model or the length does not take them."""
+def _template(
+    model: LanguageModel, num_tokens: int, prompt: Prompt | None
+) -> tuple[list[Tensor], list[Gap]]:
+    """Pieces, and gaps between them. UserError where the model does not take them."""
     config = model.config
     rule = "gaps of unknown length and constraints take"
     if config.patch > 1 or not config.has_token_weights:
@@ -219,22 +221,25 @@ def _template(model: LanguageModel, num_tokens: int, prompt: Prompt | None) -> l
             raise UserError(f"{len(prompt)} prompts: {rule} one for all samples, call it for each")
         prompt = prompt[0]
     empty = torch.zeros(0, dtype=torch.long)
-    template: list[Tensor | Gap] = [empty]
+    pieces = [empty]
+    gaps: list[Gap] = []
     for part in [prompt] if isinstance(prompt, Tensor) else prompt or []:
         if isinstance(part, Gap):
-            template += [part, empty]
+            gaps.append(part)
+            pieces.append(empty)
             continue
         _check_prompt(model, part, "[T]")
         for is_blank, run in groupby(part.tolist(), lambda token: token == BLANK):
             tokens = torch.tensor(list(run))
             if is_blank:
-                template += [Gap(most=len(tokens), least=len(tokens)), empty]
+                gaps.append(Gap(most=len(tokens), least=len(tokens)))
+                pieces.append(empty)
             else:
-                template[-1] = torch.cat((template[-1], tokens))
-    longest = sum(part.most if isinstance(part, Gap) else len(part) for part in template)
-    if longest > num_tokens or (len(template) == 1 and longest == num_tokens):
+                pieces[-1] = torch.cat((pieces[-1], tokens))
+    longest = sum(gap.most for gap in gaps) + sum(map(len, pieces))
+    if longest > num_tokens or (not gaps and longest == num_tokens):
         raise _no_room(longest, num_tokens)
-    return template
+    return pieces, gaps
 
 
 def _check_prompt(model: LanguageModel, prompt: Tensor, *shapes: str) -> None:
