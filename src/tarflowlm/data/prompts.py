@@ -110,8 +110,9 @@ def read_template(
         encoded = _encode(tokenizer, piece, goes_on=True)
         parts += [encoded, Gap(most, begins=torch.tensor(begins) if leaves_space else None)]
         tokens += [encoded, torch.full((most,), BLANK)]
-    parts.append(_encode(tokenizer, pieces[-1]))
-    tokens.append(parts[-1])
+    ending = _encode(tokenizer, pieces[-1])
+    parts.append(ending)
+    tokens.append(ending)
     has_gap = any(mark != blank for mark in marks)
     shown = "".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True))
     return Reading(torch.cat(tokens), shown, text, tuple(parts) if has_gap else ())
