@@ -120,6 +120,13 @@ class TokenLM(LanguageModel):
         start = self.start.expand(len(tokens), 1, -1)
         return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
 
+    def features_of(
+        self, cache: KVCache, past: Int[Tensor, "B given"], *, first: bool
+    ) -> Float[Tensor, "B next D"]:
+        x = self._positions(past)
+        start = self.start.expand(len(past), 1, -1)
+        return cache.extend(torch.cat((start, x), dim=1) if first else x)
+
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:

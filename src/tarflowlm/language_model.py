@@ -82,6 +82,15 @@ class LanguageModel(nn.Module):
         None at the start of the sequence.
         """
 
+    @abstractmethod
+    def features_of(
+        self, cache: KVCache, past: Tensor, *, first: bool
+    ) -> Float[Tensor, "B next D"]:
+        """Features of the positions after the cached ones, from `past` before them.
+
+        That are tokens [B, n P] or latents [B, n, C]; with `first` one position more than `past`.
+        """
+
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         """The modules that train when the first `first` blocks are frozen."""
         return (self,)

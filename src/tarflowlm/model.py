@@ -164,6 +164,11 @@ class TarFlowLM(LanguageModel):
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         return self.prior.block(0).allocate_cache(batch, num_positions)
 
+    def features_of(
+        self, cache: KVCache, past: Float[Tensor, "B given C"], *, first: bool
+    ) -> Float[Tensor, "B next D"]:
+        return self.prior.block(0).features_of(cache, past, first=first)
+
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
     ) -> Float[Tensor, "B D"]:

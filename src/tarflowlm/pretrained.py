@@ -111,9 +111,10 @@ class Pretrained(Checkpoint):
 
         A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens,
         given ones included; by default the trained context. A text ends with its document, unless
-        `stop_at_end` is False, or before the first of the texts `stop`. `temperature`, by default
-        the model's own, `top_k`, `top_p`, `particles` and `decoder` are described at `generate`.
-        The same `seed` gives the same text.
+        `stop_at_end` is False, or before the first of the texts `stop`. It has none of the letters
+        `without`, and the words `contains` after the prompt. `temperature`, by default the model's
+        own, `top_k`, `top_p`, `particles`, `allowed` and `decoder` are described at `generate`. The
+        same `seed` gives the same text.
         """
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
@@ -135,6 +136,7 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """`template` with each of its blanks, marked by `blank`, filled with one token.
 
+        [...] stands for 1 to 8 tokens, [...12] for 1 to 12: as many as suit the text around them.
         Options as in `write`; the length is that of the template. By default 16 `particles` are
         weighed by the text behind a blank.
         """

@@ -17,9 +17,10 @@ OPTIONS = {
     ),
     "score": "baseline device directory file json normalize part samples seed text texts",
     "sample": (
-        "blank decoder device directory interactive json length no-stop normalize num out "
+        "blank contains decoder device directory interactive json length no-stop normalize num "
+        "out "
         "part particles passes prompt prompts seed stop stream temperature template "
-        "top-k top-p"
+        "top-k top-p without"
     ),
     "info": "directory json",
     "runs": "directories json",

@@ -4,6 +4,7 @@ conversations.
 
 import io
 import json
+import re
 import signal
 
 import pytest
@@ -64,6 +65,26 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     done = run(*argv, "the ___", "--particles", 4)
     assert "4 candidates" in done.err
     assert "log p(given)" in done.err
+
+
+def test_gaps_have_any_length_and_the_likely_ones_are_told(run, run_json, models):
+    for name in ("ar", "one"):
+        argv = ["sample", models[name], "--template", "A [...3] b [...2] 9", "--particles", 4]
+        for sample in run_json(*argv, "--num", 2)["samples"]:
+            assert re.fullmatch(r"a .{1,3} b .{1,2} nine", sample["text"])
+            assert [len(lengths) for lengths in sample["lengths"]] == [3, 2]
+            assert all(sum(lengths) == pytest.approx(1) for lengths in sample["lengths"])
+        assert "gap 2: " in run(*argv).err
+
+
+def test_constraints_are_kept(texts, models):
+    for name in ("ar", "one"):
+        argv = [models[name], "--num", 2, "--length", 12, "--prompt", "ae", "--particles", 4]
+        for text in texts(*argv, "--without", "Eqxz"):
+            assert not set(text[2:]) & set("eqxz")
+        for text in texts(*argv, "--contains", "Ab"):
+            assert " ab" in text
+            assert len(text) == 12
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Texts, prompts, templates and stops of users, read by one rule."""
 
+import re
+
 import pytest
 
 from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.prompts import BLANK, read, read_template
+from tarflowlm.data.prompts import BLANK, LONGEST, read, read_template, tokens_without
 from tarflowlm.errors import UnknownCharacters, UserError
 from tarflowlm.runs.hub import FOLDER
 
@@ -123,3 +125,58 @@ def test_template_keeps_blanks_which_count_as_letters(text, expected):
 def test_blank_that_cannot_be_one_is_refused(blank, message):
     with pytest.raises(UserError, match=message):
         read_template(TEXT8, "the _ sat", blank)
+
+
+GAPS = "Once there was [...] who lived in the [...12] forest, un[...3]ed."
+
+
+@pytest.mark.parametrize("tokenizer", [SMALL, TEXT8], ids=["bpe", "char"])
+def test_given_text_around_gaps_comes_out_unchanged(tokenizer):
+    reading = read_template(tokenizer, GAPS)
+    pieces = [tokenizer.decode(piece.tolist()) for piece in reading.parts[::2]]
+    gaps = reading.parts[1::2]
+    assert [(gap.least, gap.most) for gap in gaps] == [(1, LONGEST), (1, 12), (1, 3)]
+    assert len(reading.tokens) == sum(len(piece) for piece in reading.parts[::2]) + LONGEST + 15
+    text = pieces[0]
+    for gap, piece in zip(gaps, pieces[1:], strict=True):
+        # what a gap may begin with restores the space that was left to it
+        text += "X" if gap.begins is None else " X"
+        text += piece
+    assert text == re.sub(r"\[\.\.\.\d*\]", "X", reading.text)
+    for gap in gaps:
+        if gap.begins is not None:
+            kept = [tokenizer.token_bytes[token] for token in gap.begins.nonzero()[:, 0]]
+            assert kept
+            assert all(token.startswith(b" ") for token in kept)
+    mixed = read_template(tokenizer, "[...] of _ it").parts[1::2]
+    assert [gap.most for gap in mixed] == [LONGEST, 1]
+    assert read_template(tokenizer, "the _ of").parts == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a [...0] b", "0 tokens"),
+        ("a [...00] b", "0 tokens"),
+        ("a [... b", "cannot be read"),
+        ("a _ [...x] b", "cannot be read"),
+        ("a [...99999] b", "cannot be read"),
+        ("the end [...]", "ends in a gap"),
+        ("the end [...] ", "ends in a gap"),
+    ],
+)
+def test_gaps_that_mean_nothing_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        read_template(SMALL, text)
+
+
+def test_tokens_without_letters_have_none_of_them_in_either_case():
+    for tokenizer in (SMALL, TEXT8, ByteTokenizer()):
+        free = tokens_without(tokenizer, "eQ")
+        for token, kept in zip(tokenizer.token_bytes, free.tolist(), strict=True):
+            assert kept == (not set(token) & set(b"eEqQ"))
+    for letters in (TEXT8_ALPHABET, "abcdefghijklmnopqrstuvwxyz"):
+        with pytest.raises(UserError, match="no letters are left"):
+            tokens_without(TEXT8, letters)
+    # half of a character might be completed to a letter that is left out
+    assert not tokens_without(ByteTokenizer(), "é")[0xC3]

@@ -2,12 +2,11 @@
 its evidence.
 """
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from enumeration import V, probabilities, texts
 
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
@@ -15,36 +14,6 @@ from tarflowlm.generation import generate, particles
 from tarflowlm.generation.particles import Weights, resample
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import TarFlowLM
-
-V = 3
-
-
-def texts(length: int) -> Tensor:
-    return torch.tensor(list(itertools.product(range(V), repeat=length)))
-
-
-def probabilities(model: TarFlowLM | TokenLM) -> Tensor:
-    """p(x) of all V^T texts; of a flow with one channel per token, the integral of p(x|z) p(z) on a
-    grid.
-    """
-    T = model.config.context
-    with torch.no_grad():
-        if isinstance(model, TokenLM):
-            return model.log_prob(texts(T)).exp()
-        assert model.config.latent_dim == 1
-        # spacings below the codebook's scale, where sums over a grid are exact for Gaussians
-        axis = torch.linspace(-8, 8, 401) if T == 2 else torch.linspace(-7, 7, 71)
-        z = torch.cartesian_prod(*[axis.double()] * T)[..., None]
-        density = (
-            torch.cat([model.prior.log_prob(part) for part in z.split(40_000)]).exp()
-            * (axis[1] - axis[0]) ** T
-        )
-        posterior = model.codebook.log_posterior(z).exp()
-    found = [
-        posterior.gather(-1, x.expand(len(z), T)[..., None]).flatten(1).prod(1) for x in texts(T)
-    ]
-    return torch.stack([(density * p).sum() for p in found])
-
 
 MODELS = {
     "ar": {"context": 3},

@@ -17,6 +17,7 @@ REQUESTS = [
     (write, "The King", 24, 0.8, 0.9, 2, 3),
     (write, "", 24, 1.0, 1.0, 1, 0),
     (infill, "The ___ of 2 Kings", 2, 4, 0.9, 7),
+    (infill, "The [...3] of 2 Kings", 2, 4, 0.9, 7),
     (rewrite, TEXT, "King, Laws", 2, 4),
     (change, TEXT, "words", 0.3, 2, 5),
     (change, TEXT, "noise", 0.3, 2, 6),

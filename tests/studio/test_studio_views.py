@@ -93,6 +93,14 @@ def test_template_keeps_given_tokens(catalogue):
     assert "count" in words(html)
 
 
+def test_likely_lengths_of_a_gap_are_shown(catalogue):
+    for name in ("flow", "baseline"):
+        html = shown(infill, catalogue, [name, "the [...3] saw", 3, 2, 1.0, 0])
+        assert {bool(re.fullmatch("the .{1,3} saw", text)) for text in stages(html)} == {True}
+        assert "Length of gap 1" in words(html)
+        assert "[...3]" in words(html)
+
+
 def test_only_whole_words_are_rewritten(catalogue):
     html = shown(rewrite, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 0])
     _, *found = stages(html)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 EXCLUSIVE = {
     "interactive": ("prompt", "prompts", "template", "out", "part", "json", "passes"),
-    "stream": ("out", "part", "json", "passes", "particles"),
+    "stream": ("out", "part", "json", "passes", "particles", "without", "contains"),
+    "contains": ("template",),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes"),
     "no_stop": ("template",),
@@ -32,7 +33,7 @@ EXCLUSIVE = {
 """Options that contradict each other."""
 NEEDED = {
     "blank": ("template",),
-    "particles": ("prompt", "prompts", "template", "interactive"),
+    "particles": ("prompt", "prompts", "template", "interactive", "without", "contains"),
 }
 """Without one of these, an option has no effect."""
 
@@ -55,12 +56,16 @@ class Args:
     """
     template: options.Text = None
     """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the
-    space before it.
+    space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12.
     """
     blank: Annotated[str, arg("CHARACTER")] = "_"  # Character that marks a blank in the template.
+    without: Annotated[str, arg("LETTERS")] = ""
+    """Write nothing with these letters, small or capital. Given text may have them."""
+    contains: options.Text = None
+    """Words that follow the prompt somewhere; the first one begins there."""
     particles: options.Count = None
     """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
-    many. The default is 16 for a template with text behind a blank, else 1.
+    many. The default is 16 under a constraint and with text behind a blank, else 1.
     """
     seed: int = 0  # The same seed gives the same text.
     temperature: options.Temperature = None
@@ -93,6 +98,8 @@ class Args:
             prompts=() if self.prompt is None else (self.prompt,),
             template=self.template,
             blank=self.blank,
+            without=self.without,
+            contains=self.contains,
             num=self.num,
             num_tokens=self.length,
             temperature=self.temperature,

@@ -13,7 +13,21 @@ from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 
 BLANK = -1  # marks a token of a template that is to be drawn
+GAP = r"\[\.\.\.[0-9]{0,4}\]"  # a gap of unknown length in a template
+LONGEST = 8  # tokens of a gap that names no number
 _SHOWN = 200  # characters of a text in a notice
+
+
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """Tokens to draw between given ones, `least` to `most` of them, all numbers alike before."""
+
+    most: int
+    least: int = 1
+    begins: Tensor | None = None
+    """The tokens [V] that may come first; None for all."""
+    once: bool = False
+    """Whether the given tokens behind it stand nowhere before."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,8 @@ class Reading:
     tokens: Tensor
     text: str
     given: str
+    parts: tuple[Tensor | Gap, ...] = ()
+    """A template with gaps: its pieces and gaps. `tokens` has each at its longest, as BLANKs."""
 
     @property
     def notice(self) -> str | None:
@@ -67,28 +83,77 @@ def read_template(
 ) -> Reading:
     """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
 
-    The pieces between the blanks are read as by `read`, and each piece before a blank as one that
-    goes on. A blank counts as a letter: a comma next to it becomes a space.
+    [...] stands for 1 to LONGEST of them, [...12] for 1 to 12. The pieces between the blanks are
+    read as by `read`, and each piece before a blank as one that goes on; the first token of a gap
+    then brings the space that was left to it. A blank counts as a letter: a comma next to it
+    becomes a space.
     """
     _check(text, "template")
     is_single = isinstance(blank, str) and len(blank) == 1
     if not is_single or (tokenizer.kind == "char" and blank in tokenizer.symbols):
         rule = "must be a single character that is not in the model's alphabet"
         raise UserError(f"blank {blank!r}: {rule}")
-    *before, last = text.split(blank)
-    if not before:
-        remedy = f"mark tokens to fill in by {blank!r}, or give it as the prompt"
-        raise UserError(f"the template {text!r} has no blank: {remedy}")
+    marks = re.findall(rf"{GAP}|{re.escape(blank)}", text)
+    *before, last = re.split(rf"{GAP}|{re.escape(blank)}", text)
+    _check_marks(text, blank, marks, last)
     how = normalize or tokenizer.normalization
     pieces = []
     for i, piece in enumerate([*before, last]):
         pieces.append(_normalized(tokenizer, piece, how, i > 0, i < len(before)))
-    _check_left("".join(pieces), text.replace(blank, ""), "template", how)
+    _check_left("".join(pieces), "".join([*before, last]), "template", how)
+    parts: list[Tensor | Gap] = []
     tokens = []
-    for piece in pieces[:-1]:
-        tokens += [_encode(tokenizer, piece, goes_on=True), torch.tensor([BLANK])]
-    tokens.append(_encode(tokenizer, pieces[-1]))
-    return Reading(torch.cat(tokens), blank.join(pieces), text)
+    for piece, mark in zip(pieces, marks, strict=False):
+        most = 1 if mark == blank else int(mark[4:-1] or LONGEST)
+        leaves_space = piece.endswith(" ") and tokenizer.holds_spaces and mark != blank
+        begins = [token.startswith(b" ") for token in tokenizer.token_bytes]
+        encoded = _encode(tokenizer, piece, goes_on=True)
+        parts += [encoded, Gap(most, begins=torch.tensor(begins) if leaves_space else None)]
+        tokens += [encoded, torch.full((most,), BLANK)]
+    ending = _encode(tokenizer, pieces[-1])
+    parts.append(ending)
+    tokens.append(ending)
+    has_gap = any(mark != blank for mark in marks)
+    shown = "".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True))
+    return Reading(torch.cat(tokens), shown, text, tuple(parts) if has_gap else ())
+
+
+def _check_marks(text: str, blank: str, marks: list[str], last: str) -> None:
+    """UserError for a template without blanks, and for gaps whose length nothing can decide."""
+    flaw = ""
+    if "[..." in re.sub(GAP, "", text):
+        flaw = "has a gap that cannot be read: write [...] or [...12]"
+    elif not marks:
+        flaw = f"has no blank: mark tokens to fill in by {blank!r} or [...], or make it a prompt"
+    elif any(re.fullmatch(r"\[\.\.\.0+\]", mark) for mark in marks):
+        flaw = "has a gap of 0 tokens: give at least 1, as [...1]"
+    elif marks[-1] != blank and not last.strip():
+        flaw = "ends in a gap, whose length is open: put text behind it, or make it a prompt"
+    if flaw:
+        raise UserError(f"the template {text!r} {flaw}")
+
+
+def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
+    """A mask [V] of the tokens without any of these letters, small or capital.
+
+    A token that holds part of a character is left out with every letter that shares a byte with it.
+    UserError if no token with a letter or digit is left.
+    """
+    banned = {*letters.lower(), *letters.upper()}
+    parts = {byte for byte in "".join(banned).encode() if byte > 127}
+
+    def is_free(token: bytes) -> bool:
+        text = token.decode("utf-8", errors="ignore")
+        is_broken = len(text.encode()) < len(token)
+        return banned.isdisjoint(text) and not (is_broken and parts.intersection(token))
+
+    free = [is_free(token) for token in tokenizer.token_bytes]
+    shown = zip(tokenizer.token_bytes, free, strict=True)
+    if not any(
+        kept and any(map(str.isalnum, token.decode(errors="ignore"))) for token, kept in shown
+    ):
+        raise UserError(f"without {letters!r}: no letters are left to write with; ban fewer")
+    return torch.tensor(free)
 
 
 def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:

@@ -1,15 +1,18 @@
 """`generate`, the entry point of sampling: either model, with or without given tokens."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.checks import as_integer, check_generator, check_integers, check_model
+from tarflowlm.data.prompts import Gap
 from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.generation.gaps import Allowed, GapFilter, checked_mask
 from tarflowlm.generation.inversion import Decoders, check_decoders, finish, sampler_decoders
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
@@ -19,7 +22,10 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 
 PARTICLES = 16
-"""Particles by default where given tokens follow a blank."""
+"""Particles by default where given tokens follow a blank, or draws are constrained."""
+
+Prompt = Tensor | Sequence[Tensor | Gap]
+"""Given tokens with BLANK for each to draw; or pieces of them with gaps in between."""
 
 
 def generate(
@@ -27,8 +33,9 @@ def generate(
     *,
     num_tokens: int,
     num: int = 1,
-    prompt: Tensor | None = None,
+    prompt: Prompt | None = None,
     particles: int | None = None,
+    allowed: Allowed | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -48,6 +55,12 @@ def generate(
     ignore given tokens further right and the dependence that the upper blocks describe.
     R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
     By default R is 16 where given tokens follow a blank, and else 1.
+
+    A list of pieces [S] with a `Gap` between them leaves open how many tokens the gap has: every
+    number is weighted by its evidence, under a uniform prior. `allowed` is a mask [V] of the tokens
+    that may be drawn, or a function to it from the tokens [n] so far. Particles weigh what it
+    leaves, so that it bends the choice before. Both are exact in the limit of many particles, and
+    ask for weights of tokens in block 1 and one token per position (docs/math.md, eq. 23).
 
     `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
     block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
@@ -73,6 +86,7 @@ def generate(
         num=num,
         prompt=prompt,
         particles=particles,
+        allowed=allowed,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -89,8 +103,9 @@ def generate_steps(
     *,
     num_tokens: int,
     num: int = 1,
-    prompt: Tensor | None = None,
+    prompt: Prompt | None = None,
     particles: int | None = None,
+    allowed: Allowed | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -113,26 +128,29 @@ def generate_steps(
     check_decoders(decoder)
     decoders = sampler_decoders(model, decoder) if isinstance(model, TarFlowLM) else ()
     num = as_integer(num, "num", least=1)
-    given = _given(model, num, as_integer(num_tokens, "length", least=1), prompt)
-    text = Window(
-        model,
-        _row_streams(generator, num),
-        _num_particles(model, given, particles),
-        _adjust(model, temperature, top_k, top_p, without),
-        decoders,
-        progress,
-        given,
-        every,
-    )
+    num_tokens = as_integer(num_tokens, "length", least=1)
+    generators = _row_streams(generator, num)
+    adjust = _adjust(model, temperature, top_k, top_p, without)
     keep_freed_memory()
-    return _undisturbed(text)
+    if allowed is not None or isinstance(prompt, Sequence):
+        particles = as_integer(PARTICLES if particles is None else particles, "particles", least=1)
+        pieces, gaps = _template(model, num_tokens, prompt)
+        if isinstance(allowed, Tensor):
+            allowed = checked_mask(allowed, model)
+        text = GapFilter(
+            model, pieces, gaps, num_tokens, generators, particles, adjust, allowed, progress
+        )
+        return _undisturbed(text.write(), num * particles)
+    given = _given(model, num, num_tokens, prompt)
+    particles = _num_particles(model, given, particles)
+    window = Window(model, generators, particles, adjust, decoders, progress, given, every)
+    return _undisturbed(write(window), window.rows)
 
 
-def _undisturbed(text: Window) -> Parts:
+def _undisturbed(steps: Parts, rows: int) -> Parts:
     """Write a text; between two parts, the reader has its own settings of PyTorch."""
-    steps = write(text)
     while True:
-        with torch.no_grad(), threads_for(text.rows):
+        with torch.no_grad(), threads_for(rows):
             try:
                 part = next(steps)
             except StopIteration as end:
@@ -190,20 +208,63 @@ def _row_streams(
 
 def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None) -> Tensor:
     """The given tokens of every sample, BLANK elsewhere: [num, num_tokens] on the CPU."""
-    vocab_size = model.config.vocab_size
     given = torch.full((num, num_tokens), BLANK)
     if prompt is None:
         return given
-    check_integers(prompt, "prompt", "[T]", "[num, T]")
+    _check_prompt(model, prompt, "[T]", "[num, T]")
     length = prompt.shape[-1]
     if length > num_tokens:
         raise _no_room(length, num_tokens)
+    return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
+
+
+def _template(
+    model: LanguageModel, num_tokens: int, prompt: Prompt | None
+) -> tuple[list[Tensor], list[Gap]]:
+    """Pieces, and gaps between them. UserError where the model does not take them."""
+    config = model.config
+    rule = "gaps of unknown length and constraints take"
+    if config.patch > 1 or not config.has_token_weights:
+        found = f"patch {config.patch}" if config.patch > 1 else config.describe(0)
+        needed = "one token per position and weights of tokens in block 1"
+        raise UserError(f"{found}: {rule} {needed}; use another model, such as english-small")
+    if num_tokens > config.context:
+        most = f"at most the context of {config.context} tokens"
+        raise UserError(f"length {num_tokens}: {rule} {most}; shorten the text or its gaps")
+    if isinstance(prompt, Tensor) and prompt.dim() == 2:
+        if (prompt != prompt[:1]).any():
+            raise UserError(f"{len(prompt)} prompts: {rule} one for all samples, call it for each")
+        prompt = prompt[0]
+    empty = torch.zeros(0, dtype=torch.long)
+    pieces = [empty]
+    gaps: list[Gap] = []
+    for part in [prompt] if isinstance(prompt, Tensor) else prompt or []:
+        if isinstance(part, Gap):
+            gaps.append(part)
+            pieces.append(empty)
+            continue
+        _check_prompt(model, part, "[T]")
+        for is_blank, run in groupby(part.tolist(), lambda token: token == BLANK):
+            tokens = torch.tensor(list(run))
+            if is_blank:
+                gaps.append(Gap(most=len(tokens), least=len(tokens)))
+                pieces.append(empty)
+            else:
+                pieces[-1] = torch.cat((pieces[-1], tokens))
+    longest = sum(gap.most for gap in gaps) + sum(map(len, pieces))
+    if longest > num_tokens or (not gaps and longest == num_tokens):
+        raise _no_room(longest, num_tokens)
+    return pieces, gaps
+
+
+def _check_prompt(model: LanguageModel, prompt: Tensor, *shapes: str) -> None:
+    check_integers(prompt, "prompt", *shapes)
+    vocab_size = model.config.vocab_size
     if ((prompt < BLANK) | (prompt >= vocab_size)).any():
         raise UserError(
             f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}, "
             f"or {BLANK} for a blank: encode it again"
         )
-    return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
 
 
 def _no_room(length: int, num_tokens: int) -> UserError:

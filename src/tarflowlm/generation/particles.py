@@ -66,8 +66,8 @@ class Weights:
             self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 
     def effective(self) -> Tensor:
-        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]; 0 without weight."""
-        return (2 * self.log_w.logsumexp(-1) - (2 * self.log_w).logsumexp(-1)).exp().nan_to_num(0.0)
+        """Effective sample size of the particles of every sample, [num]."""
+        return effective(self.log_w)
 
     def total(self) -> Tensor:
         """The estimate of log p(given tokens), [num], in nats."""
@@ -88,6 +88,11 @@ class Weights:
         self.log_evidence[sample] = self.total()[sample]
         self.log_w[sample] = 0.0
         self.draws[sample] += 1
+
+
+def effective(log_w: Tensor) -> Tensor:
+    """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2 of [..., R]; 0 without weight."""
+    return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
 
 def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -37,6 +37,18 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+class Filled:
+    """How the gaps of a template were filled."""
+
+    given: Tensor
+    """Where the tokens are given ones, [num, T]."""
+    ends: Tensor
+    """Tokens up to the end of the template, [num]."""
+    lengths: tuple[Tensor, ...]
+    """For each gap of unknown length the probabilities [num, most] of 1, 2, ... tokens."""
+
+
+@dataclass(frozen=True)
 class Generation:
     """Samples, and how they came about."""
 
@@ -48,6 +60,8 @@ class Generation:
     """Passes of the Transformer in each block, L first; empty for the baseline."""
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, L first; pass it as `decoder` to repeat the choice."""
+    filled: Filled | None = None
+    """How gaps of unknown length were filled; None without them or a constraint."""
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
     """The states that the inversion gave, in whole patches; z alone after a completion or draw."""
     _flow: TarFlowLM | None = field(default=None, repr=False)
@@ -80,7 +94,10 @@ class Generation:
 
     def behind(self, num: int) -> "Generation":
         """The samples without their first `num` tokens, which were context."""
-        return replace(self, tokens=self.tokens[:, num:], evidence=None, _first=num)
+        filled = self.filled
+        if filled is not None:
+            filled = Filled(filled.given[:, num:], filled.ends - num, filled.lengths)
+        return replace(self, tokens=self.tokens[:, num:], evidence=None, filled=filled, _first=num)
 
 
 Parts = Generator[Tensor, None, Generation]

@@ -123,7 +123,7 @@ def _infill(catalogue: Catalogue) -> None:
         text = gr.Textbox(
             "The people of the _ _ in the _ of peace",
             label="Text with blanks",
-            info=f"{ONE_EACH}, with regard to both sides.",
+            info=f"{ONE_EACH}, [...] are some, with regard to both sides.",
             lines=3,
             max_lines=8,
         )

@@ -1,6 +1,7 @@
 """The views that draw: a text as it is written, and candidates for blanks with their weights."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,19 @@ from tarflowlm.model import as_flow
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import Pages, asked, bar, card, facts, muted, page, slider, stage, took
+from tarflowlm.studio.pieces import (
+    Pages,
+    asked,
+    bar,
+    card,
+    facts,
+    muted,
+    page,
+    slider,
+    stage,
+    title,
+    took,
+)
 from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import Draft, Writing, Written
 from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible
@@ -109,10 +122,10 @@ def infill(
     """Candidates for the blanks of `text`, the likeliest first.
 
     The weight of a try is its evidence, the mean weight of its particles. This is unbiased for
-    p(given), so a draw from the tries by weight is a draw by all of their particles.
+    p(given), so a draw from the tries by weight is a draw by all of their particles, and the mean
+    of their probabilities of a length is one of all particles.
     """
     checkpoint = catalogue.load(model)
-    tokenizer = checkpoint.tokenizer
     request = Writing(
         template=values.text(text),
         num=values.whole(tries, "tries", 1, values.TRIES),
@@ -121,23 +134,16 @@ def infill(
         seed=values.seed(seed),
     )
     draft = request.read(checkpoint)
-    template = draft.prompt(0)
-    given = _given(draft)
     with_blanks = [Token(visible(draft.given[0].text))]
     job = Job("trying", draft.num_positions)
     batches = yield from job.follow(lambda: list(draft.batches(job)), lambda: with_blanks)
     weights = _weights(batches)
-    texts = torch.cat([batch.generation.tokens for batch in batches])
-    shares: dict[tuple[int, ...], float] = defaultdict(float)  # equal texts are one candidate
-    for row, weight in zip(texts.tolist(), weights.tolist(), strict=True):
-        shares[tuple(row)] += weight
+    shares: dict[str, float] = defaultdict(float)  # equal texts are one candidate
+    for shown, weight in zip(_fillings(draft, batches), weights.tolist(), strict=True):
+        shares[shown] += weight
     choices = ""
-    for row in sorted(shares, key=shares.__getitem__, reverse=True):
-        new = torch.tensor(row)
-        share = shares[row]
-        shown = spans(text_tokens(new, tokenizer, {"given": given, "changed": new != template}))
-        head = div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share))
-        choices += div("st-choice", head, div("st-stage", shown))
+    for shown in sorted(shares, key=shares.__getitem__, reverse=True):
+        choices += _choice(shares[shown], div("st-stage", shown))
     effective = 1 / (weights**2).sum().item()  # from 1 to all of them
     count = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
     trust = f"{count} More particles find more texts that fit.{bar(effective / len(weights))}"
@@ -145,8 +151,36 @@ def infill(
     yield page(
         asked(request.command(catalogue.entry(model).command_name)),
         card(choices, *map(muted, draft.notices)),
+        *_lengths(batches, weights),
         card(trust, numbers),
     )
+
+
+def _choice(share: float, words: str) -> str:
+    """One of several possibilities, with its share."""
+    return div("st-choice", div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share)), words)
+
+
+def _fillings(draft: Draft, batches: list[Written]) -> Iterator[str]:
+    """Every try in HTML, with the tokens that are new marked."""
+    given = _given(draft)
+    for batch in batches:
+        filled = batch.generation.filled
+        for index, row in enumerate(batch.generation.tokens.cpu()):
+            tokens = row[: batch.streams[index].length]
+            mask = given if filled is None else filled.given[index]
+            kinds = {"given": mask, "changed": ~mask}
+            yield spans(text_tokens(tokens, draft.lm.tokenizer, kinds))
+
+
+def _lengths(batches: list[Written], weights: Tensor) -> Iterator[str]:
+    """A card for every gap of unknown length: how many tokens it may have."""
+    found = [batch.generation.filled.lengths for batch in batches if batch.generation.filled]
+    for number, tables in enumerate(zip(*found, strict=True), 1):
+        rows = ""
+        for length, share in enumerate((weights[:, None] * torch.cat(tables)).sum(0).tolist(), 1):
+            rows += _choice(share, counted(length, "token"))
+        yield card(title(f"Length of gap {number}"), rows)
 
 
 def _weights(batches: list[Written]) -> Tensor:

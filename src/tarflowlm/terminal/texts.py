@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation.particles import UNRELIABLE
-from tarflowlm.terminal.bars import print_notice
+from tarflowlm.terminal.bars import counted, print_notice
 from tarflowlm.texts import Edited, Written
 from tarflowlm.views.grid import Kind, Token, pass_rows, text_tokens
 
@@ -46,6 +46,9 @@ def print_samples(
             ]
             body = Text("\n").join(parts)
         show(body, f"sample {number + 1}", is_first=number == 0)
+        if generation.filled is not None:
+            for index, lengths in enumerate(generation.filled.lengths):
+                print_notice(f"  gap {index + 1}: {likely_lengths(lengths[row].tolist())}")
         evidence = generation.evidence
         if candidates == 1 or evidence is None:
             continue
@@ -56,6 +59,13 @@ def print_samples(
         k = evidence.pareto_k[row]
         if k > UNRELIABLE:  # NaN is not
             print_notice(f"  that is unreliable (k = {k:.2f}): more particles fit the text better")
+
+
+def likely_lengths(probabilities: list[float]) -> str:
+    """The likeliest lengths of a gap, of 1, 2, ... tokens, with their probabilities."""
+    order = sorted(range(len(probabilities)), key=probabilities.__getitem__, reverse=True)
+    shown = [f"{counted(n + 1, 'token')} {probabilities[n]:.0%}" for n in order[:4]]
+    return ", ".join(shown)
 
 
 def samples_to_json(
@@ -72,6 +82,8 @@ def samples_to_json(
         if generation.evidence is not None:
             for name in ("log_evidence", "ess", "draws", "pareto_k"):
                 sample[name] = getattr(generation.evidence, name)[row].item()
+        if generation.filled is not None and generation.filled.lengths:
+            sample["lengths"] = [one[row].tolist() for one in generation.filled.lengths]
         samples.append(sample)
     return samples
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer
-from tarflowlm.data.prompts import BLANK, Reading, read, read_template
+from tarflowlm.checks import as_integer, check_type
+from tarflowlm.data.prompts import BLANK, Gap, Reading, read, read_template, tokens_without
 from tarflowlm.data.streaming import TextStream
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate_steps
-from tarflowlm.generation.generate import usual_particles
+from tarflowlm.generation.gaps import Allowed
+from tarflowlm.generation.generate import PARTICLES, usual_particles
 from tarflowlm.generation.inversion import Decoders, Kept, check_decoders, finish
 from tarflowlm.generation.sampling import adjust_weights, row_generators
 from tarflowlm.generation.writing import num_positions
@@ -36,9 +37,15 @@ class Writing(Request):
     prompts: tuple[str, ...] = ()
     """Texts to continue, each in `num` samples."""
     template: str | None = None
-    """A text with a blank for every token to fill in."""
+    """A text with a blank for every token to fill in, or [...] for some (`data.prompts`)."""
     blank: str = "_"
     """The character that marks a blank."""
+    without: str = ""
+    """Letters that no drawn token has."""
+    contains: str | None = None
+    """Words that follow the prompt somewhere."""
+    allowed: Allowed | None = None
+    """The tokens that may be drawn, as `generate` takes them."""
     num_tokens: int | None = None
     """Length in tokens at most, given ones included; None: the trained context, or that of the
     template.
@@ -48,7 +55,7 @@ class Writing(Request):
     top_k: int | None = None
     top_p: float | None = None
     particles: int | None = None
-    """Candidates per sample; None: 16 where text stands behind a blank, else 1."""
+    """Candidates per sample; None: 16 under a constraint or with text behind a blank, else 1."""
     decoder: Decoders = "auto"
     num: int = 1
     """Samples, of each prompt."""
@@ -68,6 +75,15 @@ class Writing(Request):
         check_decoders(self.decoder)
         if self.prompts and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
+        for name in ("without", "contains"):
+            check_type(getattr(self, name), name, (str, type(None)), "give a text, a str")
+        if self.contains is not None:
+            if self.template is not None:
+                raise UserError("contains and a template: put [...] and the words into it")
+            if not self.contains.strip():
+                raise UserError(f"contains {self.contains!r}: give some words, or leave it out")
+        if self.without and self.allowed is not None:
+            raise UserError(f"without {self.without!r} and allowed: put both into one mask")
 
     def read(self, lm: Checkpoint) -> "Draft":
         """The request as a model reads it. UserError for texts that it cannot read."""
@@ -85,7 +101,13 @@ class Writing(Request):
             read(tokenizer, stop, name="stop", normalize=how).text
             for stop in as_texts(self.stop, "stop")
         ]
-        return Draft(lm, self, tuple(given), tuple(stops))
+        words = None
+        if self.contains is not None:
+            words = read(tokenizer, f" {self.contains}", name="contains", normalize=how)
+        allowed = self.allowed
+        if self.without:
+            allowed = tokens_without(tokenizer, self.without)
+        return Draft(lm, self, tuple(given), tuple(stops), words, allowed)
 
     def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
         """The texts: `num` of every prompt, in order."""
@@ -104,6 +126,9 @@ class WritingOptions(TypedDict, total=False):
     particles: int | None
     decoder: Decoders
     blank: str
+    without: str
+    contains: str | None
+    allowed: Allowed | None
     stop: str | Sequence[str]
     stop_at_end: bool
     seed: int
@@ -118,6 +143,9 @@ class Draft:
     given: tuple[Reading, ...]
     """The template, or the prompts; for free samples an empty one."""
     stops: tuple[str, ...]
+    words: Reading | None = None
+    """What every sample contains, with a space before it."""
+    allowed: Allowed | None = None
     part: str = WHOLE
     """The share of the samples that `batches` writes."""
     is_whole: bool = False
@@ -170,7 +198,27 @@ class Draft:
         """Candidates for every sample."""
         if self.request.particles is not None:
             return self.request.particles
+        if self.is_constrained:
+            return PARTICLES
         return max(usual_particles(reading.tokens) for reading in self.given)
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there are gaps of unknown length, words to contain, or tokens not allowed."""
+        is_open = self.words is not None or any(reading.parts for reading in self.given)
+        return is_open or self.allowed is not None
+
+    def _parts(self, row: int) -> tuple[Tensor | Gap, ...]:
+        """The prompt or template of a sample as pieces and gaps; none if its tokens say it all."""
+        reading = self.given[row // self.request.num]
+        if self.words is None or self.words.text in f" {reading.text}":
+            return reading.parts
+        room = self.num_tokens - len(reading.tokens) - len(self.words.tokens)
+        if room < 0:
+            what = f"contains {self.request.contains!r}: with the prompt it has {-room} tokens more"
+            raise UserError(f"{what} than the length of {self.num_tokens}: raise the length")
+        before = torch.cat((self.lead, reading.tokens))
+        return before, Gap(room, least=0, once=True), self.words.tokens
 
     @property
     def num_positions(self) -> int:
@@ -194,6 +242,9 @@ class Draft:
 
     def pieces(self, row: int = 0) -> Iterator[str]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
+        if self.is_constrained:
+            yield finish(self.steps(range(row, row + 1))).texts[0]
+            return
         stream = self._stream(row)
         for tokens in self.steps(range(row, row + 1)):
             yield stream.add(tokens[0])
@@ -213,14 +264,18 @@ class Draft:
         """
         request = self.request
         usual = self.lm.run.temperature
+        # given text on both sides of what is drawn stands in one document
+        stands_in_one = request.template is not None or self.words is not None
         prompts = [torch.cat((self.lead, self.prompt(row))) for row in rows]
+        padded = pad_sequence(prompts, batch_first=True, padding_value=BLANK)
         steps = Kept(
             generate_steps(
                 self.lm.model,
                 num_tokens=self.num_written,
                 num=len(rows),
-                prompt=pad_sequence(prompts, batch_first=True, padding_value=BLANK),
-                particles=None if len(self.lead) else request.particles,
+                prompt=self._parts(rows.start) or padded,
+                particles=request.particles if self.is_constrained or not len(self.lead) else None,
+                allowed=self.allowed,
                 temperature=usual if request.temperature is None else request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
@@ -229,7 +284,7 @@ class Draft:
                 generator=row_generators(rows, request.random_stream()),
                 progress=progress,
                 every=every,
-                without=None if request.template is None else self.lm.tokenizer.end,
+                without=self.lm.tokenizer.end if stands_in_one else None,
             )
         )
         streams = list(map(self._stream, rows))
@@ -243,6 +298,8 @@ class Draft:
                 continue
             parts.append(part)
             yield part
+            if self.is_constrained:
+                continue  # all in one part, and only then it is known where the text ends
             for stream, tokens in zip(streams, part, strict=True):
                 stream.add(tokens)
             if all(stream.has_stopped for stream in streams) and not is_whole:
@@ -250,6 +307,9 @@ class Draft:
                 break
         else:
             generation = steps.value.behind(len(self.lead)) if len(self.lead) else steps.value
+        if self.is_constrained:
+            for index, (stream, tokens) in enumerate(zip(streams, generation.tokens, strict=True)):
+                stream.add(tokens[: self._length(index, generation)])
         for stream in streams:
             stream.close()
         return Written(rows, [stream.text for stream in streams], generation, streams)
@@ -272,12 +332,19 @@ class Draft:
         length = min(self.num_written, context)
         size = chunks.written_rows(length * self.particles, self.lm.model.device)
         longest = max(len(reading.tokens) for reading in self.given)
-        together = self.request.num if longest >= context else self.total
+        is_alone = longest >= context or self.is_constrained
+        together = self.request.num if is_alone else self.total
         own = share(self.part, self.total)
         for first in range(0, self.total, together):
             rows = range(max(first, own.start), min(first + together, own.stop))
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
+
+    def _length(self, index: int, generation: Generation) -> int:
+        """Tokens of the text of sample `index` of a batch: a template with gaps ends with them."""
+        is_open = self.request.num_tokens is not None or not self.given[0].parts
+        filled = generation.filled
+        return self.num_tokens if is_open or filled is None else int(filled.ends[index])
 
     def _stream(self, row: int) -> TextStream:
         """Reads the tokens of a sample. Stops count behind its prompt."""

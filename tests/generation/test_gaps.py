@@ -1,0 +1,171 @@
+"""Gaps of unknown length and constraints: particles give what enumeration gives."""
+
+import math
+
+import pytest
+import torch
+from enumeration import V, probabilities, texts
+from torch import Tensor
+
+from helpers import tiny_ar, tiny_flow
+from tarflowlm.data.prompts import Gap
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.generation.sampling import BLANK
+
+FLOW = {"vocab_size": V, "latent_dim": 1, "seed": 3}
+# codes that overlap: the estimate is one of the text, not of its latents
+WIDE = {"context": 4, "log_std": -0.3}
+WIDE_AXIS = torch.linspace(-4.5, 4.5, 14)
+SHARP = {"context": 2, "log_std": -1.8}
+SHARP_AXIS = torch.linspace(-5, 5, 76)
+STACK = {"couplings": ("mixd", "mix1"), "scale": 0.05}
+AR = {"vocab_size": V, "seed": 1, "scale": 0.3}
+OPEN = {
+    "ar": lambda: tiny_ar(context=4, **AR),
+    "mixd": lambda: tiny_flow(couplings=("mixd",), scale=0.5, **FLOW, **WIDE),
+    "mixd-mix1": lambda: tiny_flow(**STACK, **FLOW, **WIDE),
+}
+CONSTRAINED = {
+    "ar": lambda: tiny_ar(context=2, **AR),
+    "mixd": lambda: tiny_flow(couplings=("mixd",), scale=0.5, **FLOW, **SHARP),
+    "mixd-mix1": lambda: tiny_flow(**STACK, **FLOW, **SHARP),
+}
+NONE = torch.zeros(0, dtype=torch.long)
+OPTIONS = {"num": 60, "particles": 64}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def begins_with(template: list[Tensor | Gap], *lengths: int) -> Tensor:
+    """Which of all texts of 4 tokens begin with the template, its gaps having these lengths."""
+    found = torch.ones(V**4, dtype=torch.bool)
+    at = 0
+    left = list(lengths)
+    for part in template:
+        if isinstance(part, Gap):
+            at += left.pop(0)
+            continue
+        for token in part.tolist():
+            found &= texts(4)[:, at] == token
+            at += 1
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", OPEN.values(), ids=OPEN.keys())
+def test_lengths_of_a_gap_have_their_enumerated_probabilities(make):
+    """Evidence times posterior is in the mean p(prefix, any m tokens, suffix) / M for every m."""
+    model = make()
+    joint = probabilities(model, WIDE_AXIS)
+    assert joint.sum().item() == pytest.approx(1.0, abs=1e-2)
+    for first in (NONE, torch.tensor([0])):
+        template = [first, Gap(most=3 - len(first)), torch.tensor([2])]
+        most = 3 - len(first)
+        wanted = [joint[begins_with(template, m)].sum().item() for m in range(1, most + 1)]
+        found = generate(model, num_tokens=4, prompt=template, generator=generator(), **OPTIONS)
+        share = found.evidence.log_evidence.exp()[:, None] * found.filled.lengths[0] * most
+        error = share.std(0) / math.sqrt(len(share))
+        assert ((share.mean(0) - torch.tensor(wanted)).abs() < 4 * error + 2e-3).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", OPEN.values(), ids=OPEN.keys())
+def test_lengths_of_two_gaps_have_their_enumerated_probabilities(make):
+    model = make()
+    joint = probabilities(model, WIDE_AXIS)
+    gap = Gap(most=1, least=0)
+    template = [gap, torch.tensor([1]), gap, torch.tensor([2])]
+    pairs = [joint[begins_with(template, m, n)].sum() for m in (0, 1) for n in (0, 1)]
+    table = torch.stack(pairs).view(2, 2).double()
+    found = generate(model, num_tokens=4, prompt=template, generator=generator(), **OPTIONS)
+    weights = found.evidence.log_evidence.exp()
+    error = weights.std().item() / math.sqrt(len(weights))
+    assert weights.mean().item() == pytest.approx(table.mean().item(), abs=4 * error)
+    for lengths, axis in zip(found.filled.lengths, (1, 0), strict=True):
+        share = (weights[:, None] * lengths).sum(0) / weights.sum()
+        assert share.tolist() == pytest.approx((table.sum(axis) / table.sum()).tolist(), abs=0.05)
+
+
+def no_token_twice(tokens: Tensor) -> Tensor:
+    mask = torch.ones(V, dtype=torch.bool)
+    mask[tokens[-1:]] = False
+    return mask
+
+
+FIRST_TWO = torch.tensor([True, True, False])
+CASES = {
+    "mask": ({"allowed": FIRST_TWO}, lambda x: (x < 2).all(1)),
+    "function": ({"allowed": no_token_twice}, lambda x: (x[:, 1:] != x[:, :-1]).all(1)),
+    "blanks": (
+        {"allowed": FIRST_TWO, "prompt": torch.tensor([BLANK, 2])},
+        lambda x: (x[:, 0] < 2) & (x[:, 1] == 2),
+    ),
+    "words": (
+        {"prompt": [NONE, Gap(most=1, least=0, once=True), torch.tensor([1])]},
+        lambda x: (x == 1).any(1),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("make", CONSTRAINED.values(), ids=CONSTRAINED.keys())
+def test_texts_follow_their_probabilities_given_a_constraint(make, case):
+    options, fits = case
+    model = make()
+    joint = torch.where(fits(texts(2)), probabilities(model, SHARP_AXIS).double(), 0.0)
+    found = generate(model, num_tokens=2, num=300, particles=32, generator=generator(), **options)
+    assert fits(found.tokens).all()
+    evidence = found.evidence.log_evidence.exp()
+    error = evidence.std().item() / math.sqrt(300)
+    wanted = joint.sum().item()
+    assert evidence.mean().item() == pytest.approx(wanted, abs=4 * error + 0.01 * wanted)
+    code = (found.tokens * V ** torch.arange(2).flip(0)).sum(-1)
+    observed = torch.bincount(code, minlength=V**2).double() / 300
+    assert (observed - joint / joint.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
+
+
+def test_the_first_token_of_a_gap_is_one_that_may_begin_it():
+    begins = torch.tensor([False, False, True])
+    template = [torch.tensor([0]), Gap(most=2, begins=begins), torch.tensor([1])]
+    for make in OPEN.values():
+        found = generate(make(), num_tokens=4, num=20, prompt=template, generator=generator())
+        assert (found.tokens[:, 1] == 2).all()
+        for row, given in zip(found.tokens, found.filled.given, strict=True):
+            assert row[given].tolist() == [0, 1]
+
+
+def test_samples_of_a_template_do_not_depend_on_each_other():
+    template = [torch.tensor([0]), Gap(most=2), torch.tensor([1])]
+    for make in OPEN.values():
+        streams = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+        both = generate(make(), num_tokens=4, num=2, prompt=template, generator=streams)
+        alone = generate(
+            make(),
+            num_tokens=4,
+            prompt=template,
+            generator=[torch.Generator().manual_seed(6)],
+        )
+        assert torch.equal(both.tokens[1:], alone.tokens)
+        torch.testing.assert_close(both.filled.lengths[0][1:], alone.filled.lengths[0])
+
+
+def test_what_no_particle_fits_and_models_without_weights_are_refused():
+    model = OPEN["ar"]()
+    free = torch.ones(V, dtype=torch.bool)
+    impossible = {"allowed": lambda tokens: free & (len(tokens) < 2)}
+    refused = [
+        (model, impossible, "candidates fits"),
+        (model, {"allowed": free.long()}, "boolean mask of shape"),
+        (model, {"allowed": lambda tokens: tokens}, "boolean mask of shape"),
+        (model, {"allowed": free, "num_tokens": 9}, "at most the context of 4"),
+        (model, {"prompt": [Gap(most=4), torch.tensor([1])]}, "leaves no room"),
+        (tiny_flow(couplings=("mix1",)), {"prompt": [Gap(most=1)]}, "block 1 mix1"),
+        (tiny_ar(patch=2), {"prompt": [Gap(most=1)]}, "patch 2"),
+    ]
+    for wrong, options, words in refused:
+        with pytest.raises(UserError, match=words):
+            generate(wrong, **({"num_tokens": 4} | options))
