@@ -132,7 +132,8 @@ def generate_steps(
     generators = _row_streams(generator, num)
     adjust = _adjust(model, temperature, top_k, top_p, without)
     keep_freed_memory()
-    if allowed is not None or isinstance(prompt, Sequence):
+    has_parts = isinstance(prompt, Sequence) and all(isinstance(x, Tensor | Gap) for x in prompt)
+    if allowed is not None or has_parts:
         particles = as_integer(PARTICLES if particles is None else particles, "particles", least=1)
         pieces, gaps = _template(model, num_tokens, prompt)
         if isinstance(allowed, Tensor):

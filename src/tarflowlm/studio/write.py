@@ -169,8 +169,8 @@ def _fillings(draft: Draft, batches: list[Written]) -> Iterator[str]:
         for index, row in enumerate(batch.generation.tokens.cpu()):
             tokens = row[: batch.streams[index].length]
             mask = given if filled is None else filled.given[index]
-            kinds = {"given": mask, "changed": ~mask}
-            yield spans(text_tokens(tokens, draft.lm.tokenizer, kinds))
+            shown = text_tokens(tokens, draft.lm.tokenizer, {"given": mask, "changed": ~mask})
+            yield spans(shown)
 
 
 def _lengths(batches: list[Written], weights: Tensor) -> Iterator[str]:
