@@ -1,5 +1,6 @@
 """Why blocks above a tied Mix-d block gain nothing, and a block that does."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -87,11 +88,12 @@ def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row
         for kind in UPPERS[label]:
             what = f"block 2: {kind.maps}, reads {kind.reads}"
             found = done.measured(what, partial(_boosted, done, kind, settings.steps))
+            share = found["gain"] / missing if missing else math.nan
             rows.append(
                 first_columns(done)
                 | {"block 2": NAMES[kind.maps], "reads": kind.reads}
                 | found
-                | {"missing": missing, "share": found["gain"] / missing}
+                | {"missing": missing, "share": share}
             )
     return rows
 
@@ -141,7 +143,7 @@ def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys((row["model"], row["block 2"], row["reads"]) for row in rows))
     for place, name in enumerate(reversed(names)):
         own = [row for row in rows if (row["model"], row["block 2"], row["reads"]) == name]
-        errors = [2 * row["gain ±"] / abs(row["missing"]) for row in own]
+        errors = [2 * row["gain ±"] / abs(row["missing"] or math.nan) for row in own]
         places = [place + 0.15 * number for number in range(len(own))]
         shares = [row["share"] for row in own]
         axes.errorbar(shares, places, xerr=errors, fmt="o", color=COLOURS[0], capsize=2)

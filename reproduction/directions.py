@@ -9,7 +9,7 @@ from reproduction.measures import JUDGED
 from reproduction.passes import FILLING, LABELS, judged_passes
 from reproduction.plots import bits_error, plot_models
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
-from reproduction.settings import Settings, as_flow_config
+from reproduction.settings import Kind, Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.presets import preset
 from tarflowlm.views.style import Figure
@@ -19,10 +19,10 @@ ALTERNATING, ONE_WAY = "alternating", "left to right"
 
 def plan_directions(settings: Settings) -> list[Training]:
     """Stacks with every second block right to left, and with all blocks left to right."""
-    runs = {
-        LABELS[kind]: _shortened(settings, preset(f"mini-{kind}")) for kind in ("affine", "mix1")
-    }
-    runs[FILLING] = preset("mini-passes")
+    kinds: tuple[Kind, ...] = ("affine", "mix1")
+    runs = {LABELS[kind]: _shortened(settings, settings.preset(kind, "text8")) for kind in kinds}
+    if settings.scale == "mini":
+        runs[FILLING] = preset("mini-passes")
     found = {}
     for label, run in runs.items():
         for alternate, directions in ((True, ALTERNATING), (False, ONE_WAY)):

@@ -14,7 +14,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from helpers import FLOW, TRUNK
-from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
 from tarflowlm.progress import Progress

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from helpers import FLOW, TRUNK, metrics_of
-from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.model_config import BaselineConfig, stack
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.train import train

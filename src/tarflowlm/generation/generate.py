@@ -207,12 +207,12 @@ def _row_streams(
     return row_generators(range(num), generator)
 
 
-def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None) -> Tensor:
+def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Prompt | None) -> Tensor:
     """The given tokens of every sample, BLANK elsewhere: [num, num_tokens] on the CPU."""
     given = torch.full((num, num_tokens), BLANK)
     if prompt is None:
         return given
-    _check_prompt(model, prompt, "[T]", "[num, T]")
+    prompt = _checked_prompt(model, prompt, "[T]", "[num, T]")
     length = prompt.shape[-1]
     if length > num_tokens:
         raise _no_room(length, num_tokens)
@@ -244,7 +244,7 @@ def _template(
             gaps.append(part)
             pieces.append(empty)
             continue
-        _check_prompt(model, part, "[T]")
+        _checked_prompt(model, part, "[T]")
         for is_blank, run in groupby(part.tolist(), lambda token: token == BLANK):
             tokens = torch.tensor(list(run))
             if is_blank:
@@ -258,14 +258,16 @@ def _template(
     return pieces, gaps
 
 
-def _check_prompt(model: LanguageModel, prompt: Tensor, *shapes: str) -> None:
+def _checked_prompt(model: LanguageModel, prompt: object, *shapes: str) -> Tensor:
     check_integers(prompt, "prompt", *shapes)
+    assert isinstance(prompt, Tensor)
     vocab_size = model.config.vocab_size
     if ((prompt < BLANK) | (prompt >= vocab_size)).any():
         raise UserError(
             f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}, "
             f"or {BLANK} for a blank: encode it again"
         )
+    return prompt
 
 
 def _no_room(length: int, num_tokens: int) -> UserError:
