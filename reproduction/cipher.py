@@ -1,6 +1,5 @@
 """Why blocks above a tied Mix-d block gain nothing, and a block that does."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +20,7 @@ ONE_CHANNEL = "Mix-d, 1 layer, d = 1"
 TWO_CHANNELS = "Mix-d, 1 layer, d = 2"
 SHALLOW_AR = "AR, 1 layer"
 DEEP_AR = "AR, 6 layers"
+STEPS = HALF_STEPS  # of block 2
 LAYERS = 5  # of block 2: with one below it as many as the deep models have
 VALID_WINDOWS = 256
 VALIDATIONS = 5
@@ -83,12 +83,13 @@ def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row
     for done in finished:
         label = done.training.label
         if label not in MISSING:
+            rows.append(first_columns(done) | {"block 2": None, "bpc of block 1": _bits(done)})
             continue
         missing = _bits(done) - reached[_key(done, MISSING[label])]
         for kind in UPPERS[label]:
             what = f"block 2: {kind.maps}, reads {kind.reads}"
             found = done.measured(what, partial(_boosted, done, kind, settings.steps))
-            share = found["gain"] / missing if missing else math.nan
+            share = found["gain"] / missing if missing else None
             rows.append(
                 first_columns(done)
                 | {"block 2": NAMES[kind.maps], "reads": kind.reads}
@@ -113,7 +114,7 @@ def _boosted(done: Finished, kind: Kind, steps: int | None) -> Row:
     run = checkpoint.run
     below = Below(checkpoint.model)
     corpus = cached_corpus(run.data.source, checkpoint.tokenizer)
-    steps = steps or run.train.num_steps
+    steps = steps or STEPS
     upper = boost(
         below,
         lambda: Upper(below, run.model.trunk, layers=LAYERS, reads=kind.reads, maps=kind.maps),
@@ -140,10 +141,11 @@ def _boosted(done: Finished, kind: Kind, steps: int | None) -> Row:
 def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
     """The share of the missing bits that every second block recovers, one dot per seed."""
     axes = figure.subplots()
+    rows = [row for row in rows if row["block 2"] and row["share"] is not None]
     names = list(dict.fromkeys((row["model"], row["block 2"], row["reads"]) for row in rows))
     for place, name in enumerate(reversed(names)):
         own = [row for row in rows if (row["model"], row["block 2"], row["reads"]) == name]
-        errors = [2 * row["gain ±"] / abs(row["missing"] or math.nan) for row in own]
+        errors = [2 * row["gain ±"] / abs(row["missing"]) for row in own]
         places = [place + 0.15 * number for number in range(len(own))]
         shares = [row["share"] for row in own]
         axes.errorbar(shares, places, xerr=errors, fmt="o", color=COLOURS[0], capsize=2)

@@ -80,9 +80,9 @@ def trained(tmp_path_factory, corpus_file) -> Path:
     """A folder with a text and a run trained on it."""
     folder = tmp_path_factory.mktemp("trained")
     text = str(shutil.copy(corpus_file, folder / "my_text.txt"))
-    # a text is read in its own characters: the examples use them all
-    with Path(text).open("a", encoding="utf-8") as file:
-        file.write("the quick brown fox jumps over the lazy dog " * 40)
+    # a text is read in its own characters, and the examples use all letters
+    words = Path(text).read_text(encoding="utf-8")
+    Path(text).write_text(f"the quick brown fox jumps over the lazy dog {words}", encoding="utf-8")
     call(
         [
             "train",

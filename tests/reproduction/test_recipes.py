@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from docs_cases import ROOT
-from reproduction import ablations, geometry, measures, passes, patches, tables
+from reproduction import ablations, cipher, geometry, measures, passes, patches, tables
 from reproduction.recipe import Finished, Training
 from reproduction.recipes import RECIPES
 from reproduction.records import Records
@@ -45,6 +45,7 @@ def settings(tmp_path_factory, corpus_file) -> Settings:
             (passes, "SAMPLES", 2),
             (geometry, "SAMPLES", 2),
             (measures, "LATENT_WINDOWS", 4),
+            (cipher, "STEPS", 2),
         ):
             patch.setattr(module, name, value)
         yield Settings(scale="mini", out=out, data=text, judge_data=text, second_text=text)
@@ -57,7 +58,12 @@ def untrained(settings: Settings, training: Training) -> Finished:
     if isinstance(run.model, FlowConfig):
         blocks = tuple(replace(block, layers=1) for block in run.model.blocks)
         model = replace(
-            run.model, vocab_size=27, blocks=blocks, head_hidden=2, latent_dim=2, **small
+            run.model,
+            vocab_size=27,
+            blocks=blocks,
+            head_hidden=2,
+            latent_dim=min(2, run.model.latent_dim),
+            **small,
         )
     else:
         model = replace(run.model, vocab_size=27, layers=1, **small)
