@@ -23,13 +23,13 @@ from tarflowlm.data import TokenArray, WindowSampler
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.flow.stack import InputMap
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import as_flow
-from tarflowlm.model_config import TransformerConfig
+from tarflowlm.model_config import BlockConfig, FlowConfig, TransformerConfig
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step
 
@@ -40,7 +40,6 @@ position, w(z_<t) and the cells.
 Maps = Literal["mix1", "cells", "redo"]
 """Mix-1; Mix-1 whose components stand in the cells of channel 1; R_w' after the inverse of R_w."""
 BASELINE_CHANNELS = 16
-HIDDEN = 64
 ROWS = 16
 """Windows that are evaluated at once."""
 
@@ -136,16 +135,9 @@ class Upper(nn.Module):
         self.weights = nn.Linear(width, V)
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
-        head = HeadShape(
-            width=width,
-            hidden=HIDDEN,
-            features=min(max(1, int(9 * 2 * HIDDEN / (16 * max(channels - 1, 1)))), 96),
-            linear_paths=True,
-            embed_bias=False,
-            autoregressive=True,
-            noise=0.0,
-        )
-        self.mix1 = Mix1Coupling(channels=channels, components=V, head=head)
+        blocks = (BlockConfig(), BlockConfig(components=V))
+        config = FlowConfig(trunk=trunk, latent_dim=channels, blocks=blocks)
+        self.mix1 = Mix1Coupling.build(BlockPlan(config, 1, below.codebook))
 
     order: Tensor
 

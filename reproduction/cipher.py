@@ -64,7 +64,7 @@ MISSING = {SHALLOW: DEEP, ONE_CHANNEL: DEEP, TWO_CHANNELS: DEEP, SHALLOW_AR: DEE
 def plan_cipher(settings: Settings) -> list[Training]:
     """Block 1 of one layer, with the channels of the preset, one and two; and the deep controls."""
     one = shallow(settings, 1)
-    baseline = lengthened(settings.preset("ar", "text8"), HALF_STEPS / 2600, "1/2")
+    baseline = lengthened(settings.preset("ar", "text8"), "1/2")
     runs = {
         SHALLOW: one,
         DEEP: shallow(settings, 6),

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from reproduction import measures
-from reproduction.ablations import HALF_STEPS
 from reproduction.lengths import lengthened
 from reproduction.measures import JUDGED
 from reproduction.passes import FILLING, LABELS, judged_passes
@@ -20,7 +19,7 @@ ALTERNATING, ONE_WAY = "alternating", "left to right"
 def plan_directions(settings: Settings) -> list[Training]:
     """Stacks with every second block right to left, and with all blocks left to right."""
     kinds: tuple[Kind, ...] = ("affine", "mix1")
-    runs = {LABELS[kind]: _shortened(settings, settings.preset(kind, "text8")) for kind in kinds}
+    runs = {LABELS[kind]: _shortened(settings, kind) for kind in kinds}
     if settings.scale == "mini":
         runs[FILLING] = preset("mini-passes")
     found = {}
@@ -34,10 +33,9 @@ def plan_directions(settings: Settings) -> list[Training]:
     return trainings(settings, found) + measures.judge_training(settings)
 
 
-def _shortened(settings: Settings, run: RunConfig) -> RunConfig:
-    if settings.scale == "paper":
-        return run
-    return lengthened(run, HALF_STEPS / run.train.num_steps, "1/2")
+def _shortened(settings: Settings, kind: Kind) -> RunConfig:
+    run = settings.preset(kind, "text8")
+    return run if settings.scale == "paper" else lengthened(run, "1/2")
 
 
 def measure_directions(settings: Settings, finished: Sequence[Finished]) -> list[Row]:

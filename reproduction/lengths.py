@@ -21,16 +21,17 @@ def plan_lengths(settings: Settings) -> list[Training]:
     """Every family for every length, with the schedule of that length."""
     plan = []
     for label, kind in tables.FAMILIES.items():
-        for name, factor in LENGTHS.items():
-            run = lengthened(settings.preset(kind, "text8"), factor, name)
+        for name in LENGTHS:
+            run = lengthened(settings.preset(kind, "text8"), name)
             # the length of the presets has further seeds, which table2 shares
-            few = settings if factor == 1 else replace(settings, seeds=1)
+            few = settings if LENGTHS[name] == 1 else replace(settings, seeds=1)
             plan += trainings(few, {label: run})
     return plan
 
 
-def lengthened(run: RunConfig, factor: float, name: str) -> RunConfig:
-    """The run with every stage `factor` times as long."""
+def lengthened(run: RunConfig, name: str) -> RunConfig:
+    """The run with every stage as long as LENGTHS says under this name."""
+    factor = LENGTHS[name]
     if factor == 1:
         return run
     steps = tuple(max(1, round(count * factor)) for count in run.train.stage_steps)

@@ -11,7 +11,6 @@ from reproduction import measures, tables
 from reproduction.ablations import HALF_STEPS
 from reproduction.judges import Judge
 from reproduction.plots import plot_over
-from reproduction.quality import PAPER_SAMPLES
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
@@ -147,10 +146,9 @@ def plan_patches(settings: Settings) -> list[Training]:
 def measure_patches(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """The bound, and what table 6 measures of samples."""
     judge, models = measures.judge_of(settings, finished)
-    num = tables.MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES
     rows = []
     for done in models:
-        quality = done.measured("quality", partial(tables.quality_of, done, judge, num))
+        quality = tables.quality_of(settings, done, judge)
         own = {name: quality["samples"][name] for name in SHOWN_QUALITY}
         patch = as_flow_config(done.training.run.model).patch
         rows.append({"P": patch} | measures.summary_row(done) | own)

@@ -113,17 +113,21 @@ def plan_table6(settings: Settings) -> list[Training]:
 def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Quality of samples of each model and of real text, and the paper's numbers."""
     judge, models = judge_of(settings, finished)
-    num = MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES
     rows: list[Row] = []
     for done in models:
-        found = done.measured("quality", partial(quality_of, done, judge, num))
+        found = quality_of(settings, done, judge)
         rows.append(first_columns(done) | found["samples"] | _published(done.training.label))
     rows.append({"model": "real text", "seed": None} | found["text"] | _published("real text"))
     return [row | {"samples": found["how"]} for row in rows]
 
 
-def quality_of(done: Finished, judge: Callable[[], Judge], num: int) -> dict[str, Any]:
-    """Quality of `num` samples of a model, of as much real text, and how they were made."""
+def quality_of(settings: Settings, done: Finished, judge: Callable[[], Judge]) -> dict[str, Any]:
+    """Quality of samples of a model, of as much real text, and how they were made."""
+    num = MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES
+    return done.measured("quality", partial(_quality, done, judge, num))
+
+
+def _quality(done: Finished, judge: Callable[[], Judge], num: int) -> dict[str, Any]:
     checkpoint = done.load()
     result = measure_quality(
         checkpoint.model,

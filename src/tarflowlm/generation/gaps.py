@@ -160,8 +160,12 @@ class GapFilter:
 
     def _take(self, parents: Tensor) -> None:
         """Replace the rows by copies of `parents`."""
-        for name in ("tokens", "values", "given", "lengths", "ends", "log_w"):
-            setattr(self, name, getattr(self, name)[parents])
+        self.tokens = self.tokens[parents]
+        self.values = self.values[parents]
+        self.given = self.given[parents]
+        self.lengths = self.lengths[parents]
+        self.ends = self.ends[parents]
+        self.log_w = self.log_w[parents]
 
     def _groups(self) -> Iterator[tuple[Tensor, Rows]]:
         """Rows of equal length: their numbers, and copies of them that grow."""
