@@ -67,7 +67,7 @@ def plan_fig4(settings: Settings) -> list[Training]:
 
     It has a plain start, and channels that do not see those before them.
     """
-    run = measures.shortened(settings, settings.preset("mix1", "text8"), 2 * HALF_STEPS)
+    run = measures.shortened(settings, settings.preset("mix1", "text8"), HALF_STEPS)
     found = {}
     for k in COMPONENTS:
         blind = each_block(run, components=k, sees_channels=False)
