@@ -19,10 +19,10 @@ from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.editing.edits import num_words
 from tarflowlm.editing.rewriting import (
     Candidates,
-    Spaces,
     blend,
     informative_level,
     rewrite,
+    spaces_of,
     token_costs,
 )
 from tarflowlm.editing.states import Source, encode, interpolate, renoise
@@ -38,7 +38,7 @@ def main(
 ) -> None:
     model, tokenizer = tarflowlm.load(name)
     judge, _ = tarflowlm.load(judge_name)
-    spaces = Spaces.of(tokenizer.token_bytes)
+    spaces = spaces_of(tokenizer.token_bytes)
     # as `tarflowlm edit` does
     usual = TEMPERATURE if model.config.has_token_weights else 1.0
     tokens = encode_text_source(source, tokenizer, "test")

@@ -131,7 +131,7 @@ def test_a_model_without_ends_begins_anywhere(trained: Path):
     lm = tarflowlm.load(trained)
     draft = Writing().read(lm)
     assert (len(draft.lead), draft.end, draft.num_tokens) == (0, None, lm.config.context)
-    ended = replace(lm, tokenizer=CharTokenizer(lm.tokenizer.alphabet[:-1], "none").with_end())
+    ended = replace(lm, tokenizer=CharTokenizer(lm.tokenizer.alphabet[:-1], "none", has_end=True))
     draft = Writing().read(ended)
     assert draft.lead.tolist() == [draft.end] == [26]
     assert draft.num_written == lm.config.context

@@ -126,7 +126,7 @@ def test_the_name_of_the_end_in_a_text_is_text(tmp_path):
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_the_characters_of_any_text_round_trip(text):
     alphabet = "".join(sorted(set(text + "ab")))
-    tokenizer = CharTokenizer(alphabet, "none").with_end()
+    tokenizer = CharTokenizer(alphabet, "none", has_end=True)
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.characters_per_token[tokenizer.encode(text)].sum() == len(text)
 

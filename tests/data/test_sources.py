@@ -29,7 +29,6 @@ from tarflowlm.data.sources import SEPARATOR, OpenWebText, Text8, resolve_source
 from tarflowlm.data.splits import SPLITS, split_of_document
 from tarflowlm.data.text import read_text
 from tarflowlm.errors import UserError
-from tarflowlm.progress import SILENT
 
 CHARS = TokenizerConfig()
 OPEN = TokenizerConfig(normalize="auto")
@@ -37,7 +36,7 @@ OPEN = TokenizerConfig(normalize="auto")
 
 def texts_of(source) -> dict[str, str]:
     texts = dict.fromkeys(SPLITS, "")
-    for split, piece, _ in source.pieces(0, "none", SILENT):
+    for split, piece, _ in source.pieces(0):
         texts[split] += piece
     return texts
 
@@ -116,7 +115,7 @@ def test_tales_are_the_text_that_their_page_describes():
 def test_a_tale_is_in_one_split_by_its_title():
     found = resolve_source("tales")
     splits = {split: set() for split in SPLITS}
-    for split, text, ends in found.pieces(0, "none", SILENT):
+    for split, text, ends in found.pieces(0):
         assert ends
         title = text.partition("\n")[0]
         assert split == split_of_document(title)
@@ -129,7 +128,7 @@ def test_a_tale_is_in_one_split_by_its_title():
 
 @pytest.mark.slow
 def test_tales_in_letters_are_one_text():
-    pieces = [piece.text for piece in resolve_source("tales").pieces(0, "text8", SILENT)]
+    pieces = [piece.text for piece in resolve_source("tales", "text8").pieces(0)]
     assert set("".join(pieces)) <= set(TEXT8_ALPHABET)
     assert all(piece.startswith(" ") and not piece.endswith(" ") for piece in pieces)
 
@@ -199,7 +198,7 @@ def test_text8_is_fetched_once_and_cut_90_5_5(served, words, tmp_path):
 def test_text8_with_another_content_is_refused(served, words):
     served[Text8.url] = zipped(words[:-1])
     with pytest.raises(UserError, match=r"text8 is not text8.*: remove it") as caught:
-        Text8().obtain(SILENT)
+        Text8().obtain()
     assert "\n" not in str(caught.value)
 
 

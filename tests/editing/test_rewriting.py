@@ -12,13 +12,12 @@ import tarflowlm
 from helpers import tiny_flow
 from tarflowlm.editing.rewriting import (
     Candidates,
-    Spaces,
     blend,
     informative_level,
     propose,
-    propose_state,
     redraw,
     rewrite,
+    spaces_of,
     token_costs,
 )
 from tarflowlm.editing.states import Source, encode
@@ -61,7 +60,7 @@ def test_the_rest_keeps_tokens_and_latents(model, span):
 def test_weights_are_the_density_over_that_of_the_proposal(model, span):
     """Spans of whole positions, whose density in block 1 can be read off."""
     text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator()).row(0)
-    z, _, log_w = propose(Source(model, text, generator(1)), span, candidates=5)
+    z, _, log_w = propose(Source(model, text, generator(1)), span, Candidates(5))
     patch = model.config.patch
     with torch.no_grad():
         proposal = model.prior.block(0).log_prob(model.prior.patch(z))
@@ -81,9 +80,7 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(
 ):
     model = tiny_flow(log_std=-3.0, couplings=couplings, patch=patch)
     text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator()).row(0)
-    z, tokens, log_w = propose_state(
-        Source(model, text, generator(1)), span, level=level, candidates=5
-    )
+    z, tokens, log_w = propose(Source(model, text, generator(1)), span, Candidates(5, level=level))
     assert torch.equal(tokens, model.codebook.decode(z))
     with torch.no_grad():
         h = model.prior.states(z)[0][level]
@@ -133,7 +130,7 @@ def test_part_of_a_position_is_weighed_by_what_it_keeps():
     """One token of a patch of two: p(z) over the density of the noise, at equal latents."""
     model = tiny_flow(log_std=-3.0, couplings=("mixd",), patch=2)
     text = encode(model, TEXT, generator()).row(0)
-    z, _, log_w = propose(Source(model, text, generator(1)), (2, 3), candidates=4)
+    z, _, log_w = propose(Source(model, text, generator(1)), (2, 3), Candidates(4))
     with torch.no_grad():
         u, log_det = model.prior(z)
         log_p = model.prior.log_prob(z)
@@ -156,7 +153,7 @@ def test_weighted_candidates_have_the_conditional_of_the_model(couplings):
     model = tiny_flow(log_std=-3.0, vocab_size=3, context=4, couplings=couplings)
     text = encode(model, torch.tensor([[1, 2, 0, 1]]), generator())
     with torch.no_grad():
-        _, tokens, log_w = propose(Source(model, text, generator(1)), (1, 3), candidates=4000)
+        _, tokens, log_w = propose(Source(model, text, generator(1)), (1, 3), Candidates(4000))
     found = torch.zeros(9).double().index_add(0, tokens[:, 1] * 3 + tokens[:, 2], log_w.softmax(0))
     pairs = torch.tensor(list(product(range(3), repeat=2))).repeat_interleave(400, 0)
     with torch.no_grad():
@@ -238,7 +235,7 @@ def test_candidates_that_keep_the_spaces_of_a_span_are_preferred():
     """Token 4 begins with a space, and 1 ends with one."""
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT[:1], generator())
-    spaces = Spaces.of([b"a", b"b ", b"c", b"d", b" e"])
+    spaces = spaces_of([b"a", b"b ", b"c", b"d", b" e"])
     for seed in range(10):
         draws = Candidates(60, spaces=spaces)
         redrawn = redraw(Source(model, text, generator(seed)), (2, 4), draws)

@@ -73,7 +73,7 @@ def test_a_stack_that_runs_left_to_right_continues_a_prompt_exactly():
     model, num = tiny_flow(**FILLS, alternate=False, log_std=-4.0), 3
     with torch.no_grad():
         states, _ = invert_stack(model, normal(4, 8, 2))
-        again, _ = invert_stack(model, states[0], settled=[h[:, :num] for h in reversed(states)])
+        again, _ = invert_stack(model, states[0], known=[h[:, :num] for h in reversed(states)])
     for h, same in zip(states, again, strict=True):
         torch.testing.assert_close(same, h)
     prompt = torch.tensor([1, 0, 4])

@@ -11,7 +11,7 @@ from enumeration import V, probabilities, texts
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate, particles
-from tarflowlm.generation.particles import Weights, resample
+from tarflowlm.generation.particles import Weights, effective, resample
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import TarFlowLM
 
@@ -167,15 +167,16 @@ def test_systematic_draws_match_the_weights():
 
 
 def test_weights_count_particles_and_refuse_what_is_not_a_number():
-    weights = Weights.uniform(2, 4)
-    assert weights.effective().tolist() == [4.0, 4.0]
+    weights = Weights([torch.Generator(), torch.Generator()], 4)
+    assert effective(weights.log_w).tolist() == [4.0, 4.0]
     weights.add(torch.tensor([0.0, torch.nan, -torch.inf, 0.0, -1.0, -1.0, -1.0, -1.0]))
-    assert weights.effective().tolist() == pytest.approx([2.0, 4.0])
-    torch.testing.assert_close(
-        weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64)
-    )
-    weights.reset(0)
-    torch.testing.assert_close(
-        weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64)
-    )
+    assert effective(weights.log_w).tolist() == pytest.approx([2.0, 4.0])
+    expected = torch.tensor([math.log(0.5), -1.0], dtype=torch.float64)
+    torch.testing.assert_close(weights.evidence().log_evidence, expected)
+    weights.add(torch.tensor([math.log(2.0), 0.0, 0.0, -torch.inf, 0.0, 0.0, 0.0, 0.0]))
+    for sample, parents in enumerate(([0] * 4, [0, 1, 2, 3])):
+        chosen, weights.log_w[sample] = weights.chosen(sample, weights.log_w[sample], 4)
+        assert chosen.tolist() == parents
+    assert effective(weights.log_w).tolist() == pytest.approx([4.0, 4.0])
+    torch.testing.assert_close(weights.evidence().log_evidence, expected)
     assert weights.draws.tolist() == [1, 0]

@@ -14,8 +14,9 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedTokens
 from tarflowlm.generation.inversion import invert_stack
-from tarflowlm.generation.sampling import adjust_weights, row_generators, row_normal
+from tarflowlm.generation.sampling import Samples, adjust_weights, row_generators
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT
 
 NUM = 4000
 
@@ -194,14 +195,12 @@ def test_latents_are_exact_samples_where_codes_are_soft():
 
 
 def test_every_row_has_a_stream_of_its_own():
-    def rows(num: int, seed: int = 0) -> Tensor:
-        return row_normal(row_generators(range(num), generator(seed)), 6, 2)
+    def rows(num: int, seed: int = 0, length: int = 6) -> Tensor:
+        streams = row_generators(range(num), generator(seed))
+        return Samples(tiny_ar(), streams, 1, None, SILENT).normal(length)
 
     assert torch.equal(rows(4)[:2], rows(2))
     assert not torch.equal(rows(1), rows(1, seed=1))
-    flat = rows(50).flatten(1)
-    assert len(flat.unique(dim=0)) == 50
-    correlation = torch.corrcoef(
-        row_normal(row_generators(range(20), generator()), 500, 4).flatten(1)
-    )
+    assert len(rows(50).unique(dim=0)) == 50
+    correlation = torch.corrcoef(rows(20, length=2000))
     assert (correlation - torch.eye(20)).abs().max() < 0.12

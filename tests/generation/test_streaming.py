@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_ar, tiny_flow
+from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation import Generation, generate, generate_steps
+from tarflowlm.generation.inversion import Kept
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import Progress
@@ -166,3 +168,40 @@ def test_parts_can_hold_several_tokens(model):
     parts = yielded(model, num_tokens=19, decoder="steps", every=6)
     assert all(part.shape[1] >= 6 for part in parts[:1])
     assert len(parts) <= 5
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, torch.tensor([2, 0, 1]), torch.tensor([[2, 0, 1], [3, -1, -1]]).repeat(8, 1)],
+    ids=PROMPTS.keys(),
+)
+@pytest.mark.parametrize("length", [8, pytest.param(19, marks=pytest.mark.slow)])
+def test_samples_that_have_ended_leave_the_batch(length, prompt, model, monkeypatch):
+    """The others are what they are without that, and fewer positions are computed. An end in the
+    prompt is none.
+    """
+    end = 1
+    computed = 0
+    extend = KVCache.extend
+
+    def counted(cache: KVCache, x: Tensor) -> Tensor:
+        nonlocal computed
+        computed += x.shape[0] * x.shape[1]
+        return extend(cache, x)
+
+    monkeypatch.setattr(KVCache, "extend", counted)
+    options = {"num_tokens": length, "num": 16, "prompt": prompt, "decoder": "steps"}
+    whole = sample(model, **options).tokens
+    without, computed = computed, 0
+    steps = Kept(
+        generate_steps(model, generator=torch.Generator().manual_seed(0), end=end, **options)
+    )
+    parts = torch.cat(list(steps), 1)
+    assert computed < without or model.config.patch == 4
+    drawn = torch.full_like(whole, -1) if prompt is None else prompt.expand(16, -1)
+    is_drawn = torch.nn.functional.pad(drawn, (0, length - drawn.shape[1]), value=-1) == -1
+    is_over = ((whole == end) & is_drawn).cumsum(1) > 0
+    assert is_over.any()
+    assert torch.equal(parts, whole.masked_fill(is_over, end))
+    assert torch.equal(steps.value.tokens, parts)
+    assert steps.value.states == ()

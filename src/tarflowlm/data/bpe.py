@@ -9,7 +9,13 @@ import tokenizers
 from tarflowlm.config import Normalization, TokenizerConfig
 from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.data.text import text_pieces
-from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tarflowlm.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    end_token,
+    load_tokenizer,
+)
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 
 _PIECE = 1 << 15  # characters: in such pieces the library counts words in parallel
@@ -27,28 +33,33 @@ def build_tokenizer(
         return _read_bpe(config.source).with_normalization(how)
     has_end = has_documents and how == "none"
     if config.kind == "char":
-        found: Tokenizer = CharTokenizer(config.alphabet, how)
-    elif config.kind == "byte":
-        found = ByteTokenizer(how)
-    else:
-        found = train_bpe(
-            training_text,
-            config.vocab_size - has_end,
-            alphabet=config.alphabet if config.uses_alphabet else None,
-            normalization=how,
-        )
-    return found.with_end() if has_end else found
+        return CharTokenizer(config.alphabet, how, has_end=has_end)
+    if config.kind == "byte":
+        return ByteTokenizer(how, has_end=has_end)
+    return train_bpe(
+        training_text,
+        config.vocab_size,
+        alphabet=config.alphabet if config.uses_alphabet else None,
+        normalization=how,
+        has_end=has_end,
+    )
 
 
 def train_bpe(
-    pieces: Iterable[str], vocab_size: int, *, alphabet: str | None, normalization: Normalization
+    pieces: Iterable[str],
+    vocab_size: int,
+    *,
+    alphabet: str | None,
+    normalization: Normalization,
+    has_end: bool = False,
 ) -> Tokenizer:
     """BPE trained on `pieces` of already normalised text; deterministic.
 
     `alphabet=None` gives byte-level BPE with GPT-2's word pattern (`vocab_size >= 257`); otherwise
     the tokens start from the characters of `alphabet`. A merge may include the one space before a
-    word and never crosses words.
+    word and never crosses words. With `has_end` the last token ends documents.
     """
+    vocab_size -= has_end
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     if alphabet is None:
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
@@ -70,7 +81,8 @@ def train_bpe(
     if reached != vocab_size:
         what = f"vocab_size={vocab_size} cannot be reached"
         raise UserError(f"{what}: the text gives at most {reached} tokens; ask for fewer")
-    return Tokenizer(json.loads(library.to_str()), normalization)
+    added = [end_token(reached)] if has_end else []
+    return Tokenizer(json.loads(library.to_str()) | {"added_tokens": added}, normalization)
 
 
 def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:

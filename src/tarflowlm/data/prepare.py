@@ -61,11 +61,11 @@ def cached_corpus(
     """
     if is_prepared(source):
         return _opened(source, tokenizer)
-    found = resolve_source(source, unwrap=unwrap)
+    found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     plan = _plan(found, tokenizer)
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode("ascii")).hexdigest()
     target = cache_root() / "corpora" / f"{Path(found.identity).name}-{digest[:16]}"
-    return _prepare(found, tokenizer, plan, target, progress)
+    return _prepare(found, tokenizer, plan, target)
 
 
 def prepare_corpus(
@@ -82,13 +82,13 @@ def prepare_corpus(
     anything else there is a UserError. Of several processes one prepares.
     """
     target = Path(out)
-    found = resolve_source(source, unwrap=unwrap)
+    found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     plan = _plan(found, tokenizer)
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not is_free and not (is_prepared(str(out)) and open_corpus(out).meta["plan"] == plan):
         remedy = "remove it or choose another --out"
         raise UserError(f"{target} holds something else than {source} so encoded: {remedy}")
-    return _prepare(found, tokenizer, plan, target, progress)
+    return _prepare(found, tokenizer, plan, target)
 
 
 def prepare_part(
@@ -104,7 +104,7 @@ def prepare_part(
 
     `prepare_corpus` then prepares what is missing and puts all together.
     """
-    found = resolve_source(source, unwrap=unwrap)
+    found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     plan = _plan(found, tokenizer)
     folder = _partial(Path(out))
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +112,11 @@ def prepare_part(
         write_json(folder / PLAN, plan)
     if read_json(folder / PLAN) != plan:
         raise UserError(f"{folder} holds something else than {source} so encoded: remove it")
-    found.obtain(progress)
-    used = _tokenizer(found, tokenizer, folder, progress)
+    found.obtain()
+    used = _tokenizer(found, tokenizer, folder)
     used.save(folder)
     for number in share(part, found.num_parts):
-        _part(found, number, used, folder, progress)
+        _part(found, number, used, folder)
 
 
 def encode_text_source(
@@ -139,45 +139,44 @@ def encode_text_source(
     problem = misfit(source, tokenizer)
     if problem is not None:
         log.warning("%s", problem)
-    found = resolve_source(source, unwrap=unwrap)
-    found.obtain(progress)
+    found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
+    found.obtain()
     tokens = [np.zeros(0, tokenizer.token_dtype)]
     for part in range(found.num_parts):
         if split == "all" and tokenizer.end is None:
             # whole, since word pieces may cross the cuts between the splits
-            text = "".join(piece.text for piece in _pieces(found, part, tokenizer, progress))
+            text = "".join(piece.text for piece in _pieces(found, part, tokenizer))
             progress.stage(f"encoding {found.name}, characters", len(text))
             tokens.append(tokenizer.encode(text).astype(tokenizer.token_dtype))
             progress.advance(len(text))
         else:
             wanted = SPLITS if split == "all" else (split,)
-            encoded = _encoded(found, part, tokenizer, wanted, progress)
-            tokens += [some for _, some, _ in encoded]
+            tokens += [some for _, some, _ in _encoded(found, part, tokenizer, wanted)]
     return TokenArray([np.concatenate(tokens)])
 
 
 def _encoded(
-    source: Source, part: int, tokenizer: Tokenizer, wanted: Sequence[Split], progress: Progress
+    source: Source, part: int, tokenizer: Tokenizer, wanted: Sequence[Split]
 ) -> Iterator[tuple[Split, Array, int]]:
     """The tokens of some splits of a part of a text, with the number of their characters.
 
     Every piece is encoded on its own.
     """
     which = f", part {part + 1} of {source.num_parts}" if source.num_parts > 1 else ""
-    total = source.count_characters(tokenizer.normalization, progress)
-    progress.stage(f"encoding {source.name}{which}, characters", total)
-    for pieces in _batches(_pieces(source, part, tokenizer, progress)):
+    total = source.count_characters()
+    source.progress.stage(f"encoding {source.name}{which}, characters", total)
+    for pieces in _batches(_pieces(source, part, tokenizer)):
         split = pieces[0].split
         size = sum(len(piece.text) for piece in pieces)
         if split in wanted:
             yield split, _tokens(pieces, tokenizer), size
-        progress.advance(size)
+        source.progress.advance(size)
 
 
-def _pieces(source: Source, part: int, tokenizer: Tokenizer, progress: Progress) -> Iterator[Piece]:
+def _pieces(source: Source, part: int, tokenizer: Tokenizer) -> Iterator[Piece]:
     """The pieces of a part, with what stands between documents that no token ends."""
     is_apart = tokenizer.end is not None or tokenizer.normalization == "text8"
-    for piece in source.pieces(part, tokenizer.normalization, progress):
+    for piece in source.pieces(part):
         is_open = piece.ends and source.has_documents and not is_apart
         yield piece._replace(text=piece.text + source.separator) if is_open else piece
 
@@ -236,11 +235,7 @@ def _opened(directory: str, wanted: TokenizerConfig | Tokenizer) -> Corpus:
 
 
 def _prepare(
-    source: Source,
-    wanted: TokenizerConfig | Tokenizer,
-    plan: list[object],
-    target: Path,
-    progress: Progress,
+    source: Source, wanted: TokenizerConfig | Tokenizer, plan: list[object], target: Path
 ) -> Corpus:
     """The corpus in `target`, prepared now unless it is there."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -250,13 +245,13 @@ def _prepare(
                 return open_corpus(target)
             except UserError as error:
                 log.warning("preparing %s again: %s", source.name, error)
-        source.obtain(progress)
+        source.obtain()
         folder = _partial(target)
         _take_over(folder, plan)
         try:
-            tokenizer = _tokenizer(source, wanted, folder, progress)
+            tokenizer = _tokenizer(source, wanted, folder)
             tokenizer.save(folder)
-            parts = [_part(source, n, tokenizer, folder, progress) for n in range(source.num_parts)]
+            parts = [_part(source, n, tokenizer, folder) for n in range(source.num_parts)]
             shards = {split: [part[split] for part in parts if split in part] for split in SPLITS}
             for split in SPLITS:
                 if not shards[split]:
@@ -296,9 +291,7 @@ def _take_over(folder: Path, plan: list[object]) -> None:
     write_json(folder / PLAN, plan)
 
 
-def _tokenizer(
-    source: Source, wanted: TokenizerConfig | Tokenizer, folder: Path, progress: Progress
-) -> Tokenizer:
+def _tokenizer(source: Source, wanted: TokenizerConfig | Tokenizer, folder: Path) -> Tokenizer:
     """The tokenizer that is wanted; if that has to be trained, on the text of the source."""
     if isinstance(wanted, Tokenizer):
         return wanted
@@ -306,14 +299,14 @@ def _tokenizer(
         return build_tokenizer(wanted, has_documents=source.has_documents)
     if any(folder.glob("part-*.json")):  # of a killed preparation
         return load_tokenizer(folder)
-    total = source.count_characters(wanted.normalization, progress)
-    progress.stage(f"text for the tokenizer of {source.name}, characters", total)
+    total = source.count_characters()
+    source.progress.stage(f"text for the tokenizer of {source.name}, characters", total)
 
     def text() -> Iterator[str]:
         left = BPE_CHARACTERS
         for part in range(source.num_parts):
-            for split, piece, _ in source.pieces(part, wanted.normalization, progress):
-                progress.advance(len(piece))
+            for split, piece, _ in source.pieces(part):
+                source.progress.advance(len(piece))
                 if split == "train":
                     yield piece
                     left -= len(piece)
@@ -323,9 +316,7 @@ def _tokenizer(
     return build_tokenizer(wanted, text(), has_documents=source.has_documents)
 
 
-def _part(
-    source: Source, part: int, tokenizer: Tokenizer, folder: Path, progress: Progress
-) -> dict[Split, Shard]:
+def _part(source: Source, part: int, tokenizer: Tokenizer, folder: Path) -> dict[Split, Shard]:
     """Write the shards of a part, one for each split that it has text of; returns their records."""
     record = folder / f"part-{part:05d}.json"
     if record.exists():
@@ -333,7 +324,7 @@ def _part(
         return done
     shards: dict[Split, Shard] = {}
     digests = {split: hashlib.sha256() for split in SPLITS}
-    for split, tokens, characters in _encoded(source, part, tokenizer, SPLITS, progress):
+    for split, tokens, characters in _encoded(source, part, tokenizer, SPLITS):
         name = f"{split}-{part:05d}.bin"
         if split not in shards:
             (folder / name).unlink(missing_ok=True)

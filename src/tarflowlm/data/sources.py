@@ -17,11 +17,18 @@ from typing import ClassVar
 
 from tarflowlm.config import Normalization
 from tarflowlm.data.splits import LARGEST, SPLITS, Split, split_of_document
-from tarflowlm.data.text import FIELD, SEPARATOR, plain_line_ends, read_text
+from tarflowlm.data.text import (
+    BLOCK,
+    FIELD,
+    SEPARATOR,
+    plain_line_ends,
+    read_text,
+    text_pieces,
+)
 from tarflowlm.data.textfile import Placed, Source, TextFile
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import cache_root, replacing
-from tarflowlm.progress import Progress
+from tarflowlm.progress import SILENT, Progress
 
 HUB = "hf:"
 """Before the OWNER/NAME of a set of the hub."""
@@ -51,7 +58,7 @@ class Tales(Source):
         """The documents as they are, without the line that ends each."""
         return read_text(self.file).split(f"\n{SEPARATOR}\n")[:-1]
 
-    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+    def placed(self, part: int) -> Placed:
         for document in self.documents():
             title = document.partition("\n")[0]
             yield split_of_document(title), [document]
@@ -84,7 +91,7 @@ class English(Source):
     def state(self) -> list[list[str | int]]:
         return [[file.name, file.stat().st_size] for file in self.files]
 
-    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+    def placed(self, part: int) -> Placed:
         for split in SPLITS:
             documents = [f for f in self.files if split_of_document(f.name) == split]
             yield split, ["\n".join(map(read_text, documents))]
@@ -111,14 +118,14 @@ class Text8(TextFile):
     def state(self) -> list[list[str | int]]:
         return []  # there is only one text8
 
-    def obtain(self, progress: Progress) -> None:
+    def obtain(self) -> None:
         if not self.path.is_file():
-            self._download(progress)
+            self._download()
         if hashlib.md5(self.path.read_bytes()).hexdigest() != self.md5:
             raise UserError(f"{self.path} is not text8, whose md5 is {self.md5}: remove it")
 
-    def _download(self, progress: Progress) -> None:
-        progress.stage(f"fetching {self.url}, 31 MB")
+    def _download(self) -> None:
+        self.progress.stage(f"fetching {self.url}, 31 MB")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(self.url, timeout=30) as response:
@@ -131,8 +138,8 @@ class Text8(TextFile):
         with replacing(self.path) as temporary:
             temporary.write_bytes(text)
 
-    def normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
-        return super().normalized(blocks, "none")
+    def normalized(self, blocks: Iterable[str]) -> Iterator[str]:
+        return text_pieces(blocks, BLOCK)
 
 
 class Documents(Source):
@@ -163,7 +170,7 @@ class Documents(Source):
     def state(self) -> list[list[str | int]]:
         return [] if self.repository else super().state()  # its files may not be here yet
 
-    def obtain(self, progress: Progress) -> None:
+    def obtain(self) -> None:
         if importlib.util.find_spec("pyarrow") is None:
             remedy = "pip install 'tarflowlm[data]'"
             raise UserError(f"{self.name} needs the package pyarrow: {remedy}")
@@ -188,7 +195,7 @@ class Documents(Source):
             remedy = f"run this again, or put the hub's {self.repository} into {self.folder}"
             raise UserError(f"{what}: {remedy}") from None
 
-    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+    def placed(self, part: int) -> Placed:
         from pyarrow import parquet
 
         try:
@@ -248,13 +255,21 @@ _REGISTRY: dict[str, Callable[[], Source]] = {
 SOURCE_NAMES = tuple(_REGISTRY)
 
 
-def resolve_source(source: str, *, unwrap: bool = False) -> Source:
+def resolve_source(
+    source: str,
+    normalization: Normalization = "none",
+    *,
+    unwrap: bool = False,
+    progress: Progress = SILENT,
+) -> Source:
     """The registered source of that name, or the text at that path; nothing is downloaded yet.
 
     `unwrap` joins the lines of paragraphs in a text of the user's own.
     """
     found = _resolved(source)
+    found.normalization = normalization
     found.unwrap = unwrap
+    found.progress = progress
     return found
 
 

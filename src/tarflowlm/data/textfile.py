@@ -30,21 +30,23 @@ from tarflowlm.data.text import (
     unwrapped,
 )
 from tarflowlm.errors import UserError
-from tarflowlm.progress import Progress
+from tarflowlm.progress import SILENT, Progress
 
 Placed = Iterator[tuple[Split, Iterable[str]]]
 """Documents: the split and the text of each, in blocks."""
 
 
 class Source(ABC):
-    """A text in one or more parts. Equal normalisation gives the same pieces every time."""
+    """A text in one or more parts. Equal settings give the same pieces every time."""
 
     name: str
     """The user's word for it."""
     identity: str
     """A registered name, or the absolute path of a file."""
+    normalization: Normalization = "none"
     unwrap: bool = False
     """Whether the lines of paragraphs are joined."""
+    progress: Progress = SILENT
     separator: str = "\n"
     """Follows a document that is not normalised where no token can end it."""
 
@@ -67,37 +69,35 @@ class Source(ABC):
         """What tells a changed text from this one."""
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
 
-    def obtain(self, progress: Progress) -> None:  # noqa: B027
+    def obtain(self) -> None:  # noqa: B027
         """Download and check what `pieces` needs."""
 
-    def count_characters(self, normalization: Normalization, progress: Progress) -> int | None:
+    def count_characters(self) -> int | None:
         """The characters of the normalised text; None where only reading the pieces tells."""
         return None
 
     @abstractmethod
-    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
+    def placed(self, part: int) -> Placed:
         """The documents of part `part`, counted from 0, as they are."""
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def pieces(self, part: int) -> Iterator[Piece]:
         """The text of part `part`. Call `obtain` first."""
-        for split, blocks in self.placed(part, normalization, progress):
+        for split, blocks in self.placed(part):
             last = ""
-            for text in filter(None, self.normalized(blocks, normalization)):
+            for text in filter(None, self.normalized(blocks)):
                 if last:
                     yield Piece(split, last)
                 last = text
             if last:
                 yield Piece(split, last, ends=True)
 
-    def normalized(self, blocks: Iterable[str], normalization: Normalization) -> Iterator[str]:
+    def normalized(self, blocks: Iterable[str]) -> Iterator[str]:
         """Pieces of a document; of text8 they begin with a space and end without one."""
         if self.unwrap:
             blocks = [unwrapped("".join(blocks))]
         for piece in text_pieces(blocks, BLOCK):
-            text = normalize(piece, normalization)
-            yield "" if normalization == "text8" and text == " " else text
+            text = normalize(piece, self.normalization)
+            yield "" if self.normalization == "text8" and text == " " else text
 
 
 class TextFile(Source):
@@ -113,7 +113,7 @@ class TextFile(Source):
         more = "" if field == "text" else FIELD + field
         self.name = f"{path}{more}"
         self.identity = f"{self.path}{more}"
-        self._totals: dict[Normalization, int] = {}
+        self._total = 0
         self._places: set[float] = set()
 
     @property
@@ -138,34 +138,30 @@ class TextFile(Source):
         for _, blocks in self.documents():
             yield from blocks
 
-    def count_characters(self, normalization: Normalization, progress: Progress) -> int:
-        if normalization not in self._totals:
-            progress.stage(f"reading {self.name}, characters")
-            total = 0
+    def count_characters(self) -> int:
+        if not self._total:
+            self.progress.stage(f"reading {self.name}, characters")
             for key, blocks in self.documents():
                 size = 0
-                for piece in self.normalized(blocks, normalization):
+                for piece in self.normalized(blocks):
                     size += len(piece)
-                    progress.advance(len(piece))
+                    self.progress.advance(len(piece))
                 if size and len(self._places) <= FEW:
                     self._places.add(place_of_document(key))
-                total += size
-            if not total:
+                self._total += size
+            if not self._total:
                 remedy = "keep its letters with --data.tokenizer.normalize none"
                 raise UserError(f"text8 normalisation leaves nothing of {self.name}: {remedy}")
-            self._totals[normalization] = total
-        return self._totals[normalization]
+        return self._total
 
-    def placed(self, part: int, normalization: Normalization, progress: Progress) -> Placed:
-        total = self.count_characters(normalization, progress)
+    def placed(self, part: int) -> Placed:
+        total = self.count_characters()
         shares = fair_shares(self._places, total)
         for key, blocks in self.documents():
             yield split_of_document(key, shares), blocks
 
-    def pieces(
-        self, part: int, normalization: Normalization, progress: Progress
-    ) -> Iterator[Piece]:
+    def pieces(self, part: int) -> Iterator[Piece]:
         if self.has_documents:
-            return super().pieces(part, normalization, progress)
-        total = self.count_characters(normalization, progress)
-        return cut_in_three(self.normalized(self.blocks(), normalization), total)
+            return super().pieces(part)
+        total = self.count_characters()
+        return cut_in_three(self.normalized(self.blocks()), total)

@@ -195,14 +195,6 @@ class Tokenizer:
         other.normalization = normalization
         return other
 
-    def with_end(self) -> "Tokenizer":
-        """This tokenizer with one more token, which ends documents."""
-        other = copy(self)
-        vars(other).pop("token_bytes")
-        document = self._document | {"added_tokens": [_end_token(self.vocab_size)]}
-        Tokenizer.__init__(other, document, self.normalization)
-        return other
-
     @property
     def fingerprint(self) -> str:
         """sha256 (hex): equal for tokenizers that encode, decode and normalise alike."""
@@ -229,13 +221,18 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character of a fixed alphabet; id = position in `alphabet`."""
+    """One token per character of a fixed alphabet; id = position in `alphabet`.
+
+    With `has_end` one more token ends documents.
+    """
 
     kind = "char"
 
-    def __init__(self, alphabet: str, normalization: Normalization = "text8") -> None:
+    def __init__(
+        self, alphabet: str, normalization: Normalization = "text8", *, has_end: bool = False
+    ) -> None:
         check_alphabet(alphabet)
-        super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}), normalization)
+        super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}, has_end), normalization)
         self.alphabet = alphabet
         codes = list(map(ord, alphabet))
         # the id of every code point, -1 for foreign ones; all above share the last place
@@ -256,12 +253,12 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One token per UTF-8 byte, V = 256; encodes any text."""
+    """One token per UTF-8 byte, V = 256; encodes any text. `has_end` as in `CharTokenizer`."""
 
     kind = "byte"
 
-    def __init__(self, normalization: Normalization = "none") -> None:
-        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL), normalization)
+    def __init__(self, normalization: Normalization = "none", *, has_end: bool = False) -> None:
+        super().__init__(_without_merges(BYTES, BYTE_LEVEL, BYTE_LEVEL, has_end), normalization)
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         data = "".join(texts).encode("utf-8")
@@ -293,17 +290,20 @@ TEXT8_NORMALIZER: Document = {
 """`normalize_text8` in the library's terms, for other programs; it also tells ours what to do."""
 
 
-def _end_token(index: int) -> Document:
+def end_token(index: int) -> Document:
+    """The entry of the token that ends documents, in a tokenizer.json."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": index, "content": SEPARATOR, **flags, "special": True}
 
 
-def _without_merges(alphabet: str, pre_tokenizer: Document | None, decoder: Document) -> Document:
+def _without_merges(
+    alphabet: str, pre_tokenizer: Document | None, decoder: Document, has_end: bool
+) -> Document:
     """A tokenizer.json with one token for each character of `alphabet`."""
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     return {
         "version": "1.0",
-        "added_tokens": [],
+        "added_tokens": [end_token(len(alphabet))] if has_end else [],
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
@@ -317,15 +317,14 @@ def _from_document(document: Document) -> Tokenizer:
         raise ValueError("it has a normaliser, so it does not restore every text")
     normalization: Normalization = "text8" if normalizer else "none"
     vocabulary = document["model"]["vocab"]
-    if document["added_tokens"] == [_end_token(len(vocabulary))]:
-        return _from_document(document | {"added_tokens": []}).with_end()
-    if not document["model"]["merges"] and not document["added_tokens"]:
+    has_end = document["added_tokens"] == [end_token(len(vocabulary))]
+    if not document["model"]["merges"] and (has_end or not document["added_tokens"]):
         alphabet = "".join(sorted(vocabulary, key=vocabulary.get))
         is_plain = vocabulary == {character: index for index, character in enumerate(alphabet)}
         if is_plain and document["pre_tokenizer"] is None:
-            return CharTokenizer(alphabet, normalization)
+            return CharTokenizer(alphabet, normalization, has_end=has_end)
         if is_plain and document["pre_tokenizer"] == BYTE_LEVEL and alphabet == BYTES:
-            return ByteTokenizer(normalization)
+            return ByteTokenizer(normalization, has_end=has_end)
     return Tokenizer(document, normalization)
 
 

@@ -17,11 +17,11 @@ from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.rewriting import (
     Candidates,
-    Spaces,
     blend,
     covered,
     informative_level,
     rewrite,
+    spaces_of,
     token_costs,
 )
 from tarflowlm.editing.states import (
@@ -82,7 +82,7 @@ class WordSource(Source):
         if temperature is None:
             temperature = TEMPERATURE if self.model.config.has_token_weights else 1.0
         level = informative_level(self.model, self.text.row(0))
-        spaces = Spaces.of(self.tokenizer.token_bytes)
+        spaces = spaces_of(self.tokenizer.token_bytes)
         return Candidates(number, temperature, level, spaces, may_repeat)
 
 

@@ -7,7 +7,6 @@ model expects what follows (docs/math.md, section 10).
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from tarflowlm.editing.states import (
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.conditioned import ConditionedLatents
-from tarflowlm.generation.particles import pareto_k, resample
+from tarflowlm.generation.particles import pareto_k, resample, weight
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.model import TarFlowLM
 
@@ -34,69 +32,59 @@ Proposed = tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]
 """Latents and tokens of candidates, and their log-weights in float64 on the CPU, in nats."""
 
 
-@torch.no_grad()
-def propose(source: Source, span: Span, *, candidates: int, temperature: float = 1.0) -> Proposed:
-    """R candidates for a span of the text [1, T] from block 1 (docs/math.md, eq. 24).
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates for a span, of which one is taken. UserError for fewer than one."""
 
-    The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t |
-    z_<t) of block 1. Its weight is p(z) over that: the densities of block 1 behind the span, times
-    p_{>1}(h) / N(h; 0, I) for the noise h = h^(1) of the whole text. At another temperature h keeps
-    the noise that was drawn in the span.
+    number: int
+    temperature: float = 1.0
+    """Of their tokens; other than 1 only where block 1 has weights of tokens."""
+    level: int = 0
+    """The state in which they are drawn (see `informative_level`)."""
+    spaces: Tensor | None = None
+    """Which tokens begin, and which end with white space, [2, V] (`spaces_of`). Candidates that
+    keep it at the ends of the span are preferred.
     """
-    model = source.model
-    text = source.text
-    prior = model.prior
-    start, stop = span
-    known = prior.patch(text.states[0])
-    first, end = _positions(model, span)
-    R = candidates
-    T, d = text.states[0].shape[1:]
-    noise = _normal(source, R, T, d)
-    is_known = torch.ones(R, T, dtype=torch.bool)
-    is_known[:, start:stop] = False
-    latents = text.states[0].expand(R, -1, -1)
-    passage = ConditionedLatents(model, noise, latents, is_known, adjust_weights(temperature))
-    passage.settle(known, first)
-    passage.noise[:, :first] = prior.patch(text.states[1])[:, :first]
-    log_w = noise.new_zeros(R)
-    while passage.at < end:
-        log_p = passage.step()
-        log_w = log_w if log_p is None else log_w + log_p
-    if end < passage.num_positions:
-        behind = known[:, end:].expand(R, -1, -1)
-        inputs = torch.cat((passage.values[:, end - 1 : end], behind[:, :-1]), 1)
-        features = passage.block.features_of(passage.cache, inputs, first=False)
-        passage.noise[:, end:], log_det = passage.block.coupling(behind, features)
-        passage.values[:, end:] = behind
-        log_w = log_w + log_det.sum(-1) + standard_normal_log_prob(passage.noise[:, end:])
-    z, h = prior.patch.inverse(passage.values), prior.patch.inverse(passage.noise)
-    if model.num_blocks > 1:
-        log_w = log_w + prior.log_prob(h, above=1) - standard_normal_log_prob(passage.noise)
-    tokens = torch.where(is_known.to(z.device), text.tokens, model.codebook.decode(z))
-    return z, tokens, log_w.double().cpu().nan_to_num(nan=-torch.inf)
+    may_repeat: bool = False
+    """Else those that repeat the tokens that were there are taken only if all do."""
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise UserError(f"candidates {self.number}: must be at least 1")
 
 
 @torch.no_grad()
-def propose_state(source: Source, span: Span, *, level: int, candidates: int) -> Proposed:
-    """R candidates for state l = `level` at a span of whole positions of the text [1, T].
+def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
+    """R candidates for state l of a text [1, T] at a span, from block l + 1 (docs/math.md, eq. 24).
 
-    They come from block l + 1, given the positions before the span in its order, with the density
-    prod_n p(h_n | h_<n). Their weight is p_{>l}(h) over that. The blocks below are then inverted;
-    tokens next to the span may change, too.
+    The noise of the span is standard normal, so that a candidate has the density prod_n p(h_n |
+    h_<n) of the block, in its order. Its weight is p_{>l}(h) over that: the densities of the block
+    behind the span, times p_{>l+1}(u) / N(u; 0, I) for the noise u = h^(l+1) of the whole text. At
+    another temperature u keeps the noise that was drawn in the span.
+
+    In the latents, l = 0, tokens beside the span keep theirs. Else whole positions are drawn, and
+    the blocks below inverted; tokens next to the span may change, too.
     """
     model = source.model
     prior = model.prior
+    level = candidates.level
     block = prior.block(level)
-    known = block.order(prior.patch(source.text.states[level]))
-    before = block.order(prior.patch(source.text.states[level + 1]))
-    R = candidates
-    N = known.shape[1]
-    first, end = _positions(model, span)
+    text = source.text
+    known = block.order(prior.patch(text.states[level]))
+    R = candidates.number
+    _, N, C = known.shape
+    patch = model.config.patch
+    first, end = span[0] // patch, -(-span[1] // patch)
     if block.order.reverse:
         first, end = N - end, N - first
     h = known.repeat(R, 1, 1)
-    u = before.repeat(R, 1, 1)
-    u[:, first:end] = _normal(source, R, end - first, h.shape[2])
+    u = block.order(prior.patch(text.states[level + 1])).repeat(R, 1, 1)
+    stays = torch.full((N, patch), level == 0)
+    if level:
+        u[:, first:end] = _normal(source, R, end - first, C)
+    else:
+        u[:, first:end] = prior.patch(_normal(source, R, N * patch, C // patch))[:, first:end]
+        stays.view(-1)[slice(*span)] = False
     cache = block.allocate_cache(R, N)
     if first:
         # what is before the span is the same for all
@@ -104,25 +92,30 @@ def propose_state(source: Source, span: Span, *, level: int, candidates: int) ->
         block.features_of(one, known[:, : first - 1], first=True)
         cache.take(one, [0] * R)
     invert = block.coupling.inverter()
-    for n in range(first, end):
-        h[:, n] = invert(u[:, n], block.features_at(cache, h[:, n - 1] if n else None, R), None)
+    adjust = adjust_weights(candidates.temperature)
     log_w = h.new_zeros(R)
+    for n in range(first, end):
+        features = block.features_at(cache, h[:, n - 1] if n else None, R)
+        if not stays[n].any():
+            h[:, n] = invert(u[:, n], features, adjust)
+            continue
+        h[:, n], u[:, n], log_p = block.coupling.complete(
+            u[:, n], features, h[:, n], stays[n].expand(R, -1), adjust
+        )
+        log_w = log_w + log_p.sum(-1)
     if end < N:
         features = block.features_of(cache, h[:, end - 1 : -1], first=False)
         u[:, end:], log_det = block.coupling(h[:, end:], features)
-        log_w = log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
+        log_w = log_w + log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
     if level + 1 < model.num_blocks:
         noise = prior.patch.inverse(block.order.inverse(u))
         log_w = log_w + prior.log_prob(noise, above=level + 1) - standard_normal_log_prob(u)
-    rows = Source(model, source.text.repeated(R), source.generator)
+    rows = Source(model, text.repeated(R), source.generator)
     z = inverted_below(rows, level, prior.patch.inverse(block.order.inverse(h)), "auto")[-1]
-    return z, model.codebook.decode(z), log_w.double().cpu().nan_to_num(nan=-torch.inf)
-
-
-def _positions(model: TarFlowLM, span: Span) -> Span:
-    """The positions that hold a span of tokens."""
-    patch = model.config.patch
-    return span[0] // patch, -(-span[1] // patch)
+    tokens = model.codebook.decode(z)
+    if level == 0:
+        tokens = torch.where(stays.view(-1).to(z.device), text.tokens, tokens)
+    return z, tokens, weight(log_w)
 
 
 def _normal(source: Source, *shape: int) -> Tensor:
@@ -148,43 +141,9 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     return int(torch.stack(gains).mean(1).argmax())
 
 
-class Spaces(NamedTuple):
-    """Which tokens begin, and which end with white space, [V]."""
-
-    begin: Tensor
-    end: Tensor
-
-    @classmethod
-    def of(cls, token_bytes: Sequence[bytes]) -> "Spaces":
-        """The masks of tokens with these bytes."""
-        return cls(
-            torch.tensor([symbol[:1].isspace() for symbol in token_bytes]),
-            torch.tensor([symbol[-1:].isspace() for symbol in token_bytes]),
-        )
-
-    def kept(self, tokens: Tensor, old: Tensor) -> Tensor:
-        """Which rows of `tokens` [R, n] begin and end as `old` [n] does, [R]."""
-        begins = self.begin[tokens[:, 0]] == self.begin[old[0]]
-        return begins & (self.end[tokens[:, -1]] == self.end[old[-1]])
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The candidates for a span, of which one is taken. UserError for fewer than one."""
-
-    number: int
-    temperature: float = 1.0
-    """Of their tokens; other than 1 only where block 1 has weights of tokens."""
-    level: int = 0
-    """The state in which they are drawn (see `informative_level`)."""
-    spaces: Spaces | None = None
-    """Candidates that keep the white space at the ends of the span are preferred."""
-    may_repeat: bool = False
-    """Else those that repeat the tokens that were there are taken only if all do."""
-
-    def __post_init__(self) -> None:
-        if self.number < 1:
-            raise UserError(f"candidates {self.number}: must be at least 1")
+def spaces_of(token_bytes: Sequence[bytes]) -> Tensor:
+    """`Candidates.spaces` for tokens with these bytes."""
+    return torch.tensor([(token[:1].isspace(), token[-1:].isspace()) for token in token_bytes]).T
 
 
 SPARE_TRIES = 8
@@ -273,19 +232,14 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
     model = source.model
     text = source.text
     level = candidates.level
-    temperature = candidates.temperature
     assert 0 <= span[0] < span[1] <= text.length, span
     assert 0 <= level < model.num_blocks, level
-    if temperature != 1.0 and (level or not model.config.has_token_weights):
+    if candidates.temperature != 1.0 and (level or not model.config.has_token_weights):
         raise UserError(
-            f"temperature {temperature}: state {level} of this model has no weights of tokens, "
-            "take 1"
+            f"temperature {candidates.temperature}: state {level} of this model has no weights of "
+            "tokens, take 1"
         )
-    if level:
-        found = propose_state(source, span, level=level, candidates=candidates.number)
-    else:
-        found = propose(source, span, candidates=candidates.number, temperature=temperature)
-    z, tokens, log_w = found
+    z, tokens, log_w = propose(source, span, candidates)
     # the number, if one of the two is NaN
     k = float(np.fmax(text.pareto_k, pareto_k(log_w)))
     for is_preferred in _preferences(text, tokens.cpu(), span, candidates):
@@ -303,7 +257,9 @@ def _preferences(
     old = text.tokens[0].cpu()
     inside = slice(*span)
     if candidates.spaces is not None:
-        yield candidates.spaces.kept(tokens[:, inside], old[inside])
+        begin, end = candidates.spaces
+        first, last = span[0], span[1] - 1
+        yield (begin[tokens] == begin[old])[:, first] & (end[tokens] == end[old])[:, last]
     changed = (tokens != old)[:, : text.length]
     num_inside = changed[:, inside].sum(1)
     if not candidates.may_repeat:

@@ -16,7 +16,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
-from tarflowlm.generation.inversion import Decoders, invert_block, per_block
+from tarflowlm.generation.inversion import Decoders, invert_stack
 from tarflowlm.generation.sampling import num_leading
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -194,7 +194,8 @@ def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
     known = model.codebook.encode(tokens, model.draw_noise(tokens, source.generator))
     passage = ConditionedLatents(model, text.states[1], known, is_known.expand(B, T), None)
     first = num_leading(~is_known) // model.config.patch
-    passage.settle(model.prior.patch(text.states[0]), first)
+    if first:
+        passage.settle(model.prior.patch(text.states[0]), first)
     source.progress.advance(first)
     while passage.at < passage.num_positions:
         passage.step()
@@ -205,27 +206,15 @@ def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
 
 
 def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:
-    """The states h^(level) = `state`, ..., h^(0), each [B, T, d].
-
-    In each block, the positions before the first changed one are copied from the text.
-    """
-    prior = source.model.prior
-    old = source.text.states
-    chosen = per_block(decoder, source.model.num_blocks)
-    states = [state]
-    for index in reversed(range(level)):
-        block = prior.block(index)
-        u = prior.patch(states[-1])
-        is_same = block.order(u) == block.order(prior.patch(old[index + 1]))
-        settled = block.order(prior.patch(old[index]))
-        found = invert_block(
-            block,
-            u,
-            decoder=chosen[-1 - index],
-            settled=settled[:, : num_leading(is_same.all(2).all(0))],
-            progress=source.progress,
-        )
-        states.append(prior.patch.inverse(found.h))
+    """The states h^(level) = `state`, ..., h^(0), each [B, T, d]."""
+    states, _ = invert_stack(
+        source.model,
+        state,
+        decoder=decoder,
+        level=level,
+        known=source.text.states,
+        progress=source.progress,
+    )
     return states
 
 

@@ -51,18 +51,15 @@ def forward_flops(config: Config) -> int:
     return _count(lambda: model.bound(tokens, model.draw_noise(tokens)))
 
 
+@cache
 def training_flops(config: Config, *, frozen: int = 0) -> int:
     """Forward and backward pass of the training loss over one sequence.
 
     The codebook and the first `frozen` blocks are not trained, unless `frozen` is 0.
     """
     whole = 3 * forward_flops(config)
-    return whole - 2 * _frozen_flops(config, frozen) if frozen else whole
-
-
-@cache
-def _frozen_flops(config: Config, frozen: int) -> int:
-    """The forward pass through the codebook and the first `frozen` blocks."""
+    if not frozen:
+        return whole
     flow = as_flow(_on_meta(config))
     z = torch.zeros(1, config.context, flow.config.latent_dim, device="meta")
 
@@ -72,7 +69,7 @@ def _frozen_flops(config: Config, frozen: int) -> int:
         for block in flow.prior.blocks[:frozen]:
             h = block(h)[0]
 
-    return _count(forward)
+    return whole - 2 * _count(forward)
 
 
 def _on_meta(config: Config) -> LanguageModel:

@@ -5,7 +5,7 @@ Shape legend: W windows of T tokens, S posterior samples for each.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TypeVar
 
@@ -140,34 +140,27 @@ def summarise(
         is_scored = torch.arange(windows.shape[1]) >= given[:, None]
     scored = windows.cpu()[is_scored]
     tokens = is_scored.sum(1).double()
-    num_samples = len(log_w)
     weighted = importance_weighted(log_w)
     elbo = -log_w.mean(0)
     nats, stderr = _per_token(weighted, tokens)
-    found = Likelihood(
-        bound="exact" if model.is_exact else "elbo",
+    elbo_nats, elbo_stderr = (None, None) if model.is_exact else _per_token(elbo, tokens)
+    sampling_stderr = gap_stderr = None
+    if len(log_w) > 1:
+        sampling_stderr = math.sqrt(log_w.var(0).sum().item() / len(log_w)) / len(scored)
+        gap_stderr = _per_token(elbo - weighted, tokens)[1]
+    return Likelihood(
+        bound="exact" if model.is_exact else "elbo" if len(log_w) == 1 else f"iw-{len(log_w)}",
         nats_per_token=nats,
         stderr=stderr,
-        samples=num_samples,
+        samples=len(log_w),
         windows=len(windows),
         tokens=len(scored),
         characters=int(characters_per_token[scored].sum()),
         bytes=None if bytes_per_token is None else int(bytes_per_token[scored].sum()),
-        elbo=None if model.is_exact else nats,
-        elbo_stderr=None if model.is_exact else stderr,
-        elbo_sampling_stderr=None,
-        gap_stderr=None,
-    )
-    if num_samples == 1:
-        return found
-    elbo_nats, elbo_stderr = _per_token(elbo, tokens)
-    return replace(
-        found,
-        bound=f"iw-{num_samples}",
         elbo=elbo_nats,
         elbo_stderr=elbo_stderr,
-        elbo_sampling_stderr=math.sqrt(log_w.var(0).sum().item() / num_samples) / len(scored),
-        gap_stderr=_per_token(elbo - weighted, tokens)[1],
+        elbo_sampling_stderr=sampling_stderr,
+        gap_stderr=gap_stderr,
     )
 
 

@@ -15,7 +15,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights, inverse_cdf
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.sampling import num_leading
+from tarflowlm.generation.sampling import num_leading, without_ended
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
@@ -46,18 +46,29 @@ class Conditioned(ABC):
         self.num_positions = noise.shape[1]
         self.at = 0
         self.cache = model.allocate_cache(len(noise), self.num_positions)
+        self.ended: Tensor | None = None
+        """The rows [B] that need no more positions."""
+        self.rows: Tensor | slice = slice(None)
+        """Those of which the next position is completed."""
 
     def step(self) -> Tensor | None:
         """Complete the next position: log p [B] of its given tokens, in nats; None without any."""
-        previous = self.values[:, self.at - 1] if self.at else None
-        features = self.model.features_at(self.cache, previous, len(self.values))
-        log_p = self.complete(self.at, features)
+        if self.ended is not None:
+            self.rows = without_ended(self.rows, self.ended, self.cache)
+        previous = self.values[self.rows, self.at - 1] if self.at else None
+        num_rows = len(self.is_known[self.rows])
+        features = self.model.features_at(self.cache, previous, num_rows)
+        found = self.complete(self.at, features)
         self.at += 1
+        if found is None:
+            return None
+        log_p = found.new_zeros(len(self.values))
+        log_p[self.rows] = found
         return log_p
 
     @abstractmethod
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        """Complete position n from its features c_n [B, D]; returns as `step`."""
+        """Complete position n of `rows` from its features c_n [b, D]; returns as `step`, [b]."""
 
     def select(self, rows: Tensor, renewed: Tensor, noise: Tensor) -> None:
         """Copy the completed positions of row rows[b] to every row b.
@@ -120,30 +131,22 @@ class ConditionedLatents(Conditioned):
         return log_p - self.log_normaliser[:, :num].sum((1, 2))
 
     def settle(self, z: Tensor, num: int) -> Tensor:
-        """Copy the first `num` positions from z [B, N, C]; returns their features.
-
-        z [1, N, C] serves all rows: its features are computed once.
-        """
+        """Copy the first `num` > 0 positions from z [B, N, C]; returns their features."""
         self.values[:, :num] = z[:, :num]
         self.at = num
-        if num == 0:
-            return self.values.new_zeros(len(z), 0, 0)
-        cache = self.cache if len(z) == len(self.values) else self.block.allocate_cache(1, num)
-        features = self.block.features_of(cache, z[:, : num - 1], first=True)
-        if cache is not self.cache:
-            self.cache.take(cache, [0] * len(self.values))
-        return features
+        return self.block.features_of(self.cache, z[:, : num - 1], first=True)
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        noise = self.noise[:, n]
-        uniform = None if self.uniform is None else self.uniform[:, n]
+        here = self.rows, n
+        noise = self.noise[here]
+        uniform = None if self.uniform is None else self.uniform[here]
         if not any(self.some_known[n]):
-            self.values[:, n] = self.invert(noise, features, self.adjust, uniform)
+            self.values[here] = self.invert(noise, features, self.adjust, uniform)
             return None
-        self.values[:, n], self.noise[:, n], log_p = self.block.coupling.complete(
-            noise, features, self.known[:, n], self.is_known[:, n], self.adjust, uniform
+        self.values[here], self.noise[here], log_p = self.block.coupling.complete(
+            noise, features, self.known[here], self.is_known[here], self.adjust, uniform
         )
-        return (log_p - self.log_normaliser[:, n]).sum(-1)
+        return (log_p - self.log_normaliser[here]).sum(-1)
 
 
 class ConditionedTokens(Conditioned):
@@ -167,19 +170,20 @@ class ConditionedTokens(Conditioned):
         return x.view(len(x), -1, self.baseline.config.patch)  # [B, N, P]
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        # filled in place: the logits at place a depend on the tokens before a only
-        patch = self.values[:, n]
+        # the logits at place a depend on the tokens before a only
+        patch = self.values[self.rows, n]
         log_p = None
         for a, some in enumerate(self.some_known[n]):
             logits = self.baseline.place_logits(features, patch, a)
-            uniform = self.noise[:, n, a]
+            uniform = self.noise[self.rows, n, a]
             drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform)
             if not some:
                 patch[:, a] = drawn
                 continue
-            known = self.is_known[:, n, a].to(drawn.device)
+            known = self.is_known[self.rows, n, a].to(drawn.device)
             log_probs = logits.to(uniform.dtype).log_softmax(-1)
             here = log_probs.gather(-1, patch[:, a, None])[:, 0] * known
             log_p = here if log_p is None else log_p + here
             patch[:, a] = torch.where(known, patch[:, a], drawn)
+        self.values[self.rows, n] = patch
         return log_p

@@ -9,27 +9,20 @@ Shape legend: R particles, B = num R rows, T tokens, S tokens of a piece, G gaps
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.particles import (
-    RESAMPLE_BELOW,
-    Evidence,
-    effective,
-    pareto_k,
-    resample,
-)
+from tarflowlm.generation.particles import Weights, weight
 from tarflowlm.generation.rows import LatentRows, Rows, TokenRows
-from tarflowlm.generation.sampling import row_normal, row_uniform
+from tarflowlm.generation.sampling import Samples
 from tarflowlm.generation.writing import Filled, Generation, Parts
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import Progress
 
 Allowed = Tensor | Callable[[Tensor], Tensor]
 """A mask [V] of the tokens that may be drawn, or a function to it from the tokens [n] so far."""
@@ -40,39 +33,35 @@ class GapFilter:
 
     def __init__(
         self,
-        model: LanguageModel,
+        samples: Samples,
         pieces: Sequence[Tensor],
         gaps: Sequence[Gap],
         num_tokens: int,
-        generators: list[torch.Generator],
-        particles: int,
-        adjust: AdjustWeights | None,
         allowed: Allowed | None,
-        progress: Progress,
     ) -> None:
         """`pieces` [S] of given tokens, maybe empty, around and between the `gaps`."""
-        self.model = model
-        self.flow = model if isinstance(model, TarFlowLM) else None
+        self.samples = samples
+        self.model = samples.model
+        self.flow = self.model if isinstance(self.model, TarFlowLM) else None
         self.pieces = pieces
         self.gaps = gaps
-        self.generators = generators
-        self.particles = particles
-        self.adjust = adjust or (lambda log_w: log_w)
         self.allowed = allowed
-        self.progress = progress
-        B = len(generators) * particles
-        self.tokens = torch.zeros(B, num_tokens, dtype=torch.long, device=model.device)
+        self.weights = Weights(samples.generators, samples.particles)
+        B = self.weights.log_w.numel()
+        self.tokens = torch.zeros(B, num_tokens, dtype=torch.long, device=self.model.device)
         self.values = self.tokens.clone()
         if self.flow is not None:
             mean = self.flow.codebook.mean
             self.values = mean.new_zeros(B, num_tokens, mean.shape[1])
-        self.given = torch.zeros(B, num_tokens, dtype=torch.bool)
-        self.lengths = torch.zeros(B, len(self.gaps), dtype=torch.long)
+        self.lengths = torch.zeros(B, len(gaps), dtype=torch.long)
         self.ends = torch.zeros(B, dtype=torch.long)
-        self.log_w = torch.zeros(B, dtype=torch.float64)
-        self.draws = torch.zeros(len(generators), dtype=torch.long)
-        self.candidates = self.log_w.view(len(generators), -1)
-        self.left = num_tokens * model.num_blocks
+        self.candidates: Tensor | None = None
+        self.left = num_tokens * self.model.num_blocks
+
+    @property
+    def log_w(self) -> Tensor:
+        """The log-weight of every row [B], to be changed in place."""
+        return self.weights.log_w.view(-1)
 
     def write(self) -> Parts:
         """The samples, all at once. UserError if no particle of a sample fits."""
@@ -89,13 +78,18 @@ class GapFilter:
         is_weighed = self.allowed is not None or self.model.num_blocks > 1
         if is_weighed:
             self._finish()
-            self._weigh_upper_blocks()
-        if not self.gaps:
-            self.candidates = self.log_w.view(len(self.generators), -1)
+        if self.flow is not None and self.flow.num_blocks > 1:
+            # the noise h of block 1 weighs p(h) / N(h; 0, I)
+            prior = self.flow.prior
+            h = prior.patch.inverse(prior.block(0)(prior.patch(self.values))[0])
+            self.log_w.add_(weight(prior.log_prob(h, above=1) - standard_normal_log_prob(h)))
         after = self._shares(self.log_w, self.lengths)
-        evidence, picked = self._picked()
-        self._take(picked)
-        self.particles = 1
+        if (self.weights.log_w == -torch.inf).all(-1).any():
+            what = f"none of {self.samples.particles} candidates fits"
+            raise UserError(f"{what}: raise the particles, or loosen the constraint")
+        evidence = self.weights.evidence(self.candidates)
+        self._take(self.weights.pick())
+        self.samples = replace(self.samples, particles=1)
         if not is_weighed:
             self._finish()
         posteriors = []
@@ -109,31 +103,25 @@ class GapFilter:
         return Generation(
             self.tokens,
             evidence,
-            filled=Filled(self.given, self.ends, tuple(posteriors)),
+            filled=Filled(self._given(), self.ends, tuple(posteriors)),
             _latents=() if self.flow is None else (self.values,),
             _flow=self.flow,
         )
 
-    def _picked(self) -> tuple[Evidence, Tensor]:
-        """The evidence, and one particle of each sample by weight."""
-        log_w = self.log_w.view(-1, self.particles)
-        if (log_w == -torch.inf).all(-1).any():
-            what = f"none of {self.particles} candidates fits"
-            raise UserError(f"{what}: raise the particles, or loosen the constraint")
-        evidence = Evidence(
-            log_evidence=log_w.logsumexp(-1) - math.log(self.particles),
-            ess=effective(self.candidates),
-            pareto_k=torch.tensor([pareto_k(of_sample) for of_sample in self.candidates]),
-            draws=self.draws,
-        )
-        picked = [resample(w, 1, g) for w, g in zip(log_w, self.generators, strict=True)]
-        return evidence, torch.cat(picked) + torch.arange(len(picked)) * self.particles
+    def _given(self) -> Tensor:
+        """Where the tokens are those of the pieces, [B, T]."""
+        places = torch.arange(self.tokens.shape[1])
+        given = torch.zeros(self.tokens.shape, dtype=torch.bool)
+        start = torch.zeros(len(given), dtype=torch.long)
+        for piece, length in zip(self.pieces, [*self.lengths.T, 0], strict=True):
+            end = start + len(piece)
+            given |= (start[:, None] <= places) & (places < end[:, None])
+            start = end + length
+        return given
 
     def _normal(self, count: int) -> Tensor:
         """Fresh noise [B, count, d], without channels for the baseline."""
-        channels = 0 if self.flow is None else self.values.shape[2]
-        noise = row_normal(self.generators, self.particles, count, channels).flatten(0, 1)
-        return noise.to(next(self.model.parameters()))
+        return self.samples.normal(count, 0 if self.flow is None else self.values.shape[2])
 
     def _values_of(self, piece: Tensor) -> Tensor:
         """What block 1 reads of given tokens [S], by row: latents [B, S, d], or the tokens."""
@@ -148,7 +136,6 @@ class GapFilter:
         places = self.ends[:, None] + torch.arange(len(piece))
         self.tokens[rows, places] = piece.to(self.tokens)
         self.values[rows, places] = values
-        self.given[rows, places] = True
         self.ends = self.ends + len(piece)
         self._advance(len(piece))
 
@@ -156,23 +143,22 @@ class GapFilter:
         """Report so many positions of all blocks, up to all that there are."""
         count = min(positions * self.model.num_blocks, self.left)
         self.left -= count
-        self.progress.advance(count)
+        self.samples.progress.advance(count)
 
     def _take(self, parents: Tensor) -> None:
-        """Replace the rows by copies of `parents`."""
+        """Replace the rows by copies of `parents`; the weights are for the caller."""
         self.tokens = self.tokens[parents]
         self.values = self.values[parents]
-        self.given = self.given[parents]
         self.lengths = self.lengths[parents]
         self.ends = self.ends[parents]
-        self.log_w = self.log_w[parents]
 
     def _groups(self) -> Iterator[tuple[Tensor, Rows]]:
         """Rows of equal length: their numbers, and copies of them that grow."""
         kind = TokenRows if self.flow is None else LatentRows
+        adjust = self.samples.adjust
         for end in self.ends.unique().tolist():
             own = (self.ends == end).nonzero()[:, 0]
-            yield own, kind(self.model, self.tokens[own], self.values[own], end, self.adjust)
+            yield own, kind(self.model, self.tokens[own], self.values[own], end, adjust)
 
     def _fill(self, index: int) -> list[Tensor]:
         """Fill a gap and write the piece behind it: `_shares` of all candidates."""
@@ -181,7 +167,7 @@ class GapFilter:
         lengths = torch.arange(gap.least, gap.most + 1)
         span = len(lengths)
         values = self._values_of(piece)
-        numbers = self._numbers(gap.most)
+        numbers = self.samples.uniform(gap.most), self._normal(gap.most)
         scores = torch.zeros(len(self.tokens), span, dtype=torch.float64)
         for own, rows in self._groups():
             end = rows.at
@@ -194,29 +180,24 @@ class GapFilter:
                     score[rows.holds_twice(piece)] = -torch.inf
                 scores[own, place] = score
         log_w = self.log_w[:, None] + scores
-        self.candidates = log_w.view(len(self.generators), -1)
+        self.candidates = log_w.view(len(self.weights.log_w), -1)
         of_each = self.lengths.repeat_interleave(span, 0)
         of_each[:, index] = lengths.repeat(len(self.tokens))
         shares = self._shares(log_w, of_each)
         picked = []
         kept = []
         for b, of_sample in enumerate(self.candidates):
-            chosen, new = self._chosen(of_sample, self.particles, b)
+            chosen, new = self.weights.chosen(b, of_sample, self.samples.particles)
             picked.append(chosen + b * len(of_sample))
             kept.append(new)
         order = torch.cat(picked)
         self._take(order // span)
         # first places exclude each other, so their probabilities add up
-        self.log_w = torch.cat(kept) + (math.log(span) if gap.once else 0.0)
+        self.log_w[:] = torch.cat(kept) + (math.log(span) if gap.once else 0.0)
         self.lengths[:, index] = of_each[order, index]
         self.ends = self.ends + self.lengths[:, index]
         self._append(piece, values[order // span])
         return shares
-
-    def _numbers(self, count: int) -> tuple[Tensor, Tensor]:
-        """Random numbers for `count` draws of every row."""
-        uniform = row_uniform(self.generators, self.particles, count).flatten(0, 1)
-        return uniform, self._normal(count)
 
     def _draw(self, own: Tensor, rows: Rows, gap: Gap, numbers: tuple[Tensor, Tensor]) -> Tensor:
         """Draw the most tokens of a gap: the log-weights [n, most + 1] after each number of them.
@@ -254,29 +235,18 @@ class GapFilter:
     def _even_out(self, own: Tensor, rows: Rows) -> None:
         """Resample those rows `own` of a sample whose weights are uneven."""
         order = torch.arange(len(own))
-        for b in (own // self.particles).unique().tolist():
-            mine = (own // self.particles == b).nonzero()[:, 0]
-            chosen, kept = self._chosen(self.log_w[own[mine]], len(mine), b)
+        sample = own // self.samples.particles
+        for b in sample.unique().tolist():
+            mine = (sample == b).nonzero()[:, 0]
+            chosen, kept = self.weights.chosen(b, self.log_w[own[mine]], len(mine))
             order[mine] = mine[chosen]
             self.log_w[own[mine]] = kept
         rows.select(order)
         self.lengths[own] = self.lengths[own[order]]
-        self.given[own] = self.given[own[order]]
-
-    def _chosen(self, log_w: Tensor, count: int, sample: int) -> tuple[Tensor, Tensor]:
-        """`count` of the particles with weights `log_w` [C], and their new weights [count].
-
-        They are resampled if they are uneven, or too many.
-        """
-        if len(log_w) == count and effective(log_w) >= RESAMPLE_BELOW * count:
-            return torch.arange(count), log_w
-        self.draws[sample] += 1
-        mean = log_w.logsumexp(-1) - math.log(len(log_w))
-        return resample(log_w, count, self.generators[sample]), mean.expand(count)
 
     def _shares(self, log_w: Tensor, lengths: Tensor) -> list[Tensor]:
         """For each gap the weights of its lengths, [num, most + 1], of candidates [C, G]."""
-        shares = log_w.view(len(self.generators), -1).softmax(-1)
+        shares = log_w.view(len(self.weights.log_w), -1).softmax(-1)
         found = []
         for gap, length in zip(self.gaps, lengths.T, strict=True):
             table = shares.new_zeros(len(shares), gap.most + 1)
@@ -286,18 +256,10 @@ class GapFilter:
     def _finish(self) -> None:
         """Draw what follows the template."""
         num_tokens = self.tokens.shape[1]
-        numbers = self._numbers(num_tokens)
+        numbers = self.samples.uniform(num_tokens), self._normal(num_tokens)
         for own, rows in self._groups():
             left = num_tokens - rows.at
             self._draw(own, rows, Gap(most=left, least=left), numbers)
-
-    def _weigh_upper_blocks(self) -> None:
-        """Weigh the noise h of block 1 by the blocks above it: p(h) / N(h; 0, I)."""
-        if self.flow is None or self.flow.num_blocks == 1:
-            return
-        prior = self.flow.prior
-        h = prior.patch.inverse(prior.block(0)(prior.patch(self.values))[0])
-        self.log_w += weight(prior.log_prob(h, above=1) - standard_normal_log_prob(h))
 
 
 def checked_mask(mask: object, model: LanguageModel) -> Tensor:
@@ -306,8 +268,3 @@ def checked_mask(mask: object, model: LanguageModel) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
         raise UserError(f"allowed {mask!r:.60}: give a boolean mask of shape [{V}]")
     return mask.cpu()
-
-
-def weight(log_w: Tensor) -> Tensor:
-    """A log-weight on the CPU, in float64; NaN counts as probability zero."""
-    return log_w.detach().cpu().double().nan_to_num(nan=-torch.inf, neginf=-torch.inf)

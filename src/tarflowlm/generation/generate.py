@@ -14,7 +14,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.gaps import Allowed, GapFilter, checked_mask
 from tarflowlm.generation.inversion import Decoders, check_decoders, finish, sampler_decoders
-from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
+from tarflowlm.generation.sampling import BLANK, Samples, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
@@ -114,6 +114,7 @@ def generate_steps(
     progress: Progress = SILENT,
     every: int = 1,
     without: int | None = None,
+    end: int | None = None,
 ) -> Parts:
     """Write as `generate`, and yield the tokens as they become final.
 
@@ -122,6 +123,10 @@ def generate_steps(
     window. With particles, and where block 1 is inverted by sweeps, a text comes at the end of its
     window. The generator returns the `Generation`; to stop a text, close it. The token `without` is
     not drawn where the weights of tokens may change.
+
+    A sample that draws the token `end` goes on as that token. Once a quarter of the samples have
+    ended they are left out of the work on block 1, and there are no `states`. Samples with several
+    particles do not end.
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
@@ -138,14 +143,24 @@ def generate_steps(
         pieces, gaps = _template(model, num_tokens, prompt)
         if isinstance(allowed, Tensor):
             allowed = checked_mask(allowed, model)
-        text = GapFilter(
-            model, pieces, gaps, num_tokens, generators, particles, adjust, allowed, progress
-        )
+        samples = Samples(model, generators, particles, adjust, progress)
+        text = GapFilter(samples, pieces, gaps, num_tokens, allowed)
         return _undisturbed(text.write(), num * particles)
     given = _given(model, num, num_tokens, prompt)
     particles = _num_particles(model, given, particles)
-    window = Window(model, generators, particles, adjust, decoders, progress, given, every)
-    return _undisturbed(write(window), window.rows)
+    window = Window(
+        model,
+        generators,
+        particles,
+        adjust,
+        progress,
+        decoders=decoders,
+        given=given,
+        every=every,
+        end=-1 if end is None else end,
+        ended=None if end is None or particles > 1 else torch.zeros(num, dtype=torch.bool),
+    )
+    return _undisturbed(write(window), num * particles)
 
 
 def _undisturbed(steps: Parts, rows: int) -> Parts:

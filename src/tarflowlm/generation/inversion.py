@@ -23,7 +23,7 @@ from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.newton import CONTRACTION, RESIDUAL, NewtonJudge, largest_change
-from tarflowlm.generation.sampling import num_leading
+from tarflowlm.generation.sampling import num_leading, without_ended
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 
@@ -95,6 +95,7 @@ def block_inversion(
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
     uniform: Tensor | None = None,
+    ended: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, Inverted]:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
@@ -107,7 +108,8 @@ def block_inversion(
 
     `settled` [B, n, C] are the latents of the first positions, in the block's order. `progress`
     advances once per position. After every step the generator yields the final latents [B, n, C],
-    in the block's order; what sweeps found is final at the end.
+    in the block's order; what sweeps found is final at the end. Rows that the reader marks in
+    `ended` [B] meanwhile take no further steps.
     """
     if decoder != "draw":
         uniform = None
@@ -122,7 +124,7 @@ def block_inversion(
     if decoder == "sweeps":
         work.sweep()
         work.rewind_to_bad()
-    yield from work.step()
+    yield from work.step(ended)
     return Inverted(block.order.inverse(work.h), decoder, work.passes)
 
 
@@ -175,17 +177,21 @@ class _Inversion:
         self.at += num
         self.progress.advance(num)
 
-    def step(self) -> Iterator[Tensor]:
+    def step(self, ended: Tensor | None) -> Iterator[Tensor]:
         """Invert position by position, up to the last one; yields the final latents [B, at, C]."""
         if self.at == self.num_positions:
             return
         self.cache.rewind(self.at)
         invert = self.block.coupling.inverter()
+        rows: Tensor | slice = slice(None)
         while self.at < self.num_positions:
-            previous = self.h[:, self.at - 1] if self.at else None
+            if ended is not None:
+                rows = without_ended(rows, ended, self.cache)
+            previous = self.h[rows, self.at - 1] if self.at else None
             features = self.block.features_at(self.cache, previous, len(self.h))
-            uniform = None if self.uniform is None else self.uniform[:, self.at]
-            self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust, uniform)
+            here = rows, self.at
+            uniform = None if self.uniform is None else self.uniform[here]
+            self.h[here] = invert(self.noise[here], features, self.adjust, uniform)
             self.passes += 1
             self._advance(1)
             yield self.h[:, : self.at]
@@ -310,34 +316,43 @@ def stack_inversion(
     noise: Tensor,
     *,
     decoder: Decoders = "steps",
+    level: int | None = None,
     above: int = 0,
     adjust: AdjustWeights | None = None,
-    settled: Sequence[Tensor] = (),
+    known: Sequence[Tensor] = (),
     uniform: Tensor | None = None,
+    ended: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, tuple[list[Tensor], list[Inverted]]]:
-    """Invert blocks L, ..., above + 1; yields what block 1 yields.
+    """Invert blocks l = `level` (L by default), ..., above + 1; yields what block 1 yields.
 
-    Returned are the states h^(L) = noise, ..., h^(above), each [B, T, d], and one `Inverted` for
-    each block, L first. By `uniform` numbers block L may be drawn; then `noise` is not h^(L).
+    Returned are the states h^(l) = noise, ..., h^(above), each [B, T, d], and one `Inverted` for
+    each block, l first. By `uniform` numbers block L may be drawn; then `noise` is not h^(L).
     `adjust` is for block 1, and for all where the blocks below the last one only fill in what they
-    are sure of. `settled` has the states of the tokens at the start, h^(0) first, in a stack that
-    runs left to right. UserError for another number of decoders.
+    are sure of. `known` has the states of texts, h^(0) first, or in a stack that runs left to right
+    of their start: in each block, the positions before the first with other noise are copied.
+    `ended` is for block 1. UserError for another number of decoders.
     """
     patch = model.prior.patch
     chosen = per_block(decoder, model.num_blocks)
     h = patch(noise)
     states = [noise]
     work: list[Inverted] = []
-    for index in reversed(range(above, model.num_blocks)):
+    for index in reversed(range(above, model.num_blocks if level is None else level)):
         block = model.prior.block(index)
+        settled = None
+        if known:
+            before, settled = (block.order(patch(x)) for x in (known[index + 1], known[index]))
+            is_same = block.order(h)[:, : before.shape[1]] == before
+            settled = settled[:, : num_leading(is_same.all(2).all(0))]
         steps = block_inversion(
             block,
             h,
             decoder=chosen[-1 - index],
             adjust=adjust if index == 0 or model.config.fills_in else None,
-            settled=block.order(patch(settled[index])) if settled else None,
+            settled=settled,
             uniform=uniform if index + 1 == model.num_blocks else None,
+            ended=None if index else ended,
             progress=progress,
         )
         found = finish(steps) if index else (yield from steps)
@@ -379,12 +394,10 @@ def sampler_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[Decoder, ...]
     first, *below = per_block(decoder, model.num_blocks)
     if decoder == "draw":
         below = ["auto" for _ in below]
-    if first == "auto" and not (below and _looks_near_identity(model.prior.block(-1))):
-        first = "draw"
+    if first == "auto":
+        block = model.prior.block(-1)
+        shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
+        probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
+        if not below or not _Inversion(block, probe).is_near_identity():
+            first = "draw"
     return (first, *below)
-
-
-def _looks_near_identity(block: FlowBlock) -> bool:
-    shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
-    probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
-    return _Inversion(block, probe).is_near_identity()

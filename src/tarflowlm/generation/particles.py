@@ -6,8 +6,8 @@ the limit of many. With R = 1 the other tokens are drawn from left to right.
 """
 
 import math
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from tarflowlm.config import Decoder
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.conditioned import Conditioned
 from tarflowlm.generation.inversion import Inverted, invert_stack
-from tarflowlm.generation.sampling import row_draws, row_normal, row_uniform
-from tarflowlm.model import TarFlowLM
+from tarflowlm.generation.sampling import Samples
+from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 
 RESAMPLE_BELOW = 0.5
@@ -42,52 +42,52 @@ class Evidence:
     """How often the particles of each sample were resampled, [num]."""
 
 
-@dataclass
 class Weights:
     """The weights of R particles per sample, in float64 on the CPU (docs/math.md, eq. 21)."""
 
-    log_w: Tensor
-    """log omega_r since the last resampling, [num, R], in nats."""
-    log_evidence: Tensor
-    """An estimate of log p(given tokens) up to the last resampling, [num], in nats."""
-    draws: Tensor
-    """How often the particles of each sample were resampled, [num]."""
-
-    @classmethod
-    def uniform(cls, num: int, particles: int) -> "Weights":
-        """Weights of 1."""
-        zero = torch.zeros(num, dtype=torch.float64)
-        return cls(torch.zeros(num, particles, dtype=torch.float64), zero, zero.long())
+    def __init__(self, generators: list[torch.Generator], particles: int) -> None:
+        """Weights of 1; `generators` has one per sample."""
+        self.generators = generators
+        self.log_w = torch.zeros(len(generators), particles, dtype=torch.float64)
+        """log omega_r [num, R], in nats; after resampling all have the mean weight."""
+        self.draws = torch.zeros(len(generators), dtype=torch.long)
+        """How often the particles of each sample were resampled, [num]."""
 
     def add(self, log_increment: Tensor | None) -> None:
-        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero."""
+        """Multiply the weights by exp(`log_increment`), [num R]."""
         if log_increment is not None:
-            increment = log_increment.detach().cpu().double().view(self.log_w.shape)
-            self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
+            self.log_w += weight(log_increment).view(self.log_w.shape)
 
-    def effective(self) -> Tensor:
-        """Effective sample size of the particles of every sample, [num]."""
-        return effective(self.log_w)
+    def chosen(self, sample: int, log_w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """`count` of the particles of a sample with weights `log_w` [C], and their new weights.
 
-    def total(self) -> Tensor:
-        """The estimate of log p(given tokens), [num], in nats."""
-        return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
+        They are resampled if they are uneven, or too many.
+        """
+        if len(log_w) == count and effective(log_w) >= RESAMPLE_BELOW * count:
+            return torch.arange(count), log_w
+        self.draws[sample] += 1
+        mean = log_w.logsumexp(-1) - math.log(len(log_w))
+        return resample(log_w, count, self.generators[sample]), mean.expand(count)
 
-    def evidence(self) -> Evidence:
-        """The evidence of the weights at the end."""
-        k = [pareto_k(log_w) for log_w in self.log_w]
+    def evidence(self, candidates: Tensor | None = None) -> Evidence:
+        """The evidence at the end; `candidates` [num, C] were the last ones that had weights."""
+        tails = self.log_w if candidates is None else candidates
         return Evidence(
-            log_evidence=self.total(),
-            ess=self.effective(),
-            pareto_k=torch.tensor(k, dtype=torch.float64),
+            log_evidence=self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1]),
+            ess=effective(tails),
+            pareto_k=torch.tensor([pareto_k(log_w) for log_w in tails], dtype=torch.float64),
             draws=self.draws,
         )
 
-    def reset(self, sample: int) -> None:
-        """Move the mean weight of a resampled sample to the evidence; its weights are 1 again."""
-        self.log_evidence[sample] = self.total()[sample]
-        self.log_w[sample] = 0.0
-        self.draws[sample] += 1
+    def pick(self) -> Tensor:
+        """One particle of each sample by weight: rows [num]."""
+        picked = [resample(w, 1, g) for w, g in zip(self.log_w, self.generators, strict=True)]
+        return torch.cat(picked) + torch.arange(len(picked)) * self.log_w.shape[1]
+
+
+def weight(log_w: Tensor) -> Tensor:
+    """A log-weight on the CPU, in float64; NaN counts as probability zero."""
+    return log_w.detach().cpu().double().nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
 def effective(log_w: Tensor) -> Tensor:
@@ -108,18 +108,20 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
 
 
+Redraw = Callable[[list[int], Tensor, Tensor, int], Tensor]
+"""Fresh noise [rows, T, ...] for all particles of some samples: the numbers of the samples, the
+rows, those whose texts they continue, and the position from which on it serves.
+"""
+
+
 def particle_filter(
-    conditioned: Conditioned,
-    weights: Weights,
-    generators: list[torch.Generator],
-    source: "UniformSource | LatentSource",
-    progress: Progress,
+    conditioned: Conditioned, weights: Weights, redraw: Redraw, progress: Progress
 ) -> Generator[Tensor, None, None]:
     """Run `conditioned` to its end, adding to `weights`.
 
     The particles of a sample are resampled when their effective number falls below a share of R;
-    `source` gives them fresh noise. `generators` has one per sample. A single particle is final
-    after every position: then the generator yields its values so far.
+    then `redraw` gives them fresh noise. A single particle is final after every position: then the
+    generator yields its values so far.
     """
     num, particles = weights.log_w.shape
     while conditioned.at < conditioned.num_positions:
@@ -130,30 +132,17 @@ def particle_filter(
             continue
         if conditioned.at == conditioned.num_positions:
             return
-        is_uneven = weights.effective() < RESAMPLE_BELOW * particles
+        is_uneven = effective(weights.log_w) < RESAMPLE_BELOW * particles
         uneven: list[int] = is_uneven.nonzero().flatten().tolist()
         if not uneven:
             continue
         rows = torch.arange(num * particles).view(num, particles)
         own = rows[uneven].flatten()
         for b in uneven:
-            rows[b] = rows[b, resample(weights.log_w[b], particles, generators[b])]
-            weights.reset(b)
-        fresh = source.redraw(uneven, own, rows[uneven].flatten(), conditioned.at)
+            order, weights.log_w[b] = weights.chosen(b, weights.log_w[b], particles)
+            rows[b] = rows[b, order]
+        fresh = redraw(uneven, own, rows[uneven].flatten(), conditioned.at)
         conditioned.select(rows.flatten(), own, fresh)
-
-
-class UniformSource:
-    """Uniform random numbers for the baseline. They add no factor to the weights."""
-
-    def __init__(self, generators: list[torch.Generator], particles: int, num_tokens: int) -> None:
-        self.generators = generators
-        self.shape = (particles, num_tokens)
-        self.draw = row_uniform(generators, *self.shape).flatten(0, 1)
-
-    def redraw(self, samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
-        """Fresh uniform numbers [rows, T] for all particles of these samples."""
-        return row_uniform([self.generators[b] for b in samples], *self.shape).flatten(0, 1)
 
 
 class LatentSource:
@@ -164,44 +153,32 @@ class LatentSource:
     for a single block.
     """
 
-    def __init__(
-        self,
-        model: TarFlowLM,
-        generators: list[torch.Generator],
-        particles: int,
-        is_known: Tensor,
-        decoder: tuple[Decoder, ...],
-        progress: Progress,
-    ) -> None:
-        """`is_known` [num R, T] says which tokens are given; `generators` has one per sample."""
-        self.model = model
-        self.generators = generators
+    def __init__(self, samples: Samples, is_known: Tensor, decoder: tuple[Decoder, ...]) -> None:
+        """`is_known` [num R, T] says which tokens are given."""
+        self.model = as_flow(samples.model)
+        self.samples = samples
         self.decoder = decoder
-        self.single = model.num_blocks == 1
-        self.is_known = is_known.to(model.codebook.mean.device)
-        self.shape = (particles, is_known.shape[1], model.config.latent_dim)
-        self.draw, self.work = self._draw(generators, progress)
+        self.single = self.model.num_blocks == 1
+        self.is_known = is_known.to(self.model.device)
+        self.draw, self.work = self._draw(samples)
         self.log_p = self._log_p(self.draw)
         # sum over finished draws of log rho(h'_unused | h'_used) - log p_{>1}(h'), per row
         self.correction = torch.zeros_like(self.log_p)
         # first token that the present draw of a row serves
         self.since = torch.zeros(len(is_known), dtype=torch.long, device=self.is_known.device)
 
-    def _draw(
-        self, generators: list[torch.Generator], progress: Progress
-    ) -> tuple[Tensor, list[Inverted]]:
-        noise = row_normal(generators, *self.shape).flatten(0, 1).to(self.model.codebook.mean)
+    def _draw(self, samples: Samples) -> tuple[Tensor, list[Inverted]]:
+        num_tokens = self.is_known.shape[1]
+        noise = samples.normal(num_tokens, self.model.config.latent_dim)
         if self.single:
             return noise, []
-        particles, num_tokens, _ = self.shape
-        uniform = row_draws(self.decoder[0], generators, self.model.prior, num_tokens, particles)
         states, work = invert_stack(
             self.model,
             noise,
             decoder=self.decoder,
             above=1,
-            uniform=uniform,
-            progress=progress,
+            uniform=samples.draws(self.decoder[0], num_tokens),
+            progress=samples.progress,
         )
         return states[-1], work
 
@@ -215,7 +192,7 @@ class LatentSource:
         prior = self.model.prior
         patch = self.model.config.patch
         h = self.draw[rows]
-        token = torch.arange(self.shape[1], device=self.since.device)
+        token = torch.arange(h.shape[1], device=h.device)
         is_served = (token >= self.since[rows, None]) & (token < at * patch)
         used = (is_served & ~self.is_known[rows]).view(len(rows), -1, patch)
         whole = prior.block(1).log_prob(prior.patch(h)) * ~used.any(-1)
@@ -224,13 +201,11 @@ class LatentSource:
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
     def redraw(self, samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
-        """Fresh draws h' [rows, T, d] for the rows `own` of these samples, from position `at` on.
-
-        The rows continue those of their `parents`, and get the factors of their draws.
-        """
+        """Fresh draws h' [rows, T, d] (see `Redraw`); rows get the factors of their `parents`."""
         self._account_for_draw(own, at)
         self.correction[own] = self.correction[parents]
-        fresh, _ = self._draw([self.generators[b] for b in samples], SILENT)
+        generators = [self.samples.generators[b] for b in samples]
+        fresh, _ = self._draw(replace(self.samples, generators=generators, progress=SILENT))
         self.draw[own] = fresh
         self.log_p[own] = self._log_p(fresh)
         self.since[own] = at * self.model.config.patch
@@ -240,7 +215,7 @@ class LatentSource:
         """The log of the factor, [num R], in nats, given the final noise h* [num R, T, d]."""
         if self.single:
             return torch.zeros_like(self.log_p)
-        self._account_for_draw(torch.arange(len(h)), -(-self.shape[1] // self.model.config.patch))
+        self._account_for_draw(torch.arange(len(h)), h.shape[1])
         known = (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
         return self._log_p(h) - known + self.correction
 

@@ -25,7 +25,12 @@ class Rows(ABC):
     """
 
     def __init__(
-        self, model: LanguageModel, tokens: Tensor, values: Tensor, at: int, adjust: AdjustWeights
+        self,
+        model: LanguageModel,
+        tokens: Tensor,
+        values: Tensor,
+        at: int,
+        adjust: AdjustWeights | None,
     ) -> None:
         self.model = model
         self.tokens = tokens
@@ -58,7 +63,8 @@ class Rows(ABC):
         Returns the log-weight [B] of the draw, in nats: the log-probability of the mask.
         """
         features = self._features(self.at, self.at + 1)
-        log_w = self.adjust(self.log_weights(features)[:, 0]).log_softmax(-1)
+        log_w = self.log_weights(features)[:, 0]
+        log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
         allowed = log_w if mask is None else log_w.masked_fill(~mask, -torch.inf)
         drawn = inverse_cdf(allowed, uniform.to(log_w.device))
         token, value, gain = self.emit(drawn, noise, log_w, allowed)

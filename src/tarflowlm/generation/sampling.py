@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens, d channels per token.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -15,7 +16,10 @@ from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.stack import Prior
+from tarflowlm.flow.transformer import KVCache
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import as_flow
+from tarflowlm.progress import Progress
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -24,26 +28,48 @@ def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]
     return [Generator().manual_seed(seed + row) for row in rows]
 
 
-def row_normal(generators: list[Generator], *shape: int) -> Tensor:
-    """Standard normal noise [B, *shape] in float32, row b from generators[b]."""
-    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
+@dataclass
+class Samples:
+    """Samples to be drawn, each by R particles; `generate` describes the settings."""
+
+    model: LanguageModel
+    generators: list[Generator]
+    """One per sample."""
+    particles: int
+    adjust: AdjustWeights | None
+    progress: Progress
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal noise [num R, *shape], drawn in float32, as the model computes."""
+        noise = [torch.randn(self.particles, *shape, generator=g) for g in self.generators]
+        return torch.cat(noise).to(next(self.model.parameters()))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers [num R, *shape] in [0, 1), in float64 on the CPU."""
+        numbers = [
+            torch.rand(self.particles, *shape, generator=g, dtype=torch.float64)
+            for g in self.generators
+        ]
+        return torch.cat(numbers)
+
+    def draws(self, decoder: Decoder, num_tokens: int) -> Tensor | None:
+        """Uniform numbers [num R, N, G] to draw block L by; None unless it is drawn."""
+        if decoder != "draw":
+            return None
+        prior = as_flow(self.model).prior
+        block = prior.block(-1)
+        groups = len(block.order.channels) // block.coupling.group
+        uniform = self.uniform(num_tokens // prior.patch.patch, groups)
+        return uniform.to(block.start.device, wide_dtype(block.start))
 
 
-def row_uniform(generators: list[Generator], *shape: int) -> Tensor:
-    """Uniform numbers [B, *shape] in [0, 1) in float64, row b from generators[b]."""
-    return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
-
-
-def row_draws(
-    decoder: Decoder, generators: list[Generator], prior: Prior, num_tokens: int, particles: int = 1
-) -> Tensor | None:
-    """Uniform numbers [B R, N, G] to draw block L by, on its device; None unless it is drawn."""
-    if decoder != "draw":
-        return None
-    block = prior.block(-1)
-    groups = len(block.order.channels) // block.coupling.group
-    uniform = row_uniform(generators, particles, num_tokens // prior.patch.patch, groups)
-    return uniform.flatten(0, 1).to(block.start.device, wide_dtype(block.start))
+def without_ended(rows: Tensor | slice, ended: Tensor, cache: KVCache) -> Tensor | slice:
+    """The `rows` that a cache has, without those that `ended` [B] once they are a quarter."""
+    goes_on = ~ended[rows]
+    if not 0 < goes_on.sum() <= 0.75 * len(goes_on):
+        return rows
+    cache.keep(goes_on.nonzero()[:, 0])
+    return torch.arange(len(ended))[rows][goes_on]
 
 
 def num_leading(mask: Tensor) -> int:

@@ -15,23 +15,14 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import Decoder
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import ConditionedLatents, ConditionedTokens
 from tarflowlm.generation.inversion import Kept, stack_inversion
-from tarflowlm.generation.particles import (
-    Evidence,
-    LatentSource,
-    UniformSource,
-    Weights,
-    particle_filter,
-    resample,
-)
-from tarflowlm.generation.sampling import BLANK, num_leading, row_draws, row_normal
+from tarflowlm.generation.particles import Evidence, LatentSource, Weights, particle_filter
+from tarflowlm.generation.sampling import BLANK, Samples, num_leading
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.model_config import LanguageModelConfig
-from tarflowlm.progress import Progress
 
 R = TypeVar("R")
 
@@ -117,32 +108,28 @@ def exact_prompt(model: LanguageModel, given: Tensor) -> int:
 
 
 @dataclass
-class Window:
-    """A text of at most the context, to be written; `generate` describes the settings."""
+class Window(Samples):
+    """A text of at most the context, to be written."""
 
-    model: LanguageModel
-    generators: list[torch.Generator]
-    """One per sample."""
-    particles: int
-    adjust: AdjustWeights | None
     decoders: tuple[Decoder, ...]
     """One per block, L first; none for the baseline."""
-    progress: Progress
     given: Tensor
     """The given tokens, BLANK elsewhere, [num, T] on the CPU."""
     every: int
     """Fewest tokens that are yielded at once, except at the end."""
+    end: int
+    """A sample goes on as this token once it was drawn."""
+    ended: Tensor | None
+    """The samples of which it was drawn, [num]; None where they do not end."""
     shown: int = 0
     """The first so many tokens have been yielded."""
-
-    @property
-    def rows(self) -> int:
-        """Rows that are computed at once."""
-        return len(self.given) * self.particles
+    tokens: Tensor = field(init=False)
+    """Those, the given tokens after them, and else BLANK."""
 
     def write(self) -> Parts:
         """Tokens for the blanks of `given`."""
         num_tokens = self.given.shape[1]
+        self.tokens = self.given.clone()
         whole = F.pad(self.given, (0, -num_tokens % self.model.config.patch), value=BLANK)
         num_exact = exact_prompt(self.model, self.given)
         if isinstance(self.model, TokenLM):
@@ -153,17 +140,22 @@ class Window:
             )
         else:
             result = yield from self._completed(as_flow(self.model), whole)
-        tokens = result.tokens[:, :num_tokens]
         if self.shown < num_tokens:
-            yield self._next(tokens[:, self.shown :])
-        return replace(result, tokens=tokens)
+            yield self._next(result.tokens[:, self.shown :])
+        flow = result._flow if self.ended is None else None
+        return replace(result, tokens=self.tokens.to(result.tokens.device), _flow=flow)
 
     def _next(self, tokens: Tensor) -> Tensor:
-        """The next tokens: `tokens` [num, n], or the given ones."""
-        given = self.given[:, self.shown : self.shown + tokens.shape[1]]
-        num = given.shape[1]
-        self.shown += num
-        return torch.where(given == BLANK, tokens[:, :num].cpu(), given)
+        """The next tokens: `tokens` [num, n], or the given ones; behind an end all are ends."""
+        found = self.tokens[:, self.shown : self.shown + tokens.shape[1]]
+        is_blank = found == BLANK
+        found[:] = torch.where(is_blank, tokens[:, : found.shape[1]].cpu(), found)
+        if self.ended is not None:
+            is_over = ((found == self.end) & is_blank).cumsum(1).bool() | self.ended[:, None]
+            found.masked_fill_(is_over, self.end)
+            self.ended |= is_over[:, -1]
+        self.shown += found.shape[1]
+        return found.clone()
 
     def _tokens(self, values: Tensor) -> Tensor:
         """The tokens [num, n P] of values [num, n, ...] of positions: latents, or tokens."""
@@ -184,33 +176,32 @@ class Window:
 
     def _inverted(self, flow: TarFlowLM, prompt: Tensor, num_tokens: int) -> Parts:
         """Noise inverted block by block, behind the known states of a prompt [num, n]."""
-        noise = row_normal(self.generators, num_tokens, flow.config.latent_dim)
-        noise = noise.to(flow.codebook.mean)
+        one = replace(self, particles=1)
+        noise = one.normal(num_tokens, flow.config.latent_dim)
         num = prompt.shape[1]
-        settled: list[Tensor] = []
+        known: list[Tensor] = []
         evidence = None
         if num:
             z = flow.codebook.encode(prompt.to(noise.device), noise[:, :num])
-            settled, log_dets = flow.prior.states(z)
-            log_p = standard_normal_log_prob(settled[-1]) + torch.cat(log_dets, -1).sum(-1)
-            weights = Weights.uniform(len(noise), 1)
+            known, log_dets = flow.prior.states(z)
+            log_p = standard_normal_log_prob(known[-1]) + torch.cat(log_dets, -1).sum(-1)
+            weights = Weights(self.generators, 1)
             weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
             evidence = weights.evidence()
-            noise = torch.cat((settled[-1], noise[:, num:]), 1)
+            noise = torch.cat((known[-1], noise[:, num:]), 1)
         steps = stack_inversion(
             flow,
             noise,
             decoder=self.decoders,
             adjust=self.adjust,
-            settled=settled,
-            uniform=row_draws(self.decoders[0], self.generators, flow.prior, num_tokens),
+            known=known,
+            uniform=one.draws(self.decoders[0], num_tokens),
+            ended=self.ended,
             progress=self.progress,
         )
         states, work = yield from self._read(steps)
-        tokens = flow.codebook.decode(states[-1])
-        tokens[:, :num] = prompt
         return Generation(
-            tokens,
+            flow.codebook.decode(states[-1]),
             evidence,
             sweeps=tuple(w.passes for w in work),
             decoders=tuple(w.decoder for w in work),
@@ -222,27 +213,20 @@ class Window:
         """A particle filter through block 1 (docs/math.md, section 9)."""
         spread = given.repeat_interleave(self.particles, dim=0)
         is_known = spread != BLANK
-        source = LatentSource(
-            flow, self.generators, self.particles, is_known, self.decoders, self.progress
-        )
-        eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
+        source = LatentSource(self, is_known, self.decoders)
+        eps = self.normal(given.shape[1], flow.config.latent_dim)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
-        uniform = None
-        if source.single:
-            uniform = row_draws(
-                self.decoders[0], self.generators, flow.prior, given.shape[1], self.particles
-            )
+        uniform = self.draws(self.decoders[0], given.shape[1]) if source.single else None
         latents = ConditionedLatents(flow, source.draw, known, is_known, self.adjust, uniform)
-        weights = Weights.uniform(len(given), self.particles)
+        latents.ended = self.ended
+        weights = Weights(self.generators, self.particles)
         weights.add(latents.prefill())
         self.progress.advance(latents.at)
-        filtered = particle_filter(latents, weights, self.generators, source, self.progress)
-        yield from self._read(filtered)
+        yield from self._read(particle_filter(latents, weights, source.redraw, self.progress))
         weights.add(source.log_factor(flow.prior.patch.inverse(latents.noise)))
-        z = flow.prior.patch.inverse(latents.values)[self._draw_particles(weights)]
-        tokens = torch.where(given == BLANK, flow.codebook.decode(z).cpu(), given)
+        z = flow.prior.patch.inverse(latents.values)[weights.pick()]
         return Generation(
-            tokens.to(z.device),
+            flow.codebook.decode(z),
             weights.evidence(),
             sweeps=(*(w.passes for w in source.work), latents.num_positions),
             decoders=(*(w.decoder for w in source.work), "steps" if uniform is None else "draw"),
@@ -251,21 +235,20 @@ class Window:
         )
 
     def _from_baseline(self, model: TokenLM, given: Tensor) -> Parts:
-        source = UniformSource(self.generators, self.particles, given.shape[1])
+        num_tokens = given.shape[1]
         spread = given.repeat_interleave(self.particles, dim=0)
-        tokens = ConditionedTokens(model, source.draw, spread, spread != BLANK, self.adjust)
-        weights = Weights.uniform(len(given), self.particles)
-        filtered = particle_filter(tokens, weights, self.generators, source, self.progress)
-        yield from self._read(filtered)
-        found = tokens.values.flatten(1)[self._draw_particles(weights)]
-        return Generation(found, weights.evidence() if (given != BLANK).any() else None)
+        uniform = self.uniform(num_tokens)
+        tokens = ConditionedTokens(model, uniform, spread, spread != BLANK, self.adjust)
+        tokens.ended = self.ended
+        weights = Weights(self.generators, self.particles)
 
-    def _draw_particles(self, weights: Weights) -> Tensor:
-        """One particle per sample: row indices [num]."""
-        picks = [
-            resample(log_w, 1, g) for log_w, g in zip(weights.log_w, self.generators, strict=True)
-        ]
-        return torch.cat(picks) + torch.arange(len(picks)) * self.particles
+        def redraw(samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
+            generators = [self.generators[b] for b in samples]
+            return replace(self, generators=generators).uniform(num_tokens)
+
+        yield from self._read(particle_filter(tokens, weights, redraw, self.progress))
+        found = tokens.values.flatten(1)[weights.pick()]
+        return Generation(found, weights.evidence() if (given != BLANK).any() else None)
 
 
 def spans(

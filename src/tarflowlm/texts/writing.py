@@ -285,6 +285,7 @@ class Draft:
                 progress=progress,
                 every=every,
                 without=self.lm.tokenizer.end if stands_in_one else None,
+                end=None if self.is_whole else self.end,
             )
         )
         streams = list(map(self._stream, rows))
