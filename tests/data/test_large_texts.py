@@ -146,7 +146,7 @@ def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
     assert sizes == [940, 30, 30]
     assert [len(piece.text) for piece in cut_in_three([text[:600]], 600)] == [540, 30, 30]
     assert [len(piece.text) for piece in cut_in_three([text[:599]], 599)] == [539, 30, 30]
-    monkeypatch.setattr("tarflowlm.data.sources.LARGEST", 300)
+    monkeypatch.setattr(splits, "LARGEST", 300)
     split = resolve_source(str(folder)).splitter(0)
     found = [split(str(number)) for number in range(4000)]
     share = 0.5 * 300 / sum(file.stat().st_size for file in folder.rglob("*.parquet"))

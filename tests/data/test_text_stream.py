@@ -7,11 +7,9 @@ from tarflowlm.data.streaming import TextStream, first_stop
 from tarflowlm.data.tokenizer import ByteTokenizer
 
 
-def streamed(
-    text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: int = 0
-) -> tuple[str, TextStream]:
+def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0) -> tuple[str, TextStream]:
     """The shown part of a text that comes byte by byte."""
-    stream = TextStream(ByteTokenizer(), stops, start=start, shown=shown)
+    stream = TextStream(ByteTokenizer(), stops, start=start)
     pieces = [stream.add(torch.tensor([token])) for token in text.encode()]
     return "".join([*pieces, stream.close()]), stream
 
@@ -47,8 +45,8 @@ def test_text_that_cannot_begin_a_stop_is_shown_at_once():
 
 
 def test_characters_come_whole():
-    shown, stream = streamed("née ☃", shown=2)
-    assert (shown, stream.text) == ("e ☃", "née ☃")
+    shown, stream = streamed("née ☃")
+    assert shown == stream.text == "née ☃"
     stream = TextStream(ByteTokenizer())
     assert stream.add(torch.tensor(list("a☃".encode()[:-1]))) == "a"
     assert stream.close() == "\ufffd"

@@ -12,8 +12,9 @@ from helpers import tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate, particles
 from tarflowlm.generation.particles import Weights, effective, resample
-from tarflowlm.generation.sampling import BLANK
+from tarflowlm.generation.sampling import BLANK, Samples
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT
 
 MODELS = {
     "ar": {"context": 3},
@@ -167,7 +168,8 @@ def test_systematic_draws_match_the_weights():
 
 
 def test_weights_count_particles_and_refuse_what_is_not_a_number():
-    weights = Weights([torch.Generator(), torch.Generator()], 4)
+    generators = [torch.Generator(), torch.Generator()]
+    weights = Weights(Samples(tiny_ar(), generators, 4, None, SILENT))
     assert effective(weights.log_w).tolist() == [4.0, 4.0]
     weights.add(torch.tensor([0.0, torch.nan, -torch.inf, 0.0, -1.0, -1.0, -1.0, -1.0]))
     assert effective(weights.log_w).tolist() == pytest.approx([2.0, 4.0])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import LARGEST, SPLITS, Split, split_of_document
+from tarflowlm.data.splits import SPLITS, Split, fair_shares, split_of_document
 from tarflowlm.data.text import (
     BLOCK,
     FIELD,
@@ -210,10 +210,10 @@ class Documents(Source):
             raise UserError(f"{what} ({first_line(error)}): {remedy}") from None
 
     def splitter(self, part: int) -> Callable[[str], Split]:
-        """The split of each document of a part: 5 % or about `LARGEST` characters, and the rest."""
+        """The split of each document of a part, by `fair_shares`."""
         # compression leaves half of the characters
-        held = min(5.0, 50 * LARGEST / sum(file.stat().st_size for file in self.files))
-        return partial(split_of_document, shares=(100 - 2 * held, 100 - held))
+        characters = 2 * sum(file.stat().st_size for file in self.files)
+        return partial(split_of_document, shares=fair_shares(set(), characters))
 
 
 class OpenWebText(Documents):

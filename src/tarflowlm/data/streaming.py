@@ -23,15 +23,12 @@ class TextStream:
         stops: Sequence[str] = (),
         *,
         start: int = 0,
-        shown: int = 0,
         end: int | None = None,
     ) -> None:
-        """Stops count from character `start` on; the first `shown` characters are left out.
-
-        The token `end` is a stop, too.
-        """
-        self.stops, self.start, self.shown, self.end = stops, start, shown, end
+        """Stops count from character `start` on. The token `end` is a stop, too."""
+        self.stops, self.start, self.end = stops, start, end
         self.text, self.has_stopped, self.has_ended = "", False, False
+        self.shown = 0
         self.length = 0  # tokens read
         self._bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -51,6 +51,10 @@ class Conditioned(ABC):
         self.rows: Tensor | slice = slice(None)
         """Those of which the next position is completed."""
 
+    def prefill(self) -> Tensor | None:
+        """Complete the leading positions that are given in all rows at once; returns as `step`."""
+        return None
+
     def step(self) -> Tensor | None:
         """Complete the next position: log p [B] of its given tokens, in nats; None without any."""
         if self.ended is not None:
@@ -120,11 +124,10 @@ class ConditionedLatents(Conditioned):
     def positions(self, x: Tensor) -> Tensor:
         return self.patch(x)
 
-    def prefill(self) -> Tensor:
-        """Complete the leading positions that are given in all rows at once; returns as `step`."""
+    def prefill(self) -> Tensor | None:
         num = num_leading(self.is_known.all(2).all(0))
         if num == 0:
-            return self.noise.new_zeros(len(self.noise))
+            return None
         u, log_det = self.block.coupling(self.known[:, :num], self.settle(self.known, num))
         self.noise[:, :num] = u
         log_p = log_det.sum(-1) + standard_normal_log_prob(u)

@@ -46,7 +46,7 @@ class GapFilter:
         self.pieces = pieces
         self.gaps = gaps
         self.allowed = allowed
-        self.weights = Weights(samples.generators, samples.particles)
+        self.weights = Weights(samples)
         B = self.weights.log_w.numel()
         self.tokens = torch.zeros(B, num_tokens, dtype=torch.long, device=self.model.device)
         self.values = self.tokens.clone()

@@ -18,7 +18,7 @@ from tarflowlm.generation.conditioned import Conditioned
 from tarflowlm.generation.inversion import Inverted, invert_stack
 from tarflowlm.generation.sampling import Samples
 from tarflowlm.model import as_flow
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.progress import SILENT
 
 RESAMPLE_BELOW = 0.5
 """Particles are resampled when their effective sample size falls below this times R."""
@@ -45,12 +45,13 @@ class Evidence:
 class Weights:
     """The weights of R particles per sample, in float64 on the CPU (docs/math.md, eq. 21)."""
 
-    def __init__(self, generators: list[torch.Generator], particles: int) -> None:
-        """Weights of 1; `generators` has one per sample."""
-        self.generators = generators
-        self.log_w = torch.zeros(len(generators), particles, dtype=torch.float64)
+    def __init__(self, samples: Samples) -> None:
+        """Weights of 1."""
+        self.generators = samples.generators
+        num = len(self.generators)
+        self.log_w = torch.zeros(num, samples.particles, dtype=torch.float64)
         """log omega_r [num, R], in nats; after resampling all have the mean weight."""
-        self.draws = torch.zeros(len(generators), dtype=torch.long)
+        self.draws = torch.zeros(num, dtype=torch.long)
         """How often the particles of each sample were resampled, [num]."""
 
     def add(self, log_increment: Tensor | None) -> None:
@@ -115,23 +116,26 @@ rows, those whose texts they continue, and the position from which on it serves.
 
 
 def particle_filter(
-    conditioned: Conditioned, weights: Weights, redraw: Redraw, progress: Progress
-) -> Generator[Tensor, None, None]:
-    """Run `conditioned` to its end, adding to `weights`.
+    conditioned: Conditioned, samples: Samples, redraw: Redraw
+) -> Generator[Tensor, None, Weights]:
+    """Run `conditioned` to its end: the weights of its rows.
 
     The particles of a sample are resampled when their effective number falls below a share of R;
     then `redraw` gives them fresh noise. A single particle is final after every position: then the
     generator yields its values so far.
     """
+    weights = Weights(samples)
     num, particles = weights.log_w.shape
+    weights.add(conditioned.prefill())
+    samples.progress.advance(conditioned.at)
     while conditioned.at < conditioned.num_positions:
         weights.add(conditioned.step())
-        progress.advance()
+        samples.progress.advance()
         if particles == 1:
             yield conditioned.values[:, : conditioned.at]
             continue
         if conditioned.at == conditioned.num_positions:
-            return
+            break
         is_uneven = effective(weights.log_w) < RESAMPLE_BELOW * particles
         uneven: list[int] = is_uneven.nonzero().flatten().tolist()
         if not uneven:
@@ -143,6 +147,7 @@ def particle_filter(
             rows[b] = rows[b, order]
         fresh = redraw(uneven, own, rows[uneven].flatten(), conditioned.at)
         conditioned.select(rows.flatten(), own, fresh)
+    return weights
 
 
 class LatentSource:

@@ -185,7 +185,7 @@ class Window(Samples):
             z = flow.codebook.encode(prompt.to(noise.device), noise[:, :num])
             known, log_dets = flow.prior.states(z)
             log_p = standard_normal_log_prob(known[-1]) + torch.cat(log_dets, -1).sum(-1)
-            weights = Weights(self.generators, 1)
+            weights = Weights(one)
             weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
             evidence = weights.evidence()
             noise = torch.cat((known[-1], noise[:, num:]), 1)
@@ -219,10 +219,7 @@ class Window(Samples):
         uniform = self.draws(self.decoders[0], given.shape[1]) if source.single else None
         latents = ConditionedLatents(flow, source.draw, known, is_known, self.adjust, uniform)
         latents.ended = self.ended
-        weights = Weights(self.generators, self.particles)
-        weights.add(latents.prefill())
-        self.progress.advance(latents.at)
-        yield from self._read(particle_filter(latents, weights, source.redraw, self.progress))
+        weights = yield from self._read(particle_filter(latents, self, source.redraw))
         weights.add(source.log_factor(flow.prior.patch.inverse(latents.noise)))
         z = flow.prior.patch.inverse(latents.values)[weights.pick()]
         return Generation(
@@ -240,13 +237,12 @@ class Window(Samples):
         uniform = self.uniform(num_tokens)
         tokens = ConditionedTokens(model, uniform, spread, spread != BLANK, self.adjust)
         tokens.ended = self.ended
-        weights = Weights(self.generators, self.particles)
 
         def redraw(samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
             generators = [self.generators[b] for b in samples]
             return replace(self, generators=generators).uniform(num_tokens)
 
-        yield from self._read(particle_filter(tokens, weights, redraw, self.progress))
+        weights = yield from self._read(particle_filter(tokens, self, redraw))
         found = tokens.values.flatten(1)[weights.pick()]
         return Generation(found, weights.evidence() if (given != BLANK).any() else None)
 
