@@ -12,12 +12,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors
 
-REQUIREMENT = "tarflowlm[studio] @ git+https://github.com/tarflowlm/tarflowlm\n"
-APP = """from tarflowlm.cli.main import main
-
-main(["studio", ".", "--host", "0.0.0.0", "--no-browser"])
-"""
-
 
 def save_pretrained(
     checkpoint: Checkpoint,
@@ -64,42 +58,22 @@ def push_to_hub(
         return push_folder(folder, repository, private=private)
 
 
-def push_folder(
-    folder: Path, repository: str, *, private: bool = False, space: bool = False
-) -> str:
+def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
     """Upload a saved model to OWNER/NAME, made if needed; returns the address."""
     import huggingface_hub
     from huggingface_hub import constants
 
     api = huggingface_hub.HfApi(library_name="tarflowlm")
-    kind = "space" if space else "model"
     with hub_errors(repository):
-        api.create_repo(
-            repository,
-            repo_type=kind,
-            space_sdk="gradio" if space else None,
-            private=private or None,
-            exist_ok=True,
-        )
-        if private and not api.repo_info(repository, repo_type=kind).private:
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository).private:
             raise UserError(f"{repository} exists and is public: name another")
         api.upload_folder(
             repo_id=repository,
-            repo_type=kind,
             folder_path=folder,
             commit_message="Upload a model made with tarflowlm",
         )
-    place = f"spaces/{repository}" if space else repository
-    return f"{constants.ENDPOINT}/{place}"
-
-
-def add_space(folder: Path, title: str) -> None:
-    """Make a Space of a saved model: add app.py, requirements.txt and a head of the card."""
-    (folder / "app.py").write_text(APP, encoding="utf-8")
-    (folder / "requirements.txt").write_text(REQUIREMENT, encoding="utf-8")
-    card = (folder / CARD).read_text(encoding="utf-8")
-    head = f"---\ntitle: {title}\nsdk: gradio\napp_file: app.py\npython_version: 3.12\n"
-    (folder / CARD).write_text(head + card.removeprefix("---\n"), encoding="utf-8")
+    return f"{constants.ENDPOINT}/{repository}"
 
 
 def checked_repository(name: str) -> str:

@@ -32,7 +32,7 @@ OPTIONS = {
     "report": "device directories json out",
     "studio": "device host models no-browser port",
     "export": "causal-lm directory half json out",
-    "push": "directory dry-run half json licence out private repository space",
+    "push": "directory dry-run half json licence out private repository",
     "harness": "directory json noise-seed normalize posterior-samples",
 }
 """Names of the fields of `Args`: words without dashes, options, and configurations."""

@@ -1,9 +1,6 @@
 """Models fetched from the hub and pushed to it, with their cards."""
 
 import json
-import subprocess
-import sys
-import urllib.request
 
 import httpx
 import pytest
@@ -49,30 +46,6 @@ def test_only_the_files_of_a_model_are_fetched(shared):
         (shared.repository("ada/tiny") / name).write_text("x", encoding="utf-8")
     folder = fetch("hf:ada/tiny")
     assert {path.name for path in folder.iterdir()} <= {*FILES, "README.md"}
-
-
-@pytest.mark.slow
-def test_a_space_runs_the_studio(hub, finished, run):
-    """`push --space` makes a Space, whose app.py serves the model beside it."""
-    pytest.importorskip("gradio")
-    assert run("push", finished, "ada/page", "--space").status == 0
-    folder = hub.repository("ada/page")
-    assert {"requirements.txt", "config.json", "model.safetensors"} <= {
-        path.name for path in folder.iterdir()
-    }
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\ntitle: page\nsdk: gradio\napp_file: app.py\n")
-    assert card.count("---\n") == 2
-    with subprocess.Popen(
-        [sys.executable, "app.py"], cwd=folder, stdout=subprocess.PIPE, text=True
-    ) as program:
-        try:
-            address = program.stdout.readline().strip().replace("0.0.0.0", "127.0.0.1")
-            page = urllib.request.urlopen(f"{address}config", timeout=60).read().decode()
-        finally:
-            program.kill()
-    assert '"page"' in page
-    assert "tarflowlm studio" in page
 
 
 def test_flipped_byte_is_refused_and_the_remedy_works(shared, refused):

@@ -20,7 +20,6 @@ class Args:
     repository: Annotated[
         tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")
     ]
-    space: Flag = False  # Make a Space, which runs the studio, instead of a model.
     private: Flag = False  # Only its owner sees the repository, which is new or private already.
     half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
     licence: Text = None  # Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0.
@@ -33,7 +32,7 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.sharing import add_space, checked_repository, push_folder, save_pretrained
+    from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
 
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]
@@ -48,13 +47,11 @@ def run(args: Args) -> None:
             licence=args.licence,
             repository=repository,
         )
-        if args.space:
-            add_space(folder, name)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         if not args.dry_run:
             total = f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB"
             print_notice(f"uploading {total}, to {repository}")
-            url = push_folder(folder, repository, private=args.private, space=args.space)
+            url = push_folder(folder, repository, private=args.private)
     found = {
         "repository": repository,
         "private": args.private,
