@@ -43,7 +43,7 @@ Model = Annotated[
         "`tarflowlm info` lists models and the default.",
     ),
 ]
-Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
+Device = Annotated[DeviceName, arg(help="auto picks cuda, then cpu.")]
 PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
 Normalize = Annotated[
     Literal["text8"] | None,
