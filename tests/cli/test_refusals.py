@@ -97,6 +97,9 @@ LINES = [
     ([*SAMPLE, "--contains", "king of the land", "--length", "9"], ["king of", "length of 9"]),
     ([*SAMPLE, "--contains", "a", "--length", "17"], ["17", "16"]),
     ([*SAMPLE, "--seed", str(2**80)], [f"seed {2**80}"]),
+    (["sample", "x", "--num", "1e3"], ["--num", "'1e3'", "sample --help"]),
+    (["sample", "x", "--top-p", "much"], ["--top-p", "'much'"]),
+    (["sample", "x", "--decoder", "magic"], ["--decoder", "'magic'", "steps"]),
     (["sample", "affine", "--temperature", "0.5"], ["temperature 0.5", "affine"]),
     (["sample", "ar", "--passes"], ["--passes", "baseline"]),
     (["sample", "no-such"], ["no-such", "english-small"]),
@@ -118,8 +121,6 @@ LINES = [
 ]
 BOXES = [
     (["sample", "x", "--lenght", "3"], ["--lenght", "--length"]),
-    (["sample", "x", "--num", "1e3"], ["--num", "'1e3'"]),
-    (["sample", "x", "--decoder", "magic"], ["'magic'", "steps"]),
     ([*TRAIN, "--seed"], ["--seed"]),
     ([*TRAIN, "stray"], ["stray"]),
     (["data", "x"], ["--out"]),

@@ -68,8 +68,8 @@ TopP = Annotated[
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
     """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
 
-    For words that do not parse tyro prints a box and exits with status 2. A UserError of the
-    dataclass itself, or of one inside it, passes through.
+    For words that do not parse tyro prints a box and exits with status 2; what it says of a wrong
+    value becomes a UserError. One of the dataclass itself, or of one inside it, passes through.
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
@@ -83,6 +83,11 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
             error = error.__context__
         if error is not None:
             raise error from None
+        title, _, body = box.getvalue().partition("\n")
+        if "Value error" in title or "Invalid choice" in title:
+            lines = [line.strip("│─ ") for line in body.splitlines()]
+            said = " ".join(lines[: lines.index("")]).rstrip(".")  # up to its first rule
+            raise UserError(f"{said}; see {prog} --help") from None
         sys.stderr.write(box.getvalue())
         raise
 
