@@ -14,8 +14,8 @@ import tyro
 from reproduction import quality_command
 from reproduction.settings import Settings
 from tarflowlm.cli.main import main, run_command
-from tarflowlm.cli.options import Flag, PrintJson, arg
 from tarflowlm.errors import UserError, unknown
+from tarflowlm.options import Flag, PrintJson, arg
 
 if TYPE_CHECKING:
     from reproduction.recipe import Recipe

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
-from tarflowlm.cli import options
+from tarflowlm import options
 from tarflowlm.cli.evaluate import Split
-from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
+from tarflowlm.options import arg
 
 if TYPE_CHECKING:
     from reproduction.quality import Quality

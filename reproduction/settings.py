@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tarflowlm.cli.options import Count, Device, arg
 from tarflowlm.config import Precision, RunConfig
 from tarflowlm.model_config import FlowConfig, LanguageModelConfig
+from tarflowlm.options import Count, Device, arg
 from tarflowlm.presets import preset, with_steps
 
 Scale = Literal["mini", "paper"]

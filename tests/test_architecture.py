@@ -21,7 +21,7 @@ MODULES = {
 LAYERS = """
     errors progress chunks | files parts schema | locks model_config | config | presets |
     flow data | language_model device | checks | model baseline | objective | runs |
-    generation | evaluation editing | texts | card | sharing causal_lm | training | views |
+    generation | evaluation editing options | texts | card | sharing causal_lm | training | views |
     terminal |
     pretrained | __init__ | reproduce harness | studio | cli | __main__
 """

@@ -12,7 +12,8 @@ from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
 from tarflowlm.progress import Progress
-from tarflowlm.texts import Writing
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import Draft, write
 
 STORIES = ("The cat sat.", "A dog ran off!", "We sang.")
 TRUNK = TransformerConfig(width=32, num_heads=2)
@@ -56,7 +57,7 @@ def test_samples_begin_and_end_as_documents_do(lm):
     assert sum(text in ENDED for text in texts) > 24
     assert lm.write(num=4, temperature=0.5) == texts[:4]
     assert "".join(lm.stream(temperature=0.5)) == texts[0]
-    written = next(Writing(num=8, temperature=0.5).read(lm).batches())
+    written = next(Draft.of(Writing(num=8, temperature=0.5), lm).batches())
     assert written.texts == texts[:8]
     assert [stream.has_ended for stream in written.streams] == [
         len(text) < 31 for text in texts[:8]
@@ -94,14 +95,14 @@ def test_no_time_is_spent_behind_the_last_end(lm):
     for stop_at_end in (True, False):
         progress = Counting()
         request = Writing(num_tokens=200, stop_at_end=stop_at_end, temperature=0.5, num=3)
-        request.run(lm, progress)
+        write(request, lm, progress)
         counts[stop_at_end] = progress.done
     assert 3 * counts[True] < counts[False]
 
 
 @pytest.mark.slow
 def test_blanks_are_no_ends(lm):
-    draft = Writing(template="The cat sat._" * 2, num=20).read(lm)
+    draft = Draft.of(Writing(template="The cat sat._" * 2, num=20), lm)
     for written in draft.batches():
         assert not (written.generation.tokens == lm.tokenizer.end).any()
 
@@ -129,9 +130,9 @@ def test_ends_count_bits_and_no_characters(lm, run_json):
 
 def test_a_model_without_ends_begins_anywhere(trained: Path):
     lm = tarflowlm.load(trained)
-    draft = Writing().read(lm)
+    draft = Draft.of(Writing(), lm)
     assert (len(draft.lead), draft.end, draft.num_tokens) == (0, None, lm.config.context)
     ended = replace(lm, tokenizer=CharTokenizer(lm.tokenizer.alphabet[:-1], "none", has_end=True))
-    draft = Writing().read(ended)
+    draft = Draft.of(Writing(), ended)
     assert draft.lead.tolist() == [draft.end] == [26]
     assert draft.num_written == lm.config.context

@@ -6,7 +6,8 @@ import pytest
 
 import tarflowlm
 from helpers import mostly_slow
-from tarflowlm.texts import Edit, Score, Writing
+from tarflowlm.texts import edits, scores, writing
+from tarflowlm.texts.requests import Edit, Score, Writing
 
 TEXT = "The King of the land gave 3 laws to the people"
 
@@ -32,7 +33,7 @@ def test_a_stream_stops_where_its_stop_is_read(flow):
 
 CASES = {
     "prompt": (
-        Writing(prompts=("The King",), num_tokens=30, seed=3, num=2),
+        Writing(prompt="The King", num_tokens=30, seed=3, num=2),
         lambda lm: lm.write("The King", num_tokens=30, seed=3, num=2),
     ),
     "template": (
@@ -40,7 +41,7 @@ CASES = {
         lambda lm: lm.fill("The ___ of 2 Kings", temperature=0.8),
     ),
     "stop": (
-        Writing(prompts=("The King",), num_tokens=60, stop=("TH",), seed=5),
+        Writing(prompt="The King", num_tokens=60, stop=("TH",), seed=5),
         lambda lm: lm.write("The King", num_tokens=60, stop="TH", seed=5),
     ),
     "words": (Edit(text=TEXT, words=2, seed=4), lambda lm: lm.edit(TEXT, words=2, seed=4)),
@@ -69,7 +70,7 @@ CASES = {
         lambda lm: lm.edit(TEXT, level=1, strength=0.3, seed=6),
     ),
     "score": (
-        Score(texts=(TEXT,), samples=3, seed=2),
+        Score(text=TEXT, samples=3, seed=2),
         lambda lm: lm.score(TEXT, samples=3, seed=2),
     ),
 }
@@ -89,10 +90,14 @@ def shown_by_command(run, request) -> object:
 @pytest.mark.parametrize("name", mostly_slow(CASES, "prompt", "template", "score"))
 def test_python_and_command_line_give_the_same(flow, run, name):
     request, call = CASES[name]
-    by_python, by_request = call(flow), request.run(flow)
+    by_python = call(flow)
     if isinstance(request, Score):
+        by_request = scores.score(request, flow)
         assert by_python.total == by_request[0].total == shown_by_command(run, request)
         return
-    texts = by_request.texts if isinstance(request, Edit) else by_request
+    if isinstance(request, Edit):
+        texts = edits.edit(request, flow).texts
+    else:
+        texts = writing.write(request, flow)
     by_python = [by_python] if isinstance(by_python, str) else by_python
     assert by_python == texts == shown_by_command(run, request)

@@ -13,7 +13,8 @@ from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, corpus_digest, read_summary
 from tarflowlm.runs.hub import CARD, read_card
 from tarflowlm.schema import flatten
-from tarflowlm.texts import Writing
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import write
 
 NUM_SAMPLES = 2
 LONGEST = 256
@@ -102,7 +103,7 @@ def _result(test: Summary) -> str:
 
 def _samples(checkpoint: Checkpoint, length: int) -> str:
     samples = ""
-    texts = Writing(num_tokens=length, num=NUM_SAMPLES).run(checkpoint)
+    texts = write(Writing(num_tokens=length, num=NUM_SAMPLES), checkpoint)
     for number, text in enumerate(texts, 1):
         # indented, so that nothing in a sample is taken for Markdown
         samples += f"{number}.\n\n{indent(text, ' ' * 8)}\n\n"

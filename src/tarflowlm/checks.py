@@ -1,12 +1,14 @@
-"""Checks of the values that callers of the Python interface give."""
+"""Checks of the values that callers of the Python interface give. Most need no torch."""
 
 from numbers import Integral, Real
-from typing import get_args
-
-from torch import Generator, Tensor, float32, float64, int8, int16, int32, int64, uint8
+from typing import TYPE_CHECKING, get_args
 
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tarflowlm.language_model import LanguageModel
 
 
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
@@ -19,8 +21,12 @@ def _shown(value: object) -> str:
     return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
 
 
-def check_model(model: LanguageModel) -> None:
+def check_model(model: "LanguageModel") -> None:
     """UserError unless `model` is a model in float32 or wider."""
+    from torch import float32, float64
+
+    from tarflowlm.language_model import LanguageModel
+
     check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
     dtype = next(model.parameters()).dtype
     if dtype not in (float32, float64):
@@ -29,6 +35,8 @@ def check_model(model: LanguageModel) -> None:
 
 def check_generator(generator: object) -> None:
     """UserError unless `generator` is a torch.Generator or None."""
+    from torch import Generator
+
     wanted = "give torch.Generator().manual_seed(0)"
     check_type(generator, "generator", (Generator, type(None)), wanted)
 
@@ -74,6 +82,8 @@ def _plain(value: object) -> object:
 
 def check_integers(tokens: object, name: str, *shapes: str) -> None:
     """UserError unless `tokens` is a tensor of integers of one of the `shapes`: "[T]", "[B, T]"."""
+    from torch import Tensor, int8, int16, int32, int64, uint8
+
     wanted = f"give a tensor of integers {' or '.join(shapes)}, as of tokenizer.encode(text)"
     check_type(tokens, name, Tensor, wanted)
     assert isinstance(tokens, Tensor)
@@ -83,7 +93,7 @@ def check_integers(tokens: object, name: str, *shapes: str) -> None:
 
 
 def check_tokens(
-    model: LanguageModel, tokens: Tensor, *, name: str = "tokens", shape: str = "[B, T]"
+    model: "LanguageModel", tokens: "Tensor", *, name: str = "tokens", shape: str = "[B, T]"
 ) -> None:
     """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
 

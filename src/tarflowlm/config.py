@@ -17,6 +17,9 @@ Decoder = Literal["steps", "sweeps", "auto", "draw"]
 "draw" draws the latents of the last block from its mixtures instead.
 """
 
+Pick = Literal["random", "unlikely"]
+"""Words that an edit draws anew: at random, or those that cost most in block 1."""
+
 Precision = Literal["float32", "bfloat16"]
 
 Normalization = Literal["none", "text8"]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack, cast, overload
+from typing import Any, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from tarflowlm.checks import as_integer, check_type
 from tarflowlm.config import (
     TEXT8_ALPHABET,
     DataConfig,
+    Decoder,
     Kind,
+    Pick,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -23,6 +25,8 @@ from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
+from tarflowlm.generation.gaps import Allowed
+from tarflowlm.generation.inversion import Decoders
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
@@ -30,12 +34,53 @@ from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
-from tarflowlm.texts import Edit, EditOptions, Score, Scored, Writing, WritingOptions, as_texts
+from tarflowlm.texts.edits import edit
+from tarflowlm.texts.requests import Edit, Score, Writing, as_texts
+from tarflowlm.texts.scores import Scored, score
+from tarflowlm.texts.writing import Draft, write
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
 OWN = Path(os.devnull, "own")
 """The directory of a model that was not loaded: below a file, where nothing can be."""
+
+
+class WritingOptions(TypedDict, total=False):
+    """The options of `write`, `fill` and `stream`: fields of `Writing`."""
+
+    num_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    particles: int | None
+    decoder: Decoders
+    blank: str
+    without: str
+    contains: str | None
+    allowed: Allowed | None
+    stop: str | Sequence[str]
+    stop_at_end: bool
+    seed: int
+
+
+class EditOptions(TypedDict, total=False):
+    """The options of `edit`: fields of `Edit`."""
+
+    rewrite: str | Sequence[str] | None
+    everywhere: bool
+    replace: tuple[str, str] | None
+    around: int | None
+    counterfactual: tuple[str, str] | None
+    toward: str | None
+    level: int | None
+    strength: float | None
+    words: int | None
+    pick: Pick | None
+    weight: float | None
+    candidates: int | None
+    temperature: float | None
+    decoder: Decoder | None
+    seed: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,8 +164,9 @@ class Pretrained(Checkpoint):
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
             return []
-        request = Writing(prompts=_prompts(prompt), num=1 if num is None else num, **options)
-        texts = request.run(self)
+        # an empty prompt is none
+        request = Writing(prompt=prompt or None, num=1 if num is None else num, **options)
+        texts = write(request, self)
         return texts if several or num is not None else texts[0]
 
     @overload
@@ -140,12 +186,13 @@ class Pretrained(Checkpoint):
         Options as in `write`; the length is that of the template. By default 16 `particles` are
         weighed by the text behind a blank.
         """
-        texts = Writing(template=template, num=1 if num is None else num, **options).run(self)
+        request = Writing(template=template, num=1 if num is None else num, **options)
+        texts = write(request, self)
         return texts[0] if num is None else texts
 
     def stream(self, prompt: str | None = None, **options: Unpack[WritingOptions]) -> Iterator[str]:
         """The text of `write`, with its options, piece by piece as its tokens become final."""
-        yield from Writing(prompts=_prompts(prompt), **options).read(self).pieces()
+        yield from Draft.of(Writing(prompt=prompt or None, **options), self).pieces()
 
     @overload
     def edit(self, text: str, *, num: None = None, **options: Unpack[EditOptions]) -> str: ...
@@ -159,10 +206,10 @@ class Pretrained(Checkpoint):
         """The text with some words drawn anew given all others; with `num`, a list of edits.
 
         `strength` is the share of the words, `words` their number. `rewrite`, `replace`,
-        `counterfactual`, `toward` and `level` ask for another edit. `texts.Edit` describes all
-        options. UserError for a baseline, and for options that have no effect.
+        `counterfactual`, `toward` and `level` ask for another edit. `tarflowlm edit --help` lists
+        all options. UserError for a baseline, and for options that have no effect.
         """
-        texts = Edit(text=text, num=1 if num is None else num, **options).run(self).texts
+        texts = edit(Edit(text=text, num=1 if num is None else num, **options), self).texts
         return texts[0] if num is None else texts
 
     @overload
@@ -178,7 +225,8 @@ class Pretrained(Checkpoint):
 
         Its `notice` says whether the text was read otherwise than it was given.
         """
-        found = Score(texts=as_texts(text, "text"), samples=samples, seed=seed).run(self)
+        request = Score(text=text, samples=samples, seed=seed)
+        found = score(request, self)
         return found[0] if isinstance(text, str) else found
 
     @overload
@@ -322,11 +370,6 @@ def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:
             listed = "`tarflowlm train PRESET --help` lists them"
             raise UserError(f"{name}: a run has no such field; {listed}") from None
     return from_dict(RunConfig, changed, "run")
-
-
-def _prompts(prompt: str | Several | None) -> tuple[str, ...]:
-    """The prompts of a request; an empty one is none."""
-    return () if prompt is None or prompt == "" else as_texts(prompt, "prompt")
 
 
 def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:

@@ -1,8 +1,10 @@
 """Mistakes of users: one line on stderr, exit status 2, and nothing on disk."""
 
 import io
+import itertools
 import json
 import shutil
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -15,6 +17,7 @@ from helpers import save_run, tiny_flow
 from tarflowlm.cli import sample
 from tarflowlm.cli.main import command_module
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
+from tarflowlm.options import flag
 
 COMPLETE = {
     "sample": ["sample", "flow"],
@@ -38,13 +41,14 @@ def number_options() -> list[tuple[str, str, str]]:
     """Every option that takes a number, with a number that it refuses."""
     found = []
     for command in COMPLETE:
-        for name, hint in get_type_hints(command_module(command).Args).items():
+        args = command_module(command).Args
+        parts = [args, *(hint for hint in get_type_hints(args).values() if is_dataclass(hint))]
+        for name, hint in itertools.chain(*(get_type_hints(part).items() for part in parts)):
             kinds = {hint, *get_args(hint)}
-            flag = "--" + name.replace("_", "-")
             if int in kinds and (command, name) != ("edit", "level"):
-                found.append((command, flag, "-1"))
+                found.append((command, flag(name), "-1"))
             if float in kinds:
-                found += [(command, flag, "nan"), (command, flag, "-1")]
+                found += [(command, flag(name), "nan"), (command, flag(name), "-1")]
     return found
 
 
@@ -140,19 +144,17 @@ def complete(models, corpus_file, tmp_path, monkeypatch):
     return lambda argv: [places.get(word, word) for word in argv]
 
 
-@pytest.mark.parametrize(("command", "flag", "value"), number_options())
-def test_every_number_out_of_range_is_named(refused, complete, tmp_path, command, flag, value):
-    name = flag[2:].replace("-", "_")
-    more = WITH.get((command, name), [])
-    refused(*complete([*COMPLETE[command], *more, flag, value]), names=[value])
+@pytest.mark.parametrize(("command", "option", "value"), number_options())
+def test_every_number_out_of_range_is_named(refused, complete, tmp_path, command, option, value):
+    more = WITH.get((command, option[2:]), [])
+    refused(*complete([*COMPLETE[command], *more, option, value]), names=[value])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_options_that_exclude_each_other_are_named(refused, complete, one, other):
-    flags = {name: f"--{name.replace('_', '-')}" for name in (one, other)}
-    words = [word for name, flag in flags.items() for word in (flag, *GIVEN.get(name, []))]
-    refused(*complete([*SAMPLE, *words]), names=list(flags.values()))
+    words = [word for name in (one, other) for word in (flag(name), *GIVEN.get(name, []))]
+    refused(*complete([*SAMPLE, *words]), names=[flag(one), flag(other)])
 
 
 @pytest.mark.slow

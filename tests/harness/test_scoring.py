@@ -13,7 +13,7 @@ from tarflowlm.harness.scoring import Piece, TextScorer
 from tarflowlm.objective import conditional_bound
 from tarflowlm.pretrained import Pretrained
 from tarflowlm.progress import Progress
-from tarflowlm.texts import Writing
+from tarflowlm.texts.requests import Writing
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"
 TOKENIZER = CharTokenizer(TEXT8_ALPHABET)

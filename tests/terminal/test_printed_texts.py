@@ -5,7 +5,7 @@ import torch
 from tarflowlm.data.tokenizer import ByteTokenizer
 from tarflowlm.generation import Generation
 from tarflowlm.terminal.texts import print_samples
-from tarflowlm.texts import Written
+from tarflowlm.texts.writing import Written
 
 
 def test_a_sample_gives_the_terminal_no_commands(capsys):

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import Part, PrintJson, Unwrap, arg
 from tarflowlm.config import TokenizerConfig
+from tarflowlm.options import Part, PrintJson, Unwrap, arg
 from tarflowlm.parts import WHOLE
 
 SOURCES = (

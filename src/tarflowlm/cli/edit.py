@@ -1,18 +1,16 @@
 """`tarflowlm edit`: a text with some of its words or states changed."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tarflowlm.cli import options
-from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder
+from tarflowlm import options
 from tarflowlm.terminal.bars import Bars, print_json, print_notice
+from tarflowlm.texts.requests import Edit
 
 if TYPE_CHECKING:
     from tarflowlm import editing
-    from tarflowlm.texts import Edit
 
 MUCH_CHANGED = 0.5
 """Share of changed tokens above which an edit of a state gets advice."""
@@ -24,86 +22,22 @@ class Args:
     NEW, move it --toward another text, or change one of its states in latent space (--level).
     """
 
-    text: Annotated[str, arg("TEXT")]  # The text to edit.
+    edit: Annotated[Edit, tyro.conf.arg(name="")]
     directory: options.Model = None
-    strength: options.Number = None
-    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
-    changes a word here and there, 1 leaves none. With --level: how much noise the states get.
-    """
-    # Number of words to draw anew, not a share. With --level: only so many get noise.
-    words: options.Count = None
-    pick: Annotated[Literal["random", "unlikely"] | None, arg()] = None
-    """Words to draw anew: random ones (the default), or the most unlikely ones."""
-    rewrite: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("PIECE")] = ()
-    """Draw this piece of the text anew, a word or more, given everything else. May be given several
-    times.
-    """
-    everywhere: options.Flag = False  # With --rewrite: every occurrence, as whole words.
-    candidates: options.Count = None
-    """Candidates for every piece that is drawn anew (32), weighted by the rest of the text."""
-    temperature: options.Temperature = None
-    toward: options.Text = None
-    """Take a stretch of this text instead, and redraw the words it cuts. With --level: interpolate
-    between the states of the two texts.
-    """
-    # With --toward: the share of words to take (0.5); 0 is the text, 1 the other text.
-    weight: options.Number = None
-    replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
-    # With --replace: so many words on each side may be drawn anew (1).
-    around: options.Count = None
-    counterfactual: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Put NEW, of as many tokens, where OLD first stands, and regenerate what follows from its
-    noise.
-    """
-    level: options.Count = None
-    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
-    the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates.
-    """
-    num: int = 1  # Number of edits, each with its own noise.
-    seed: int = 0  # The same seed gives the same edits.
-    decoder: Annotated[Decoder | None, arg()] = None
-    """With --level: how to invert a block, see `tarflowlm sample --help`."""
-    normalize: options.Normalize = None
     device: options.Device = "auto"
     json: options.PrintJson = False
-
-    def edit(self) -> "Edit":
-        """The request."""
-        from tarflowlm.texts import Edit
-
-        return Edit(
-            text=self.text,
-            rewrite=self.rewrite or None,
-            everywhere=self.everywhere,
-            replace=self.replace,
-            around=self.around,
-            counterfactual=self.counterfactual,
-            toward=self.toward,
-            level=self.level,
-            strength=self.strength,
-            words=self.words,
-            pick=self.pick,
-            weight=self.weight,
-            candidates=self.candidates,
-            temperature=self.temperature,
-            decoder=self.decoder,
-            num=self.num,
-            seed=self.seed,
-            normalize=self.normalize,
-        )
 
 
 def run(args: Args) -> None:
     from tarflowlm.terminal.texts import print_edits
+    from tarflowlm.texts.edits import edit
 
-    request = args.edit()
     lm = options.load_checkpoint(args.directory, args.device)
     with Bars() as bars:
-        edited = request.run(lm, bars)
+        edited = edit(args.edit, lm, bars)
     for notice in edited.notices:
         print_notice(notice)
-    advice = _advice(request, edited.edit)
+    advice = _advice(args.edit, edited.edit)
     if not args.json:
         print_edits(edited, advice)
         return
@@ -121,12 +55,12 @@ def run(args: Args) -> None:
     print_json({"before": edited.before, "edits": edits, "advice": advice})
 
 
-def _advice(request: "Edit", edit: "editing.Edit") -> str | None:
+def _advice(request: Edit, edit: "editing.Edit") -> str | None:
     """A better option where the edits have lost the text, or changed nothing."""
     from tarflowlm.generation.particles import UNRELIABLE
 
     changed = edit.changed.double().mean().item()
-    if request.rewrite is not None and changed == 0:
+    if request.rewrite and changed == 0:
         return "all candidates equal the text: more --candidates may find others"
     if request.level is not None and request.toward is None and changed > MUCH_CHANGED:
         return (

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tarflowlm.cli import options
-from tarflowlm.cli.options import arg
+from tarflowlm import options
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
+from tarflowlm.options import arg
 from tarflowlm.parts import WHOLE
 from tarflowlm.progress import Progress
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import Flag, PrintJson, arg, check
+from tarflowlm.options import Flag, PrintJson, arg, check
 from tarflowlm.terminal.bars import print_notice, print_result
 
 Exported = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import PrintJson, arg, load_checkpoint
+from tarflowlm.options import PrintJson, arg, load_checkpoint
 from tarflowlm.terminal.bars import counted, print_json, print_result, print_table
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.cli.export import Exported
-from tarflowlm.cli.options import Flag, Out, PrintJson, Text, arg, check, load_checkpoint
+from tarflowlm.options import Flag, Out, PrintJson, Text, arg, check, load_checkpoint
 from tarflowlm.terminal.bars import print_notice, print_result
 
 

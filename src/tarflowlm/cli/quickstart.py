@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tarflowlm.cli.options import Device, PrintJson, arg
 from tarflowlm.errors import UserError
+from tarflowlm.options import Device, PrintJson, arg
 from tarflowlm.presets import preset
 from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_notice, print_table
 
@@ -45,7 +45,8 @@ def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.texts import print_samples, samples_to_json
-    from tarflowlm.texts import Writing
+    from tarflowlm.texts.requests import Writing
+    from tarflowlm.texts.writing import Draft
     from tarflowlm.training.begin import is_begun
     from tarflowlm.training.train import train
 
@@ -71,7 +72,8 @@ def run(args: Args) -> None:
         )
     checkpoint = load_checkpoint(args.out, device)
     length = min(SAMPLE_LENGTH, config.model.context)
-    draft = Writing(num=NUM_SAMPLES, num_tokens=length, seed=args.seed).read(checkpoint)
+    request = Writing(num=NUM_SAMPLES, num_tokens=length, seed=args.seed)
+    draft = Draft.of(request, checkpoint)
     with Bars("sampling, positions", draft.num_positions) as bars:
         (written,) = draft.batches(bars)
     seconds = time.perf_counter() - start

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import Device, Out, PrintJson, arg
+from tarflowlm.options import Device, Out, PrintJson, arg
 from tarflowlm.terminal.bars import Bars, print_result
 
 

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import PrintJson, arg
 from tarflowlm.errors import UserError, first_line
+from tarflowlm.options import PrintJson, arg
 from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
 

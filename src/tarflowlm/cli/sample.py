@@ -6,29 +6,28 @@ import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import tyro
 
-from tarflowlm.cli import options
-from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder
+from tarflowlm import options
 from tarflowlm.errors import UserError
+from tarflowlm.options import arg
 from tarflowlm.parts import WHOLE, share
+from tarflowlm.texts.requests import Writing
 
 if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
-    from tarflowlm.texts import Draft, Writing, Written
+    from tarflowlm.texts.writing import Draft, Written
 
 EXCLUSIVE = {
     "interactive": ("prompt", "prompts", "template", "out", "part", "json", "passes"),
     "stream": ("out", "part", "json", "passes", "particles", "without", "contains"),
-    "contains": ("template",),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes"),
-    "no_stop": ("template",),
+    "stop_at_end": ("template",),
 }
 """Options that contradict each other."""
 NEEDED = {
@@ -43,91 +42,39 @@ class Args:
     """Generate text from a trained model."""
 
     directory: options.Model = None
-    num: int = 1  # Number of samples.
-    length: options.Count = None
-    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
-    window slides: its last half is the next prompt.
-    """
-    prompt: options.Text = None
-    """Text to continue. Exact for one block; an approximation for more, see --particles."""
+    writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
     prompts: options.File = None
     """File with one prompt per line, or - for standard input; --num samples of each. Empty lines
     are skipped.
     """
-    template: options.Text = None
-    """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the
-    space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12.
-    """
-    blank: Annotated[str, arg("CHARACTER")] = "_"  # Character that marks a blank in the template.
-    without: Annotated[str, arg("LETTERS")] = ""
-    """Write nothing with these letters, small or capital. Given text may have them."""
-    contains: options.Text = None
-    """Words that follow the prompt somewhere; the first one begins there."""
-    particles: options.Count = None
-    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
-    many. The default is 16 under a constraint and with text behind a blank, else 1.
-    """
-    seed: int = 0  # The same seed gives the same text.
-    temperature: options.Temperature = None
-    top_k: options.TopK = None
-    top_p: options.TopP = None
-    # Invert blocks position by position, in sweeps, or by the cheaper; or draw the last block.
-    decoder: Decoder = "auto"
     passes: options.Flag = False  # Show the text decoded after every block.
-    stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
-    """End a sample before this text, once it follows the prompt. May be given several times."""
-    no_stop: options.Flag = False  # Go on behind the end of a document, with the next one.
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
     part: options.Part = WHOLE
     # Read prompts at the terminal and continue each; an empty line writes another continuation.
     interactive: options.Flag = False
-    normalize: options.Normalize = None
     device: options.Device = "auto"
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        options.check(self, exclusive=EXCLUSIVE, needed=NEEDED)
-
-    def writing(self) -> "Writing":
-        """The request; the prompts of a file are read later."""
-        from tarflowlm.texts import Writing
-
-        return Writing(
-            prompts=() if self.prompt is None else (self.prompt,),
-            template=self.template,
-            blank=self.blank,
-            without=self.without,
-            contains=self.contains,
-            num=self.num,
-            num_tokens=self.length,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            particles=self.particles,
-            decoder=self.decoder,
-            stop=self.stop,
-            stop_at_end=not self.no_stop,
-            seed=self.seed,
-            normalize=self.normalize,
-        )
+        options.check(self, self.writing, exclusive=EXCLUSIVE, needed=NEEDED)
 
 
 def run(args: Args) -> None:
     from tarflowlm.cli.signals import handled
     from tarflowlm.files import new_lines
     from tarflowlm.terminal.bars import print_notice
+    from tarflowlm.texts.writing import Draft
 
-    # numbers are checked before the model is loaded
-    writing = args.writing()
+    writing = args.writing
     lm = options.load_checkpoint(args.directory, args.device)
     if args.interactive:
         _converse(lm, writing)
         return
     if args.prompts is not None:
-        writing = replace(writing, prompts=_read_prompts(args.prompts, writing, lm))
-    draft = replace(writing.read(lm), part=args.part, is_whole=args.passes)
+        writing = replace(writing, prompt=_read_prompts(args.prompts, writing, lm))
+    draft = replace(Draft.of(writing, lm), part=args.part, is_whole=args.passes)
     context = lm.model.config.context
     if args.passes and (lm.model.is_exact or draft.num_written > context):
         what = "this is a baseline" if lm.model.is_exact else f"length {draft.num_tokens} is more"
@@ -145,15 +92,17 @@ def run(args: Args) -> None:
         _write(args, draft, out)
 
 
-def _read_prompts(source: str, writing: "Writing", lm: "Checkpoint") -> tuple[str, ...]:
+def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str, ...]:
     """The prompts of a file. UserError, which names the line, for one that cannot be continued."""
+    from tarflowlm.texts.writing import Draft
+
     prompts = []
     for number, line in enumerate(options.read_source(source).split("\n"), 1):
         prompt = line.removesuffix("\r")
         if not prompt.strip():
             continue
         try:
-            draft = replace(writing, prompts=(prompt,)).read(lm)
+            draft = Draft.of(replace(writing, prompt=prompt), lm)
             count = len(draft.prompt(0))
             if count >= draft.num_tokens:
                 remedy = "raise --length"
@@ -179,12 +128,13 @@ def _stream(draft: "Draft") -> None:
         write_out("\n")
 
 
-def _converse(lm: "Checkpoint", writing: "Writing") -> None:
+def _converse(lm: "Checkpoint", writing: Writing) -> None:
     """Continue every line of the terminal until its end; a mistake costs its line.
 
     An empty line continues the one before with other noise.
     """
     from tarflowlm.terminal.bars import print_notice
+    from tarflowlm.texts.writing import Draft
 
     options.check_stdin()
     # so that a line that is not UTF-8 is a mistake as others are
@@ -201,7 +151,7 @@ def _converse(lm: "Checkpoint", writing: "Writing") -> None:
         except EOFError:
             return
         try:
-            draft = replace(writing, prompts=(prompt,) if prompt else (), seed=seed).read(lm)
+            draft = Draft.of(replace(writing, prompt=prompt or None, seed=seed), lm)
             for notice in draft.notices:
                 print_notice(notice)
             _stream(draft)
@@ -261,9 +211,9 @@ def _objects(args: Args, draft: "Draft", written: "Written") -> list[dict[str, o
     tokenizer = draft.lm.tokenizer
     samples = samples_to_json(written, tokenizer, passes=args.passes)
     for row, sample in zip(written.rows, samples, strict=True):
-        sample |= {"index": row, "seed": args.seed}
-        if args.template is not None:
-            sample["template"] = args.template
-        elif draft.request.prompts:
+        sample |= {"index": row, "seed": args.writing.seed}
+        if draft.request.template is not None:
+            sample["template"] = draft.request.template
+        elif draft.request.prompt is not None:
             sample["prompt"] = tokenizer.decode(draft.prompt(row).tolist())
     return samples

@@ -2,19 +2,22 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tarflowlm.cli import options
-from tarflowlm.cli.options import arg
+import tyro
+
+from tarflowlm import options
 from tarflowlm.errors import UserError
+from tarflowlm.options import arg
 from tarflowlm.parts import WHOLE, share
+from tarflowlm.texts.requests import Score
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tarflowlm.texts import Scored
+    from tarflowlm.texts.scores import Scored
 
 COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 """Colours of tokens by their bits: from so many on."""
@@ -25,7 +28,6 @@ class Args:
     """Show the bits of every token of a text, and of the whole text, under one model or two."""
 
     directory: options.Model = None
-    text: options.Text = None  # The text to score.
     file: options.File = None  # A file with the text, or - for standard input, instead of --text.
     texts: options.File = None
     """Or a file with one text per line, for a JSON object per line."""
@@ -34,15 +36,14 @@ class Args:
     """A second model to score the same text with: run directory, or the name of a model of the
     package.
     """
-    samples: int = 8  # Posterior samples averaged in the bound of a flow; the baseline is exact.
-    normalize: options.Normalize = None
-    seed: int = 0  # Seed of the posterior samples.
+    score: Annotated[Score, tyro.conf.arg(name="")] = field(default_factory=Score)
     device: options.Device = "auto"
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        options.check(self, {"texts": ("baseline", "text", "file")}, {"part": ("texts",)})
-        if self.texts is None and (self.text is None) == (self.file is None):
+        exclusive = {"texts": ("baseline", "text", "file")}
+        options.check(self, self.score, exclusive=exclusive, needed={"part": ("texts",)})
+        if self.texts is None and (self.score.text is None) == (self.file is None):
             raise UserError(
                 "give the text to score: either --text TEXT, or --file FILE (- for standard input)"
             )
@@ -50,15 +51,14 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
-    from tarflowlm.texts import Score
+    from tarflowlm.texts.scores import score
 
     source = args.file or args.texts
-    text = args.text if source is None else options.read_source(source)
-    assert text is not None
+    text = args.score.text if source is None else options.read_source(source)
+    assert isinstance(text, str)
     texts = (text,) if args.texts is None else tuple(filter(str.strip, text.splitlines()))
     own = share(args.part, len(texts))
-    texts = texts[own.start : own.stop]
-    request = Score(texts=texts, samples=args.samples, seed=args.seed, normalize=args.normalize)
+    request = replace(args.score, text=texts[own.start : own.stop])
     # both before the first is used, so that a missing model costs no time
     models = [options.load_checkpoint(args.directory, args.device)]
     if args.baseline is not None:
@@ -67,10 +67,10 @@ def run(args: Args) -> None:
     found: list[Scored] = []
     for name, lm in zip(names, models, strict=True):
         with Bars(f"scoring with {name}, windows") as bars:
-            all_scored = request.run(lm, bars)
+            all_scored = score(request, lm, bars)
         if args.texts is not None:
             for row, scored in zip(own, all_scored, strict=True):
-                print_json({"index": row} | _to_json(name, scored, args.samples))
+                print_json({"index": row} | _to_json(name, scored, request.samples))
             return
         (scored,) = all_scored
         if scored.notice:
@@ -79,11 +79,11 @@ def run(args: Args) -> None:
     if found[0].reading.text != found[-1].reading.text:
         print_notice(f"{' and '.join(names)} read different texts: their bits do not compare")
     if not args.json:
-        _print(names, found, args.samples)
+        _print(names, found, request.samples)
         return
-    result = _to_json(names[0], found[0], args.samples)
+    result = _to_json(names[0], found[0], request.samples)
     if args.baseline is not None:
-        result["baseline"] = _to_json(names[1], found[1], args.samples)
+        result["baseline"] = _to_json(names[1], found[1], request.samples)
     print_json(result)
 
 

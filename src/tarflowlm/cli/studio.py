@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import Count, Device, Flag, arg
 from tarflowlm.errors import UserError
+from tarflowlm.options import Count, Device, Flag, arg
 from tarflowlm.terminal.bars import print_notice
 
 

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tarflowlm.cli.options import (
+from tarflowlm.config import RunConfig
+from tarflowlm.errors import UserError
+from tarflowlm.options import (
     Count,
     Device,
     Number,
@@ -20,8 +22,6 @@ from tarflowlm.cli.options import (
     load_checkpoint,
     parse,
 )
-from tarflowlm.config import RunConfig
-from tarflowlm.errors import UserError
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_steps
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]

@@ -8,12 +8,11 @@ edit = EDITS["words"](source, strength=0.2)
 import inspect
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tarflowlm.config import Decoder
+from tarflowlm.config import Decoder, Pick
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.rewriting import (
     Candidates,
@@ -48,9 +47,6 @@ from tarflowlm.errors import UserError
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens, else 1."""
-
-Pick = Literal["random", "unlikely"]
-"""Which words: at random, or those that cost most in block 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from tarflowlm.harness.scoring import TextScorer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
 from tarflowlm.terminal.bars import Bars, print_notice
-from tarflowlm.texts import Writing
+from tarflowlm.texts.requests import Writing
 
 Requests = list[Any]
 """Requests of lm-eval, each with its `args`."""

@@ -26,7 +26,8 @@ from tarflowlm.evaluation.likelihood import log_weights
 from tarflowlm.objective import conditional_bound, importance_weighted
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts import Writing
+from tarflowlm.texts.requests import Writing, as_texts
+from tarflowlm.texts.writing import write
 
 
 class Piece(NamedTuple):
@@ -116,12 +117,12 @@ class TextScorer:
             prompt = self.encode(context, goes_on=True).tolist()
             writing = replace(
                 how,
-                prompts=(context,) if prompt else (),
+                prompt=context if prompt else None,
                 num_tokens=len(prompt) + (how.num_tokens or 0),
-                stop=self._stops(how.stop),
+                stop=self._stops(as_texts(how.stop, "until")),
                 seed=self.seed,
             )
-            (text,) = writing.run(self.lm)
+            (text,) = write(writing, self.lm)
             found.append(text[len(self.tokenizer.decode(prompt)) :])
             progress.advance()
         return found

@@ -8,7 +8,8 @@ from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, stage, took
 from tarflowlm.terminal.bars import counted
-from tarflowlm.texts import Edit
+from tarflowlm.texts import edits
+from tarflowlm.texts.requests import Edit
 from tarflowlm.views.grid import text_tokens
 
 WORDS, LATENTS, NOISE = KINDS = ("words", "latents", "noise")
@@ -58,7 +59,7 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     tokenizer = checkpoint.tokenizer
     before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)
     job = Job("editing")
-    found = yield from job.follow(lambda: request.run(checkpoint, job), lambda: before)
+    found = yield from job.follow(lambda: edits.edit(request, checkpoint, job), lambda: before)
     notes = ["the original", *found.notices]
     cards = [card(stage(before), muted(", ".join(notes)))]
     for row, tokens in enumerate(found.edit.tokens.cpu()):

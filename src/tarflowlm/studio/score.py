@@ -8,7 +8,8 @@ from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, title, took
-from tarflowlm.texts import Score, Scored
+from tarflowlm.texts.requests import Score
+from tarflowlm.texts.scores import Scored, score
 from tarflowlm.views.grid import Token, div, visible
 
 MODELS = 2  # models that are compared
@@ -24,12 +25,12 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     """The bits of every token of `text` under each of the models `names`."""
     wanted = names[:MODELS] if isinstance(names, list) and names else [names]
     shown = values.text(text)
-    request = Score(texts=(shown,))
+    request = Score(text=shown)
     found: dict[str, Scored] = {}
     seconds = 0.0
     for name in wanted:
         job = Job(f"scoring with {name}")
-        work = partial(request.run, catalogue.load(name), job)
+        work = partial(score, request, catalogue.load(name), job)
         (found[str(name)],) = yield from job.follow(work, lambda: [Token(visible(shown))])
         seconds += job.seconds
     first, *others = (catalogue.entry(name).command_name for name in found)

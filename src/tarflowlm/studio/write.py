@@ -28,7 +28,8 @@ from tarflowlm.studio.pieces import (
     took,
 )
 from tarflowlm.terminal.bars import counted
-from tarflowlm.texts import Draft, Writing, Written
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import Draft, Written
 from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible
 
 
@@ -48,7 +49,7 @@ def write(
     is_template = Writing.blank in start
     cut = values.number(top_p, "top-p", 0.05, 1.0)
     request = Writing(
-        prompts=(start,) if start and not is_template else (),
+        prompt=start if start and not is_template else None,
         template=start if is_template else None,
         num_tokens=None if is_template else values.whole(length, "length", 1, values.TOKENS),
         temperature=values.number(temperature, "temperature", 0.1, 2.0),
@@ -56,7 +57,7 @@ def write(
         num=values.whole(num, "samples", 1, values.SAMPLES),
         seed=values.seed(seed),
     )
-    draft = replace(request.read(checkpoint), is_whole=checkpoint.model.num_blocks > 1)
+    draft = replace(Draft.of(request, checkpoint), is_whole=checkpoint.model.num_blocks > 1)
     given = _given(draft)
     written: list[int] = []
 
@@ -133,7 +134,7 @@ def infill(
         temperature=values.number(temperature, "temperature", 0.1, 2.0),
         seed=values.seed(seed),
     )
-    draft = request.read(checkpoint)
+    draft = Draft.of(request, checkpoint)
     with_blanks = [Token(visible(draft.given[0].text))]
     job = Job("trying", draft.num_positions)
     batches = yield from job.follow(lambda: list(draft.batches(job)), lambda: with_blanks)

@@ -11,7 +11,8 @@ from rich.text import Text
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.terminal.bars import counted, print_notice
-from tarflowlm.texts import Edited, Written
+from tarflowlm.texts.edits import Edited
+from tarflowlm.texts.writing import Written
 from tarflowlm.views.grid import Kind, Token, pass_rows, text_tokens
 
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}

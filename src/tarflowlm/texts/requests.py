@@ -1,21 +1,19 @@
-"""The parts that all requests have: their random stream, their texts, their command."""
+"""Requests as plain data. No torch here: their fields are options of the command line, too.
+
+The docstring of a field is the help of its option.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-import torch
+import tyro
 
-from tarflowlm.checks import check_type, checked_seed
-from tarflowlm.config import Normalization
-
-RENAMED = {
-    "prompts": "prompt",
-    "num_tokens": "length",
-    "texts": "text",
-    "stop_at_end": "no-stop",
-}
-"""Fields whose options have other names."""
+from tarflowlm import options
+from tarflowlm.checks import as_integer, check_type, checked_seed
+from tarflowlm.config import Decoder, Pick
+from tarflowlm.errors import UserError
+from tarflowlm.options import arg
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +22,12 @@ class Request:
 
     COMMAND: ClassVar[str]
     seed: int = 0
-    normalize: Normalization | None = None
-    """Normalisation of all texts; None: that of the model's training text."""
+    """The same seed gives the same result."""
+    normalize: options.Normalize = None
 
     def __post_init__(self) -> None:
         """UserError for numbers out of range, before a model is loaded."""
         checked_seed(self.seed)
-
-    def random_stream(self) -> torch.Generator:
-        """A generator that starts from the seed."""
-        return torch.Generator().manual_seed(checked_seed(self.seed))
 
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same with the model called `name`."""
@@ -43,7 +37,7 @@ class Request:
             value = getattr(self, one.name)
             if value == one.default:
                 continue
-            option = "--" + RENAMED.get(one.name, one.name).replace("_", "-")
+            option = options.flag(one.name)
             if isinstance(value, bool):
                 words.append(option)
             elif one.name in ("stop", "rewrite"):
@@ -54,6 +48,167 @@ class Request:
             else:
                 words += [option, str(value)]
         return words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing(Request):
+    """Texts to write: prompts continued, the blanks of a template filled in, or free samples."""
+
+    COMMAND = "sample"
+    num: int = 1
+    """Number of samples."""
+    num_tokens: Annotated[int | None, arg("INT", name="length")] = None
+    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
+    window slides: its last half is the next prompt.
+    """
+    prompt: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = None
+    """Text to continue. Exact for one block; an approximation for more, see --particles."""
+    template: options.Text = None
+    """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the
+    space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12.
+    """
+    blank: Annotated[str, arg("CHARACTER")] = "_"
+    """Character that marks a blank in the template."""
+    without: Annotated[str, arg("LETTERS")] = ""
+    """Write nothing with these letters, small or capital. Given text may have them."""
+    contains: options.Text = None
+    """Words that follow the prompt somewhere; the first one begins there."""
+    allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """The tokens that may be drawn, as `generate` takes them."""
+    particles: options.Count = None
+    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
+    many. The default is 16 under a constraint and with text behind a blank, else 1.
+    """
+    temperature: options.Temperature = None
+    top_k: options.TopK = None
+    top_p: options.TopP = None
+    decoder: Annotated[Decoder | Sequence[Decoder], arg(constructor=Decoder)] = "auto"
+    """Invert blocks position by position, in sweeps, or by the cheaper; or draw the last block."""
+    stop: Annotated[
+        str | Sequence[str],
+        tyro.conf.UseAppendAction,
+        arg("TEXT", constructor=tuple[str, ...]),
+    ] = ()
+    """End a sample before this text, once it follows the prompt. May be given several times."""
+    stop_at_end: Annotated[
+        bool, arg(help="Go on behind the end of a document, with the next one.", name="stop")
+    ] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = {"num": self.num, "length": self.num_tokens, "particles": self.particles}
+        for name, value in counts.items():
+            if value is not None:
+                as_integer(value, name, least=1)
+        if self.prompt is not None and self.template is not None:
+            raise UserError("a prompt and a template: put the prompt at the start of the template")
+        for name in ("without", "contains"):
+            check_type(getattr(self, name), name, (str, type(None)), "give a text, a str")
+        if self.contains is not None:
+            if self.template is not None:
+                raise UserError("contains and a template: put [...] and the words into it")
+            if not self.contains.strip():
+                raise UserError(f"contains {self.contains!r}: give some words, or leave it out")
+        if self.without and self.allowed is not None:
+            raise UserError(f"without {self.without!r} and allowed: put both into one mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Request):
+    """A text to edit: by default some of its words are drawn anew given all others."""
+
+    COMMAND = "edit"
+    text: Annotated[str, arg("TEXT")]
+    """The text to edit."""
+    strength: options.Number = None
+    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
+    changes a word here and there, 1 leaves none. With --level: how much noise the states get.
+    """
+    words: options.Count = None
+    """Number of words to draw anew, not a share. With --level: only so many get noise."""
+    pick: Annotated[Pick | None, arg()] = None
+    """Words to draw anew: random ones (the default), or the most unlikely ones."""
+    rewrite: Annotated[
+        str | Sequence[str] | None,
+        tyro.conf.UseAppendAction,
+        arg("PIECE", constructor=tuple[str, ...]),
+    ] = None
+    """Draw this piece of the text anew, a word or more, given everything else. May be given several
+    times.
+    """
+    everywhere: options.Flag = False
+    """With --rewrite: every occurrence, as whole words."""
+    candidates: options.Count = None
+    """Candidates for every piece that is drawn anew (32), weighted by the rest of the text."""
+    temperature: options.Temperature = None
+    toward: options.Text = None
+    """Take a stretch of this text instead, and redraw the words it cuts. With --level: interpolate
+    between the states of the two texts.
+    """
+    weight: options.Number = None
+    """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
+    replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
+    """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
+    around: options.Count = None
+    """With --replace: so many words on each side may be drawn anew (1)."""
+    counterfactual: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
+    """Put NEW, of as many tokens, where OLD first stands, and regenerate what follows from its
+    noise.
+    """
+    level: options.Count = None
+    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
+    the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates.
+    """
+    num: int = 1
+    """Number of edits, each with its own noise."""
+    decoder: Annotated[Decoder | None, arg()] = None
+    """With --level: how to invert a block, see `tarflowlm sample --help`."""
+
+    def __post_init__(self) -> None:
+        """UserError for options that contradict each other, and for numbers."""
+        super().__post_init__()
+        for name in ("replace", "counterfactual"):
+            pair = getattr(self, name)
+            if pair is not None and (isinstance(pair, str) or len(pair) != 2):
+                raise UserError(f"{name} {pair!r}: give two texts, (old, new)")
+        for name, least in (("num", 1), ("words", 1), ("candidates", 1), ("around", 0)):
+            if getattr(self, name) is not None:
+                as_integer(getattr(self, name), name, least=least)
+        exclusive = ("words", "strength") if self.kind == "words" else NAMED
+        named = [name for name in exclusive if self.is_given(name)]
+        if len(named) > 1:
+            raise UserError(f"{named[0]} with {named[1]}: leave one of them out")
+
+    def is_given(self, name: str) -> bool:
+        """Whether an option is given."""
+        value = getattr(self, name)
+        return value is not None and value is not False and value != ()
+
+    @property
+    def kind(self) -> str:
+        """The name of the edit in `editing.EDITS`."""
+        if self.toward is not None and self.level is not None:
+            return "interpolate"
+        return next((name for name in (*NAMED, "level") if self.is_given(name)), "words")
+
+
+NAMED = ("rewrite", "replace", "counterfactual", "toward")
+"""Fields of `Edit` that name the edit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Request):
+    """Texts of any length, whose tokens are given their bits."""
+
+    COMMAND = "score"
+    text: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = None
+    """The text to score."""
+    samples: int = 8
+    """Posterior samples averaged in the bound of a flow; the baseline is exact."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_integer(self.samples, "samples", least=1)
 
 
 def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:

@@ -1,40 +1,28 @@
-"""Requests to score: the bits of every token of texts."""
+"""Scores: the bits of every token of texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tarflowlm.checks import as_integer
 from tarflowlm.data.prompts import Reading, read
 from tarflowlm.evaluation.scores import Scores, scores
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts.requests import Request
+from tarflowlm.texts.requests import Score, as_texts
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score(Request):
-    """Texts of any length, whose tokens are given their bits."""
-
-    COMMAND = "score"
-    texts: tuple[str, ...]
-    samples: int = 8
-    """Posterior samples averaged in the bound of a flow; the baseline is exact."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        as_integer(self.samples, "samples", least=1)
-
-    def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list["Scored"]:
-        """The bits of every text."""
-        readings = [read(lm.tokenizer, text, normalize=self.normalize) for text in self.texts]
-        tokens = [reading.tokens for reading in readings]
-        found = scores(lm.model, tokens, samples=self.samples, seed=self.seed, progress=progress)
-        scored = []
-        for reading, one in zip(readings, found, strict=True):
-            symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
-            scored.append(Scored(one.bits, one.blocks, symbols, reading))
-        return scored
+def score(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> list["Scored"]:
+    """The bits of every text."""
+    how = request.normalize
+    texts = as_texts("" if request.text is None else request.text, "text")
+    readings = [read(lm.tokenizer, text, normalize=how) for text in texts]
+    tokens = [reading.tokens for reading in readings]
+    found = scores(lm.model, tokens, samples=request.samples, seed=request.seed, progress=progress)
+    scored = []
+    for reading, one in zip(readings, found, strict=True):
+        symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
+        scored.append(Scored(one.bits, one.blocks, symbols, reading))
+    return scored
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,137 +1,38 @@
-"""Requests to write: texts that continue prompts, fill templates, or are free."""
+"""Writing: texts that continue prompts, fill templates, or are free."""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, check_type
 from tarflowlm.data.prompts import BLANK, Gap, Reading, read, read_template, tokens_without
 from tarflowlm.data.streaming import TextStream
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate_steps
 from tarflowlm.generation.gaps import Allowed
 from tarflowlm.generation.generate import PARTICLES, usual_particles
-from tarflowlm.generation.inversion import Decoders, Kept, check_decoders, finish
-from tarflowlm.generation.sampling import adjust_weights, row_generators
+from tarflowlm.generation.inversion import Decoders, Kept, finish
+from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.parts import WHOLE, share
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts.requests import Request, as_texts
+from tarflowlm.texts.requests import Writing, as_texts
 
 EVERY = 8
 """Tokens after which it is looked whether all samples have ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Writing(Request):
-    """Texts to write: prompts continued, the blanks of a template filled in, or free samples."""
-
-    COMMAND = "sample"
-    prompts: tuple[str, ...] = ()
-    """Texts to continue, each in `num` samples."""
-    template: str | None = None
-    """A text with a blank for every token to fill in, or [...] for some (`data.prompts`)."""
-    blank: str = "_"
-    """The character that marks a blank."""
-    without: str = ""
-    """Letters that no drawn token has."""
-    contains: str | None = None
-    """Words that follow the prompt somewhere."""
-    allowed: Allowed | None = None
-    """The tokens that may be drawn, as `generate` takes them."""
-    num_tokens: int | None = None
-    """Length in tokens at most, given ones included; None: the trained context, or that of the
-    template.
-    """
-    temperature: float | None = None
-    """None: the model's own. The settings from here to `decoder` are those of `generate`."""
-    top_k: int | None = None
-    top_p: float | None = None
-    particles: int | None = None
-    """Candidates per sample; None: 16 under a constraint or with text behind a blank, else 1."""
-    decoder: Decoders = "auto"
-    num: int = 1
-    """Samples, of each prompt."""
-    stop: str | Sequence[str] = ()
-    """A sample ends before the first of these texts that follows its prompt."""
-    stop_at_end: bool = True
-    """It ends with its document, if the model has learnt ends. Else the next document follows."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = {"num": self.num, "length": self.num_tokens, "particles": self.particles}
-        for name, value in counts.items():
-            if value is not None:
-                as_integer(value, name, least=1)
-        temperature = 1.0 if self.temperature is None else self.temperature
-        adjust_weights(temperature, self.top_k, self.top_p)
-        check_decoders(self.decoder)
-        if self.prompts and self.template is not None:
-            raise UserError("a prompt and a template: put the prompt at the start of the template")
-        for name in ("without", "contains"):
-            check_type(getattr(self, name), name, (str, type(None)), "give a text, a str")
-        if self.contains is not None:
-            if self.template is not None:
-                raise UserError("contains and a template: put [...] and the words into it")
-            if not self.contains.strip():
-                raise UserError(f"contains {self.contains!r}: give some words, or leave it out")
-        if self.without and self.allowed is not None:
-            raise UserError(f"without {self.without!r} and allowed: put both into one mask")
-
-    def read(self, lm: Checkpoint) -> "Draft":
-        """The request as a model reads it. UserError for texts that it cannot read."""
-        tokenizer = lm.tokenizer
-        how = self.normalize
-        given = [
-            read(tokenizer, prompt, name="prompt", normalize=how, goes_on=True)
-            for prompt in self.prompts
-        ]
-        if self.template is not None:
-            given = [read_template(tokenizer, self.template, self.blank, normalize=how)]
-        if not given:
-            given = [Reading(torch.zeros(0, dtype=torch.long), "", "")]
-        stops = [
-            read(tokenizer, stop, name="stop", normalize=how).text
-            for stop in as_texts(self.stop, "stop")
-        ]
-        words = None
-        if self.contains is not None:
-            words = read(tokenizer, f" {self.contains}", name="contains", normalize=how)
-        allowed = self.allowed
-        if self.without:
-            allowed = tokens_without(tokenizer, self.without)
-        return Draft(lm, self, tuple(given), tuple(stops), words, allowed)
-
-    def run(self, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
-        """The texts: `num` of every prompt, in order."""
-        draft = self.read(lm)
-        progress.stage("sampling, positions", draft.num_positions)
-        return [text for batch in draft.batches(progress) for text in batch.texts]
-
-
-class WritingOptions(TypedDict, total=False):
-    """The options of `write`, `fill` and `stream`: fields of `Writing`."""
-
-    num_tokens: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    particles: int | None
-    decoder: Decoders
-    blank: str
-    without: str
-    contains: str | None
-    allowed: Allowed | None
-    stop: str | Sequence[str]
-    stop_at_end: bool
-    seed: int
+def write(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
+    """The texts: `num` of every prompt, in order."""
+    draft = Draft.of(request, lm)
+    progress.stage("sampling, positions", draft.num_positions)
+    return [text for batch in draft.batches(progress) for text in batch.texts]
 
 
 @dataclass(frozen=True)
@@ -143,14 +44,39 @@ class Draft:
     given: tuple[Reading, ...]
     """The template, or the prompts; for free samples an empty one."""
     stops: tuple[str, ...]
-    words: Reading | None = None
+    words: Reading | None
     """What every sample contains, with a space before it."""
-    allowed: Allowed | None = None
+    allowed: Allowed | None
     part: str = WHOLE
     """The share of the samples that `batches` writes."""
     is_whole: bool = False
     """Whether tokens behind the end of a document are written, though not shown: passes need them.
     """
+
+    @classmethod
+    def of(cls, request: Writing, lm: Checkpoint) -> "Draft":
+        """The request as a model reads it. UserError for texts that it cannot read."""
+        tokenizer = lm.tokenizer
+        how = request.normalize
+        given = [
+            read(tokenizer, prompt, name="prompt", normalize=how, goes_on=True)
+            for prompt in as_texts(() if request.prompt is None else request.prompt, "prompt")
+        ]
+        if request.template is not None:
+            given = [read_template(tokenizer, request.template, request.blank, normalize=how)]
+        if not given:
+            given = [Reading(torch.zeros(0, dtype=torch.long), "", "")]
+        stops = [
+            read(tokenizer, stop, name="stop", normalize=how).text
+            for stop in as_texts(request.stop, "stop")
+        ]
+        words = None
+        if request.contains is not None:
+            words = read(tokenizer, f" {request.contains}", name="contains", normalize=how)
+        allowed = cast(Allowed | None, request.allowed)
+        if request.without:
+            allowed = tokens_without(tokenizer, request.without)
+        return cls(lm, request, tuple(given), tuple(stops), words, allowed)
 
     @property
     def total(self) -> int:
@@ -281,7 +207,7 @@ class Draft:
                 top_p=request.top_p,
                 decoder=request.decoder if decoder is None else decoder,
                 # numbered over all batches: a sample does not depend on the others
-                generator=row_generators(rows, request.random_stream()),
+                generator=row_generators(rows, torch.Generator().manual_seed(request.seed)),
                 progress=progress,
                 every=every,
                 without=self.lm.tokenizer.end if stands_in_one else None,

@@ -18,7 +18,8 @@ from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
-from tarflowlm.texts import Writing
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import Draft
 from tarflowlm.views import grid
 from tarflowlm.views.figures import CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm.views.page import GENERATOR, page_html, picture_html, section_html
@@ -148,7 +149,8 @@ class _Writer:
         return section_html(record.name, [*record.notes, *notes], parts)
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
-        draft = replace(Writing(num=NUM, num_tokens=length).read(checkpoint), is_whole=True)
+        request = Writing(num=NUM, num_tokens=length)
+        draft = replace(Draft.of(request, checkpoint), is_whole=True)
         self.progress.stage(f"samples of {record.name}, positions", draft.num_positions)
         (written,) = draft.batches(self.progress)
         texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)

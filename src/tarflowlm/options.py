@@ -17,14 +17,28 @@ if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
 
 
-def arg(metavar: str | None = None, help: str | None = None) -> Any:
-    """An option of tyro whose help page leaves out defaults that say nothing."""
+def arg(
+    metavar: str | None = None,
+    help: str | None = None,
+    *,
+    name: str | None = None,
+    constructor: Any = None,
+) -> Any:
+    """An option of tyro whose help page leaves out defaults that say nothing.
+
+    It is read as a `constructor`, if that is given, a type.
+    """
+
+    def hint(default: str) -> str:
+        shown = default.strip("[()]'")
+        return "" if shown in ("None", "False", "True", "") else f"(default: {shown})"
+
     return tyro.conf.arg(
         metavar=metavar,
         help=help,
-        help_behavior_hint=lambda default: (
-            "" if default in ("None", "False", "") else f"(default: {default})"
-        ),
+        name=name,
+        constructor=constructor,
+        help_behavior_hint=hint,
     )
 
 
@@ -92,22 +106,36 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
         raise
 
 
+RENAMED = {"num_tokens": "length", "stop_at_end": "no-stop"}
+"""Fields of requests whose options have other names."""
+
+
+def flag(field: str) -> str:
+    """The option of a field."""
+    return f"--{RENAMED.get(field, field)}".replace("_", "-")
+
+
 def check(
-    args: Any,
+    *parts: Any,
     exclusive: Mapping[str, Sequence[str]] = {},
     needed: Mapping[str, Sequence[str]] = {},
 ) -> None:
-    """UserError for an option with one that it excludes, or without any that it needs."""
-    given = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    """UserError for an option with one that it excludes, or without any that it needs.
+
+    `parts` are the dataclasses that hold the options of a command.
+    """
+    held = [(part, field) for part in parts for field in fields(part)]
+    given = {field.name for part, field in held if getattr(part, field.name) != field.default}
     for one in sorted(given):
         both = given.intersection(exclusive.get(one, ()))
         if both:
-            flag = one.replace("_", "-")
-            raise UserError(f"--{flag} with --{min(both)}: leave one of them out")
+            raise UserError(f"{flag(one)} with {flag(min(both))}: leave one of them out")
     for one in sorted(given.intersection(needed)):
         if not given.intersection(needed[one]):
-            others = " or --".join(needed[one])
-            raise UserError(f"--{one} has no effect without --{others}: leave it out, or add that")
+            others = " or ".join(map(flag, needed[one]))
+            raise UserError(
+                f"{flag(one)} has no effect without {others}: leave it out, or add that"
+            )
 
 
 def load_checkpoint(directory: Path | None, device: DeviceName) -> "Checkpoint":
