@@ -173,7 +173,7 @@ def test_options_that_do_not_parse_cost_a_box(run, complete, tmp_path, argv, nam
 
 
 @pytest.mark.parametrize(
-    "argv", [["sample", "flow", "--interactive"], ["score", "flow", "--file", "-"]]
+    "argv", [["sample", "flow", "--prompts", "-"], ["score", "flow", "--file", "-"]]
 )
 def test_closed_standard_input_costs_one_line(refused, complete, monkeypatch, argv):
     monkeypatch.setattr("sys.stdin", None)

@@ -1,6 +1,4 @@
-"""`tarflowlm sample`: batches, streams, stops, prompts from files, samples to a file, interrupts,
-conversations.
-"""
+"""`tarflowlm sample`: batches, streams, stops, prompts and samples in files, interrupts."""
 
 import io
 import json
@@ -179,39 +177,3 @@ def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypat
     assert (done.status, done.err) == (130, "tarflowlm: interrupted; 4 of 9 samples are finished\n")
     result = json.loads(done.out)
     assert (len(result["samples"]), result["interrupted"]) == (4, True)
-
-
-@pytest.fixture
-def talk(run, models, monkeypatch):
-    """talk(*lines, *options): what `sample --interactive` answers to these lines."""
-
-    def call(*lines: str, options: tuple[object, ...] = ()):
-        stdin(monkeypatch, "".join(f"{line}\n" for line in lines))
-        done = run("sample", models["one"], "--interactive", "--length", 12, *STEPS, *options)
-        assert done.status == 0, done.err
-        return done
-
-    return call
-
-
-def test_lines_are_continued(talk, texts, models):
-    lines = talk("ab c", "zz", "").out.splitlines()
-    assert [len(line) for line in lines] == [12] * 3
-    assert [line[:2] for line in lines] == ["ab", "zz", "zz"]
-    assert lines[1] != lines[2]
-    assert lines[:1] == texts(models["one"], "--prompt", "ab c", "--length", 12, *STEPS)
-    assert talk("ab c", options=("--seed", 1)).out.splitlines() != lines[:1]
-    stop = lines[0][6:8]
-    assert talk("ab c", options=("--stop", stop)).out == lines[0][: lines[0].index(stop, 4)] + "\n"
-
-
-def test_a_mistake_costs_its_line(talk, run, models, monkeypatch):
-    done = talk("日", "a" * 40, "Ab")
-    errors = done.err.splitlines()
-    assert [error.startswith("tarflowlm: ") for error in errors] == [True, True, False]
-    assert errors[-1] == "read as: ab"
-    assert done.out.splitlines()[-1].startswith("ab")
-    stdin(monkeypatch, b"\xff\nab\n")
-    done = run("sample", models["one"], "--interactive", "--length", 5)
-    assert "not UTF-8" in done.err
-    assert (done.out[:2], len(done.out)) == ("ab", 6)

@@ -1,11 +1,9 @@
 """`tarflowlm sample`: text from a trained model."""
 
-import io
-import itertools
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from tarflowlm.texts.writing import Draft, Written
 
 EXCLUSIVE = {
-    "interactive": ("prompt", "prompts", "template", "out", "part", "json", "passes"),
     "stream": ("out", "part", "json", "passes", "particles", "without", "contains"),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes"),
@@ -32,7 +29,7 @@ EXCLUSIVE = {
 """Options that contradict each other."""
 NEEDED = {
     "blank": ("template",),
-    "particles": ("prompt", "prompts", "template", "interactive", "without", "contains"),
+    "particles": ("prompt", "prompts", "template", "without", "contains"),
 }
 """Without one of these, an option has no effect."""
 
@@ -52,8 +49,6 @@ class Args:
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
     part: options.Part = WHOLE
-    # Read prompts at the terminal and continue each; an empty line writes another continuation.
-    interactive: options.Flag = False
     device: options.Device = "auto"
     json: options.PrintJson = False
 
@@ -65,13 +60,11 @@ def run(args: Args) -> None:
     from tarflowlm.cli.signals import handled
     from tarflowlm.files import new_lines
     from tarflowlm.terminal.bars import print_notice
+    from tarflowlm.terminal.texts import write_out
     from tarflowlm.texts.writing import Draft
 
     writing = args.writing
     lm = options.load_checkpoint(args.directory, args.device)
-    if args.interactive:
-        _converse(lm, writing)
-        return
     if args.prompts is not None:
         writing = replace(writing, prompt=_read_prompts(args.prompts, writing, lm))
     draft = replace(Draft.of(writing, lm), part=args.part, is_whole=args.passes)
@@ -84,7 +77,12 @@ def run(args: Args) -> None:
     for notice in draft.notices:
         print_notice(notice)
     if args.stream:
-        _stream(draft)
+        for row in range(draft.total):
+            if draft.total > 1:
+                write_out(f"sample {row + 1}\n")
+            for piece in draft.pieces(row):
+                write_out(piece)
+            write_out("\n")
         return
     # SIGTERM raises KeyboardInterrupt, as SIGINT does
     interrupts = handled({signal.SIGTERM: signal.default_int_handler})
@@ -114,51 +112,6 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
     if not prompts:
         raise UserError(f"prompts {source}: holds no prompt; write one per line")
     return tuple(prompts)
-
-
-def _stream(draft: "Draft") -> None:
-    """Show each sample while it is written."""
-    from tarflowlm.terminal.texts import write_out
-
-    for row in range(draft.total):
-        if draft.total > 1:
-            write_out(f"sample {row + 1}\n")
-        for piece in draft.pieces(row):
-            write_out(piece)
-        write_out("\n")
-
-
-def _converse(lm: "Checkpoint", writing: Writing) -> None:
-    """Continue every line of the terminal until its end; a mistake costs its line.
-
-    An empty line continues the one before with other noise.
-    """
-    from tarflowlm.terminal.bars import print_notice
-    from tarflowlm.texts.writing import Draft
-
-    options.check_stdin()
-    # so that a line that is not UTF-8 is a mistake as others are
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        with suppress(ImportError):
-            import readline  # noqa: F401  (it lets `input` edit and repeat lines)
-    prompt = ""
-    for seed in itertools.count(writing.seed):
-        try:
-            prompt = input("> " if is_terminal else "") or prompt
-        except EOFError:
-            return
-        try:
-            draft = Draft.of(replace(writing, prompt=prompt or None, seed=seed), lm)
-            for notice in draft.notices:
-                print_notice(notice)
-            _stream(draft)
-        except UserError as error:
-            print_notice(f"tarflowlm: {error}")
-        except KeyboardInterrupt:
-            print_notice("")
 
 
 def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
