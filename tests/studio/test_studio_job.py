@@ -13,7 +13,7 @@ import pytest
 from tarflowlm.errors import UserError
 from tarflowlm.studio import job
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.server import free_port
+from tarflowlm.studio.server import check_address
 from tarflowlm.views.style import check_package
 
 
@@ -74,14 +74,16 @@ def test_one_works_at_a_time():
     assert most == [1, 1, 1]
 
 
-def test_taken_port_is_passed_over_unless_it_was_asked_for():
+def test_a_port_that_is_taken_and_a_host_elsewhere_are_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} .*: choose another"):
-            free_port("127.0.0.1", port)
-        assert free_port("127.0.0.1", None) != port
+            check_address("127.0.0.1", port)
+        check_address("127.0.0.1", None)
+    with pytest.raises(UserError, match=r"cannot serve at 192\.0\.2\.1 "):
+        check_address("192.0.2.1", None)
 
 
 def test_missing_extra_is_named(monkeypatch):

@@ -37,16 +37,16 @@ def run(args: Args) -> None:
 
     from tarflowlm.device import pick_device
     from tarflowlm.studio.catalogue import Catalogue
-    from tarflowlm.studio.server import LOOPBACK, free_port, serving
+    from tarflowlm.studio.server import LOOPBACK, check_address, serving
     from tarflowlm.views.style import check_package
 
     check_package("gradio", "studio")
-    port = free_port(args.host, args.port)
+    check_address(args.host, args.port)
     catalogue = Catalogue(args.models, str(pick_device(args.device)))
     if args.host not in LOOPBACK:
         print_notice(f"anyone who can reach {args.host} can use this page, without a password")
     print_notice("starting, which takes some seconds ...")
-    with serving(catalogue, host=args.host, port=port) as url, suppress(KeyboardInterrupt):
+    with serving(catalogue, host=args.host, port=args.port) as url, suppress(KeyboardInterrupt):
         print(url, flush=True)
         print_notice("Ctrl-C ends it")
         if not args.no_browser:

@@ -1,6 +1,5 @@
 """Serves the page: to this machine alone by default; nothing leaves the machine."""
 
-import errno
 import logging
 import os
 import socket
@@ -11,27 +10,22 @@ from tarflowlm.errors import UserError
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import HEAD
 
-PORTS = range(7860, 7960)  # tried in turn
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def free_port(host: str, port: int | None) -> int:
-    """The given port, or the first free one of PORTS. UserError where there is none."""
+def check_address(host: str, port: int | None) -> None:
+    """UserError where nothing can be served at the host, or at its port, if that is given."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in PORTS if port is None else (port,):
-        try:
-            socket.create_server((host, candidate), family=family).close()
-            return candidate
-        except OSError as error:
-            problem = f"cannot serve at {host}, port {candidate} ({error.strerror})"
-            if error.errno != errno.EADDRINUSE:
-                break
-    raise UserError(f"{problem}: choose another")
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        where = host if port is None else f"{host}, port {port}"
+        raise UserError(f"cannot serve at {where} ({error.strerror}): choose another") from None
 
 
 @contextmanager
-def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
-    """Serve the page about `catalogue`; gives its address."""
+def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[str]:
+    """Serve the page about `catalogue`, at a free port for None; gives its address."""
     # read when gradio is imported: no telemetry, no look for a newer version, nothing kept
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"
