@@ -149,4 +149,4 @@ def test_dry_run_uploads_nothing_and_lists_everything(
 def test_models_of_the_hub_are_used_but_not_written_to(shared, run_json, refused):
     assert run_json("score", "hf:ada/tiny", "--text", "abc")["characters"] == 3
     assert run_json("info", "hf:ada/tiny")["name"] == "hf:ada/tiny"
-    refused("report", "hf:ada/tiny", names=["hf:ada/tiny is on the hub", "--out"])
+    refused("report", "hf:ada/tiny", names=["run of yours", "--out"])

@@ -60,7 +60,7 @@ def _advice(request: Edit, edit: "editing.Edit") -> str | None:
     from tarflowlm.generation.particles import UNRELIABLE
 
     changed = edit.changed.double().mean().item()
-    if request.rewrite and changed == 0:
+    if request.kind == "rewrite" and changed == 0:
         return "all candidates equal the text: more --candidates may find others"
     if request.level is not None and request.toward is None and changed > MUCH_CHANGED:
         return (

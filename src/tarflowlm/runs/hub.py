@@ -129,12 +129,3 @@ def locate(directory: str | Path) -> Path:
     if is_reference(path):
         return fetch(path)
     return FOLDER / path if str(path) in released() else path
-
-
-def read_only_reason(directory: str | Path) -> str | None:
-    """Why nothing may be written to what `locate` finds; None for a run of the user's own."""
-    path = Path(directory)
-    if is_reference(path) and not path.exists():
-        return f"{path.as_posix()} is on the hub"
-    path = locate(path)
-    return f"{path.name} comes with the package" if path.parent == FOLDER else None

@@ -1,8 +1,9 @@
 """The view that scores: the bits of every token, models side by side, the part of every block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from html import escape
+
+from torch import Tensor
 
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
@@ -60,7 +61,7 @@ def _card(name: str, scored: Scored, request: Score, most: float) -> str:
         (f"{sign}{scored.bits_per_character:.3f}", "bits per character"),
         (f"{sign}{scored.total:.1f}", f"bits in all, {kind}"),
     )
-    shown = heat(scored, scored.bits.tolist(), most)
+    shown = heat(scored, scored.bits, most)
     notice = "" if scored.notice is None else muted(scored.notice)
     return card(title(name), shown, notice, numbers)
 
@@ -74,7 +75,7 @@ def _difference(found: Mapping[str, Scored]) -> str:
         return muted(f"{first} and {second} read different texts: their bits do not compare.")
     if one.symbols != other.symbols:
         return ""
-    shown = heat(one, (one.bits - other.bits).tolist(), GAP)
+    shown = heat(one, one.bits - other.bits, GAP)
     key = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more."
     return card(title(f"{first} against {second}"), shown, muted(f"{key} Full: {GAP:g} bits."))
 
@@ -88,7 +89,7 @@ def _blocks(name: str, scored: Scored) -> str:
     for block, row in enumerate(blocks, 1):
         words = f"block {block}: {row.mean().item():+.2f} bits per token"
         most = max(GAP, row.std(correction=0).item() * 2)
-        body = heat(scored, (row.mean() - row).tolist(), most)
+        body = heat(scored, row.mean() - row, most)
         opened = " open" if block == 1 else ""
         rows += f"<details{opened}><summary>{words}</summary>{body}</details>"
     key = (
@@ -98,13 +99,6 @@ def _blocks(name: str, scored: Scored) -> str:
     return card(title(f"Blocks of {name}"), rows, muted(key))
 
 
-def heat(scored: Scored, values: Sequence[float], most: float) -> str:
-    """A text on grounds that are warm for high values and blue below 0; `most` is full colour."""
-    spans = ""
-    for symbol, value in zip(scored.symbols, values, strict=True):
-        share = min(abs(value) / max(most, 1e-9), 1.0)
-        colour = HOT if value >= 0 else COLD
-        ground = f"background:color-mix(in srgb,{colour} {75 * share:.0f}%,transparent)"
-        spans += f'<span style="{ground}" title="{value:.2f} bits">{escape(visible(symbol))}</span>'
+def heat(scored: Scored, bits: Tensor, most: float) -> str:
     # the line below is for fingers, which cannot point
-    return div("st-heat", spans) + muted("")
+    return div("st-heat", scored.heat(bits, most, HOT, COLD)) + muted("")

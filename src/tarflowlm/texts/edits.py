@@ -51,8 +51,8 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> "Edited"
     options = {name: getattr(request, name) for name in OPTIONS if request.is_given(name)}
     if request.toward is not None:
         options["other"] = encoded[1]
-    if request.rewrite:
-        pieces = as_texts(request.rewrite, "rewrite")
+    if request.kind == "rewrite":
+        pieces = as_texts(request.rewrite or (), "rewrite")
         options["pieces"] = [piece(one, "piece") for one in pieces]
     pair = request.replace or request.counterfactual
     if pair is not None:

@@ -55,12 +55,6 @@ class Writing(Request):
     """Texts to write: prompts continued, the blanks of a template filled in, or free samples."""
 
     COMMAND = "sample"
-    num: int = 1
-    """Number of samples."""
-    num_tokens: Annotated[int | None, arg("INT", name="length")] = None
-    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
-    window slides: its last half is the next prompt.
-    """
     prompt: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = None
     """Text to continue. Exact for one block; an approximation for more, see --particles."""
     template: options.Text = None
@@ -75,15 +69,21 @@ class Writing(Request):
     """Words that follow the prompt somewhere; the first one begins there."""
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The tokens that may be drawn, as `generate` takes them."""
-    particles: options.Count = None
-    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
-    many. The default is 16 under a constraint and with text behind a blank, else 1.
+    num_tokens: Annotated[int | None, arg("INT", name="length")] = None
+    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
+    window slides: its last half is the next prompt.
     """
     temperature: options.Temperature = None
     top_k: options.TopK = None
     top_p: options.TopP = None
+    particles: options.Count = None
+    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
+    many. The default is 16 under a constraint and with text behind a blank, else 1.
+    """
     decoder: Annotated[Decoder | Sequence[Decoder], arg(constructor=Decoder)] = "auto"
     """Invert blocks position by position, in sweeps, or by the cheaper; or draw the last block."""
+    num: int = 1
+    """Number of samples."""
     stop: Annotated[
         str | Sequence[str],
         tyro.conf.UseAppendAction,
@@ -120,14 +120,6 @@ class Edit(Request):
     COMMAND = "edit"
     text: Annotated[str, arg("TEXT")]
     """The text to edit."""
-    strength: options.Number = None
-    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
-    changes a word here and there, 1 leaves none. With --level: how much noise the states get.
-    """
-    words: options.Count = None
-    """Number of words to draw anew, not a share. With --level: only so many get noise."""
-    pick: Annotated[Pick | None, arg()] = None
-    """Words to draw anew: random ones (the default), or the most unlikely ones."""
     rewrite: Annotated[
         str | Sequence[str] | None,
         tyro.conf.UseAppendAction,
@@ -138,15 +130,6 @@ class Edit(Request):
     """
     everywhere: options.Flag = False
     """With --rewrite: every occurrence, as whole words."""
-    candidates: options.Count = None
-    """Candidates for every piece that is drawn anew (32), weighted by the rest of the text."""
-    temperature: options.Temperature = None
-    toward: options.Text = None
-    """Take a stretch of this text instead, and redraw the words it cuts. With --level: interpolate
-    between the states of the two texts.
-    """
-    weight: options.Number = None
-    """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
     """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
     around: options.Count = None
@@ -155,14 +138,31 @@ class Edit(Request):
     """Put NEW, of as many tokens, where OLD first stands, and regenerate what follows from its
     noise.
     """
+    toward: options.Text = None
+    """Take a stretch of this text instead, and redraw the words it cuts. With --level: interpolate
+    between the states of the two texts.
+    """
     level: options.Count = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
     the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates.
     """
-    num: int = 1
-    """Number of edits, each with its own noise."""
+    strength: options.Number = None
+    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
+    changes a word here and there, 1 leaves none. With --level: how much noise the states get.
+    """
+    words: options.Count = None
+    """Number of words to draw anew, not a share. With --level: only so many get noise."""
+    pick: Annotated[Pick | None, arg()] = None
+    """Words to draw anew: random ones (the default), or the most unlikely ones."""
+    weight: options.Number = None
+    """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
+    candidates: options.Count = None
+    """Candidates for every piece that is drawn anew (32), weighted by the rest of the text."""
+    temperature: options.Temperature = None
     decoder: Annotated[Decoder | None, arg()] = None
     """With --level: how to invert a block, see `tarflowlm sample --help`."""
+    num: int = 1
+    """Number of edits, each with its own noise."""
 
     def __post_init__(self) -> None:
         """UserError for options that contradict each other, and for numbers."""

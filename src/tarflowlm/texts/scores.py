@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from torch import Tensor
+
 from tarflowlm.data.prompts import Reading, read
 from tarflowlm.evaluation.scores import Scores, scores
 from tarflowlm.progress import SILENT, Progress
@@ -43,10 +45,19 @@ class Scored(Scores):
         """Bits per character of the text as it was read."""
         return self.total / len(self.reading.text)
 
-    def _repr_html_(self) -> str:
+    def heat(self, bits: Tensor, most: float, hot: str = "#d55e00", cold: str = "#0072b2") -> str:
+        """The text in HTML on grounds that are hot for many bits [T] and cold below 0.
+
+        `most` bits have the full colour.
+        """
         shown = ""
-        for symbol, value in zip(self.symbols, self.bits.tolist(), strict=True):
-            ground = f"rgba(213,94,0,{min(max(value, 0) / 12, 1):.2f})"
-            style = f'style="background:{ground}" title="{value:.2f} bits"'
+        for symbol, value in zip(self.symbols, bits.tolist(), strict=True):
+            share = min(abs(value) / max(most, 1e-9), 1.0)
+            ground = f"{hot if value >= 0 else cold} {75 * share:.0f}%,transparent"
+            style = f'style="background:color-mix(in srgb,{ground})" title="{value:.2f} bits"'
             shown += f"<span {style}>{escape(symbol)}</span>"
+        return shown
+
+    def _repr_html_(self) -> str:
+        shown = self.heat(self.bits, most=12.0)
         return f"<pre>{shown}\n{self.sign} {self.total:.1f} bits</pre>"

@@ -17,7 +17,7 @@ from tarflowlm.files import replacing
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
-from tarflowlm.runs.hub import is_reference, locate, read_only_reason
+from tarflowlm.runs.hub import is_reference, locate
 from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft
 from tarflowlm.views import grid
@@ -84,11 +84,9 @@ def write_report(
             raise UserError(f"{what}: give each run once, or rename one of the directories")
         records[record.slug] = record
     if out is None:
-        problem: str | None = f"{len(directories)} runs are given"
-        if len(directories) == 1:
-            problem = read_only_reason(directories[0])
-        if problem is not None:
-            raise UserError(f"{problem}, so the report needs a place: add --out DIR")
+        # a model of the package or the hub lies elsewhere than its name says
+        if len(directories) != 1 or locate(directories[0]) != directories[0]:
+            raise UserError("only a single run of yours has a place for its report: add --out DIR")
         out = directories[0] / "report"
     page = out / "index.html"
     is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
