@@ -71,7 +71,7 @@ def test_samples_begin_and_end_as_documents_do(lm):
 def test_without_stopping_the_next_document_follows(lm):
     for length in (CONTEXT - 1, CONTEXT, 3 * CONTEXT):
         request = Writing(num_tokens=length, stop_at_end=False, temperature=0.5)
-        written = next(request.read(lm).batches())
+        written = next(Draft.of(request, lm).batches())
         assert written.generation.tokens.shape == (1, length)
         (text,) = written.texts
         first, *others = text.split("\n\n")
