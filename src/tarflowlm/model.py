@@ -12,7 +12,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import coupling_class
-from tarflowlm.flow.fills import Fills
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.plan import BlockPlan
@@ -94,9 +93,8 @@ class TarFlowLM(LanguageModel):
         )
         if plan.index > 0:
             below = self.prior.block(plan.index - 1)
-            certainty = self.config.blocks[plan.index - 1].certainty
-            if certainty and isinstance(below.coupling, MixDCoupling):
-                below.coupling = Fills(below.coupling, certainty)
+            if isinstance(below.coupling, MixDCoupling):
+                below.coupling.certainty = self.config.blocks[plan.index - 1].certainty
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 

@@ -19,7 +19,7 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.fills import Fills
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.newton import CONTRACTION, RESIDUAL, NewtonJudge, largest_change
@@ -213,7 +213,7 @@ class _Inversion:
         same noise takes the same path everywhere.
         """
         coupling = self.block.coupling
-        if isinstance(coupling, Fills):
+        if isinstance(coupling, MixDCoupling) and coupling.certainty:
             return len(self.h) <= FEW_SEQUENCES
         end = self.at + SHORTEST_NEWTON
         if not isinstance(coupling, ChannelCoupling) or end > self.num_positions:
