@@ -162,9 +162,9 @@ def write_start(
     parent: Checkpoint | None,
 ) -> None:
     """Write the files that a run directory has from the beginning."""
-    if asked is not None or not (out / ASKED).exists():
+    if asked is not None:
         # the first file: it makes the directory a run
-        write_json(out / ASKED, to_dict(located(asked or config)))
+        write_json(out / ASKED, to_dict(located(asked)))
     (out / STATE).mkdir(exist_ok=True)
     shutil.rmtree(out / BEST, ignore_errors=True)  # a run may have been killed before it saved
     if parent is not None:

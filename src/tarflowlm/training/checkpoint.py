@@ -22,8 +22,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from tarflowlm.errors import Stopped, UserError
@@ -39,8 +37,8 @@ from tarflowlm.runs.checkpoint import (
 )
 from tarflowlm.runs.weights import write_manifest, write_weights
 from tarflowlm.training.optim import assign, copy_of, trained_parameters
-from tarflowlm.training.parallel import Processes, whole_weights
-from tarflowlm.training.state import Job, State, seconds
+from tarflowlm.training.parallel import whole_weights
+from tarflowlm.training.state import Run
 
 KEPT = 2
 """Training states that are kept: the newest one, and the one before in case it is damaged."""
@@ -53,52 +51,53 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 logger = logging.getLogger("tarflowlm")
 
 
-def save(job: Job, state: State) -> None:
+def save(run: Run) -> None:
     """Copy a checkpoint for the thread to write, unless this step is saved: the state, then the
     weights. Collective.
     """
-    counters = state.counters
+    counters = run.counters
     if counters.saved_step == counters.step:
         return
-    wait(job)  # for the checkpoint before
-    counters.total = seconds(job, state)
-    weights = finite_weights(job, state)
+    wait(run)  # for the checkpoint before
+    counters.total = run.seconds()
+    weights = finite_weights(run)
     counters.saved_step = counters.step
     saved = {
         "step": counters.step,
         "counters": asdict(counters),
-        "metrics": job.log.position(),
-        "sampler": state.sampler.state_dict(),
-        "corpus": job.corpus.fingerprint,
+        "metrics": run.log.position(),
+        "sampler": run.sampler.state_dict(),
+        "corpus": run.corpus.fingerprint,
     }
-    tensors = snapshot(tensors_of(state), job.processes)
-    job.writes.append(job.writer.submit(write_state, job, tensors, saved))
-    submit_weights(job, state, job.out, weights)
+    # a copy, since training continues
+    tensors = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors_of(run))
+    run.writes.append(run.writer.submit(write_state, run, tensors, saved))
+    submit_weights(run, run.out, weights)
 
 
-def save_best(job: Job, state: State) -> None:
+def save_best(run: Run) -> None:
     """Save the weights of the best validation bound to best/, a run directory of its own."""
-    best = job.out / BEST
-    if job.processes.first and not (best / TOKENIZER).exists():
+    best = run.out / BEST
+    if run.processes.first and not (best / TOKENIZER).exists():
         best.mkdir(exist_ok=True)
-        write_run(best, job.config, job.corpus.tokenizer)
-    present = state.copies.get("average") or trained_parameters(state.model)
-    assign(state.copies.get("best", {}), present)
-    submit_weights(job, state, best, finite_weights(job, state))
+        write_run(best, run.config, run.corpus.tokenizer)
+    present = run.copies.get("average") or trained_parameters(run.model)
+    assign(run.copies.get("best", {}), present)
+    submit_weights(run, best, finite_weights(run))
 
 
-def wait(job: Job, *, until_done: bool = True) -> None:
+def wait(run: Run, *, until_done: bool = True) -> None:
     """Return once everything that was saved is on disk, or at once; raises the thread's error."""
-    while job.writes and (until_done or job.writes[0].done()):
-        job.writes.pop(0).result()
+    while run.writes and (until_done or run.writes[0].done()):
+        run.writes.pop(0).result()
 
 
-def stop(job: Job, state: State, reason: str) -> NoReturn:
+def stop(run: Run, reason: str) -> NoReturn:
     """Save the run and raise Stopped. Collective."""
-    save(job, state)
-    wait(job)
-    remedy = f"continue with `{resume_command(job.out)}`"
-    raise Stopped(f"stopped by {reason} and saved at step {state.counters.step}; {remedy}")
+    save(run)
+    wait(run)
+    remedy = f"continue with `{resume_command(run.out)}`"
+    raise Stopped(f"stopped by {reason} and saved at step {run.counters.step}; {remedy}")
 
 
 def resume_command(out: Path) -> str:
@@ -110,10 +109,10 @@ def resume_command(out: Path) -> str:
 
 
 @contextmanager
-def averaged(state: State) -> Iterator[None]:
+def averaged(run: Run) -> Iterator[None]:
     """A context in which the model has its averaged weights, if it keeps them."""
-    weights = trained_parameters(state.model)
-    average = state.copies.get("average", {})
+    weights = trained_parameters(run.model)
+    average = run.copies.get("average", {})
     held = copy_of(weights) if average else {}
     assign(weights, average)
     try:
@@ -122,47 +121,47 @@ def averaged(state: State) -> Iterator[None]:
         assign(weights, held)
 
 
-def finite_weights(job: Job, state: State) -> dict[str, Tensor]:
+def finite_weights(run: Run) -> dict[str, Tensor]:
     """A copy of the weights to evaluate, on the CPU of the first process. Collective.
 
     FloatingPointError if they are not finite, so that such weights are never saved.
     """
-    first = job.processes.first
-    with averaged(state):
-        weights = whole_weights(state.model, keep=first)
+    first = run.processes.first
+    with averaged(run):
+        weights = whole_weights(run.model, keep=first)
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if broken := job.processes.from_first(broken):
+    if broken := run.processes.from_first(broken):
         where = f"parameters {', '.join(broken[:NAMED])} are not finite"
         remedy = "lower optim.lr in a new run; earlier checkpoints are kept"
-        raise FloatingPointError(f"{where} at step {state.counters.step}: {remedy}")
+        raise FloatingPointError(f"{where} at step {run.counters.step}: {remedy}")
     return weights
 
 
-def submit_weights(job: Job, state: State, directory: Path, weights: dict[str, Tensor]) -> None:
+def submit_weights(run: Run, directory: Path, weights: dict[str, Tensor]) -> None:
     """Let the thread write model.safetensors, with the counts of this step in its header."""
-    if job.processes.first:
+    if run.processes.first:
         info = {
-            "step": str(state.counters.step),
-            "tokens": str(state.counters.tokens),
-            "blocks": str(state.model.num_blocks),
+            "step": str(run.counters.step),
+            "tokens": str(run.counters.tokens),
+            "blocks": str(run.model.num_blocks),
         }
-        job.writes.append(job.writer.submit(write_weights, directory / WEIGHTS, weights, info))
+        run.writes.append(run.writer.submit(write_weights, directory / WEIGHTS, weights, info))
 
 
 # the training state
 
 
-def write_state(job: Job, tensors: dict[str, Any], saved: dict[str, Any]) -> None:
+def write_state(run: Run, tensors: dict[str, Any], saved: dict[str, Any]) -> None:
     """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but
     the newest ones. Collective: all processes write their shards into one folder.
     """
-    root = job.out / STATE
+    root = run.out / STATE
     name = f"step-{saved['step']:08d}"
     temporary = root / f".{name}"
-    alone = job.processes.world == 1
+    group = run.group
     try:
-        save_shards(tensors, checkpoint_id=temporary, process_group=job.group, no_dist=alone)
-        if job.processes.first:
+        save_shards(tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
+        if run.processes.first:
             write_json(temporary / COUNTERS, saved)
             # network file systems list what others have written late
             shards = FileSystemReader(temporary).read_metadata().storage_data.values()
@@ -176,75 +175,57 @@ def write_state(job: Job, tensors: dict[str, Any], saved: dict[str, Any]) -> Non
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
         raise
-    if job.processes.first:
+    if run.processes.first:
         # renamed first, so that no partial state is ever visible
         for old in sorted(root.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old.rename(root / f".{old.name}"))
 
 
-def tensors_of(state: State) -> dict[str, Any]:
+def tensors_of(run: Run) -> dict[str, Any]:
     """All tensors of a state: of model, optimisers and generator, and the copies of weights."""
-    model, optimizers = get_state_dict(state.model, state.optimizers)
-    forget_no_step(state)
-    generator = state.generator.get_state()
-    return {"model": model, "optimizers": optimizers, "generator": generator, **state.copies}
+    model, optimizers = get_state_dict(run.model, run.optimizers)
+    forget_no_step(run)
+    generator = run.generator.get_state()
+    return {"model": model, "optimizers": optimizers, "generator": generator, **run.copies}
 
 
-def forget_no_step(state: State) -> None:
+def forget_no_step(run: Run) -> None:
     """Let optimisers begin anew in a stage without a step: to read or write their state, PyTorch
     takes one with a rate of zero, which would count.
     """
-    if not state.counters.stage_step:
-        for optimizer in state.optimizers:
+    if not run.counters.stage_step:
+        for optimizer in run.optimizers:
             optimizer.state.clear()
 
 
-def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """A copy of `tensors_of` on the CPU, where shards are those of a mesh of CPUs."""
-    mesh = init_device_mesh("cpu", (processes.world,)) if processes.world > 1 else None
-
-    def copied(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor.detach().to("cpu", copy=True)
-        return DTensor.from_local(
-            tensor.to_local().detach().to("cpu", copy=True),
-            mesh,
-            tensor.placements,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-
-    return tree_map_only(Tensor, copied, tensors)
-
-
-def load_state(folder: Path, state: State, processes: Processes, *, seed: int) -> None:
+def load_state(run: Run, folder: Path) -> None:
     """Load the tensors in `folder`, from any number of processes, into a state built for the same
     stage. Collective.
 
-    A generator of another kind of device cannot continue; it gets `seed`.
+    A generator of another kind of device cannot continue; it gets a seed of this step.
     """
-    tensors = tensors_of(state)
+    tensors = tensors_of(run)
     try:
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata["generator"]
         is_moved = saved.size != tensors["generator"].shape  # type: ignore[union-attr]
         if is_moved:
             del tensors["generator"]
-        load(tensors, checkpoint_id=folder, no_dist=processes.world == 1)
+        load(tensors, checkpoint_id=folder, no_dist=run.group is None)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder} does not fit this run ({reason}): restore its own") from None
     set_state_dict(
-        state.model,
-        state.optimizers,
+        run.model,
+        run.optimizers,
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizers"],
     )
-    forget_no_step(state)
+    forget_no_step(run)
     if is_moved:
         logger.warning("%s is from another kind of device: the noise changes", folder.name)
-        state.generator.manual_seed(seed)
+        run.generator.manual_seed((run.config.seed + 1_000_003 * run.counters.step) % 2**62)
     else:
-        state.generator.set_state(tensors["generator"])
+        run.generator.set_state(tensors["generator"])
 
 
 def newest_state(directory: Path) -> Path:

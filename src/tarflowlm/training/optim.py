@@ -1,5 +1,6 @@
 """How weights change: optimisers, the learning rate, averages of weights, and Muon."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -43,31 +44,25 @@ def build_optimizers(
     heads, codebooks, vectors and block-diagonal tensors.
     """
     muon = muon_matrices(config, model)
-    matrices = list[nn.Parameter]()
-    vectors = list[nn.Parameter]()
-    codebook = list[nn.Parameter]()
-    taps = list[nn.Parameter]()
-    for name, p in model.named_parameters():
-        if not p.requires_grad or name in muon:
-            continue
+    # by their weight decay and the scale of their rate
+    groups = defaultdict[tuple[float, float], list[Tensor]](list)
+    for name, p in trained_parameters(model).items():
+        decay, scale = 0.0, 1.0
         if name.endswith(CODEBOOK):
-            codebook.append(p)
+            scale = config.codebook_lr_scale
         elif name.endswith("transformer.input_taps"):
-            taps.append(p)
-        elif p.ndim < 2 or ".biases." in name or name.endswith(".evidence"):
-            # a head stacks the biases of its groups, and its evidence starts nonzero
-            vectors.append(p)
-        else:
-            matrices.append(p)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": codebook, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
-        {"params": taps, "weight_decay": 0.0, "lr_scale": TAPS_SCALE},
-    ]
+            scale = TAPS_SCALE
+        # a head stacks the biases of its groups, and its evidence starts nonzero
+        elif p.ndim >= 2 and ".biases." not in name and not name.endswith(".evidence"):
+            decay = config.weight_decay
+        if name not in muon:
+            groups[decay, scale].append(p)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": params, "weight_decay": decay, "lr_scale": scale}
+                for (decay, scale), params in groups.items()
+            ],
             lr=config.lr,
             betas=(0.9, config.beta2),
             eps=config.eps,
@@ -88,17 +83,14 @@ def build_optimizers(
     return optimizers
 
 
-def muon_matrices(config: OptimConfig, model: nn.Module) -> dict[str, nn.Parameter]:
+def muon_matrices(config: OptimConfig, model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters of `model` that Muon optimises, by name; empty with AdamW alone."""
     if config.optimizer == "adamw":
         return {}
     return {
         name: p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-        and p.ndim == 2
-        and name.endswith(".weight")
-        and any(part in name for part in MUON)
+        for name, p in trained_parameters(model).items()
+        if p.ndim == 2 and name.endswith(".weight") and any(part in name for part in MUON)
     }
 
 
@@ -288,29 +280,24 @@ class Muon(torch.optim.Muon):
             size = 1 if all(p.device.type == "cpu" for p in params) else BUCKET
             for start in range(0, len(params), size):
                 bucket = params[start : start + size]
-                momentum = self.update_momentum(bucket, group["momentum"])
-                updates = self.updates(bucket, momentum)
+                updates = self.updates(bucket, group["momentum"])
                 torch._foreach_mul_(bucket, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(bucket, updates, alpha=-group["lr"])
 
-    def update_momentum(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        """Move the momentum towards the gradients; returns Nesterov's look-ahead."""
+    def updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        """Nesterov's look-ahead orthogonalised, with a root mean square of 0.2."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         gradients = [p.grad for p in params if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        return list(torch._foreach_lerp(gradients, buffers, momentum))
-
-    def updates(self, params: list[nn.Parameter], momentum: list[Tensor]) -> list[Tensor]:
-        """The momentum orthogonalised, with a root mean square of 0.2."""
+        ahead = torch._foreach_lerp(gradients, buffers, momentum)
         own = params[0].dtype
         dtype = own if own == torch.float64 else self.dtype
         heights = [self.heights.get(id(p), 1) for p in params]
         stacks = [
-            x.to(dtype).unflatten(0, (height, -1))
-            for x, height in zip(momentum, heights, strict=True)
+            x.to(dtype).unflatten(0, (height, -1)) for x, height in zip(ahead, heights, strict=True)
         ]
         batched = any(p.device.type != "cpu" for p in params)
         found = orthogonalise_all(stacks, batched=batched)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.training.state import Counters, Job
+from tarflowlm.training.state import Counters, Run
 
 # of a run with a time limit
 SAVE_SECONDS = 60.0
@@ -59,9 +59,9 @@ def units(train: TrainConfig, counters: Counters) -> tuple[int, int]:
     return counters.stage_step, train.stage_steps[counters.stage]
 
 
-def stop_requested(job: Job) -> str | None:
+def stop_requested(run: Run) -> str | None:
     """Why this process or another one was asked to stop, or None. Collective."""
-    asked = job.stop_signal()
-    if job.processes.any(asked is not None):
+    asked = run.stop_signal()
+    if run.processes.any(asked is not None):
         return asked or "a signal to another process"
     return None

@@ -73,23 +73,13 @@ class Processes:
             )
         return train.batch_size // self.world
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over the processes."""
-        if self.world == 1:
-            return value
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total / self.world
-
     def any(self, flag: bool) -> bool:
         """True if `flag` is set in any process."""
         if self.world == 1:
             return flag
         # on the CPU, by gloo, so that no device has to wait
         device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
-        raised = torch.tensor([int(flag)], device=device)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
-        return bool(raised)
+        return bool(self.gather(torch.tensor([int(flag)], device=device)).any())
 
     def gather(self, rows: Tensor) -> Tensor:
         """The `rows` of all processes, in order of rank; every process passes the same number."""

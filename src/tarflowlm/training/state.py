@@ -1,6 +1,4 @@
-"""The parts of a training run: a `Job`, which never changes, and a `State`, which every step
-changes and every checkpoint holds.
-"""
+"""A training run, and its progress in plain numbers."""
 
 import math
 import time
@@ -16,39 +14,8 @@ from torch import Generator, Tensor, nn
 from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.progress import Progress
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import Processes
-
-
-@dataclass(frozen=True)
-class Job:
-    """The fixed parts of a run. All processes hold the same; only the first one writes files."""
-
-    config: RunConfig
-    out: Path
-    corpus: Corpus
-    device: torch.device
-    processes: Processes
-    compiles: bool  # whether Transformer layers are compiled
-    reporter: Progress
-    log: MetricsLog
-    stop_signal: Callable[[], str | None]  # why this process was asked to stop, or None
-    writer: ThreadPoolExecutor  # one thread, which writes checkpoints while training continues
-    writes: list[Future[None]]  # what the thread has not been seen to finish
-    group: dist.ProcessGroup | None
-    """The processes once more, for collectives of that thread; those of training must not mix."""
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP2 divides the parameters among the processes."""
-        return self.processes.shards(self.config.train)
-
-    @property
-    def num_test_windows(self) -> int:
-        """Windows of the test split that a run without a time limit evaluates at its end."""
-        available = self.corpus.num_tokens("test") // self.config.model.context
-        return min(self.config.train.test_windows or available, available)
 
 
 @dataclass
@@ -98,23 +65,50 @@ class Counters:
 
 
 @dataclass
-class State:
-    """Everything that training changes. All of it is in a checkpoint, or follows from what is."""
+class Run:
+    """A training run. All processes hold the same; only the first one writes files."""
 
-    model: LanguageModel  # with the blocks of the stages so far
-    bound: nn.Module  # the model's negative bound as DDP or FSDP2 wrap it for the current stage
-    optimizers: list[torch.optim.Optimizer]
-    copies: dict[str, dict[str, Tensor]]
+    # never change
+    config: RunConfig
+    out: Path
+    corpus: Corpus
+    device: torch.device
+    processes: Processes
+    compiles: bool  # whether Transformer layers are compiled
+    log: MetricsLog
+    stop_signal: Callable[[], str | None]  # why this process was asked to stop, or None
+    writer: ThreadPoolExecutor  # one thread, which writes checkpoints while training continues
+    writes: list[Future[None]]  # what the thread has not been seen to finish
+    group: dist.ProcessGroup | None
+    """The processes once more, for collectives of that thread; those of training must not mix.
+    None for a single process.
+    """
+
+    # change with every step or stage: all of it is in a checkpoint, or follows from what is
+    counters: Counters = field(init=False)
+    model: LanguageModel = field(init=False)  # with the blocks of the stages so far
+    bound: nn.Module = field(init=False)  # its negative bound as DDP or FSDP2 wrap it for the stage
+    optimizers: list[torch.optim.Optimizer] = field(init=False)
+    copies: dict[str, dict[str, Tensor]] = field(init=False)
     """Of the weights that train, the "average" and those of the "best" validation, by parameter;
     each only if the configuration asks for it.
     """
-    sampler: WindowSampler  # the place in the text
-    generator: Generator  # of the noise
-    counters: Counters
-    began: float
+    sampler: WindowSampler = field(init=False)  # the place in the text
+    generator: Generator = field(init=False)  # of the noise
+    began: float = field(init=False)
     """When the run began, on the clock of `time.monotonic`, less pauses and compilation."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 divides the parameters among the processes."""
+        return self.processes.shards(self.config.train)
 
-def seconds(job: Job, state: State) -> float:
-    """Wall-clock seconds since the run began, without pauses and compilation. Collective."""
-    return job.processes.from_first(time.monotonic() - state.began)
+    @property
+    def num_test_windows(self) -> int:
+        """Windows of the test split that a run without a time limit evaluates at its end."""
+        available = self.corpus.num_tokens("test") // self.config.model.context
+        return min(self.config.train.test_windows or available, available)
+
+    def seconds(self) -> float:
+        """Wall-clock seconds since the run began, without pauses and compilation. Collective."""
+        return self.processes.from_first(time.monotonic() - self.began)

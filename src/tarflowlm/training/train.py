@@ -31,7 +31,7 @@ from tarflowlm.runs.checkpoint import Checkpoint, read_summary, weights_problem
 from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import ALONE, Processes
-from tarflowlm.training.state import Job, State, seconds
+from tarflowlm.training.state import Run
 from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
@@ -105,14 +105,13 @@ def train(
         group = dist.new_group(backend="gloo") if processes.world > 1 else None
         assert not isinstance(group, int), "every process is a member of the group"
         with stop_requests() as stop_signal, parallel.compiling(compiled):
-            job = Job(
+            run = Run(
                 config=config,
                 out=out,
                 corpus=corpus,
                 device=device,
                 processes=processes,
                 compiles=compiled,
-                reporter=reporter,
                 log=MetricsLog(reporter),
                 stop_signal=stop_signal,
                 writer=ThreadPoolExecutor(1),
@@ -120,17 +119,14 @@ def train(
                 group=group,
             )
             try:
-                if folder is None:
-                    state = stages.first_state(job)
-                else:
-                    state = stages.resumed_state(job, folder)
-                while state.counters.stage < config.num_stages:
-                    stages.leave_stage(job, state, train_stage(job, state))
-                return stages.finish(job, state)
+                stages.start(run, folder)
+                while run.counters.stage < config.num_stages:
+                    stages.leave_stage(run, train_stage(run))
+                return stages.finish(run)
             finally:
                 # returns once nothing is being written any more, even if something failed
-                job.writer.shutdown()
-                job.log.close()
+                run.writer.shutdown()
+                run.log.close()
 
 
 def announce(config: RunConfig, out: Path) -> None:
@@ -142,49 +138,49 @@ def announce(config: RunConfig, out: Path) -> None:
     logger.info("%s on %s: %s, %s, into %s", config.name, config.data.source, length, tokens, out)
 
 
-def train_stage(job: Job, state: State) -> Likelihood:
+def train_stage(run: Run) -> Likelihood:
     """Train until the steps or the time of the stage are used up; returns the last validation.
 
     With `train.patience`, it ends as soon as so many evaluations in a row were no better. Raises
     FloatingPointError, naming parameters, and Stopped, as `train` does. Collective.
     """
-    config = job.config
+    config = run.config
     train = config.train
-    counters = state.counters
-    every = STEPS_BETWEEN_READS.get(job.device.type, 1)
+    counters = run.counters
+    every = STEPS_BETWEEN_READS.get(run.device.type, 1)
     unread: Unread = []
-    may_compile = job.compiles
-    clock = partial(seconds, job, state)
-    pace.measure(train, counters, clock, job.num_test_windows)
+    may_compile = run.compiles
+    measure_pace = partial(pace.measure, train, counters, run.seconds, run.num_test_windows)
+    measure_pace()
     if counters.stage_step == 0:
         # the best weights of a stage may be those that it begins with, and it may have no steps
         counters.evaluation_is_due |= train.keep == "best" or counters.stage_is_over
     done, total = pace.units(train, counters)
-    job.reporter.stage(stages.describe_stage(job, counters.stage), total, done)
+    run.log.reporter.stage(stages.describe_stage(run), total, done)
 
     mark = time.perf_counter()
     while True:
         # Evaluate. This comes after the checkpoint of the step, so that a kill during a long
         # evaluation loses nothing; a resumed run starts with it.
         if counters.evaluation_is_due:
-            result = validate(job, state)
-            pace.measure(train, counters, clock, job.num_test_windows)
+            result = validate(run)
+            measure_pace()
             has_stalled = 0 < train.patience <= counters.stalled
             if counters.stage_is_over or has_stalled:
                 return result
             mark = time.perf_counter()
 
-        if job.processes.world > 1 and counters.stage_step % STEPS_BETWEEN_COLLECTIONS == 0:
+        if run.processes.world > 1 and counters.stage_step % STEPS_BETWEEN_COLLECTIONS == 0:
             gc.collect()
 
         # Take this process's rows of the next batch.
-        tokens = next_batch(job, state)
+        tokens = next_batch(run)
 
         # Add up the gradients of the global batch.
         loss = accumulate_gradients(
-            state.model, state.bound, tokens, state.generator, train, job.processes
+            run.model, run.bound, tokens, run.generator, train, run.processes
         )
-        trained = {n: p for n, p in state.model.named_parameters() if p.grad is not None}
+        trained = {n: p for n, p in run.model.named_parameters() if p.grad is not None}
         each = optim.norms({name: p.grad for name, p in trained.items() if p.grad is not None})
         norm = torch.linalg.vector_norm(each)
 
@@ -192,22 +188,22 @@ def train_stage(job: Job, state: State) -> Likelihood:
         # changes. A GPU is read every 16 steps: weights may be spoiled by then, none saved.
         unread.append((counters.step + 1, torch.stack((loss, norm)), [*trained], each))
         if len(unread) >= every:
-            read(state, unread)
+            read(run, unread)
 
         # Change the weights.
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
         lr = config.optim.lr * optim.schedule(config.optim, counters.stage_step, num_steps)
-        optim.take_step(state.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
-        num_tokens = tokens.numel() * job.processes.world
+        optim.take_step(run.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
+        num_tokens = tokens.numel() * run.processes.world
         counters.step += 1
         counters.stage_step += 1
         counters.tokens += num_tokens
         counters.window_tokens += num_tokens
-        optim.update_average(state.copies, state.model, counters.stage_step, train.ema)
+        optim.update_average(run.copies, run.model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
-            read(state, unread)
-            state.began += time.perf_counter() - mark
+            read(run, unread)
+            run.began += time.perf_counter() - mark
             counters.window_tokens = 0
             counters.window_seconds = 0.0
             counters.window_waited = 0.0
@@ -215,13 +211,13 @@ def train_stage(job: Job, state: State) -> Likelihood:
             may_compile = False
 
         # Report.
-        pace.measure(train, counters, clock, job.num_test_windows)
+        measure_pace()
         before = done
         done, _ = pace.units(train, counters)
-        job.reporter.advance(done - before)
+        run.log.reporter.advance(done - before)
 
         # Log. Whatever is saved below has been read before.
-        why = pace.stop_requested(job) if counters.step % every == 0 else None
+        why = pace.stop_requested(run) if counters.step % every == 0 else None
         counters.evaluation_is_due = (
             counters.stage_is_over or counters.step % train.evaluate_every == 0
         )
@@ -230,35 +226,35 @@ def train_stage(job: Job, state: State) -> Likelihood:
             why is not None
             or counters.stage_is_over
             or counters.step % train.checkpoint_every == 0
-            or (train.minutes > 0 and clock() - counters.total > pace.SAVE_SECONDS)
+            or (train.minutes > 0 and run.seconds() - counters.total > pace.SAVE_SECONDS)
         )
         if is_logged or is_saved:
-            read(state, unread)
+            read(run, unread)
             now = time.perf_counter()
             counters.window_seconds += now - mark
             counters.training += now - mark
             mark = now
         if is_logged:
-            write_line(job, state, lr)
-            checkpoint.wait(job, until_done=False)
+            write_line(run, lr)
+            checkpoint.wait(run, until_done=False)
 
         # Save.
         if is_saved:
-            checkpoint.save(job, state)
+            checkpoint.save(run)
             mark = time.perf_counter()
         if why is not None:
-            checkpoint.stop(job, state, why)
+            checkpoint.stop(run, why)
 
 
-def next_batch(job: Job, state: State) -> Int[Tensor, "B T"]:
+def next_batch(run: Run) -> Int[Tensor, "B T"]:
     """This process's rows of the next batch, on its device."""
     start = time.perf_counter()
-    tokens = state.sampler.next()
-    state.counters.window_waited += time.perf_counter() - start
-    if job.device.type == "cuda":
+    tokens = run.sampler.next()
+    run.counters.window_waited += time.perf_counter() - start
+    if run.device.type == "cuda":
         # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
-    return tokens.to(job.device, non_blocking=True)
+    return tokens.to(run.device, non_blocking=True)
 
 
 def accumulate_gradients(
@@ -287,10 +283,10 @@ def accumulate_gradients(
             loss = bound(part, part_noise).mean() / tokens.shape[1] / train.accumulate
             loss.backward()
             total = total + loss.detach()
-    return processes.mean(total)
+    return processes.gather(total[None]).mean()
 
 
-def read(state: State, unread: Unread) -> None:
+def read(run: Run, unread: Unread) -> None:
     """Read the numbers of steps into the window of the log, with one transfer from the device.
 
     FloatingPointError for the first step that is not finite. Collective.
@@ -300,21 +296,21 @@ def read(state: State, unread: Unread) -> None:
     rows = torch.stack([numbers for _, numbers, _, _ in unread]).tolist()
     for (step, _, names, each), (loss, norm) in zip(unread, rows, strict=True):
         if not math.isfinite(loss + norm):
-            raise not_finite(state, step, loss, names, each)
-        state.counters.window_losses.append(loss)
-        state.counters.window_norms.append(norm)
+            raise not_finite(run, step, loss, names, each)
+        run.counters.window_losses.append(loss)
+        run.counters.window_norms.append(norm)
     unread.clear()
 
 
 def not_finite(
-    state: State, step: int, loss: float, names: list[str], each: Tensor
+    run: Run, step: int, loss: float, names: list[str], each: Tensor
 ) -> FloatingPointError:
     """The error for a step: the gradients that are not finite, and the parameters, if these are
     still the ones of that step. Collective.
     """
     culprits = {"gradients": dict(zip(names, each.tolist(), strict=True))}
-    if step > state.counters.step:
-        weights = optim.trained_parameters(state.model)
+    if step > run.counters.step:
+        weights = optim.trained_parameters(run.model)
         culprits["parameters"] = dict(zip(weights, optim.norms(weights).tolist(), strict=True))
     found = [f"the loss is {loss:.4g}"]
     for kind, sizes in culprits.items():
@@ -326,13 +322,13 @@ def not_finite(
     return FloatingPointError(f"the run ended at step {step}: {'; '.join(found)}; {remedy}")
 
 
-def write_line(job: Job, state: State, lr: float) -> None:
+def write_line(run: Run, lr: float) -> None:
     """Write a line of the log with the means since the last one, and start the next window."""
-    counters = state.counters
+    counters = run.counters
     loss = statistics.fmean(counters.window_losses)
     duration = max(counters.window_seconds, 1e-9)
     speed = counters.window_tokens / duration
-    characters = job.corpus.num_characters("train") / job.corpus.num_tokens("train")
+    characters = run.corpus.num_characters("train") / run.corpus.num_tokens("train")
     record: Record = {
         "split": "train",
         **counters.place(),
@@ -343,14 +339,14 @@ def write_line(job: Job, state: State, lr: float) -> None:
         "tokens_per_second": speed,
         "data_share": counters.window_waited / duration,
     }
-    if job.device.type == "cuda":
+    if run.device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
-        if peak := peak_flops(torch.cuda.get_device_name(job.device)):
-            model = job.config.model_of_stage(counters.stage)
+        if peak := peak_flops(torch.cuda.get_device_name(run.device)):
+            model = run.config.model_of_stage(counters.stage)
             flops = training_flops(model, frozen=counters.stage) / model.context  # of a token
-            record["mfu"] = speed * flops / peak / job.processes.world
-    job.log.write(record)
+            record["mfu"] = speed * flops / peak / run.processes.world
+    run.log.write(record)
     counters.window_losses = []
     counters.window_norms = []
     counters.window_tokens = 0

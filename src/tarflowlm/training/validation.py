@@ -11,20 +11,20 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.checkpoint import averaged, save_best, stop
 from tarflowlm.training.pace import stop_requested
 from tarflowlm.training.parallel import reshard
-from tarflowlm.training.state import Job, State, seconds
+from tarflowlm.training.state import Run
 
 
-def validate(job: Job, state: State) -> Likelihood:
+def validate(run: Run) -> Likelihood:
     """Evaluate on the validation windows, log the bound, and save the weights if they are the best
     of the stage. Collective.
     """
-    counters, start = state.counters, seconds(job, state)
-    config = job.config
+    counters, start = run.counters, run.seconds()
+    config = run.config
     windows = eval_windows(
-        job.corpus.split("valid"), config.model.context, config.train.evaluate_windows
+        run.corpus.split("valid"), config.model.context, config.train.evaluate_windows
     )
-    result = evaluate(job, state, windows)
-    job.log.write(
+    result = evaluate(run, windows)
+    run.log.write(
         {
             "split": "valid",
             **counters.place(),
@@ -38,50 +38,48 @@ def validate(job: Job, state: State) -> Likelihood:
         counters.lowest = result.nats_per_token
         counters.lowest_at = counters.stage_step
         counters.stalled = 0
-        save_best(job, state)
+        save_best(run)
     counters.evaluation_is_due = False
-    counters.evaluation = seconds(job, state) - start
+    counters.evaluation = run.seconds() - start
     counters.per_window = counters.evaluation / len(windows)
     return result
 
 
 @torch.no_grad()
-def evaluate(
-    job: Job, state: State, windows: Int[Tensor, "W T"], progress: Progress = SILENT
-) -> Likelihood:
+def evaluate(run: Run, windows: Int[Tensor, "W T"], progress: Progress = SILENT) -> Likelihood:
     """The bound over `windows`, with the noise of `evaluation.likelihood.evaluate`.
 
     Each process computes its own rows of every batch. Stops in between if the run was asked to.
     Collective.
     """
-    model, processes = state.model, job.processes
+    model, processes = run.model, run.processes
     size = windows_per_batch(windows.shape[1])
-    generator = Generator(device=job.device).manual_seed(0)
-    bound = state.bound if job.is_sharded else model.bound
+    generator = Generator(device=run.device).manual_seed(0)
+    bound = run.bound if run.is_sharded else model.bound
     nats = list[Tensor]()
     why: str | None = None
     model.eval()
-    with averaged(state):
+    with averaged(run):
         for batch in windows.split(processes.world * size):
-            tokens = batch.to(job.device)
+            tokens = batch.to(run.device)
             # in the parts that a single process would draw
             noise = torch.cat([model.draw_noise(part, generator) for part in tokens.split(size)])
             # in the last batch, processes without rows of their own repeat one: all must take part
             each = -(-len(tokens) // processes.world)
-            own = processes.rank * each + torch.arange(each, device=job.device)
+            own = processes.rank * each + torch.arange(each, device=run.device)
             rows = own.clamp(max=len(tokens) - 1).split(
-                chunks.bound_rows(tokens.shape[1], job.device)
+                chunks.bound_rows(tokens.shape[1], run.device)
             )
             parts = [bound(tokens[some], noise[some]) for some in rows]
             nats.append(processes.gather(torch.cat(parts))[: len(tokens)])
-            reshard(state.bound)
+            reshard(run.bound)
             progress.advance(len(batch))
-            why = stop_requested(job)
+            why = stop_requested(run)
             if why is not None:
                 break
     model.train()
     if why is not None:  # out here, so that the weights in training are saved
-        stop(job, state, why)
-    characters = torch.from_numpy(job.corpus.tokenizer.characters_per_token)
+        stop(run, why)
+    characters = torch.from_numpy(run.corpus.tokenizer.characters_per_token)
     log_weights = -torch.cat(nats)[None].cpu().double()
     return summarise(model, log_weights, windows, characters)
