@@ -1,6 +1,6 @@
 """The plan from which a block and its coupling are built."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -55,19 +55,16 @@ class BlockPlan:
         config = self.config
         block = self.block
         group = config.latent_dim if by_token else 1
-        shape = HeadShape(
+        # groups of d channels in the block's order, which are tokens unless channels are mixed
+        tokens = torch.arange(self.channels) // config.latent_dim
+        return HeadShape(
             width=config.trunk.width,
             hidden=config.head_hidden * group,
             features=config.head_features,
             linear_paths=config.head == "linear-paths",
             embed_bias=config.head == "paper",
-            autoregressive=block.sees_channels,
+            autoregressive=block.sees_channels and (block.sees_tokens or not by_token),
             # a block that is put on a trained stack must not harm it: it starts as the identity
             noise=0.1 if self.index == 0 else 0.0,
+            tokens=None if block.sees_tokens or by_token else tokens,
         )
-        if block.sees_tokens:
-            return shape
-        if by_token:
-            return replace(shape, autoregressive=False)
-        # groups of d channels in the block's order, which are tokens unless channels are mixed
-        return replace(shape, tokens=torch.arange(self.channels) // config.latent_dim)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
-from tarflowlm.flow.couplings import Coupling
+from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents, OneFeature
 from tarflowlm.flow.layers import Order, Patch
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import KVCache, Transformer
@@ -87,26 +87,22 @@ class FlowBlock(nn.Module):
             x = x + self.token_embedding(tokens + self.places).sum(-2)
         return torch.cat((self.start.expand(len(h), 1, -1), x), dim=1) if first else x
 
-    def features(self, h: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
+    def features(self, h: Latents) -> Features:
         """Features c_n of all positions, each from the latents before it."""
         return self.transformer(self._inputs(h[:, :-1], first=True))
 
-    def forward(
-        self, z: Float[Tensor, "B N C"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(self, z: Latents) -> tuple[Latents, ByPosition]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
         h = self.order(z)
         u, log_det = self.coupling(h, self.features(h))
         return self.order.inverse(u), self.order.positions(log_det)
 
-    def log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
+    def log_prob(self, z: Latents) -> ByPosition:
         """log p(z_n | positions before n in the block's order) of the last block, in nats."""
         h = self.order(z)
         return self.order.positions(self.coupling.log_prob(h, self.features(h)))
 
-    def features_at(
-        self, cache: KVCache, previous: Tensor | None, batch: int
-    ) -> Float[Tensor, "B D"]:
+    def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> OneFeature:
         """Features c_n of the next position, from the latents [B, C] before it (or None)."""
         if previous is None:
             return cache.extend(self.start.expand(batch, 1, -1))[:, 0]
@@ -127,7 +123,7 @@ class FlowBlock(nn.Module):
         return KVCache(self.transformer, batch, num_positions, like)
 
     @torch.no_grad()
-    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+    def inverse(self, u: Latents) -> Latents:
         """h^(l-1) from h^(l) = u, position by position, without gradients."""
         cache = self.allocate_cache(len(u), u.shape[1])
         invert = self.coupling.inverter()

@@ -97,8 +97,9 @@ def density_into(a: Tensor, out: Tensor, space: Workspace) -> Tensor:
     return torch.addcmul(space.zero, a, a, value=-1.0, out=out).exp_()
 
 
-def rows_below(size: Tensor, limit: float) -> Tensor | None:
-    """Indices with not size >= limit (NaN included), or None when there are none."""
+def far_rows(size: Tensor) -> Tensor | None:
+    """Indices with not size >= `SMALLEST` (NaN included), or None when there are none."""
+    limit = SMALLEST[size.dtype]
     if size.numel() == 0 or bool(size.amin() >= limit):
         return None
     return torch.nonzero(~(size >= limit)).squeeze(-1)
@@ -130,7 +131,7 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     size = torch.minimum(tail.mul_(0.5), density.mul_(INV_SQRT_2PI))
     u = upper_quantile(tail).mul_(side)
     log_det = density.log_().sub_(log_standard_normal(u))
-    far = rows_below(size, SMALLEST[z.dtype])
+    far = far_rows(size)
     if far is not None:
         path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf
         u[far], log_det[far] = (t.to(z.dtype) for t in path(z[far].double(), *widened(params, far)))
@@ -148,7 +149,7 @@ def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
         clamp_(a.mul_(inv_std).mul_(SQRT_HALF))
         density_into(a, a, space).mul_(weight).mul_(inv_std)
         torch.sum(a, space.axis, out=density[rows]).div_(total)
-    far = rows_below(density.mul_(INV_SQRT_2PI), SMALLEST[z.dtype])
+    far = far_rows(density.mul_(INV_SQRT_2PI))
     log_p = density.log_()
     if far is not None:
         narrow = z.dtype != torch.float64
@@ -169,7 +170,7 @@ def mixture_backward(
         chunk = tuple(t[rows] for t in by_row)
         chunk_params = take_rows(params, rows)
         grads, size = _gradients(chunk, chunk_params, space)
-        far = rows_below(size, SMALLEST[z.dtype])
+        far = far_rows(size)
         if far is not None:
             # with parameters of their own, so that gradients come row by row
             own = tuple(p.expand(len(size), -1) for p in chunk_params)

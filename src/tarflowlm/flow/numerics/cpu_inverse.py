@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.flow.numerics import cpu_few_rows, reference
-from tarflowlm.flow.numerics.cpu_forward import (
-    SMALLEST,
-    Workspace,
-    density_into,
-    load,
-    rows_below,
-    widened,
-)
+from tarflowlm.flow.numerics.cpu_forward import Workspace, density_into, far_rows, load, widened
 from tarflowlm.flow.numerics.layout import cached_chunks, take_rows
 from tarflowlm.flow.numerics.normal import (
     INV_SQRT_2PI,
@@ -65,7 +58,7 @@ def by_bisection(u: Tensor, *params: Tensor) -> Tensor:
     space = Workspace(5, num_components, u.dtype)
     for rows in cached_chunks(len(u), num_components):
         z[rows] = _solve(u[rows], take_rows(params, rows), space)
-    far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
+    far = far_rows(upper_tail(u.abs()))
     if far is not None:
         path = reference.mixture_cdf_inverse if u.dtype == torch.float64 else by_bisection
         z[far] = path(u[far].double(), *widened(params, far)).to(u.dtype)

@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
-__all__ = ["Context", "differentiable", "first_derivatives_only"]
-
 Tensors = tuple[Tensor, ...]
 
 
@@ -37,17 +35,16 @@ def first_derivatives_only() -> None:
 class _Differentiable(Function):
     @staticmethod
     def forward(
+        ctx: Context,
         compute: Callable[..., Tensor | Tensors],
         gradients: Callable[..., Tensors],
         *inputs: Tensor,
     ) -> Tensors:
         found = compute(*inputs)
-        return found if isinstance(found, tuple) else (found,)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
-        ctx.gradients = inputs[1]  # type: ignore[attr-defined]
-        ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)), *output)
+        outputs = found if isinstance(found, tuple) else (found,)
+        ctx.gradients = gradients  # type: ignore[attr-defined]
+        ctx.save_for_backward(*inputs, *outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

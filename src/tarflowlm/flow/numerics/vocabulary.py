@@ -10,17 +10,18 @@ improbable. The sum itself shows that (eq. 20b), and such rows take all componen
 Rows come in chunks, so that nothing makes an [N, K] tensor. E is the number of features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction as Context
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm import chunks
 from tarflowlm.flow.numerics import layout, near
-from tarflowlm.flow.numerics.derivatives import Context, first_derivatives_only
+from tarflowlm.flow.numerics.derivatives import first_derivatives_only
 from tarflowlm.flow.numerics.near import Pairs, near_components
 from tarflowlm.flow.numerics.normal import (
     check_codebook,
@@ -162,7 +163,7 @@ class _HeadSums(Function):
         low = [t.to(dtype) for t in (features, weight, bias)]
         keep = any(ctx.needs_input_grad) and len(features) * len(weight) <= chunks.KEPT
         sums, picked, shares = list[Tensor](), list[Tensor](), list[Tensor]()
-        parts = list(_head_chunks(features, weight))
+        parts = list(chunks.row_ranges(len(features), len(weight), chunks.held(features.device)))
         stops = torch.tensor([part.stop for part in parts], device=rows.device)
         start = 0
         for part, end in zip(parts, torch.searchsorted(rows, stops).tolist(), strict=True):
@@ -187,29 +188,27 @@ class _HeadSums(Function):
         of_features, of_weight, of_bias = (
             torch.zeros_like(t, dtype=of_sum.dtype) for t in (features, weight, bias)
         )
-        for index, part in enumerate(_head_chunks(features, weight)):
+        budget = chunks.held(features.device)
+        for index, part in enumerate(chunks.row_ranges(len(features), len(weight), budget)):
             if shares:
                 share = shares[index]
             else:
-                share = _softmax(torch.addmm(bias, features[part], weight.T))
+                logits = torch.addmm(bias, features[part], weight.T)
+                # on an accelerator the sum would take another pass
+                is_eager = layout.use_eager_cpu(logits)
+                share = log_sum_with_softmax(logits)[1] if is_eager else logits.softmax(-1)
             of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
             if dtype == of_weight.dtype:
                 of_weight.addmm_(share.T, scaled[part])
             else:
                 of_weight += share.T @ scaled[part]
             of_bias += share.T @ of_sum[part].to(dtype)
-        budget = chunks.held(features.device)
         for pairs in chunks.row_ranges(len(rows), 4 * features.shape[1], budget):
             row, component, of_pair = rows[pairs], components[pairs], of_picked[pairs, None]
             of_features.index_add_(0, row, of_pair * weight.index_select(0, component))
             of_weight.index_add_(0, component, of_pair * features.index_select(0, row))
         of_bias.index_add_(0, components, of_picked)
         return of_features, of_weight, of_bias, None, None
-
-
-def _head_chunks(features: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Rows whose logits are held whole."""
-    return chunks.row_ranges(len(features), len(weight), chunks.held(features.device))
 
 
 # --- sums
@@ -233,10 +232,6 @@ def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Te
     share = shifted.clamp_(min=layout.LOWEST_EXPONENT[wide]).exp_()
     total = share.sum(-1, keepdim=True)
     return (top + total.log()).squeeze(-1), share.div_(total).to(dtype) if softmax else x[:0]
-
-
-def _softmax(x: Tensor) -> Tensor:
-    return log_sum_with_softmax(x)[1] if layout.use_eager_cpu(x) else torch.softmax(x, -1)
 
 
 def log_sum(x: Tensor) -> Tensor:
