@@ -22,7 +22,6 @@ from tarflowlm.flow.couplings import (
     Inverter,
     Latents,
     OneFeature,
-    Uniform,
     inverse_cdf,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
@@ -85,24 +84,20 @@ class ChannelCoupling(Coupling):
         return torch.addcmul(z, residual, torch.exp(-log_slope)), residual
 
     def conditionals(
-        self,
-        features: OneFeature,
-        adjust: AdjustWeights | None = None,
-        uniform: Uniform | None = None,
-        weights: HeadWeights | None = None,
+        self, features: OneFeature, weights: HeadWeights | None = None
     ) -> Conditionals:
-        assert adjust is None, "the components of a channel are not tokens"
         walk = self.head.walk(features, weights)
         z = None
-        for g in range(self.head.groups):
-            z = yield self._conditional(walk.send(z), None if uniform is None else uniform[:, g])
+        for _ in range(self.head.groups):
+            z = yield self._conditional(walk.send(z))
 
-    def _conditional(self, parameters: list[Tensor], uniform: Tensor | None) -> Conditional:
+    def _conditional(self, parameters: list[Tensor]) -> Conditional:
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
             u, log_slope = self.to_noise(z, *parameters)
             return u, log_slope.sum(-1)
 
-        def inverse(u: Tensor) -> Tensor:
+        def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
+            assert adjust is None, "the components of a channel are not tokens"
             if uniform is None:
                 return self.to_latents(u, *parameters)
             return self.draw(u, uniform, *parameters)
@@ -112,7 +107,7 @@ class ChannelCoupling(Coupling):
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
         return lambda u, features, adjust=None, uniform=None: self._walk(
-            u, self.conditionals(features, adjust, uniform, weights)
+            self.conditionals(features, weights), u, adjust, uniform
         )
 
 

@@ -142,6 +142,3 @@ class NoisyCodebook:
     @property
     def log_std(self) -> Float[Tensor, " K"]:
         return F.pad(self.codebook.log_std, (0, 1))
-
-    def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
-        return numerics.most_probable_component(z, self.mean, self.log_std)

@@ -34,8 +34,10 @@ class Conditional:
 
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
     """z_g [B, C/G] to u_g [B, C/G], and log|det du_g/dz_g| [B] in nats."""
-    inverse: Callable[[Tensor], Tensor]
-    """u_g to z_g, with the weights as the sampler adjusted them; or a draw of z_g."""
+    inverse: Callable[[Tensor, AdjustWeights | None, Tensor | None], Tensor]
+    """u_g to z_g, in Mix-d with weights to adjust. With uniform numbers [B] too, of a normal u_g
+    any draw of z_g (eq. 18d).
+    """
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]
@@ -71,16 +73,8 @@ class Coupling(nn.Module):
         """Noise u, and log|det du_n/dz_n| of every position, in nats."""
 
     @abstractmethod
-    def conditionals(
-        self,
-        features: OneFeature,
-        adjust: AdjustWeights | None = None,
-        uniform: Uniform | None = None,
-    ) -> Conditionals:
-        """The conditionals of one position, group by group; Mix-d takes weights to `adjust`.
-
-        With `uniform` numbers, one per group, `inverse` of normal ones may be any draw (eq. 18d).
-        """
+    def conditionals(self, features: OneFeature) -> Conditionals:
+        """The conditionals of one position, group by group."""
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         """log p(z_n | c_n) of every position, in nats."""
@@ -95,13 +89,19 @@ class Coupling(nn.Module):
         uniform: Uniform | None = None,
     ) -> OneLatent:
         """The latents z_n of one position, from its noise u_n and features c_n, or a draw."""
-        return self._walk(u, self.conditionals(features, adjust, uniform))
+        return self._walk(self.conditionals(features), u, adjust, uniform)
 
-    def _walk(self, u: OneLatent, conditionals: Conditionals) -> OneLatent:
+    def _walk(
+        self,
+        conditionals: Conditionals,
+        u: OneLatent,
+        adjust: AdjustWeights | None,
+        uniform: Uniform | None,
+    ) -> OneLatent:
         z: list[Tensor] = []
-        for u_g in u.split(self.group, -1):
+        for g, u_g in enumerate(u.split(self.group, -1)):
             conditional = conditionals.send(z[-1] if z else None)
-            z.append(conditional.inverse(u_g))
+            z.append(conditional.inverse(u_g, adjust, None if uniform is None else uniform[:, g]))
         return torch.cat(z, -1)
 
     def inverter(self) -> Inverter:
@@ -127,16 +127,17 @@ class Coupling(nn.Module):
         mask = is_known.to(u.device)
         # on the host, to skip a direction that no row needs
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
-        conditionals = self.conditionals(features, adjust, uniform)
+        conditionals = self.conditionals(features)
         z: list[Tensor] = []
         noise: list[Tensor] = []
         log_p = u.new_zeros(is_known.shape)
         groups = zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)
         for g, (u_g, known_g) in enumerate(groups):
             conditional = conditionals.send(z[-1] if z else None)
+            uniform_g = None if uniform is None else uniform[:, g]
             token = g * self.group * P // channels
             if not some[token]:
-                z.append(conditional.inverse(u_g))
+                z.append(conditional.inverse(u_g, adjust, uniform_g))
                 noise.append(u_g)
                 continue
             given_u, log_det = conditional.forward(known_g)
@@ -144,7 +145,8 @@ class Coupling(nn.Module):
             here = mask[:, token, None]
             z_g = known_g
             if not every[token]:
-                z_g = torch.where(here, known_g, conditional.inverse(u_g))
+                drawn = conditional.inverse(u_g, adjust, uniform_g)
+                z_g = torch.where(here, known_g, drawn)
             z.append(z_g)
             noise.append(torch.where(here, given_u, u_g))
             log_p[:, token] += torch.where(here[:, 0], density, 0.0)

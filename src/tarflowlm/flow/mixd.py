@@ -118,36 +118,32 @@ class MixDCoupling(Coupling):
         """True if every token is a mixture of the encoder's codebook, and of nothing else."""
         return isinstance(self._tied[0], Codebook) and not self.certainty
 
-    def conditional(
-        self,
-        log_w: Float[Tensor, "rows K"],
-        adjust: AdjustWeights | None = None,
-        uniform: Float[Tensor, " rows"] | None = None,
-    ) -> Conditional:
+    def conditional(self, log_w: Float[Tensor, "rows K"]) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
         if not self.certainty:
-            return self._mixture(log_w, adjust, uniform)
+            return self._mixture(log_w)
         num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
         largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
         sure = (largest > self.certainty).nonzero()[:, 0]
-        mixture = self._mixture(log_w[sure], adjust, None if uniform is None else uniform[sure])
+        mixture = self._mixture(log_w[sure])
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
             u, log_det = mixture.forward(z[sure])
             return z.index_copy(0, sure, u), z.new_zeros(len(z)).index_copy(0, sure, log_det)
 
-        def inverse(u: Tensor) -> Tensor:
-            return u.index_copy(0, sure, mixture.inverse(u[sure])) if len(sure) else u
+        def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
+            if not len(sure):
+                return u
+            chosen = None if uniform is None else uniform[sure]
+            return u.index_copy(0, sure, mixture.inverse(u[sure], adjust, chosen))
 
         return Conditional(forward, inverse)
 
-    def _mixture(
-        self, log_w: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None
-    ) -> Conditional:
+    def _mixture(self, log_w: Tensor) -> Conditional:
         book = self.components.mean, self.components.log_std
         compiled = self.compiled
 
-        def inverse(u: Tensor) -> Tensor:
+        def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
             weights = log_w if adjust is None else adjust(log_w)
             if uniform is None:
                 return numerics.rosenblatt_inverse(u, weights, *book, compiled=compiled)
@@ -159,17 +155,11 @@ class MixDCoupling(Coupling):
             lambda z: numerics.rosenblatt(z, log_w, *book, compiled=compiled), inverse
         )
 
-    def conditionals(
-        self,
-        features: OneFeature,
-        adjust: AdjustWeights | None = None,
-        uniform: Uniform | None = None,
-    ) -> Conditionals:
+    def conditionals(self, features: OneFeature) -> Conditionals:
         walk = self.token_features.walk(features)
         z = None
-        for a in range(self.patch):
-            log_w = widen(self.weight_head(walk.send(z)))
-            z = yield self.conditional(log_w, adjust, None if uniform is None else uniform[:, a])
+        for _ in range(self.patch):
+            z = yield self.conditional(widen(self.weight_head(walk.send(z))))
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)

@@ -11,7 +11,7 @@ from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents, OneFeature
 from tarflowlm.flow.layers import Order, Patch
-from tarflowlm.flow.numerics import log_standard_normal
+from tarflowlm.flow.numerics import log_standard_normal, most_probable_component
 from tarflowlm.flow.transformer import KVCache, Transformer
 from tarflowlm.model_config import TransformerConfig
 
@@ -82,8 +82,8 @@ class FlowBlock(nn.Module):
         x = widen(self.input(h))
         codebook = self._codebook[0]
         if codebook is not None and self.token_embedding is not None:
-            with torch.no_grad():
-                tokens = codebook.decode(h.unflatten(-1, (-1, codebook.mean.shape[1])))
+            latents = h.unflatten(-1, (-1, codebook.mean.shape[1]))
+            tokens = most_probable_component(latents, codebook.mean, codebook.log_std)
             x = x + self.token_embedding(tokens + self.places).sum(-2)
         return torch.cat((self.start.expand(len(h), 1, -1), x), dim=1) if first else x
 
