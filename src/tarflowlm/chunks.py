@@ -64,13 +64,15 @@ def written_rows(num_tokens: int, device: torch.device) -> int:
     return rows_at_once(num_tokens, budget)
 
 
-def in_parts(function: Callable[..., Result], rows: int, *tensors: Tensor) -> list[Result]:
+def in_parts(
+    function: Callable[..., Result], rows: int, *tensors: Tensor, keeps: bool = False
+) -> list[Result]:
     """`function` of the tensors, at most `rows` rows at a time.
 
-    The backward pass computes several parts again, so that none keeps its activations.
+    The backward pass computes several parts again, so that none `keeps` its activations.
     """
     parts = list(zip(*(t.split(rows) for t in tensors), strict=True))
-    if len(parts) == 1 or not torch.is_grad_enabled():
+    if keeps or len(parts) == 1 or not torch.is_grad_enabled():
         return [function(*part) for part in parts]
     return [
         checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts

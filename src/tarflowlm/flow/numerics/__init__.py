@@ -10,17 +10,31 @@ public functions, which take any leading shape. Inside this folder there are row
 log_w need not be normalised. Densities are in nats. Q is the upper tail of the standard normal.
 """
 
-from tarflowlm.flow.numerics.mixture import mixture_cdf as mixture_cdf
-from tarflowlm.flow.numerics.mixture import mixture_cdf_inverse as mixture_cdf_inverse
-from tarflowlm.flow.numerics.mixture import mixture_log_density as mixture_log_density
-from tarflowlm.flow.numerics.normal import log_component_densities as log_component_densities
-from tarflowlm.flow.numerics.normal import log_own_density as log_own_density
-from tarflowlm.flow.numerics.normal import log_standard_normal as log_standard_normal
-from tarflowlm.flow.numerics.normal import standard_normal_log_prob as standard_normal_log_prob
-from tarflowlm.flow.numerics.rosenblatt import rosenblatt as rosenblatt
-from tarflowlm.flow.numerics.rosenblatt import rosenblatt_inverse as rosenblatt_inverse
-from tarflowlm.flow.numerics.vocabulary import mixture_log_prob as mixture_log_prob
-from tarflowlm.flow.numerics.vocabulary import (
-    mixture_log_prob_from_features as mixture_log_prob_from_features,
+from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse, mixture_log_density
+from tarflowlm.flow.numerics.normal import (
+    log_component_densities,
+    log_own_density,
+    log_standard_normal,
+    standard_normal_log_prob,
 )
-from tarflowlm.flow.numerics.vocabulary import most_probable_component as most_probable_component
+from tarflowlm.flow.numerics.rosenblatt import rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.numerics.vocabulary import (
+    mixture_log_prob,
+    mixture_log_prob_from_features,
+    most_probable_component,
+)
+
+__all__ = [
+    "log_component_densities",
+    "log_own_density",
+    "log_standard_normal",
+    "mixture_cdf",
+    "mixture_cdf_inverse",
+    "mixture_log_density",
+    "mixture_log_prob",
+    "mixture_log_prob_from_features",
+    "most_probable_component",
+    "rosenblatt",
+    "rosenblatt_inverse",
+    "standard_normal_log_prob",
+]

@@ -11,13 +11,11 @@ Rows come in chunks, so that nothing makes an [N, K] tensor. E is the number of 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
-from torch.utils.checkpoint import checkpoint
 
 from tarflowlm import chunks
 from tarflowlm.flow.numerics import layout, near
@@ -133,12 +131,9 @@ def _log_densities(pairs: Pairs, z: Tensor, mean: Tensor, log_std: Tensor) -> Te
 
 def _by_chunks(function: Callable[..., Tensor], per_row: int, *rows: Tensor) -> Tensor:
     """function(*rows) [N] of tensors with N rows, in chunks; the backward repeats large ones."""
-    num_rows = len(rows[0])
-    if torch.is_grad_enabled() and num_rows * per_row > chunks.KEPT:
-        function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    parts = chunks.row_ranges(num_rows, 4 * per_row, chunks.held(rows[0].device))
-    found = [function(*(r[part] for r in rows)) for part in parts]
-    return torch.cat(found) if found else function(*rows)
+    at_once = chunks.rows_at_once(4 * per_row, chunks.held(rows[0].device))
+    keeps = len(rows[0]) * per_row <= chunks.KEPT
+    return torch.cat(chunks.in_parts(function, at_once, *rows, keeps=keeps))
 
 
 # --- the head
