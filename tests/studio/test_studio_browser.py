@@ -104,6 +104,7 @@ def use(page, tab: str, button: str, *, until: str = "in all", **texts: str) -> 
 def test_every_view(open_page):
     page = open_page()
     page.get_by_text("--length 96").first.wait_for()  # written on arrival
+    page.get_by_role("button", name="More").locator("visible=true").click()
     use(page, "Write", "Write", until="--length 40", Start="The people of", Length="40")
     stage, slider = (
         page.locator(".st-view:visible .st-stage").first,
@@ -115,6 +116,9 @@ def test_every_view(open_page):
     assert stage.inner_text() != text
     slider.fill(slider.get_attribute("max"))
     assert stage.inner_text() == text
+    stage.click(position={"x": 50, "y": 14})  # on the second word
+    page.locator(".st-view:visible").get_by_text("tries count").wait_for()
+    assert "[...4] of" in page.locator(".st-view:visible .st-asked").inner_text()
     assert "tries count" in use(page, "Infill", "Fill in", Text_with_blanks="the ___ of")
     assert "the original" in use(page, "Edit", "Rewrite")
     for kind, button in (("Words", "Resample"), ("Level", "Re-noise")):

@@ -24,7 +24,7 @@ from tarflowlm.studio.write import infill, write
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 VALID = {
-    write: ["flow", "the ", 12, 1.0, 1.0, 1, 0],
+    write: ["flow", "", "the ", 12, 1.0, 1.0, 1, 0],
     infill: ["flow", "the ___ saw", 3, 2, 1.0, 0],
     rewrite: ["flow", "the cat saw", "cat", 2, 0],
     change: ["flow", "the cat saw", "latents", 0.5, 2, 0],
@@ -81,8 +81,16 @@ def test_written_text_is_the_library_s(catalogue):
     assert '<span class="tl-given">the </span>' in html
 
 
+def test_two_models_write_side_by_side(catalogue):
+    html = shown(write, catalogue, ["flow", "baseline", *VALID[write][2:]])
+    alone = [["flow", ""], ["baseline", ""]]
+    texts = [stages(shown(write, catalogue, [*names, *VALID[write][2:]])) for names in alone]
+    assert stages(html) == [*texts[0], *texts[1]]
+    assert html.count("st-column") == html.count("st-asked") == 2
+
+
 def test_normalised_text_is_shown(catalogue):
-    html = words(shown(write, catalogue, ["flow", "The 9 Cats, ", 20, 1.0, 1.0, 1, 0]))
+    html = words(shown(write, catalogue, ["flow", "", "The 9 Cats, ", 20, 1.0, 1.0, 1, 0]))
     assert "the nine cats " in html
     assert "read as: the nine cats" in html
 
@@ -151,7 +159,7 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
 
 
 def test_the_request_is_above_its_result(catalogue, folder):
-    found = words(shown(write, catalogue, ["flow", "the 'cat", 12, 0.8, 1.0, 2, 3]))
+    found = words(shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3]))
     asked = "--prompt 'the '\"'\"'cat' --length 12 --temperature 0.8 --num 2 --seed 3"
     assert found.startswith(f"tarflowlm sample {folder}/flow {asked}")
     html = shown(compare, catalogue, VALID[compare])
@@ -175,13 +183,22 @@ def test_a_run_that_begins_later_is_found(folder, tmp_path):
 
 
 def test_a_link_brings_its_request_back(catalogue):
-    html = shown(write, catalogue, ["flow", "a & b", 12, 0.8, 1.0, 1, 3])
+    html = shown(write, catalogue, ["flow", ["baseline"], "a & b", 12, 0.8, 1.0, 1, 3])
     (link,) = re.findall('href="([^"]+)"', html)
     asked = dict(parse_qsl(unescape(link).removeprefix("?")))
-    usual = ["baseline", "", 96, 1.0, 1.0, 1, 0]
-    assert from_address(asked, usual, catalogue.models) == ["flow", "a & b", 12, 0.8, 1.0, 1, 3]
+    usual = ["baseline", [], "", 96, 1.0, 1.0, 1, 0]
+    assert from_address(asked, usual, catalogue.models) == [
+        "flow",
+        ["baseline"],
+        "a & b",
+        12,
+        0.8,
+        1.0,
+        1,
+        3,
+    ]
     assert from_address({}, usual, catalogue.models) == usual
-    bad = {"model": "../etc", "length": "x", "seed": "1e9", "temperature": HOSTILE}
+    bad = {"model": "../etc", "beside": "etc", "length": "x", "seed": "1e9", "temperature": HOSTILE}
     assert from_address(bad, usual, catalogue.models) == usual
 
 
@@ -199,7 +216,11 @@ def test_a_visitor_s_next_request_ends_the_one_before():
         finally:
             ended.append(name)
 
-    handle, one, other = newest(view), gr.Request(session_hash="1"), gr.Request(session_hash="2")
+    handle, one, other = (
+        newest(view, {}),
+        gr.Request(session_hash="1"),
+        gr.Request(session_hash="2"),
+    )
     first, elsewhere = handle(one, "a"), handle(other, "b")
     assert (next(first), next(elsewhere)) == ("a0", "b0")
     second = handle(one, "c")

@@ -44,9 +44,14 @@ class Job(Progress):
             raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
 
     def follow(
-        self, work: Callable[[], R], text: Callable[[], Sequence[Token]]
+        self,
+        work: Callable[[], R],
+        text: Callable[[], Sequence[Token]],
+        around: Callable[[str], str] = page,
     ) -> Generator[str, None, R]:
         """Start `work`, which advances this job; yields its progress below a text until it is done.
+
+        `around` makes a page of a card.
 
         Returns its result. Closing the iterator, as when a visitor leaves, ends the work where it
         advances next.
@@ -69,7 +74,7 @@ class Job(Progress):
             while not future.done():
                 words = self.doing if self.advanced else "waiting for its turn"
                 done = bar(self.advanced / self.total) if self.total else ""
-                yield page(card(unfinished(text()), done, muted(words)))
+                yield around(card(unfinished(text()), done, muted(words)))
                 wait([future], EVERY)
         finally:
             self._is_wanted = False

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -26,6 +26,7 @@ TITLE = "tarflowlm studio"
 WAITING = 16  # requests that may wait for their turn; further ones are refused
 REFRESH = 4.0  # seconds between two looks at the folders of runs
 DRAWN = 6  # runs that are drawn at first
+TRIES, PARTICLES = 6, 16  # for blanks
 
 EXAMPLES = (
     ("Watch the passes", "english-passes", "", 96),
@@ -77,10 +78,13 @@ def _quick(event: Event, function: Callable[..., object], inputs: object, output
 
 
 def _write(catalogue: Catalogue, arrival: Event) -> None:
-    """At first it writes what the address asks for, or the first example."""
+    """At first it writes what the address asks for, or the first example.
 
-    def values_of(name: str, text: str, length: int) -> list[str | int | float]:
-        return [name, text, length, catalogue.temperature(name), 1.0, 1, 0]
+    A click on a word of the result draws others in its place.
+    """
+
+    def values_of(name: str, text: str, length: int) -> list[object]:
+        return [name, [], text, length, catalogue.temperature(name), 1.0, 1, 0]
 
     examples = {
         label: partial(values_of, name, text, length)
@@ -95,31 +99,43 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
             "The people of",
             label="Start, or a text with blanks",
             placeholder="empty: from nothing · the people of the _ in peace",
-            info=f"{ONE_EACH}. Shift+Enter writes.",
+            info=f"{ONE_EACH}. Shift+Enter writes; a click on a written word offers others.",
             lines=2,
             max_lines=6,
         )
-        length = gr.Slider(8, values.TOKENS, 160, step=8, label="Length in tokens")
-        temperature = _temperature(catalogue, model)
-        top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
-        with gr.Row():
-            num = _number("Samples", 1)
-            seed = _number("Seed", 0)
-        inputs = [model, text, length, temperature, top_p, num, seed]
+        ask = _buttons("Write")
+        with gr.Accordion("More", open=False):
+            # a list of at most one can be emptied
+            beside = gr.Dropdown(
+                catalogue.models, value=[], label="Beside it", multiselect=True, max_choices=1
+            )
+            length = gr.Slider(8, values.TOKENS, 160, step=8, label="Length in tokens")
+            temperature = _temperature(catalogue, model)
+            top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
+            with gr.Row():
+                num = _number("Samples", 1)
+                seed = _number("Seed", 0)
+        inputs = [model, beside, text, length, temperature, top_p, num, seed]
 
-        def asked_for(visitor: gr.Request) -> list[str | int | float]:
+        def asked_for(visitor: gr.Request) -> list[object]:
             first = [*examples.values(), partial(values_of, catalogue.models[0], "", 96)][0]
             return values.from_address(dict(visitor.query_params), first(), catalogue.models)
 
         events = [text.submit, _quick(arrival, asked_for, None, inputs).then]
         for button, example in zip(buttons, examples.values(), strict=True):
             events.append(_quick(button.click, example, None, inputs).then)
-        _ask("Write", partial(write, catalogue), inputs, out, events)
+        _bind(ask, partial(write, catalogue), inputs, out, [ask.go.click, *events])
+        # studio.js writes the text with a gap for the word, and clicks
+        gap = gr.Textbox(elem_id="st-gap", container=False, show_label=False)
+        offer = gr.Button("offer", elem_id="st-offer")
+        few = [gr.State(4), gr.State(8)]
+        inputs = [model, gap, *few, temperature, seed]
+        _bind(ask, partial(infill, catalogue), inputs, out, [offer.click])
 
 
 def _infill(catalogue: Catalogue) -> None:
     with _form("Infill", "Candidates appear here, with their weights.") as out:
-        model = _model(catalogue)
+        model = _model(catalogue, of_words=True)
         text = gr.Textbox(
             "The people of the _ _ in the _ of peace",
             label="Text with blanks",
@@ -127,17 +143,21 @@ def _infill(catalogue: Catalogue) -> None:
             lines=3,
             max_lines=8,
         )
-        tries = gr.Slider(1, values.TRIES, 6, step=1, label="Tries")
-        particles = gr.Slider(1, values.PARTICLES, 16, step=1, label="Particles in each try")
-        temperature = _temperature(catalogue, model)
-        seed = _number("Seed", 0)
+        ask = _buttons("Fill in")
+        with gr.Accordion("More", open=False):
+            tries = gr.Slider(1, values.TRIES, TRIES, step=1, label="Tries")
+            particles = gr.Slider(
+                1, values.PARTICLES, PARTICLES, step=1, label="Particles in each try"
+            )
+            temperature = _temperature(catalogue, model)
+            seed = _number("Seed", 0)
         inputs = [model, text, tries, particles, temperature, seed]
-        _ask("Fill in", partial(infill, catalogue), inputs, out, [text.submit])
+        _bind(ask, partial(infill, catalogue), inputs, out, [ask.go.click, text.submit])
 
 
 def _edit(catalogue: Catalogue) -> None:
     with _form("Edit", "The edit appears here, below the original.") as out:
-        model = _model(catalogue)
+        model = _model(catalogue, of_words=True)
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
         num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
         seed = _number("Seed", 0)
@@ -194,7 +214,7 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
 @contextmanager
 def _form(tab: str, words: str) -> Iterator[Component]:
     """A tab with the fields of a view, and next to them its output, at first these words."""
-    with gr.Tab(tab), gr.Row():
+    with gr.Tab(tab, elem_classes=f"st-{tab.lower()}"), gr.Row():
         out = gr.HTML(page(card(muted(words))), apply_default_css=False, render=False)
         with gr.Column(scale=3):
             yield out
@@ -202,13 +222,15 @@ def _form(tab: str, words: str) -> Iterator[Component]:
             out.render()
 
 
-def _model(catalogue: Catalogue) -> Component:
-    """The list of models, with a line about the chosen one."""
+def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
+    """The list of models, with a line about the chosen one: the first, or the first `of_words`."""
 
     def about(name: object) -> str:
         return div("st", muted(catalogue.about(name)))
 
     first = catalogue.models[0]
+    if of_words:
+        first = next(filter(catalogue.has_words, catalogue.models), first)
     model = gr.Dropdown(catalogue.models, value=first, label="Model", filterable=False)
     line = gr.HTML(about(first), apply_default_css=False, padding=False)
     _quick(model.change, about, model, line)
@@ -236,11 +258,31 @@ def _ask(
     words: str, view: View, inputs: list[Component], out: Component, events: list[Event]
 ) -> None:
     """A button that calls the view, as do the `events`, and a button that stops it."""
+    ask = _buttons(words)
+    _bind(ask, view, inputs, out, [ask.go.click, *events])
+
+
+class Buttons(NamedTuple):
+    """Two buttons: one starts a view, one stops it."""
+
+    go: Component
+    stop: Component
+    last: dict[str | None, object]
+    """The last request of every visitor."""
+
+
+def _buttons(words: str) -> Buttons:
     with gr.Row():
         go = gr.Button(words, variant="primary", min_width=120)
-        stop = gr.Button("Stop", min_width=80)
-    handle = newest(guarded(view))
-    for event in (go.click, *events):
+        return Buttons(go, gr.Button("Stop", min_width=80, elem_classes="st-stop"), {})
+
+
+def _bind(
+    ask: Buttons, view: View, inputs: list[Component], out: Component, events: list[Event]
+) -> None:
+    """The events call the view, and the button stops it."""
+    handle = newest(guarded(view), ask.last)
+    for event in events:
         started = event(
             handle,
             inputs,
@@ -251,12 +293,11 @@ def _ask(
             show_progress="hidden",
             api_visibility="private",
         )
-        stop.click(None, None, None, cancels=[started], api_visibility="private")
+        ask.stop.click(None, None, None, cancels=[started], api_visibility="private")
 
 
-def newest(view: View) -> View:
-    """The view as a handler of events: a visitor's next request ends the one before."""
-    last: dict[str | None, object] = {}
+def newest(view: View, last: dict[str | None, object]) -> View:
+    """The view as a handler of events: a visitor's next request ends the `last` one."""
 
     def handle(visitor: gr.Request, *given: object) -> Pages:
         last[visitor.session_hash] = mine = object()

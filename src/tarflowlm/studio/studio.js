@@ -16,11 +16,35 @@ document.addEventListener('input', ({target}) => {
   delete target.dataset.play;
   show(target);
 });
-document.addEventListener('click', ({target}) => {
+const WORD = /[\p{L}\p{N}'’-]*/u, AT_END = /[\p{L}\p{N}'’-]*$/u;
+const offer = (stage, {clientX, clientY}) => {  // others for the word under the pointer: a gap in its place
+  const spot = document.caretPositionFromPoint && document.caretPositionFromPoint(clientX, clientY);
+  const range = spot ? new Range() : document.caretRangeFromPoint(clientX, clientY);
+  if (spot) range.setEnd(spot.offsetNode, spot.offset);
+  range.setStart(stage, 0);
+  const plain = (text) => text.replace(/[↵∎]/g, '');
+  const left = plain(range.toString()), right = plain(stage.textContent).slice(left.length);
+  const word = left.match(AT_END)[0] + right.match(WORD)[0], box = document.querySelector('#st-gap textarea, #st-gap input');
+  if (!word || !getSelection().isCollapsed) return;
+  box.value = left.replace(AT_END, '') + '[...4]' + right.replace(WORD, '');
+  box.dispatchEvent(new Event('input', {bubbles: true}));
+  setTimeout(() => document.querySelector('#st-offer').click(), 50);
+};
+const stopped = (view) => {  // what was written stays, and says so
+  const bar = view && view.querySelector('.st-bar + .st-muted');
+  if (!bar) return;
+  bar.textContent = 'stopped';
+  view.querySelectorAll('.st-caret, .st-bar').forEach((part) => part.remove());
+};
+document.addEventListener('click', (event) => {
+  const {target} = event, stage = target.closest('.st-write .st-stage');
+  if (stage) offer(stage, event);
+  if (target.closest('.st-stop'))
+    setTimeout(stopped, 300, [...document.querySelectorAll('.st-view')].find((view) => view.offsetParent));
   const copied = target.closest('[data-copy]'), token = target.closest('.st-heat span');
   if (copied) navigator.clipboard.writeText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
   if (token) token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
-  if (window.innerWidth <= 640 && target.closest('button.primary'))
+  if (window.innerWidth <= 640 && target.closest('button.primary, button.sm'))
     [...document.querySelectorAll('.st-view')].find((view) => view.offsetParent).scrollIntoView({behavior: 'smooth'});
 });
 new MutationObserver((changes) => changes.forEach(({addedNodes}) => addedNodes.forEach((node) => {

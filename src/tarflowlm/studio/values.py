@@ -43,7 +43,7 @@ def text(value: object) -> str:
     return value or ""
 
 
-LINKED = ("model", "text", "length", "temperature", "top_p", "num", "seed")
+LINKED = ("model", "beside", "text", "length", "temperature", "top_p", "num", "seed")
 """The values of a request to write, as the link above its result names them."""
 
 
@@ -53,13 +53,15 @@ def to_address(values: Sequence[object]) -> str:
 
 
 def from_address(
-    asked: Mapping[str, str], usual: Sequence[str | int | float], models: Sequence[str]
-) -> list[str | int | float]:
+    asked: Mapping[str, str], usual: Sequence[object], models: Sequence[str]
+) -> list[object]:
     """The values of a link; the `usual` ones where it lacks them or they cannot be read."""
     found = list(usual)
     for place, (name, value) in enumerate(zip(LINKED, usual, strict=True)):
         with suppress(ValueError):
-            found[place] = type(value)(asked.get(name, value))
+            found[place] = type(value)(asked.get(name, value))  # type: ignore[call-arg]
     if found[0] not in models:
         found[0] = usual[0]
+    other = asked.get("beside")
+    found[1] = [other] if other in models else []
     return found

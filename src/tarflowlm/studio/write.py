@@ -1,8 +1,9 @@
 """The views that draw: a text as it is written, and candidates for blanks with their weights."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visi
 def write(
     catalogue: Catalogue,
     model: object,
+    beside: object,
     text: object,
     length: object,
     temperature: object,
@@ -43,8 +45,7 @@ def write(
     num: object,
     seed: object,
 ) -> Pages:
-    """The text while it is written, then the samples and their passes."""
-    checkpoint = catalogue.load(model)
+    """The text while it is written, then the samples and their passes; of two models in columns."""
     start = values.text(text)
     is_template = Writing.blank in start
     cut = values.number(top_p, "top-p", 0.05, 1.0)
@@ -57,6 +58,27 @@ def write(
         num=values.whole(num, "samples", 1, values.SAMPLES),
         seed=values.seed(seed),
     )
+    other = beside[0] if isinstance(beside, list) and beside else beside or ""
+    link = values.to_address((model, other, start, length, temperature, top_p, num, seed))
+    columns: list[str] = []
+
+    def columns_and(now: str) -> str:
+        return page(div("st-pair", *columns, now))
+
+    for name in (model, other) if other not in ("", model) else (model,):
+        cards = yield from _samples(catalogue, name, request, columns_and)
+        command = request.command(catalogue.entry(name).command_name)
+        # one link asks for both
+        above = asked(command, link="" if columns else link)
+        columns.append(div("st-column", above, *cards))
+    yield columns_and("")
+
+
+def _samples(
+    catalogue: Catalogue, model: object, request: Writing, around: Callable[[str], str]
+) -> Generator[str, None, list[str]]:
+    """A card for every sample of a model."""
+    checkpoint = catalogue.load(model)
     draft = replace(Draft.of(request, checkpoint), is_whole=checkpoint.model.num_blocks > 1)
     given = _given(draft)
     written: list[int] = []
@@ -72,23 +94,20 @@ def write(
         return text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
 
     job = Job("writing", draft.num_positions)
-    found = yield from job.follow(work, so_far)
+    found = yield from job.follow(work, so_far, around)
     samples = found.generation.tokens
     speed = (f"{samples.numel() / job.seconds:,.0f}", "tokens per second")
     cards = []
     for row, stream in enumerate(found.streams):
-        length = stream.length
-        numbers = facts((f"{length:,}", "tokens"), took(job.seconds), speed)
+        numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
         # with its end, of which a mark is shown
-        tokens = samples[row, : length + 1]
+        tokens = samples[row, : stream.length + 1]
         text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": given}))
         passes = ""
         if checkpoint.model.num_blocks > 1 and found.generation.passes:
             passes = _passes(draft, found, row)
         cards.append(card(text_of_row, *map(muted, draft.notices), numbers, passes))
-    link = values.to_address((model, start, length, temperature, top_p, num, seed))
-    command = request.command(catalogue.entry(model).command_name)
-    yield page(asked(command, link=link), *cards)
+    return cards
 
 
 def _given(draft: Draft) -> Tensor:
@@ -108,7 +127,9 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
         p = codebook.log_posterior(state[row, :length]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     rows = pass_rows(passes, draft.lm.tokenizer, given=_given(draft), probabilities=probabilities)
-    return slider(rows, is_open=row == 0)
+    # where one block writes all there is nothing to watch
+    changes = sum(bool((after != before).any()) for before, after in pairwise(passes))
+    return slider(rows, is_open=row == 0 and changes > 1)
 
 
 def infill(

@@ -18,7 +18,7 @@ CURVES = "Faint: training batches; with markers: validation. Flows have upper bo
 def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] = AXES) -> None:
     """Bits per character of runs, a panel for each of `over`, names of AXES.
 
-    The legend has their last validation, or the last training batch of runs without one.
+    The legend has the bits of their weights, or the last training batch of runs without validation.
     """
     panels = figure.subplots(len(over), sharey=True, squeeze=False)[:, 0]
     for axes, column in zip(panels, over, strict=True):
@@ -32,9 +32,9 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
                 linewidth=0.7,
                 alpha=0.45,
             )
-            bpc = run.valid["bpc"] if len(run.valid["bpc"]) > 0 else run.train["bpc"]
+            bpc = run.train["bpc"][-1] if run.kept is None else run.kept
             sign = run.sign.replace("<=", "≤")
-            line.set_label(f"{literal(run.name)} {sign} {bpc[-1]:.3f}")
+            line.set_label(f"{literal(run.name)} {sign} {bpc:.3f}")
         axes.set_ylabel("bits per character")
         _count_on_x(axes, records, column)
     _limit_bits(panels[0], records)
@@ -59,7 +59,7 @@ def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
 def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str) -> None:
     """A scale of tokens or seconds, and a labelled line where a stage of any run begins.
 
-    Runs that switch at about one place share the line.
+    Stages that begin at about one place share the line of the first.
     """
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -68,13 +68,13 @@ def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds of training" if column == "seconds" else column)
     near = 0.02 * axes.get_xlim()[1]
-    marked: list[tuple[int, float]] = []
+    marked: list[float] = []
     for run in records:
         for block, line in run.stage_starts:
             x = float(run.train[column][line])
-            if any(block == other and abs(x - place) < near for other, place in marked):
+            if any(abs(x - place) < near for place in marked):
                 continue
-            marked.append((block, x))
+            marked.append(x)
             axes.axvline(x, color=MUTED, linewidth=0.8, linestyle=":", zorder=0.5)
             axes.annotate(
                 f"block {block}",

@@ -76,6 +76,13 @@ class RunRecord:
         return sign_of(self.bound)
 
     @property
+    def kept(self) -> float | None:
+        """Validation of its weights, in bits per character: of a finished run, those it kept."""
+        if self.summary is not None:
+            return float(self.summary["stage_valid_bpc"][-1])
+        return float(self.valid["bpc"][-1]) if len(self.valid["bpc"]) > 0 else None
+
+    @property
     def has_log(self) -> bool:
         return len(self.train["step"]) > 0
 

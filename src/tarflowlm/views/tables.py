@@ -48,10 +48,8 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
         column["test, bits per character"] = f"{sign} {test['bpc']:.4f} ({test['bound']})"
         nats = f"{sign} {test['nats_per_token']:.4f} ± {test['stderr']:.4f}"
         column["test, nats per token, standard error"] = nats
-    bpc = record.valid["bpc"]
-    if len(bpc) > 0:
-        step = int(record.valid["step"][-1])
-        column["validation, bits per character"] = f"{sign} {bpc[-1]:.4f} at step {step:,}"
+    if record.kept is not None:
+        column["validation, bits per character"] = f"{sign} {record.kept:.4f}"
     if done is not None:
         stages = ", ".join(f"{bpc:.4f}" for bpc in done["stage_valid_bpc"])
         column["validation after each stage"] = f"{sign} {stages}"
