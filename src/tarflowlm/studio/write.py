@@ -33,6 +33,9 @@ from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft, Written
 from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible
 
+SEEN = 0.1
+"""The share of the tokens that a pass must change to be worth watching."""
+
 
 def write(
     catalogue: Catalogue,
@@ -127,9 +130,10 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
         p = codebook.log_posterior(state[row, :length]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     rows = pass_rows(passes, draft.lm.tokenizer, given=_given(draft), probabilities=probabilities)
-    # where one block writes all there is nothing to watch
-    changes = sum(bool((after != before).any()) for before, after in pairwise(passes))
-    return slider(rows, is_open=row == 0 and changes > 1)
+    # where one block writes nearly all there is nothing to watch
+    shares = [(after != before).double().mean().item() for before, after in pairwise(passes)]
+    is_seen = sum(share > SEEN for share in shares) > 1
+    return slider(rows, is_open=row == 0 and is_seen)
 
 
 def infill(
