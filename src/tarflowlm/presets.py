@@ -208,14 +208,16 @@ _KINDS = {
 def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfig:
     """One of the published models.
 
-    docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, and a
-    rate that falls to zero. "-adamw" is the recipe of D3PM, MDLM and MD4, to which the paper
+    docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, a rate
+    that falls to zero, and short stages for the blocks above Mix-d, which gain little. "-adamw" is the recipe of D3PM, MDLM and MD4, to which the paper
     points: a constant rate and averaged weights over a million steps.
     """
     steps, batch_size = corpus.steps, corpus.batch_size
+    upper = steps // 25
     optim = OptimConfig(lr=1e-3, warmup=0.01)
     if is_adamw:
         steps, batch_size = (714_286 if kind == "mixd" else 1_000_000), 512
+        upper = steps // 5
         optim = OptimConfig(
             optimizer="adamw",
             lr=3e-4,
@@ -230,7 +232,7 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
         optim = replace(optim, codebook_lr_scale=scale)
     train = TrainConfig(
         mode="progressive" if kind == "mixd" else "joint",
-        stage_steps=(steps, steps // 5, steps // 5) if kind == "mixd" else (steps,),
+        stage_steps=(steps, upper, upper) if kind == "mixd" else (steps,),
         batch_size=batch_size,
         accumulate=batch_size * corpus.context // TOKENS_AT_ONCE,
         precision="bfloat16",
