@@ -19,8 +19,8 @@ MODULES = {
 }
 
 LAYERS = """
-    errors progress chunks | files parts schema | locks model_config | config | presets |
-    flow data | language_model device | checks | model baseline | objective | runs |
+    errors progress chunks | checks files parts schema | locks model_config | config | presets |
+    flow data | language_model device | model baseline | objective | runs |
     generation | evaluation editing options | texts | card | sharing causal_lm | training | views |
     terminal |
     pretrained | __init__ | reproduce harness | studio | cli | __main__

@@ -1,14 +1,13 @@
 """Checks of the values that callers of the Python interface give. Most need no torch."""
 
+import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from tarflowlm.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tarflowlm.language_model import LanguageModel
+MOST_TOKENS = 10_000_000
+"""The longest text that is written."""
 
 
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
@@ -19,18 +18,6 @@ def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted:
 
 def _shown(value: object) -> str:
     return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
-
-
-def check_model(model: "LanguageModel") -> None:
-    """UserError unless `model` is a model in float32 or wider."""
-    from torch import float32, float64
-
-    from tarflowlm.language_model import LanguageModel
-
-    check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
-    dtype = next(model.parameters()).dtype
-    if dtype not in (float32, float64):
-        raise UserError(f"model in {dtype}: densities need float32 or wider, take model.float()")
 
 
 def check_generator(generator: object) -> None:
@@ -54,6 +41,30 @@ def checked_seed(value: object) -> int:
     if seed >= 2**62:
         raise UserError(f"seed {seed}: must be below 2^62")
     return seed
+
+
+def checked_length(value: object) -> int:
+    """`value` as the tokens of a text to write. UserError outside of 1 .. MOST_TOKENS."""
+    length = as_integer(value, "length", least=1)
+    if length > MOST_TOKENS:
+        raise UserError(f"length {length}: must be at most {MOST_TOKENS:,}")
+    return length
+
+
+def check_time(minutes: object, steps: object) -> None:
+    """UserError unless one or none says how long to train: finite `minutes`, or `steps`."""
+    if minutes is not None and steps is not None:
+        raise UserError(f"minutes {minutes} with steps {steps}: leave one of them out")
+    if minutes is not None and not 0 < as_number(minutes, "minutes") < math.inf:
+        raise UserError(f"minutes {minutes}: must be above 0 and finite")
+    if steps is not None:
+        as_integer(steps, "steps", least=1)
+
+
+def check_share(value: object, name: str) -> None:
+    """UserError, calling it `name`, for a share outside of [0, 1]."""
+    if not 0 <= as_number(value, name) <= 1:
+        raise UserError(f"{name} {value}: must be between 0 (the text itself) and 1 (another text)")
 
 
 def as_integer(value: object, name: str, least: int | None = None) -> int:
@@ -90,25 +101,3 @@ def check_integers(tokens: object, name: str, *shapes: str) -> None:
     dimensions = [shape.count(",") + 1 for shape in shapes]
     if tokens.dtype not in (int64, int32, int16, int8, uint8) or tokens.dim() not in dimensions:
         raise UserError(f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}: {wanted}")
-
-
-def check_tokens(
-    model: "LanguageModel", tokens: "Tensor", *, name: str = "tokens", shape: str = "[B, T]"
-) -> None:
-    """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
-
-    [B, T] holds at most a context of tokens; one text [T] may have any length. The host would wait
-    for values on an accelerator: these are not checked.
-    """
-    check_model(model)
-    check_integers(tokens, name, shape)
-    size = f"{name} of shape {list(tokens.shape)}"
-    if not tokens.numel():
-        raise UserError(f"{size}: give at least one token")
-    context = model.config.context
-    if shape != "[T]" and tokens.shape[1] > context:
-        raise UserError(f"{size} exceed the context of {context}: use tarflowlm.score")
-    outside = (tokens < 0) | (tokens >= model.config.vocab_size)
-    if tokens.device.type == "cpu" and outside.any():
-        last = model.config.vocab_size - 1
-        raise UserError(f"{name} hold {tokens[outside][0].item()}: give tokens of 0 to {last}")

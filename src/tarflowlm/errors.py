@@ -14,8 +14,9 @@ class UserError(ValueError):
 
 def guess(value: str, known: Iterable[str]) -> str:
     """A question for the name among the `known` that is most like `value`, or ""."""
-    close = get_close_matches(value.lower().replace("_", "-"), known, 1)
-    return f"did you mean {close[0]}? " if close else ""
+    names = {name.replace("_", "-"): name for name in known}
+    close = get_close_matches(value.lower().replace("_", "-"), names, 1)
+    return f"did you mean {names[close[0]]}? " if close else ""
 
 
 def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:

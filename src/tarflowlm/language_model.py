@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
+from tarflowlm.checks import check_integers, check_type
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model_config import LanguageModelConfig
@@ -46,6 +47,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """`bound` with fresh noise."""
+        check_integers(tokens, "tokens", "[B, T]")
         return self.bound(tokens, self.draw_noise(tokens))
 
     @abstractmethod
@@ -116,3 +118,33 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def check_model(model: LanguageModel) -> None:
+    """UserError unless `model` is a model in float32 or wider."""
+    check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise UserError(f"model in {dtype}: densities need float32 or wider, take model.float()")
+
+
+def check_tokens(
+    model: LanguageModel, tokens: Tensor, *, name: str = "tokens", shape: str = "[B, T]"
+) -> None:
+    """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
+
+    [B, T] holds at most a context of tokens; one text [T] may have any length. The host would wait
+    for values on an accelerator: these are not checked.
+    """
+    check_model(model)
+    check_integers(tokens, name, shape)
+    size = f"{name} of shape {list(tokens.shape)}"
+    if not tokens.numel():
+        raise UserError(f"{size}: give at least one token")
+    context = model.config.context
+    if shape != "[T]" and tokens.shape[1] > context:
+        raise UserError(f"{size} exceed the context of {context}: use tarflowlm.score")
+    outside = (tokens < 0) | (tokens >= model.config.vocab_size)
+    if tokens.device.type == "cpu" and outside.any():
+        last = model.config.vocab_size - 1
+        raise UserError(f"{name} hold {tokens[outside][0].item()}: give tokens of 0 to {last}")

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from tarflowlm.checks import check_model
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
@@ -17,7 +16,7 @@ from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, check_model
 from tarflowlm.model_config import FlowConfig
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeVar
 
+from tarflowlm.checks import as_number, check_type
 from tarflowlm.errors import UserError
 
 C = TypeVar("C", bound="LanguageModelConfig")
@@ -43,7 +44,8 @@ class Config:
     def at_least(self, least: int, *names: str) -> None:
         """UserError unless these fields are finite and at least `least`."""
         for name in names:
-            self.require(name, least <= getattr(self, name) < math.inf, f"must be at least {least}")
+            value = as_number(getattr(self, name), f"{self.section}{name}")
+            self.require(name, least <= value < math.inf, f"must be at least {least}")
 
     def above_zero(self, name: str) -> None:
         """UserError unless this field is finite and above 0."""
@@ -212,8 +214,12 @@ def coupling(name: str) -> Callable[[type[T]], type[T]]:
 
     UserError for a name that is taken.
     """
+    if not name or not isinstance(name, str):
+        raise UserError(f"coupling {name!r:.40}: give it a name, a str")
 
     def register(kind: type[T]) -> type[T]:
+        if not hasattr(kind, "build"):
+            raise UserError(f"coupling {name!r}: {kind!r:.40} has no `build` (docs/flow.md)")
         known = COUPLINGS.get(name, kind)
         # a notebook may run the cell that defines a class more than once
         if getattr(known, "__qualname__", "") != kind.__qualname__:
@@ -283,8 +289,11 @@ class FlowConfig(LanguageModelConfig):
         super().__post_init__()
         self.at_least(1, "latent_dim", "head_hidden")
         self.above_zero("separation")
+        wanted = "give a tuple of BlockConfig"
+        check_type(self.blocks, "model.blocks", (tuple, list), wanted)
         self.require("blocks", len(self.blocks) > 0, "needs at least one block")
         for index, block in enumerate(self.blocks):
+            check_type(block, f"model.blocks.{index}", BlockConfig, wanted)
             if flaw := self._flaw(index, block):
                 raise UserError(f"model.blocks.{index}.{flaw}")
 

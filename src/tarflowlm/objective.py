@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, check_generator, check_tokens
+from tarflowlm.checks import as_integer, check_generator
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, check_tokens
 from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
 
 

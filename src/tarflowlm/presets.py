@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+from tarflowlm.checks import check_type
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError, guess
 from tarflowlm.model_config import (
@@ -314,6 +315,7 @@ FOR_CPU = (
 
 def preset(name: str) -> RunConfig:
     """The run configuration of that name."""
+    check_type(name, "preset", str, "give a name, a str")
     if name not in PRESETS:
         raise UserError(
             f"preset {name!r} is unknown: {guess(name, PRESETS)}on a CPU choose one of "

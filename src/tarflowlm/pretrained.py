@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, overload
@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from tarflowlm.checks import as_integer, check_type
+from tarflowlm.checks import check_time, check_type
 from tarflowlm.config import (
     TEXT8_ALPHABET,
     DataConfig,
@@ -24,7 +24,7 @@ from tarflowlm.config import (
 from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, unknown
 from tarflowlm.generation.gaps import Allowed
 from tarflowlm.generation.inversion import Decoders
 from tarflowlm.language_model import LanguageModel
@@ -164,8 +164,10 @@ class Pretrained(Checkpoint):
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
             return []
+        _check_names(options, WritingOptions)
         # an empty prompt is none
-        request = Writing(prompt=prompt or None, num=1 if num is None else num, **options)
+        given = None if prompt == "" else prompt
+        request = Writing(prompt=given, num=1 if num is None else num, **options)
         texts = write(request, self)
         return texts if several or num is not None else texts[0]
 
@@ -186,13 +188,17 @@ class Pretrained(Checkpoint):
         Options as in `write`; the length is that of the template. By default 16 `particles` are
         weighed by the text behind a blank.
         """
+        _check_names(options, WritingOptions)
+        check_type(template, "template", str, "give a text, a str")
         request = Writing(template=template, num=1 if num is None else num, **options)
         texts = write(request, self)
         return texts[0] if num is None else texts
 
     def stream(self, prompt: str | None = None, **options: Unpack[WritingOptions]) -> Iterator[str]:
         """The text of `write`, with its options, piece by piece as its tokens become final."""
-        yield from Draft.of(Writing(prompt=prompt or None, **options), self).pieces()
+        _check_names(options, WritingOptions)
+        check_type(prompt, "prompt", (str, type(None)), "give one text, a str")
+        return Draft.of(Writing(prompt=prompt or None, **options), self).pieces()
 
     @overload
     def edit(self, text: str, *, num: None = None, **options: Unpack[EditOptions]) -> str: ...
@@ -209,6 +215,7 @@ class Pretrained(Checkpoint):
         `counterfactual`, `toward` and `level` ask for another edit. `tarflowlm edit --help` lists
         all options. UserError for a baseline, and for options that have no effect.
         """
+        _check_names(options, EditOptions)
         texts = edit(Edit(text=text, num=1 if num is None else num, **options), self).texts
         return texts[0] if num is None else texts
 
@@ -328,13 +335,12 @@ def train(
     """
     check_type(run, "run", (str, RunConfig), "give the name of a preset, or a RunConfig")
     config = preset(run) if isinstance(run, str) else run
+    check_time(minutes, steps)
     given = {"data.source": data and str(data), "train.minutes": minutes, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
     config = _changed(config, given | values)
     if steps is not None:
-        if minutes is not None:
-            raise UserError(f"steps {steps} and minutes {minutes}: give one of them")
-        config = with_steps(config, as_integer(steps, "steps"))
+        config = with_steps(config, steps)
     return _trained(config, out, device, None)
 
 
@@ -354,6 +360,13 @@ def _trained(
     with reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
+
+
+def _check_names(given: Iterable[str], options: type) -> None:
+    """UserError for a name that is not among the `options`, a TypedDict."""
+    for name in given:
+        if name not in options.__annotations__:
+            raise unknown("option", name, options.__annotations__)
 
 
 def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:

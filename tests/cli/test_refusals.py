@@ -45,7 +45,7 @@ def number_options() -> list[tuple[str, str, str]]:
         parts = [args, *(hint for hint in get_type_hints(args).values() if is_dataclass(hint))]
         for name, hint in itertools.chain(*(get_type_hints(part).items() for part in parts)):
             kinds = {hint, *get_args(hint)}
-            if int in kinds and (command, name) != ("edit", "level"):
+            if int in kinds:
                 found.append((command, flag(name), "-1"))
             if float in kinds:
                 found += [(command, flag(name), "nan"), (command, flag(name), "-1")]
@@ -79,7 +79,8 @@ LINES = [
     ([*TRAIN, "--seed", "-1"], ["seed -1"]),
     ([*TRAIN, "--model.patch", "3"], ["patch 3", "context 32"]),
     ([*TRAIN, "--steps", "2"], ["steps 2", "3"]),
-    ([*TRAIN, "--steps", "9", "--minutes", "1"], ["--steps", "--minutes"]),
+    ([*TRAIN, "--steps", "9", "--minutes", "1"], ["steps 9", "minutes 1"]),
+    ([*TRAIN, "--minutes", "inf"], ["minutes inf", "finite"]),
     ([*TRAIN, "--minutes", "nan"], ["minutes nan"]),
     ([*TRAIN, "--model.trunk.width", "33"], ["width 33"]),
     ([*TRAIN, "--normalize", "text8", "--model.vocab-size", "5"], ["vocab_size 5", "27"]),
@@ -91,6 +92,11 @@ LINES = [
     ([*SAMPLE, "--prompt", BYTES], ["prompt", "UTF-8"]),
     ([*SAMPLE, "--prompt", "a" * 40], ["40 tokens", "16"]),
     ([*SAMPLE, "--length", "33", "--passes"], ["length 33", "16"]),
+    ([*SAMPLE, "--length", "1" + "0" * 20], ["length 1000", "10,000,000"]),
+    ([*SAMPLE, "--stop", "b", "--template", "a_b"], ["stop ('b',)", "template"]),
+    (["sample", "x", "--stop", ""], ["stop is empty"]),
+    (["sample", "x", "--prompt", ""], ["prompt is empty"]),
+    (["edit", "x", "--text", "abc", "--strength", "2"], ["strength 2"]),
     ([*SAMPLE, "--template", "a_" * 17], ["34", "16"]),
     ([*SAMPLE, "--template", "the end"], ["'_'"]),
     ([*SAMPLE, "--template", "a [...0] b"], ["[...0]", "at least 1"]),

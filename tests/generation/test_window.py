@@ -30,9 +30,11 @@ def sample(model: LanguageModel, seed: int = 0, **options) -> Generation:
     ],
 )
 def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected):
-    config = tiny_flow(couplings=("mixd",), patch=patch).config
-    assert config.context == 8
-    assert writing.spans(config, num_tokens, num_given) == expected
+    model = tiny_flow(couplings=("mixd",), patch=patch)
+    assert model.config.context == 8
+    assert writing.spans(model.config, num_tokens, num_given) == expected
+    count = sum(-(-(end - start) // patch) for start, end in expected)
+    assert writing.num_positions(model, num_tokens, num_given) == count
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from tarflowlm.checks import check_time
 from tarflowlm.errors import UserError
 from tarflowlm.options import Device, PrintJson, arg
 from tarflowlm.presets import preset
@@ -35,8 +36,7 @@ class Args:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.minutes < math.inf:
-            raise UserError(f"minutes {self.minutes:g}: must be above 0 and finite")
+        check_time(self.minutes, None)
 
 
 def run(args: Args) -> None:

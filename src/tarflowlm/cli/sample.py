@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EXCLUSIVE = {
     "stream": ("out", "part", "json", "passes", "particles", "without", "contains"),
     "prompts": ("prompt", "template"),
-    "stop": ("template", "passes"),
+    "stop": ("passes",),
     "stop_at_end": ("template",),
 }
 """Options that contradict each other."""

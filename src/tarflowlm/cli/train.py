@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from tarflowlm.checks import check_time
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.options import (
@@ -18,7 +19,6 @@ from tarflowlm.options import (
     PrintJson,
     Unwrap,
     arg,
-    check,
     load_checkpoint,
     parse,
 )
@@ -50,7 +50,7 @@ class Args:
     run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None  # The preset's fields.
 
     def __post_init__(self) -> None:
-        check_time(self)
+        check_time(self.minutes, self.steps)
         self.configured()  # for its errors
 
     def configured(self) -> RunConfig:
@@ -92,7 +92,7 @@ class TuneArgs:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        check_time(self)
+        check_time(self.minutes, self.steps)
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,6 @@ class ResumeArgs:
     resume: Annotated[Path, arg("DIR")]  # Run directory to continue.
     device: Device = "auto"
     json: PrintJson = False
-
-
-def check_time(args: Args | TuneArgs) -> None:
-    """UserError for steps and minutes, and for no minutes, which would mean: no limit."""
-    check(args, exclusive={"minutes": ("steps",)})
-    if args.minutes is not None and not args.minutes > 0:
-        raise UserError(f"minutes {args.minutes:g}: must be above 0")
 
 
 def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:

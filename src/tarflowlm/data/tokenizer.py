@@ -150,7 +150,9 @@ class Tokenizer:
             return ""
         is_integer = given.ndim == 1 and given.dtype.kind in "iu"
         if not is_integer or not 0 <= given.min() <= given.max() < len(table):
-            found = f"{given.dtype} {list(given.shape)}, from {given.min()} to {given.max()}"
+            found = f"{given.dtype} {list(given.shape)}"
+            if is_integer:
+                found += f", from {given.min()} to {given.max()}"
             raise UserError(f"tokens {found}: give 1-d integers from 0 to {len(table) - 1}")
         return b"".join([table[i] for i in given.tolist()]).decode("utf-8", errors="replace")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tarflowlm.checks import check_share
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.rewriting import (
@@ -27,7 +28,6 @@ from tarflowlm.editing.states import (
     Edit,
     Encoded,
     Source,
-    check_share,
     encode,
     interpolate,
     renoise,

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tarflowlm.checks import check_tokens
+from tarflowlm.checks import check_share
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, invert_stack
 from tarflowlm.generation.sampling import num_leading
+from tarflowlm.language_model import check_tokens
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 
@@ -254,12 +255,6 @@ def _bound(model: TarFlowLM, tokens: Int[Tensor, "B T"], seed: int) -> Float[Ten
         noise = model.draw_noise(tokens[:1], generator)
         draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
     return torch.stack(draws).mean(0)
-
-
-def check_share(share: float, name: str) -> None:
-    """UserError, calling it `name`, for a share outside of [0, 1]."""
-    if not 0 <= share <= 1:
-        raise UserError(f"{name} {share}: must be between 0 (the text itself) and 1 (another text)")
 
 
 def check_lengths(first: Encoded, second: Encoded) -> None:

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, check_tokens, checked_seed
+from tarflowlm.checks import as_integer, checked_seed
 from tarflowlm.device import keep_freed_memory
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.parts import WHOLE, share
 from tarflowlm.progress import SILENT, Progress

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.checks import as_integer, check_generator, check_integers, check_model
+from tarflowlm.checks import as_integer, check_generator, check_integers, checked_length
 from tarflowlm.data.prompts import Gap
 from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError
@@ -16,7 +16,7 @@ from tarflowlm.generation.gaps import Allowed, GapFilter, checked_mask
 from tarflowlm.generation.inversion import Decoders, check_decoders, finish, sampler_decoders
 from tarflowlm.generation.sampling import BLANK, Samples, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, check_model
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -133,7 +133,7 @@ def generate_steps(
     check_decoders(decoder)
     decoders = sampler_decoders(model, decoder) if isinstance(model, TarFlowLM) else ()
     num = as_integer(num, "num", least=1)
-    num_tokens = as_integer(num_tokens, "length", least=1)
+    num_tokens = checked_length(num_tokens)
     generators = _row_streams(generator, num)
     adjust = _adjust(model, temperature, top_k, top_p, without)
     keep_freed_memory()
@@ -141,7 +141,7 @@ def generate_steps(
     if allowed is not None or has_parts:
         particles = as_integer(PARTICLES if particles is None else particles, "particles", least=1)
         pieces, gaps = _template(model, num_tokens, prompt)
-        if isinstance(allowed, Tensor):
+        if allowed is not None and not callable(allowed):
             allowed = checked_mask(allowed, model)
         samples = Samples(model, generators, particles, adjust, progress)
         text = GapFilter(samples, pieces, gaps, num_tokens, allowed)

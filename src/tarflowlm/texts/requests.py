@@ -10,7 +10,15 @@ from typing import Annotated, ClassVar
 import tyro
 
 from tarflowlm import options
-from tarflowlm.checks import as_integer, check_type, checked_seed
+from tarflowlm.checks import (
+    as_integer,
+    as_number,
+    check_option,
+    check_share,
+    check_type,
+    checked_length,
+    checked_seed,
+)
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.errors import UserError
 from tarflowlm.options import arg
@@ -27,7 +35,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """UserError for numbers out of range, before a model is loaded."""
-        checked_seed(self.seed)
+        # a plain integer, also of one of NumPy
+        object.__setattr__(self, "seed", checked_seed(self.seed))
 
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same with the model called `name`."""
@@ -96,12 +105,21 @@ class Writing(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = {"num": self.num, "length": self.num_tokens, "particles": self.particles}
-        for name, value in counts.items():
-            if value is not None:
-                as_integer(value, name, least=1)
+        as_integer(self.num, "num", least=1)
+        if self.num_tokens is not None:
+            checked_length(self.num_tokens)
+        if self.particles is not None:
+            as_integer(self.particles, "particles", least=1)
         if self.prompt is not None and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
+        for name in ("prompt", "stop"):
+            texts = getattr(self, name)
+            if texts is not None and "" in as_texts(texts, name):
+                raise UserError(f"the {name} is empty: give at least one character")
+        if self.template is not None and self.stop:
+            raise UserError(
+                f"stop {self.stop!r} and a template: it would cut given text, leave it out"
+            )
         for name in ("without", "contains"):
             check_type(getattr(self, name), name, (str, type(None)), "give a text, a str")
         if self.contains is not None:
@@ -169,11 +187,21 @@ class Edit(Request):
         super().__post_init__()
         for name in ("replace", "counterfactual"):
             pair = getattr(self, name)
-            if pair is not None and (isinstance(pair, str) or len(pair) != 2):
+            if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise UserError(f"{name} {pair!r}: give two texts, (old, new)")
-        for name, least in (("num", 1), ("words", 1), ("candidates", 1), ("around", 0)):
-            if getattr(self, name) is not None:
-                as_integer(getattr(self, name), name, least=least)
+        least = {"num": 1, "words": 1, "candidates": 1, "around": 0, "level": 0}
+        for one in fields(self):
+            name, value = one.name, getattr(self, one.name)
+            if value is None:
+                continue
+            if name in least:
+                as_integer(value, name, least=least[name])
+            elif name in ("strength", "weight"):
+                check_share(value, name)
+            elif name == "temperature":
+                as_number(value, name)
+            elif name in CHOICES:
+                check_option(value, name, CHOICES[name])
         exclusive = ("words", "strength") if self.kind == "words" else NAMED
         named = [name for name in exclusive if self.is_given(name)]
         if len(named) > 1:
@@ -192,6 +220,8 @@ class Edit(Request):
         return next((name for name in (*NAMED, "level") if self.is_given(name)), "words")
 
 
+CHOICES = {"pick": Pick, "decoder": Decoder}
+"""Fields of `Edit` that take some names only."""
 NAMED = ("rewrite", "replace", "counterfactual", "toward")
 """Fields of `Edit` that name the edit."""
 

@@ -1,11 +1,10 @@
 """Training a model further on another text: the configuration of such a run."""
 
-import math
 from dataclasses import replace
 
+from tarflowlm.checks import as_number, check_time
 from tarflowlm.config import RunConfig
 from tarflowlm.data import check_fit
-from tarflowlm.errors import UserError
 from tarflowlm.presets import with_blocks, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.weights import checksum
@@ -33,8 +32,8 @@ def tuning(
     default half of the parent's. `unwrap` joins the lines of paragraphs. UserError for a length or
     rate that is not above 0.
     """
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"minutes {minutes}: must be above 0 and finite")
+    check_time(minutes, steps)
+    lr = TUNING_RATE * parent.run.optim.lr if lr is None else as_number(lr, "lr")
     check_fit(data, parent.tokenizer, unwrap=unwrap)
     run = with_blocks(parent.run, parent.model.num_blocks)
     weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
@@ -51,7 +50,7 @@ def tuning(
         name=f"{run.name}-tuned",
         parent=f"{parent.directory.name}@{checksum(weights)}",
         data=replace(run.data, source=data, unwrap=unwrap),
-        optim=replace(run.optim, lr=TUNING_RATE * run.optim.lr if lr is None else lr),
+        optim=replace(run.optim, lr=lr),
         train=train,
         seed=seed,
     )
