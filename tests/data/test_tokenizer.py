@@ -77,6 +77,7 @@ def test_saved_tokenizers_load_as_they_were(tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     other = tokenizer.with_normalization("text8")
     assert (other.normalization, other.token_bytes) == ("text8", tokenizer.token_bytes)
+    assert other.end == tokenizer.end
 
 
 def test_fingerprints_tell_tokenizers_apart_and_do_not_change_with_the_program():

@@ -30,7 +30,10 @@ def build_tokenizer(
     """
     how = config.normalization
     if config.source:
-        return _read_bpe(config.source).with_normalization(how)
+        found = _read_bpe(config.source).with_normalization(how)
+        if how == "text8":
+            found.end = None  # a tokenizer.json with text8 has none
+        return found
     has_end = has_documents and how == "none"
     if config.kind == "char":
         return CharTokenizer(config.alphabet, how, has_end=has_end)

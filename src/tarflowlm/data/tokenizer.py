@@ -63,6 +63,9 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not a tokenizer of the `tokenizers` library ({error})") from None
         self._library.encode_special_tokens = True
+        added = {token["content"]: token["id"] for token in document["added_tokens"]}
+        self.end: int | None = None if normalization == "text8" else added.get(SEPARATOR)
+        """The token that follows every document; None for text8, and for tokenizers without it."""
         self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
         self._check_invertible()
 
@@ -94,12 +97,6 @@ class Tokenizer:
         if self.end is not None:
             table[self.end] = b"\n\n"
         return table
-
-    @property
-    def end(self) -> int | None:
-        """The token that follows every document; None for text8, and for tokenizers without it."""
-        added = {token["content"]: token["id"] for token in self._document["added_tokens"]}
-        return None if self.normalization == "text8" else added.get(SEPARATOR)
 
     @property
     def vocab_size(self) -> int:
@@ -190,7 +187,7 @@ class Tokenizer:
         return self.normalization == "text8"
 
     def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
-        """This tokenizer with another normalisation of texts; itself for None."""
+        """This tokenizer, its end of documents too, with another normalisation; itself for None."""
         if normalization is None:
             return self
         other = copy(self)
@@ -203,6 +200,8 @@ class Tokenizer:
         document = self._document
         parts = [document[name] for name in ("pre_tokenizer", "added_tokens")]
         parts += [document["model"][name] for name in ("vocab", "merges")]
+        if self.normalization == "text8" and self.end is not None:
+            parts.append(self.end)
         content = json.dumps([self.normalization, *parts], sort_keys=True)
         return hashlib.sha256(content.encode("ascii")).hexdigest()
 
