@@ -1,4 +1,4 @@
-"""Exceptions that end a command early without being a bug, and quoting an error in one line."""
+"""Exceptions that end a command early without being a bug, and the words of their messages."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +10,11 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def counted(number: int, unit: str, units: str = "") -> str:
+    """1 sample, or 2 samples."""
+    return f"{number:,} {unit if number == 1 else units or f'{unit}s'}"
 
 
 def guess(value: str, known: Iterable[str]) -> str:

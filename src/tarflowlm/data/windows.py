@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from tarflowlm.data.order import Permutation
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
 
 Array = npt.NDArray[np.integer]
 """Tokens or indices, 1-d."""
@@ -101,7 +101,7 @@ class WindowSampler:
         assert min(window, batch) >= 1, (window, batch)
         assert 0 <= rank < world, (rank, world)
         self.tokens = TokenArray.of(tokens)
-        _check_length(len(self.tokens), window)
+        _check_length(len(self.tokens), window, "or a smaller window")
         self.window = window
         self.batch = batch
         self.seed = seed
@@ -188,7 +188,7 @@ def sliding_windows(
     if limit is not None and limit < 1:
         raise UserError(f"windows {limit}: must be at least 1")
     view = TokenArray.of(tokens)
-    _check_length(len(view), window)
+    _check_length(len(view), window, "or its split all")
     num_windows = (len(view) - window) // stride + 1
     if limit is None and num_windows * stride > EVALUATED:
         limit = EVALUATED // stride
@@ -203,7 +203,7 @@ def sliding_windows(
     return windows, context
 
 
-def _check_length(num_tokens: int, window: int) -> None:
+def _check_length(num_tokens: int, window: int, remedy: str) -> None:
     if num_tokens < window:
-        what = f"the text has {num_tokens} tokens, fewer than a window of {window}"
-        raise UserError(f"{what}: use a longer text or a smaller window")
+        what = f"the text has {counted(num_tokens, 'token')}, fewer than a window of {window}"
+        raise UserError(f"{what}: use a longer text, {remedy}")

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tarflowlm import progress
+from tarflowlm.errors import counted as counted
 
 NUMBER = 14
 """Characters of the longest cell that is kept on one line."""
@@ -109,11 +110,6 @@ def per_second(rate: float) -> str:
     if rate < 1:
         return f"{1 / rate:,.1f} s each"
     return f"{rate:.1f}/s" if rate < 10 else f"{rate:,.0f}/s"
-
-
-def counted(number: int, unit: str, units: str = "") -> str:
-    """1 sample, or 2 samples."""
-    return f"{number:,} {unit if number == 1 else units or f'{unit}s'}"
 
 
 class _Numbers(ProgressColumn):
@@ -215,11 +211,19 @@ class ProgressReporter(Bars):
     """Every part of a training run: share done, bits per character, speed and the time left."""
 
     keep = True
+    _step = 0
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a part of the run, without numbers at first."""
         self._shown: dict[str, str] = {}
         super().stage(name, total, done)
+
+    def advance(self, count: int = 1) -> None:
+        """One step more is done, which is `count` units of the stage."""
+        self._step += 1
+        if self._task is not None and self._shown:
+            self.progress.update(self._task, count=f"step {self._step:,}")
+        super().advance(count)
 
     def record(self, record: progress.Record) -> None:
         """Show the numbers of a line of metrics.jsonl."""
@@ -229,8 +233,8 @@ class ProgressReporter(Bars):
                 self._shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
             self._shown["valid"] = f"valid {record['bpc']:.3f}"
-        count = f"step {record['step']:,}"
+        self._step = record["step"]
         details = ", ".join(self._shown.values())
         assert self._task is not None
-        self.progress.update(self._task, count=count, details=details)
+        self.progress.update(self._task, count=f"step {self._step:,}", details=details)
         self._show()

@@ -99,7 +99,8 @@ def print_edits(edited: Edited, advice: str | None) -> None:
         changed = edit.changed[row]
         note = (
             f"{int(changed.sum())} of {len(changed)} tokens changed; bits per character "
-            f"<= {edited.bits_before[row]:.3f} before, <= {edited.bits[row]:.3f} now"
+            f"<= {edited.bits_before[row]:.3f} before, <= {edited.bits[row]:.3f} now "
+            "(fewer: likelier to the model)"
         )
         body = styled(text_tokens(tokens, tokenizer, {"changed": changed}))
         show(body, f"edit {row + 1}", note, is_first=row == 0)
