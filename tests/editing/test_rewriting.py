@@ -2,6 +2,7 @@
 conditional.
 """
 
+import dataclasses
 import math
 from itertools import product
 
@@ -95,6 +96,21 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(
     before = text.states[level].expand_as(h)
     torch.testing.assert_close(h[:, outside], before[:, outside], rtol=1e-8, atol=1e-8)
     assert (h[:, ~outside] - before[:, ~outside]).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_a_span_at_the_beginning_is_drawn_behind_the_lead():
+    model = tiny_flow(log_std=-8.0)
+    lead, text = torch.tensor([[2]]), TEXT[:1]
+    behind = encode(model, torch.cat((lead, text), 1), generator())
+    z = torch.cat((model.codebook.mean[lead], behind.states[0][:, 1:]), 1)
+    behind = dataclasses.replace(behind, states=tuple(model.prior.states(z)[0]))
+    alone = dataclasses.replace(
+        behind, tokens=text, length=7, states=tuple(model.prior.states(z[:, 1:])[0])
+    )
+    found = redraw(Source(model, alone, generator(1)), (0, 3), Candidates(9, lead=(2,)))
+    wanted = redraw(Source(model, behind, generator(1)), (1, 4), Candidates(9))
+    assert torch.equal(found.tokens, wanted.tokens[:, 1:])
+    assert torch.equal(found.states[0], wanted.states[0][:, 1:])
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from tarflowlm.editing.words import (
     pick_words,
     words_of,
 )
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens, else 1."""
@@ -79,7 +79,17 @@ class WordSource(Source):
             temperature = TEMPERATURE if self.model.config.has_token_weights else 1.0
         level = informative_level(self.model, self.text.row(0))
         spaces = spaces_of(self.tokenizer.token_bytes)
-        return Candidates(number, temperature, level, spaces, may_repeat)
+        return Candidates(number, temperature, level, spaces, may_repeat, self._lead())
+
+    def _lead(self) -> tuple[int, ...]:
+        """The end of a document, line or word, behind which a text begins; none without room."""
+        config = self.model.config
+        if config.patch > 1 or self.text.length >= config.context:
+            return ()
+        if self.tokenizer.end is not None:
+            return (self.tokenizer.end,)
+        table = self.tokenizer.token_bytes
+        return tuple(table.index(mark) for mark in (b"\n", b" ") if mark in table)[:1]
 
 
 def redraw_words(
@@ -171,8 +181,8 @@ def substitute_piece(source: WordSource, *, old: str, new: str) -> Edit:
     start, stop, tokens = _replacement(source, old, new)
     if len(tokens) != stop - start:
         raise UserError(
-            f"{old!r} has {stop - start} tokens and {new!r} {len(tokens)}, and these must agree: "
-            "choose other words, or replace, which takes any"
+            f"{old!r} has {counted(stop - start, 'token')} and {new!r} has {len(tokens)}: "
+            "choose words of as many, or replace, which takes any"
         )
     replacements = torch.full((source.text.length,), -1)
     replacements[start:stop] = tokens

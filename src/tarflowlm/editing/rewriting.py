@@ -47,6 +47,8 @@ class Candidates:
     """
     may_repeat: bool = False
     """Else those that repeat the tokens that were there are taken only if all do."""
+    lead: tuple[int, ...] = ()
+    """Tokens behind which a span at the beginning of a text is drawn, so that it begins a word."""
 
     def __post_init__(self) -> None:
         if self.number < 1:
@@ -239,7 +241,10 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
             f"temperature {candidates.temperature}: state {level} of this model has no weights of "
             "tokens, take 1"
         )
-    z, tokens, log_w = propose(source, span, candidates)
+    lead = len(candidates.lead) if span[0] == 0 else 0
+    behind = replace(source, text=_behind(source, candidates.lead)) if lead else source
+    z, tokens, log_w = propose(behind, (span[0] + lead, span[1] + lead), candidates)
+    z, tokens = z[:, lead:], tokens[:, lead:]
     # the number, if one of the two is NaN
     k = float(np.fmax(text.pareto_k, pareto_k(log_w)))
     for is_preferred in _preferences(text, tokens.cpu(), span, candidates):
@@ -248,6 +253,15 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
     chosen = resample(log_w, 1, source.generator).to(z.device)
     states = tuple(model.prior.states(z[chosen])[0])
     return replace(text, tokens=tokens[chosen], states=states, pareto_k=k)
+
+
+def _behind(source: Source, lead: Sequence[int]) -> Encoded:
+    """The text [1, T] behind other tokens, whose latents are their means."""
+    text = source.text
+    before = torch.tensor([lead], device=text.tokens.device)
+    z = torch.cat((source.model.codebook.mean[before], text.states[0]), 1)
+    states = tuple(source.model.prior.states(z)[0])
+    return Encoded(torch.cat((before, text.tokens), 1), len(lead) + text.length, states)
 
 
 def _preferences(

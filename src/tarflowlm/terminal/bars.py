@@ -233,7 +233,7 @@ class ProgressReporter(Bars):
                 self._shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
             self._shown["valid"] = f"valid {record['bpc']:.3f}"
-        self._step = record["step"]
+        self._step = int(record["step"])
         details = ", ".join(self._shown.values())
         assert self._task is not None
         self.progress.update(self._task, count=f"step {self._step:,}", details=details)
