@@ -73,7 +73,7 @@ class TokenizerConfig(Config):
         check_alphabet(self.alphabet)
         missing = "".join(sorted(set(TEXT8_ALPHABET) - set(self.alphabet)))
         rule = f"lacks {missing!r}, which normalize=text8 can produce: set normalize to none"
-        self.require("alphabet", self.normalization != "text8" or not missing, rule)
+        self.require("alphabet", self.normalize != "text8" or not missing, rule)
 
     @property
     def normalization(self) -> Normalization:

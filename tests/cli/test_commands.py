@@ -115,7 +115,7 @@ def test_data_prepares_a_directory_that_eval_takes(
 def test_a_text_shorter_than_the_context_is_evaluated_whole(run_json, model, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("the cat", encoding="utf-8")
-    found = run_json("eval", model, "--data", short, "--split", "all")
+    found = run_json("eval", model, "--data", short)
     # a text8 reading ends with a space
     assert (found["tokens"], found["windows"]) == (8, 1)
 
@@ -281,7 +281,7 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     (tmp_path / "stopped" / "summary.json").unlink()
     shutil.copytree(trained, tmp_path / "other")
     config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
-    config["data"]["source"] = "english"
+    config["data"]["unwrap"] = True
     (tmp_path / "other" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     export(load_checkpoint(trained), tmp_path / "exported")
     (tmp_path / "broken").mkdir()

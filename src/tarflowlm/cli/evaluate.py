@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -33,8 +33,9 @@ class Args:
     directory: options.Model = None
     # Another text than the run's own: corpus name, file or prepared directory.
     data: Annotated[str | None, arg("SOURCE")] = None
-    # Part of the text; a file is split 90/5/5.
-    split: Split = "test"
+    # Part of the text, split 90/5/5. The default is test, but all of a --data file that the model
+    # was not trained on.
+    split: Annotated[Split | None, arg()] = None
     # Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO.
     samples: int = 1
     # At most this many windows, evenly spaced; the default is all of them.
@@ -72,8 +73,10 @@ def run(args: Args) -> None:
     flow = as_flow(model, refusal) if args.latents else None
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     states = None
+    split = args.split or usual_split(checkpoint, args.data)
+    args = replace(args, split=split)
     with Bars() as bars:
-        source, tokens = read_text(checkpoint, tokenizer, args.data, args.split, bars)
+        source, tokens = read_text(checkpoint, tokenizer, args.data, split, bars)
         likelihood, reading = _likelihood(args, model, tokenizer, tokens, source, bars)
         if likelihood is None:
             return
@@ -89,6 +92,19 @@ def run(args: Args) -> None:
     _print_likelihood(f"{directory} on {source}, {args.split}", likelihood, reading)
     if states is not None:
         _print_latents(states)
+
+
+def usual_split(checkpoint: "Checkpoint", data: str | None) -> Split:
+    """all for a file that the model was not trained on, else test."""
+    from tarflowlm.data import FIELD, SOURCE_NAMES
+
+    if data is None or data in SOURCE_NAMES:
+        return "test"
+    file, own = (
+        Path(source.partition(FIELD)[0]).expanduser().resolve()
+        for source in (data, checkpoint.run.data.source)
+    )
+    return "all" if file.is_file() and file != own else "test"
 
 
 def read_text(

@@ -38,6 +38,8 @@ class Row:
     state: str
     preset: str | None = None
     source: str | None = None
+    normalize: str = ""
+    unwrap: bool = False
     bpc: float | None = None
     split: str = ""
     bound: str = ""
@@ -45,18 +47,24 @@ class Row:
     seconds: float = 0.0
     best: bool = False
 
+    @property
+    def text(self) -> tuple[str, str, bool]:
+        """The text that it reads."""
+        return self.source or "", self.normalize, self.unwrap
+
 
 def run(args: Args) -> None:
     rows = [_row(name, path) for name, path in _find(args.directories).items()]
     broken = [row for row in rows if row.source is None]
     # bits per character compare within a text only
-    texts = sorted({row.source for row in rows if row.source is not None})
-    groups = [_ranked([row for row in rows if row.source == text]) for text in texts]
+    known = [row for row in rows if row.source is not None]
+    texts = sorted({row.text for row in known})
+    groups = [_ranked([row for row in known if row.text == text]) for text in texts]
     if args.json:
         print_json({"runs": [asdict(row) for row in [*chain(*groups), *broken]]})
         return
-    for text, group in zip(texts, groups, strict=True):
-        _print(text, group)
+    for group in groups:
+        _print(group)
     for row in broken:
         sys.stdout.write(f"{row.name}: {row.state}\n")
     if any(row.best for row in chain(*groups)):
@@ -95,6 +103,8 @@ def _row(name: str, directory: Path) -> Row:
         record.status,
         preset=record.run.name,
         source=record.run.data.source,
+        normalize=record.run.data.tokenizer.normalization,
+        unwrap=record.run.data.unwrap,
         bound=record.bound,
         tokens=int(record.train["tokens"][-1]),
         seconds=float(record.train["seconds"][-1]),
@@ -125,7 +135,7 @@ def _ranked(rows: list[Row]) -> list[Row]:
     return known + unknown
 
 
-def _print(source: str, rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[Row]) -> None:
     """A table about the runs on a text."""
     from tarflowlm.evaluation.likelihood import sign_of
 
@@ -140,5 +150,8 @@ def _print(source: str, rows: Sequence[Row]) -> None:
             bits += " *"
         time = str(timedelta(seconds=round(row.seconds)))
         cells.append([row.name, bits, f"{row.tokens / 1e6:.2f}M", time, row.state])
-    title = f"runs on {Path(source).name}: bits per character (bpc) and more"
+    source, normalize, unwrap = rows[0].text
+    how = " in text8" if normalize == "text8" else ""
+    how += ", unwrapped" if unwrap else ""
+    title = f"runs on {Path(source).name}{how}: bits per character (bpc) and more"
     print_table(title, cells, ["", "bpc", "tokens", "time", "state"])

