@@ -100,7 +100,7 @@ def _check_packages(recipes: "Sequence[Recipe]") -> None:
             needed["matplotlib"] = "plots"
         for module, extra in needed.items():
             if find_spec(module) is None:
-                raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
+                raise UserError(f"{recipe.name} needs {module}: pip install -e '.[{extra}]'")
 
 
 def _print_plan(args: Args, title: str, planned: "Sequence[Planned]") -> None:

@@ -246,9 +246,7 @@ def _from_transformers(name: str, is_directory: bool) -> tuple[HubModel, HubMode
     try:
         import transformers
     except ImportError:
-        raise UserError(
-            "judging samples needs transformers: pip install 'tarflowlm[quality]'"
-        ) from None
+        raise UserError("judging samples needs transformers: pip install -e '.[quality]'") from None
 
     def get(only_local: bool) -> tuple[HubModel, HubModel]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=only_local)

@@ -82,7 +82,7 @@ def run(args: Args) -> None:
         )
     # before anything that takes time, so that a missing package or judge costs none
     if find_spec("mauve") is None:
-        raise UserError("MAUVE needs mauve-text: pip install 'tarflowlm[quality]'")
+        raise UserError("MAUVE needs mauve-text: pip install -e '.[quality]'")
     judge = load_judge(args.judge, pick_device(args.device))
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     with Bars() as bars:

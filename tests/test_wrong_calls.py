@@ -52,6 +52,7 @@ REFUSED = [
     ('lm.fill("a [...0] b")', ["[...0]", "at least 1"]),
     ("lm.fill(None)", ["template None", "text"]),
     ('lm.fill("a _ b", stop="b")', ["stop 'b'", "template"]),
+    ('lm.write("It\'s 1815", num_tokens=12)', ["read as: it s one eight one five", "12"]),
     ('lm.write("a", num_token=5)', ["'num_token'", "did you mean num_tokens?"]),
     ('lm.write("a", max_new_tokens=5)', ["'max_new_tokens'", "did you mean num_tokens?"]),
     ('lm.edit("a", strenght=1)', ["'strenght'", "did you mean strength?"]),

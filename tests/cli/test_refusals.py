@@ -29,7 +29,6 @@ COMPLETE = {
 }
 """A command with the words that it needs, for commands whose options hold numbers."""
 WITH = {
-    ("sample", "particles"): ["--prompt", "a"],
     ("edit", "weight"): ["--toward", "the lord"],
     ("edit", "words"): ["--pick", "random"],
     ("edit", "around"): ["--replace", "king", "lord"],
@@ -76,6 +75,8 @@ LINES = [
     (["train", "mini-mixx", "--out", "OUT"], ["'mini-mixx'", "mini-mixd"]),
     (["train", "mini-mixd"], ["--out"]),
     (["train", "--resume", "OUT"], ["OUT"]),
+    (["train", "--resume", "english-small"], ["with the package", "train --from english-small"]),
+    (["sample", ""], [". is not a run directory", "english-small"]),
     ([*TRAIN, "--seed", "-1"], ["seed -1"]),
     ([*TRAIN, "--model.patch", "3"], ["patch 3", "context 32"]),
     ([*TRAIN, "--steps", "2"], ["steps 2", "3"]),
@@ -87,6 +88,8 @@ LINES = [
     ([*TRAIN, "--normalize", "text8", "--model.context", "4096"], ["4096"]),
     ([*TRAIN, "--data", "no-such-file.txt"], ["'no-such-file.txt'", "english"]),
     (["data", "TEXT", "--out", "OUT", "--kind", "bpe"], ["vocab_size 0"]),
+    (["report"], ["report runs/mine"]),
+    (["quickstart", "--out", "/proc/x/y", "--minutes", "0.1"], ["/proc/x"]),
     ([*SAMPLE, "--prompt", ""], ["prompt"]),
     ([*SAMPLE, "--prompt", "日本"], ["日本"]),
     ([*SAMPLE, "--prompt", BYTES], ["prompt", "UTF-8"]),
@@ -118,6 +121,8 @@ LINES = [
     (["eval", "ar", "--latents"], ["baseline", "--latents"]),
     (["eval", "english-mini"], ["english27.txt.xz", "--data FILE"]),
     (["score", "flow"], ["--text", "--file"]),
+    ([*EDIT[:2], "--text", "a" * 17], ["17 tokens", "context of 16", "shorten"]),
+    ([*EDIT, "--counterfactual", "k", "lo"], ["1 token ", "has 2"]),
     ([*EDIT, "--decoder", "auto"], ["decoder"]),
     ([*EDIT, "--words", "1", "--strength", "0.5"], ["words", "strength"]),
     ([*EDIT, "--toward", "abc", "--rewrite", "king"], ["rewrite", "toward"]),
@@ -186,13 +191,18 @@ def test_closed_standard_input_costs_one_line(refused, complete, monkeypatch, ar
     refused(*complete(argv), names=["standard input"])
 
 
+def test_a_file_without_texts_costs_one_line(refused, model, tmp_path):
+    (tmp_path / "spaces.txt").write_text(" \n\n", encoding="utf-8")
+    refused("score", model, "--texts", tmp_path / "spaces.txt", names=["spaces.txt", "no text"])
+
+
 @pytest.mark.parametrize(
     ("content", "name"),
     [(b"", "is empty"), (b"\xff\xfe\x00\x01" * 50, "not UTF-8"), (b"a few words", "longer text")],
 )
 def test_texts_that_cannot_be_used(refused, complete, tmp_path, content, name):
     (tmp_path / "bad.txt").write_bytes(content)
-    for argv in (EVAL, TRAIN):
+    for argv in ([*EVAL, "--split", "test"], TRAIN):
         refused(*complete(argv), "--data", "bad.txt", "--normalize", "text8", names=[name])
     if len(content) != 11:
         refused("data", "bad.txt", "--out", "corpus", names=[name])
@@ -215,7 +225,7 @@ def test_wrong_prompts_are_named_by_their_line(refused, model, tmp_path, monkeyp
     path.write_text("abc\n\n日本\n", encoding="utf-8")
     refused(*argv, path, names=[f"line 3 of {path}", "日本"])
     path.write_text("Abc\n" + 40 * "a" + "\n", encoding="utf-8")
-    refused(*argv, path, names=[f"line 2 of {path}", "40 tokens", "--length"])
+    refused(*argv, path, names=[f"line 2 of {path}", "40 tokens", "length"])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n\n")))
     refused(*argv, "-", names=["no prompt"])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))

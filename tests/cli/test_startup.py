@@ -58,6 +58,14 @@ def test_a_closed_pipe_is_no_error(argv):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "status"), [("--version >&-", 0), ("info nope 2>&-", 2)])
+def test_closed_outputs_are_no_error(words, status):
+    command = f"{sys.executable} -m tarflowlm {words}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [

@@ -1,5 +1,6 @@
 """`tarflowlm data`: a text as token shards."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -59,4 +60,5 @@ def run(args: Args) -> None:
         for name in SPLITS
     ]
     print_result(args.json, found, f"{args.out}: {vocab_size} symbols", rows)
-    print_notice(f"next: tarflowlm train mini-mixd --data {args.out} --out runs/mine")
+    place = shlex.quote(str(args.out))
+    print_notice(f"next: tarflowlm train mini-mixd --data {place} --out runs/mine")

@@ -1,5 +1,6 @@
 """`tarflowlm export`: a model without its training state."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,4 +43,4 @@ def run(args: Args) -> None:
         args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")]
     )
     if not args.causal_lm:
-        print_notice(f"next: tarflowlm sample {out}")
+        print_notice(f"next: tarflowlm sample {shlex.quote(str(out))}")

@@ -53,6 +53,9 @@ def main(
 ) -> None:
     """Entry point: runs a command and exits. `dispatch` runs another program than `tarflowlm`."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a character that the output's encoding lacks is printed as ?
         sys.stdout.reconfigure(errors="replace")

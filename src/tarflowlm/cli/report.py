@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from tarflowlm.errors import UserError
 from tarflowlm.options import Device, Out, PrintJson, arg
 from tarflowlm.terminal.bars import Bars, print_result
 
@@ -24,6 +25,10 @@ class Args:
     out: Out = None
     device: Device = "auto"
     json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if not self.directories:
+            raise UserError("name a run or model to draw, say `tarflowlm report runs/mine`")
 
 
 def run(args: Args) -> None:

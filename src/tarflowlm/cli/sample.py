@@ -100,11 +100,7 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
         if not prompt.strip():
             continue
         try:
-            draft = Draft.of(replace(writing, prompt=prompt), lm)
-            count = len(draft.prompt(0))
-            if count >= draft.num_tokens:
-                remedy = "raise --length"
-                raise UserError(f"{count} tokens leave no room in {draft.num_tokens}: {remedy}")
+            Draft.of(replace(writing, prompt=prompt), lm)
         except UserError as error:
             error.args = (f"line {number} of {source}: {error}",)
             raise

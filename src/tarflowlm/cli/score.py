@@ -25,7 +25,9 @@ COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 
 @dataclass(frozen=True)
 class Args:
-    """Show the bits of every token of a text, and of the whole text, under one model or two."""
+    """Show the bits of every token of a text, and of the whole text, under one model or two. Those
+    of a token are its share of a bound, from densities, and may be below zero.
+    """
 
     directory: options.Model = None
     file: options.File = None  # A file with the text, or - for standard input, instead of --text.
@@ -57,6 +59,8 @@ def run(args: Args) -> None:
     text = args.score.text if source is None else options.read_source(source)
     assert isinstance(text, str)
     texts = (text,) if args.texts is None else tuple(filter(str.strip, text.splitlines()))
+    if not texts:
+        raise UserError(f"{args.texts} holds no text: write one per line")
     own = share(args.part, len(texts))
     request = replace(args.score, text=texts[own.start : own.stop])
     # both before the first is used, so that a missing model costs no time

@@ -10,7 +10,7 @@ from torch import Tensor
 from tarflowlm.checks import as_integer, check_generator, check_integers, checked_length
 from tarflowlm.data.prompts import Gap
 from tarflowlm.device import keep_freed_memory, threads_for
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.gaps import Allowed, GapFilter, checked_mask
 from tarflowlm.generation.inversion import Decoders, check_decoders, finish, sampler_decoders
@@ -230,7 +230,7 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Prompt | Non
     prompt = _checked_prompt(model, prompt, "[T]", "[num, T]")
     length = prompt.shape[-1]
     if length > num_tokens:
-        raise _no_room(length, num_tokens)
+        raise no_room(length, num_tokens)
     return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
 
 
@@ -269,7 +269,7 @@ def _template(
                 pieces[-1] = torch.cat((pieces[-1], tokens))
     longest = sum(gap.most for gap in gaps) + sum(map(len, pieces))
     if longest > num_tokens or (not gaps and longest == num_tokens):
-        raise _no_room(longest, num_tokens)
+        raise no_room(longest, num_tokens)
     return pieces, gaps
 
 
@@ -285,9 +285,10 @@ def _checked_prompt(model: LanguageModel, prompt: object, *shapes: str) -> Tenso
     return prompt
 
 
-def _no_room(length: int, num_tokens: int) -> UserError:
+def no_room(length: int, num_tokens: int) -> UserError:
+    """The error for a prompt that fills the length."""
     return UserError(
-        f"the prompt has {length} tokens, which leaves no room in {num_tokens}: "
+        f"the prompt has {counted(length, 'token')}, which leaves no room in {num_tokens}: "
         "shorten it, or raise the length"
     )
 
@@ -310,7 +311,7 @@ def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -
             "tokens, take 1 particle, and a prompt without blanks in it"
         )
     if particles == 1 and (given != BLANK).all():
-        raise _no_room(num_tokens, num_tokens)
+        raise no_room(num_tokens, num_tokens)
     if asked and particles > 1 and exact_prompt(model, given):
         raise UserError(
             f"particles {particles}: this model continues a prompt exactly, leave them out"

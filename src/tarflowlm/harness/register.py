@@ -24,7 +24,7 @@ def run_lm_eval(words: Sequence[str]) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
-        raise UserError("lm-eval is not installed: pip install 'tarflowlm[lm-eval]'") from None
+        raise UserError("lm-eval is not installed: pip install -e '.[lm-eval]'") from None
     register()
     if not any(word.startswith(("-v", "--verbosity")) for word in words):
         # without a level it logs every step

@@ -58,11 +58,14 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 def read_run(directory: Path) -> RunConfig:
     """The configuration of a run directory. UserError where it is none, or damaged."""
-    if not directory.is_dir():
+    path = directory / CONFIG
+    if not path.exists():
         known = released()
         remedy = f"{guess(str(directory), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
-        raise UserError(f"{directory} is not a run directory: {remedy}")
-    path = directory / CONFIG
+        if str(directory) in known:
+            remedy = f"it comes with the package, and `train --from {directory}` trains it further"
+        lacks = f", as {CONFIG} is missing" if directory.is_dir() else ""
+        raise UserError(f"{directory} is not a run directory{lacks}: {remedy}")
     document = read_json(path)
     if not isinstance(document, dict) or document.pop("model_type", None) != MODEL_TYPE:
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")

@@ -42,6 +42,10 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> "Edited"
 
     readings = [reading(request.text, "text")]
     length = len(readings[0].tokens)
+    context = flow.config.context
+    if length > context:
+        what = f"the text has {length:,} tokens, more than the context of {context}"
+        raise UserError(f"{what}: shorten it")
     if request.toward is not None:
         readings.append(reading(request.toward, "other text"))
         length = editing.common_length(readings[0].tokens, readings[1].tokens)

@@ -15,7 +15,7 @@ from tarflowlm.data.streaming import TextStream
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate_steps
 from tarflowlm.generation.gaps import Allowed
-from tarflowlm.generation.generate import PARTICLES, usual_particles
+from tarflowlm.generation.generate import PARTICLES, no_room, usual_particles
 from tarflowlm.generation.inversion import Decoders, Kept, finish
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.writing import num_positions
@@ -76,7 +76,17 @@ class Draft:
         allowed = cast(Allowed | None, request.allowed)
         if request.without:
             allowed = tokens_without(tokenizer, request.without)
-        return cls(lm, request, tuple(given), tuple(stops), words, allowed)
+        draft = cls(lm, request, tuple(given), tuple(stops), words, allowed)
+        for reading in given if request.template is None else ():
+            draft._check_room(reading)
+        return draft
+
+    def _check_room(self, reading: Reading) -> None:
+        """UserError for a prompt that fills the length."""
+        count = len(reading.tokens)
+        if count >= self.num_tokens:
+            how = "" if reading.notice is None else f"; {reading.notice}"
+            raise UserError(f"{no_room(count, self.num_tokens)}{how}")
 
     @property
     def total(self) -> int:
