@@ -101,7 +101,7 @@ def check_installed(names: tuple[TrackerName, ...]) -> None:
         spec = importlib.util.find_spec(name)
         # no origin: only a folder of that name, such as W&B creates
         if spec is None or spec.origin is None:
-            remedy = "pip install 'tarflowlm[track]'"
+            remedy = "pip install -e '.[track]'"
             raise UserError(f"train.track {name}: the package is not installed; {remedy}")
 
 
