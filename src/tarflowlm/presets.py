@@ -210,8 +210,9 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
     """One of the published models.
 
     docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, a rate
-    that falls to zero, and short stages for the blocks above Mix-d, which gain little. "-adamw" is the recipe of D3PM, MDLM and MD4, to which the paper
-    points: a constant rate and averaged weights over a million steps.
+    that falls to zero, and short stages for the blocks above Mix-d, which gain little. "-adamw" is
+    the recipe of D3PM, MDLM and MD4, to which the paper points: a constant rate and averaged
+    weights over a million steps.
     """
     steps, batch_size = corpus.steps, corpus.batch_size
     upper = steps // 25

@@ -37,7 +37,7 @@ VARIABLES = {
 def check_package(name: str, extra: str) -> None:
     """UserError if an optional package is missing."""
     if importlib.util.find_spec(name) is None:
-        raise UserError(f"this needs the package {name}: pip install 'tarflowlm[{extra}]'")
+        raise UserError(f"this needs the package {name}: pip install -e '.[{extra}]'")
 
 
 def render(
