@@ -418,7 +418,13 @@ FITS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "gap"), FITS.values(), ids=FITS.keys())
+@pytest.mark.parametrize(
+    ("config", "gap"),
+    [
+        pytest.param(*fit, id=name, marks=[pytest.mark.nightly] * (name in ("mixd-P2", "mix1")))
+        for name, fit in FITS.items()
+    ],
+)
 def test_no_fit_beats_the_entropy_of_the_source_and_a_short_one_comes_near(config, gap):
     source, T, steps = MarkovSource(), 16, 200
     train, test = source.sample(32 * steps, T, seed=1), source.sample(2000, T, seed=2)

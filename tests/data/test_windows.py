@@ -151,7 +151,7 @@ def test_sliding_windows_cover_the_text_once(stride):
 )
 def test_impossible_windows_are_refused(window, stride, limit):
     with pytest.raises(
-        UserError, match=f"stride {stride}: .* {window} tokens|windows 0|has 1003 tokens"
+        UserError, match=f"stride {stride}: .* {window} tokens|windows 0|has 1,003 tokens"
     ):
         sliding_windows(TOKENS, window, stride, limit)
 

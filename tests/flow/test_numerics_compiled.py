@@ -120,7 +120,15 @@ def train_step(coupling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scalar", "codebook", "maps", "affine", "mix1", "mixd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scalar",
+        "codebook",
+        "mixd",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("maps", "affine", "mix1")),
+    ],
+)
 def test_compiled_maps_have_the_same_values_and_gradients(name):
     # in a process of its own: a compiler cannot follow the shape checks of the tests
     done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True)

@@ -53,7 +53,13 @@ TEMPLATES = {2: [[BLANK, 2], [1, BLANK]], 3: [[BLANK, BLANK, 2], [BLANK, 1, BLAN
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("always", [False, True], ids=["when-uneven", "always"])
+@pytest.mark.parametrize(
+    "always",
+    [
+        pytest.param(False, id="when-uneven"),
+        pytest.param(True, id="always", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always, monkeypatch):
     """With few particles the evidence is still unbiased; with many the texts follow the
     conditional.

@@ -79,7 +79,17 @@ def assert_same(ours: Path, theirs: Path, tolerance: float = TOLERANCE) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", cases.MODES)
-@pytest.mark.parametrize("name", ["ar", "mixd", "patches", "one-channel", "narrow"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ar",
+        "mixd",
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in ("patches", "one-channel", "narrow")
+        ),
+    ],
+)
 def test_two_processes_train_as_one(out, alone, name, mode):
     assert_same(out / f"{name}-{mode}", alone(name, mode), 1e-2 if name == "narrow" else TOLERANCE)
 

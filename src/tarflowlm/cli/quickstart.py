@@ -54,9 +54,9 @@ def run(args: Args) -> None:
     if is_begun(args.out):
         raise UserError(f"{args.out} exists already: choose another --out")
     device = pick_device(args.device)
+    config = replace(preset("quickstart"), seed=args.seed)
     # before the text is read, which takes long
     args.out.mkdir(parents=True, exist_ok=True)
-    config = replace(preset("quickstart"), seed=args.seed)
     with ProgressReporter() as reporter:
         source = config.data.source
         tokenizer = suited(source, config.data.tokenizer)
