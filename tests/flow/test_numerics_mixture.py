@@ -250,6 +250,9 @@ def test_second_derivatives_are_refused_and_errors_name_the_value():
     total = mixture_cdf(z, *params)[0].sum()
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(total, z, create_graph=True)
+    # torch.func always asks for more
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.func.grad(lambda z: mixture_cdf(z, *params)[0].sum())(z.detach())
     with pytest.raises(ValueError, match="float64"):
         mixture_cdf(z.double(), *params)
     with pytest.raises(ValueError, match=r"\[3, 4\]"):

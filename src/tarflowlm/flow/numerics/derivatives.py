@@ -35,16 +35,18 @@ def first_derivatives_only() -> None:
 class _Differentiable(Function):
     @staticmethod
     def forward(
-        ctx: Context,
         compute: Callable[..., Tensor | Tensors],
         gradients: Callable[..., Tensors],
         *inputs: Tensor,
     ) -> Tensors:
         found = compute(*inputs)
-        outputs = found if isinstance(found, tuple) else (found,)
-        ctx.gradients = gradients  # type: ignore[attr-defined]
-        ctx.save_for_backward(*inputs, *outputs)
-        return outputs
+        return found if isinstance(found, tuple) else (found,)
+
+    # separate from `forward`: else torch.func fails in words of its own
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
+        ctx.gradients = inputs[1]  # type: ignore[attr-defined]
+        ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)), *output)
 
     @staticmethod
     def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
