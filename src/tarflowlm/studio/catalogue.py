@@ -57,10 +57,6 @@ class Catalogue:
         """The runs with learning curves."""
         return [name for name, one in self.entries.items() if (one.place / METRICS).is_file()]
 
-    def has_words(self, name: str) -> bool:
-        """Whether its tokens are pieces of words, so that a blank is a word or part of one."""
-        return self.entries[name].run.data.tokenizer.kind == "bpe"
-
     def about(self, name: object) -> str:
         entry = self.entry(name)
         trained = f"Preset {entry.run.name}, trained on {Path(entry.run.data.source).name}."

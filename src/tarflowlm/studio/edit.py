@@ -13,7 +13,7 @@ from tarflowlm.texts.requests import Edit
 from tarflowlm.views.grid import text_tokens
 
 WORDS, LATENTS, NOISE = KINDS = ("words", "latents", "noise")
-"""What can change: words, or the states h^(0) = z and h^(L) = u."""
+"""The kinds of change: words, or the states h^(0) = z and h^(L) = u."""
 
 
 def rewrite(

@@ -26,7 +26,6 @@ TITLE = "tarflowlm studio"
 WAITING = 16  # requests that may wait for their turn; further ones are refused
 REFRESH = 4.0  # seconds between two looks at the folders of runs
 DRAWN = 6  # runs that are drawn at first
-TRIES, PARTICLES = 6, 16  # for blanks
 
 EXAMPLES = (
     ("Watch the passes", "english-passes", "", 96),
@@ -83,7 +82,7 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
     A click on a word of the result draws others in its place.
     """
 
-    def values_of(name: str, text: str, length: int) -> list[object]:
+    def values_of(name: str, text: str, length: int) -> list[values.Value]:
         return [name, [], text, length, catalogue.temperature(name), 1.0, 1, 0]
 
     examples = {
@@ -117,20 +116,20 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
                 seed = _number("Seed", 0)
         inputs = [model, beside, text, length, temperature, top_p, num, seed]
 
-        def asked_for(visitor: gr.Request) -> list[object]:
+        def asked_for(visitor: gr.Request) -> list[values.Value]:
             first = [*examples.values(), partial(values_of, catalogue.models[0], "", 96)][0]
             return values.from_address(dict(visitor.query_params), first(), catalogue.models)
 
         events = [text.submit, _quick(arrival, asked_for, None, inputs).then]
         for button, example in zip(buttons, examples.values(), strict=True):
             events.append(_quick(button.click, example, None, inputs).then)
-        _bind(ask, partial(write, catalogue), inputs, out, [ask.go.click, *events])
+        _ask(ask, partial(write, catalogue), inputs, out, events)
         # studio.js writes the text with a gap for the word, and clicks
         gap = gr.Textbox(elem_id="st-gap", container=False, show_label=False)
         offer = gr.Button("offer", elem_id="st-offer")
         few = [gr.State(4), gr.State(8)]
         inputs = [model, gap, *few, temperature, seed]
-        _bind(ask, partial(infill, catalogue), inputs, out, [offer.click])
+        _ask(ask._replace(go=offer), partial(infill, catalogue), inputs, out, [])
 
 
 def _infill(catalogue: Catalogue) -> None:
@@ -145,14 +144,12 @@ def _infill(catalogue: Catalogue) -> None:
         )
         ask = _buttons("Fill in")
         with gr.Accordion("More", open=False):
-            tries = gr.Slider(1, values.TRIES, TRIES, step=1, label="Tries")
-            particles = gr.Slider(
-                1, values.PARTICLES, PARTICLES, step=1, label="Particles in each try"
-            )
+            tries = gr.Slider(1, values.TRIES, 6, step=1, label="Tries")
+            particles = gr.Slider(1, values.PARTICLES, 16, step=1, label="Particles in each try")
             temperature = _temperature(catalogue, model)
             seed = _number("Seed", 0)
         inputs = [model, text, tries, particles, temperature, seed]
-        _bind(ask, partial(infill, catalogue), inputs, out, [ask.go.click, text.submit])
+        _ask(ask, partial(infill, catalogue), inputs, out, [text.submit])
 
 
 def _edit(catalogue: Catalogue) -> None:
@@ -168,16 +165,16 @@ def _edit(catalogue: Catalogue) -> None:
                 info="Separated by commas. The rest is kept.",
             )
             inputs = [model, text, words, num, seed]
-            _ask("Rewrite", partial(rewrite, catalogue), inputs, out, [words.submit])
+            _ask(_buttons("Rewrite"), partial(rewrite, catalogue), inputs, out, [words.submit])
         with gr.Tab("Words"):
             share = _strength("Share of the words that are resampled.")
             inputs = [model, text, gr.State(WORDS), share, num, seed]
-            _ask("Resample", partial(change, catalogue), inputs, out, [share.release])
+            _ask(_buttons("Resample"), partial(change, catalogue), inputs, out, [share.release])
         with gr.Tab("Level"):
             share = _strength("0 keeps the text, 1 forgets it.")
             state = gr.Radio(KINDS[1:], value=KINDS[1], label="What is changed")
             inputs = [model, text, state, share, num, seed]
-            _ask("Re-noise", partial(change, catalogue), inputs, out, [share.release])
+            _ask(_buttons("Re-noise"), partial(change, catalogue), inputs, out, [share.release])
 
 
 def _score(catalogue: Catalogue) -> None:
@@ -190,7 +187,7 @@ def _score(catalogue: Catalogue) -> None:
             max_choices=MODELS,
         )
         text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
-        _ask("Score", partial(compare, catalogue), [models, text], out, [text.submit])
+        _ask(_buttons("Score"), partial(compare, catalogue), [models, text], out, [text.submit])
 
 
 def _runs(catalogue: Catalogue, arrival: Event) -> None:
@@ -230,7 +227,8 @@ def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
 
     first = catalogue.models[0]
     if of_words:
-        first = next(filter(catalogue.has_words, catalogue.models), first)
+        kinds = {name: catalogue.entries[name].run.data.tokenizer.kind for name in catalogue.models}
+        first = next((name for name in kinds if kinds[name] == "bpe"), first)
     model = gr.Dropdown(catalogue.models, value=first, label="Model", filterable=False)
     line = gr.HTML(about(first), apply_default_css=False, padding=False)
     _quick(model.change, about, model, line)
@@ -254,14 +252,6 @@ def _strength(words: str) -> Component:
     return gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info=words)
 
 
-def _ask(
-    words: str, view: View, inputs: list[Component], out: Component, events: list[Event]
-) -> None:
-    """A button that calls the view, as do the `events`, and a button that stops it."""
-    ask = _buttons(words)
-    _bind(ask, view, inputs, out, [ask.go.click, *events])
-
-
 class Buttons(NamedTuple):
     """Two buttons: one starts a view, one stops it."""
 
@@ -277,12 +267,12 @@ def _buttons(words: str) -> Buttons:
         return Buttons(go, gr.Button("Stop", min_width=80, elem_classes="st-stop"), {})
 
 
-def _bind(
+def _ask(
     ask: Buttons, view: View, inputs: list[Component], out: Component, events: list[Event]
 ) -> None:
-    """The events call the view, and the button stops it."""
+    """One button and the events call the view, the other button stops it."""
     handle = newest(guarded(view), ask.last)
-    for event in events:
+    for event in (ask.go.click, *events):
         started = event(
             handle,
             inputs,

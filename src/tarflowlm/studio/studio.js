@@ -30,8 +30,9 @@ const offer = (stage, {clientX, clientY}) => {  // others for the word under the
   box.dispatchEvent(new Event('input', {bubbles: true}));
   setTimeout(() => document.querySelector('#st-offer').click(), 50);
 };
-const stopped = (view) => {  // what was written stays, and says so
-  const bar = view && view.querySelector('.st-bar + .st-muted');
+const visible = () => [...document.querySelectorAll('.st-view')].find((view) => view.offsetParent);
+const stopped = () => {  // what was written stays, and says so
+  const view = visible(), bar = view && view.querySelector('.st-bar + .st-muted');
   if (!bar) return;
   bar.textContent = 'stopped';
   view.querySelectorAll('.st-caret, .st-bar').forEach((part) => part.remove());
@@ -39,13 +40,12 @@ const stopped = (view) => {  // what was written stays, and says so
 document.addEventListener('click', (event) => {
   const {target} = event, stage = target.closest('.st-write .st-stage');
   if (stage) offer(stage, event);
-  if (target.closest('.st-stop'))
-    setTimeout(stopped, 300, [...document.querySelectorAll('.st-view')].find((view) => view.offsetParent));
+  if (target.closest('.st-stop')) setTimeout(stopped, 300);
   const copied = target.closest('[data-copy]'), token = target.closest('.st-heat span');
   if (copied) navigator.clipboard.writeText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
   if (token) token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
   if (window.innerWidth <= 640 && target.closest('button.primary, button.sm'))
-    [...document.querySelectorAll('.st-view')].find((view) => view.offsetParent).scrollIntoView({behavior: 'smooth'});
+    visible().scrollIntoView({behavior: 'smooth'});
 });
 new MutationObserver((changes) => changes.forEach(({addedNodes}) => addedNodes.forEach((node) => {
   const slider = node.querySelector && node.querySelector('.st-slide input[data-play]');

@@ -43,6 +43,7 @@ def text(value: object) -> str:
     return value or ""
 
 
+Value = str | int | float | list[str]
 LINKED = ("model", "beside", "text", "length", "temperature", "top_p", "num", "seed")
 """The values of a request to write, as the link above its result names them."""
 
@@ -53,15 +54,17 @@ def to_address(values: Sequence[object]) -> str:
 
 
 def from_address(
-    asked: Mapping[str, str], usual: Sequence[object], models: Sequence[str]
-) -> list[object]:
+    asked: Mapping[str, str], usual: Sequence[Value], models: Sequence[str]
+) -> list[Value]:
     """The values of a link; the `usual` ones where it lacks them or they cannot be read."""
     found = list(usual)
     for place, (name, value) in enumerate(zip(LINKED, usual, strict=True)):
-        with suppress(ValueError):
-            found[place] = type(value)(asked.get(name, value))  # type: ignore[call-arg]
+        given = asked.get(name, "")
+        if isinstance(value, list):
+            found[place] = [given] if given in models else value
+        elif name in asked:
+            with suppress(ValueError):
+                found[place] = type(value)(given)
     if found[0] not in models:
         found[0] = usual[0]
-    other = asked.get("beside")
-    found[1] = [other] if other in models else []
     return found

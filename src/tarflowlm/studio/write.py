@@ -33,9 +33,6 @@ from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft, Written
 from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible
 
-SEEN = 0.1
-"""The share of the tokens that a pass must change to be worth watching."""
-
 
 def write(
     catalogue: Catalogue,
@@ -130,9 +127,9 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
         p = codebook.log_posterior(state[row, :length]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     rows = pass_rows(passes, draft.lm.tokenizer, given=_given(draft), probabilities=probabilities)
-    # where one block writes nearly all there is nothing to watch
+    # where one block writes nearly all, and no other a tenth, there is nothing to watch
     shares = [(after != before).double().mean().item() for before, after in pairwise(passes)]
-    is_seen = sum(share > SEEN for share in shares) > 1
+    is_seen = sum(share > 0.1 for share in shares) > 1
     return slider(rows, is_open=row == 0 and is_seen)
 
 
