@@ -6,6 +6,7 @@ import pytest
 
 import tarflowlm
 from helpers import mostly_slow
+from tarflowlm.errors import UserError
 from tarflowlm.texts import edits, scores, writing
 from tarflowlm.texts.requests import Edit, Score, Writing
 
@@ -21,6 +22,20 @@ def flow() -> tarflowlm.Pretrained:
 def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
     assert flow.edit(TEXT, rewrite="King", seed=1) == flow.edit(TEXT, rewrite="king", seed=1)
     assert "lord" in flow.edit(TEXT, replace=("King", "Lord"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "named"),
+    [
+        (Writing, {"temperature": float("nan")}, "temperature nan"),
+        (Writing, {"top_k": 0}, "top-k 0"),
+        (Writing, {"top_p": 1.5}, "top-p 1.5"),
+        (Edit, {"text": "the king", "temperature": 0.0}, "temperature 0.0"),
+    ],
+)
+def test_values_out_of_range_are_named_without_a_model(request_, options, named):
+    with pytest.raises(UserError, match=named):
+        request_(**options)
 
 
 def test_a_stream_stops_where_its_stop_is_read(flow):

@@ -1,6 +1,7 @@
 """Checks of the values that callers of the Python interface give. Most need no torch."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import get_args
 
@@ -33,6 +34,31 @@ def check_option(value: object, name: str, literal: object) -> None:
     names = get_args(literal)
     if value not in names:
         raise UserError(f"{name} {value!r:.40}: choose one of {', '.join(names)}")
+
+
+def check_options(values: object, name: str, literal: object) -> None:
+    """UserError unless `values` is one of the names of a `Literal` type, or lists some."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        values = (values,)
+    for one in values:
+        check_option(one, name, literal)
+
+
+def checked_sampling(
+    temperature: object, top_k: object, top_p: object
+) -> tuple[float, int | None, float | None]:
+    """The settings of `generation.sampling.adjust_weights`. UserError out of range."""
+    temperature = as_number(temperature, "temperature")
+    top_k = None if top_k is None else as_integer(top_k, "top-k", least=1)
+    top_p = None if top_p is None else as_number(top_p, "top-p")
+    if not 0 < temperature < math.inf:
+        raise UserError(
+            f"temperature {temperature}: must be above 0 and finite; "
+            "top-k 1 takes the most probable token"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
+    return temperature, top_k, top_p
 
 
 def checked_seed(value: object) -> int:

@@ -97,10 +97,6 @@ class LanguageModel(nn.Module):
         """The modules that train when the first `first` blocks are frozen."""
         return (self,)
 
-    def append_block(self) -> nn.Module:
-        """Build the next block of the configuration, and return it."""
-        raise NotImplementedError
-
     def train_only(self, block: int) -> None:
         """Make only block `block` (0-based) trainable; 0 includes the codebook."""
         if block > 0:

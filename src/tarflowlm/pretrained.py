@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast, overload
+from typing import Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from tarflowlm.checks import check_time, check_type
 from tarflowlm.config import (
     TEXT8_ALPHABET,
     DataConfig,
-    Decoder,
     Kind,
-    Pick,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -24,9 +22,7 @@ from tarflowlm.config import (
 from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
-from tarflowlm.errors import UserError, unknown
-from tarflowlm.generation.gaps import Allowed
-from tarflowlm.generation.inversion import Decoders
+from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
@@ -35,7 +31,15 @@ from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
 from tarflowlm.texts.edits import edit
-from tarflowlm.texts.requests import Edit, Score, Writing, as_texts
+from tarflowlm.texts.requests import (
+    Edit,
+    EditOptions,
+    Score,
+    Writing,
+    WritingOptions,
+    as_texts,
+    check_names,
+)
 from tarflowlm.texts.scores import Scored, score
 from tarflowlm.texts.writing import Draft, write
 
@@ -43,44 +47,6 @@ _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
 OWN = Path(os.devnull, "own")
 """The directory of a model that was not loaded: below a file, where nothing can be."""
-
-
-class WritingOptions(TypedDict, total=False):
-    """The options of `write`, `fill` and `stream`: fields of `Writing`."""
-
-    num_tokens: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    particles: int | None
-    decoder: Decoders
-    blank: str
-    without: str
-    contains: str | None
-    allowed: Allowed | None
-    stop: str | Sequence[str]
-    stop_at_end: bool
-    seed: int
-
-
-class EditOptions(TypedDict, total=False):
-    """The options of `edit`: fields of `Edit`."""
-
-    rewrite: str | Sequence[str] | None
-    everywhere: bool
-    replace: tuple[str, str] | None
-    around: int | None
-    counterfactual: tuple[str, str] | None
-    toward: str | None
-    level: int | None
-    strength: float | None
-    words: int | None
-    pick: Pick | None
-    weight: float | None
-    candidates: int | None
-    temperature: float | None
-    decoder: Decoder | None
-    seed: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -164,7 +130,7 @@ class Pretrained(Checkpoint):
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:
             return []
-        _check_names(options, WritingOptions)
+        check_names(options, WritingOptions)
         # an empty prompt is none
         given = None if prompt == "" else prompt
         request = Writing(prompt=given, num=1 if num is None else num, **options)
@@ -188,7 +154,7 @@ class Pretrained(Checkpoint):
         Options as in `write`; the length is that of the template. By default 16 `particles` are
         weighed by the text behind a blank.
         """
-        _check_names(options, WritingOptions)
+        check_names(options, WritingOptions)
         check_type(template, "template", str, "give a text, a str")
         request = Writing(template=template, num=1 if num is None else num, **options)
         texts = write(request, self)
@@ -196,7 +162,7 @@ class Pretrained(Checkpoint):
 
     def stream(self, prompt: str | None = None, **options: Unpack[WritingOptions]) -> Iterator[str]:
         """The text of `write`, with its options, piece by piece as its tokens become final."""
-        _check_names(options, WritingOptions)
+        check_names(options, WritingOptions)
         check_type(prompt, "prompt", (str, type(None)), "give one text, a str")
         return Draft.of(Writing(prompt=prompt or None, **options), self).pieces()
 
@@ -215,7 +181,7 @@ class Pretrained(Checkpoint):
         `counterfactual`, `toward` and `level` ask for another edit. `tarflowlm edit --help` lists
         all options. UserError for a baseline, and for options that have no effect.
         """
-        _check_names(options, EditOptions)
+        check_names(options, EditOptions)
         texts = edit(Edit(text=text, num=1 if num is None else num, **options), self).texts
         return texts[0] if num is None else texts
 
@@ -360,13 +326,6 @@ def _trained(
     with reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
-
-
-def _check_names(given: Iterable[str], options: type) -> None:
-    """UserError for a name that is not among the `options`, a TypedDict."""
-    for name in given:
-        if name not in options.__annotations__:
-            raise unknown("option", name, options.__annotations__)
 
 
 def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:

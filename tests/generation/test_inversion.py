@@ -9,7 +9,7 @@ import torch
 
 from helpers import normal, tiny_flow
 from tarflowlm.generation import generate, inversion
-from tarflowlm.generation.inversion import invert_block, invert_stack
+from tarflowlm.generation.inversion import block_inversion, finished, invert_stack
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import FlowConfig, stack
@@ -17,6 +17,7 @@ from tarflowlm.pretrained import load
 
 pytestmark = pytest.mark.slow
 
+invert_block = finished(block_inversion)
 STACKS = [
     ("mix1",),
     ("affine",),

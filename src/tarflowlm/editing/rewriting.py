@@ -38,7 +38,7 @@ class Candidates:
 
     number: int
     temperature: float = 1.0
-    """Of their tokens; other than 1 only where block 1 has weights of tokens."""
+    """The temperature of their tokens; other than 1 only where block 1 has weights of tokens."""
     level: int = 0
     """The state in which they are drawn (see `informative_level`)."""
     spaces: Tensor | None = None

@@ -49,7 +49,7 @@ class Conditioned(ABC):
         self.ended: Tensor | None = None
         """The rows [B] that need no more positions."""
         self.rows: Tensor | slice = slice(None)
-        """Those of which the next position is completed."""
+        """The rows whose next position is completed."""
 
     def prefill(self) -> Tensor | None:
         """Complete the leading positions that are given in all rows at once; returns as `step`."""

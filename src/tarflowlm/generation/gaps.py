@@ -124,7 +124,7 @@ class GapFilter:
         return self.samples.normal(count, 0 if self.flow is None else self.values.shape[2])
 
     def _values_of(self, piece: Tensor) -> Tensor:
-        """What block 1 reads of given tokens [S], by row: latents [B, S, d], or the tokens."""
+        """The inputs of block 1 for given tokens [S], by row: latents [B, S, d], or the tokens."""
         tokens = piece.to(self.tokens).expand(len(self.tokens), -1)
         if self.flow is None:
             return tokens

@@ -7,13 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.checks import as_integer, check_generator, check_integers, checked_length
+from tarflowlm.checks import (
+    as_integer,
+    check_generator,
+    check_integers,
+    check_options,
+    checked_length,
+)
+from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import Gap
 from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import UserError, counted
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.gaps import Allowed, GapFilter, checked_mask
-from tarflowlm.generation.inversion import Decoders, check_decoders, finish, sampler_decoders
+from tarflowlm.generation.inversion import Decoders, finish, sampler_decoders
 from tarflowlm.generation.sampling import BLANK, Samples, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
 from tarflowlm.language_model import LanguageModel, check_model
@@ -130,7 +137,7 @@ def generate_steps(
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
-    check_decoders(decoder)
+    check_options(decoder, "decoder", Decoder)
     decoders = sampler_decoders(model, decoder) if isinstance(model, TarFlowLM) else ()
     num = as_integer(num, "num", least=1)
     num_tokens = checked_length(num_tokens)

@@ -14,7 +14,6 @@ from typing import Generic, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from tarflowlm.checks import check_option
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
@@ -126,9 +125,6 @@ def block_inversion(
         work.rewind_to_bad()
     yield from work.step(ended)
     return Inverted(block.order.inverse(work.h), decoder, work.passes)
-
-
-invert_block = finished(block_inversion)
 
 
 class _Inversion:
@@ -363,14 +359,6 @@ def stack_inversion(
 
 
 invert_stack = finished(stack_inversion)
-
-
-def check_decoders(decoder: object) -> None:
-    """UserError unless `decoder` is a decoder, or lists some."""
-    if isinstance(decoder, str) or not isinstance(decoder, Sequence):
-        decoder = (decoder,)
-    for one in decoder:
-        check_option(one, "decoder", Decoder)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

@@ -64,7 +64,7 @@ class Weights:
 
         They are resampled if they are uneven, or too many.
         """
-        if len(log_w) == count and effective(log_w) >= RESAMPLE_BELOW * count:
+        if len(log_w) == count and not is_uneven(log_w):
             return torch.arange(count), log_w
         self.draws[sample] += 1
         mean = log_w.logsumexp(-1) - math.log(len(log_w))
@@ -94,6 +94,11 @@ def weight(log_w: Tensor) -> Tensor:
 def effective(log_w: Tensor) -> Tensor:
     """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2 of [..., R]; 0 without weight."""
     return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
+
+
+def is_uneven(log_w: Tensor) -> Tensor:
+    """True where particles of weights `log_w` [..., R] are to be resampled."""
+    return effective(log_w) < RESAMPLE_BELOW * log_w.shape[-1]
 
 
 def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -136,8 +141,7 @@ def particle_filter(
             continue
         if conditioned.at == conditioned.num_positions:
             break
-        is_uneven = effective(weights.log_w) < RESAMPLE_BELOW * particles
-        uneven: list[int] = is_uneven.nonzero().flatten().tolist()
+        uneven: list[int] = is_uneven(weights.log_w).nonzero().flatten().tolist()
         if not uneven:
             continue
         rows = torch.arange(num * particles).view(num, particles)

@@ -3,17 +3,15 @@
 Shape legend: B rows, T tokens, d channels per token.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from tarflowlm.checks import as_integer, as_number
+from tarflowlm.checks import checked_sampling
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK as BLANK
-from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.transformer import KVCache
@@ -86,16 +84,7 @@ def adjust_weights(
     set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest finite
     log-weight: probability zero. UserError for settings out of range.
     """
-    temperature = as_number(temperature, "temperature")
-    top_k = None if top_k is None else as_integer(top_k, "top-k", least=1)
-    top_p = None if top_p is None else as_number(top_p, "top-p")
-    if not 0 < temperature < math.inf:
-        raise UserError(
-            f"temperature {temperature}: must be above 0 and finite; "
-            "top-k 1 takes the most probable token"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
+    temperature, top_k, top_p = checked_sampling(temperature, top_k, top_p)
     if top_p == 1.0:
         top_p = None  # rounding lets the cumulative sum reach 1 before the last tokens
     if temperature == 1.0 and top_k is None and top_p is None:

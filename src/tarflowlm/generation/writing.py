@@ -124,7 +124,7 @@ class Window(Samples):
     shown: int = 0
     """The first so many tokens have been yielded."""
     tokens: Tensor = field(init=False)
-    """Those, the given tokens after them, and else BLANK."""
+    """The tokens that have been yielded, the given ones after them, and else BLANK."""
 
     def write(self) -> Parts:
         """Tokens for the blanks of `given`."""
@@ -254,28 +254,19 @@ def spans(
 
     A prompt that leaves no room in a window enters the first one with its last half window.
     """
-    start, step = _first_and_step(config, num_given)
+    kept = config.context // config.patch // 2 * config.patch
+    start = num_given - kept if num_given >= config.context else 0
     found = [(start, min(start + config.context, num_tokens))]
     while found[-1][1] < num_tokens:
-        start += step
+        start = found[-1][1] - kept
         found.append((start, min(start + config.context, num_tokens)))
     return found
 
 
-def _first_and_step(config: LanguageModelConfig, num_given: int) -> tuple[int, int]:
-    """The start of the first window, and how many tokens further the next one starts."""
-    kept = config.context // config.patch // 2 * config.patch
-    return num_given - kept if num_given >= config.context else 0, config.context - kept
-
-
 def num_positions(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
     """How often `generate` advances its progress: over the positions of all windows and blocks."""
-    context = model.config.context
-    patch = model.config.patch
-    start, step = _first_and_step(model.config, num_given)
-    later = max(0, -(-(num_tokens - start - context) // step))
-    last = num_tokens - start - later * step
-    return (later * (context // patch) - (-last // patch)) * model.num_blocks
+    windows = spans(model.config, num_tokens, num_given)
+    return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
 
 
 def write(text: Window) -> Parts:

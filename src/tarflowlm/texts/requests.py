@@ -3,25 +3,30 @@
 The docstring of a field is the help of its option.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 
 import tyro
 
 from tarflowlm import options
 from tarflowlm.checks import (
     as_integer,
-    as_number,
     check_option,
+    check_options,
     check_share,
     check_type,
     checked_length,
+    checked_sampling,
     checked_seed,
 )
 from tarflowlm.config import Decoder, Pick
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, unknown
 from tarflowlm.options import arg
+
+if TYPE_CHECKING:
+    from tarflowlm.generation.gaps import Allowed
+    from tarflowlm.generation.inversion import Decoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,9 @@ class Writing(Request):
             checked_length(self.num_tokens)
         if self.particles is not None:
             as_integer(self.particles, "particles", least=1)
+        temperature = 1.0 if self.temperature is None else self.temperature
+        checked_sampling(temperature, self.top_k, self.top_p)
+        check_options(self.decoder, "decoder", Decoder)
         if self.prompt is not None and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
         for name in ("prompt", "stop"):
@@ -189,19 +197,19 @@ class Edit(Request):
             pair = getattr(self, name)
             if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise UserError(f"{name} {pair!r}: give two texts, (old, new)")
-        least = {"num": 1, "words": 1, "candidates": 1, "around": 0, "level": 0}
-        for one in fields(self):
-            name, value = one.name, getattr(self, one.name)
-            if value is None:
-                continue
-            if name in least:
-                as_integer(value, name, least=least[name])
-            elif name in ("strength", "weight"):
-                check_share(value, name)
-            elif name == "temperature":
-                as_number(value, name)
-            elif name in CHOICES:
-                check_option(value, name, CHOICES[name])
+        smallest = {"num": 1, "words": 1, "candidates": 1, "around": 0, "level": 0}
+        for name, least in smallest.items():
+            if getattr(self, name) is not None:
+                as_integer(getattr(self, name), name, least=least)
+        for name in ("strength", "weight"):
+            if getattr(self, name) is not None:
+                check_share(getattr(self, name), name)
+        if self.temperature is not None:
+            checked_sampling(self.temperature, None, None)
+        if self.pick is not None:
+            check_option(self.pick, "pick", Pick)
+        if self.decoder is not None:
+            check_option(self.decoder, "decoder", Decoder)
         exclusive = ("words", "strength") if self.kind == "words" else NAMED
         named = [name for name in exclusive if self.is_given(name)]
         if len(named) > 1:
@@ -220,8 +228,6 @@ class Edit(Request):
         return next((name for name in (*NAMED, "level") if self.is_given(name)), "words")
 
 
-CHOICES = {"pick": Pick, "decoder": Decoder}
-"""Fields of `Edit` that take some names only."""
 NAMED = ("rewrite", "replace", "counterfactual", "toward")
 """Fields of `Edit` that name the edit."""
 
@@ -249,3 +255,48 @@ def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:
     if not is_list or not all(isinstance(one, str) for one in value):
         check_type(value, name, str, "give a text, a str, or a list of them")
     return tuple(value)
+
+
+class WritingOptions(TypedDict, total=False):
+    """The options of `write`, `fill` and `stream`: fields of `Writing`."""
+
+    num_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    particles: int | None
+    decoder: "Decoders"
+    blank: str
+    without: str
+    contains: str | None
+    allowed: "Allowed | None"
+    stop: str | Sequence[str]
+    stop_at_end: bool
+    seed: int
+
+
+class EditOptions(TypedDict, total=False):
+    """The options of `edit`: fields of `Edit`."""
+
+    rewrite: str | Sequence[str] | None
+    everywhere: bool
+    replace: tuple[str, str] | None
+    around: int | None
+    counterfactual: tuple[str, str] | None
+    toward: str | None
+    level: int | None
+    strength: float | None
+    words: int | None
+    pick: Pick | None
+    weight: float | None
+    candidates: int | None
+    temperature: float | None
+    decoder: Decoder | None
+    seed: int
+
+
+def check_names(given: Iterable[str], options: type) -> None:
+    """UserError for a name that is not among the `options`, a TypedDict."""
+    for name in given:
+        if name not in options.__annotations__:
+            raise unknown("option", name, options.__annotations__)

@@ -45,7 +45,7 @@ class Draft:
     """The template, or the prompts; for free samples an empty one."""
     stops: tuple[str, ...]
     words: Reading | None
-    """What every sample contains, with a space before it."""
+    """The words that every sample contains, with a space before them."""
     allowed: Allowed | None
     part: str = WHOLE
     """The share of the samples that `batches` writes."""
@@ -60,7 +60,7 @@ class Draft:
         how = request.normalize
         given = [
             read(tokenizer, prompt, name="prompt", normalize=how, goes_on=True)
-            for prompt in as_texts(() if request.prompt is None else request.prompt, "prompt")
+            for prompt in as_texts(request.prompt or (), "prompt")
         ]
         if request.template is not None:
             given = [read_template(tokenizer, request.template, request.blank, normalize=how)]
@@ -78,15 +78,11 @@ class Draft:
             allowed = tokens_without(tokenizer, request.without)
         draft = cls(lm, request, tuple(given), tuple(stops), words, allowed)
         for reading in given if request.template is None else ():
-            draft._check_room(reading)
+            count = len(reading.tokens)
+            if count >= draft.num_tokens:
+                notice = "" if reading.notice is None else f"; {reading.notice}"
+                raise UserError(f"{no_room(count, draft.num_tokens)}{notice}")
         return draft
-
-    def _check_room(self, reading: Reading) -> None:
-        """UserError for a prompt that fills the length."""
-        count = len(reading.tokens)
-        if count >= self.num_tokens:
-            how = "" if reading.notice is None else f"; {reading.notice}"
-            raise UserError(f"{no_room(count, self.num_tokens)}{how}")
 
     @property
     def total(self) -> int:
@@ -113,7 +109,7 @@ class Draft:
 
     @cached_property
     def lead(self) -> Tensor:
-        """What begins a free sample, and is not shown: the end of the document before."""
+        """The end of the document before, which begins a free sample and is not shown."""
         end = self.lm.tokenizer.end
         is_free = end is not None and len(self.given[0].tokens) == 0
         return torch.tensor([end] if is_free else []).long()
@@ -301,4 +297,4 @@ class Written:
     """Each up to its first stop, or to its end."""
     generation: Generation
     streams: Sequence[TextStream] = ()
-    """What read each: whether it came to the end of its document, and its tokens before that."""
+    """The reader of each: it knows the tokens up to an end of the document, if that came."""

@@ -15,6 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.files import read_json, write_json
 from tarflowlm.language_model import seeded
+from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, SUMMARY, write_run
 from tarflowlm.runs.weights import read_weights
 from tarflowlm.training.checkpoint import finite_weights, load_state, save, submit_weights, wait
@@ -36,12 +37,10 @@ def start(run: Run, folder: Path | None) -> None:
     """
     config = run.config
     saved = None if folder is None else read_json(folder / COUNTERS)
+    if saved is not None and saved["corpus"] != run.corpus.fingerprint:
+        what = f"{config.data.source} is not the text that {run.out} was trained on"
+        raise UserError(f"{what}: restore that text to resume")
     if saved is not None:
-        if saved["corpus"] != run.corpus.fingerprint:
-            raise UserError(
-                f"{config.data.source} is not the text that {run.out} was trained on: "
-                "restore that text to resume"
-            )
         logger.info("resuming %s at step %d", run.out, saved["step"])
     run.counters = Counters() if saved is None else Counters(**saved["counters"])
     run.began = time.monotonic() - run.counters.total
@@ -78,7 +77,7 @@ def enter_stage(run: Run, stage: int) -> None:
     model = run.model
     while model.num_blocks < config.model_of_stage(stage).num_blocks:
         with seeded(config.seed + 1000 * model.num_blocks):
-            model.append_block()
+            as_flow(model).append_block()
     if config.parent:
         # blocks below are as this run has trained them
         own = f"prior.blocks.{stage}." if stage else ""
