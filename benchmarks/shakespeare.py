@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data import cached_corpus, eval_windows, suited
 from tarflowlm.data.windows import Array
-from tarflowlm.evaluation.likelihood import evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training.train import train
@@ -119,10 +119,10 @@ def nanogpt_nats(model: NanoGPT, text: Tensor) -> float:
     return float(sum(losses)) / len(windows)
 
 
-def trained_nats(
+def trained_likelihood(
     name: str, source: str, tokenizer: TokenizerConfig, seconds: float, seed: int, last: Array
-) -> float:
-    """A mini model trained on the text for as many seconds, and its nats over the tokens `last`."""
+) -> Likelihood:
+    """The likelihood of the tokens `last` under a mini model that learnt for as many seconds."""
     run = preset(name)
     run = replace(
         run,
@@ -136,7 +136,7 @@ def trained_nats(
         checkpoint = load_checkpoint(out)
     windows = eval_windows(last, run.model.context)
     lengths = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
-    return evaluate(checkpoint.model, windows, lengths).nats_per_token
+    return evaluate(checkpoint.model, windows, lengths)
 
 
 def main() -> None:
@@ -162,9 +162,9 @@ def main() -> None:
     print("| --- | --- | --- |")
     print(f"| nanogpt | {nanogpt_nats(model, last):.4f} | {seconds:.0f} |", flush=True)
     for name in args.ours:
-        nats = trained_nats(name, args.text, tokenizer, seconds, args.seed, last.numpy())
-        sign = "" if name == "mini-ar" else "<= "
-        print(f"| {name} | {sign}{nats:.4f} | {seconds:.0f} |", flush=True)
+        found = trained_likelihood(name, args.text, tokenizer, seconds, args.seed, last.numpy())
+        nats = f"{found.sign} {found.nats_per_token:.4f}"
+        print(f"| {name} | {nats} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

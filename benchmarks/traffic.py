@@ -67,7 +67,7 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 COMPONENTS, CHANNELS, WIDTH = 50_257, 16, 768
 KINDS = ("ar", "affine", "mix1", "mixd")
 FLOPS, BYTES = 396e12, 2.8e12
-"""Of one H100, per second: 40 % of the dense bfloat16 peak, and most of the memory's 3.35 TB/s."""
+"""One H100, per second: 40 % of the dense bfloat16 peak, and most of the memory's 3.35 TB/s."""
 OVERHEAD, WITHIN, ACROSS = 6e-3, 300e9, 40e9
 """Seconds per step of launches, clipping, optimiser; bytes per second of a gradient average, in and
 across nodes.

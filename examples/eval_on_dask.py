@@ -15,7 +15,7 @@ import dask
 
 
 def tarflowlm(*words: str) -> str:
-    """What a command prints."""
+    """The output of a command."""
     command = [sys.executable, "-m", "tarflowlm", *words]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 

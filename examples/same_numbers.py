@@ -95,7 +95,7 @@ def work(folder: Path, presets: list[str], shipped: list[str]) -> None:
 
 
 def said_by(argv: list[str]) -> str:
-    """What `python -m tarflowlm ARGV` prints, in this process: others would import PyTorch anew."""
+    """The output of `python -m tarflowlm ARGV`, in this process: others import PyTorch anew."""
     sys.argv = ["tarflowlm", *argv]
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):

@@ -45,7 +45,7 @@ ROWS = 16
 
 
 class Known(NamedTuple):
-    """What block 1 makes of texts."""
+    """Texts as block 1 maps them."""
 
     tokens: Int[Tensor, "B T"]
     z: Float[Tensor, "B T d"]
@@ -199,7 +199,7 @@ class Upper(nn.Module):
 
 @dataclass(frozen=True)
 class Boosted:
-    """What a trained block 2 gains, over windows: bits per token below, and with the block."""
+    """The gain of a trained block 2, over windows: bits per token below, and with the block."""
 
     below: Tensor
     """[windows], by block 1 alone."""

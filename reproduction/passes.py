@@ -104,7 +104,7 @@ def judged_passes(done: Finished, judge: Callable[[], Judge]) -> list[Row]:
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """What `judged_passes` says of every model."""
+    """The rows of `judged_passes` for every model."""
     judge, models = measures.judge_of(settings, finished)
     return [
         measures.first_columns(done) | row for done in models for row in judged_passes(done, judge)

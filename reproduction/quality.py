@@ -150,7 +150,7 @@ class Quality:
     remarks: tuple[str, ...]
     """Limits on what the numbers can be compared with."""
     sampling: SamplingConfig
-    """What the samples were drawn with; its length is set."""
+    """The settings of the samples; the length is set."""
     dtype: str
     """Type of the weights in sampling; maps between noise and latents use float32 or wider."""
 

@@ -1,4 +1,4 @@
-"""What is known of finished trainings, a line each, in records.jsonl.
+"""Records of finished trainings, a line each, in records.jsonl.
 
 Pages whose measurements are all on record are printed without weights. So the trainings of one page
 may come from several machines, and anyone can print the page again.
@@ -32,7 +32,7 @@ class Record:
 
     name: str
     config: dict[str, Any]
-    """What was asked for, as config.json has it."""
+    """The configuration that was asked for, as config.json has it."""
     summary: dict[str, Any]
     """The run's own results."""
     machine: str

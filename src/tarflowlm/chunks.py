@@ -69,7 +69,7 @@ def in_parts(
 ) -> list[Result]:
     """`function` of the tensors, at most `rows` rows at a time.
 
-    The backward pass computes several parts again, so that none `keeps` its activations.
+    The backward pass computes several parts again, unless each `keeps` its activations.
     """
     parts = list(zip(*(t.split(rows) for t in tensors), strict=True))
     if keeps or len(parts) == 1 or not torch.is_grad_enabled():

@@ -53,7 +53,7 @@ class TokenizerConfig(Config):
     source: str = ""
     """BPE only: a tokenizer.json or a hub name such as gpt2. Empty: train one here."""
     normalize: Literal["none", "text8", "auto"] = "text8"
-    """Of the text: none, or text8 (a-z and single spaces; digits are spelled out). auto: none for
+    """Applied to the text: none, or text8 (a-z and spaces; digits are spelled out). auto: none for
     your own text, whose characters are the alphabet then, and text8 for the corpora by name.
     """
 
@@ -77,7 +77,7 @@ class TokenizerConfig(Config):
 
     @property
     def normalization(self) -> Normalization:
-        """What `normalize` says; auto is text8 until `data.suited` has seen the text."""
+        """The meaning of `normalize`; auto is text8 until `data.suited` has seen the text."""
         return "text8" if self.normalize == "auto" else self.normalize
 
     @property

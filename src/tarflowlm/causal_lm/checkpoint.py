@@ -25,7 +25,7 @@ from tarflowlm.runs.weights import write_weights
 
 START, PAD = "<|start|>", "<|pad|>"
 TEMPLATE = Path(__file__).with_name("template")
-"""What all checkpoints share; names.json: weights of a layer, and modules of Persimmon."""
+"""Shared by all checkpoints; names.json: weights of a layer, and modules of Persimmon."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What suits a text: the tokenizer that keeps it as it is, and whether a given one reads it."""
+"""The tokenizer that suits a text: one that keeps it as it is. Does a given one read it well?"""
 
 import logging
 from collections.abc import Iterator
@@ -77,16 +77,17 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
         what = "256 bytes"
     if source not in SOURCE_NAMES:
         log.info("%s is read as it is; its symbols are %s", source, what)
-    if 0 < len(_beginning(source)) < SHORT:
-        remedy = "`train --from english-small` learns English faster; else try --train.dropout 0.1"
-        log.info("%s is short for a new model: %s", source, remedy)
-    _advise(source, unwrap=unwrap)
+    _advise(source, unwrap=unwrap, is_new=True)
     return wanted
 
 
-def _advise(source: str, *, unwrap: bool) -> None:
-    """Tell the user of lines that were wrapped by hand."""
-    if not unwrap and is_wrapped(_beginning(source)):
+def _advise(source: str, *, unwrap: bool, is_new: bool = False) -> None:
+    """Tell the user of a text that is short for a new model, and of lines wrapped by hand."""
+    beginning = _beginning(source)
+    if is_new and 0 < len(beginning) < SHORT:
+        remedy = "`train --from english-small` learns English faster; else try --train.dropout 0.1"
+        log.info("%s is short for a new model: %s", source, remedy)
+    if not unwrap and is_wrapped(beginning):
         log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
 
 

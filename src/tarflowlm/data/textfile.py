@@ -66,7 +66,7 @@ class Source(ABC):
         return 1
 
     def state(self) -> list[list[str | int]]:
-        """What tells a changed text from this one."""
+        """Sizes and times that tell a changed text from this one."""
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
 
     def obtain(self) -> None:  # noqa: B027
@@ -125,7 +125,7 @@ class TextFile(Source):
         return len(self.files) > 1 or any(map(is_json_lines, self.files))
 
     def documents(self) -> Iterator[tuple[str, Iterable[str]]]:
-        """What a document is known by, the name of a file or a line itself, and its blocks."""
+        """The key of each document, the name of a file or a line itself, and its blocks."""
         for file in self.files:
             if is_json_lines(file):
                 for text in json_texts(file, self.field):

@@ -144,12 +144,14 @@ def summarise(
     elbo = -log_w.mean(0)
     nats, stderr = _per_token(weighted, tokens)
     elbo_nats, elbo_stderr = (None, None) if model.is_exact else _per_token(elbo, tokens)
+    bound = "exact" if model.is_exact else "elbo"
     sampling_stderr = gap_stderr = None
     if len(log_w) > 1:
+        bound = f"iw-{len(log_w)}"
         sampling_stderr = math.sqrt(log_w.var(0).sum().item() / len(log_w)) / len(scored)
         gap_stderr = _per_token(elbo - weighted, tokens)[1]
     return Likelihood(
-        bound="exact" if model.is_exact else "elbo" if len(log_w) == 1 else f"iw-{len(log_w)}",
+        bound=bound,
         nats_per_token=nats,
         stderr=stderr,
         samples=len(log_w),

@@ -90,7 +90,7 @@ class Run:
     bound: nn.Module = field(init=False)  # its negative bound as DDP or FSDP2 wrap it for the stage
     optimizers: list[torch.optim.Optimizer] = field(init=False)
     copies: dict[str, dict[str, Tensor]] = field(init=False)
-    """Of the weights that train, the "average" and those of the "best" validation, by parameter;
+    """Copies of the weights that train, the "average" and the "best" by validation, by parameter;
     each only if the configuration asks for it.
     """
     sampler: WindowSampler = field(init=False)  # the place in the text
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 divides the parameters among the processes."""
+        """`Processes.shards` of this run."""
         return self.processes.shards(self.config.train)
 
     @property

@@ -21,7 +21,7 @@ LEGEND: dict[Kind, str] = {
     "noise": "noise",
 }
 END = "∎"
-"""What is shown for the end of a document."""
+"""The sign for the end of a document."""
 FAINTEST = 0.3  # the least opacity: every token stays readable
 
 CSS = Path(__file__).with_name("grid.css").read_text(encoding="utf-8")

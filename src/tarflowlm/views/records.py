@@ -58,7 +58,7 @@ class RunRecord:
     summary: Summary | None
     """None until the run is finished."""
     notes: list[str] = field(default_factory=list)
-    """What a reader adds about missing pieces."""
+    """Remarks of a reader about missing pieces."""
 
     @property
     def slug(self) -> str:

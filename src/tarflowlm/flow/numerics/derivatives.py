@@ -42,7 +42,7 @@ class _Differentiable(Function):
         found = compute(*inputs)
         return found if isinstance(found, tuple) else (found,)
 
-    # separate from `forward`: else torch.func fails in words of its own
+    # apart from `forward`, for torch.func
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
         ctx.gradients = inputs[1]  # type: ignore[attr-defined]
