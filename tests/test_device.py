@@ -51,7 +51,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab_size", [27, 100])
+@pytest.mark.parametrize("vocab_size", [27, pytest.param(100, marks=pytest.mark.nightly)])
 def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
     """By PyTorch's own table, for the paths of accelerators without float64: training, inverse,
     decoding.

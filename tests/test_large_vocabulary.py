@@ -87,7 +87,10 @@ def test_stage_1(first, tokens, noise):
     assert largest(step) <= HELD
 
 
-@pytest.mark.parametrize("frozen", [1, 0], ids=["stage 2", "joint"])
+@pytest.mark.parametrize(
+    "frozen",
+    [pytest.param(1, id="stage 2"), pytest.param(0, id="joint", marks=pytest.mark.nightly)],
+)
 def test_the_block_above(model, tokens, noise, frozen):
     def step():
         # half of them is enough, and the backward of the whole map is slow

@@ -421,7 +421,7 @@ FITS = {
 @pytest.mark.parametrize(
     ("config", "gap"),
     [
-        pytest.param(*fit, id=name, marks=[pytest.mark.nightly] * (name in ("mixd-P2", "mix1")))
+        pytest.param(*fit, id=name, marks=[pytest.mark.nightly] * (name != "ar"))
         for name, fit in FITS.items()
     ],
 )

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers import save_run, tiny_flow
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
+from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.scores import score
 from tarflowlm.locks import writer_lock
@@ -134,7 +136,20 @@ def test_a_trained_run_is_evaluated_scored_sampled_and_edited(run_json, trained,
 
 
 @pytest.mark.slow
-def test_quickstart_trains_evaluates_and_samples(run_json, run, tmp_path, monkeypatch):
+def test_quickstart_trains_evaluates_and_samples(run_json, run, corpus_file, tmp_path, monkeypatch):
+    small = read(["quickstart", "--out", "x", *TINY[:8], "--train.test-windows", "40"]).configured()
+    # tales take half a minute to prepare
+    letters = DataConfig(source=str(corpus_file), tokenizer=TokenizerConfig())
+    monkeypatch.setattr(quickstart, "preset", lambda name: replace(small, data=letters))
+    result = run_json("quickstart", "--out", tmp_path / "run", "--minutes", "0.03")
+    assert {"bpc", "bz2_bpc", "trigram_bpc", "unigram_bpc"} <= result.keys()
+    assert (len(result["samples"]), result["bound"]) == (2, "elbo")
+    assert run("sample", tmp_path / "run", "--length", 4).status == 0
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_quickstart_learns_tales(run_json, tmp_path, monkeypatch):
     small = read(["quickstart", "--out", "x", *TINY[:8], "--train.test-windows", "40"]).configured()
     monkeypatch.setattr(quickstart, "preset", lambda name: small)
     result = run_json(
@@ -151,7 +166,6 @@ def test_quickstart_trains_evaluates_and_samples(run_json, run, tmp_path, monkey
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["test"]["bpc"] == result["bpc"]
-    assert run("sample", tmp_path / "run", "--length", 4).status == 0
 
 
 def test_eval_of_samples_windows_and_other_texts(run_json, run, model, tmp_path):

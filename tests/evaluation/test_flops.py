@@ -44,7 +44,15 @@ def configured(name: str) -> FlowConfig | BaselineConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mini-ar", "mini-affine", "mini-mixd-p2", "owt-mix1", "owt-mixd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mini-ar",
+        "mini-affine",
+        "owt-mix1",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mini-mixd-p2", "owt-mixd")),
+    ],
+)
 def test_training_count_equals_a_real_step(name):
     """On meta tensors: the real modules and sizes, nothing allocated."""
     config, stages = configured(name), preset(name).num_stages

@@ -123,10 +123,11 @@ def train_step(coupling):
 @pytest.mark.parametrize(
     "name",
     [
-        "scalar",
-        "codebook",
         "mixd",
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("maps", "affine", "mix1")),
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in ("scalar", "codebook", "maps", "affine", "mix1")
+        ),
     ],
 )
 def test_compiled_maps_have_the_same_values_and_gradients(name):

@@ -125,7 +125,7 @@ def test_log_det_and_triangle_of_the_autograd_jacobian():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("components", [3, 21])
+@pytest.mark.parametrize("components", [3, pytest.param(21, marks=pytest.mark.nightly)])
 def test_gradients(path, components):
     inputs = [t.requires_grad_() for t in codebook_case(2, components, 3, 3)]
     assert torch.autograd.gradcheck(rosenblatt, inputs)

@@ -87,7 +87,7 @@ def assert_same_tokens(page, lm, *, length: int, prompt: str, temperature: float
         assert found["text"] == lm.decode(expected[-1])
 
 
-@pytest.mark.parametrize("prompt", ["", "in one nine "])
+@pytest.mark.parametrize("prompt", [pytest.param("", marks=pytest.mark.nightly), "in one nine "])
 def test_the_shipped_model_writes_as_in_python(open_page, shipped, prompt):
     page = open_page(shipped)
     page.get_by_role("button", name="Pause").click()

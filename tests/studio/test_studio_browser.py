@@ -138,6 +138,7 @@ def test_every_view(open_page):
     assert page.title() == "tarflowlm studio"
 
 
+@pytest.mark.nightly
 def test_a_run_that_begins_later_appears(open_page, served):
     page = open_page()
     page.get_by_role("tab", name="Runs").click()

@@ -25,6 +25,8 @@ from tarflowlm.training.parallel import Processes, compiling, launched, parallel
 from tarflowlm.training.train import accumulate_gradients, train
 
 MODES = ("ddp", "fsdp")
+COMMON = ("ar", "mixd")
+RARE = ("patches", "one-channel", "narrow")
 STOP_AT = 7
 """Inside the second of three stages, two steps after a checkpoint."""
 POISONED = "prior.blocks.1.coupling.head.biases.0"
@@ -87,22 +89,22 @@ class Stopper(Progress):
             raise Stop
 
 
-def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
-    """Two processes train every family, and one run that is cut short; four resume it, in a group
-    that another program has made. A third compiles meanwhile.
+def work(rank: int, ports: tuple[int, int], source: str, out: Path, names: tuple[str, ...]) -> None:
+    """Two processes train the runs of these names, and one run that is cut short; four resume it,
+    in a group that another program has made. If patches are trained, a third compiles meanwhile.
 
     They evaluate as many windows at once as there are processes.
     """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.compile = functools.partial(torch.compile, backend="eager")
-    if rank == 2:
+    if rank == 2 and "patches" in names:
         compile_layers(runs(source)["patches"], out / "compiled.json")
     validation.windows_per_batch = lambda num_tokens: 1
     if rank < 2:
         join(rank, 2, ports[0])
         with launched(torch.device("cpu")) as processes:
-            train_all(processes, source, out)
+            train_all(processes, source, out, names)
     address = f"tcp://127.0.0.1:{ports[1]}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=4)
     with launched(torch.device("cpu")) as processes:
@@ -125,10 +127,11 @@ def join(rank: int, world: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
 
 
-def train_all(processes: Processes, source: str, out: Path) -> None:
+def train_all(processes: Processes, source: str, out: Path, names: tuple[str, ...]) -> None:
     options = {"device": processes.device, "processes": processes}
     for mode in MODES:
-        for name, run in runs(source, mode).items():
+        for name in names:
+            run = runs(source, mode)[name]
             torch.set_default_dtype(dtype_of(run))
             train(run, out / f"{name}-{mode}", **options)
         torch.set_default_dtype(torch.float64)

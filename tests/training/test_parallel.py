@@ -31,9 +31,25 @@ def out(tmp_path_factory, corpus_file) -> Path:
     """The directories that the processes wrote. They are started once, since importing torch takes
     the longest.
     """
+    return written(tmp_path_factory, corpus_file, cases.COMMON)
+
+
+@pytest.fixture(scope="module")
+def rare(tmp_path_factory, corpus_file) -> Path:
+    """The same of models with compiled layers, patches, one channel, and in bfloat16."""
+    return written(tmp_path_factory, corpus_file, cases.RARE)
+
+
+def written(tmp_path_factory, corpus_file: Path, names: tuple[str, ...]) -> Path:
     directory = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(
-        cases.work, ((free_port(), free_port()), str(corpus_file), directory), nprocs=4
+    ports = free_port(), free_port()
+    # which imports PyTorch once for all of them
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([cases.__name__])
+    torch.multiprocessing.start_processes(
+        cases.work,
+        (ports, str(corpus_file), directory, names),
+        nprocs=4,
+        start_method="forkserver",
     )
     return directory
 
@@ -79,19 +95,18 @@ def assert_same(ours: Path, theirs: Path, tolerance: float = TOLERANCE) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", cases.MODES)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ar",
-        "mixd",
-        *(
-            pytest.param(name, marks=pytest.mark.nightly)
-            for name in ("patches", "one-channel", "narrow")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", cases.COMMON)
 def test_two_processes_train_as_one(out, alone, name, mode):
-    assert_same(out / f"{name}-{mode}", alone(name, mode), 1e-2 if name == "narrow" else TOLERANCE)
+    assert_same(out / f"{name}-{mode}", alone(name, mode))
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("name", cases.RARE)
+def test_two_processes_train_rare_models_as_one(rare, alone, name, mode):
+    tolerance = 1e-2 if name == "narrow" else TOLERANCE
+    assert_same(rare / f"{name}-{mode}", alone(name, mode), tolerance)
 
 
 @pytest.mark.slow
@@ -121,9 +136,10 @@ def test_every_process_names_what_is_not_finite(out, mode):
 
 
 @pytest.mark.slow
-def test_compiled_layers_share_graphs_of_one_size(out):
+@pytest.mark.nightly
+def test_compiled_layers_share_graphs_of_one_size(rare):
     """With activation checkpointing and dropout; `fullgraph` raises at the first break."""
-    found = json.loads((out / "compiled.json").read_text(encoding="utf-8"))
+    found = json.loads((rare / "compiled.json").read_text(encoding="utf-8"))
     assert found["results"][1] == pytest.approx(found["results"][0], rel=1e-9)
     # once for each size: forward, backward, frozen, and in an evaluation frozen or not
     first, other, again, third = found["nodes"]

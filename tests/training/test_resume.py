@@ -42,6 +42,8 @@ from tarflowlm.training import train as training
 from tarflowlm.training.checkpoint import newest_state
 from tarflowlm.training.train import train
 
+PARTS = 6
+"""Of the events at which a run is killed; the first is tested with every change."""
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "12"))
 SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10**6)
 
@@ -98,10 +100,12 @@ def assert_loads_or_is_new(out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))])
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, PARTS))]
+)
 def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, part):
     config, never_stopped, num_events = whole
-    for at in range(1 + part, num_events + 1, 3):
+    for at in range(1 + part, num_events + 1, PARTS):
         out = tmp_path / str(at)
         cut(config, out, at)
         assert_loads_or_is_new(out)
@@ -181,6 +185,7 @@ def unfinished(out: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, corpus_file):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "tarflowlm.training.train"])
