@@ -204,6 +204,8 @@ class Documents(Source):
             file = parquet.ParquetFile(self.files[part])
             for batch in file.iter_batches(columns=[self.field]):
                 for document in batch.column(0).drop_null().to_pylist():
+                    if not isinstance(document, str):
+                        raise TypeError(f"{document!r:.40} is not a text")
                     yield split(document), [plain_line_ends(document)]
         except (OSError, LookupError, TypeError, ValueError) as error:
             what = f"cannot read the column {self.field} of {self.files[part]}"
