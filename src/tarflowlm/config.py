@@ -103,7 +103,7 @@ class DataConfig(Config):
     """Join the lines of every paragraph: of a text of your own that is wrapped by hand."""
 
 
-TrackerName = Literal["tensorboard", "wandb", "trackio"]
+TrackerName = Literal["tensorboard", "wandb"]
 MODEL_TYPE = "tarflowlm"
 """First key of config.json, by which `transformers` knows whose model it is (docs/hub.md)."""
 

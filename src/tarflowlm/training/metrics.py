@@ -9,7 +9,6 @@ import secrets
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from importlib import import_module
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -19,8 +18,6 @@ from tarflowlm.progress import Progress, Record
 from tarflowlm.schema import to_dict
 
 METRICS = "metrics.jsonl"
-PROJECT = "tarflowlm"
-"""Project of W&B (unless WANDB_PROJECT is set) and of Trackio."""
 Tracker = tuple[Callable[[dict[str, int | float], int], None], Callable[[], None]]
 """Two functions: one takes the numbers of a step, the other one closes the tracker."""
 
@@ -80,7 +77,7 @@ class MetricsLog:
     def track(self, config: RunConfig, out: Path, *, resume_at: int) -> None:
         """Open the trackers that `config` asks for; `resume_at` is the step of the checkpoint."""
         for name in config.train.track:
-            start = open_tensorboard if name == "tensorboard" else open_tracked_run
+            start = open_tensorboard if name == "tensorboard" else open_wandb
             if tracker := self.attempt(name, start, name, config, out, resume_at):
                 self.trackers[name] = tracker
 
@@ -121,34 +118,33 @@ def open_tensorboard(_name: str, config: RunConfig, out: Path, resume_at: int) -
     return send, writer.close
 
 
-def open_tracked_run(name: TrackerName, config: RunConfig, out: Path, _resume_at: int) -> Tracker:
-    """A run of Weights & Biases or of Trackio, whose calls are the same.
+def open_wandb(_name: str, config: RunConfig, out: Path, _resume_at: int) -> Tracker:
+    """A run of Weights & Biases. A resumed one continues under the identity in `out`/wandb.id."""
+    check_installed(("wandb",))
+    import wandb
 
-    A resumed run continues under the identity in `out`/NAME.id.
-    """
-    check_installed((name,))
-    module = import_module(name)
-    file = out / f"{name}.id"
+    file = out / "wandb.id"
     if not file.exists():
         file.write_text(secrets.token_hex(4), encoding="ascii")
     identity = file.read_text(encoding="ascii")
-    own: dict[str, object] = {"project": PROJECT, "auto_log_gpu": False, "auto_log_cpu": False}
-    if name == "wandb":
-        settings = module.Settings(silent=True, console="off")
-        own = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": identity}
-        own |= {"dir": str(out), "reinit": "create_new", "settings": settings}
-    title = f"{out.resolve().name}-{identity}"
     with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
-        run = module.init(name=title, resume="allow", config=to_dict(config), **own)
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tarflowlm"),
+            name=f"{out.resolve().name}-{identity}",
+            id=identity,
+            resume="allow",
+            config=to_dict(config),
+            dir=str(out),
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
 
     def send(numbers: dict[str, int | float], step: int) -> None:
         run.log(numbers, step=step)
 
     def end() -> None:
         with redirect_stdout(io.StringIO()):
-            if name == "wandb":  # as failed, if an exception is passing through
-                run.finish(exit_code=int(sys.exc_info()[0] is not None))
-            else:  # `run.finish` would be called once more as the program ends
-                module.finish()
+            # as failed, if an exception is passing through
+            run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
     return send, end
