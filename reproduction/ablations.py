@@ -1,11 +1,11 @@
-"""Figures 2 to 4 of the paper: ladder, couplings, components; and how blocks share the training."""
+"""Figures 2 to 4 of the paper: ladder, couplings, components; and progressive training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from reproduction import measures
-from reproduction.plots import plot_curves, plot_models, plot_over
+from reproduction.plots import plot_curves, plot_over
 from reproduction.recipe import (
     RUN_DETAILS,
     Finished,
@@ -19,8 +19,7 @@ from reproduction.recipe import (
 )
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
-from tarflowlm.model_config import FlowConfig, stack
-from tarflowlm.presets import with_blocks
+from tarflowlm.model_config import FlowConfig
 
 BASE, CHANNELWISE, JOINT = "base", "+ channel-wise", "+ Mix-d"
 SIX = 6
@@ -97,47 +96,6 @@ def _divergences(done: Finished) -> Row:
     return {f"kl after block {state.block}": state.kl.mean for state in measures.latents(done)[1:]}
 
 
-def plan_shares(settings: Settings) -> list[Training]:
-    """Mix-d with most of its layers in the last block, and block 1 alone.
-
-    The stack is trained progressively, jointly, and with codes that overlap. Block 1 alone has its
-    layers, or all of the stack's. It sees as many tokens in each training.
-    """
-    deep = deep_last(settings)
-    layers = [block.layers for block in as_flow_config(deep.model).blocks]
-    soft = variant(deep, "soft", separation=4.0)
-    soft = replace(soft, optim=replace(deep.optim, codebook_lr_scale=0.0))
-    found = {"progressive": deep, "joint": joint(deep), "progressive, codes 4 sigma apart": soft}
-    for count in (layers[0], sum(layers)):
-        label = f"block 1 alone, {count} {'layer' if count == 1 else 'layers'}"
-        found[label] = shallow(settings, count)
-    return trainings(settings, found)
-
-
-def deep_last(settings: Settings) -> RunConfig:
-    """Mix-d with the paper's shares of layers, most of them in the last block."""
-    run = settings.preset("mixd", "text8")
-    layers, K = ((1, 1, 4), 27) if settings.scale == "mini" else ((2, 2, 8), 64)
-    blocks = stack(("mixd", "mix1", "mix1"), layers, (0, K, K))
-    first = run.train.stage_steps[0]
-    deep = variant(run, "deep-last", blocks=blocks, channel_mix=None)
-    deep = replace(deep, train=replace(run.train, stage_steps=(first, first // 2, first // 2)))
-    return measures.shortened(settings, deep, 2 * HALF_STEPS)
-
-
-def shallow(settings: Settings, layers: int) -> RunConfig:
-    """Block 1 of `deep_last` alone, with this many layers, for as many steps."""
-    deep = deep_last(settings)
-    block = as_flow_config(deep.model).blocks[0]
-    one = replace(with_blocks(deep, 1), name=settings.preset("mixd", "text8").name)
-    return variant(one, f"one-l{layers}", blocks=(replace(block, layers=layers),))
-
-
-def measure_shares(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The bound, and the nats per token that every block takes off the KL divergence."""
-    return [measures.summary_row(done) | measures.gains(done) for done in finished]
-
-
 FIG2 = Recipe(
     name="fig2",
     title="Ladder of ablations",
@@ -196,16 +154,4 @@ PROGRESSIVE = Recipe(
     draw=plot_curves,
     seeds=2,
     clear=("joint",),
-)
-
-SHARES = Recipe(
-    name="shares",
-    title="The paper's shares of layers in Mix-d",
-    claim=(
-        "The paper gives Mix-1 most of its layers in the last block, and for Mix-d no shares. Do "
-        "the blocks above a shallow Mix-d block take over what it lacks?"
-    ),
-    plan=plan_shares,
-    measure=measure_shares,
-    draw=plot_models,
 )

@@ -1,17 +1,21 @@
 """Why blocks above a tied Mix-d block gain nothing, and a block that does."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from reproduction import measures
-from reproduction.ablations import HALF_STEPS, shallow
+from reproduction.ablations import HALF_STEPS, joint
 from reproduction.boosting import Below, Maps, Reads, Upper, boost, evaluate
 from reproduction.lengths import lengthened
 from reproduction.measures import first_columns
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
-from reproduction.settings import Settings
+from reproduction.settings import Settings, as_flow_config
+from tarflowlm.config import RunConfig
 from tarflowlm.data import cached_corpus, eval_windows
+from tarflowlm.model_config import stack
+from tarflowlm.presets import with_blocks
 from tarflowlm.views.style import COLOURS, SMALL, Figure
 
 SHALLOW = "Mix-d, 1 layer"
@@ -20,6 +24,7 @@ ONE_CHANNEL = "Mix-d, 1 layer, d = 1"
 TWO_CHANNELS = "Mix-d, 1 layer, d = 2"
 SHALLOW_AR = "AR, 1 layer"
 DEEP_AR = "AR, 6 layers"
+STACK = "Mix-d, 1, 1 and 4 layers, jointly"
 STEPS = HALF_STEPS  # of block 2
 LAYERS = 5  # of block 2: with one below it as many as the deep models have
 VALID_WINDOWS = 256
@@ -62,7 +67,9 @@ MISSING = {SHALLOW: DEEP, ONE_CHANNEL: DEEP, TWO_CHANNELS: DEEP, SHALLOW_AR: DEE
 
 
 def plan_cipher(settings: Settings) -> list[Training]:
-    """Block 1 of one layer, with the channels of the preset, one and two; and the deep controls."""
+    """Block 1 of one layer, with the channels of the preset, one and two; and controls with as many
+    layers as both blocks: in block 1, or in a stack that is trained jointly.
+    """
     one = shallow(settings, 1)
     baseline = lengthened(settings.preset("ar", "text8"), "1/2")
     runs = {
@@ -72,8 +79,28 @@ def plan_cipher(settings: Settings) -> list[Training]:
         TWO_CHANNELS: variant(one, "d2", latent_dim=2),
         SHALLOW_AR: variant(baseline, "l1", layers=1),
         DEEP_AR: baseline,
+        STACK: joint(deep_last(settings)),
     }
     return trainings(settings, runs)
+
+
+def deep_last(settings: Settings) -> RunConfig:
+    """Mix-d with the shares of layers that the paper gives Mix-1: most are in the last block."""
+    run = settings.preset("mixd", "text8")
+    layers, K = ((1, 1, 4), 27) if settings.scale == "mini" else ((2, 2, 8), 64)
+    blocks = stack(("mixd", "mix1", "mix1"), layers, (0, K, K))
+    first = run.train.stage_steps[0]
+    deep = variant(run, "deep-last", blocks=blocks, channel_mix=None)
+    deep = replace(deep, train=replace(run.train, stage_steps=(first, first // 2, first // 2)))
+    return measures.shortened(settings, deep, 2 * HALF_STEPS)
+
+
+def shallow(settings: Settings, layers: int) -> RunConfig:
+    """Block 1 of `deep_last` alone, with this many layers, for as many steps."""
+    deep = deep_last(settings)
+    block = as_flow_config(deep.model).blocks[0]
+    one = replace(with_blocks(deep, 1), name=settings.preset("mixd", "text8").name)
+    return variant(one, f"one-l{layers}", blocks=(replace(block, layers=layers),))
 
 
 def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -83,7 +110,7 @@ def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row
     for done in finished:
         label = done.training.label
         if label not in MISSING:
-            rows.append(first_columns(done) | {"block 2": None, "bpc of block 1": _bits(done)})
+            rows.append(first_columns(done) | {"block 2": None, "bpc of the model": _bits(done)})
             continue
         missing = _bits(done) - reached[_key(done, MISSING[label])]
         for kind in UPPERS[label]:
@@ -131,7 +158,7 @@ def _boosted(done: Finished, kind: Kind, steps: int | None) -> Row:
     found = evaluate(below, upper, windows)
     gain, error = found.gain
     return {
-        "bpc of block 1": found.below.mean().item(),
+        "bpc of the model": found.below.mean().item(),
         "bpc of both": found.above.mean().item(),
         "gain": gain,
         "gain ±": error,
@@ -171,5 +198,5 @@ CIPHER = Recipe(
     draw=draw_cipher,
     size=(8.0, 5.0),
     seeds=2,
-    clear=(ONE_CHANNEL, TWO_CHANNELS),
+    clear=(ONE_CHANNEL, TWO_CHANNELS, STACK),
 )

@@ -13,6 +13,8 @@ from tarflowlm.views.style import Figure
 
 LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0}
 """Shares of the steps of a preset."""
+LONG = ("AR", "Mix-d")
+"""The families of the greatest length: the others are too far apart for it to matter."""
 TOKENS = "tokens of block 1"
 RATIO = "over AR"
 
@@ -21,7 +23,8 @@ def plan_lengths(settings: Settings) -> list[Training]:
     """Every family for every length, with the schedule of that length."""
     plan = []
     for label, kind in tables.FAMILIES.items():
-        for name in LENGTHS:
+        names = [name for name in LENGTHS if label in LONG or LENGTHS[name] <= 1]
+        for name in names:
             run = lengthened(settings.preset(kind, "text8"), name)
             # the length of the presets has further seeds, which table2 shares
             few = settings if LENGTHS[name] == 1 else replace(settings, seeds=1)

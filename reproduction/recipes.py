@@ -1,6 +1,6 @@
 """Every recipe by its name."""
 
-from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE, SHARES
+from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE
 from reproduction.cipher import CIPHER
 from reproduction.directions import DIRECTIONS
 from reproduction.geometry import FIG7
@@ -26,7 +26,6 @@ RECIPES: dict[str, Recipe] = {
         PROGRESSIVE,
         PATCH_SIZES,
         IN_PATCH,
-        SHARES,
         CIPHER,
         DIRECTIONS,
     )
