@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 TRAINING_SHARE = 0.94
 """Share of --minutes until the end of training; the rest is for sampling."""
 NUM_SAMPLES = 2
-SAMPLE_LENGTH = 192
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ def run(args: Args) -> None:
             stop_requests=stop_on_signals,
         )
     checkpoint = load_checkpoint(args.out, device)
-    length = min(SAMPLE_LENGTH, config.model.context)
-    request = Writing(num=NUM_SAMPLES, num_tokens=length, seed=args.seed)
+    request = Writing(num=NUM_SAMPLES, num_tokens=config.model.context, seed=args.seed)
     draft = Draft.of(request, checkpoint)
     with Bars("sampling, positions", draft.num_positions) as bars:
         (written,) = draft.batches(bars)
