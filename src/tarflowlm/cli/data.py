@@ -1,6 +1,5 @@
 """`tarflowlm data`: a text as token shards."""
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +35,7 @@ def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus, suited
     from tarflowlm.data.prepare import prepare_part
     from tarflowlm.data.splits import SPLITS
-    from tarflowlm.terminal.bars import Bars, print_notice, print_result
+    from tarflowlm.terminal.bars import Bars, print_notice, print_result, suggest
 
     with Bars() as bars:
         tokenizer = suited(args.source, args.tokenizer, unwrap=args.unwrap)
@@ -60,5 +59,4 @@ def run(args: Args) -> None:
         for name in SPLITS
     ]
     print_result(args.json, found, f"{args.out}: {vocab_size} symbols", rows)
-    place = shlex.quote(str(args.out))
-    print_notice(f"next: tarflowlm train mini-mixd --data {place} --out runs/mine")
+    suggest("train", "mini-mixd", "--data", args.out, "--out", "runs/mine")

@@ -1,6 +1,5 @@
 """`tarflowlm export`: a model without its training state."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.options import Flag, PrintJson, arg, check
-from tarflowlm.terminal.bars import print_notice, print_result
+from tarflowlm.terminal.bars import print_result, suggest
 
 Exported = Annotated[
     tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a shipped model.")
@@ -43,4 +42,4 @@ def run(args: Args) -> None:
         args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")]
     )
     if not args.causal_lm:
-        print_notice(f"next: tarflowlm sample {shlex.quote(str(out))}")
+        suggest("sample", out)

@@ -1,7 +1,6 @@
 """`tarflowlm quickstart`: train, evaluate and sample a small TarFlowLM in a few minutes."""
 
 import math
-import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from tarflowlm.checks import check_time
 from tarflowlm.errors import UserError
 from tarflowlm.options import Device, PrintJson, arg
 from tarflowlm.presets import preset
-from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_notice, print_table
+from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table, suggest
 
 if TYPE_CHECKING:
     from tarflowlm.data import Corpus
@@ -87,9 +86,7 @@ def run(args: Args) -> None:
         ("run directory", str(args.out)),
     ]
     print_table("quickstart", rows)
-    print_notice(
-        f"next: tarflowlm sample {shlex.quote(str(args.out))} --prompt 'once upon a time '"
-    )
+    suggest("sample", args.out, "--prompt", "once upon a time ")
     if args.json:
         found = {
             "bpc": test["bpc"],

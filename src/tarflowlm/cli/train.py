@@ -1,6 +1,5 @@
 """`tarflowlm train PRESET`, `tarflowlm train --from MODEL` and `tarflowlm train --resume DIR`."""
 
-import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +149,7 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.progress import SILENT
-    from tarflowlm.terminal.bars import ProgressReporter, print_notice, print_result
+    from tarflowlm.terminal.bars import ProgressReporter, print_result, suggest
     from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import train
     from tarflowlm.training.tuning import tuning
@@ -200,4 +199,4 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
         ("parameters", f"{summary['parameters']:,}, {trunk}"),
     ]
     print_result(args.json, summary, summary["preset"], rows)
-    print_notice(f"next: tarflowlm sample {shlex.quote(str(out))}")
+    suggest("sample", out)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,6 +64,11 @@ def print_notice(text: str) -> None:
     with contextlib.suppress(OSError, AttributeError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+
+def suggest(*words: object) -> None:
+    """A notice of the command that comes next."""
+    print_notice(f"next: tarflowlm {shlex.join(map(str, words))}")
 
 
 class NoticeHandler(logging.Handler):
