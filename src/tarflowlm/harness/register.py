@@ -14,6 +14,7 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
 from tarflowlm.terminal.bars import Bars, print_notice
 from tarflowlm.texts.requests import Writing
+from tarflowlm.views.style import check_package
 
 Requests = list[Any]
 """Requests of lm-eval, each with its `args`."""
@@ -21,10 +22,9 @@ Requests = list[Any]
 
 def run_lm_eval(words: Sequence[str]) -> None:
     """The command line of lm-eval on `words`. UserError for what lm-eval refuses."""
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ImportError:
-        raise UserError("lm-eval is not installed: pip install -e '.[lm-eval]'") from None
+    check_package("lm_eval", "lm-eval")
+    from lm_eval.__main__ import cli_evaluate
+
     register()
     if not any(word.startswith(("-v", "--verbosity")) for word in words):
         # without a level it logs every step
