@@ -10,7 +10,7 @@ from tarflowlm.options import Flag, PrintJson, arg, check
 from tarflowlm.terminal.bars import print_result, suggest
 
 Exported = Annotated[
-    tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a shipped model.")
+    tyro.conf.Positional[Path], arg("MODEL", "Run directory, shipped model or hf:OWNER/NAME.")
 ]
 
 

@@ -17,7 +17,7 @@ class Args:
     """
 
     directory: Annotated[tyro.conf.Positional[Path | None], arg("[MODEL]")] = None
-    """Run directory, hf:OWNER/NAME, or a model of the package; without it those are listed."""
+    """Run directory, shipped model or hf:OWNER/NAME."""
     json: PrintJson = False
 
 

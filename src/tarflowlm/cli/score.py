@@ -35,9 +35,7 @@ class Args:
     """Or a file with one text per line, for a JSON object per line."""
     part: options.Part = WHOLE
     baseline: Annotated[Path | None, arg("MODEL")] = None
-    """A second model to score the same text with: run directory, or the name of a model of the
-    package.
-    """
+    """A second model to score the same text with."""
     score: Annotated[Score, tyro.conf.arg(name="")] = field(default_factory=Score)
     device: options.Device = "auto"
     json: options.PrintJson = False
