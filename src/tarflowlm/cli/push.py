@@ -42,7 +42,7 @@ def run(args: Args) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = save_pretrained(
             checkpoint,
-            Path(place) / name if out is None else out,
+            out or Path(place) / name,
             half=args.half,
             licence=args.licence,
             repository=repository,
@@ -55,7 +55,7 @@ def run(args: Args) -> None:
     found = {
         "repository": repository,
         "private": args.private,
-        "out": None if out is None else str(out),
+        "out": out and str(out),
         "url": url,
         "files": sizes,
     }

@@ -225,11 +225,10 @@ def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
     def about(name: object) -> str:
         return div("st", muted(catalogue.about(name)))
 
-    first = catalogue.models[0]
-    if of_words:
-        kinds = {name: catalogue.entries[name].run.data.tokenizer.kind for name in catalogue.models}
-        first = next((name for name in kinds if kinds[name] == "bpe"), first)
-    model = gr.Dropdown(catalogue.models, value=first, label="Model", filterable=False)
+    names = catalogue.models
+    of_kind = [name for name in names if catalogue.entry(name).run.data.tokenizer.kind == "bpe"]
+    first = of_kind[0] if of_words and of_kind else names[0]
+    model = gr.Dropdown(names, value=first, label="Model", filterable=False)
     line = gr.HTML(about(first), apply_default_css=False, padding=False)
     _quick(model.change, about, model, line)
     return model
