@@ -116,6 +116,7 @@ def test_only_whole_words_are_rewritten(catalogue):
     assert "--rewrite Cat --everywhere" in words(html)
     html = shown(rewrite, catalogue, ["flow", "cat a catcat", "dog", 3, 0])
     assert "st-notice" in html
+    assert "words to rewrite" in shown(rewrite, catalogue, ["flow", "cat a catcat", " , ", 3, 0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from tarflowlm.data.prompts import read
+from tarflowlm.errors import UserError, counted
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, stage, took
-from tarflowlm.terminal.bars import counted
 from tarflowlm.texts import edits
 from tarflowlm.texts.requests import Edit
 from tarflowlm.views.grid import text_tokens
@@ -22,6 +22,8 @@ def rewrite(
     """Texts with other `words`, several separated by commas, wherever they are."""
     named = [word.strip() for word in values.text(words).split(",")]
     pieces = tuple(word for word in named if word)
+    if not pieces:
+        raise UserError("name the words to rewrite, separated by commas")
     request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
     yield from _edited(catalogue, model, request)
 
