@@ -6,8 +6,9 @@ from typing import Annotated
 
 import tyro
 
+from tarflowlm.errors import counted
 from tarflowlm.options import PrintJson, arg, load_checkpoint
-from tarflowlm.terminal.bars import counted, print_json, print_result, print_table
+from tarflowlm.terminal.bars import print_json, print_result, print_table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import tyro
 
 from tarflowlm import options
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
 from tarflowlm.options import arg
 from tarflowlm.parts import WHOLE, share
 from tarflowlm.texts.requests import Writing
@@ -112,7 +112,7 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
 
 def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
     """Write all samples. An interrupt keeps those that are finished, and tells their number."""
-    from tarflowlm.terminal.bars import Bars, counted, json_line, print_json
+    from tarflowlm.terminal.bars import Bars, json_line, print_json
     from tarflowlm.terminal.texts import print_samples
 
     start = time.perf_counter()

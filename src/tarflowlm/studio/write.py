@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tarflowlm.data.prompts import BLANK
+from tarflowlm.errors import counted
 from tarflowlm.generation.inversion import Kept
 from tarflowlm.model import as_flow
 from tarflowlm.studio import values
@@ -28,7 +29,6 @@ from tarflowlm.studio.pieces import (
     title,
     took,
 )
-from tarflowlm.terminal.bars import counted
 from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft, Written
 from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible

@@ -24,7 +24,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tarflowlm import progress
-from tarflowlm.errors import counted as counted
 
 NUMBER = 14
 """Characters of the longest cell that is kept on one line."""

@@ -9,8 +9,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tarflowlm.data import Tokenizer
+from tarflowlm.errors import counted
 from tarflowlm.generation.particles import UNRELIABLE
-from tarflowlm.terminal.bars import counted, print_notice
+from tarflowlm.terminal.bars import print_notice
 from tarflowlm.texts.edits import Edited
 from tarflowlm.texts.writing import Written
 from tarflowlm.views.grid import Kind, Token, pass_rows, text_tokens
