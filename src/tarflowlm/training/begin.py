@@ -23,11 +23,11 @@ from tarflowlm.runs.checkpoint import (
     WEIGHTS,
     Checkpoint,
     read_run,
+    resume_command,
     write_run,
 )
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, from_dict, to_dict
-from tarflowlm.training.checkpoint import resume_command
 from tarflowlm.training.metrics import check_installed
 from tarflowlm.training.optim import with_precision
 from tarflowlm.training.parallel import Processes
