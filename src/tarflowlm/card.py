@@ -37,9 +37,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
     if licence:
         values["license"] = licence
-    values["tags"] = ["tarflowlm"]
-    if not checkpoint.model.is_exact:
-        values["tags"] = ["tarflowlm", "normalizing-flows"]
+    values["tags"] = ["tarflowlm", *([] if checkpoint.model.is_exact else ["normalizing-flows"])]
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
     head = f"---\n{lines}---\n\n"
     written = read_card(origin)
@@ -102,9 +100,7 @@ def _result(test: Summary) -> str:
 
 
 def _samples(checkpoint: Checkpoint, length: int) -> str:
-    samples = ""
     texts = write(Writing(num_tokens=length, num=NUM_SAMPLES), checkpoint)
-    for number, text in enumerate(texts, 1):
-        # indented, so that nothing in a sample is taken for Markdown
-        samples += f"{number}.\n\n{indent(text, ' ' * 8)}\n\n"
-    return samples
+    # indented, so that nothing in a sample is taken for Markdown
+    shown = (f"{n}.\n\n{indent(text, ' ' * 8)}\n\n" for n, text in enumerate(texts, 1))
+    return "".join(shown)

@@ -81,7 +81,7 @@ def test_saved_bpe_loads_as_it_was(tmp_path, words):
 
 def test_long_texts_encode_as_if_whole(monkeypatch):
     whole = BYTE_LEVEL.encode(CASED)
-    monkeypatch.setattr("tarflowlm.data.tokenizer._PIECE", 16)
+    monkeypatch.setattr("tarflowlm.data.tokenizer.PIECE", 16)
     monkeypatch.setattr("tarflowlm.data.tokenizer._BATCH", 3)
     assert (BYTE_LEVEL.encode(CASED) == whole).all()
 

@@ -1,6 +1,7 @@
 """Units, spread and repeatability of the likelihood."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def test_units_of_an_exact_likelihood(windows):
     result = evaluate(model, windows, ONE_EACH, bytes_per_token=2 * ONE_EACH)
     assert (result.characters, result.bytes) == (56, 112)
     assert result.bits_per_byte == pytest.approx(result.bpc / 2)
+    assert replace(result, nats_per_token=1000.0).to_json()["ppl"] == math.inf
 
 
 def test_several_samples_give_elbo_and_gap(windows):

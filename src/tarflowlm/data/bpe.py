@@ -10,6 +10,7 @@ from tarflowlm.config import Normalization, TokenizerConfig
 from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.data.text import text_pieces
 from tarflowlm.data.tokenizer import (
+    PIECE,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
@@ -17,8 +18,6 @@ from tarflowlm.data.tokenizer import (
     load_tokenizer,
 )
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
-
-_PIECE = 1 << 15  # characters: in such pieces the library counts words in parallel
 
 
 def build_tokenizer(
@@ -30,7 +29,12 @@ def build_tokenizer(
     """
     how = config.normalization
     if config.source:
-        found = _read_bpe(config.source).with_normalization(how)
+        # a tokenizer.json, a directory that holds one, or a name on the hub
+        path = config.source
+        found = load_tokenizer(path if os.path.exists(path) else _from_hub(path))
+        if found.kind != "bpe":
+            raise UserError(f"{path} has tokens of kind {found.kind}: set kind to that")
+        found = found.with_normalization(how)
         if how == "text8":
             found.end = None  # a tokenizer.json with text8 has none
         return found
@@ -92,15 +96,7 @@ def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
     for piece in pieces:
         if alphabet is not None and not set(piece) <= set(alphabet):
             raise UnknownCharacters(piece, alphabet)
-        yield from text_pieces([piece], _PIECE)
-
-
-def _read_bpe(source: str) -> Tokenizer:
-    """BPE from a tokenizer.json, a directory that holds one, or a name on the hub."""
-    found = load_tokenizer(source if os.path.exists(source) else _from_hub(source))
-    if found.kind != "bpe":
-        raise UserError(f"{source} has tokens of kind {found.kind}: set kind to that")
-    return found
+        yield from text_pieces([piece], PIECE)
 
 
 def _from_hub(name: str) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -41,13 +42,13 @@ class Meta(TypedDict):
     splits: dict[Split, list[Shard]]
 
 
+@dataclass(eq=False)
 class Corpus:
     """A prepared corpus: its tokens, memory-mapped, their `tokenizer`, and what meta.json says."""
 
-    def __init__(self, path: Path, meta: Meta, tokenizer: Tokenizer) -> None:
-        self.path = path
-        self.meta = meta
-        self.tokenizer = tokenizer
+    path: Path
+    meta: Meta
+    tokenizer: Tokenizer
 
     def split(self, name: Split) -> TokenArray:
         """The tokens of split "train", "valid" or "test"."""
@@ -56,7 +57,6 @@ class Corpus:
         return TokenArray([np.memmap(self.path / shard["file"], dtype, "r") for shard in shards])
 
     def num_tokens(self, name: Split) -> int:
-        """The number of tokens of a split."""
         return sum(shard["tokens"] for shard in self.meta["splits"][name])
 
     def num_characters(self, name: Split) -> int:

@@ -69,8 +69,8 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
     what = f"{wanted.vocab_size or 'the'} pieces of words"
     if wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET:
         found = _characters(source)
-        few = replace(wanted, alphabet=found) if len(found) > 1 else None
-        wanted = few or replace(wanted, kind="byte")
+        few = len(found) > 1
+        wanted = replace(wanted, alphabet=found) if few else replace(wanted, kind="byte")
     if wanted.kind == "char":
         what = f"{len(wanted.alphabet)} different characters"
     elif wanted.kind == "byte":

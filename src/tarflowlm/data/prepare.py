@@ -132,10 +132,10 @@ def encode_text_source(
     `source` is the name of a corpus, a text file, or a directory that was prepared with this very
     tokenizer. A split of a short text may be empty.
     """
+    wanted = SPLITS if split == "all" else (split,)
     if is_prepared(source):
         corpus = _opened(source, tokenizer)
-        names = SPLITS if split == "all" else (split,)
-        return TokenArray([np.asarray(corpus.split(name)) for name in names])
+        return TokenArray([np.asarray(corpus.split(name)) for name in wanted])
     problem = misfit(source, tokenizer)
     if problem is not None:
         log.warning("%s", problem)
@@ -150,7 +150,6 @@ def encode_text_source(
             tokens.append(tokenizer.encode(text).astype(tokenizer.token_dtype))
             progress.advance(len(text))
         else:
-            wanted = SPLITS if split == "all" else (split,)
             tokens += [some for _, some, _ in _encoded(found, part, tokenizer, wanted)]
     return TokenArray([np.concatenate(tokens)])
 
@@ -326,14 +325,13 @@ def _part(source: Source, part: int, tokenizer: Tokenizer, folder: Path) -> dict
     digests = {split: hashlib.sha256() for split in SPLITS}
     for split, tokens, characters in _encoded(source, part, tokenizer, SPLITS):
         name = f"{split}-{part:05d}.bin"
-        if split not in shards:
-            (folder / name).unlink(missing_ok=True)
-            shards[split] = {"file": name, "tokens": 0, "characters": 0, "sha256": ""}
-        with (folder / name).open("ab") as file:
+        with (folder / name).open("ab" if split in shards else "wb") as file:
             tokens.tofile(file)
+        new: Shard = {"file": name, "tokens": 0, "characters": 0, "sha256": ""}
+        shard = shards.setdefault(split, new)
+        shard["tokens"] += len(tokens)
+        shard["characters"] += characters
         digests[split].update(tokens.tobytes())
-        shards[split]["tokens"] += len(tokens)
-        shards[split]["characters"] += characters
     for split, shard in shards.items():
         sync_file(folder / shard["file"])
         shard["sha256"] = digests[split].hexdigest()

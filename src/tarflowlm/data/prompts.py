@@ -7,6 +7,7 @@ from string import ascii_letters
 import torch
 from torch import Tensor
 
+from tarflowlm.checks import check_type
 from tarflowlm.config import Normalization
 from tarflowlm.data.text import normalize_text8
 from tarflowlm.data.tokenizer import Tokenizer
@@ -93,26 +94,23 @@ def read_template(
     if not is_single or (tokenizer.kind == "char" and blank in tokenizer.symbols):
         rule = "must be a single character that is not in the model's alphabet"
         raise UserError(f"blank {blank!r}: {rule}")
-    marks = re.findall(rf"{GAP}|{re.escape(blank)}", text)
-    *before, last = re.split(rf"{GAP}|{re.escape(blank)}", text)
-    _check_marks(text, blank, marks, last)
+    found = re.split(rf"({GAP}|{re.escape(blank)})", text)
+    texts, marks = found[::2], found[1::2]
+    _check_marks(text, blank, marks, texts[-1])
     how = normalize or tokenizer.normalization
-    pieces = []
-    for i, piece in enumerate([*before, last]):
-        pieces.append(_normalized(tokenizer, piece, how, i > 0, i < len(before)))
-    _check_left("".join(pieces), "".join([*before, last]), "template", how)
+    pieces = [
+        _normalized(tokenizer, piece, how, i > 0, i < len(marks)) for i, piece in enumerate(texts)
+    ]
+    _check_left("".join(pieces), "".join(texts), "template", how)
     parts: list[Tensor | Gap] = []
-    tokens = []
     for piece, mark in zip(pieces, marks, strict=False):
+        begins = None
+        if piece.endswith(" ") and tokenizer.holds_spaces and mark != blank:
+            begins = torch.tensor([token.startswith(b" ") for token in tokenizer.token_bytes])
         most = 1 if mark == blank else int(mark[4:-1] or LONGEST)
-        leaves_space = piece.endswith(" ") and tokenizer.holds_spaces and mark != blank
-        begins = [token.startswith(b" ") for token in tokenizer.token_bytes]
-        encoded = _encode(tokenizer, piece, goes_on=True)
-        parts += [encoded, Gap(most, begins=torch.tensor(begins) if leaves_space else None)]
-        tokens += [encoded, torch.full((most,), BLANK)]
-    ending = _encode(tokenizer, pieces[-1])
-    parts.append(ending)
-    tokens.append(ending)
+        parts += [_encode(tokenizer, piece, goes_on=True), Gap(most, begins=begins)]
+    parts.append(_encode(tokenizer, pieces[-1]))
+    tokens = [torch.full((part.most,), BLANK) if isinstance(part, Gap) else part for part in parts]
     has_gap = any(mark != blank for mark in marks)
     shown = "".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True))
     return Reading(torch.cat(tokens), shown, text, tuple(parts) if has_gap else ())
@@ -163,8 +161,7 @@ def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
 
 
 def _check(text: str, name: str) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"{name} {text!r}: give a text, a str")
+    check_type(text, name, str, "give a text, a str")
     if not text:
         raise UserError(f"the {name} is empty: give at least one character")
     # half of a surrogate pair, as which Python keeps bytes that it cannot decode (PEP 383)

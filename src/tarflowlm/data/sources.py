@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import SPLITS, Split, fair_shares, split_of_document
+from tarflowlm.data.splits import SPLITS, Split, fair_shares, place_of_document, split_of_document
 from tarflowlm.data.text import (
     BLOCK,
     FIELD,
@@ -87,7 +87,9 @@ class English(Source):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted(self._folder.glob("*.txt"), key=lambda file: _sha256(file.name)))
+        return tuple(
+            sorted(self._folder.glob("*.txt"), key=lambda file: place_of_document(file.name))
+        )
 
     def state(self) -> list[list[str | int]]:
         return [[file.name, file.stat().st_size] for file in self.files]
@@ -96,10 +98,6 @@ class English(Source):
         for split in SPLITS:
             documents = [f for f in self.files if split_of_document(f.name) == split]
             yield split, ["\n".join(map(read_text, documents))]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Text8(TextFile):

@@ -9,8 +9,6 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 LARGEST = 40_000_000
 """Characters of validation and of test, about 10 million tokens of GPT-2."""
-
-
 FEW = 4096
 """Documents up to which at least one of them is in every split."""
 

@@ -25,7 +25,7 @@ from tarflowlm.files import replacing
 
 Document = dict[str, Any]
 """The content of a tokenizer.json."""
-_PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
+PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
 _BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping needs much memory
 
 
@@ -106,9 +106,7 @@ class Tokenizer:
     @property
     def token_dtype(self) -> np.dtype[np.unsignedinteger]:
         """The smallest little-endian unsigned type that holds V ids."""
-        if self.vocab_size <= 1 << 8:
-            return np.dtype("u1")
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        return np.min_scalar_type(self.vocab_size - 1).newbyteorder("<")
 
     def prepare(self, text: str) -> str:
         """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
@@ -120,7 +118,7 @@ class Tokenizer:
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Token ids [N] of `texts`, encoded one by one and concatenated."""
-        pieces = [piece for text in texts for piece in text_pieces([text], _PIECE)]
+        pieces = [piece for text in texts for piece in text_pieces([text], PIECE)]
         parts = [np.zeros(0, dtype=np.int64)]
         for i in range(0, len(pieces), _BATCH):
             batch = pieces[i : i + _BATCH]

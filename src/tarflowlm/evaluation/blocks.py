@@ -125,8 +125,9 @@ def latent_report(
         progress.advance(len(rows))
     reports = []
     for block, of_state in enumerate(zip(*batches, strict=True)):
-        values = {name: torch.cat([part[name] for part in of_state]) for name in of_state[0]}
-        spreads = {name: Spread.of(value) for name, value in values.items()}
+        spreads = {
+            name: Spread.of(torch.cat([part[name] for part in of_state])) for name in of_state[0]
+        }
         reports.append(StateReport(block=block, **spreads))
     return reports
 

@@ -69,7 +69,8 @@ class Likelihood:
     @property
     def ppl(self) -> float:
         """Perplexity per token."""
-        return math.exp(self.nats_per_token)
+        # the exponential of more is beyond float64
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
 
     @property
     def bpc(self) -> float:
@@ -135,9 +136,8 @@ def summarise(
     given: Int[Tensor, " W"] | None = None,
 ) -> Likelihood:
     """The likelihood of windows from their log-weights; arguments as in `evaluate`."""
-    is_scored = torch.ones(windows.shape, dtype=torch.bool)
-    if given is not None:
-        is_scored = torch.arange(windows.shape[1]) >= given[:, None]
+    first = torch.zeros(len(windows)) if given is None else given
+    is_scored = torch.arange(windows.shape[1]) >= first[:, None]
     scored = windows.cpu()[is_scored]
     tokens = is_scored.sum(1).double()
     weighted = importance_weighted(log_w)

@@ -1,5 +1,6 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         tensors, info = read_weights(directory / WEIGHTS)
     except UserError as error:
         state = undamaged_state(directory)
-        command = f"`tarflowlm train --resume {directory}` restores it"
-        raise UserError(f"{error}: {'train again' if state is None else command}") from None
+        restores = f"`{resume_command(directory)}` restores it"
+        raise UserError(f"{error}: {'train again' if state is None else restores}") from None
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     blocks = info.get("blocks", "")
@@ -134,14 +135,19 @@ def corpus_digest(directory: Path) -> str | None:
     return None if state is None else read_json(state / COUNTERS).get("corpus")
 
 
-def weights_problem(directory: Path) -> str | None:
-    """The damage of the weights of a run directory, in words; None for undamaged or no weights."""
+def has_damaged_weights(directory: Path) -> bool:
+    """Whether a run directory has weights, and they are damaged."""
     try:
         if (directory / WEIGHTS).exists():
             read_weights(directory / WEIGHTS)
-    except UserError as error:
-        return str(error)
-    return None
+    except UserError:
+        return True
+    return False
+
+
+def resume_command(directory: Path) -> str:
+    """The command that continues the run in a directory."""
+    return f"tarflowlm train --resume {shlex.quote(str(directory))}"
 
 
 def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Path:

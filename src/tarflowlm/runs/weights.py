@@ -49,7 +49,6 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
-    """Write the manifest of the files `names` of `folder`."""
     write_json(folder / MANIFEST, {name: sha256_of(folder / name) for name in sorted(names)})
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from tarflowlm.runs.checkpoint import (
     WEIGHTS,
     Checkpoint,
     read_run,
+    resume_command,
     write_run,
 )
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, from_dict, to_dict
-from tarflowlm.training.checkpoint import resume_command
 from tarflowlm.training.metrics import check_installed
 from tarflowlm.training.optim import with_precision
 from tarflowlm.training.parallel import Processes
@@ -40,10 +40,9 @@ def is_begun(out: Path) -> bool:
     """Whether `out` holds a run that has saved something. UserError for any other content."""
     if (out / ASKED).exists():
         # a hidden folder is a state that a kill left incomplete
-        states = (path for path in (out / STATE).glob("*") if path.name[0] != ".")
-        return (out / WEIGHTS).exists() or any(states)
+        return (out / WEIGHTS).exists() or any((out / STATE).glob("[!.]*"))
     # hidden files are locks, or were left by a kill
-    if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
         raise UserError(f"{out} exists already and is not a run to continue: choose another --out")
     return False
 
@@ -138,11 +137,10 @@ def writing(out: Path, processes: Processes) -> Iterator[None]:
             return f"continue with `{resume_command(out)}`"
         return "start it again"
 
-    if processes.first:
-        out.mkdir(parents=True, exist_ok=True)
-    lock = writer_lock(out) if processes.first else nullcontext()
-    with full_disk_as_user_error(out, remedy), lock:
+    with full_disk_as_user_error(out, remedy), ExitStack() as stack:
         if processes.first:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(writer_lock(out))
             # what a kill left incomplete
             for folder in (out, out / BEST):
                 remove_leftovers(folder)

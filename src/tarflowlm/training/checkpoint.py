@@ -6,7 +6,6 @@ undamaged one. Unlike weights, states are trusted data: reading one may unpickle
 """
 
 import logging
-import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from tarflowlm.runs.checkpoint import (
     STATE,
     TOKENIZER,
     WEIGHTS,
+    resume_command,
     undamaged_state,
     write_run,
 )
@@ -100,11 +100,6 @@ def stop(run: Run, reason: str) -> NoReturn:
     raise Stopped(f"stopped by {reason} and saved at step {run.counters.step}; {remedy}")
 
 
-def resume_command(out: Path) -> str:
-    """The command that continues the run in `out`."""
-    return f"tarflowlm train --resume {shlex.quote(str(out))}"
-
-
 # weights
 
 
@@ -126,9 +121,8 @@ def finite_weights(run: Run) -> dict[str, Tensor]:
 
     FloatingPointError if they are not finite, so that such weights are never saved.
     """
-    first = run.processes.first
     with averaged(run):
-        weights = whole_weights(run.model, keep=first)
+        weights = whole_weights(run.model, keep=run.processes.first)
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken := run.processes.from_first(broken):
         where = f"parameters {', '.join(broken[:NAMED])} are not finite"

@@ -71,14 +71,14 @@ class MetricsLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        for name, (_, end) in self.trackers.items():
+        for name, (_, end) in [*self.trackers.items()]:
             self.attempt(name, end)
 
     def track(self, config: RunConfig, out: Path, *, resume_at: int) -> None:
         """Open the trackers that `config` asks for; `resume_at` is the step of the checkpoint."""
         for name in config.train.track:
             start = open_tensorboard if name == "tensorboard" else open_wandb
-            if tracker := self.attempt(name, start, name, config, out, resume_at):
+            if tracker := self.attempt(name, start, config, out, resume_at):
                 self.trackers[name] = tracker
 
     def attempt(self, name: str, act: Callable[..., T], *args: object) -> T | None:
@@ -86,7 +86,7 @@ class MetricsLog:
         try:
             return act(*args)
         except Exception as error:
-            self.trackers = {other: t for other, t in self.trackers.items() if other != name}
+            self.trackers.pop(name, None)
             text = " ".join(str(error).split()) or type(error).__name__
             logger.warning("%s is dropped (%s); metrics.jsonl continues", name, text)
             return None
@@ -102,7 +102,7 @@ def check_installed(names: tuple[TrackerName, ...]) -> None:
             raise UserError(f"train.track {name}: the package is not installed; {remedy}")
 
 
-def open_tensorboard(_name: str, config: RunConfig, out: Path, resume_at: int) -> Tracker:
+def open_tensorboard(_config: RunConfig, out: Path, resume_at: int) -> Tracker:
     """Event files in `out`/tensorboard, flushed after every record."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -118,7 +118,7 @@ def open_tensorboard(_name: str, config: RunConfig, out: Path, resume_at: int) -
     return send, writer.close
 
 
-def open_wandb(_name: str, config: RunConfig, out: Path, _resume_at: int) -> Tracker:
+def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
     """A run of Weights & Biases. A resumed one continues under the identity in `out`/wandb.id."""
     check_installed(("wandb",))
     import wandb

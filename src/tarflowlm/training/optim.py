@@ -277,7 +277,7 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             # on a CPU, one matrix after the other stays in the cache
-            size = 1 if all(p.device.type == "cpu" for p in params) else BUCKET
+            size = 1 if all(p.is_cpu for p in params) else BUCKET
             for start in range(0, len(params), size):
                 bucket = params[start : start + size]
                 updates = self.updates(bucket, group["momentum"])
@@ -299,8 +299,7 @@ class Muon(torch.optim.Muon):
         stacks = [
             x.to(dtype).unflatten(0, (height, -1)) for x, height in zip(ahead, heights, strict=True)
         ]
-        batched = any(p.device.type != "cpu" for p in params)
-        found = orthogonalise_all(stacks, batched=batched)
+        found = orthogonalise_all(stacks, batched=not params[0].is_cpu)
         updates = [x.flatten(0, 1).to(own) for x in found]
         sides = [max(stack.shape[1:]) for stack in stacks]
         torch._foreach_mul_(updates, [0.2 * side**0.5 for side in sides])

@@ -36,13 +36,14 @@ def start(run: Run, folder: Path | None) -> None:
     its log, or cut it back. Collective.
     """
     config = run.config
-    saved = None if folder is None else read_json(folder / COUNTERS)
-    if saved is not None and saved["corpus"] != run.corpus.fingerprint:
-        what = f"{config.data.source} is not the text that {run.out} was trained on"
-        raise UserError(f"{what}: restore that text to resume")
-    if saved is not None:
+    saved: dict[str, Any] = {}
+    if folder is not None:
+        saved = read_json(folder / COUNTERS)
+        if saved["corpus"] != run.corpus.fingerprint:
+            what = f"{config.data.source} is not the text that {run.out} was trained on"
+            raise UserError(f"{what}: restore that text to resume")
         logger.info("resuming %s at step %d", run.out, saved["step"])
-    run.counters = Counters() if saved is None else Counters(**saved["counters"])
+    run.counters = Counters(**saved.get("counters", {}))
     run.began = time.monotonic() - run.counters.total
     run.generator = torch.Generator(device=run.device).manual_seed(config.seed)
     run.sampler = WindowSampler(
@@ -59,7 +60,7 @@ def start(run: Run, folder: Path | None) -> None:
     run.model.config = config.model
     # a finished run has left its last stage
     enter_stage(run, min(run.counters.stage, config.num_stages - 1))
-    if folder is None or saved is None:
+    if folder is None:
         run.counters.stage_start = run.seconds()
     else:
         load_state(run, folder)
@@ -67,7 +68,7 @@ def start(run: Run, folder: Path | None) -> None:
         # weights may be damaged, or a kill came between the state and its weights
         submit_weights(run, run.out, finite_weights(run))
     if run.processes.first:
-        run.log.open(run.out, resume_at=0 if saved is None else saved["metrics"])
+        run.log.open(run.out, resume_at=saved.get("metrics", 0))
         run.log.track(config, run.out, resume_at=run.counters.step)
 
 
@@ -108,8 +109,7 @@ def leave_stage(run: Run, end: Likelihood) -> None:
     counters.valid_bpc.append(kept * end.bpc)
     if counters.stage and not counters.lowest_at:
         why = "gained nothing" if counters.stage_step else "has no time"
-        name = describe_stage(run)
-        logger.info("%s %s: the block stays as it started", name, why)
+        logger.info("%s %s: the block stays as it started", describe_stage(run), why)
     counters.stage_steps.append(counters.stage_step)
     counters.stage += 1
     counters.stage_step = 0

@@ -100,7 +100,6 @@ class Run:
 
     @property
     def is_sharded(self) -> bool:
-        """`Processes.shards` of this run."""
         return self.processes.shards(self.config.train)
 
     @property

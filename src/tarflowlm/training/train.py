@@ -27,7 +27,7 @@ from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Progress, Record
-from tarflowlm.runs.checkpoint import Checkpoint, read_summary, weights_problem
+from tarflowlm.runs.checkpoint import Checkpoint, has_damaged_weights, read_summary
 from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import ALONE, Processes
@@ -81,8 +81,8 @@ def train(
     if begun:
         if asked is not None:
             begin.check_same(asked, out)
-        summary = read_summary(out) if processes.first and weights_problem(out) is None else None
-        summary = processes.from_first(summary)
+        is_left = processes.first and not has_damaged_weights(out)
+        summary = processes.from_first(read_summary(out) if is_left else None)
         if summary is not None:
             logger.info("%s is finished", out)
             return summary
@@ -173,10 +173,8 @@ def train_stage(run: Run) -> Likelihood:
         if run.processes.world > 1 and counters.stage_step % STEPS_BETWEEN_COLLECTIONS == 0:
             gc.collect()
 
-        # Take this process's rows of the next batch.
         tokens = next_batch(run)
 
-        # Add up the gradients of the global batch.
         loss = accumulate_gradients(
             run.model, run.bound, tokens, run.generator, train, run.processes
         )
