@@ -183,6 +183,11 @@ def test_steps_are_shared_out_among_the_stages(steps):
     assert min(stages) >= 1
 
 
+def test_a_stage_without_steps_stays_without():
+    run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 0)))
+    assert with_steps(run, 16).train.stage_steps == (14, 2, 0)
+
+
 def configurations():
     for cls in (BlockConfig, BaselineConfig, FlowConfig, OptimConfig, TokenizerConfig, TrainConfig):
         for name, hint in get_type_hints(cls).items():

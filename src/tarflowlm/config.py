@@ -96,7 +96,9 @@ class DataConfig(Config):
     """Text and tokens."""
 
     source: str = "tales"
-    """tales, english, text8, openwebtext, a text file, or a directory made by `tarflowlm data`."""
+    """tales, english, text8, openwebtext, a text file or a folder of them, hf:OWNER/NAME, or a
+    directory made by `tarflowlm data`.
+    """
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(normalize="auto"))
     """How text becomes tokens."""
     unwrap: bool = False

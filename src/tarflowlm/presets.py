@@ -341,7 +341,8 @@ def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     stages = run.train.stage_steps
     if num_steps < len(stages):
         raise UserError(f"steps {num_steps}: must be at least {len(stages)}, one for each stage")
-    scaled = [max(1, round(s * num_steps / sum(stages))) for s in stages]
+    # a stage without steps leaves a block as it starts
+    scaled = [s and max(1, round(s * num_steps / sum(stages))) for s in stages]
     while sum(scaled) != num_steps:
         # what rounding left over goes to the longest stage, down to one step
         longest = scaled.index(max(scaled))

@@ -76,8 +76,11 @@ def configured(
 
 
 def located(config: RunConfig) -> RunConfig:
-    """`config` with an absolute path to its text, or the normalisation of a corpus by name."""
+    """`config` with absolute paths to its files, or the normalisation of a corpus by name."""
     data = config.data
+    path = data.tokenizer.source
+    if path and Path(path).exists():
+        data = replace(data, tokenizer=replace(data.tokenizer, source=str(Path(path).resolve())))
     if data.source in SOURCE_NAMES:
         how = data.tokenizer.normalization
         data = replace(data, tokenizer=replace(data.tokenizer, normalize=how))

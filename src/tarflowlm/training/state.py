@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler
+from tarflowlm.data.windows import EVALUATED
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import Processes
@@ -105,8 +106,10 @@ class Run:
     @property
     def num_test_windows(self) -> int:
         """Windows of the test split that a run without a time limit evaluates at its end."""
-        available = self.corpus.num_tokens("test") // self.config.model.context
-        return min(self.config.train.test_windows or available, available)
+        context = self.config.model.context
+        available = self.corpus.num_tokens("test") // context
+        wanted = self.config.train.test_windows or EVALUATED // context
+        return min(wanted, available)
 
     def seconds(self) -> float:
         """Wall-clock seconds since the run began, without pauses and compilation. Collective."""

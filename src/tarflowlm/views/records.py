@@ -13,7 +13,14 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.locks import is_written
-from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Summary, read_run, read_summary
+from tarflowlm.runs.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    Summary,
+    read_run,
+    read_summary,
+    resume_command,
+)
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
@@ -127,7 +134,7 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
     train["seconds"] = seconds
     valid["seconds"] = np.interp(valid["step"], [0, *train["step"]], [0, *seconds])
     if len(seconds) == 0 and not is_export(directory):
-        remedy = f"wait, or continue it by `tarflowlm train --resume {directory}`"
+        remedy = f"wait, or continue it by `{resume_command(directory)}`"
         raise UserError(f"{directory} has no logged step yet: {remedy}")
     name = name or directory.resolve().name
     return RunRecord(name, directory, run, train, valid, read_summary(directory))
