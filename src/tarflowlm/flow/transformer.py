@@ -5,6 +5,7 @@ H heads have the width E = D / H; N counts new positions.
 """
 
 import math
+from abc import abstractmethod
 from contextlib import nullcontext
 
 import torch
@@ -275,3 +276,50 @@ class KVCache:
             active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
             h = torch.addmm(h, active, layer.down)
         return F.layer_norm(h, (D,), self.norm).view(B, N, D)
+
+
+class Conditioner(nn.Module):
+    """A Transformer that reads a learned start vector, and then what is before each position.
+
+    `past` are latents [B, n, C] or tokens [B, n P].
+    """
+
+    start: nn.Parameter
+    transformer: Transformer
+
+    @abstractmethod
+    def embedded(self, past: Tensor) -> Float[Tensor, "B n D"]:
+        """Inputs of the Transformer for n positions."""
+
+    def _inputs(self, past: Tensor, first: bool) -> Tensor:
+        x = self.embedded(past)
+        return torch.cat((self.start.expand(len(x), 1, -1), x), dim=1) if first else x
+
+    def states(self, past: Tensor) -> Float[Tensor, "B next D"]:
+        """Features after the start vector and after each of the n positions."""
+        return self.transformer(self._inputs(past, first=True))
+
+    def allocate_cache(self, batch: int, num_positions: int, *, half: bool = False) -> KVCache:
+        """An empty KV cache for `num_positions` positions; `half`: in bfloat16."""
+        like = self.start.bfloat16() if half else self.start
+        return KVCache(self.transformer, batch, num_positions, like)
+
+    def features_at(
+        self, cache: KVCache, previous: Tensor | None, batch: int
+    ) -> Float[Tensor, "B D"]:
+        """Features c_n of the next position, from the latents [B, C] or tokens [B, P] before it.
+
+        None at the start of the sequence.
+        """
+        if previous is None:
+            return cache.extend(self.start.expand(batch, 1, -1))[:, 0]
+        return self.features_of(cache, previous[:, None], first=False)[:, 0]
+
+    def features_of(
+        self, cache: KVCache, past: Tensor, *, first: bool
+    ) -> Float[Tensor, "B next D"]:
+        """Features of the positions after the cached ones, from `past` before them.
+
+        `first`: from the first position of the sequence on, one more than `past` has.
+        """
+        return cache.extend(self._inputs(past, first))
