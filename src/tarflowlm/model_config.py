@@ -8,12 +8,11 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from tarflowlm.checks import as_number, check_type
 from tarflowlm.errors import UserError
 
-C = TypeVar("C", bound="LanguageModelConfig")
 T = TypeVar("T")
 
 
@@ -129,7 +128,7 @@ class LanguageModelConfig(Config):
         """Whether a block below the last one has `certainty`."""
         return False
 
-    def first_blocks(self: C, num_blocks: int) -> C:
+    def first_blocks(self, num_blocks: int) -> Self:
         """The configuration of the first blocks."""
         return self
 
@@ -350,7 +349,7 @@ class FlowConfig(LanguageModelConfig):
         before = max(self.patch * self.latent_dim - 1, 1)
         return min(max(1, int(9 * 2 * self.head_hidden / (16 * before))), 96)
 
-    def first_blocks(self, num_blocks: int) -> "FlowConfig":
+    def first_blocks(self, num_blocks: int) -> Self:
         return replace(self, blocks=self.blocks[:num_blocks])
 
     def describe(self, block: int) -> str:
