@@ -228,9 +228,6 @@ class KVCache:
                 width = min(-(-end // WIDTH) * WIDTH, len(self.positions))
                 features = self.one(x, at, width)
             else:
-                if self.taps is not None:
-                    self.inputs[:, self.before + start : self.before + end] = x
-                    x = self._filtered(self.inputs[:, start : self.before + end])
                 mask = self.positions[:end] <= at[:, None] if start and N > 1 else None
                 features = self._layers(x, slice(start, end), end, mask)
             features = features.to(dtype)
@@ -240,19 +237,14 @@ class KVCache:
 
     def one(self, x: Float[Tensor, "B 1 D"], at: Tensor, width: int) -> Float[Tensor, "B 1 D"]:
         """Features of position `at` [1] < `width`, by operations that a CUDA graph can replay."""
-        if self.taps is not None:
-            self.inputs[:, at + self.before] = x
-            past = torch.arange(self.before + 1, device=at.device)
-            x = self._filtered(self.inputs[:, at + past])
         return self._layers(x, at, width, self.positions[:width] <= at[:, None])
-
-    def _filtered(self, recent: Float[Tensor, "B past D"]) -> Float[Tensor, "B N D"]:
-        assert self.taps is not None
-        windows = recent.unfold(1, self.before + 1, 1)  # [B, N, D, K]
-        return (windows * self.taps).sum(-1)
 
     def _layers(self, x: Tensor, here: slice | Tensor, width: int, mask: Tensor | None) -> Tensor:
         B, N, D = x.shape
+        if self.taps is not None:
+            self.inputs[:, self.before :][:, here] = x
+            windows = self.inputs.unfold(1, self.before + 1, 1)  # [B, capacity, D, K]
+            x = (windows[:, here] * self.taps).sum(-1)
         h = x.reshape(B * N, D)
         for layer, stored in zip(self.weights, self.stored, strict=True):
             stored = stored[:, :, :, :width]
