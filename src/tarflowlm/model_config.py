@@ -40,20 +40,24 @@ class Config:
         if not is_valid:
             raise UserError(f"{self.section}{name} {getattr(self, name)}: {rule}")
 
+    def number(self, name: str) -> float:
+        """The value of field `name`. UserError unless it is a number."""
+        return as_number(getattr(self, name), f"{self.section}{name}")
+
     def at_least(self, least: int, *names: str) -> None:
         """UserError unless these fields are finite and at least `least`."""
         for name in names:
-            value = as_number(getattr(self, name), f"{self.section}{name}")
-            self.require(name, least <= value < math.inf, f"must be at least {least}")
+            is_valid = least <= self.number(name) < math.inf
+            self.require(name, is_valid, f"must be at least {least}")
 
     def above_zero(self, name: str) -> None:
         """UserError unless this field is finite and above 0."""
-        self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
+        self.require(name, 0 < self.number(name) < math.inf, "must be above 0 and finite")
 
     def below_one(self, *names: str) -> None:
         """UserError unless these fields are at least 0 and below 1."""
         for name in names:
-            self.require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+            self.require(name, 0 <= self.number(name) < 1, "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
