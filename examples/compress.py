@@ -98,7 +98,7 @@ class Coder:
         value = None
         if before is not None:
             value = (torch.tensor(before)[None] * self.width).to(self.dtype)
-        logits = self.head(self.model.features_at(cache, value, 1))
+        logits = self.head(self.model.conditioner.features_at(cache, value, 1))
         return Table(logits[0].double().softmax(-1).numpy())
 
     def posteriors(self, cells: Cells, weights: Table) -> tuple[Table, Table]:
@@ -112,7 +112,7 @@ class Coder:
 
     def push(self, stack: Stack, tokens: list[int]) -> None:
         """Code a window, its first token last."""
-        cache = self.model.allocate_cache(1, len(tokens))
+        cache = self.model.conditioner.allocate_cache(1, len(tokens))
         drawn = [self.draw(stack, token) for token in tokens]
         tables = [self.weights(cache, before) for before in (None, *drawn[:-1])]
         for token, cells, weights in reversed(list(zip(tokens, drawn, tables, strict=True))):
@@ -125,7 +125,7 @@ class Coder:
 
     def pop(self, stack: Stack, length: int) -> list[int]:
         """Undo `push`."""
-        cache = self.model.allocate_cache(1, length)
+        cache = self.model.conditioner.allocate_cache(1, length)
         found: list[tuple[int, Cells]] = []
         for _ in range(length):
             weights = self.weights(cache, found[-1][1] if found else None)

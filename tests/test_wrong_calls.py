@@ -108,6 +108,8 @@ REFUSED = [
     ('tarflowlm.coupling("mine")(int)', ["'mine'", "build"]),
     ("tarflowlm.preset(5)", ["preset 5", "name"]),
     ('tarflowlm.FlowConfig(vocab_size="x")', ["model.vocab_size 'x'", "number"]),
+    ('tarflowlm.FlowConfig(separation="x")', ["model.separation 'x'", "number"]),
+    ("tarflowlm.config.OptimConfig(beta2=None)", ["optim.beta2 None", "number"]),
     ("tarflowlm.FlowConfig(blocks=5)", ["model.blocks 5", "BlockConfig"]),
     ('flow("abc")', ["tokens 'abc'", "tokenizer.encode"]),
     ("flow(torch.zeros(1, 3))", ["float32", "tokenizer.encode"]),

@@ -9,7 +9,7 @@ from tarflowlm import chunks
 from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.transformer import KVCache, Transformer
+from tarflowlm.flow.transformer import Conditioner, Transformer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import BaselineConfig
 
@@ -17,7 +17,7 @@ IN_PATCH_CHANNELS = 32
 """Embedding width of a token in the in-patch head."""
 
 
-class TokenLM(LanguageModel):
+class TokenLM(LanguageModel, Conditioner):
     """p(x) = prod_t p(x_t | x_<t) on N = T / P positions of P tokens, after a learned start vector.
 
     With P > 1 and `in_patch` = independent, tokens of one patch are independent given the earlier
@@ -46,8 +46,12 @@ class TokenLM(LanguageModel):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def _positions(self, tokens: Tensor) -> Tensor:
-        patches = tokens.unflatten(1, (-1, self.config.patch))
+    @property
+    def conditioner(self) -> Conditioner:
+        return self
+
+    def embedded(self, past: Int[Tensor, "B ..."]) -> Float[Tensor, "B n D"]:
+        patches = past.flatten(1).unflatten(1, (-1, self.config.patch))
         return widen(self.join(self.embedding(patches).flatten(2)))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
@@ -111,24 +115,3 @@ class TokenLM(LanguageModel):
     ) -> Float[Tensor, "B ..."]:
         nats = -self.token_log_prob(tokens)
         return nats if per_token else nats.sum(-1)
-
-    def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
-        return KVCache(self.transformer, batch, num_positions, self.start)
-
-    def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
-        """Features after the start vector and after each of the N positions."""
-        start = self.start.expand(len(tokens), 1, -1)
-        return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
-
-    def features_of(
-        self, cache: KVCache, past: Int[Tensor, "B given"], *, first: bool
-    ) -> Float[Tensor, "B next D"]:
-        x = self._positions(past)
-        start = self.start.expand(len(past), 1, -1)
-        return cache.extend(torch.cat((start, x), dim=1) if first else x)
-
-    def features_at(
-        self, cache: KVCache, previous: Tensor | None, batch: int
-    ) -> Float[Tensor, "B D"]:
-        x = self.start.expand(batch, 1, -1) if previous is None else self._positions(previous)
-        return cache.extend(x)[:, 0]

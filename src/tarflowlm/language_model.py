@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.checks import check_integers, check_type
 from tarflowlm.errors import UserError
-from tarflowlm.flow.transformer import KVCache
+from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model_config import LanguageModelConfig
 
 
@@ -19,7 +19,7 @@ class LanguageModel(nn.Module):
     """A model p(x) of token sequences x [B, T], exact or through a bound; P must divide T.
 
     It is trained and scored by `draw_noise` and `bound`, and writes position by position through
-    `allocate_cache` and `features_at`.
+    its `conditioner`.
     """
 
     config: LanguageModelConfig
@@ -36,6 +36,11 @@ class LanguageModel(nn.Module):
     def num_blocks(self) -> int:
         """Flow blocks built so far."""
         return 1
+
+    @property
+    @abstractmethod
+    def conditioner(self) -> Conditioner:
+        """The Transformer next to the tokens, in block 1."""
 
     @property
     def num_parameters(self) -> int:
@@ -69,28 +74,6 @@ class LanguageModel(nn.Module):
 
         `per_token` asks for the parts; the tokens of a position share its part equally. With
         `frozen` > 0 so many blocks and the codebook get no gradient.
-        """
-
-    @abstractmethod
-    def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
-        """An empty KV cache for the Transformer next to the tokens, in block 1."""
-
-    @abstractmethod
-    def features_at(
-        self, cache: KVCache, previous: Tensor | None, batch: int
-    ) -> Float[Tensor, "B D"]:
-        """Features of the next position, from the tokens [B, P] or latents [B, C] before it.
-
-        None at the start of the sequence.
-        """
-
-    @abstractmethod
-    def features_of(
-        self, cache: KVCache, past: Tensor, *, first: bool
-    ) -> Float[Tensor, "B next D"]:
-        """Features of the positions after the cached ones, from `past` before them.
-
-        That are tokens [B, n P] or latents [B, n, C]; with `first` one position more than `past`.
         """
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:

@@ -15,7 +15,6 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.flow.stack import FlowBlock, Prior
-from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import LanguageModel, check_model
 from tarflowlm.model_config import FlowConfig
 
@@ -79,6 +78,10 @@ class TarFlowLM(LanguageModel):
     @property
     def num_blocks(self) -> int:
         return len(self.prior.blocks)
+
+    @property
+    def conditioner(self) -> FlowBlock:
+        return self.prior.block(0)
 
     def append_block(self) -> FlowBlock:
         """Build the next block; one below it with `certainty` then only fills in (eq. 9a)."""
@@ -157,19 +160,6 @@ class TarFlowLM(LanguageModel):
         total = sum(parts[1:], start=parts[0])
         patch = self.config.patch
         return total.repeat_interleave(patch, dim=1) / patch if per_token else total
-
-    def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
-        return self.prior.block(0).allocate_cache(batch, num_positions)
-
-    def features_of(
-        self, cache: KVCache, past: Float[Tensor, "B given C"], *, first: bool
-    ) -> Float[Tensor, "B next D"]:
-        return self.prior.block(0).features_of(cache, past, first=first)
-
-    def features_at(
-        self, cache: KVCache, previous: Tensor | None, batch: int
-    ) -> Float[Tensor, "B D"]:
-        return self.prior.block(0).features_at(cache, previous, batch)
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         return self.prior.blocks[first:] if first else (self,)

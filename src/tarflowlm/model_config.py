@@ -8,12 +8,11 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from tarflowlm.checks import as_number, check_type
 from tarflowlm.errors import UserError
 
-C = TypeVar("C", bound="LanguageModelConfig")
 T = TypeVar("T")
 
 
@@ -41,20 +40,24 @@ class Config:
         if not is_valid:
             raise UserError(f"{self.section}{name} {getattr(self, name)}: {rule}")
 
+    def number(self, name: str) -> float:
+        """The value of field `name`. UserError unless it is a number."""
+        return as_number(getattr(self, name), f"{self.section}{name}")
+
     def at_least(self, least: int, *names: str) -> None:
         """UserError unless these fields are finite and at least `least`."""
         for name in names:
-            value = as_number(getattr(self, name), f"{self.section}{name}")
-            self.require(name, least <= value < math.inf, f"must be at least {least}")
+            is_valid = least <= self.number(name) < math.inf
+            self.require(name, is_valid, f"must be at least {least}")
 
     def above_zero(self, name: str) -> None:
         """UserError unless this field is finite and above 0."""
-        self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
+        self.require(name, 0 < self.number(name) < math.inf, "must be above 0 and finite")
 
     def below_one(self, *names: str) -> None:
         """UserError unless these fields are at least 0 and below 1."""
         for name in names:
-            self.require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+            self.require(name, 0 <= self.number(name) < 1, "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ class LanguageModelConfig(Config):
         """Whether a block below the last one has `certainty`."""
         return False
 
-    def first_blocks(self: C, num_blocks: int) -> C:
+    def first_blocks(self, num_blocks: int) -> Self:
         """The configuration of the first blocks."""
         return self
 
@@ -350,7 +353,7 @@ class FlowConfig(LanguageModelConfig):
         before = max(self.patch * self.latent_dim - 1, 1)
         return min(max(1, int(9 * 2 * self.head_hidden / (16 * before))), 96)
 
-    def first_blocks(self, num_blocks: int) -> "FlowConfig":
+    def first_blocks(self, num_blocks: int) -> Self:
         return replace(self, blocks=self.blocks[:num_blocks])
 
     def describe(self, block: int) -> str:

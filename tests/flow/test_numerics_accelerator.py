@@ -14,6 +14,7 @@ from tarflowlm import chunks
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import (
     layout,
+    mixture_log_prob,
     mixture_log_prob_from_features,
     near,
     reference,
@@ -65,6 +66,19 @@ def test_near_pairs_are_those_of_a_cpu(monkeypatch):
     assert near.near_components(*near_case(50, separation=1.0)) is None
     case[0][3, 0] = math.nan
     assert near.near_components(*case) is None
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_component_far_away_or_without_weight_costs_no_digits():
+    z = torch.tensor([[0.3, -0.2]])
+    mean = torch.tensor([[90.0, 0.0], [0.0, 0.0], [0.4, -0.1]])
+    log_std = torch.full((3,), -2.0)
+    for first in (0.0, -math.inf):
+        log_w = torch.tensor([[first, 0.0, 1.0]])
+        exact = mixture_log_prob(*(t.double() for t in (z, log_w, mean, log_std)))
+        assert exact.isfinite().all()
+        found = mixture_log_prob(z, log_w, mean, log_std)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
 class Waits(TorchDispatchMode):

@@ -18,7 +18,7 @@ from tarflowlm.data.text import SEPARATOR
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.stack import FlowBlock
+from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import TOKENIZER, WEIGHTS, Checkpoint
 from tarflowlm.runs.weights import write_weights
@@ -69,7 +69,7 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
     return out
 
 
-def _token_model(checkpoint: Checkpoint) -> tuple[Tensor, TokenLM | FlowBlock, nn.Linear]:
+def _token_model(checkpoint: Checkpoint) -> tuple[Tensor, Conditioner, nn.Linear]:
     """Embedding [V, D], Transformer and head of a model of single tokens."""
     model = checkpoint.model
     if model.config.patch == 1:
@@ -87,7 +87,7 @@ def _token_model(checkpoint: Checkpoint) -> tuple[Tensor, TokenLM | FlowBlock, n
     raise UserError(f"{checkpoint.directory.name} predicts no single tokens: {rule}, with patch 1")
 
 
-def _weights(embedding: Tensor, block: TokenLM | FlowBlock, head: nn.Linear) -> dict[str, Tensor]:
+def _weights(embedding: Tensor, block: Conditioner, head: nn.Linear) -> dict[str, Tensor]:
     """The state dict of Persimmon, and the taps."""
     transformer = block.transformer
     start = block.start[None]

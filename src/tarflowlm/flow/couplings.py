@@ -134,22 +134,20 @@ class Coupling(nn.Module):
         groups = zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)
         for g, (u_g, known_g) in enumerate(groups):
             conditional = conditionals.send(z[-1] if z else None)
-            uniform_g = None if uniform is None else uniform[:, g]
             token = g * self.group * P // channels
-            if not some[token]:
-                z.append(conditional.inverse(u_g, adjust, uniform_g))
-                noise.append(u_g)
-                continue
-            given_u, log_det = conditional.forward(known_g)
-            density = log_det + standard_normal_log_prob(given_u)
-            here = mask[:, token, None]
             z_g = known_g
             if not every[token]:
-                drawn = conditional.inverse(u_g, adjust, uniform_g)
-                z_g = torch.where(here, known_g, drawn)
+                uniform_g = None if uniform is None else uniform[:, g]
+                z_g = conditional.inverse(u_g, adjust, uniform_g)
+            if some[token]:
+                given_u, log_det = conditional.forward(known_g)
+                density = log_det + standard_normal_log_prob(given_u)
+                here = mask[:, token, None]
+                z_g = torch.where(here, known_g, z_g)
+                u_g = torch.where(here, given_u, u_g)
+                log_p[:, token] += torch.where(here[:, 0], density, 0.0)
             z.append(z_g)
-            noise.append(torch.where(here, given_u, u_g))
-            log_p[:, token] += torch.where(here[:, 0], density, 0.0)
+            noise.append(u_g)
         return torch.cat(z, -1), torch.cat(noise, -1), log_p
 
 

@@ -123,10 +123,11 @@ class AutoregressiveHead(nn.Module):
         """`evidence`, masked likewise."""
         return None if self.evidence is None else self.evidence * self.mask[:, :, None, None]
 
-    def embedded(self, values: Tensor, embed: Tensor, bias: Tensor | None) -> Tensor:
-        """e = gelu(embed [z, elu(z), elu(-z)] + bias) of values z [..., rows, C/G]."""
+    def embedded(self, values: Tensor, embed: Tensor, groups: int | slice) -> Tensor:
+        """e = gelu(embed [z, elu(z), elu(-z)] + bias) of these groups, z [..., rows, C/G]."""
         product = torch.cat((values, F.elu(values), F.elu(-values)), dim=-1) @ embed
-        return F.gelu(product if bias is None else product + bias)
+        bias = self.embed_bias
+        return F.gelu(product if bias is None else product + bias[groups, None])
 
     def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> list[Tensor]:
         """Parameters of all groups, each given the earlier groups of z: [G, B, N, O] each."""
@@ -134,10 +135,9 @@ class AutoregressiveHead(nn.Module):
         hidden = self.context(features).reshape(B * N, -1)
         if self.num_known:
             values = z.reshape(B * N, self.groups, self.channels).transpose(0, 1)[:-1]
-            bias = None if self.embed_bias is None else self.embed_bias[:, None]
-            embedded = self.embedded(values, self.embed, bias).transpose(0, 1).flatten(1)
+            embedded = self.embedded(values, self.embed, slice(None))
             cross = self.masked_cross().reshape(self.groups * self.hidden, -1)
-            hidden = torch.addmm(hidden, embedded, cross.T)
+            hidden = torch.addmm(hidden, embedded.transpose(0, 1).flatten(1), cross.T)
         # the outputs of all groups [G, rows, O], in one product
         scaled = [w * scale for w, scale in zip(self.weights, self.scale, strict=True)]
         active = F.gelu(hidden.view(-1, self.groups, self.hidden).transpose(0, 1))
@@ -179,8 +179,7 @@ class AutoregressiveHead(nn.Module):
             assert z is not None
             if g < self.num_known:
                 values = torch.cat((values, z), -1)
-                bias = None if self.embed_bias is None else self.embed_bias[g]
-                own = self.embedded(z, weights.embed[g], bias)
+                own = self.embedded(z, weights.embed[g], g)
                 embedded = torch.cat((embedded, own), -1)
 
 

@@ -80,8 +80,7 @@ class MixDCoupling(Coupling):
         self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
         # in a tuple, so that the encoder's parameters are not registered a second time
         self._tied = (tied,)
-        num_components = tied.vocab_size if tied is not None else components
-        self.weight_head = nn.Linear(width, num_components)
+        self.weight_head = nn.Linear(width, self.components.vocab_size)
         nn.init.zeros_(self.weight_head.weight)
         nn.init.zeros_(self.weight_head.bias)
 
@@ -165,8 +164,7 @@ class MixDCoupling(Coupling):
         token_features = self.token_features(features, z).flatten(0, -2)
         tokens = z.reshape(-1, self.latent_dim)
         mapped = chunks.in_parts(self._map, self._held_rows(z), tokens, token_features)
-        u = torch.cat([u for u, _ in mapped])
-        log_det = torch.cat([log_det for _, log_det in mapped])
+        u, log_det = (torch.cat(parts) for parts in zip(*mapped, strict=True))
         return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
 
     def _held_rows(self, like: Tensor) -> int:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
-from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents, OneFeature
+from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents
 from tarflowlm.flow.layers import Order, Patch
 from tarflowlm.flow.numerics import log_standard_normal, most_probable_component
-from tarflowlm.flow.transformer import KVCache, Transformer
+from tarflowlm.flow.transformer import Conditioner, Transformer
 from tarflowlm.model_config import TransformerConfig
 
 
@@ -37,7 +37,7 @@ class InputMap(nn.Module):
         return self.linear(x) + self.out(F.gelu(self.lift(x)))
 
 
-class FlowBlock(nn.Module):
+class FlowBlock(Conditioner):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
     Position n, in the block's own order, is transformed with parameters that depend on those before
@@ -75,21 +75,18 @@ class FlowBlock(nn.Module):
             self.register_buffer("places", places, persistent=False)
             self.token_embedding = nn.Embedding(len(places) * codebook.vocab_size, trunk.width)
 
-    def _inputs(
-        self, h: Float[Tensor, "B given C"], *, first: bool = False
-    ) -> Float[Tensor, "B next D"]:
-        """The Transformer's inputs for the latents of positions, with `first` after the start."""
-        x = widen(self.input(h))
+    def embedded(self, past: Float[Tensor, "B n C"]) -> Float[Tensor, "B n D"]:
+        x = widen(self.input(past))
         codebook = self._codebook[0]
         if codebook is not None and self.token_embedding is not None:
-            latents = h.unflatten(-1, (-1, codebook.mean.shape[1]))
+            latents = past.unflatten(-1, (-1, codebook.mean.shape[1]))
             tokens = most_probable_component(latents, codebook.mean, codebook.log_std)
             x = x + self.token_embedding(tokens + self.places).sum(-2)
-        return torch.cat((self.start.expand(len(h), 1, -1), x), dim=1) if first else x
+        return x
 
     def features(self, h: Latents) -> Features:
         """Features c_n of all positions, each from the latents before it."""
-        return self.transformer(self._inputs(h[:, :-1], first=True))
+        return self.states(h[:, :-1])
 
     def forward(self, z: Latents) -> tuple[Latents, ByPosition]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
@@ -101,26 +98,6 @@ class FlowBlock(nn.Module):
         """log p(z_n | positions before n in the block's order) of the last block, in nats."""
         h = self.order(z)
         return self.order.positions(self.coupling.log_prob(h, self.features(h)))
-
-    def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> OneFeature:
-        """Features c_n of the next position, from the latents [B, C] before it (or None)."""
-        if previous is None:
-            return cache.extend(self.start.expand(batch, 1, -1))[:, 0]
-        return self.features_of(cache, previous[:, None], first=False)[:, 0]
-
-    def features_of(
-        self, cache: KVCache, past: Float[Tensor, "B given C"], *, first: bool
-    ) -> Float[Tensor, "B next D"]:
-        """Features of the positions after the cached ones, from the latents `past` before them.
-
-        `first`: from the first position of the sequence on, one more than `past` has.
-        """
-        return cache.extend(self._inputs(past, first=first))
-
-    def allocate_cache(self, batch: int, num_positions: int, *, half: bool = False) -> KVCache:
-        """An empty KV cache for `num_positions` positions of this block; `half`: in bfloat16."""
-        like = self.start.bfloat16() if half else self.start
-        return KVCache(self.transformer, batch, num_positions, like)
 
     @torch.no_grad()
     def inverse(self, u: Latents) -> Latents:

@@ -5,6 +5,7 @@ H heads have the width E = D / H; N counts new positions.
 """
 
 import math
+from abc import abstractmethod
 from contextlib import nullcontext
 
 import torch
@@ -227,9 +228,6 @@ class KVCache:
                 width = min(-(-end // WIDTH) * WIDTH, len(self.positions))
                 features = self.one(x, at, width)
             else:
-                if self.taps is not None:
-                    self.inputs[:, self.before + start : self.before + end] = x
-                    x = self._filtered(self.inputs[:, start : self.before + end])
                 mask = self.positions[:end] <= at[:, None] if start and N > 1 else None
                 features = self._layers(x, slice(start, end), end, mask)
             features = features.to(dtype)
@@ -239,19 +237,14 @@ class KVCache:
 
     def one(self, x: Float[Tensor, "B 1 D"], at: Tensor, width: int) -> Float[Tensor, "B 1 D"]:
         """Features of position `at` [1] < `width`, by operations that a CUDA graph can replay."""
-        if self.taps is not None:
-            self.inputs[:, at + self.before] = x
-            past = torch.arange(self.before + 1, device=at.device)
-            x = self._filtered(self.inputs[:, at + past])
         return self._layers(x, at, width, self.positions[:width] <= at[:, None])
-
-    def _filtered(self, recent: Float[Tensor, "B past D"]) -> Float[Tensor, "B N D"]:
-        assert self.taps is not None
-        windows = recent.unfold(1, self.before + 1, 1)  # [B, N, D, K]
-        return (windows * self.taps).sum(-1)
 
     def _layers(self, x: Tensor, here: slice | Tensor, width: int, mask: Tensor | None) -> Tensor:
         B, N, D = x.shape
+        if self.taps is not None:
+            self.inputs[:, self.before :][:, here] = x
+            windows = self.inputs.unfold(1, self.before + 1, 1)  # [B, capacity, D, K]
+            x = (windows[:, here] * self.taps).sum(-1)
         h = x.reshape(B * N, D)
         for layer, stored in zip(self.weights, self.stored, strict=True):
             stored = stored[:, :, :, :width]
@@ -275,3 +268,50 @@ class KVCache:
             active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
             h = torch.addmm(h, active, layer.down)
         return F.layer_norm(h, (D,), self.norm).view(B, N, D)
+
+
+class Conditioner(nn.Module):
+    """A Transformer that reads a learned start vector, and then what is before each position.
+
+    `past` are latents [B, n, C] or tokens [B, n P].
+    """
+
+    start: nn.Parameter
+    transformer: Transformer
+
+    @abstractmethod
+    def embedded(self, past: Tensor) -> Float[Tensor, "B n D"]:
+        """Inputs of the Transformer for n positions."""
+
+    def _inputs(self, past: Tensor, first: bool) -> Tensor:
+        x = self.embedded(past)
+        return torch.cat((self.start.expand(len(x), 1, -1), x), dim=1) if first else x
+
+    def states(self, past: Tensor) -> Float[Tensor, "B next D"]:
+        """Features after the start vector and after each of the n positions."""
+        return self.transformer(self._inputs(past, first=True))
+
+    def allocate_cache(self, batch: int, num_positions: int, *, half: bool = False) -> KVCache:
+        """An empty KV cache for `num_positions` positions; `half`: in bfloat16."""
+        like = self.start.bfloat16() if half else self.start
+        return KVCache(self.transformer, batch, num_positions, like)
+
+    def features_at(
+        self, cache: KVCache, previous: Tensor | None, batch: int
+    ) -> Float[Tensor, "B D"]:
+        """Features c_n of the next position, from the latents [B, C] or tokens [B, P] before it.
+
+        None at the start of the sequence.
+        """
+        if previous is None:
+            return cache.extend(self.start.expand(batch, 1, -1))[:, 0]
+        return self.features_of(cache, previous[:, None], first=False)[:, 0]
+
+    def features_of(
+        self, cache: KVCache, past: Tensor, *, first: bool
+    ) -> Float[Tensor, "B next D"]:
+        """Features of the positions after the cached ones, from `past` before them.
+
+        `first`: from the first position of the sequence on, one more than `past` has.
+        """
+        return cache.extend(self._inputs(past, first))

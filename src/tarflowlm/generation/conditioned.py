@@ -45,7 +45,7 @@ class Conditioned(ABC):
         self.some_known = self.is_known.any(0).tolist()
         self.num_positions = noise.shape[1]
         self.at = 0
-        self.cache = model.allocate_cache(len(noise), self.num_positions)
+        self.cache = model.conditioner.allocate_cache(len(noise), self.num_positions)
         self.ended: Tensor | None = None
         """The rows [B] that need no more positions."""
         self.rows: Tensor | slice = slice(None)
@@ -61,7 +61,7 @@ class Conditioned(ABC):
             self.rows = without_ended(self.rows, self.ended, self.cache)
         previous = self.values[self.rows, self.at - 1] if self.at else None
         num_rows = len(self.is_known[self.rows])
-        features = self.model.features_at(self.cache, previous, num_rows)
+        features = self.model.conditioner.features_at(self.cache, previous, num_rows)
         found = self.complete(self.at, features)
         self.at += 1
         if found is None:

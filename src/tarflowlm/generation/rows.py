@@ -36,7 +36,7 @@ class Rows(ABC):
         self.tokens = tokens
         self.values = values
         self.adjust = adjust
-        self.cache = model.allocate_cache(*tokens.shape)
+        self.cache = model.conditioner.allocate_cache(*tokens.shape)
         self.at = at
         if at:
             self._features(0, at)
@@ -45,7 +45,7 @@ class Rows(ABC):
         """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
         self.cache.rewind(start)
         past = self.values[:, max(start - 1, 0) : end - 1]
-        return self.model.features_of(self.cache, past, first=start == 0)
+        return self.model.conditioner.features_of(self.cache, past, first=start == 0)
 
     def add(self, tokens: Tensor, values: Tensor) -> Tensor:
         """Write a piece, tokens [S] with values [B, S, ...]: its log-probability [B], in nats."""

@@ -125,18 +125,18 @@ def by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tens
     """`rosenblatt_inverse` for any number of rows."""
     z = torch.empty_like(u)
     for rows in cached_chunks(len(u), len(mean)):
-        z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean[None], log_std[None])
+        z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean, log_std)
     return z
 
 
 def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [n, d] for mean [1, K, d], log_std [1, K]; rows of a certain component skip the search."""
+    """z [n, d]; rows of a certain component skip the search."""
     z = torch.empty_like(u)
     open_rows = torch.arange(len(u))
     inv_std = torch.exp(-log_std)
     for i in range(u.shape[-1]):
-        center = mean[..., i]
-        z_i = mixture_cdf_inverse(u[:, i], log_alpha, center, log_std)
+        center = mean[None, :, i]
+        z_i = mixture_cdf_inverse(u[:, i], log_alpha, center, log_std[None])
         z[open_rows, i] = z_i
         if i + 1 == u.shape[-1]:
             break
@@ -145,7 +145,7 @@ def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tens
         enough = len(u) if len(u) <= _FEW_ROWS else len(u) // 2
         if (log_alpha.amax(-1) > _NEARLY_CERTAIN).sum() < enough:
             continue
-        rest, certain = _from_one_component(u[:, i + 1 :], log_alpha, mean[..., i + 1 :], log_std)
+        rest, certain = _from_one_component(u[:, i + 1 :], log_alpha, mean[:, i + 1 :], log_std)
         done = certain.nonzero().squeeze(-1)
         z[open_rows[done], i + 1 :] = rest[done]
         if len(done) == len(u):
@@ -164,14 +164,13 @@ def _from_one_component(
     mixture's CDF differs from Phi(u_i) by at most e_i. Where that is below half an ulp of the
     smaller tail of u_i, in every channel, the search could not find anything better.
     """
-    best = log_alpha.argmax(-1, keepdim=True)
-    std = torch.exp(log_std).expand_as(log_alpha).gather(-1, best)
-    index = best.unsqueeze(-1).expand(-1, 1, u.shape[-1])
-    z = mean.expand(len(u), -1, -1).gather(1, index).squeeze(1) + std * u
-    a = (z[:, None] - mean) * torch.exp(-log_std).unsqueeze(-1)
-    evidence = torch.addcmul(-log_std.unsqueeze(-1), a, a, value=-0.5).cumsum(-1)
+    best = log_alpha.argmax(-1)
+    z = mean[best] + torch.exp(log_std)[best, None] * u
+    a = (z[:, None] - mean) * torch.exp(-log_std)[:, None]
+    evidence = torch.addcmul(-log_std[:, None], a, a, value=-0.5).cumsum(-1)
     log_odds = log_alpha.unsqueeze(-1).repeat(1, 1, u.shape[-1])
     log_odds[..., 1:] += evidence[..., :-1]
+    index = best[:, None, None].expand(-1, 1, u.shape[-1])
     log_odds -= log_odds.gather(1, index)
     others = log_odds.scatter_(1, index, -torch.inf).exp_().sum(1)
     float_ = torch.finfo(u.dtype)

@@ -217,9 +217,11 @@ def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Te
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if not layout.use_eager_cpu(x):
-        log_share = torch.log_softmax(x, -1, dtype=wide)
-        share = torch.softmax(x, -1) if softmax else x[:0]
-        return x[:, 0].to(wide) - log_share[:, 0], share
+        if not softmax:  # of a head: no logit is far below their sum
+            return x[:, 0].to(wide) - torch.log_softmax(x, -1, dtype=wide)[:, 0], x[:0]
+        share = torch.softmax(x, -1, dtype=wide)
+        top, at = x.max(-1, keepdim=True)
+        return (top - share.gather(-1, at).log()).squeeze(-1), share.to(dtype)
     x = x.to(wide)
     top = x.amax(-1, keepdim=True)
     # -inf - -inf would be NaN
