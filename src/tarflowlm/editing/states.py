@@ -16,7 +16,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
-from tarflowlm.generation.inversion import Decoders, invert_stack
+from tarflowlm.generation.inversion import Decoders, finish, stack_inversion
 from tarflowlm.generation.sampling import num_leading
 from tarflowlm.language_model import check_tokens
 from tarflowlm.model import TarFlowLM
@@ -208,7 +208,7 @@ def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
 
 def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:
     """The states h^(level) = `state`, ..., h^(0), each [B, T, d]."""
-    states, _ = invert_stack(
+    steps = stack_inversion(
         source.model,
         state,
         decoder=decoder,
@@ -216,7 +216,7 @@ def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders)
         known=source.text.states,
         progress=source.progress,
     )
-    return states
+    return finish(steps)[0]
 
 
 def compared(

@@ -5,11 +5,10 @@ any position.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import wraps
-from typing import Generic, ParamSpec, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +38,6 @@ FEW_SEQUENCES = 2
 PROBED = 8
 """Sequences of noise that tell whether sweeps cost less than drawing."""
 
-P = ParamSpec("P")
 R = TypeVar("R")
 Y = TypeVar("Y")
 
@@ -62,17 +60,6 @@ def finish(steps: Generator[object, None, R]) -> R:
     for _ in kept:
         pass
     return kept.value
-
-
-def finished(function: Callable[P, Generator[object, None, R]]) -> Callable[P, R]:
-    """The function that finishes what `function` starts, without gradients."""
-
-    @wraps(function)
-    @torch.no_grad()
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return finish(function(*args, **kwargs))
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -356,9 +343,6 @@ def stack_inversion(
         h = found.h
         states.append(patch.inverse(h))
     return states, work
-
-
-invert_stack = finished(stack_inversion)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

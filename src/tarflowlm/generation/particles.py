@@ -15,7 +15,7 @@ from torch import Tensor
 from tarflowlm.config import Decoder
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.conditioned import Conditioned
-from tarflowlm.generation.inversion import Inverted, invert_stack
+from tarflowlm.generation.inversion import Inverted, finish, stack_inversion
 from tarflowlm.generation.sampling import Samples
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT
@@ -181,7 +181,7 @@ class LatentSource:
         noise = samples.normal(num_tokens, self.model.config.latent_dim)
         if self.single:
             return noise, []
-        states, work = invert_stack(
+        steps = stack_inversion(
             self.model,
             noise,
             decoder=self.decoder,
@@ -189,6 +189,7 @@ class LatentSource:
             uniform=samples.draws(self.decoder[0], num_tokens),
             progress=samples.progress,
         )
+        states, work = finish(steps)
         return states[-1], work
 
     def _log_p(self, h: Tensor) -> Tensor:
