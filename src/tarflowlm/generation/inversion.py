@@ -140,8 +140,6 @@ class _Inversion:
         self.passes = 0
         self.swept = (self.num_positions, 0)
         """The range of positions that sweeps with exact inverses made final."""
-        self.takes_newton = isinstance(block.coupling, ChannelCoupling)
-        """Whether Newton steps may converge."""
 
     def settle(self, h: Tensor) -> None:
         """Begin with the latents h [B, n, C] of the first positions."""
@@ -206,10 +204,10 @@ class _Inversion:
         # NaN counts as far
         if not largest_change(new, noise).max() < CONTRACTION:
             return False
-        return self.newton(min(self.num_positions, self.at + LONGEST_SEGMENT))
+        return self.newton()
 
-    def newton(self, end: int) -> bool:
-        """Newton steps of all positions up to `end` at once: True if they converged.
+    def newton(self) -> bool:
+        """Newton steps of the next LONGEST_SEGMENT positions at once: True if they converged.
 
         Rows that have settled take no further steps. A step that fails to shrink the changes ends
         them, and the open positions get back their guess.
@@ -217,6 +215,7 @@ class _Inversion:
         coupling = cast(ChannelCoupling, self.block.coupling)
         judge = NewtonJudge(self.tolerance)
         at = self.at
+        end = min(self.num_positions, at + LONGEST_SEGMENT)
         guess = self.h[:, at:end].clone()
         cache = self.cache
         rows = torch.arange(len(self.h), device=self.h.device)
@@ -265,8 +264,9 @@ class _Inversion:
         """
         limit = self.num_positions
         length = LONGEST_SEGMENT
-        while limit - self.at >= SHORTEST_NEWTON and self.takes_newton:
-            self.takes_newton = self.newton(min(limit, self.at + length))
+        takes_newton = isinstance(self.block.coupling, ChannelCoupling)
+        while limit - self.at >= SHORTEST_NEWTON and takes_newton:
+            takes_newton = self.newton()
         while self.at < limit:
             stop = min(limit, self.at + length)
             last = math.inf
@@ -286,7 +286,7 @@ class _Inversion:
             return
         h, u = self.h[:, :end], self.noise[:, :end]
         again, _ = self.block.coupling(h, self.block.features(h))
-        off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[start:]
+        off = largest_change(u, again).amax(0)[start:]
         # NaN counts as bad
         first_bad = start + num_leading(off <= RESIDUAL[off.dtype])
         if first_bad < end:
