@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tarflowlm.checks import check_share
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.rewriting import (
@@ -150,8 +149,6 @@ def replace_piece(
 
     `around` words on each side may be drawn anew, given all else; 0 keeps them.
     """
-    if around < 0:
-        raise UserError(f"around {around}: must be at least 0")
     start, stop, tokens = _replacement(source, old, new)
     before = source.text.tokens[0, : source.text.length].cpu()
     changed = torch.cat((before[:start], tokens, before[stop:]))
@@ -212,7 +209,6 @@ def take_words(
     `weight` is the share of its words: 0 is the text, 1 the other one. Words that the stretch cuts
     are drawn anew.
     """
-    check_share(weight, "weight")
     second = other.repeated(source.num)
     ours = words_of(source.symbols(source.text))
     theirs = words_of(source.symbols(second))
@@ -251,7 +247,7 @@ EDITS: dict[str, Callable[..., Edit]] = {
     "interpolate": interpolate,
     "level": renoise_state,
 }
-"""The edits by name. Each raises UserError for options out of range."""
+"""The edits by name. `texts.requests.Edit` checks the numbers that they are given."""
 
 
 def options_of(name: str) -> frozenset[str]:
@@ -260,12 +256,8 @@ def options_of(name: str) -> frozenset[str]:
 
 
 def num_words(strength: float, words: Sequence[Span]) -> int:
-    """How many words a share `strength` is: rounded, and at least one unless it is 0.
-
-    UserError outside of [0, 1].
-    """
-    check_share(strength, "strength")
-    return max(1, round(strength * len(words))) if strength and words else 0
+    """How many words a share `strength` is: rounded, and at least one unless it is 0."""
+    return max(1, round(strength * len(words))) if strength else 0
 
 
 def common_length(text: Sized, other: Sized) -> int:

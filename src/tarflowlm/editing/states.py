@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tarflowlm.checks import check_share
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
@@ -127,9 +126,8 @@ def renoise(
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise),
     `strength` eta from 0 (no change) to 1 (all noise). `where` limits the change to some tokens.
-    The progress advances once per position and block. UserError if eta or l is out of range.
+    The progress advances once per position and block. UserError if l is out of range.
     """
-    check_share(strength, "strength")
     state = _state(source.text, level)
     generator = source.generator
     eps = torch.randn(*state.shape, generator=generator, device=generator.device).to(state)
@@ -158,13 +156,12 @@ def interpolate(
     `other` has the second text of every row, or one for all.
 
     theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0
-    gives the first text, 1 the second, exactly; `Edit.before` is the first. UserError for other
-    lengths, or kappa or l out of range.
+    gives the first text, 1 the second, exactly; `Edit.before` is the first. UserError if l is out
+    of range.
     """
-    check_share(weight, "weight")
     first = source.text
     second = other.repeated(len(first.tokens))
-    check_lengths(first, second)
+    assert first.length == second.length
     source.stage(level)
     a = _state(first, level)
     b = _state(second, level)
@@ -255,14 +252,6 @@ def _bound(model: TarFlowLM, tokens: Int[Tensor, "B T"], seed: int) -> Float[Ten
         noise = model.draw_noise(tokens[:1], generator)
         draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
     return torch.stack(draws).mean(0)
-
-
-def check_lengths(first: Encoded, second: Encoded) -> None:
-    """UserError for texts of different lengths."""
-    if first.length != second.length:
-        raise UserError(
-            f"texts of {first.length} and {second.length} tokens: cut them to the same length"
-        )
 
 
 def _state(text: Encoded, level: int) -> Tensor:
