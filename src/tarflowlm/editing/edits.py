@@ -6,7 +6,7 @@ edit = EDITS["words"](source, strength=0.2)
 """
 
 import inspect
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -183,7 +183,6 @@ def substitute_piece(source: WordSource, *, old: str, new: str) -> Edit:
         )
     replacements = torch.full((source.text.length,), -1)
     replacements[start:stop] = tokens
-    source.stage(1)
     return substitute(source, replacements)
 
 
@@ -234,7 +233,6 @@ def renoise_state(
     """Add noise of a `strength` to the state `level`, everywhere or at some `words`."""
     length = source.text.tokens.shape[1]
     where = None if words is None else covered(source.pick(words, pick), length)
-    source.stage(level)
     return renoise(source, level=level, strength=strength, where=where, decoder=decoder)
 
 
@@ -258,16 +256,3 @@ def options_of(name: str) -> frozenset[str]:
 def num_words(strength: float, words: Sequence[Span]) -> int:
     """How many words a share `strength` is: rounded, and at least one unless it is 0."""
     return max(1, round(strength * len(words))) if strength else 0
-
-
-def common_length(text: Sized, other: Sized) -> int:
-    """The tokens of the shorter of two texts.
-
-    UserError where little of the first `text` would be left.
-    """
-    if 2 * len(other) < len(text):
-        raise UserError(
-            f"the other text has {len(other)} of the {len(text)} tokens of the text: "
-            "give one that is about as long"
-        )
-    return min(len(text), len(other))

@@ -72,9 +72,9 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     u = block.order(prior.patch(text.states[level + 1])).repeat(R, 1, 1)
     stays = torch.full((N, patch), level == 0)
     if level:
-        u[:, first:end] = _normal(source, R, end - first, C)
+        u[:, first:end] = source.normal(R, end - first, C)
     else:
-        u[:, first:end] = prior.patch(_normal(source, R, N * patch, C // patch))[:, first:end]
+        u[:, first:end] = prior.patch(source.normal(R, N * patch, C // patch))[:, first:end]
         stays.view(-1)[slice(*span)] = False
     cache = block.allocate_cache(R, N)
     if first:
@@ -107,12 +107,6 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     if level == 0:
         tokens = torch.where(stays.view(-1).to(z.device), text.tokens, tokens)
     return z, tokens, weight(log_w)
-
-
-def _normal(source: Source, *shape: int) -> Tensor:
-    generator = source.generator
-    noise = torch.randn(*shape, generator=generator, device=generator.device)
-    return noise.to(source.text.states[0])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, finish, stack_inversion
-from tarflowlm.generation.sampling import num_leading
+from tarflowlm.generation.sampling import num_leading, row_generators
 from tarflowlm.language_model import check_tokens
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -112,6 +112,12 @@ class Source:
         positions = self.text.tokens.shape[1] // self.model.config.patch
         self.progress.stage("editing, positions", blocks * positions)
 
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal noise."""
+        generator = self.generator
+        noise = torch.randn(*shape, generator=generator, device=generator.device)
+        return noise.to(self.text.states[0])
+
 
 @torch.no_grad()
 def renoise(
@@ -129,9 +135,7 @@ def renoise(
     The progress advances once per position and block. UserError if l is out of range.
     """
     state = _state(source.text, level)
-    generator = source.generator
-    eps = torch.randn(*state.shape, generator=generator, device=generator.device).to(state)
-    changed = (1 - strength**2) ** 0.5 * state + strength * eps
+    changed = (1 - strength**2) ** 0.5 * state + strength * source.normal(*state.shape)
     if strength == 0:
         changed = state  # to the bit
     if where is not None:
@@ -162,7 +166,6 @@ def interpolate(
     first = source.text
     second = other.repeated(len(first.tokens))
     assert first.length == second.length
-    source.stage(level)
     a = _state(first, level)
     b = _state(second, level)
     anchor = second if weight == 1.0 else first
@@ -183,6 +186,7 @@ def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
     """
     model = source.model
     text = source.text
+    source.stage(1)
     assert replacements.shape == (text.length,), "one entry for every token"
     B, T = text.tokens.shape
     wanted = torch.full((T,), -1)
@@ -205,6 +209,7 @@ def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
 
 def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:
     """The states h^(level) = `state`, ..., h^(0), each [B, T, d]."""
+    source.stage(level)
     steps = stack_inversion(
         source.model,
         state,
@@ -229,24 +234,26 @@ def compared(
     aligned = old if aligned is None else aligned.to(tokens.device)
     length = aligned.shape[-1]
     new = tokens[:, :length]
-    seed = int(torch.randint(2**62, (), generator=source.generator, device=source.generator.device))
+    # alike, so that equal texts have equal bounds
+    noise, same_noise = row_generators((0, 0), source.generator)
     return Edit(
         old,
         new,
         changed=new != aligned,
-        bound_before=_bound(model, text.tokens, seed),
-        bound=_bound(model, tokens, seed),
+        bound_before=_bound(model, text.tokens, noise),
+        bound=_bound(model, tokens, same_noise),
         states=tuple(h[:, :length] for h in states),
     )
 
 
 @torch.no_grad()
-def _bound(model: TarFlowLM, tokens: Int[Tensor, "B T"], seed: int) -> Float[Tensor, " B"]:
+def _bound(
+    model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator
+) -> Float[Tensor, " B"]:
     """The bound of texts of whole patches, in nats: a mean over SAMPLES posterior samples.
 
-    All texts get the same noise, so that equal ones have equal bounds.
+    All texts get the same noise.
     """
-    generator = Generator().manual_seed(seed)
     draws = []
     for _ in range(SAMPLES):
         noise = model.draw_noise(tokens[:1], generator)
