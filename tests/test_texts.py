@@ -50,6 +50,14 @@ def test_a_stream_stops_where_its_stop_is_read(flow):
     assert flow.write("The King", num_tokens=40, seed=3, stop=stop.upper()) == shown
 
 
+def test_words_that_the_prompt_holds_ask_for_no_particles(flow):
+    found = [
+        writing.Draft.of(Writing(prompt="the king", contains=words), flow).particles
+        for words in ("king", "lord")
+    ]
+    assert found == [1, 16]
+
+
 CASES = {
     "prompt": (
         Writing(prompt="The King", num_tokens=30, seed=3, num=2),
