@@ -104,8 +104,7 @@ def redraw_words(
 
     `strength` is the share of the words, from 0 to 1, and `words` a number of them instead. Where
     the model repeats a word, another one is tried. Of so many `candidates` for every word, or for
-    several neighbouring ones, one is taken by how well the rest of the text follows it. The default
-    of their `temperature` is TEMPERATURE.
+    several neighbouring ones, one is taken by how well the rest of the text follows it.
     """
     places = words_of(source.symbols(source.text))
     if not places:

@@ -52,7 +52,6 @@ class Weights:
         self.log_w = torch.zeros(num, samples.particles, dtype=torch.float64)
         """log omega_r [num, R], in nats; after resampling all have the mean weight."""
         self.draws = torch.zeros(num, dtype=torch.long)
-        """How often the particles of each sample were resampled, [num]."""
 
     def add(self, log_increment: Tensor | None) -> None:
         """Multiply the weights by exp(`log_increment`), [num R]."""
