@@ -136,8 +136,6 @@ def renoise(
     """
     state = _state(source.text, level)
     changed = (1 - strength**2) ** 0.5 * state + strength * source.normal(*state.shape)
-    if strength == 0:
-        changed = state  # to the bit
     if where is not None:
         changed = torch.where(where.to(state.device)[:, None], changed, state)
     states = inverted_below(source, level, changed, decoder)
