@@ -31,6 +31,10 @@ def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
         (Writing, {"top_k": 0}, "top-k 0"),
         (Writing, {"top_p": 1.5}, "top-p 1.5"),
         (Edit, {"text": "the king", "temperature": 0.0}, "temperature 0.0"),
+        (Edit, {"text": "the king", "strength": float("nan")}, "strength nan"),
+        (Edit, {"text": "the king", "weight": 1.5}, r"weight 1\.5"),
+        (Edit, {"text": "the king", "candidates": 0}, "candidates 0"),
+        (Edit, {"text": "the king", "around": -1}, "around -1"),
     ],
 )
 def test_values_out_of_range_are_named_without_a_model(request_, options, named):
@@ -44,6 +48,14 @@ def test_a_stream_stops_where_its_stop_is_read(flow):
     shown = "".join(flow.stream("The King", num_tokens=40, seed=3, stop=stop.upper()))
     assert shown == whole[: whole.index(stop, 8)]
     assert flow.write("The King", num_tokens=40, seed=3, stop=stop.upper()) == shown
+
+
+def test_words_that_the_prompt_holds_ask_for_no_particles(flow):
+    found = [
+        writing.Draft.of(Writing(prompt="the king", contains=words), flow).particles
+        for words in ("king", "lord")
+    ]
+    assert found == [1, 16]
 
 
 CASES = {

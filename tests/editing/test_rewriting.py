@@ -286,12 +286,7 @@ def test_costs_add_up_to_the_bound_of_block_1():
 def test_refusals():
     model = tiny_flow(couplings=("mix1", "mix1"))
     text = encode(model, TEXT[:1], generator())
-    with pytest.raises(UserError, match="candidates 0"):
-        Candidates(0)
     for level in (0, 1):
         candidates = Candidates(2, temperature=0.5, level=level)
         with pytest.raises(UserError, match=f"state {level} .* no weights of tokens"):
             redraw(Source(model, text, generator()), (1, 3), candidates)
-    short = encode(model, TEXT[:1, :4], generator())
-    with pytest.raises(UserError, match="7 and 4 tokens"):
-        blend(Source(model, text, generator()), short, [([], [])], Candidates(1))

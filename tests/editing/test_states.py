@@ -142,12 +142,9 @@ def test_bounds_are_means_of_the_negative_elbo():
             torch.testing.assert_close(found, expected, rtol=0.01, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("strength", -0.1), ("strength", 1.5), ("strength", math.nan), ("level", 4), ("level", -1)],
-)
-def test_renoising_refuses(option, value):
+@pytest.mark.parametrize("level", [4, -1])
+def test_renoising_refuses(level):
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"))
     text = encode(model, TEXT, generator())
-    with pytest.raises(UserError, match=f"{option} {value}"):
-        renoise(Source(model, text, generator()), **{"level": 1, "strength": 0.5} | {option: value})
+    with pytest.raises(UserError, match=f"level {level}"):
+        renoise(Source(model, text, generator()), level=level, strength=0.5)

@@ -10,7 +10,7 @@ from helpers import FILLS, mostly_slow, tiny_flow
 from tarflowlm.editing.states import Source, encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.inversion import invert_stack
+from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.model import TarFlowLM
 
 NUM = 3000
@@ -65,7 +65,7 @@ def test_the_noise_of_what_is_drawn_is_standard_normal_and_inverts_to_it(name):
     assert_standard_normal(noise.flatten(1))
     few = [h[:50] for h in found.states]
     with torch.no_grad():
-        states, _ = invert_stack(model, few[0])
+        states, _ = finish(stack_inversion(model, few[0]))
     for ours, theirs in zip(few, states, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 

@@ -8,7 +8,7 @@ from helpers import FILLS, normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.inversion import invert_stack
+from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.progress import Progress
 
@@ -72,8 +72,9 @@ def test_a_stack_that_runs_left_to_right_continues_a_prompt_exactly():
     """
     model, num = tiny_flow(**FILLS, alternate=False, log_std=-4.0), 3
     with torch.no_grad():
-        states, _ = invert_stack(model, normal(4, 8, 2))
-        again, _ = invert_stack(model, states[0], known=[h[:, :num] for h in reversed(states)])
+        states, _ = finish(stack_inversion(model, normal(4, 8, 2)))
+        known = [h[:, :num] for h in reversed(states)]
+        again, _ = finish(stack_inversion(model, states[0], known=known))
     for h, same in zip(states, again, strict=True):
         torch.testing.assert_close(same, h)
     prompt = torch.tensor([1, 0, 4])

@@ -9,7 +9,7 @@ import torch
 
 from helpers import normal, tiny_flow
 from tarflowlm.generation import generate, inversion
-from tarflowlm.generation.inversion import block_inversion, finished, invert_stack
+from tarflowlm.generation.inversion import Inverted, block_inversion, finish, stack_inversion
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import FlowConfig, stack
@@ -17,7 +17,6 @@ from tarflowlm.pretrained import load
 
 pytestmark = pytest.mark.slow
 
-invert_block = finished(block_inversion)
 STACKS = [
     ("mix1",),
     ("affine",),
@@ -26,6 +25,11 @@ STACKS = [
     ("affine", "mix1"),
     ("mixd", "mix1", "affine"),
 ]
+
+
+@torch.no_grad()
+def invert_block(*args, **options) -> Inverted:
+    return finish(block_inversion(*args, **options))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, no_clock):
         for batch in (1, 12):
             noise = normal(batch, 256, 2).to(dtype)
             with torch.no_grad():
-                found, work = invert_stack(model, noise, decoder=decoder)
+                found, work = finish(stack_inversion(model, noise, decoder=decoder))
                 again = model.prior(found[-1])[0]
             assert all(w.decoder == "sweeps" and w.passes <= most for w in work)
             torch.testing.assert_close(again, noise, rtol=tolerance, atol=tolerance)

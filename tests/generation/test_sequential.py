@@ -13,7 +13,7 @@ from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedTokens
-from tarflowlm.generation.inversion import invert_stack
+from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.sampling import Samples, adjust_weights, row_generators
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT
@@ -51,7 +51,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_inverting_the_stack_gives_the_states_of_forward(patch):
     model = tiny_flow(couplings=("mixd", "mix1", "affine"), patch=patch)
     with torch.no_grad():
-        found, _ = invert_stack(model, normal(3, 8, 2))
+        found, _ = finish(stack_inversion(model, normal(3, 8, 2)))
         states, _ = model.prior.states(found[-1])
     assert len(found) == 4
     for ours, theirs in zip(found, reversed(states), strict=True):
@@ -125,7 +125,8 @@ def test_temperature_is_a_power_of_the_weights(temperature):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     power = discrete_probabilities(model, 1, 4) ** (1 / temperature)
     with torch.no_grad():
-        z = invert_stack(model, normal(NUM, 1, 2), adjust=adjust_weights(temperature))[0][-1]
+        steps = stack_inversion(model, normal(NUM, 1, 2), adjust=adjust_weights(temperature))
+        z = finish(steps)[0][-1]
     assert_frequencies(model.codebook.decode(z), power / power.sum(), 4)
     drawn = generate(
         model,

@@ -6,13 +6,12 @@ edit = EDITS["words"](source, strength=0.2)
 """
 
 import inspect
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tarflowlm.checks import check_share
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.rewriting import (
@@ -105,8 +104,7 @@ def redraw_words(
 
     `strength` is the share of the words, from 0 to 1, and `words` a number of them instead. Where
     the model repeats a word, another one is tried. Of so many `candidates` for every word, or for
-    several neighbouring ones, one is taken by how well the rest of the text follows it. The default
-    of their `temperature` is TEMPERATURE.
+    several neighbouring ones, one is taken by how well the rest of the text follows it.
     """
     places = words_of(source.symbols(source.text))
     if not places:
@@ -150,8 +148,6 @@ def replace_piece(
 
     `around` words on each side may be drawn anew, given all else; 0 keeps them.
     """
-    if around < 0:
-        raise UserError(f"around {around}: must be at least 0")
     start, stop, tokens = _replacement(source, old, new)
     before = source.text.tokens[0, : source.text.length].cpu()
     changed = torch.cat((before[:start], tokens, before[stop:]))
@@ -186,7 +182,6 @@ def substitute_piece(source: WordSource, *, old: str, new: str) -> Edit:
         )
     replacements = torch.full((source.text.length,), -1)
     replacements[start:stop] = tokens
-    source.stage(1)
     return substitute(source, replacements)
 
 
@@ -212,7 +207,6 @@ def take_words(
     `weight` is the share of its words: 0 is the text, 1 the other one. Words that the stretch cuts
     are drawn anew.
     """
-    check_share(weight, "weight")
     second = other.repeated(source.num)
     ours = words_of(source.symbols(source.text))
     theirs = words_of(source.symbols(second))
@@ -238,7 +232,6 @@ def renoise_state(
     """Add noise of a `strength` to the state `level`, everywhere or at some `words`."""
     length = source.text.tokens.shape[1]
     where = None if words is None else covered(source.pick(words, pick), length)
-    source.stage(level)
     return renoise(source, level=level, strength=strength, where=where, decoder=decoder)
 
 
@@ -251,7 +244,7 @@ EDITS: dict[str, Callable[..., Edit]] = {
     "interpolate": interpolate,
     "level": renoise_state,
 }
-"""The edits by name. Each raises UserError for options out of range."""
+"""The edits by name. `texts.requests.Edit` checks the numbers that they are given."""
 
 
 def options_of(name: str) -> frozenset[str]:
@@ -260,22 +253,5 @@ def options_of(name: str) -> frozenset[str]:
 
 
 def num_words(strength: float, words: Sequence[Span]) -> int:
-    """How many words a share `strength` is: rounded, and at least one unless it is 0.
-
-    UserError outside of [0, 1].
-    """
-    check_share(strength, "strength")
-    return max(1, round(strength * len(words))) if strength and words else 0
-
-
-def common_length(text: Sized, other: Sized) -> int:
-    """The tokens of the shorter of two texts.
-
-    UserError where little of the first `text` would be left.
-    """
-    if 2 * len(other) < len(text):
-        raise UserError(
-            f"the other text has {len(other)} of the {len(text)} tokens of the text: "
-            "give one that is about as long"
-        )
-    return min(len(text), len(other))
+    """How many words a share `strength` is: rounded, and at least one unless it is 0."""
+    return max(1, round(strength * len(words))) if strength else 0

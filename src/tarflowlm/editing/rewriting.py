@@ -13,14 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tarflowlm.editing.states import (
-    Edit,
-    Encoded,
-    Source,
-    check_lengths,
-    compared,
-    inverted_below,
-)
+from tarflowlm.editing.states import Edit, Encoded, Source, compared, inverted_below
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -34,7 +27,7 @@ Proposed = tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates for a span, of which one is taken. UserError for fewer than one."""
+    """The candidates for a span, of which one is taken."""
 
     number: int
     temperature: float = 1.0
@@ -49,10 +42,6 @@ class Candidates:
     """Else those that repeat the tokens that were there are taken only if all do."""
     lead: tuple[int, ...] = ()
     """Tokens behind which a span at the beginning of a text is drawn, so that it begins a word."""
-
-    def __post_init__(self) -> None:
-        if self.number < 1:
-            raise UserError(f"candidates {self.number}: must be at least 1")
 
 
 @torch.no_grad()
@@ -83,9 +72,9 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     u = block.order(prior.patch(text.states[level + 1])).repeat(R, 1, 1)
     stays = torch.full((N, patch), level == 0)
     if level:
-        u[:, first:end] = _normal(source, R, end - first, C)
+        u[:, first:end] = source.normal(R, end - first, C)
     else:
-        u[:, first:end] = prior.patch(_normal(source, R, N * patch, C // patch))[:, first:end]
+        u[:, first:end] = prior.patch(source.normal(R, N * patch, C // patch))[:, first:end]
         stays.view(-1)[slice(*span)] = False
     cache = block.allocate_cache(R, N)
     if first:
@@ -118,12 +107,6 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     if level == 0:
         tokens = torch.where(stays.view(-1).to(z.device), text.tokens, tokens)
     return z, tokens, weight(log_w)
-
-
-def _normal(source: Source, *shape: int) -> Tensor:
-    generator = source.generator
-    noise = torch.randn(*shape, generator=generator, device=generator.device)
-    return noise.to(source.text.states[0])
 
 
 @torch.no_grad()
@@ -203,10 +186,10 @@ def blend(
     """Take spans of second texts, at their places, and redraw the words that they cut.
 
     `spans[b]` are the spans that row b takes, and the spans of the first text that stay. The
-    progress advances once per row. UserError for texts of different lengths.
+    progress advances once per row.
     """
     first = source.text
-    check_lengths(first, second)
+    assert first.length == second.length
     rows = []
     for b, (taken, kept) in enumerate(spans):
         is_second = covered(taken, first.tokens.shape[1])

@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tarflowlm.checks import check_share
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
-from tarflowlm.generation.inversion import Decoders, invert_stack
-from tarflowlm.generation.sampling import num_leading
+from tarflowlm.generation.inversion import Decoders, finish, stack_inversion
+from tarflowlm.generation.sampling import num_leading, row_generators
 from tarflowlm.language_model import check_tokens
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -113,6 +112,12 @@ class Source:
         positions = self.text.tokens.shape[1] // self.model.config.patch
         self.progress.stage("editing, positions", blocks * positions)
 
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal noise."""
+        generator = self.generator
+        noise = torch.randn(*shape, generator=generator, device=generator.device)
+        return noise.to(self.text.states[0])
+
 
 @torch.no_grad()
 def renoise(
@@ -127,15 +132,10 @@ def renoise(
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise),
     `strength` eta from 0 (no change) to 1 (all noise). `where` limits the change to some tokens.
-    The progress advances once per position and block. UserError if eta or l is out of range.
+    The progress advances once per position and block. UserError if l is out of range.
     """
-    check_share(strength, "strength")
     state = _state(source.text, level)
-    generator = source.generator
-    eps = torch.randn(*state.shape, generator=generator, device=generator.device).to(state)
-    changed = (1 - strength**2) ** 0.5 * state + strength * eps
-    if strength == 0:
-        changed = state  # to the bit
+    changed = (1 - strength**2) ** 0.5 * state + strength * source.normal(*state.shape)
     if where is not None:
         changed = torch.where(where.to(state.device)[:, None], changed, state)
     states = inverted_below(source, level, changed, decoder)
@@ -158,14 +158,12 @@ def interpolate(
     `other` has the second text of every row, or one for all.
 
     theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0
-    gives the first text, 1 the second, exactly; `Edit.before` is the first. UserError for other
-    lengths, or kappa or l out of range.
+    gives the first text, 1 the second, exactly; `Edit.before` is the first. UserError if l is out
+    of range.
     """
-    check_share(weight, "weight")
     first = source.text
     second = other.repeated(len(first.tokens))
-    check_lengths(first, second)
-    source.stage(level)
+    assert first.length == second.length
     a = _state(first, level)
     b = _state(second, level)
     anchor = second if weight == 1.0 else first
@@ -186,6 +184,7 @@ def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
     """
     model = source.model
     text = source.text
+    source.stage(1)
     assert replacements.shape == (text.length,), "one entry for every token"
     B, T = text.tokens.shape
     wanted = torch.full((T,), -1)
@@ -208,7 +207,8 @@ def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
 
 def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:
     """The states h^(level) = `state`, ..., h^(0), each [B, T, d]."""
-    states, _ = invert_stack(
+    source.stage(level)
+    steps = stack_inversion(
         source.model,
         state,
         decoder=decoder,
@@ -216,7 +216,7 @@ def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders)
         known=source.text.states,
         progress=source.progress,
     )
-    return states
+    return finish(steps)[0]
 
 
 def compared(
@@ -232,37 +232,31 @@ def compared(
     aligned = old if aligned is None else aligned.to(tokens.device)
     length = aligned.shape[-1]
     new = tokens[:, :length]
-    seed = int(torch.randint(2**62, (), generator=source.generator, device=source.generator.device))
+    # alike, so that equal texts have equal bounds
+    noise, same_noise = row_generators((0, 0), source.generator)
     return Edit(
         old,
         new,
         changed=new != aligned,
-        bound_before=_bound(model, text.tokens, seed),
-        bound=_bound(model, tokens, seed),
+        bound_before=_bound(model, text.tokens, noise),
+        bound=_bound(model, tokens, same_noise),
         states=tuple(h[:, :length] for h in states),
     )
 
 
 @torch.no_grad()
-def _bound(model: TarFlowLM, tokens: Int[Tensor, "B T"], seed: int) -> Float[Tensor, " B"]:
+def _bound(
+    model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator
+) -> Float[Tensor, " B"]:
     """The bound of texts of whole patches, in nats: a mean over SAMPLES posterior samples.
 
-    All texts get the same noise, so that equal ones have equal bounds.
+    All texts get the same noise.
     """
-    generator = Generator().manual_seed(seed)
     draws = []
     for _ in range(SAMPLES):
         noise = model.draw_noise(tokens[:1], generator)
         draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
     return torch.stack(draws).mean(0)
-
-
-def check_lengths(first: Encoded, second: Encoded) -> None:
-    """UserError for texts of different lengths."""
-    if first.length != second.length:
-        raise UserError(
-            f"texts of {first.length} and {second.length} tokens: cut them to the same length"
-        )
 
 
 def _state(text: Encoded, level: int) -> Tensor:

@@ -61,7 +61,7 @@ def generate(
     single block and for a stack without blocks from right to left. Otherwise the drawn tokens
     ignore given tokens further right and the dependence that the upper blocks describe.
     R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
-    By default R is 16 where given tokens follow a blank, and else 1.
+    By default R is 16 where given tokens follow a blank or draws are constrained, and else 1.
 
     A list of pieces [S] with a `Gap` between them leaves open how many tokens the gap has: every
     number is weighted by its evidence, under a uniform prior. `allowed` is a mask [V] of the tokens
@@ -310,7 +310,6 @@ def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -
     num_tokens = given.shape[1]
     context = model.config.context
     usual = usual_particles(given)
-    asked = particles is not None
     particles = as_integer(usual if particles is None else particles, "particles", least=1)
     if num_tokens > context and max(particles, usual) > 1:
         raise UserError(
@@ -319,7 +318,7 @@ def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -
         )
     if particles == 1 and (given != BLANK).all():
         raise no_room(num_tokens, num_tokens)
-    if asked and particles > 1 and exact_prompt(model, given):
+    if particles > 1 and exact_prompt(model, given):
         raise UserError(
             f"particles {particles}: this model continues a prompt exactly, leave them out"
         )

@@ -5,11 +5,10 @@ any position.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import wraps
-from typing import Generic, ParamSpec, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.generation.newton import CONTRACTION, RESIDUAL, NewtonJudge, largest_change
 from tarflowlm.generation.sampling import num_leading, without_ended
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -30,6 +28,12 @@ Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when it changes by at most this times 1 + |h|: a few roundings."""
+RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
+"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|; rounding causes up to 1e-5."""
+CONTRACTION = 0.5
+"""Newton steps converge where the first changes the noise by less than this, times 1 + |h|, and
+every further one by less than this times the step before.
+"""
 SHORTEST_NEWTON = 8
 """Fewest positions for Newton steps; so many show whether a block is near the identity."""
 LONGEST_SEGMENT = 512
@@ -39,7 +43,6 @@ FEW_SEQUENCES = 2
 PROBED = 8
 """Sequences of noise that tell whether sweeps cost less than drawing."""
 
-P = ParamSpec("P")
 R = TypeVar("R")
 Y = TypeVar("Y")
 
@@ -62,17 +65,6 @@ def finish(steps: Generator[object, None, R]) -> R:
     for _ in kept:
         pass
     return kept.value
-
-
-def finished(function: Callable[P, Generator[object, None, R]]) -> Callable[P, R]:
-    """The function that finishes what `function` starts, without gradients."""
-
-    @wraps(function)
-    @torch.no_grad()
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return finish(function(*args, **kwargs))
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -153,8 +145,6 @@ class _Inversion:
         self.passes = 0
         self.swept = (self.num_positions, 0)
         """The range of positions that sweeps with exact inverses made final."""
-        self.takes_newton = isinstance(block.coupling, ChannelCoupling)
-        """Whether Newton steps may converge."""
 
     def settle(self, h: Tensor) -> None:
         """Begin with the latents h [B, n, C] of the first positions."""
@@ -219,17 +209,20 @@ class _Inversion:
         # NaN counts as far
         if not largest_change(new, noise).max() < CONTRACTION:
             return False
-        return self.newton(min(self.num_positions, self.at + LONGEST_SEGMENT))
+        return self.newton()
 
-    def newton(self, end: int) -> bool:
-        """Newton steps of all positions up to `end` at once: True if they converged.
+    def newton(self) -> bool:
+        """Newton steps of the next LONGEST_SEGMENT positions at once: True if they converged.
 
-        Rows that have settled take no further steps. A step that fails to shrink the changes ends
-        them, and the open positions get back their guess.
+        Latents have settled where all further changes, estimated from the ratio of this one and the
+        one before, amount to at most the tolerance times 1 + |h| (docs/math.md, eq. 18c). Settled
+        rows take no further steps. A step that fails to shrink the changes ends them, and the open
+        positions get back their guess.
         """
         coupling = cast(ChannelCoupling, self.block.coupling)
-        judge = NewtonJudge(self.tolerance)
+        last: float | None = None
         at = self.at
+        end = min(self.num_positions, at + LONGEST_SEGMENT)
         guess = self.h[:, at:end].clone()
         cache = self.cache
         rows = torch.arange(len(self.h), device=self.h.device)
@@ -237,10 +230,18 @@ class _Inversion:
             old = self.h[rows, self.at : end]
             noise = self.noise[rows, self.at : end]
             new, residual = coupling.newton_step(old, noise, self._open_features(end, cache, rows))
-            settled = judge.settled(new, old, residual, noise)
+            off = (residual.abs() / (1 + noise.abs())).amax(2)
+            # one copy to the host per step
+            change, off = torch.stack((largest_change(new, old), off)).cpu()
+            largest = float(change.max())
+            # NaN is not below anything, so it ends the steps
+            contracts = largest < CONTRACTION * (1.0 if last is None else last)
+            ahead = largest / (last - largest) if contracts and last is not None else 1.0
+            last = largest
+            settled = (change * ahead <= self.tolerance) & (off <= RESIDUAL[off.dtype])
             self.h[rows, self.at : end] = new
             self._advance(num_leading(settled.all(0)))
-            if self.at < end and not judge.contracts:
+            if self.at < end and not contracts:
                 self.h[:, self.at : end] = guess[:, self.at - at :]
                 break
             done = settled.all(1)
@@ -278,8 +279,9 @@ class _Inversion:
         """
         limit = self.num_positions
         length = LONGEST_SEGMENT
-        while limit - self.at >= SHORTEST_NEWTON and self.takes_newton:
-            self.takes_newton = self.newton(min(limit, self.at + length))
+        takes_newton = isinstance(self.block.coupling, ChannelCoupling)
+        while limit - self.at >= SHORTEST_NEWTON and takes_newton:
+            takes_newton = self.newton()
         while self.at < limit:
             stop = min(limit, self.at + length)
             last = math.inf
@@ -299,12 +301,17 @@ class _Inversion:
             return
         h, u = self.h[:, :end], self.noise[:, :end]
         again, _ = self.block.coupling(h, self.block.features(h))
-        off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[start:]
+        off = largest_change(u, again).amax(0)[start:]
         # NaN counts as bad
         first_bad = start + num_leading(off <= RESIDUAL[off.dtype])
         if first_bad < end:
             self.at = first_bad
             self.progress = SILENT
+
+
+def largest_change(new: Tensor, old: Tensor) -> Tensor:
+    """The largest change of every position, over 1 + |h|: [B, N], for latents [B, N, C]."""
+    return ((new - old).abs() / (1 + new.abs())).amax(2)
 
 
 def stack_inversion(
@@ -356,9 +363,6 @@ def stack_inversion(
         h = found.h
         states.append(patch.inverse(h))
     return states, work
-
-
-invert_stack = finished(stack_inversion)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

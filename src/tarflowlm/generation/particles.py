@@ -15,7 +15,7 @@ from torch import Tensor
 from tarflowlm.config import Decoder
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.conditioned import Conditioned
-from tarflowlm.generation.inversion import Inverted, invert_stack
+from tarflowlm.generation.inversion import Inverted, finish, stack_inversion
 from tarflowlm.generation.sampling import Samples
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT
@@ -52,7 +52,6 @@ class Weights:
         self.log_w = torch.zeros(num, samples.particles, dtype=torch.float64)
         """log omega_r [num, R], in nats; after resampling all have the mean weight."""
         self.draws = torch.zeros(num, dtype=torch.long)
-        """How often the particles of each sample were resampled, [num]."""
 
     def add(self, log_increment: Tensor | None) -> None:
         """Multiply the weights by exp(`log_increment`), [num R]."""
@@ -181,7 +180,7 @@ class LatentSource:
         noise = samples.normal(num_tokens, self.model.config.latent_dim)
         if self.single:
             return noise, []
-        states, work = invert_stack(
+        steps = stack_inversion(
             self.model,
             noise,
             decoder=self.decoder,
@@ -189,6 +188,7 @@ class LatentSource:
             uniform=samples.draws(self.decoder[0], num_tokens),
             progress=samples.progress,
         )
+        states, work = finish(steps)
         return states[-1], work
 
     def _log_p(self, h: Tensor) -> Tensor:

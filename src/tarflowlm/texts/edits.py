@@ -48,7 +48,11 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> "Edited"
         raise UserError(f"{what}: shorten it")
     if request.toward is not None:
         readings.append(reading(request.toward, "other text"))
-        length = editing.common_length(readings[0].tokens, readings[1].tokens)
+        other = len(readings[1].tokens)
+        if 2 * other < length:
+            what = f"the other text has {other} of the {length} tokens of the text"
+            raise UserError(f"{what}: give one that is about as long")
+        length = min(length, other)
     generator = torch.Generator().manual_seed(request.seed)
     # the text first, then the other one; every edit starts from the same latents
     encoded = [editing.encode(flow, one.tokens[None, :length], generator) for one in readings]

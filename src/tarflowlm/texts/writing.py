@@ -134,11 +134,11 @@ class Draft:
             return PARTICLES
         return max(usual_particles(reading.tokens) for reading in self.given)
 
-    @property
+    @cached_property
     def is_constrained(self) -> bool:
         """Whether there are gaps of unknown length, words to contain, or tokens not allowed."""
-        is_open = self.words is not None or any(reading.parts for reading in self.given)
-        return is_open or self.allowed is not None
+        rows = range(0, self.total, self.request.num)
+        return self.allowed is not None or any(map(self._parts, rows))
 
     def _parts(self, row: int) -> tuple[Tensor | Gap, ...]:
         """The prompt or template of a sample as pieces and gaps; none if its tokens say it all."""
