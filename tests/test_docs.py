@@ -282,3 +282,10 @@ def test_links_to_code_name_what_is_there(document):
             assert is_file or set(name.split(".")) <= definitions(link.path), (
                 f"{link.target} defines no {code}"
             )
+
+
+def test_every_equation_has_a_number_of_its_own():
+    text = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+    tags = re.findall(r"\\tag\{(\w+)\}", text)
+    assert len(tags) > 30
+    assert len(tags) == len(set(tags))

@@ -128,7 +128,7 @@ def renoise(
     where: Bool[Tensor, " T"] | None = None,
     decoder: Decoders = "steps",
 ) -> Edit:
-    """Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps, with eps ~ N(0, I) (eq. 23).
+    """Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps, with eps ~ N(0, I) (eq. 25).
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise),
     `strength` eta from 0 (no change) to 1 (all noise). `where` limits the change to some tokens.
@@ -151,7 +151,7 @@ def interpolate(
     weight: float = 0.5,
     decoder: Decoders = "auto",
 ) -> Edit:
-    """Interpolate the states l of two texts on a sphere (eq. 23), and invert blocks l, ..., 1.
+    """Interpolate the states l of two texts on a sphere (eq. 25), and invert blocks l, ..., 1.
 
         (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
 
