@@ -20,6 +20,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, replacing, sha256_of
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS
 from tarflowlm.schema import flatten, to_dict
+from tarflowlm.training.begin import settled
 
 RECORDS = "records.jsonl"
 
@@ -63,7 +64,7 @@ class Records:
         record = self._by_name.get(name)
         if record is None:
             return None
-        ours = flatten(run)
+        ours = flatten(settled(run))
         theirs = flatten(record.config)
         for key in ours | theirs:
             if ours.get(key) != theirs.get(key):
@@ -77,7 +78,7 @@ class Records:
         """Record the finished run in `directory`."""
         record = Record(
             name=name,
-            config=to_dict(run),
+            config=to_dict(settled(run)),
             summary=read_json(directory / SUMMARY),
             machine=machine(device),
             hashes={file: sha256_of(directory / file)[:12] for file in (CONFIG, WEIGHTS)},

@@ -2,7 +2,6 @@
 
 import json
 
-import httpx
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES, fetch
 
 errors = pytest.importorskip("huggingface_hub.errors")
+httpx = pytest.importorskip("httpx")
 TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}
 
 

@@ -250,3 +250,14 @@ def test_verdicts_of_the_claims_are_those_of_the_tables(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "docs" / "reproduce" / "claims.py"), run_name="__main__")
     assert ended.value.code == 0
+
+
+def test_published_records_are_of_the_present_recipes():
+    records = Records(ROOT / "docs" / "reproduce")
+    plans = {
+        training.name: training.run
+        for recipe in RECIPES.values()
+        for training in recipe.trainings(Settings())
+    }
+    known = [name for name, run in plans.items() if records.find(name, run)]
+    assert len(known) == len(records.path.read_text(encoding="utf-8").splitlines())

@@ -75,16 +75,23 @@ def configured(
     return located(asked)
 
 
+def settled(config: RunConfig) -> RunConfig:
+    """`config` with the normalisation of a corpus by name instead of auto."""
+    data = config.data
+    if data.source not in SOURCE_NAMES:
+        return config
+    tokenizer = replace(data.tokenizer, normalize=data.tokenizer.normalization)
+    return replace(config, data=replace(data, tokenizer=tokenizer))
+
+
 def located(config: RunConfig) -> RunConfig:
-    """`config` with absolute paths to its files, or the normalisation of a corpus by name."""
+    """`config`, settled, with absolute paths to its files."""
+    config = settled(config)
     data = config.data
     path = data.tokenizer.source
     if path and Path(path).exists():
         data = replace(data, tokenizer=replace(data.tokenizer, source=str(Path(path).resolve())))
-    if data.source in SOURCE_NAMES:
-        how = data.tokenizer.normalization
-        data = replace(data, tokenizer=replace(data.tokenizer, normalize=how))
-    elif not data.source.startswith(HUB):
+    if data.source not in SOURCE_NAMES and not data.source.startswith(HUB):
         data = replace(data, source=str(Path(data.source).expanduser().resolve()))
     return replace(config, data=data)
 
