@@ -37,7 +37,9 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
     if licence:
         values["license"] = licence
-    values["tags"] = ["tarflowlm", *([] if checkpoint.model.is_exact else ["normalizing-flows"])]
+    values["tags"] = ["tarflowlm"]
+    if not checkpoint.model.is_exact:
+        values["tags"] = ["tarflowlm", "normalizing-flows"]
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
     head = f"---\n{lines}---\n\n"
     written = read_card(origin)

@@ -342,7 +342,7 @@ def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     if num_steps < len(stages):
         raise UserError(f"steps {num_steps}: must be at least {len(stages)}, one for each stage")
     # a stage without steps leaves a block as it starts
-    scaled = [s and max(1, round(s * num_steps / sum(stages))) for s in stages]
+    scaled = [max(1, round(s * num_steps / sum(stages))) if s else 0 for s in stages]
     while sum(scaled) != num_steps:
         # what rounding left over goes to the longest stage, down to one step
         longest = scaled.index(max(scaled))

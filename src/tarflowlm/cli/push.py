@@ -55,7 +55,7 @@ def run(args: Args) -> None:
     found = {
         "repository": repository,
         "private": args.private,
-        "out": out and str(out),
+        "out": None if out is None else str(out),
         "url": url,
         "files": sizes,
     }
