@@ -6,13 +6,13 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from reproduction import quality_command
 from reproduction.settings import Settings
+from tarflowlm.checks import check_package
 from tarflowlm.cli.main import main, run_command
 from tarflowlm.errors import UserError, unknown
 from tarflowlm.options import Flag, PrintJson, arg
@@ -99,8 +99,7 @@ def _check_packages(recipes: "Sequence[Recipe]") -> None:
         if recipe.draw is not None:
             needed["matplotlib"] = "plots"
         for module, extra in needed.items():
-            if find_spec(module) is None:
-                raise UserError(f"{recipe.name} needs {module}: pip install -e '.[{extra}]'")
+            check_package(module, extra, recipe.name)
 
 
 def _print_plan(args: Args, title: str, planned: "Sequence[Planned]") -> None:

@@ -1,5 +1,6 @@
 """Checks of the values that callers of the Python interface give. Most need no torch."""
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -127,3 +128,11 @@ def check_integers(tokens: object, name: str, *shapes: str) -> None:
     dimensions = [shape.count(",") + 1 for shape in shapes]
     if tokens.dtype not in (int64, int32, int16, int8, uint8) or tokens.dim() not in dimensions:
         raise UserError(f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}: {wanted}")
+
+
+def check_package(name: str, extra: str, who: str = "this") -> None:
+    """UserError if an optional package is missing that `who` needs."""
+    spec = importlib.util.find_spec(name)
+    # no origin: only a folder of that name, such as W&B creates
+    if spec is None or spec.origin is None:
+        raise UserError(f"{who} needs the package {name}: pip install -e '.[{extra}]'")

@@ -10,11 +10,11 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
+from tarflowlm.checks import check_package
 from tarflowlm.errors import UserError
 from tarflowlm.studio import job
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.server import check_address
-from tarflowlm.views.style import check_package
 
 
 def endless(job: Job) -> None:

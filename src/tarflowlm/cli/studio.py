@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from tarflowlm.checks import check_package
 from tarflowlm.errors import UserError
 from tarflowlm.options import Count, Device, Flag, arg
 from tarflowlm.terminal.bars import print_notice
@@ -38,7 +39,6 @@ def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.studio.catalogue import Catalogue
     from tarflowlm.studio.server import LOOPBACK, check_address, serving
-    from tarflowlm.views.style import check_package
 
     check_package("gradio", "studio")
     check_address(args.host, args.port)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from tarflowlm.checks import check_package
 from tarflowlm.config import Normalization
 from tarflowlm.data.splits import SPLITS, Split, fair_shares, place_of_document, split_of_document
 from tarflowlm.data.text import (
@@ -170,9 +171,7 @@ class Documents(Source):
         return [] if self.repository else super().state()  # its files may not be here yet
 
     def obtain(self) -> None:
-        if importlib.util.find_spec("pyarrow") is None:
-            remedy = "pip install -e '.[data]'"
-            raise UserError(f"{self.name} needs the package pyarrow: {remedy}")
+        check_package("pyarrow", "data", self.name)
         if self.files:
             return
         import huggingface_hub

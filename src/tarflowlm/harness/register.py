@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tarflowlm.checks import check_package
 from tarflowlm.config import Normalization
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError, first_line
@@ -14,7 +15,6 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
 from tarflowlm.terminal.bars import Bars, print_notice
 from tarflowlm.texts.requests import Writing
-from tarflowlm.views.style import check_package
 
 Requests = list[Any]
 """Requests of lm-eval, each with its `args`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tarflowlm.checks import check_package
 from tarflowlm.config import RunConfig, TokenizerConfig
 from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, load_tokenizer, suited
 from tarflowlm.data.sources import HUB
@@ -28,7 +29,6 @@ from tarflowlm.runs.checkpoint import (
 )
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, from_dict, to_dict
-from tarflowlm.training.metrics import check_installed
 from tarflowlm.training.optim import with_precision
 from tarflowlm.training.parallel import Processes
 
@@ -65,7 +65,8 @@ def configured(
     """The configuration with which `train` continues the run in `out`, or begins a new one."""
     if begun or asked is None:
         return read_run(out)
-    check_installed(asked.train.track)
+    for name in asked.train.track:
+        check_package(name, "track", f"train.track {name}")
     if not asked.parent:
         data = asked.data
         tokenizer = suited(data.source, data.tokenizer, unwrap=data.unwrap)

@@ -1,6 +1,5 @@
 """The log of a run: metrics.jsonl, one JSON object a line, and the trackers that get it as well."""
 
-import importlib.util
 import io
 import json
 import logging
@@ -12,8 +11,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from tarflowlm.config import RunConfig, TrackerName
-from tarflowlm.errors import UserError
+from tarflowlm.checks import check_package
+from tarflowlm.config import RunConfig
 from tarflowlm.progress import Progress, Record
 from tarflowlm.schema import to_dict
 
@@ -92,16 +91,6 @@ class MetricsLog:
             return None
 
 
-def check_installed(names: tuple[TrackerName, ...]) -> None:
-    """UserError for a tracker whose package is not installed."""
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        # no origin: only a folder of that name, such as W&B creates
-        if spec is None or spec.origin is None:
-            remedy = "pip install -e '.[track]'"
-            raise UserError(f"train.track {name}: the package is not installed; {remedy}")
-
-
 def open_tensorboard(_config: RunConfig, out: Path, resume_at: int) -> Tracker:
     """Event files in `out`/tensorboard, flushed after every record."""
     from torch.utils.tensorboard import SummaryWriter
@@ -120,7 +109,7 @@ def open_tensorboard(_config: RunConfig, out: Path, resume_at: int) -> Tracker:
 
 def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
     """A run of Weights & Biases. A resumed one continues under the identity in `out`/wandb.id."""
-    check_installed(("wandb",))
+    check_package("wandb", "track", "train.track wandb")
     import wandb
 
     file = out / "wandb.id"

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import torch
 
+from tarflowlm.checks import check_package
 from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import latent_report
@@ -24,7 +25,7 @@ from tarflowlm.views import grid
 from tarflowlm.views.figures import CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm.views.page import GENERATOR, page_html, picture_html, section_html
 from tarflowlm.views.records import RunRecord, read_record
-from tarflowlm.views.style import Figure, check_package, render
+from tarflowlm.views.style import Figure, render
 from tarflowlm.views.tables import config_table, summary_table, terms_table
 
 NUM = 3  # samples

@@ -1,6 +1,5 @@
 """The look of figures: colours safe for colour-blind readers, and SVG that fits a page."""
 
-import importlib.util
 import io
 import re
 import warnings
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarflowlm.errors import UserError
+from tarflowlm.checks import check_package
 from tarflowlm.files import replacing
 
 # matplotlib is optional: tests, which check annotations at run time, may run without it
@@ -32,12 +31,6 @@ VARIABLES = {
     COLOURS[0]: "--blue",
 }
 """Colours that an SVG takes from its page, which has one set for light and one for dark."""
-
-
-def check_package(name: str, extra: str) -> None:
-    """UserError if an optional package is missing."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"this needs the package {name}: pip install -e '.[{extra}]'")
 
 
 def render(
