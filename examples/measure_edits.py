@@ -1,7 +1,7 @@
 """The tables of docs/math.md, section 10: what every edit of real text keeps, and how likely its
 result is.
 
-python examples/measure_edits.py english27.txt.xz [MODEL] [JUDGE] [ROWS] > edits.md
+python examples/measure_edits.py tales [MODEL] [JUDGE] [ROWS] > edits.md
 
 MODEL is english-mini, JUDGE english-mini-ar; ROWS limits the table to rows whose name holds it.
 Texts go to stderr.

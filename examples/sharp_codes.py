@@ -1,7 +1,7 @@
 """A flow, its first block, and the language model that `export --causal-lm` makes of that block.
 
     python examples/sharp_codes.py english-small english
-    python examples/sharp_codes.py english-mini english27.txt.xz 256
+    python examples/sharp_codes.py english-mini tales 256
 
 prints their nats per token and bits per character on the test split of a text: two bounds, and the
 exact value of the exported model, which `transformers` runs. The last word limits the windows,
