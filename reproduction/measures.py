@@ -23,8 +23,6 @@ from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.records import RunRecord, read_record
 
 JUDGED = "judge's bits"
-FROM_CODEBOOK = "Mix-1 from the codebook"
-"""Label of `mini-mix1-codebook`."""
 JUDGE_STEPS = 1300
 JUDGE_SEED = 1000
 """No model has it, so that none is judged by an earlier state of itself."""

@@ -20,7 +20,7 @@ from tarflowlm.presets import preset
 from tarflowlm.views.grid import Row as TextRow
 from tarflowlm.views.grid import Token, symbols, to_html
 from tarflowlm.views.page import page_html, section_html
-from tarflowlm.views.style import COLOURS, SMALL, Figure, log_scale
+from tarflowlm.views.style import COLOURS, Figure, log_scale
 
 LENGTH = 128  # tokens per sample
 SAMPLES = 48  # samples of each model; the first is shown
@@ -194,7 +194,6 @@ def plan_frontier(settings: Settings) -> list[Training]:
         "Mix-d": preset("mini-mixd"),
         "affine": preset("mini-affine"),
         "Mix-1": preset("mini-mix1"),
-        measures.FROM_CODEBOOK: preset("mini-mix1-codebook"),
         FILLING: preset("mini-passes"),
     }
     return trainings(settings, runs) + measures.judge_training(settings)
@@ -223,24 +222,20 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
 
 
 def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
-    """Every flow as a numbered point: its bits, and the judge's bits before the last pass."""
+    """Every flow as a point: its bits, and the judge's bits before the last pass."""
     axes = figure.subplots()
     before = f"{JUDGED} after block 2"
-    shown = [row for row in rows if row.get(before) is not None and not row["seed"]]
-    for number, row in enumerate(shown, 1):
-        x = row[before]
-        y = row["over the baseline"]
-        label = f"{number}  {row['model']}"
-        axes.plot(x, y, "o", color=COLOURS[0], markersize=5, label=label)
-        axes.annotate(
-            str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL
-        )
+    for row in rows:
+        if row.get(before) is not None and not row["seed"]:
+            point = row[before], row["over the baseline"]
+            axes.plot(*point, "o", color=COLOURS[0], markersize=5)
+            axes.annotate(row["model"], point, xytext=(6, 4), textcoords="offset points")
     axes.set(
         xlabel="judge's bits per character before the last pass",
         ylabel="test bits over the baseline's",
     )
+    axes.margins(x=0.15)
     log_scale(axes)
-    figure.legend(loc="outside right upper", fontsize=SMALL)
 
 
 def _table_frontier(rows: Sequence[Row]) -> list[Row]:
@@ -261,5 +256,4 @@ FRONTIER = Recipe(
     measure=measure_frontier,
     table=_table_frontier,
     draw=draw_frontier,
-    size=(9.5, 4.5),
 )

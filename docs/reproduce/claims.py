@@ -9,7 +9,6 @@ hand.
 """
 
 import csv
-import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -24,8 +23,8 @@ from reproduction.measures import JUDGED  # noqa: E402
 
 BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
 SURE = 0.01  # bits per character
-PAIRS = {"tales": 3.21, "english27": 3.42}
-"""Text -> entropy of a letter given the one before, in bits: what a table of pairs knows."""
+PAIRS = 3.21
+"""Bits of a letter of tales given the one before: what a table of pairs knows."""
 SEEN, NOT_SEEN, NOT_TESTABLE = "**seen**", "**not seen**", "**not testable**"
 Rows = list[dict[str, Any]]
 
@@ -38,13 +37,6 @@ class Claim(NamedTuple):
     numbers: str
     differs: str
     page: str
-
-
-def text_of(page: str) -> str:
-    """The text of the trainings of a page."""
-    found = re.search(r"Texts: (\w+)", (HERE / f"{page}.md").read_text(encoding="utf-8"))
-    assert found is not None
-    return found[1].removesuffix("_prefix_3010294")
 
 
 def rows_of(name: str) -> Rows:
@@ -159,7 +151,7 @@ def mix1_against_affine() -> Claim:
     )
     valid = [name for name in affine if name.startswith("valid bpc at ") and name[-2:] != " 0"]
     holds = all(affine[name] > mix1[name] + 0.1 for name in ("test bpc", *valid))
-    learns = mix1["test bpc"] < PAIRS[text_of("fig3")]
+    learns = mix1["test bpc"] < PAIRS
     numbers = f"test {mix1['test bpc']:.3f} against {affine['test bpc']:.3f}; validations "
     numbers += "; ".join(f"{mix1[name]:.2f}, {affine[name]:.2f}" for name in valid)
     claim = "Mix-1 far better than affine, in training and validation (figures 3 and 8)"
@@ -173,14 +165,13 @@ def components() -> Iterator[Claim]:
     """
     found = {int(row["K"]): row["test bpc"] for row in rows_of("fig4")}
     first, *others = (found[k] for k in sorted(found))
-    pairs = PAIRS[text_of("fig4")]
     numbers = "; ".join(f"K = {k}: {found[k]:.3f}" for k in sorted(found))
-    differs = f"27 tokens, one seed; pairs of neighbours have {pairs} bits"
+    differs = f"27 tokens, one seed; pairs of neighbours have {PAIRS} bits"
     for claim, holds in (
         ("K = 1 far worse than K above 1 (figure 4)", first > max(others) + 0.1),
         ("all K above 1 work equally well (figure 4)", max(others) - min(others) < 0.05),
     ):
-        here = verdict(holds) if min(others) < pairs else NOT_TESTABLE
+        here = verdict(holds) if min(others) < PAIRS else NOT_TESTABLE
         yield Claim(claim, here, numbers, differs, "fig4")
     claim = "a thousandth of the tokens suffices as K (64 of 50,257, section 4)"
     yield Claim(claim, NOT_TESTABLE, numbers, "8 of 27 is a third of the tokens", "fig4")
@@ -194,12 +185,6 @@ def two_tokens() -> Claim:
     for row in rows_of("fig5"):
         of_model.setdefault(row["model"], []).append(row["perplexity"])
     real = of_model.pop("real text")
-    if "AR" not in of_model:  # the page of english27 has no model of one token; table6 had
-        whole = {"AR": 4.2834, "Mix-1": 4.4901, "Mix-d": 4.3201, "real text": 3.9867}
-        of_model |= {
-            family: [whole[family] / whole["real text"] * text for text in real]
-            for family in ("AR", "Mix-1", "Mix-d")
-        }
     families = {name: name for name in of_model if name in ("AR", "Mix-1", "Mix-d")}
     families |= {name: name.split(",")[0] for name in of_model if name.startswith("Mix-")}
     families["two-token AR"] = "AR"
@@ -332,8 +317,6 @@ def quality() -> Iterator[Claim]:
     }
     numbers = f"{', '.join(found)}: " + "; ".join(f"{key} {listed(x)}" for key, x in values.items())
     differs = "500 samples of 256 characters, one seed; our judge for GPT-2 Large"
-    if text_of("table6") != "tales":
-        differs += "; Mix-1 starts from the codebook"
     claim = "sample quality: Mix-d comes close to the baseline and to real text (table 6)"
     yield Claim(claim, verdict(is_close), numbers, differs, "table6")
     here = f"by perplexity {verdict(by_perplexity)}; by MAUVE {verdict(by_mauve)}"
@@ -363,8 +346,6 @@ def table() -> str:
         found = function()
         for claim in [found] if isinstance(found, Claim) else list(found):
             link = f"[{claim.page}]({claim.page}.md)"
-            if text_of(claim.page) != "tales":
-                link += f", {text_of(claim.page)}"
             lines.append(f"| {' | '.join([*claim[:4], link])} |")
     return "\n".join(lines) + "\n"
 
