@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from reproduction import tables
 from reproduction.measures import summary_row
@@ -11,10 +10,8 @@ from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.views.style import Figure
 
-LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0}
+LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
 """Shares of the steps of a preset."""
-LONG = ("AR", "Mix-d")
-"""The families of the greatest length: the others are too far apart for it to matter."""
 TOKENS = "tokens of block 1"
 RATIO = "over AR"
 
@@ -23,8 +20,7 @@ def plan_lengths(settings: Settings) -> list[Training]:
     """Every family for every length, with the schedule of that length."""
     plan = []
     for label, kind in tables.FAMILIES.items():
-        names = [name for name in LENGTHS if label in LONG or LENGTHS[name] <= 1]
-        for name in names:
+        for name in LENGTHS:
             run = lengthened(settings.preset(kind, "text8"), name)
             # the length of the presets has further seeds, which table2 shares
             few = settings if LENGTHS[name] == 1 else replace(settings, seeds=1)
@@ -61,15 +57,22 @@ def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[R
 
 
 def draw_lengths(figure: Figure, rows: Sequence[Row]) -> None:
-    """The ratio to the baseline over the tokens seen: the bound, and dashed the weighted bound."""
+    """The ratio to the baseline over the tokens seen: the bound, and dashed the weighted bound.
+
+    The lines join seed 0, which has every length; the other seeds are points.
+    """
     axes = figure.subplots()
     for index, label in enumerate(label for label in tables.FAMILIES if label != "AR"):
         own = [row for row in rows if row["model"] == label]
-        counts = sorted({row[TOKENS] for row in own})
+        first = sorted((row for row in own if not row["seed"]), key=lambda row: row[TOKENS])
         for column, style in ((RATIO, "-"), (f"iw-{tables.SAMPLES} {RATIO}", "--")):
-            means = [fmean(row[column] for row in own if row[TOKENS] == count) for count in counts]
-            name = label if style == "-" else None
-            axes.plot(counts, means, style, color=f"C{index}", label=name)
+            axes.plot(
+                [row[TOKENS] for row in first],
+                [row[column] for row in first],
+                style,
+                color=f"C{index}",
+                label=label if style == "-" else None,
+            )
             axes.plot(
                 [row[TOKENS] for row in own],
                 [row[column] for row in own],

@@ -19,10 +19,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the package
 
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
+from reproduction.lengths import RATIO, TOKENS  # noqa: E402
 from reproduction.measures import JUDGED  # noqa: E402
 
 BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
 SURE = 0.01  # bits per character
+WEIGHTED = f"iw-16 {RATIO}"
 PAIRS = 3.21
 """Bits of a letter of tales given the one before: what a table of pairs knows."""
 SEEN, NOT_SEEN, NOT_TESTABLE = "**seen**", "**not seen**", "**not testable**"
@@ -109,6 +111,30 @@ def flows_above_the_baseline() -> Claim:
     claim = "every flow is above the discrete baseline (Mix-d 1.057, Mix-1 1.114, affine 1.252)"
     differs = "the gap of Mix-d is a fraction of the paper's"
     return Claim(claim, verdict(holds), numbers, differs, "table2")
+
+
+def ratios_over_length() -> Claim:
+    """A ratio is settled if doubling the training to its greatest length changes it by less than
+    0.005, for the bound and for the weighted bound. Seed 0, which has every length.
+    """
+    curves: dict[str, dict[str, list[float]]] = {}
+    for row in sorted(rows_of("lengths"), key=lambda row: row[TOKENS]):
+        if row["model"] != "AR" and not row["seed"]:
+            of_model = curves.setdefault(row["model"], {RATIO: [], WEIGHTED: []})
+            for column, ratios in of_model.items():
+                ratios.append(row[column])
+    holds, fails = list[str](), list[str]()
+    for model, columns in curves.items():
+        is_settled = all(abs(ratios[-1] - ratios[-2]) < 0.005 for ratios in columns.values())
+        (holds if is_settled else fails).append(model)
+    parts = [
+        f"{model} {listed(columns[RATIO])} (iw-16 {listed(columns[WEIGHTED])})"
+        for model, columns in sorted(curves.items())
+    ]
+    numbers = f"times the baseline after 1.3, 2.7, 5.3 million characters: {'; '.join(parts)}"
+    claim = "are these ratios those of longer training? (question of our own)"
+    here = f"settled: {said(holds) or 'none'}; not yet: {said(fails) or 'none'}"
+    return Claim(claim, here, numbers, "one length in the paper", "lengths")
 
 
 def additions() -> Claim:
@@ -326,6 +352,7 @@ def quality() -> Iterator[Claim]:
 CLAIMS: tuple[Callable[[], Any], ...] = (
     order_of_families,
     flows_above_the_baseline,
+    ratios_over_length,
     additions,
     progressive_training,
     mix1_against_affine,
