@@ -58,6 +58,10 @@ def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     assert sample.tokens.shape == (1, 8)
 
 
+def test_a_text_that_is_not_here_is_asked_for(shelf, refused):
+    refused("eval", "tiny", names=["text.txt", "--data FILE"])
+
+
 @pytest.mark.parametrize(
     "command", [["sample"], ["eval"], ["edit", "--text", "a", "--strength", "1"]]
 )

@@ -134,7 +134,7 @@ ACCEPTED = [
     "generate(lm, num_tokens=8).tokens.shape == (1, 8)",
     "lm.write('the', num_tokens=np.int64(8), num=np.int32(1), temperature=np.float32(1.0),"
     " seed=np.int64(3))"
-    " == lm.write('the', num_tokens=8, num=1, seed=3)",
+    " == lm.write('the', num_tokens=8, num=1, temperature=1, seed=3)",
     "small.write('The', num_tokens=8, temperature=torch.tensor(0.5), top_k=np.int64(3),"
     " seed=np.array(1))"
     " == small.write('The', num_tokens=8, temperature=0.5, top_k=3, seed=1)",

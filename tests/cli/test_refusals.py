@@ -119,7 +119,6 @@ LINES = [
     ([*EVAL, "--stride", "8"], ["stride 8", "2 blocks"]),
     (["eval", "patches-ar", "--stride", "3"], ["stride 3", "patch of 2"]),
     (["eval", "ar", "--latents"], ["baseline", "--latents"]),
-    (["eval", "english-mini"], ["english27.txt.xz", "--data FILE"]),
     (["score", "flow"], ["--text", "--file"]),
     ([*EDIT[:2], "--text", "a" * 17], ["17 tokens", "context of 16", "shorten"]),
     ([*EDIT, "--counterfactual", "k", "lo"], ["1 token ", "has 2"]),

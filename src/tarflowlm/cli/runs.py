@@ -119,7 +119,7 @@ def _row(name: str, directory: Path) -> Row:
             seconds=done["seconds"],
         )
     if len(record.valid["bpc"]):
-        row = replace(row, bpc=float(record.valid["bpc"].min()), split="valid")
+        row = replace(row, bpc=float(min(record.valid["bpc"])), split="valid")
     return row
 
 

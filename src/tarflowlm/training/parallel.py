@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,7 @@ class Processes:
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """A context that the first process passes before the others, which find its files."""
-        group = dist.new_group(backend="gloo", timeout=PREPARATION) if self.world > 1 else None
+        group: Any = dist.new_group(backend="gloo", timeout=PREPARATION) if self.world > 1 else None
         if not self.first:
             self.wait(group)
         try:
