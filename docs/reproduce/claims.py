@@ -372,8 +372,8 @@ def table() -> str:
     for function in CLAIMS:
         found = function()
         for claim in [found] if isinstance(found, Claim) else list(found):
-            link = f"[{claim.page}]({claim.page}.md)"
-            lines.append(f"| {' | '.join([*claim[:4], link])} |")
+            cells = [*claim[:4], f"[{claim.page}]({claim.page}.md)"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

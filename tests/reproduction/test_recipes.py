@@ -137,7 +137,7 @@ def test_table2(settings):
     assert rows["AR"]["3 windows: bpc"] == rows["AR"]["iw-2 bpc"]
     for label in rows.keys() - {"AR"}:
         assert rows[label]["iw-2 bpc"] < rows[label]["3 windows: bpc"]
-    # our variants have none
+    # our variant has none
     assert [rows[label]["paper, text8"] for label in rows] == [1.23, 1.54, 1.37, 1.30, None]
 
 
