@@ -77,7 +77,10 @@ class Below(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> "Known":
-        z = self.codebook.encode(tokens, noise)
+        return self.known(tokens, self.codebook.encode(tokens, noise))
+
+    @torch.no_grad()
+    def known(self, tokens: Int[Tensor, "B T"], z: Float[Tensor, "B T d"]) -> "Known":
         if isinstance(self.model, TokenLM):
             features = self.model.states(tokens[:, :-1])
             return Known(tokens, z, features, self.model.head(features).log_softmax(-1))
@@ -161,6 +164,10 @@ class Upper(nn.Module):
         sums = log_w[..., self.order].double().exp().cumsum(-1)
         return torch.special.ndtri(sums.clamp(1e-6, 1 - 1e-6)).to(log_w)
 
+    def redone(self, u: Float[Tensor, "B T d"], known: Known) -> Float[Tensor, "B T V"]:
+        """log w'."""
+        return (known.log_w + self.weights(self.features(u, known))).log_softmax(-1)
+
     def log_prob(
         self, below: Below, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
     ) -> Float[Tensor, "B T"]:
@@ -168,9 +175,9 @@ class Upper(nn.Module):
         known = below(tokens, noise)
         log_w = known.log_w
         u, log_det = below.noise(known.z, log_w)
-        c = self.features(u, known)
         if self.maps == "redo":
-            return below.log_prob(known.z, (log_w + self.weights(c)).log_softmax(-1))
+            return below.log_prob(known.z, self.redone(u, known))
+        c = self.features(u, known)
         if self.maps == "cells":
             return log_det + self._in_cells(u, log_w, c)
         return log_det + self.mix1.log_prob(u, c)
@@ -195,6 +202,27 @@ class Upper(nn.Module):
         square = 1 - (at * phi).diff(dim=-1) / size
         std = (square - mean.square()).clamp(min=1e-6).sqrt()
         return mean.to(log_w), std.log().to(log_w)
+
+
+@torch.no_grad()
+def write(
+    below: Below, upper: Upper | None, noise: Float[Tensor, "B T d"]
+) -> Float[Tensor, "B T d"]:
+    """The text of a noise, z_t = R_w'^-1(u'_t), by a block 2 that redoes, or with w by block 1
+    alone.
+    """
+    z = torch.zeros_like(noise)
+    for t in range(noise.shape[1]):
+        # what is at t and after it does not count
+        so_far = z[:, : t + 1]
+        known = below.known(below.codebook.decode(so_far), so_far)
+        log_w = known.log_w
+        if upper is not None:
+            u, _ = below.noise(so_far, log_w)
+            log_w = upper.redone(u, known)
+        mean, log_std = below.codebook.mean, below.codebook.log_std
+        z[:, t] = numerics.rosenblatt_inverse(noise[:, t], log_w[:, t], mean, log_std)
+    return z
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from reproduction import measures
 from reproduction.ablations import HALF_STEPS, joint
-from reproduction.boosting import Below, Maps, Reads, Upper, boost, evaluate
+from reproduction.boosting import Below, Maps, Reads, Upper, boost, evaluate, write
 from reproduction.lengths import lengthened
 from reproduction.measures import first_columns
-from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant, without
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
-from tarflowlm.data import cached_corpus, eval_windows
+from tarflowlm.data import Tokenizer, cached_corpus, eval_windows
 from tarflowlm.model_config import stack
 from tarflowlm.presets import with_blocks
 from tarflowlm.views.style import COLOURS, SMALL, Figure
@@ -25,10 +28,13 @@ TWO_CHANNELS = "Mix-d, 1 layer, d = 2"
 SHALLOW_AR = "AR, 1 layer"
 DEEP_AR = "AR, 6 layers"
 STACK = "Mix-d, 1, 1 and 4 layers, jointly"
-STEPS = HALF_STEPS  # of block 2
+STEPS = HALF_STEPS // 2  # of block 2
 LAYERS = 5  # of block 2: with one below it as many as the deep models have
 VALID_WINDOWS = 256
 VALIDATIONS = 5
+TEXTS = 32  # that block 1 alone and both blocks make of one noise
+LENGTH = 96  # tokens of each
+ALONE, BOTH = "block 1 alone", "both blocks"
 
 
 class Kind(NamedTuple):
@@ -157,12 +163,25 @@ def _boosted(done: Finished, kind: Kind, steps: int | None) -> Row:
     windows = eval_windows(corpus.split("test"), run.model.context, measures.SHORT_WINDOWS)
     found = evaluate(below, upper, windows)
     gain, error = found.gain
-    return {
+    row: Row = {
         "bpc of the model": found.below.mean().item(),
         "bpc of both": found.above.mean().item(),
         "gain": gain,
         "gain ±": error,
     }
+    return row | _texts(below, upper, checkpoint.tokenizer) if kind.maps == "redo" else row
+
+
+def _texts(below: Below, upper: Upper, tokenizer: Tokenizer) -> Row:
+    """What block 1 alone and both blocks make of the same noise: the first text, and how much of
+    all texts is the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(TEXTS, LENGTH, below.channels, generator=generator)
+    texts = [below.codebook.decode(write(below, block, noise)) for block in (None, upper)]
+    alone, both = (tokenizer.decode(tokens[0].tolist()) for tokens in texts)
+    same = measures.share(texts[0] == texts[1])
+    return {"tokens as by block 1 alone": same, ALONE: alone, BOTH: both}
 
 
 def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
@@ -182,6 +201,15 @@ def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
     axes.set(xlabel="share of the missing bits that block 2 recovers")
 
 
+def show_texts(rows: Sequence[Row], _folder: Path) -> str:
+    """What passes look like: the text that block 1 makes of a noise, and that of both blocks."""
+    shown = [row for row in rows if row.get(BOTH) and row["reads"] == "text" and not row["seed"]]
+    parts = ["The same noise through block 1 alone, and through both blocks (seed 0):\n"]
+    for row in shown:
+        parts.append(f"- {row['model']}\n    - {ALONE}: {row[ALONE]}\n    - {BOTH}: {row[BOTH]}")
+    return "\n".join(parts) + "\n"
+
+
 CIPHER = Recipe(
     name="cipher",
     title="Why blocks above Mix-d gain nothing, and one that does",
@@ -195,6 +223,8 @@ CIPHER = Recipe(
     ),
     plan=plan_cipher,
     measure=measure_cipher,
+    table=partial(without, columns=(ALONE, BOTH)),
+    below=show_texts,
     draw=draw_cipher,
     size=(8.0, 5.0),
     seeds=2,

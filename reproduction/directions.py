@@ -35,7 +35,7 @@ def plan_directions(settings: Settings) -> list[Training]:
 
 def _shortened(settings: Settings, kind: Kind) -> RunConfig:
     run = settings.preset(kind, "text8")
-    return run if settings.scale == "paper" else lengthened(run, "1/2")
+    return run if settings.scale == "paper" else lengthened(run, "1/4")
 
 
 def measure_directions(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -76,8 +76,8 @@ DIRECTIONS = Recipe(
     title="Alternating directions",
     claim=(
         "The paper: blocks of alternating direction give bi-directional context. Do they fit a "
-        "text better, or write a better one, than blocks that all run left to right? (Half of the "
-        "presets' steps for affine and Mix-1. The judge reads the samples of the whole stack.)"
+        "text better, or write a better one, than blocks that all run left to right? (A quarter of "
+        "the presets' steps for affine and Mix-1. The judge reads the samples of the whole stack.)"
     ),
     plan=plan_directions,
     measure=measure_directions,

@@ -165,7 +165,6 @@ def plan_in_patch(settings: Settings) -> list[Training]:
     found = {"Mix-d, tokens apart": two_tokens(settings, "independent")}
     for name, apart, is_mixed in (
         ("together", (), False),
-        ("together, channels mixed", (), True),
         ("apart in block 3", (2,), False),
         ("apart in all blocks", (0, 1, 2), False),
         ("in groups of mixed channels", (0, 1, 2), True),
@@ -177,8 +176,8 @@ def plan_in_patch(settings: Settings) -> list[Training]:
         suffix = f"p2-{name.replace(',', '').replace(' ', '-')}"
         found[f"Mix-1, {name}"] = variant(run, suffix, patch=2, blocks=blocks, channel_mix=is_mixed)
     if settings.scale == "mini":
-        found = {label: variant(r, "half") for label, r in found.items()}
-    found = {label: measures.shortened(settings, r, HALF_STEPS) for label, r in found.items()}
+        found = {label: variant(r, "quarter") for label, r in found.items()}
+    found = {label: measures.shortened(settings, r, HALF_STEPS // 2) for label, r in found.items()}
     return trainings(settings, found) + measures.judge_training(settings)
 
 

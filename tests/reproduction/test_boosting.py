@@ -7,7 +7,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from helpers import tiny_flow
-from reproduction.boosting import Below, Known, Upper, boost, evaluate
+from reproduction.boosting import Below, Known, Upper, boost, evaluate, write
 from tarflowlm import BaselineConfig
 from tarflowlm.config import OptimConfig
 from tarflowlm.data import TokenArray
@@ -58,6 +58,18 @@ def test_a_map_redone_with_new_weights_is_triangular_with_the_density_of_these(b
     expected = expected + standard_normal_log_prob(both(z.flatten()).view(1, T, d))[0]
     found = block.log_prob(below, tokens, noise).sum()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_writing_inverts_both_blocks(below):
+    block = upper(below, "text", "redo", scale=1.0)
+    noise = torch.randn(2, T, d, generator=torch.Generator().manual_seed(1)).double()
+    z = write(below, block, noise)
+    known = below.known(below.codebook.decode(z), z)
+    u, _ = below.noise(z, known.log_w)
+    torch.testing.assert_close(below.noise(z, block.redone(u, known))[0], noise)
+    alone = write(below, None, noise)
+    torch.testing.assert_close(below.model.prior(alone)[0], noise)
+    assert not torch.allclose(alone, z)
 
 
 @pytest.mark.parametrize("maps", ["mix1", "redo"])
