@@ -55,6 +55,14 @@ class Known(NamedTuple):
     """log w(z_<t)."""
 
 
+class Found(NamedTuple):
+    """log p(z_t | z_<t) [B, T] by block 1 and by both, and log p(x_t | ...) by block 2's head."""
+
+    below: Tensor
+    both: Tensor
+    by_head: Tensor
+
+
 class Below(nn.Module):
     """A frozen model of tokens as a tied Mix-d block: its codebook, and w(z_<t).
 
@@ -113,7 +121,9 @@ class Upper(nn.Module):
 
         u' = R_w'(R_w^-1(u)),    w' = softmax(log w + delta(c)),
 
-    so the stack has the density of one Mix-d block with weights w'.
+    so the stack has the density of one Mix-d block with weights w'. In training every block also
+    predicts the next token by a head of its own, so that it knows the language as far as what it
+    reads tells, and the gain shows what its map makes of that.
     """
 
     def __init__(
@@ -136,8 +146,10 @@ class Upper(nn.Module):
         # tokens by their first channel, in which Rosenblatt begins
         self.register_buffer("order", below.codebook.mean[:, 0].argsort(), persistent=False)
         self.weights = nn.Linear(width, V)
-        nn.init.zeros_(self.weights.weight)
-        nn.init.zeros_(self.weights.bias)
+        self.tokens = nn.Linear(width, V)
+        for head in (self.weights, self.tokens):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
         blocks = (BlockConfig(), BlockConfig(components=V))
         config = FlowConfig(trunk=trunk, latent_dim=channels, blocks=blocks)
         self.mix1 = Mix1Coupling.build(BlockPlan(config, 1, below.codebook))
@@ -164,23 +176,28 @@ class Upper(nn.Module):
         sums = log_w[..., self.order].double().exp().cumsum(-1)
         return torch.special.ndtri(sums.clamp(1e-6, 1 - 1e-6)).to(log_w)
 
-    def redone(self, u: Float[Tensor, "B T d"], known: Known) -> Float[Tensor, "B T V"]:
+    def redone(
+        self, c: Float[Tensor, "B T D"], log_w: Float[Tensor, "B T V"]
+    ) -> Float[Tensor, "B T V"]:
         """log w'."""
-        return (known.log_w + self.weights(self.features(u, known))).log_softmax(-1)
+        return (log_w + self.weights(c)).log_softmax(-1)
 
-    def log_prob(
+    def forward(
         self, below: Below, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
-    ) -> Float[Tensor, "B T"]:
-        """log p(z_t | z_<t) under both blocks, in nats."""
+    ) -> Found:
+        """The densities of a text."""
         known = below(tokens, noise)
         log_w = known.log_w
         u, log_det = below.noise(known.z, log_w)
-        if self.maps == "redo":
-            return below.log_prob(known.z, self.redone(u, known))
         c = self.features(u, known)
-        if self.maps == "cells":
-            return log_det + self._in_cells(u, log_w, c)
-        return log_det + self.mix1.log_prob(u, c)
+        if self.maps == "redo":
+            log_p = below.log_prob(known.z, self.redone(c, log_w))
+        elif self.maps == "cells":
+            log_p = log_det + self._in_cells(u, log_w, c)
+        else:
+            log_p = log_det + self.mix1.log_prob(u, c)
+        by_head = self.tokens(c).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        return Found(below.log_prob(known.z, log_w), log_p, by_head)
 
     def _in_cells(self, u: Tensor, log_w: Tensor, c: Tensor) -> Tensor:
         """log p(u_t) of one channel: component k has the mean and the spread of N in its cell."""
@@ -219,7 +236,7 @@ def write(
         log_w = known.log_w
         if upper is not None:
             u, _ = below.noise(so_far, log_w)
-            log_w = upper.redone(u, known)
+            log_w = upper.redone(upper.features(u, known), log_w)
         mean, log_std = below.codebook.mean, below.codebook.log_std
         z[:, t] = numerics.rosenblatt_inverse(noise[:, t], log_w[:, t], mean, log_std)
     return z
@@ -227,17 +244,19 @@ def write(
 
 @dataclass(frozen=True)
 class Boosted:
-    """The gain of a trained block 2, over windows: bits per token below, and with the block."""
+    """What a trained block 2 gains, over windows: bits per token."""
 
     below: Tensor
     """[windows], by block 1 alone."""
-    above: Tensor
+    both: Tensor
     """[windows], with block 2 on it."""
+    by_head: Tensor
+    """[windows], by block 2's own prediction of the tokens."""
 
     @property
     def gain(self) -> tuple[float, float]:
         """Bits per token that block 2 takes off, and the standard error over windows (paired)."""
-        gains = self.below - self.above
+        gains = self.below - self.both
         return gains.mean().item(), gains.std().item() / math.sqrt(len(gains))
 
 
@@ -245,16 +264,14 @@ class Boosted:
 def evaluate(below: Below, upper: Upper, windows: Int[Tensor, "N T"]) -> Boosted:
     """The bound on windows, with one sample of the posterior from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    alone = list[Tensor]()
-    both = list[Tensor]()
+    parts = list[tuple[Tensor, Tensor, Tensor]]()
     for tokens in windows.split(ROWS):
         noise = torch.randn(*tokens.shape, below.channels, generator=generator)
-        known = below(tokens, noise)
-        normaliser = below.codebook.log_normaliser(known.z)
-        alone.append((normaliser - below.log_prob(known.z, known.log_w)).mean(-1))
-        both.append((normaliser - upper.log_prob(below, tokens, noise)).mean(-1))
-    nats = math.log(2)
-    return Boosted(torch.cat(alone) / nats, torch.cat(both) / nats)
+        normaliser = below.codebook.log_normaliser(below.codebook.encode(tokens, noise))
+        found = upper(below, tokens, noise)
+        nats = normaliser - found.below, normaliser - found.both, -found.by_head
+        parts.append(tuple(part.mean(-1) / math.log(2) for part in nats))
+    return Boosted(*(torch.cat(windows) for windows in zip(*parts, strict=True)))
 
 
 def boost(
@@ -284,7 +301,7 @@ def boost(
     progress.stage(f"block 2 ({upper.maps}, reads {upper.reads}), steps", steps)
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
-            bits = evaluate(below, upper, valid).above.mean().item()
+            bits = evaluate(below, upper, valid).both.mean().item()
             if bits < least:
                 least = bits
                 best = copy.deepcopy(upper)
@@ -292,7 +309,8 @@ def boost(
             break
         tokens = sampler.next()
         noise = torch.randn(*tokens.shape, below.channels, generator=generator)
-        loss = -upper.log_prob(below, tokens, noise).mean()
+        found = upper(below, tokens, noise)
+        loss = -(found.both + found.by_head).mean()
         loss.backward()
         trained = {name: p for name, p in upper.named_parameters() if p.grad is not None}
         norm = norms({name: p.grad for name, p in trained.items() if p.grad is not None}).norm()
