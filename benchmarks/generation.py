@@ -1,9 +1,8 @@
 """Tokens per second of trained models by decoder, over those of the first model.
 
-    python benchmarks/generation.py english-mini-ar english-mini              # batches of 1 and 16
-    python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers       # beside models of
-    transformers python benchmarks/generation.py english-mini --compare 100                # do
-    decoders give the same tokens?
+    python benchmarks/generation.py english-mini-ar english-mini       # batches of 1 and 16
+    python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers   # and GPT-2 beside
+    python benchmarks/generation.py english-mini --compare 100         # do decoders agree?
     python benchmarks/generation.py --count owt-ar owt-mix1 owt-mixd   # launches and bytes on a GPU
 
 "steps" inverts every block position by position with the KV cache, "steps below sweeps" only block

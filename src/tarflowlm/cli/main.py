@@ -150,7 +150,7 @@ def settle_threads() -> None:
     """Choose how idle OpenMP threads wait, before torch is imported, unless the environment does.
 
     If other programs want the cores they sleep, as spinning would cost up to two thirds of the
-    speed; on an idle machine they spin briefly, as sleeping would cost one third (docs/log.md).
+    speed; on an idle machine they spin briefly, as sleeping would cost one third.
     """
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     # only Linux has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
