@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 import tarflowlm
-from helpers import mostly_slow
+from helpers import mostly_slow, tiny_flow
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.texts import edits, scores, writing
 from tarflowlm.texts.requests import Edit, Score, Writing
@@ -29,6 +31,7 @@ def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
     [
         (Writing, {"temperature": float("nan")}, "temperature nan"),
         (Writing, {"top_k": 0}, "top-k 0"),
+        (Writing, {"contains": "king", "stop": "e"}, "contains and stop"),
         (Writing, {"top_p": 1.5}, "top-p 1.5"),
         (Edit, {"text": "the king", "temperature": 0.0}, "temperature 0.0"),
         (Edit, {"text": "the king", "strength": float("nan")}, "strength nan"),
@@ -53,9 +56,36 @@ def test_a_stream_stops_where_its_stop_is_read(flow):
 def test_words_that_the_prompt_holds_ask_for_no_particles(flow):
     found = [
         writing.Draft.of(Writing(prompt="the king", contains=words), flow).particles
-        for words in ("king", "lord")
+        for words in ("king", "lord", "kin")
     ]
-    assert found == [1, 16]
+    assert found == [1, 16, 16]
+
+
+def test_a_prompt_is_continued_alike_beside_prompts_of_other_lengths():
+    """Also in a stack that continues it exactly, where rows of one batch have one length."""
+    model = tiny_flow(
+        couplings=("mixd", "mixd"), alternate=False, vocab_size=27, context=16, channel_mix=None
+    )
+    lm = tarflowlm.Pretrained(model.float(), CharTokenizer(TEXT8_ALPHABET))
+    both = lm.write(["the", "the king"], num_tokens=14, seed=1)
+    assert both[0] == lm.write("the", num_tokens=14, seed=1)
+    given = torch.tensor([[1, 2, -1], [1, -1, -1]])
+    with pytest.raises(UserError, match=r"1 to 2 tokens.*call it for each"):
+        tarflowlm.generate(model, num_tokens=8, num=2, prompt=given)
+
+
+def test_a_function_of_tokens_sees_those_of_the_text():
+    """Not the end of the document before, with which a model of documents begins."""
+    tokenizer = CharTokenizer(TEXT8_ALPHABET, "none", has_end=True)
+    model = tiny_flow(couplings=("mixd",), vocab_size=28, context=16).float()
+    lengths = []
+
+    def allowed(tokens):
+        lengths.append(len(tokens))
+        return torch.arange(28) < 27
+
+    text = tarflowlm.Pretrained(model, tokenizer).write(num_tokens=5, allowed=allowed, particles=1)
+    assert (lengths, len(text)) == ([0, 1, 2, 3, 4], 5)
 
 
 CASES = {

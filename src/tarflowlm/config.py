@@ -132,7 +132,7 @@ class OptimConfig(Config):
     grad_clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     warmup: float = 0.03
-    """Share of a stage's steps in which the rate rises linearly."""
+    """Share of a stage, in steps or time, in which the rate rises linearly."""
     decay: float = 0.4
     """Share of a stage's steps in which the rate falls linearly to zero; constant in between."""
 

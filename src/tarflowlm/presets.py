@@ -1,6 +1,7 @@
 """Named run configurations.
 
-Members of a family share Transformer size, data, tokens seen, optimiser and schedule.
+Members of a family share Transformer size, data, optimiser, schedule, and the tokens that block 1
+sees.
 """
 
 from collections.abc import Callable
@@ -99,12 +100,6 @@ def mini_mix1() -> RunConfig:
     """Three Mix-1 blocks as in the paper, with as many layers together as the baseline."""
     blocks = stack(("mix1",) * 3, PAPER_SHARES, (27, 27, 27), start="plain")
     return _mini_joint("mini-mix1", blocks, PLAIN_OPTIM)
-
-
-def mini_mix1_codebook() -> RunConfig:
-    """Three Mix-1 blocks, the first and deepest of which starts from the codebook."""
-    blocks = stack(("mix1",) * 3, (4, 1, 1), (27, 2, 2))
-    return _mini_joint("mini-mix1-codebook", blocks, OptimConfig(codebook_lr_scale=0.05))
 
 
 def mini_mixd() -> RunConfig:
@@ -286,7 +281,6 @@ _OWN = (
     mini_ar,
     mini_affine,
     mini_mix1,
-    mini_mix1_codebook,
     mini_mixd,
     mini_mixd_deep,
     mini_mixd_p2,

@@ -63,7 +63,7 @@ def test_evaluation_in_parts_is_that_of_one_process(
     assert merged | {"seconds": 0} == whole | {"seconds": 0}
 
 
-def test_other_files_are_not_merged(run, refused, model, tmp_path):
+def test_other_files_are_not_merged(run, refused, models, model, tmp_path):
     argv = ["eval", model, "--windows"]
     first, second = kept(tmp_path, lines_of(run, 2, *argv, 8))
     other = tmp_path / "config.json"
@@ -72,6 +72,10 @@ def test_other_files_are_not_merged(run, refused, model, tmp_path):
         shown = run(*argv, windows, "--merge", *files)
         assert shown.status == 2
         assert f"not the parts of {windows} windows" in shown.err
+    # of another model, or other draws
+    for changed in ([models["one"]], [model, "--seed", 1], [model, "--samples", 2]):
+        shown = run("eval", *changed, "--windows", 8, "--merge", first, second)
+        assert (shown.status, "not the parts of 8 windows" in shown.err) == (2, True)
     refused(*argv, 8, "--merge", first, "--part", "1/2", names=["--part with --merge"])
 
 

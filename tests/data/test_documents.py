@@ -22,6 +22,7 @@ from tarflowlm.data import (
     suited,
     windows,
 )
+from tarflowlm.data import prepare as prepare_module
 from tarflowlm.data.splits import SPLITS
 from tarflowlm.data.text import SEPARATOR, is_wrapped, read_text, unwrapped
 from tarflowlm.errors import UserError
@@ -100,7 +101,7 @@ def test_no_split_of_few_documents_is_empty(count, start, tmp_path):
 def test_two_documents_are_too_few(tmp_path):
     file = tmp_path / "two.jsonl"
     file.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "two"}')
-    with pytest.raises(UserError, match="at least 3 different documents"):
+    with pytest.raises(UserError, match="more documents"):
         prepare_corpus(str(file), BYTES, tmp_path / "out")
     tokens = encode_text_source(str(file), prepare(tmp_path).tokenizer, "all")
     assert len(tokens) == 3 * 4
@@ -111,6 +112,16 @@ def prepare(folder: Path):
     file = folder / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     return prepare_corpus(str(file), BYTES, folder / "corpus")
+
+
+def test_all_of_a_plain_text_is_whole(tmp_path, monkeypatch):
+    """Also for a tokenizer that ends documents, of which the text is none."""
+    monkeypatch.setattr(prepare_module, "BLOCK", 100)
+    tokenizer = prepare(tmp_path).tokenizer
+    file = tmp_path / "a #1.txt"
+    file.write_text("".join(f"word{n} " for n in range(500)))
+    found = encode_text_source(str(file), tokenizer, "all")
+    assert tokenizer.decode(np.asarray(found)) == file.read_text()
 
 
 def test_the_name_of_the_end_in_a_text_is_text(tmp_path):

@@ -114,6 +114,14 @@ def test_preparation_in_parts_is_that_of_one_process(folder, tmp_path, config):
     assert prepare_corpus(str(folder), config, tmp_path / "out").meta == whole.meta
     for path, time in times.items():
         assert (tmp_path / "out" / path.name).stat().st_mtime_ns == time
+    prepare_part(str(folder), config, tmp_path / "out", "1/2")  # which came late
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_corpus_may_be_put_into_the_folder_where_one_is(folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert prepare_corpus(str(folder), BYTES, ".").num_tokens("train") > 0
 
 
 def test_a_lost_part_is_made_up_for_and_another_preparation_refused(folder, tmp_path):

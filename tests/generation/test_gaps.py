@@ -10,7 +10,8 @@ from torch import Tensor
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
+from tarflowlm.generation import generate, generate_steps
+from tarflowlm.generation.inversion import finish
 from tarflowlm.generation.sampling import BLANK
 
 FLOW = {"vocab_size": V, "latent_dim": 1, "seed": 3}
@@ -128,6 +129,30 @@ def test_texts_follow_their_probabilities_given_a_constraint(make, case):
     assert (observed - joint / joint.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", OPEN.values(), ids=OPEN.keys())
+def test_a_constraint_counts_up_to_the_end_of_a_template(make):
+    """What is drawn behind it, and not shown, neither keeps the constraint nor weighs a length."""
+    model = make()
+    joint = probabilities(model, WIDE_AXIS)
+    template = [NONE, Gap(most=3), torch.tensor([2])]
+    first_two = [(texts(4)[:, :m] < 2).all(1) & begins_with(template, m) for m in (1, 2, 3)]
+    wanted = torch.stack([joint[fits].sum() for fits in first_two]).double()
+    steps = generate_steps(
+        model,
+        num_tokens=4,
+        prompt=template,
+        allowed=FIRST_TWO,
+        generator=generator(),
+        goes_on=False,
+        **OPTIONS,
+    )
+    found = finish(steps)
+    share = found.evidence.log_evidence.exp()[:, None] * found.filled.lengths[0] * 3
+    error = share.std(0) / math.sqrt(len(share))
+    assert ((share.mean(0) - wanted).abs() < 4 * error + 2e-3).all()
+
+
 def test_the_first_token_of_a_gap_is_one_that_may_begin_it():
     begins = torch.tensor([False, False, True])
     template = [torch.tensor([0]), Gap(most=2, begins=begins), torch.tensor([1])]
@@ -153,12 +178,24 @@ def test_samples_of_a_template_do_not_depend_on_each_other():
         torch.testing.assert_close(both.filled.lengths[0][1:], alone.filled.lengths[0])
 
 
+def never_the_first(model):
+    """All tokens but the one that the model would begin with."""
+    begins = generate(model, num_tokens=1, top_k=1, generator=generator()).tokens[0]
+    mask = torch.ones(V, dtype=torch.bool).index_fill(0, begins, False)
+    return lambda tokens: mask if len(tokens) == 0 else ~mask | mask
+
+
 def test_what_no_particle_fits_and_models_without_weights_are_refused():
     model = OPEN["ar"]()
     free = torch.ones(V, dtype=torch.bool)
     impossible = {"allowed": lambda tokens: free & (len(tokens) < 2)}
     refused = [
         (model, impossible, "candidates fits"),
+        *(
+            (make(), {"allowed": never_the_first(make()), "top_k": 1}, "fits")
+            for make in OPEN.values()
+        ),
+        (model, {"prompt": [Gap(most=1, least=2), torch.tensor([1])]}, "least <= most"),
         (model, {"allowed": free.long()}, "boolean mask of shape"),
         (model, {"allowed": lambda tokens: tokens}, "boolean mask of shape"),
         (model, {"allowed": free, "num_tokens": 9}, "at most the context of 4"),

@@ -125,6 +125,19 @@ def test_finished_run_is_left_alone_and_another_one_refused(finished, whole):
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+def test_an_evaluation_comes_after_a_state_of_its_step(tmp_path, corpus_file, monkeypatch):
+    config = tiny_run(corpus_file, stage_steps=(8,), mode="joint")
+    seldom = replace(config.train, checkpoint_every=100, evaluate_every=4, keep="last")
+
+    def kill(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "validate", kill)
+    with pytest.raises(KeyboardInterrupt):
+        go(replace(config, train=seldom), tmp_path / "run")
+    assert names(tmp_path / "run") == ["step-00000004"]
+
+
 @pytest.mark.parametrize(
     ("at", "number"),
     [
@@ -336,9 +349,11 @@ def test_run_without_an_undamaged_state_is_left_alone(stopped):
     assert sorted(stopped.rglob("*")) == before
 
 
-def test_damaged_weights_are_restored_from_the_state(finished, whole):
-    flip(finished / "model.safetensors")
-    with pytest.raises(UserError, match=r"is damaged .*`tarflowlm train --resume .*` restores it"):
+@pytest.mark.parametrize(("damage", "word"), [(flip, "damaged"), (Path.unlink, "missing")])
+def test_damaged_weights_are_restored_from_the_state(finished, whole, damage, word):
+    damage(finished / "model.safetensors")
+    match = rf"is {word}.*`tarflowlm train --resume .*` restores it"
+    with pytest.raises(UserError, match=match):
         load_checkpoint(finished)
     resume(finished)
     assert_same_run(finished, whole[1])

@@ -1,5 +1,6 @@
 """`tarflowlm eval`: the likelihood of a text, and on request the latents of every block."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -96,15 +97,19 @@ def run(args: Args) -> None:
 
 def usual_split(checkpoint: "Checkpoint", data: str | None) -> Split:
     """all for a file that the model was not trained on, else test."""
-    from tarflowlm.data import FIELD, SOURCE_NAMES
+    from tarflowlm.data import SOURCE_NAMES
 
     if data is None or data in SOURCE_NAMES:
         return "test"
-    file, own = (
-        Path(source.partition(FIELD)[0]).expanduser().resolve()
-        for source in (data, checkpoint.run.data.source)
-    )
-    return "all" if file.is_file() and file != own else "test"
+    file = _source_of(data)
+    return "all" if file.is_file() and file != _source_of(checkpoint.run.data.source) else "test"
+
+
+def _source_of(source: str) -> Path:
+    from tarflowlm.data import FIELD
+
+    path = Path(source).expanduser()
+    return (path if path.exists() else Path(str(path).partition(FIELD)[0])).resolve()
 
 
 def read_text(
@@ -118,15 +123,15 @@ def read_text(
 
     A corpus keeps the split of training. UserError for the text of a shipped model.
     """
-    from tarflowlm.data import FIELD, SOURCE_NAMES, cached_corpus, encode_text_source
+    from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
     from tarflowlm.data.sources import HUB
     from tarflowlm.runs.checkpoint import corpus_digest
 
     ours = checkpoint.run.data
     source = ours.source if data is None else data
-    unwrap = ours.unwrap and data is None
+    unwrap = ours.unwrap and _source_of(source) == _source_of(ours.source)
     is_named = source in SOURCE_NAMES or source.startswith(HUB)
-    if data is None and not is_named and not Path(source.partition(FIELD)[0]).exists():
+    if data is None and not is_named and not _source_of(source).exists():
         what = f"cannot find the training text {source} of {checkpoint.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
     is_corpus = data is None or is_named or Path(source).is_dir()
@@ -177,8 +182,9 @@ def _likelihood(
     print_notice(f"evaluating {what}: {source}, {args.split}")
     bars.stage("evaluating, windows", len(windows))
     start = time.perf_counter()
+    key = "" if args.part == WHOLE and not args.merge else _key(args, model, windows, given)
     if args.merge:
-        log_w = _merged(args.merge, len(windows))
+        log_w = _merged(args.merge, len(windows), key)
     else:
         log_w = log_weights(
             model,
@@ -190,7 +196,7 @@ def _likelihood(
             part=args.part,
         )
     if args.part != WHOLE:
-        print_json({"part": args.part, "log_weights": log_w.tolist()})
+        print_json({"part": args.part, "of": key, "log_weights": log_w.tolist()})
         return None, {}
     found = summarise(
         model,
@@ -210,15 +216,24 @@ def _likelihood(
     }
 
 
-def _merged(files: Sequence[Path], num_windows: int) -> "Tensor":
-    """The log-weights [S, W] that all parts have printed. UserError for other files."""
+def _key(args: Args, model: "LanguageModel", windows: "Tensor", given: "Tensor") -> str:
+    """What the parts of one evaluation share: windows, weights and draws."""
+    key = hashlib.sha256(repr((args.samples, args.seed)).encode())
+    for tensor in (windows, given, *model.parameters()):
+        key.update(tensor.detach().cpu().numpy().tobytes())
+    return key.hexdigest()[:16]
+
+
+def _merged(files: Sequence[Path], num_windows: int, key: str) -> "Tensor":
+    """The log-weights [S, W] that all parts of `key` have printed. UserError for other files."""
     import torch
 
     try:
-        found = {one["part"]: one["log_weights"] for one in map(read_json, files)}
+        read = [one for one in map(read_json, files) if one["of"] == key]
+        found = {one["part"]: one["log_weights"] for one in read}
         parts = [found[f"{number}/{len(found)}"] for number in range(1, len(found) + 1)]
         log_w = torch.cat([torch.tensor(part, dtype=torch.float64) for part in parts], dim=1)
-    except (TypeError, LookupError, RuntimeError):
+    except (TypeError, LookupError, RuntimeError, ValueError):
         log_w = torch.empty(0, 0)
     if log_w.shape[1] != num_windows:
         what = f"these are not the parts of {num_windows:,} windows"

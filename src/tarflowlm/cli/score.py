@@ -56,7 +56,11 @@ def run(args: Args) -> None:
     source = args.file or args.texts
     text = args.score.text if source is None else options.read_source(source)
     assert isinstance(text, str)
-    texts = (text,) if args.texts is None else tuple(filter(str.strip, text.splitlines()))
+    texts = (
+        (text,)
+        if args.texts is None
+        else tuple(line.removesuffix("\r") for line in text.split("\n") if line.strip())
+    )
     if not texts:
         raise UserError(f"{args.texts} holds no text: write one per line")
     own = share(args.part, len(texts))

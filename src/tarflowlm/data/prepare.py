@@ -81,7 +81,7 @@ def prepare_corpus(
     `out` appears complete or not at all. If it already holds this very corpus, that is opened;
     anything else there is a UserError. Of several processes one prepares.
     """
-    target = Path(out)
+    target = Path(out).resolve()
     found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     plan = _plan(found, tokenizer)
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
@@ -106,17 +106,21 @@ def prepare_part(
     """
     found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     plan = _plan(found, tokenizer)
-    folder = _partial(Path(out))
+    target = Path(out).resolve()
+    if is_prepared(str(target)) and open_corpus(target).meta["plan"] == plan:
+        return
+    folder = _partial(target)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / PLAN).exists():
         write_json(folder / PLAN, plan)
     if read_json(folder / PLAN) != plan:
         raise UserError(f"{folder} holds something else than {source} so encoded: remove it")
-    found.obtain()
-    used = _tokenizer(found, tokenizer, folder)
-    used.save(folder)
+    with waiting_lock(target):
+        found.obtain()
+        used = _tokenizer(found, tokenizer, folder)
+        used.save(folder)
     for number in share(part, found.num_parts):
-        _part(found, number, used, folder)
+        _locked_part(found, number, used, folder)
 
 
 def encode_text_source(
@@ -143,7 +147,7 @@ def encode_text_source(
     found.obtain()
     tokens = [np.zeros(0, tokenizer.token_dtype)]
     for part in range(found.num_parts):
-        if split == "all" and tokenizer.end is None:
+        if split == "all" and (tokenizer.end is None or not found.has_documents):
             # whole, since word pieces may cross the cuts between the splits
             text = "".join(piece.text for piece in _pieces(found, part, tokenizer))
             progress.stage(f"encoding {found.name}, characters", len(text))
@@ -250,12 +254,12 @@ def _prepare(
         try:
             tokenizer = _tokenizer(source, wanted, folder)
             tokenizer.save(folder)
-            parts = [_part(source, n, tokenizer, folder) for n in range(source.num_parts)]
+            parts = [_locked_part(source, n, tokenizer, folder) for n in range(source.num_parts)]
             shards = {split: [part[split] for part in parts if split in part] for split in SPLITS}
             for split in SPLITS:
                 if not shards[split]:
                     what = f"{source.name} is too short: its {split} split holds no text"
-                    remedy = "give a longer one, or at least 3 different documents"
+                    remedy = "give a longer one, or more documents"
                     raise UserError(f"{what}: {remedy}")
         except BaseException:
             if not any(folder.glob("part-*.json")):
@@ -313,6 +317,14 @@ def _tokenizer(source: Source, wanted: TokenizerConfig | Tokenizer, folder: Path
                     return
 
     return build_tokenizer(wanted, text(), has_documents=source.has_documents)
+
+
+def _locked_part(
+    source: Source, part: int, tokenizer: Tokenizer, folder: Path
+) -> dict[Split, Shard]:
+    """`_part` by one process at a time."""
+    with waiting_lock(folder / f"part-{part}"):
+        return _part(source, part, tokenizer, folder)
 
 
 def _part(source: Source, part: int, tokenizer: Tokenizer, folder: Path) -> dict[Split, Shard]:

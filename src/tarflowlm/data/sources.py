@@ -277,6 +277,8 @@ def _resolved(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path, _, named = os.path.expanduser(source).partition(FIELD)
+    if os.path.exists(os.path.expanduser(source)):  # its name has the sign itself
+        path, named = os.path.expanduser(source), ""
     field = named or "text"
     if path.startswith(HUB):
         repository = path.removeprefix(HUB)

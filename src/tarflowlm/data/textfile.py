@@ -150,8 +150,9 @@ class TextFile(Source):
                     self._places.add(place_of_document(key))
                 self._total += size
             if not self._total:
-                remedy = "keep its letters with --data.tokenizer.normalize none"
-                raise UserError(f"text8 normalisation leaves nothing of {self.name}: {remedy}")
+                what = f"{self.normalization} normalisation leaves nothing of {self.name}"
+                remedy = "give a text, or keep its letters with --data.tokenizer.normalize none"
+                raise UserError(f"{what}: {remedy}")
         return self._total
 
     def placed(self, part: int) -> Placed:

@@ -38,14 +38,22 @@ class GapFilter:
         gaps: Sequence[Gap],
         num_tokens: int,
         allowed: Allowed | None,
+        *,
+        goes_on: bool,
+        end: int | None,
     ) -> None:
-        """`pieces` [S] of given tokens, maybe empty, around and between the `gaps`."""
+        """`pieces` [S] of given tokens, maybe empty, around and between the `gaps`.
+
+        What is drawn behind them is constrained if the text `goes_on` there, up to the token `end`.
+        """
         self.samples = samples
         self.model = samples.model
         self.flow = self.model if isinstance(self.model, TarFlowLM) else None
         self.pieces = pieces
         self.gaps = gaps
         self.allowed = allowed
+        self.goes_on = goes_on
+        self.end = -1 if end is None else end
         self.weights = Weights(samples)
         B = self.weights.log_w.numel()
         self.tokens = torch.zeros(B, num_tokens, dtype=torch.long, device=self.model.device)
@@ -75,7 +83,8 @@ class GapFilter:
             candidates = self._fill(index)
         before = self._shares(self.log_w, self.lengths)
         # masks and upper blocks weigh what follows, too; else one particle is enough for it
-        is_weighed = self.allowed is not None or self.model.num_blocks > 1
+        is_masked = self.allowed is not None and self.goes_on
+        is_weighed = is_masked or self.model.num_blocks > 1
         if is_weighed:
             self._finish()
         if self.flow is not None and self.flow.num_blocks > 1:
@@ -88,6 +97,13 @@ class GapFilter:
             what = f"none of {self.samples.particles} candidates fits"
             raise UserError(f"{what}: raise the particles, or loosen the constraint")
         evidence = self.weights.evidence(self.candidates)
+        if is_weighed:
+            last = self.weights.evidence()
+            evidence = replace(
+                evidence,
+                ess=torch.minimum(evidence.ess, last.ess),
+                pareto_k=torch.fmax(evidence.pareto_k, last.pareto_k),
+            )
         self._take(self.weights.pick())
         self.samples = replace(self.samples, particles=1)
         if not is_weighed:
@@ -228,6 +244,10 @@ class GapFilter:
         if mask is not None and not isinstance(mask, Tensor):
             texts = rows.tokens[:, : rows.at].cpu()
             mask = torch.stack([checked_mask(mask(text), self.model) for text in texts])
+        if mask is not None:
+            # behind the end of a document stands another one
+            drawn = rows.tokens[:, len(self.pieces[0]) : rows.at]
+            mask = mask | (drawn == self.end).any(1, keepdim=True).cpu()
         if begins is not None:
             mask = begins if mask is None else mask & begins
         return None if mask is None else mask.to(rows.tokens.device)
@@ -255,6 +275,7 @@ class GapFilter:
 
     def _finish(self) -> None:
         """Draw what follows the template."""
+        self.allowed = self.allowed if self.goes_on else None
         num_tokens = self.tokens.shape[1]
         numbers = self.samples.uniform(num_tokens), self._normal(num_tokens)
         for own, rows in self._groups():

@@ -71,7 +71,8 @@ def generate(
 
     `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
     block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
-    flows refuse. In a stack that fills in (eq. 9a), the weights of all blocks change.
+    flows refuse. In a stack that fills in (eq. 9a), the weights of all blocks change, with several
+    particles those of block 1 alone.
 
     `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
     given tokens.
@@ -122,6 +123,7 @@ def generate_steps(
     every: int = 1,
     without: int | None = None,
     end: int | None = None,
+    goes_on: bool = True,
 ) -> Parts:
     """Write as `generate`, and yield the tokens as they become final.
 
@@ -133,7 +135,8 @@ def generate_steps(
 
     A sample that draws the token `end` goes on as that token. Once a quarter of the samples have
     ended they are left out of the work on block 1, and there are no `states`. Samples with several
-    particles do not end.
+    particles do not end. What `allowed` says of tokens behind the last piece counts if the text
+    `goes_on` there.
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
@@ -151,7 +154,7 @@ def generate_steps(
         if allowed is not None and not callable(allowed):
             allowed = checked_mask(allowed, model)
         samples = Samples(model, generators, particles, adjust, progress)
-        text = GapFilter(samples, pieces, gaps, num_tokens, allowed)
+        text = GapFilter(samples, pieces, gaps, num_tokens, allowed, goes_on=goes_on, end=end)
         return _undisturbed(text.write(), num * particles)
     given = _given(model, num, num_tokens, prompt)
     particles = _num_particles(model, given, particles)
@@ -263,6 +266,8 @@ def _template(
     gaps: list[Gap] = []
     for part in [prompt] if isinstance(prompt, Tensor) else prompt or []:
         if isinstance(part, Gap):
+            if not 0 <= part.least <= part.most or part.most < 1:
+                raise UserError(f"gap of {part.least} to {part.most} tokens: give least <= most")
             gaps.append(part)
             pieces.append(empty)
             continue
@@ -318,6 +323,12 @@ def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -
         )
     if particles == 1 and (given != BLANK).all():
         raise no_room(num_tokens, num_tokens)
+    lengths = (given != BLANK).sum(1)
+    if model.config.continues_exactly and usual == 1 and (lengths != lengths[0]).any():
+        raise UserError(
+            f"prompts of {lengths.min()} to {lengths.max()} tokens: this model continues those of "
+            "one length exactly, call it for each"
+        )
     if particles > 1 and exact_prompt(model, given):
         raise UserError(
             f"particles {particles}: this model continues a prompt exactly, leave them out"

@@ -185,6 +185,8 @@ class LatentSource:
             noise,
             decoder=self.decoder,
             above=1,
+            # of several particles the weights would need the density so changed
+            adjust=samples.adjust if samples.particles == 1 else None,
             uniform=samples.draws(self.decoder[0], num_tokens),
             progress=samples.progress,
         )

@@ -36,7 +36,7 @@ class Filled:
     ends: Tensor
     """Tokens up to the end of the template, [num]."""
     lengths: tuple[Tensor, ...]
-    """For each gap of unknown length the probabilities [num, most] of 1, 2, ... tokens."""
+    """For each gap of unknown length the probabilities [num, ...] of least to most tokens."""
 
 
 @dataclass(frozen=True)

@@ -130,19 +130,21 @@ def undamaged_state(directory: Path) -> Path | None:
 
 
 def corpus_digest(directory: Path) -> str | None:
-    """The fingerprint of the corpus that a run trains on; None without its training state."""
-    state = undamaged_state(directory)
+    """The fingerprint of the corpus that a run trains on; None without its training state.
+
+    The folder of its best weights has that of the run.
+    """
+    state = undamaged_state(directory.parent if directory.name == BEST else directory)
     return None if state is None else read_json(state / COUNTERS).get("corpus")
 
 
-def has_damaged_weights(directory: Path) -> bool:
-    """Whether a run directory has weights, and they are damaged."""
+def has_whole_weights(directory: Path) -> bool:
+    """Whether a run directory has weights that are not damaged."""
     try:
-        if (directory / WEIGHTS).exists():
-            read_weights(directory / WEIGHTS)
+        read_weights(directory / WEIGHTS)
     except UserError:
-        return True
-    return False
+        return False
+    return True
 
 
 def resume_command(directory: Path) -> str:

@@ -80,7 +80,7 @@ class Writing(Request):
     without: Annotated[str, arg("LETTERS")] = ""
     """Write nothing with these letters, small or capital. Given text may have them."""
     contains: options.Text = None
-    """Words that follow the prompt somewhere; the first one begins there."""
+    """Words that follow the prompt somewhere, unless it has them; the first one begins there."""
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The tokens that may be drawn, as `generate` takes them."""
     num_tokens: Annotated[int | None, arg("INT", name="length")] = None
@@ -131,6 +131,8 @@ class Writing(Request):
         for name in ("without", "contains"):
             check_type(getattr(self, name), name, (str, type(None)), "give a text, a str")
         if self.contains is not None:
+            if self.stop:
+                raise UserError(f"contains and stop {self.stop!r}: a stop may cut the words off")
             if self.template is not None:
                 raise UserError("contains and a template: put [...] and the words into it")
             if not self.contains.strip():

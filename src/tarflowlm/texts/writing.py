@@ -1,5 +1,6 @@
 """Writing: texts that continue prompts, fill templates, or are free."""
 
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,8 +102,8 @@ class Draft:
         context = self.lm.model.config.context
         asked = self.request.num_tokens
         if asked is not None:
-            # passes need all in one window
-            return asked - len(self.lead) if self.is_whole and asked == context > 1 else asked
+            is_one_window = self.is_whole or self.allowed is not None or self.words is not None
+            return asked - len(self.lead) if is_one_window and asked == context > 1 else asked
         if self.request.template is not None:
             return len(self.given[0].tokens)
         return max(1, context - len(self.lead))
@@ -140,10 +141,20 @@ class Draft:
         rows = range(0, self.total, self.request.num)
         return self.allowed is not None or any(map(self._parts, rows))
 
+    @property
+    def _allowed(self) -> Allowed | None:
+        """`allowed` as `generate` asks it, of the tokens with the lead."""
+        allowed = self.allowed
+        if allowed is None or isinstance(allowed, Tensor):
+            return allowed
+        return lambda tokens: allowed(tokens[len(self.lead) :])
+
     def _parts(self, row: int) -> tuple[Tensor | Gap, ...]:
         """The prompt or template of a sample as pieces and gaps; none if its tokens say it all."""
         reading = self.given[row // self.request.num]
-        if self.words is None or self.words.text in f" {reading.text}":
+        if self.words is None or re.search(
+            rf"{re.escape(self.words.text)}(?!\w)", f" {reading.text}"
+        ):
             return reading.parts
         room = self.num_tokens - len(reading.tokens) - len(self.words.tokens)
         if room < 0:
@@ -207,7 +218,7 @@ class Draft:
                 num=len(rows),
                 prompt=self._parts(rows.start) or padded,
                 particles=request.particles if self.is_constrained or not len(self.lead) else None,
-                allowed=self.allowed,
+                allowed=self._allowed,
                 temperature=usual if request.temperature is None else request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
@@ -218,6 +229,7 @@ class Draft:
                 every=every,
                 without=self.lm.tokenizer.end if stands_in_one else None,
                 end=None if self.is_whole else self.end,
+                goes_on=request.template is None or request.num_tokens is not None,
             )
         )
         streams = list(map(self._stream, rows))
@@ -261,11 +273,11 @@ class Draft:
 
     def _rows_of_batches(self) -> Iterator[range]:
         """Consecutive samples; prompts that fill a window are not mixed with others."""
-        context = self.lm.model.config.context
-        length = min(self.num_written, context)
+        config = self.lm.model.config
+        length = min(self.num_written, config.context)
         size = chunks.written_rows(length * self.particles, self.lm.model.device)
-        longest = max(len(reading.tokens) for reading in self.given)
-        is_alone = longest >= context or self.is_constrained
+        fills = max(len(reading.tokens) for reading in self.given) >= config.context
+        is_alone = fills or self.is_constrained or config.continues_exactly
         together = self.request.num if is_alone else self.total
         own = share(self.part, self.total)
         for first in range(0, self.total, together):

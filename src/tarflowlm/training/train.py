@@ -27,7 +27,7 @@ from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Progress, Record
-from tarflowlm.runs.checkpoint import Checkpoint, has_damaged_weights, read_summary
+from tarflowlm.runs.checkpoint import Checkpoint, has_whole_weights, read_summary
 from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import ALONE, Processes
@@ -81,7 +81,7 @@ def train(
     if begun:
         if asked is not None:
             begin.check_same(asked, out)
-        is_left = processes.first and not has_damaged_weights(out)
+        is_left = processes.first and has_whole_weights(out)
         summary = processes.from_first(read_summary(out) if is_left else None)
         if summary is not None:
             logger.info("%s is finished", out)
@@ -222,7 +222,7 @@ def train_stage(run: Run) -> Likelihood:
         is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
         is_saved = (
             why is not None
-            or counters.stage_is_over
+            or counters.evaluation_is_due
             or counters.step % train.checkpoint_every == 0
             or (train.minutes > 0 and run.seconds() - counters.total > pace.SAVE_SECONDS)
         )
