@@ -1,5 +1,8 @@
 """A second block on a frozen model, left to right, by what it reads and how it maps.
 
+First its Transformer learns to predict the next token by a head. This shows what block 2 can know.
+Then it is frozen, and a map learns to make a density of that.
+
 Block 1 maps z_t to u_t = R_w(z_t), the Rosenblatt transform of sum_k w_k N(z; mu_k, sigma_k^2 I),
 with weights w = w(z_<t) of a frozen model. For a sharp codebook u_t lies inside a cell that belongs
 to the token, and the cells depend on w. Shape legend: B windows, T tokens, V token types, d
@@ -10,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +36,13 @@ from tarflowlm.model_config import BlockConfig, FlowConfig, TransformerConfig
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step
 
-Reads = Literal["noise", "text", "key"]
-"""u_<t alone; also the tokens of z_<t, and the features that block 1 has of them; also, at the own
-position, w(z_<t) and the cells.
+M = TypeVar("M", bound=nn.Module)
+Reads = Literal["noise", "text"]
+"""u_<t; or the tokens of z_<t, and the features that block 1 has of them at the own position."""
+Maps = Literal["mix1", "key", "cells", "redo"]
+"""Mix-1; Mix-1 that is also given w(z_<t) and the cells; Gaussians in the cells of channel 1; R_w'
+after the inverse of R_w.
 """
-Maps = Literal["mix1", "cells", "redo"]
-"""Mix-1; Mix-1 whose components stand in the cells of channel 1; R_w' after the inverse of R_w."""
 BASELINE_CHANNELS = 16
 ROWS = 16
 """Windows that are evaluated at once."""
@@ -56,7 +60,7 @@ class Known(NamedTuple):
 
 
 class Found(NamedTuple):
-    """log p(z_t | z_<t) [B, T] by block 1 and by both, and log p(x_t | ...) by block 2's head."""
+    """log p(z_t | z_<t) [B, T] by block 1 and by both, and log p(x_t) by the reader's head."""
 
     below: Tensor
     both: Tensor
@@ -114,62 +118,85 @@ class Below(nn.Module):
         return numerics.mixture_log_prob(z, log_w, self.codebook.mean, self.codebook.log_std)
 
 
+class Reader(nn.Module):
+    """The Transformer of block 2, with a head that predicts the next token."""
+
+    def __init__(
+        self, below: Below, trunk: TransformerConfig, *, layers: int, reads: Reads
+    ) -> None:
+        super().__init__()
+        width = trunk.width
+        V = below.codebook.vocab_size
+        self.reads = reads
+        self.input = InputMap(below.channels, width)
+        self.embedding = nn.Embedding(V, width)
+        self.skip = nn.Linear(below.width, width)
+        self.start = nn.Parameter(torch.randn(width))
+        self.transformer = Transformer(trunk, layers)
+        self.head = _zeroed(nn.Linear(width, V))
+
+    def forward(self, u: Float[Tensor, "B T d"], known: Known) -> Float[Tensor, "B T D"]:
+        """c_t of every position."""
+        is_text = self.reads == "text"
+        x = self.embedding(known.tokens[:, :-1]) if is_text else self.input(u[:, :-1])
+        x = torch.cat((self.start.expand(len(u), 1, -1), x), dim=1)
+        features: Tensor = self.transformer(x + self.skip(known.features) if is_text else x)
+        return features
+
+    def log_prob(self, c: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]) -> Tensor:
+        """log p(x_t | what it reads) [B, T], in nats."""
+        return self.head(c).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+def _zeroed(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class Upper(nn.Module):
-    """Block 2: its Transformer reads what `reads` says, and its map is `maps`.
+    """A map of block 2, whose parameters come from a frozen reader through a small network.
 
     All maps start as the identity, or close to it. redo is
 
         u' = R_w'(R_w^-1(u)),    w' = softmax(log w + delta(c)),
 
-    so the stack has the density of one Mix-d block with weights w'. In training every block also
-    predicts the next token by a head of its own, so that it knows the language as far as what it
-    reads tells, and the gain shows what its map makes of that.
+    so the stack has the density of one Mix-d block with weights w'.
     """
 
-    def __init__(
-        self, below: Below, trunk: TransformerConfig, *, layers: int, reads: Reads, maps: Maps
-    ) -> None:
+    def __init__(self, below: Below, reader: Reader, maps: Maps) -> None:
         super().__init__()
-        self.reads = reads
         self.maps = maps
+        # in a tuple, so that its parameters are not the map's
+        self._reader = (reader.eval().requires_grad_(requires_grad=False),)
         V = below.codebook.vocab_size
-        channels = below.channels
+        trunk = reader.transformer.config
         width = trunk.width
-        self.input = InputMap(channels, width)
-        self.embedding = nn.Embedding(V, width)
-        self.skip = nn.Linear(below.width, width)
-        self.start = nn.Parameter(torch.randn(width))
-        self.transformer = Transformer(trunk, layers)
-        self.key = nn.Sequential(
-            nn.Linear(2 * V, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        inputs = width + (2 * V if maps == "key" else 0)
+        self.more = nn.Sequential(
+            nn.Linear(inputs, 4 * width), nn.GELU(), _zeroed(nn.Linear(4 * width, width))
         )
         # tokens by their first channel, in which Rosenblatt begins
         self.register_buffer("order", below.codebook.mean[:, 0].argsort(), persistent=False)
-        self.weights = nn.Linear(width, V)
-        self.tokens = nn.Linear(width, V)
-        for head in (self.weights, self.tokens):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        self.weights = _zeroed(nn.Linear(width, V))
         blocks = (BlockConfig(), BlockConfig(components=V))
-        config = FlowConfig(trunk=trunk, latent_dim=channels, blocks=blocks)
+        config = FlowConfig(trunk=trunk, latent_dim=below.channels, blocks=blocks)
         self.mix1 = Mix1Coupling.build(BlockPlan(config, 1, below.codebook))
+
+    @property
+    def reader(self) -> Reader:
+        return self._reader[0]
 
     order: Tensor
 
-    def features(self, u: Float[Tensor, "B T d"], known: Known) -> Float[Tensor, "B T D"]:
-        """c_t of every position."""
-        x = self.input(u[:, :-1])
-        if self.reads != "noise":
-            x = x + self.embedding(known.tokens[:, :-1])
-        x = torch.cat((self.start.expand(len(u), 1, -1), x), dim=1)
-        if self.reads != "noise":
-            x = x + self.skip(known.features)
-        c = self.transformer(x)
-        log_w = known.log_w
-        if self.reads == "key":
-            key = torch.cat((log_w.clamp(min=-20.0), self.edges(log_w)), dim=-1)
-            c = c + self.key(key)
-        return c
+    def features(
+        self, c: Float[Tensor, "B T D"], log_w: Float[Tensor, "B T V"]
+    ) -> Float[Tensor, "B T D"]:
+        """c_t of the reader, and what the map's own network makes of it."""
+        inputs = [c]
+        if self.maps == "key":
+            inputs += [log_w.clamp(min=-20.0), self.edges(log_w)]
+        return c + self.more(torch.cat(inputs, dim=-1))
 
     def edges(self, log_w: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
         """The upper ends of the tokens' cells in channel 1 of u, by the order of their codes."""
@@ -179,8 +206,8 @@ class Upper(nn.Module):
     def redone(
         self, c: Float[Tensor, "B T D"], log_w: Float[Tensor, "B T V"]
     ) -> Float[Tensor, "B T V"]:
-        """log w'."""
-        return (log_w + self.weights(c)).log_softmax(-1)
+        """log w', from c of the reader."""
+        return (log_w + self.weights(self.features(c, log_w))).log_softmax(-1)
 
     def forward(
         self, below: Below, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
@@ -189,14 +216,15 @@ class Upper(nn.Module):
         known = below(tokens, noise)
         log_w = known.log_w
         u, log_det = below.noise(known.z, log_w)
-        c = self.features(u, known)
+        with torch.no_grad():
+            c = self.reader(u, known)
+            by_head = self.reader.log_prob(c, tokens)
         if self.maps == "redo":
             log_p = below.log_prob(known.z, self.redone(c, log_w))
         elif self.maps == "cells":
-            log_p = log_det + self._in_cells(u, log_w, c)
+            log_p = log_det + self._in_cells(u, log_w, self.features(c, log_w))
         else:
-            log_p = log_det + self.mix1.log_prob(u, c)
-        by_head = self.tokens(c).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            log_p = log_det + self.mix1.log_prob(u, self.features(c, log_w))
         return Found(below.log_prob(known.z, log_w), log_p, by_head)
 
     def _in_cells(self, u: Tensor, log_w: Tensor, c: Tensor) -> Tensor:
@@ -236,7 +264,7 @@ def write(
         log_w = known.log_w
         if upper is not None:
             u, _ = below.noise(so_far, log_w)
-            log_w = upper.redone(upper.features(u, known), log_w)
+            log_w = upper.redone(upper.reader(u, known), log_w)
         mean, log_std = below.codebook.mean, below.codebook.log_std
         z[:, t] = numerics.rosenblatt_inverse(noise[:, t], log_w[:, t], mean, log_std)
     return z
@@ -251,7 +279,7 @@ class Boosted:
     both: Tensor
     """[windows], with block 2 on it."""
     by_head: Tensor
-    """[windows], by block 2's own prediction of the tokens."""
+    """[windows], by the reader's own prediction of the tokens: what block 2 knows."""
 
     @property
     def gain(self) -> tuple[float, float]:
@@ -274,9 +302,27 @@ def evaluate(below: Below, upper: Upper, windows: Int[Tensor, "N T"]) -> Boosted
     return Boosted(*(torch.cat(windows) for windows in zip(*parts, strict=True)))
 
 
-def boost(
-    below: Below,
-    make: Callable[[], Upper],
+Loss = Callable[[M, Tensor, Tensor], Tensor]
+"""Nats of every token [B, T] of windows, given noise [B, T, d]."""
+
+
+def reader_loss(below: Below) -> Loss[Reader]:
+    def loss(reader: Reader, tokens: Tensor, noise: Tensor) -> Tensor:
+        known = below(tokens, noise)
+        u, _ = below.noise(known.z, known.log_w)
+        return -reader.log_prob(reader(u, known), tokens)
+
+    return loss
+
+
+def map_loss(below: Below) -> Loss[Upper]:
+    return lambda upper, tokens, noise: -upper(below, tokens, noise).both
+
+
+def fit(
+    make: Callable[[], M],
+    loss: Loss[M],
+    channels: int,
     train: TokenArray,
     valid: Int[Tensor, "N T"],
     *,
@@ -286,35 +332,43 @@ def boost(
     seed: int,
     every: int,
     progress: Progress = SILENT,
-) -> Upper:
-    """Train block 2 for `steps` of `batch` windows; returns it as it was at its best validation.
+) -> M:
+    """Train a module for `steps` of `batch` windows; returns it as it was at its best validation.
 
-    Best counts from the start on, where the block is the identity.
+    Best counts from the start on.
     """
     with seeded(seed):
-        upper = make()
-    optimizers = build_optimizers(optim, upper)
+        module = make()
+    optimizers = build_optimizers(optim, module)
     sampler = WindowSampler(train, window=valid.shape[1], batch=batch, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    best = copy.deepcopy(upper)
+    best = copy.deepcopy(module)
     least = math.inf
-    progress.stage(f"block 2 ({upper.maps}, reads {upper.reads}), steps", steps)
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
-            bits = evaluate(below, upper, valid).both.mean().item()
-            if bits < least:
-                least = bits
-                best = copy.deepcopy(upper)
+            nats = _validated(module, loss, channels, valid)
+            if nats < least:
+                least = nats
+                best = copy.deepcopy(module)
         if step == steps:
             break
         tokens = sampler.next()
-        noise = torch.randn(*tokens.shape, below.channels, generator=generator)
-        found = upper(below, tokens, noise)
-        loss = -(found.both + found.by_head).mean()
-        loss.backward()
-        trained = {name: p for name, p in upper.named_parameters() if p.grad is not None}
+        noise = torch.randn(*tokens.shape, channels, generator=generator)
+        loss(module, tokens, noise).mean().backward()
+        trained = {name: p for name, p in module.named_parameters() if p.grad is not None}
         norm = norms({name: p.grad for name, p in trained.items() if p.grad is not None}).norm()
         lr = optim.lr * schedule(optim, step, steps)
         take_step(optimizers, trained, norm, lr=lr, grad_clip=optim.grad_clip)
         progress.advance(1)
     return best
+
+
+@torch.no_grad()
+def _validated(module: M, loss: Loss[M], channels: int, windows: Tensor) -> float:
+    """The mean loss, with noise from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for tokens in windows.split(ROWS):
+        noise = torch.randn(*tokens.shape, channels, generator=generator)
+        total += loss(module, tokens, noise).mean(-1).sum().item()
+    return total / len(windows)
