@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from reproduction import measures
+from reproduction import measures, tables
 from reproduction.lengths import lengthened
 from reproduction.measures import JUDGED
 from reproduction.passes import FILLING, LABELS, judged_passes
@@ -45,7 +45,9 @@ def measure_directions(settings: Settings, finished: Sequence[Finished]) -> list
     for done in models:
         *_, final = judged_passes(done, judge)
         found = {JUDGED: final[JUDGED], "±": final["±"]}
-        rows.append(measures.summary_row(done) | found | measures.gains(done))
+        rows.append(
+            measures.summary_row(done) | tables.weighted_bound(done) | found | measures.gains(done)
+        )
     return rows
 
 
@@ -76,8 +78,9 @@ DIRECTIONS = Recipe(
     title="Alternating directions",
     claim=(
         "The paper: blocks of alternating direction give bi-directional context. Do they fit a "
-        "text better, or write a better one, than blocks that all run left to right? (A quarter of "
-        "the presets' steps for affine and Mix-1. The judge reads the samples of the whole stack.)"
+        "text better, or write a better one, than blocks that all run left to right? (A quarter "
+        "of the presets' steps for affine and Mix-1. The judge reads the samples of the whole "
+        "stack. The one direction of the stack that fills in was chosen, on another text.)"
     ),
     plan=plan_directions,
     measure=measure_directions,

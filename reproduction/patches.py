@@ -21,6 +21,7 @@ from tarflowlm.views.style import SMALL, Figure, log_scale
 PREFIXES = (0, 16, 64, 128)  # tokens of real text before a continuation
 SIZES = (2, 4, 8)  # tokens per position, next to one
 SHOWN_QUALITY = ("perplexity", "perplexity ±", "MAUVE", "entropy")
+TOGETHER, APART = "Mix-d, in-patch weights", "Mix-d, independent weights"
 PROMPTS = 32  # continuations of each model and prefix
 
 
@@ -158,11 +159,12 @@ def measure_patches(settings: Settings, finished: Sequence[Finished]) -> list[Ro
 def plan_in_patch(settings: Settings) -> list[Training]:
     """Patches of two in a stack whose last block is the deepest, and Mix-d with the tokens apart.
 
-    In the stack every block sees all channels of the patch, or its last one or all of them see
-    groups of d channels: tokens, or with the channels mixed channels of both tokens.
+    In the stack every block sees all channels of the patch, or its last one, which writes first, or
+    all of them see groups of d channels: tokens, or with the channels mixed channels of both
+    tokens. Mix-d, whose block 1 writes last, is the other order, at its full length.
     """
     run = settings.preset("mix1", "text8")
-    found = {"Mix-d, tokens apart": two_tokens(settings, "independent")}
+    found = {}
     for name, apart, is_mixed in (
         ("together", (), False),
         ("apart in block 3", (2,), False),
@@ -178,6 +180,8 @@ def plan_in_patch(settings: Settings) -> list[Training]:
     if settings.scale == "mini":
         found = {label: variant(r, "quarter") for label, r in found.items()}
     found = {label: measures.shortened(settings, r, HALF_STEPS // 2) for label, r in found.items()}
+    found[TOGETHER] = two_tokens(settings, "autoregressive")
+    found[APART] = two_tokens(settings, "independent")
     return trainings(settings, found) + measures.judge_training(settings)
 
 
@@ -185,7 +189,11 @@ def measure_in_patch(settings: Settings, finished: Sequence[Finished]) -> list[R
     """The bound of each model beside what figure 5 measures."""
     table = table_fig5(measure_fig5(settings, finished))
     judged = {(row["model"], row["seed"]): row for row in table}
-    rows = [measures.summary_row(done) for done in finished if done.training.label != "judge"]
+    rows = [
+        measures.summary_row(done) | measures.gains(done)
+        for done in finished
+        if done.training.label != "judge"
+    ]
     return [row | judged[row["model"], row["seed"]] for row in rows]
 
 
@@ -224,10 +232,12 @@ IN_PATCH = Recipe(
     claim=(
         "The paper (figure 1): where blocks treat the tokens of a patch as independent, later "
         "blocks and channel mixing recover what binds them. Bounds, and what figure 5 measures, "
-        "in a stack of 1, 1 and 4 layers, whose last block is the language model: where it sees "
-        "all channels of the patch, nothing is left to recover."
+        "in a stack of 1, 1 and 4 layers, whose last block writes first: where it sees all "
+        "channels of the patch, nothing is left to recover. Last, Mix-d, whose block 1 writes "
+        "last."
     ),
     plan=plan_in_patch,
     measure=measure_in_patch,
     seeds=2,
+    clear=(TOGETHER, APART),
 )
