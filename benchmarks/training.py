@@ -1,9 +1,8 @@
 """Speed of a training step of presets, over that of the first one.
 
-    python benchmarks/training.py                                  # mini-ar, mini-mixd, mini-mix1,
-    mini-affine python benchmarks/training.py mini-ar mini-mixd mini-mix1 english-small --against
-    ../other-checkout python benchmarks/training.py mini-ar --peers --rounds 9       # beside models
-    of transformers, with AdamW
+    python benchmarks/training.py                             # the presets of the mini size
+    python benchmarks/training.py mini-ar mini-mixd --against ../other-checkout
+    python benchmarks/training.py mini-ar --peers --rounds 9  # beside models of transformers
 
 Progressive presets are timed stage by stage, on random tokens. TFLOP/s count model FLOPs
 (`evaluation.flops`).

@@ -53,6 +53,12 @@ def test_a_stream_stops_where_its_stop_is_read(flow):
     assert flow.write("The King", num_tokens=40, seed=3, stop=stop.upper()) == shown
 
 
+def test_the_command_of_a_text_that_looks_like_an_option():
+    request = Writing(prompt="-hello", stop=("--", "b"))
+    expected = ["--prompt=-hello", "--stop=--", "--stop", "b"]
+    assert request.command("m") == ["tarflowlm", "sample", "m", *expected]
+
+
 def test_words_that_the_prompt_holds_ask_for_no_particles(flow):
     found = [
         writing.Draft.of(Writing(prompt="the king", contains=words), flow).particles

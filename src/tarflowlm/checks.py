@@ -135,4 +135,4 @@ def check_package(name: str, extra: str, who: str = "this") -> None:
     spec = importlib.util.find_spec(name)
     # no origin: only a folder of that name, such as W&B creates
     if spec is None or spec.origin is None:
-        raise UserError(f"{who} needs the package {name}: pip install -e '.[{extra}]'")
+        raise UserError(f"{who} needs the package {name}: pip install 'tarflowlm[{extra}]'")

@@ -11,7 +11,7 @@ from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
 from tarflowlm.harness.scoring import Piece, TextScorer
 from tarflowlm.objective import conditional_bound
-from tarflowlm.pretrained import Pretrained
+from tarflowlm.pretrained import Pretrained, load
 from tarflowlm.progress import Progress
 from tarflowlm.texts.requests import Writing
 
@@ -153,5 +153,26 @@ def test_continuations_equal_generate(scorer, kind):
     stop = Writing(num_tokens=5, top_k=1, stop=("\n", text[2]))
     assert s.complete([("The q", stop)]) == [text[: text.index(text[2])]]
     # a stop is read as the texts are; a line end means nothing to this model
-    shouted = Writing(num_tokens=5, top_k=1, stop=("\n", text[2:4].upper() + "!"))
+    shouted = Writing(num_tokens=5, top_k=1, stop=("\n", text[2:4].upper()))
     assert s.complete([("The q", shouted)]) == [text[: text.index(text[2:4])]]
+
+
+def test_stops_of_tasks_are_no_parts_of_words(scorer):
+    """Markup is none for a model of letters; a word that lost its punctuation is a whole one."""
+    assert scorer("ar")._stops(["Question:", "</s>", "<|im_end|>", "\n\n", "Q:", "the end"]) == (
+        " question ",
+        " q ",
+        "the end",
+    )
+
+
+def test_a_token_in_which_both_texts_meet_is_scored():
+    lm = load("english-small")
+    scorer = TextScorer(lm)
+    pair = scorer.encode_pair("The pe", "ople")
+    assert lm.decode(pair.tokens) == "The people"
+    assert pair.given < len(pair.tokens)
+    nothing = Piece(pair.tokens, len(pair.tokens))
+    (nats, _), (empty, is_greedy) = scorer.conditional([pair, nothing])
+    assert nats < 0.0
+    assert (empty, is_greedy) == (0.0, False)

@@ -82,7 +82,8 @@ def test_logits_are_those_of_block_1_on_the_means_of_the_codes(name, tmp_path):
     is_stock = not checkpoint.model.config.trunk.input_taps
     assert is_stock == (type(exported) is transformers.PersimmonForCausalLM)
     tokens = torch.randint(27, (3, 16), generator=torch.Generator().manual_seed(0))
-    check_logits(checkpoint.model, exported, tokens)
+    for length in (1, 2, 16):
+        check_logits(checkpoint.model, exported, tokens[:, :length])
 
 
 @pytest.mark.slow

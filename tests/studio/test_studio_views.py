@@ -13,6 +13,7 @@ from studio_cases import shown, stages, words
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
+from tarflowlm.pretrained import Pretrained
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.edit import KINDS, change, rewrite
 from tarflowlm.studio.pieces import guarded
@@ -107,6 +108,14 @@ def test_likely_lengths_of_a_gap_are_shown(catalogue):
         assert {bool(re.fullmatch("the .{1,3} saw", text)) for text in stages(html)} == {True}
         assert "Length of gap 1" in words(html)
         assert "[...3]" in words(html)
+
+
+def test_a_gap_of_a_text_with_blanks_is_as_long_as_it_was_drawn(catalogue):
+    text = "t_e [...8] saw"
+    html = shown(write, catalogue, ["flow", "", text, 20, 0.8, 1.0, 1, 0])
+    expected = Pretrained(**vars(catalogue.load("flow"))).fill(text, temperature=0.8, seed=0)
+    assert stages(html) == [expected]
+    assert '<span class="tl-given"> saw</span>' in html or 'tl-given">saw' in html
 
 
 def test_only_whole_words_are_rewritten(catalogue):

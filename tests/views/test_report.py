@@ -96,7 +96,7 @@ def test_report_has_figures_and_numbers(runs, tmp_path):
         "exact, and it has no blocks",
     ):
         assert part in page.text
-    assert page.text.count("3 samples of 16 tokens") == 3
+    assert page.text.count("3 samples of at most 16 tokens") == 3
     assert page.text.count("after block 1: ") == 2
     # the terms of the bound are those that training evaluated last
     shown = [float(number) for number in re.findall(r"3 of 3 blocks<= (\d+\.\d+)", page.text)]

@@ -68,7 +68,7 @@ def run(args: Args) -> None:
     for row in broken:
         sys.stdout.write(f"{row.name}: {row.state}\n")
     if any(row.best for row in chain(*groups)):
-        print_notice("* the fewest bits per character on its text")
+        print_notice("* the fewest bits per character on its text, by the test if there is one")
     if any(row.split == "valid" for row in rows):
         print_notice("v: the best validation so far, over fewer windows than a test")
 

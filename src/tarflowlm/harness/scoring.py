@@ -23,6 +23,7 @@ from tarflowlm.checks import as_integer
 from tarflowlm.data.prompts import read
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import log_weights
+from tarflowlm.generation.sampling import num_leading
 from tarflowlm.objective import conditional_bound, importance_weighted
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -65,10 +66,13 @@ class TextScorer:
     def encode_pair(self, context: str, continuation: str) -> Piece:
         """The tokens of both texts, normalised together, and how many belong to the context.
 
-        White space at the end of the context goes to the continuation, as in the training text.
+        White space at the end of the context goes to the continuation, as in the training text, and
+        so does a token in which both meet.
         """
         tokens = self.encode(context + continuation)
-        return Piece(tokens, min(len(self.encode(context.rstrip())), len(tokens)))
+        alone = self.encode(context.rstrip())
+        shared = min(len(alone), len(tokens))
+        return Piece(tokens, num_leading(alone[:shared] == tokens[:shared]))
 
     def rolling(self, texts: Sequence[str], progress: Progress = SILENT) -> list[float]:
         """log p of every text, or a lower bound on it: the sum over windows with fresh contexts.
@@ -105,7 +109,9 @@ class TextScorer:
         for parts in pieces:
             some = list(islice(scored, len(parts)))
             value = math.fsum(value for value, _ in some)
-            found.append((value, all(is_best for _, is_best in some)))
+            # a flow does not know which is the greedy one
+            is_greedy = (self.model.is_exact or bool(some)) and all(best for _, best in some)
+            found.append((value, is_greedy))
         return found
 
     def complete(
@@ -132,12 +138,19 @@ class TextScorer:
         return bool(self.tokenizer.prepare(text).strip())
 
     def _stops(self, until: Sequence[str]) -> tuple[str, ...]:
-        """The stops that the model can write; of a line end, text8 leaves nothing."""
+        """The stops that the model can write; of a line end or markup, text8 leaves nothing.
+
+        What is left of a stop with punctuation is a whole word.
+        """
         found = []
+        is_plain = self.tokenizer.normalization == "none"
         for stop in until:
-            if self._reads(stop) or self.tokenizer.prepare(stop) == stop:
+            kept = self.tokenizer.prepare(stop)
+            if kept == stop or (self._reads(stop) and (is_plain or not set(stop) & set("<>|"))):
                 with suppress(UserError):  # for characters that the model does not have
-                    found.append(read(self.tokenizer, stop).text)
+                    text = read(self.tokenizer, stop).text
+                    is_whole = is_plain or kept.strip() == stop.strip().lower()
+                    found.append(text if is_whole else f" {text.strip()} ")
         return tuple(found)
 
     def pieces(self, tokens: Int[Tensor, " n"], given: int) -> list[Piece]:

@@ -28,14 +28,16 @@ class Catalogue:
     """Models by name, run directories and folders of runs; by default all released models."""
 
     def __init__(self, names: Sequence[str] = (), device: str = "cpu") -> None:
-        self.names = names or sorted(released(), key=lambda name: name != DEFAULT)
+        names = names or sorted(released(), key=lambda name: name != DEFAULT)
+        # the hub is asked once
+        self.folders = {name: locate(name) for name in names}
         self.device = device
-        self.entries = _collect(self.names)
+        self.entries = _collect(self.folders)
 
     def refresh(self) -> None:
         """Look at the folders again: runs may have begun there."""
         with suppress(UserError):
-            self.entries = _collect(self.names)
+            self.entries = _collect(self.folders)
 
     @property
     def models(self) -> list[str]:
@@ -91,15 +93,14 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
     return load_checkpoint(place, device)
 
 
-def _collect(names: Sequence[str]) -> dict[str, Entry]:
+def _collect(folders: dict[str, Path]) -> dict[str, Entry]:
     """The entries by the names that the page shows, each run once.
 
     UserError for a name without a run, and for a run that cannot be read.
     """
     entries: dict[str, Entry] = {}
     known = set()
-    for given in names:
-        folder = locate(given)
+    for given, folder in folders.items():
         found = [path for path in find_runs(folder) if (path / CONFIG).is_file()]
         if not found:
             models = ", ".join(released())

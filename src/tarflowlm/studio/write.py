@@ -101,8 +101,10 @@ def _samples(
     for row, stream in enumerate(found.streams):
         numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
         # with its end, of which a mark is shown
-        tokens = samples[row, : stream.length + 1]
-        text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": given}))
+        tokens = samples[row, : stream.length + stream.has_ended]
+        filled = found.generation.filled
+        mask = given if filled is None else filled.given[row]
+        text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": mask}))
         passes = ""
         if checkpoint.model.num_blocks > 1 and found.generation.passes:
             passes = _passes(draft, found, row)
@@ -126,7 +128,9 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     for tokens, state in zip(passes, generation.states, strict=True):
         p = codebook.log_posterior(state[row, :length]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
-    rows = pass_rows(passes, draft.lm.tokenizer, given=_given(draft), probabilities=probabilities)
+    filled = generation.filled
+    given = _given(draft) if filled is None else filled.given[row]
+    rows = pass_rows(passes, draft.lm.tokenizer, given=given, probabilities=probabilities)
     # where one block writes nearly all, and no other a tenth, there is nothing to watch
     shares = [(after != before).double().mean().item() for before, after in pairwise(passes)]
     is_seen = sum(share > 0.1 for share in shares) > 1

@@ -54,13 +54,12 @@ class Request:
             option = options.flag(one.name)
             if isinstance(value, bool):
                 words.append(option)
-            elif one.name in ("stop", "rewrite"):
-                for text in as_texts(value, one.name):
-                    words += [option, text]
-            elif isinstance(value, (tuple, list)):
+            elif isinstance(value, (tuple, list)) and one.name not in ("stop", "rewrite"):
                 words += [option, *value]
             else:
-                words += [option, str(value)]
+                for text in value if isinstance(value, (tuple, list)) else [str(value)]:
+                    # else it would be read as an option
+                    words += [f"{option}={text}"] if text.startswith("-") else [option, text]
         return words
 
 

@@ -140,7 +140,7 @@ class _Writer:
         parts = self._samples(record, checkpoint, length)
         step = checkpoint.info.get("step", "?")
         how = f"seed 0, temperature {checkpoint.run.temperature:g}, not selected"
-        notes = [f"Step {step}. {NUM} samples of {length} tokens: {how}."]
+        notes = [f"Step {step}. {NUM} samples of at most {length} tokens: {how}."]
         if checkpoint.model.is_exact:
             notes.append(EXACT)
         else:
