@@ -9,7 +9,7 @@ from tarflowlm import chunks
 from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.transformer import Conditioner, Transformer
+from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import BaselineConfig
 
@@ -50,9 +50,12 @@ class TokenLM(LanguageModel, Conditioner):
     def conditioner(self) -> Conditioner:
         return self
 
-    def embedded(self, past: Int[Tensor, "B ..."]) -> Float[Tensor, "B n D"]:
-        patches = past.flatten(1).unflatten(1, (-1, self.config.patch))
-        return widen(self.join(self.embedding(patches).flatten(2)))
+    def embedder(self) -> Embedder:
+        def embed(past: Tensor) -> Tensor:
+            patches = past.flatten(1).unflatten(1, (-1, self.config.patch))
+            return widen(self.join(self.embedding(patches).flatten(2)))
+
+        return embed
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
         """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without one."""

@@ -11,8 +11,8 @@ from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents
 from tarflowlm.flow.layers import Order, Patch
-from tarflowlm.flow.numerics import log_standard_normal, most_probable_component
-from tarflowlm.flow.transformer import Conditioner, Transformer
+from tarflowlm.flow.numerics import component_finder, log_standard_normal
+from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
 from tarflowlm.model_config import TransformerConfig
 
 
@@ -75,14 +75,19 @@ class FlowBlock(Conditioner):
             self.register_buffer("places", places, persistent=False)
             self.token_embedding = nn.Embedding(len(places) * codebook.vocab_size, trunk.width)
 
-    def embedded(self, past: Float[Tensor, "B n C"]) -> Float[Tensor, "B n D"]:
-        x = widen(self.input(past))
+    def embedder(self) -> Embedder:
         codebook = self._codebook[0]
-        if codebook is not None and self.token_embedding is not None:
-            latents = past.unflatten(-1, (-1, codebook.mean.shape[1]))
-            tokens = most_probable_component(latents, codebook.mean, codebook.log_std)
-            x = x + self.token_embedding(tokens + self.places).sum(-2)
-        return x
+        embedding = self.token_embedding
+        if codebook is None or embedding is None:
+            return lambda past: widen(self.input(past))
+        dim = codebook.mean.shape[1]
+        tokens_of = component_finder(codebook.mean, codebook.log_std)
+
+        def embed(past: Tensor) -> Tensor:
+            tokens = tokens_of(past.unflatten(-1, (-1, dim)))
+            return widen(self.input(past)) + embedding(tokens + self.places).sum(-2)
+
+        return embed
 
     def features(self, h: Latents) -> Features:
         """Features c_n of all positions, each from the latents before it."""

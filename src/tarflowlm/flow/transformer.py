@@ -6,6 +6,7 @@ H heads have the width E = D / H; N counts new positions.
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from tarflowlm.flow import full_precision, widen
 from tarflowlm.model_config import TransformerConfig
 
+Embedder = Callable[[Tensor], Tensor]
+"""From latents [B, n, C], or tokens [B, n P], to inputs of a Transformer [B, n, D]."""
 ROTARY_BASE = 10_000.0
 """The longest wavelength of rotary positions, over 2 pi."""
 
@@ -173,6 +176,9 @@ class KVCache:
     For `batch` rows of `capacity` positions, with the dtype and device of `like`; without a graph.
     """
 
+    embed: Embedder
+    """Set by `Conditioner.allocate_cache`."""
+
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
         config = transformer.config
         taps = transformer.input_taps
@@ -280,21 +286,23 @@ class Conditioner(nn.Module):
     transformer: Transformer
 
     @abstractmethod
-    def embedded(self, past: Tensor) -> Float[Tensor, "B n D"]:
-        """Inputs of the Transformer for n positions."""
+    def embedder(self) -> Embedder:
+        """The function from `past` to inputs of the Transformer, with the present weights."""
 
-    def _inputs(self, past: Tensor, first: bool) -> Tensor:
-        x = self.embedded(past)
+    def _inputs(self, embed: Embedder, past: Tensor, first: bool) -> Tensor:
+        x = embed(past)
         return torch.cat((self.start.expand(len(x), 1, -1), x), dim=1) if first else x
 
     def states(self, past: Tensor) -> Float[Tensor, "B next D"]:
         """Features after the start vector and after each of the n positions."""
-        return self.transformer(self._inputs(past, first=True))
+        return self.transformer(self._inputs(self.embedder(), past, first=True))
 
     def allocate_cache(self, batch: int, num_positions: int, *, half: bool = False) -> KVCache:
         """An empty KV cache for `num_positions` positions; `half`: in bfloat16."""
         like = self.start.bfloat16() if half else self.start
-        return KVCache(self.transformer, batch, num_positions, like)
+        cache = KVCache(self.transformer, batch, num_positions, like)
+        cache.embed = self.embedder()
+        return cache
 
     def features_at(
         self, cache: KVCache, previous: Tensor | None, batch: int
@@ -314,4 +322,4 @@ class Conditioner(nn.Module):
 
         `first`: from the first position of the sequence on, one more than `past` has.
         """
-        return cache.extend(self._inputs(past, first))
+        return cache.extend(self._inputs(cache.embed, past, first))

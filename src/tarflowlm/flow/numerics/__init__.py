@@ -19,12 +19,14 @@ from tarflowlm.flow.numerics.normal import (
 )
 from tarflowlm.flow.numerics.rosenblatt import rosenblatt, rosenblatt_inverse
 from tarflowlm.flow.numerics.vocabulary import (
+    component_finder,
     mixture_log_prob,
     mixture_log_prob_from_features,
     most_probable_component,
 )
 
 __all__ = [
+    "component_finder",
     "log_component_densities",
     "log_own_density",
     "log_standard_normal",

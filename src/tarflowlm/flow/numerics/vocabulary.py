@@ -18,13 +18,16 @@ from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
 from tarflowlm import chunks
+from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.numerics import layout, near
 from tarflowlm.flow.numerics.derivatives import first_derivatives_only
 from tarflowlm.flow.numerics.near import Pairs, near_components
 from tarflowlm.flow.numerics.normal import (
     check_codebook,
+    component_factors,
     log_component_densities,
     log_own_density,
+    point_factors,
 )
 
 
@@ -112,11 +115,26 @@ def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     shapes do not fit.
     """
     check_codebook(z, mean, log_std)
+    return component_finder(mean, log_std)(z)
+
+
+@torch.no_grad()
+def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor]:
+    """`most_probable_component` for many calls: what the components alone decide is done once."""
+    factors = None if wide_dtype(mean) == torch.float32 else component_factors(mean, log_std).T
 
     def best(z: Tensor) -> Tensor:
-        return log_component_densities(z, mean, log_std).argmax(-1)
+        if factors is None:
+            return log_component_densities(z, mean, log_std).argmax(-1)
+        return (point_factors(z) @ factors).argmax(-1)
 
-    return _by_chunks(best, len(mean), z.reshape(-1, z.shape[-1])).view(z.shape[:-1])
+    def find(z: Tensor) -> Tensor:
+        rows = z.detach().reshape(-1, z.shape[-1])
+        few = len(rows) * len(mean) <= chunks.CACHED
+        found = best(rows) if few else _by_chunks(best, len(mean), rows)
+        return found.view(z.shape[:-1])
+
+    return find
 
 
 def _log_densities(pairs: Pairs, z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
