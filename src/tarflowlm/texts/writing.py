@@ -145,8 +145,8 @@ class Draft:
     def _allowed(self) -> Allowed | None:
         """`allowed` as `generate` asks it, of the tokens with the lead."""
         allowed = self.allowed
-        if allowed is None or isinstance(allowed, Tensor):
-            return allowed
+        if not callable(allowed):
+            return allowed  # `generate` checks it
         return lambda tokens: allowed(tokens[len(self.lead) :])
 
     def _parts(self, row: int) -> tuple[Tensor | Gap, ...]:
