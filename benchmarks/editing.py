@@ -8,8 +8,8 @@ well they expect what follows: `tarflowlm.editing.rewriting` with eq. 24 of docs
 the baseline the same weights, prod p(x_t | x_<t) behind the word. The masked flow of `peers.py`
 masks the word and draws its letters one by one in a random order, given both sides. All edit the
 same words, each of which keeps its length. "left alone" is the text itself; "blind" is the
-baseline with a single candidate, which does not see what follows; "few" has about as many
-evaluations as the masked flow.
+baseline with a single candidate, which does not see what follows; "few" is the
+baseline with two candidates, the fewest that can.
 
 Columns: letters of the words that came out as they were; words that the training text has; bits per
 character of the whole text by the judge; bits per character of the letters behind the first edit
@@ -195,9 +195,12 @@ def main() -> None:
         costs = (own, -baseline.token_log_prob(after), flow_costs(flow, after))
         context = [(bits(cost) * behind).sum(1) / behind.sum(1).clamp(min=1) for cost in costs]
         measured = [bits(own).mean(1), *context]
-        alone = alone or measured
-        differences = [now - before for now, before in zip(measured, alone, strict=True)]
-        cells = [kept, torch.tensor(real), *(measured if alone is measured else differences)]
+        shown_bits = measured
+        if alone:
+            shown_bits = [now - before for now, before in zip(measured, alone, strict=True)]
+        else:
+            alone = measured
+        cells = [kept, torch.tensor(real), *shown_bits]
         shown = [spread(cell.double()) for cell in cells]
         per_word = [f"{passes / num_words:.1f}", f"{seconds / num_words:.3f}"]
         print("| " + " | ".join([name, *shown, *per_word]) + " |", flush=True)

@@ -11,7 +11,7 @@ channels, D width.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -291,10 +291,8 @@ class Boosted:
 @torch.no_grad()
 def evaluate(below: Below, upper: Upper, windows: Int[Tensor, "N T"]) -> Boosted:
     """The bound on windows, with one sample of the posterior from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
     parts = list[tuple[Tensor, Tensor, Tensor]]()
-    for tokens in windows.split(ROWS):
-        noise = torch.randn(*tokens.shape, below.channels, generator=generator)
+    for tokens, noise in _noised(windows, below.channels):
         normaliser = below.codebook.log_normaliser(below.codebook.encode(tokens, noise))
         found = upper(below, tokens, noise)
         nats = normaliser - found.below, normaliser - found.both, -found.by_head
@@ -365,10 +363,13 @@ def fit(
 
 @torch.no_grad()
 def _validated(module: M, loss: Loss[M], channels: int, windows: Tensor) -> float:
-    """The mean loss, with noise from a fixed seed."""
+    """The mean loss."""
+    losses = [loss(module, *batch).mean(-1) for batch in _noised(windows, channels)]
+    return torch.cat(losses).mean().item()
+
+
+def _noised(windows: Int[Tensor, "N T"], channels: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`ROWS` windows at a time, with noise [B, T, d] from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    total = 0.0
     for tokens in windows.split(ROWS):
-        noise = torch.randn(*tokens.shape, channels, generator=generator)
-        total += loss(module, tokens, noise).mean(-1).sum().item()
-    return total / len(windows)
+        yield tokens, torch.randn(*tokens.shape, channels, generator=generator)

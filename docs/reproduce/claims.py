@@ -92,9 +92,9 @@ def order_of_families() -> Claim:
     numbers = "seed by seed: " + "; ".join(f"{name} {listed(found[name])}" for name in names)
     claim = "bpc falls from affine to Mix-1 to Mix-d (table 2: 1.54, 1.37, 1.30 on TEXT8)"
     differs = (
-        "layers 1, 1, 4 where the paper has 2, 2, 8; Mix-d, of which it does not say, 4, 1, 1, and "
+        "layers 1, 1, 4 where the paper has 2, 2, 8; Mix-d, of which it does not say, 4, 1, 1, "
     )
-    differs += "it reads tokens, which is ours, at half the rate of the others"
+    differs += "and it reads tokens, which is ours, at half the rate of the others"
     return Claim(claim, verdict(holds), numbers, differs, "table2")
 
 
@@ -232,11 +232,14 @@ def two_tokens() -> Claim:
         error = sum(x**2 * (a**2 + b**2) for x, a, b in both) ** 0.5 / len(values)
         mean = sum(values) / len(values)
         means.append(f"{name} {mean:.2f} ± {error:.2f}")
-        if name != "two-token AR":
-            here_is = (
-                holds if mean + 2 * error < 1.1 else fails if mean - 2 * error > 1.1 else open_
-            )
-            here_is.append(name)
+        if name == "two-token AR":
+            continue
+        if mean + 2 * error < 1.1:
+            holds.append(name)
+        elif mean - 2 * error > 1.1:
+            fails.append(name)
+        else:
+            open_.append(name)
     here = where(holds, fails) + f"; not decided in {said(open_)}" * bool(open_)
     breaks_down = min(ratios["two-token AR"]) > 2
     here += f"; {verdict(breaks_down)} that the two-token baseline breaks down"

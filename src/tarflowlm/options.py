@@ -147,6 +147,12 @@ def load_checkpoint(directory: Path | None, device: DeviceName) -> "Checkpoint":
     return load_checkpoint(directory or FOLDER / DEFAULT, pick_device(device))
 
 
+def read_lines(source: str) -> list[tuple[int, str]]:
+    """The lines of `read_source` that are not empty, with their numbers."""
+    lines = enumerate(read_source(source).split("\n"), 1)
+    return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
+
+
 def read_source(source: str) -> str:
     """The text of a file, or of standard input for "-"."""
     if source != "-":

@@ -106,10 +106,9 @@ def usual_split(checkpoint: "Checkpoint", data: str | None) -> Split:
 
 
 def _source_of(source: str) -> Path:
-    from tarflowlm.data import FIELD
+    from tarflowlm.data.sources import split_field
 
-    path = Path(source).expanduser()
-    return (path if path.exists() else Path(str(path).partition(FIELD)[0])).resolve()
+    return Path(split_field(source)[0]).resolve()
 
 
 def read_text(

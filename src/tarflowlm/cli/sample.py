@@ -95,10 +95,7 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
     from tarflowlm.texts.writing import Draft
 
     prompts = []
-    for number, line in enumerate(options.read_source(source).split("\n"), 1):
-        prompt = line.removesuffix("\r")
-        if not prompt.strip():
-            continue
+    for number, prompt in options.read_lines(source):
         try:
             Draft.of(replace(writing, prompt=prompt), lm)
         except UserError as error:

@@ -53,14 +53,12 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
     from tarflowlm.texts.scores import score
 
-    source = args.file or args.texts
-    text = args.score.text if source is None else options.read_source(source)
-    assert isinstance(text, str)
-    texts = (
-        (text,)
-        if args.texts is None
-        else tuple(line.removesuffix("\r") for line in text.split("\n") if line.strip())
-    )
+    if args.texts is not None:
+        texts = tuple(line for _, line in options.read_lines(args.texts))
+    else:
+        text = args.score.text if args.file is None else options.read_source(args.file)
+        assert isinstance(text, str)
+        texts = (text,)
     if not texts:
         raise UserError(f"{args.texts} holds no text: write one per line")
     own = share(args.part, len(texts))

@@ -85,7 +85,7 @@ def prepare_corpus(
     found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     plan = _plan(found, tokenizer)
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if not is_free and not (is_prepared(str(out)) and open_corpus(out).meta["plan"] == plan):
+    if not is_free and not _holds(target, plan):
         remedy = "remove it or choose another --out"
         raise UserError(f"{target} holds something else than {source} so encoded: {remedy}")
     return _prepare(found, tokenizer, plan, target)
@@ -107,20 +107,20 @@ def prepare_part(
     found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     plan = _plan(found, tokenizer)
     target = Path(out).resolve()
-    if is_prepared(str(target)) and open_corpus(target).meta["plan"] == plan:
-        return
     folder = _partial(target)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PLAN).exists():
-        write_json(folder / PLAN, plan)
-    if read_json(folder / PLAN) != plan:
-        raise UserError(f"{folder} holds something else than {source} so encoded: remove it")
     with waiting_lock(target):
+        if _holds(target, plan):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / PLAN).exists():
+            write_json(folder / PLAN, plan)
+        if read_json(folder / PLAN) != plan:
+            raise UserError(f"{folder} holds something else than {source} so encoded: remove it")
         found.obtain()
         used = _tokenizer(found, tokenizer, folder)
         used.save(folder)
     for number in share(part, found.num_parts):
-        _locked_part(found, number, used, folder)
+        _part(found, number, used, folder)
 
 
 def encode_text_source(
@@ -254,7 +254,7 @@ def _prepare(
         try:
             tokenizer = _tokenizer(source, wanted, folder)
             tokenizer.save(folder)
-            parts = [_locked_part(source, n, tokenizer, folder) for n in range(source.num_parts)]
+            parts = [_part(source, n, tokenizer, folder) for n in range(source.num_parts)]
             shards = {split: [part[split] for part in parts if split in part] for split in SPLITS}
             for split in SPLITS:
                 if not shards[split]:
@@ -278,6 +278,11 @@ def _prepare(
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
         return open_corpus(target)
+
+
+def _holds(target: Path, plan: list[object]) -> bool:
+    """Whether a directory holds the corpus of this very plan."""
+    return is_prepared(str(target)) and open_corpus(target).meta["plan"] == plan
 
 
 def _partial(target: Path) -> Path:
@@ -319,33 +324,26 @@ def _tokenizer(source: Source, wanted: TokenizerConfig | Tokenizer, folder: Path
     return build_tokenizer(wanted, text(), has_documents=source.has_documents)
 
 
-def _locked_part(
-    source: Source, part: int, tokenizer: Tokenizer, folder: Path
-) -> dict[Split, Shard]:
-    """`_part` by one process at a time."""
-    with waiting_lock(folder / f"part-{part}"):
-        return _part(source, part, tokenizer, folder)
-
-
 def _part(source: Source, part: int, tokenizer: Tokenizer, folder: Path) -> dict[Split, Shard]:
     """Write the shards of a part, one for each split that it has text of; returns their records."""
     record = folder / f"part-{part:05d}.json"
-    if record.exists():
-        done: dict[Split, Shard] = read_json(record)
-        return done
-    shards: dict[Split, Shard] = {}
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    for split, tokens, characters in _encoded(source, part, tokenizer, SPLITS):
-        name = f"{split}-{part:05d}.bin"
-        with (folder / name).open("ab" if split in shards else "wb") as file:
-            tokens.tofile(file)
-        new: Shard = {"file": name, "tokens": 0, "characters": 0, "sha256": ""}
-        shard = shards.setdefault(split, new)
-        shard["tokens"] += len(tokens)
-        shard["characters"] += characters
-        digests[split].update(tokens.tobytes())
-    for split, shard in shards.items():
-        sync_file(folder / shard["file"])
-        shard["sha256"] = digests[split].hexdigest()
-    write_json(record, shards)
-    return shards
+    with waiting_lock(record):  # one process at a time
+        if record.exists():
+            done: dict[Split, Shard] = read_json(record)
+            return done
+        shards: dict[Split, Shard] = {}
+        digests = {split: hashlib.sha256() for split in SPLITS}
+        for split, tokens, characters in _encoded(source, part, tokenizer, SPLITS):
+            name = f"{split}-{part:05d}.bin"
+            with (folder / name).open("ab" if split in shards else "wb") as file:
+                tokens.tofile(file)
+            new: Shard = {"file": name, "tokens": 0, "characters": 0, "sha256": ""}
+            shard = shards.setdefault(split, new)
+            shard["tokens"] += len(tokens)
+            shard["characters"] += characters
+            digests[split].update(tokens.tobytes())
+        for split, shard in shards.items():
+            sync_file(folder / shard["file"])
+            shard["sha256"] = digests[split].hexdigest()
+        write_json(record, shards)
+        return shards

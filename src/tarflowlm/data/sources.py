@@ -273,12 +273,17 @@ def resolve_source(
     return found
 
 
+def split_field(source: str) -> tuple[str, str]:
+    """The path of a text and the field that `source` names; a path may have the sign itself."""
+    whole = os.path.expanduser(source)
+    path, _, field = (whole, "", "") if os.path.exists(whole) else whole.partition(FIELD)
+    return path, field
+
+
 def _resolved(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
-    path, _, named = os.path.expanduser(source).partition(FIELD)
-    if os.path.exists(os.path.expanduser(source)):  # its name has the sign itself
-        path, named = os.path.expanduser(source), ""
+    path, named = split_field(source)
     field = named or "text"
     if path.startswith(HUB):
         repository = path.removeprefix(HUB)

@@ -287,7 +287,7 @@ class Conditioner(nn.Module):
 
     @abstractmethod
     def embedder(self) -> Embedder:
-        """The function from `past` to inputs of the Transformer, with the present weights."""
+        """`past` to inputs of the Transformer, with the present weights."""
 
     def _inputs(self, embed: Embedder, past: Tensor, first: bool) -> Tensor:
         x = embed(past)

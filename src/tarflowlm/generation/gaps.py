@@ -44,7 +44,7 @@ class GapFilter:
     ) -> None:
         """`pieces` [S] of given tokens, maybe empty, around and between the `gaps`.
 
-        What is drawn behind them is constrained if the text `goes_on` there, up to the token `end`.
+        Draws behind them are constrained if the text `goes_on`, up to the token `end`.
         """
         self.samples = samples
         self.model = samples.model
@@ -53,7 +53,7 @@ class GapFilter:
         self.gaps = gaps
         self.allowed = allowed
         self.goes_on = goes_on
-        self.end = -1 if end is None else end
+        self.end = end
         self.weights = Weights(samples)
         B = self.weights.log_w.numel()
         self.tokens = torch.zeros(B, num_tokens, dtype=torch.long, device=self.model.device)
@@ -82,9 +82,10 @@ class GapFilter:
         for index in range(len(self.gaps)):
             candidates = self._fill(index)
         before = self._shares(self.log_w, self.lengths)
+        if not self.goes_on:
+            self.allowed = None
         # masks and upper blocks weigh what follows, too; else one particle is enough for it
-        is_masked = self.allowed is not None and self.goes_on
-        is_weighed = is_masked or self.model.num_blocks > 1
+        is_weighed = self.allowed is not None or self.model.num_blocks > 1
         if is_weighed:
             self._finish()
         if self.flow is not None and self.flow.num_blocks > 1:
@@ -244,7 +245,7 @@ class GapFilter:
         if mask is not None and not isinstance(mask, Tensor):
             texts = rows.tokens[:, : rows.at].cpu()
             mask = torch.stack([checked_mask(mask(text), self.model) for text in texts])
-        if mask is not None:
+        if mask is not None and self.end is not None:
             # behind the end of a document stands another one
             drawn = rows.tokens[:, len(self.pieces[0]) : rows.at]
             mask = mask | (drawn == self.end).any(1, keepdim=True).cpu()
@@ -275,7 +276,6 @@ class GapFilter:
 
     def _finish(self) -> None:
         """Draw what follows the template."""
-        self.allowed = self.allowed if self.goes_on else None
         num_tokens = self.tokens.shape[1]
         numbers = self.samples.uniform(num_tokens), self._normal(num_tokens)
         for own, rows in self._groups():

@@ -135,8 +135,7 @@ def generate_steps(
 
     A sample that draws the token `end` goes on as that token. Once a quarter of the samples have
     ended they are left out of the work on block 1, and there are no `states`. Samples with several
-    particles do not end. What `allowed` says of tokens behind the last piece counts if the text
-    `goes_on` there.
+    particles do not end. `allowed` holds behind the last piece, too, if the text `goes_on` there.
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)

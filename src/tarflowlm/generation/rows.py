@@ -65,7 +65,7 @@ class Rows(ABC):
         features = self._features(self.at, self.at + 1)
         log_w = self.log_weights(features)[:, 0]
         log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
-        # what top-k and top-p drop is impossible, also where nothing else is allowed
+        # dropped by top-k or top-p
         log_w = log_w.masked_fill(log_w < torch.finfo(log_w.dtype).min / 2, -torch.inf)
         allowed = log_w if mask is None else log_w.masked_fill(~mask, -torch.inf)
         drawn = inverse_cdf(allowed, uniform.to(log_w.device))

@@ -132,7 +132,7 @@ def undamaged_state(directory: Path) -> Path | None:
 def corpus_digest(directory: Path) -> str | None:
     """The fingerprint of the corpus that a run trains on; None without its training state.
 
-    The folder of its best weights has that of the run.
+    Its folder `best` has that of the run.
     """
     state = undamaged_state(directory.parent if directory.name == BEST else directory)
     return None if state is None else read_json(state / COUNTERS).get("corpus")

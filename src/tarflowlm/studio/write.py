@@ -102,8 +102,7 @@ def _samples(
         numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
         # with its end, of which a mark is shown
         tokens = samples[row, : stream.length + stream.has_ended]
-        filled = found.generation.filled
-        mask = given if filled is None else filled.given[row]
+        mask = _given(draft, found, row)
         text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": mask}))
         passes = ""
         if checkpoint.model.num_blocks > 1 and found.generation.passes:
@@ -112,8 +111,10 @@ def _samples(
     return cards
 
 
-def _given(draft: Draft) -> Tensor:
-    """Where a text has given tokens, [T]."""
+def _given(draft: Draft, written: Written | None = None, row: int = 0) -> Tensor:
+    """Where a text has given tokens, [T]; in sample `row` where gaps were filled."""
+    if written is not None and written.generation.filled is not None:
+        return written.generation.filled.given[row]
     prompt = draft.prompt(0)[: draft.num_tokens]
     return pad(prompt != BLANK, (0, draft.num_tokens - len(prompt)))
 
@@ -128,8 +129,7 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
     for tokens, state in zip(passes, generation.states, strict=True):
         p = codebook.log_posterior(state[row, :length]).exp()
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
-    filled = generation.filled
-    given = _given(draft) if filled is None else filled.given[row]
+    given = _given(draft, written, row)
     rows = pass_rows(passes, draft.lm.tokenizer, given=given, probabilities=probabilities)
     # where one block writes nearly all, and no other a tenth, there is nothing to watch
     shares = [(after != before).double().mean().item() for before, after in pairwise(passes)]
@@ -190,12 +190,10 @@ def _choice(share: float, words: str) -> str:
 
 def _fillings(draft: Draft, batches: list[Written]) -> Iterator[str]:
     """Every try in HTML, with the tokens that are new marked."""
-    given = _given(draft)
     for batch in batches:
-        filled = batch.generation.filled
         for index, row in enumerate(batch.generation.tokens.cpu()):
             tokens = row[: batch.streams[index].length]
-            mask = given if filled is None else filled.given[index]
+            mask = _given(draft, batch, index)
             shown = text_tokens(tokens, draft.lm.tokenizer, {"given": mask, "changed": ~mask})
             yield spans(shown)
 

@@ -52,12 +52,13 @@ class Request:
             if value == one.default:
                 continue
             option = options.flag(one.name)
+            many = isinstance(value, (tuple, list))
             if isinstance(value, bool):
                 words.append(option)
-            elif isinstance(value, (tuple, list)) and one.name not in ("stop", "rewrite"):
+            elif many and one.name not in ("stop", "rewrite"):
                 words += [option, *value]
             else:
-                for text in value if isinstance(value, (tuple, list)) else [str(value)]:
+                for text in value if many else [str(value)]:
                     # else it would be read as an option
                     words += [f"{option}={text}"] if text.startswith("-") else [option, text]
         return words

@@ -272,12 +272,15 @@ class Draft:
         return self.given[row // self.request.num].tokens
 
     def _rows_of_batches(self) -> Iterator[range]:
-        """Consecutive samples; prompts that fill a window are not mixed with others."""
+        """Consecutive samples; prompts that fill a window are not mixed with others, nor, where one
+        length continues exactly, those of several.
+        """
         config = self.lm.model.config
         length = min(self.num_written, config.context)
         size = chunks.written_rows(length * self.particles, self.lm.model.device)
-        fills = max(len(reading.tokens) for reading in self.given) >= config.context
-        is_alone = fills or self.is_constrained or config.continues_exactly
+        lengths = {len(reading.tokens) for reading in self.given}
+        is_alone = max(lengths) >= config.context or self.is_constrained
+        is_alone |= config.continues_exactly and len(lengths) > 1
         together = self.request.num if is_alone else self.total
         own = share(self.part, self.total)
         for first in range(0, self.total, together):

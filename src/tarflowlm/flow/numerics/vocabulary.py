@@ -130,9 +130,7 @@ def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor
 
     def find(z: Tensor) -> Tensor:
         rows = z.detach().reshape(-1, z.shape[-1])
-        few = len(rows) * len(mean) <= chunks.CACHED
-        found = best(rows) if few else _by_chunks(best, len(mean), rows)
-        return found.view(z.shape[:-1])
+        return _by_chunks(best, len(mean), rows).view(z.shape[:-1])
 
     return find
 
