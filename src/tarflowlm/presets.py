@@ -192,6 +192,21 @@ PAPER_CORPORA = {
         components=64,
         upper_components=64,
     ),
+    "lm1b": _Corpus(
+        data=DataConfig(
+            source="lm1b",
+            tokenizer=TokenizerConfig(
+                kind="wordpiece", source="bert-base-uncased", normalize="bert"
+            ),
+        ),
+        context=128,
+        latent_dim=16,
+        steps=200_000,
+        batch_size=512,
+        dropout=0.0,
+        components=64,
+        upper_components=64,
+    ),
 }
 _KINDS = {
     "ar": "the discrete baseline",

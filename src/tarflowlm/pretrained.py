@@ -350,7 +350,7 @@ def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
     how = TokenizerConfig(
         kind=cast(Kind, tokenizer.kind),
         alphabet=tokenizer.alphabet if isinstance(tokenizer, CharTokenizer) else TEXT8_ALPHABET,
-        source="own" if tokenizer.kind == "bpe" else "",
+        source="own" if tokenizer.kind in ("bpe", "wordpiece") else "",
         normalize=tokenizer.normalization,
     )
     return RunConfig(

@@ -1,4 +1,4 @@
-"""The tokenizer that a configuration describes; byte-pair encoding is trained here, or read."""
+"""The tokenizer that a configuration describes; a BPE is trained here, or read."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def build_tokenizer(
         # a tokenizer.json, a directory that holds one, or a name on the hub
         path = config.source
         found = load_tokenizer(path if os.path.exists(path) else _from_hub(path))
-        if found.kind != "bpe":
+        if found.kind != config.kind:
             raise UserError(f"{path} has tokens of kind {found.kind}: set kind to that")
         found = found.with_normalization(how)
         if how == "text8":

@@ -64,7 +64,7 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
         return from_dict(TokenizerConfig, made) if is_open and made else wanted
     if is_open:
         wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
-    if wanted.normalize == "text8" or source == "text8":
+    if wanted.normalize != "none" or source == "text8":
         return wanted
     what = f"{wanted.vocab_size or 'the'} pieces of words"
     if wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET:

@@ -13,6 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
 from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.errors import UserError
 
@@ -170,8 +173,19 @@ _LETTERS_OR_SPACE = bytes(code if chr(code) in TEXT8_ALPHABET else ord(" ") for 
 
 
 def normalize(text: str, how: Normalization) -> str:
-    """`text` itself for `"none"`, `normalize_text8(text)` for `"text8"`."""
-    return normalize_text8(text) if how == "text8" else text
+    """`text` itself for `"none"`, else `normalize_text8(text)` or `normalize_bert(text)`."""
+    if how == "none":
+        return text
+    return normalize_text8(text) if how == "text8" else normalize_bert(text)
+
+
+def normalize_bert(text: str) -> str:
+    """The words and signs of a text, each after a space, as bert-base-uncased reads it; idempotent.
+
+    Letters become lower case and lose their accents (Devlin et al. 2019).
+    """
+    words = BertPreTokenizer().pre_tokenize_str(BertNormalizer().normalize_str(text))
+    return "".join([f" {word}" for word, _ in words])
 
 
 def normalize_text8(text: str) -> str:

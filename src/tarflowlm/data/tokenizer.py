@@ -1,4 +1,4 @@
-"""Text as tokens: characters, bytes, or byte-pair encoding (BPE), kept as tokenizer.json.
+"""Text as tokens: characters, bytes, BPE or WordPiece, kept as tokenizer.json.
 
 The file is one of the `tokenizers` library, whose `Tokenizer.from_file` opens it. Characters and
 bytes are BPE without merges there; here they are looked up in a table, 13 times as fast.
@@ -53,6 +53,8 @@ class Tokenizer:
     """
 
     kind: ClassVar[str] = "bpe"
+    ends: ClassVar[str] = SEPARATOR
+    """The name of the token that follows every document."""
 
     def __init__(self, document: Document, normalization: Normalization = "none") -> None:
         self.normalization: Normalization = normalization
@@ -64,7 +66,7 @@ class Tokenizer:
             raise ValueError(f"not a tokenizer of the `tokenizers` library ({error})") from None
         self._library.encode_special_tokens = True
         added = {token["content"]: token["id"] for token in document["added_tokens"]}
-        self.end: int | None = None if normalization == "text8" else added.get(SEPARATOR)
+        self.end: int | None = None if normalization == "text8" else added.get(self.ends)
         """The token that follows every document; None for text8, and for tokenizers without it."""
         self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
         self._check_invertible()
@@ -118,14 +120,7 @@ class Tokenizer:
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Token ids [N] of `texts`, encoded one by one and concatenated."""
-        pieces = [piece for text in texts for piece in text_pieces([text], PIECE)]
-        parts = [np.zeros(0, dtype=np.int64)]
-        for i in range(0, len(pieces), _BATCH):
-            batch = pieces[i : i + _BATCH]
-            for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
-                # through `array`, which converts a list of int in less than half of numpy's time
-                parts.append(np.frombuffer(array("I", encoding.ids), np.uintc).astype(np.int64))
-        ids = np.concatenate(parts)
+        ids = self._encode_pieces(texts)
         # the library drops unknown characters silently
         if self.characters_per_token[ids].sum() != sum(map(len, texts)):
             alphabet = "".join(self._single_characters())
@@ -133,6 +128,16 @@ class Tokenizer:
                 raise UnknownCharacters("".join(texts), alphabet)
             raise UserError("this BPE loses some of the text: use one without special tokens")
         return ids
+
+    def _encode_pieces(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        pieces = [piece for text in texts for piece in text_pieces([text], PIECE)]
+        parts = [np.zeros(0, dtype=np.int64)]
+        for i in range(0, len(pieces), _BATCH):
+            batch = pieces[i : i + _BATCH]
+            for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
+                # through `array`, which converts a list of int in less than half of numpy's time
+                parts.append(np.frombuffer(array("I", encoding.ids), np.uintc).astype(np.int64))
+        return np.concatenate(parts)
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Text of 1-d integer `ids` (list, array or tensor), each in 0 .. V-1.
@@ -182,7 +187,7 @@ class Tokenizer:
     @property
     def is_lower_case(self) -> bool:
         """Whether its tokens or its normalisation leave no upper-case letters."""
-        return self.normalization == "text8"
+        return self.normalization != "none"
 
     def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
         """This tokenizer, its end of documents too, with another normalisation; itself for None."""
@@ -197,7 +202,7 @@ class Tokenizer:
         """sha256 (hex): equal for tokenizers that encode, decode and normalise alike."""
         document = self._document
         parts = [document[name] for name in ("pre_tokenizer", "added_tokens")]
-        parts += [document["model"][name] for name in ("vocab", "merges")]
+        parts += [document["model"].get(name) for name in ("vocab", "merges")]
         if self.normalization == "text8" and self.end is not None:
             parts.append(self.end)
         content = json.dumps([self.normalization, *parts], sort_keys=True)
@@ -205,8 +210,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The content of tokenizer.json."""
-        normalizer = TEXT8_NORMALIZER if self.normalization == "text8" else None
-        document = self._document | {"normalizer": normalizer}
+        document = self._document | {"normalizer": NORMALIZERS[self.normalization]}
         return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -264,6 +268,39 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
 
 
+class WordPieceTokenizer(Tokenizer):
+    """WordPiece as of bert-base-uncased: a token begins with a space, or goes on with a word.
+
+    Texts are normalised as by `normalize_bert`. What the vocabulary cannot write becomes [UNK], so
+    such a text is not restored. [SEP] follows every document.
+    """
+
+    kind = "wordpiece"
+    ends = "[SEP]"
+
+    def __init__(self, document: Document) -> None:
+        super().__init__(document, "bert")
+
+    def _check_invertible(self) -> None:
+        if self.end is None:
+            raise ValueError(f"no token {self.ends} ends documents")
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        vocabulary = self._library.get_vocab()
+        texts = {
+            index: token[2:] if token.startswith("##") else f" {token}"
+            for token, index in vocabulary.items()
+        }
+        table = [texts.get(index, "").encode() for index in range(max(texts) + 1)]
+        assert self.end is not None
+        table[self.end] = b"\n\n"
+        return table
+
+    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        return self._encode_pieces(texts)
+
+
 BYTE_LEVEL: Document = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -286,7 +323,20 @@ TEXT8_NORMALIZER: Document = {
         {"type": "Prepend", "prepend": " "},
     ],
 }
-"""`normalize_text8` in the library's terms, for other programs; it also tells ours what to do."""
+BERT_NORMALIZER: Document = {
+    "type": "BertNormalizer",
+    "clean_text": True,
+    "handle_chinese_chars": True,
+    "strip_accents": None,
+    "lowercase": True,
+}
+NORMALIZERS: dict[Normalization, Document | None] = {
+    "none": None,
+    "text8": TEXT8_NORMALIZER,
+    "bert": BERT_NORMALIZER,
+}
+"""`data.text.normalize` in the library's terms, for other programs; it also tells ours what to do.
+"""
 
 
 def end_token(index: int) -> Document:
@@ -312,6 +362,8 @@ def _without_merges(
 
 def _from_document(document: Document) -> Tokenizer:
     normalizer = document["normalizer"]
+    if document["model"]["type"] == "WordPiece" and normalizer == BERT_NORMALIZER:
+        return WordPieceTokenizer(document)
     if normalizer not in (None, TEXT8_NORMALIZER):
         raise ValueError("it has a normaliser, so it does not restore every text")
     normalization: Normalization = "text8" if normalizer else "none"
