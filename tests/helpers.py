@@ -51,6 +51,14 @@ def mostly_slow(names: Iterable[str], *fast: str) -> list[ParameterSet]:
     return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in names]
 
 
+NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
+
+
+def mostly_nightly(names: Iterable[str], *always: str) -> list[ParameterSet]:
+    """Names of models or cases; those that are not run `always` are marked nightly."""
+    return [pytest.param(n, marks=() if n in always else NIGHTLY, id=n) for n in names]
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """float64 noise."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
     source = build("sdist", ROOT, tmp_path / "sdist")
     with tarfile.open(source) as archive:

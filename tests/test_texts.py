@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tarflowlm
-from helpers import mostly_slow, tiny_flow
+from helpers import mostly_nightly, tiny_flow
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.texts import edits, scores, writing
@@ -150,7 +150,7 @@ def shown_by_command(run, request) -> object:
     return [one["text"] for one in found["samples" if isinstance(request, Writing) else "edits"]]
 
 
-@pytest.mark.parametrize("name", mostly_slow(CASES, "prompt", "template", "score"))
+@pytest.mark.parametrize("name", mostly_nightly(CASES, "prompt", "template", "score", "level"))
 def test_python_and_command_line_give_the_same(flow, run, name):
     request, call = CASES[name]
     by_python = call(flow)
