@@ -7,7 +7,7 @@ may come from several machines, and anyone can print the page again.
 import json
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +56,11 @@ class Records:
             raise UserError(f"{self.path} is damaged ({error}): restore or remove it") from None
         self._by_name = {record.name: record for record in records}
 
+    def __iter__(self) -> Iterator[Record]:
+        """All records, by their names."""
+        for _, record in sorted(self._by_name.items()):
+            yield record
+
     def find(self, name: str, run: RunConfig) -> Record | None:
         """The record of a training, or None.
 
@@ -95,7 +100,7 @@ class Records:
         return record.measured[what]
 
     def save(self) -> None:
-        lines = [json.dumps(asdict(record)) for _, record in sorted(self._by_name.items())]
+        lines = [json.dumps(asdict(record)) for record in self]
         with replacing(self.path) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

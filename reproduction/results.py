@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reproduction.recipe import Finished, Recipe, Row
+from reproduction.records import Record, Records
 from reproduction.settings import Settings
+from tarflowlm.data import SOURCE_NAMES
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.files import replacing, sha256_of
 from tarflowlm.views.style import Figure, render
+
+RUNS = "runs.md"
+"""The page with all runs on record."""
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -52,7 +57,8 @@ def write_results(
 ) -> list[Path]:
     """Write NAME.csv, NAME.md and, if the recipe has them, a plot NAME.png and other files.
 
-    Returns the paths of all files of that name. `command` is printed as what made them.
+    Returns the paths of all files of that name. `command` is printed as what made them. The page of
+    all runs on record is written anew.
     """
     out = settings.out
     write(out / f"{recipe.name}.csv", _csv(rows))
@@ -64,6 +70,7 @@ def write_results(
         parts.append(recipe.below(rows, out))
     parts.append(_provenance(finished, command))
     write(out / f"{recipe.name}.md", "\n".join(part for part in parts if part))
+    write(out / RUNS, _runs(finished[0].records))
     return sorted(out.glob(f"{recipe.name}.*"))
 
 
@@ -86,26 +93,34 @@ def _plot(folder: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
 
 
 def _provenance(finished: Sequence[Finished], command: Sequence[str]) -> str:
-    lines = [
-        "## How it was made\n",
-        f"```\n{shlex.join(command)}\n```\n",
-        "| run, -s: seed | steps | seconds | config.json | model.safetensors |",
-        f"|{' --- |' * 5}",
+    names = ", ".join(done.record.name for done in finished)
+    return f"## How it was made\n\n```\n{shlex.join(command)}\n```\n\n[Runs]({RUNS}): {names}.\n"
+
+
+def _runs(records: Records) -> str:
+    """Steps, time and hashes of all runs, and where they were trained."""
+    rows = [
+        {
+            "run, -s: seed": record.name,
+            "steps": int(record.summary["steps"]),
+            "seconds": round(record.summary["seconds"]),
+            **record.hashes,
+        }
+        for record in records
     ]
-    for done in finished:
-        record = done.record
-        counts = [f"{record.summary[name]:,.0f}" for name in ("steps", "seconds")]
-        lines.append(f"| {' | '.join([record.name, *counts, *record.hashes.values()])} |")
-    texts = "; ".join(sorted({_text(done) for done in finished}))
-    machines = sorted({done.record.machine for done in finished})
-    lines.append(f"\nHashes are the first 12 digits of sha256. Texts: {texts}.")
-    lines.append(f"Trained on: {'; '.join(machines)}.\n")
-    return "\n".join(lines)
+    texts = "; ".join(sorted({_text(record) for record in records}))
+    machines = "; ".join(sorted({record.machine for record in records}))
+    return (
+        f"# Runs\n\n{markdown_table(rows)}\n"
+        f"Hashes are the first 12 digits of sha256. Texts: {texts}.\nTrained on: {machines}.\n"
+    )
 
 
-def _text(done: Finished) -> str:
+def _text(record: Record) -> str:
     """The name of a run's training text, and the hashes of its files."""
-    source = done.record.summary["source"]
+    source = record.summary["source"]
+    if source not in SOURCE_NAMES and not Path(source).exists():
+        return Path(source).name  # trained on another machine
     files = resolve_source(source).files
     digests = ", ".join(sha256_of(file)[:12] for file in files[:3])
     more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
