@@ -29,7 +29,7 @@ from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import OptimConfig, RunConfig
 from tarflowlm.data import Tokenizer, cached_corpus, eval_windows
 from tarflowlm.model_config import stack
-from tarflowlm.presets import PLAIN_OPTIM, with_blocks
+from tarflowlm.presets import with_blocks
 from tarflowlm.views.style import COLOURS, SMALL, Figure
 
 SHALLOW = "Mix-d, 1 layer"
@@ -39,7 +39,7 @@ TWO_CHANNELS = "Mix-d, 1 layer, d = 2"
 SHALLOW_AR = "AR, 1 layer"
 DEEP_AR = "AR, 6 layers"
 STACK = "Mix-d, 1, 1 and 4 layers, jointly"
-STEPS = HALF_STEPS  # of the reader; half as many of each map
+STEPS = HALF_STEPS  # of the reader, and of each map
 LAYERS = 5  # of block 2: with one below it as many as the deep models have
 VALID_WINDOWS = 256
 VALIDATIONS = 5
@@ -54,6 +54,8 @@ NAMES: dict[Maps, str] = {
     "cells": "Gaussians in the cells",
     "redo": "redone with new weights",
 }
+RATES: dict[Maps, float] = {"mix1": 1.5e-3, "key": 1.5e-3, "cells": 1.5e-3, "redo": 3e-3}
+"""Peak rates, chosen by validation for the preset's eight channels, seed 0 (docs/log.md)."""
 UPPERS: dict[str, dict[Reads, tuple[Maps, ...]]] = {
     SHALLOW: {"noise": ("mix1",), "text": ("mix1", "key", "redo")},
     TWO_CHANNELS: {"text": ("key", "redo")},
@@ -146,9 +148,8 @@ def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
     )
     rows = []
     for maps in UPPERS[done.training.label][reads]:
-        # plain couplings learn better at twice the rate (docs/log.md)
-        optim = run.optim if maps == "redo" else PLAIN_OPTIM
-        upper = fitted(partial(Upper, below, reader, maps), map_loss(below), optim, steps // 2)
+        optim = replace(run.optim, lr=RATES[maps])
+        upper = fitted(partial(Upper, below, reader, maps), map_loss(below), optim, steps)
         found = evaluate(below, upper, windows)
         gain, error = found.gain
         known = (found.below - found.by_head).mean().item()
@@ -221,7 +222,7 @@ CIPHER = Recipe(
         "too. Then each map learns on it. The key: w(z_<t) and the cells at the own position. "
         "Redone: u' = R_w'(R_w^-1(u)), w' = softmax(log w + delta), so that both blocks are one "
         "block with the weights w'. *delivered*: the gain over that of the head. The models of "
-        "six layers have as many steps as block 1 and as the reader.)"
+        "six layers have as many steps as block 1, as the reader and as each map.)"
     ),
     plan=plan_cipher,
     measure=measure_cipher,
