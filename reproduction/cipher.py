@@ -55,7 +55,9 @@ NAMES: dict[Maps, str] = {
     "redo": "redone with new weights",
 }
 RATES: dict[Maps, float] = {"mix1": 1.5e-3, "key": 1.5e-3, "cells": 1.5e-3, "redo": 3e-3}
-"""Peak rates, chosen by validation for the preset's eight channels, seed 0 (docs/log.md)."""
+"""Peak rates, by validation with the preset's eight channels, seed 0 (docs/log.md). "cells", for
+one channel, has the rate of the other mixtures.
+"""
 UPPERS: dict[str, dict[Reads, tuple[Maps, ...]]] = {
     SHALLOW: {"noise": ("mix1",), "text": ("mix1", "key", "redo")},
     TWO_CHANNELS: {"text": ("key", "redo")},
@@ -125,7 +127,7 @@ def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
     windows = eval_windows(corpus.split("test"), run.model.context, measures.SHORT_WINDOWS)
     steps = steps or STEPS
 
-    def fitted(make: Callable[[], M], loss: Loss[M], optim: OptimConfig, count: int) -> M:
+    def fitted(make: Callable[[], M], loss: Loss[M], optim: OptimConfig) -> M:
         return fit(
             make,
             loss,
@@ -133,23 +135,22 @@ def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
             corpus.split("train"),
             valid,
             optim=optim,
-            steps=count,
+            steps=steps,
             batch=run.train.batch_size,
             seed=run.seed,
-            every=max(1, count // VALIDATIONS),
-            progress=done.stage(f"block 2 that reads {reads}, steps", count),
+            every=max(1, steps // VALIDATIONS),
+            progress=done.stage(f"block 2 that reads {reads}, steps", steps),
         )
 
     reader = fitted(
         lambda: Reader(below, run.model.trunk, layers=LAYERS, reads=reads),
         reader_loss(below),
         run.optim,
-        steps,
     )
     rows = []
     for maps in UPPERS[done.training.label][reads]:
         optim = replace(run.optim, lr=RATES[maps])
-        upper = fitted(partial(Upper, below, reader, maps), map_loss(below), optim, steps)
+        upper = fitted(partial(Upper, below, reader, maps), map_loss(below), optim)
         found = evaluate(below, upper, windows)
         gain, error = found.gain
         known = (found.below - found.by_head).mean().item()

@@ -58,8 +58,7 @@ class Records:
 
     def __iter__(self) -> Iterator[Record]:
         """All records, by their names."""
-        for _, record in sorted(self._by_name.items()):
-            yield record
+        return (record for _, record in sorted(self._by_name.items()))
 
     def find(self, name: str, run: RunConfig) -> Record | None:
         """The record of a training, or None.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reproduction.recipe import Finished, Recipe, Row
-from reproduction.records import Record, Records
+from reproduction.records import Records
 from reproduction.settings import Settings
 from tarflowlm.data import SOURCE_NAMES
 from tarflowlm.data.sources import resolve_source
@@ -108,7 +108,8 @@ def _runs(records: Records) -> str:
         }
         for record in records
     ]
-    texts = "; ".join(sorted({_text(record) for record in records}))
+    sources = {record.summary["source"] for record in records}
+    texts = "; ".join(sorted(map(_text, sources)))
     machines = "; ".join(sorted({record.machine for record in records}))
     return (
         f"# Runs\n\n{markdown_table(rows)}\n"
@@ -116,9 +117,8 @@ def _runs(records: Records) -> str:
     )
 
 
-def _text(record: Record) -> str:
-    """The name of a run's training text, and the hashes of its files."""
-    source = record.summary["source"]
+def _text(source: str) -> str:
+    """The name of a training text, and the hashes of its files."""
     if source not in SOURCE_NAMES and not Path(source).exists():
         return Path(source).name  # trained on another machine
     files = resolve_source(source).files

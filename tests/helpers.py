@@ -3,7 +3,7 @@ without training.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,15 +48,18 @@ TEXT8 = CharTokenizer(TEXT8_ALPHABET)
 
 def mostly_slow(names: Iterable[str], *fast: str) -> list[ParameterSet]:
     """Parameters of a test that are marked slow, but for those that are fast."""
-    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in names]
-
-
-NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
+    return _marked(names, fast, pytest.mark.slow)
 
 
 def mostly_nightly(names: Iterable[str], *always: str) -> list[ParameterSet]:
     """Names of models or cases; those that are not run `always` are marked nightly."""
-    return [pytest.param(n, marks=() if n in always else NIGHTLY, id=n) for n in names]
+    return _marked(names, always, pytest.mark.slow, pytest.mark.nightly)
+
+
+def _marked(
+    names: Iterable[str], others: Sequence[str], *marks: pytest.MarkDecorator
+) -> list[ParameterSet]:
+    return [pytest.param(n, marks=() if n in others else marks) for n in names]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

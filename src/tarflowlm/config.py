@@ -36,6 +36,8 @@ def check_alphabet(alphabet: str) -> None:
 
 
 Kind = Literal["char", "byte", "bpe", "wordpiece"]
+PIECES: tuple[Kind, ...] = ("bpe", "wordpiece")
+"""Kinds that can be read from a `source`."""
 LARGEST_BPE = 1 << 22
 """Tokens of a BPE: the library reserves memory for all, and aborts where that fails."""
 
@@ -61,7 +63,7 @@ class TokenizerConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         unused = f"has no effect with kind={self.kind!r} and source={self.source!r}: leave it out"
-        self.require("source", self.kind in ("bpe", "wordpiece") or not self.source, unused)
+        self.require("source", self.kind in PIECES or not self.source, unused)
         is_bert = self.kind == "wordpiece"
         self.require("source", bool(self.source) or not is_bert, "name one: bert-base-uncased")
         rule = "bert goes with kind wordpiece, and with no other"

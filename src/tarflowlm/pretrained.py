@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tarflowlm.checks import check_time, check_type
 from tarflowlm.config import (
+    PIECES,
     TEXT8_ALPHABET,
     DataConfig,
     Kind,
@@ -350,7 +351,7 @@ def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
     how = TokenizerConfig(
         kind=cast(Kind, tokenizer.kind),
         alphabet=tokenizer.alphabet if isinstance(tokenizer, CharTokenizer) else TEXT8_ALPHABET,
-        source="own" if tokenizer.kind in ("bpe", "wordpiece") else "",
+        source="own" if tokenizer.kind in PIECES else "",
         normalize=tokenizer.normalization,
     )
     return RunConfig(

@@ -179,12 +179,15 @@ def normalize(text: str, how: Normalization) -> str:
     return normalize_text8(text) if how == "text8" else normalize_bert(text)
 
 
+_LOWER, _APART = BertNormalizer(), BertPreTokenizer()
+
+
 def normalize_bert(text: str) -> str:
     """The words and signs of a text, each after a space, as bert-base-uncased reads it; idempotent.
 
     Letters become lower case and lose their accents (Devlin et al. 2019).
     """
-    words = BertPreTokenizer().pre_tokenize_str(BertNormalizer().normalize_str(text))
+    words = _APART.pre_tokenize_str(_LOWER.normalize_str(text))
     return "".join([f" {word}" for word, _ in words])
 
 

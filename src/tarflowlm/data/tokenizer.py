@@ -37,6 +37,7 @@ def _byte_characters() -> str:
 
 
 BYTES = _byte_characters()
+BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
 
 
 class Tokenizer:
@@ -66,6 +67,7 @@ class Tokenizer:
             raise ValueError(f"not a tokenizer of the `tokenizers` library ({error})") from None
         self._library.encode_special_tokens = True
         added = {token["content"]: token["id"] for token in document["added_tokens"]}
+        self._added = set(added.values())
         self.end: int | None = None if normalization == "text8" else added.get(self.ends)
         """The token that follows every document; None for text8, and for tokenizers without it."""
         self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
@@ -90,15 +92,18 @@ class Tokenizer:
         """The UTF-8 bytes of every token, length V; a token may hold part of a character."""
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
-        byte_of = {c: byte for byte, c in enumerate(BYTES)} if self._is_byte_level else {}
-        added = {token["id"] for token in self._document["added_tokens"]}
         for token, index in vocabulary.items():
-            # a token with other characters is a special token that the file did not declare
-            is_bytes = index not in added and all(c in byte_of for c in token)
-            table[index] = bytes(byte_of[c] for c in token) if is_bytes else token.encode("utf-8")
+            table[index] = self._bytes_of(token, index)
         if self.end is not None:
             table[self.end] = b"\n\n"
         return table
+
+    def _bytes_of(self, token: str, index: int) -> bytes:
+        is_text = not self._is_byte_level or index in self._added
+        # a token with other characters is a special token that the file did not declare
+        if is_text or not all(c in BYTE_OF for c in token):
+            return token.encode("utf-8")
+        return bytes(BYTE_OF[c] for c in token)
 
     @property
     def vocab_size(self) -> int:
@@ -285,17 +290,8 @@ class WordPieceTokenizer(Tokenizer):
         if self.end is None:
             raise ValueError(f"no token {self.ends} ends documents")
 
-    @cached_property
-    def token_bytes(self) -> Sequence[bytes]:
-        vocabulary = self._library.get_vocab()
-        texts = {
-            index: token[2:] if token.startswith("##") else f" {token}"
-            for token, index in vocabulary.items()
-        }
-        table = [texts.get(index, "").encode() for index in range(max(texts) + 1)]
-        assert self.end is not None
-        table[self.end] = b"\n\n"
-        return table
+    def _bytes_of(self, token: str, index: int) -> bytes:
+        return (token[2:] if token.startswith("##") else f" {token}").encode("utf-8")
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         return self._encode_pieces(texts)
