@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from reproduction import measures
-from reproduction.ablations import HALF_STEPS, joint
+from reproduction.ablations import HALF_STEPS
 from reproduction.boosting import (
     Below,
     Loss,
@@ -28,17 +28,14 @@ from reproduction.recipe import Finished, Recipe, Row, Training, trainings, vari
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import OptimConfig, RunConfig
 from tarflowlm.data import Tokenizer, cached_corpus, eval_windows
-from tarflowlm.model_config import stack
 from tarflowlm.presets import with_blocks
 from tarflowlm.views.style import COLOURS, SMALL, Figure
 
 SHALLOW = "Mix-d, 1 layer"
 DEEP = "Mix-d, 6 layers"
 ONE_CHANNEL = "Mix-d, 1 layer, d = 1"
-TWO_CHANNELS = "Mix-d, 1 layer, d = 2"
 SHALLOW_AR = "AR, 1 layer"
 DEEP_AR = "AR, 6 layers"
-STACK = "Mix-d, 1, 1 and 4 layers, jointly"
 STEPS = HALF_STEPS  # of the reader, and of each map
 LAYERS = 5  # of block 2: with one below it as many as the deep models have
 VALID_WINDOWS = 256
@@ -60,7 +57,6 @@ one channel, has the rate of the other mixtures.
 """
 UPPERS: dict[str, dict[Reads, tuple[Maps, ...]]] = {
     SHALLOW: {"noise": ("mix1",), "text": ("mix1", "key", "redo")},
-    TWO_CHANNELS: {"text": ("key", "redo")},
     ONE_CHANNEL: {"text": ("key", "cells", "redo")},
     SHALLOW_AR: {"text": ("redo",)},
 }
@@ -68,8 +64,8 @@ UPPERS: dict[str, dict[Reads, tuple[Maps, ...]]] = {
 
 
 def plan_cipher(settings: Settings) -> list[Training]:
-    """Block 1 of one layer, with the channels of the preset, one and two; and controls with as many
-    layers as both blocks: in block 1, or in a stack that is trained jointly.
+    """Block 1 of one layer, with the channels of the preset and with one; and, as controls, models
+    with as many layers as both blocks.
     """
     one = shallow(settings, 1)
     baseline = lengthened(settings.preset("ar", "text8"), "1/2")
@@ -77,31 +73,23 @@ def plan_cipher(settings: Settings) -> list[Training]:
         SHALLOW: one,
         DEEP: shallow(settings, 6),
         ONE_CHANNEL: variant(one, "d1", latent_dim=1),
-        TWO_CHANNELS: variant(one, "d2", latent_dim=2),
         SHALLOW_AR: variant(baseline, "l1", layers=1),
         DEEP_AR: baseline,
-        STACK: joint(deep_last(settings)),
     }
     return trainings(settings, runs)
 
 
-def deep_last(settings: Settings) -> RunConfig:
-    """Mix-d with the shares of layers that the paper gives Mix-1: most are in the last block."""
-    run = settings.preset("mixd", "text8")
-    layers, K = ((1, 1, 4), 27) if settings.scale == "mini" else ((2, 2, 8), 64)
-    blocks = stack(("mixd", "mix1", "mix1"), layers, (0, K, K))
-    first = run.train.stage_steps[0]
-    deep = variant(run, "deep-last", blocks=blocks, channel_mix=None)
-    deep = replace(deep, train=replace(run.train, stage_steps=(first, first // 2, first // 2)))
-    return measures.shortened(settings, deep, 2 * HALF_STEPS)
-
-
 def shallow(settings: Settings, layers: int) -> RunConfig:
-    """Block 1 of `deep_last` alone, with this many layers, for as many steps."""
-    deep = deep_last(settings)
-    block = as_flow_config(deep.model).blocks[0]
-    one = replace(with_blocks(deep, 1), name=settings.preset("mixd", "text8").name)
-    return variant(one, f"one-l{layers}", blocks=(replace(block, layers=layers),))
+    """A tied Mix-d block alone, with this many layers."""
+    run = settings.preset("mixd", "text8")
+    block = replace(as_flow_config(run.model).blocks[0], layers=layers)
+    one = with_blocks(run, 1)
+    model = replace(as_flow_config(one.model), blocks=(block,), channel_mix=None)
+    one = replace(one, name=f"{run.name}-one-l{layers}", model=model)
+    if settings.scale == "paper":
+        return one
+    one = measures.shortened(settings, one, HALF_STEPS)
+    return replace(one, train=replace(one.train, evaluate_every=HALF_STEPS // 3))
 
 
 def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -232,5 +220,5 @@ CIPHER = Recipe(
     draw=draw_cipher,
     size=(8.0, 5.0),
     seeds=2,
-    clear=(ONE_CHANNEL, TWO_CHANNELS, STACK),
+    clear=(ONE_CHANNEL,),
 )
