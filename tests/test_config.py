@@ -41,11 +41,11 @@ def changed(path: str, value: object) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("nmae", "x", "config.nmae: unknown key; known keys are data, model, name"),
+        ("nmae", "x", "config.nmae: unknown key; did you mean name\\? known keys are data, model"),
         (
             "model.trunk.heads",
             4,
-            "config.model.trunk.heads: unknown key; known keys are input_taps, mlp_ratio",
+            "config.model.trunk.heads: unknown key; did you mean num_heads\\? known keys are input_",
         ),
         ("name", ..., "config.name: missing key"),
         ("model", ..., "config.model: missing key"),
@@ -73,7 +73,7 @@ def changed(path: str, value: object) -> dict:
         ("train.precision", "float16", "config.train.precision: 'float16' is not one of"),
         # contradictions, by the configurations themselves
         ("model.patch", 3, "patch 3: does not divide context 128"),
-        ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entries for 3 stages"),
+        ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entry for 3 stages"),
         ("model.blocks", [], "model.blocks .*: needs at least one block"),
     ],
 )
@@ -146,16 +146,16 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
         (TrainConfig, {"stage_steps": ()}, "train.stage_steps"),
         (TrainConfig, {"stage_steps": (0, 10)}, "the first stage needs at least 1 step"),
         (TrainConfig, {"checkpoint_every": 0}, "train.checkpoint_every 0"),
-        (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entries for 2 stages"),
+        (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entry for 2 stages"),
         (
             RunConfig,
             {"name": "x", "model": BaselineConfig(), "train": TWO_STAGES},
-            "2 entries for 1 stages",
+            "2 entries for 1 stage",
         ),
         (
             RunConfig,
             {"name": "x", "model": FlowConfig(**FLOW), "train": TWO_STAGES},
-            "2 entries for 1 stages",
+            "2 entries for 1 stage",
         ),
     ],
 )

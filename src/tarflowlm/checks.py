@@ -1,7 +1,10 @@
 """Checks of the values that callers of the Python interface give. Most need no torch."""
 
+import importlib.metadata
 import importlib.util
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import get_args
@@ -135,4 +138,16 @@ def check_package(name: str, extra: str, who: str = "this") -> None:
     spec = importlib.util.find_spec(name)
     # no origin: only a folder of that name, such as W&B creates
     if spec is None or spec.origin is None:
-        raise UserError(f"{who} needs the package {name}: pip install 'tarflowlm[{extra}]'")
+        packages = shlex.join(_packages(extra) or [name])
+        raise UserError(f"{who} needs the package {name}: pip install {packages}")
+
+
+def _packages(extra: str) -> list[str]:
+    """The packages of an optional group, with their versions; none if we are not installed."""
+    try:
+        every = importlib.metadata.requires("tarflowlm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    halves = [package.partition(";") for package in every]
+    named = re.compile(rf"extra == \W{extra}\b")
+    return [package.strip() for package, _, when in halves if named.search(when)]

@@ -6,7 +6,7 @@ No torch here: the command line reads configurations without it.
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
 from tarflowlm.model_config import BaselineConfig, Config, FlowConfig
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -241,7 +241,8 @@ class RunConfig(Config):
         self.above_zero("temperature")
         self.require("seed", 0 <= self.seed < 2**62, "must be at least 0 and below 2^62")
         given = len(self.train.stage_steps)
-        rule = f"{given} entries for {self.num_stages} stages (one per block when progressive)"
+        stages = counted(self.num_stages, "stage")
+        rule = f"{counted(given, 'entry', 'entries')} for {stages} (one per block when progressive)"
         self.train.require("stage_steps", given == self.num_stages, rule)
         rule = "needs whole matrices, which train.parallel fsdp shards: choose adamw"
         is_whole = self.optim.optimizer == "adamw" or self.train.parallel == "ddp"

@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """`bound` with fresh noise."""
-        check_integers(tokens, "tokens", "[B, T]")
+        check_tokens(self, tokens)
         return self.bound(tokens, self.draw_noise(tokens))
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -101,9 +102,29 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
         if "Value error" in title or "Invalid choice" in title:
             lines = [line.strip("│─ ") for line in body.splitlines()]
             said = " ".join(lines[: lines.index("")]).rstrip(".")  # up to its first rule
-            raise UserError(f"{said}; see {prog} --help") from None
+            raise UserError(f"{_plainly(said)}; see {prog} --help") from None
         sys.stderr.write(box.getvalue())
         raise
+
+
+_WANTED = {
+    "INT": "a whole number",
+    "int()": "a whole number",
+    "FLOAT": "a number",
+    "to float": "a number",
+    "STR STR": "two texts",
+}
+"""What tyro and Python call the type of a value that does not parse -> what to give."""
+
+
+def _plainly(said: str) -> str:
+    """What tyro says of a wrong value, in words for people where it has known ones."""
+    option, _, reason = said.removeprefix("Error parsing ").partition(": ")
+    given = " ".join(re.findall(r"'([^']*)'", reason))
+    for name, wanted in _WANTED.items():
+        if name in reason:
+            return f"{option} {given}: give {wanted}"
+    return said
 
 
 RENAMED = {"num_tokens": "length", "stop_at_end": "no-stop"}

@@ -229,16 +229,18 @@ class Pretrained(Checkpoint):
         steps: int | None = None,
         lr: float | None = None,
         seed: int = 0,
+        unwrap: bool = False,
         device: str = "auto",
     ) -> "Pretrained":
-        """Train the model further on a text; returns the result.
+        """Train the model further on a text, with `unwrap` on its paragraphs as lines; returns the
+        result.
 
         This takes 10 minutes unless `minutes` or `steps` say otherwise. The run is written to
         `out`; repeated, the call continues it.
         """
         from tarflowlm.training.tuning import tuning
 
-        run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed)
+        run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed, unwrap=unwrap)
         return _trained(run, out, device, self)
 
     save_pretrained = save_pretrained

@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, guess
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ def from_dict(cls: type[T], data: object, where: str = "config") -> T:
     for key, value in data.items():
         is_family = key == "family" and value == getattr(cls, "family", None)
         if key not in fields and not is_family:
-            known = ", ".join(sorted(fields))
-            raise UserError(f"{where}.{key}: unknown key; known keys are {known}")
+            remedy = f"{guess(key, fields)}known keys are {', '.join(sorted(fields))}"
+            raise UserError(f"{where}.{key}: unknown key; {remedy}")
     given = {}
     for name, field in fields.items():
         if name in data:

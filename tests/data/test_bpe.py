@@ -65,7 +65,7 @@ def test_training_is_deterministic_and_ignores_how_text_is_cut(words):
 
 
 def test_training_refuses_too_little_text_and_foreign_characters():
-    with pytest.raises(UserError, match=r"vocab_size=64 .* 29 tokens"):
+    with pytest.raises(UserError, match=r"vocab_size 64: .* 29 tokens"):
         build_tokenizer(CONFIG, [" aa aa aa"])
     with pytest.raises(UserError, match=r"1 kinds: 'A' x1"):
         build_tokenizer(CONFIG, ["a A"])

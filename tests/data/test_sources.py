@@ -272,7 +272,7 @@ def test_openwebtext_offline_names_the_remedy(tmp_path, no_network):
 
 def test_openwebtext_without_its_package_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install .*pyarrow"):
         prepare_corpus("openwebtext", CHARS, tmp_path / "out")
 
 

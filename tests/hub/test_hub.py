@@ -1,6 +1,7 @@
 """Models fetched from the hub and pushed to it, with their cards."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES, fetch
 
 errors = pytest.importorskip("huggingface_hub.errors")
-httpx = pytest.importorskip("httpx")
+# the client's HTTP library, by the error that its own is based on
+http = import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}
 
 
@@ -72,7 +74,7 @@ def test_models_of_other_kinds_are_refused_before_their_weights(hub, refused):
 
 def answer(kind, status):
     return kind(
-        "no", response=httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1"))
+        "no", response=http.Response(status, request=http.Request("GET", "http://127.0.0.1"))
     )
 
 
@@ -87,6 +89,7 @@ def answer(kind, status):
         (errors.LocalEntryNotFoundError("no"), "cannot be reached"),
         (errors.HFValidationError("a name"), "a name"),
         (ConnectionError("cut"), r"failed \(cut\)"),
+        (http.ConnectError("no route"), r"failed \(no route\)"),
     ],
 )
 def test_errors_of_the_hub_are_one_line_with_a_remedy(hub, error, message):

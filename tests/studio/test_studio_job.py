@@ -88,5 +88,5 @@ def test_a_port_that_is_taken_and_a_host_elsewhere_are_named():
 
 def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'tarflowlm\[studio\]'"):
+    with pytest.raises(UserError, match=r"pip install .*gradio.*matplotlib"):
         check_package("gradio", "studio")

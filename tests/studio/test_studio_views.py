@@ -178,6 +178,13 @@ def test_the_request_is_above_its_result(catalogue, folder):
     assert f'data-copy="tarflowlm score {folder}' in html
 
 
+def test_passes_play_where_blocks_share_the_work():
+    catalogue = Catalogue()
+    for name, plays in (("english-passes", True), ("english-mini", False)):
+        html = shown(write, catalogue, [name, "", "", 96, 0.8, 1.0, 1, 0])
+        assert ("data-play" in html) is plays
+
+
 def test_a_run_that_begins_later_is_found(folder, tmp_path):
     shutil.copytree(folder / "flow", tmp_path / "first")
     catalogue = Catalogue([str(tmp_path)])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tarflowlm import options
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
 from tarflowlm.files import read_json
 from tarflowlm.options import arg
 from tarflowlm.parts import WHOLE
@@ -168,7 +168,9 @@ def _likelihood(
     is_short = patch <= len(tokens) < context
     if is_short and args.split == "all" and not args.latents:
         context = len(tokens) - len(tokens) % patch
-        print_notice(f"the text is shorter than the context: one window of {context} tokens")
+        print_notice(
+            f"the text is shorter than the context: one window of {counted(context, 'token')}"
+        )
     stride = context if args.stride is None else args.stride
     windows, given = sliding_windows(tokens, context, stride, args.windows)
     if stride % patch:
@@ -177,7 +179,7 @@ def _likelihood(
         rule = f"windows slide for one block, and this model has {model.num_blocks} blocks"
         raise UserError(f"stride {stride}: {rule}; leave --stride out")
     samples = f", {args.samples} samples each" if args.samples > 1 and not model.is_exact else ""
-    what = f"{len(windows):,} windows of {context} tokens{samples}"
+    what = f"{counted(len(windows), 'window')} of {counted(context, 'token')}{samples}"
     print_notice(f"evaluating {what}: {source}, {args.split}")
     bars.stage("evaluating, windows", len(windows))
     start = time.perf_counter()

@@ -100,10 +100,10 @@ def _dispatch(argv: list[str]) -> None:
     if argv[0] == "--version":
         sys.stdout.write(f"tarflowlm {tarflowlm.__version__}\n")
         return
-    name, *rest = argv
+    name, *rest = _import_named(argv)
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    run_command(command_module(name), _import_named(rest), f"tarflowlm {name}")
+    run_command(command_module(name), rest, f"tarflowlm {name}")
 
 
 def run_command(command: ModuleType, argv: list[str], prog: str) -> None:

@@ -86,8 +86,8 @@ def train_bpe(
     library.train_from_iterator(_checked(pieces, alphabet), trainer)
     reached = library.get_vocab_size()
     if reached != vocab_size:
-        what = f"vocab_size={vocab_size} cannot be reached"
-        raise UserError(f"{what}: the text gives at most {reached} tokens; ask for fewer")
+        what = f"the text gives at most {reached + has_end} tokens; ask for no more"
+        raise UserError(f"data.tokenizer.vocab_size {vocab_size + has_end}: {what}")
     added = [end_token(reached)] if has_end else []
     return Tokenizer(json.loads(library.to_str()) | {"added_tokens": added}, normalization)
 

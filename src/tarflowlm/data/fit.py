@@ -9,7 +9,7 @@ from tarflowlm.data.corpus import is_prepared, open_corpus
 from tarflowlm.data.sources import SOURCE_NAMES, resolve_source
 from tarflowlm.data.text import BLOCK, is_wrapped
 from tarflowlm.data.textfile import TextFile
-from tarflowlm.data.tokenizer import Tokenizer
+from tarflowlm.data.tokenizer import CharTokenizer, Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.schema import from_dict
 
@@ -45,6 +45,12 @@ def misfit(source: str, tokenizer: Tokenizer) -> str | None:
 def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool = False) -> None:
     """UserError where the text does not suit the tokenizer of a model that is to learn it."""
     problem = misfit(source, tokenizer)
+    if isinstance(tokenizer, CharTokenizer) and tokenizer.normalization == "none":
+        new = set(_beginning(source)).difference(tokenizer.alphabet)
+        if new:
+            problem = (
+                f"{source} has characters that the model does not know, {''.join(sorted(new))!r}"
+            )
     if problem is not None:
         remedy = f"`tarflowlm train english-small --data {source} --out DIR`"
         raise UserError(f"{problem}: train a new model on it: {remedy}")

@@ -232,8 +232,8 @@ def _opened(directory: str, wanted: TokenizerConfig | Tokenizer) -> Corpus:
     if isinstance(wanted, TokenizerConfig) and asdict(wanted) == corpus.meta["tokenizer_config"]:
         return corpus  # without asking the hub again
     if corpus.tokenizer.fingerprint not in (_key(wanted, False), _key(wanted, True)):
-        what = f"{directory} was prepared with {corpus.tokenizer!r}, not with {wanted!r}"
-        raise UserError(f"{what}: prepare another one, or leave the tokenizer to the directory")
+        what = f"{directory} was prepared with another tokenizer"
+        raise UserError(f"{what}: give the text itself, or leave the tokenizer to the directory")
     return corpus
 
 

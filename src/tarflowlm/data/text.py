@@ -113,7 +113,7 @@ def is_wrapped(text: str) -> bool:
     inner = [
         len(line) + 1 + len(following.split()[0]) > width - 4
         for line, following in pairwise(lines)
-        if line.strip() and following[:1].strip()
+        if " " in line.strip() and following[:1].strip()
     ]
     is_full = len(inner) > max(50, len(lines) / 3) and sum(inner) > 0.8 * len(inner)
     return 40 <= width <= 100 and is_full

@@ -65,15 +65,20 @@ def fetch(name: str | Path) -> Path:
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turn errors of the hub, and of the way there, into one UserError about `name`."""
-    import httpx
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    # the client's errors derive from OSError and from that of its HTTP library, whichever that is
+    kinds: tuple[type[Exception], ...] = (
+        HFValidationError,
+        RuntimeError,
+        *HfHubHTTPError.__bases__,
+    )
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)  # without notices of retries
     try:
         yield
-    except (OSError, httpx.HTTPError, HFValidationError, RuntimeError) as error:
+    except kinds as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # of the disk
         raise UserError(f"{name}: {_reason(error)}") from error

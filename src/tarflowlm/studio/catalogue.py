@@ -46,13 +46,14 @@ class Catalogue:
 
     @property
     def pair(self) -> list[str]:
-        """A flow and a baseline that read texts alike, else the first model."""
-        for names in combinations(self.models, 2):
+        """A flow and a baseline with weights that read texts alike, else the first model."""
+        ready = [name for name in self.models if (self.entries[name].place / WEIGHTS).is_file()]
+        for names in combinations(ready, 2):
             flow, baseline = (self.entries[name].run for name in names)
             is_alike = flow.data.tokenizer == baseline.data.tokenizer
             if is_alike and flow.model.family != baseline.model.family:
                 return list(names)
-        return self.models[:1]
+        return (ready or self.models)[:1]
 
     @property
     def runs(self) -> list[str]:

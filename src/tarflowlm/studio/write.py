@@ -131,9 +131,9 @@ def _passes(draft: Draft, written: Written, row: int) -> str:
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     given = _given(draft, written, row)
     rows = pass_rows(passes, draft.lm.tokenizer, given=given, probabilities=probabilities)
-    # where one block writes nearly all, and no other a tenth, there is nothing to watch
+    # where one block writes all, there is nothing to watch
     shares = [(after != before).double().mean().item() for before, after in pairwise(passes)]
-    is_seen = sum(share > 0.1 for share in shares) > 1
+    is_seen = sum(share > 0.005 for share in shares) > 1
     return slider(rows, is_open=row == 0 and is_seen)
 
 

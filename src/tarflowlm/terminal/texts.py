@@ -99,7 +99,7 @@ def print_edits(edited: Edited, advice: str | None) -> None:
     for row, tokens in enumerate(edit.tokens):
         changed = edit.changed[row]
         note = (
-            f"{int(changed.sum())} of {len(changed)} tokens changed; bits per character "
+            f"{int(changed.sum())} of {counted(len(changed), 'token')} changed; bits per character "
             f"<= {edited.bits_before[row]:.3f} before, <= {edited.bits[row]:.3f} now "
             "(fewer: likelier to the model)"
         )
@@ -117,12 +117,13 @@ def styled(tokens: Sequence[Token]) -> Text:
 def show(body: Text, title: str, note: str | None = None, *, is_first: bool = True) -> None:
     """A text in a panel on a terminal; elsewhere alone, after an empty line unless it `is_first`.
 
-    The note is below the panel, or on stderr.
+    The note is below it, on stderr.
     """
     console = Console()
     if console.is_terminal:
-        panel = Panel(body, title=title, title_align="left", subtitle=note, subtitle_align="left")
-        console.print(panel)
+        console.print(Panel(body, title=title, title_align="left"))
+        if note is not None:
+            print_notice(note)
         return
     if not is_first:
         sys.stdout.write("\n")

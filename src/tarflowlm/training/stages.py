@@ -12,7 +12,7 @@ import torch
 
 from tarflowlm.data import WindowSampler, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Likelihood
+from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.files import read_json, write_json
 from tarflowlm.language_model import seeded
 from tarflowlm.model import as_flow
@@ -105,8 +105,8 @@ def leave_stage(run: Run, end: Likelihood) -> None:
     """
     counters = run.counters
     keeps_best = run.config.train.keep == "best"
-    kept = counters.lowest / end.nats_per_token if keeps_best else 1.0
-    counters.valid_bpc.append(kept * end.bpc)
+    kept = counters.lowest if keeps_best else end.nats_per_token
+    counters.valid_bpc.append(bits(kept) * end.tokens / end.characters)
     if counters.stage and not counters.lowest_at:
         why = "gained nothing" if counters.stage_step else "has no time"
         logger.info("%s %s: the block stays as it started", describe_stage(run), why)
