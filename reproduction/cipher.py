@@ -43,7 +43,7 @@ VALIDATIONS = 5
 TEXTS = 32  # that block 1 alone and both blocks make of one noise
 LENGTH = 96  # tokens of each
 ALONE, BOTH = "block 1 alone", "both blocks"
-DELIVERED = "delivered"
+DELIVERED, RECOVERED = "delivered", "recovered"
 
 NAMES: dict[Maps, str] = {
     "mix1": "Mix-1",
@@ -61,6 +61,8 @@ UPPERS: dict[str, dict[Reads, tuple[Maps, ...]]] = {
     SHALLOW_AR: {"text": ("redo",)},
 }
 """What the second block on every model reads, and the maps that learn on it."""
+DEEP_ONES = {SHALLOW: DEEP, ONE_CHANNEL: DEEP, SHALLOW_AR: DEEP_AR}
+"""The control of each: as many layers as block 1 and block 2 have, in one block."""
 
 
 def plan_cipher(settings: Settings) -> list[Training]:
@@ -93,16 +95,28 @@ def shallow(settings: Settings, layers: int) -> RunConfig:
 
 
 def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Every second block: what its reader knows more than block 1, and what its map delivers."""
+    """Every second block: what its reader knows more than block 1, what its map delivers of that,
+    and how much of what its control has fewer bits than block 1.
+    """
     rows = []
+    bits = {_key(done): done.record.summary["test"]["bpc"] for done in finished}
     for done in finished:
-        own = {"block 2": None, "bpc of the model": done.record.summary["test"]["bpc"]}
+        label, seed = _key(done)
+        own = {"block 2": None, "bpc of the model": bits[label, seed]}
         rows.append(measures.first_columns(done) | own)
-        for reads in UPPERS.get(done.training.label, {}):
+        for reads in UPPERS.get(label, {}):
             what = f"second blocks that read {reads}"
             found = done.measured(what, partial(boosted, done, reads, settings.steps))
-            rows += [measures.first_columns(done) | row for row in found]
+            missing = bits[label, seed] - bits[DEEP_ONES[label], seed]
+            for row in found:
+                recovered = {RECOVERED: row["gain"] / missing}
+                rows.append(measures.first_columns(done) | row | recovered)
     return rows
+
+
+def _key(done: Finished) -> tuple[str, int]:
+    """Label and seed."""
+    return done.training.label, done.training.run.seed
 
 
 def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
@@ -210,8 +224,9 @@ CIPHER = Recipe(
         "block 2, left to right, learns to predict the next token by a head, and is frozen, "
         "too. Then each map learns on it. The key: w(z_<t) and the cells at the own position. "
         "Redone: u' = R_w'(R_w^-1(u)), w' = softmax(log w + delta), so that both blocks are one "
-        "block with the weights w'. *delivered*: the gain over that of the head. The models of "
-        "six layers have as many steps as block 1, as the reader and as each map.)"
+        "block with the weights w'. *delivered*: the gain over that of the head; *recovered*: over "
+        "that of six layers in block 1. The models of six layers have as many steps as block 1, "
+        "as the reader and as each map.)"
     ),
     plan=plan_cipher,
     measure=measure_cipher,

@@ -55,12 +55,12 @@ def print_samples(
         if candidates == 1 or evidence is None:
             continue
         print_notice(
-            f"  {candidates} candidates, effective number {evidence.ess[row]:.1f}; "
-            f"log p(given) about {evidence.log_evidence[row]:.1f} nats"
+            f"  about {evidence.ess[row]:.1f} of {candidates} candidates count; the given text has "
+            f"log p about {evidence.log_evidence[row]:.1f} nats"
         )
         k = evidence.pareto_k[row]
         if k > UNRELIABLE:  # NaN is not
-            print_notice(f"  that is unreliable (k = {k:.2f}): more particles fit the text better")
+            print_notice(f"  a rough guess (tail index {k:.2f}): more particles fit the text better")
 
 
 def likely_lengths(probabilities: list[float]) -> str:
