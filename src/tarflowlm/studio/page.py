@@ -28,12 +28,12 @@ REFRESH = 4.0  # seconds between two looks at the folders of runs
 DRAWN = 6  # runs that are drawn at first
 
 EXAMPLES = (
-    ("Watch the passes", "english-passes", "", 96),
+    ("Watch the passes", "english-passes", "the little girl ", 128),
     ("Continue a sentence", "english-small", "The people of", 160),
     ("Fill in blanks", "english-small", "The _ of the _ _ was heard in the city of Washington", 96),
 )
 """Label, model, text and length of each."""
-ONE_EACH = "Every _ is one token that the model chooses"
+ONE_EACH = "Every _ is one token that the model chooses: a word, a part of one, or one letter"
 SENTENCE = "The people of this country have a right to peace and to work."
 HISTORY = (
     "The war of the nations had come to an end, and the President asked the Congress to make a "

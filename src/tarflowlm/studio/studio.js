@@ -45,7 +45,8 @@ document.addEventListener('click', (event) => {
   if (copied) navigator.clipboard.writeText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
   if (token) token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
   if (window.innerWidth <= 640 && target.closest('button.primary, button.sm'))
-    visible().scrollIntoView({behavior: 'smooth'});
+    // once more when the result has made the page longer
+    [50, 1500].forEach((wait) => setTimeout(() => visible().scrollIntoView({behavior: 'smooth'}), wait));
 });
 new MutationObserver((changes) => changes.forEach(({addedNodes}) => addedNodes.forEach((node) => {
   const slider = node.querySelector && node.querySelector('.st-slide input[data-play]');
