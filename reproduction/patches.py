@@ -10,7 +10,7 @@ from torch import Tensor
 from reproduction import measures, tables
 from reproduction.ablations import HALF_STEPS
 from reproduction.judges import Judge
-from reproduction.plots import plot_over
+from reproduction.plots import plot_models, plot_over
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
@@ -186,15 +186,16 @@ def plan_in_patch(settings: Settings) -> list[Training]:
 
 
 def measure_in_patch(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The bound of each model beside what figure 5 measures."""
+    """The bound of each model beside what figure 5 measures, and in the stack what blocks gain."""
     table = table_fig5(measure_fig5(settings, finished))
     judged = {(row["model"], row["seed"]): row for row in table}
-    rows = [
-        measures.summary_row(done) | measures.gains(done)
-        for done in finished
-        if done.training.label != "judge"
-    ]
-    return [row | judged[row["model"], row["seed"]] for row in rows]
+    rows = []
+    for done in finished:
+        label, seed = done.training.label, done.training.run.seed
+        if label != "judge":
+            row = measures.summary_row(done) | judged[label, seed]
+            rows.append(row if label in (TOGETHER, APART) else row | measures.gains(done))
+    return rows
 
 
 FIG5 = Recipe(
@@ -238,6 +239,7 @@ IN_PATCH = Recipe(
     ),
     plan=plan_in_patch,
     measure=measure_in_patch,
+    draw=partial(plot_models, label="bits per character (bounds)"),
     seeds=2,
     clear=(TOGETHER, APART),
 )

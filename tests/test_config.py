@@ -45,7 +45,7 @@ def changed(path: str, value: object) -> dict:
         (
             "model.trunk.heads",
             4,
-            "config.model.trunk.heads: unknown key; did you mean num_heads\\? known keys are input_",
+            "config.model.trunk.heads: unknown key; did you mean num_heads\\? known keys are",
         ),
         ("name", ..., "config.name: missing key"),
         ("model", ..., "config.model: missing key"),

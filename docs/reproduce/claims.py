@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the package
 
+from reproduction.cipher import RECOVERED  # noqa: E402
+from reproduction.directions import ALTERNATING, ONE_WAY  # noqa: E402
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
 from reproduction.lengths import RATIO, TOKENS  # noqa: E402
 from reproduction.measures import JUDGED  # noqa: E402
@@ -279,6 +281,79 @@ def refining() -> Claim:
     return Claim(claim, where(holds, fails), joined, differs, "fig6")
 
 
+def bidirectional() -> Claim:
+    """Seen in a model if the worst seed with alternating directions is ahead of the best one
+    without by more than SURE.
+    """
+    found = bits("directions")
+    holds, fails, numbers = list[str](), list[str](), list[str]()
+    for name, both in found.items():
+        label, _, kind = name.rpartition(", ")
+        if kind == ALTERNATING:
+            one_way = found[f"{label}, {ONE_WAY}"]
+            (holds if max(both) < min(one_way) - SURE else fails).append(label)
+            numbers.append(f"{label} {listed(both)} alternating, {listed(one_way)} left to right")
+    claim = "alternating directions give context from both sides (section 3.3): they fit better"
+    differs = "a quarter of the steps for affine and Mix-1; on another machine the second seed of "
+    differs += "affine was level ([log](../log.md#2026-11-29-both-directions-and-tokens-apart))"
+    return Claim(claim, where(holds, fails), "; ".join(numbers), differs, "directions")
+
+
+def recovered() -> Iterator[Claim]:
+    """By blocks if, in every seed, tokens apart in the deep block alone cost less than half of what
+    they cost in all blocks; not testable where the deep block then no longer takes most off the KL
+    divergence. By mixed channels if every seed gains more than SURE by them.
+    """
+    found = bits("in-patch")
+    names = ("together", "apart in block 3", "apart in all blocks", "in groups of mixed channels")
+    together, deep, apart, mixed = (found[f"Mix-1, {name}"] for name in names)
+    seeds = list(zip(together, deep, apart, mixed, strict=True))
+    numbers = "; ".join(f"{name} {listed(found[f'Mix-1, {name}'])}" for name in names)
+    differs = "Mix-1 of 1, 1 and 4 layers, whose block 3 writes first; a quarter of the steps"
+    claim = "later blocks recover what binds the tokens of a patch (figure 1)"
+    here = verdict(all(d - t < (a - t) / 2 for t, d, a, _ in seeds))
+    taken = [
+        [row[f"KL taken off by block {number}"] for number in (1, 2, 3)]
+        for row in rows_of("in-patch")
+        if row["model"] == f"Mix-1, {names[1]}"
+    ]
+    if any(of_block[2] < max(of_block) for of_block in taken):
+        here = f"{NOT_TESTABLE}: the work moves to a block that sees the patch"
+    moved = "; ".join(listed(of_block, 2) for of_block in taken)
+    numbers += f"; blocks 1, 2, 3 take {moved} nats where block 3 sees tokens apart"
+    yield Claim(claim, here, numbers, differs, "in-patch")
+    claim = "mixed channels recover it (figure 1)"
+    by_mixing = all(a - m > SURE for _, _, a, m in seeds)
+    shares = [(a - m) / (a - t) for t, _, a, m in seeds]
+    numbers = f"the share of what apart in all blocks costs: {listed(shares, 2)}"
+    yield Claim(claim, verdict(by_mixing) + ", in part" * by_mixing, numbers, differs, "in-patch")
+
+
+def upper_blocks() -> Claim:
+    """A map adds if every seed gains more than SURE and two standard errors."""
+    kinds: dict[tuple[str, ...], Rows] = {}
+    for row in rows_of("cipher"):
+        if row["block 2"]:
+            key = row["reads"], row["block 2"], row["model"].removesuffix(", 1 layer")
+            kinds.setdefault(key, []).append(row)
+    adds: dict[str, list[bool]] = {}
+    numbers = []
+    for (reads, maps, model), rows in kinds.items():
+        gains = [row["gain"] for row in rows]
+        shares = [row[RECOVERED] for row in rows]
+        gains_in_all = all(row["gain"] > SURE + 2 * row["gain ±"] for row in rows)
+        adds.setdefault(reads, []).append(gains_in_all)
+        numbers.append(f"{maps}, {reads}, {model} {listed(gains)} ({listed(shares, 2)})")
+    here = "; ".join(
+        f"{verdict(any(found))} where it reads the {reads}: {sum(found)} of {len(found)} maps"
+        for reads, found in adds.items()
+    )
+    claim = "a block above a frozen block 1 of tied Mix-d adds to it (question of our own)"
+    joined = f"bits gained (share of what six layers gain): {'; '.join(numbers)}"
+    differs = "block 1 of one layer; block 2 of five, left to right"
+    return Claim(claim, here, joined, differs, "cipher")
+
+
 def states_of() -> dict[tuple[str, str], Rows]:
     """(Model, reading) -> the states of seed 0 in figure 7."""
     found: dict[tuple[str, str], Rows] = {}
@@ -379,7 +454,10 @@ CLAIMS: tuple[Callable[[], Any], ...] = (
     mix1_against_affine,
     components,
     two_tokens,
+    recovered,
     refining,
+    bidirectional,
+    upper_blocks,
     geometry,
     work_of_blocks,
     operations,

@@ -60,7 +60,9 @@ def print_samples(
         )
         k = evidence.pareto_k[row]
         if k > UNRELIABLE:  # NaN is not
-            print_notice(f"  a rough guess (tail index {k:.2f}): more particles fit the text better")
+            print_notice(
+                f"  a rough guess (tail index {k:.2f}): more particles fit the text better"
+            )
 
 
 def likely_lengths(probabilities: list[float]) -> str:
