@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `reproduction` lies beside this folder
+
 from reproduction.judges import load_judge
 from reproduction.quality import compare_texts
 from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows

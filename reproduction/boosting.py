@@ -135,12 +135,16 @@ class Reader(nn.Module):
         self.transformer = Transformer(trunk, layers)
         self.head = _zeroed(nn.Linear(width, V))
 
-    def forward(self, u: Float[Tensor, "B T d"], known: Known) -> Float[Tensor, "B T D"]:
+    def forward(self, below: Below, known: Known) -> Float[Tensor, "B T D"]:
         """c_t of every position."""
-        is_text = self.reads == "text"
-        x = self.embedding(known.tokens[:, :-1]) if is_text else self.input(u[:, :-1])
-        x = torch.cat((self.start.expand(len(u), 1, -1), x), dim=1)
-        features: Tensor = self.transformer(x + self.skip(known.features) if is_text else x)
+        start = self.start.expand(len(known.z), 1, -1)
+        if self.reads == "text":
+            x = torch.cat((start, self.embedding(known.tokens[:, :-1])), dim=1)
+            x = x + self.skip(known.features)
+        else:
+            u, _ = below.noise(known.z, known.log_w)
+            x = torch.cat((start, self.input(u[:, :-1])), dim=1)
+        features: Tensor = self.transformer(x)
         return features
 
     def log_prob(self, c: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]) -> Tensor:
@@ -179,9 +183,10 @@ class Upper(nn.Module):
         # tokens by their first channel, in which Rosenblatt begins
         self.register_buffer("order", below.codebook.mean[:, 0].argsort(), persistent=False)
         self.weights = _zeroed(nn.Linear(width, V))
-        blocks = (BlockConfig(), BlockConfig(components=V))
-        config = FlowConfig(trunk=trunk, latent_dim=below.channels, blocks=blocks)
-        self.mix1 = Mix1Coupling.build(BlockPlan(config, 1, below.codebook))
+        if maps in ("mix1", "key"):
+            blocks = (BlockConfig(), BlockConfig(components=V))
+            config = FlowConfig(trunk=trunk, latent_dim=below.channels, blocks=blocks)
+            self.mix1 = Mix1Coupling.build(BlockPlan(config, 1, below.codebook))
 
     @property
     def reader(self) -> Reader:
@@ -215,16 +220,18 @@ class Upper(nn.Module):
         """The densities of a text."""
         known = below(tokens, noise)
         log_w = known.log_w
-        u, log_det = below.noise(known.z, log_w)
         with torch.no_grad():
-            c = self.reader(u, known)
+            c = self.reader(below, known)
             by_head = self.reader.log_prob(c, tokens)
         if self.maps == "redo":
             log_p = below.log_prob(known.z, self.redone(c, log_w))
-        elif self.maps == "cells":
-            log_p = log_det + self._in_cells(u, log_w, self.features(c, log_w))
         else:
-            log_p = log_det + self.mix1.log_prob(u, self.features(c, log_w))
+            u, log_det = below.noise(known.z, log_w)
+            features = self.features(c, log_w)
+            if self.maps == "cells":
+                log_p = log_det + self._in_cells(u, log_w, features)
+            else:
+                log_p = log_det + self.mix1.log_prob(u, features)
         return Found(below.log_prob(known.z, log_w), log_p, by_head)
 
     def _in_cells(self, u: Tensor, log_w: Tensor, c: Tensor) -> Tensor:
@@ -263,8 +270,7 @@ def write(
         known = below.known(below.codebook.decode(so_far), so_far)
         log_w = known.log_w
         if upper is not None:
-            u, _ = below.noise(so_far, log_w)
-            log_w = upper.redone(upper.reader(u, known), log_w)
+            log_w = upper.redone(upper.reader(below, known), log_w)
         mean, log_std = below.codebook.mean, below.codebook.log_std
         z[:, t] = numerics.rosenblatt_inverse(noise[:, t], log_w[:, t], mean, log_std)
     return z
@@ -307,8 +313,7 @@ Loss = Callable[[M, Tensor, Tensor], Tensor]
 def reader_loss(below: Below) -> Loss[Reader]:
     def loss(reader: Reader, tokens: Tensor, noise: Tensor) -> Tensor:
         known = below(tokens, noise)
-        u, _ = below.noise(known.z, known.log_w)
-        return -reader.log_prob(reader(u, known), tokens)
+        return -reader.log_prob(reader(below, known), tokens)
 
     return loss
 

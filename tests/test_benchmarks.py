@@ -59,6 +59,14 @@ def test_benchmark_prints_its_rows(command, rows, tmp_path):
         assert found["mini-ar"]["time over the other checkout"] > 0
 
 
+@pytest.mark.parametrize("script", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_benchmark_starts_from_any_folder(script, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    argv = [sys.executable, str(script), "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def peers(monkeypatch):
     pytest.importorskip("transformers")
