@@ -109,7 +109,7 @@ def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row
             found = done.measured(what, partial(boosted, done, reads, settings.steps))
             missing = bits[label, seed] - bits[DEEP_ONES[label], seed]
             for row in found:
-                recovered = {RECOVERED: row["gain"] / missing}
+                recovered = {RECOVERED: row["gain"] / missing if missing > 0 else None}
                 rows.append(measures.first_columns(done) | row | recovered)
     return rows
 

@@ -119,11 +119,13 @@ _WANTED = {
 
 def _plainly(said: str) -> str:
     """What tyro says of a wrong value, in words for people where it has known ones."""
-    option, _, reason = said.removeprefix("Error parsing ").partition(": ")
-    given = " ".join(re.findall(r"'([^']*)'", reason))
-    for name, wanted in _WANTED.items():
-        if name in reason:
-            return f"{option} {given}: give {wanted}"
+    found = re.search(r"Error parsing (\S+): (.*)", said)
+    if found is not None:
+        option, reason = found.groups()
+        given = " ".join(re.findall(r"'([^']*)'", reason))
+        for name, wanted in _WANTED.items():
+            if name in reason:
+                return f"{option} {given}: give {wanted}"
     return said
 
 
