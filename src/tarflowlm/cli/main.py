@@ -90,6 +90,7 @@ def main(
 
 
 def _dispatch(argv: list[str]) -> None:
+    argv = _import_named(argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         from tarflowlm.terminal.bars import print_table
 
@@ -100,7 +101,7 @@ def _dispatch(argv: list[str]) -> None:
     if argv[0] == "--version":
         sys.stdout.write(f"tarflowlm {tarflowlm.__version__}\n")
         return
-    name, *rest = _import_named(argv)
+    name, *rest = argv
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     run_command(command_module(name), rest, f"tarflowlm {name}")
