@@ -12,16 +12,14 @@ import argparse
 import logging
 import sys
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `reproduction` lies beside this folder
 
-from reproduction.boosting import Below, Reader, Upper, evaluate, fit, map_loss, reader_loss
-from reproduction.cipher import RATES
+from reproduction.boosting import Below, evaluate
+from reproduction.cipher import second_blocks
 from tarflowlm.data import cached_corpus, eval_windows
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.terminal.bars import Bars
@@ -41,28 +39,25 @@ def main() -> None:
     checkpoint = load_checkpoint(args.model)
     run, tokenizer = checkpoint.run, checkpoint.tokenizer
     below = Below(checkpoint.model)
-    corpus = cached_corpus(run.data.source, tokenizer)
-    context = run.model.context
     began = time.monotonic()
     with Bars() as bars:
-        fitted = partial(
-            fit,
-            channels=below.channels,
-            train=corpus.split("train"),
-            valid=eval_windows(corpus.split("valid"), context, 64),
+
+        def stage(what: str, steps: int) -> Bars:
+            bars.stage(what, steps)
+            return bars
+
+        [(_, upper)] = second_blocks(
+            checkpoint,
+            below,
+            "text",
+            ["redo"],
+            layers=args.layers,
             steps=args.steps,
-            batch=run.train.batch_size,
-            seed=run.seed,
-            every=max(1, args.steps // 4),
-            progress=bars,
+            valid_windows=64,
+            stage=stage,
         )
-        bars.stage("reader, steps", args.steps)
-        make = partial(Reader, below, run.model.trunk, layers=args.layers, reads="text")
-        reader = fitted(make, reader_loss(below), optim=run.optim)
-        bars.stage("map, steps", args.steps)
-        optim = replace(run.optim, lr=RATES["redo"])
-        upper = fitted(partial(Upper, below, reader, "redo"), map_loss(below), optim=optim)
-    windows = eval_windows(corpus.split("test"), context, args.windows)
+    corpus = cached_corpus(run.data.source, tokenizer)
+    windows = eval_windows(corpus.split("test"), run.model.context, args.windows)
     characters = torch.from_numpy(tokenizer.characters_per_token)[windows].double().mean().item()
     found = evaluate(below, upper, windows)
     parts = {"block 1": found.below, "head of block 2": found.by_head, "both blocks": found.both}

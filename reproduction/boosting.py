@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -48,15 +49,22 @@ ROWS = 16
 """Windows that are evaluated at once."""
 
 
-class Known(NamedTuple):
+@dataclass
+class Known:
     """Texts as block 1 maps them."""
 
+    below: "Below"
     tokens: Int[Tensor, "B T"]
     z: Float[Tensor, "B T d"]
     features: Float[Tensor, "B T D"]
     """c_t, a function of z_<t."""
     log_w: Float[Tensor, "B T V"]
     """log w(z_<t)."""
+
+    @cached_property
+    def noise(self) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T"]]:
+        """u = R_w(z), and log|det du/dz|; not every reader and map needs them."""
+        return self.below.noise(self.z, self.log_w)
 
 
 class Found(NamedTuple):
@@ -88,18 +96,19 @@ class Below(nn.Module):
         return self.codebook.mean.shape[1]
 
     @torch.no_grad()
-    def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> "Known":
+    def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Known:
         return self.known(tokens, self.codebook.encode(tokens, noise))
 
     @torch.no_grad()
-    def known(self, tokens: Int[Tensor, "B T"], z: Float[Tensor, "B T d"]) -> "Known":
+    def known(self, tokens: Int[Tensor, "B T"], z: Float[Tensor, "B T d"]) -> Known:
         if isinstance(self.model, TokenLM):
             features = self.model.states(tokens[:, :-1])
-            return Known(tokens, z, features, self.model.head(features).log_softmax(-1))
+            return Known(self, tokens, z, features, self.model.head(features).log_softmax(-1))
         block = as_flow(self.model).prior.block(0)
         assert isinstance(block.coupling, MixDCoupling), "block 1 must be tied Mix-d"
         features = block.features(z)
-        return Known(tokens, z, features, block.coupling.weight_head(features).log_softmax(-1))
+        log_w = block.coupling.weight_head(features).log_softmax(-1)
+        return Known(self, tokens, z, features, log_w)
 
     @property
     def width(self) -> int:
@@ -135,14 +144,14 @@ class Reader(nn.Module):
         self.transformer = Transformer(trunk, layers)
         self.head = _zeroed(nn.Linear(width, V))
 
-    def forward(self, below: Below, known: Known) -> Float[Tensor, "B T D"]:
+    def forward(self, known: Known) -> Float[Tensor, "B T D"]:
         """c_t of every position."""
         start = self.start.expand(len(known.z), 1, -1)
         if self.reads == "text":
             x = torch.cat((start, self.embedding(known.tokens[:, :-1])), dim=1)
             x = x + self.skip(known.features)
         else:
-            u, _ = below.noise(known.z, known.log_w)
+            u, _ = known.noise
             x = torch.cat((start, self.input(u[:, :-1])), dim=1)
         features: Tensor = self.transformer(x)
         return features
@@ -221,12 +230,12 @@ class Upper(nn.Module):
         known = below(tokens, noise)
         log_w = known.log_w
         with torch.no_grad():
-            c = self.reader(below, known)
+            c = self.reader(known)
             by_head = self.reader.log_prob(c, tokens)
         if self.maps == "redo":
             log_p = below.log_prob(known.z, self.redone(c, log_w))
         else:
-            u, log_det = below.noise(known.z, log_w)
+            u, log_det = known.noise
             features = self.features(c, log_w)
             if self.maps == "cells":
                 log_p = log_det + self._in_cells(u, log_w, features)
@@ -270,7 +279,7 @@ def write(
         known = below.known(below.codebook.decode(so_far), so_far)
         log_w = known.log_w
         if upper is not None:
-            log_w = upper.redone(upper.reader(below, known), log_w)
+            log_w = upper.redone(upper.reader(known), log_w)
         mean, log_std = below.codebook.mean, below.codebook.log_std
         z[:, t] = numerics.rosenblatt_inverse(noise[:, t], log_w[:, t], mean, log_std)
     return z
@@ -313,7 +322,7 @@ Loss = Callable[[M, Tensor, Tensor], Tensor]
 def reader_loss(below: Below) -> Loss[Reader]:
     def loss(reader: Reader, tokens: Tensor, noise: Tensor) -> Tensor:
         known = below(tokens, noise)
-        return -reader.log_prob(reader(below, known), tokens)
+        return -reader.log_prob(reader(known), tokens)
 
     return loss
 

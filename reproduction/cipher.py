@@ -1,6 +1,6 @@
 """Why blocks above a tied Mix-d block gain nothing, and a block that does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import OptimConfig, RunConfig
 from tarflowlm.data import Tokenizer, cached_corpus, eval_windows
 from tarflowlm.presets import with_blocks
+from tarflowlm.progress import Progress
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.views.style import COLOURS, SMALL, Figure
 
 SHALLOW = "Mix-d, 1 layer"
@@ -119,17 +121,26 @@ def _key(done: Finished) -> tuple[str, int]:
     return done.training.label, done.training.run.seed
 
 
-def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
-    """Train a reader on the run's model, and every map on it; their bits on test windows."""
-    checkpoint = done.load()
-    run = checkpoint.run
-    below = Below(checkpoint.model)
-    corpus = cached_corpus(run.data.source, checkpoint.tokenizer)
-    valid = eval_windows(corpus.split("valid"), run.model.context, VALID_WINDOWS)
-    windows = eval_windows(corpus.split("test"), run.model.context, measures.SHORT_WINDOWS)
-    steps = steps or STEPS
+def second_blocks(
+    checkpoint: Checkpoint,
+    below: Below,
+    reads: Reads,
+    maps: Sequence[Maps],
+    *,
+    layers: int,
+    steps: int,
+    valid_windows: int,
+    stage: Callable[[str, int], Progress],
+) -> Iterator[tuple[Maps, Upper]]:
+    """Train a reader on the model `below`, and each of the maps on it.
 
-    def fitted(make: Callable[[], M], loss: Loss[M], optim: OptimConfig) -> M:
+    `stage` begins one of these trainings, named, of so many steps.
+    """
+    run = checkpoint.run
+    corpus = cached_corpus(run.data.source, checkpoint.tokenizer)
+    valid = eval_windows(corpus.split("valid"), run.model.context, valid_windows)
+
+    def fitted(make: Callable[[], M], loss: Loss[M], optim: OptimConfig, what: str) -> M:
         return fit(
             make,
             loss,
@@ -141,18 +152,36 @@ def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
             batch=run.train.batch_size,
             seed=run.seed,
             every=max(1, steps // VALIDATIONS),
-            progress=done.stage(f"block 2 that reads {reads}, steps", steps),
+            progress=stage(f"{what} of the {reads}, steps", steps),
         )
 
-    reader = fitted(
-        lambda: Reader(below, run.model.trunk, layers=LAYERS, reads=reads),
-        reader_loss(below),
-        run.optim,
+    make = partial(Reader, below, run.model.trunk, layers=layers, reads=reads)
+    reader = fitted(make, reader_loss(below), run.optim, "reader")
+    for one in maps:
+        optim = replace(run.optim, lr=RATES[one])
+        yield one, fitted(partial(Upper, below, reader, one), map_loss(below), optim, NAMES[one])
+
+
+def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
+    """Train a reader on the run's model, and every map on it; their bits on test windows."""
+    checkpoint = done.load()
+    run = checkpoint.run
+    below = Below(checkpoint.model)
+    corpus = cached_corpus(run.data.source, checkpoint.tokenizer)
+    windows = eval_windows(corpus.split("test"), run.model.context, measures.SHORT_WINDOWS)
+    of_reads = UPPERS[done.training.label][reads]
+    blocks = second_blocks(
+        checkpoint,
+        below,
+        reads,
+        of_reads,
+        layers=LAYERS,
+        steps=steps or STEPS,
+        valid_windows=VALID_WINDOWS,
+        stage=done.stage,
     )
     rows = []
-    for maps in UPPERS[done.training.label][reads]:
-        optim = replace(run.optim, lr=RATES[maps])
-        upper = fitted(partial(Upper, below, reader, maps), map_loss(below), optim)
+    for maps, upper in blocks:
         found = evaluate(below, upper, windows)
         gain, error = found.gain
         known = (found.below - found.by_head).mean().item()
