@@ -35,7 +35,7 @@ def main() -> None:
         "models", nargs="+", help="run directories or shipped models, the baseline first"
     )
     options.add_argument(
-        "--data", default="english", help="corpus or text file; windows are from its test split"
+        "--data", default="tales", help="corpus or text file; windows are from its test split"
     )
     options.add_argument(
         "--windows", type=int, default=32, help="evenly spaced windows of each model's context"

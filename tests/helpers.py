@@ -130,7 +130,7 @@ def save_run(
     folder: Path,
     model: LanguageModel,
     *,
-    source: object = "english",
+    source: object = "tales",
     tokenizer: Tokenizer = TEXT8,
     **info: str,
 ) -> Path:

@@ -170,7 +170,7 @@ def test_the_environment_of_the_figures_is_one_that_the_package_allows():
     lines = (ROOT / "constraints" / "figures.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = PROJECT["optional-dependencies"]
-    for needed in [*PROJECT["dependencies"], *extras["demo"], *extras["plots"], *extras["quality"]]:
+    for needed in [*PROJECT["dependencies"], *extras["plots"], *extras["quality"]]:
         requirement = Requirement(needed)
         name = requirement.name.replace("_", "-")
         assert Version(pins[name]) in requirement.specifier, needed

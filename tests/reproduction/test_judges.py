@@ -101,7 +101,7 @@ def test_baseline_scores_every_token(baseline_run):
     judge = load_judge(str(baseline_run))
     tokens = torch.from_numpy(TOKENIZER.encode("bad cab dad"))[None]
     reading = judge.read(["bad cab dad"])
-    assert (reading.tokens, judge.source) == (11, "english")
+    assert (reading.tokens, judge.source) == (11, "tales")
     assert reading.nats == pytest.approx(-judge.model.log_prob(tokens).item(), rel=1e-5)
 
 

