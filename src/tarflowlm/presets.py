@@ -29,9 +29,7 @@ PAPER_SHARES = (1, 1, 4)
 MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
 SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
-SMALL_DATA = DataConfig(
-    tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048, normalize="none")
-)
+SMALL_DATA = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048, normalize="none"))
 SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=110.0, batch_size=16)
 
 MIXD_CODEBOOK = 0.5

@@ -22,7 +22,7 @@ def bounded_log_std(x: Tensor) -> Tensor:
 
     Without this bound of 12, the chain over the channels of an untrained head can grow to infinity.
     """
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # numbers at once: comparing tensors would take longer than the search
         low, high = map(float, torch.aminmax(x.detach())) if x.numel() else (0.0, 0.0)
         if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:

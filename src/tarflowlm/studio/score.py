@@ -1,17 +1,21 @@
-"""The view that scores: the bits of every token, models side by side, the part of every block."""
+"""The view that scores: bits of every token, models side by side, blocks, passes of the text."""
 
 from collections.abc import Mapping
 from functools import partial
 
-from torch import Tensor
+from torch import Generator, Tensor
 
+from tarflowlm.editing.states import encode
+from tarflowlm.model import TarFlowLM
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, title, took
+from tarflowlm.studio.passes import passes
+from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, stage, title, took
 from tarflowlm.texts.requests import Score
 from tarflowlm.texts.scores import Scored, score
-from tarflowlm.views.grid import Token, div, visible
+from tarflowlm.views.grid import Token, div, text_tokens, visible
 
 MODELS = 2  # models that are compared
 GAP = 2.0  # bits between two models, or around the mean of a block, that are shown in full colour
@@ -46,6 +50,7 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
         div("st-pair", *(_card(name, one, request, most) for name, one in found.items())),
         _difference(found),
         *(_blocks(name, one) for name, one in found.items()),
+        *(_passes(name, one, catalogue.load(name)) for name, one in found.items()),
         card(div("st-muted", scale), facts(took(seconds))),
     )
 
@@ -97,6 +102,22 @@ def _blocks(name: str, scored: Scored) -> str:
         "more than others, which makes it likelier; orange: less."
     )
     return card(title(f"Blocks of {name}"), rows, muted(key))
+
+
+def _passes(name: str, scored: Scored, checkpoint: Checkpoint) -> str:
+    """The passes by which a flow of several blocks would write the text, from its own noise."""
+    model = checkpoint.model
+    tokens = scored.reading.tokens
+    if not isinstance(model, TarFlowLM) or model.num_blocks < 2:
+        return ""
+    if len(tokens) > model.config.context:
+        return ""
+    encoded = encode(model, tokens[None], Generator().manual_seed(0))
+    states = [state[0, : encoded.length] for state in encoded.states[::-1]]
+    shown = passes(model, checkpoint.tokenizer, tokens, states)
+    key = "The noise that the blocks make of this text, and each pass on the way back."
+    text = stage(text_tokens(tokens, checkpoint.tokenizer))
+    return card(title(f"Passes of {name}"), text, shown, muted(key))
 
 
 def heat(scored: Scored, bits: Tensor, most: float) -> str:

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from tarflowlm.model import as_flow
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
+from tarflowlm.studio.passes import passes
 from tarflowlm.studio.pieces import (
     Pages,
     asked,
@@ -24,14 +24,13 @@ from tarflowlm.studio.pieces import (
     facts,
     muted,
     page,
-    slider,
     stage,
     title,
     took,
 )
 from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft, Written
-from tarflowlm.views.grid import Token, div, pass_rows, spans, text_tokens, visible
+from tarflowlm.views.grid import Token, div, spans, text_tokens, visible
 
 
 def write(
@@ -104,10 +103,17 @@ def _samples(
         tokens = samples[row, : stream.length + stream.has_ended]
         mask = _given(draft, found, row)
         text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": mask}))
-        passes = ""
-        if checkpoint.model.num_blocks > 1 and found.generation.passes:
-            passes = _passes(draft, found, row)
-        cards.append(card(text_of_row, *map(muted, draft.notices), numbers, passes))
+        watched = ""
+        if checkpoint.model.num_blocks > 1 and found.generation.states:
+            watched = passes(
+                as_flow(checkpoint.model),
+                checkpoint.tokenizer,
+                samples[row, : stream.length],
+                [state[row, : stream.length] for state in found.generation.states],
+                given=mask[: stream.length],
+                may_open=row == 0,
+            )
+        cards.append(card(text_of_row, *map(muted, draft.notices), numbers, watched))
     return cards
 
 
@@ -117,24 +123,6 @@ def _given(draft: Draft, written: Written | None = None, row: int = 0) -> Tensor
         return written.generation.filled.given[row]
     prompt = draft.prompt(0)[: draft.num_tokens]
     return pad(prompt != BLANK, (0, draft.num_tokens - len(prompt)))
-
-
-def _passes(draft: Draft, written: Written, row: int) -> str:
-    """The passes of sample `row`, each token as opaque as p(x|h)."""
-    generation = written.generation
-    codebook = as_flow(draft.lm.model).codebook
-    length = written.streams[row].length
-    passes = [tokens[row, :length] for tokens in generation.passes]
-    probabilities = []
-    for tokens, state in zip(passes, generation.states, strict=True):
-        p = codebook.log_posterior(state[row, :length]).exp()
-        probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
-    given = _given(draft, written, row)
-    rows = pass_rows(passes, draft.lm.tokenizer, given=given, probabilities=probabilities)
-    # where one block writes all, there is nothing to watch
-    shares = [(after != before).double().mean().item() for before, after in pairwise(passes)]
-    is_seen = sum(share > 0.005 for share in shares) > 1
-    return slider(rows, is_open=row == 0 and is_seen)
 
 
 def infill(
