@@ -1,6 +1,6 @@
 """A flow, its first block, and the language model that `export --causal-lm` makes of that block.
 
-    python examples/sharp_codes.py english-small english
+    python examples/sharp_codes.py english-small tales
     python examples/sharp_codes.py english-mini tales 256
 
 prints their nats per token and bits per character on the test split of a text: two bounds, and the

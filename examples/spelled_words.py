@@ -1,35 +1,54 @@
-"""Share of the words written by models that are words of another text, by temperature.
+"""What models of `tales` write: the share of real words by temperature, and of texts that end.
 
-    python examples/spelled_words.py english_raw.txt.xz english-small english-small-ar
+    python examples/spelled_words.py english-small english-small-ar
 
-prints one line per model and temperature. A word is a run of letters; it counts as found if it
-occurs in the text at least three times, whatever the case. The first and the last word of a sample
-may be cut and are left out.
+prints one line per model and temperature. A word is a run of letters; it counts as real if it
+occurs in `tales` at least three times, whatever the case. The last word of a sample may be cut and
+is left out. A text of 1,024 tokens or fewer has ended if the model wrote the end of a document.
 """
 
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 import tarflowlm
-from tarflowlm.data.text import read_text
+from tarflowlm.data.sources import Tales
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import Draft, Written
 
-SAMPLES, TEMPERATURES, LEAST = 32, (1.0, 0.8, 0.6), 3
+SAMPLES = 32
+LONG = 1024
+"""Tokens within which a text may end."""
+TEMPERATURES = (1.0, 0.8, 0.6)
+LEAST = 3
 WORD = re.compile(r"[^\W\d_]+")
 
 
-def main(text: str, *names: str) -> None:
-    """Prints the shares for the models `names`; `text` is the file with the words."""
-    counts = Counter(word.lower() for word in WORD.findall(read_text(text)))
+def written(lm: Checkpoint, num_tokens: int | None, temperature: float) -> Iterator[Written]:
+    """The batches of SAMPLES texts without a prompt."""
+    request = Writing(num=SAMPLES, num_tokens=num_tokens, temperature=temperature, seed=0)
+    return Draft.of(request, lm).batches()
+
+
+def main(*names: str) -> None:
+    """Prints the shares for the models `names`."""
+    counts: Counter[str] = Counter()
+    for document in Tales().documents():
+        counts.update(word.lower() for word in WORD.findall(document))
     known = {word for word, count in counts.items() if count >= LEAST}
-    print(f"{len(known):,} words occur at least {LEAST} times in {text}")
+    print(f"{len(known):,} words occur at least {LEAST} times in tales")
     for name in names:
-        model = tarflowlm.load(name)
+        lm = tarflowlm.load(name)
         for temperature in TEMPERATURES:
-            samples = model.write(num=SAMPLES, temperature=temperature, seed=0)
-            words = [word.lower() for sample in samples for word in WORD.findall(sample)[1:-1]]
+            texts = [text for batch in written(lm, None, temperature) for text in batch.texts]
+            words = [word.lower() for text in texts for word in WORD.findall(text)[:-1]]
             share = sum(word in known for word in words) / len(words)
             print(f"{name}, temperature {temperature}: {share:.1%} of {len(words):,} words")
+        streams = [one for batch in written(lm, LONG, lm.run.temperature) for one in batch.streams]
+        ended = sum(stream.has_ended for stream in streams)
+        print(f"{name}, temperature {lm.run.temperature}: {ended} of {SAMPLES} texts end by {LONG}")
 
 
 if __name__ == "__main__":

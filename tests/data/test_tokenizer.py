@@ -90,7 +90,8 @@ def test_fingerprints_tell_tokenizers_apart_and_do_not_change_with_the_program()
     assert len({tokenizer.fingerprint for tokenizer in made}) == len(made)
     assert made[3].fingerprint == "9ae6a614626678bb87ebef606675ce416733df60d12714093a98e046d119a0a3"
     small = load_tokenizer(FOLDER / "english-small")
-    assert small.encode("The history of the Union.").tolist() == [492, 1590, 267, 259, 1181, 13]
+    expected = [324, 506, 582, 337, 804, 772, 82, 13]
+    assert small.encode("The old king had three sons.").tolist() == expected
 
 
 @quick

@@ -93,7 +93,7 @@ def test_a_shipped_model(tmp_path, run_json):
     assert shown["bytes"] == sum(path.stat().st_size for path in out.iterdir())
     lm = tarflowlm.load("english-mini")
     exported, tokenizer = opened(out)
-    text = "the people of the united states have been asked to consider one question"
+    text = "the king of the land had three sons and the youngest of them kept the geese"
     check_logits(lm.model, exported, lm.encode(text)[None])
     # by default it draws as our samplers do, without top_k
     how = exported.generation_config

@@ -170,12 +170,13 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
     for name in (str(folder / "flow"), "../flow", "", None, 3, "english-mini"):
         with pytest.raises(UserError, match="no model of that name"):
             catalogue.load(name)
-    assert Catalogue().pair == ["english-mini", "english-mini-ar"]
+    assert Catalogue().pair == ["english-small", "english-small-ar"]
     assert Catalogue().models == [
         "english-small",
         "english-mini",
         "english-passes",
         "english-mini-ar",
+        "english-small-ar",
     ]
 
 

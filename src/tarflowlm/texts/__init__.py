@@ -4,7 +4,7 @@ A request (`requests`) is plain data. What it asks for reads the texts as the mo
 was read (`data.prompts`), seeds the random stream and calls the model. `Pretrained`, the command
 line and the studio make requests, and show progress and results.
 
-    write(Writing(prompt="The people", num_tokens=60), lm)
+    write(Writing(prompt="The old king", num_tokens=60), lm)
     edit(Edit(text="The king of the land", rewrite="king"), lm).texts
     score(Score(text="The king of the land"), lm)[0].total
 """
