@@ -164,6 +164,25 @@ def test_contradictions_are_refused(cls, fields, message):
         cls(**fields)
 
 
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (FlowConfig, {"latent_dim": 2.5}, "model.latent_dim 2.5 of type float: must be an integer"),
+        (FlowConfig, {"trunk": 5}, "model.trunk 5 of type int: give TransformerConfig"),
+        (FlowConfig, {"blocks": ("mixd",)}, "model.blocks.0 'mixd' of type str: give BlockConfig"),
+        (FlowConfig, {"channel_mix": 1}, "model.channel_mix 1 of type int: give bool or None"),
+        (BlockConfig, {"coupling": 3}, "coupling 3 of type int: give str"),
+        (BlockConfig, {"layers": "2"}, "layers '2' of type str: must be an integer"),
+        (TrainConfig, {"stage_steps": "10"}, "train.stage_steps '10' of type str: give a list"),
+        (TrainConfig, {"stage_steps": (1.5,)}, "train.stage_steps.0 1.5 of type float"),
+        (RunConfig, {"name": "x", "model": None}, "give FlowConfig or BaselineConfig"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(cls, fields, message):
+    with pytest.raises(UserError, match=message):
+        cls(**fields)
+
+
 def test_an_unknown_preset_is_answered_with_the_known_ones():
     with pytest.raises(
         UserError, match=r"preset 'mini' is unknown: did you mean .* choose one of quickstart"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from tarflowlm.checks import as_number, check_type
+from tarflowlm.checks import as_integer, as_number, check_type
 from tarflowlm.errors import UserError
 
 T = TypeVar("T")
@@ -18,46 +18,55 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The base of all configurations. Fields of `Literal` type accept only the values listed."""
+    """The base of all configurations. Every field must have the type of its annotation."""
 
     section: ClassVar[str] = ""
     """Its section of a run as messages name it, with a dot at the end."""
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
-            values = (getattr(self, name),)
-            if typing.get_origin(hint) is tuple:
-                values = getattr(self, name)
-                hint = typing.get_args(hint)[0]
-            if typing.get_origin(hint) is Literal:
-                allowed = typing.get_args(hint)
-                for value in (v for v in values if v not in allowed):
-                    choice = f"choose one of {', '.join(allowed)}"
-                    raise UserError(f"{self.section}{name} {value!r}: {choice}")
+            if typing.get_origin(hint) is not ClassVar:
+                _check_field(getattr(self, name), hint, f"{self.section}{name}")
 
     def require(self, name: str, is_valid: bool, rule: str) -> None:
         """UserError, naming field and value, unless the value of field `name` is valid."""
         if not is_valid:
             raise UserError(f"{self.section}{name} {getattr(self, name)}: {rule}")
 
-    def number(self, name: str) -> float:
-        """The value of field `name`. UserError unless it is a number."""
-        return as_number(getattr(self, name), f"{self.section}{name}")
-
     def at_least(self, least: int, *names: str) -> None:
         """UserError unless these fields are finite and at least `least`."""
         for name in names:
-            is_valid = least <= self.number(name) < math.inf
+            is_valid = least <= getattr(self, name) < math.inf
             self.require(name, is_valid, f"must be at least {least}")
 
     def above_zero(self, name: str) -> None:
         """UserError unless this field is finite and above 0."""
-        self.require(name, 0 < self.number(name) < math.inf, "must be above 0 and finite")
+        self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
 
     def below_one(self, *names: str) -> None:
         """UserError unless these fields are at least 0 and below 1."""
         for name in names:
-            self.require(name, 0 <= self.number(name) < 1, "must be at least 0 and below 1")
+            self.require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+
+
+def _check_field(value: object, hint: Any, name: str) -> None:
+    """UserError unless `value` has the type `hint`; a list may stand for a tuple."""
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        check_type(value, name, (tuple, list), "give a list")
+        for index, item in enumerate(typing.cast(Sequence[object], value)):
+            _check_field(item, kinds[0], f"{name}.{index}")
+    elif typing.get_origin(hint) is Literal:
+        if value not in kinds:
+            raise UserError(f"{name} {value!r}: choose one of {', '.join(kinds)}")
+    elif hint is int:
+        as_integer(value, name)
+    elif hint is float:
+        as_number(value, name)
+    else:
+        kinds = kinds or (hint,)
+        names = ["None" if kind is type(None) else kind.__name__ for kind in kinds]
+        check_type(value, name, kinds, f"give {' or '.join(names)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,11 +301,8 @@ class FlowConfig(LanguageModelConfig):
         super().__post_init__()
         self.at_least(1, "latent_dim", "head_hidden")
         self.above_zero("separation")
-        wanted = "give a tuple of BlockConfig"
-        check_type(self.blocks, "model.blocks", (tuple, list), wanted)
         self.require("blocks", len(self.blocks) > 0, "needs at least one block")
         for index, block in enumerate(self.blocks):
-            check_type(block, f"model.blocks.{index}", BlockConfig, wanted)
             if flaw := self._flaw(index, block):
                 raise UserError(f"model.blocks.{index}.{flaw}")
 
