@@ -166,7 +166,8 @@ def losses(args: Namespace) -> dict[str, Contender]:
     """Forward and backward of the Mix-d loss, and of cross-entropy in recomputed chunks.
 
     Latents are drawn at the codes of the targets, whose neighbours typically are `--separation`
-    standard deviations away: 12 at the start of training, 22 in english-small.
+    standard deviations away: 12 at the start of training, 22 in a trained model of
+    word pieces.
     """
     from tarflowlm.flow.codebook import typical_neighbour_distance
     from tarflowlm.flow.numerics import mixture_log_prob_from_features

@@ -9,8 +9,8 @@ Every operation counts what it reads and writes, as kernels without fusion do; l
 passes. A map that accelerators compile counts its inputs and outputs, and long rows twice, as they
 leave the registers between two sums. The accelerators' paths run on the CPU at OpenWebText's
 vocabulary. Which components matter depends on the data, so the tensors are real: random codes,
-typical neighbours `--separation` standard deviations apart, 12 as training begins and 22 in the
-trained english-small.
+typical neighbours `--separation` standard deviations apart, 12 as training begins and 22 in a
+trained model of word pieces.
 """
 
 import argparse

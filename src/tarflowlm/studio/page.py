@@ -29,15 +29,15 @@ DRAWN = 6  # runs that are drawn at first
 
 EXAMPLES = (
     ("Watch the passes", "english-passes", "the little girl ", 128),
-    ("Continue a sentence", "english-small", "The people of", 160),
-    ("Fill in blanks", "english-small", "The _ of the _ _ was heard in the city of Washington", 96),
+    ("Begin a tale", "english-small", "Once upon a time there was", 160),
+    ("Fill in blanks", "english-small", "The old _ sat by the _ and told the _ a story.", 96),
 )
 """Label, model, text and length of each."""
 ONE_EACH = "Every _ is one token that the model chooses: a word, a part of one, or one letter"
-SENTENCE = "The people of this country have a right to peace and to work."
-HISTORY = (
-    "The war of the nations had come to an end, and the President asked the Congress to make a "
-    "lasting peace."
+SENTENCE = "The fox ran into the wood and hid behind a great tree."
+TALE = (
+    "Once upon a time there was a king who had three sons, and the youngest of them was so kind "
+    "that the birds sat on his hand."
 )
 
 
@@ -95,9 +95,9 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
             buttons = [gr.Button(label, size="sm", min_width=90) for label in examples]
         model = _model(catalogue)
         text = gr.Textbox(
-            "The people of",
+            "Once upon a time",
             label="Start, or a text with blanks",
-            placeholder="empty: from nothing · the people of the _ in peace",
+            placeholder="empty: from the title on · the old _ lived by the sea",
             info=f"{ONE_EACH}. Shift+Enter writes; a click on a written word offers others.",
             lines=2,
             max_lines=6,
@@ -136,7 +136,7 @@ def _infill(catalogue: Catalogue) -> None:
     with _form("Infill", "Candidates appear here, with their weights.") as out:
         model = _model(catalogue, of_words=True)
         text = gr.Textbox(
-            "The people of the _ _ in the _ of peace",
+            "Once there was [...] who lived in the [...] forest.",
             label="Text with blanks",
             info=f"{ONE_EACH}, [...] are some, with regard to both sides.",
             lines=3,
@@ -160,7 +160,7 @@ def _edit(catalogue: Catalogue) -> None:
         seed = _number("Seed", 0)
         with gr.Tab("Rewrite"):
             words = gr.Textbox(
-                "peace, work",
+                "hid behind, tree",
                 label="Words to rewrite",
                 info="Separated by commas. The rest is kept.",
             )
@@ -186,7 +186,7 @@ def _score(catalogue: Catalogue) -> None:
             multiselect=True,
             max_choices=MODELS,
         )
-        text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
+        text = gr.Textbox(label="Text", value=TALE, lines=4, max_lines=12)
         _ask(_buttons("Score"), partial(compare, catalogue), [models, text], out, [text.submit])
 
 
