@@ -107,7 +107,7 @@ REFUSED = [
     ("tarflowlm.coupling(5)", ["coupling 5", "name"]),
     ('tarflowlm.coupling("mine")(int)', ["'mine'", "build"]),
     ("tarflowlm.preset(5)", ["preset 5", "name"]),
-    ('tarflowlm.FlowConfig(vocab_size="x")', ["model.vocab_size 'x'", "number"]),
+    ('tarflowlm.FlowConfig(vocab_size="x")', ["model.vocab_size 'x'", "integer"]),
     ('tarflowlm.FlowConfig(separation="x")', ["model.separation 'x'", "number"]),
     ("tarflowlm.config.OptimConfig(beta2=None)", ["optim.beta2 None", "number"]),
     ("tarflowlm.FlowConfig(blocks=5)", ["model.blocks 5", "BlockConfig"]),
