@@ -53,8 +53,8 @@ def _check_field(value: object, hint: Any, name: str) -> None:
     """UserError unless `value` has the type `hint`; a list may stand for a tuple."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        item = kinds[0].__name__ if isinstance(kinds[0], type) else "names"
-        check_type(value, name, (tuple, list), f"give a list of {item}")
+        what = kinds[0].__name__ if isinstance(kinds[0], type) else "names"
+        check_type(value, name, (tuple, list), f"give a list of {what}")
         for index, item in enumerate(typing.cast(Sequence[object], value)):
             _check_field(item, kinds[0], f"{name}.{index}")
     elif typing.get_origin(hint) is Literal:
