@@ -140,15 +140,16 @@ def test_bound_of_a_flow_is_marked(catalogue):
     assert [stages(html, "st-heat")[n] for n in range(3)] == ["the cat saw"] * 3
 
 
-def test_a_scored_text_is_watched_in_passes(catalogue):
-    """The passes of a flow of several blocks end with the text; the baseline has none."""
-    html = shown(compare, catalogue, [["flow", "baseline"], "the cat saw"])
-    assert html.count("Passes of flow") == 1
-    assert "Passes of baseline" not in html
-    *_, last = re.findall(r'<div class="tl-text">(.*?)</div>', html.split("Passes of flow")[1])
-    assert words(last) == "the cat saw"
-    beyond = "the cat saw " * 40
-    assert "Passes of" not in shown(compare, catalogue, [["flow"], beyond])
+def test_a_scored_text_is_watched_in_passes():
+    """Where more than one block changes the text; passes end with the text itself."""
+    catalogue = Catalogue()
+    html = shown(compare, catalogue, [["english-passes", "english-mini"], "the little girl ran"])
+    assert "Passes of english-passes" in html
+    assert "Passes of english-mini" not in html
+    *_, last = re.findall(r'<div class="tl-text">(.*?)</div>', html.split("Passes of ")[1])
+    assert words(last) == "the little girl ran"
+    beyond = "the little girl ran " * 20
+    assert "Passes of" not in shown(compare, catalogue, [["english-passes"], beyond])
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def _blocks(name: str, scored: Scored) -> str:
 
 
 def _passes(name: str, scored: Scored, checkpoint: Checkpoint) -> str:
-    """The passes by which a flow of several blocks would write the text, from its own noise."""
+    """The passes by which a flow of several blocks writes the text from its own noise."""
     model = checkpoint.model
     tokens = scored.reading.tokens
     if not isinstance(model, TarFlowLM) or model.num_blocks < 2:
@@ -114,7 +114,9 @@ def _passes(name: str, scored: Scored, checkpoint: Checkpoint) -> str:
         return ""
     encoded = encode(model, tokens[None], Generator().manual_seed(0))
     states = [state[0, : encoded.length] for state in encoded.states[::-1]]
-    shown = passes(model, checkpoint.tokenizer, tokens, states)
+    shown = passes(model, checkpoint.tokenizer, tokens, states, always=False)
+    if not shown:
+        return ""
     key = "The noise that the blocks make of this text, and each pass on the way back."
     text = stage(text_tokens(tokens, checkpoint.tokenizer))
     return card(title(f"Passes of {name}"), text, shown, muted(key))
