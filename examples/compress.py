@@ -20,8 +20,8 @@ left out: they would map the grid of z to another (local bits-back; Ho et al. 20
 | latents: stated, file without the loan | | 1.8380, 1.8539 | 1.2268, 1.2415 |
 | latents: bits of the loan | | 14,579 | 34,128 |
 
-The bound costs 0.0004 bits a character; the price of bits-back is the loan. The text is a test tale,
-"The Rowdy of the Woods": 2,471 letters, or 2,592 characters with capitals and signs.
+The bound costs 0.0004 bits a character; the price of bits-back is the loan. The text is a test
+tale, "The Rowdy of the Woods": 2,471 letters, or 2,592 characters with capitals and signs.
 """
 
 import math
