@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 import tarflowlm
 from tarflowlm.data.sources import Tales
@@ -37,7 +38,7 @@ def gaps() -> Iterator[tuple[str, str]]:
 def main(*names: str) -> None:
     """Prints the templates as the models `names` fill them in, with the seconds of each."""
     models = {name: tarflowlm.load(name) for name in names}
-    for _, (template, out) in zip(range(NUM), gaps(), strict=False):
+    for template, out in islice(gaps(), NUM):
         print(f"{template}  ({out})")
         for name, lm in models.items():
             began = time.perf_counter()

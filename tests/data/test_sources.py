@@ -1,4 +1,4 @@
-"""Sources of text: English documents, text8 from a server or the disk, OpenWebText from parquet
+"""Sources of text: tales, text8 from a server or the disk, OpenWebText from parquet
 files, text files.
 """
 

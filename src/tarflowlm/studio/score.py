@@ -6,13 +6,24 @@ from functools import partial
 from torch import Generator, Tensor
 
 from tarflowlm.editing.states import encode
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import values
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.passes import passes
-from tarflowlm.studio.pieces import Pages, asked, card, facts, muted, page, stage, title, took
+from tarflowlm.studio.pieces import (
+    Pages,
+    asked,
+    card,
+    facts,
+    muted,
+    page,
+    slider,
+    stage,
+    title,
+    took,
+)
 from tarflowlm.texts.requests import Score
 from tarflowlm.texts.scores import Scored, score
 from tarflowlm.views.grid import Token, div, text_tokens, visible
@@ -32,11 +43,13 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     shown = values.text(text)
     request = Score(text=shown)
     found: dict[str, Scored] = {}
+    watched: list[str] = []
     seconds = 0.0
     for name in wanted:
         job = Job(f"scoring with {name}")
-        work = partial(score, request, catalogue.load(name), job)
-        (found[str(name)],) = yield from job.follow(work, lambda: [Token(visible(shown))])
+        work = partial(_read, str(name), request, catalogue.load(name), job)
+        found[str(name)], more = yield from job.follow(work, lambda: [Token(visible(shown))])
+        watched.append(more)
         seconds += job.seconds
     first, *others = (catalogue.entry(name).command_name for name in found)
     command = request.command(first)
@@ -50,9 +63,15 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
         div("st-pair", *(_card(name, one, request, most) for name, one in found.items())),
         _difference(found),
         *(_blocks(name, one) for name, one in found.items()),
-        *(_passes(name, one, catalogue.load(name)) for name, one in found.items()),
+        *watched,
         card(div("st-muted", scale), facts(took(seconds))),
     )
+
+
+def _read(name: str, request: Score, checkpoint: Checkpoint, job: Job) -> tuple[Scored, str]:
+    """The score of the text under a model, and a card of its passes."""
+    (scored,) = score(request, checkpoint, job)
+    return scored, _passes(name, scored.reading.tokens, checkpoint)
 
 
 def _card(name: str, scored: Scored, request: Score, most: float) -> str:
@@ -104,22 +123,20 @@ def _blocks(name: str, scored: Scored) -> str:
     return card(title(f"Blocks of {name}"), rows, muted(key))
 
 
-def _passes(name: str, scored: Scored, checkpoint: Checkpoint) -> str:
-    """The passes by which a flow of several blocks writes the text from its own noise."""
-    model = checkpoint.model
-    tokens = scored.reading.tokens
-    if not isinstance(model, TarFlowLM) or model.num_blocks < 2:
+def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
+    """The passes by which several blocks of a flow write the text from its own noise, if any do."""
+    if checkpoint.model.num_blocks < 2 or len(tokens) > checkpoint.model.config.context:
         return ""
-    if len(tokens) > model.config.context:
-        return ""
+    model = as_flow(checkpoint.model)
     encoded = encode(model, tokens[None], Generator().manual_seed(0))
     states = [state[0, : encoded.length] for state in encoded.states[::-1]]
-    shown = passes(model, checkpoint.tokenizer, tokens, states, always=False)
-    if not shown:
+    texts = [model.codebook.decode(state) for state in states]
+    rows, is_watched = passes(model, checkpoint.tokenizer, texts, states)
+    if not is_watched:
         return ""
     key = "The noise that the blocks make of this text, and each pass on the way back."
     text = stage(text_tokens(tokens, checkpoint.tokenizer))
-    return card(title(f"Passes of {name}"), text, shown, muted(key))
+    return card(title(f"Passes of {name}"), text, slider(rows, is_open=True), muted(key))
 
 
 def heat(scored: Scored, bits: Tensor, most: float) -> str:

@@ -24,6 +24,7 @@ from tarflowlm.studio.pieces import (
     facts,
     muted,
     page,
+    slider,
     stage,
     title,
     took,
@@ -104,15 +105,15 @@ def _samples(
         mask = _given(draft, found, row)
         text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": mask}))
         watched = ""
-        if checkpoint.model.num_blocks > 1 and found.generation.states:
-            watched = passes(
+        if checkpoint.model.num_blocks > 1 and found.generation.passes:
+            rows, is_watched = passes(
                 as_flow(checkpoint.model),
                 checkpoint.tokenizer,
-                samples[row, : stream.length],
+                [text[row, : stream.length] for text in found.generation.passes],
                 [state[row, : stream.length] for state in found.generation.states],
-                given=mask[: stream.length],
-                may_open=row == 0,
+                given=mask,
             )
+            watched = slider(rows, is_open=row == 0 and is_watched)
         cards.append(card(text_of_row, *map(muted, draft.notices), numbers, watched))
     return cards
 
