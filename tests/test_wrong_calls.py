@@ -127,7 +127,9 @@ REFUSED = [
     ("lm.push_to_hub(5)", ["repository 5", "OWNER/NAME"]),
     ("tarflowlm.load(None)", ["model None", "run directory", "hf:OWNER/NAME"]),
     ('tarflowlm.load("english-mini", device="cuda:1")', ["device cuda:1", "auto", "cpu"]),
-    ('tarflowlm.load("english-mini", device=None)', ["device None", "auto", "cpu"]),
+    ("lm.to(torch.bfloat16)", ["device torch.bfloat16", "float32"]),
+    ('stack(("mixd",), (1, 2), (0,))', ["1 couplings, 2 layers, 1 components", "every block"]),
+    ('tarflowlm.load("english-mini", device=None)', ["device None", "give auto", "cpu"]),
     ('tarflowlm.load("nothing")', ["nothing", "english-mini"]),
 ]
 ACCEPTED = [
@@ -150,6 +152,7 @@ ACCEPTED = [
 CALLS = [*(call for call, _ in REFUSED), *ACCEPTED]
 SCRIPT = f"""
 import copy, numpy as np, torch, tarflowlm
+from tarflowlm.model_config import stack
 from tarflowlm import elbo, evaluate, generate, importance_weighted_bound
 lm, small = tarflowlm.load("english-mini"), tarflowlm.load("english-small")
 flow, tokenizer = lm

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from tarflowlm.checks import check_type
 from tarflowlm.errors import UserError, first_line
 
 
@@ -14,6 +15,8 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
     auto takes cuda, then cpu. The numerics have run on no mps yet, so that is for who asks for it.
     """
+    wanted = "give auto, cpu or another device; the numbers stay in float32"
+    check_type(name, "device", (str, torch.device), wanted)
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [*(kind for kind, found in is_there.items() if found), "cpu"]
     usual = "cuda" if is_there["cuda"] else "cpu"

@@ -249,7 +249,13 @@ def stack(
     components: Sequence[int],
     start: Literal["codebook", "plain"] = "codebook",
 ) -> tuple[BlockConfig, ...]:
-    """Blocks from their couplings, layers and components, block 1 first."""
+    """Blocks from their couplings, layers and components, block 1 first.
+
+    UserError for lists of different lengths.
+    """
+    if not len(couplings) == len(layers) == len(components):
+        sizes = f"{len(couplings)} couplings, {len(layers)} layers, {len(components)} components"
+        raise UserError(f"{sizes}: give one of each for every block")
     return tuple(
         BlockConfig(coupling=name, layers=depth, components=count, start=start)
         for name, depth, count in zip(couplings, layers, components, strict=True)

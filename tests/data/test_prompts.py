@@ -119,6 +119,17 @@ def test_template_keeps_blanks_which_count_as_letters(text, expected):
     assert [BLANK if c == "_" else TEXT8_ALPHABET.index(c) for c in expected] == tokens
 
 
+def test_a_blank_behind_a_backslash_is_a_character():
+    text = r"a \_cat\_ sat _ here"
+    for tokenizer, expected in ((TEXT8, "a cat sat _ here"), (SMALL, "a _cat_ sat _ here")):
+        reading = read_template(tokenizer, text)
+        assert (reading.tokens == BLANK).sum() == 1
+        assert reading.given == "a _cat_ sat _ here"
+        assert reading.text == expected
+    with pytest.raises(UserError, match="no blank"):
+        read_template(TEXT8, r"a \_ b")
+
+
 @pytest.mark.parametrize(
     ("blank", "message"), [("a", "alphabet"), ("", "single"), ("__", "single"), ("?", "no blank")]
 )

@@ -85,6 +85,19 @@ def test_a_text_of_ones_own_keeps_every_character(text, kind, tmp_path, caplog):
     assert corpus.tokenizer.vocab_size == (len(set(text)) if kind == "char" else 256)
 
 
+def test_what_the_27_symbols_lack_is_told(tmp_path, caplog):
+    file = tmp_path / "own.txt"
+    with caplog.at_level("INFO"):
+        file.write_text("f(x), a(b) " * 9)
+        suited(str(file), replace(OPEN, normalize="text8"))
+        assert "55.6% of the characters become spaces, ( ) , first" in caplog.text
+        caplog.clear()
+        file.write_text("The king of 1815 " * 9)
+        suited(str(file), replace(OPEN, normalize="text8"))
+        suited("tales", replace(OPEN, normalize="text8"))
+    assert not caplog.messages
+
+
 def test_what_is_asked_for_is_not_changed(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("Die Müller. " * 9, encoding="utf-8")

@@ -101,6 +101,12 @@ def use(page, tab: str, button: str, *, until: str = "in all", **texts: str) -> 
     return out.inner_text()
 
 
+def arrive(page, tab, until):
+    """Open a tab for the first time, which shows an example."""
+    page.get_by_role("tab", name=tab, exact=True).click()
+    page.locator(".st-view:visible").get_by_text(until).first.wait_for()
+
+
 def test_every_view(open_page):
     page = open_page()
     page.get_by_text("--length 96").first.wait_for()  # written on arrival
@@ -119,12 +125,15 @@ def test_every_view(open_page):
     stage.click(position={"x": 50, "y": 14})  # on the second word
     page.locator(".st-view:visible").get_by_text("tries count").wait_for()
     assert "[...4] of" in page.locator(".st-view:visible .st-asked").inner_text()
-    assert "tries count" in use(page, "Infill", "Fill in", Text_with_blanks="the ___ of")
-    assert "the original" in use(page, "Edit", "Rewrite")
+    asked = "--template 'the ___ of'"
+    assert "tries count" in use(
+        page, "Infill", "Fill in", until=asked, Text_with_blanks="the ___ of"
+    )
+    arrive(page, "Edit", until="the original")
     for kind, button in (("Words", "Resample"), ("Level", "Re-noise")):
         page.get_by_role("tab", name=kind).click()
         use(page, "Edit", button, until="tokens changed")
-    assert "english-mini against baseline" in use(page, "Score", "Score")
+    arrive(page, "Score", until="english-mini against baseline")
     page.get_by_role("tab", name="Runs").click()
     page.locator(".st-view:visible svg").first.wait_for()
     page.get_by_label("baseline").uncheck()
@@ -135,6 +144,15 @@ def test_every_view(open_page):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     use(page, "Write", "Write", Start=HOSTILE, Length="200")
     use(page, "Infill", "Fill in", Text_with_blanks=HOSTILE, until="has no blank")
+    page.get_by_role("tab", name="Write", exact=True).click()
+    page.get_by_label("Length").locator("visible=true").first.fill("1024")
+    page.get_by_role("button", name="Write", exact=True).click()
+    view = page.locator(".st-view:visible")
+    view.get_by_text("writing").wait_for()
+    page.get_by_role("button", name="Stop").locator("visible=true").click()
+    view.get_by_text("stopped").wait_for()
+    assert "--length 1024" in view.locator(".st-asked").inner_text()
+    assert view.get_by_role("button", name="copy").count() == 2  # of the command, of the text
     assert page.title() == "tarflowlm studio"
 
 

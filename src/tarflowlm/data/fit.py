@@ -1,6 +1,7 @@
 """The tokenizer that suits a text: one that keeps it as it is. Does a given one read it well?"""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -54,6 +55,8 @@ def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool = False) -> Non
     if problem is not None:
         remedy = f"`tarflowlm train english-small --data {source} --out DIR`"
         raise UserError(f"{problem}: train a new model on it: {remedy}")
+    if tokenizer.normalization == "text8":
+        _tell_losses(source, "english-small")
     if tokenizer.normalization == "none":
         _advise(source, unwrap=unwrap)
 
@@ -70,6 +73,8 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
         return from_dict(TokenizerConfig, made) if is_open and made else wanted
     if is_open:
         wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
+    if wanted.normalize == "text8":
+        _tell_losses(source, "normalize none")
     if wanted.normalize != "none" or source == "text8":
         return wanted
     what = f"{wanted.vocab_size or 'the'} pieces of words"
@@ -95,6 +100,19 @@ def _advise(source: str, *, unwrap: bool, is_new: bool = False) -> None:
         log.info("%s is short for a new model: %s", source, remedy)
     if not unwrap and is_wrapped(beginning):
         log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
+
+
+def _tell_losses(source: str, remedy: str) -> None:
+    """Tell the user what the TEXT8 alphabet lacks of a text, and what keeps it."""
+    marks = Counter("".join(_beginning(source).split()))
+    total = marks.total()
+    for letter in filter(str.isascii, list(marks)):
+        if letter.isalnum():
+            del marks[letter]
+    if marks:
+        most = " ".join(mark for mark, _ in marks.most_common(5))
+        what = f"{marks.total() / total:.1%} of the characters become spaces, {most} first"
+        log.info("%s is read as a-z and space: %s; %s keeps them", source, what, remedy)
 
 
 def _blocks(source: str) -> Iterator[str]:

@@ -87,15 +87,16 @@ def read_template(
     [...] stands for 1 to LONGEST of them, [...12] for 1 to 12. The pieces between the blanks are
     read as by `read`, and each piece before a blank as one that goes on; the first token of a gap
     then brings the space that was left to it. A blank counts as a letter: a comma next to it
-    becomes a space.
+    becomes a space. After a backslash the character is itself.
     """
     _check(text, "template")
     is_single = isinstance(blank, str) and len(blank) == 1
     if not is_single or (tokenizer.kind == "char" and blank in tokenizer.symbols):
         rule = "must be a single character that is not in the model's alphabet"
         raise UserError(f"blank {blank!r}: {rule}")
-    found = re.split(rf"({GAP}|{re.escape(blank)})", text)
-    texts, marks = found[::2], found[1::2]
+    found = re.split(f"({_mark(blank)})", text)
+    texts = [unescaped(piece, blank) for piece in found[::2]]
+    marks = found[1::2]
     _check_marks(text, blank, marks, texts[-1])
     how = normalize or tokenizer.normalization
     pieces = [
@@ -113,7 +114,23 @@ def read_template(
     tokens = [torch.full((part.most,), BLANK) if isinstance(part, Gap) else part for part in parts]
     has_gap = any(mark != blank for mark in marks)
     shown = "".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True))
-    return Reading(torch.cat(tokens), shown, text, tuple(parts) if has_gap else ())
+    given = unescaped(text, blank)
+    return Reading(torch.cat(tokens), shown, given, tuple(parts) if has_gap else ())
+
+
+def has_blanks(text: str, blank: str = "_") -> bool:
+    """Whether a text is a template."""
+    return re.search(_mark(blank), text) is not None
+
+
+def _mark(blank: str) -> str:
+    """The pattern of a blank or a gap."""
+    return rf"{GAP}|(?<!\\){re.escape(blank)}"
+
+
+def unescaped(text: str, blank: str) -> str:
+    """The text without the backslashes that make a `blank` a character like others."""
+    return text.replace(f"\\{blank}", blank)
 
 
 def _check_marks(text: str, blank: str, marks: list[str], last: str) -> None:

@@ -14,7 +14,6 @@ from tarflowlm.studio.pieces import Pages, card, guarded, muted, page
 from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import MODELS, compare
 from tarflowlm.studio.write import infill, write
-from tarflowlm.views.figures import AXES
 from tarflowlm.views.grid import div
 
 # gradio's classes cannot be named in annotations that tests check
@@ -90,7 +89,7 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         for label, name, text, length in EXAMPLES
         if name in catalogue.entries
     }
-    with _form("Write", "The text appears here, then its passes.") as out:
+    with _form("Write", "The text appears here, then its passes.") as (out, _):
         with gr.Row():
             buttons = [gr.Button(label, size="sm", min_width=90) for label in examples]
         model = _model(catalogue)
@@ -133,7 +132,7 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
 
 
 def _infill(catalogue: Catalogue) -> None:
-    with _form("Infill", "Candidates appear here, with their weights.") as out:
+    with _form("Infill", "Candidates appear here, with their weights.") as (out, arrival):
         model = _model(catalogue, of_words=True)
         text = gr.Textbox(
             "Once there was [...] who lived in the [...] forest.",
@@ -149,11 +148,11 @@ def _infill(catalogue: Catalogue) -> None:
             temperature = _temperature(catalogue, model)
             seed = _number("Seed", 0)
         inputs = [model, text, tries, particles, temperature, seed]
-        _ask(ask, partial(infill, catalogue), inputs, out, [text.submit])
+        _ask(ask, partial(infill, catalogue), inputs, out, [text.submit], arrival)
 
 
 def _edit(catalogue: Catalogue) -> None:
-    with _form("Edit", "The edit appears here, below the original.") as out:
+    with _form("Edit", "The edit appears here, below the original.") as (out, arrival):
         model = _model(catalogue, of_words=True)
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
         num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
@@ -165,7 +164,8 @@ def _edit(catalogue: Catalogue) -> None:
                 info="Separated by commas. The rest is kept.",
             )
             inputs = [model, text, words, num, seed]
-            _ask(_buttons("Rewrite"), partial(rewrite, catalogue), inputs, out, [words.submit])
+            ask = _buttons("Rewrite")
+            _ask(ask, partial(rewrite, catalogue), inputs, out, [words.submit], arrival)
         with gr.Tab("Words"):
             share = _strength("Share of the words that are resampled.")
             inputs = [model, text, gr.State(WORDS), share, num, seed]
@@ -178,7 +178,7 @@ def _edit(catalogue: Catalogue) -> None:
 
 
 def _score(catalogue: Catalogue) -> None:
-    with _form("Score", "The bits of every token appear here.") as out:
+    with _form("Score", "The bits of every token appear here.") as (out, arrival):
         models = gr.Dropdown(
             catalogue.models,
             value=catalogue.pair,
@@ -187,34 +187,37 @@ def _score(catalogue: Catalogue) -> None:
             max_choices=MODELS,
         )
         text = gr.Textbox(label="Text", value=TALE, lines=4, max_lines=12)
-        _ask(_buttons("Score"), partial(compare, catalogue), [models, text], out, [text.submit])
+        ask = _buttons("Score")
+        _ask(ask, partial(compare, catalogue), [models, text], out, [text.submit], arrival)
 
 
 def _runs(catalogue: Catalogue, arrival: Event) -> None:
     names = catalogue.runs
     with gr.Tab("Runs"):
         with gr.Row(visible=bool(names)) as row:
-            chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs", scale=4)
-            axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200)
+            chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs")
         out = gr.HTML(apply_default_css=False)
 
-    def look(names: object, axis: object) -> tuple[object, object, str]:
+    def look(names: object) -> tuple[object, object, str]:
         catalogue.refresh()
         found = catalogue.runs
-        *_, shown = guarded(runs)(catalogue, names, axis)
+        *_, shown = guarded(runs)(catalogue, names)
         return gr.Row(visible=bool(found)), gr.CheckboxGroup(found), shown
 
-    for event in (arrival, gr.Timer(REFRESH).tick, chosen.change, axis.change):
-        _quick(event, look, [chosen, axis], [row, chosen, out])
+    for event in (arrival, gr.Timer(REFRESH).tick, chosen.change):
+        _quick(event, look, [chosen], [row, chosen, out])
 
 
 @contextmanager
-def _form(tab: str, words: str) -> Iterator[Component]:
-    """A tab with the fields of a view, and next to them its output, at first these words."""
-    with gr.Tab(tab, elem_classes=f"st-{tab.lower()}"), gr.Row():
+def _form(tab: str, words: str) -> Iterator[tuple[Component, Event]]:
+    """A tab with the fields of a view, and next to them its output, at first these words.
+
+    Gives the output, and the event that the tab is opened.
+    """
+    with gr.Tab(tab, elem_classes=f"st-{tab.lower()}") as opened, gr.Row():
         out = gr.HTML(page(card(muted(words))), apply_default_css=False, render=False)
         with gr.Column(scale=3):
-            yield out
+            yield out, opened.select
         with gr.Column(scale=7):
             out.render()
 
@@ -267,13 +270,24 @@ def _buttons(words: str) -> Buttons:
 
 
 def _ask(
-    ask: Buttons, view: View, inputs: list[Component], out: Component, events: list[Event]
+    ask: Buttons,
+    view: View,
+    inputs: list[Component],
+    out: Component,
+    events: list[Event],
+    arrival: Event | None = None,
 ) -> None:
-    """One button and the events call the view, the other button stops it."""
+    """One button and the events call the view, the other button stops it.
+
+    So does the `arrival` of a visitor who has asked for nothing yet.
+    """
     handle = newest(guarded(view), ask.last)
-    for event in (ask.go.click, *events):
+    handles = [(event, handle) for event in (ask.go.click, *events)]
+    if arrival is not None:
+        handles.append((arrival, greeting(handle, ask.last)))
+    for event, answer in handles:
         started = event(
-            handle,
+            answer,
             inputs,
             out,
             trigger_mode="multiple",
@@ -283,6 +297,18 @@ def _ask(
             api_visibility="private",
         )
         ask.stop.click(None, None, None, cancels=[started], api_visibility="private")
+
+
+def greeting(handle: View, last: dict[str | None, object]) -> View:
+    """The handler for visitors without a `last` request."""
+
+    def answer(visitor: gr.Request, *given: object) -> Pages:
+        if visitor.session_hash in last:
+            yield gr.skip()
+        else:
+            yield from handle(visitor, *given)
+
+    return answer
 
 
 def newest(view: View, last: dict[str | None, object]) -> View:

@@ -7,7 +7,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.locks import is_written
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import Pages, card, muted, notice, page
-from tarflowlm.studio.values import choice
 from tarflowlm.views.figures import AXES, CURVES, draw_bits
 from tarflowlm.views.grid import div
 from tarflowlm.views.records import read_record
@@ -17,8 +16,8 @@ from tarflowlm.views.tables import summary_table
 MOST = 12  # runs in one figure
 
 
-def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
-    """Curves and numbers of the runs `names`, over tokens or seconds of training."""
+def runs(catalogue: Catalogue, names: object) -> Pages:
+    """Curves and numbers of the runs `names`, over tokens and seconds of training."""
     places = {}
     state: list[object] = []
     for name in names[:MOST] if isinstance(names, list) else ():
@@ -26,11 +25,11 @@ def runs(catalogue: Catalogue, names: object, axis: object) -> Pages:
         places[str(name)] = place
         state.append(is_written(place))
         state += [file.stat().st_size for file in place.glob("*.json*")]
-    yield page(_view(tuple(places.items()), choice(axis, AXES), tuple(state)))
+    yield page(_view(tuple(places.items()), tuple(state)))
 
 
 @lru_cache(maxsize=8)
-def _view(places: tuple[tuple[str, Path], ...], axis: str, state: tuple[object, ...]) -> str:
+def _view(places: tuple[tuple[str, Path], ...], state: tuple[object, ...]) -> str:
     """Curves and table of runs by name; drawn again when their files have another `state`."""
     records = []
     problems = ""
@@ -45,7 +44,10 @@ def _view(places: tuple[tuple[str, Path], ...], axis: str, state: tuple[object, 
     if not records:
         words = "Choose a run to see its curve; `tarflowlm studio runs/mine` shows one of yours."
         return problems + card(muted(words))
-    draw = partial(draw_bits, records=records, over=[axis])
-    figure = render(draw, "runs", width=4.2, height=3.0 + 0.18 * len(records))
-    drawn = card(div("st-figure", figure), muted(CURVES))
+    figures = ""
+    for axis in AXES:
+        draw = partial(draw_bits, records=records, over=[axis])
+        figure = render(draw, f"runs-{axis}", width=4.2, height=3.0 + 0.18 * len(records))
+        figures += div("st-figure", figure)
+    drawn = card(div("st-pair", figures), muted(CURVES))
     return problems + drawn + card(summary_table(records))

@@ -35,12 +35,17 @@ const stopped = () => {  // what was written stays, and says so
   const view = visible(), bar = view && view.querySelector('.st-bar + .st-muted');
   if (!bar) return;
   bar.textContent = 'stopped';
+  const stage = bar.parentElement.querySelector('.st-stage'), copy = document.createElement('button');
+  copy.dataset.copy = stage.textContent.replace(/↵\n/g, '\n');
+  copy.textContent = 'copy';
+  stage.after(copy);
   view.querySelectorAll('.st-caret, .st-bar').forEach((part) => part.remove());
 };
 document.addEventListener('click', (event) => {
   const {target} = event, stage = target.closest('.st-write .st-stage');
   if (stage) offer(stage, event);
-  if (target.closest('.st-stop')) setTimeout(stopped, 300);
+  // the last progress may come later than the click
+  if (target.closest('.st-stop')) [300, 1500, 4000].forEach((wait) => setTimeout(stopped, wait));
   const copied = target.closest('[data-copy]'), token = target.closest('.st-heat span');
   if (copied) navigator.clipboard.writeText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
   if (token) token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;

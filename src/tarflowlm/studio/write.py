@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tarflowlm.data.prompts import BLANK
+from tarflowlm.data.prompts import BLANK, has_blanks, unescaped
 from tarflowlm.errors import counted
 from tarflowlm.generation.inversion import Kept
 from tarflowlm.model import as_flow
@@ -47,10 +47,11 @@ def write(
 ) -> Pages:
     """The text while it is written, then the samples and their passes; of two models in columns."""
     start = values.text(text)
-    is_template = Writing.blank in start
+    is_template = has_blanks(start)
+    prompt = "" if is_template else unescaped(start, Writing.blank)
     cut = values.number(top_p, "top-p", 0.05, 1.0)
     request = Writing(
-        prompt=start if start and not is_template else None,
+        prompt=prompt or None,
         template=start if is_template else None,
         num_tokens=None if is_template else values.whole(length, "length", 1, values.TOKENS),
         temperature=values.number(temperature, "temperature", 0.1, 2.0),
@@ -61,17 +62,17 @@ def write(
     other = beside[0] if isinstance(beside, list) and beside else beside or ""
     link = values.to_address((model, other, start, length, temperature, top_p, num, seed))
     columns: list[str] = []
-
-    def columns_and(now: str) -> str:
-        return page(div("st-pair", *columns, now))
-
     for name in (model, other) if other not in ("", model) else (model,):
-        cards = yield from _samples(catalogue, name, request, columns_and)
         command = request.command(catalogue.entry(name).command_name)
         # one link asks for both
         above = asked(command, link="" if columns else link)
+
+        def beside(*cards: str, above: str = above) -> str:
+            return page(div("st-pair", *columns, div("st-column", above, *cards)))
+
+        cards = yield from _samples(catalogue, name, request, beside)
         columns.append(div("st-column", above, *cards))
-    yield columns_and("")
+    yield page(div("st-pair", *columns))
 
 
 def _samples(

@@ -76,7 +76,7 @@ class Writing(Request):
     space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12.
     """
     blank: Annotated[str, arg("CHARACTER")] = "_"
-    """Character that marks a blank in the template."""
+    """Character that marks a blank in the template; after a backslash it is itself."""
     without: Annotated[str, arg("LETTERS")] = ""
     """Write nothing with these letters, small or capital. Given text may have them."""
     contains: options.Text = None
