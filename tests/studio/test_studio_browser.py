@@ -112,6 +112,7 @@ def test_every_view(open_page):
     page.get_by_text("--length 96").first.wait_for()  # written on arrival
     page.get_by_role("button", name="More").locator("visible=true").click()
     use(page, "Write", "Write", until="--length 40", Start="The people of", Length="40")
+    page.locator(".st-view:visible").get_by_text("in all").wait_for()
     stage, slider = (
         page.locator(".st-view:visible .st-stage").first,
         page.get_by_label("pass", exact=True),
@@ -148,6 +149,7 @@ def test_every_view(open_page):
     page.get_by_label("Length").locator("visible=true").first.fill("1024")
     page.get_by_role("button", name="Write", exact=True).click()
     view = page.locator(".st-view:visible")
+    view.get_by_text("--length 1024").wait_for()
     view.get_by_text("writing").wait_for()
     page.get_by_role("button", name="Stop").locator("visible=true").click()
     view.get_by_text("stopped").wait_for()

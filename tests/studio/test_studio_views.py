@@ -162,9 +162,7 @@ def test_a_scored_text_is_watched_in_passes():
 
 @pytest.mark.slow
 def test_curves_follow_the_chosen_runs(catalogue, folder):
-    both, one = (
-        shown(runs, catalogue, [names]) for names in (["flow", "baseline"], ["flow"])
-    )
+    both, one = (shown(runs, catalogue, [names]) for names in (["flow", "baseline"], ["flow"]))
     assert both.count("<svg") == one.count("<svg") == 2
     assert ("baseline" in words(both), "baseline" in words(one)) == (True, False)
     assert "finished" in words(both)
