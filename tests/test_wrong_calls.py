@@ -22,6 +22,26 @@ REFUSED = [
     ("generate(flow, num_tokens=8, prompt=torch.tensor([99]))", ["99", "26"]),
     ("generate(flow, num_tokens=10**20)", ["length 1000", "10,000,000"]),
     ("lm.write(num_tokens=10**20)", ["length 1000", "10,000,000"]),
+    ("lm.write('a', num=10**12)", ["num 1000", "10,000,000"]),
+    ("lm.write('a', temperature=1e-50)", ["temperature 1e-50", "top-k 1"]),
+    ("lm.write('a', top_p=1e-50)", ["top-p 1e-50", "top-k 1"]),
+    ("lm.write('a', stop_at_end='no')", ["stop_at_end 'no'", "True or False"]),
+    (
+        "generate(flow, num_tokens=8, prompt=tokens[:3, None], num=2)",
+        ["3 prompts for 2 samples", "one per sample"],
+    ),
+    ("generate(flow, num_tokens=8, generator=[1])", ["generator 1", "torch.Generator"]),
+    ('generate(baseline, num_tokens=8, decoder="sweeps")', ["'sweeps'", "leave it out"]),
+    ("elbo(flow, tokens[None], noise=noise[..., :3])", ["[1, 12, 3]", "give [1, 12, 8]"]),
+    ("elbo(flow, tokens[None], noise=noise.double())", ["float64", "give", "float32"]),
+    ("elbo(flow, tokens[None], noise=5)", ["noise 5", "[B, T, d]"]),
+    ("flow.codebook.encode(tokens, noise[0, :, :3])", ["[12, 3]", "d = 8"]),
+    ("flow.prior(noise[..., :3])", ["[1, 12, 3]", "[B, N, 8]"]),
+    ("flow.prior.inverse(noise[0])", ["[12, 8]"]),
+    ("baseline.log_prob(tokens[None] + 99)", ["0 to 26"]),
+    ("evaluate(flow, tokens[None], one_each[:5])", ["[5]", "27 tokens"]),
+    ("evaluate(flow, tokens[None], None)", ["characters_per_token None", "[V]"]),
+    ("tarflowlm.Pretrained(diverged, tokenizer)", ["codebook.mean is not finite"]),
     ("generate(flow, num_tokens=8.5)", ["length 8.5", "integer"]),
     ("generate(flow, num_tokens=True)", ["length True", "integer"]),
     ('generate(flow, num_tokens=8, num="2")', ["num '2'", "integer"]),
@@ -158,6 +178,9 @@ lm, small = tarflowlm.load("english-mini"), tarflowlm.load("english-small")
 flow, tokenizer = lm
 baseline, _ = tarflowlm.load("english-mini-ar")
 tokens = torch.from_numpy(tokenizer.encode("the cat sat "))
+noise = torch.zeros(1, 12, 8)
+diverged = copy.deepcopy(flow)
+torch.nn.init.constant_(diverged.codebook.mean, float("nan"))
 one_each = torch.ones(27, dtype=torch.int64)
 for call in {CALLS}:
     try:

@@ -10,7 +10,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, check_tokens
 from tarflowlm.model_config import BaselineConfig
 
 IN_PATCH_CHANNELS = 32
@@ -90,6 +90,7 @@ class TokenLM(LanguageModel, Conditioner):
 
     def log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """Exact log p(x) per sequence, in nats."""
+        check_tokens(self, tokens)
         return self.token_log_prob(tokens).sum(-1)
 
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -11,8 +11,10 @@ from typing import get_args
 
 from tarflowlm.errors import UserError
 
-MOST_TOKENS = 10_000_000
-"""The longest text that is written."""
+MOST = 10_000_000
+"""The most tokens of a text, and the most texts, that are written."""
+SMALLEST = 1e-30
+"""The lowest temperature and top-p: far above what float32 takes for zero."""
 
 
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
@@ -55,13 +57,11 @@ def checked_sampling(
     temperature = as_number(temperature, "temperature")
     top_k = None if top_k is None else as_integer(top_k, "top-k", least=1)
     top_p = None if top_p is None else as_number(top_p, "top-p")
-    if not 0 < temperature < math.inf:
-        raise UserError(
-            f"temperature {temperature}: must be above 0 and finite; "
-            "top-k 1 takes the most probable token"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
+    remedy = "top-k 1 takes the most probable token"
+    if not SMALLEST <= temperature < math.inf:
+        raise UserError(f"temperature {temperature}: must be above 0 and finite; {remedy}")
+    if top_p is not None and not SMALLEST <= top_p <= 1:
+        raise UserError(f"top-p {top_p}: must be above 0 and at most 1; {remedy}")
     return temperature, top_k, top_p
 
 
@@ -74,11 +74,13 @@ def checked_seed(value: object) -> int:
 
 
 def checked_length(value: object) -> int:
-    """`value` as the tokens of a text to write. UserError outside of 1 .. MOST_TOKENS."""
-    length = as_integer(value, "length", least=1)
-    if length > MOST_TOKENS:
-        raise UserError(f"length {length}: must be at most {MOST_TOKENS:,}")
-    return length
+    """`value` as the tokens of a text to write. UserError outside of 1 .. MOST."""
+    return as_integer(value, "length", least=1, most=MOST)
+
+
+def checked_num(value: object) -> int:
+    """`value` as a number of texts. UserError outside of 1 .. MOST."""
+    return as_integer(value, "num", least=1, most=MOST)
 
 
 def check_time(minutes: object, steps: object) -> None:
@@ -97,13 +99,15 @@ def check_share(value: object, name: str) -> None:
         raise UserError(f"{name} {value}: must be between 0 (the text itself) and 1 (another text)")
 
 
-def as_integer(value: object, name: str, least: int | None = None) -> int:
-    """`value`, an integer of Python, NumPy or PyTorch, as an int. UserError below `least`."""
+def as_integer(value: object, name: str, least: int | None = None, most: int | None = None) -> int:
+    """`value`, an integer of Python, NumPy or PyTorch, as an int. UserError out of range."""
     number = _plain(value)
     if not isinstance(number, Integral) or isinstance(number, bool):
         raise UserError(f"{name} {_shown(number)}: must be an integer")
     if least is not None and int(number) < least:
         raise UserError(f"{name} {number}: must be at least {least}")
+    if most is not None and int(number) > most:
+        raise UserError(f"{name} {number}: must be at most {most:,}")
     return int(number)
 
 

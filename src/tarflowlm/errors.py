@@ -35,6 +35,7 @@ class UnknownCharacters(UserError):
     """Characters of a text that are not in a tokenizer's alphabet: how many, and which."""
 
     def __init__(self, text: str, alphabet: str) -> None:
+        self.alphabet = alphabet
         unknown = Counter(text)
         for character in alphabet:
             unknown.pop(character, None)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, check_generator
+from tarflowlm.checks import as_integer, check_generator, check_type
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, check_tokens
 from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
@@ -39,9 +39,13 @@ def elbo(
     as_flow(model, "elbo of the discrete baseline: model.log_prob(tokens) is exact")
     check_tokens(model, tokens)
     check_generator(generator)
-    if noise is None:
-        noise = model.draw_noise(tokens, generator)
-    terms, _ = model.elbo(tokens, noise)
+    drawn = model.draw_noise(tokens, generator) if noise is None else noise
+    check_type(drawn, "noise", Tensor, "give a tensor [B, T, d]")
+    shape = [*tokens.shape, model.config.latent_dim]
+    if list(drawn.shape) != shape or drawn.dtype != model.codebook.mean.dtype:
+        what = f"noise of shape {list(drawn.shape)} and type {drawn.dtype}"
+        raise UserError(f"{what}: give {shape} and {model.codebook.mean.dtype}")
+    terms, _ = model.elbo(tokens, drawn)
     return terms
 
 

@@ -27,7 +27,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
-from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
@@ -75,6 +75,7 @@ class Pretrained(Checkpoint):
             raise UserError(f"model of {ours} symbols, tokenizer of {theirs}: give the model's own")
         self.model.eval()
         if self.run is None:
+            check_finite(self.model.state_dict(), "model")
             object.__setattr__(self, "run", _own_run(self.model, self.tokenizer))
             object.__setattr__(self, "info", {"blocks": str(self.model.num_blocks)})
 

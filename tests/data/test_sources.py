@@ -278,5 +278,5 @@ def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     encode_text_source(str(path), ByteTokenizer(), "all")
     assert not caplog.text
     path.write_text("日本語。" * 50, encoding="utf-8")
-    with pytest.raises(UserError, match=r"nothing of .*german.txt.*normalize none"):
+    with pytest.raises(UserError, match=r"nothing of .*german.txt.*another normalisation"):
         prepare_corpus(str(path), CHARS, tmp_path / "none")

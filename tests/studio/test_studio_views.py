@@ -20,7 +20,7 @@ from tarflowlm.studio.pieces import guarded
 from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import compare
 from tarflowlm.studio.values import from_address
-from tarflowlm.studio.write import infill, write
+from tarflowlm.studio.write import infill, offer, write
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -195,6 +195,14 @@ def test_the_request_is_above_its_result(catalogue, folder):
     asked = f"score {folder}/flow --text 'the cat saw' --baseline {folder}/baseline"
     assert words(html).startswith(f"tarflowlm {asked}")
     assert f'data-copy="tarflowlm score {folder}' in html
+
+
+def test_others_for_a_word_come_from_a_model_that_fills_gaps():
+    catalogue = Catalogue()
+    text = "The little girl [...2] into the wood."
+    html = shown(offer, catalogue, ["english-passes", text, 2, 4, 1.0, 0])
+    assert words(html).startswith("tarflowlm sample english-small --template")
+    assert catalogue.for_gaps("english-mini-ar") == "english-mini-ar"
 
 
 def test_passes_play_where_blocks_share_the_work():

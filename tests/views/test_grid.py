@@ -41,6 +41,12 @@ def test_control_characters_are_visible():
     assert spans([Token("↵\n")]) == '<span class="tl-final"><i>↵</i>\n</span>'
 
 
+def test_noise_shows_no_boxes():
+    tokens = torch.tensor([*b"a\x00\xe4b"])
+    shown = text_tokens(tokens, ByteTokenizer(), {"noise": torch.ones(4, dtype=torch.bool)})
+    assert "".join(token.symbol for token in shown) == "a··b"
+
+
 def test_kinds_of_a_text():
     before, after = encode("the cat"), encode("the hat")
     given = torch.tensor([True] * 3 + [False] * 4)

@@ -57,6 +57,22 @@ def test_incomplete_lines_and_an_empty_summary_are_left_out(directory):
     assert record.status == "stopped, step 14 of 14"
 
 
+@pytest.mark.parametrize(
+    "line", ["[]", "5", "{}", '{"split": "train"}', '{"split": "train", "step": []}']
+)
+def test_a_damaged_log_is_named(directory, line):
+    (directory / "metrics.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        read_record(directory)
+
+
+def test_a_damaged_summary_is_named(directory):
+    for text in ("[1]", "5", '{"tokens": 3}', '{"test": []}'):
+        (directory / "summary.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"summary\.json is damaged.*train --resume"):
+            read_record(directory)
+
+
 def test_run_without_log(directory):
     (directory / "metrics.jsonl").write_text('{"split": "train", "st', encoding="utf-8")
     with pytest.raises(UserError, match="no logged step yet"):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tarflowlm import options
+from tarflowlm.checks import as_integer, checked_seed
 from tarflowlm.errors import UserError, counted
 from tarflowlm.files import read_json
 from tarflowlm.options import arg
-from tarflowlm.parts import WHOLE
+from tarflowlm.parts import WHOLE, share
 from tarflowlm.progress import Progress
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
@@ -57,16 +58,18 @@ class Args:
 
     def __post_init__(self) -> None:
         options.check(self, exclusive={"part": ("merge", "latents", "json")})
+        checked_seed(self.seed)
+        share(self.part, 1)
+        for name in ("samples", "windows", "stride"):
+            if getattr(self, name) is not None:
+                as_integer(getattr(self, name), name, least=1)
 
 
 def run(args: Args) -> None:
-    from tarflowlm.checks import as_integer, checked_seed
     from tarflowlm.data import eval_windows
     from tarflowlm.evaluation.blocks import latent_report
     from tarflowlm.model import as_flow
 
-    checked_seed(args.seed)
-    as_integer(args.samples, "samples", least=1)
     checkpoint = options.load_checkpoint(args.directory, args.device)
     directory = args.directory or checkpoint.directory.name
     model = checkpoint.model
@@ -229,8 +232,9 @@ def _merged(files: Sequence[Path], num_windows: int, key: str) -> "Tensor":
     """The log-weights [S, W] that all parts of `key` have printed. UserError for other files."""
     import torch
 
+    documents = [read_json(file) for file in files]
     try:
-        read = [one for one in map(read_json, files) if one["of"] == key]
+        read = [one for one in documents if one["of"] == key]
         found = {one["part"]: one["log_weights"] for one in read}
         parts = [found[f"{number}/{len(found)}"] for number in range(1, len(found) + 1)]
         log_w = torch.cat([torch.tensor(part, dtype=torch.float64) for part in parts], dim=1)

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
+from tarflowlm.config import TEXT8_ALPHABET
 from tarflowlm.errors import Stopped, UnknownCharacters, UserError, unknown
 
 STOPPED = 75
@@ -72,8 +73,8 @@ def main(
     except BrokenPipeError:
         _end_quietly()
     except (UserError, FloatingPointError) as error:
-        hint = ", or pass --normalize text8" if isinstance(error, UnknownCharacters) else ""
-        _end(2, f"{error}{hint}")
+        helps = isinstance(error, UnknownCharacters) and set(TEXT8_ALPHABET) <= set(error.alphabet)
+        _end(2, f"{error}{', or pass --normalize text8' if helps else ''}")
     except OSError as error:
         place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
         _end(2, f"{place}; check the path, its permissions and the disk", everywhere=True)
@@ -104,13 +105,16 @@ def _dispatch(argv: list[str]) -> None:
     name, *rest = argv
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    run_command(command_module(name), rest, f"tarflowlm {name}")
+    with exit_on_interrupt():
+        command = command_module(name)
+    run_command(command, rest, f"tarflowlm {name}")
 
 
 def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
     """Read the words of a command and run it."""
-    from tarflowlm.options import parse
-    from tarflowlm.terminal.bars import NoticeHandler
+    with exit_on_interrupt():
+        from tarflowlm.options import parse
+        from tarflowlm.terminal.bars import NoticeHandler
 
     args = command.read(argv) if hasattr(command, "read") else parse(command.Args, argv, prog)
     settle_threads()

@@ -30,6 +30,8 @@ class Args:
     def __post_init__(self) -> None:
         if self.port is not None and not 1 <= self.port <= 65535:
             raise UserError(f"port {self.port}: must be from 1 to 65535")
+        if not self.host.strip():
+            raise UserError(f"host {self.host!r}: give an address, as 127.0.0.1")
 
 
 def run(args: Args) -> None:

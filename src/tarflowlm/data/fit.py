@@ -56,7 +56,7 @@ def check_fit(source: str, tokenizer: Tokenizer, *, unwrap: bool = False) -> Non
         remedy = f"`tarflowlm train english-small --data {source} --out DIR`"
         raise UserError(f"{problem}: train a new model on it: {remedy}")
     if tokenizer.normalization == "text8":
-        _tell_losses(source, "english-small")
+        tell_losses(source, "english-small")
     if tokenizer.normalization == "none":
         _advise(source, unwrap=unwrap)
 
@@ -74,7 +74,7 @@ def suited(source: str, wanted: TokenizerConfig, *, unwrap: bool = False) -> Tok
     if is_open:
         wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
     if wanted.normalize == "text8":
-        _tell_losses(source, "normalize none")
+        tell_losses(source, "normalize none")
     if wanted.normalize != "none" or source == "text8":
         return wanted
     what = f"{wanted.vocab_size or 'the'} pieces of words"
@@ -102,7 +102,7 @@ def _advise(source: str, *, unwrap: bool, is_new: bool = False) -> None:
         log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
 
 
-def _tell_losses(source: str, remedy: str) -> None:
+def tell_losses(source: str, remedy: str) -> None:
     """Tell the user what the TEXT8 alphabet lacks of a text, and what keeps it."""
     marks = Counter("".join(_beginning(source).split()))
     total = marks.total()

@@ -20,7 +20,7 @@ import numpy as np
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import META, VERSION, Corpus, Meta, Shard, is_prepared, open_corpus
-from tarflowlm.data.fit import misfit
+from tarflowlm.data.fit import misfit, tell_losses
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.data.splits import SPLITS, Piece, Split
 from tarflowlm.data.text import BLOCK
@@ -143,6 +143,8 @@ def encode_text_source(
     problem = misfit(source, tokenizer)
     if problem is not None:
         log.warning("%s", problem)
+    elif tokenizer.normalization == "text8":
+        tell_losses(source, "english-small")
     found = resolve_source(source, tokenizer.normalization, unwrap=unwrap, progress=progress)
     found.obtain()
     tokens = [np.zeros(0, tokenizer.token_dtype)]

@@ -151,8 +151,7 @@ class TextFile(Source):
                 self._total += size
             if not self._total:
                 what = f"{self.normalization} normalisation leaves nothing of {self.name}"
-                remedy = "give a text, or keep its letters with --data.tokenizer.normalize none"
-                raise UserError(f"{what}: {remedy}")
+                raise UserError(f"{what}: give a text with more, or another normalisation")
         return self._total
 
     def placed(self, part: int) -> Placed:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from tarflowlm.checks import check_option, check_type
 from tarflowlm.config import Normalization, check_alphabet
 from tarflowlm.data.text import DIGITS, SEPARATOR, normalize, text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
@@ -58,6 +59,7 @@ class Tokenizer:
     """The name of the token that follows every document."""
 
     def __init__(self, document: Document, normalization: Normalization = "none") -> None:
+        check_option(normalization, "normalization", Normalization)
         self.normalization: Normalization = normalization
         # texts are normalised before they come here
         self._document = document | {"normalizer": None, "truncation": None, "padding": None}
@@ -121,6 +123,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [N] of normalised `text`. UserError for characters outside the vocabulary."""
+        check_type(text, "text", str, "give a text, a str")
         return self.encode_each([text])
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -239,6 +242,7 @@ class CharTokenizer(Tokenizer):
     def __init__(
         self, alphabet: str, normalization: Normalization = "text8", *, has_end: bool = False
     ) -> None:
+        check_type(alphabet, "alphabet", str, "give its characters, a str")
         check_alphabet(alphabet)
         super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}, has_end), normalization)
         self.alphabet = alphabet

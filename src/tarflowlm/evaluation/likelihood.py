@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, checked_seed
+from tarflowlm.checks import as_integer, check_type, checked_seed
 from tarflowlm.device import keep_freed_memory
+from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.parts import WHOLE, share
@@ -120,6 +121,11 @@ def evaluate(
     `progress` advances by windows.
     """
     check_tokens(model, windows, name="windows")
+    vocab_size = model.config.vocab_size
+    check_type(characters_per_token, "characters_per_token", Tensor, "give a tensor [V]")
+    if characters_per_token.shape != (vocab_size,):
+        what = f"characters_per_token of shape {list(characters_per_token.shape)}"
+        raise UserError(f"{what}: give one number for each of the {vocab_size} tokens")
     log_w = log_weights(model, windows, given=given, samples=samples, seed=seed, progress=progress)
     return summarise(
         model, log_w, windows, characters_per_token, bytes_per_token=bytes_per_token, given=given

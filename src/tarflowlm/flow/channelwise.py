@@ -122,6 +122,8 @@ class AffineCoupling(ChannelCoupling):
 
     def __init__(self, *, channels: int, head: HeadShape, group: int = 1) -> None:
         super().__init__()
+        if channels % group:
+            raise UserError(f"group {group}: must divide the {channels} channels")
         self.group = group
         self.head = AutoregressiveHead(
             head,
@@ -162,6 +164,8 @@ class Mix1Coupling(ChannelCoupling):
         self, *, channels: int, components: int, head: HeadShape, spread: float = 0.3
     ) -> None:
         super().__init__()
+        if components < 1:
+            raise UserError(f"components {components}: must be at least 1")
         self.head = AutoregressiveHead(
             head, groups=channels, channels=1, outputs=(components,) * 3, log_std_last=True
         )

@@ -15,9 +15,13 @@ class Patch(nn.Module):
 
     def __init__(self, patch: int) -> None:
         super().__init__()
+        if patch < 1:
+            raise UserError(f"patch {patch}: must be at least 1")
         self.patch = patch
 
     def forward(self, z: Float[Tensor, "B T d"]) -> Float[Tensor, "B N C"]:
+        if z.ndim != 3:
+            raise UserError(f"latents of shape {list(z.shape)}: give [B, T, d]")
         B, T, d = z.shape
         if T % self.patch:
             raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
@@ -49,6 +53,9 @@ class Order(nn.Module):
         self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
     def forward(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        if z.ndim != 3 or z.shape[-1] != len(self.channels):
+            wanted = f"[B, N, {len(self.channels)}] after tokens are joined to positions"
+            raise UserError(f"latents of shape {list(z.shape)}: the block takes {wanted}")
         return self.positions(z[..., self.channels] if self.mixes else z)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:

@@ -13,6 +13,7 @@ from tarflowlm.checks import (
     check_integers,
     check_options,
     checked_length,
+    checked_num,
 )
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import Gap
@@ -141,7 +142,9 @@ def generate_steps(
     check_model(model)
     check_options(decoder, "decoder", Decoder)
     decoders = sampler_decoders(model, decoder) if isinstance(model, TarFlowLM) else ()
-    num = as_integer(num, "num", least=1)
+    if model.is_exact and decoder not in ("auto", "steps", ()):
+        raise UserError(f"decoder {decoder!r}: a baseline has no blocks to invert, leave it out")
+    num = checked_num(num)
     num_tokens = checked_length(num_tokens)
     generators = _row_streams(generator, num)
     adjust = _adjust(model, temperature, top_k, top_p, without)
@@ -223,6 +226,8 @@ def _row_streams(
     if isinstance(generator, Sequence):
         if len(generator) != num:
             raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
+        for one in generator:
+            check_generator(one)
         return list(generator)
     check_generator(generator)
     if generator is None:
@@ -240,6 +245,8 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Prompt | Non
     length = prompt.shape[-1]
     if length > num_tokens:
         raise no_room(length, num_tokens)
+    if prompt.dim() == 2 and len(prompt) not in (1, num):
+        raise UserError(f"{len(prompt)} prompts for {num} samples: give one, or one per sample")
     return F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
 
 

@@ -1,11 +1,13 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
@@ -70,13 +72,21 @@ def read_run(directory: Path) -> RunConfig:
     document = read_json(path)
     if not isinstance(document, dict) or document.pop("model_type", None) != MODEL_TYPE:
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")
-    return from_dict(RunConfig, document, where=str(path))
+    try:
+        return from_dict(RunConfig, document, where=str(path))
+    except UserError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise UserError(f"{where}{error}") from None
 
 
 def read_summary(directory: Path) -> Summary | None:
     """The results of a finished run, or None where there are none."""
     path = directory / SUMMARY
-    return (read_json(path) or None) if path.exists() else None
+    found = (read_json(path) or None) if path.exists() else None
+    test = found.get("test") if isinstance(found, dict) else None
+    if found is not None and not isinstance(test, dict):
+        raise UserError(f"{path} is damaged: remove it; `{resume_command(directory)}`")
+    return found
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -112,15 +122,21 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         model.load_state_dict(tensors)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()
-        raise UserError(f"{directory / WEIGHTS} does not fit {CONFIG}: {problem}") from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{directory / WEIGHTS}: {name} is not finite; the run diverged")
+        what = f"{directory / WEIGHTS} does not fit {CONFIG}: {problem:.200}"
+        raise UserError(f"{what}: restore both files from one run") from None
+    check_finite(tensors, str(directory / WEIGHTS))
     device = torch.device(device)
     compiled = device.type == "cuda" and compilation_problem("cuda") is None
     for coupling in couplings_of(model):
         coupling.compiled = compiled
     return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """UserError unless all weights of a model are finite."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} is not finite; the run diverged")
 
 
 def undamaged_state(directory: Path) -> Path | None:

@@ -117,7 +117,7 @@ def released() -> list[str]:
 def read_card(directory: Path) -> str:
     """The model card of a directory; empty where there is none."""
     card = directory / CARD
-    return card.read_text(encoding="utf-8") if card.is_file() else ""
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
 def purpose(card: str) -> str:

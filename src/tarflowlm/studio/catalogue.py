@@ -60,6 +60,16 @@ class Catalogue:
         """The runs with learning curves."""
         return [name for name, one in self.entries.items() if (one.place / METRICS).is_file()]
 
+    def fills_gaps(self, name: object) -> bool:
+        """Whether a model fills in gaps of unknown length."""
+        config = self.entry(name).run.model
+        return config.has_token_weights and config.patch == 1
+
+    def for_gaps(self, name: object) -> object:
+        """The model of this name if it fills in gaps, else the first that does."""
+        others = [other for other in self.models if self.fills_gaps(other)]
+        return name if self.fills_gaps(name) or not others else others[0]
+
     def about(self, name: object) -> str:
         entry = self.entry(name)
         trained = f"Preset {entry.run.name}, trained on {Path(entry.run.data.source).name}."

@@ -13,7 +13,7 @@ from tarflowlm.studio.edit import KINDS, WORDS, change, rewrite
 from tarflowlm.studio.pieces import Pages, card, guarded, muted, page
 from tarflowlm.studio.runs import runs
 from tarflowlm.studio.score import MODELS, compare
-from tarflowlm.studio.write import infill, write
+from tarflowlm.studio.write import infill, offer, write
 from tarflowlm.views.grid import div
 
 # gradio's classes cannot be named in annotations that tests check
@@ -33,6 +33,8 @@ EXAMPLES = (
 )
 """Label, model, text and length of each."""
 ONE_EACH = "Every _ is one token that the model chooses: a word, a part of one, or one letter"
+GAPS = "Once there was [...] who lived in the [...] forest."
+BLANKS = "the old ____ lived in the ______ by the sea"
 SENTENCE = "The fox ran into the wood and hid behind a great tree."
 TALE = (
     "Once upon a time there was a king who had three sons, and the youngest of them was so kind "
@@ -52,11 +54,11 @@ def build(catalogue: Catalogue) -> Component:
         _runs(catalogue, blocks.load)
         lists = [block for block in blocks.blocks.values() if isinstance(block, gr.Dropdown)]
 
-        def offer() -> list[object]:
+        def models() -> list[object]:
             catalogue.refresh()
             return [gr.Dropdown(catalogue.models) for _ in lists]
 
-        _quick(blocks.load, offer, None, lists)
+        _quick(blocks.load, models, None, lists)
     # nothing may be called past the queue
     blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return blocks
@@ -125,17 +127,17 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         _ask(ask, partial(write, catalogue), inputs, out, events)
         # studio.js writes the text with a gap for the word, and clicks
         gap = gr.Textbox(elem_id="st-gap", container=False, show_label=False)
-        offer = gr.Button("offer", elem_id="st-offer")
+        click = gr.Button("offer", elem_id="st-offer")
         few = [gr.State(4), gr.State(8)]
         inputs = [model, gap, *few, temperature, seed]
-        _ask(ask._replace(go=offer), partial(infill, catalogue), inputs, out, [])
+        _ask(ask._replace(go=click), partial(offer, catalogue), inputs, out, [])
 
 
 def _infill(catalogue: Catalogue) -> None:
     with _form("Infill", "Candidates appear here, with their weights.") as (out, arrival):
         model = _model(catalogue, of_words=True)
         text = gr.Textbox(
-            "Once there was [...] who lived in the [...] forest.",
+            GAPS if catalogue.fills_gaps(model.value) else BLANKS,
             label="Text with blanks",
             info=f"{ONE_EACH}, [...] are some, with regard to both sides.",
             lines=3,
@@ -144,7 +146,14 @@ def _infill(catalogue: Catalogue) -> None:
         ask = _buttons("Fill in")
         with gr.Accordion("More", open=False):
             tries = gr.Slider(1, values.TRIES, 6, step=1, label="Tries")
-            particles = gr.Slider(1, values.PARTICLES, 16, step=1, label="Particles in each try")
+            particles = gr.Slider(
+                1,
+                values.PARTICLES,
+                16,
+                step=1,
+                label="Particles in each try",
+                info="Candidates that are weighed by the text behind a blank. More fit better.",
+            )
             temperature = _temperature(catalogue, model)
             seed = _number("Seed", 0)
         inputs = [model, text, tries, particles, temperature, seed]

@@ -173,6 +173,11 @@ def infill(
     )
 
 
+def offer(catalogue: Catalogue, model: object, *values: object) -> Pages:
+    """`infill` by a model that fills in gaps, the chosen one or another."""
+    yield from infill(catalogue, catalogue.for_gaps(model), *values)
+
+
 def _choice(share: float, words: str) -> str:
     """One of several possibilities, with its share."""
     return div("st-choice", div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share)), words)

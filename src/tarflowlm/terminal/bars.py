@@ -204,7 +204,9 @@ class Bars(progress.Progress):
         self._due = self.clock() + EVERY
         line = f"{task.description}: {self._numbers.render(task)}"
         if task.time_remaining is not None:
-            line += f", {timedelta(seconds=int(task.time_remaining))} left"
+            # what lasts longer has no timedelta
+            seconds = min(int(task.time_remaining), 10**10)
+            line += f", {timedelta(seconds=seconds)} left"
         print_notice(line)
 
     def close(self) -> None:

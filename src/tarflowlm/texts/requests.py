@@ -17,6 +17,7 @@ from tarflowlm.checks import (
     check_share,
     check_type,
     checked_length,
+    checked_num,
     checked_sampling,
     checked_seed,
 )
@@ -110,7 +111,8 @@ class Writing(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        as_integer(self.num, "num", least=1)
+        checked_num(self.num)
+        _check_flag(self.stop_at_end, "stop_at_end")
         if self.num_tokens is not None:
             checked_length(self.num_tokens)
         if self.particles is not None:
@@ -199,7 +201,9 @@ class Edit(Request):
             pair = getattr(self, name)
             if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
                 raise UserError(f"{name} {pair!r}: give two texts, (old, new)")
-        smallest = {"num": 1, "words": 1, "candidates": 1, "around": 0, "level": 0}
+        checked_num(self.num)
+        _check_flag(self.everywhere, "everywhere")
+        smallest = {"words": 1, "candidates": 1, "around": 0, "level": 0}
         for name, least in smallest.items():
             if getattr(self, name) is not None:
                 as_integer(getattr(self, name), name, least=least)
@@ -247,6 +251,10 @@ class Score(Request):
     def __post_init__(self) -> None:
         super().__post_init__()
         as_integer(self.samples, "samples", least=1)
+
+
+def _check_flag(value: object, name: str) -> None:
+    check_type(value, name, bool, "give True or False")
 
 
 def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:

@@ -317,6 +317,8 @@ def not_finite(
                 f"{len(broken)} {kind} are not finite: {', '.join(broken[: checkpoint.NAMED])}"
             )
     remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
+    if run.counters.step == 0:
+        remedy = "lower optim.lr, or check the values of model, which has learnt nothing yet"
     return FloatingPointError(f"the run ended at step {step}: {'; '.join(found)}; {remedy}")
 
 

@@ -1,6 +1,7 @@
 """Rows of coloured tokens for the terminal, the report and the studio, and their HTML."""
 
 import codecs
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -59,6 +60,8 @@ def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
     return [END if end else visible(text) for text, end in zip(found, ended, strict=True)]
 
 
+UNREADABLE = re.compile("[\ufffd\u2400-\u241f]")
+"""Parts of characters, and pictures of control characters, which many fonts show as boxes."""
 PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n"}
 
 
@@ -82,7 +85,8 @@ def text_tokens(
     for place, symbol in enumerate(symbols(tokens, tokenizer)):
         kind: Kind = next((kind for kind, mask in kinds.items() if mask[place]), "final")
         p = 1.0 if probabilities is None else probabilities[place].item()
-        found.append(Token(symbol, kind, p))
+        shown = UNREADABLE.sub("·", symbol) if kind == "noise" else symbol
+        found.append(Token(shown, kind, p))
     return found
 
 

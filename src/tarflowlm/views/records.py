@@ -126,9 +126,12 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
         with suppress(ValueError):  # the last line may be incomplete
             lines.append(json.loads(line))
     columns = []
-    for split, names in COLUMNS.items():
-        rows = [line for line in lines if line["split"] == split]
-        columns.append({name: np.array([row[name] for row in rows], float) for name in names})
+    try:
+        for split, names in COLUMNS.items():
+            rows = [line for line in lines if line["split"] == split]
+            columns.append({name: np.array([row[name] for row in rows], float) for name in names})
+    except (TypeError, LookupError, ValueError):
+        raise UserError(f"{path} is damaged: restore it, or remove it for a run without") from None
     train, valid = columns
     seconds = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
     train["seconds"] = seconds

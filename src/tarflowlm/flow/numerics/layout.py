@@ -24,11 +24,11 @@ underflows. The floor adds 1e-22 (1e-44) per component.
 def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor]]:
     """The broadcast leading shape, z [...] as [N], and parameters [..., K] as [N, K] or [1, K].
 
-    ValueError if the component counts or floating dtypes differ.
+    ValueError if the component counts or dtypes differ, or the dtype is neither of these two.
     """
-    if any(p.dtype != z.dtype for p in params) or not z.dtype.is_floating_point:
+    if any(p.dtype != z.dtype for p in params) or z.dtype not in LOWEST_EXPONENT:
         found = [t.dtype for t in (z, *params)]
-        raise ValueError(f"z and parameters must share one floating dtype, got {found}")
+        raise ValueError(f"z and parameters must all be float32, or float64, got {found}")
     counts = {p.shape[-1] for p in params}
     num_components = max(counts)
     if num_components == 0 or len(counts) > 1:

@@ -144,8 +144,12 @@ def log_own_density(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def check_codebook(z: Tensor, mean: Tensor, log_std: Tensor) -> None:
-    """ValueError unless z [..., d], mean [K, d], log_std [K]."""
+    """ValueError unless z [..., d], mean [K, d], log_std [K], all in float32 or float64."""
     is_codebook = mean.ndim == 2 and log_std.shape == mean.shape[:1]
     if not is_codebook or z.shape[-1:] != mean.shape[1:]:
         got = f"{tuple(z.shape)}, {tuple(mean.shape)}, {tuple(log_std.shape)}"
         raise ValueError(f"need z [..., d], mean [K, d], log_std [K]; got {got}")
+    dtypes = {z.dtype, mean.dtype, log_std.dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        found = [z.dtype, mean.dtype, log_std.dtype]
+        raise ValueError(f"z and parameters must all be float32, or float64, got {found}")
