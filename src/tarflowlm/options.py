@@ -13,6 +13,7 @@ import tyro
 
 from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError
+from tarflowlm.parts import share
 
 if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
@@ -143,11 +144,15 @@ def check(
     exclusive: Mapping[str, Sequence[str]] = {},
     needed: Mapping[str, Sequence[str]] = {},
 ) -> None:
-    """UserError for an option with one that it excludes, or without any that it needs.
+    """UserError for an option with one that it excludes, or without any that it needs, and for a
+    `part` that is none.
 
     `parts` are the dataclasses that hold the options of a command.
     """
     held = [(part, field) for part in parts for field in fields(part)]
+    for part, field in held:
+        if field.name == "part":
+            share(part.part, 1)
     given = {field.name for part, field in held if getattr(part, field.name) != field.default}
     for one in sorted(given):
         both = given.intersection(exclusive.get(one, ()))

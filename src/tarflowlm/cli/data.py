@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.config import TokenizerConfig
-from tarflowlm.options import Part, PrintJson, Unwrap, arg
+from tarflowlm.options import Part, PrintJson, Unwrap, arg, check
 from tarflowlm.parts import WHOLE
 
 SOURCES = (
@@ -29,6 +29,9 @@ class Args:
     unwrap: Unwrap = False
     part: Part = WHOLE
     json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def run(args: Args) -> None:

@@ -12,7 +12,7 @@ from tarflowlm.checks import as_integer, checked_seed
 from tarflowlm.errors import UserError, counted
 from tarflowlm.files import read_json
 from tarflowlm.options import arg
-from tarflowlm.parts import WHOLE, share
+from tarflowlm.parts import WHOLE
 from tarflowlm.progress import Progress
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
@@ -59,7 +59,6 @@ class Args:
     def __post_init__(self) -> None:
         options.check(self, exclusive={"part": ("merge", "latents", "json")})
         checked_seed(self.seed)
-        share(self.part, 1)
         for name in ("samples", "windows", "stride"):
             if getattr(self, name) is not None:
                 as_integer(getattr(self, name), name, least=1)

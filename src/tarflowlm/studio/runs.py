@@ -37,7 +37,7 @@ def _view(places: tuple[tuple[str, Path], ...], state: tuple[object, ...]) -> st
         try:
             record = read_record(place, name)
         except UserError as error:
-            problems += notice(str(error).replace(str(place), name))
+            problems += notice(str(error).replace(str(place), name, 1))
         else:
             if record.has_log:
                 records.append(record)
