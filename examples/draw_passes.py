@@ -1,8 +1,8 @@
-"""The picture of the README: the latents of a sample after every pass, in the plane of the
-codebook.
+"""Draw the latents of a sample after every pass, in the plane of the codebook.
 
-python examples/draw_passes.py [MODEL] [OUT.png]      # english-passes, docs/passes.png; needs the
-extra `plots`
+    python examples/draw_passes.py [MODEL] [OUT.png]      # english-passes, passes.png
+
+It needs the extra `plots`.
 """
 
 import sys
@@ -15,15 +15,14 @@ import torch
 
 import tarflowlm
 
-LENGTH, SEED, TEMPERATURE = (
-    96,
-    0,
-    0.8,
-)  # those of `tarflowlm sample english-passes --length 96 --passes --seed 0`
+# those of `tarflowlm sample english-passes --length 96 --passes --seed 0`
+LENGTH = 96
+SEED = 0
+TEMPERATURE = 0.8
 INK, ACCENT, PALE = "#1d2a3a", "#e07a5f", "#dbe2ea"
 
 
-def main(name: str = "english-passes", out: str = "docs/passes.png") -> None:
+def main(name: str = "english-passes", out: str = "passes.png") -> None:
     model, tokenizer = tarflowlm.load(name)
     generator = torch.Generator().manual_seed(SEED)
     result = tarflowlm.generate(
