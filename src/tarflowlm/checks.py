@@ -73,9 +73,9 @@ def checked_seed(value: object) -> int:
     return seed
 
 
-def checked_length(value: object) -> int:
+def checked_length(value: object, name: str = "length") -> int:
     """`value` as the tokens of a text to write. UserError outside of 1 .. MOST."""
-    return as_integer(value, "length", least=1, most=MOST)
+    return as_integer(value, name, least=1, most=MOST)
 
 
 def checked_num(value: object) -> int:

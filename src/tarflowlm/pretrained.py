@@ -122,12 +122,12 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """A text that begins with `prompt`; with `num`, a list of so many texts.
 
-        A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens,
-        given ones included; by default the trained context. A text ends with its document, unless
-        `stop_at_end` is False, or before the first of the texts `stop`. It has none of the letters
-        `without`, and the words `contains` after the prompt. `temperature`, by default the model's
-        own, `top_k`, `top_p`, `particles`, `allowed` and `decoder` are described at `generate`. The
-        same `seed` gives the same text.
+        A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens
+        with the prompt, `max_new_tokens` without it; the default is the trained context. A text
+        ends with its document, unless `stop_at_end` is False, or before the first of the texts
+        `stop`. It has none of the letters `without`, and the words `contains` after the prompt.
+        `temperature`, by default the model's own, `top_k`, `top_p`, `particles`, `allowed` and
+        `decoder` are described at `generate`. The same `seed` gives the same text.
         """
         several = isinstance(prompt, (list, tuple))
         if several and not prompt:

@@ -21,7 +21,7 @@ OPTIONS = {
     ),
     "score": "baseline device directory file json normalize part samples seed text texts",
     "sample": (
-        "blank contains decoder device directory json length no-stop normalize num "
+        "blank contains decoder device directory json length max-new-tokens no-stop normalize num "
         "out "
         "part particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p without"

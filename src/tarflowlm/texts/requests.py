@@ -88,6 +88,8 @@ class Writing(Request):
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
     window slides: its last half is the next prompt.
     """
+    max_new_tokens: options.Count = None
+    """Tokens after the prompt, instead of --length."""
     temperature: options.Temperature = None
     top_k: options.TopK = None
     top_p: options.TopP = None
@@ -115,6 +117,11 @@ class Writing(Request):
         _check_flag(self.stop_at_end, "stop_at_end")
         if self.num_tokens is not None:
             checked_length(self.num_tokens)
+        if self.max_new_tokens is not None:
+            checked_length(self.max_new_tokens, "max_new_tokens")
+            if self.num_tokens is not None or self.template is not None:
+                other = "a length" if self.num_tokens is not None else "a template"
+                raise UserError(f"max_new_tokens {self.max_new_tokens} and {other}: give one")
         if self.particles is not None:
             as_integer(self.particles, "particles", least=1)
         temperature = 1.0 if self.temperature is None else self.temperature
@@ -271,6 +278,7 @@ class WritingOptions(TypedDict, total=False):
     """The options of `write`, `fill` and `stream`: fields of `Writing`."""
 
     num_tokens: int | None
+    max_new_tokens: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None

@@ -101,6 +101,13 @@ class Draft:
         """Tokens of every sample, given ones included."""
         context = self.lm.model.config.context
         asked = self.request.num_tokens
+        new = self.request.max_new_tokens
+        if new is not None:
+            lengths = {len(reading.tokens) for reading in self.given}
+            if len(lengths) > 1:
+                what = f"max_new_tokens {new} after prompts of different lengths"
+                raise UserError(f"{what}: write them one by one, or give a length")
+            asked = max(lengths) + new
         if asked is not None:
             is_one_window = self.is_whole or self.allowed is not None or self.words is not None
             return asked - len(self.lead) if is_one_window and asked == context > 1 else asked
