@@ -152,7 +152,9 @@ def test_damaged_folder_is_not_whole(tmp_path, damage):
 
 def test_summary_is_read_where_there_is_one(directory):
     assert read_summary(directory) is None
-    (directory / "summary.json").write_text('{"test": {"bpc": 2.0}}', encoding="utf-8")
+    test = dict.fromkeys(("bpc", "bound", "nats_per_token", "stderr"), 2.0)
+    summary = {"test": test, "tokens": 3, "seconds": 1.0, "stage_valid_bpc": [2.0]}
+    (directory / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert read_summary(directory)["test"]["bpc"] == 2.0
 
 

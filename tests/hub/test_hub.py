@@ -17,12 +17,13 @@ errors = pytest.importorskip("huggingface_hub.errors")
 # the client's HTTP library, by the error that its own is based on
 http = import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}
+SUMMARY = {"test": TEST, "tokens": 3, "seconds": 1.0, "stage_valid_bpc": [1.9]}
 
 
 @pytest.fixture
 def finished(trained):
     """The run with its results."""
-    (trained / "summary.json").write_text(json.dumps({"test": TEST}), encoding="utf-8")
+    (trained / "summary.json").write_text(json.dumps(SUMMARY), encoding="utf-8")
     return trained
 
 

@@ -82,11 +82,13 @@ def untrained(settings: Settings, training: Training) -> Finished:
         )
         exact = "exact" if run.model.family == "ar" else "elbo"
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}
+        test["nats_per_token"] = 3.0
         counts = {
             "seed": run.seed,
             "steps": 1,
             "tokens": 16,
             "seconds": 1.0,
+            "stage_valid_bpc": [4.5],
             "source": run.data.source,
         }
         write_json(directory / "summary.json", counts | {"test": test})

@@ -120,7 +120,6 @@ def evaluate(
     baseline and flows of one block allow this (`conditional_bound`), other flows raise UserError.
     `progress` advances by windows.
     """
-    check_tokens(model, windows, name="windows")
     vocab_size = model.config.vocab_size
     check_type(characters_per_token, "characters_per_token", Tensor, "give a tensor [V]")
     if characters_per_token.shape != (vocab_size,):
@@ -187,6 +186,7 @@ def log_weights(
 
     Of a `part`, only those of its batches, which follow one another.
     """
+    check_tokens(model, windows, name="windows")
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
     heads = [0] * len(windows) if given is None else given.tolist()

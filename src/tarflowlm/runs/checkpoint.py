@@ -27,6 +27,9 @@ WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 SUMMARY = "summary.json"
 """The results of a run, written at its end."""
+SHOWN = {"tokens", "seconds", "stage_valid_bpc"}
+RESULTS = {"bpc", "bound", "nats_per_token", "stderr"}
+"""Fields of a summary, and of its `test`, that are shown elsewhere."""
 BEST = "best"
 """Folder with the weights of the best validation bound, which loads like a run directory."""
 PARENT = "parent.safetensors"
@@ -83,8 +86,10 @@ def read_summary(directory: Path) -> Summary | None:
     """The results of a finished run, or None where there are none."""
     path = directory / SUMMARY
     found = (read_json(path) or None) if path.exists() else None
-    test = found.get("test") if isinstance(found, dict) else None
-    if found is not None and not isinstance(test, dict):
+    fields = found if isinstance(found, dict) else {}
+    test = fields.get("test")
+    whole = isinstance(test, dict) and test.keys() >= RESULTS and fields.keys() >= SHOWN
+    if found is not None and not whole:
         raise UserError(f"{path} is damaged: remove it; `{resume_command(directory)}`")
     return found
 

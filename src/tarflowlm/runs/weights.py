@@ -34,6 +34,9 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             info = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error})") from None
+    for name in ("blocks", "step", "tokens"):
+        if not info.get(name, "0").isdigit():
+            raise UserError(f"{path} is damaged ({name} {info[name]!r} in its header)")
     if CHECKSUM in info and info[CHECKSUM] != checksum(tensors):
         raise UserError(f"{path} is damaged (altered: its header has another sha256)")
     return tensors, info
