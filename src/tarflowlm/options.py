@@ -145,7 +145,7 @@ def check(
     needed: Mapping[str, Sequence[str]] = {},
 ) -> None:
     """UserError for an option with one that it excludes, or without any that it needs, and for a
-    `part` that is none.
+    `part` that is not I/N.
 
     `parts` are the dataclasses that hold the options of a command.
     """
