@@ -107,7 +107,7 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-LARGEST_TEXT = 873_000
+LARGEST_TEXT = 873_500
 """Characters of all Python files of the package."""
 MOST_ANY = 40
 """Lines of the package with the word Any, which no type checker looks into."""
