@@ -2,8 +2,7 @@
 docs/comparison.md.
 
     pip install flow-matching
-    python benchmarks/peers.py --data english27.txt.xz --judge runs/judge --ours runs/mini-ar
-    runs/mini-mixd
+    python benchmarks/peers.py --data tales --judge runs/judge --ours runs/mini-ar runs/mini-mixd
 
 trains two peers, measures them and the finished runs --ours in the same way, and prints a table.
 The peers:
