@@ -214,4 +214,6 @@ def main(action: str, name: str, source: str, target: str = "", latents: str = "
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -61,7 +61,7 @@ def _check_field(value: object, hint: Any, name: str) -> None:
         if value not in kinds:
             raise UserError(f"{name} {value!r}: choose one of {', '.join(kinds)}")
     elif hint is int:
-        as_integer(value, name)
+        as_integer(value, name, most=2**62)
     elif hint is float:
         as_number(value, name)
     else:
