@@ -21,7 +21,7 @@ LONGEST = 256
 """The length of the samples in tokens, unless the context is shorter."""
 FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a
 Gaussian in a learned codebook, and a stack of autoregressive Transformer flows models the latent
-vectors. Figures of its likelihood are upper bounds (<=)."""
+vectors. Its bits and nats are upper bounds (<=)."""
 BASELINE = """A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is
 exact."""
 TEMPLATE = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
