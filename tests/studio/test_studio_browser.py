@@ -150,7 +150,8 @@ def test_every_view(open_page):
     page.get_by_role("button", name="Stop").locator("visible=true").click()
     view = page.locator(".st-view:visible")
     view.get_by_text("stopped").wait_for()
-    assert view.get_by_role("button", name="copy").count() == 1
+    # the last progress may come after the click, and is stopped anew
+    view.get_by_role("button", name="copy").wait_for()
     assert page.title() == "tarflowlm studio"
 
 
