@@ -45,7 +45,7 @@ document.addEventListener('click', (event) => {
   const {target} = event, stage = target.closest('.st-write .st-stage');
   if (stage) offer(stage, event);
   // the last progress may come later than the click
-  if (target.closest('.st-stop')) [300, 1500, 4000].forEach((wait) => setTimeout(stopped, wait));
+  if (target.closest('.st-stop')) [300, 1500, 4000, 10000].forEach((wait) => setTimeout(stopped, wait));
   const copied = target.closest('[data-copy]'), token = target.closest('.st-heat span');
   if (copied) navigator.clipboard.writeText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
   if (token) token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
