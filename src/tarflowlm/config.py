@@ -6,6 +6,7 @@ No torch here: the command line reads configurations without it.
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from tarflowlm.checks import check_type
 from tarflowlm.errors import UserError, counted
 from tarflowlm.model_config import BaselineConfig, Config, FlowConfig
 
@@ -30,6 +31,7 @@ TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 
 def check_alphabet(alphabet: str) -> None:
     """UserError unless `alphabet` has two characters or more, each once, and no lone surrogates."""
+    check_type(alphabet, "alphabet", str, "give its characters, a str")
     repeats = len(set(alphabet)) < len(alphabet)
     if len(alphabet) < 2 or repeats or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
         raise UserError(f"alphabet {alphabet!r:.80}: list two characters or more, each once")

@@ -179,8 +179,7 @@ class Tokenizer:
     @property
     def _texts(self) -> list[bytes]:
         """The bytes of every token; none of the end of a document, which is no text."""
-        end = self.end
-        return [b"" if index == end else text for index, text in enumerate(self.token_bytes)]
+        return [b"" if index == self.end else text for index, text in enumerate(self.token_bytes)]
 
     @cached_property
     def symbols(self) -> list[str]:
@@ -208,9 +207,8 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex): equal for tokenizers that encode, decode and normalise alike."""
-        document = self._document
-        parts = [document[name] for name in ("pre_tokenizer", "added_tokens")]
-        parts += [document["model"].get(name) for name in ("vocab", "merges")]
+        parts = [self._document[name] for name in ("pre_tokenizer", "added_tokens")]
+        parts += [self._document["model"].get(name) for name in ("vocab", "merges")]
         if self.normalization == "text8" and self.end is not None:
             parts.append(self.end)
         content = json.dumps([self.normalization, *parts], sort_keys=True)
@@ -242,7 +240,6 @@ class CharTokenizer(Tokenizer):
     def __init__(
         self, alphabet: str, normalization: Normalization = "text8", *, has_end: bool = False
     ) -> None:
-        check_type(alphabet, "alphabet", str, "give its characters, a str")
         check_alphabet(alphabet)
         super().__init__(_without_merges(alphabet, None, {"type": "Fuse"}, has_end), normalization)
         self.alphabet = alphabet

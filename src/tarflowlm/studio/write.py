@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,15 +63,15 @@ def write(
     other = beside[0] if isinstance(beside, list) and beside else beside or ""
     link = values.to_address((model, other, start, length, temperature, top_p, num, seed))
     columns: list[str] = []
+
+    def shown(above: str, *cards: str) -> str:
+        return page(div("st-pair", *columns, div("st-column", above, *cards)))
+
     for name in (model, other) if other not in ("", model) else (model,):
         command = request.command(catalogue.entry(name).command_name)
         # one link asks for both
         above = asked(command, link="" if columns else link)
-
-        def beside(*cards: str, above: str = above) -> str:
-            return page(div("st-pair", *columns, div("st-column", above, *cards)))
-
-        cards = yield from _samples(catalogue, name, request, beside)
+        cards = yield from _samples(catalogue, name, request, partial(shown, above))
         columns.append(div("st-column", above, *cards))
     yield page(div("st-pair", *columns))
 
