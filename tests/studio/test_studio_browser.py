@@ -158,6 +158,8 @@ def test_every_view(open_page):
 @pytest.mark.nightly
 def test_a_run_that_begins_later_appears(open_page, served):
     page = open_page()
+    # a reload would abort what is being written on arrival
+    page.locator(".st-view:visible").get_by_text("in all").first.wait_for()
     page.get_by_role("tab", name="Runs").click()
     page.get_by_label("baseline").wait_for()
     shutil.copytree(served / "flow", served / "late")
