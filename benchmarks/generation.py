@@ -125,7 +125,7 @@ def count(args: Namespace) -> list[dict[str, Any]]:
 
     from tarflowlm.flow import heads
     from tarflowlm.flow.numerics import layout
-    from tarflowlm.language_model import seeded
+    from tarflowlm.model import seeded
     from tarflowlm.presets import preset
 
     def bounded(x: Any) -> Any:

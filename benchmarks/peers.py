@@ -41,7 +41,7 @@ from reproduction.quality import compare_texts
 from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.generation import generate
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training.optim import Muon, build_optimizers, schedule

@@ -259,7 +259,7 @@ def nodes() -> list[dict[str, Any]]:
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
-    from tarflowlm.language_model import seeded
+    from tarflowlm.model import seeded
     from tarflowlm.model_config import TransformerConfig
     from tarflowlm.training.parallel import compiling, parallelise
     from tarflowlm.training.train import accumulate_gradients

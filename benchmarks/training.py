@@ -26,7 +26,7 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
         return _training_step_before(config, stage, device, *processes)
     import torch
 
-    from tarflowlm.language_model import seeded
+    from tarflowlm.model import seeded
     from tarflowlm.training import optim, parallel
     from tarflowlm.training.train import accumulate_gradients
 
@@ -62,7 +62,7 @@ def _training_step_before(config: Any, stage: int, device: Any, *processes: Any)
     import torch
     from tarflowlm.training.loop import optimizer_step
 
-    from tarflowlm.language_model import seeded
+    from tarflowlm.model import seeded
     from tarflowlm.training.optim import build_optimizers, with_precision
     from tarflowlm.training.parallel import ParallelModel
 

@@ -41,7 +41,7 @@ import tarflowlm
 from tarflowlm import Pretrained, TarFlowLM, UserError
 from tarflowlm.data.prompts import read
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import LanguageModel
 
 CELLS, REACH = 4, 8  # cells of the grid in the least sigma; sigmas from a code to its last cell
 Cells = npt.NDArray[np.int64]

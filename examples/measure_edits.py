@@ -27,7 +27,7 @@ from tarflowlm.editing.rewriting import (
 )
 from tarflowlm.editing.states import Source, encode, interpolate, renoise
 from tarflowlm.editing.words import blended_spans, merge_words, pick_words, words_of
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import LanguageModel
 from tarflowlm.objective import log_importance_weights
 
 TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7

@@ -17,11 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tarflowlm
-from tarflowlm.causal_lm.checkpoint import save_causal_lm
 from tarflowlm.cli.evaluate import read_text
 from tarflowlm.data import eval_windows
+from tarflowlm.errors import SILENT
 from tarflowlm.evaluation.likelihood import evaluate
-from tarflowlm.progress import SILENT
+from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import OptimConfig
 from tarflowlm.data import TokenArray, WindowSampler
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
@@ -31,10 +32,8 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.flow.stack import InputMap
 from tarflowlm.flow.transformer import Transformer
-from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.model import as_flow
+from tarflowlm.model import LanguageModel, as_flow, seeded
 from tarflowlm.model_config import BlockConfig, FlowConfig, TransformerConfig
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step
 
 M = TypeVar("M", bound=nn.Module)

@@ -28,10 +28,10 @@ from reproduction.recipe import Finished, Recipe, Row, Training, trainings, vari
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import OptimConfig, RunConfig
 from tarflowlm.data import Tokenizer, cached_corpus, eval_windows
+from tarflowlm.errors import Progress
 from tarflowlm.presets import with_blocks
-from tarflowlm.progress import Progress
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.views.style import COLOURS, SMALL, Figure
+from tarflowlm_apps.report.style import COLOURS, SMALL, Figure
 
 SHALLOW = "Mix-d, 1 layer"
 DEEP = "Mix-d, 6 layers"

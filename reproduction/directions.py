@@ -11,7 +11,7 @@ from reproduction.recipe import Finished, Recipe, Row, Training, trainings, vari
 from reproduction.settings import Kind, Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.presets import preset
-from tarflowlm.views.style import Figure
+from tarflowlm_apps.report.style import Figure
 
 ALTERNATING, ONE_WAY = "alternating", "left to right"
 

@@ -17,7 +17,7 @@ from reproduction.settings import Settings, as_flow_config
 from tarflowlm.evaluation.blocks import Spread, state_metrics
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.presets import preset
-from tarflowlm.views.style import SMALL, Figure, log_scale
+from tarflowlm_apps.report.style import SMALL, Figure, log_scale
 
 SAMPLES = 64  # samples of each model, whose states are measured
 UP = "latents of a text"

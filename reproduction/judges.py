@@ -17,10 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.data.sources import check_hub_reachable
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import SILENT, Progress, UserError, first_line
 from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow import widen
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, released
 

@@ -8,7 +8,7 @@ from reproduction.measures import summary_row
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
-from tarflowlm.views.style import Figure
+from tarflowlm_apps.report.style import Figure
 
 LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
 """Shares of the steps of a preset."""

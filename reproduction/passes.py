@@ -17,10 +17,10 @@ from reproduction.results import write
 from reproduction.settings import Settings
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset
-from tarflowlm.views.grid import Row as TextRow
-from tarflowlm.views.grid import Token, symbols, to_html
-from tarflowlm.views.page import page_html, section_html
-from tarflowlm.views.style import COLOURS, Figure, log_scale
+from tarflowlm.terminal.grid import Row as TextRow
+from tarflowlm.terminal.grid import Token, symbols, to_html
+from tarflowlm_apps.report.page import page_html, section_html
+from tarflowlm_apps.report.style import COLOURS, Figure, log_scale
 
 LENGTH = 128  # tokens per sample
 SAMPLES = 48  # samples of each model; the first is shown

@@ -16,7 +16,7 @@ from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.presets import preset
-from tarflowlm.views.style import SMALL, Figure, log_scale
+from tarflowlm_apps.report.style import SMALL, Figure, log_scale
 
 PREFIXES = (0, 16, 64, 128)  # tokens of real text before a continuation
 SIZES = (2, 4, 8)  # tokens per position, next to one

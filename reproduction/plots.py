@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from textwrap import fill
 
 from reproduction.recipe import Row
-from tarflowlm.views.style import COLOURS, SMALL, Axes, Figure
+from tarflowlm_apps.report.style import COLOURS, SMALL, Axes, Figure
 
 BOUND = "bits per character, <="
 

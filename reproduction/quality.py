@@ -12,11 +12,10 @@ from reproduction.judges import PAPER_JUDGES, Judge, JudgedTexts
 from tarflowlm import chunks
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import adjust_weights
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.model import LanguageModel
 
 MAUVE_SCALING = 5  # the paper's; everything else is mauve-text's default
 PAPER_SAMPLES = 5000

@@ -11,10 +11,9 @@ from reproduction.records import Record, Records
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
-from tarflowlm.errors import UserError
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.runs.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
-from tarflowlm.views.style import Figure
+from tarflowlm_apps.report.style import Figure
 
 T = TypeVar("T")
 

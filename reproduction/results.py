@@ -12,7 +12,7 @@ from reproduction.settings import Settings
 from tarflowlm.data import SOURCE_NAMES
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.files import replacing, sha256_of
-from tarflowlm.views.style import Figure, render
+from tarflowlm_apps.report.style import Figure, render
 
 RUNS = "runs.md"
 """The page with all runs on record."""

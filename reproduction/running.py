@@ -15,8 +15,8 @@ from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import build_tokenizer
 from tarflowlm.device import pick_device
-from tarflowlm.language_model import seeded
-from tarflowlm.progress import Progress
+from tarflowlm.errors import Progress
+from tarflowlm.model import seeded
 from tarflowlm.runs.checkpoint import SUMMARY
 from tarflowlm.training.begin import check_same, is_begun
 from tarflowlm.training.optim import (

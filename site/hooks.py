@@ -50,7 +50,7 @@ API = {
         flow.numerics.mixture_log_density flow.numerics.rosenblatt.rosenblatt
         flow.numerics.rosenblatt_inverse flow.numerics.mixture_log_prob
         flow.numerics.log_standard_normal flow.numerics.standard_normal_log_prob
-        flow.stack.Prior flow.stack.FlowBlock flow.layers.Order flow.codebook.Codebook
+        flow.stack.Prior flow.stack.FlowBlock flow.plan.Order flow.codebook.Codebook
         flow.couplings.Coupling flow.channelwise.ChannelCoupling flow.channelwise.AffineCoupling
         flow.channelwise.Mix1Coupling flow.mixd.MixDCoupling flow.heads.HeadShape
         flow.heads.AutoregressiveHead

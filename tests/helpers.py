@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
-from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
 from tarflowlm.runs.checkpoint import WEIGHTS, write_run
 from tarflowlm.runs.weights import write_weights

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import tiny_ar
 from tarflowlm.baseline import TokenLM
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 from tarflowlm.model_config import BaselineConfig
 
 FORMS = {

@@ -10,7 +10,7 @@ from torch.distributions import Independent, Normal
 
 from helpers import normal, randomise
 from tarflowlm.flow.codebook import Codebook, spread_means, typical_neighbour_distance
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 
 V, d = 7, 3
 

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarflowlm import device
 from tarflowlm.flow.numerics import layout, normal, sweep
-from tarflowlm.language_model import seeded
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig, TransformerConfig, stack
 
 FAULTS = """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tarflowlm import UserError
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
 
 MODULES = {

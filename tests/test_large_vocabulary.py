@@ -13,8 +13,7 @@ from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.flow.numerics import layout
-from tarflowlm.language_model import seeded
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
 from tarflowlm.objective import elbo
 

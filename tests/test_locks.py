@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tarflowlm.errors import UserError
-from tarflowlm.locks import LOCK, is_written, waiting_lock, writer_lock
+from tarflowlm.files import LOCK, is_written, waiting_lock, writer_lock
 
 
 @pytest.fixture(autouse=True)

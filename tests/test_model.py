@@ -9,8 +9,7 @@ from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.language_model import seeded
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.objective import elbo
 
 

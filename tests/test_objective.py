@@ -12,8 +12,7 @@ from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm import chunks
 from tarflowlm.baseline import IN_PATCH_CHANNELS, TokenLM
 from tarflowlm.flow.numerics import log_component_densities
-from tarflowlm.language_model import seeded
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
 from tarflowlm.objective import (
     conditional_bound,

@@ -50,8 +50,9 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "tarflowlm/py.typed" in names
-    looks = ("studio/studio.css", "studio/studio.js", "views/grid.css", "views/page.css")
-    assert {f"tarflowlm/{file}" for file in (*looks, "views/figures.mplstyle")} <= set(names)
+    looks = ("studio/studio.css", "studio/studio.js", "report/page.css", "report/figures.mplstyle")
+    assert {f"tarflowlm_apps/{file}" for file in looks} <= set(names)
+    assert "tarflowlm/terminal/grid.css" in names
     for model in released():
         folder = f"tarflowlm/runs/released/{model}"
         assert {
@@ -59,6 +60,7 @@ def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
         } <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "tarflowlm",
+        "tarflowlm_apps",
         wheel.name.split("-py3")[0] + ".dist-info",
     }
     assert wheel.stat().st_size < 27e6

@@ -9,7 +9,7 @@ import tarflowlm
 from helpers import TEXT8, tiny_ar, tiny_flow
 from tarflowlm.data import ByteTokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.catalogue import Catalogue
 
 
 @pytest.fixture(scope="module", params=["english-mini", "english-mini-ar"])

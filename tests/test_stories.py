@@ -10,8 +10,8 @@ import torch
 import tarflowlm
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
+from tarflowlm.errors import Progress
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
-from tarflowlm.progress import Progress
 from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft, write
 

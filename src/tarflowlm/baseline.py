@@ -10,7 +10,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
-from tarflowlm.language_model import LanguageModel, check_tokens
+from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.model_config import BaselineConfig
 
 IN_PATCH_CHANNELS = 32

@@ -1,4 +1,4 @@
-"""Exceptions that end a command early without being a bug, and the words of their messages."""
+"""What a user is told: errors in one line, and progress."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -54,3 +54,23 @@ def first_line(error: BaseException) -> str:
 
 class Stopped(Exception):
     """A run was asked to stop and has saved its state; the message says how to resume it."""
+
+
+Record = dict[str, str | int | float]
+"""A line of metrics.jsonl."""
+
+
+class Progress:
+    """The calls that long work makes. Subclasses show them; this class shows nothing."""
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Begin a part called `name`, of `total` units if known, `done` of them done before."""
+
+    def advance(self, count: int = 1) -> None:
+        """`count` more units of the current part are done."""
+
+    def record(self, record: Record) -> None:
+        """A training run wrote a line to metrics.jsonl."""
+
+
+SILENT = Progress()

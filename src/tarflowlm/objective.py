@@ -9,8 +9,7 @@ from torch import Tensor
 from tarflowlm import chunks
 from tarflowlm.checks import as_integer, check_generator, check_type
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel, check_tokens
-from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
+from tarflowlm.model import ElboTerms, LanguageModel, TarFlowLM, as_flow, check_tokens
 
 
 def elbo(
@@ -26,7 +25,7 @@ def elbo(
 
     Example:
         >>> from tarflowlm import FlowConfig
-        >>> from tarflowlm.language_model import seeded
+        >>> from tarflowlm.model import seeded
         >>> with seeded(0):
         ...     model = TarFlowLM(FlowConfig(vocab_size=27, context=8))
         >>> tokens = torch.arange(8).view(1, 8)

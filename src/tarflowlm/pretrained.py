@@ -24,7 +24,7 @@ from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint

@@ -17,7 +17,7 @@ from tarflowlm.cli.train import read
 from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.scores import score
-from tarflowlm.locks import writer_lock
+from tarflowlm.files import writer_lock
 from tarflowlm.model_config import COUPLINGS
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import export, load_checkpoint

@@ -20,8 +20,7 @@ from tarflowlm.data import (
 )
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.splits import SPLITS
-from tarflowlm.errors import UserError
-from tarflowlm.progress import Progress
+from tarflowlm.errors import Progress, UserError
 
 CHARS = TokenizerConfig()
 BYTES = TokenizerConfig(kind="byte", normalize="none")

@@ -10,8 +10,7 @@ from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
 from tarflowlm.editing.edits import EDITS, WordSource, options_of
 from tarflowlm.editing.states import encode
-from tarflowlm.errors import UserError
-from tarflowlm.progress import Progress
+from tarflowlm.errors import Progress, UserError
 
 TEXT = "The king saw the other King"
 WORD_PIECES = train_bpe(

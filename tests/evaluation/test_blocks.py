@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers import normal, tiny_flow
+from tarflowlm.errors import Progress
 from tarflowlm.evaluation.blocks import (
     latent_report,
     mean_cosine,
@@ -18,7 +19,6 @@ from tarflowlm.evaluation.blocks import (
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
-from tarflowlm.progress import Progress
 
 FLOWS = {
     "affine": {"couplings": ("affine", "affine")},

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tarflowlm.evaluation.flops import peak_flops, training_flops
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.presets import preset
 

@@ -7,10 +7,10 @@ import torch
 
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.data import sliding_windows
+from tarflowlm.errors import Progress
 from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.evaluation.scores import score, scores
 from tarflowlm.objective import elbo
-from tarflowlm.progress import Progress
 
 ONE_EACH = torch.ones(5, dtype=torch.int64)
 

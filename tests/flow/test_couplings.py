@@ -19,7 +19,7 @@ from tarflowlm.flow.couplings import Coupling, coupling_class
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 from tarflowlm.model_config import coupling as registering
 
 WIDTH, P, d, T = 6, 2, 2, 2

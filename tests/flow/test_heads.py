@@ -19,7 +19,7 @@ from tarflowlm.flow.heads import (
     TokenFeatures,
     bounded_log_std,
 )
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 
 WIDTH = 6
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import TRUNK, normal, randomise
 from tarflowlm.flow.transformer import KVCache, Transformer, convolve, rotary_tables, rotate_
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 
 T = 7
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}

@@ -3,7 +3,7 @@
 import pytest
 
 from helpers import FILLS, mostly_nightly, tiny_ar, tiny_flow
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import LanguageModel
 
 LEFT = {"alternate": False, "log_std": -4.0}
 MODELS = {

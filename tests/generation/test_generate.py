@@ -6,11 +6,10 @@ from torch import nn
 
 from helpers import FILLS, normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
-from tarflowlm.errors import UserError
+from tarflowlm.errors import Progress, UserError
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.writing import num_positions
-from tarflowlm.progress import Progress
 
 
 def sample(model: nn.Module, seed: int = 0, **options) -> Generation:

@@ -10,8 +10,7 @@ import torch
 from helpers import normal, tiny_flow
 from tarflowlm.generation import generate, inversion
 from tarflowlm.generation.inversion import Inverted, block_inversion, finish, stack_inversion
-from tarflowlm.language_model import seeded
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig, stack
 from tarflowlm.pretrained import load
 

@@ -10,11 +10,11 @@ from enumeration import V, probabilities, texts
 
 from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
+from tarflowlm.errors import SILENT
 from tarflowlm.generation import generate, particles
 from tarflowlm.generation.particles import Weights, effective, resample
 from tarflowlm.generation.sampling import BLANK, Samples
 from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT
 
 MODELS = {
     "ar": {"context": 3},

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
+from tarflowlm.errors import SILENT
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedTokens
 from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.sampling import Samples, adjust_weights, row_generators
 from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT
 
 NUM = 4000
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from helpers import mostly_nightly, tiny_ar, tiny_flow
+from tarflowlm.errors import Progress
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation import Generation, generate, generate_steps
 from tarflowlm.generation.inversion import Kept
 from tarflowlm.generation.sampling import row_generators
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.progress import Progress
+from tarflowlm.model import LanguageModel
 
 MODELS = {
     "ar": {},

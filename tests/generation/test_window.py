@@ -9,7 +9,7 @@ from helpers import tiny_flow
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate, writing
 from tarflowlm.generation.sampling import row_generators
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import LanguageModel
 
 
 def sample(model: LanguageModel, seed: int = 0, **options) -> Generation:

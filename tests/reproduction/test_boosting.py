@@ -22,7 +22,7 @@ from tarflowlm import BaselineConfig
 from tarflowlm.config import OptimConfig
 from tarflowlm.data import TokenArray
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.language_model import seeded
+from tarflowlm.model import seeded
 from tarflowlm.model_config import TransformerConfig
 
 TRUNK = TransformerConfig(width=16, num_heads=2, mlp_ratio=1)

@@ -26,7 +26,7 @@ from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import WEIGHTS, write_run
 from tarflowlm.runs.weights import write_weights
-from tarflowlm.views.records import read_record
+from tarflowlm.training.records import read_record
 
 CONTEXT = 16
 

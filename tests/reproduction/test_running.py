@@ -20,9 +20,8 @@ from reproduction.recipes import RECIPES
 from reproduction.running import estimate, finish, state_of
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig, TrainConfig
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.progress import SILENT, Progress
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
 

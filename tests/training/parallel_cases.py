@@ -15,9 +15,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 from helpers import FLOW, TRUNK
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
-from tarflowlm.language_model import seeded
+from tarflowlm.errors import Progress
+from tarflowlm.model import seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
-from tarflowlm.progress import Progress
 from tarflowlm.training import train as training
 from tarflowlm.training import validation
 from tarflowlm.training.optim import build_optimizers, norms, take_step

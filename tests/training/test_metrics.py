@@ -13,8 +13,7 @@ from training_cases import cut, go, resume, same_weights, tiny_run
 
 from helpers import metrics_of
 from tarflowlm.config import RunConfig
-from tarflowlm.errors import UserError
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.schema import from_dict
 from tarflowlm.training.metrics import MetricsLog

@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 from training_cases import go, tiny_run
 
 from helpers import metrics_of
-from tarflowlm.errors import UserError
+from tarflowlm.errors import Progress, UserError
 from tarflowlm.flow.transformer import Layer
-from tarflowlm.language_model import seeded
-from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import Progress
+from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import optim
 from tarflowlm.training.parallel import parallelise

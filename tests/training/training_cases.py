@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from helpers import FLOW, TRUNK, metrics_of
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.model_config import BaselineConfig, stack
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.train import train
 
 CPU = torch.device("cpu")

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tarflowlm import options
 from tarflowlm.checks import as_integer, checked_seed
-from tarflowlm.errors import UserError, counted
+from tarflowlm.errors import Progress, UserError, counted
 from tarflowlm.files import read_json
 from tarflowlm.options import arg
 from tarflowlm.parts import WHOLE
-from tarflowlm.progress import Progress
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from tarflowlm.data import TokenArray, Tokenizer
     from tarflowlm.evaluation.blocks import StateReport
     from tarflowlm.evaluation.likelihood import Likelihood
-    from tarflowlm.language_model import LanguageModel
+    from tarflowlm.model import LanguageModel
     from tarflowlm.runs.checkpoint import Checkpoint
 
 Split = Literal["train", "valid", "test", "all"]

@@ -1,6 +1,7 @@
 """`tarflowlm export`: a model without its training state."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +30,13 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.causal_lm.checkpoint import save_causal_lm
     from tarflowlm.runs.checkpoint import export, load_checkpoint
 
     checkpoint = load_checkpoint(args.directory)
     if args.causal_lm:
-        out = save_causal_lm(checkpoint, args.out)
+        # an application, which the core starts by name
+        application = import_module("tarflowlm_apps.transformers_export.checkpoint")
+        out = application.save_causal_lm(checkpoint, args.out)
     else:
         out = export(checkpoint, args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.iterdir())

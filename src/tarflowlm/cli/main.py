@@ -25,23 +25,23 @@ CLOSED_PIPE = 141
 NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
 """PyTorch's words for it, on an accelerator and on the CPU, in errors of type RuntimeError."""
 
-COMMANDS = [
-    "quickstart",
-    "data",
-    "train",
-    "eval",
-    "score",
-    "sample",
-    "info",
-    "runs",
-    "edit",
-    "report",
-    "studio",
-    "export",
-    "push",
-    "harness",
-]
-"""Modules below `cli` (`evaluate` for eval).
+COMMANDS = {
+    "quickstart": "tarflowlm.cli.quickstart",
+    "data": "tarflowlm.cli.data",
+    "train": "tarflowlm.cli.train",
+    "eval": "tarflowlm.cli.evaluate",
+    "score": "tarflowlm.cli.score",
+    "sample": "tarflowlm.cli.sample",
+    "info": "tarflowlm.cli.info",
+    "runs": "tarflowlm.cli.runs",
+    "edit": "tarflowlm.cli.edit",
+    "report": "tarflowlm_apps.report.command",
+    "studio": "tarflowlm_apps.studio.command",
+    "export": "tarflowlm.cli.export",
+    "push": "tarflowlm.cli.push",
+    "harness": "tarflowlm_apps.lm_eval.command",
+}
+"""The module of every command.
 
 Each has `run(args)` and the dataclass `Args`, or `read(argv)` if its options depend on the words.
 The docstring of `Args` summarises the command; comments next to options and docstrings below them
@@ -148,7 +148,7 @@ def _import_named(argv: list[str]) -> list[str]:
 
 def command_module(name: str) -> ModuleType:
     """The module of a command."""
-    return import_module(f"tarflowlm.cli.{'evaluate' if name == 'eval' else name}")
+    return import_module(COMMANDS[name])
 
 
 def settle_threads() -> None:

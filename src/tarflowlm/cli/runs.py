@@ -75,7 +75,7 @@ def run(args: Args) -> None:
 
 def _find(directories: Sequence[Path]) -> dict[str, Path]:
     """Name -> run directory; models that were exported from runs are left out."""
-    from tarflowlm.views.records import DEPTH, find_runs, is_export
+    from tarflowlm.training.records import DEPTH, find_runs, is_export
 
     found: dict[str, Path] = {}
     for folder in directories:
@@ -90,7 +90,7 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
 
 
 def _row(name: str, directory: Path) -> Row:
-    from tarflowlm.views.records import read_record
+    from tarflowlm.training.records import read_record
 
     try:
         record = read_record(directory)

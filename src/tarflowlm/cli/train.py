@@ -147,8 +147,8 @@ def _read_preset(name: str, argv: list[str]) -> Args:
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.device import pick_device
+    from tarflowlm.errors import SILENT
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.progress import SILENT
     from tarflowlm.terminal.bars import ProgressReporter, print_result, suggest
     from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import train

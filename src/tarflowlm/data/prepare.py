@@ -27,17 +27,16 @@ from tarflowlm.data.text import BLOCK
 from tarflowlm.data.textfile import Source
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array, TokenArray
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.files import (
     cache_root,
     read_json,
     remove_leftovers,
     sync_file,
+    waiting_lock,
     write_json,
 )
-from tarflowlm.locks import waiting_lock
 from tarflowlm.parts import share
-from tarflowlm.progress import SILENT, Progress
 
 BPE_CHARACTERS = 1 << 27
 """Characters of the training split that a BPE is trained on: the words it counts need memory."""

@@ -27,9 +27,8 @@ from tarflowlm.data.text import (
     text_pieces,
 )
 from tarflowlm.data.textfile import Placed, Source, TextFile
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import SILENT, Progress, UserError, first_line
 from tarflowlm.files import cache_root, replacing
-from tarflowlm.progress import SILENT, Progress
 
 HUB = "hf:"
 """Before the OWNER/NAME of a set of the hub."""

@@ -29,8 +29,7 @@ from tarflowlm.data.text import (
     text_pieces,
     unwrapped,
 )
-from tarflowlm.errors import UserError
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.errors import SILENT, Progress, UserError
 
 Placed = Iterator[tuple[Split, Iterable[str]]]
 """Documents: the split and the text of each, in blocks."""

@@ -11,15 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, finish, stack_inversion
 from tarflowlm.generation.sampling import num_leading, row_generators
-from tarflowlm.language_model import check_tokens
-from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.model import TarFlowLM, check_tokens
 
 SAMPLES = 8
 """Posterior samples of a bound."""

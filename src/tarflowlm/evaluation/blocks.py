@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import ElboTerms, TarFlowLM
-from tarflowlm.progress import SILENT, Progress
 
 
 def mean_cosine(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:

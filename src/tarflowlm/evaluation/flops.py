@@ -13,8 +13,7 @@ from functools import cache
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import as_flow
+from tarflowlm.model import LanguageModel, as_flow
 from tarflowlm.model_config import BaselineConfig, FlowConfig
 
 Config = FlowConfig | BaselineConfig

@@ -16,11 +16,10 @@ from torch import Tensor
 from tarflowlm import chunks
 from tarflowlm.checks import as_integer, check_type, checked_seed
 from tarflowlm.device import keep_freed_memory
-from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel, check_tokens
+from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.parts import WHOLE, share
-from tarflowlm.progress import SILENT, Progress
 
 Nats = TypeVar("Nats", float, Tensor)
 

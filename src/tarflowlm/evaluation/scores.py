@@ -11,12 +11,11 @@ from torch import Generator, Tensor
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checks import as_integer, checked_seed
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.language_model import LanguageModel, check_tokens
-from tarflowlm.model import as_flow
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.model import LanguageModel, as_flow, check_tokens
 
 
 @dataclass(frozen=True, repr=False)

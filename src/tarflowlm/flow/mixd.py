@@ -27,8 +27,7 @@ from tarflowlm.flow.couplings import (
     inverse_cdf,
 )
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.layers import Order
-from tarflowlm.flow.plan import BlockPlan
+from tarflowlm.flow.plan import BlockPlan, Order
 
 
 class MixDCoupling(Coupling):

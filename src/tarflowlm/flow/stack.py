@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents
-from tarflowlm.flow.layers import Order, Patch
 from tarflowlm.flow.numerics import component_finder, log_standard_normal
+from tarflowlm.flow.plan import Order, Patch
 from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
 from tarflowlm.model_config import TransformerConfig
 

@@ -16,8 +16,7 @@ from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights, inverse_cdf
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.sampling import num_leading, without_ended
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import LanguageModel, TarFlowLM
 
 
 class Conditioned(ABC):

@@ -21,8 +21,7 @@ from tarflowlm.generation.particles import Weights, weight
 from tarflowlm.generation.rows import LatentRows, Rows, TokenRows
 from tarflowlm.generation.sampling import Samples
 from tarflowlm.generation.writing import Filled, Generation, Parts
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import LanguageModel, TarFlowLM
 
 Allowed = Tensor | Callable[[Tensor], Tensor]
 """A mask [V] of the tokens that may be drawn, or a function to it from the tokens [n] so far."""

@@ -18,15 +18,13 @@ from tarflowlm.checks import (
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import Gap
 from tarflowlm.device import keep_freed_memory, threads_for
-from tarflowlm.errors import UserError, counted
+from tarflowlm.errors import SILENT, Progress, UserError, counted
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.gaps import Allowed, GapFilter, checked_mask
 from tarflowlm.generation.inversion import Decoders, finish, sampler_decoders
 from tarflowlm.generation.sampling import BLANK, Samples, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
-from tarflowlm.language_model import LanguageModel, check_model
-from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT, Progress
+from tarflowlm.model import LanguageModel, TarFlowLM, check_model
 from tarflowlm.runs.checkpoint import Checkpoint
 
 PARTICLES = 16

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.config import Decoder
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.mixd import MixDCoupling
@@ -22,7 +22,6 @@ from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.sampling import num_leading, without_ended
 from tarflowlm.model import TarFlowLM
-from tarflowlm.progress import SILENT, Progress
 
 Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""

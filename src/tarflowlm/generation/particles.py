@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from tarflowlm.config import Decoder
+from tarflowlm.errors import SILENT
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.conditioned import Conditioned
 from tarflowlm.generation.inversion import Inverted, finish, stack_inversion
 from tarflowlm.generation.sampling import Samples
 from tarflowlm.model import as_flow
-from tarflowlm.progress import SILENT
 
 RESAMPLE_BELOW = 0.5
 """Particles are resampled when their effective sample size falls below this times R."""

@@ -14,8 +14,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import widen
 from tarflowlm.flow.couplings import AdjustWeights, inverse_cdf
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import as_flow
+from tarflowlm.model import LanguageModel, as_flow
 
 
 class Rows(ABC):

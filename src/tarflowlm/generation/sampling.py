@@ -12,12 +12,11 @@ from torch import Generator, Tensor
 from tarflowlm.checks import checked_sampling
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK as BLANK
+from tarflowlm.errors import Progress
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import as_flow
-from tarflowlm.progress import Progress
+from tarflowlm.model import LanguageModel, as_flow
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:

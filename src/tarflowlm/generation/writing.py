@@ -20,8 +20,7 @@ from tarflowlm.generation.conditioned import ConditionedLatents, ConditionedToke
 from tarflowlm.generation.inversion import Kept, stack_inversion
 from tarflowlm.generation.particles import Evidence, LatentSource, Weights, particle_filter
 from tarflowlm.generation.sampling import BLANK, Samples, num_leading
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import TarFlowLM, as_flow
+from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 from tarflowlm.model_config import LanguageModelConfig
 
 R = TypeVar("R")

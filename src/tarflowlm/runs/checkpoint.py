@@ -15,8 +15,7 @@ from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError, guess
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.couplings import couplings_of
-from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.runs.hub import locate, released
 from tarflowlm.runs.weights import is_whole, read_weights, write_weights

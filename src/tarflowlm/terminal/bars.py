@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from tarflowlm import progress
+from tarflowlm import errors
 
 NUMBER = 14
 """Characters of the longest cell that is kept on one line."""
@@ -134,7 +134,7 @@ class _Numbers(ProgressColumn):
         return Text(f"{count}, {details}" if details else count)
 
 
-class Bars(progress.Progress):
+class Bars(errors.Progress):
     """The `Progress` of the command line, one stage of work after the other, as a context."""
 
     keep = False
@@ -232,7 +232,7 @@ class ProgressReporter(Bars):
             self.progress.update(self._task, count=f"step {self._step:,}")
         super().advance(count)
 
-    def record(self, record: progress.Record) -> None:
+    def record(self, record: errors.Record) -> None:
         """Show the numbers of a line of metrics.jsonl."""
         if record["split"] == "train":
             self._shown["train"] = f"train {record['bpc']:.3f} bpc"

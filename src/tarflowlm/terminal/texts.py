@@ -12,9 +12,9 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.errors import counted
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.terminal.bars import print_notice
+from tarflowlm.terminal.grid import Kind, Token, pass_rows, text_tokens
 from tarflowlm.texts.edits import Edited
 from tarflowlm.texts.writing import Written
-from tarflowlm.views.grid import Kind, Token, pass_rows, text_tokens
 
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}
 

@@ -8,10 +8,9 @@ from torch import Tensor
 from tarflowlm import editing
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading, read
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import as_flow
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import Edit, as_texts
 

@@ -7,8 +7,8 @@ from html import escape
 from torch import Tensor
 
 from tarflowlm.data.prompts import Reading, read
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.evaluation.scores import Scores, scores
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import Score, as_texts
 

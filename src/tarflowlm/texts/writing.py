@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tarflowlm import chunks
 from tarflowlm.data.prompts import BLANK, Gap, Reading, read, read_template, tokens_without
 from tarflowlm.data.streaming import TextStream
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation import Generation, generate_steps
 from tarflowlm.generation.gaps import Allowed
 from tarflowlm.generation.generate import PARTICLES, no_room, usual_particles
@@ -21,7 +21,6 @@ from tarflowlm.generation.inversion import Decoders, Kept, finish
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.parts import WHOLE, share
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import Writing, as_texts
 

@@ -12,10 +12,14 @@ from tarflowlm.checks import check_package
 from tarflowlm.config import RunConfig, TokenizerConfig
 from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, load_tokenizer, suited
 from tarflowlm.data.sources import HUB
-from tarflowlm.errors import UserError
-from tarflowlm.files import full_disk_as_user_error, read_json, remove_leftovers, write_json
-from tarflowlm.locks import writer_lock
-from tarflowlm.progress import Progress
+from tarflowlm.errors import Progress, UserError
+from tarflowlm.files import (
+    full_disk_as_user_error,
+    read_json,
+    remove_leftovers,
+    write_json,
+    writer_lock,
+)
 from tarflowlm.runs.checkpoint import (
     BEST,
     PARENT,

@@ -13,7 +13,7 @@ from typing import TextIO, TypeVar
 
 from tarflowlm.checks import check_package
 from tarflowlm.config import RunConfig
-from tarflowlm.progress import Progress, Record
+from tarflowlm.errors import Progress, Record
 from tarflowlm.schema import to_dict
 
 METRICS = "metrics.jsonl"

@@ -36,7 +36,7 @@ from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import Coupling, couplings_of
 from tarflowlm.flow.transformer import Layer
-from tarflowlm.language_model import LanguageModel, seeded
+from tarflowlm.model import LanguageModel, seeded
 
 T = TypeVar("T")
 

@@ -14,8 +14,7 @@ from tarflowlm.data import WindowSampler, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.files import read_json, write_json
-from tarflowlm.language_model import seeded
-from tarflowlm.model import as_flow
+from tarflowlm.model import as_flow, seeded
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, SUMMARY, write_run
 from tarflowlm.runs.weights import read_weights
 from tarflowlm.training.checkpoint import finite_weights, load_state, save, submit_weights, wait

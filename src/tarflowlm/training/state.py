@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler
 from tarflowlm.data.windows import EVALUATED
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import LanguageModel
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.parallel import Processes
 

@@ -22,11 +22,10 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.device import keep_freed_memory
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, Record, UserError
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.progress import SILENT, Progress, Record
+from tarflowlm.model import LanguageModel
 from tarflowlm.runs.checkpoint import Checkpoint, has_whole_weights, read_summary
 from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog

@@ -6,8 +6,8 @@ from torch import Generator, Tensor
 
 from tarflowlm import chunks
 from tarflowlm.data import eval_windows
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.evaluation.likelihood import Likelihood, summarise, windows_per_batch
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.checkpoint import averaged, save_best, stop
 from tarflowlm.training.pace import stop_requested
 from tarflowlm.training.parallel import reshard

@@ -1,0 +1,143 @@
+"""Run directories without their weights: where they lie, and what a run says of itself."""
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflowlm.config import RunConfig
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.files import is_written
+from tarflowlm.runs.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    Summary,
+    read_run,
+    read_summary,
+    resume_command,
+)
+from tarflowlm.training.metrics import METRICS
+
+Series = npt.NDArray[np.float64]
+
+DEPTH = 2  # levels below a folder at which runs are looked for
+COLUMNS = {
+    "train": ("step", "tokens", "block", "bpc", "tokens_per_second"),
+    "valid": ("step", "tokens", "bpc"),
+}
+"""The columns of metrics.jsonl that are read, by the split of their lines."""
+
+
+def find_runs(folder: Path, depth: int = DEPTH) -> list[Path]:
+    """The run directories in a folder, at most `depth` levels down, sorted; or the folder itself.
+
+    A directory with any of a run's files is one, so that a damaged run is found and can be named.
+    """
+    if any((folder / name).is_file() for name in (CONFIG, WEIGHTS, METRICS)):
+        return [folder]
+    if depth == 0 or not folder.is_dir():
+        return []
+    below = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    return [run for path in below for run in find_runs(path, depth - 1)]
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds a model without the log of its training."""
+    return (directory / WEIGHTS).is_file() and not (directory / METRICS).is_file()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run without its weights."""
+
+    name: str
+    directory: Path
+    run: RunConfig
+    train: dict[str, Series]
+    """Columns of its training lines, and `seconds`, the time up to each. An export has no lines."""
+    valid: dict[str, Series]
+    """Columns of its validation lines, and `seconds`."""
+    summary: Summary | None
+    """None until the run is finished."""
+    notes: list[str] = field(default_factory=list)
+    """Remarks of a reader about missing pieces."""
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name and an id."""
+        return re.sub(r"[^\w.-]+", "_", self.name)
+
+    @property
+    def bound(self) -> str:
+        """The kind of the numbers: exact, or the upper bound elbo."""
+        return "exact" if self.run.model.family == "ar" else "elbo"
+
+    @property
+    def sign(self) -> str:
+        """= for exact numbers, <= for upper bounds."""
+        return sign_of(self.bound)
+
+    @property
+    def kept(self) -> float | None:
+        """Validation of its weights, in bits per character: of a finished run, those it kept."""
+        if self.summary is not None:
+            return float(self.summary["stage_valid_bpc"][-1])
+        return float(self.valid["bpc"][-1]) if len(self.valid["bpc"]) > 0 else None
+
+    @property
+    def has_log(self) -> bool:
+        return len(self.train["step"]) > 0
+
+    @property
+    def status(self) -> str:
+        """Where the run stands, in words."""
+        if self.summary is not None:
+            return "finished"
+        if not self.has_log:
+            return "a model without its training log"
+        # the steps of a run with a time limit are not known before its end
+        steps = "" if self.run.train.minutes else f" of {self.run.train.num_steps:,}"
+        state = "training now" if is_written(self.directory) else "stopped"
+        return f"{state}, step {int(self.train['step'][-1]):,}{steps}"
+
+    @property
+    def stage_starts(self) -> list[tuple[int, int]]:
+        """The block of each stage but the first, and the index of the line before it."""
+        block = self.train["block"]
+        changes = map(int, np.flatnonzero(np.diff(block)))
+        return [(int(block[line + 1]), line) for line in changes]
+
+
+def read_record(directory: Path, name: str = "") -> RunRecord:
+    """The run in a directory, named after it by default.
+
+    UserError for what is not a run directory, and for a training that has not logged anything yet.
+    """
+    run = read_run(directory)
+    path = directory / METRICS
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = []
+    for line in text.splitlines():
+        with suppress(ValueError):  # the last line may be incomplete
+            lines.append(json.loads(line))
+    columns = []
+    try:
+        for split, names in COLUMNS.items():
+            rows = [line for line in lines if line["split"] == split]
+            columns.append({name: np.array([row[name] for row in rows], float) for name in names})
+    except (TypeError, LookupError, ValueError):
+        raise UserError(f"{path} is damaged: restore it, or remove it for a run without") from None
+    train, valid = columns
+    seconds = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
+    train["seconds"] = seconds
+    valid["seconds"] = np.interp(valid["step"], [0, *train["step"]], [0, *seconds])
+    if len(seconds) == 0 and not is_export(directory):
+        remedy = f"wait, or continue it by `{resume_command(directory)}`"
+        raise UserError(f"{directory} has no logged step yet: {remedy}")
+    name = name or directory.resolve().name
+    return RunRecord(name, directory, run, train, valid, read_summary(directory))

@@ -1,1 +1,0 @@
-"""Figures and one page about trained runs (extra `plots`)."""

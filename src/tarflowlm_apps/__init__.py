@@ -1,0 +1,4 @@
+"""Applications on top of tarflowlm.
+
+The core never imports them: its command line starts them by name.
+"""

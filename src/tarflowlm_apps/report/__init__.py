@@ -1,0 +1,1 @@
+"""Runs and models as one HTML page and PNG figures."""

@@ -1,0 +1,212 @@
+"""The report: reads runs and their models, draws figures, and writes one page."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from tarflowlm.checks import check_package
+from tarflowlm.data import Corpus, cached_corpus, eval_windows
+from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.evaluation.blocks import latent_report
+from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.files import replacing
+from tarflowlm.model import as_flow
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
+from tarflowlm.runs.hub import is_reference, locate
+from tarflowlm.terminal import grid
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import Draft
+from tarflowlm.training.records import RunRecord, read_record
+from tarflowlm_apps.report.figures import CURVES, draw_bits, draw_codebook, draw_gains
+from tarflowlm_apps.report.page import GENERATOR, page_html, picture_html, section_html
+from tarflowlm_apps.report.style import Figure, render
+from tarflowlm_apps.report.tables import config_table, summary_table, terms_table
+
+NUM = 3  # samples
+LENGTH = 256  # the most tokens of each
+WIDTH = 4.6  # inches; on a phone, such a figure shows its text in full size
+NAMED = 64  # codes that are named
+
+SIGNS = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
+PASSES = (
+    "The first sample after every block, decoded with the codebook. Noise becomes latents block by "
+    "block, the last block first. Where only the last row is text, block 1 does the writing."
+)
+BLOCKS = (
+    "By how much each block lowers the bound of the blocks under it with the standard normal on "
+    "top, on {windows:,} validation windows ({tokens:,} tokens). Of jointly trained blocks, only "
+    "the whole stack is trained to be a good model."
+)
+EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no codebook."
+
+
+class RunNotes(TypedDict):
+    name: str
+    status: str
+    notes: list[str]
+
+
+class Report(TypedDict):
+    """The files of a report, and its runs with notes on what is missing."""
+
+    page: str
+    figures: list[str]
+    runs: list[RunNotes]
+
+
+def write_report(
+    directories: Sequence[Path],
+    out: Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = SILENT,
+) -> Report:
+    """Write PNG figures and index.html about the runs in `directories` into `out`.
+
+    A run is a run directory, or a model as `locate` finds it, without curves. `out` defaults to
+    DIR/report for a single run directory; an earlier report there is replaced file by file. Raises
+    UserError, before anything is written, for a directory without a run, for runs of the same name,
+    and for an `out` that holds something else.
+    """
+    check_package("matplotlib", "plots")
+    records: dict[str, RunRecord] = {}
+    for directory in directories:
+        # folders in the hub's cache are named after commits
+        name = directory.as_posix() if is_reference(directory) else ""
+        record = read_record(locate(directory), name)
+        if record.slug in records:
+            what = f"two runs have the same name {record.name!r}"
+            raise UserError(f"{what}: give each run once, or rename one of the directories")
+        records[record.slug] = record
+    if out is None:
+        # a model of the package or the hub lies elsewhere than its name says
+        if len(directories) != 1 or locate(directories[0]) != directories[0]:
+            raise UserError("only a single run of yours has a place for its report: add --out DIR")
+        out = directories[0] / "report"
+    page = out / "index.html"
+    is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_new and not (page.is_file() and GENERATOR in page.read_text("utf-8", "replace")):
+        raise UserError(f"{out} exists and holds no report: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(out, device, progress)
+    with replacing(page) as temporary:
+        temporary.write_text(writer.page(list(records.values())), encoding="utf-8")
+    runs = [RunNotes(name=r.name, status=r.status, notes=r.notes) for r in records.values()]
+    return Report(page=str(page), figures=writer.figures, runs=runs)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the page of a report, and draws its figures."""
+
+    out: Path
+    device: torch.device | str
+    progress: Progress
+    figures: list[str] = field(default_factory=list)
+
+    def page(self, records: Sequence[RunRecord]) -> str:
+        sections = [section_html("Summary", [SIGNS], [summary_table(records)])]
+        logged = [record for record in records if record.has_log]
+        if logged:
+            self.progress.stage("training curves")
+            draw = partial(draw_bits, records=logged)
+            curves = self._draw("bits", CURVES, draw, 6.0 + 0.18 * len(logged))
+            sections.append(section_html("Training", parts=[curves]))
+        sections += [self._section(record) for record in records]
+        table = config_table(records)
+        sections.append(section_html("Configuration", parts=[table], is_folded=True))
+        return page_html(f"Report on {', '.join(record.name for record in records)}", sections)
+
+    def _draw(self, name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
+        """A figure of this height in inches as PNG; returns it as HTML."""
+        svg = render(draw, name, self.out, width=WIDTH, height=height)
+        self.figures.append(str(self.out / f"{name}.png"))
+        return picture_html(name, svg, caption)
+
+    def _section(self, record: RunRecord) -> str:
+        """Samples, terms of the bound and codebook of a run."""
+        try:
+            checkpoint = load_checkpoint(record.directory, self.device)
+        except UserError as error:
+            record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
+            return section_html(record.name, record.notes)
+        length = min(LENGTH, checkpoint.model.config.context)
+        parts = self._samples(record, checkpoint, length)
+        step = checkpoint.info.get("step", "?")
+        how = f"seed 0, temperature {checkpoint.run.temperature:g}, not selected"
+        notes = [f"Step {step}. {NUM} samples of at most {length} tokens: {how}."]
+        if checkpoint.model.is_exact:
+            notes.append(EXACT)
+        else:
+            parts += self._flow(record, checkpoint)
+        return section_html(record.name, [*record.notes, *notes], parts)
+
+    def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
+        request = Writing(num=NUM, num_tokens=length)
+        draft = replace(Draft.of(request, checkpoint), is_whole=True)
+        self.progress.stage(f"samples of {record.name}, positions", draft.num_positions)
+        (written,) = draft.batches(self.progress)
+        texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
+        parts = [grid.div("samples", texts)]
+        if checkpoint.model.num_blocks > 1:
+            length = written.streams[0].length
+            passes = [state[0, :length] for state in written.generation.passes]
+            rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
+            parts.append(f"<figure>{rows}<figcaption>{PASSES}</figcaption></figure>\n")
+        return parts
+
+    def _flow(self, record: RunRecord, checkpoint: Checkpoint) -> list[str]:
+        """Pictures of the blocks and of the codebook, and a table of the terms of the bound."""
+        flow = as_flow(checkpoint.model)
+        tokenizer = checkpoint.tokenizer
+        named = list(range(tokenizer.vocab_size))
+        chosen = "first"
+        parts = []
+        table = ""
+        corpus = _corpus(record, checkpoint)
+        if corpus is not None:
+            length = flow.config.context
+            windows = eval_windows(corpus.split("valid"), length, record.run.train.evaluate_windows)
+            counts = windows.flatten().bincount(minlength=tokenizer.vocab_size)
+            named = counts.argsort(descending=True, stable=True).tolist()
+            chosen = "most frequent"
+            self.progress.stage(f"validation windows of {record.name}", len(windows))
+            states = latent_report(flow, windows, progress=self.progress)
+            characters = tokenizer.characters_per_token[windows.numpy()].sum()
+            to_bpc = bits(windows.numel() / characters)
+            table = terms_table(states, to_bpc)
+            caption = BLOCKS.format(windows=len(windows), tokens=windows.numel())
+            draw = partial(draw_gains, states=states, to_bpc=to_bpc)
+            height = 1.0 + 0.7 * flow.num_blocks
+            parts.append(self._draw(f"blocks-{record.slug}", caption, draw, height))
+        caption = "The codebook on its first two principal components."
+        if len(named) > NAMED:
+            caption += f" The {NAMED} {chosen} tokens are named."
+        draw = partial(
+            draw_codebook,
+            codebook=flow.codebook,
+            symbols=tokenizer.symbols,
+            named=named[:NAMED],
+        )
+        return [*parts, self._draw(f"codebook-{record.slug}", caption, draw, 4.6), table]
+
+
+def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
+    """The run's text in the tokens of its model; None, with a note, where it cannot be read."""
+    source = record.run.data.source
+    try:
+        corpus = cached_corpus(source, checkpoint.tokenizer, unwrap=record.run.data.unwrap)
+    except (UserError, OSError) as error:
+        missing = "The gain of each block is not shown, because the run's corpus cannot be used"
+        record.notes.append(f"{missing}: {error}.")
+        return None
+    if corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
+        record.notes.append(
+            f"{source} has changed since training: its validation split may hold some of that."
+        )
+    return corpus

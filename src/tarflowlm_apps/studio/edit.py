@@ -1,0 +1,76 @@
+"""The views that edit: named words, or a share of the words or of a state."""
+
+from dataclasses import replace
+
+from tarflowlm.data.prompts import read
+from tarflowlm.errors import UserError, counted
+from tarflowlm.terminal.grid import text_tokens
+from tarflowlm.texts import edits
+from tarflowlm.texts.requests import Edit
+from tarflowlm_apps.studio import values
+from tarflowlm_apps.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.job import Job
+from tarflowlm_apps.studio.pieces import Pages, asked, card, facts, muted, page, stage, took
+
+WORDS, LATENTS, NOISE = KINDS = ("words", "latents", "noise")
+"""The kinds of change: words, or the states h^(0) = z and h^(L) = u."""
+
+
+def rewrite(
+    catalogue: Catalogue, model: object, text: object, words: object, num: object, seed: object
+) -> Pages:
+    """Texts with other `words`, several separated by commas, wherever they are."""
+    named = [word.strip() for word in values.text(words).split(",")]
+    pieces = tuple(word for word in named if word)
+    if not pieces:
+        raise UserError("name the words to rewrite, separated by commas")
+    request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
+    yield from _edited(catalogue, model, request)
+
+
+def change(
+    catalogue: Catalogue,
+    model: object,
+    text: object,
+    kind: object,
+    strength: object,
+    num: object,
+    seed: object,
+) -> Pages:
+    """Texts in which a share `strength` of the words, of the latents or of the noise is new."""
+    levels = {WORDS: None, LATENTS: 0, NOISE: catalogue.load(model).model.num_blocks}
+    request = replace(
+        _request(text, num, seed),
+        level=levels[values.choice(kind, KINDS)],
+        strength=values.number(strength, "strength", 0.0, 1.0),
+    )
+    yield from _edited(catalogue, model, request)
+
+
+def _request(text: object, num: object, seed: object) -> Edit:
+    return Edit(
+        text=values.text(text),
+        num=values.whole(num, "edits", 1, values.SAMPLES),
+        seed=values.seed(seed),
+    )
+
+
+def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
+    """The progress, then the edits below the original."""
+    checkpoint = catalogue.load(model)
+    tokenizer = checkpoint.tokenizer
+    before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)
+    job = Job("editing")
+    found = yield from job.follow(lambda: edits.edit(request, checkpoint, job), lambda: before)
+    notes = ["the original", *found.notices]
+    cards = [card(stage(before), muted(", ".join(notes)))]
+    for row, tokens in enumerate(found.edit.tokens.cpu()):
+        changed = found.edit.changed[row].cpu()
+        bits = f"bits per character, ≤ {found.bits_before[row]:.2f} before"
+        numbers = facts(
+            (f"{int(changed.sum())}", f"of {counted(len(changed), 'token')} changed"),
+            (f"≤ {found.bits[row]:.2f}", bits),
+        )
+        cards.append(card(stage(text_tokens(tokens, tokenizer, {"changed": changed})), numbers))
+    command = request.command(catalogue.entry(model).command_name)
+    yield page(asked(command), *cards, card(facts(took(job.seconds))))

@@ -1,0 +1,80 @@
+"""Work for a visitor on a thread: followed to its end, and stopped where nobody waits."""
+
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from typing import TypeVar
+
+from tarflowlm.errors import Progress, UserError
+from tarflowlm.terminal.grid import Token
+from tarflowlm_apps.studio.pieces import bar, card, muted, page, unfinished
+
+R = TypeVar("R")
+
+SECONDS = 60.0  # that a piece of work may take at most
+EVERY = 0.12  # seconds between two looks at it
+TURN = threading.Lock()
+"""Held while a model works: two at once would only slow each other down."""
+
+
+class Job(Progress):
+    """The progress of work on a thread, of `total` units if known.
+
+    It can be stopped wherever it advances.
+    """
+
+    def __init__(self, doing: str, total: int = 0) -> None:
+        self.doing = doing
+        self.total = total
+        self.advanced = 0
+        self.seconds = 0.0
+        """How long the finished work has taken."""
+        self._is_wanted = True
+        self._begun = 0.0
+
+    def advance(self, count: int = 1) -> None:
+        """Count progress. CancelledError once nobody waits, UserError when the time is over."""
+        self.advanced += count
+        if not self._is_wanted:
+            raise CancelledError
+        if time.perf_counter() - self._begun > SECONDS:
+            limit = f"{SECONDS:g} seconds, the limit of this page"
+            raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
+
+    def follow(
+        self,
+        work: Callable[[], R],
+        text: Callable[[], Sequence[Token]],
+        around: Callable[[str], str] = page,
+    ) -> Generator[str, None, R]:
+        """Start `work`, which advances this job; yields its progress below a text until it is done.
+
+        `around` makes a page of a card.
+
+        Returns its result. Closing the iterator, as when a visitor leaves, ends the work where it
+        advances next.
+        """
+        future = Future[R]()
+
+        def run() -> None:
+            try:
+                with TURN:
+                    self._begun = time.perf_counter()
+                    self.advance(0)
+                    result = work()
+                    self.seconds = time.perf_counter() - self._begun
+                future.set_result(result)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            while not future.done():
+                words = self.doing if self.advanced else "waiting for its turn"
+                done = bar(self.advanced / self.total) if self.total else ""
+                yield around(card(unfinished(text()), done, muted(words)))
+                wait([future], EVERY)
+        finally:
+            self._is_wanted = False
+        return future.result()

@@ -1,0 +1,334 @@
+"""The layout of the page in Gradio: one tab per view."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from tarflowlm.terminal.grid import div
+from tarflowlm_apps.studio import values
+from tarflowlm_apps.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.edit import KINDS, WORDS, change, rewrite
+from tarflowlm_apps.studio.pieces import Pages, card, guarded, muted, page
+from tarflowlm_apps.studio.runs import runs
+from tarflowlm_apps.studio.score import MODELS, compare
+from tarflowlm_apps.studio.write import infill, offer, write
+
+# gradio's classes cannot be named in annotations that tests check
+Component = Any
+Event = Callable[..., Any]
+View = Callable[..., Pages]
+
+TITLE = "tarflowlm studio"
+WAITING = 16  # requests that may wait for their turn; further ones are refused
+REFRESH = 4.0  # seconds between two looks at the folders of runs
+DRAWN = 6  # runs that are drawn at first
+
+EXAMPLES = (
+    ("Watch the passes", "english-passes", "the little girl ", 128),
+    ("Begin a tale", "english-small", "Once upon a time there was", 160),
+    ("Fill in blanks", "english-small", "The old _ sat by the _ and told the _ a story.", 96),
+)
+"""Label, model, text and length of each."""
+ONE_EACH = "Every _ is one token that the model chooses: a word, a part of one, or one letter"
+GAPS = "Once there was [...] who lived in the [...] forest."
+BLANKS = "the old ____ lived in the ______ by the sea"
+SENTENCE = "The fox ran into the wood and hid behind a great tree."
+TALE = (
+    "Once upon a time there was a king who had three sons, and the youngest of them was so kind "
+    "that the birds sat on his hand."
+)
+
+
+def build(catalogue: Catalogue) -> Component:
+    """The page about the models and runs of `catalogue`."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
+        head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
+        gr.HTML(div("st", div("st-head", head)), apply_default_css=False)
+        _write(catalogue, blocks.load)
+        _infill(catalogue)
+        _edit(catalogue)
+        _score(catalogue)
+        _runs(catalogue, blocks.load)
+        lists = [block for block in blocks.blocks.values() if isinstance(block, gr.Dropdown)]
+
+        def models() -> list[object]:
+            catalogue.refresh()
+            return [gr.Dropdown(catalogue.models) for _ in lists]
+
+        _quick(blocks.load, models, None, lists)
+    # nothing may be called past the queue
+    blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    return blocks
+
+
+def _quick(event: Event, function: Callable[..., object], inputs: object, outputs: object) -> Any:
+    """Bind what needs no model, and so waits for none."""
+    return event(
+        function,
+        inputs,
+        outputs,
+        concurrency_id="runs",
+        concurrency_limit=2,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _write(catalogue: Catalogue, arrival: Event) -> None:
+    """At first it writes what the address asks for, or the first example.
+
+    A click on a word of the result draws others in its place.
+    """
+
+    def values_of(name: str, text: str, length: int) -> list[values.Value]:
+        return [name, [], text, length, catalogue.temperature(name), 1.0, 1, 0]
+
+    examples = {
+        label: partial(values_of, name, text, length)
+        for label, name, text, length in EXAMPLES
+        if name in catalogue.entries
+    }
+    with _form("Write", "The text appears here, then its passes.") as (out, _):
+        with gr.Row():
+            buttons = [gr.Button(label, size="sm", min_width=90) for label in examples]
+        model = _model(catalogue)
+        text = gr.Textbox(
+            "Once upon a time",
+            label="Start, or a text with blanks",
+            placeholder="empty: from the title on · the old _ lived by the sea",
+            info=f"{ONE_EACH}. Shift+Enter writes; a click on a written word offers others.",
+            lines=2,
+            max_lines=6,
+        )
+        ask = _buttons("Write")
+        with gr.Accordion("More", open=False):
+            # a list of at most one can be emptied
+            beside = gr.Dropdown(
+                catalogue.models, value=[], label="Beside it", multiselect=True, max_choices=1
+            )
+            length = gr.Slider(8, values.TOKENS, 160, step=8, label="Length in tokens")
+            temperature = _temperature(catalogue, model)
+            top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
+            with gr.Row():
+                num = _number("Samples", 1)
+                seed = _number("Seed", 0)
+        inputs = [model, beside, text, length, temperature, top_p, num, seed]
+
+        def asked_for(visitor: gr.Request) -> list[values.Value]:
+            first = [*examples.values(), partial(values_of, catalogue.models[0], "", 96)][0]
+            return values.from_address(dict(visitor.query_params), first(), catalogue.models)
+
+        events = [text.submit, _quick(arrival, asked_for, None, inputs).then]
+        for button, example in zip(buttons, examples.values(), strict=True):
+            events.append(_quick(button.click, example, None, inputs).then)
+        _ask(ask, partial(write, catalogue), inputs, out, events)
+        # studio.js writes the text with a gap for the word, and clicks
+        gap = gr.Textbox(elem_id="st-gap", container=False, show_label=False)
+        click = gr.Button("offer", elem_id="st-offer")
+        few = [gr.State(4), gr.State(8)]
+        inputs = [model, gap, *few, temperature, seed]
+        _ask(ask._replace(go=click), partial(offer, catalogue), inputs, out, [])
+
+
+def _infill(catalogue: Catalogue) -> None:
+    with _form("Infill", "Candidates appear here, with their weights.") as (out, arrival):
+        model = _model(catalogue, of_words=True)
+        text = gr.Textbox(
+            GAPS if catalogue.fills_gaps(model.value) else BLANKS,
+            label="Text with blanks",
+            info=f"{ONE_EACH}, [...] are some, with regard to both sides.",
+            lines=3,
+            max_lines=8,
+        )
+        ask = _buttons("Fill in")
+        with gr.Accordion("More", open=False):
+            tries = gr.Slider(1, values.TRIES, 6, step=1, label="Tries")
+            particles = gr.Slider(
+                1,
+                values.PARTICLES,
+                16,
+                step=1,
+                label="Particles in each try",
+                info="Candidates that are weighed by the text behind a blank. More fit better.",
+            )
+            temperature = _temperature(catalogue, model)
+            seed = _number("Seed", 0)
+        inputs = [model, text, tries, particles, temperature, seed]
+        _ask(ask, partial(infill, catalogue), inputs, out, [text.submit], arrival)
+
+
+def _edit(catalogue: Catalogue) -> None:
+    with _form("Edit", "The edit appears here, below the original.") as (out, arrival):
+        model = _model(catalogue, of_words=True)
+        text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
+        num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
+        seed = _number("Seed", 0)
+        with gr.Tab("Rewrite"):
+            words = gr.Textbox(
+                "hid behind, tree",
+                label="Words to rewrite",
+                info="Separated by commas. The rest is kept.",
+            )
+            inputs = [model, text, words, num, seed]
+            ask = _buttons("Rewrite")
+            _ask(ask, partial(rewrite, catalogue), inputs, out, [words.submit], arrival)
+        with gr.Tab("Words"):
+            share = _strength("Share of the words that are resampled.")
+            inputs = [model, text, gr.State(WORDS), share, num, seed]
+            _ask(_buttons("Resample"), partial(change, catalogue), inputs, out, [share.release])
+        with gr.Tab("Level"):
+            share = _strength("0 keeps the text, 1 forgets it.")
+            state = gr.Radio(KINDS[1:], value=KINDS[1], label="What is changed")
+            inputs = [model, text, state, share, num, seed]
+            _ask(_buttons("Re-noise"), partial(change, catalogue), inputs, out, [share.release])
+
+
+def _score(catalogue: Catalogue) -> None:
+    with _form("Score", "The bits of every token appear here.") as (out, arrival):
+        models = gr.Dropdown(
+            catalogue.models,
+            value=catalogue.pair,
+            label="Models",
+            multiselect=True,
+            max_choices=MODELS,
+        )
+        text = gr.Textbox(label="Text", value=TALE, lines=4, max_lines=12)
+        ask = _buttons("Score")
+        _ask(ask, partial(compare, catalogue), [models, text], out, [text.submit], arrival)
+
+
+def _runs(catalogue: Catalogue, arrival: Event) -> None:
+    names = catalogue.runs
+    with gr.Tab("Runs"):
+        with gr.Row(visible=bool(names)) as row:
+            chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs")
+        out = gr.HTML(apply_default_css=False)
+
+    def look(names: object) -> tuple[object, object, str]:
+        catalogue.refresh()
+        found = catalogue.runs
+        *_, shown = guarded(runs)(catalogue, names)
+        return gr.Row(visible=bool(found)), gr.CheckboxGroup(found), shown
+
+    for event in (arrival, gr.Timer(REFRESH).tick, chosen.change):
+        _quick(event, look, [chosen], [row, chosen, out])
+
+
+@contextmanager
+def _form(tab: str, words: str) -> Iterator[tuple[Component, Event]]:
+    """A tab with the fields of a view, and next to them its output, at first these words.
+
+    Gives the output, and the event that the tab is opened.
+    """
+    with gr.Tab(tab, elem_classes=f"st-{tab.lower()}") as opened, gr.Row():
+        out = gr.HTML(page(card(muted(words))), apply_default_css=False, render=False)
+        with gr.Column(scale=3):
+            yield out, opened.select
+        with gr.Column(scale=7):
+            out.render()
+
+
+def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
+    """The list of models, with a line about the chosen one: the first, or the first `of_words`."""
+
+    def about(name: object) -> str:
+        return div("st", muted(catalogue.about(name)))
+
+    names = catalogue.models
+    of_kind = [name for name in names if catalogue.entry(name).run.data.tokenizer.kind == "bpe"]
+    first = of_kind[0] if of_words and of_kind else names[0]
+    model = gr.Dropdown(names, value=first, label="Model", filterable=False)
+    line = gr.HTML(about(first), apply_default_css=False, padding=False)
+    _quick(model.change, about, model, line)
+    return model
+
+
+def _temperature(catalogue: Catalogue, model: Component) -> Component:
+    """A slider at the temperature that suits the model."""
+    usual = catalogue.temperature(model.value)
+    slider = gr.Slider(0.1, 1.5, usual, step=0.05, label="Temperature")
+    _quick(model.input, catalogue.temperature, model, slider)
+    return slider
+
+
+def _number(label: str, value: int) -> Component:
+    # without bounds: gradio's message would not name the field
+    return gr.Number(value, label=label, precision=0, min_width=110)
+
+
+def _strength(words: str) -> Component:
+    return gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info=words)
+
+
+class Buttons(NamedTuple):
+    """Two buttons: one starts a view, one stops it."""
+
+    go: Component
+    stop: Component
+    last: dict[str | None, object]
+    """The last request of every visitor."""
+
+
+def _buttons(words: str) -> Buttons:
+    with gr.Row():
+        go = gr.Button(words, variant="primary", min_width=120)
+        return Buttons(go, gr.Button("Stop", min_width=80, elem_classes="st-stop"), {})
+
+
+def _ask(
+    ask: Buttons,
+    view: View,
+    inputs: list[Component],
+    out: Component,
+    events: list[Event],
+    arrival: Event | None = None,
+) -> None:
+    """One button and the events call the view, the other button stops it.
+
+    So does the `arrival` of a visitor who has asked for nothing yet.
+    """
+    handle = newest(guarded(view), ask.last)
+    handles = [(event, handle) for event in (ask.go.click, *events)]
+    if arrival is not None:
+        handles.append((arrival, greeting(handle, ask.last)))
+    for event, answer in handles:
+        started = event(
+            answer,
+            inputs,
+            out,
+            trigger_mode="multiple",
+            concurrency_id="model",
+            concurrency_limit=WAITING,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        ask.stop.click(None, None, None, cancels=[started], api_visibility="private")
+
+
+def greeting(handle: View, last: dict[str | None, object]) -> View:
+    """The handler for visitors without a `last` request."""
+
+    def answer(visitor: gr.Request, *given: object) -> Pages:
+        if visitor.session_hash in last:
+            yield gr.skip()
+        else:
+            yield from handle(visitor, *given)
+
+    return answer
+
+
+def newest(view: View, last: dict[str | None, object]) -> View:
+    """The view as a handler of events: a visitor's next request ends the `last` one."""
+
+    def handle(visitor: gr.Request, *given: object) -> Pages:
+        last[visitor.session_hash] = mine = object()
+        with closing(view(*given)) as pages:
+            for html in pages:
+                if last[visitor.session_hash] is not mine:
+                    return
+                yield html
+
+    return handle

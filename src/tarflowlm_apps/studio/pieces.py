@@ -1,0 +1,112 @@
+"""Pieces of HTML that the views share; every text is escaped here or in `views/grid.py`."""
+
+import logging
+import shlex
+from collections.abc import Callable, Generator, Sequence
+from html import escape
+from pathlib import Path
+
+from tarflowlm.errors import UserError
+from tarflowlm.terminal.grid import CSS, END, Row, Token, div, spans, to_html
+
+STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")
+HEAD = f"<style>{STYLE}</style><script>{SCRIPT}</script>"
+LOG = logging.getLogger("tarflowlm_apps.studio")
+
+
+Pages = Generator[str, None, None]
+"""The output of a view: HTML now and then, the last is its result."""
+
+
+def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:
+    """The view with errors shown on the page, in plain words and without a stack."""
+
+    def safe(*values: object) -> Pages:
+        try:
+            yield from view(*values)
+        except UserError as error:
+            yield page(notice(str(error)))
+        except Exception:
+            LOG.exception("a view of the studio failed")
+            words = "This did not work. The terminal that started the page shows the error."
+            yield page(notice(words))
+
+    return safe
+
+
+def page(*parts: str) -> str:
+    return div("st st-view", f"<style>{CSS}</style>", *parts)
+
+
+def card(*parts: str) -> str:
+    return div("st-card", *parts)
+
+
+def title(text: str) -> str:
+    return div("st-title", escape(text))
+
+
+def notice(text: str) -> str:
+    text += "" if text.endswith((".", "!", "?")) else "."
+    return f'<div class="st-notice" role="alert">{escape(text)}</div>'
+
+
+def muted(text: str) -> str:
+    """A line in small type."""
+    return f'<p class="st-muted">{escape(text)}</p>'
+
+
+def copying(text: str) -> str:
+    """A button that copies a text."""
+    return f'<button type="button" data-copy="{escape(text)}">copy</button>'
+
+
+def asked(command: Sequence[str], *, link: str = "") -> str:
+    """The request above its result: the command that gives the same, and a link to this page."""
+    line = shlex.join(command)
+    more = f'<a href="{escape(link)}">link</a>' if link else ""
+    return div("st-asked", f"<code>{escape(line)}</code>", copying(line), more)
+
+
+def stage(tokens: Sequence[Token]) -> str:
+    """A text in large type, with a button that copies it."""
+    text = "".join(token.symbol for token in tokens).replace("↵\n", "\n").removesuffix(END)
+    return div("st-stage", spans(tokens)) + copying(text)
+
+
+def unfinished(tokens: Sequence[Token]) -> str:
+    """A text that is worked on, with a caret."""
+    return div("st-stage", spans(tokens), '<span class="st-caret"></span>')
+
+
+def facts(*pairs: tuple[str, str]) -> str:
+    """Numbers, each with what it counts."""
+    shown = (f"<span><b>{escape(value)}</b> {escape(words)}</span>" for value, words in pairs)
+    return div("st-facts", *shown)
+
+
+def took(seconds: float) -> tuple[str, str]:
+    return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s", "in all"
+
+
+def bar(share: float) -> str:
+    """A bar that is filled up to `share`, from 0 to 1."""
+    return div("st-bar", f'<i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i>')
+
+
+def slider(rows: Sequence[Row], *, is_open: bool) -> str:
+    """A slider over passes; one that `is_open` goes through them once by itself.
+
+    The chosen pass is on the stage of the same card, all of them are below.
+    """
+    last = len(rows) - 1
+    plays = " data-play" if is_open else ""
+    control = (
+        f'<input type="range" min="0" max="{last}" value="{last}" step="1" '
+        f'aria-label="pass"{plays}><output>{escape(rows[-1].label)}</output>'
+    )
+    opened = " open" if is_open else ""
+    below = "<summary>how it was written, block by block</summary>"
+    below += div("st-rows", to_html(rows))
+    return f"{div('st-slide', control)}<details{opened}>{below}</details>"

@@ -1,0 +1,53 @@
+"""The view of learning curves."""
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+from tarflowlm.errors import UserError
+from tarflowlm.files import is_written
+from tarflowlm.terminal.grid import div
+from tarflowlm.training.records import read_record
+from tarflowlm_apps.report.figures import AXES, CURVES, draw_bits
+from tarflowlm_apps.report.style import render
+from tarflowlm_apps.report.tables import summary_table
+from tarflowlm_apps.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.pieces import Pages, card, muted, notice, page
+
+MOST = 12  # runs in one figure
+
+
+def runs(catalogue: Catalogue, names: object) -> Pages:
+    """Curves and numbers of the runs `names`, over tokens and seconds of training."""
+    places = {}
+    state: list[object] = []
+    for name in names[:MOST] if isinstance(names, list) else ():
+        place = catalogue.entry(name).place
+        places[str(name)] = place
+        state.append(is_written(place))
+        state += [file.stat().st_size for file in place.glob("*.json*")]
+    yield page(_view(tuple(places.items()), tuple(state)))
+
+
+@lru_cache(maxsize=8)
+def _view(places: tuple[tuple[str, Path], ...], state: tuple[object, ...]) -> str:
+    """Curves and table of runs by name; drawn again when their files have another `state`."""
+    records = []
+    problems = ""
+    for name, place in places:
+        try:
+            record = read_record(place, name)
+        except UserError as error:
+            problems += notice(str(error).replace(str(place), name, 1))
+        else:
+            if record.has_log:
+                records.append(record)
+    if not records:
+        words = "Choose a run to see its curve; `tarflowlm studio runs/mine` shows one of yours."
+        return problems + card(muted(words))
+    figures = ""
+    for axis in AXES:
+        draw = partial(draw_bits, records=records, over=[axis])
+        figure = render(draw, f"runs-{axis}", width=4.2, height=3.0 + 0.18 * len(records))
+        figures += div("st-figure", figure)
+    drawn = card(div("st-pair", figures), muted(CURVES))
+    return problems + drawn + card(summary_table(records))

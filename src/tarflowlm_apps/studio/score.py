@@ -1,0 +1,144 @@
+"""The view that scores: bits of every token, models side by side, blocks, passes of the text."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Generator, Tensor
+
+from tarflowlm.editing.states import encode
+from tarflowlm.model import as_flow
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.terminal.grid import Token, div, text_tokens, visible
+from tarflowlm.texts.requests import Score
+from tarflowlm.texts.scores import Scored, score
+from tarflowlm_apps.studio import values
+from tarflowlm_apps.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.job import Job
+from tarflowlm_apps.studio.passes import passes
+from tarflowlm_apps.studio.pieces import (
+    Pages,
+    asked,
+    card,
+    facts,
+    muted,
+    page,
+    slider,
+    stage,
+    title,
+    took,
+)
+
+MODELS = 2  # models that are compared
+GAP = 2.0  # bits between two models, or around the mean of a block, that are shown in full colour
+COLD, HOT = "var(--st-blue)", "var(--st-warm)"
+SCALE = (
+    '0<span class="st-scale" style="background:linear-gradient(90deg,transparent,'
+    f'color-mix(in srgb,{HOT} 75%,transparent))"></span>'
+)
+
+
+def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
+    """The bits of every token of `text` under each of the models `names`."""
+    wanted = names[:MODELS] if isinstance(names, list) and names else [names]
+    shown = values.text(text)
+    request = Score(text=shown)
+    found: dict[str, Scored] = {}
+    watched: list[str] = []
+    seconds = 0.0
+    for name in wanted:
+        job = Job(f"scoring with {name}")
+        work = partial(_read, str(name), request, catalogue.load(name), job)
+        found[str(name)], more = yield from job.follow(work, lambda: [Token(visible(shown))])
+        watched.append(more)
+        seconds += job.seconds
+    first, *others = (catalogue.entry(name).command_name for name in found)
+    command = request.command(first)
+    if others:
+        command += ["--baseline", *others]
+    # one scale for all, so that colours compare
+    most = max(one.bits.abs().quantile(0.98).item() for one in found.values())
+    scale = f"{SCALE}{most:.1f} bits per token; point at one or tap it"
+    yield page(
+        asked(command),
+        div("st-pair", *(_card(name, one, request, most) for name, one in found.items())),
+        _difference(found),
+        *(_blocks(name, one) for name, one in found.items()),
+        *watched,
+        card(div("st-muted", scale), facts(took(seconds))),
+    )
+
+
+def _read(name: str, request: Score, checkpoint: Checkpoint, job: Job) -> tuple[Scored, str]:
+    """The score of the text under a model, and a card of its passes."""
+    (scored,) = score(request, checkpoint, job)
+    return scored, _passes(name, scored.reading.tokens, checkpoint)
+
+
+def _card(name: str, scored: Scored, request: Score, most: float) -> str:
+    """The bits of every token under a model, and in all."""
+    sign = "≤ "
+    kind = f"a bound from {request.samples} posterior samples"
+    if scored.exact:
+        sign = ""
+        kind = "exact"
+    numbers = facts(
+        (f"{sign}{scored.bits_per_character:.3f}", "bits per character"),
+        (f"{sign}{scored.total:.1f}", f"bits in all, {kind}"),
+    )
+    shown = heat(scored, scored.bits, most)
+    notice = "" if scored.notice is None else muted(scored.notice)
+    return card(title(name), shown, notice, numbers)
+
+
+def _difference(found: Mapping[str, Scored]) -> str:
+    """Where the first of two models needs more or fewer bits, if both read the same tokens."""
+    if len(found) < 2:
+        return ""
+    (first, one), (second, other) = found.items()
+    if one.reading.text != other.reading.text:
+        return muted(f"{first} and {second} read different texts: their bits do not compare.")
+    if one.symbols != other.symbols:
+        return ""
+    shown = heat(one, one.bits - other.bits, GAP)
+    key = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more."
+    return card(title(f"{first} against {second}"), shown, muted(f"{key} Full: {GAP:g} bits."))
+
+
+def _blocks(name: str, scored: Scored) -> str:
+    """log2 |det J| of every block of a flow at every token, around its mean."""
+    blocks = scored.blocks
+    if blocks is None or len(blocks) < 2:
+        return ""
+    rows = ""
+    for block, row in enumerate(blocks, 1):
+        words = f"block {block}: {row.mean().item():+.2f} bits per token"
+        most = max(GAP, row.std(correction=0).item() * 2)
+        body = heat(scored, row.mean() - row, most)
+        opened = " open" if block == 1 else ""
+        rows += f"<details{opened}><summary>{words}</summary>{body}</details>"
+    key = (
+        "log2 |det J| of each block around its mean. Blue: the block spreads this token's latents "
+        "more than others, which makes it likelier; orange: less."
+    )
+    return card(title(f"Blocks of {name}"), rows, muted(key))
+
+
+def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
+    """The passes by which several blocks of a flow write the text from its own noise, if any do."""
+    if checkpoint.model.num_blocks < 2 or len(tokens) > checkpoint.model.config.context:
+        return ""
+    model = as_flow(checkpoint.model)
+    encoded = encode(model, tokens[None], Generator().manual_seed(0))
+    states = [state[0, : encoded.length] for state in encoded.states[::-1]]
+    texts = [model.codebook.decode(state) for state in states]
+    rows, is_watched = passes(model, checkpoint.tokenizer, texts, states)
+    if not is_watched:
+        return ""
+    key = "The noise that the blocks make of this text, and each pass on the way back."
+    text = stage(text_tokens(tokens, checkpoint.tokenizer))
+    return card(title(f"Passes of {name}"), text, slider(rows, is_open=True), muted(key))
+
+
+def heat(scored: Scored, bits: Tensor, most: float) -> str:
+    # the line below is for fingers, which cannot point
+    return div("st-heat", scored.heat(bits, most, HOT, COLD)) + muted("")

@@ -1,0 +1,66 @@
+"""Serves the page: to this machine alone by default; nothing leaves the machine."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tarflowlm.errors import UserError
+from tarflowlm_apps.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.pieces import HEAD
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_address(host: str, port: int | None) -> None:
+    """UserError where nothing can be served at the host, or at its port, if that is given."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        where = host if port is None else f"{host}, port {port}"
+        raise UserError(f"cannot serve at {where} ({error.strerror}): choose another") from None
+
+
+@contextmanager
+def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[str]:
+    """Serve the page about `catalogue`, at a free port for None; gives its address."""
+    # read when gradio is imported: no telemetry, no look for a newer version, nothing kept
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # gradio requests its own page to see whether it is up: never through a proxy
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from tarflowlm_apps.studio.page import build
+
+    # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself
+    # answers no other origin on localhost
+    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    blocks = build(catalogue)
+    _, url, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        blocked_paths=["/"],
+        max_file_size=1,
+        head=HEAD,
+        theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
+        app_kwargs={"middleware": [trusted], "docs_url": None, "openapi_url": None},
+    )
+    try:
+        yield url
+    finally:
+        blocks.close(verbose=False)

@@ -1,0 +1,214 @@
+"""The views that draw: a text as it is written, and candidates for blanks with their weights."""
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tarflowlm.data.prompts import BLANK, has_blanks, unescaped
+from tarflowlm.errors import counted
+from tarflowlm.generation.inversion import Kept
+from tarflowlm.model import as_flow
+from tarflowlm.terminal.grid import Token, div, spans, text_tokens, visible
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import Draft, Written
+from tarflowlm_apps.studio import values
+from tarflowlm_apps.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.job import Job
+from tarflowlm_apps.studio.passes import passes
+from tarflowlm_apps.studio.pieces import (
+    Pages,
+    asked,
+    bar,
+    card,
+    facts,
+    muted,
+    page,
+    slider,
+    stage,
+    title,
+    took,
+)
+
+
+def write(
+    catalogue: Catalogue,
+    model: object,
+    beside: object,
+    text: object,
+    length: object,
+    temperature: object,
+    top_p: object,
+    num: object,
+    seed: object,
+) -> Pages:
+    """The text while it is written, then the samples and their passes; of two models in columns."""
+    start = values.text(text)
+    is_template = has_blanks(start)
+    prompt = "" if is_template else unescaped(start, Writing.blank)
+    cut = values.number(top_p, "top-p", 0.05, 1.0)
+    request = Writing(
+        prompt=prompt or None,
+        template=start if is_template else None,
+        num_tokens=None if is_template else values.whole(length, "length", 1, values.TOKENS),
+        temperature=values.number(temperature, "temperature", 0.1, 2.0),
+        top_p=None if cut == 1.0 else cut,
+        num=values.whole(num, "samples", 1, values.SAMPLES),
+        seed=values.seed(seed),
+    )
+    other = beside[0] if isinstance(beside, list) and beside else beside or ""
+    link = values.to_address((model, other, start, length, temperature, top_p, num, seed))
+    columns: list[str] = []
+
+    def shown(above: str, *cards: str) -> str:
+        return page(div("st-pair", *columns, div("st-column", above, *cards)))
+
+    for name in (model, other) if other not in ("", model) else (model,):
+        command = request.command(catalogue.entry(name).command_name)
+        # one link asks for both
+        above = asked(command, link="" if columns else link)
+        cards = yield from _samples(catalogue, name, request, partial(shown, above))
+        columns.append(div("st-column", above, *cards))
+    yield page(div("st-pair", *columns))
+
+
+def _samples(
+    catalogue: Catalogue, model: object, request: Writing, around: Callable[[str], str]
+) -> Generator[str, None, list[str]]:
+    """A card for every sample of a model."""
+    checkpoint = catalogue.load(model)
+    draft = replace(Draft.of(request, checkpoint), is_whole=checkpoint.model.num_blocks > 1)
+    given = _given(draft)
+    written: list[int] = []
+
+    def work() -> Written:
+        steps = Kept(draft.steps(range(draft.total), job))
+        for tokens in steps:
+            if draft.end not in written:
+                written.extend(tokens[0].tolist())
+        return steps.value
+
+    def so_far() -> list[Token]:
+        return text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
+
+    job = Job("writing", draft.num_positions)
+    found = yield from job.follow(work, so_far, around)
+    samples = found.generation.tokens
+    speed = (f"{samples.numel() / job.seconds:,.0f}", "tokens per second")
+    cards = []
+    for row, stream in enumerate(found.streams):
+        numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
+        # with its end, of which a mark is shown
+        tokens = samples[row, : stream.length + stream.has_ended]
+        mask = _given(draft, found, row)
+        text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": mask}))
+        watched = ""
+        if checkpoint.model.num_blocks > 1 and found.generation.passes:
+            rows, is_watched = passes(
+                as_flow(checkpoint.model),
+                checkpoint.tokenizer,
+                [text[row, : stream.length] for text in found.generation.passes],
+                [state[row, : stream.length] for state in found.generation.states],
+                given=mask,
+            )
+            watched = slider(rows, is_open=row == 0 and is_watched)
+        cards.append(card(text_of_row, *map(muted, draft.notices), numbers, watched))
+    return cards
+
+
+def _given(draft: Draft, written: Written | None = None, row: int = 0) -> Tensor:
+    """Where a text has given tokens, [T]; in sample `row` where gaps were filled."""
+    if written is not None and written.generation.filled is not None:
+        return written.generation.filled.given[row]
+    prompt = draft.prompt(0)[: draft.num_tokens]
+    return pad(prompt != BLANK, (0, draft.num_tokens - len(prompt)))
+
+
+def infill(
+    catalogue: Catalogue,
+    model: object,
+    text: object,
+    tries: object,
+    particles: object,
+    temperature: object,
+    seed: object,
+) -> Pages:
+    """Candidates for the blanks of `text`, the likeliest first.
+
+    The weight of a try is its evidence, the mean weight of its particles. This is unbiased for
+    p(given), so a draw from the tries by weight is a draw by all of their particles, and the mean
+    of their probabilities of a length is one of all particles.
+    """
+    checkpoint = catalogue.load(model)
+    request = Writing(
+        template=values.text(text),
+        num=values.whole(tries, "tries", 1, values.TRIES),
+        particles=values.whole(particles, "particles", 1, values.PARTICLES),
+        temperature=values.number(temperature, "temperature", 0.1, 2.0),
+        seed=values.seed(seed),
+    )
+    draft = Draft.of(request, checkpoint)
+    with_blanks = [Token(visible(draft.given[0].text))]
+    job = Job("trying", draft.num_positions)
+    batches = yield from job.follow(lambda: list(draft.batches(job)), lambda: with_blanks)
+    weights = _weights(batches)
+    shares: dict[str, float] = defaultdict(float)  # equal texts are one candidate
+    for shown, weight in zip(_fillings(draft, batches), weights.tolist(), strict=True):
+        shares[shown] += weight
+    choices = ""
+    for shown in sorted(shares, key=shares.__getitem__, reverse=True):
+        choices += _choice(shares[shown], div("st-stage", shown))
+    effective = 1 / (weights**2).sum().item()  # from 1 to all of them
+    count = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
+    trust = f"{count} More particles find more texts that fit.{bar(effective / len(weights))}"
+    numbers = facts((f"{draft.particles:,}", "particles per try"), took(job.seconds))
+    yield page(
+        asked(request.command(catalogue.entry(model).command_name)),
+        card(choices, *map(muted, draft.notices)),
+        *_lengths(batches, weights),
+        card(trust, numbers),
+    )
+
+
+def offer(catalogue: Catalogue, model: object, *values: object) -> Pages:
+    """`infill` by a model that fills in gaps, the chosen one or another."""
+    yield from infill(catalogue, catalogue.for_gaps(model), *values)
+
+
+def _choice(share: float, words: str) -> str:
+    """One of several possibilities, with its share."""
+    return div("st-choice", div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share)), words)
+
+
+def _fillings(draft: Draft, batches: list[Written]) -> Iterator[str]:
+    """Every try in HTML, with the tokens that are new marked."""
+    for batch in batches:
+        for index, row in enumerate(batch.generation.tokens.cpu()):
+            tokens = row[: batch.streams[index].length]
+            mask = _given(draft, batch, index)
+            shown = text_tokens(tokens, draft.lm.tokenizer, {"given": mask, "changed": ~mask})
+            yield spans(shown)
+
+
+def _lengths(batches: list[Written], weights: Tensor) -> Iterator[str]:
+    """A card for every gap of unknown length: how many tokens it may have."""
+    found = [batch.generation.filled.lengths for batch in batches if batch.generation.filled]
+    for number, tables in enumerate(zip(*found, strict=True), 1):
+        rows = ""
+        for length, share in enumerate((weights[:, None] * torch.cat(tables)).sum(0).tolist(), 1):
+            rows += _choice(share, counted(length, "token"))
+        yield card(title(f"Length of gap {number}"), rows)
+
+
+def _weights(batches: list[Written]) -> Tensor:
+    """The weight of every try: equal where nothing is given, and where all evidence is zero."""
+    evidence = []
+    for batch in batches:
+        found = batch.generation.evidence
+        evidence.append(torch.zeros(len(batch.rows)) if found is None else found.log_evidence)
+    weights = torch.cat(evidence).softmax(0)
+    return weights.nan_to_num(1 / len(weights))

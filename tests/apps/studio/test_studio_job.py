@@ -1,0 +1,92 @@
+"""Work for a visitor ends when nobody waits, when the time is over, or by an error; a taken port is
+refused.
+"""
+
+import importlib.util
+import socket
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+
+import pytest
+
+from tarflowlm.checks import check_package
+from tarflowlm.errors import UserError
+from tarflowlm_apps.studio import job
+from tarflowlm_apps.studio.job import Job
+from tarflowlm_apps.studio.server import check_address
+
+
+def endless(job: Job) -> None:
+    while True:
+        time.sleep(0.002)
+        job.advance()
+
+
+def test_work_is_followed_to_its_end():
+    following, results = Job("working", 3), []
+
+    def work():
+        following.advance(3)
+        return 7
+
+    def view():
+        results.append((yield from following.follow(work, list)))
+
+    list(view())
+    assert (results, following.advanced) == ([7], 3)
+
+
+def test_work_ends_when_nobody_waits():
+    ended, job = threading.Event(), Job("working")
+
+    def work():
+        try:
+            endless(job)
+        except CancelledError:
+            ended.set()
+            raise
+
+    steps = job.follow(work, list)
+    next(steps)
+    steps.close()
+    assert ended.wait(5)
+
+
+def test_work_ends_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(job, "SECONDS", 0.05)
+    following = Job("working")
+    with pytest.raises(UserError):
+        list(following.follow(lambda: endless(following), list))
+
+
+def test_one_works_at_a_time():
+    running, most = [], []
+
+    def work():
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.03)
+        running.pop()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: list(Job("working").follow(work, list)), range(3)))
+    assert most == [1, 1, 1]
+
+
+def test_a_port_that_is_taken_and_a_host_elsewhere_are_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} .*: choose another"):
+            check_address("127.0.0.1", port)
+        check_address("127.0.0.1", None)
+    with pytest.raises(UserError, match=r"cannot serve at 192\.0\.2\.1 "):
+        check_address("192.0.2.1", None)
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install .*gradio.*matplotlib"):
+        check_package("gradio", "studio")

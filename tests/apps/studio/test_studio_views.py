@@ -1,0 +1,274 @@
+"""The views without a browser: the right tokens, texts as texts, and an answer in words to any
+value.
+"""
+
+import re
+import shutil
+from html import unescape
+from urllib.parse import parse_qsl
+
+import pytest
+import torch
+from studio_cases import shown, stages, words
+
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.pretrained import Pretrained
+from tarflowlm_apps.studio.catalogue import Catalogue
+from tarflowlm_apps.studio.edit import KINDS, change, rewrite
+from tarflowlm_apps.studio.pieces import guarded
+from tarflowlm_apps.studio.runs import runs
+from tarflowlm_apps.studio.score import compare
+from tarflowlm_apps.studio.values import from_address
+from tarflowlm_apps.studio.write import infill, offer, write
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+VALID = {
+    write: ["flow", "", "the ", 12, 1.0, 1.0, 1, 0],
+    infill: ["flow", "the ___ saw", 3, 2, 1.0, 0],
+    rewrite: ["flow", "the cat saw", "cat", 2, 0],
+    change: ["flow", "the cat saw", "latents", 0.5, 2, 0],
+    compare: [["flow", "baseline"], "the cat saw"],
+    runs: [["flow", "baseline"]],
+}
+"""Values that every view accepts."""
+EVERY_VIEW = pytest.mark.parametrize("view", VALID, ids=lambda view: view.__name__)
+
+
+@pytest.mark.slow
+@EVERY_VIEW
+def test_view_answers(catalogue, view):
+    html = shown(view, catalogue, VALID[view])
+    assert "st-card" in html
+    assert "st-notice" not in html
+
+
+@pytest.mark.slow
+@EVERY_VIEW
+@pytest.mark.parametrize("value", [None, "x" * 5000, float("nan"), 10**400, ["flow"], HOSTILE])
+def test_any_value_is_answered_in_words(catalogue, caplog, view, value):
+    for place in range(len(VALID[view])):
+        html = shown(view, catalogue, [*VALID[view][:place], value, *VALID[view][place + 1 :]])
+        assert "Traceback" not in html
+        assert "This did not work" not in html, caplog.text
+        assert not re.search(r"<script|<img", html)
+
+
+def test_unexpected_error_is_no_stack(caplog):
+    def broken():
+        yield "<p>"
+        raise ZeroDivisionError("<b>secret</b>")
+
+    *_, last = guarded(broken)()
+    assert "This did not work" in last
+    assert "secret" not in last
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_written_text_is_the_library_s(catalogue):
+    checkpoint = catalogue.load("flow")
+    prompt = torch.from_numpy(checkpoint.tokenizer.encode("the "))
+    generator = torch.Generator().manual_seed(0)
+    expected = generate(
+        checkpoint.model, num_tokens=12, prompt=prompt, generator=generator, decoder="auto"
+    )
+    html = shown(write, catalogue, VALID[write])
+    expected_text = checkpoint.tokenizer.decode(expected.tokens[0])
+    assert stages(html) == [expected_text]
+    rows = stages(html, "tl-text")
+    assert rows[-1] == expected_text
+    assert len(rows) > 1
+    assert '<span class="tl-given">the </span>' in html
+
+
+def test_two_models_write_side_by_side(catalogue):
+    html = shown(write, catalogue, ["flow", "baseline", *VALID[write][2:]])
+    alone = [["flow", ""], ["baseline", ""]]
+    texts = [stages(shown(write, catalogue, [*names, *VALID[write][2:]])) for names in alone]
+    assert stages(html) == [*texts[0], *texts[1]]
+    assert html.count("st-column") == html.count("st-asked") == 2
+
+
+def test_normalised_text_is_shown(catalogue):
+    html = words(shown(write, catalogue, ["flow", "", "The 9 Cats, ", 20, 1.0, 1.0, 1, 0]))
+    assert "the nine cats " in html
+    assert "read as: the nine cats" in html
+
+
+def test_an_escaped_blank_is_a_character(catalogue):
+    html = shown(write, catalogue, ["baseline", "", r"the \_cat\_ ", 24, 1.0, 1.0, 1, 0])
+    assert "read as: the cat" in words(html)
+    html = shown(write, catalogue, ["baseline", "", r"the \_cat\_ _", 24, 1.0, 1.0, 1, 0])
+    assert "st-notice" not in html
+    assert re.fullmatch("the cat .", stages(html)[0])
+
+
+def test_template_keeps_given_tokens(catalogue):
+    html = shown(infill, catalogue, VALID[infill])
+    assert {bool(re.fullmatch("the ... saw", text)) for text in stages(html)} == {True}
+    assert "count" in words(html)
+
+
+def test_likely_lengths_of_a_gap_are_shown(catalogue):
+    for name in ("flow", "baseline"):
+        html = shown(infill, catalogue, [name, "the [...3] saw", 3, 2, 1.0, 0])
+        assert {bool(re.fullmatch("the .{1,3} saw", text)) for text in stages(html)} == {True}
+        assert "Length of gap 1" in words(html)
+        assert "[...3]" in words(html)
+
+
+def test_a_gap_of_a_text_with_blanks_is_as_long_as_it_was_drawn(catalogue):
+    text = "t_e [...8] saw"
+    html = shown(write, catalogue, ["flow", "", text, 20, 0.8, 1.0, 1, 0])
+    expected = Pretrained(**vars(catalogue.load("flow"))).fill(text, temperature=0.8, seed=0)
+    assert stages(html) == [expected]
+    assert '<span class="tl-given"> saw</span>' in html or 'tl-given">saw' in html
+
+
+def test_only_whole_words_are_rewritten(catalogue):
+    html = shown(rewrite, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 0])
+    _, *found = stages(html)
+    assert {bool(re.fullmatch("... a catcat ...", text)) for text in found} == {True}
+    assert "--rewrite Cat --everywhere" in words(html)
+    html = shown(rewrite, catalogue, ["flow", "cat a catcat", "dog", 3, 0])
+    assert "st-notice" in html
+    assert "words to rewrite" in shown(rewrite, catalogue, ["flow", "cat a catcat", " , ", 3, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_of_strength_zero_changes_nothing(catalogue, kind):
+    html = words(shown(change, catalogue, ["flow", "the cat saw", kind, 0.0, 1, 0]))
+    assert "0 of 11 tokens changed" in html
+
+
+def test_bound_of_a_flow_is_marked(catalogue):
+    html = shown(compare, catalogue, VALID[compare])
+    assert re.findall(r"<b>(≤?).{0,3}[\d.]+</b> bits per character", html) == ["≤", ""]
+    assert [stages(html, "st-heat")[n] for n in range(3)] == ["the cat saw"] * 3
+
+
+def test_a_scored_text_is_watched_in_passes():
+    """Where more than one block changes the text; passes end with the text itself."""
+    catalogue = Catalogue()
+    html = shown(compare, catalogue, [["english-passes", "english-mini"], "the little girl ran"])
+    assert "Passes of english-passes" in html
+    assert "Passes of english-mini" not in html
+    *_, last = re.findall(r'<div class="tl-text">(.*?)</div>', html.split("Passes of ")[1])
+    assert words(last) == "the little girl ran"
+    beyond = "the little girl ran " * 20
+    assert "Passes of" not in shown(compare, catalogue, [["english-passes"], beyond])
+
+
+@pytest.mark.slow
+def test_curves_follow_the_chosen_runs(catalogue, folder):
+    both, one = (shown(runs, catalogue, [names]) for names in (["flow", "baseline"], ["flow"]))
+    assert both.count("<svg") == one.count("<svg") == 2
+    assert ("baseline" in words(both), "baseline" in words(one)) == (True, False)
+    assert "finished" in words(both)
+    more = Catalogue([str(folder), "english-mini"])
+    html = shown(runs, more, [["flow", "english-mini"]])
+    assert html.count("<svg") == 2
+
+
+def test_catalogue_has_its_names_alone(catalogue, folder):
+    assert catalogue.models == ["flow", "baseline"]
+    assert catalogue.pair == ["flow", "baseline"]
+    for name in (str(folder / "flow"), "../flow", "", None, 3, "english-mini"):
+        with pytest.raises(UserError, match="no model of that name"):
+            catalogue.load(name)
+    assert Catalogue().pair == ["english-small", "english-small-ar"]
+    assert Catalogue().models == [
+        "english-small",
+        "english-mini",
+        "english-passes",
+        "english-mini-ar",
+        "english-small-ar",
+    ]
+
+
+def test_the_request_is_above_its_result(catalogue, folder):
+    found = words(shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3]))
+    asked = "--prompt 'the '\"'\"'cat' --length 12 --temperature 0.8 --num 2 --seed 3"
+    assert found.startswith(f"tarflowlm sample {folder}/flow {asked}")
+    html = shown(compare, catalogue, VALID[compare])
+    asked = f"score {folder}/flow --text 'the cat saw' --baseline {folder}/baseline"
+    assert words(html).startswith(f"tarflowlm {asked}")
+    assert f'data-copy="tarflowlm score {folder}' in html
+
+
+def test_others_for_a_word_come_from_a_model_that_fills_gaps():
+    catalogue = Catalogue()
+    text = "The little girl [...2] into the wood."
+    html = shown(offer, catalogue, ["english-passes", text, 2, 4, 1.0, 0])
+    assert words(html).startswith("tarflowlm sample english-small --template")
+    assert catalogue.for_gaps("english-mini-ar") == "english-mini-ar"
+
+
+def test_passes_play_where_blocks_share_the_work():
+    catalogue = Catalogue()
+    for name, plays in (("english-passes", True), ("english-mini", False)):
+        html = shown(write, catalogue, [name, "", "", 96, 0.8, 1.0, 1, 0])
+        assert ("data-play" in html) is plays
+
+
+def test_a_run_that_begins_later_is_found(folder, tmp_path):
+    shutil.copytree(folder / "flow", tmp_path / "first")
+    catalogue = Catalogue([str(tmp_path)])
+    shutil.copytree(folder / "baseline", tmp_path / "more" / "second")
+    assert catalogue.runs == ["first"]
+    catalogue.refresh()
+    assert catalogue.runs == ["first", "second"]
+    assert catalogue.entry("second").command_name == str(tmp_path / "more" / "second")
+    # a run that cannot be read takes none of the others away
+    (tmp_path / "first" / "config.json").write_text("{", encoding="utf-8")
+    catalogue.refresh()
+    assert catalogue.runs == ["first", "second"]
+
+
+def test_a_link_brings_its_request_back(catalogue):
+    html = shown(write, catalogue, ["flow", ["baseline"], "a & b", 12, 0.8, 1.0, 1, 3])
+    (link,) = re.findall('href="([^"]+)"', html)
+    asked = dict(parse_qsl(unescape(link).removeprefix("?")))
+    usual = ["baseline", [], "", 96, 1.0, 1.0, 1, 0]
+    assert from_address(asked, usual, catalogue.models) == [
+        "flow",
+        ["baseline"],
+        "a & b",
+        12,
+        0.8,
+        1.0,
+        1,
+        3,
+    ]
+    assert from_address({}, usual, catalogue.models) == usual
+    bad = {"model": "../etc", "beside": "etc", "length": "x", "seed": "1e9", "temperature": HOSTILE}
+    assert from_address(bad, usual, catalogue.models) == usual
+
+
+@pytest.mark.slow
+def test_a_visitor_s_next_request_ends_the_one_before():
+    gr = pytest.importorskip("gradio")
+    from tarflowlm_apps.studio.page import newest
+
+    ended = []
+
+    def view(name):
+        try:
+            for number in range(3):
+                yield f"{name}{number}"
+        finally:
+            ended.append(name)
+
+    handle, one, other = (
+        newest(view, {}),
+        gr.Request(session_hash="1"),
+        gr.Request(session_hash="2"),
+    )
+    first, elsewhere = handle(one, "a"), handle(other, "b")
+    assert (next(first), next(elsewhere)) == ("a0", "b0")
+    second = handle(one, "c")
+    assert next(second) == "c0"
+    assert list(first) == []
+    assert ended == ["a"]
+    assert (list(second), list(elsewhere)) == (["c1", "c2"], ["b1", "b2"])
