@@ -134,7 +134,7 @@ class Codebook(nn.Module):
         return torch.log_softmax(densities, dim=-1)
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
-        """The most probable token of every latent vector; on ties the lowest index."""
+        """The most probable token of every latent vector."""
         return numerics.most_probable_component(z, self.mean, self.log_std)
 
 

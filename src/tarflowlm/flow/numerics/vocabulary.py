@@ -109,8 +109,9 @@ def mixture_log_prob_from_features(
 
 @torch.no_grad()
 def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """argmax_k N(z; mu_k, s_k^2 I), the first of equals: the decoder's mode (docs/math.md, eq. 2).
+    """argmax_k N(z; mu_k, s_k^2 I): the decoder's mode (docs/math.md, eq. 2).
 
+    Of components that differ by a rounding in float64 it may be any, of equal ones it is the first.
     Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0. ValueError if
     shapes do not fit.
     """
