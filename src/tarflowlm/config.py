@@ -23,7 +23,7 @@ Pick = Literal["random", "unlikely"]
 
 Precision = Literal["float32", "bfloat16"]
 
-Normalization = Literal["none", "text8", "bert"]
+Normalization = Literal["none", "text8"]
 
 TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 """The 27 characters of text8: single spaces and `a`-`z`."""
@@ -37,9 +37,7 @@ def check_alphabet(alphabet: str) -> None:
         raise UserError(f"alphabet {alphabet!r:.80}: list two characters or more, each once")
 
 
-Kind = Literal["char", "byte", "bpe", "wordpiece"]
-PIECES: tuple[Kind, ...] = ("bpe", "wordpiece")
-"""Kinds that can be read from a `source`."""
+Kind = Literal["char", "byte", "bpe"]
 LARGEST_BPE = 1 << 22
 """Tokens of a BPE: the library reserves memory for all, and aborts where that fails."""
 
@@ -49,27 +47,22 @@ class TokenizerConfig(Config):
     """The tokenizer of a run."""
 
     kind: Kind = "char"
-    """Units of text: characters of `alphabet`, UTF-8 bytes, byte-pair encoding, or WordPiece."""
+    """Units of text: characters of `alphabet`, UTF-8 bytes, or byte-pair encoding."""
     alphabet: str = TEXT8_ALPHABET
     """The characters of kind char, or from which a BPE trained here on text8 text starts."""
     vocab_size: int = 0
     """Number of tokens of a BPE trained here; 0 for every other tokenizer."""
     source: str = ""
-    """A tokenizer.json, or a hub name: gpt2, bert-base-uncased. Empty: train a BPE here."""
-    normalize: Literal["none", "text8", "bert", "auto"] = "text8"
-    """Applied to the text: none, text8 (a-z and spaces; digits are spelled out), or bert for
-    WordPiece (lower case without accents, signs apart). auto: none for your own text, whose
-    characters are the alphabet then, and text8 for the corpora by name.
+    """A tokenizer.json, or a hub name such as gpt2. Empty: train a BPE here."""
+    normalize: Literal["none", "text8", "auto"] = "text8"
+    """Applied to the text: none, or text8 (a-z and spaces; digits are spelled out). auto: none for
+    your own text, whose characters are the alphabet then, and text8 for the corpora by name.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unused = f"has no effect with kind={self.kind!r} and source={self.source!r}: leave it out"
-        self.require("source", self.kind in PIECES or not self.source, unused)
-        is_bert = self.kind == "wordpiece"
-        self.require("source", bool(self.source) or not is_bert, "name one: bert-base-uncased")
-        rule = "bert goes with kind wordpiece, and with no other"
-        self.require("normalize", (self.normalize == "bert") == is_bert, rule)
+        self.require("source", self.kind == "bpe" or not self.source, unused)
         if self.needs_training:
             least = len(self.alphabet) + 1 if self.uses_alphabet else 258
             rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or give a source"
@@ -105,7 +98,7 @@ class DataConfig(Config):
     """Text and tokens."""
 
     source: str = "tales"
-    """tales, text8, openwebtext, lm1b, a text file or a folder of them, hf:OWNER/NAME, or
+    """tales, text8, openwebtext, a text file or a folder of them, hf:OWNER/NAME, or
     a directory made by `tarflowlm data`.
     """
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(normalize="auto"))

@@ -166,19 +166,6 @@ class _Corpus(NamedTuple):
     """K of the Mix-1 blocks above Mix-d."""
 
 
-_OWT = _Corpus(
-    data=DataConfig(
-        source="openwebtext",
-        tokenizer=TokenizerConfig(kind="bpe", source="gpt2", normalize="none"),
-    ),
-    context=1024,
-    latent_dim=16,
-    steps=200_000,
-    batch_size=256,
-    dropout=0.0,
-    components=64,
-    upper_components=64,
-)
 PAPER_CORPORA = {
     "text8": _Corpus(
         data=DataConfig(source="text8"),
@@ -190,16 +177,18 @@ PAPER_CORPORA = {
         components=27,
         upper_components=2,
     ),
-    "owt": _OWT,
-    "lm1b": _OWT._replace(
+    "owt": _Corpus(
         data=DataConfig(
-            source="lm1b",
-            tokenizer=TokenizerConfig(
-                kind="wordpiece", source="bert-base-uncased", normalize="bert"
-            ),
+            source="openwebtext",
+            tokenizer=TokenizerConfig(kind="bpe", source="gpt2", normalize="none"),
         ),
-        context=128,
-        batch_size=512,
+        context=1024,
+        latent_dim=16,
+        steps=200_000,
+        batch_size=256,
+        dropout=0.0,
+        components=64,
+        upper_components=64,
     ),
 }
 _KINDS = {

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tarflowlm.checks import check_time, check_type
 from tarflowlm.config import (
-    PIECES,
     TEXT8_ALPHABET,
     DataConfig,
     Kind,
@@ -354,7 +353,7 @@ def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
     how = TokenizerConfig(
         kind=cast(Kind, tokenizer.kind),
         alphabet=tokenizer.alphabet if isinstance(tokenizer, CharTokenizer) else TEXT8_ALPHABET,
-        source="own" if tokenizer.kind in PIECES else "",
+        source="own" if tokenizer.kind == "bpe" else "",
         normalize=tokenizer.normalization,
     )
     return RunConfig(

@@ -11,7 +11,7 @@ from tarflowlm.options import Part, PrintJson, Unwrap, arg, check
 from tarflowlm.parts import WHOLE
 
 SOURCES = (
-    "tales (built in), text8, openwebtext, lm1b, a text or .jsonl file (FILE#FIELD), "
+    "tales (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
     "also as .gz or .xz, a folder of these or of .parquet, or hf:OWNER/NAME#FIELD."
 )
 

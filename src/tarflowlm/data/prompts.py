@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tarflowlm.checks import check_type
 from tarflowlm.config import Normalization
-from tarflowlm.data.text import normalize_bert, normalize_text8
+from tarflowlm.data.text import normalize_text8
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 
@@ -203,8 +203,6 @@ def _normalized(
 ) -> str:
     if how == "none" or not text:
         return text.lower() if tokenizer.is_lower_case else text
-    if how == "bert":
-        return normalize_bert(text) + " " * text[-1].isspace()
     words = normalize_text8(text).strip()
     # next to a blank, which is a letter, everything else becomes a space, as within a text
     starts_apart = text[0].isspace() or (after_blank and text[0] not in ascii_letters)

@@ -1,4 +1,4 @@
-"""Sources of text by name: tales, text8, OpenWebText, LM1B, sets of the hub, and paths."""
+"""Sources of text by name: tales, text8, OpenWebText, sets of the hub, and paths."""
 
 import hashlib
 import http.client
@@ -166,15 +166,11 @@ class Documents(Source):
                 for document in batch.column(0).drop_null().to_pylist():
                     if not isinstance(document, str):
                         raise TypeError(f"{document!r:.40} is not a text")
-                    yield split(document), [self.text_of(document)]
+                    yield split(document), [plain_line_ends(document)]
         except (OSError, LookupError, TypeError, ValueError) as error:
             what = f"cannot read the column {self.field} of {self.files[part]}"
             remedy = f"get it again, or name a column of texts, as SOURCE{FIELD}COLUMN"
             raise UserError(f"{what} ({first_line(error)}): {remedy}") from None
-
-    def text_of(self, document: str) -> str:
-        """A document as it is read."""
-        return plain_line_ends(document)
 
     def splitter(self, part: int) -> Callable[[str], Split]:
         """The split of each document of a part, by `fair_shares`."""
@@ -213,30 +209,10 @@ class OpenWebText(Documents):
         return split
 
 
-class Lm1b(Documents):
-    """The One Billion Word Benchmark (Chelba et al. 2013): 30 million sentences of news.
-
-    The test split is its own; of the other sentences 1 in 1,000 is for validation, chosen by hash.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("lm1b", sources_dir() / "lm1b", repository="dvruette/lm1b")
-
-    def text_of(self, document: str) -> str:
-        # WordPiece sets all other signs apart, so of MDLM's detokeniser only this changes tokens
-        return document.replace("\u00a3 ", "\u00a3")
-
-    def splitter(self, part: int) -> Callable[[str], Split]:
-        if self.files[part].name.startswith("test"):
-            return lambda _: "test"
-        return partial(split_of_document, shares=(99.9, 100.0))
-
-
 _REGISTRY: dict[str, Callable[[], Source]] = {
     "tales": Tales,
     "text8": Text8,
     "openwebtext": OpenWebText,
-    "lm1b": Lm1b,
 }
 SOURCE_NAMES = tuple(_REGISTRY)
 

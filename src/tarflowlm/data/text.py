@@ -13,9 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TextIO
 
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-
 from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.errors import UserError
 
@@ -173,22 +170,8 @@ _LETTERS_OR_SPACE = bytes(code if chr(code) in TEXT8_ALPHABET else ord(" ") for 
 
 
 def normalize(text: str, how: Normalization) -> str:
-    """`text` itself for `"none"`, else `normalize_text8(text)` or `normalize_bert(text)`."""
-    if how == "none":
-        return text
-    return normalize_text8(text) if how == "text8" else normalize_bert(text)
-
-
-_LOWER, _APART = BertNormalizer(), BertPreTokenizer()
-
-
-def normalize_bert(text: str) -> str:
-    """The words and signs of a text, each after a space, as bert-base-uncased reads it; idempotent.
-
-    Letters become lower case and lose their accents (Devlin et al. 2019).
-    """
-    words = _APART.pre_tokenize_str(_LOWER.normalize_str(text))
-    return "".join([f" {word}" for word, _ in words])
+    """`text` itself for `"none"`, `normalize_text8(text)` for `"text8"`."""
+    return text if how == "none" else normalize_text8(text)
 
 
 def normalize_text8(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Text as tokens: characters, bytes, BPE or WordPiece, kept as tokenizer.json.
+"""Text as tokens: characters, bytes or BPE, kept as tokenizer.json.
 
 The file is one of the `tokenizers` library, whose `Tokenizer.from_file` opens it. Characters and
 bytes are BPE without merges there; here they are looked up in a table, 13 times as fast.
@@ -55,8 +55,6 @@ class Tokenizer:
     """
 
     kind: ClassVar[str] = "bpe"
-    ends: ClassVar[str] = SEPARATOR
-    """The name of the token that follows every document."""
 
     def __init__(self, document: Document, normalization: Normalization = "none") -> None:
         check_option(normalization, "normalization", Normalization)
@@ -70,7 +68,7 @@ class Tokenizer:
         self._library.encode_special_tokens = True
         added = {token["content"]: token["id"] for token in document["added_tokens"]}
         self._added = set(added.values())
-        self.end: int | None = None if normalization == "text8" else added.get(self.ends)
+        self.end: int | None = None if normalization == "text8" else added.get(SEPARATOR)
         """The token that follows every document; None for text8, and for tokenizers without it."""
         self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
         self._check_invertible()
@@ -216,7 +214,8 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The content of tokenizer.json."""
-        document = self._document | {"normalizer": NORMALIZERS[self.normalization]}
+        normalizer = TEXT8_NORMALIZER if self.normalization == "text8" else None
+        document = self._document | {"normalizer": normalizer}
         return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -274,30 +273,6 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
 
 
-class WordPieceTokenizer(Tokenizer):
-    """WordPiece as of bert-base-uncased: a token begins with a space, or goes on with a word.
-
-    Texts are normalised as by `normalize_bert`. What the vocabulary cannot write becomes [UNK], so
-    such a text is not restored. [SEP] follows every document.
-    """
-
-    kind = "wordpiece"
-    ends = "[SEP]"
-
-    def __init__(self, document: Document) -> None:
-        super().__init__(document, "bert")
-
-    def _check_invertible(self) -> None:
-        if self.end is None:
-            raise ValueError(f"no token {self.ends} ends documents")
-
-    def _bytes_of(self, token: str, index: int) -> bytes:
-        return (token[2:] if token.startswith("##") else f" {token}").encode("utf-8")
-
-    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        return self._encode_pieces(texts)
-
-
 BYTE_LEVEL: Document = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -320,20 +295,7 @@ TEXT8_NORMALIZER: Document = {
         {"type": "Prepend", "prepend": " "},
     ],
 }
-BERT_NORMALIZER: Document = {
-    "type": "BertNormalizer",
-    "clean_text": True,
-    "handle_chinese_chars": True,
-    "strip_accents": None,
-    "lowercase": True,
-}
-NORMALIZERS: dict[Normalization, Document | None] = {
-    "none": None,
-    "text8": TEXT8_NORMALIZER,
-    "bert": BERT_NORMALIZER,
-}
-"""`data.text.normalize` in the library's terms, for other programs; it also tells ours what to do.
-"""
+"""`normalize_text8` in the library's terms; in a tokenizer.json it also tells ours to normalise."""
 
 
 def end_token(index: int) -> Document:
@@ -359,8 +321,6 @@ def _without_merges(
 
 def _from_document(document: Document) -> Tokenizer:
     normalizer = document["normalizer"]
-    if document["model"]["type"] == "WordPiece" and normalizer == BERT_NORMALIZER:
-        return WordPieceTokenizer(document)
     if normalizer not in (None, TEXT8_NORMALIZER):
         raise ValueError("it has a normaliser, so it does not restore every text")
     normalization: Normalization = "text8" if normalizer else "none"
