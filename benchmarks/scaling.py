@@ -18,7 +18,7 @@ import torch
 from timing import show
 from torch.multiprocessing.spawn import spawn
 
-from tarflowlm.training.parallel import Processes, launched
+from tarflowlm.processes import Processes, launched
 from training import configuration, training_step
 
 

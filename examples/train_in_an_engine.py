@@ -15,7 +15,7 @@ import torch
 
 import tarflowlm
 from tarflowlm.presets import with_steps
-from tarflowlm.training.parallel import launched
+from tarflowlm.processes import launched
 from tarflowlm.training.train import train
 
 

@@ -29,7 +29,7 @@ APPLICATIONS = modules_below(APPS)
 
 LAYERS = """
     errors chunks | checks files parts schema | model_config | config | presets |
-    flow data | device | model | baseline | objective | runs |
+    flow data | device processes | model | baseline | objective | runs |
     generation | evaluation editing options | texts | card | sharing | training |
     terminal | pretrained | __init__ | cli | __main__
 """
@@ -127,7 +127,7 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-MOST = {"functions": 1110, "files": 114, "constants": 223, "lines with Any": 40}
+MOST = {"functions": 1110, "files": 115, "constants": 223, "lines with Any": 40}
 """Doors of the core: a reader opens each of them once."""
 
 

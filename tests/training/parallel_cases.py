@@ -18,10 +18,11 @@ from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig
 from tarflowlm.errors import Progress
 from tarflowlm.model import seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
+from tarflowlm.processes import Processes, launched
 from tarflowlm.training import train as training
 from tarflowlm.training import validation
 from tarflowlm.training.optim import build_optimizers, norms, take_step
-from tarflowlm.training.parallel import Processes, compiling, launched, parallelise
+from tarflowlm.training.parallel import compiling, parallelise
 from tarflowlm.training.train import accumulate_gradients, train
 
 MODES = ("ddp", "fsdp")

@@ -1,5 +1,6 @@
 """`tarflowlm train PRESET`, `tarflowlm train --from MODEL` and `tarflowlm train --resume DIR`."""
 
+import gc
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,12 +150,14 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.errors import SILENT
     from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.processes import launched
     from tarflowlm.terminal.bars import ProgressReporter, print_result, suggest
-    from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import train
     from tarflowlm.training.tuning import tuning
 
     with launched(pick_device(args.device)) as processes:
+        if processes.world > 1:
+            gc.disable()  # `train` collects, so that no process holds up the others
         # the first process alone shows its progress
         with ProgressReporter() if processes.first else nullcontext(SILENT) as reporter:
             config = None

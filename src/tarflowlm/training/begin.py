@@ -20,6 +20,7 @@ from tarflowlm.files import (
     write_json,
     writer_lock,
 )
+from tarflowlm.processes import Processes
 from tarflowlm.runs.checkpoint import (
     BEST,
     PARENT,
@@ -34,7 +35,6 @@ from tarflowlm.runs.checkpoint import (
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import flatten, from_dict, to_dict
 from tarflowlm.training.optim import with_precision
-from tarflowlm.training.parallel import Processes
 
 ASKED = "asked.json"
 """The configuration that a run was asked for; config.json has what was decided since."""

@@ -15,8 +15,8 @@ from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler
 from tarflowlm.data.windows import EVALUATED
 from tarflowlm.model import LanguageModel
+from tarflowlm.processes import Processes
 from tarflowlm.training.metrics import MetricsLog
-from tarflowlm.training.parallel import Processes
 
 
 @dataclass

@@ -26,10 +26,10 @@ from tarflowlm.errors import SILENT, Progress, Record, UserError
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.model import LanguageModel
+from tarflowlm.processes import ALONE, Processes
 from tarflowlm.runs.checkpoint import Checkpoint, has_whole_weights, read_summary
 from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
 from tarflowlm.training.metrics import MetricsLog
-from tarflowlm.training.parallel import ALONE, Processes
 from tarflowlm.training.state import Run
 from tarflowlm.training.validation import validate
 
