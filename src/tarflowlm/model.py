@@ -19,7 +19,7 @@ from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import coupling_class
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import Conditioner
@@ -142,9 +142,11 @@ def check_tokens(
 
 @dataclass(frozen=True)
 class ElboTerms:
-    """The terms of one sample of the ELBO, each [B], in nats (docs/math.md, eqs. 3 and 11).
+    """The terms of one sample of the ELBO, in nats (docs/math.md, eqs. 3 and 11).
 
-    log p(x) >= E[ reconstruction - log_q + base + sum_l log_dets[l] ] = E[ -nelbo ]
+        log p(x) >= E[ reconstruction - log_q + base + sum_l log_dets[l] ] = E[ -nelbo ]
+
+    Each is [B], of texts, or [B, T], of tokens.
     """
 
     reconstruction: Tensor
@@ -155,6 +157,15 @@ class ElboTerms:
     """log N(u; 0, I)."""
     log_dets: tuple[Tensor, ...]
     """log|det J_l| of every block, block 1 first."""
+
+    def of_texts(self) -> "ElboTerms":
+        """The terms [B] of texts from those of their tokens."""
+        return ElboTerms(
+            reconstruction=self.reconstruction.sum(-1),
+            log_q=self.log_q.sum(-1),
+            base=self.base.sum(-1),
+            log_dets=tuple(log_det.sum(-1) for log_det in self.log_dets),
+        )
 
     @property
     def log_prior(self) -> Tensor:
@@ -233,19 +244,22 @@ class TarFlowLM(LanguageModel):
             device=mean.device if generator is None else generator.device,
         ).to(mean.device)
 
-    def elbo(
+    def terms(
         self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
     ) -> tuple[ElboTerms, list[Tensor]]:
-        """One sample of the ELBO in its terms, and the states h^(0), ..., h^(L) [B, T, d]."""
+        """One sample of the ELBO by token [B, T], and the states h^(0), ..., h^(L) [B, T, d].
+
+        The tokens of a position share its log-determinants equally.
+        """
         with full_precision(noise):
             z = self.codebook.encode(tokens, noise)
-            reconstruction = self.codebook.log_likelihood(tokens, z).sum(-1)
+            reconstruction = self.codebook.log_likelihood(tokens, z)
         states, log_dets = self.prior.states(z)
         terms = ElboTerms(
             reconstruction=reconstruction,
-            log_q=self.codebook.log_q(tokens, noise).sum(-1),
-            base=standard_normal_log_prob(states[-1]),
-            log_dets=tuple(log_det.sum(-1) for log_det in log_dets),
+            log_q=self.codebook.log_q(tokens, noise),
+            base=log_standard_normal(states[-1]).sum(-1),
+            log_dets=tuple(self._by_token(log_det) for log_det in log_dets),
         )
         return terms, states
 
@@ -267,20 +281,19 @@ class TarFlowLM(LanguageModel):
         if self.num_blocks == 1 and isinstance(tied, MixDCoupling) and tied.is_tied and not frozen:
             with full_precision(noise):
                 z = self.prior.patch(self.codebook.encode(tokens, noise))
-            return -self._summed([tied.log_prob(z, block.features(z), relative=True)], per_token)
+            nats = -self._by_token(tied.log_prob(z, block.features(z), relative=True))
+            return nats if per_token else nats.sum(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)
             log_normaliser = self.codebook.log_normaliser(z)
-        log_p = self._summed(self.prior.log_prob_parts(z, frozen=frozen), per_token)
-        return (log_normaliser if per_token else log_normaliser.sum(-1)) - log_p
+        first, *rest = self.prior.log_prob_parts(z, frozen=frozen)
+        nats = log_normaliser - self._by_token(sum(rest, start=first))
+        return nats if per_token else nats.sum(-1)
 
-    def _summed(self, parts: list[Tensor], per_token: bool) -> Tensor:
-        """The sum of parts [B, N]: over positions [B], or shared out among tokens [B, T]."""
-        if not per_token:
-            parts = [part.sum(-1) for part in parts]
-        total = sum(parts[1:], start=parts[0])
+    def _by_token(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B T"]:
+        """What a position has, in equal parts for its tokens."""
         patch = self.config.patch
-        return total.repeat_interleave(patch, dim=1) / patch if per_token else total
+        return x if patch == 1 else x.repeat_interleave(patch, dim=1) / patch
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         return self.prior.blocks[first:] if first else (self,)

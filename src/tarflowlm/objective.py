@@ -44,8 +44,8 @@ def elbo(
     if list(drawn.shape) != shape or drawn.dtype != model.codebook.mean.dtype:
         what = f"noise of shape {list(drawn.shape)} and type {drawn.dtype}"
         raise UserError(f"{what}: give {shape} and {model.codebook.mean.dtype}")
-    terms, _ = model.elbo(tokens, drawn)
-    return terms
+    terms, _ = model.terms(tokens, drawn)
+    return terms.of_texts()
 
 
 def conditional_bound(

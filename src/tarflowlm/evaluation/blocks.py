@@ -120,8 +120,8 @@ def latent_report(
     batches: list[list[dict[str, Tensor]]] = []
     for rows in windows.split(windows_per_batch(windows.shape[1])):
         tokens = rows.to(model.device)
-        terms, states = model.elbo(tokens, model.draw_noise(tokens, generator))
-        batches.append(_measures(terms, states))
+        terms, states = model.terms(tokens, model.draw_noise(tokens, generator))
+        batches.append(_measures(terms.of_texts(), states))
         progress.advance(len(rows))
     reports = []
     for block, of_state in enumerate(zip(*batches, strict=True)):
