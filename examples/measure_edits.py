@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -19,16 +20,19 @@ from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.editing.edits import num_words
 from tarflowlm.editing.rewriting import (
     Candidates,
-    blend,
     informative_level,
     rewrite,
     spaces_of,
     token_costs,
 )
-from tarflowlm.editing.states import Source, encode, interpolate, renoise
-from tarflowlm.editing.words import blended_spans, merge_words, pick_words, words_of
+from tarflowlm.editing.states import Source, encode, renoise
+from tarflowlm.editing.words import merge_words, pick_words, words_of
 from tarflowlm.model import LanguageModel
 from tarflowlm.objective import log_importance_weights
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `reproduction` lies beside this folder
+
+from reproduction.edits import blend, blended_spans, interpolate
 
 TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7
 
@@ -111,9 +115,8 @@ def main(
         )
 
     def arc(level: int, weight: float) -> torch.Tensor:
-        return interpolate(
-            Source(model, text, generator(2)), other, level=level, weight=weight, decoder="auto"
-        ).tokens
+        source = Source(model, text, generator(2))
+        return interpolate(source, other, level=level, weight=weight).tokens
 
     def blended(weight: float) -> torch.Tensor:
         g, spans = generator(1), []

@@ -46,10 +46,9 @@ USES = (
     "sample --length 32 --particles 4 --template the_????_of_the_????_in --blank ?",
     "edit --text the_water_of_the_people --strength 0.5 --num 2",
     "edit --text the_water_of_the_people --strength 0.5 --level 1",
-    "edit --text the_water_of_the_people --toward the_water_to_his_people",
-    "edit --text the_water_of_the_people --counterfactual of to",
+    "edit --text the_water_of_the_people --rewrite of --num 2",
+    "edit --text the_water_of_the_people --replace of to",
 )  # _ stands for a space
-RENAMED = {"--counterfactual": "--replace"}  # what an older checkout calls it
 WORDS = """the the the the of of to to his and in a is that it was for on are as with they at be
     this from have or by one had not but what all were when we there can an your which their"""
 UNEQUAL = ("minutes", "out", "model", "decoders", "data_share", "mfu", "advice")
@@ -78,13 +77,11 @@ def jobs(folder: Path, presets: list[str], shipped: list[str]) -> Iterator[tuple
 def work(folder: Path, presets: list[str], shipped: list[str]) -> None:
     """Do everything with the checkout on the path; results.json is name -> result."""
     folder.mkdir()
-    known = said_by(["edit", "--help"])
     results: dict[str, Any] = {}
     for name, argv in jobs(folder, presets, shipped):
         print(f"{folder.name}: {name}", file=sys.stderr, flush=True)
-        words = [word if word in known else RENAMED.get(word, word) for word in argv]
         try:
-            said = said_by([*words, "--device", "cpu", "--json"])
+            said = said_by([*argv, "--device", "cpu", "--json"])
             results[name] = json.loads(said.strip().rpartition("\n")[2])
             if argv[0] == "train":
                 lines = (folder / argv[1] / "metrics.jsonl").read_text(encoding="utf-8")

@@ -65,7 +65,6 @@ def test_fill_edit_and_stream(loaded):
     assert first.startswith("the ")
     assert second.endswith(" of the land")
     assert loaded.edit(text, replace=("king", "lord")).startswith("the lord")
-    assert loaded.edit(text, toward="the end of the world", weight=0.0) == text
     assert loaded.edit(text, level=0, strength=0.0) == text
 
 

@@ -178,9 +178,9 @@ class Pretrained(Checkpoint):
     ) -> str | list[str]:
         """The text with some words drawn anew given all others; with `num`, a list of edits.
 
-        `strength` is the share of the words, `words` their number. `rewrite`, `replace`,
-        `counterfactual`, `toward` and `level` ask for another edit. `tarflowlm edit --help` lists
-        all options. UserError for a baseline, and for options that have no effect.
+        `strength` is the share of the words, `words` their number. `rewrite`, `replace` and `level`
+        ask for another edit. `tarflowlm edit --help` lists all options. UserError for a baseline,
+        and for options that have no effect.
         """
         check_names(options, EditOptions)
         texts = edit(Edit(text=text, num=1 if num is None else num, **options), self).texts

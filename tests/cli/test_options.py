@@ -29,8 +29,8 @@ OPTIONS = {
     "info": "directory json",
     "runs": "directories json",
     "edit": (
-        "around candidates counterfactual decoder device directory everywhere json level "
-        "normalize num pick replace rewrite seed strength temperature text toward weight "
+        "around candidates decoder device directory everywhere json level "
+        "normalize num pick replace rewrite seed strength temperature text "
         "words"
     ),
     "report": "device directories json out",

@@ -29,7 +29,6 @@ COMPLETE = {
 }
 """A command with the words that it needs, for commands whose options hold numbers."""
 WITH = {
-    ("edit", "weight"): ["--toward", "the lord"],
     ("edit", "words"): ["--pick", "random"],
     ("edit", "around"): ["--replace", "king", "lord"],
 }
@@ -121,10 +120,9 @@ LINES = [
     (["eval", "ar", "--latents"], ["baseline", "--latents"]),
     (["score", "flow"], ["--text", "--file"]),
     ([*EDIT[:2], "--text", "a" * 17], ["17 tokens", "context of 16", "shorten"]),
-    ([*EDIT, "--counterfactual", "k", "lo"], ["1 token ", "has 2"]),
     ([*EDIT, "--decoder", "auto"], ["decoder"]),
     ([*EDIT, "--words", "1", "--strength", "0.5"], ["words", "strength"]),
-    ([*EDIT, "--toward", "abc", "--rewrite", "king"], ["rewrite", "toward"]),
+    ([*EDIT, "--replace", "king", "lord", "--rewrite", "king"], ["rewrite", "replace"]),
     ([*EDIT, "--rewrite", "queen"], ["'queen'"]),
     ([*EDIT, "--level", "7"], ["level 7"]),
     (["edit", "ar", "--text", "abc"], ["baseline", "flow"]),

@@ -132,47 +132,6 @@ def test_replacing_redraws_at_most_the_neighbouring_words(source):
         edited(source, "replace", old="dog", new="king")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "expected"),
-    [
-        ("king", "sing", "The sing saw the other King"),
-        ("King", "Ting", "The king saw the other Ting"),
-        ("The k", "The s", "The sing saw the other King"),
-    ],
-)
-def test_a_counterfactual_takes_the_first_word(source, old, new, expected):
-    """With the space of its token, where a token holds one; the model regenerates what follows."""
-    if source.tokenizer is WORD_PIECES:
-        old, new, expected = (
-            text.replace("sing", "queen").replace("Ting", "Queen") for text in (old, new, expected)
-        )
-        if old == "The k":
-            old, new, expected = "The king", "The Queen", "The Queen saw the other King"
-    end = expected.index(new) + len(new)
-    texts = edited(source, "counterfactual", old=old, new=new)
-    assert all(text[:end] == expected[:end] for text in texts)
-
-
-def test_a_counterfactual_needs_as_many_tokens(source):
-    with pytest.raises(UserError, match="of as many"):
-        edited(source, "counterfactual", old="king", new="thorough")
-
-
-@pytest.mark.slow
-def test_moving_begins_and_ends_at_its_texts(source):
-    generator = torch.Generator().manual_seed(2)
-    tokens = source.text.tokens[:1, : source.text.length].flip(1).cpu()
-    other = encode(source.model, tokens, generator)
-    wanted = source.tokenizer.decode(tokens[0].tolist())
-    for name, options in (
-        ("toward", {}),
-        ("interpolate", {"level": 0}),
-        ("interpolate", {"level": 2}),
-    ):
-        assert edited(source, name, other=other, weight=0.0, **options) == [TEXT] * 2
-        assert edited(source, name, other=other, weight=1.0, **options) == [wanted] * 2
-
-
 @pytest.mark.slow
 def test_a_state_changes_everywhere_or_at_some_words(source):
     assert edited(source, "level", level=1, strength=0.0) == [TEXT] * 2

@@ -13,7 +13,6 @@ import tarflowlm
 from helpers import mostly_nightly, tiny_flow
 from tarflowlm.editing.rewriting import (
     Candidates,
-    blend,
     informative_level,
     propose,
     redraw,
@@ -258,18 +257,6 @@ def test_candidates_that_keep_the_spaces_of_a_span_are_preferred():
         first, last = redrawn.tokens[0, 2:4].tolist()
         assert first != 4  # token 1 stood there
         assert last != 1  # token 4 stood there
-
-
-@pytest.mark.slow
-def test_blends_take_and_keep_the_requested_spans(model):
-    first, second = (encode(model, x[None], generator()) for x in TEXT)
-    spans = [([(0, 2)], [(4, 7)])]
-    edit = blend(Source(model, first, generator(1)), second, spans, Candidates(3))
-    assert torch.equal(edit.tokens[0, :2], TEXT[1, :2])
-    assert torch.equal(edit.tokens[0, 4:], TEXT[0, 4:])
-    for taken, whole in (([], TEXT[:1]), ([(0, 7)], TEXT[1:])):
-        edit = blend(Source(model, first, generator()), second, [(taken, [(0, 7)])], Candidates(1))
-        assert torch.equal(edit.tokens, whole)
 
 
 def test_costs_add_up_to_the_bound_of_block_1():

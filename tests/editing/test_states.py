@@ -2,14 +2,11 @@
 refused.
 """
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
 
 from helpers import mostly_nightly, tiny_flow
-from tarflowlm.editing.states import Source, encode, interpolate, renoise, substitute
+from tarflowlm.editing.states import Source, encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
@@ -95,39 +92,6 @@ def test_a_change_late_in_the_text_leaves_what_block_1_saw_before_it(model):
     edit = renoise(Source(model, text, generator(3)), level=1, strength=1.0, where=where)
     assert torch.equal(edit.states[-1][:, :4], text.states[0][:, :4])
     assert not edit.changed[:, :4].any()
-
-
-def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    angle = math.acos(float((a * b).sum() / (a.norm() * b.norm())))
-    return (math.sin((1 - weight) * angle) * a + math.sin(weight * angle) * b) / math.sin(angle)
-
-
-@pytest.mark.slow
-def test_interpolation_has_its_ends_and_its_arc(model):
-    first, second = (encode(model, x[None], generator()) for x in TEXT)
-    for level in range(model.num_blocks + 1):
-        for weight, tokens in ((0.0, TEXT[:1]), (1.0, TEXT[1:])):
-            edit = interpolate(
-                Source(model, first, generator()), second, level=level, weight=weight
-            )
-            assert torch.equal(edit.tokens, tokens)
-        middle = interpolate(Source(model, first, generator()), second, level=level, weight=0.3)
-        expected = slerp(first.states[level], second.states[level], 0.3)
-        torch.testing.assert_close(middle.states[0], expected[:, :7], rtol=1e-6, atol=1e-6)
-    assert torch.equal(middle.changed, middle.tokens != TEXT[:1])
-
-
-def test_substitution_keeps_the_noise_of_the_rest(model):
-    text = encode(model, TEXT, generator())
-    replacements = torch.tensor([-1, -1, -1, 0, -1, -1, -1])
-    edit = substitute(Source(model, text, generator(4)), replacements)
-    assert (edit.tokens[:, 3] == 0).all()
-    assert not edit.changed[:, : 3 - 3 % model.config.patch].any()
-    kept = torch.tensor([True] * 3 + [False] + [True] * 3)
-    # the noise of block 1
-    torch.testing.assert_close(
-        edit.states[-2][:, kept], text.states[1][:, :7][:, kept], rtol=1e-6, atol=1e-6
-    )
 
 
 def test_bounds_are_means_of_the_negative_elbo():

@@ -5,7 +5,6 @@ import torch
 
 from tarflowlm.editing.edits import num_words
 from tarflowlm.editing.words import (
-    blended_spans,
     find_piece,
     find_words,
     neighbours,
@@ -59,13 +58,6 @@ def test_neighbours_are_words_on_both_sides():
     assert neighbours(words, 5, 6, 2) == [(0, 4), (7, 11)]
     assert neighbours(words, 0, 1, 1) == [(2, 4)]
     assert neighbours(words, 5, 6, 0) == []
-
-
-def test_a_blend_keeps_the_words_that_nothing_cuts():
-    first, second = spans("the king of land"), spans("a cat or another")
-    taken, kept = blended_spans(first, second, [second[1]], 16)
-    assert taken == [(1, 6)]
-    assert kept == [(8, 12), (11, 16)]
 
 
 def test_pieces_are_found_as_words_first():

@@ -19,7 +19,7 @@ MUCH_CHANGED = 0.5
 @dataclass(frozen=True)
 class Args:
     """Draw some words of a text anew, given all others. Or --rewrite pieces of it, --replace OLD
-    NEW, move it --toward another text, or change one of its states in latent space (--level).
+    NEW, or change one of its states in latent space (--level).
     """
 
     edit: Annotated[Edit, tyro.conf.arg(name="")]
@@ -35,8 +35,8 @@ def run(args: Args) -> None:
     lm = options.load_checkpoint(args.directory, args.device)
     with Bars() as bars:
         edited = edit(args.edit, lm, bars)
-    for notice in edited.notices:
-        print_notice(notice)
+    if edited.notice is not None:
+        print_notice(edited.notice)
     advice = _advice(args.edit, edited.edit)
     if not args.json:
         print_edits(edited, advice)
@@ -62,7 +62,7 @@ def _advice(request: Edit, edit: "editing.Edit") -> str | None:
     changed = edit.changed.double().mean().item()
     if request.kind == "rewrite" and changed == 0:
         return "all candidates equal the text: more --candidates may find others"
-    if request.level is not None and request.toward is None and changed > MUCH_CHANGED:
+    if request.level is not None and changed > MUCH_CHANGED:
         return (
             f"editing state {request.level} changes {changed:.0%} of the tokens: "
             "without --level only some words are drawn anew"

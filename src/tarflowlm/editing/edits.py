@@ -16,7 +16,6 @@ from tarflowlm.config import Decoder, Pick
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.rewriting import (
     Candidates,
-    blend,
     covered,
     informative_level,
     rewrite,
@@ -28,13 +27,10 @@ from tarflowlm.editing.states import (
     Encoded,
     Source,
     encode,
-    interpolate,
     renoise,
-    substitute,
 )
 from tarflowlm.editing.words import (
     Span,
-    blended_spans,
     find_piece,
     find_words,
     merge_words,
@@ -42,7 +38,7 @@ from tarflowlm.editing.words import (
     pick_words,
     words_of,
 )
-from tarflowlm.errors import UserError, counted
+from tarflowlm.errors import UserError
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens, else 1."""
@@ -172,19 +168,6 @@ def replace_piece(
     )
 
 
-def substitute_piece(source: WordSource, *, old: str, new: str) -> Edit:
-    """Put `new`, of as many tokens, where `old` first stands; what follows keeps its noise."""
-    start, stop, tokens = _replacement(source, old, new)
-    if len(tokens) != stop - start:
-        raise UserError(
-            f"{old!r} has {counted(stop - start, 'token')} and {new!r} has {len(tokens)}: "
-            "choose words of as many, or replace, which takes any"
-        )
-    replacements = torch.full((source.text.length,), -1)
-    replacements[start:stop] = tokens
-    return substitute(source, replacements)
-
-
 def _replacement(source: WordSource, old: str, new: str) -> tuple[int, int, Tensor]:
     """The first and last place of the tokens that hold `old`, and the tokens to put there."""
     symbols = source.symbols(source.text)
@@ -192,32 +175,6 @@ def _replacement(source: WordSource, old: str, new: str) -> tuple[int, int, Tens
     # with everything else in these tokens: tokens of word pieces begin with a space
     held = b"".join(symbols[start:stop]).decode("utf-8", errors="replace")
     return start, stop, torch.from_numpy(source.tokenizer.encode(held.replace(old, new, 1)))
-
-
-def take_words(
-    source: WordSource,
-    *,
-    other: Encoded,
-    weight: float = 0.5,
-    candidates: int = 32,
-    temperature: float | None = None,
-) -> Edit:
-    """Take a stretch of the words of another text [1, T] of the same length, at their places.
-
-    `weight` is the share of its words: 0 is the text, 1 the other one. Words that the stretch cuts
-    are drawn anew.
-    """
-    second = other.repeated(source.num)
-    ours = words_of(source.symbols(source.text))
-    theirs = words_of(source.symbols(second))
-    count = round(weight * len(theirs))
-    spans = []
-    for _ in range(source.num):
-        start = int(torch.randint(len(theirs) - count + 1, (), generator=source.generator))
-        taken = theirs[start : start + count]
-        spans.append(blended_spans(ours, theirs, taken, source.text.length))
-    source.progress.stage("redrawing, texts", source.num)
-    return blend(source, second, spans, source.candidates(candidates, temperature))
 
 
 def renoise_state(
@@ -239,9 +196,6 @@ EDITS: dict[str, Callable[..., Edit]] = {
     "words": redraw_words,
     "rewrite": rewrite_pieces,
     "replace": replace_piece,
-    "counterfactual": substitute_piece,
-    "toward": take_words,
-    "interpolate": interpolate,
     "level": renoise_state,
 }
 """The edits by name. `texts.requests.Edit` checks the numbers that they are given."""

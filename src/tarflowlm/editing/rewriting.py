@@ -173,36 +173,7 @@ def rewrite(
                 row = replace(row, text=redraw(row, left.pop(at), candidates))
             source.progress.advance()
         rows.append(row.text)
-    return _collected(replace(source, text=before or source.text), rows, aligned)
-
-
-@torch.no_grad()
-def blend(
-    source: Source,
-    second: Encoded,
-    spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
-    candidates: Candidates,
-) -> Edit:
-    """Take spans of second texts, at their places, and redraw the words that they cut.
-
-    `spans[b]` are the spans that row b takes, and the spans of the first text that stay. The
-    progress advances once per row.
-    """
-    first = source.text
-    assert first.length == second.length
-    rows = []
-    for b, (taken, kept) in enumerate(spans):
-        is_second = covered(taken, first.tokens.shape[1])
-        stays = covered(kept, first.tokens.shape[1])
-        mask = is_second.to(first.tokens.device)
-        z = torch.where(mask[:, None], second.states[0][b], first.states[0][b])[None]
-        tokens = torch.where(mask, second.tokens[b], first.tokens[b])[None]
-        row = replace(first, tokens=tokens, states=tuple(source.model.prior.states(z)[0]))
-        for span in _runs(~(is_second | stays)[: first.length]):
-            row = redraw(replace(source, text=row), span, candidates)
-        source.progress.advance()
-        rows.append(row)
-    return _collected(source, rows)
+    return collected(replace(source, text=before or source.text), rows, aligned)
 
 
 @torch.no_grad()
@@ -277,7 +248,8 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 
 
-def _collected(source: Source, rows: Sequence[Encoded], aligned: Tensor | None = None) -> Edit:
+def collected(source: Source, rows: Sequence[Encoded], aligned: Tensor | None = None) -> Edit:
+    """The edit whose rows are texts [1, T] that were redrawn."""
     tokens = torch.cat([row.tokens for row in rows])
     states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
     edit = compared(source, tokens, states[::-1], aligned=aligned)
@@ -290,12 +262,3 @@ def covered(spans: Sequence[Span], length: int) -> Tensor:
     for start, stop in spans:
         found[start:stop] = True
     return found
-
-
-def _runs(mask: Tensor) -> list[Span]:
-    """Maximal runs of True."""
-    spans: list[Span] = []
-    for at in mask.nonzero()[:, 0].tolist():
-        start = spans.pop()[0] if spans and spans[-1][1] == at else at
-        spans.append((start, at + 1))
-    return spans

@@ -12,11 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tarflowlm.errors import SILENT, Progress, UserError
-from tarflowlm.flow import wide_dtype
 from tarflowlm.generation import generate
-from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, finish, stack_inversion
-from tarflowlm.generation.sampling import num_leading, row_generators
+from tarflowlm.generation.sampling import row_generators
 from tarflowlm.model import TarFlowLM, check_tokens
 
 SAMPLES = 8
@@ -138,69 +136,6 @@ def renoise(
         changed = torch.where(where.to(state.device)[:, None], changed, state)
     states = inverted_below(source, level, changed, decoder)
     return compared(source, source.model.codebook.decode(states[-1]), states)
-
-
-@torch.no_grad()
-def interpolate(
-    source: Source,
-    other: Encoded,
-    *,
-    level: int,
-    weight: float = 0.5,
-    decoder: Decoders = "auto",
-) -> Edit:
-    """Interpolate the states l of two texts on a sphere (eq. 25), and invert blocks l, ..., 1.
-
-        (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
-
-    `other` has the second text of every row, or one for all.
-
-    theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0
-    gives the first text, 1 the second, exactly; `Edit.before` is the first. UserError if l is out
-    of range.
-    """
-    first = source.text
-    second = other.repeated(len(first.tokens))
-    assert first.length == second.length
-    a = _state(first, level)
-    b = _state(second, level)
-    anchor = second if weight == 1.0 else first
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).to(wide_dtype(a))
-    angle = cosine.clamp(-1, 1).arccos().clamp(1e-4, torch.pi - 1e-4)[:, None, None]
-    state = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
-    state = anchor.states[level] if weight in (0.0, 1.0) else state.to(a)
-    states = inverted_below(replace(source, text=anchor), level, state, decoder)
-    return compared(source, source.model.codebook.decode(states[-1]), states)
-
-
-@torch.no_grad()
-def substitute(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
-    """Replace some tokens, and regenerate the others from their own noise h^(1).
-
-    `replacements` holds the new tokens, and -1 elsewhere. Positions before the first new token keep
-    their latents; later tokens change where their new context changes them.
-    """
-    model = source.model
-    text = source.text
-    source.stage(1)
-    assert replacements.shape == (text.length,), "one entry for every token"
-    B, T = text.tokens.shape
-    wanted = torch.full((T,), -1)
-    wanted[: text.length] = replacements.cpu()
-    is_known = wanted >= 0
-    tokens = wanted.clamp_min(0).expand(B, T).to(text.tokens.device)
-    known = model.codebook.encode(tokens, model.draw_noise(tokens, source.generator))
-    passage = ConditionedLatents(model, text.states[1], known, is_known.expand(B, T), None)
-    first = num_leading(~is_known) // model.config.patch
-    if first:
-        passage.settle(model.prior.patch(text.states[0]), first)
-    source.progress.advance(first)
-    while passage.at < passage.num_positions:
-        passage.step()
-        source.progress.advance()
-    z = model.prior.patch.inverse(passage.values)
-    tokens = torch.where(is_known, wanted, model.codebook.decode(z).cpu()).to(z.device)
-    return compared(source, tokens, model.prior.states(z)[0][::-1])
 
 
 def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:

@@ -73,25 +73,6 @@ def neighbours(words: Sequence[Span], start: int, stop: int, count: int) -> list
     return [*merge_words(chosen, before), *merge_words(chosen, behind)]
 
 
-def _with_space(word: Span, words: Sequence[Span], length: int) -> Span:
-    """A word and the white space around it, up to the next words."""
-    at = words.index(word)
-    return (words[at - 1][1] if at else 0, words[at + 1][0] if at + 1 < len(words) else length)
-
-
-def blended_spans(
-    first: Sequence[Span], second: Sequence[Span], taken: Sequence[Span], length: int
-) -> tuple[list[Span], list[Span]]:
-    """The spans of two texts of `length` tokens when words `taken` of the second enter the first.
-
-    Returned are the places of these words, and the words of the first text that none of them
-    overlaps, all with the white space around them.
-    """
-    new = [_with_space(word, second, length) for word in taken]
-    whole = [(a, b) for a, b in first if not any(start < b and a < stop for start, stop in new)]
-    return new, [_with_space(word, first, length) for word in whole]
-
-
 def find_piece(pieces: Sequence[bytes], piece: str) -> Span:
     """The tokens that hold `piece`, where it first occurs as whole words, or else at all.
 

@@ -39,35 +39,25 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> "Edited"
     def piece(text: str, name: str) -> str:
         return reading(text, name).text.strip()
 
-    readings = [reading(request.text, "text")]
-    length = len(readings[0].tokens)
+    text = reading(request.text, "text")
+    length = len(text.tokens)
     context = flow.config.context
     if length > context:
         what = f"the text has {length:,} tokens, more than the context of {context}"
         raise UserError(f"{what}: shorten it")
-    if request.toward is not None:
-        readings.append(reading(request.toward, "other text"))
-        other = len(readings[1].tokens)
-        if 2 * other < length:
-            what = f"the other text has {other} of the {length} tokens of the text"
-            raise UserError(f"{what}: give one that is about as long")
-        length = min(length, other)
     generator = torch.Generator().manual_seed(request.seed)
-    # the text first, then the other one; every edit starts from the same latents
-    encoded = [editing.encode(flow, one.tokens[None, :length], generator) for one in readings]
+    encoded = editing.encode(flow, text.tokens[None], generator)
     options = {name: getattr(request, name) for name in OPTIONS if request.is_given(name)}
-    if request.toward is not None:
-        options["other"] = encoded[1]
     if request.kind == "rewrite":
         pieces = as_texts(request.rewrite or (), "rewrite")
         options["pieces"] = [piece(one, "piece") for one in pieces]
-    pair = request.replace or request.counterfactual
-    if pair is not None:
-        options["old"] = piece(pair[0], "text to replace")
-        options["new"] = piece(pair[1], "replacement")
-    rows = encoded[0].repeated(request.num)
+    if request.replace is not None:
+        old, new = request.replace
+        options["old"] = piece(old, "text to replace")
+        options["new"] = piece(new, "replacement")
+    rows = encoded.repeated(request.num)
     source = editing.WordSource(flow, rows, generator, progress, tokenizer=tokenizer)
-    return Edited(tokenizer, tuple(readings), editing.EDITS[request.kind](source, **options))
+    return Edited(tokenizer, text, editing.EDITS[request.kind](source, **options))
 
 
 @dataclass(frozen=True)
@@ -75,8 +65,7 @@ class Edited:
     """The edits of a text."""
 
     tokenizer: Tokenizer
-    readings: tuple[Reading, ...]
-    """The text, and the other one where there is one."""
+    reading: Reading
     edit: editing.Edit
 
     @property
@@ -90,15 +79,9 @@ class Edited:
         return [self.tokenizer.decode(tokens) for tokens in self.edit.tokens.tolist()]
 
     @property
-    def notices(self) -> list[str]:
-        """A line for every text that is not read as it was given, or cut."""
-        found = [reading.notice for reading in self.readings if reading.notice is not None]
-        length = min(len(reading.tokens) for reading in self.readings)
-        for name, reading in zip(("text", "other text"), self.readings, strict=False):
-            count = len(reading.tokens)
-            if count > length:
-                found.append(f"the {name} is cut from {count} to {length} tokens, as the other")
-        return found
+    def notice(self) -> str | None:
+        """A line if the text is not read as it was given."""
+        return self.reading.notice
 
     @property
     def bits_before(self) -> Tensor:

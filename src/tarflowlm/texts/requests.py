@@ -171,17 +171,9 @@ class Edit(Request):
     """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
     around: options.Count = None
     """With --replace: so many words on each side may be drawn anew (1)."""
-    counterfactual: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Put NEW, of as many tokens, where OLD first stands, and regenerate what follows from its
-    noise.
-    """
-    toward: options.Text = None
-    """Take a stretch of this text instead, and redraw the words it cuts. With --level: interpolate
-    between the states of the two texts.
-    """
     level: options.Count = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
-    the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates.
+    the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps, with s the strength.
     """
     strength: options.Number = None
     """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
@@ -191,8 +183,6 @@ class Edit(Request):
     """Number of words to draw anew, not a share. With --level: only so many get noise."""
     pick: Annotated[Pick | None, arg()] = None
     """Words to draw anew: random ones (the default), or the most unlikely ones."""
-    weight: options.Number = None
-    """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
     candidates: options.Count = None
     """Candidates for every piece that is drawn anew (32), weighted by the rest of the text."""
     temperature: options.Temperature = None
@@ -204,19 +194,17 @@ class Edit(Request):
     def __post_init__(self) -> None:
         """UserError for options that contradict each other, and for numbers."""
         super().__post_init__()
-        for name in ("replace", "counterfactual"):
-            pair = getattr(self, name)
-            if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-                raise UserError(f"{name} {pair!r}: give two texts, (old, new)")
+        pair = self.replace
+        if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise UserError(f"replace {pair!r}: give two texts, (old, new)")
         checked_num(self.num)
         _check_flag(self.everywhere, "everywhere")
         smallest = {"words": 1, "candidates": 1, "around": 0, "level": 0}
         for name, least in smallest.items():
             if getattr(self, name) is not None:
                 as_integer(getattr(self, name), name, least=least)
-        for name in ("strength", "weight"):
-            if getattr(self, name) is not None:
-                check_share(getattr(self, name), name)
+        if self.strength is not None:
+            check_share(self.strength, "strength")
         if self.temperature is not None:
             checked_sampling(self.temperature, None, None)
         if self.pick is not None:
@@ -236,12 +224,10 @@ class Edit(Request):
     @property
     def kind(self) -> str:
         """The name of the edit in `editing.EDITS`."""
-        if self.toward is not None and self.level is not None:
-            return "interpolate"
         return next((name for name in (*NAMED, "level") if self.is_given(name)), "words")
 
 
-NAMED = ("rewrite", "replace", "counterfactual", "toward")
+NAMED = ("rewrite", "replace")
 """Fields of `Edit` that name the edit."""
 
 
@@ -300,13 +286,10 @@ class EditOptions(TypedDict, total=False):
     everywhere: bool
     replace: tuple[str, str] | None
     around: int | None
-    counterfactual: tuple[str, str] | None
-    toward: str | None
     level: int | None
     strength: float | None
     words: int | None
     pick: Pick | None
-    weight: float | None
     candidates: int | None
     temperature: float | None
     decoder: Decoder | None

@@ -62,8 +62,8 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)
     job = Job("editing")
     found = yield from job.follow(lambda: edits.edit(request, checkpoint, job), lambda: before)
-    notes = ["the original", *found.notices]
-    cards = [card(stage(before), muted(", ".join(notes)))]
+    note = "the original" if found.notice is None else f"the original, {found.notice}"
+    cards = [card(stage(before), muted(note))]
     for row, tokens in enumerate(found.edit.tokens.cpu()):
         changed = found.edit.changed[row].cpu()
         bits = f"bits per character, ≤ {found.bits_before[row]:.2f} before"
