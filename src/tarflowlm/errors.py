@@ -1,5 +1,6 @@
 """What a user is told: errors in one line, and progress."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -54,6 +55,11 @@ def first_line(error: BaseException) -> str:
 
 class Stopped(Exception):
     """A run was asked to stop and has saved its state; the message says how to resume it."""
+
+
+def is_first_process() -> bool:
+    """Whether this process tells the user of its work: under torchrun only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 Record = dict[str, str | int | float]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,10 @@ import tyro
 
 from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError
-from tarflowlm.parts import share
 
 if TYPE_CHECKING:
+    import torch
+
     from tarflowlm.runs.checkpoint import Checkpoint
 
 
@@ -66,7 +68,6 @@ Normalize = Annotated[
     arg("text8", "Normalise the text first, whatever the model's training text was."),
 ]
 Unwrap = Annotated[bool, arg(help="Join the lines of every paragraph of your own text.")]
-Part = Annotated[str, arg("I/N", "One of N parts, for an array of processes (docs/scaling.md).")]
 Temperature = Annotated[
     float | None,
     arg(
@@ -144,16 +145,16 @@ def check(
     exclusive: Mapping[str, Sequence[str]] = {},
     needed: Mapping[str, Sequence[str]] = {},
 ) -> None:
-    """UserError for an option with one that it excludes, or without any that it needs, and for a
-    `part` that is not I/N.
+    """UserError for an option with one that it excludes, or without any that it needs.
 
     `parts` are the dataclasses that hold the options of a command.
     """
-    held = [(part, field) for part in parts for field in fields(part)]
-    for part, field in held:
-        if field.name == "part":
-            share(part.part, 1)
-    given = {field.name for part, field in held if getattr(part, field.name) != field.default}
+    given = {
+        field.name
+        for part in parts
+        for field in fields(part)
+        if getattr(part, field.name) != field.default
+    }
     for one in sorted(given):
         both = given.intersection(exclusive.get(one, ()))
         if both:
@@ -166,7 +167,7 @@ def check(
             )
 
 
-def load_checkpoint(directory: Path | None, device: DeviceName) -> "Checkpoint":
+def load_checkpoint(directory: Path | None, device: "DeviceName | torch.device") -> "Checkpoint":
     """The model in a directory, among the shipped ones or on the hub; without one the default."""
     from tarflowlm.device import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint
@@ -187,6 +188,8 @@ def read_source(source: str) -> str:
         from tarflowlm.data import read_text
 
         return read_text(source)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("standard input serves one process: under torchrun give a file")
     if sys.stdin is None:
         raise UserError("standard input is closed: give the text as an option, or in a file")
     try:

@@ -3,10 +3,11 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +21,9 @@ from tarflowlm.errors import UserError
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)
-"""How long processes wait for one another."""
-PREPARATION = timedelta(hours=3)
-"""The same, while the first one prepares the text."""
+"""How long processes wait for one another in training."""
+LONG = timedelta(hours=3)
+"""The same while the first one prepares the text, or each of them has a work of its own."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class Processes:
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
+    def in_turn(self, own: Iterable[T]) -> Iterator[T]:
+        """The items of all processes, each of which passes its `own`, for every process: the first
+        item of each in order of rank, then the second. They can be pickled.
+
+        A work of which item k is that of process k % world comes back in its order.
+        """
+        if self.world == 1:
+            yield from own
+            return
+        items = iter(own)
+        turns: list[list[T]] = [[] for _ in range(self.world)]
+        while True:
+            dist.all_gather_object(turns, list(islice(items, 1)))
+            if not any(turns):
+                return
+            yield from chain.from_iterable(turns)
+
     def from_first(self, value: T) -> T:
         """The value of the first process (any object that can be pickled)."""
         box = [value]
@@ -83,7 +101,7 @@ class Processes:
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """A context that the first process passes before the others, which find its files."""
-        group: Any = dist.new_group(backend="gloo", timeout=PREPARATION) if self.world > 1 else None
+        group: Any = dist.new_group(backend="gloo", timeout=LONG) if self.world > 1 else None
         if not self.first:
             self.wait(group)
         try:
@@ -98,10 +116,11 @@ ALONE = Processes()
 
 
 @contextmanager
-def launched(device: torch.device) -> Iterator[Processes]:
+def launched(device: torch.device, patience: timedelta = PATIENCE) -> Iterator[Processes]:
     """Join the group that torchrun started, one GPU per process; without torchrun, one process.
 
-    A group of Ray Train, accelerate or Fabric is used and left to them.
+    Processes wait for one another up to `patience`. A group of Ray Train, accelerate or Fabric is
+    used and left to them.
     """
     if dist.is_initialized():
         yield member(device)
@@ -128,7 +147,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
         # several machines count apart, but have a new store
         restarts = given.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d.PrefixStore(restarts, store)
-    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     yield member(torch.device(device.type))
     # a sharded module that outlives the group, in a reference cycle, can abort the process on exit
     gc.collect()

@@ -14,16 +14,14 @@ from tarflowlm.texts.requests import Request
 
 OPTIONS = {
     "quickstart": "device json minutes out seed",
-    "data": "json out part source tokenizer unwrap",
+    "data": "json out source tokenizer unwrap",
     "train": "checkpoint-every data device json minutes normalize out run steps unwrap",
-    "eval": (
-        "data device directory json latents merge normalize part samples seed split stride windows"
-    ),
-    "score": "baseline device directory file json normalize part samples seed text texts",
+    "eval": ("data device directory json latents normalize samples seed split stride windows"),
+    "score": "baseline device directory file json normalize samples seed text texts",
     "sample": (
         "blank contains decoder device directory json length max-new-tokens no-stop normalize num "
         "out "
-        "part particles passes prompt prompts seed stop stream temperature template "
+        "particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p without"
     ),
     "info": "directory json",

@@ -259,17 +259,10 @@ def test_existing_files_are_left_alone(refused, copied, corpus_file, tmp_path):
         ["--stride", "-1"],
         ["--samples", "0"],
         ["--seed", "-1"],
-        ["--part", "3/2"],
     ],
 )
 def test_numbers_are_refused_before_a_model_is_loaded(refused, options):
     refused("eval", "no-such-run", *options, names=[options[0].strip("-"), options[1]])
-
-
-def test_parts_that_cannot_be_merged_are_named(run, model, tmp_path):
-    done = run("eval", model, "--merge", tmp_path / "none.json")
-    assert done.status == 2
-    assert "none.json is missing" in done.err
 
 
 def test_a_page_has_an_address(refused):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tarflowlm.data import TokenizerConfig, open_corpus, prepare_corpus, splits
+from tarflowlm.data import TokenizerConfig, prepare_corpus, splits
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.prepare import prepare_part
 from tarflowlm.data.sources import resolve_source, sources_dir
@@ -132,16 +132,6 @@ def test_a_lost_part_is_made_up_for_and_another_preparation_refused(folder, tmp_
         prepare_part(str(folder), BYTES, tmp_path / "out", "4/3")
     whole = prepare_corpus(str(folder), BYTES, tmp_path / "whole")
     assert prepare_corpus(str(folder), BYTES, tmp_path / "out").meta == whole.meta
-
-
-def test_the_command_prepares_parts(run, run_json, folder, tmp_path):
-    out = tmp_path / "out"
-    argv = ["data", folder, "--out", out, "--kind", "byte", "--normalize", "none"]
-    for part in ("1/2", "2/2"):
-        shown = run(*argv, "--part", part)
-        assert shown.status == 0, shown.err
-        assert "without --part" in shown.err
-    assert run_json(*argv)["tokens"]["train"] == open_corpus(out).num_tokens("train")
 
 
 # splits of large texts

@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.config import TokenizerConfig
-from tarflowlm.options import Part, PrintJson, Unwrap, arg, check
-from tarflowlm.parts import WHOLE
+from tarflowlm.errors import is_first_process
+from tarflowlm.options import PrintJson, Unwrap, arg
 
 SOURCES = (
     "tales (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
@@ -27,32 +27,18 @@ class Args:
     )
     """The tokenizer."""
     unwrap: Unwrap = False
-    part: Part = WHOLE
     json: PrintJson = False
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus, suited
-    from tarflowlm.data.prepare import prepare_part
     from tarflowlm.data.splits import SPLITS
-    from tarflowlm.terminal.bars import Bars, print_notice, print_result, suggest
+    from tarflowlm.terminal.bars import Bars, print_result, suggest
 
+    if not is_first_process():
+        return  # the first one writes, and its tokenizer uses all cores
     with Bars() as bars:
         tokenizer = suited(args.source, args.tokenizer, unwrap=args.unwrap)
-        if args.part != WHOLE:
-            prepare_part(
-                args.source,
-                tokenizer,
-                args.out,
-                args.part,
-                unwrap=args.unwrap,
-                progress=bars,
-            )
-            print_notice("when all parts are there, give the same command without --part")
-            return
         corpus = prepare_corpus(args.source, tokenizer, args.out, unwrap=args.unwrap, progress=bars)
     counts = {name: corpus.num_tokens(name) for name in SPLITS}
     vocab_size = corpus.tokenizer.vocab_size

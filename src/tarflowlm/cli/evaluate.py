@@ -1,18 +1,14 @@
 """`tarflowlm eval`: the likelihood of a text, and on request the latents of every block."""
 
-import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tarflowlm import options
 from tarflowlm.checks import as_integer, checked_seed
 from tarflowlm.errors import Progress, UserError, counted
-from tarflowlm.files import read_json
 from tarflowlm.options import arg
-from tarflowlm.parts import WHOLE
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
@@ -49,14 +45,10 @@ class Args:
     normalize: options.Normalize = None
     # Seed of the posterior samples.
     seed: int = 0
-    part: options.Part = WHOLE
-    # The JSON objects that all parts have printed: gives the result of the whole.
-    merge: Annotated[tuple[Path, ...], arg("FILE ...")] = ()
     device: options.Device = "auto"
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        options.check(self, exclusive={"part": ("merge", "latents", "json")})
         checked_seed(self.seed)
         for name in ("samples", "windows", "stride"):
             if getattr(self, name) is not None:
@@ -64,34 +56,58 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.data import eval_windows
-    from tarflowlm.evaluation.blocks import latent_report
-    from tarflowlm.model import as_flow
+    import torch
 
-    checkpoint = options.load_checkpoint(args.directory, args.device)
-    directory = args.directory or checkpoint.directory.name
-    model = checkpoint.model
-    refusal = f"{directory} is the discrete baseline, which has no latents: leave --latents out"
-    flow = as_flow(model, refusal) if args.latents else None
-    tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    states = None
-    split = args.split or usual_split(checkpoint, args.data)
-    args = replace(args, split=split)
-    with Bars() as bars:
-        source, tokens = read_text(checkpoint, tokenizer, args.data, split, bars)
-        likelihood, reading = _likelihood(args, model, tokenizer, tokens, source, bars)
-        if likelihood is None:
-            return
-        found = likelihood.to_json() | reading
-        if flow is not None:
+    from tarflowlm.data import eval_windows
+    from tarflowlm.device import pick_device
+    from tarflowlm.evaluation.blocks import latent_report
+    from tarflowlm.evaluation.likelihood import evaluate
+    from tarflowlm.model import as_flow
+    from tarflowlm.processes import LONG, launched
+
+    with launched(pick_device(args.device), LONG) as processes, Bars() as bars:
+        with processes.first_alone():  # model and text may have to be downloaded
+            checkpoint = options.load_checkpoint(args.directory, processes.device)
+            directory = args.directory or checkpoint.directory.name
+            model = checkpoint.model
+            refusal = (
+                f"{directory} is the discrete baseline, which has no latents: leave --latents out"
+            )
+            flow = as_flow(model, refusal) if args.latents else None
+            tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
+            split = args.split or usual_split(checkpoint, args.data)
+            source, tokens = read_text(checkpoint, tokenizer, args.data, split, bars)
+        windows, given, reading = _windows(args, model, tokens, split)
+        samples = (
+            f", {args.samples} samples each" if args.samples > 1 and not model.is_exact else ""
+        )
+        what = f"{counted(len(windows), 'window')} of {counted(windows.shape[1], 'token')}{samples}"
+        print_notice(f"evaluating {what}: {source}, {split}")
+        bars.stage("evaluating, windows", len(windows))
+        start = time.perf_counter()
+        likelihood = evaluate(
+            model,
+            windows,
+            torch.from_numpy(tokenizer.characters_per_token),
+            bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
+            given=given,
+            samples=args.samples,
+            seed=args.seed,
+            progress=bars,
+            processes=processes,
+        )
+        reading = {"source": source, "split": split} | reading
+        reading["seconds"] = time.perf_counter() - start
+        states = None
+        if flow is not None and processes.first:
             windows = eval_windows(tokens, model.config.context, args.windows)
             bars.stage("latents, windows", len(windows))
             states = latent_report(flow, windows, seed=args.seed, progress=bars)
-            found["latents"] = [asdict(state) for state in states]
     if args.json:
-        print_json(found)
+        latents = {} if states is None else {"latents": [asdict(state) for state in states]}
+        print_json(likelihood.to_json() | reading | latents)
         return
-    _print_likelihood(f"{directory} on {source}, {args.split}", likelihood, reading)
+    _print_likelihood(f"{directory} on {source}, {split}", likelihood, reading)
     if states is not None:
         _print_latents(states)
 
@@ -147,27 +163,18 @@ def read_text(
     return source, corpus.split(split)
 
 
-def _likelihood(
-    args: Args,
-    model: "LanguageModel",
-    tokenizer: "Tokenizer",
-    tokens: "TokenArray",
-    source: str,
-    bars: Bars,
-) -> "tuple[Likelihood | None, dict[str, object]]":
-    """The likelihood of the text, and what --json says about how it was read.
-
-    None of a part, which is printed.
+def _windows(
+    args: Args, model: "LanguageModel", tokens: "TokenArray", split: Split
+) -> "tuple[Tensor, Tensor, dict[str, object]]":
+    """The windows [W, T] of a text, how many tokens [W] of each are context, and what --json says
+    of them.
     """
-    import torch
-
     from tarflowlm.data import sliding_windows
-    from tarflowlm.evaluation.likelihood import log_weights, summarise
 
     context = model.config.context
     patch = model.config.patch
     is_short = patch <= len(tokens) < context
-    if is_short and args.split == "all" and not args.latents:
+    if is_short and split == "all" and not args.latents:
         context = len(tokens) - len(tokens) % patch
         print_notice(
             f"the text is shorter than the context: one window of {counted(context, 'token')}"
@@ -179,69 +186,7 @@ def _likelihood(
     if stride < context and model.num_blocks > 1:
         rule = f"windows slide for one block, and this model has {model.num_blocks} blocks"
         raise UserError(f"stride {stride}: {rule}; leave --stride out")
-    samples = f", {args.samples} samples each" if args.samples > 1 and not model.is_exact else ""
-    what = f"{counted(len(windows), 'window')} of {counted(context, 'token')}{samples}"
-    print_notice(f"evaluating {what}: {source}, {args.split}")
-    bars.stage("evaluating, windows", len(windows))
-    start = time.perf_counter()
-    key = "" if args.part == WHOLE and not args.merge else _key(args, model, windows, given)
-    if args.merge:
-        log_w = _merged(args.merge, len(windows), key)
-    else:
-        log_w = log_weights(
-            model,
-            windows,
-            given=given,
-            samples=args.samples,
-            seed=args.seed,
-            progress=bars,
-            part=args.part,
-        )
-    if args.part != WHOLE:
-        print_json({"part": args.part, "of": key, "log_weights": log_w.tolist()})
-        return None, {}
-    found = summarise(
-        model,
-        log_w,
-        windows,
-        torch.from_numpy(tokenizer.characters_per_token),
-        bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
-        given=given,
-    )
-    return found, {
-        "source": source,
-        "split": args.split,
-        "context": context,
-        "stride": stride,
-        "text_tokens": len(tokens),
-        "seconds": time.perf_counter() - start,
-    }
-
-
-def _key(args: Args, model: "LanguageModel", windows: "Tensor", given: "Tensor") -> str:
-    """What the parts of one evaluation share: windows, weights and draws."""
-    key = hashlib.sha256(repr((args.samples, args.seed)).encode())
-    for tensor in (windows, given, *model.parameters()):
-        key.update(tensor.detach().cpu().numpy().tobytes())
-    return key.hexdigest()[:16]
-
-
-def _merged(files: Sequence[Path], num_windows: int, key: str) -> "Tensor":
-    """The log-weights [S, W] that all parts of `key` have printed. UserError for other files."""
-    import torch
-
-    documents = [read_json(file) for file in files]
-    try:
-        read = [one for one in documents if one["of"] == key]
-        found = {one["part"]: one["log_weights"] for one in read}
-        parts = [found[f"{number}/{len(found)}"] for number in range(1, len(found) + 1)]
-        log_w = torch.cat([torch.tensor(part, dtype=torch.float64) for part in parts], dim=1)
-    except (TypeError, LookupError, RuntimeError, ValueError):
-        log_w = torch.empty(0, 0)
-    if log_w.shape[1] != num_windows:
-        what = f"these are not the parts of {num_windows:,} windows"
-        raise UserError(f"merge: {what}: give what each of 1/N to N/N printed with these options")
-    return log_w
+    return windows, given, {"context": context, "stride": stride, "text_tokens": len(tokens)}
 
 
 def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object]) -> None:

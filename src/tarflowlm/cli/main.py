@@ -15,7 +15,7 @@ from typing import NoReturn
 import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.config import TEXT8_ALPHABET
-from tarflowlm.errors import Stopped, UnknownCharacters, UserError, unknown
+from tarflowlm.errors import Stopped, UnknownCharacters, UserError, is_first_process, unknown
 
 STOPPED = 75
 """Exit status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, try again."""
@@ -54,9 +54,11 @@ def main(
 ) -> None:
     """Entry point: runs a command and exits. `dispatch` runs another program than `tarflowlm`."""
     argv = sys.argv[1:] if argv is None else argv
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    silent = {name for name in ("stdout", "stderr") if getattr(sys, name) is None}  # closed
+    if not is_first_process():
+        silent.add("stdout")
+    for name in silent:
+        setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a character that the output's encoding lacks is printed as ?
         sys.stdout.reconfigure(errors="replace")
@@ -121,8 +123,7 @@ def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
     with exit_on_interrupt():
         import torch  # noqa: F401  (it takes seconds)
     logger = logging.getLogger("tarflowlm")
-    # under torchrun the first process of a machine speaks
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not logger.handlers:
+    if not logger.handlers:
         logger.addHandler(NoticeHandler())
         logger.setLevel(logging.INFO)
     command.run(args)

@@ -13,15 +13,15 @@ import tyro
 from tarflowlm import options
 from tarflowlm.errors import UserError, counted
 from tarflowlm.options import arg
-from tarflowlm.parts import WHOLE, share
 from tarflowlm.texts.requests import Writing
 
 if TYPE_CHECKING:
+    from tarflowlm.processes import Processes
     from tarflowlm.runs.checkpoint import Checkpoint
     from tarflowlm.texts.writing import Draft, Written
 
 EXCLUSIVE = {
-    "stream": ("out", "part", "json", "passes", "particles", "without", "contains"),
+    "stream": ("out", "json", "passes", "particles", "without", "contains"),
     "prompts": ("prompt", "template"),
     "stop": ("passes",),
     "stop_at_end": ("template",),
@@ -48,7 +48,6 @@ class Args:
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
-    part: options.Part = WHOLE
     device: options.Device = "auto"
     json: options.PrintJson = False
 
@@ -58,16 +57,39 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.cli.signals import handled
+    from tarflowlm.device import pick_device
     from tarflowlm.files import new_lines
-    from tarflowlm.terminal.bars import print_notice
+    from tarflowlm.processes import LONG, launched
     from tarflowlm.terminal.texts import write_out
+
+    with launched(pick_device(args.device), LONG) as processes:
+        draft = _draft(args, processes)
+        if args.stream:
+            for row in range(draft.total):
+                if draft.total > 1:
+                    write_out(f"sample {row + 1}\n")
+                for piece in draft.pieces(row):
+                    write_out(piece)
+                write_out("\n")
+            return
+        # SIGTERM raises KeyboardInterrupt, as SIGINT does
+        interrupts = handled({signal.SIGTERM: signal.default_int_handler})
+        path = args.out if processes.first else None
+        with interrupts, nullcontext() if path is None else new_lines(path) as out:
+            _write(args, draft, out)
+
+
+def _draft(args: Args, processes: "Processes") -> "Draft":
+    """What the command asks for, as the model reads it."""
+    from tarflowlm.terminal.bars import print_notice
     from tarflowlm.texts.writing import Draft
 
     writing = args.writing
-    lm = options.load_checkpoint(args.directory, args.device)
+    with processes.first_alone():  # it may have to be downloaded
+        lm = options.load_checkpoint(args.directory, processes.device)
     if args.prompts is not None:
         writing = replace(writing, prompt=_read_prompts(args.prompts, writing, lm))
-    draft = replace(Draft.of(writing, lm), part=args.part, is_whole=args.passes)
+    draft = replace(Draft.of(writing, lm), processes=processes, is_whole=args.passes)
     context = lm.model.config.context
     if args.passes and (lm.model.is_exact or draft.num_written > context):
         what = "this is a baseline" if lm.model.is_exact else f"length {draft.num_tokens} is more"
@@ -76,18 +98,7 @@ def run(args: Args) -> None:
         print_notice("this model follows given text loosely: --particles 64 weighs 64 candidates")
     for notice in draft.notices:
         print_notice(notice)
-    if args.stream:
-        for row in range(draft.total):
-            if draft.total > 1:
-                write_out(f"sample {row + 1}\n")
-            for piece in draft.pieces(row):
-                write_out(piece)
-            write_out("\n")
-        return
-    # SIGTERM raises KeyboardInterrupt, as SIGINT does
-    interrupts = handled({signal.SIGTERM: signal.default_int_handler})
-    with interrupts, nullcontext() if args.out is None else new_lines(args.out) as out:
-        _write(args, draft, out)
+    return draft
 
 
 def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str, ...]:
@@ -118,7 +129,7 @@ def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
     interrupt = None
     try:
         with Bars("sampling, positions", draft.num_positions) as bars:
-            for written in draft.batches(bars):
+            for written in draft.processes.in_turn(draft.batches(bars)):
                 # rich would print below a running bar, on stderr
                 bars.close()
                 if out is not None:
@@ -135,11 +146,10 @@ def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
                 done += len(written.rows)
     except KeyboardInterrupt:
         where = f" and kept in {args.out}" if out is not None and done else ""
-        wanted = len(share(args.part, draft.total))
-        interrupt = KeyboardInterrupt(f"{done} of {wanted} samples are finished{where}")
+        interrupt = KeyboardInterrupt(f"{done} of {draft.total} samples are finished{where}")
     if args.json:
         found: dict[str, object] = {"samples": samples}
-        if out is not None:
+        if args.out is not None:
             found = {"out": str(args.out), "written": done}
         found["seconds"] = time.perf_counter() - start
         found["interrupted"] = interrupt is not None

@@ -11,7 +11,6 @@ import tyro
 from tarflowlm import options
 from tarflowlm.errors import UserError
 from tarflowlm.options import arg
-from tarflowlm.parts import WHOLE, share
 from tarflowlm.texts.requests import Score
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ class Args:
     file: options.File = None  # A file with the text, or - for standard input, instead of --text.
     texts: options.File = None
     """Or a file with one text per line, for a JSON object per line."""
-    part: options.Part = WHOLE
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with."""
     score: Annotated[Score, tyro.conf.arg(name="")] = field(default_factory=Score)
@@ -41,8 +39,7 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        exclusive = {"texts": ("baseline", "text", "file")}
-        options.check(self, self.score, exclusive=exclusive, needed={"part": ("texts",)})
+        options.check(self, self.score, exclusive={"texts": ("baseline", "text", "file")})
         if self.texts is None and (self.score.text is None) == (self.file is None):
             raise UserError(
                 "give the text to score: either --text TEXT, or --file FILE (- for standard input)"
@@ -54,15 +51,10 @@ def run(args: Args) -> None:
     from tarflowlm.texts.scores import score
 
     if args.texts is not None:
-        texts = tuple(line for _, line in options.read_lines(args.texts))
-    else:
-        text = args.score.text if args.file is None else options.read_source(args.file)
-        assert isinstance(text, str)
-        texts = (text,)
-    if not texts:
-        raise UserError(f"{args.texts} holds no text: write one per line")
-    own = share(args.part, len(texts))
-    request = replace(args.score, text=texts[own.start : own.stop])
+        _score_lines(args, args.texts)
+        return
+    text = args.score.text if args.file is None else options.read_source(args.file)
+    request = replace(args.score, text=text)
     # both before the first is used, so that a missing model costs no time
     models = [options.load_checkpoint(args.directory, args.device)]
     if args.baseline is not None:
@@ -71,12 +63,7 @@ def run(args: Args) -> None:
     found: list[Scored] = []
     for name, lm in zip(names, models, strict=True):
         with Bars(f"scoring with {name}, windows") as bars:
-            all_scored = score(request, lm, bars)
-        if args.texts is not None:
-            for row, scored in zip(own, all_scored, strict=True):
-                print_json({"index": row} | _to_json(name, scored, request.samples))
-            return
-        (scored,) = all_scored
+            (scored,) = score(request, lm, bars)
         if scored.notice:
             print_notice(f"{name}: {scored.notice}")
         found.append(scored)
@@ -89,6 +76,30 @@ def run(args: Args) -> None:
     if args.baseline is not None:
         result["baseline"] = _to_json(names[1], found[1], request.samples)
     print_json(result)
+
+
+def _score_lines(args: Args, source: str) -> None:
+    """A JSON object for every line of a file; under torchrun the processes share the lines."""
+    from tarflowlm.device import pick_device
+    from tarflowlm.processes import LONG, launched
+    from tarflowlm.terminal.bars import Bars, print_json
+    from tarflowlm.texts.scores import score
+
+    texts = [line for _, line in options.read_lines(source)]
+    if not texts:
+        raise UserError(f"{source} holds no text: write one per line")
+    with launched(pick_device(args.device), LONG) as processes:
+        with processes.first_alone():  # it may have to be downloaded
+            lm = options.load_checkpoint(args.directory, processes.device)
+        name = lm.directory.name
+        own = tuple(texts[processes.rank :: processes.world])
+        found: list[Scored] = []
+        if own:
+            with Bars(f"scoring with {name}, windows") as bars:
+                found = score(replace(args.score, text=own), lm, bars)
+        lines = (_to_json(name, scored, args.score.samples) for scored in found)
+        for index, line in enumerate(processes.in_turn(lines)):
+            print_json({"index": index} | line)
 
 
 def _to_json(name: str, scored: "Scored", samples: int) -> dict[str, object]:

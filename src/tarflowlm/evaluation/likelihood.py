@@ -19,7 +19,7 @@ from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
-from tarflowlm.parts import WHOLE, share
+from tarflowlm.processes import ALONE, Processes
 
 Nats = TypeVar("Nats", float, Tensor)
 
@@ -108,6 +108,7 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     progress: Progress = SILENT,
+    processes: Processes = ALONE,
 ) -> Likelihood:
     """Likelihood of the windows of a text; each window has a fresh context.
 
@@ -117,14 +118,22 @@ def evaluate(
 
     The first `given` tokens of a window are context and are not scored (`sliding_windows`). The
     baseline and flows of one block allow this (`conditional_bound`), other flows raise UserError.
-    `progress` advances by windows.
+    The `processes` share the windows. `progress` advances by windows.
     """
     vocab_size = model.config.vocab_size
     check_type(characters_per_token, "characters_per_token", Tensor, "give a tensor [V]")
     if characters_per_token.shape != (vocab_size,):
         what = f"characters_per_token of shape {list(characters_per_token.shape)}"
         raise UserError(f"{what}: give one number for each of the {vocab_size} tokens")
-    log_w = log_weights(model, windows, given=given, samples=samples, seed=seed, progress=progress)
+    log_w = log_weights(
+        model,
+        windows,
+        given=given,
+        samples=samples,
+        seed=seed,
+        progress=progress,
+        processes=processes,
+    )
     return summarise(
         model, log_w, windows, characters_per_token, bytes_per_token=bytes_per_token, given=given
     )
@@ -179,33 +188,39 @@ def log_weights(
     samples: int,
     seed: int,
     progress: Progress = SILENT,
-    part: str = WHOLE,
-) -> Float[Tensor, "S own"]:
+    processes: Processes = ALONE,
+) -> Float[Tensor, "S W"]:
     """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
 
-    Of a `part`, only those of its batches, which follow one another.
+    The `processes` share the batches; each gets the log-weights of all.
     """
     check_tokens(model, windows, name="windows")
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
     heads = [0] * len(windows) if given is None else given.tolist()
     draws = 1 if model.is_exact else as_integer(samples, "samples", least=1)
-    found = [torch.empty(draws, 0, dtype=torch.float64)]
-    # one batch has one number of given tokens
-    batches = list(runs(heads, windows_per_batch(windows.shape[1])))
-    own = share(part, len(batches))
-    for number, some in enumerate(batches[: own.stop]):
-        tokens = windows[some].to(model.device)
-        if number < own.start:
-            # so that the noise of its own is that of one process
-            for _ in range(draws):
-                model.draw_noise(tokens, generator)
-            continue
-        log_w = log_importance_weights(
-            model, tokens, samples=samples, generator=generator, given=heads[some.start]
-        )
-        found.append(log_w.cpu().double())
-        progress.advance(len(tokens))
+
+    def own() -> Iterator[Tensor]:
+        # one batch has one number of given tokens
+        for number, some in enumerate(runs(heads, windows_per_batch(windows.shape[1]))):
+            tokens = windows[some].to(model.device)
+            if number % processes.world == processes.rank:
+                yield (
+                    log_importance_weights(
+                        model, tokens, samples=samples, generator=generator, given=heads[some.start]
+                    )
+                    .cpu()
+                    .double()
+                )
+            else:
+                # so that the noise of its own batches is that of one process
+                for _ in range(draws):
+                    model.draw_noise(tokens, generator)
+
+    found = []
+    for log_w in processes.in_turn(own()):
+        found.append(log_w)
+        progress.advance(log_w.shape[1])
     return torch.cat(found, dim=1)
 
 

@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tarflowlm import errors
+from tarflowlm.errors import is_first_process
 
 NUMBER = 14
 """Characters of the longest cell that is kept on one line."""
@@ -59,6 +60,8 @@ def print_json(value: Mapping[str, object]) -> None:
 
 def print_notice(text: str) -> None:
     """A line on stderr. It is lost if stderr is closed or its disk is full: the work continues."""
+    if not is_first_process():
+        return
     # not by a rich console, which exits on a broken pipe and would write into the bar of another
     with contextlib.suppress(OSError, AttributeError):
         sys.stderr.write(f"{text}\n")
@@ -151,7 +154,8 @@ class Bars(errors.Progress):
         self.console = console or Console(stderr=True)
         self.clock = clock
         # FORCE_COLOR makes rich take a pipe for a terminal
-        self.is_live = self.console.is_interactive and self.console.file.isatty()
+        is_terminal = self.console.is_interactive and self.console.file.isatty()
+        self.is_live = is_terminal and is_first_process()
         self.is_wide = not self.is_live or self.console.width >= WIDE
         bar = [BarColumn(bar_width=20, table_column=Column(no_wrap=True))] if self.is_wide else []
         self._numbers = _Numbers()

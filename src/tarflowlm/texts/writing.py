@@ -20,7 +20,7 @@ from tarflowlm.generation.generate import PARTICLES, no_room, usual_particles
 from tarflowlm.generation.inversion import Decoders, Kept, finish
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.writing import num_positions
-from tarflowlm.parts import WHOLE, share
+from tarflowlm.processes import ALONE, Processes
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.texts.requests import Writing, as_texts
 
@@ -47,8 +47,8 @@ class Draft:
     words: Reading | None
     """The words that every sample contains, with a space before them."""
     allowed: Allowed | None
-    part: str = WHOLE
-    """The share of the samples that `batches` writes."""
+    processes: Processes = ALONE
+    """They share the batches; `processes.in_turn` puts them together."""
     is_whole: bool = False
     """Whether tokens behind the end of a document are written, though not shown: passes need them.
     """
@@ -277,9 +277,9 @@ class Draft:
         """The given tokens of a sample."""
         return self.given[row // self.request.num].tokens
 
-    def _rows_of_batches(self) -> Iterator[range]:
-        """Consecutive samples; prompts that fill a window are not mixed with others, nor, where one
-        length continues exactly, those of several.
+    def _rows_of_batches(self) -> list[range]:
+        """Consecutive samples of this process; prompts that fill a window are not mixed with
+        others, nor, where one length continues exactly, those of several.
         """
         config = self.lm.model.config
         length = min(self.num_written, config.context)
@@ -288,11 +288,12 @@ class Draft:
         is_alone = max(lengths) >= config.context or self.is_constrained
         is_alone |= config.continues_exactly and len(lengths) > 1
         together = self.request.num if is_alone else self.total
-        own = share(self.part, self.total)
+        size = min(size, -(-together // self.processes.world))
+        batches: list[range] = []
         for first in range(0, self.total, together):
-            rows = range(max(first, own.start), min(first + together, own.stop))
-            for start in range(0, len(rows), size):
-                yield rows[start : start + size]
+            rows = range(first, first + together)
+            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
+        return batches[self.processes.rank :: self.processes.world]
 
     def _length(self, index: int, generation: Generation) -> int:
         """Tokens of the text of sample `index` of a batch: a template with gaps ends with them."""
