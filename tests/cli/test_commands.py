@@ -137,7 +137,7 @@ def test_quickstart_trains_evaluates_and_samples(run_json, run, corpus_file, tmp
     letters = DataConfig(source=str(corpus_file), tokenizer=TokenizerConfig())
     monkeypatch.setattr(quickstart, "preset", lambda name: replace(small, data=letters))
     result = run_json("quickstart", "--out", tmp_path / "run", "--minutes", "0.03")
-    assert {"bpc", "bz2_bpc", "trigram_bpc", "unigram_bpc"} <= result.keys()
+    assert result["bpc"] > 0
     assert (len(result["samples"]), result["bound"]) == (2, "elbo")
     assert run("sample", tmp_path / "run", "--length", 4).status == 0
 
@@ -150,10 +150,8 @@ def test_quickstart_learns_tales(run_json, tmp_path, monkeypatch):
     result = run_json(
         "quickstart", "--out", tmp_path / "run", "--minutes", "0.03", "--device", "cpu"
     )
-    # a few seconds teach a model little; the others are known of this text
+    # a few seconds teach a model little
     assert 1.8 < result["bpc"] < 3.0
-    assert 1.3 < result["bz2_bpc"] < result["trigram_bpc"] < 2.9
-    assert 3.9 < result["unigram_bpc"] < 4.3
     assert (len(result["samples"]), result["bound"], result["out"]) == (
         2,
         "elbo",
@@ -283,6 +281,8 @@ def test_info_lists_and_describes_models(run_json, run, trained, models):
     )
     assert f"{found['bpc']:.4f} bits per character" in run("info", trained).out
     assert "2 per position" in run("info", models["patches"]).out
+    several = run_json("info", "english-mini-ar", models["flow"])["models"]
+    assert [model["name"] for model in several] == ["english-mini-ar", "flow"]
 
 
 def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
@@ -296,7 +296,9 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     export(load_checkpoint(trained), tmp_path / "exported")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
-    rows = {row["name"]: row for row in run_json("runs", tmp_path)["runs"]}
+    compared = run_json("runs", tmp_path)
+    assert run_json("info", tmp_path) == compared
+    rows = {row["name"]: row for row in compared["runs"]}
     assert list(rows)[-1] == "broken"
     assert rows["a/finished"]["split"] == "test"
     assert (rows["stopped"]["split"], rows["stopped"]["tokens"]) == ("valid", 6 * 4 * 32)

@@ -24,8 +24,8 @@ OPTIONS = {
         "particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p without"
     ),
-    "info": "directory json",
-    "runs": "directories json",
+    "info": "compare directories json",
+    "runs": "compare directories json",
     "edit": (
         "around candidates decoder device directory everywhere json level "
         "normalize num pick replace rewrite seed strength temperature text "

@@ -1,25 +1,54 @@
-"""`tarflowlm info`: what a model is."""
+"""`tarflowlm info`: what a model is, which models there are, and training runs in a table."""
 
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from tarflowlm.errors import counted
-from tarflowlm.options import PrintJson, arg, load_checkpoint
-from tarflowlm.terminal.bars import print_json, print_result, print_table
+from tarflowlm.errors import UserError, counted, first_line
+from tarflowlm.options import Flag, PrintJson, arg, load_checkpoint
+from tarflowlm.terminal.bars import print_json, print_notice, print_result, print_table
 
 
 @dataclass(frozen=True)
 class Args:
     """Describe a model: its shape, training and likelihood. Without one, list the models of the
-    package.
+    package. Given folders of runs, compare them: bits per character, tokens, time and state.
     """
 
-    directory: Annotated[tyro.conf.Positional[Path | None], arg("[MODEL]")] = None
-    """Run directory, shipped model or hf:OWNER/NAME."""
+    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg("[MODEL or DIR ...]")] = ()
+    """Run directories, shipped models or hf:OWNER/NAME; or folders of runs, two levels deep."""
+    compare: Flag = False  # Compare runs in a table, even if only one is given: `tarflowlm runs`.
     json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.compare and not self.directories:
+            raise UserError("name the directory that holds the runs, say `tarflowlm runs runs`")
+
+
+def run(args: Args) -> None:
+    from tarflowlm.runs.checkpoint import CONFIG
+
+    paths = args.directories
+    if args.compare or any(path.is_dir() and not (path / CONFIG).exists() for path in paths):
+        _compare(args)
+    elif len(paths) == 1:
+        found = describe(paths[0])
+        if args.json:
+            print_json(asdict(found))
+        else:
+            _print_model(found)
+    else:
+        _list(args)
+
+
+# models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +87,6 @@ class Description:
         if self.bpc is not None:
             found += f", {sign_of(self.bound)} {self.bpc:.4f} bits per character"
         return found
-
-
-def run(args: Args) -> None:
-    from tarflowlm.runs.hub import DEFAULT, FOLDER, released
-
-    if args.directory is not None:
-        found = describe(args.directory)
-        if args.json:
-            print_json(asdict(found))
-        else:
-            _print(found)
-        return
-    models = [describe(FOLDER / name) for name in released()]
-    rows = []
-    for model in models:
-        name = f"{model.name}, the default" if model.name == DEFAULT else model.name
-        rows.append((name, f"{model.purpose}\n{model.kind}; {model.tokenizer}"))
-    title = "models that come with the package; `tarflowlm info NAME` says more"
-    print_result(args.json, {"models": [asdict(model) for model in models]}, title, rows)
 
 
 def describe(given: Path) -> Description:
@@ -122,7 +132,7 @@ def describe(given: Path) -> Description:
     )
 
 
-def _print(found: Description) -> None:
+def _print_model(found: Description) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.text import Text
@@ -150,3 +160,141 @@ def _print(found: Description) -> None:
         console = Console()
         card = Markdown(found.card) if console.is_terminal else Text(found.card.strip())
         console.print(card, soft_wrap=True)
+
+
+def _list(args: Args) -> None:
+    """Several models, or those of the package, in a few lines each."""
+    from tarflowlm.runs.hub import DEFAULT, FOLDER, released
+
+    models = list(map(describe, args.directories or [FOLDER / name for name in released()]))
+    rows = []
+    for model in models:
+        name = f"{model.name}, the default" if model.name == DEFAULT else model.name
+        rows.append(
+            (name, "\n".join(filter(None, (model.purpose, f"{model.kind}; {model.tokenizer}"))))
+        )
+    which = "models" if args.directories else "models that come with the package"
+    title = f"{which}; `tarflowlm info NAME` says more"
+    print_result(args.json, {"models": [asdict(model) for model in models]}, title, rows)
+
+
+# training runs
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run as `--json` shows it; the state of a broken one is the reason."""
+
+    name: str
+    directory: str
+    state: str
+    preset: str | None = None
+    source: str | None = None
+    normalize: str = ""
+    unwrap: bool = False
+    bpc: float | None = None
+    split: str = ""
+    bound: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    best: bool = False
+
+    @classmethod
+    def of(cls, name: str, directory: Path) -> "Row":
+        """The run in a directory, by its test if it has one, else by its best validation."""
+        from tarflowlm.training.records import read_record
+
+        try:
+            record = read_record(directory)
+        except (UserError, OSError) as error:
+            reason = first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
+            return cls(name, str(directory), reason)
+        row = cls(
+            name,
+            str(directory),
+            record.status,
+            preset=record.run.name,
+            source=record.run.data.source,
+            normalize=record.run.data.tokenizer.normalization,
+            unwrap=record.run.data.unwrap,
+            bound=record.bound,
+            tokens=int(record.train["tokens"][-1]),
+            seconds=float(record.train["seconds"][-1]),
+        )
+        done = record.summary
+        if done is not None:
+            bpc = done["test"]["bpc"]
+            measured = {"tokens": done["tokens"], "seconds": done["seconds"]}
+            return replace(row, bpc=bpc, split="test", **measured)
+        if len(record.valid["bpc"]):
+            row = replace(row, bpc=float(min(record.valid["bpc"])), split="valid")
+        return row
+
+    @property
+    def text(self) -> tuple[str, str, bool]:
+        """The text that it reads."""
+        return self.source or "", self.normalize, self.unwrap
+
+    @property
+    def cells(self) -> list[str]:
+        """The run in the table."""
+        from tarflowlm.evaluation.likelihood import sign_of
+
+        bits = "" if self.bpc is None else f"{sign_of(self.bound)} {self.bpc:.4f}"
+        bits += " v" if self.split == "valid" else ""
+        bits += " *" if self.best else ""
+        time = str(timedelta(seconds=round(self.seconds)))
+        return [self.name, bits, f"{self.tokens / 1e6:.2f}M", time, self.state]
+
+
+def _compare(args: Args) -> None:
+    """A table for every text, as bits per character compare within a text only."""
+    rows = [Row.of(name, path) for name, path in _find(args.directories).items()]
+    broken = [row for row in rows if row.source is None]
+    known = [row for row in rows if row.source is not None]
+    texts = sorted({row.text for row in known})
+    groups = [_ranked([row for row in known if row.text == text]) for text in texts]
+    if args.json:
+        print_json({"runs": [asdict(row) for row in [*chain(*groups), *broken]]})
+        return
+    for group in groups:
+        source, normalize, unwrap = group[0].text
+        how = " in text8" if normalize == "text8" else ""
+        how += ", unwrapped" if unwrap else ""
+        title = f"runs on {Path(source).name}{how}: bits per character (bpc) and more"
+        columns = ["", "bpc", "tokens", "time", "state"]
+        print_table(title, [row.cells for row in group], columns)
+    for row in broken:
+        sys.stdout.write(f"{row.name}: {row.state}\n")
+    if any(row.best for row in chain(*groups)):
+        print_notice("* the fewest bits per character on its text, by the test if there is one")
+    if any(row.split == "valid" for row in rows):
+        print_notice("v: the best validation so far, over fewer windows than a test")
+
+
+def _find(directories: Sequence[Path]) -> dict[str, Path]:
+    """Name -> run directory; models that were exported from runs are left out."""
+    from tarflowlm.training.records import DEPTH, find_runs, is_export
+
+    found: dict[str, Path] = {}
+    for folder in directories:
+        below = [path for path in find_runs(folder) if not is_export(path)]
+        if not below:
+            remedy = "give a directory made by `tarflowlm train`"
+            raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
+        for path in below:
+            name = folder.resolve().name if path == folder else str(path.relative_to(folder))
+            found[str(path) if name in found else name] = path
+    return found
+
+
+def _ranked(rows: list[Row]) -> list[Row]:
+    """The runs on a text by bits per character; the best of several is marked."""
+    known = [row for row in rows if row.bpc is not None]
+    known.sort(key=attrgetter("bpc", "name"))
+    unknown = [row for row in rows if row.bpc is None]
+    if len(known) > 1:
+        # a test says more than a validation, where there is one
+        best = next((row for row in known if row.split == "test"), known[0])
+        known = [replace(row, best=row is best) for row in known]
+    return known + unknown

@@ -33,7 +33,7 @@ COMMANDS = {
     "score": "tarflowlm.cli.score",
     "sample": "tarflowlm.cli.sample",
     "info": "tarflowlm.cli.info",
-    "runs": "tarflowlm.cli.runs",
+    "runs": "tarflowlm.cli.info --compare",
     "edit": "tarflowlm.cli.edit",
     "report": "tarflowlm_apps.report.command",
     "studio": "tarflowlm_apps.studio.command",
@@ -41,11 +41,11 @@ COMMANDS = {
     "push": "tarflowlm.cli.push",
     "harness": "tarflowlm_apps.lm_eval.command",
 }
-"""The module of every command.
+"""The module of every command, and words that go before those of the user.
 
-Each has `run(args)` and the dataclass `Args`, or `read(argv)` if its options depend on the words.
-The docstring of `Args` summarises the command; comments next to options and docstrings below them
-are their help. None imports torch at its top.
+A module has `run(args)` and the dataclass `Args`, or `read(argv)` if its options depend on the
+words. The docstring of `Args` summarises the command; comments next to options and docstrings
+below them are their help. None imports torch at its top.
 """
 
 
@@ -97,19 +97,25 @@ def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         from tarflowlm.terminal.bars import print_table
 
-        rows = [(name, " ".join(command_module(name).Args.__doc__.split())) for name in COMMANDS]
+        rows = []
+        for name, place in COMMANDS.items():
+            module, *words = place.split()
+            same = f"Short for `{module.rpartition('.')[2]} {' '.join(words)}`."
+            does = same if words else command_module(name).Args.__doc__
+            rows.append((name, " ".join(does.split())))
         rows.append(("--import MODULE", "With any command: first import a module of yours."))
         print_table("tarflowlm COMMAND --help   or   tarflowlm --version", rows)
         return
     if argv[0] == "--version":
         sys.stdout.write(f"tarflowlm {tarflowlm.__version__}\n")
         return
-    name, *rest = argv
+    name, *given = argv
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     with exit_on_interrupt():
         command = command_module(name)
-    run_command(command, rest, f"tarflowlm {name}")
+    _, *words = COMMANDS[name].split()
+    run_command(command, [*words, *given], f"tarflowlm {name}")
 
 
 def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
@@ -149,7 +155,7 @@ def _import_named(argv: list[str]) -> list[str]:
 
 def command_module(name: str) -> ModuleType:
     """The module of a command."""
-    return import_module(COMMANDS[name])
+    return import_module(COMMANDS[name].split()[0])
 
 
 def settle_threads() -> None:
