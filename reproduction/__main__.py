@@ -12,9 +12,8 @@ import tyro
 
 from reproduction import quality_command
 from reproduction.settings import Settings
-from tarflowlm.checks import check_package
 from tarflowlm.cli.main import main, run_command
-from tarflowlm.errors import UserError, unknown
+from tarflowlm.errors import UserError, check_package, unknown
 from tarflowlm.options import Flag, PrintJson, arg
 
 if TYPE_CHECKING:

@@ -58,10 +58,10 @@ class Args:
 def run(args: Args) -> None:
     from reproduction.judges import load_judge
     from reproduction.quality import SamplingConfig, measure_quality
-    from tarflowlm.checks import checked_seed
     from tarflowlm.cli.evaluate import read_text
     from tarflowlm.data import eval_windows
     from tarflowlm.device import pick_device
+    from tarflowlm.schema import Seed, checked
     from tarflowlm.terminal.bars import Bars, print_json
 
     sampling = SamplingConfig(
@@ -71,7 +71,7 @@ def run(args: Args) -> None:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        seed=checked_seed(args.seed),
+        seed=checked(args.seed, Seed, "seed"),
     )
     checkpoint = options.load_checkpoint(args.directory, args.device)
     context = checkpoint.model.config.context

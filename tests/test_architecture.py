@@ -28,7 +28,7 @@ MODULES = modules_below(CORE)
 APPLICATIONS = modules_below(APPS)
 
 LAYERS = """
-    errors chunks | checks files parts schema | model_config | config | presets |
+    errors chunks | files parts schema | model_config | config | presets |
     flow data | device processes | model | baseline | objective | runs |
     generation | evaluation editing options | texts | card | sharing | training |
     terminal | pretrained | __init__ | cli | __main__

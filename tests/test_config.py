@@ -6,11 +6,10 @@ import copy
 import json
 from dataclasses import replace
 from functools import reduce
-from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
-from tarflowlm.config import OptimConfig, RunConfig, TokenizerConfig, TrainConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, stack
 from tarflowlm.presets import PRESETS, preset, with_steps
@@ -49,12 +48,12 @@ def changed(path: str, value: object) -> dict:
         ),
         ("name", ..., "config.name: missing key"),
         ("model", ..., "config.model: missing key"),
-        ("model.family", ..., "config.model.family: None is not one of 'flow', 'ar'"),
-        ("model.family", "rnn", "config.model.family: 'rnn' is not one of"),
-        ("model.trunk", 3, "config.model.trunk: expected an object, found 3"),
-        ("model.latent_dim", None, "config.model.latent_dim: expected int, found None"),
-        ("model.channel_mix", 1, "config.model.channel_mix: expected bool, found 1"),
-        ("model.blocks", "mixd", "config.model.blocks: expected a list"),
+        ("model.family", ..., "config.model.family None: choose one of flow, ar"),
+        ("model.family", "rnn", "config.model.family 'rnn': choose one of"),
+        ("model.trunk", 3, "config.model.trunk 3 of type int: give TransformerConfig"),
+        ("model.latent_dim", None, "config.model.latent_dim None .*: give an integer"),
+        ("model.channel_mix", 1, "config.model.channel_mix 1 .*: give True or False"),
+        ("model.blocks", "mixd", "config.model.blocks 'mixd' .*: give a list"),
         (
             "model.blocks",
             [{"coupling": "mixx"}],
@@ -63,14 +62,14 @@ def changed(path: str, value: object) -> dict:
         (
             "model.blocks",
             [{}, {"layers": 2.0}],
-            r"config.model.blocks\[1\].layers: expected int, found 2.0",
+            "config.model.blocks.1.layers 2.0 .*: give an integer",
         ),
-        ("model.blocks", [{"layer": 2}], r"config.model.blocks\[0\].layer: unknown key"),
-        ("train.batch_size", 1.5, "config.train.batch_size: expected int, found 1.5"),
-        ("train.batch_size", True, "config.train.batch_size: expected int, found True"),
-        ("optim.lr", "fast", "config.optim.lr: expected float, found 'fast'"),
-        ("data.source", None, "config.data.source: expected str, found None"),
-        ("train.precision", "float16", "config.train.precision: 'float16' is not one of"),
+        ("model.blocks", [{"layer": 2}], "config.model.blocks.0.layer: unknown key"),
+        ("train.batch_size", 1.5, "config.train.batch_size 1.5 .*: give an integer"),
+        ("train.batch_size", True, "config.train.batch_size True .*: give an integer"),
+        ("optim.lr", "fast", "config.optim.lr 'fast' .*: give a number"),
+        ("data.source", None, "config.data.source None .*: give a text"),
+        ("train.precision", "float16", "config.train.precision 'float16': choose one of"),
         # contradictions, by the configurations themselves
         ("model.patch", 3, "patch 3: does not divide context 128"),
         ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entry for 3 stages"),
@@ -107,45 +106,39 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
             FLOW | {"context": 10, "patch": 4},
             "patch 4: does not divide context 10",
         ),
-        (FlowConfig, FLOW | {"context": 1}, "model.context 1: must be at least 2"),
-        (FlowConfig, FLOW | {"vocab_size": -1}, "model.vocab_size -1"),
-        (FlowConfig, blocks(layers=(1, 0)), "model.blocks.1.layers 0"),
         (FlowConfig, {"blocks": ()}, "at least one block"),
-        (FlowConfig, blocks(components=(0, 0)), r"blocks.1.components \(mix1\) 0: must be"),
-        (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\) -1"),
+        (
+            FlowConfig,
+            blocks(components=(0, 0)),
+            r"blocks.1.components 0: must be at least 1 \(mix1\)",
+        ),
         (
             FlowConfig,
             blocks(("mix1", "mixd"), components=(2, 0)),
-            r"blocks.1.components \(mixd\) 0: ties it",
+            "blocks.1.components 0: ties it",
         ),
         (
             FlowConfig,
             blocks(("mixd", "affine")),
-            r"blocks.1.components \(affine\) 2: has no effect",
+            "blocks.1.components 2: has no effect",
         ),
         (
             FlowConfig,
-            {"blocks": (replace(SURE, certainty=2.0), BlockConfig())},
-            "certainty 2.0: must be 0, or below",
+            {"blocks": (replace(SURE, components=3), BlockConfig())},
+            "blocks.0.certainty 0.9: needs a mixd block",
         ),
         (
             FlowConfig,
             {"blocks": (SURE, BlockConfig())},
-            r"blocks.1.components \(mix1\) 2: above a block with cert",
+            "blocks.1.components 2: above a block with cert",
         ),
         (
             RunConfig,
             {"name": "x", "model": FILLING, "train": TrainConfig(mode="joint")},
             "train it progressively",
         ),
-        (BaselineConfig, {"layers": 0}, "model.layers 0"),
-        (OptimConfig, {"lr": float("nan")}, "optim.lr nan"),
-        (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip -1.0"),
-        (OptimConfig, {"warmup": 1.5}, "optim.warmup 1.5: must be between 0 and 1"),
-        (OptimConfig, {"beta2": 1.0}, "optim.beta2 1.0: must be at least 0 and below 1"),
         (TrainConfig, {"stage_steps": ()}, "train.stage_steps"),
         (TrainConfig, {"stage_steps": (0, 10)}, "the first stage needs at least 1 step"),
-        (TrainConfig, {"checkpoint_every": 0}, "train.checkpoint_every 0"),
         (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entry for 2 stages"),
         (
             RunConfig,
@@ -167,12 +160,11 @@ def test_contradictions_are_refused(cls, fields, message):
 @pytest.mark.parametrize(
     ("cls", "fields", "message"),
     [
-        (FlowConfig, {"latent_dim": 2.5}, "model.latent_dim 2.5 of type float: must be an integer"),
         (FlowConfig, {"trunk": 5}, "model.trunk 5 of type int: give TransformerConfig"),
         (FlowConfig, {"blocks": ("mixd",)}, "model.blocks.0 'mixd' of type str: give BlockConfig"),
-        (FlowConfig, {"channel_mix": 1}, "model.channel_mix 1 of type int: give bool or None"),
-        (BlockConfig, {"coupling": 3}, "coupling 3 of type int: give str"),
-        (BlockConfig, {"layers": "2"}, "layers '2' of type str: must be an integer"),
+        (FlowConfig, {"channel_mix": 1}, "model.channel_mix 1 of type int: give True or False"),
+        (BlockConfig, {"coupling": 3}, "coupling 3 of type int: give a text"),
+        (BlockConfig, {"layers": "2"}, "layers '2' of type str: give an integer"),
         (TrainConfig, {"stage_steps": "10"}, "train.stage_steps '10' of type str: give a list"),
         (TrainConfig, {"stage_steps": (1.5,)}, "train.stage_steps.0 1.5 of type float"),
         (RunConfig, {"name": "x", "model": None}, "give FlowConfig or BaselineConfig"),
@@ -205,20 +197,3 @@ def test_steps_are_shared_out_among_the_stages(steps):
 def test_a_stage_without_steps_stays_without():
     run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 0)))
     assert with_steps(run, 16).train.stage_steps == (14, 2, 0)
-
-
-def configurations():
-    for cls in (BlockConfig, BaselineConfig, FlowConfig, OptimConfig, TokenizerConfig, TrainConfig):
-        for name, hint in get_type_hints(cls).items():
-            if get_origin(hint) is Literal:
-                yield pytest.param(cls, name, id=f"{cls.__name__}.{name}")
-
-
-@pytest.mark.parametrize(("cls", "name"), [*configurations()])
-def test_every_literal_field_refuses_other_names(cls, name):
-    config = cls()
-    object.__setattr__(
-        config, name, "foo"
-    )  # the tests check the types of arguments, users' programs do not
-    with pytest.raises(UserError, match=f"{name} 'foo': choose one of"):
-        config.__post_init__()

@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
-from tarflowlm.checks import check_type
 from tarflowlm.errors import UserError, first_line
+from tarflowlm.schema import check_type
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:

@@ -1,6 +1,10 @@
 """What a user is told: errors in one line, and progress."""
 
+import importlib.metadata
+import importlib.util
 import os
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -30,6 +34,23 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     known = list(known)
     remedy = f"{guess(value, known)}choose one of {', '.join(known)}"
     return UserError(f"{kind} {value!r} is unknown: {remedy}")
+
+
+def check_package(name: str, extra: str, who: str = "this") -> None:
+    """UserError if an optional package is missing that `who` needs."""
+    spec = importlib.util.find_spec(name)
+    # no origin: only a folder of that name, such as W&B creates
+    if spec is not None and spec.origin is not None:
+        return
+    try:
+        every = importlib.metadata.requires("tarflowlm") or []
+    except importlib.metadata.PackageNotFoundError:
+        every = []
+    # the packages of the extra, with their versions
+    halves = [package.partition(";") for package in every]
+    named = re.compile(rf"extra == \W{extra}\b")
+    packages = [package.strip() for package, _, when in halves if named.search(when)]
+    raise UserError(f"{who} needs the package {name}: pip install {shlex.join(packages or [name])}")
 
 
 class UnknownCharacters(UserError):

@@ -3,93 +3,35 @@
 No torch here: the command line reads configurations without it.
 """
 
-import math
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from tarflowlm.checks import as_integer, as_number, check_type
 from tarflowlm.errors import UserError
+from tarflowlm.schema import Checked, Count, Positive, Range, Whole
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The base of all configurations. Every field must have the type of its annotation."""
-
-    section: ClassVar[str] = ""
-    """Its section of a run as messages name it, with a dot at the end."""
-
-    def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(hint) is not ClassVar:
-                _check_field(getattr(self, name), hint, f"{self.section}{name}")
-
-    def require(self, name: str, is_valid: bool, rule: str) -> None:
-        """UserError, naming field and value, unless the value of field `name` is valid."""
-        if not is_valid:
-            raise UserError(f"{self.section}{name} {getattr(self, name)}: {rule}")
-
-    def at_least(self, least: int, *names: str) -> None:
-        """UserError unless these fields are finite and at least `least`."""
-        for name in names:
-            is_valid = least <= getattr(self, name) < math.inf
-            self.require(name, is_valid, f"must be at least {least}")
-
-    def above_zero(self, name: str) -> None:
-        """UserError unless this field is finite and above 0."""
-        self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
-
-    def below_one(self, *names: str) -> None:
-        """UserError unless these fields are at least 0 and below 1."""
-        for name in names:
-            self.require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
-
-
-def _check_field(value: object, hint: Any, name: str) -> None:
-    """UserError unless `value` has the type `hint`; a list may stand for a tuple."""
-    kinds = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        what = kinds[0].__name__ if isinstance(kinds[0], type) else "names"
-        check_type(value, name, (tuple, list), f"give a list of {what}")
-        for index, item in enumerate(typing.cast(Sequence[object], value)):
-            _check_field(item, kinds[0], f"{name}.{index}")
-    elif typing.get_origin(hint) is Literal:
-        if value not in kinds:
-            raise UserError(f"{name} {value!r}: choose one of {', '.join(kinds)}")
-    elif hint is int:
-        as_integer(value, name, most=2**62)
-    elif hint is float:
-        as_number(value, name)
-    else:
-        kinds = kinds or (hint,)
-        names = ["None" if kind is type(None) else kind.__name__ for kind in kinds]
-        check_type(value, name, kinds, f"give {' or '.join(names)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig(Config):
+class TransformerConfig(Checked):
     """Shape of a Transformer; the number of layers is set per block."""
 
-    width: int = 128
+    section: ClassVar[str] = "model.trunk."
+    width: Count = 128
     """Features per position, D."""
-    num_heads: int = 2
+    num_heads: Count = 2
     """Attention heads H; the width must be a multiple of 2 H."""
-    mlp_ratio: int = 4
+    mlp_ratio: Count = 4
     """Hidden width of the MLP, as a multiple of the width."""
-    input_taps: int = 0
+    input_taps: Whole = 0
     """Positions that a causal convolution mixes into an input, channel by channel; 0: none."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "width", "num_heads", "mlp_ratio")
-        self.at_least(0, "input_taps")
+    def rules(self) -> Iterator[tuple[str, str]]:
         pairs = 2 * self.num_heads
-        rule = f"must be a multiple of 2 * num_heads = {pairs}"
-        self.require("width", self.width % pairs == 0, rule)
+        if self.width % pairs:
+            yield "width", f"must be a multiple of 2 * num_heads = {pairs}"
 
     @property
     def head_width(self) -> int:
@@ -97,30 +39,27 @@ class TransformerConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(Config):
+class LanguageModelConfig(Checked):
     """The fields that both models share."""
 
     section: ClassVar[str] = "model."
+    KEY: ClassVar[str] = "family"
     family: ClassVar[str]
     """The kind of model, as written to config.json."""
     model: ClassVar[str]
     """module:class of the model."""
-    vocab_size: int = 0
+    vocab_size: Whole = 0
     """Token types V; 0 takes it from the tokenizer."""
-    context: int = 256
+    context: Annotated[int, Range(least=2)] = 256
     """Tokens T per training sequence; generated sequences are at most as long."""
-    patch: int = 1
+    patch: Count = 1
     """Tokens P per position; P divides the context."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)
     """Shape of the Transformer; every block of a flow has its own weights."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(2, "context")
-        self.at_least(1, "patch")
-        self.at_least(0, "vocab_size")
-        rule = f"does not divide context {self.context}: change one of them"
-        self.require("patch", self.context % self.patch == 0, rule)
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.context % self.patch:
+            yield "patch", f"does not divide context {self.context}: change one of them"
 
     @property
     def num_blocks(self) -> int:
@@ -169,23 +108,19 @@ class BaselineConfig(LanguageModelConfig):
     model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
     in_patch: Literal["autoregressive", "independent"] = "independent"
     """Tokens of a patch: independent (as in the paper), or each given the tokens before it."""
-    layers: int = 6
+    layers: Count = 6
     """Transformer layers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "layers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig(Config):
+class BlockConfig(Checked):
     """One block of the stack."""
 
     coupling: str = "mix1"
     """The map of a position. affine, token-affine: one Gaussian, autoregressive over channels or
     over tokens. mix1: a mixture per channel. mixd: a mixture per token over one codebook.
     """
-    layers: int = 1
+    layers: Count = 1
     """Transformer layers."""
     start: Literal["codebook", "plain"] = "codebook"
     """Start of a mix1 block 1 with K = V, and of a mixd block with V components of its own: as the
@@ -198,11 +133,11 @@ class BlockConfig(Config):
     channels, which is its token where channels are not mixed (the paper's figure 1b), and where
     they are has channels of several tokens (figure 1c). For mixd: in_patch.
     """
-    certainty: float = 0.0
+    certainty: Annotated[float, Range(least=0, below=1)] = 0.0
     """For a tied mixd block below others: act only where a token has a weight above this
     (docs/math.md, eq. 9a). 0: act on all tokens.
     """
-    components: int = 2
+    components: Whole = 2
     """Mixture components K; 0 ties the components of mixd to the encoder's codebook; 1 for affine
     couplings.
     """
@@ -275,9 +210,9 @@ class FlowConfig(LanguageModelConfig):
 
     family: ClassVar[str] = "flow"
     model: ClassVar[str] = "tarflowlm.model:TarFlowLM"
-    latent_dim: int = 8
+    latent_dim: Count = 8
     """Latent channels d per token."""
-    separation: float = 12.0
+    separation: Positive = 12.0
     """Typical distance between neighbouring codebook means, over sigma, at the start."""
     blocks: tuple[BlockConfig, ...] = (
         BlockConfig(coupling="mixd", layers=6, components=0),
@@ -289,7 +224,7 @@ class FlowConfig(LanguageModelConfig):
     """Head of mix1 and affine blocks: the paper's, or ours, which adds linear paths into the
     log-weights or means (docs/math.md, eq. 10).
     """
-    head_hidden: int = 64
+    head_hidden: Count = 64
     """Hidden units per channel of that head (D_m / 2 in the paper)."""
     channel_mix: bool | None = True
     """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
@@ -304,37 +239,28 @@ class FlowConfig(LanguageModelConfig):
     independent.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least(1, "latent_dim", "head_hidden")
-        self.above_zero("separation")
-        self.require("blocks", len(self.blocks) > 0, "needs at least one block")
+    def rules(self) -> Iterator[tuple[str, str]]:
+        yield from super().rules()
+        if not self.blocks:
+            yield "blocks", "needs at least one block"
         for index, block in enumerate(self.blocks):
-            if flaw := self._flaw(index, block):
-                raise UserError(f"model.blocks.{index}.{flaw}")
-
-    def _flaw(self, index: int, block: BlockConfig) -> str | None:
-        """The fault of a block, as "FIELD VALUE: rule", or None."""
-        name = block.coupling
-        if name not in COUPLINGS:
-            known = f"choose one of {', '.join(COUPLINGS)}"
-            return f"coupling {name!r}: {known}, or import your own (--import MODULE)"
-        if block.layers < 1:
-            return f"layers {block.layers}: must be at least 1"
-        components = f"components ({name}) {block.components}"
-        least = int(name == "mix1")
-        if block.components < least:
-            return f"{components}: must be at least {least}"
-        if name in ("affine", "token-affine") and block.components > 1:
-            return f"{components}: has no effect, an affine coupling has one Gaussian; use 1"
-        if block.certainty and not (0 < block.certainty < 1 and block.is_tied):
-            rule = "must be 0, or below 1 in a mixd block with components 0"
-            return f"certainty {block.certainty}: {rule}"
-        if self.fills_below(index) and not block.is_tied:
-            return f"{components}: above a block with certainty, use mixd with components 0"
-        if block.is_tied and index > 0 and self.mixes_channels:
-            return f"{components}: ties it to block 1; set channel_mix off, or give K >= 1"
-        return None
+            where, name = f"blocks.{index}", block.coupling
+            if name not in COUPLINGS:
+                known = f"choose one of {', '.join(COUPLINGS)}"
+                yield f"{where}.coupling", f"{known}, or import your own (--import MODULE)"
+            if name == "mix1" and not block.components:
+                yield f"{where}.components", "must be at least 1 (mix1)"
+            if name in ("affine", "token-affine") and block.components > 1:
+                rule = f"has no effect, an affine coupling ({name}) has one Gaussian; use 1"
+                yield f"{where}.components", rule
+            if block.certainty and not block.is_tied:
+                yield f"{where}.certainty", "needs a mixd block with components 0"
+            if self.fills_below(index) and not block.is_tied:
+                rule = "above a block with certainty, use mixd with components 0"
+                yield f"{where}.components", rule
+            if block.is_tied and index > 0 and self.mixes_channels:
+                rule = "ties it to block 1; set channel_mix off, or give K >= 1"
+                yield f"{where}.components", rule
 
     @property
     def num_blocks(self) -> int:

@@ -7,9 +7,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, check_generator, check_type
 from tarflowlm.errors import UserError
-from tarflowlm.model import ElboTerms, LanguageModel, TarFlowLM, as_flow, check_tokens
+from tarflowlm.model import (
+    ElboTerms,
+    LanguageModel,
+    TarFlowLM,
+    as_flow,
+    check_generator,
+    check_tokens,
+)
+from tarflowlm.schema import Count, check_type, checked
 
 
 def elbo(
@@ -87,7 +94,7 @@ def log_importance_weights(
     With `given` > 0 they weigh the tokens after the first `given`, conditional on these
     (`conditional_bound`). The baseline gives one row, its exact log p(x).
     """
-    samples = as_integer(samples, "samples", least=1)
+    samples = checked(samples, Count, "samples")
     rows = chunks.bound_rows(tokens.shape[1], tokens.device)
     bounds = []
     for _ in range(1 if model.is_exact else samples):

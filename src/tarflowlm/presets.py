@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from tarflowlm.checks import check_type
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError, guess
 from tarflowlm.model_config import (
@@ -18,6 +17,7 @@ from tarflowlm.model_config import (
     TransformerConfig,
     stack,
 )
+from tarflowlm.schema import Count, Positive, check_type, checked
 
 # a convolution of the inputs helps letters; block 1 of a flow over word pieces gains by reading
 # tokens (docs/log.md)
@@ -315,6 +315,14 @@ def preset(name: str) -> RunConfig:
             f"{', '.join(FOR_CPU)}; `tarflowlm train --help` describes all {len(PRESETS)}"
         )
     return PRESETS[name]()
+
+
+def check_time(minutes: object, steps: object) -> None:
+    """UserError unless one or none says how long to train: `minutes`, or `steps`."""
+    checked(minutes, Positive | None, "minutes")
+    checked(steps, Count | None, "steps")
+    if minutes is not None and steps is not None:
+        raise UserError(f"minutes {minutes} with steps {steps}: leave one of them out")
 
 
 def with_blocks(run: RunConfig, num_blocks: int) -> RunConfig:

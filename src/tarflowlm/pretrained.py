@@ -10,7 +10,6 @@ from typing import Any, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from tarflowlm.checks import check_time, check_type
 from tarflowlm.config import (
     TEXT8_ALPHABET,
     DataConfig,
@@ -25,10 +24,10 @@ from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
-from tarflowlm.presets import preset, with_steps
+from tarflowlm.presets import check_time, preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
-from tarflowlm.schema import from_dict, to_dict
+from tarflowlm.schema import check_type, from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
 from tarflowlm.texts.edits import edit
 from tarflowlm.texts.requests import (

@@ -1,25 +1,278 @@
-"""Configurations as JSON, and back: frozen dataclasses, read strictly.
+"""Types, ranges and contradictions of dataclasses: configurations, requests, and JSON.
 
-Unknown and missing keys are errors, and the types of all values are checked.
+A field says its range in its type, `Annotated[int, Range(least=1)]`. One walker, `checked`, reads
+such types, for fields, JSON values and arguments of functions. No torch here.
 """
 
 import dataclasses
+import functools
+import sys
 import types
 import typing
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from tarflowlm.errors import UserError, guess
 
 T = TypeVar("T")
 
+_WORDS = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """The values that a number of this type may have."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    remedy: str = ""
+    """What else to do, if that needs to be said."""
+
+    def check(self, value: Any, where: str) -> None:
+        """UserError, calling the value `where`, if it is out of range."""
+        limits = {
+            "at least": (self.least, self.least is None or value >= self.least),
+            "above": (self.above, self.above is None or value > self.above),
+            "at most": (self.most, self.most is None or value <= self.most),
+            "below": (self.below, self.below is None or value < self.below),
+        }
+        if not all(fits for _, fits in limits.values()):
+            rules = [f"{name} {at:,}" for name, (at, _) in limits.items() if at is not None]
+            remedy = self.remedy and f"; {self.remedy}"
+            raise UserError(f"{where} {value}: must be {' and '.join(rules)}{remedy}")
+
+
+Count = Annotated[int, Range(least=1)]
+Whole = Annotated[int, Range(least=0)]
+Seed = Annotated[int, Range(least=0, below=2**62)]
+"""Generators keep the seeds of this range distinct."""
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+Length = Annotated[int, Range(least=1, most=10_000_000)]
+"""Tokens of a text that is written, or a number of texts."""
+Temperature = Annotated[float, Range(least=1e-30, remedy="top_k 1 takes the most probable token")]
+"""From far above what float32 takes for zero."""
+TopP = Annotated[float, Range(least=1e-30, most=1, remedy="top_k 1 takes the most probable token")]
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as its type `hint` wants it. UserError, which calls it `where`, if it does not fit.
+
+    A scalar of NumPy or PyTorch becomes a number of Python, an int a float where one is wanted, a
+    list a tuple, and a mapping of JSON values a dataclass. NaN and infinities are refused, and True
+    is no integer.
+    """
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = checked(value, kinds[0], where)
+        for limits in kinds[1:]:
+            if isinstance(limits, Range) and value is not None:
+                limits.check(value, where)
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(value, kinds, where)
+    if origin is typing.Literal:
+        if value not in kinds:
+            raise UserError(f"{where} {value!r:.40}: choose one of {', '.join(map(str, kinds))}")
+        return value
+    if origin in (tuple, Sequence):
+        check_type(value, where, (tuple, list), f"give {_wanted(hint)}")
+        if origin is tuple and ... not in kinds:
+            if len(value) != len(kinds):
+                raise UserError(f"{where} {_shown(value)}: give {_wanted(hint)}")
+        else:
+            kinds = (kinds[0],) * len(value)
+        pairs = enumerate(zip(value, kinds, strict=True))
+        return tuple(checked(one, kind, f"{where}.{index}") for index, (one, kind) in pairs)
+    if dataclasses.is_dataclass(hint):
+        return _one_of(value, (hint,), where)
+    if hint in (int, float, bool):
+        return _scalar(value, hint, where)
+    if isinstance(hint, type):
+        check_type(value, where, hint, f"give {_wanted(hint)}")
+    return value
+
+
+def _one_of(value: Any, kinds: Sequence[Any], where: str) -> Any:
+    """`value` as the first of the types of a union that it fits."""
+    if isinstance(value, Mapping):
+        known = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if known:
+            return _structure(dict(value), typing.cast(Sequence[type], known), where)
+    if value is None and type(None) in kinds:
+        return None
+    errors = []
+    for kind in (kind for kind in kinds if kind is not type(None)):
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, typing.cast(type, kind)):
+                return value
+        elif isinstance(value, (list, tuple)) == (typing.get_origin(kind) in (tuple, Sequence)):
+            try:
+                return checked(value, kind, where)
+            except UserError as error:
+                errors.append(error)
+    wanted = " or ".join(map(_wanted, kinds))
+    raise errors[0] if errors else UserError(f"{where} {_shown(value)}: give {wanted}")
+
+
+def _structure(value: dict[str, Any], kinds: Sequence[type], where: str) -> Any:
+    """The dataclass that JSON values hold: of the `kinds` and their subclasses the one they name.
+
+    Unknown and missing keys are errors.
+    """
+    cls = kinds[0]
+    key = getattr(cls, "KEY", "")
+    known = {getattr(kind, key): kind for kind in _family(kinds) if hasattr(kind, key)}
+    if known:
+        name = value.pop(key, next(iter(known)) if len(known) == 1 else None)
+        if not isinstance(name, str) or name not in known:
+            more = getattr(cls, "MORE_KINDS", "")
+            raise UserError(f"{where}.{key} {name!r:.40}: choose one of {', '.join(known)}{more}")
+        cls = known[name]
+    hints = hints_of(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in value:
+        if name not in fields:
+            remedy = f"{guess(name, fields)}known keys are {', '.join(sorted(fields))}"
+            raise UserError(f"{where}.{name}: unknown key; {remedy}")
+    for name, field in fields.items():
+        if name not in value and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}.{name}: missing key")
+    return cls(
+        **{name: checked(one, hints[name], f"{where}.{name}") for name, one in value.items()}
+    )
+
+
+def _family(kinds: Sequence[type]) -> Iterator[type]:
+    """Classes and all their subclasses."""
+    for kind in kinds:
+        yield kind
+        yield from _family(kind.__subclasses__())
+
+
+def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
+    plain: Any = value.item() if getattr(value, "ndim", None) == 0 else value
+    kind: Any = {int: Integral, float: Real, bool: bool}[hint]
+    # to Python, True is an integer
+    if not isinstance(plain, kind) or isinstance(plain, bool) != (hint is bool):
+        raise UserError(f"{where} {_shown(plain)}: give {_WORDS[hint]}")
+    # what a tensor or a float holds; NaN is not at most anything
+    most = {int: 2**62, float: sys.float_info.max, bool: 1}[hint]
+    if not abs(plain) <= most:
+        raise UserError(f"{where} {plain}: give a finite number, below 2^62 if it is an integer")
+    return hint(plain)
+
+
+def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`."""
+    if not isinstance(value, kinds):
+        raise UserError(f"{name} {_shown(value)}: {wanted}")
+
+
+def _shown(value: object) -> str:
+    return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
+
+
+def _wanted(hint: Any) -> str:
+    """A type in words."""
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _wanted(kinds[0])
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, kinds))}"
+    if origin is tuple and ... not in kinds:
+        return f"a list of {len(kinds)}, each {_wanted(kinds[0])}"
+    if origin in (tuple, Sequence):
+        return f"a list, each {_wanted(kinds[0])}"
+    return "None" if hint is type(None) else _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, with their ranges."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """The base of configurations, requests and arguments of commands.
+
+    Every field has the type and range of its annotation. A message calls it by its name in Python,
+    after the `section`, unless NAMES has another. The command line takes that name, too.
+    """
+
+    section: ClassVar[str] = ""
+    """What is before the names of its fields, with a dot at the end."""
+    KEY: ClassVar[str] = ""
+    """The class attribute whose value, under this key, is in JSON and tells classes apart."""
+    NAMES: ClassVar[Mapping[str, str]] = {}
+    """Fields whose options are called otherwise."""
+    EXCLUSIVE: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Fields that are given without these others."""
+    NEEDS: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Fields that have no effect without one of these."""
+
+    def __post_init__(self) -> None:
+        hints = hints_of(typing.cast(typing.Hashable, type(self)))
+        for one in dataclasses.fields(self):
+            value = checked(getattr(self, one.name), hints[one.name], self.label(one.name))
+            object.__setattr__(self, one.name, value)
+        given = self.given()
+        for name, others in self.EXCLUSIVE.items():
+            for other in given.intersection(others if name in given else ()):
+                both = f"{self.label(name)} with {self.label(other)}"
+                raise UserError(f"{both}: leave one of them out")
+        for name, others in self.NEEDS.items():
+            if name in given and not given.intersection(others):
+                needed = " or ".join(map(self.label, others))
+                remedy = "leave it out, or add that"
+                raise UserError(f"{self.label(name)} has no effect without {needed}: {remedy}")
+        for name, rule in self.rules():
+            value = functools.reduce(_inside, name.split("."), self)
+            raise UserError(f"{self.label(name)} {value!r:.80}: {rule}")
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        """What fields decide together: the name of a wrong one, and the rule that it breaks."""
+        yield from ()
+
+    def given(self) -> set[str]:
+        """The fields that do not have their defaults, and those of requests among them."""
+        found = set()
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Checked):
+                found |= value.given()
+            elif value != one.default:
+                found.add(one.name)
+        return found
+
+    def label(self, name: str) -> str:
+        """What messages call a field."""
+        return f"{self.section}{self.NAMES.get(name, name)}"
+
+
+def _inside(value: Any, key: str) -> Any:
+    return value[int(key)] if key.isdigit() else getattr(value, key)
+
 
 def to_dict(config: object) -> Any:
-    """A dataclass as JSON values; tuples become lists, a class attribute `family` a key."""
+    """A dataclass as JSON values; tuples become lists, and its KEY comes first."""
     if dataclasses.is_dataclass(config):
-        family = {"family": config.family} if hasattr(config, "family") else {}
-        fields = dataclasses.fields(config)
-        return family | {field.name: to_dict(getattr(config, field.name)) for field in fields}
+        key = getattr(config, "KEY", "")
+        names = [*([key] if key else []), *(field.name for field in dataclasses.fields(config))]
+        return {name: to_dict(getattr(config, name)) for name in names}
     return [to_dict(item) for item in config] if isinstance(config, (tuple, list)) else config
+
+
+def from_dict(cls: type[T], data: object, where: str = "config") -> T:
+    """The dataclass `cls` from plain JSON values; inverse of `to_dict`.
+
+    UserError names the dotted key after `where`.
+    """
+    return typing.cast(T, checked(data, cls, where))
 
 
 def flatten(value: object, name: str = "") -> dict[str, object]:
@@ -33,63 +286,3 @@ def flatten(value: object, name: str = "") -> dict[str, object]:
     for key, inner in value.items():
         flat |= flatten(inner, f"{name}.{key}" if name else str(key))
     return flat
-
-
-def from_dict(cls: type[T], data: object, where: str = "config") -> T:
-    """The dataclass `cls` from plain JSON values; inverse of `to_dict`.
-
-    The key `family` selects the member of a union of dataclasses. UserError names the dotted key
-    behind `where`.
-    """
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: expected an object, found {data!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key, value in data.items():
-        is_family = key == "family" and value == getattr(cls, "family", None)
-        if key not in fields and not is_family:
-            remedy = f"{guess(key, fields)}known keys are {', '.join(sorted(fields))}"
-            raise UserError(f"{where}.{key}: unknown key; {remedy}")
-    given = {}
-    for name, field in fields.items():
-        if name in data:
-            given[name] = _value(hints[name], data[name], f"{where}.{name}")
-        elif field.default is field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}.{name}: missing key")
-    return cls(**given)
-
-
-def _value(hint: Any, value: object, where: str) -> object:
-    """`value`, checked against a type hint of a configuration; lists become tuples."""
-    origin = typing.get_origin(hint)
-    arguments = typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        member, *others = [member for member in arguments if member is not type(None)]
-        if others:
-            # of several dataclasses the one of this family
-            by_family = {getattr(one, "family", None): one for one in (member, *others)}
-            family = value.get("family") if isinstance(value, dict) else None
-            if not isinstance(family, str) or family not in by_family:
-                known = ", ".join(map(repr, by_family))
-                raise UserError(f"{where}.family: {family!r} is not one of {known}")
-            member = by_family[family]
-        return _value(member, value, where)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, found {value!r}")
-        return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
-    is_bool = isinstance(value, bool)
-    if hint is float and isinstance(value, int) and not is_bool:
-        return float(value)
-    # to Python, True is an int
-    if not isinstance(value, hint) or is_bool != (hint is bool):
-        raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
-    return value

@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 from tarflowlm.card import model_card
-from tarflowlm.checks import check_type
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors
+from tarflowlm.schema import check_type
 
 
 def save_pretrained(

@@ -94,7 +94,7 @@ LINES = [
     ([*SAMPLE, "--prompt", BYTES], ["prompt", "UTF-8"]),
     ([*SAMPLE, "--prompt", "a" * 40], ["40 tokens", "16"]),
     ([*SAMPLE, "--length", "33", "--passes"], ["length 33", "16"]),
-    ([*SAMPLE, "--length", "1" + "0" * 20], ["length 1000", "10,000,000"]),
+    ([*SAMPLE, "--length", "1" + "0" * 12], ["length 1000", "10,000,000"]),
     ([*SAMPLE, "--stop", "b", "--template", "a_b"], ["stop ('b',)", "template"]),
     (["sample", "x", "--stop", ""], ["stop is empty"]),
     (["sample", "x", "--prompt", ""], ["prompt is empty"]),

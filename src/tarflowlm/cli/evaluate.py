@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tarflowlm import options
-from tarflowlm.checks import as_integer, checked_seed
 from tarflowlm.errors import Progress, UserError, counted
 from tarflowlm.options import arg
+from tarflowlm.schema import Count, Seed, checked
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        checked_seed(self.seed)
+        checked(self.seed, Seed, "seed")
         for name in ("samples", "windows", "stride"):
             if getattr(self, name) is not None:
-                as_integer(getattr(self, name), name, least=1)
+                checked(getattr(self, name), Count, name)
 
 
 def run(args: Args) -> None:

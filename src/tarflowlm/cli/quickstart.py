@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from tarflowlm.checks import check_time
 from tarflowlm.errors import UserError
 from tarflowlm.options import Device, PrintJson, arg
-from tarflowlm.presets import preset
+from tarflowlm.presets import check_time, preset
 from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table, suggest
 
 TRAINING_SHARE = 0.94

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tarflowlm.checks import check_time
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.options import (
@@ -22,7 +21,7 @@ from tarflowlm.options import (
     load_checkpoint,
     parse,
 )
-from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_steps
+from tarflowlm.presets import FOR_CPU, PRESETS, check_time, preset, with_steps
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR

@@ -7,11 +7,11 @@ from string import ascii_letters
 import torch
 from torch import Tensor
 
-from tarflowlm.checks import check_type
 from tarflowlm.config import Normalization
 from tarflowlm.data.text import normalize_text8
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
+from tarflowlm.schema import check_type
 
 BLANK = -1  # marks a token of a template that is to be drawn
 GAP = r"\[\.\.\.[0-9]{0,4}\]"  # a gap of unknown length in a template

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from tarflowlm.checks import check_package
 from tarflowlm.config import Normalization
 from tarflowlm.data.splits import Split, fair_shares, split_of_document
 from tarflowlm.data.text import (
@@ -27,7 +26,7 @@ from tarflowlm.data.text import (
     text_pieces,
 )
 from tarflowlm.data.textfile import Placed, Source, TextFile
-from tarflowlm.errors import SILENT, Progress, UserError, first_line
+from tarflowlm.errors import SILENT, Progress, UserError, check_package, first_line
 from tarflowlm.files import cache_root, replacing
 
 HUB = "hf:"

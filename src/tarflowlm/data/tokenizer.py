@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from tarflowlm.checks import check_option, check_type
 from tarflowlm.config import Normalization, check_alphabet
 from tarflowlm.data.text import DIGITS, SEPARATOR, normalize, text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
+from tarflowlm.schema import check_type, checked
 
 Document = dict[str, Any]
 """The content of a tokenizer.json."""
@@ -57,7 +57,7 @@ class Tokenizer:
     kind: ClassVar[str] = "bpe"
 
     def __init__(self, document: Document, normalization: Normalization = "none") -> None:
-        check_option(normalization, "normalization", Normalization)
+        checked(normalization, Normalization, "normalization")
         self.normalization: Normalization = normalization
         # texts are normalised before they come here
         self._document = document | {"normalizer": None, "truncation": None, "padding": None}

@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.checks import as_integer, check_type, checked_seed
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.processes import ALONE, Processes
+from tarflowlm.schema import Count, Seed, check_type, checked
 
 Nats = TypeVar("Nats", float, Tensor)
 
@@ -196,9 +196,9 @@ def log_weights(
     """
     check_tokens(model, windows, name="windows")
     keep_freed_memory()
-    generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
+    generator = torch.Generator(device=model.device).manual_seed(checked(seed, Seed, "seed"))
     heads = [0] * len(windows) if given is None else given.tolist()
-    draws = 1 if model.is_exact else as_integer(samples, "samples", least=1)
+    draws = 1 if model.is_exact else checked(samples, Count, "samples")
 
     def own() -> Iterator[Tensor]:
         # one batch has one number of given tokens

@@ -10,12 +10,12 @@ from torch import Generator, Tensor
 
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checks import as_integer, checked_seed
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
+from tarflowlm.schema import Count, Seed, checked
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,8 +93,8 @@ def scores(
 
     The results are those of one text after the other, as each draws the noise of `seed` for itself.
     """
-    samples = as_integer(samples, "samples", least=1)
-    seed = checked_seed(seed)
+    samples = checked(samples, Count, "samples")
+    seed = checked(seed, Seed, "seed")
     for tokens in texts:
         check_tokens(model, tokens, shape="[T]")
     draws = 1 if model.is_exact else samples

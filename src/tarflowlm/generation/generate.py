@@ -7,14 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.checks import (
-    as_integer,
-    check_generator,
-    check_integers,
-    check_options,
-    checked_length,
-    checked_num,
-)
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import Gap
 from tarflowlm.device import keep_freed_memory, threads_for
@@ -24,8 +16,9 @@ from tarflowlm.generation.gaps import Allowed, GapFilter, checked_mask
 from tarflowlm.generation.inversion import Decoders, finish, sampler_decoders
 from tarflowlm.generation.sampling import BLANK, Samples, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Parts, Window, exact_prompt, write
-from tarflowlm.model import LanguageModel, TarFlowLM, check_model
+from tarflowlm.model import LanguageModel, TarFlowLM, check_generator, check_integers, check_model
 from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.schema import Count, Length, checked
 
 PARTICLES = 16
 """Particles by default where given tokens follow a blank, or draws are constrained."""
@@ -138,18 +131,18 @@ def generate_steps(
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
-    check_options(decoder, "decoder", Decoder)
+    checked(decoder, Decoder | Sequence[Decoder], "decoder")
     decoders = sampler_decoders(model, decoder) if isinstance(model, TarFlowLM) else ()
     if model.is_exact and decoder not in ("auto", "steps", ()):
         raise UserError(f"decoder {decoder!r}: a baseline has no blocks to invert, leave it out")
-    num = checked_num(num)
-    num_tokens = checked_length(num_tokens)
+    num = checked(num, Length, "num")
+    num_tokens = checked(num_tokens, Length, "length")
     generators = _row_streams(generator, num)
     adjust = _adjust(model, temperature, top_k, top_p, without)
     keep_freed_memory()
     has_parts = isinstance(prompt, Sequence) and all(isinstance(x, Tensor | Gap) for x in prompt)
     if allowed is not None or has_parts:
-        particles = as_integer(PARTICLES if particles is None else particles, "particles", least=1)
+        particles = checked(PARTICLES if particles is None else particles, Count, "particles")
         pieces, gaps = _template(model, num_tokens, prompt)
         if allowed is not None and not callable(allowed):
             allowed = checked_mask(allowed, model)
@@ -319,7 +312,7 @@ def _num_particles(model: LanguageModel, given: Tensor, particles: int | None) -
     num_tokens = given.shape[1]
     context = model.config.context
     usual = usual_particles(given)
-    particles = as_integer(usual if particles is None else particles, "particles", least=1)
+    particles = checked(usual if particles is None else particles, Count, "particles")
     if num_tokens > context and max(particles, usual) > 1:
         raise UserError(
             f"length {num_tokens}, particles {particles}: beyond the trained context of {context} "

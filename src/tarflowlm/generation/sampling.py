@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from tarflowlm.checks import checked_sampling
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import Progress
@@ -17,6 +16,7 @@ from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model import LanguageModel, as_flow
+from tarflowlm.schema import Count, Temperature, TopP, checked
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -83,7 +83,9 @@ def adjust_weights(
     set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest finite
     log-weight: probability zero. UserError for settings out of range.
     """
-    temperature, top_k, top_p = checked_sampling(temperature, top_k, top_p)
+    temperature = checked(temperature, Temperature, "temperature")
+    top_k = checked(top_k, Count | None, "top_k")
+    top_p = checked(top_p, TopP | None, "top_p")
     if top_p == 1.0:
         top_p = None  # rounding lets the cumulative sum reach 1 before the last tokens
     if temperature == 1.0 and top_k is None and top_p is None:

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
 import tyro
 
 from tarflowlm import options
-from tarflowlm.checks import (
-    as_integer,
-    check_option,
-    check_options,
-    check_share,
-    check_type,
-    checked_length,
-    checked_num,
-    checked_sampling,
-    checked_seed,
-)
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.errors import UserError, unknown
 from tarflowlm.options import arg
+from tarflowlm.schema import (
+    Count,
+    Length,
+    Seed,
+    Share,
+    Temperature,
+    TopP,
+    Whole,
+    check_type,
+    checked,
+)
 
 if TYPE_CHECKING:
     from tarflowlm.generation.gaps import Allowed
@@ -42,7 +42,7 @@ class Request:
     def __post_init__(self) -> None:
         """UserError for numbers out of range, before a model is loaded."""
         # a plain integer, also of one of NumPy
-        object.__setattr__(self, "seed", checked_seed(self.seed))
+        object.__setattr__(self, "seed", checked(self.seed, Seed, "seed"))
 
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same with the model called `name`."""
@@ -113,20 +113,19 @@ class Writing(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checked_num(self.num)
-        _check_flag(self.stop_at_end, "stop_at_end")
-        if self.num_tokens is not None:
-            checked_length(self.num_tokens)
+        checked(self.num, Length, "num")
+        checked(self.stop_at_end, bool, "stop_at_end")
+        checked(self.num_tokens, Length | None, "length")
         if self.max_new_tokens is not None:
-            checked_length(self.max_new_tokens, "max_new_tokens")
+            checked(self.max_new_tokens, Length, "max_new_tokens")
             if self.num_tokens is not None or self.template is not None:
                 other = "a length" if self.num_tokens is not None else "a template"
                 raise UserError(f"max_new_tokens {self.max_new_tokens} and {other}: give one")
-        if self.particles is not None:
-            as_integer(self.particles, "particles", least=1)
-        temperature = 1.0 if self.temperature is None else self.temperature
-        checked_sampling(temperature, self.top_k, self.top_p)
-        check_options(self.decoder, "decoder", Decoder)
+        checked(self.particles, Count | None, "particles")
+        checked(self.temperature, Temperature | None, "temperature")
+        checked(self.top_k, Count | None, "top_k")
+        checked(self.top_p, TopP | None, "top_p")
+        checked(self.decoder, Decoder | Sequence[Decoder], "decoder")
         if self.prompt is not None and self.template is not None:
             raise UserError("a prompt and a template: put the prompt at the start of the template")
         for name in ("prompt", "stop"):
@@ -197,20 +196,16 @@ class Edit(Request):
         pair = self.replace
         if pair is not None and not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise UserError(f"replace {pair!r}: give two texts, (old, new)")
-        checked_num(self.num)
-        _check_flag(self.everywhere, "everywhere")
-        smallest = {"words": 1, "candidates": 1, "around": 0, "level": 0}
-        for name, least in smallest.items():
-            if getattr(self, name) is not None:
-                as_integer(getattr(self, name), name, least=least)
-        if self.strength is not None:
-            check_share(self.strength, "strength")
-        if self.temperature is not None:
-            checked_sampling(self.temperature, None, None)
-        if self.pick is not None:
-            check_option(self.pick, "pick", Pick)
-        if self.decoder is not None:
-            check_option(self.decoder, "decoder", Decoder)
+        checked(self.num, Length, "num")
+        checked(self.everywhere, bool, "everywhere")
+        for name in ("words", "candidates"):
+            checked(getattr(self, name), Count | None, name)
+        for name in ("around", "level"):
+            checked(getattr(self, name), Whole | None, name)
+        checked(self.strength, Share | None, "strength")
+        checked(self.temperature, Temperature | None, "temperature")
+        checked(self.pick, Pick | None, "pick")
+        checked(self.decoder, Decoder | None, "decoder")
         exclusive = ("words", "strength") if self.kind == "words" else NAMED
         named = [name for name in exclusive if self.is_given(name)]
         if len(named) > 1:
@@ -243,11 +238,7 @@ class Score(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        as_integer(self.samples, "samples", least=1)
-
-
-def _check_flag(value: object, name: str) -> None:
-    check_type(value, name, bool, "give True or False")
+        checked(self.samples, Count, "samples")
 
 
 def as_texts(value: str | Sequence[str], name: str) -> tuple[str, ...]:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from tarflowlm.checks import check_package
 from tarflowlm.config import RunConfig, TokenizerConfig
 from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, load_tokenizer, suited
 from tarflowlm.data.sources import HUB
-from tarflowlm.errors import Progress, UserError
+from tarflowlm.errors import Progress, UserError, check_package
 from tarflowlm.files import (
     full_disk_as_user_error,
     read_json,

@@ -11,9 +11,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from tarflowlm.checks import check_package
 from tarflowlm.config import RunConfig
-from tarflowlm.errors import Progress, Record
+from tarflowlm.errors import Progress, Record, check_package
 from tarflowlm.schema import to_dict
 
 METRICS = "metrics.jsonl"

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from tarflowlm.checks import as_number, check_time
 from tarflowlm.config import RunConfig
 from tarflowlm.data import check_fit
-from tarflowlm.presets import with_blocks, with_steps
+from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.weights import checksum
+from tarflowlm.schema import checked
 
 TUNING_RATE = 0.5
 """Peak learning rate of tuning, as a multiple of the one of the model's own training."""
@@ -33,7 +33,7 @@ def tuning(
     rate that is not above 0.
     """
     check_time(minutes, steps)
-    lr = TUNING_RATE * parent.run.optim.lr if lr is None else as_number(lr, "lr")
+    lr = TUNING_RATE * parent.run.optim.lr if lr is None else checked(lr, float, "lr")
     check_fit(data, parent.tokenizer, unwrap=unwrap)
     run = with_blocks(parent.run, parent.model.num_blocks)
     weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}

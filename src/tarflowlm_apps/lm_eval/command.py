@@ -35,7 +35,7 @@ def read(argv: list[str]) -> tuple[Args, list[str]]:
 
 
 def run(given: tuple[Args, list[str]]) -> None:
-    from tarflowlm.checks import as_integer, checked_seed
+    from tarflowlm.schema import Count, Seed, checked
     from tarflowlm_apps.lm_eval.register import run_lm_eval
 
     args, words = given
@@ -44,8 +44,8 @@ def run(given: tuple[Args, list[str]]) -> None:
             raise UserError(f"{word}: harness {args.directory} names the model; leave it out")
     settings = {
         "pretrained": str(args.directory),
-        "posterior_samples": as_integer(args.posterior_samples, "posterior samples", least=1),
-        "noise_seed": checked_seed(args.noise_seed),
+        "posterior_samples": checked(args.posterior_samples, Count, "posterior samples"),
+        "noise_seed": checked(args.noise_seed, Seed, "noise seed"),
         "normalize": args.normalize,
     }
     # as JSON: a path may hold commas and equals signs

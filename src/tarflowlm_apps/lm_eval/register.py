@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tarflowlm.checks import check_package
 from tarflowlm.config import Normalization
 from tarflowlm.device import pick_device
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import UserError, check_package, first_line
 from tarflowlm.model import LanguageModel
 from tarflowlm.pretrained import load
 from tarflowlm.terminal.bars import Bars, print_notice

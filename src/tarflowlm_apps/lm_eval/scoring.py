@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checks import as_integer
 from tarflowlm.data.prompts import read
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import log_weights
 from tarflowlm.generation.sampling import num_leading
 from tarflowlm.objective import conditional_bound, importance_weighted
 from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.schema import Count, checked
 from tarflowlm.texts.requests import Writing, as_texts
 from tarflowlm.texts.writing import write
 
@@ -47,7 +47,7 @@ class TextScorer:
         self.lm = lm
         self.model = lm.model
         self.tokenizer = lm.tokenizer
-        samples = as_integer(samples, "posterior samples", least=1)
+        samples = checked(samples, Count, "posterior samples")
         self.samples = 1 if self.model.is_exact else samples
         self.seed = seed
         device = self.model.device

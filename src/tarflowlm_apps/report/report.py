@@ -9,9 +9,8 @@ from typing import TypedDict
 
 import torch
 
-from tarflowlm.checks import check_package
 from tarflowlm.data import Corpus, cached_corpus, eval_windows
-from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.errors import SILENT, Progress, UserError, check_package
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.files import replacing

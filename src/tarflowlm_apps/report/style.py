@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarflowlm.checks import check_package
+from tarflowlm.errors import check_package
 from tarflowlm.files import replacing
 
 # matplotlib is optional: tests, which check annotations at run time, may run without it

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.checks import check_package
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, check_package
 from tarflowlm.options import Count, Device, Flag, arg
 from tarflowlm.terminal.bars import print_notice
 

@@ -10,8 +10,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
-from tarflowlm.checks import check_package
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, check_package
 from tarflowlm_apps.studio import job
 from tarflowlm_apps.studio.job import Job
 from tarflowlm_apps.studio.server import check_address
