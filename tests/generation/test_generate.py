@@ -175,8 +175,8 @@ def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, option
         ({"prompt": torch.full((9,), -1)}, "the prompt has 9 tokens"),
         ({"particles": 0}, "particles 0"),
         ({"temperature": 0.0}, "temperature 0.0"),
-        ({"top_k": 0}, "top-k 0"),
-        ({"top_p": 0.0}, "top-p 0.0"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"top_p": 0.0}, "top_p 0.0"),
     ],
 )
 def test_impossible_requests_are_refused(model, options, message):
