@@ -30,9 +30,9 @@ def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
     ("request_", "options", "named"),
     [
         (Writing, {"temperature": float("nan")}, "temperature nan"),
-        (Writing, {"top_k": 0}, "top-k 0"),
+        (Writing, {"top_k": 0}, "top_k 0"),
         (Writing, {"contains": "king", "stop": "e"}, "contains and stop"),
-        (Writing, {"top_p": 1.5}, "top-p 1.5"),
+        (Writing, {"top_p": 1.5}, "top_p 1.5"),
         (Edit, {"text": "the king", "temperature": 0.0}, "temperature 0.0"),
         (Edit, {"text": "the king", "strength": float("nan")}, "strength nan"),
         (Edit, {"text": "the king", "candidates": 0}, "candidates 0"),

@@ -78,13 +78,13 @@ def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature 0.0: must be above 0"),
+        ({"temperature": 0.0}, "temperature 0.0: must be at least 1e-30"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": math.nan}, "temperature nan"),
         ({"temperature": math.inf}, "temperature inf"),
-        ({"top_k": 0}, "top-k 0: must be at least 1"),
-        ({"top_p": 0.0}, "top-p 0.0: must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "top-p 1.5"),
+        ({"top_k": 0}, "top_k 0: must be at least 1"),
+        ({"top_p": 0.0}, "top_p 0.0: must be at least 1e-30 and at most 1"),
+        ({"top_p": 1.5}, "top_p 1.5"),
     ],
 )
 def test_senseless_options_are_refused(options, message):
