@@ -167,7 +167,7 @@ FIG6 = Recipe(
         "The paper: every intermediate state decodes to text, which each pass refines from coarse"
         " to fine. Its panels show the decoded text before and after every block, with the edits "
         "highlighted. (Refining is more than becoming final: a judge, a baseline of another "
-        "seed, reads the text after every pass.)"
+        f"seed, reads the text after every pass. {measures.SEEDS_OF_MIX1})"
     ),
     plan=plan_fig6,
     measure=measure_fig6,
@@ -250,7 +250,7 @@ FRONTIER = Recipe(
     claim=(
         "The paper shows passes that refine a text, and a good bound. Can one model have both? A "
         "judge, a baseline of another seed, reads the samples after every pass: passes "
-        "refine where its bits fall."
+        f"refine where its bits fall. {measures.SEEDS_OF_MIX1}"
     ),
     plan=plan_frontier,
     measure=measure_frontier,

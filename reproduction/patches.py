@@ -207,7 +207,8 @@ FIG5 = Recipe(
         " coupling the flow has. Its patch models have a head over all channels of a patch, as "
         "Mix-1 has here. Its figure 1 has the tokens of a patch "
         "independent in the first blocks. The judge scores the continuation alone. The first three "
-        "models have one token per position.)"
+        "models have one token per position. In Mix-1, whose directions alternate, the blocks "
+        f"above block 1 do not see the prefix: prefix 0 is its test. {measures.SEEDS_OF_MIX1})"
     ),
     plan=plan_fig5,
     measure=measure_fig5,
@@ -235,7 +236,8 @@ IN_PATCH = Recipe(
         "blocks and channel mixing recover what binds them. Bounds, and what figure 5 measures, "
         "in a stack of 1, 1 and 4 layers, whose last block writes first: where it sees all "
         "channels of the patch, nothing is left to recover. Last, Mix-d, whose block 1 writes "
-        "last."
+        "last. (Blocks above block 1 do not see the prefix. By seed another block of Mix-1 is the "
+        "language model: it takes most off the KL divergence.)"
     ),
     plan=plan_in_patch,
     measure=measure_in_patch,
