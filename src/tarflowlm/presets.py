@@ -38,7 +38,7 @@ PLAIN_CODEBOOK = 1.0
 """The same where nothing starts from the codebook."""
 MIXD_OPTIM = OptimConfig(codebook_lr_scale=MIXD_CODEBOOK)
 PLAIN_OPTIM = OptimConfig(lr=1.2e-2, codebook_lr_scale=PLAIN_CODEBOOK)
-"""Twice the rate of the rest, which is better on validation for both families (docs/log.md)."""
+"""Twice the rate of the rest, better on validation for both families, seed 0 (docs/log.md)."""
 
 CALM = 0.8
 """Temperature of samples of small models that have token weights."""
@@ -95,7 +95,7 @@ def mini_affine() -> RunConfig:
 
 
 def mini_mix1() -> RunConfig:
-    """Three Mix-1 blocks as in the paper, with as many layers together as the baseline."""
+    """Three Mix-1 blocks in the paper's shares of layers, with as many together as the baseline."""
     blocks = stack(("mix1",) * 3, PAPER_SHARES, (27, 27, 27), start="plain")
     return _mini_joint("mini-mix1", blocks, PLAIN_OPTIM)
 
@@ -203,9 +203,9 @@ def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfi
     """One of the published models.
 
     docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, a rate
-    that falls to zero, and short stages for the blocks above Mix-d, which gain little. "-adamw" is
-    the recipe of D3PM, MDLM and MD4, to which the paper points: a constant rate and averaged
-    weights over a million steps.
+    that falls to zero, and short stages for the blocks above Mix-d, which gained little at mini
+    size. "-adamw" is the recipe of D3PM, MDLM and MD4, to which the paper points: a constant rate
+    and averaged weights over a million steps.
     """
     steps, batch_size = corpus.steps, corpus.batch_size
     upper = steps // 25
