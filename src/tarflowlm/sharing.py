@@ -1,16 +1,41 @@
-"""Models for others: saved with a model card, and pushed to the Hugging Face hub (docs/hub.md)."""
+"""Models for others: saved with a model card, and pushed to the Hugging Face hub (docs/hub.md).
 
+The card says what a model is, how it was trained, and what it writes.
+"""
+
+import json
+import math
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
-from tarflowlm.card import model_card
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
-from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors
-from tarflowlm.schema import check_type
+from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.presets import PRESETS, preset
+from tarflowlm.runs.checkpoint import (
+    Checkpoint,
+    corpus_digest,
+    export,
+    load_checkpoint,
+    read_summary,
+)
+from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors, read_card
+from tarflowlm.schema import check_type, flatten
+from tarflowlm.texts.requests import Writing
+from tarflowlm.texts.writing import write
+
+FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a
+Gaussian in a learned codebook, and a stack of autoregressive Transformer flows models the latent
+vectors. Its bits and nats are upper bounds (<=)."""
+BASELINE = """A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is
+exact."""
+TEMPLATE = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+"""The card of a model that brings none."""
 
 
 def save_pretrained(
@@ -84,3 +109,82 @@ def checked_repository(name: str) -> str:
         rule = "give OWNER/NAME, of letters, digits and - _ . between them"
         raise UserError(f"{name!r} cannot be a name on the hub: {rule}")
     return name
+
+
+def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
+    """README.md of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
+
+    `origin` is the folder that it was made from; a README.md there is kept. `name` is its
+    OWNER/NAME or the name of its folder.
+    """
+    # metadata in YAML, of which JSON values are a part
+    values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
+    if licence:
+        values["license"] = licence
+    values["tags"] = ["tarflowlm"]
+    if not checkpoint.model.is_exact:
+        values["tags"] = ["tarflowlm", "normalizing-flows"]
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())
+    head = f"---\n{lines}---\n\n"
+    written = read_card(origin)
+    if written.startswith("---\n"):
+        if licence is not None:
+            raise UserError(f"licence {licence!r}: {origin / CARD} has a head: state it there")
+        return written
+    if written:
+        return head + written
+    request = Writing(num=2, num_tokens=min(256, checkpoint.run.model.context))
+    # indented, so that nothing in a sample is taken for Markdown
+    samples = [
+        f"{number}.\n\n{indent(text, ' ' * 8)}\n\n"
+        for number, text in enumerate(write(request, checkpoint), 1)
+    ]
+    facts = _facts(checkpoint, origin, licence)
+    return TEMPLATE.format(
+        head=head,
+        title=name.rpartition("/")[2],
+        what=BASELINE if checkpoint.model.is_exact else FLOW,
+        name=name,
+        reference=f"hf:{name}" if "/" in name else name,
+        facts="".join(f"| {fact} | {value} |\n" for fact, value in facts),
+        num=request.num,
+        length=request.num_tokens,
+        samples="".join(samples),
+    )
+
+
+def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterator[tuple[str, str]]:
+    """The rows of the card's table."""
+    run = checkpoint.run
+    tokenizer = checkpoint.tokenizer
+    model = checkpoint.model
+    blocks = ", ".join(run.model.describe(block) for block in range(model.num_blocks))
+    size = f"{model.num_parameters:,} parameters, context {run.model.context}"
+    yield "model", f"preset `{run.name}`: {blocks}; {size}"
+    symbols = f"{tokenizer.vocab_size:,} ({tokenizer.kind})"
+    yield "symbols", f"{symbols}, normalisation {tokenizer.normalization}"
+    units = {"step": "steps", "tokens": "tokens"}
+    counts = [f"{int(n):,} {units[key]}" for key, n in checkpoint.info.items() if key in units]
+    yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
+    if run.parent:
+        parent, _, weights = run.parent.partition("@")
+        yield "tuned from", f"`{parent}`, sha256 of its weights `{weights}`"
+    digest = corpus_digest(origin)
+    if digest is not None:
+        yield "tokens", f"sha256 of the hashes of their shards `{digest}`"
+    if run.name in PRESETS:
+        theirs = flatten(preset(run.name)) | {"data.source": run.data.source}
+        ours = flatten(replace(run, model=replace(run.model, vocab_size=0)))
+        changes = [f"`{name}` {ours[name]}" for name in ours if ours[name] != theirs.get(name)]
+        yield "other than the preset", ", ".join(changes) or "nothing"
+    test = (read_summary(origin) or {}).get("test")
+    result = "not recorded"
+    if test:
+        sign = sign_of(test["bound"])
+        nats = f"{test['nats_per_token']:.4f} nats per token"
+        if math.isfinite(test["stderr"]):  # one window alone has none
+            nats += f" (standard error {test['stderr']:.4f})"
+        windows = f"{test['windows']:,} windows of the test split ({test['bound']})"
+        result = f"{sign} {test['bpc']:.4f} bits per character, {sign} {nats}, over {windows}"
+    yield "test", result
+    yield "licence", licence or "not stated by its owner"

@@ -8,13 +8,13 @@ import torch
 from training_cases import CPU, Killer, assert_same_run, cut, resume
 
 from helpers import metrics_of
-from tarflowlm.card import model_card
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
 from tarflowlm.data.fit import check_fit
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.hub import locate
 from tarflowlm.runs.weights import checksum
+from tarflowlm.sharing import model_card
 from tarflowlm.training.train import train
 from tarflowlm.training.tuning import tuning
 
