@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `reproduction` lies beside
 
 from reproduction.boosting import Below, evaluate
 from reproduction.cipher import second_blocks
-from tarflowlm.data import cached_corpus, eval_windows
+from tarflowlm.data import eval_windows, prepare_corpus
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.terminal.bars import Bars
 
@@ -56,7 +56,7 @@ def main() -> None:
             valid_windows=64,
             stage=stage,
         )
-    corpus = cached_corpus(run.data.source, tokenizer)
+    corpus = prepare_corpus(run.data, tokenizer)
     windows = eval_windows(corpus.split("test"), run.model.context, args.windows)
     characters = torch.from_numpy(tokenizer.characters_per_token)[windows].double().mean().item()
     found = evaluate(below, upper, windows)

@@ -32,7 +32,7 @@ from torch import Generator, Tensor
 
 from reproduction.judges import load_judge
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data import cached_corpus, eval_windows
+from tarflowlm.data import eval_windows, prepare_corpus
 from tarflowlm.editing.rewriting import Candidates, covered, rewrite
 from tarflowlm.editing.states import Source, encode
 from tarflowlm.editing.words import Span, pick_words, words_of
@@ -138,7 +138,7 @@ def main() -> None:
     flow = as_flow(load_checkpoint(args.flow).model)
     judge = load_judge(args.judge)
     tokenizer = checkpoint.tokenizer
-    corpus = cached_corpus(checkpoint.run.data.source, tokenizer)
+    corpus = prepare_corpus(checkpoint.run.data, tokenizer)
     texts = eval_windows(corpus.split("test"), LENGTH, args.texts)
     # the beginning of the training text is enough for its words
     known = set(tokenizer.decode(corpus.split("train")[:4_000_000].tolist()).split())

@@ -13,14 +13,15 @@ def build(args: Namespace) -> dict[str, Contender]:
     """A contender for every model."""
     import torch
 
-    from tarflowlm.data import encode_text_source, eval_windows
+    from tarflowlm import data
     from tarflowlm.evaluation.likelihood import evaluate
 
     load, found = find("load_checkpoint", "runs.checkpoint"), {}
     for name in args.models:
         checkpoint = load(name, torch.device(args.device))
-        tokens = encode_text_source(args.data, checkpoint.tokenizer, "test")
-        windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
+        text = data.DataConfig(source=args.data)
+        tokens = data.encode_text(text, checkpoint.tokenizer, "test")
+        windows = data.eval_windows(tokens, checkpoint.run.model.context, args.windows)
         characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
         call = partial(evaluate, checkpoint.model, windows, characters, samples=args.samples)
         result = call()

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `reproduction` lies beside
 
 from reproduction.judges import load_judge
 from reproduction.quality import compare_texts
-from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
+from tarflowlm.data import Corpus, WindowSampler, eval_windows, prepare_corpus
 from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.generation import generate
 from tarflowlm.model import seeded
@@ -339,7 +339,7 @@ def main() -> None:
     args = parser.parse_args()
     run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
     run = replace(run, train=replace(run.train, precision=args.precision))
-    corpus, judge = cached_corpus(args.data, run.data.tokenizer), load_judge(args.judge)
+    corpus, judge = prepare_corpus(replace(run.data, source=args.data)), load_judge(args.judge)
     windows, text = (
         eval_windows(corpus.split("test"), run.model.context, num)
         for num in (args.windows, args.num)

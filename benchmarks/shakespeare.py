@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflowlm.config import TokenizerConfig
-from tarflowlm.data import cached_corpus, eval_windows, suited
+from tarflowlm.data import eval_windows, prepare_corpus, suited
 from tarflowlm.data.windows import Array
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.presets import preset
@@ -149,9 +149,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    tokenizer = suited(args.text, preset("mini-ar").data.tokenizer)
+    data = suited(replace(preset("mini-ar").data, source=args.text))
     text = Path(args.text).read_text(encoding="utf-8")
-    corpus = cached_corpus(args.text, tokenizer)
+    corpus = prepare_corpus(data)
     tokens = np.asarray(corpus.tokenizer.encode(text), dtype=np.int64)
     end = len(tokens) * 9 // 10
     # the splits of tarflowlm do not cut a paragraph, and may end a little earlier

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import tarflowlm
-from tarflowlm.data import encode_text_source, eval_windows
+from tarflowlm.data import DataConfig, encode_text, eval_windows
 from tarflowlm.editing.edits import num_words
 from tarflowlm.editing.rewriting import (
     Candidates,
@@ -45,7 +45,7 @@ def main(
     spaces = spaces_of(tokenizer.token_bytes)
     # as `tarflowlm edit` does
     usual = TEMPERATURE if model.config.has_token_weights else 1.0
-    tokens = encode_text_source(source, tokenizer, "test")
+    tokens = encode_text(DataConfig(source=source), tokenizer, "test")
     wide = eval_windows(tokens, 2 * LENGTH, TEXTS)
     space = tokenizer.encode(" ")[0]
     # each text begins with a word

@@ -8,17 +8,18 @@ with "val" in their names are half the validation and half the test split.
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from tarflowlm.data import Corpus, Tokenizer, TokenizerConfig, build_tokenizer, open_corpus
-from tarflowlm.data.corpus import META, VERSION, Meta, Shard
-from tarflowlm.data.splits import SPLITS, Split
+from tarflowlm.data.corpus import META, VERSION, Meta, SplitMeta
+from tarflowlm.data.text import SPLITS, Split
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import UserError
-from tarflowlm.files import write_json
+from tarflowlm.files import new_folder, write_json
 
 MAGIC = 20240520
 HEADER = 1024
@@ -34,25 +35,25 @@ def read_shard(path: Path) -> Array:
     return np.memmap(path, "<u2", "r", offset=HEADER)
 
 
-def write_shard(tokens: Array, path: Path, tokenizer: Tokenizer, source: Path) -> Shard:
-    """Copy tokens. UserError for one that the tokenizer does not have."""
+def write_split(shards: Sequence[Array], path: Path, tokenizer: Tokenizer) -> SplitMeta:
+    """Copy the tokens of a split. UserError for one that the tokenizer does not have."""
     digest = hashlib.sha256()
     counts = np.zeros(1 << 16, dtype=np.int64)
     with path.open("wb") as file:
-        for start in range(0, len(tokens), AT_ONCE):
-            some = tokens[start : start + AT_ONCE]
-            counts += np.bincount(some, minlength=1 << 16)
-            known = some.astype(tokenizer.token_dtype)
-            known.tofile(file)
-            digest.update(known.tobytes())
+        for tokens in shards:
+            for start in range(0, len(tokens), AT_ONCE):
+                some = tokens[start : start + AT_ONCE]
+                counts += np.bincount(some, minlength=1 << 16)
+                known = some.astype(tokenizer.token_dtype)
+                known.tofile(file)
+                digest.update(known.tobytes())
     last = int(counts.nonzero()[0].max(initial=0))
     if last >= tokenizer.vocab_size:
-        what = f"{source} holds token {last}, and the tokenizer has {tokenizer.vocab_size} symbols"
+        what = f"{path.stem} has token {last}, and the tokenizer has {tokenizer.vocab_size} symbols"
         raise UserError(f"{what}: give the --tokenizer that made the shards")
     characters = counts[: tokenizer.vocab_size] @ tokenizer.characters_per_token
     return {
-        "file": path.name,
-        "tokens": len(tokens),
+        "tokens": int(counts.sum()),
         "characters": int(characters),
         "sha256": digest.hexdigest(),
     }
@@ -62,34 +63,31 @@ def take_over(folder: Path, out: Path, tokenizer: str) -> Corpus:
     """The corpus of all shards in a folder; `out` appears complete or not at all."""
     config = TokenizerConfig(kind="bpe", source=tokenizer, normalize="none")
     reader = build_tokenizer(config)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    reader.save(partial)
-    splits: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
+    shards: dict[Split, list[Array]] = {split: [] for split in SPLITS}
     files = sorted(folder.glob("*.bin"))
-    for number, file in enumerate(files):
+    for file in files:
         tokens = read_shard(file)
-        parts: dict[Split, Array] = {"train": tokens}
+        middle = len(tokens) // 2
         if "val" in file.name:
-            middle = len(tokens) // 2
-            parts = {"valid": tokens[:middle], "test": tokens[middle:]}
-        for split, part in parts.items():
-            path = partial / f"{split}-{number:05d}.bin"
-            splits[split].append(write_shard(part, path, reader, file))
-    missing = [split for split in SPLITS if not splits[split]]
+            shards["valid"].append(tokens[:middle])
+            shards["test"].append(tokens[middle:])
+        else:
+            shards["train"].append(tokens)
+    missing = [split for split in SPLITS if not shards[split]]
     if missing:
         raise UserError(
             f"{folder} gives no {missing[0]} split: put *train*.bin and *val*.bin there"
         )
-    meta: Meta = {
-        "source": str(folder),
-        "plan": [VERSION, str(folder), [file.name for file in files], reader.fingerprint],
-        "tokenizer": reader.fingerprint,
-        "tokenizer_config": asdict(config),
-        "splits": splits,
-    }
-    write_json(partial / META, meta)
-    partial.rename(out)
+    with new_folder(out) as partial:
+        reader.save(partial)
+        meta: Meta = {
+            "source": str(folder),
+            "plan": [VERSION, str(folder), [file.name for file in files], reader.fingerprint],
+            "tokenizer": reader.fingerprint,
+            "tokenizer_config": asdict(config),
+            "splits": {s: write_split(shards[s], partial / f"{s}.bin", reader) for s in SPLITS},
+        }
+        write_json(partial / META, meta)
     return open_corpus(out)
 
 

@@ -52,6 +52,7 @@ def run(args: Args) -> None:
     from reproduction.results import write_results
     from reproduction.running import estimate, finish, state_of
     from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.config import DataConfig
     from tarflowlm.data.corpus import is_prepared
     from tarflowlm.data.sources import resolve_source
     from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
@@ -64,7 +65,7 @@ def run(args: Args) -> None:
     plan = list({training.name: training for p in plans.values() for training in p}.values())
     for source in (*(training.run.data.source for training in plan), args.second_text):
         if source is not None and not is_prepared(source):
-            resolve_source(source)
+            resolve_source(DataConfig(source=source))
     if args.dry_run:
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
         _print_plan(args, title, estimate(args, plan))

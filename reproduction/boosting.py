@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import OptimConfig
-from tarflowlm.data import TokenArray, WindowSampler
+from tarflowlm.data import WindowSampler
+from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import Mix1Coupling
@@ -334,7 +335,7 @@ def fit(
     make: Callable[[], M],
     loss: Loss[M],
     channels: int,
-    train: TokenArray,
+    train: Array,
     valid: Int[Tensor, "N T"],
     *,
     optim: OptimConfig,

@@ -27,7 +27,7 @@ from reproduction.lengths import lengthened
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant, without
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import OptimConfig, RunConfig
-from tarflowlm.data import Tokenizer, cached_corpus, eval_windows
+from tarflowlm.data import Tokenizer, eval_windows, prepare_corpus
 from tarflowlm.errors import Progress
 from tarflowlm.presets import with_blocks
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -140,7 +140,7 @@ def second_blocks(
     `stage` begins one of these trainings, named, of so many steps.
     """
     run = checkpoint.run
-    corpus = cached_corpus(run.data.source, checkpoint.tokenizer)
+    corpus = prepare_corpus(run.data, checkpoint.tokenizer)
     valid = eval_windows(corpus.split("valid"), run.model.context, valid_windows)
 
     def fitted(make: Callable[[], M], loss: Loss[M], optim: OptimConfig, what: str) -> M:
@@ -170,7 +170,7 @@ def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
     checkpoint = done.load()
     run = checkpoint.run
     below = Below(checkpoint.model)
-    corpus = cached_corpus(run.data.source, checkpoint.tokenizer)
+    corpus = prepare_corpus(run.data, checkpoint.tokenizer)
     windows = eval_windows(corpus.split("test"), run.model.context, measures.SHORT_WINDOWS)
     of_reads = UPPERS[done.training.label][reads]
     blocks = second_blocks(

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE
-from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.errors import SILENT, Progress, UserError, first_line
 from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow import widen
@@ -243,6 +242,7 @@ def _is_transformers(path: Path) -> bool:
 def _from_transformers(name: str, is_directory: bool) -> tuple[HubModel, HubModel]:
     """Model and tokenizer, from the local cache if possible, else from the hub."""
     try:
+        import huggingface_hub
         import transformers
     except ImportError:
         raise UserError("judging samples needs transformers: pip install -e '.[quality]'") from None
@@ -263,7 +263,8 @@ def _from_transformers(name: str, is_directory: bool) -> tuple[HubModel, HubMode
         except (OSError, ValueError):
             if is_directory:
                 raise
-        check_hub_reachable()
+        # offline it fails at once, where `transformers` tries again for half a minute
+        huggingface_hub.snapshot_download(name, allow_patterns="config.json")
         return get(False)
     except Exception as error:  # hub, network and library errors share no base class
         advice = (

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
-from tarflowlm.data import cached_corpus
+from tarflowlm.data import prepare_corpus
 from tarflowlm.presets import preset
 
 Tokens = npt.NDArray[np.int64]
@@ -65,8 +65,7 @@ def main() -> None:
     """`python -m reproduction.ngrams`: bits per character of the quickstart's test split under a
     bigram model of its tokens, under trigrams of its own characters, and as a bz2 file.
     """
-    data = preset("quickstart").data
-    corpus = cached_corpus(data.source, data.tokenizer)
+    corpus = prepare_corpus(preset("quickstart").data)
     train, test = (np.asarray(corpus.split(s), dtype=np.int64) for s in ("train", "test"))
     per_token = bigram_cross_entropy(train, test, corpus.tokenizer.vocab_size)
     text = corpus.tokenizer.decode(test.tolist())

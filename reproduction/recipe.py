@@ -9,8 +9,9 @@ import torch
 
 from reproduction.records import Record, Records
 from reproduction.settings import Settings, as_flow_config
-from tarflowlm.config import RunConfig
-from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
+from tarflowlm.config import DataConfig, RunConfig
+from tarflowlm.data import encode_text, prepare_corpus
+from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.runs.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
 from tarflowlm_apps.report.style import Figure
@@ -98,11 +99,11 @@ class Finished:
             )
         return load_checkpoint(self.directory, self.device)
 
-    def tokens(self, checkpoint: Checkpoint, source: str | None = None) -> TokenArray:
+    def tokens(self, checkpoint: Checkpoint, source: str | None = None) -> Array:
         """The test split of the run's own text, or all of the text `source`."""
         if source is not None:
-            return encode_text_source(source, checkpoint.tokenizer, "all")
-        return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
+            return encode_text(DataConfig(source=source), checkpoint.tokenizer, "all")
+        return prepare_corpus(checkpoint.run.data, checkpoint.tokenizer).split("test")
 
 
 @dataclass(frozen=True, kw_only=True)

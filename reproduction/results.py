@@ -9,7 +9,7 @@ from pathlib import Path
 from reproduction.recipe import Finished, Recipe, Row
 from reproduction.records import Records
 from reproduction.settings import Settings
-from tarflowlm.data import SOURCE_NAMES
+from tarflowlm.data import SOURCE_NAMES, DataConfig
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.files import replacing, sha256_of
 from tarflowlm_apps.report.style import Figure, render
@@ -121,7 +121,7 @@ def _text(source: str) -> str:
     """The name of a training text, and the hashes of its files."""
     if source not in SOURCE_NAMES and not Path(source).exists():
         return Path(source).name  # trained on another machine
-    files = resolve_source(source).files
+    files = resolve_source(DataConfig(source=source)).files
     digests = ", ".join(sha256_of(file)[:12] for file in files[:3])
     more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
     return f"{Path(source).name} {digests}{more}"

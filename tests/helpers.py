@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
-from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
+from tarflowlm.data import (
+    TEXT8_ALPHABET,
+    CharTokenizer,
+    Corpus,
+    Tokenizer,
+    encode_text,
+    prepare_corpus,
+    suited,
+)
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
 from tarflowlm.runs.checkpoint import WEIGHTS, write_run
@@ -162,3 +170,24 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
+
+
+# texts
+
+
+def prepared(source: object, wanted: Tokenizer | TokenizerConfig, out=None, **options) -> Corpus:
+    """The corpus of a text for a tokenizer, or for the one that a configuration describes."""
+    if isinstance(wanted, Tokenizer):
+        return prepare_corpus(DataConfig(source=str(source)), wanted, out=out, **options)
+    text = DataConfig(source=str(source), tokenizer=wanted)
+    return prepare_corpus(text, out=out, **options)
+
+
+def encoded(source: object, tokenizer: Tokenizer, split: str):
+    """The tokens of a split of a text."""
+    return encode_text(DataConfig(source=str(source)), tokenizer, split)
+
+
+def suited_to(source: object, config: TokenizerConfig, **options) -> TokenizerConfig:
+    """The tokenizer of a text with what was left open."""
+    return suited(DataConfig(source=str(source), tokenizer=config, **options)).tokenizer

@@ -116,7 +116,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        with full_disk_as_user_error(path, lambda: "export it again"):
+        with full_disk_as_user_error(path, lambda: "start again"):
             yield partial
             partial.rename(path)
     except BaseException:

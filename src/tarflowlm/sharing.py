@@ -171,7 +171,7 @@ def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterato
         yield "tuned from", f"`{parent}`, sha256 of its weights `{weights}`"
     digest = corpus_digest(origin)
     if digest is not None:
-        yield "tokens", f"sha256 of the hashes of their shards `{digest}`"
+        yield "tokens", f"sha256 of the hashes of their splits `{digest}`"
     if run.name in PRESETS:
         theirs = flatten(preset(run.name)) | {"data.source": run.data.source}
         ours = flatten(replace(run, model=replace(run.model, vocab_size=0)))

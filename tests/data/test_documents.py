@@ -11,20 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import encoded, prepared, suited_to
 from tarflowlm.data import (
     CharTokenizer,
+    DataConfig,
     TokenizerConfig,
     WindowSampler,
-    encode_text_source,
     load_tokenizer,
     open_corpus,
     prepare_corpus,
     suited,
     windows,
 )
-from tarflowlm.data import prepare as prepare_module
-from tarflowlm.data.splits import SPLITS
-from tarflowlm.data.text import SEPARATOR, is_wrapped, read_text, unwrapped
+from tarflowlm.data import corpus as corpus_module
+from tarflowlm.data.text import SEPARATOR, SPLITS, is_wrapped, read_text, unwrapped
 from tarflowlm.errors import UserError
 
 OPEN = TokenizerConfig(normalize="auto")
@@ -59,7 +59,7 @@ def documents_of(tokens, tokenizer) -> list[str]:
 
 @pytest.mark.parametrize("config", [BYTES, WORDS, OPEN], ids=["byte", "bpe", "characters"])
 def test_every_document_is_whole_in_one_split_and_ends(source, config, tmp_path):
-    corpus = prepare_corpus(source, suited(source, config), tmp_path / "out")
+    corpus = prepared(source, suited_to(source, config), tmp_path / "out")
     tokenizer = corpus.tokenizer
     assert tokenizer.end == tokenizer.vocab_size - 1
     found = {split: documents_of(corpus.split(split), tokenizer) for split in SPLITS}
@@ -72,12 +72,12 @@ def test_every_document_is_whole_in_one_split_and_ends(source, config, tmp_path)
         assert tokenizer.bytes_per_token[ids].sum() == len("".join(texts).encode())
     again = load_tokenizer(tmp_path / "out")
     assert (again.end, again.fingerprint) == (tokenizer.end, tokenizer.fingerprint)
-    whole = encode_text_source(source, tokenizer, "all")
+    whole = encoded(source, tokenizer, "all")
     assert sorted(documents_of(whole, tokenizer)) == sorted(TEXTS)
 
 
 def test_letters_have_no_end_and_documents_are_not_cut(source, tmp_path):
-    corpus = prepare_corpus(source, LETTERS, tmp_path / "out")
+    corpus = prepared(source, LETTERS, tmp_path / "out")
     tokenizer = corpus.tokenizer
     assert (tokenizer.end, tokenizer.vocab_size) == (None, 27)
     for split in SPLITS:
@@ -92,7 +92,7 @@ def test_no_split_of_few_documents_is_empty(count, start, tmp_path):
     file = tmp_path / "few.jsonl"
     rows = [json.dumps({"text": f"text {start} {number}"}) for number in range(count)]
     file.write_text("\n".join(rows))
-    corpus = prepare_corpus(str(file), BYTES, tmp_path / "out")
+    corpus = prepared(str(file), BYTES, tmp_path / "out")
     sizes = [len(documents_of(corpus.split(split), corpus.tokenizer)) for split in SPLITS]
     assert sum(sizes) == count
     assert min(sizes) >= 1
@@ -102,8 +102,8 @@ def test_two_documents_are_too_few(tmp_path):
     file = tmp_path / "two.jsonl"
     file.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "two"}')
     with pytest.raises(UserError, match="more documents"):
-        prepare_corpus(str(file), BYTES, tmp_path / "out")
-    tokens = encode_text_source(str(file), prepare(tmp_path).tokenizer, "all")
+        prepared(str(file), BYTES, tmp_path / "out")
+    tokens = encoded(str(file), prepare(tmp_path).tokenizer, "all")
     assert len(tokens) == 3 * 4
 
 
@@ -111,16 +111,16 @@ def prepare(folder: Path):
     """A small corpus of documents in bytes."""
     file = folder / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    return prepare_corpus(str(file), BYTES, folder / "corpus")
+    return prepared(str(file), BYTES, folder / "corpus")
 
 
 def test_all_of_a_plain_text_is_whole(tmp_path, monkeypatch):
     """Also for a tokenizer that ends documents, of which the text is none."""
-    monkeypatch.setattr(prepare_module, "BLOCK", 100)
+    monkeypatch.setattr(corpus_module, "BLOCK", 100)
     tokenizer = prepare(tmp_path).tokenizer
     file = tmp_path / "a #1.txt"
     file.write_text("".join(f"word{n} " for n in range(500)))
-    found = encode_text_source(str(file), tokenizer, "all")
+    found = encoded(str(file), tokenizer, "all")
     assert tokenizer.decode(np.asarray(found)) == file.read_text()
 
 
@@ -202,7 +202,7 @@ def test_ranks_share_out_the_global_batch():
 
 
 def test_a_large_text_keeps_its_order(monkeypatch):
-    monkeypatch.setattr(windows, "TABLE", 1)
+    monkeypatch.setattr(windows, "SHUFFLED", 1)
     assert torch.equal(draw(sampler(), 9), draw(sampler(end=None), 9))
 
 
@@ -236,12 +236,12 @@ def test_wrapped_lines_are_noticed(tmp_path, caplog):
     file = tmp_path / "novel.txt"
     file.write_text(NOVEL)
     with caplog.at_level("INFO"):
-        suited(str(file), OPEN)
+        suited_to(str(file), OPEN)
     assert "--unwrap" in caplog.text
     caplog.clear()
-    config = suited(str(file), OPEN, unwrap=True)
+    config = suited(DataConfig(source=str(file), unwrap=True))
     assert "--unwrap" not in caplog.text
-    corpus = prepare_corpus(str(file), config, tmp_path / "out", unwrap=True)
+    corpus = prepare_corpus(config, out=tmp_path / "out")
     text = "".join(corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in SPLITS)
     assert text == unwrapped(read_text(file))
     code = Path(__file__).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Texts of many files: sets of the hub, preparation by an array of processes, token shards."""
+"""Texts of many files: sets of the hub, token shards."""
 
 import random
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tarflowlm.data import TokenizerConfig, prepare_corpus, splits
+from helpers import prepared
+from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.prepare import prepare_part
 from tarflowlm.data.sources import resolve_source, sources_dir
-from tarflowlm.data.splits import SPLITS, cut_in_three, split_of_document
+from tarflowlm.data.text import SPLITS, cut_in_three, split_of_document
 from tarflowlm.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -53,31 +53,30 @@ def texts_of(corpus) -> dict[str, str]:
 
 
 def test_documents_of_parquet_files_are_each_in_one_split(folder, tmp_path):
-    corpus = prepare_corpus(str(folder), BYTES, tmp_path / "out")
+    corpus = prepared(str(folder), BYTES, tmp_path / "out")
     documents = [text for number in range(3) for text in rows(number)["text"] if text]
     for split, text in texts_of(corpus).items():
         own = [one for one in documents if split_of_document(one) == split]
         assert own
         assert text == "".join(one + "\n\n" for one in own)
-    assert len(corpus.meta["splits"]["train"]) == 3
-    one = prepare_corpus(str(folder / "sample" / "002.parquet"), BYTES, tmp_path / "one")
+    one = prepared(str(folder / "sample" / "002.parquet"), BYTES, tmp_path / "one")
     assert texts_of(corpus)["train"].endswith(texts_of(one)["train"])
-    names = prepare_corpus(f"{folder}#id", BYTES, tmp_path / "names")
+    names = prepared(f"{folder}#id", BYTES, tmp_path / "names")
     assert "<urn:uuid:2-60>" in "".join(texts_of(names).values())
 
 
 def test_files_that_hold_no_such_texts_are_named(folder, tmp_path):
     for field in ("body", "score"):
         with pytest.raises(UserError, match=rf"column {field} of .*000\.parquet.*SOURCE#COLUMN"):
-            prepare_corpus(f"{folder}#{field}", BYTES, tmp_path / "out")
+            prepared(f"{folder}#{field}", BYTES, tmp_path / "out")
     (folder / "a.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match="cannot read") as caught:
-        prepare_corpus(str(folder), BYTES, tmp_path / "out")
+        prepared(str(folder), BYTES, tmp_path / "out")
     assert "\n" not in str(caught.value)
 
 
 def test_a_set_of_the_hub_is_fetched_once(folder, tmp_path, monkeypatch):
-    ours = prepare_corpus(str(folder), BYTES, tmp_path / "ours")
+    ours = prepared(str(folder), BYTES, tmp_path / "ours")
     asked = []
 
     def snapshot_download(name, *, repo_type, allow_patterns, local_dir):
@@ -85,11 +84,10 @@ def test_a_set_of_the_hub_is_fetched_once(folder, tmp_path, monkeypatch):
         local_dir.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(local_dir)
 
-    monkeypatch.setattr("tarflowlm.data.sources.check_hub_reachable", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     name = "hf:HuggingFaceFW/fineweb-edu/sample/10BT#text"
     for out in ("first", "second"):
-        found = prepare_corpus(name, BYTES, tmp_path / out)
+        found = prepared(name, BYTES, tmp_path / out)
         assert found.fingerprint == ours.fingerprint
     assert asked == [("HuggingFaceFW/fineweb-edu", "dataset", "sample/10BT/*.parquet")]
     assert (sources_dir() / "HuggingFaceFW--fineweb-edu--sample--10BT").is_dir()
@@ -98,54 +96,28 @@ def test_a_set_of_the_hub_is_fetched_once(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["hf:nobody/nothing", "hf:", "hf:/", "hf:one"])
 def test_a_set_that_cannot_be_fetched_costs_one_line(name, tmp_path, no_network):
     with pytest.raises(UserError, match=r"cannot fetch hf:|OWNER/NAME") as caught:
-        prepare_corpus(name, BYTES, tmp_path / "out")
+        prepared(name, BYTES, tmp_path / "out")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "config", [BYTES, TokenizerConfig(kind="bpe", vocab_size=265, normalize="none")]
-)
-def test_preparation_in_parts_is_that_of_one_process(folder, tmp_path, config):
-    whole = prepare_corpus(str(folder), config, tmp_path / "whole")
-    for part in ("2/2", "1/2"):
-        prepare_part(str(folder), config, tmp_path / "out", part)
-    assert not (tmp_path / "out").exists()
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.bin")}
-    assert prepare_corpus(str(folder), config, tmp_path / "out").meta == whole.meta
-    for path, time in times.items():
-        assert (tmp_path / "out" / path.name).stat().st_mtime_ns == time
-    prepare_part(str(folder), config, tmp_path / "out", "1/2")  # which came late
-    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_a_corpus_may_be_put_into_the_folder_where_one_is(folder, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert prepare_corpus(str(folder), BYTES, ".").num_tokens("train") > 0
-
-
-def test_a_lost_part_is_made_up_for_and_another_preparation_refused(folder, tmp_path):
-    prepare_part(str(folder), BYTES, tmp_path / "out", "1/3")
-    with pytest.raises(UserError, match="holds something else"):
-        prepare_part(f"{folder}#id", BYTES, tmp_path / "out", "2/3")
-    with pytest.raises(UserError, match="part 4/3"):
-        prepare_part(str(folder), BYTES, tmp_path / "out", "4/3")
-    whole = prepare_corpus(str(folder), BYTES, tmp_path / "whole")
-    assert prepare_corpus(str(folder), BYTES, tmp_path / "out").meta == whole.meta
+    assert prepared(str(folder), BYTES, ".").num_tokens("train") > 0
 
 
 # splits of large texts
 
 
 def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "LARGEST", 30)
+    monkeypatch.setattr("tarflowlm.data.text.LARGEST", 30)
     text = "".join(map(chr, range(100, 1100)))
     sizes = [len(piece.text) for piece in cut_in_three([text], 1000)]
     assert sizes == [940, 30, 30]
     assert [len(piece.text) for piece in cut_in_three([text[:600]], 600)] == [540, 30, 30]
     assert [len(piece.text) for piece in cut_in_three([text[:599]], 599)] == [539, 30, 30]
-    monkeypatch.setattr(splits, "LARGEST", 300)
-    split = resolve_source(str(folder)).splitter(0)
+    monkeypatch.setattr("tarflowlm.data.text.LARGEST", 300)
+    split = resolve_source(DataConfig(source=str(folder))).splitter()
     found = [split(str(number)) for number in range(4000)]
     share = 0.5 * 300 / sum(file.stat().st_size for file in folder.rglob("*.parquet"))
     for name in ("valid", "test"):
@@ -189,7 +161,7 @@ def test_token_shards_are_taken_over(token_shards, tmp_path):
     config = TokenizerConfig(kind="bpe", source=argv[2], normalize="none")
     assert corpus.meta["tokenizer_config"]["source"] == config.source
     write_shard(shards / "edu_train_000002.bin", np.array([3, 262]))
-    with pytest.raises(UserError, match="holds token 262, and the tokenizer has 262 symbols"):
+    with pytest.raises(UserError, match="has token 262, and the tokenizer has 262 symbols"):
         token_shards.take_over(*argv[:1], tmp_path / "other", argv[2])
     write_shard(shards / "edu_train_000002.bin", np.array([3, 4]), count=3)
     with pytest.raises(UserError, match="not a whole token shard"):

@@ -12,22 +12,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from helpers import prepared, suited_to
 from tarflowlm.data import (
     TEXT8_ALPHABET,
     ByteTokenizer,
     CharTokenizer,
+    DataConfig,
     TokenizerConfig,
     build_tokenizer,
-    cached_corpus,
-    encode_text_source,
+    look,
     normalize_text8,
-    prepare_corpus,
-    suited,
 )
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.sources import SEPARATOR, OpenWebText, Text8, resolve_source, sources_dir
-from tarflowlm.data.splits import SPLITS, split_of_document
-from tarflowlm.data.text import read_text
+from tarflowlm.data.text import SPLITS, read_text, split_of_document
 from tarflowlm.errors import UserError
 
 CHARS = TokenizerConfig()
@@ -36,7 +34,7 @@ OPEN = TokenizerConfig(normalize="auto")
 
 def texts_of(source) -> dict[str, str]:
     texts = dict.fromkeys(SPLITS, "")
-    for split, piece, _ in source.pieces(0):
+    for split, piece, _ in source.pieces():
         texts[split] += piece
     return texts
 
@@ -49,7 +47,7 @@ def test_unknown_sources_are_refused(source):
         UserError,
         match=r"give a text file, .* one of tales|folder . holds no text",
     ):
-        cached_corpus(source, CHARS)
+        prepared(source, CHARS)
 
 
 def test_folders_and_json_lines(tmp_path):
@@ -57,10 +55,13 @@ def test_folders_and_json_lines(tmp_path):
     lines = '{"text": "one", "body": "x\\ny"}\n\n{"text": "ü", "body": "z"}'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "c.md").write_text("left out", encoding="utf-8")
-    assert list(resolve_source(str(tmp_path)).blocks()) == ["one", "ü", "two"]
-    assert list(resolve_source(f"{tmp_path / 'a.jsonl.gz'}#body").blocks()) == ["x\ny", "z"]
+    assert list(resolve_source(DataConfig(source=str(tmp_path))).blocks()) == ["one", "ü", "two"]
+    assert list(resolve_source(DataConfig(source=f"{tmp_path / 'a.jsonl.gz'}#body")).blocks()) == [
+        "x\ny",
+        "z",
+    ]
     with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl\.gz .* under 'title'"):
-        cached_corpus(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
+        prepared(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +76,10 @@ def test_a_text_of_ones_own_keeps_every_character(text, kind, tmp_path, caplog):
     file = tmp_path / "own.txt"
     file.write_bytes(b"\xef\xbb\xbf" + (text * 9).replace("\n", "\r\n").encode())
     with caplog.at_level("INFO"):
-        found = suited(str(file), OPEN)
+        found = suited_to(str(file), OPEN)
     assert (found.kind, found.normalize) == (kind, "none")
     assert ["symbols" in one or "is short" in one for one in caplog.messages] == [True, True]
-    corpus = cached_corpus(str(file), found)
+    corpus = prepared(str(file), found)
     read = "".join(corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in SPLITS)
     assert read == text * 9
     assert corpus.tokenizer.end is None
@@ -89,12 +90,12 @@ def test_what_the_27_symbols_lack_is_told(tmp_path, caplog):
     file = tmp_path / "own.txt"
     with caplog.at_level("INFO"):
         file.write_text("f(x), a(b) " * 9)
-        suited(str(file), replace(OPEN, normalize="text8"))
+        suited_to(str(file), replace(OPEN, normalize="text8"))
         assert "55.6% of the characters become spaces, ( ) , first" in caplog.text
         caplog.clear()
         file.write_text("The king of 1815 " * 9)
-        suited(str(file), replace(OPEN, normalize="text8"))
-        suited("tales", replace(OPEN, normalize="text8"))
+        suited_to(str(file), replace(OPEN, normalize="text8"))
+        suited_to("tales", replace(OPEN, normalize="text8"))
     assert not caplog.messages
 
 
@@ -102,37 +103,42 @@ def test_what_is_asked_for_is_not_changed(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("Die Müller. " * 9, encoding="utf-8")
     few = TokenizerConfig(alphabet="ab", normalize="auto")
-    assert suited(str(file), few) == replace(few, normalize="none")
+    assert suited_to(str(file), few) == replace(few, normalize="none")
     with pytest.raises(UserError, match="no fields, leave #field out"):
-        resolve_source(f"{file}#field")
+        resolve_source(DataConfig(source=f"{file}#field"))
     words = TokenizerConfig(kind="bpe", vocab_size=300, normalize="auto")
-    assert suited(str(file), words) == replace(words, normalize="none")
+    assert suited_to(str(file), words) == replace(words, normalize="none")
     for given in (CHARS, TokenizerConfig(kind="byte", normalize="none")):
-        assert suited(str(file), given) == given
-    assert suited("tales", OPEN) == suited("text8", OPEN) == CHARS
-    prepare_corpus(str(file), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "out")
-    assert suited(str(tmp_path / "out"), OPEN).kind == "byte"
+        assert suited_to(str(file), given) == given
+    assert suited_to("tales", OPEN) == suited_to("text8", OPEN) == CHARS
+    prepared(str(file), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "out")
+    assert suited_to(str(tmp_path / "out"), OPEN).kind == "byte"
 
 
 # tales
 
 
 def test_tales_are_the_text_that_their_page_describes():
-    [file] = resolve_source("tales").files
+    [file] = resolve_source(DataConfig(source="tales")).files
     text = read_text(file)
     page = (file.parent / "README.md").read_text(encoding="utf-8")
     for content in (text.encode(), file.read_bytes()):
         assert hashlib.sha256(content).hexdigest() in page
     _, *books = (file.parent / "books.tsv").read_text(encoding="utf-8").splitlines()
     documents = sum(int(book.split("\t")[-2]) for book in books)
-    assert documents == len(resolve_source("tales").documents()) == text.count(SEPARATOR) == 2783
+    assert (
+        documents
+        == len(resolve_source(DataConfig(source="tales")).documents())
+        == text.count(SEPARATOR)
+        == 2783
+    )
 
 
 @pytest.mark.slow
 def test_a_tale_is_in_one_split_by_its_title():
-    found = resolve_source("tales")
+    found = resolve_source(DataConfig(source="tales"))
     splits = {split: set() for split in SPLITS}
-    for split, text, ends in found.pieces(0):
+    for split, text, ends in found.pieces():
         assert ends
         title = text.partition("\n")[0]
         assert split == split_of_document(title)
@@ -145,7 +151,7 @@ def test_a_tale_is_in_one_split_by_its_title():
 
 @pytest.mark.slow
 def test_tales_in_letters_are_one_text():
-    pieces = [piece.text for piece in resolve_source("tales", "text8").pieces(0)]
+    pieces = [piece.text for piece in resolve_source(DataConfig(source="tales"), "text8").pieces()]
     assert set("".join(pieces)) <= set(TEXT8_ALPHABET)
     assert all(piece.startswith(" ") and not piece.endswith(" ") for piece in pieces)
 
@@ -176,17 +182,17 @@ def served(words, monkeypatch) -> dict[str, bytes | Exception]:
 
 
 def test_text8_is_fetched_once_and_cut_90_5_5(served, words, tmp_path):
-    corpus = prepare_corpus("text8", CHARS, tmp_path / "out")
+    corpus = prepared("text8", CHARS, tmp_path / "out")
     n = len(words)
     sizes = [corpus.num_characters(name) for name in SPLITS]
     assert sizes == [n * 90 // 100, n * 95 // 100 - n * 90 // 100, n - n * 95 // 100]
     assert corpus.tokenizer.decode(corpus.split("train")[:100]) == words[:100]
     assert [path.name for path in sources_dir().iterdir()] == ["text8"]
     served.clear()
-    cached = cached_corpus("text8", CHARS)
+    cached = prepared("text8", CHARS)
     assert cached.fingerprint == corpus.fingerprint
     (sources_dir() / "text8").unlink()
-    assert cached_corpus("text8", CHARS).path == cached.path  # the shards stand alone
+    assert prepared("text8", CHARS).path == cached.path  # the tokens need no text
 
 
 def test_text8_with_another_content_is_refused(served, words):
@@ -200,7 +206,7 @@ def test_text8_with_another_content_is_refused(served, words):
 def test_unreachable_text8_is_one_line(served, answer):
     served[Text8.url] = answer
     with pytest.raises(UserError, match=r"text8\.zip \(.*put text8, unpacked, into") as caught:
-        cached_corpus("text8", CHARS)
+        prepared("text8", CHARS)
     assert "\n" not in str(caught.value)
 
 
@@ -220,19 +226,19 @@ def by_split(documents: list[str]) -> dict[str, list[str]]:
 def test_openwebtext_documents_are_each_in_one_split_encoded_alone(in_parts, tmp_path):
     documents = in_parts
     tokenizer = train_bpe([" ".join(documents)], 500, alphabet=None, normalization="none")
-    corpus = prepare_corpus("openwebtext", tokenizer, tmp_path / "out")
+    corpus = prepared("openwebtext", tokenizer, tmp_path / "out")
     for split, held in by_split(documents).items():
         assert held
         ids = np.asarray(corpus.split(split))
         ended = [document + SEPARATOR for document in held if document]
         assert ids.tolist() == tokenizer.encode_each(ended).tolist()
         assert corpus.num_characters(split) == sum(map(len, ended))
-    spaced = prepare_corpus("openwebtext", CHARS, tmp_path / "text8")
+    spaced = prepared("openwebtext", CHARS, tmp_path / "text8")
     for split, held in by_split(documents).items():
         text = spaced.tokenizer.decode(np.asarray(spaced.split(split)))
         assert text == normalize_text8(SEPARATOR.join(held))
     config = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
-    trained = prepare_corpus("openwebtext", config, tmp_path / "bpe").tokenizer
+    trained = prepared("openwebtext", config, tmp_path / "bpe").tokenizer
     train = by_split(documents)["train"]
     expected = build_tokenizer(config, train, has_documents=True)
     assert trained.fingerprint == expected.fingerprint
@@ -240,30 +246,29 @@ def test_openwebtext_documents_are_each_in_one_split_encoded_alone(in_parts, tmp
 
 def test_openwebtext_is_fetched_once(in_parts, tmp_path, monkeypatch):
     folder = sources_dir() / "openwebtext"
-    expected = prepare_corpus("openwebtext", CHARS, tmp_path / "ours").fingerprint
+    expected = prepared("openwebtext", CHARS, tmp_path / "ours").fingerprint
     folder.rename(tmp_path / "theirs")
 
     def snapshot_download(name, *, repo_type, allow_patterns, local_dir):
         (tmp_path / "theirs").rename(local_dir / "plain_text")
 
-    monkeypatch.setattr("tarflowlm.data.sources.check_hub_reachable", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     folder.with_name("openwebtext.partial").mkdir()
     for name in ("first", "second"):
-        assert prepare_corpus("openwebtext", CHARS, tmp_path / name).fingerprint == expected
+        assert prepared("openwebtext", CHARS, tmp_path / name).fingerprint == expected
 
 
 def test_openwebtext_offline_names_the_remedy(tmp_path, no_network):
     pytest.importorskip("pyarrow")
-    with pytest.raises(UserError, match=r"offline.*Skylion007/openwebtext into") as caught:
-        prepare_corpus("openwebtext", CHARS, tmp_path / "out")
+    with pytest.raises(UserError, match=r"not known.*Skylion007/openwebtext into") as caught:
+        prepared("openwebtext", CHARS, tmp_path / "out")
     assert "\n" not in str(caught.value)
 
 
 def test_openwebtext_without_its_package_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install .*pyarrow"):
-        prepare_corpus("openwebtext", CHARS, tmp_path / "out")
+        prepared("openwebtext", CHARS, tmp_path / "out")
 
 
 # text files
@@ -272,11 +277,10 @@ def test_openwebtext_without_its_package_names_the_remedy(tmp_path, monkeypatch)
 def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     path = tmp_path / "german.txt"
     path.write_text("Die Müller führen über Brücken. " * 50, encoding="utf-8")
-    encode_text_source(str(path), CharTokenizer(TEXT8_ALPHABET), "all")
-    assert "15.4% of the letters" in caplog.text
-    caplog.clear()
-    encode_text_source(str(path), ByteTokenizer(), "all")
-    assert not caplog.text
+    seen = look(DataConfig(source=str(path)))
+    assert "15.4% of the letters" in seen.misfit(CharTokenizer(TEXT8_ALPHABET))
+    assert seen.misfit(ByteTokenizer()) is None
+    assert "know, 'Düü" not in (seen.misfit(CharTokenizer("abc", "none")) or "")
     path.write_text("日本語。" * 50, encoding="utf-8")
     with pytest.raises(UserError, match=r"nothing of .*german.txt.*another normalisation"):
-        prepare_corpus(str(path), CHARS, tmp_path / "none")
+        prepared(str(path), CHARS, tmp_path / "none")

@@ -20,7 +20,6 @@ from reproduction.boosting import (
 )
 from tarflowlm import BaselineConfig
 from tarflowlm.config import OptimConfig
-from tarflowlm.data import TokenArray
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import seeded
 from tarflowlm.model_config import TransformerConfig
@@ -109,7 +108,7 @@ def test_a_block_that_reads_tokens_learns_what_a_frozen_baseline_does_not_know()
     below = Below(model)
     text = torch.arange(400) % 2
     windows = text[:64].view(-1, 8)
-    train = TokenArray([text.numpy()])
+    train = text.numpy()
     options = {"optim": OptimConfig(lr=1e-2), "steps": 80, "batch": 8, "seed": 0, "every": 20}
 
     def learn(make, loss):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from helpers import save_run, tiny_ar, tiny_flow
-from reproduction import judges
 from reproduction.judges import load_judge
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
@@ -164,10 +163,10 @@ def test_missing_judges(tmp_path, monkeypatch):
     refused(tmp_path, "config.json")
     pytest.importorskip("transformers")
 
-    def offline():
+    def offline(name, **_):
         raise ConnectionError("offline: no hub")
 
-    monkeypatch.setattr(judges, "check_hub_reachable", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     refused("no-one/no-such-model", "'no-one/no-such-model'", "offline: no hub", "baseline")
     refused("x" * 5000, "xxx")
 

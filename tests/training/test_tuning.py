@@ -9,7 +9,6 @@ from training_cases import CPU, Killer, assert_same_run, cut, resume
 
 from helpers import metrics_of
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
-from tarflowlm.data.fit import check_fit
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.hub import locate
@@ -89,6 +88,7 @@ def test_what_does_not_fit_is_refused(runs, other_text, tmp_path):
 
 def test_texts_in_other_letters_are_refused(tmp_path):
     letters, pieces = CharTokenizer(TEXT8_ALPHABET), load_tokenizer(locate("english-small"))
+    parent = load_checkpoint(locate("english-mini"))
     text = tmp_path / "text.txt"
     for words, tokenizer, refusal in (
         ("Für größere Bögen ", letters, r"of the letters .* not a-z"),
@@ -96,9 +96,9 @@ def test_texts_in_other_letters_are_refused(tmp_path):
     ):
         text.write_text(words * 50, encoding="utf-8")
         with pytest.raises(UserError, match=rf"{refusal}.*train english-small --data"):
-            check_fit(str(text), tokenizer)
+            tuning(replace(parent, tokenizer=tokenizer), str(text))
     text.write_text(
         "Façade and naïve are rare in English. " + "So they pass. " * 400, encoding="utf-8"
     )
     for tokenizer in (letters, pieces):
-        check_fit(str(text), tokenizer)
+        tuning(replace(parent, tokenizer=tokenizer), str(text))

@@ -1,4 +1,4 @@
-"""`tarflowlm data`: a text as token shards."""
+"""`tarflowlm data`: a text as a corpus of tokens."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.config import TokenizerConfig
+from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.errors import is_first_process
 from tarflowlm.options import PrintJson, Unwrap, arg
 
@@ -18,7 +18,7 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Args:
-    """Turn a text into token shards, in a directory of its own."""
+    """Turn a text into tokens, in a directory of its own."""
 
     source: Annotated[tyro.conf.Positional[str], arg("SOURCE", SOURCES)]
     out: Annotated[Path, arg("PATH")]  # Directory to create.
@@ -32,14 +32,14 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus, suited
-    from tarflowlm.data.splits import SPLITS
+    from tarflowlm.data.text import SPLITS
     from tarflowlm.terminal.bars import Bars, print_result, suggest
 
     if not is_first_process():
         return  # the first one writes, and its tokenizer uses all cores
     with Bars() as bars:
-        tokenizer = suited(args.source, args.tokenizer, unwrap=args.unwrap)
-        corpus = prepare_corpus(args.source, tokenizer, args.out, unwrap=args.unwrap, progress=bars)
+        text = DataConfig(source=args.source, tokenizer=args.tokenizer, unwrap=args.unwrap)
+        corpus = prepare_corpus(suited(text), out=args.out, progress=bars)
     counts = {name: corpus.num_tokens(name) for name in SPLITS}
     vocab_size = corpus.tokenizer.vocab_size
     found = {"out": str(args.out), "vocab_size": vocab_size, "tokens": counts}

@@ -1,7 +1,7 @@
 """`tarflowlm eval`: the likelihood of a text, and on request the latents of every block."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,7 +14,8 @@ from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tarflowlm.data import TokenArray, Tokenizer
+    from tarflowlm.data import Tokenizer
+    from tarflowlm.data.windows import Array
     from tarflowlm.evaluation.blocks import StateReport
     from tarflowlm.evaluation.likelihood import Likelihood
     from tarflowlm.model import LanguageModel
@@ -134,28 +135,33 @@ def read_text(
     data: str | None,
     split: Split,
     progress: Progress,
-) -> "tuple[str, TokenArray]":
+) -> "tuple[str, Array]":
     """The text to measure, `data` or the run's own, and the tokens of its split.
 
     A corpus keeps the split of training. UserError for the text of a shipped model.
     """
-    from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
+    from tarflowlm.data import SOURCE_NAMES, encode_text, look, prepare_corpus
     from tarflowlm.data.sources import HUB
     from tarflowlm.runs.checkpoint import corpus_digest
 
     ours = checkpoint.run.data
     source = ours.source if data is None else data
     unwrap = ours.unwrap and _source_of(source) == _source_of(ours.source)
+    text = replace(ours, source=source, unwrap=unwrap)
     is_named = source in SOURCE_NAMES or source.startswith(HUB)
     if data is None and not is_named and not _source_of(source).exists():
         what = f"cannot find the training text {source} of {checkpoint.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
     is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:
-        return source, encode_text_source(
-            source, tokenizer, split, unwrap=unwrap, progress=progress
-        )
-    corpus = cached_corpus(source, tokenizer, unwrap=unwrap, progress=progress)
+        seen = look(text)
+        problem = seen.misfit(tokenizer)
+        if problem is not None:
+            print_notice(problem)
+        elif tokenizer.normalization == "text8":
+            seen.tell("text8", "english-small")
+        return source, encode_text(text, tokenizer, split, progress=progress)
+    corpus = prepare_corpus(text, tokenizer, progress=progress)
     if data is None and corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
         print_notice(
             f"{source} has changed since training: its {split} split may hold text of that"
@@ -164,7 +170,7 @@ def read_text(
 
 
 def _windows(
-    args: Args, model: "LanguageModel", tokens: "TokenArray", split: Split
+    args: Args, model: "LanguageModel", tokens: "Array", split: Split
 ) -> "tuple[Tensor, Tensor, dict[str, object]]":
     """The windows [W, T] of a text, how many tokens [W] of each are context, and what --json says
     of them.

@@ -32,7 +32,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.cli.signals import stop_on_signals
-    from tarflowlm.data import cached_corpus, suited
+    from tarflowlm.data import prepare_corpus, suited
     from tarflowlm.device import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.texts import print_samples, samples_to_json
@@ -49,8 +49,7 @@ def run(args: Args) -> None:
     # before the text is read, which takes long
     args.out.mkdir(parents=True, exist_ok=True)
     with ProgressReporter() as reporter:
-        tokenizer = suited(config.data.source, config.data.tokenizer)
-        cached_corpus(config.data.source, tokenizer, progress=reporter)
+        prepare_corpus(suited(config.data), progress=reporter)
         spent = (time.perf_counter() - start) / 60
         # however little time is left, each stage takes a step
         minutes = max(TRAINING_SHARE * args.minutes - spent, args.minutes / 100)

@@ -2,13 +2,12 @@
 
 from tarflowlm.config import TEXT8_ALPHABET, DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.corpus import Corpus, open_corpus
-from tarflowlm.data.fit import check_fit, suited
-from tarflowlm.data.prepare import cached_corpus, encode_text_source, prepare_corpus
+from tarflowlm.data.corpus import Corpus, encode_text, open_corpus, prepare_corpus
+from tarflowlm.data.look import look, suited
 from tarflowlm.data.sources import SOURCE_NAMES
 from tarflowlm.data.text import FIELD, normalize_text8, read_text
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from tarflowlm.data.windows import TokenArray, WindowSampler, eval_windows, sliding_windows
+from tarflowlm.data.windows import WindowSampler, eval_windows, sliding_windows
 
 __all__ = [
     "FIELD",
@@ -18,16 +17,14 @@ __all__ = [
     "CharTokenizer",
     "Corpus",
     "DataConfig",
-    "TokenArray",
     "Tokenizer",
     "TokenizerConfig",
     "WindowSampler",
     "build_tokenizer",
-    "cached_corpus",
-    "check_fit",
-    "encode_text_source",
+    "encode_text",
     "eval_windows",
     "load_tokenizer",
+    "look",
     "normalize_text8",
     "open_corpus",
     "prepare_corpus",

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 import tokenizers
 
 from tarflowlm.config import Normalization, TokenizerConfig
-from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.data.text import text_pieces
 from tarflowlm.data.tokenizer import (
     PIECE,
@@ -105,10 +104,11 @@ def _from_hub(name: str) -> str:
 
     try:
         path = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
-        if not isinstance(path, str):
-            check_hub_reachable()
-            path = huggingface_hub.hf_hub_download(name, "tokenizer.json")
-        return str(path)
+        if isinstance(path, str):
+            return path
+        # offline it fails at once, where `hf_hub_download` tries again for half a minute
+        folder = huggingface_hub.snapshot_download(name, allow_patterns="tokenizer.json")
+        return os.path.join(folder, "tokenizer.json")
     except Exception as error:  # hub, network and library errors share no base class
         what = f"the tokenizer {name} is neither a file nor on the hub ({first_line(error)})"
         raise UserError(f"{what}: check its name and the connection") from None

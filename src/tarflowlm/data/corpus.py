@@ -1,29 +1,43 @@
-"""Prepared corpora: meta.json, token shards in three splits, and the tokenizer."""
+"""Prepared corpora: meta.json, the tokenizer, and the tokens of each split in one file.
+
+The pieces of a text are encoded one by one and appended to the file of their split. A directory is
+called `.<name>.partial` until it is complete; a preparation that was killed starts again.
+"""
 
 import hashlib
 import json
+import logging
 import os
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 
-from tarflowlm.data.sources import SOURCE_NAMES
-from tarflowlm.data.splits import SPLITS, Split
+from tarflowlm.config import DataConfig
+from tarflowlm.data.bpe import build_tokenizer
+from tarflowlm.data.sources import SOURCE_NAMES, Source, resolve_source
+from tarflowlm.data.text import BLOCK, SPLITS, Piece, Split
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
-from tarflowlm.data.windows import TokenArray
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.data.windows import Array
+from tarflowlm.errors import SILENT, Progress, UserError, first_line
+from tarflowlm.files import cache_root, new_folder, sync_file, waiting_lock, write_json
 
 META = "meta.json"
-VERSION = 3
+VERSION = 4
 """The first entry of a plan: changes with the form of corpora, and with how texts are split."""
+BPE_CHARACTERS = 1 << 27
+"""Characters of the training split that a BPE is trained on: the words it counts need memory."""
+
+log = logging.getLogger("tarflowlm")
 
 
-class Shard(TypedDict):
-    """A file of tokens: little-endian, 1 byte for up to 256 symbols, 2 for up to 65,536, else 4."""
+class SplitMeta(TypedDict):
+    """The file of a split: little-endian tokens, each of the least whole number of bytes."""
 
-    file: str
     tokens: int
     characters: int
     sha256: str
@@ -39,7 +53,7 @@ class Meta(TypedDict):
     """The fingerprint of the tokenizer."""
     tokenizer_config: dict[str, object] | None
     """The configuration it was built from, if it was."""
-    splits: dict[Split, list[Shard]]
+    splits: dict[Split, SplitMeta]
 
 
 @dataclass(eq=False)
@@ -50,23 +64,23 @@ class Corpus:
     meta: Meta
     tokenizer: Tokenizer
 
-    def split(self, name: Split) -> TokenArray:
+    def split(self, name: Split) -> Array:
         """The tokens of split "train", "valid" or "test"."""
-        dtype = self.tokenizer.token_dtype
-        shards = self.meta["splits"][name]
-        return TokenArray([np.memmap(self.path / shard["file"], dtype, "r") for shard in shards])
+        # a plain view: indexing an np.memmap spends most of its time building np.memmap results
+        return np.asarray(np.memmap(self.path / f"{name}.bin", self.tokenizer.token_dtype, "r"))
 
     def num_tokens(self, name: Split) -> int:
-        return sum(shard["tokens"] for shard in self.meta["splits"][name])
+        return self.meta["splits"][name]["tokens"]
 
     def num_characters(self, name: Split) -> int:
         """The number of characters of the normalised text of a split."""
-        return sum(shard["characters"] for shard in self.meta["splits"][name])
+        return self.meta["splits"][name]["characters"]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over the hashes of all shards: equal for equal tokens in equal splits."""
-        hashes = [[shard["sha256"] for shard in self.meta["splits"][split]] for split in SPLITS]
+        """sha256 (hex) over the hashes of the splits: equal for equal tokens in equal splits."""
+        # each in a list, as in the runs that keep this number
+        hashes = [[self.meta["splits"][split]["sha256"]] for split in SPLITS]
         return hashlib.sha256(json.dumps(hashes).encode("ascii")).hexdigest()
 
 
@@ -86,11 +100,210 @@ def open_corpus(path: str | os.PathLike[str]) -> Corpus:
         if tokenizer.fingerprint != meta["tokenizer"]:
             raise ValueError("tokenizer.json is not the one this corpus was encoded with")
         for split in SPLITS:
-            for shard in meta["splits"][split]:
-                size = shard["tokens"] * tokenizer.token_dtype.itemsize
-                if (folder / shard["file"]).stat().st_size != size:
-                    raise ValueError(f"{shard['file']} does not have {size:,} bytes")
+            size = meta["splits"][split]["tokens"] * tokenizer.token_dtype.itemsize
+            if (folder / f"{split}.bin").stat().st_size != size:
+                raise ValueError(f"{split}.bin does not have {size:,} bytes")
     except (OSError, LookupError, TypeError, ValueError) as error:
         what = f"the corpus {folder} cannot be used ({first_line(error)})"
         raise UserError(f"{what}: prepare it again") from None
     return Corpus(folder, meta, tokenizer)
+
+
+def prepare_corpus(
+    text: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress = SILENT,
+) -> Corpus:
+    """The corpus of a text, encoded by `tokenizer`, or by the one that `text` describes.
+
+    It is opened, or prepared now, in the cache or in the directory `out`, which must hold this very
+    corpus or nothing. It appears complete or not at all; of several processes one prepares. A
+    `source` that is itself a prepared directory is opened where it is. UserError where a directory
+    holds something else, or was prepared with another tokenizer.
+    """
+    if out is None and is_prepared(text.source):
+        return _opened(text, tokenizer)
+    config = text.tokenizer if tokenizer is None else None
+    source = resolve_source(text, (tokenizer or text.tokenizer).normalization, progress=progress)
+    if config is not None and not config.needs_training:
+        tokenizer = build_tokenizer(config, has_documents=source.has_documents)
+    # a tokenizer by its content, since a tokenizer.json may change
+    key = asdict(text.tokenizer) if tokenizer is None else tokenizer.fingerprint
+    plan = [VERSION, source.identity, source.state(), source.unwrap, key]
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode("ascii")).hexdigest()
+    cached = cache_root() / "corpora" / f"{Path(source.identity).name}-{digest[:16]}"
+    target = cached if out is None else Path(out).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(target):
+        found = _found(target, plan, is_own=out is not None)
+        if found is not None:
+            return found
+        source.obtain()
+        shutil.rmtree(target, ignore_errors=True)
+        with new_folder(target) as folder:
+            if tokenizer is None:
+                training_text = _training_text(source)
+                documents = source.has_documents
+                tokenizer = build_tokenizer(text.tokenizer, training_text, has_documents=documents)
+            tokenizer.save(folder)
+            meta: Meta = {
+                "source": source.name,
+                "plan": plan,
+                "tokenizer": tokenizer.fingerprint,
+                "tokenizer_config": None if config is None else asdict(config),
+                "splits": _write_splits(source, tokenizer, folder),
+            }
+            write_json(folder / META, meta)
+        return open_corpus(target)
+
+
+def _opened(text: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+    """The corpus in a directory. UserError if it was prepared with another tokenizer."""
+    corpus = open_corpus(text.source)
+    config = text.tokenizer
+    # without asking the hub again
+    is_same = tokenizer is None and asdict(config) == corpus.meta["tokenizer_config"]
+    suitable = [] if tokenizer is None else [tokenizer]
+    if tokenizer is None and not is_same and not config.needs_training:
+        suitable = [build_tokenizer(config, has_documents=have) for have in (False, True)]
+    if not is_same and corpus.tokenizer.fingerprint not in [one.fingerprint for one in suitable]:
+        what = f"{text.source} was prepared with another tokenizer"
+        raise UserError(f"{what}: give the text itself, or leave the tokenizer to the directory")
+    return corpus
+
+
+def _found(target: Path, plan: list[object], *, is_own: bool) -> Corpus | None:
+    """The corpus of this plan in `target`; None where it is to be prepared.
+
+    UserError if a directory of the user's own holds something else.
+    """
+    if is_prepared(str(target)):
+        try:
+            corpus = open_corpus(target)
+            if corpus.meta["plan"] == plan:
+                return corpus
+        except UserError as error:
+            log.warning("%s", error)
+    if is_own and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        what = f"{target} holds something else than this text so encoded"
+        raise UserError(f"{what}: remove it or choose another --out")
+    return None
+
+
+def _training_text(source: Source) -> Iterator[str]:
+    """The beginning of the training split, for a BPE."""
+    total = source.count_characters()
+    source.progress.stage(f"text for the tokenizer of {source.name}, characters", total)
+    left = BPE_CHARACTERS
+    for split, piece, _ in source.pieces():
+        source.progress.advance(len(piece))
+        if split == "train":
+            yield piece
+            left -= len(piece)
+        if left <= 0:
+            return
+
+
+def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Split, SplitMeta]:
+    """Write the tokens of all splits. UserError where one has no text."""
+    splits = {split: SplitMeta(tokens=0, characters=0, sha256="") for split in SPLITS}
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    with ExitStack() as stack:
+        files = {
+            split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS
+        }
+        for split, tokens, characters in _encoded(source, tokenizer, SPLITS):
+            tokens.tofile(files[split])
+            digests[split].update(tokens.tobytes())
+            splits[split]["tokens"] += len(tokens)
+            splits[split]["characters"] += characters
+    for split in SPLITS:
+        if not splits[split]["tokens"]:
+            what = f"{source.name} is too short: its {split} split holds no text"
+            raise UserError(f"{what}: give a longer one, or more documents")
+        sync_file(folder / f"{split}.bin")
+        splits[split]["sha256"] = digests[split].hexdigest()
+    return splits
+
+
+def encode_text(
+    text: DataConfig,
+    tokenizer: Tokenizer,
+    split: Split | Literal["all"],
+    *,
+    progress: Progress = SILENT,
+) -> Array:
+    """Tokens of another text under a given tokenizer, which also normalises it; in memory.
+
+    The `source` is the name of a corpus, a text file, or a directory that was prepared with this
+    very tokenizer. A split of a short text may be empty.
+    """
+    wanted = SPLITS if split == "all" else (split,)
+    if is_prepared(text.source):
+        corpus = _opened(text, tokenizer)
+        return np.concatenate([corpus.split(name) for name in wanted])
+    source = resolve_source(text, tokenizer.normalization, progress=progress)
+    source.obtain()
+    if split == "all" and (tokenizer.end is None or not source.has_documents):
+        # whole, since word pieces may cross the cuts between the splits
+        whole = "".join(piece.text for piece in _pieces(source, tokenizer))
+        progress.stage(f"encoding {source.name}, characters", len(whole))
+        tokens = [tokenizer.encode(whole).astype(tokenizer.token_dtype)]
+        progress.advance(len(whole))
+    else:
+        tokens = [some for _, some, _ in _encoded(source, tokenizer, wanted)]
+    return np.concatenate([np.zeros(0, tokenizer.token_dtype), *tokens])
+
+
+def _encoded(
+    source: Source, tokenizer: Tokenizer, wanted: Sequence[Split]
+) -> Iterator[tuple[Split, Array, int]]:
+    """The tokens of some splits of a text, with the number of their characters.
+
+    Every piece is encoded on its own.
+    """
+    total = source.count_characters()
+    source.progress.stage(f"encoding {source.name}, characters", total)
+    for pieces in _batches(_pieces(source, tokenizer)):
+        split = pieces[0].split
+        size = sum(len(piece.text) for piece in pieces)
+        if split in wanted:
+            yield split, _tokens(pieces, tokenizer), size
+        source.progress.advance(size)
+
+
+def _pieces(source: Source, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The pieces of a text, with a separator between documents that no token ends."""
+    is_apart = tokenizer.end is not None or tokenizer.normalization == "text8"
+    for piece in source.pieces():
+        is_open = piece.ends and source.has_documents and not is_apart
+        yield piece._replace(text=piece.text + source.separator) if is_open else piece
+
+
+def _tokens(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Array:
+    """The tokens of pieces, each encoded on its own, with the ends of documents."""
+    texts = [piece.text for piece in pieces]
+    ids = tokenizer.encode_each(texts)
+    if tokenizer.end is not None:
+        # before the first token that begins a character of the next document
+        reached = tokenizer.characters_per_token[ids].cumsum()
+        ends = np.cumsum([len(text) for text in texts])[[piece.ends for piece in pieces]]
+        ids = np.insert(ids, np.searchsorted(reached, ends, side="right"), tokenizer.end)
+    return ids.astype(tokenizer.token_dtype)
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of each split in order, many short ones at a time, which are encoded faster."""
+    waiting: dict[Split, list[Piece]] = {split: [] for split in SPLITS}
+    size = dict.fromkeys(SPLITS, 0)
+    for piece in pieces:
+        split = piece.split
+        waiting[split].append(piece)
+        size[split] += len(piece.text)
+        if size[split] >= BLOCK:
+            yield waiting[split]
+            waiting[split] = []
+            size[split] = 0
+    yield from filter(None, waiting.values())

@@ -1,36 +1,176 @@
-"""Sources of text by name: tales, text8, OpenWebText, sets of the hub, and paths."""
+"""Sources of text by name: tales, text8, OpenWebText, sets of the hub, and paths.
+
+A source yields its normalised text in pieces, each with its split; `data.corpus` encodes them.
+"""
 
 import hashlib
 import http.client
 import io
 import itertools
 import os
-import socket
-import urllib.parse
 import urllib.request
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from tarflowlm.config import Normalization
-from tarflowlm.data.splits import Split, fair_shares, split_of_document
+from tarflowlm.config import DataConfig, Normalization
 from tarflowlm.data.text import (
     BLOCK,
+    FEW,
     FIELD,
     SEPARATOR,
+    Piece,
+    Split,
+    cut_in_three,
+    fair_shares,
     is_json_lines,
+    json_texts,
+    normalize,
+    place_of_document,
     plain_line_ends,
     read_text,
+    split_of_document,
+    text_blocks,
+    text_files,
     text_pieces,
+    unwrapped,
 )
-from tarflowlm.data.textfile import Placed, Source, TextFile
 from tarflowlm.errors import SILENT, Progress, UserError, check_package, first_line
 from tarflowlm.files import cache_root, replacing
 
 HUB = "hf:"
 """Before the OWNER/NAME of a set of the hub."""
+Placed = Iterator[tuple[Split, Iterable[str]]]
+"""Documents: the split and the text of each, in blocks."""
+
+
+class Source(ABC):
+    """A text. Equal settings give the same pieces every time."""
+
+    name: str
+    """The user's word for it."""
+    identity: str
+    """A registered name, or the absolute path of a file."""
+    normalization: Normalization = "none"
+    unwrap: bool = False
+    """Whether the lines of paragraphs are joined."""
+    progress: Progress = SILENT
+    separator: str = "\n"
+    """Follows a document that is not normalised where no token can end it."""
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...]:
+        """The files it is read from, as far as they are on this machine."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether it holds documents, and not one text that is cut anywhere."""
+        return True
+
+    def state(self) -> list[list[str | int]]:
+        """Sizes and times that tell a changed text from this one."""
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
+
+    def obtain(self) -> None:  # noqa: B027
+        """Download and check what `pieces` needs."""
+
+    def count_characters(self) -> int | None:
+        """The characters of the normalised text; None where only reading the pieces tells."""
+        return None
+
+    @abstractmethod
+    def placed(self) -> Placed:
+        """The documents, not yet normalised."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """The normalised text. Call `obtain` first."""
+        for split, blocks in self.placed():
+            last = ""
+            for text in filter(None, self.normalized(blocks)):
+                if last:
+                    yield Piece(split, last)
+                last = text
+            if last:
+                yield Piece(split, last, ends=True)
+
+    def normalized(self, blocks: Iterable[str]) -> Iterator[str]:
+        """Pieces of a document; of text8 they begin with a space and end without one."""
+        if self.unwrap:
+            blocks = [unwrapped("".join(blocks))]
+        for piece in text_pieces(blocks, BLOCK):
+            text = normalize(piece, self.normalization)
+            yield "" if self.normalization == "text8" and text == " " else text
+
+
+class TextFile(Source):
+    """A text file, which is cut in three; or documents: the files of a folder by their names, and
+    the lines of .jsonl files. So it is read twice.
+
+    `field` holds the texts of .jsonl files.
+    """
+
+    def __init__(self, path: Path, field: str = "text") -> None:
+        self.path = path.resolve()
+        self.field = field
+        more = "" if field == "text" else FIELD + field
+        self.name = f"{path}{more}"
+        self.identity = f"{self.path}{more}"
+        self._total = 0
+        self._places: set[float] = set()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return text_files(self.path)
+
+    @property
+    def has_documents(self) -> bool:
+        return len(self.files) > 1 or any(map(is_json_lines, self.files))
+
+    def documents(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """The key of each document, the name of a file or a line itself, and its blocks."""
+        for file in self.files:
+            if is_json_lines(file):
+                for text in json_texts(file, self.field):
+                    yield text, [text]
+            elif file == self.path or file.stat().st_size:
+                yield file.name, text_blocks(file)
+
+    def blocks(self) -> Iterator[str]:
+        """The text of all documents."""
+        for _, blocks in self.documents():
+            yield from blocks
+
+    def count_characters(self) -> int:
+        if not self._total:
+            self.progress.stage(f"reading {self.name}, characters")
+            for key, blocks in self.documents():
+                size = 0
+                for piece in self.normalized(blocks):
+                    size += len(piece)
+                    self.progress.advance(len(piece))
+                if size and len(self._places) <= FEW:
+                    self._places.add(place_of_document(key))
+                self._total += size
+            if not self._total:
+                what = f"{self.normalization} normalisation leaves nothing of {self.name}"
+                raise UserError(f"{what}: give a text with more, or another normalisation")
+        return self._total
+
+    def placed(self) -> Placed:
+        total = self.count_characters()
+        shares = fair_shares(self._places, total)
+        for key, blocks in self.documents():
+            yield split_of_document(key, shares), blocks
+
+    def pieces(self) -> Iterator[Piece]:
+        if self.has_documents:
+            return super().pieces()
+        total = self.count_characters()
+        return cut_in_three(self.normalized(self.blocks()), total)
 
 
 class Tales(Source):
@@ -57,7 +197,7 @@ class Tales(Source):
         """The documents as they are, without the line that ends each."""
         return read_text(self.file).split(f"\n{SEPARATOR}\n")[:-1]
 
-    def placed(self, part: int) -> Placed:
+    def placed(self) -> Placed:
         for document in self.documents():
             title = document.partition("\n")[0]
             yield split_of_document(title), [document]
@@ -107,7 +247,7 @@ class Text8(TextFile):
 class Documents(Source):
     """Documents in parquet files.
 
-    Every file is a part, and the hash of a document gives its split. With a `repository`,
+    The hash of a document gives its split. With a `repository`,
     OWNER/NAME or a folder in it, the files are those of that set of the hub, and are downloaded.
     """
 
@@ -125,10 +265,6 @@ class Documents(Source):
         is_file = self.folder.is_file()
         return (self.folder,) if is_file else tuple(sorted(self.folder.rglob("*.parquet")))
 
-    @property
-    def num_parts(self) -> int:
-        return len(self.files)
-
     def state(self) -> list[list[str | int]]:
         return [] if self.repository else super().state()  # its files may not be here yet
 
@@ -142,7 +278,6 @@ class Documents(Source):
         incomplete = self.folder.with_name(f"{self.folder.name}.partial")
         owner, name, *inner = self.repository.split("/")
         try:
-            check_hub_reachable()
             huggingface_hub.snapshot_download(
                 f"{owner}/{name}",
                 repo_type="dataset",
@@ -155,24 +290,25 @@ class Documents(Source):
             remedy = f"run this again, or put the hub's {self.repository} into {self.folder}"
             raise UserError(f"{what}: {remedy}") from None
 
-    def placed(self, part: int) -> Placed:
+    def placed(self) -> Placed:
         from pyarrow import parquet
 
+        path = self.folder
         try:
-            split = self.splitter(part)
-            file = parquet.ParquetFile(self.files[part])
-            for batch in file.iter_batches(columns=[self.field]):
-                for document in batch.column(0).drop_null().to_pylist():
-                    if not isinstance(document, str):
-                        raise TypeError(f"{document!r:.40} is not a text")
-                    yield split(document), [plain_line_ends(document)]
+            split = self.splitter()
+            for path in self.files:
+                for batch in parquet.ParquetFile(path).iter_batches(columns=[self.field]):
+                    for document in batch.column(0).drop_null().to_pylist():
+                        if not isinstance(document, str):
+                            raise TypeError(f"{document!r:.40} is not a text")
+                        yield split(document), [plain_line_ends(document)]
         except (OSError, LookupError, TypeError, ValueError) as error:
-            what = f"cannot read the column {self.field} of {self.files[part]}"
+            what = f"cannot read the column {self.field} of {path} ({first_line(error)})"
             remedy = f"get it again, or name a column of texts, as SOURCE{FIELD}COLUMN"
-            raise UserError(f"{what} ({first_line(error)}): {remedy}") from None
+            raise UserError(f"{what}: {remedy}") from None
 
-    def splitter(self, part: int) -> Callable[[str], Split]:
-        """The split of each document of a part, by `fair_shares`."""
+    def splitter(self) -> Callable[[str], Split]:
+        """The split of each document in turn, by `fair_shares`."""
         # compression leaves half of the characters
         characters = 2 * sum(file.stat().st_size for file in self.files)
         return partial(split_of_document, shares=fair_shares(set(), characters))
@@ -194,12 +330,12 @@ class OpenWebText(Documents):
         folder = sources_dir() / "openwebtext"
         super().__init__("openwebtext", folder, repository="Skylion007/openwebtext")
 
-    def splitter(self, part: int) -> Callable[[str], Split]:
+    def splitter(self) -> Callable[[str], Split]:
         from pyarrow import parquet
 
-        sizes = [parquet.read_metadata(file).num_rows for file in self.files]
-        first_valid = sum(sizes) - min(self.num_valid, max(1, sum(sizes) // 80))
-        numbers = itertools.count(sum(sizes[:part]))
+        total = sum(parquet.read_metadata(file).num_rows for file in self.files)
+        first_valid = total - min(self.num_valid, max(1, total // 80))
+        numbers = itertools.count()
 
         def split(document: str) -> Split:
             is_valid = next(numbers) >= first_valid
@@ -217,19 +353,12 @@ SOURCE_NAMES = tuple(_REGISTRY)
 
 
 def resolve_source(
-    source: str,
-    normalization: Normalization = "none",
-    *,
-    unwrap: bool = False,
-    progress: Progress = SILENT,
+    text: DataConfig, normalization: Normalization = "none", *, progress: Progress = SILENT
 ) -> Source:
-    """The registered source of that name, or the text at that path; nothing is downloaded yet.
-
-    `unwrap` joins the lines of paragraphs in a text of the user's own.
-    """
-    found = _resolved(source)
+    """The registered source of that name, or the text at that path; nothing is downloaded yet."""
+    found = _resolved(text.source)
     found.normalization = normalization
-    found.unwrap = unwrap
+    found.unwrap = text.unwrap
     found.progress = progress
     return found
 
@@ -270,16 +399,3 @@ def _resolved(source: str) -> Source:
 def sources_dir() -> Path:
     """The folder of downloaded raw corpora."""
     return cache_root() / "sources"
-
-
-def check_hub_reachable() -> None:
-    """ConnectionError where the hub's name is unknown; its client would retry for half a minute."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies():
-        return  # the proxy resolves names
-    parts = urllib.parse.urlsplit(constants.ENDPOINT)
-    try:
-        socket.getaddrinfo(parts.hostname, parts.port or 443)
-    except OSError:
-        raise ConnectionError(f"offline: {parts.hostname} cannot be resolved") from None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tarflowlm.config import RunConfig, TokenizerConfig
-from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, load_tokenizer, suited
+from tarflowlm.config import RunConfig
+from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, load_tokenizer, prepare_corpus, suited
 from tarflowlm.data.sources import HUB
 from tarflowlm.errors import Progress, UserError, check_package
 from tarflowlm.files import (
@@ -71,9 +71,7 @@ def configured(
     for name in asked.train.track:
         check_package(name, "track", f"train.track {name}")
     if not asked.parent:
-        data = asked.data
-        tokenizer = suited(data.source, data.tokenizer, unwrap=data.unwrap)
-        asked = replace(asked, data=replace(data, tokenizer=tokenizer))
+        asked = replace(asked, data=suited(asked.data))
     elif parent is None:
         raise UserError(f"parent {asked.parent}: give that model with `train --from`")
     return located(asked)
@@ -108,14 +106,13 @@ def corpus_of(
     processes: Processes,
 ) -> Corpus:
     """The text in tokens. UserError if it is too short, or its tokenizer does not suit `config`."""
-    tokenizer: Tokenizer | TokenizerConfig = config.data.tokenizer
+    tokenizer: Tokenizer | None = None
     if parent is not None:
         tokenizer = parent.tokenizer
     elif config.parent:
         tokenizer = load_tokenizer(out / TOKENIZER)
     with processes.first_alone():
-        data = config.data
-        corpus = cached_corpus(data.source, tokenizer, unwrap=data.unwrap, progress=progress)
+        corpus = prepare_corpus(config.data, tokenizer, progress=progress)
     context = config.model.context
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from tarflowlm.config import RunConfig
-from tarflowlm.data import check_fit
+from tarflowlm.data import look
+from tarflowlm.errors import UserError
 from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.weights import checksum
@@ -34,7 +35,13 @@ def tuning(
     """
     check_time(minutes, steps)
     lr = TUNING_RATE * parent.run.optim.lr if lr is None else checked(lr, float, "lr")
-    check_fit(data, parent.tokenizer, unwrap=unwrap)
+    text = replace(parent.run.data, source=data, unwrap=unwrap)
+    seen = look(text)
+    problem = seen.misfit(parent.tokenizer)
+    if problem is not None:
+        remedy = f"`tarflowlm train english-small --data {data} --out DIR`"
+        raise UserError(f"{problem}: train a new model on it: {remedy}")
+    seen.tell(parent.tokenizer.normalization, "english-small")
     run = with_blocks(parent.run, parent.model.num_blocks)
     weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
     train = replace(
@@ -49,7 +56,7 @@ def tuning(
         run,
         name=f"{run.name}-tuned",
         parent=f"{parent.directory.name}@{checksum(weights)}",
-        data=replace(run.data, source=data, unwrap=unwrap),
+        data=text,
         optim=replace(run.optim, lr=lr),
         train=train,
         seed=seed,

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import torch
 
-from tarflowlm.data import Corpus, cached_corpus, eval_windows
+from tarflowlm.data import Corpus, eval_windows, prepare_corpus
 from tarflowlm.errors import SILENT, Progress, UserError, check_package
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.evaluation.likelihood import bits
@@ -199,7 +199,7 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
     """The run's text in the tokens of its model; None, with a note, where it cannot be read."""
     source = record.run.data.source
     try:
-        corpus = cached_corpus(source, checkpoint.tokenizer, unwrap=record.run.data.unwrap)
+        corpus = prepare_corpus(record.run.data, checkpoint.tokenizer)
     except (UserError, OSError) as error:
         missing = "The gain of each block is not shown, because the run's corpus cannot be used"
         record.notes.append(f"{missing}: {error}.")

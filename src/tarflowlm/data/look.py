@@ -1,0 +1,131 @@
+"""A look at a text of the user's own: the tokenizer that keeps it, and what a given one loses."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tarflowlm.config import TEXT8_ALPHABET, DataConfig, Normalization, TokenizerConfig
+from tarflowlm.data.corpus import is_prepared, open_corpus
+from tarflowlm.data.sources import SOURCE_NAMES, TextFile, resolve_source
+from tarflowlm.data.text import BLOCK, is_wrapped
+from tarflowlm.data.tokenizer import CharTokenizer, Tokenizer
+from tarflowlm.schema import from_dict
+
+STRANGE = 0.01
+"""The share of letters that text8 normalisation may lose."""
+SHORT = 500_000
+"""Characters below which a model of its own learns little from a text."""
+MOST_CHARACTERS = 256
+"""Different characters of a text up to which they are its symbols."""
+
+log = logging.getLogger("tarflowlm")
+
+
+@dataclass(frozen=True)
+class Look:
+    """The first megabyte of a text, as it is; nothing of a corpus by name or of parquet files."""
+
+    text: DataConfig
+    beginning: str
+
+    def misfit(self, tokenizer: Tokenizer) -> str | None:
+        """Why the text suits a trained `tokenizer` badly, else None."""
+        source, beginning = self.text.source, self.beginning
+        if tokenizer.normalization == "text8":
+            letters = [character for character in beginning if character.isalpha()]
+            lost = sum(not character.isascii() for character in letters) / max(len(letters), 1)
+            if lost > STRANGE:
+                return f"{lost:.1%} of the letters of {source} are not a-z, and would be lost"
+        elif isinstance(tokenizer, CharTokenizer):
+            new = "".join(sorted(set(beginning).difference(tokenizer.alphabet)))
+            if new:
+                return f"{source} has characters that the model does not know, {new!r}"
+        elif tokenizer.kind == "bpe":
+            per_character = len(tokenizer.encode(beginning)) / max(len(beginning), 1)
+            if per_character > 1:
+                what = f"{per_character:.1f} tokens of the model for a character of {source}"
+                return f"{what}, since they were made for another language"
+        return None
+
+    def tell(self, normalization: Normalization, keeping: str, *, is_new: bool = False) -> None:
+        """Tell the user what the TEXT8 alphabet lacks of the text, and that `keeping` keeps it.
+
+        Of a text that is read as it is: whether it is short for a new model, and whether its lines
+        were wrapped by hand.
+        """
+        source, beginning = self.text.source, self.beginning
+        if normalization == "text8":
+            marks = Counter("".join(beginning.split()))
+            total = marks.total()
+            for letter in filter(str.isascii, list(marks)):
+                if letter.isalnum():
+                    del marks[letter]
+            if marks:
+                most = " ".join(mark for mark, _ in marks.most_common(5))
+                lost = f"{marks.total() / total:.1%} of the characters become spaces, {most} first"
+                log.info("%s is read as a-z and space: %s; %s keeps them", source, lost, keeping)
+            return
+        if is_new and 0 < len(beginning) < SHORT:
+            faster = "`train --from english-small` learns English faster"
+            remedy = f"{faster}; else try --train.dropout 0.1"
+            log.info("%s is short for a new model: %s", source, remedy)
+        if not self.text.unwrap and is_wrapped(beginning):
+            log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
+
+
+def look(text: DataConfig) -> Look:
+    """Read the beginning of a text."""
+    beginning = ""
+    for block in _blocks(text):
+        beginning += block[:BLOCK]
+        if len(beginning) >= BLOCK:
+            break
+    return Look(text, beginning)
+
+
+def suited(text: DataConfig) -> DataConfig:
+    """The text with the normalisation and the alphabet of its tokenizer that were left open.
+
+    A text of the user's own stays as it is. Its characters are the alphabet, or its tokens bytes if
+    there are more than MOST_CHARACTERS; a line says so. A prepared directory has its tokenizer.
+    """
+    source, wanted = text.source, text.tokenizer
+    is_open = wanted.normalize == "auto"
+    if is_prepared(source):
+        made = open_corpus(source).meta["tokenizer_config"]
+        known = from_dict(TokenizerConfig, made) if is_open and made else wanted
+        return replace(text, tokenizer=known)
+    if is_open:
+        wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
+    is_unset = wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET
+    if wanted.normalize == "none" and is_unset and source != "text8":
+        found = _characters(text)
+        few = len(found) > 1
+        wanted = replace(wanted, alphabet=found) if few else replace(wanted, kind="byte")
+    if wanted.normalize == "none" and source not in SOURCE_NAMES:
+        symbols = {
+            "char": f"{len(wanted.alphabet)} different characters",
+            "byte": "256 bytes",
+            "bpe": f"{wanted.vocab_size or 'the'} pieces of words",
+        }
+        log.info("%s is read as it is; its symbols are %s", source, symbols[wanted.kind])
+    look(text).tell(wanted.normalization, "normalize none", is_new=True)
+    return replace(text, tokenizer=wanted)
+
+
+def _blocks(text: DataConfig) -> Iterator[str]:
+    """A text file or folder of the user's own; nothing of any other source."""
+    if text.source not in SOURCE_NAMES and not is_prepared(text.source):
+        source = resolve_source(text)
+        yield from source.blocks() if isinstance(source, TextFile) else ()
+
+
+def _characters(text: DataConfig) -> str:
+    """The different characters of a text, in order; none of one that has too many."""
+    seen: set[str] = set()
+    for block in _blocks(text):
+        seen.update(block)
+        if len(seen) > MOST_CHARACTERS:
+            return ""
+    return "".join(sorted(seen))
