@@ -4,7 +4,7 @@
     --judge runs/judge --masked runs/peers/masked.pt
 
 The flow and the baseline draw CANDIDATES for a word given what is before it, and take one by how
-well they expect what follows: `tarflowlm.editing.rewriting` with eq. 24 of docs/math.md, and for
+well they expect what follows: `tarflowlm.editing.redraw` with eq. 24 of docs/math.md, and for
 the baseline the same weights, prod p(x_t | x_<t) behind the word. The masked flow of `peers.py`
 masks the word and draws its letters one by one in a random order, given both sides. All edit the
 same words, each of which keeps its length. "left alone" is the text itself; "blind" is the
@@ -33,9 +33,9 @@ from torch import Generator, Tensor
 from reproduction.judges import load_judge
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import eval_windows, prepare_corpus
-from tarflowlm.editing.rewriting import Candidates, covered, rewrite
+from tarflowlm.editing.redraw import Candidates, rewrite
 from tarflowlm.editing.states import Source, encode
-from tarflowlm.editing.words import Span, pick_words, words_of
+from tarflowlm.editing.words import Span, covered, pick_words, words_of
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.particles import resample
 from tarflowlm.model import TarFlowLM, as_flow
@@ -59,7 +59,7 @@ def evaluations(spans: list[Span]) -> int:
 
 @dataclass(frozen=True)
 class Flow:
-    """Redraws words by `editing.rewriting`."""
+    """Redraws words by `editing.redraw`."""
 
     model: TarFlowLM
 

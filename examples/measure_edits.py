@@ -17,8 +17,7 @@ import torch
 
 import tarflowlm
 from tarflowlm.data import DataConfig, encode_text, eval_windows
-from tarflowlm.editing.edits import num_words
-from tarflowlm.editing.rewriting import (
+from tarflowlm.editing.redraw import (
     Candidates,
     informative_level,
     rewrite,
@@ -26,7 +25,7 @@ from tarflowlm.editing.rewriting import (
     token_costs,
 )
 from tarflowlm.editing.states import Source, encode, renoise
-from tarflowlm.editing.words import merge_words, pick_words, words_of
+from tarflowlm.editing.words import merge_words, num_words, pick_words, words_of
 from tarflowlm.model import LanguageModel
 from tarflowlm.objective import log_importance_weights
 

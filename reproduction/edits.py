@@ -15,19 +15,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tarflowlm.editing.rewriting import Candidates, collected, covered, redraw
-from tarflowlm.editing.states import Edit, Encoded, Source, compared, inverted_below
-from tarflowlm.editing.words import Span
+from tarflowlm.editing.redraw import Candidates, collected, redraw
+from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
+from tarflowlm.editing.words import Span, covered
 
 
 @torch.no_grad()
-def interpolate(source: Source, second: Encoded, *, level: int, weight: float) -> Edit:
+def interpolate(source: Source, second: Encoded, *, level: int, weight: float) -> Change:
     """Interpolate the states l of two texts on a sphere, and invert blocks l, ..., 1.
 
         (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
 
     theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0
-    gives the first text, 1 the second, exactly; `Edit.before` is the first.
+    gives the first text, 1 the second, exactly; `Change.before` is the first.
     """
     first = source.text
     assert first.length == second.length
@@ -43,7 +43,7 @@ def interpolate(source: Source, second: Encoded, *, level: int, weight: float) -
 
 
 @torch.no_grad()
-def counterfactual(source: Source, replacements: Int[Tensor, " T"]) -> Edit:
+def counterfactual(source: Source, replacements: Int[Tensor, " T"]) -> Change:
     """Replace some tokens, and regenerate those that follow from their own noise h^(1).
 
     `replacements` holds the new tokens, and -1 elsewhere. What is before the first of them keeps
@@ -78,7 +78,7 @@ def blend(
     second: Encoded,
     spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
     candidates: Candidates,
-) -> Edit:
+) -> Change:
     """Take spans of second texts, at their places, and draw the words that they cut anew.
 
     `spans[b]` are the spans that row b takes, and those of the first text that stay

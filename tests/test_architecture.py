@@ -30,7 +30,7 @@ APPLICATIONS = modules_below(APPS)
 LAYERS = """
     errors chunks | files parts schema | model_config | config | presets |
     flow data | device processes | model | baseline | objective | runs |
-    generation | evaluation editing options | texts | sharing | training |
+    generation options | texts | evaluation | editing | sharing | training |
     terminal | pretrained | __init__ | cli | __main__
 """
 """Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour

@@ -115,7 +115,7 @@ def test_a_list_of_texts_is_scored_as_one_by_one(loaded):
     for one, text in zip(loaded.score(texts, samples=2, seed=3), texts, strict=True):
         alone = loaded.score(text, samples=2, seed=3)
         assert one.bits.tolist() == pytest.approx(alone.bits.tolist(), rel=1e-4, abs=1e-4)
-        assert (one.reading.text, one.notice) == (alone.reading.text, alone.notice)
+        assert (one.text, one.notice) == (alone.text, alone.notice)
     assert [len(tokens) for tokens in loaded.encode(texts)] == [8, 1, 33, 8]
 
 

@@ -8,8 +8,10 @@ import torch
 import tarflowlm
 from helpers import mostly_nightly, tiny_flow
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
+from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
-from tarflowlm.texts import edits, scores, writing
+from tarflowlm.evaluation.scores import score_texts
+from tarflowlm.texts import writing
 from tarflowlm.texts.requests import Edit, Score, Writing
 
 TEXT = "The King of the land gave 3 laws to the people"
@@ -146,12 +148,9 @@ def test_python_and_command_line_give_the_same(flow, run, name):
     request, call = CASES[name]
     by_python = call(flow)
     if isinstance(request, Score):
-        by_request = scores.score(request, flow)
+        by_request = score_texts(request, flow)
         assert by_python.total == by_request[0].total == shown_by_command(run, request)
         return
-    if isinstance(request, Edit):
-        texts = edits.edit(request, flow).texts
-    else:
-        texts = writing.write(request, flow)
+    texts = edit(request, flow).texts if isinstance(request, Edit) else writing.write(request, flow)
     by_python = [by_python] if isinstance(by_python, str) else by_python
     assert by_python == texts == shown_by_command(run, request)

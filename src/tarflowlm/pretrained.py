@@ -21,7 +21,9 @@ from tarflowlm.config import (
 from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
+from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.scores import Scores, score_texts
 from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import check_time, preset, with_steps
@@ -29,7 +31,6 @@ from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import check_type, from_dict, to_dict
 from tarflowlm.sharing import push_to_hub, save_pretrained
-from tarflowlm.texts.edits import edit
 from tarflowlm.texts.requests import (
     Edit,
     EditOptions,
@@ -39,7 +40,6 @@ from tarflowlm.texts.requests import (
     as_texts,
     check_names,
 )
-from tarflowlm.texts.scores import Scored, score
 from tarflowlm.texts.writing import Draft, write
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
@@ -186,20 +186,20 @@ class Pretrained(Checkpoint):
         return texts[0] if num is None else texts
 
     @overload
-    def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scored: ...
+    def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scores: ...
 
     @overload
-    def score(self, text: Several, *, samples: int = 8, seed: int = 0) -> list[Scored]: ...
+    def score(self, text: Several, *, samples: int = 8, seed: int = 0) -> list[Scores]: ...
 
     def score(
         self, text: str | Several, *, samples: int = 8, seed: int = 0
-    ) -> Scored | list[Scored]:
+    ) -> Scores | list[Scores]:
         """The bits of every token of a text of any length (`tarflowlm.score`); of several, a list.
 
         Its `notice` says whether the text was read otherwise than it was given.
         """
         request = Score(text=text, samples=samples, seed=seed)
-        found = score(request, self)
+        found = score_texts(request, self)
         return found[0] if isinstance(text, str) else found
 
     @overload

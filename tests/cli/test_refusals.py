@@ -120,7 +120,7 @@ LINES = [
     (["eval", "ar", "--latents"], ["baseline", "--latents"]),
     (["score", "flow"], ["--text", "--file"]),
     ([*EDIT[:2], "--text", "a" * 17], ["17 tokens", "context of 16", "shorten"]),
-    ([*EDIT, "--decoder", "auto"], ["decoder"]),
+    ([*EDIT, "--decoder", "steps"], ["decoder"]),
     ([*EDIT, "--words", "1", "--strength", "0.5"], ["words", "strength"]),
     ([*EDIT, "--replace", "king", "lord", "--rewrite", "king"], ["rewrite", "replace"]),
     ([*EDIT, "--rewrite", "queen"], ["'queen'"]),

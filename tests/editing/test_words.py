@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tarflowlm.editing.edits import num_words
 from tarflowlm.editing.words import (
     find_piece,
     find_words,
     neighbours,
+    num_words,
     pick_words,
     words_of,
 )

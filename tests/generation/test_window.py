@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import tiny_flow
+from tarflowlm.data.windows import spans
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate, writing
 from tarflowlm.generation.sampling import row_generators
@@ -31,8 +32,7 @@ def sample(model: LanguageModel, seed: int = 0, **options) -> Generation:
 )
 def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected):
     model = tiny_flow(couplings=("mixd",), patch=patch)
-    assert model.config.context == 8
-    assert writing.spans(model.config, num_tokens, num_given) == expected
+    assert spans(num_tokens, 8, patch=patch, given=num_given) == expected
     count = sum(-(-(end - start) // patch) for start, end in expected)
     assert writing.num_positions(model, num_tokens, num_given) == count
 

@@ -10,7 +10,7 @@ from tarflowlm.terminal.bars import Bars, print_json, print_notice
 from tarflowlm.texts.requests import Edit
 
 if TYPE_CHECKING:
-    from tarflowlm import editing
+    from tarflowlm.editing.states import Change
 
 MUCH_CHANGED = 0.5
 """Share of changed tokens above which an edit of a state gets advice."""
@@ -29,37 +29,37 @@ class Args:
 
 
 def run(args: Args) -> None:
+    from tarflowlm.editing.edits import edit
     from tarflowlm.terminal.texts import print_edits
-    from tarflowlm.texts.edits import edit
 
     lm = options.load_checkpoint(args.directory, args.device)
     with Bars() as bars:
         edited = edit(args.edit, lm, bars)
-    if edited.notice is not None:
-        print_notice(edited.notice)
-    advice = _advice(args.edit, edited.edit)
+    if edited.reading.notice is not None:
+        print_notice(edited.reading.notice)
+    advice = _advice(args.edit, edited.change)
     if not args.json:
-        print_edits(edited, advice)
+        print_edits(edited, lm.tokenizer, advice)
         return
     edits: list[dict[str, object]] = []
     for row, text in enumerate(edited.texts):
         one: dict[str, object] = {
             "text": text,
-            "changed": edited.edit.changed[row].tolist(),
+            "changed": edited.change.changed[row].tolist(),
             "bpc_before": edited.bits_before[row].item(),
             "bpc": edited.bits[row].item(),
         }
-        if edited.edit.pareto_k:
-            one["pareto_k"] = edited.edit.pareto_k[row]
+        if edited.change.pareto_k:
+            one["pareto_k"] = edited.change.pareto_k[row]
         edits.append(one)
-    print_json({"before": edited.before, "edits": edits, "advice": advice})
+    print_json({"before": edited.reading.text, "edits": edits, "advice": advice})
 
 
-def _advice(request: Edit, edit: "editing.Edit") -> str | None:
+def _advice(request: Edit, change: "Change") -> str | None:
     """A better option where the edits have lost the text, or changed nothing."""
     from tarflowlm.generation.particles import UNRELIABLE
 
-    changed = edit.changed.double().mean().item()
+    changed = change.changed.double().mean().item()
     if request.kind == "rewrite" and changed == 0:
         return "all candidates equal the text: more --candidates may find others"
     if request.level is not None and changed > MUCH_CHANGED:
@@ -67,7 +67,7 @@ def _advice(request: Edit, edit: "editing.Edit") -> str | None:
             f"editing state {request.level} changes {changed:.0%} of the tokens: "
             "without --level only some words are drawn anew"
         )
-    unreliable = [k for k in edit.pareto_k if k > UNRELIABLE]
+    unreliable = [k for k in change.pareto_k if k > UNRELIABLE]
     if unreliable:
         return (
             "few of the candidates count here, so the choice between them is unreliable "

@@ -16,10 +16,10 @@ from tarflowlm.texts.requests import Score
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tarflowlm.texts.scores import Scored
+    from tarflowlm.evaluation.scores import Scores
 
 COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
-"""Colours of tokens by their bits: from so many on."""
+"""Least bits -> the colour of a token."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Args:
 
 
 def run(args: Args) -> None:
+    from tarflowlm.evaluation.scores import score_texts
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
-    from tarflowlm.texts.scores import score
 
     if args.texts is not None:
         _score_lines(args, args.texts)
@@ -60,30 +60,29 @@ def run(args: Args) -> None:
     if args.baseline is not None:
         models.append(options.load_checkpoint(args.baseline, args.device))
     names = [lm.directory.name for lm in models]
-    found: list[Scored] = []
+    found: list[Scores] = []
     for name, lm in zip(names, models, strict=True):
         with Bars(f"scoring with {name}, windows") as bars:
-            (scored,) = score(request, lm, bars)
-        if scored.notice:
-            print_notice(f"{name}: {scored.notice}")
-        found.append(scored)
-    if found[0].reading.text != found[-1].reading.text:
+            found += score_texts(request, lm, bars)
+        if found[-1].notice:
+            print_notice(f"{name}: {found[-1].notice}")
+    if found[0].text != found[-1].text:
         print_notice(f"{' and '.join(names)} read different texts: their bits do not compare")
     if not args.json:
         _print(names, found, request.samples)
         return
-    result = _to_json(names[0], found[0], request.samples)
-    if args.baseline is not None:
-        result["baseline"] = _to_json(names[1], found[1], request.samples)
-    print_json(result)
+    result, *baseline = [
+        _to_json(name, scored, request.samples) for name, scored in zip(names, found, strict=True)
+    ]
+    print_json(result | {"baseline": one for one in baseline})
 
 
 def _score_lines(args: Args, source: str) -> None:
     """A JSON object for every line of a file; under torchrun the processes share the lines."""
     from tarflowlm.device import pick_device
+    from tarflowlm.evaluation.scores import score_texts
     from tarflowlm.processes import LONG, launched
     from tarflowlm.terminal.bars import Bars, print_json
-    from tarflowlm.texts.scores import score
 
     texts = [line for _, line in options.read_lines(source)]
     if not texts:
@@ -93,16 +92,16 @@ def _score_lines(args: Args, source: str) -> None:
             lm = options.load_checkpoint(args.directory, processes.device)
         name = lm.directory.name
         own = tuple(texts[processes.rank :: processes.world])
-        found: list[Scored] = []
+        found: list[Scores] = []
         if own:
             with Bars(f"scoring with {name}, windows") as bars:
-                found = score(replace(args.score, text=own), lm, bars)
+                found = score_texts(replace(args.score, text=own), lm, bars)
         lines = (_to_json(name, scored, args.score.samples) for scored in found)
         for index, line in enumerate(processes.in_turn(lines)):
             print_json({"index": index} | line)
 
 
-def _to_json(name: str, scored: "Scored", samples: int) -> dict[str, object]:
+def _to_json(name: str, scored: "Scores", samples: int) -> dict[str, object]:
     tokens: list[dict[str, object]] = []
     for symbol, bits in zip(scored.symbols, scored.bits.tolist(), strict=True):
         tokens.append({"text": symbol, "bits": bits})
@@ -116,12 +115,12 @@ def _to_json(name: str, scored: "Scored", samples: int) -> dict[str, object]:
         "bpc": scored.bits_per_character,
         "bits": scored.total,
         "bits_per_token": scored.per_token,
-        "characters": len(scored.reading.text),
+        "characters": len(scored.text),
         "tokens": tokens,
     }
 
 
-def _print(names: Sequence[str], found: "Sequence[Scored]", samples: int) -> None:
+def _print(names: Sequence[str], found: "Sequence[Scores]", samples: int) -> None:
     """The tokens, and a table of the whole text."""
     from rich.console import Console
 
@@ -140,14 +139,14 @@ def _print(names: Sequence[str], found: "Sequence[Scored]", samples: int) -> Non
         ["bits per character", *(f"{one.sign} {one.bits_per_character:.4f}" for one in found)],
         ["bits per token", *(f"{one.sign} {one.per_token:.4f}" for one in found)],
         ["bits in all", *(f"{one.sign} {one.total:.2f}" for one in found)],
-        ["characters", *(f"{len(one.reading.text):,}" for one in found)],
+        ["characters", *(f"{len(one.text):,}" for one in found)],
         ["tokens", *(f"{len(one.bits):,}" for one in found)],
         ["posterior samples", *("none" if one.exact else f"{samples:,}" for one in found)],
     ]
     print_table("score", rows, ["", *names])
 
 
-def _print_lines(names: Sequence[str], found: "Sequence[Scored]") -> None:
+def _print_lines(names: Sequence[str], found: "Sequence[Scores]") -> None:
     """A line for every token, with its bits under each of the models."""
     sys.stdout.write("\t".join(["", *names]) + "\n")
     columns = [[f"{bits:.3f}" for bits in one.bits.tolist()] for one in found]
@@ -155,7 +154,7 @@ def _print_lines(names: Sequence[str], found: "Sequence[Scored]") -> None:
         sys.stdout.write("\t".join(row) + "\n")
 
 
-def _print_colours(console: "Console", name: str, scored: "Scored") -> None:
+def _print_colours(console: "Console", name: str, scored: "Scores") -> None:
     """The text coloured by the bits of its tokens, below a title with the colours."""
     from rich.text import Text
 

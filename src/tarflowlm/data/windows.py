@@ -155,6 +155,23 @@ def sliding_windows(
     return overlapping, context
 
 
+def spans(
+    length: int, context: int, *, patch: int, overlap: bool = True, given: int = 0
+) -> list[tuple[int, int]]:
+    """(start, end) of the windows of a text of `length` tokens.
+
+    With `overlap` each begins with the last half window, in whole patches, of the one before. The
+    first `given` tokens need no window: if they fill one, their last half window begins the first.
+    """
+    kept = context // patch // 2 * patch if overlap else 0
+    start = given - kept if given >= context else 0
+    found = [(start, min(start + context, length))]
+    while found[-1][1] < length:
+        start = found[-1][1] - kept
+        found.append((start, min(start + context, length)))
+    return found
+
+
 def _check_length(num_tokens: int, window: int, remedy: str) -> None:
     if num_tokens < window:
         what = f"the text has {counted(num_tokens, 'token')}, fewer than a window of {window}"

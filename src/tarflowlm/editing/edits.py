@@ -1,150 +1,131 @@
-"""The edits by name, each a function of a `WordSource` whose keyword arguments are its options.
+"""Edits that a request asks for: the text is read, edited as often as asked, and measured.
 
-text = encode(model, tokens[None], generator).repeated(num)
-source = WordSource(model, text, generator, progress, tokenizer=tokenizer)
-edit = EDITS["words"](source, strength=0.2)
+edited = edit(Edit(text="The king of the land", rewrite="king", num=2), lm)
+edited.texts
 """
 
-import inspect
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tarflowlm.config import Decoder, Pick
 from tarflowlm.data import Tokenizer
-from tarflowlm.editing.rewriting import (
-    Candidates,
-    covered,
-    informative_level,
-    rewrite,
-    spaces_of,
-    token_costs,
-)
-from tarflowlm.editing.states import (
-    Edit,
-    Encoded,
-    Source,
-    encode,
-    renoise,
-)
+from tarflowlm.data.prompts import Reading, read
+from tarflowlm.editing.redraw import Candidates, informative_level, rewrite, spaces_of, token_costs
+from tarflowlm.editing.states import Change, Encoded, Source, encode, renoise
 from tarflowlm.editing.words import (
     Span,
+    covered,
     find_piece,
     find_words,
     merge_words,
     neighbours,
+    num_words,
     pick_words,
     words_of,
 )
-from tarflowlm.errors import UserError
+from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.model import as_flow
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.texts.requests import Edit, as_texts
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens, else 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WordSource(Source):
-    """A text to edit by its words, the same in every row."""
+@dataclass(frozen=True)
+class Edited:
+    """The edits of a text."""
 
-    tokenizer: Tokenizer
-
-    @property
-    def num(self) -> int:
-        """Number of edits."""
-        return len(self.text.tokens)
-
-    def symbols(self, text: Encoded) -> list[bytes]:
-        """The bytes of every token of a text."""
-        tokens: list[int] = text.tokens[0, : text.length].tolist()
-        return [self.tokenizer.token_bytes[token] for token in tokens]
-
-    def pick(self, count: int, pick: Pick) -> list[Span]:
-        """`count` words of the text."""
-        costs = token_costs(self.model, self.text)[0].tolist() if pick == "unlikely" else None
-        words = words_of(self.symbols(self.text))
-        return pick_words(words, count, self.text.length, self.generator, costs=costs)
-
-    def candidates(
-        self, number: int, temperature: float | None, *, may_repeat: bool = False
-    ) -> Candidates:
-        """Candidates in the most informative state; the usual temperature for None."""
-        if temperature is None:
-            temperature = TEMPERATURE if self.model.config.has_token_weights else 1.0
-        level = informative_level(self.model, self.text.row(0))
-        spaces = spaces_of(self.tokenizer.token_bytes)
-        return Candidates(number, temperature, level, spaces, may_repeat, self._lead())
-
-    def _lead(self) -> tuple[int, ...]:
-        """The end of a document, line or word, behind which a text begins; none without room."""
-        config = self.model.config
-        if config.patch > 1 or self.text.length >= config.context:
-            return ()
-        if self.tokenizer.end is not None:
-            return (self.tokenizer.end,)
-        table = self.tokenizer.token_bytes
-        return tuple(table.index(mark) for mark in (b"\n", b" ") if mark in table)[:1]
+    reading: Reading
+    """The text before the edits, as the model reads it."""
+    change: Change
+    texts: list[str]
+    """The new texts."""
+    bits_before: Tensor
+    """Bits per character before each edit, at most: [num]."""
+    bits: Tensor
+    """The same after each edit."""
 
 
-def redraw_words(
-    source: WordSource,
-    *,
-    strength: float = 0.1,
-    words: int | None = None,
-    pick: Pick = "random",
-    candidates: int = 32,
-    temperature: float | None = None,
-) -> Edit:
-    """Draw some words anew, given all others.
+def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
+    """The edits of a text.
 
-    `strength` is the share of the words, from 0 to 1, and `words` a number of them instead. Where
-    the model repeats a word, another one is tried. Of so many `candidates` for every word, or for
-    several neighbouring ones, one is taken by how well the rest of the text follows it.
+    UserError for a baseline, and for what the model cannot read.
     """
-    places = words_of(source.symbols(source.text))
+    flow = as_flow(lm.model, "a discrete baseline has no latents to edit: give a flow")
+    text = read(lm.tokenizer, request.text, normalize=request.normalize)
+    length = len(text.tokens)
+    context = flow.config.context
+    if length > context:
+        what = f"the text has {length:,} tokens, more than the context of {context}"
+        raise UserError(f"{what}: shorten it")
+    generator = torch.Generator().manual_seed(request.seed)
+    # every edit starts from the same latents
+    encoded = encode(flow, text.tokens[None], generator).repeated(request.num)
+    source = Source(flow, encoded, generator, progress)
+    edits = {
+        "words": redraw_words,
+        "rewrite": rewrite_pieces,
+        "replace": replace_piece,
+        "level": renoise_state,
+    }
+    change = edits[request.kind](request, lm.tokenizer, source)
+    counts = torch.from_numpy(lm.tokenizer.characters_per_token)
+
+    def per_character(nats: Tensor, tokens: Tensor) -> Tensor:
+        return bits(nats.cpu()) / counts[tokens.cpu()].sum(-1).clamp_min(1)
+
+    return Edited(
+        reading=text,
+        change=change,
+        texts=[lm.tokenizer.decode(tokens) for tokens in change.tokens.tolist()],
+        bits_before=per_character(change.bound_before, change.before),
+        bits=per_character(change.bound, change.tokens),
+    )
+
+
+def redraw_words(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
+    """Draw some words given all others: a share `strength` of them, or a number of `words`.
+
+    Where the model repeats a word, another one is tried.
+    """
+    places = words_of(_bytes_of(source.text, tokenizer))
     if not places:
         raise UserError("the text has no words: give some, or name pieces of it to rewrite")
-    count = num_words(strength, places) if words is None else words
-    spans = [merge_words(source.pick(count, pick), places) for _ in range(source.num)]
-    return rewrite(source, spans, source.candidates(candidates, temperature), spare=places)
+    count = request.words
+    if count is None:
+        count = num_words(request.strength, places)
+    picked = [_picked(request, places, count, source) for _ in range(request.num)]
+    spans = [merge_words(chosen, places) for chosen in picked]
+    return rewrite(source, spans, _candidates(request, tokenizer, source), spare=places)
 
 
-def rewrite_pieces(
-    source: WordSource,
-    *,
-    pieces: Sequence[str],
-    everywhere: bool = False,
-    candidates: int = 32,
-    temperature: float | None = None,
-) -> Edit:
-    """Draw these pieces of the text anew, words or more, given everything else.
-
-    The first occurrence of each, or with `everywhere` all of them as whole words.
-    """
-    symbols = source.symbols(source.text)
-    if not pieces:
-        raise UserError("no piece of the text is named: give at least one")
-    spans = [find_piece(symbols, piece) for piece in pieces]
-    if everywhere:
-        spans = list({span for piece in pieces for span in find_words(symbols, piece)})
-    return rewrite(source, [sorted(spans)] * source.num, source.candidates(candidates, temperature))
+def rewrite_pieces(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
+    """Draw pieces of the text given everything else: the first occurrence of each, or all."""
+    pieces = _bytes_of(source.text, tokenizer)
+    named = [
+        _read_piece(request, tokenizer, piece, "piece")
+        for piece in as_texts(request.rewrite, "rewrite")
+    ]
+    spans = [find_piece(pieces, piece) for piece in named]
+    if request.everywhere:
+        spans = list({span for piece in named for span in find_words(pieces, piece)})
+    candidates = _candidates(request, tokenizer, source)
+    return rewrite(source, [sorted(spans)] * request.num, candidates)
 
 
-def replace_piece(
-    source: WordSource,
-    *,
-    old: str,
-    new: str,
-    around: int = 1,
-    candidates: int = 32,
-    temperature: float | None = None,
-) -> Edit:
-    """Put `new` where `old` first stands, as a word if it is one, and keep the rest.
-
-    `around` words on each side may be drawn anew, given all else; 0 keeps them.
-    """
-    start, stop, tokens = _replacement(source, old, new)
+def replace_piece(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
+    """Put other words in, and draw `around` words on each side given all else."""
+    assert request.replace is not None
+    old = _read_piece(request, tokenizer, request.replace[0], "text to replace")
+    new = _read_piece(request, tokenizer, request.replace[1], "replacement")
+    pieces = _bytes_of(source.text, tokenizer)
+    start, stop = find_piece(pieces, old)
+    # with everything else in these tokens: tokens of word pieces begin with a space
+    held = b"".join(pieces[start:stop]).decode("utf-8", errors="replace")
+    tokens = torch.from_numpy(tokenizer.encode(held.replace(old, new, 1)))
     before = source.text.tokens[0, : source.text.length].cpu()
     changed = torch.cat((before[:start], tokens, before[stop:]))
     if len(changed) > source.model.config.context:
@@ -152,60 +133,73 @@ def replace_piece(
             f"with {new!r} the text has {len(changed)} tokens, more than the context of "
             f"{source.model.config.context}: shorten it"
         )
-    text = encode(source.model, changed[None], source.generator).repeated(source.num)
-    words = words_of(source.symbols(text))
+    text = encode(source.model, changed[None], source.generator).repeated(request.num)
+    words = words_of(_bytes_of(text, tokenizer))
     # at either end of the text nothing says that a word begins or ends there
     inner = [word for word in words if 0 < word[0] < word[1] < len(changed)]
-    spans = neighbours(inner, start, start + len(tokens), around)
-    # the old token at every place of the new text
-    aligned = torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:]))
+    spans = neighbours(inner, start, start + len(tokens), request.around)
+    renewed = replace(source, text=text)
+    candidates = _candidates(request, tokenizer, renewed)
     return rewrite(
-        replace(source, text=text),
-        [spans] * source.num,
-        source.candidates(candidates, temperature, may_repeat=True),
+        renewed,
+        [spans] * request.num,
+        replace(candidates, may_repeat=True),
         before=source.text,
-        aligned=aligned,
+        aligned=torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:])),
     )
 
 
-def _replacement(source: WordSource, old: str, new: str) -> tuple[int, int, Tensor]:
-    """The first and last place of the tokens that hold `old`, and the tokens to put there."""
-    symbols = source.symbols(source.text)
-    start, stop = find_piece(symbols, old)
-    # with everything else in these tokens: tokens of word pieces begin with a space
-    held = b"".join(symbols[start:stop]).decode("utf-8", errors="replace")
-    return start, stop, torch.from_numpy(source.tokenizer.encode(held.replace(old, new, 1)))
+def renoise_state(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
+    """Add noise to the state `level`, everywhere or at some `words`."""
+    assert request.level is not None
+    where = None
+    if request.words is not None:
+        places = words_of(_bytes_of(source.text, tokenizer))
+        picked = _picked(request, places, request.words, source)
+        where = covered(picked, source.text.tokens.shape[1])
+    return renoise(
+        source,
+        level=request.level,
+        strength=request.strength,
+        where=where,
+        decoder=request.decoder,
+    )
 
 
-def renoise_state(
-    source: WordSource,
-    *,
-    level: int,
-    strength: float = 0.1,
-    words: int | None = None,
-    pick: Pick = "random",
-    decoder: Decoder = "auto",
-) -> Edit:
-    """Add noise of a `strength` to the state `level`, everywhere or at some `words`."""
-    length = source.text.tokens.shape[1]
-    where = None if words is None else covered(source.pick(words, pick), length)
-    return renoise(source, level=level, strength=strength, where=where, decoder=decoder)
+def _read_piece(request: Edit, tokenizer: Tokenizer, text: str, name: str) -> str:
+    return read(tokenizer, text, name=name, normalize=request.normalize).text.strip()
 
 
-EDITS: dict[str, Callable[..., Edit]] = {
-    "words": redraw_words,
-    "rewrite": rewrite_pieces,
-    "replace": replace_piece,
-    "level": renoise_state,
-}
-"""The edits by name. `texts.requests.Edit` checks the numbers that they are given."""
+def _bytes_of(text: Encoded, tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of every token of the first text."""
+    tokens: list[int] = text.tokens[0, : text.length].tolist()
+    return [tokenizer.token_bytes[token] for token in tokens]
 
 
-def options_of(name: str) -> frozenset[str]:
-    """The options of an edit."""
-    return frozenset(inspect.signature(EDITS[name]).parameters) - {"source"}
+def _picked(request: Edit, words: list[Span], count: int, source: Source) -> list[Span]:
+    """`count` of the words, as the request picks them."""
+    costs = None
+    if request.pick == "unlikely":
+        costs = token_costs(source.model, source.text.row(0))[0].tolist()
+    return pick_words(words, count, source.text.length, source.generator, costs=costs)
 
 
-def num_words(strength: float, words: Sequence[Span]) -> int:
-    """How many words a share `strength` is: rounded, and at least one unless it is 0."""
-    return max(1, round(strength * len(words))) if strength else 0
+def _candidates(request: Edit, tokenizer: Tokenizer, source: Source) -> Candidates:
+    """How spans are drawn: in the most informative state, and as a text begins."""
+    config = source.model.config
+    temperature = request.temperature
+    if temperature is None:
+        temperature = TEMPERATURE if config.has_token_weights else 1.0
+    table = tokenizer.token_bytes
+    # the end of a document, line or word, after which a text begins, if there is room for it
+    marks = [table.index(mark) for mark in (b"\n", b" ") if mark in table]
+    if tokenizer.end is not None:
+        marks = [tokenizer.end]
+    has_room = config.patch == 1 and source.text.length < config.context
+    return Candidates(
+        number=request.candidates,
+        temperature=temperature,
+        level=informative_level(source.model, source.text.row(0)),
+        spaces=spaces_of(tokenizer.token_bytes),
+        lead=tuple(marks[:1]) if has_room else (),
+    )

@@ -22,7 +22,7 @@ SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Edit:
+class Change:
     """A batch of texts before and after an edit."""
 
     before: Tensor
@@ -103,11 +103,6 @@ class Source:
     generator: Generator
     progress: Progress = SILENT
 
-    def stage(self, blocks: int) -> None:
-        """Begin the progress of an edit that passes all positions through so many blocks."""
-        positions = self.text.tokens.shape[1] // self.model.config.patch
-        self.progress.stage("editing, positions", blocks * positions)
-
     def normal(self, *shape: int) -> Tensor:
         """Standard normal noise."""
         generator = self.generator
@@ -123,24 +118,30 @@ def renoise(
     strength: float,
     where: Bool[Tensor, " T"] | None = None,
     decoder: Decoders = "steps",
-) -> Edit:
+) -> Change:
     """Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps, with eps ~ N(0, I) (eq. 25).
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise),
     `strength` eta from 0 (no change) to 1 (all noise). `where` limits the change to some tokens.
     The progress advances once per position and block. UserError if l is out of range.
     """
-    state = _state(source.text, level)
+    states = source.text.states
+    if not 0 <= level < len(states):
+        last = len(states) - 1
+        what = f"level {level}: the model has states 0 (the latents) to {last} (the noise)"
+        raise UserError(what)
+    state = states[level]
     changed = (1 - strength**2) ** 0.5 * state + strength * source.normal(*state.shape)
     if where is not None:
         changed = torch.where(where.to(state.device)[:, None], changed, state)
-    states = inverted_below(source, level, changed, decoder)
-    return compared(source, source.model.codebook.decode(states[-1]), states)
+    below = inverted_below(source, level, changed, decoder)
+    return compared(source, source.model.codebook.decode(below[-1]), below)
 
 
 def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:
     """The states h^(level) = `state`, ..., h^(0), each [B, T, d]."""
-    source.stage(level)
+    positions = state.shape[1] // source.model.config.patch
+    source.progress.stage("editing, positions", level * positions)
     steps = stack_inversion(
         source.model,
         state,
@@ -154,7 +155,7 @@ def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders)
 
 def compared(
     source: Source, tokens: Tensor, states: Sequence[Tensor], *, aligned: Tensor | None = None
-) -> Edit:
+) -> Change:
     """The edit of the texts into these tokens [B, T] and states, with bounds of both.
 
     `aligned` [T] has the old token at every place of a new text of another length, -1 for none.
@@ -165,9 +166,9 @@ def compared(
     aligned = old if aligned is None else aligned.to(tokens.device)
     length = aligned.shape[-1]
     new = tokens[:, :length]
-    # alike, so that equal texts have equal bounds
+    # the same for both, so that equal texts have equal bounds
     noise, same_noise = row_generators((0, 0), source.generator)
-    return Edit(
+    return Change(
         old,
         new,
         changed=new != aligned,
@@ -190,13 +191,3 @@ def _bound(
         noise = model.draw_noise(tokens[:1], generator)
         draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
     return torch.stack(draws).mean(0)
-
-
-def _state(text: Encoded, level: int) -> Tensor:
-    """h^(level) of a text. UserError for a level that there is not."""
-    last = len(text.states) - 1
-    if not 0 <= level <= last:
-        raise UserError(
-            f"level {level}: the model has states 0 (the latents) to {last} (the noise)"
-        )
-    return text.states[level]

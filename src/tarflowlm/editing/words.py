@@ -30,6 +30,11 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
     return spans
 
 
+def num_words(strength: float, words: Sequence[Span]) -> int:
+    """How many words a share `strength` is: rounded, and at least one unless it is 0."""
+    return max(1, round(strength * len(words))) if strength else 0
+
+
 def pick_words(
     words: Sequence[Span],
     count: int,
@@ -43,7 +48,7 @@ def pick_words(
     that a word begins or ends there. UserError for more words than there are.
     """
     if not 0 <= count <= len(words):
-        raise UserError(f"words {count}: the text has {len(words)}, give at most so many")
+        raise UserError(f"words {count}: the text has {len(words)}, give at most that")
     if costs is None:
         order = torch.randperm(len(words), generator=generator).tolist()
     else:
@@ -67,10 +72,18 @@ def merge_words(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
 def neighbours(words: Sequence[Span], start: int, stop: int, count: int) -> list[Span]:
     """`count` words before the place `start`, and as many from `stop` on: a span for each side."""
     before = [word for word in words if word[1] <= start]
-    behind = [word for word in words if word[0] >= stop]
-    chosen = [*before[max(len(before) - count, 0) :], *behind[:count]]
+    after = [word for word in words if word[0] >= stop]
+    chosen = [*before[max(len(before) - count, 0) :], *after[:count]]
     # the two sides are apart, even if no word is between them
-    return [*merge_words(chosen, before), *merge_words(chosen, behind)]
+    return [*merge_words(chosen, before), *merge_words(chosen, after)]
+
+
+def covered(spans: Sequence[Span], length: int) -> torch.Tensor:
+    """Which of `length` tokens lie in the spans, [T]."""
+    found = torch.zeros(length, dtype=torch.bool)
+    for start, stop in spans:
+        found[start:stop] = True
+    return found
 
 
 def find_piece(pieces: Sequence[bytes], piece: str) -> Span:

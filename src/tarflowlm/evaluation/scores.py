@@ -1,8 +1,11 @@
 """The bits of every token of a text, and of many texts at once."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -10,12 +13,14 @@ from torch import Generator, Tensor
 
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
+from tarflowlm.data.prompts import read
+from tarflowlm.data.windows import spans
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
-from tarflowlm.flow import full_precision
-from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.schema import Count, Seed, checked
+from tarflowlm.texts.requests import Score, as_texts
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,6 +31,12 @@ class Scores:
     """[T]: -log2 p(x_t | x_<t) of the baseline; of a flow, the part of token t in its bound."""
     blocks: Tensor | None
     """[L, T]: log2|det J| of every block at every token, block 1 first; None for the baseline."""
+    text: str = ""
+    """The text as the model read it. Empty for tokens alone."""
+    symbols: Sequence[str] = ()
+    """[T]: the tokens of this text, as they are shown."""
+    notice: str | None = None
+    """A line if the text is not read as it was given."""
 
     @property
     def exact(self) -> bool:
@@ -43,12 +54,49 @@ class Scores:
         return self.bits.mean().item()
 
     @property
+    def bits_per_character(self) -> float:
+        """Bits per character of the text as it was read; NaN for tokens alone."""
+        return self.total / len(self.text) if self.text else math.nan
+
+    @property
     def sign(self) -> str:
         """The sign before the bits of the whole text: = or <=."""
         return "=" if self.exact else "<="
 
+    def heat(self, bits: Tensor, most: float, hot: str = "#d55e00", cold: str = "#0072b2") -> str:
+        """The text in HTML on grounds that are hot for many bits [T] and cold below 0.
+
+        `most` bits have the full colour.
+        """
+        shown = ""
+        for symbol, value in zip(self.symbols, bits.tolist(), strict=True):
+            share = min(abs(value) / max(most, 1e-9), 1.0)
+            ground = f"{hot if value >= 0 else cold} {75 * share:.0f}%,transparent"
+            style = f'style="background:color-mix(in srgb,{ground})" title="{value:.2f} bits"'
+            shown += f"<span {style}>{escape(symbol)}</span>"
+        return shown
+
     def __repr__(self) -> str:
         return f"<Scores of {len(self.bits)} tokens: {self.sign} {self.total:.1f} bits>"
+
+    def _repr_html_(self) -> str | None:
+        if not self.symbols:
+            return None
+        shown = self.heat(self.bits, most=12.0)
+        return f"<pre>{shown}\n{self.sign} {self.total:.1f} bits</pre>"
+
+
+def score_texts(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> list[Scores]:
+    """The bits of every text that a request names, read as the model's training text was."""
+    texts = as_texts("" if request.text is None else request.text, "text")
+    readings = [read(lm.tokenizer, text, normalize=request.normalize) for text in texts]
+    tokens = [reading.tokens for reading in readings]
+    found = scores(lm.model, tokens, samples=request.samples, seed=request.seed, progress=progress)
+    scored = []
+    for reading, one in zip(readings, found, strict=True):
+        symbols = [lm.tokenizer.symbols[token] for token in reading.tokens.tolist()]
+        scored.append(replace(one, text=reading.text, symbols=symbols, notice=reading.notice))
+    return scored
 
 
 def score(
@@ -73,9 +121,9 @@ def score(
     count with the last token, so that the sum stays a bound: -log p(x) <= -log p(x, y) for any y.
 
     A text beyond the trained context is scored in windows. The baseline and flows of one block see
-    half a window as context; flows of several blocks begin every window anew, as no bound is known
-    for them else. Same seed, same result; the noise is that of `evaluate`. `progress` advances by
-    windows, each counted once per sample.
+    half a window as context; flows of several blocks begin every window with no context, as no
+    bound is known for them else. Same seed, same result; the noise is that of `evaluate`.
+    `progress` advances by windows, each counted once per sample.
     """
     return scores(model, [tokens], samples=samples, seed=seed, progress=progress)[0]
 
@@ -98,11 +146,11 @@ def scores(
     for tokens in texts:
         check_tokens(model, tokens, shape="[T]")
     draws = 1 if model.is_exact else samples
-    alike: dict[int, list[int]] = defaultdict(list)
+    of_length: dict[int, list[int]] = defaultdict(list)
     for index, tokens in enumerate(texts):
-        alike[len(tokens)].append(index)
+        of_length[len(tokens)].append(index)
     found: dict[int, Scores] = {}
-    for length, indices in alike.items():
+    for length, indices in of_length.items():
         for some in chunks.row_ranges(len(indices), length, chunks.EVALUATED_TOKENS):
             rows = torch.stack([texts[index] for index in indices[some]])
             nats = _mean_nats(model, rows, draws, seed, progress)
@@ -122,18 +170,18 @@ def _mean_nats(
 ) -> Float[Tensor, "B rows T_filled"]:
     """`_shares` of texts in windows, in the mean over `draws` posterior samples."""
     patch = model.config.patch
-    context = model.config.context
     filler = tokens.repeat(1, patch)[:, : -tokens.shape[1] % patch]
     whole = torch.cat((tokens, filler), dim=1).to(model.device)
-    kept = context // patch // 2 * patch if model.num_blocks == 1 else 0
-    starts = range(0, max(1, whole.shape[1] - kept), context - kept)
-    windows = [whole[:, start : start + context] for start in starts]
-    givens = [min(start, kept) for start in starts]
-    alike = [(window.shape[1], given) for window, given in zip(windows, givens, strict=True)]
+    windows = spans(
+        whole.shape[1], model.config.context, patch=patch, overlap=model.num_blocks == 1
+    )
+    givens = [0, *(end - start for (_, end), (start, _) in pairwise(windows))]
+    shapes = [(end - start, given) for (start, end), given in zip(windows, givens, strict=True)]
     generators = [Generator(device=model.device).manual_seed(seed) for _ in tokens]
     found = []
-    for some in runs(alike, windows_per_batch(windows[0].shape[1])):
-        rows = torch.stack(windows[some], dim=1)  # [B, windows, T]
+    for some in runs(shapes, windows_per_batch(shapes[0][0])):
+        # [B, windows, T]
+        rows = torch.stack([whole[:, start:end] for start, end in windows[some]], dim=1)
         nats = torch.zeros(())
         for _ in range(draws):
             noise = torch.cat(list(map(model.draw_noise, rows, generators)))
@@ -151,12 +199,5 @@ def _shares(
     """Nats of every token, and for a flow every block's log-determinant at it."""
     if isinstance(model, TokenLM):
         return -model.token_log_prob(tokens)[None]
-    flow = as_flow(model)
-    patch = model.config.patch
-    with full_precision(noise):
-        z = flow.codebook.encode(tokens, noise)
-        # log q(z_t | x_t) - log p(x_t | z_t)
-        nats = flow.codebook.log_normaliser(z)
-    states, by_position = flow.prior.states(z)
-    log_dets = [log_det.repeat_interleave(patch, dim=1) / patch for log_det in by_position]
-    return torch.stack([nats - log_standard_normal(states[-1]).sum(-1) - sum(log_dets), *log_dets])
+    terms, _ = as_flow(model).terms(tokens, noise)
+    return torch.stack([terms.nelbo, *terms.log_dets])

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import Decoder
+from tarflowlm.data.windows import spans
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import ConditionedLatents, ConditionedTokens
 from tarflowlm.generation.inversion import Kept, stack_inversion
 from tarflowlm.generation.particles import Evidence, LatentSource, Weights, particle_filter
 from tarflowlm.generation.sampling import BLANK, Samples, num_leading
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
-from tarflowlm.model_config import LanguageModelConfig
 
 R = TypeVar("R")
 
@@ -246,25 +246,10 @@ class Window(Samples):
         return Generation(found, weights.evidence() if (given != BLANK).any() else None)
 
 
-def spans(
-    config: LanguageModelConfig, num_tokens: int, num_given: int = 0
-) -> list[tuple[int, int]]:
-    """(start, end) of every window of a text, in tokens, of which the first `num_given` are given.
-
-    A prompt that leaves no room in a window enters the first one with its last half window.
-    """
-    kept = config.context // config.patch // 2 * config.patch
-    start = num_given - kept if num_given >= config.context else 0
-    found = [(start, min(start + config.context, num_tokens))]
-    while found[-1][1] < num_tokens:
-        start = found[-1][1] - kept
-        found.append((start, min(start + config.context, num_tokens)))
-    return found
-
-
 def num_positions(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
     """How often `generate` advances its progress: over the positions of all windows and blocks."""
-    windows = spans(model.config, num_tokens, num_given)
+    config = model.config
+    windows = spans(num_tokens, config.context, patch=config.patch, given=num_given)
     return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
 
 
@@ -281,7 +266,9 @@ def write(text: Window) -> Parts:
     tokens = given.clone()
     windows: list[Generation] = []
     # with prompts of different lengths, the windows of the shortest
-    bounds = spans(text.model.config, num_tokens, int((given != BLANK).sum(1).min()))
+    config = text.model.config
+    shortest = int((given != BLANK).sum(1).min())
+    bounds = spans(num_tokens, config.context, patch=config.patch, given=shortest)
     for start, end in bounds:
         window = replace(text, given=tokens[:, start:end], shown=shown - start)
         windows.append((yield from window.write()))

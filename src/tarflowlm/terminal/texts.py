@@ -9,11 +9,11 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tarflowlm.data import Tokenizer
+from tarflowlm.editing.edits import Edited
 from tarflowlm.errors import counted
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.terminal.bars import print_notice
 from tarflowlm.terminal.grid import Kind, Token, pass_rows, text_tokens
-from tarflowlm.texts.edits import Edited
 from tarflowlm.texts.writing import Written
 
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}
@@ -92,10 +92,9 @@ def samples_to_json(
     return samples
 
 
-def print_edits(edited: Edited, advice: str | None) -> None:
+def print_edits(edited: Edited, tokenizer: Tokenizer, advice: str | None) -> None:
     """The text, each of its edits with the changes highlighted and a note, and the advice."""
-    edit = edited.edit
-    tokenizer = edited.tokenizer
+    edit = edited.change
     if Console().is_terminal:
         show(styled(text_tokens(edit.before[0], tokenizer)), "text")
     for row, tokens in enumerate(edit.tokens):

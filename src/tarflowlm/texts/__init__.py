@@ -5,6 +5,6 @@ was read (`data.prompts`), seeds the random stream and calls the model. `Pretrai
 line and the studio make requests, and show progress and results.
 
     write(Writing(prompt="The old king", num_tokens=60), lm)
-    edit(Edit(text="The king of the land", rewrite="king"), lm).texts
-    score(Score(text="The king of the land"), lm)[0].total
+    editing.edits.edit(Edit(text="The king of the land", rewrite="king"), lm).texts
+    evaluation.scores.score_texts(Score(text="The king of the land"), lm)[0].total
 """

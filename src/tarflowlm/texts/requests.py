@@ -5,7 +5,7 @@ The docstring of a field is the help of its option.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypedDict
 
 import tyro
 
@@ -157,10 +157,10 @@ class Edit(Request):
     text: Annotated[str, arg("TEXT")]
     """The text to edit."""
     rewrite: Annotated[
-        str | Sequence[str] | None,
+        str | Sequence[str],
         tyro.conf.UseAppendAction,
         arg("PIECE", constructor=tuple[str, ...]),
-    ] = None
+    ] = ()
     """Draw this piece of the text anew, a word or more, given everything else. May be given several
     times.
     """
@@ -168,27 +168,38 @@ class Edit(Request):
     """With --rewrite: every occurrence, as whole words."""
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
     """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
-    around: options.Count = None
-    """With --replace: so many words on each side may be drawn anew (1)."""
+    around: Annotated[int, arg("INT")] = 1
+    """With --replace: words on each side that may be drawn anew."""
     level: options.Count = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
     the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps, with s the strength.
     """
-    strength: options.Number = None
-    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 (the default)
-    changes a word here and there, 1 leaves none. With --level: how much noise the states get.
+    strength: Annotated[float, arg("FLOAT")] = 0.1
+    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 changes a word
+    here and there, 1 leaves none. With --level: how much noise the states get.
     """
     words: options.Count = None
-    """Number of words to draw anew, not a share. With --level: only so many get noise."""
-    pick: Annotated[Pick | None, arg()] = None
-    """Words to draw anew: random ones (the default), or the most unlikely ones."""
-    candidates: options.Count = None
-    """Candidates for every piece that is drawn anew (32), weighted by the rest of the text."""
+    """Number of words to draw anew, not a share. With --level: only these get noise."""
+    pick: Annotated[Pick, arg()] = "random"
+    """Words to draw anew: random ones, or the most unlikely ones."""
+    candidates: Annotated[int, arg("INT")] = 32
+    """Candidates for every piece that is drawn anew, weighted by the rest of the text."""
     temperature: options.Temperature = None
-    decoder: Annotated[Decoder | None, arg()] = None
+    decoder: Annotated[Decoder, arg()] = "auto"
     """With --level: how to invert a block, see `tarflowlm sample --help`."""
     num: int = 1
     """Number of edits, each with its own noise."""
+
+    EXCLUSIVE: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rewrite": ("replace", "level", "strength", "words", "pick"),
+        "replace": ("level", "strength", "words", "pick"),
+        "level": ("candidates", "temperature"),
+    }
+    NEEDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "everywhere": ("rewrite",),
+        "around": ("replace",),
+        "decoder": ("level",),
+    }
 
     def __post_init__(self) -> None:
         """UserError for options that contradict each other, and for numbers."""
@@ -198,32 +209,29 @@ class Edit(Request):
             raise UserError(f"replace {pair!r}: give two texts, (old, new)")
         checked(self.num, Length, "num")
         checked(self.everywhere, bool, "everywhere")
-        for name in ("words", "candidates"):
-            checked(getattr(self, name), Count | None, name)
-        for name in ("around", "level"):
-            checked(getattr(self, name), Whole | None, name)
-        checked(self.strength, Share | None, "strength")
+        checked(self.words, Count | None, "words")
+        checked(self.candidates, Count, "candidates")
+        checked(self.around, Whole, "around")
+        checked(self.level, Whole | None, "level")
+        checked(self.strength, Share, "strength")
         checked(self.temperature, Temperature | None, "temperature")
-        checked(self.pick, Pick | None, "pick")
-        checked(self.decoder, Decoder | None, "decoder")
-        exclusive = ("words", "strength") if self.kind == "words" else NAMED
-        named = [name for name in exclusive if self.is_given(name)]
-        if len(named) > 1:
-            raise UserError(f"{named[0]} with {named[1]}: leave one of them out")
-
-    def is_given(self, name: str) -> bool:
-        """Whether an option is given."""
-        value = getattr(self, name)
-        return value is not None and value is not False and value != ()
+        checked(self.pick, Pick, "pick")
+        checked(self.decoder, Decoder, "decoder")
+        options.check(self, exclusive=self.EXCLUSIVE, needed=self.NEEDS)
+        # to a state both apply: noise of a strength, at a number of words
+        if self.level is None and self.words is not None and self.strength != 0.1:
+            raise UserError(f"words {self.words} with strength: leave one of them out")
+        if self.level is not None and self.words is None and self.pick != "random":
+            raise UserError(f"pick {self.pick!r} has no effect on a whole state: add words")
 
     @property
-    def kind(self) -> str:
-        """The name of the edit in `editing.EDITS`."""
-        return next((name for name in (*NAMED, "level") if self.is_given(name)), "words")
-
-
-NAMED = ("rewrite", "replace")
-"""Fields of `Edit` that name the edit."""
+    def kind(self) -> Literal["words", "rewrite", "replace", "level"]:
+        """What the edit changes."""
+        if self.level is not None:
+            return "level"
+        if self.rewrite:
+            return "rewrite"
+        return "words" if self.replace is None else "replace"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,17 +281,17 @@ class WritingOptions(TypedDict, total=False):
 class EditOptions(TypedDict, total=False):
     """The options of `edit`: fields of `Edit`."""
 
-    rewrite: str | Sequence[str] | None
+    rewrite: str | Sequence[str]
     everywhere: bool
     replace: tuple[str, str] | None
-    around: int | None
+    around: int
     level: int | None
-    strength: float | None
+    strength: float
     words: int | None
-    pick: Pick | None
-    candidates: int | None
+    pick: Pick
+    candidates: int
     temperature: float | None
-    decoder: Decoder | None
+    decoder: Decoder
     seed: int
 
 

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from tarflowlm.data.prompts import read
+from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError, counted
 from tarflowlm.terminal.grid import text_tokens
-from tarflowlm.texts import edits
 from tarflowlm.texts.requests import Edit
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
@@ -61,11 +61,12 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     tokenizer = checkpoint.tokenizer
     before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)
     job = Job("editing")
-    found = yield from job.follow(lambda: edits.edit(request, checkpoint, job), lambda: before)
-    note = "the original" if found.notice is None else f"the original, {found.notice}"
+    found = yield from job.follow(lambda: edit(request, checkpoint, job), lambda: before)
+    notice = found.reading.notice
+    note = "the original" if notice is None else f"the original, {notice}"
     cards = [card(stage(before), muted(note))]
-    for row, tokens in enumerate(found.edit.tokens.cpu()):
-        changed = found.edit.changed[row].cpu()
+    for row, tokens in enumerate(found.change.tokens.cpu()):
+        changed = found.change.changed[row].cpu()
         bits = f"bits per character, ≤ {found.bits_before[row]:.2f} before"
         numbers = facts(
             (f"{int(changed.sum())}", f"of {counted(len(changed), 'token')} changed"),

@@ -5,12 +5,13 @@ from functools import partial
 
 from torch import Generator, Tensor
 
+from tarflowlm.data.prompts import read
 from tarflowlm.editing.states import encode
+from tarflowlm.evaluation.scores import Scores, score_texts
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.grid import Token, div, text_tokens, visible
 from tarflowlm.texts.requests import Score
-from tarflowlm.texts.scores import Scored, score
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
@@ -42,7 +43,7 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     wanted = names[:MODELS] if isinstance(names, list) and names else [names]
     shown = values.text(text)
     request = Score(text=shown)
-    found: dict[str, Scored] = {}
+    found: dict[str, Scores] = {}
     watched: list[str] = []
     seconds = 0.0
     for name in wanted:
@@ -68,13 +69,13 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     )
 
 
-def _read(name: str, request: Score, checkpoint: Checkpoint, job: Job) -> tuple[Scored, str]:
+def _read(name: str, request: Score, checkpoint: Checkpoint, job: Job) -> tuple[Scores, str]:
     """The score of the text under a model, and a card of its passes."""
-    (scored,) = score(request, checkpoint, job)
-    return scored, _passes(name, scored.reading.tokens, checkpoint)
+    (scored,) = score_texts(request, checkpoint, job)
+    return scored, _passes(name, read(checkpoint.tokenizer, scored.text).tokens, checkpoint)
 
 
-def _card(name: str, scored: Scored, request: Score, most: float) -> str:
+def _card(name: str, scored: Scores, request: Score, most: float) -> str:
     """The bits of every token under a model, and in all."""
     sign = "≤ "
     kind = f"a bound from {request.samples} posterior samples"
@@ -90,12 +91,12 @@ def _card(name: str, scored: Scored, request: Score, most: float) -> str:
     return card(title(name), shown, notice, numbers)
 
 
-def _difference(found: Mapping[str, Scored]) -> str:
+def _difference(found: Mapping[str, Scores]) -> str:
     """Where the first of two models needs more or fewer bits, if both read the same tokens."""
     if len(found) < 2:
         return ""
     (first, one), (second, other) = found.items()
-    if one.reading.text != other.reading.text:
+    if one.text != other.text:
         return muted(f"{first} and {second} read different texts: their bits do not compare.")
     if one.symbols != other.symbols:
         return ""
@@ -104,7 +105,7 @@ def _difference(found: Mapping[str, Scored]) -> str:
     return card(title(f"{first} against {second}"), shown, muted(f"{key} Full: {GAP:g} bits."))
 
 
-def _blocks(name: str, scored: Scored) -> str:
+def _blocks(name: str, scored: Scores) -> str:
     """log2 |det J| of every block of a flow at every token, around its mean."""
     blocks = scored.blocks
     if blocks is None or len(blocks) < 2:
@@ -139,6 +140,6 @@ def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
     return card(title(f"Passes of {name}"), text, slider(rows, is_open=True), muted(key))
 
 
-def heat(scored: Scored, bits: Tensor, most: float) -> str:
+def heat(scored: Scores, bits: Tensor, most: float) -> str:
     # the line below is for fingers, which cannot point
     return div("st-heat", scored.heat(bits, most, HOT, COLD)) + muted("")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tarflowlm.editing.states import Edit, Encoded, Source, compared, inverted_below
+from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -144,7 +144,7 @@ def rewrite(
     spare: Sequence[Span] = (),
     before: Encoded | None = None,
     aligned: Tensor | None = None,
-) -> Edit:
+) -> Change:
     """Redraw the spans of every text, one after the other given everything else.
 
     `spans[b]` are the spans of row b. Where all candidates of a span repeat it, some of the `spare`
@@ -248,17 +248,9 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 
 
-def collected(source: Source, rows: Sequence[Encoded], aligned: Tensor | None = None) -> Edit:
+def collected(source: Source, rows: Sequence[Encoded], aligned: Tensor | None = None) -> Change:
     """The edit whose rows are texts [1, T] that were redrawn."""
     tokens = torch.cat([row.tokens for row in rows])
     states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
     edit = compared(source, tokens, states[::-1], aligned=aligned)
     return replace(edit, pareto_k=tuple(row.pareto_k for row in rows))
-
-
-def covered(spans: Sequence[Span], length: int) -> Tensor:
-    """Which of `length` tokens lie in the spans, [T]."""
-    found = torch.zeros(length, dtype=torch.bool)
-    for start, stop in spans:
-        found[start:stop] = True
-    return found

@@ -11,7 +11,7 @@ import torch
 
 import tarflowlm
 from helpers import mostly_nightly, tiny_flow
-from tarflowlm.editing.rewriting import (
+from tarflowlm.editing.redraw import (
     Candidates,
     informative_level,
     propose,
