@@ -71,10 +71,10 @@ def run(args: Args) -> None:
     if not args.json:
         _print(names, found, request.samples)
         return
-    result, *baseline = [
+    results = [
         _to_json(name, scored, request.samples) for name, scored in zip(names, found, strict=True)
     ]
-    print_json(result | {"baseline": one for one in baseline})
+    print_json(results[0] if len(results) == 1 else results[0] | {"baseline": results[1]})
 
 
 def _score_lines(args: Args, source: str) -> None:
