@@ -28,7 +28,7 @@ from tarflowlm.data.text import (
     fair_shares,
     is_json_lines,
     json_texts,
-    normalize,
+    normalize_text8,
     place_of_document,
     plain_line_ends,
     read_text,
@@ -58,6 +58,8 @@ class Source(ABC):
     unwrap: bool = False
     """Whether the lines of paragraphs are joined."""
     progress: Progress = SILENT
+    has_documents: bool = True
+    """Whether it holds documents, and not one text that is cut anywhere."""
     separator: str = "\n"
     """Follows a document that is not normalised where no token can end it."""
 
@@ -65,11 +67,6 @@ class Source(ABC):
     @abstractmethod
     def files(self) -> tuple[Path, ...]:
         """The files it is read from, as far as they are on this machine."""
-
-    @property
-    def has_documents(self) -> bool:
-        """Whether it holds documents, and not one text that is cut anywhere."""
-        return True
 
     def state(self) -> list[list[str | int]]:
         """Sizes and times that tell a changed text from this one."""
@@ -98,12 +95,14 @@ class Source(ABC):
                 yield Piece(split, last, ends=True)
 
     def normalized(self, blocks: Iterable[str]) -> Iterator[str]:
-        """Pieces of a document; of text8 they begin with a space and end without one."""
+        """Pieces of a document, of which text8 may leave empty ones.
+
+        In text8 they begin with a space and end without one.
+        """
         if self.unwrap:
             blocks = [unwrapped("".join(blocks))]
         for piece in text_pieces(blocks, BLOCK):
-            text = normalize(piece, self.normalization)
-            yield "" if self.normalization == "text8" and text == " " else text
+            yield normalize_text8(piece).rstrip() if self.normalization == "text8" else piece
 
 
 class TextFile(Source):
@@ -119,16 +118,13 @@ class TextFile(Source):
         more = "" if field == "text" else FIELD + field
         self.name = f"{path}{more}"
         self.identity = f"{self.path}{more}"
+        self.has_documents = len(self.files) > 1 or any(map(is_json_lines, self.files))
         self._total = 0
         self._places: set[float] = set()
 
     @property
     def files(self) -> tuple[Path, ...]:
         return text_files(self.path)
-
-    @property
-    def has_documents(self) -> bool:
-        return len(self.files) > 1 or any(map(is_json_lines, self.files))
 
     def documents(self) -> Iterator[tuple[str, Iterable[str]]]:
         """The key of each document, the name of a file or a line itself, and its blocks."""
@@ -194,7 +190,7 @@ class Tales(Source):
         return [[self.file.name, self.file.stat().st_size]]
 
     def documents(self) -> list[str]:
-        """The documents as they are, without the line that ends each."""
+        """The documents, without the line that ends each."""
         return read_text(self.file).split(f"\n{SEPARATOR}\n")[:-1]
 
     def placed(self) -> Placed:
@@ -245,10 +241,10 @@ class Text8(TextFile):
 
 
 class Documents(Source):
-    """Documents in parquet files.
+    """Documents in parquet files. The hash of a document gives its split.
 
-    The hash of a document gives its split. With a `repository`,
-    OWNER/NAME or a folder in it, the files are those of that set of the hub, and are downloaded.
+    With a `repository`, OWNER/NAME or a folder in it, the files are those of that set of the hub,
+    and are downloaded.
     """
 
     separator = SEPARATOR

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO, get_args
 
-from tarflowlm.config import TEXT8_ALPHABET, Normalization
+from tarflowlm.config import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 
 BLOCK = 1 << 20  # characters read at once
@@ -24,11 +24,10 @@ FIELD = "#"
 """Between a .jsonl file and the name of the field with its texts, which else is "text"."""
 SEPARATOR = "<|endoftext|>"
 """The name of the token that ends every document, and begins the next; as GPT-2's."""
-_PACKED = (".gz", ".xz")
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
-    """The file `path`, or the texts in the folder `path`, compressed or not, by their names."""
+    """The file `path`, or the texts in the folder `path`, compressed or not, sorted by name."""
     if not path.is_dir():
         return (path,) if path.is_file() else ()
     texts = (
@@ -38,7 +37,7 @@ def text_files(path: Path) -> tuple[Path, ...]:
 
 
 def _kind(path: Path) -> str:
-    return Path(path.stem if path.suffix.lower() in _PACKED else path.name).suffix.lower()
+    return Path(path.stem if path.suffix.lower() in (".gz", ".xz") else path.name).suffix.lower()
 
 
 def is_json_lines(path: Path) -> bool:
@@ -95,15 +94,13 @@ def plain_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-_WRAP = re.compile(r"(?<=\S)(?<!-)[ \t]*\n(?=\S)")
-
-
 def unwrapped(text: str) -> str:
     """A text with the lines of every paragraph joined by a space, or by nothing after a hyphen.
 
     A paragraph ends before a line that is empty or indented.
     """
-    return re.sub(r"(?<=-)\n(?=\S)", "", _WRAP.sub(" ", text))
+    joined = re.sub(r"(?<=\S)(?<!-)[ \t]*\n(?=\S)", " ", text)
+    return re.sub(r"(?<=-)\n(?=\S)", "", joined)
 
 
 def is_wrapped(text: str) -> bool:
@@ -140,8 +137,6 @@ def _opened(path: Path) -> Iterator[TextIO]:
 # between a letter or digit and the one space or line end before the next: GPT-2-like pre-tokenizers
 # attach a space to the word that follows it, and keep such a line end to itself
 _CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
-# a piece of this many times the size is cut anywhere: memory must not depend on the text
-_LONGEST = 16
 
 
 def text_pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
@@ -156,7 +151,8 @@ def text_pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
         buffer += block
         start = 0
         while len(buffer) - start > size:
-            longest = start + _LONGEST * size
+            # memory must not depend on the text
+            longest = start + 16 * size
             match = _CUT.search(buffer, start + size, longest)
             if match is None and len(buffer) < longest:
                 break
@@ -170,11 +166,6 @@ def text_pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _LETTERS_OR_SPACE = bytes(code if chr(code) in TEXT8_ALPHABET else ord(" ") for code in range(256))
-
-
-def normalize(text: str, how: Normalization) -> str:
-    """`text` itself for `"none"`, `normalize_text8(text)` for `"text8"`."""
-    return text if how == "none" else normalize_text8(text)
 
 
 def normalize_text8(text: str) -> str:

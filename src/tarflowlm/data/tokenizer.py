@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tokenizers
 
 from tarflowlm.config import Normalization, check_alphabet
-from tarflowlm.data.text import DIGITS, SEPARATOR, normalize, text_pieces
+from tarflowlm.data.text import DIGITS, SEPARATOR, normalize_text8, text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 from tarflowlm.schema import check_type, checked
@@ -71,12 +71,11 @@ class Tokenizer:
         self.end: int | None = None if normalization == "text8" else added.get(SEPARATOR)
         """The token that follows every document; None for text8, and for tokenizers without it."""
         self._is_byte_level = '"ByteLevel"' in json.dumps(document["pre_tokenizer"])
-        self._check_invertible()
-
-    def _check_invertible(self) -> None:
-        probe = "The cat,\n  12 caf\u00e9s \U0001f600. "
-        if not self._is_byte_level:
-            probe = "".join(self._single_characters()) * 2
+        self.alphabet = "".join(token for token in self._library.get_vocab() if len(token) == 1)
+        """The characters that the tokens are made of, unless they are bytes."""
+        probe = (
+            "The cat,\n  12 caf\u00e9s \U0001f600. " if self._is_byte_level else self.alphabet * 2
+        )
         ids = self._library.encode(probe, add_special_tokens=False).ids
         model = self._document["model"]
         has_stand_ins = model.get("unk_token") or model.get("byte_fallback")
@@ -84,26 +83,21 @@ class Tokenizer:
         if is_lossy or b"".join(self.token_bytes[i] for i in ids) != probe.encode():
             raise ValueError("it does not restore every text: use byte-level BPE such as GPT-2's")
 
-    def _single_characters(self) -> list[str]:
-        return [token for token in self._library.get_vocab() if len(token) == 1]
-
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
         """The UTF-8 bytes of every token, length V; a token may hold part of a character."""
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
         for token, index in vocabulary.items():
-            table[index] = self._bytes_of(token, index)
+            # a token with other characters is a special token that the file did not declare
+            is_bytes = self._is_byte_level and all(c in BYTE_OF for c in token)
+            if is_bytes and index not in self._added:
+                table[index] = bytes(BYTE_OF[c] for c in token)
+            else:
+                table[index] = token.encode("utf-8")
         if self.end is not None:
             table[self.end] = b"\n\n"
         return table
-
-    def _bytes_of(self, token: str, index: int) -> bytes:
-        is_text = not self._is_byte_level or index in self._added
-        # a token with other characters is a special token that the file did not declare
-        if is_text or not all(c in BYTE_OF for c in token):
-            return token.encode("utf-8")
-        return bytes(BYTE_OF[c] for c in token)
 
     @property
     def vocab_size(self) -> int:
@@ -117,7 +111,7 @@ class Tokenizer:
 
     def prepare(self, text: str) -> str:
         """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
-        return normalize(text, self.normalization)
+        return normalize_text8(text) if self.normalization == "text8" else text
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [N] of normalised `text`. UserError for characters outside the vocabulary."""
@@ -126,16 +120,6 @@ class Tokenizer:
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Token ids [N] of `texts`, encoded one by one and concatenated."""
-        ids = self._encode_pieces(texts)
-        # the library drops unknown characters silently
-        if self.characters_per_token[ids].sum() != sum(map(len, texts)):
-            alphabet = "".join(self._single_characters())
-            if not self._is_byte_level and not set().union(*texts) <= set(alphabet):
-                raise UnknownCharacters("".join(texts), alphabet)
-            raise UserError("this BPE loses some of the text: use one without special tokens")
-        return ids
-
-    def _encode_pieces(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         pieces = [piece for text in texts for piece in text_pieces([text], PIECE)]
         parts = [np.zeros(0, dtype=np.int64)]
         for i in range(0, len(pieces), _BATCH):
@@ -143,7 +127,13 @@ class Tokenizer:
             for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
                 # through `array`, which converts a list of int in less than half of numpy's time
                 parts.append(np.frombuffer(array("I", encoding.ids), np.uintc).astype(np.int64))
-        return np.concatenate(parts)
+        ids = np.concatenate(parts)
+        # the library drops unknown characters silently
+        if self.characters_per_token[ids].sum() != sum(map(len, texts)):
+            if not self._is_byte_level and not set().union(*texts) <= set(self.alphabet):
+                raise UnknownCharacters("".join(texts), self.alphabet)
+            raise UserError("this BPE loses some of the text: use one without special tokens")
+        return ids
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """Text of 1-d integer `ids` (list, array or tensor), each in 0 .. V-1.
