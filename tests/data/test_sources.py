@@ -25,7 +25,7 @@ from tarflowlm.data import (
 )
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.sources import SEPARATOR, OpenWebText, Text8, resolve_source, sources_dir
-from tarflowlm.data.text import SPLITS, read_text, split_of_document
+from tarflowlm.data.text import SPLITS, split_of_document
 from tarflowlm.errors import UserError
 
 CHARS = TokenizerConfig()
@@ -119,19 +119,16 @@ def test_what_is_asked_for_is_not_changed(tmp_path):
 
 
 def test_tales_are_the_text_that_their_page_describes():
-    [file] = resolve_source(DataConfig(source="tales")).files
-    text = read_text(file)
+    tales = resolve_source(DataConfig(source="tales"))
+    [file] = tales.files
+    documents = tales.documents()
+    text = "".join(f"{document}\n{SEPARATOR}\n" for document in documents)
     page = (file.parent / "README.md").read_text(encoding="utf-8")
     for content in (text.encode(), file.read_bytes()):
         assert hashlib.sha256(content).hexdigest() in page
     _, *books = (file.parent / "books.tsv").read_text(encoding="utf-8").splitlines()
-    documents = sum(int(book.split("\t")[-2]) for book in books)
-    assert (
-        documents
-        == len(resolve_source(DataConfig(source="tales")).documents())
-        == text.count(SEPARATOR)
-        == 2783
-    )
+    listed = sum(int(book.split("\t")[-2]) for book in books)
+    assert listed == len(documents) == text.count(SEPARATOR) == 2783
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ log = logging.getLogger("tarflowlm")
 
 @dataclass(frozen=True)
 class Look:
-    """The first megabyte of a text, as it is; nothing of a corpus by name or of parquet files."""
+    """The first megabyte of a text, not normalised; empty for corpora by name and parquet files."""
 
     text: DataConfig
     beginning: str
@@ -51,7 +51,7 @@ class Look:
     def tell(self, normalization: Normalization, keeping: str, *, is_new: bool = False) -> None:
         """Tell the user what the TEXT8 alphabet lacks of the text, and that `keeping` keeps it.
 
-        Of a text that is read as it is: whether it is short for a new model, and whether its lines
+        Of a text that is not normalised: whether it is short for a new model, and whether its lines
         were wrapped by hand.
         """
         source, beginning = self.text.source, self.beginning

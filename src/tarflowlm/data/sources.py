@@ -66,7 +66,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def files(self) -> tuple[Path, ...]:
-        """The files it is read from, as far as they are on this machine."""
+        """Those of its files that are on this machine."""
 
     def state(self) -> list[list[str | int]]:
         """Sizes and times that tell a changed text from this one."""

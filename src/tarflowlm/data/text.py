@@ -233,7 +233,7 @@ def split_of_document(key: str, shares: tuple[float, float] = (90.0, 95.0)) -> S
 
 
 def fair_shares(places: set[float], characters: int) -> tuple[float, float]:
-    """The `shares` for documents with so many characters together.
+    """The `shares` for documents that have `characters` together.
 
     5 % each are validation and test, or about `LARGEST` characters; of 3 to `FEW` documents, whose
     `places` are known, as many as round to that, and at least one.

@@ -194,7 +194,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex): equal for tokenizers that encode, decode and normalise alike."""
+        """sha256 (hex): equal for tokenizers that encode, decode and normalise in the same way."""
         parts = [self._document[name] for name in ("pre_tokenizer", "added_tokens")]
         parts += [self._document["model"].get(name) for name in ("vocab", "merges")]
         if self.normalization == "text8" and self.end is not None:
