@@ -354,3 +354,17 @@ def test_no_configuration_brings_a_traceback(run, models, tmp_path_factory, key,
     config["model"][key] = value
     (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert run("sample", broken, "--length", 4).status in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "package"),
+    [
+        (["studio"], "gradio"),
+        (["report", "english-mini", "--out", "OUT"], "matplotlib"),
+        (["harness", "english-mini", "--tasks", "list"], "lm_eval"),
+    ],
+)
+def test_a_missing_extra_is_named(refused, monkeypatch, tmp_path, argv, package):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(*argv, names=[f"{argv[0]} needs the package {package}: pip install"])

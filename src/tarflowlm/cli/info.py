@@ -34,18 +34,28 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.checkpoint import CONFIG
+    from tarflowlm.runs.hub import DEFAULT, FOLDER, released
 
     paths = args.directories
     if args.compare or any(path.is_dir() and not (path / CONFIG).exists() for path in paths):
         _compare(args)
-    elif len(paths) == 1:
+        return
+    if len(paths) == 1:
         found = describe(paths[0])
         if args.json:
             print_json(asdict(found))
         else:
             _print_model(found)
-    else:
-        _list(args)
+        return
+    models = list(map(describe, paths or [FOLDER / name for name in released()]))
+    rows = []
+    for model in models:
+        name = f"{model.name}, the default" if model.name == DEFAULT else model.name
+        size = f"{model.kind}; {model.tokenizer}"
+        rows.append((name, f"{model.purpose}\n{size}" if model.purpose else size))
+    which = "models" if paths else "models that come with the package"
+    title = f"{which}; `tarflowlm info NAME` says more"
+    print_result(args.json, {"models": [asdict(model) for model in models]}, title, rows)
 
 
 # models
@@ -160,22 +170,6 @@ def _print_model(found: Description) -> None:
         console = Console()
         card = Markdown(found.card) if console.is_terminal else Text(found.card.strip())
         console.print(card, soft_wrap=True)
-
-
-def _list(args: Args) -> None:
-    """Several models, or those of the package, in a few lines each."""
-    from tarflowlm.runs.hub import DEFAULT, FOLDER, released
-
-    models = list(map(describe, args.directories or [FOLDER / name for name in released()]))
-    rows = []
-    for model in models:
-        name = f"{model.name}, the default" if model.name == DEFAULT else model.name
-        rows.append(
-            (name, "\n".join(filter(None, (model.purpose, f"{model.kind}; {model.tokenizer}"))))
-        )
-    which = "models" if args.directories else "models that come with the package"
-    title = f"{which}; `tarflowlm info NAME` says more"
-    print_result(args.json, {"models": [asdict(model) for model in models]}, title, rows)
 
 
 # training runs

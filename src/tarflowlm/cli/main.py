@@ -17,14 +17,6 @@ from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.config import TEXT8_ALPHABET
 from tarflowlm.errors import Stopped, UnknownCharacters, UserError, is_first_process, unknown
 
-STOPPED = 75
-"""Exit status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, try again."""
-CLOSED_PIPE = 141
-"""Exit status: 128 plus the number of SIGPIPE."""
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
-"""PyTorch's words for it, on an accelerator and on the CPU, in errors of type RuntimeError."""
-
 COMMANDS = {
     "quickstart": "tarflowlm.cli.quickstart",
     "data": "tarflowlm.cli.data",
@@ -65,15 +57,19 @@ def main(
     try:
         try:
             (dispatch or _dispatch)(argv)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, BrokenPipeError):  # rich exits on it
+                raise stop.__context__ from None
+            raise
         finally:
             # inside this `try`, which catches a closed pipe
             sys.stdout.flush()
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # rich exits on it
-            _end_quietly()
-        raise
     except BrokenPipeError:
-        _end_quietly()
+        # no message: that the reader of the output has closed it is no error
+        with contextlib.suppress(OSError, ValueError):
+            # Python flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 plus the number of SIGPIPE
     except (UserError, FloatingPointError) as error:
         helps = isinstance(error, UnknownCharacters) and set(TEXT8_ALPHABET) <= set(error.alphabet)
         _end(2, f"{error}{', or pass --normalize text8' if helps else ''}")
@@ -81,12 +77,14 @@ def main(
         place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
         _end(2, f"{place}; check the path, its permissions and the disk", everywhere=True)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in NO_MEMORY):
+        # PyTorch's words for it, on an accelerator and on the CPU
+        words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in words):
             raise
         remedy = "choose a smaller model, context, batch size, or number of samples or particles"
         _end(2, f"out of memory: {remedy}", everywhere=True)
     except Stopped as stopped:
-        _end(STOPPED, str(stopped))
+        _end(75, str(stopped))  # EX_TEMPFAIL of sysexits.h: try again
     except KeyboardInterrupt as interrupt:
         more = f"; {interrupt}" if str(interrupt) else ""
         _end(INTERRUPTED, f"interrupted{more}")
@@ -191,11 +189,3 @@ def _end(status: int, message: str, *, everywhere: bool = False) -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stderr.write(f"tarflowlm: {line}\n")
     sys.exit(status)
-
-
-def _end_quietly() -> NoReturn:
-    """Exit without a message: the reader of the output has closed it, which is no error."""
-    with contextlib.suppress(OSError, ValueError):
-        # Python flushes once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(CLOSED_PIPE)

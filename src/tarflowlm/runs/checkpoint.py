@@ -26,9 +26,6 @@ WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 SUMMARY = "summary.json"
 """The results of a run, written at its end."""
-SHOWN = {"tokens", "seconds", "stage_valid_bpc"}
-RESULTS = {"bpc", "bound", "nats_per_token", "stderr"}
-"""Fields of a summary, and of its `test`, that are shown elsewhere."""
 BEST = "best"
 """Folder with the weights of the best validation bound, which loads like a run directory."""
 PARENT = "parent.safetensors"
@@ -87,8 +84,11 @@ def read_summary(directory: Path) -> Summary | None:
     found = (read_json(path) or None) if path.exists() else None
     fields = found if isinstance(found, dict) else {}
     test = fields.get("test")
-    whole = isinstance(test, dict) and test.keys() >= RESULTS and fields.keys() >= SHOWN
-    if found is not None and not whole:
+    # what commands show
+    numbers = {"bpc", "bound", "nats_per_token", "stderr"}
+    has_test = isinstance(test, dict) and test.keys() >= numbers
+    has_all = has_test and fields.keys() >= {"tokens", "seconds", "stage_valid_bpc"}
+    if found is not None and not has_all:
         raise UserError(f"{path} is damaged: remove it; `{resume_command(directory)}`")
     return found
 

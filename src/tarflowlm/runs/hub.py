@@ -20,7 +20,6 @@ FILES = ("config.json", "tokenizer.json", "model.safetensors")
 """The files of a model."""
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 """OWNER/NAME; never the path of a folder above."""
-_REFERENCE = re.compile(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?")
 
 
 def is_reference(name: str | Path) -> bool:
@@ -34,7 +33,7 @@ def fetch(name: str | Path) -> Path:
     Weights that fail their checksum are removed from the client's cache.
     """
     name = Path(name).as_posix()
-    match = _REFERENCE.fullmatch(name)
+    match = re.fullmatch(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?", name)
     if match is None:
         raise UserError(f"{name}: name a model of the hub as hf:OWNER/NAME[@REVISION]")
     import huggingface_hub

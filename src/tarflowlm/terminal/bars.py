@@ -26,15 +26,6 @@ from rich.text import Text
 from tarflowlm import errors
 from tarflowlm.errors import is_first_process
 
-NUMBER = 14
-"""Characters of the longest cell that is kept on one line."""
-FIRST = 3.0
-"""Seconds until the first line of a stage in a log file."""
-EVERY = 30.0
-"""Seconds between its lines."""
-WIDE = 120
-"""Columns from which on a terminal shows a bar next to the numbers."""
-
 
 def json_line(value: Mapping[str, object]) -> str:
     """One JSON object as a line; non-finite numbers become null, as strict parsers require."""
@@ -94,7 +85,7 @@ def print_table(
     table = Table(show_header=any(columns))
     for index, column in enumerate(columns):
         if column:
-            is_short = all(len(row[index]) <= NUMBER for row in rows)
+            is_short = all(len(row[index]) <= 14 for row in rows)  # such as a number
             table.add_column(column, justify="right", no_wrap=is_short, overflow="fold")
         else:
             table.add_column(style="" if index else "cyan", overflow="fold")
@@ -113,15 +104,8 @@ def print_result(
         print_table(title, rows)
 
 
-def per_second(rate: float) -> str:
-    """25/s, or 4.0 s each."""
-    if rate < 1:
-        return f"{1 / rate:,.1f} s each"
-    return f"{rate:.1f}/s" if rate < 10 else f"{rate:,.0f}/s"
-
-
 class _Numbers(ProgressColumn):
-    """`512 of 2,090 (24 %), 25/s`, or the task's own `count` and `details` where they are set."""
+    """`512 of 2,090 (24 %), 25/s` or `4.0 s each`; or the task's own `count` and `details`."""
 
     def render(self, task: Task) -> Text:
         count = task.fields["count"]
@@ -133,7 +117,10 @@ class _Numbers(ProgressColumn):
             count += f" ({int(task.percentage)} %)"
         details = task.fields["details"]
         if not details and task.speed:
-            details = per_second(task.speed)
+            rate = task.speed
+            details = f"{rate:.1f}/s" if rate < 10 else f"{rate:,.0f}/s"
+            if rate < 1:
+                details = f"{1 / rate:,.1f} s each"
         return Text(f"{count}, {details}" if details else count)
 
 
@@ -156,7 +143,8 @@ class Bars(errors.Progress):
         # FORCE_COLOR makes rich take a pipe for a terminal
         is_terminal = self.console.is_interactive and self.console.file.isatty()
         self.is_live = is_terminal and is_first_process()
-        self.is_wide = not self.is_live or self.console.width >= WIDE
+        # a narrow terminal has room for the numbers only
+        self.is_wide = not self.is_live or self.console.width >= 120
         bar = [BarColumn(bar_width=20, table_column=Column(no_wrap=True))] if self.is_wide else []
         self._numbers = _Numbers()
         left = TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True))
@@ -191,7 +179,7 @@ class Bars(errors.Progress):
         elif self._task is not None:
             self.progress.remove_task(self._task)
         self._task = self.progress.add_task(name, total=total, completed=done, count="", details="")
-        self._due = self.clock() + FIRST
+        self._due = self.clock() + 3.0  # the first line of a stage in a log file, and ...
 
     def advance(self, count: int = 1) -> None:
         """`count` more units of the current stage are done."""
@@ -205,7 +193,7 @@ class Bars(errors.Progress):
         task = self.progress.tasks[-1]
         if self.is_live or self.clock() < self._due or task.finished:
             return
-        self._due = self.clock() + EVERY
+        self._due = self.clock() + 30.0  # ... the next
         line = f"{task.description}: {self._numbers.render(task)}"
         if task.time_remaining is not None:
             # what lasts longer has no timedelta

@@ -23,7 +23,6 @@ LEGEND: dict[Kind, str] = {
 }
 END = "∎"
 """The sign for the end of a document."""
-FAINTEST = 0.3  # the least opacity: every token stays readable
 
 CSS = Path(__file__).with_name("grid.css").read_text(encoding="utf-8")
 """The style of `to_html`, light or dark; the page must include it."""
@@ -144,7 +143,8 @@ def spans(tokens: Sequence[Token]) -> str:
 
     def opening(token: Token) -> str:
         p = token.probability
-        look = f' style="opacity:{FAINTEST + (1 - FAINTEST) * p:.1f}" title="p = {p:.2f}"'
+        # at least 0.3, so that every token stays readable
+        look = f' style="opacity:{0.3 + 0.7 * p:.1f}" title="p = {p:.2f}"'
         return f'<span class="tl-{token.kind}"{look if p < 0.995 else ""}>'
 
     found = ""

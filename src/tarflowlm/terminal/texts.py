@@ -49,8 +49,11 @@ def print_samples(
             body = Text("\n").join(parts)
         show(body, f"sample {number + 1}", is_first=number == 0)
         if generation.filled is not None:
-            for index, lengths in enumerate(generation.filled.lengths):
-                print_notice(f"  gap {index + 1}: {likely_lengths(lengths[row].tolist())}")
+            for gap, lengths in enumerate(generation.filled.lengths, 1):
+                # of 1, 2, ... tokens
+                likeliest = sorted(enumerate(lengths[row].tolist(), 1), key=lambda one: -one[1])
+                shown = (f"{counted(length, 'token')} {p:.0%}" for length, p in likeliest[:4])
+                print_notice(f"  gap {gap}: {', '.join(shown)}")
         evidence = generation.evidence
         if candidates == 1 or evidence is None:
             continue
@@ -63,13 +66,6 @@ def print_samples(
             print_notice(
                 f"  a rough guess (tail index {k:.2f}): more particles fit the text better"
             )
-
-
-def likely_lengths(probabilities: list[float]) -> str:
-    """The likeliest lengths of a gap, of 1, 2, ... tokens, with their probabilities."""
-    order = sorted(range(len(probabilities)), key=probabilities.__getitem__, reverse=True)
-    shown = [f"{counted(n + 1, 'token')} {probabilities[n]:.0%}" for n in order[:4]]
-    return ", ".join(shown)
 
 
 def samples_to_json(

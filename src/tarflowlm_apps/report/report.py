@@ -72,7 +72,7 @@ def write_report(
     UserError, before anything is written, for a directory without a run, for runs of the same name,
     and for an `out` that holds something else.
     """
-    check_package("matplotlib", "plots")
+    check_package("matplotlib", "plots", "report")
     records: dict[str, RunRecord] = {}
     for directory in directories:
         # folders in the hub's cache are named after commits

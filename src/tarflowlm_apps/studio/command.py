@@ -41,7 +41,7 @@ def run(args: Args) -> None:
     from tarflowlm_apps.studio.catalogue import Catalogue
     from tarflowlm_apps.studio.server import LOOPBACK, check_address, serving
 
-    check_package("gradio", "studio")
+    check_package("gradio", "studio", "studio")
     check_address(args.host, args.port)
     catalogue = Catalogue(args.models, str(pick_device(args.device)))
     if args.host not in LOOPBACK:
