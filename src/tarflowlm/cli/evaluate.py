@@ -154,13 +154,15 @@ def read_text(
         raise UserError(f"{what}: pass --data tales or --data FILE")
     is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:
+        tokens = encode_text(text, tokenizer, split, progress=progress)
+        # a text that cannot be read at all costs one line
         seen = look(text)
         problem = seen.misfit(tokenizer)
         if problem is not None:
             print_notice(problem)
         elif tokenizer.normalization == "text8":
             seen.tell("text8", "english-small")
-        return source, encode_text(text, tokenizer, split, progress=progress)
+        return source, tokens
     corpus = prepare_corpus(text, tokenizer, progress=progress)
     if data is None and corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
         print_notice(
