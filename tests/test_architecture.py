@@ -58,7 +58,7 @@ def test_imports_point_down():
             # no __future__: deferred annotations would turn off the shape checks of the tests
             package, *parts = name.split(".")
             # a public name of the package itself has no unit of its own
-            other = parts[0] if and parts[0] in LAYER_OF else "__init__"
+            other = parts[0] if parts and parts[0] in LAYER_OF else "__init__"
             below = other == unit or LAYER_OF[other] < LAYER_OF[unit]
             if package == "__future__" or (package == "tarflowlm" and not below):
                 wrong.append(f"{module} imports {name}")
