@@ -1,7 +1,6 @@
 """Documents: each whole in one split and followed by its end, joined anew in every epoch."""
 
 import json
-import textwrap
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,17 +13,14 @@ from hypothesis import strategies as st
 from helpers import encoded, prepared, suited_to
 from tarflowlm.data import (
     CharTokenizer,
-    DataConfig,
     TokenizerConfig,
     WindowSampler,
     load_tokenizer,
     open_corpus,
-    prepare_corpus,
-    suited,
     windows,
 )
 from tarflowlm.data import corpus as corpus_module
-from tarflowlm.data.text import SEPARATOR, SPLITS, is_wrapped, read_text, unwrapped
+from tarflowlm.data.text import SEPARATOR, SPLITS
 from tarflowlm.errors import UserError
 
 OPEN = TokenizerConfig(normalize="auto")
@@ -204,48 +200,3 @@ def test_ranks_share_out_the_global_batch():
 def test_a_large_text_keeps_its_order(monkeypatch):
     monkeypatch.setattr(windows, "SHUFFLED", 1)
     assert torch.equal(draw(sampler(), 9), draw(sampler(end=None), 9))
-
-
-# lines
-
-
-WRAPPED = """It was the best of times, it was the worst of times, it was the age
-of wisdom, it was the age of foolishness, it was the epoch of belief,
-it was the epoch of well-
-known incredulity, it was the season of Light.
-
-    A line of verse
-    and another
-
-The end."""
-
-
-NOVEL = "\n\n".join(textwrap.fill("So it was the age of wisdom; " * (5 + n % 9)) for n in range(40))
-
-
-def test_lines_of_paragraphs_are_joined():
-    first, verse, end = unwrapped(WRAPPED).split("\n\n")
-    assert "the age of wisdom" in first
-    assert "of well-known incredulity" in first
-    assert "\n" not in first
-    assert (verse, end) == ("    A line of verse\n    and another", "The end.")
-    assert unwrapped(unwrapped(WRAPPED)) == unwrapped(WRAPPED)
-
-
-def test_wrapped_lines_are_noticed(tmp_path, caplog):
-    file = tmp_path / "novel.txt"
-    file.write_text(NOVEL)
-    with caplog.at_level("INFO"):
-        suited_to(str(file), OPEN)
-    assert "--unwrap" in caplog.text
-    caplog.clear()
-    config = suited(DataConfig(source=str(file), unwrap=True))
-    assert "--unwrap" not in caplog.text
-    corpus = prepare_corpus(config, out=tmp_path / "out")
-    text = "".join(corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in SPLITS)
-    assert text == unwrapped(read_text(file))
-    code = Path(__file__).read_text(encoding="utf-8")
-    assert is_wrapped(NOVEL)
-    assert not is_wrapped(code)
-    assert not is_wrapped(unwrapped(NOVEL))
-    assert not is_wrapped("")

@@ -7,20 +7,16 @@ import hashlib
 import importlib.util
 import io
 import zipfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from helpers import prepared, suited_to
+from helpers import prepared
 from tarflowlm.data import (
     TEXT8_ALPHABET,
-    ByteTokenizer,
-    CharTokenizer,
     DataConfig,
     TokenizerConfig,
     build_tokenizer,
-    look,
     normalize_text8,
 )
 from tarflowlm.data.bpe import train_bpe
@@ -62,57 +58,6 @@ def test_folders_and_json_lines(tmp_path):
     ]
     with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl\.gz .* under 'title'"):
         prepared(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("Perché no? È «così», papà.\n", "char"),
-        ("def f(x):\n\treturn {x: [1, 'ß']}\n", "char"),
-        ("".join(map(chr, range(0x4E00, 0x4E00 + 257))), "byte"),
-    ],
-)
-def test_a_text_of_ones_own_keeps_every_character(text, kind, tmp_path, caplog):
-    file = tmp_path / "own.txt"
-    file.write_bytes(b"\xef\xbb\xbf" + (text * 9).replace("\n", "\r\n").encode())
-    with caplog.at_level("INFO"):
-        found = suited_to(str(file), OPEN)
-    assert (found.kind, found.normalize) == (kind, "none")
-    assert ["symbols" in one or "is short" in one for one in caplog.messages] == [True, True]
-    corpus = prepared(str(file), found)
-    read = "".join(corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in SPLITS)
-    assert read == text * 9
-    assert corpus.tokenizer.end is None
-    assert corpus.tokenizer.vocab_size == (len(set(text)) if kind == "char" else 256)
-
-
-def test_what_the_27_symbols_lack_is_told(tmp_path, caplog):
-    file = tmp_path / "own.txt"
-    with caplog.at_level("INFO"):
-        file.write_text("f(x), a(b) " * 9)
-        suited_to(str(file), replace(OPEN, normalize="text8"))
-        assert "55.6% of the characters become spaces, ( ) , first" in caplog.text
-        caplog.clear()
-        file.write_text("The king of 1815 " * 9)
-        suited_to(str(file), replace(OPEN, normalize="text8"))
-        suited_to("tales", replace(OPEN, normalize="text8"))
-    assert not caplog.messages
-
-
-def test_what_is_asked_for_is_not_changed(tmp_path):
-    file = tmp_path / "own.txt"
-    file.write_text("Die Müller. " * 9, encoding="utf-8")
-    few = TokenizerConfig(alphabet="ab", normalize="auto")
-    assert suited_to(str(file), few) == replace(few, normalize="none")
-    with pytest.raises(UserError, match="no fields, leave #field out"):
-        resolve_source(DataConfig(source=f"{file}#field"))
-    words = TokenizerConfig(kind="bpe", vocab_size=300, normalize="auto")
-    assert suited_to(str(file), words) == replace(words, normalize="none")
-    for given in (CHARS, TokenizerConfig(kind="byte", normalize="none")):
-        assert suited_to(str(file), given) == given
-    assert suited_to("tales", OPEN) == suited_to("text8", OPEN) == CHARS
-    prepared(str(file), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "out")
-    assert suited_to(str(tmp_path / "out"), OPEN).kind == "byte"
 
 
 # tales
@@ -266,18 +211,3 @@ def test_openwebtext_without_its_package_names_the_remedy(tmp_path, monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install .*pyarrow"):
         prepared("openwebtext", CHARS, tmp_path / "out")
-
-
-# text files
-
-
-def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
-    path = tmp_path / "german.txt"
-    path.write_text("Die Müller führen über Brücken. " * 50, encoding="utf-8")
-    seen = look(DataConfig(source=str(path)))
-    assert "15.4% of the letters" in seen.misfit(CharTokenizer(TEXT8_ALPHABET))
-    assert seen.misfit(ByteTokenizer()) is None
-    assert "know, 'Düü" not in (seen.misfit(CharTokenizer("abc", "none")) or "")
-    path.write_text("日本語。" * 50, encoding="utf-8")
-    with pytest.raises(UserError, match=r"nothing of .*german.txt.*another normalisation"):
-        prepared(str(path), CHARS, tmp_path / "none")
