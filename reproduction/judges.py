@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.chunks import evaluated_rows
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import SILENT, Progress, UserError, first_line
-from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow import widen
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, released
@@ -113,7 +113,7 @@ class Judge(ABC):
         nats = torch.zeros(len(texts), dtype=torch.float64)
         count = 0
         features = []
-        batch = windows_per_batch(self.context)
+        batch = evaluated_rows(self.context)
         for start in range(0, len(chunks), batch):
             some = chunks[start : start + batch]
             lengths = torch.tensor([len(chunk.tokens) for chunk in some])

@@ -8,7 +8,8 @@ size. So `EVALUATED_TOKENS` decides the noise behind published numbers. `CACHED`
 size four times smaller or larger costs up to a fifth. The others are good to a factor of two.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -50,10 +51,24 @@ def row_ranges(rows: int, elements_per_row: int, budget: int) -> Iterator[slice]
         yield slice(start, min(rows, start + size))
 
 
+def equal_ranges(values: Iterable[object], longest: int) -> Iterator[slice]:
+    """Consecutive ranges of at most `longest` values that are equal."""
+    start = 0
+    for _, equal in groupby(values):
+        end = start + len(list(equal))
+        yield from (slice(i, min(i + longest, end)) for i in range(start, end, longest))
+        start = end
+
+
 def bound_rows(num_tokens: int, device: torch.device) -> int:
     """Texts of `num_tokens` whose bounds are computed together."""
     budget = BOUND_TOKENS_CPU if device.type == "cpu" else EVALUATED_TOKENS
     return rows_at_once(num_tokens, budget)
+
+
+def evaluated_rows(num_tokens: int) -> int:
+    """Texts of `num_tokens` that an evaluation takes at once."""
+    return rows_at_once(num_tokens, EVALUATED_TOKENS)
 
 
 def written_rows(num_tokens: int, device: torch.device) -> int:

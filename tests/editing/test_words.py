@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tarflowlm.editing.words import (
+    find_all,
     find_piece,
-    find_words,
     neighbours,
     num_words,
     pick_words,
@@ -73,7 +73,7 @@ def test_pieces_are_found_as_words_first():
 
 def test_words_are_found_in_parts_of_characters():
     pieces = [b"caf", b"\xc3", b"\xa9", b" na", b"\xc3", b"\xafve", b" caf", b"\xc3\xa9", b" caf"]
-    assert find_words(pieces, "caf\u00e9") == [(0, 3), (6, 8)]
-    assert find_words(pieces, "na\u00efve") == [(3, 6)]
+    assert find_all(pieces, "caf\u00e9") == [(0, 3), (6, 8)]
+    assert find_all(pieces, "na\u00efve") == [(3, 6)]
     assert find_piece(pieces, "caf") == (8, 9)
-    assert find_words(pieces, "") == []
+    assert find_all(pieces, "") == []

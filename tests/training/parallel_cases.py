@@ -14,13 +14,13 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from helpers import FLOW, TRUNK
+from tarflowlm import chunks
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import Progress
 from tarflowlm.model import seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
 from tarflowlm.processes import Processes, launched
 from tarflowlm.training import train as training
-from tarflowlm.training import validation
 from tarflowlm.training.optim import build_optimizers, norms, take_step
 from tarflowlm.training.parallel import compiling, parallelise
 from tarflowlm.training.train import accumulate_gradients, train
@@ -101,7 +101,7 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path, names: tuple
     torch.compile = functools.partial(torch.compile, backend="eager")
     if rank == 2 and "patches" in names:
         compile_layers(runs(source)["patches"], out / "compiled.json")
-    validation.windows_per_batch = lambda num_tokens: 1
+    chunks.evaluated_rows = lambda num_tokens: 1
     if rank < 2:
         join(rank, 2, ports[0])
         with launched(torch.device("cpu")) as processes:

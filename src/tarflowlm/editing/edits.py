@@ -16,8 +16,8 @@ from tarflowlm.editing.states import Change, Encoded, Source, encode, renoise
 from tarflowlm.editing.words import (
     Span,
     covered,
+    find_all,
     find_piece,
-    find_words,
     merge_words,
     neighbours,
     num_words,
@@ -111,7 +111,7 @@ def rewrite_pieces(request: Edit, tokenizer: Tokenizer, source: Source) -> Chang
     ]
     spans = [find_piece(pieces, piece) for piece in named]
     if request.everywhere:
-        spans = list({span for piece in named for span in find_words(pieces, piece)})
+        spans = list({span for piece in named for span in find_all(pieces, piece)})
     candidates = _candidates(request, tokenizer, source)
     return rewrite(source, [sorted(spans)] * request.num, candidates)
 

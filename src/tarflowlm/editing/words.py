@@ -91,18 +91,19 @@ def find_piece(pieces: Sequence[bytes], piece: str) -> Span:
 
     UserError for a piece that is empty or not in the text.
     """
-    found = find_words(pieces, piece) or _found(pieces, re.escape(piece))
-    if not piece or not found:
+    found = find_all(pieces, piece) or find_all(pieces, piece, as_words=False)
+    if not found:
         raise UserError(f"{piece!r} does not occur in the text: give a piece of it")
     return found[0]
 
 
-def find_words(pieces: Sequence[bytes], piece: str) -> list[Span]:
-    """The tokens that hold each occurrence of `piece` as whole words."""
-    return _found(pieces, rf"(?<!\w){re.escape(piece)}(?!\w)") if piece else []
-
-
-def _found(pieces: Sequence[bytes], pattern: str) -> list[Span]:
+def find_all(pieces: Sequence[bytes], piece: str, *, as_words: bool = True) -> list[Span]:
+    """The tokens that hold each occurrence of `piece`, as whole words or anywhere."""
+    if not piece:
+        return []
+    pattern = re.escape(piece)
+    if as_words:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
     # tokens may hold parts of characters, so places are counted in bytes
     handler = "surrogateescape"
     text = b"".join(pieces).decode("utf-8", handler)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tarflowlm import chunks
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import ElboTerms, TarFlowLM
 
@@ -118,7 +118,7 @@ def latent_report(
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches: list[list[dict[str, Tensor]]] = []
-    for rows in windows.split(windows_per_batch(windows.shape[1])):
+    for rows in windows.split(chunks.evaluated_rows(windows.shape[1])):
         tokens = rows.to(model.device)
         terms, states = model.terms(tokens, model.draw_noise(tokens, generator))
         batches.append(_measures(terms.of_texts(), states))

@@ -4,9 +4,8 @@ Shape legend: W windows of T tokens, S posterior samples for each.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -34,23 +33,18 @@ def sign_of(bound: str) -> str:
     return "=" if bound == "exact" else "<="
 
 
-def windows_per_batch(num_tokens: int) -> int:
-    """Windows that are evaluated at once."""
-    return chunks.rows_at_once(num_tokens, chunks.EVALUATED_TOKENS)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
     """Negative log-likelihood of a text under a model.
 
-    Unless `bound` is exact, every number is an upper bound.
+    Unless `bound` is exact, every number is an upper bound. Standard errors are in nats per token.
     """
 
     bound: str
     """exact (the baseline), elbo, or iw-S: the importance-weighted bound from S samples."""
     nats_per_token: float
     stderr: float
-    """Standard error of nats_per_token over the windows; NaN for one window."""
+    """Over the windows; NaN for one window."""
     samples: int
     """Posterior samples per window."""
     windows: int
@@ -63,7 +57,7 @@ class Likelihood:
     """Negative ELBO in nats per token, the mean over all samples; None for the baseline."""
     elbo_stderr: float | None
     elbo_sampling_stderr: float | None
-    """The part of it that another seed would change; like the gap it needs 2 samples."""
+    """From sampling z alone: what another seed would change. It needs 2 samples, as the gap."""
     gap_stderr: float | None
 
     @property
@@ -139,6 +133,49 @@ def evaluate(
     )
 
 
+@torch.no_grad()
+def log_weights(
+    model: LanguageModel,
+    windows: Int[Tensor, "W T"],
+    *,
+    given: Int[Tensor, " W"] | None = None,
+    samples: int,
+    seed: int,
+    progress: Progress = SILENT,
+    processes: Processes = ALONE,
+) -> Float[Tensor, "S W"]:
+    """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
+
+    The `processes` share the batches; each gets the log-weights of all.
+    """
+    check_tokens(model, windows, name="windows")
+    keep_freed_memory()
+    generator = torch.Generator(device=model.device).manual_seed(checked(seed, Seed, "seed"))
+    heads = [0] * len(windows) if given is None else given.tolist()
+    draws = 1 if model.is_exact else checked(samples, Count, "samples")
+
+    def own() -> Iterator[Tensor]:
+        # one batch has one number of given tokens
+        batches = chunks.equal_ranges(heads, chunks.evaluated_rows(windows.shape[1]))
+        for number, some in enumerate(batches):
+            tokens = windows[some].to(model.device)
+            if number % processes.world != processes.rank:
+                # so that the noise of its own batches is that of one process
+                for _ in range(draws):
+                    model.draw_noise(tokens, generator)
+                continue
+            log_w = log_importance_weights(
+                model, tokens, samples=draws, generator=generator, given=heads[some.start]
+            )
+            yield log_w.cpu().double()
+
+    found = []
+    for log_w in processes.in_turn(own()):
+        found.append(log_w)
+        progress.advance(log_w.shape[1])
+    return torch.cat(found, dim=1)
+
+
 def summarise(
     model: LanguageModel,
     log_w: Float[Tensor, "S W"],
@@ -177,60 +214,6 @@ def summarise(
         elbo_sampling_stderr=sampling_stderr,
         gap_stderr=gap_stderr,
     )
-
-
-@torch.no_grad()
-def log_weights(
-    model: LanguageModel,
-    windows: Int[Tensor, "W T"],
-    *,
-    given: Int[Tensor, " W"] | None = None,
-    samples: int,
-    seed: int,
-    progress: Progress = SILENT,
-    processes: Processes = ALONE,
-) -> Float[Tensor, "S W"]:
-    """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
-
-    The `processes` share the batches; each gets the log-weights of all.
-    """
-    check_tokens(model, windows, name="windows")
-    keep_freed_memory()
-    generator = torch.Generator(device=model.device).manual_seed(checked(seed, Seed, "seed"))
-    heads = [0] * len(windows) if given is None else given.tolist()
-    draws = 1 if model.is_exact else checked(samples, Count, "samples")
-
-    def own() -> Iterator[Tensor]:
-        # one batch has one number of given tokens
-        for number, some in enumerate(runs(heads, windows_per_batch(windows.shape[1]))):
-            tokens = windows[some].to(model.device)
-            if number % processes.world == processes.rank:
-                yield (
-                    log_importance_weights(
-                        model, tokens, samples=samples, generator=generator, given=heads[some.start]
-                    )
-                    .cpu()
-                    .double()
-                )
-            else:
-                # so that the noise of its own batches is that of one process
-                for _ in range(draws):
-                    model.draw_noise(tokens, generator)
-
-    found = []
-    for log_w in processes.in_turn(own()):
-        found.append(log_w)
-        progress.advance(log_w.shape[1])
-    return torch.cat(found, dim=1)
-
-
-def runs(values: Iterable[object], longest: int) -> Iterator[slice]:
-    """Slices of at most `longest` neighbours that are equal, from left to right."""
-    start = 0
-    for _, equal in groupby(values):
-        end = start + len(list(equal))
-        yield from (slice(i, min(i + longest, end)) for i in range(start, end, longest))
-        start = end
 
 
 def _per_token(nats: Float[Tensor, " W"], tokens: Float[Tensor, " W"]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.data.prompts import read
 from tarflowlm.data.windows import spans
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
+from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.schema import Count, Seed, checked
@@ -179,7 +179,7 @@ def _mean_nats(
     shapes = [(end - start, given) for (start, end), given in zip(windows, givens, strict=True)]
     generators = [Generator(device=model.device).manual_seed(seed) for _ in tokens]
     found = []
-    for some in runs(shapes, windows_per_batch(shapes[0][0])):
+    for some in chunks.equal_ranges(shapes, chunks.evaluated_rows(shapes[0][0])):
         # [B, windows, T]
         rows = torch.stack([whole[:, start:end] for start, end in windows[some]], dim=1)
         nats = torch.zeros(())

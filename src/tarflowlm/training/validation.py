@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 from tarflowlm import chunks
 from tarflowlm.data import eval_windows
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.evaluation.likelihood import Likelihood, summarise, windows_per_batch
+from tarflowlm.evaluation.likelihood import Likelihood, summarise
 from tarflowlm.training.checkpoint import averaged, save_best, stop
 from tarflowlm.training.pace import stop_requested
 from tarflowlm.training.parallel import reshard
@@ -53,7 +53,7 @@ def evaluate(run: Run, windows: Int[Tensor, "W T"], progress: Progress = SILENT)
     Collective.
     """
     model, processes = run.model, run.processes
-    size = windows_per_batch(windows.shape[1])
+    size = chunks.evaluated_rows(windows.shape[1])
     generator = Generator(device=run.device).manual_seed(0)
     bound = run.bound if run.is_sharded else model.bound
     nats = list[Tensor]()
