@@ -30,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from tarflowlm import chunks
 from tarflowlm.config import RunConfig
 from tarflowlm.evaluation.flops import training_flops
-from tarflowlm.flow.codebook import Codebook, typical_neighbour_distance
-from tarflowlm.flow.couplings import coupling_class
+from tarflowlm.flow.codebook import typical_neighbour_distance
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import (
     layout,
     mixture,
@@ -39,7 +39,6 @@ from tarflowlm.flow.numerics import (
     mixture_log_prob_from_features,
     rosenblatt,
 )
-from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.presets import preset
 
 VIEWS = (
@@ -130,12 +129,11 @@ def bytes_of_couplings(config: RunConfig, stage: int) -> float:
     model = replace(config.model_of_stage(stage).first_blocks(stage + 1), vocab_size=64)
     if config.num_stages == 1:
         model = replace(config.model, vocab_size=64)
-    codebook = Codebook(64, model.latent_dim)
     total = 0.0
-    for index, block in enumerate(model.blocks):
-        if block.coupling == "mixd":
+    for index, block in enumerate(model.build().prior.blocks):
+        coupling = block.coupling
+        if isinstance(coupling, MixDCoupling):
             continue
-        coupling = coupling_class(block.coupling).build(BlockPlan(model, index, codebook))
         coupling.compiled = True
         trains = index >= stage
         is_last = index == len(model.blocks) - 1

@@ -19,7 +19,7 @@ from reproduction.recipe import (
 )
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
-from tarflowlm.model_config import FlowConfig
+from tarflowlm.model_config import FlowConfig, Mix1, TokenAffine
 
 BASE, CHANNELWISE, JOINT = "base", "+ channel-wise", "+ Mix-d"
 SIX = 6
@@ -31,7 +31,8 @@ def plan_fig2(settings: Settings) -> list[Training]:
     """The five rungs of the ladder."""
     affine = settings.preset("affine", "owt")
     progressive = settings.preset("mixd", "owt")
-    base = each_block(affine, coupling="token-affine")
+    blocks = as_flow_config(affine.model).blocks
+    base = variant(affine, "", blocks=tuple(TokenAffine(layers=one.layers) for one in blocks))
     ladder = {
         BASE: replace(base, name=affine.name.replace("affine", "base")),
         CHANNELWISE: affine,
@@ -75,7 +76,9 @@ def plan_fig4(settings: Settings) -> list[Training]:
 
 
 def _components(config: FlowConfig) -> int:
-    return config.blocks[0].components
+    first = config.blocks[0]
+    assert isinstance(first, Mix1)
+    return first.components
 
 
 def plan_progressive(settings: Settings) -> list[Training]:

@@ -29,12 +29,12 @@ from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.plan import BlockPlan
 from tarflowlm.flow.stack import InputMap
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.model import LanguageModel, as_flow, seeded
-from tarflowlm.model_config import BlockConfig, FlowConfig, TransformerConfig
+from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step
 
 M = TypeVar("M", bound=nn.Module)
@@ -193,9 +193,14 @@ class Upper(nn.Module):
         self.register_buffer("order", below.codebook.mean[:, 0].argsort(), persistent=False)
         self.weights = _zeroed(nn.Linear(width, V))
         if maps in ("mix1", "key"):
-            blocks = (BlockConfig(), BlockConfig(components=V))
-            config = FlowConfig(trunk=trunk, latent_dim=below.channels, blocks=blocks)
-            self.mix1 = Mix1Coupling.build(BlockPlan(config, 1, below.codebook))
+            config = FlowConfig(latent_dim=below.channels)
+            head = HeadShape(
+                width=width,
+                hidden=config.head_hidden,
+                features=config.head_features,
+                noise=0.0,
+            )
+            self.mix1 = Mix1Coupling(channels=below.channels, components=V, head=head)
 
     @property
     def reader(self) -> Reader:

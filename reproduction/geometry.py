@@ -15,7 +15,7 @@ from reproduction.results import markdown_table
 from reproduction.running import GPT2_SIZE
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.evaluation.blocks import Spread, state_metrics
-from tarflowlm.model_config import FlowConfig, TransformerConfig
+from tarflowlm.model_config import FlowConfig, Mix1, TransformerConfig
 from tarflowlm.presets import preset
 from tarflowlm_apps.report.style import SMALL, Figure, log_scale
 
@@ -150,7 +150,9 @@ def flow_flops(config: FlowConfig, L: int, *, heads: int = 1) -> int:
     c = config.patch * config.latent_dim
     E = config.head_features
     D_m = 2 * config.head_hidden
-    outputs = 3 * config.blocks[0].components
+    first = config.blocks[0]
+    assert isinstance(first, Mix1)
+    outputs = 3 * first.components
     head = 6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs
     return 4 * D * N + _transformer_flops(D, L, N) + heads * N * head
 

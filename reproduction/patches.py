@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from reproduction.recipe import Finished, Recipe, Row, Training, trainings, vari
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
+from tarflowlm.model_config import InPatch, Mix1, MixD
 from tarflowlm.presets import preset
 from tarflowlm_apps.report.style import SMALL, Figure, log_scale
 
@@ -40,15 +40,17 @@ def plan_fig5(settings: Settings) -> list[Training]:
     return trainings(settings, runs) + measures.judge_training(settings)
 
 
-def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independent"]) -> RunConfig:
+def two_tokens(settings: Settings, in_patch: InPatch) -> RunConfig:
     """Mix-d with two tokens per position, whose weights see the earlier token, or not."""
     if settings.scale == "mini":
         run = preset("mini-mixd-p2")
     else:
         run = variant(settings.preset("mixd", "owt"), "p2", patch=2)
-    if in_patch == "independent":
-        return variant(run, "independent", in_patch="independent")
-    return replace(run, model=replace(run.model, in_patch=in_patch))
+    if in_patch == "autoregressive":
+        return run
+    first, *others = as_flow_config(run.model).blocks
+    assert isinstance(first, MixD)
+    return variant(run, in_patch, blocks=(replace(first, in_patch=in_patch), *others))
 
 
 def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -171,9 +173,10 @@ def plan_in_patch(settings: Settings) -> list[Training]:
         ("apart in all blocks", (0, 1, 2), False),
         ("in groups of mixed channels", (0, 1, 2), True),
     ):
-        blocks = as_flow_config(run.model).blocks
         blocks = tuple(
-            replace(block, sees_tokens=index not in apart) for index, block in enumerate(blocks)
+            replace(block, sees_tokens=index not in apart)
+            for index, block in enumerate(as_flow_config(run.model).blocks)
+            if isinstance(block, Mix1)
         )
         suffix = f"p2-{name.replace(',', '').replace(' ', '-')}"
         found[f"Mix-1, {name}"] = variant(run, suffix, patch=2, blocks=blocks, channel_mix=is_mixed)

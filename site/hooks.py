@@ -39,7 +39,8 @@ API = {
         "Configuration",
         """
         preset RunConfig FlowConfig BaselineConfig coupling model_config.LanguageModelConfig
-        model_config.BlockConfig model_config.TransformerConfig model_config.stack
+        model_config.BlockConfig model_config.Affine model_config.TokenAffine model_config.Mix1
+        model_config.MixD model_config.TransformerConfig
         config.DataConfig config.TokenizerConfig config.TrainConfig config.OptimConfig
         """,
     ),

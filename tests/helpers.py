@@ -2,6 +2,7 @@
 without training.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -25,11 +26,29 @@ from tarflowlm.data import (
     suited,
 )
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
-from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
+from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
 from tarflowlm.runs.checkpoint import WEIGHTS, write_run
 from tarflowlm.runs.weights import write_weights
+from tarflowlm.schema import kinds_of
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def stack(
+    couplings: Sequence[str], layers: Sequence[int], components: Sequence[int], **fields: Any
+) -> tuple[BlockConfig, ...]:
+    """Blocks from their couplings, layers and components, with other fields where they have them.
+
+    Affine blocks have no components.
+    """
+    blocks = []
+    for name, depth, count in zip(couplings, layers, components, strict=True):
+        kind = kinds_of(BlockConfig)[name]
+        names = {one.name for one in dataclasses.fields(kind)}
+        given = fields | {"layers": depth, "components": count}
+        blocks.append(kind(**{name: value for name, value in given.items() if name in names}))
+    return tuple(blocks)
+
 
 FILLS = {
     "couplings": ("mixd",) * 3,
@@ -103,18 +122,16 @@ def tiny_flow(
     components = tuple(0 if (i, c) == (0, "mixd") else usual[c] for i, c in enumerate(couplings))
     layers = fields.pop("layers", (1,) * len(couplings))
     of_block = {
-        name: fields.pop(name) for name in ("sees_channels", "sees_tokens") if name in fields
+        name: fields.pop(name)
+        for name in ("sees_channels", "sees_tokens", "certainty", "in_patch")
+        if name in fields
     }
-    certainty = fields.pop("certainty", 0.0)
     defaults = {
         "vocab_size": 5,
         "context": 8,
         "latent_dim": 2,
         "trunk": TRUNK,
-        "blocks": tuple(
-            replace(block, certainty=certainty, **of_block)
-            for block in stack(couplings, layers, fields.pop("components", components))
-        ),
+        "blocks": stack(couplings, layers, fields.pop("components", components), **of_block),
         "head_hidden": 4,
     }
     with seeded(seed):

@@ -11,17 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tarflowlm
-from helpers import FLOW, TRUNK, flip
+from helpers import FLOW, TRUNK, flip, stack
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
+from tarflowlm.model_config import BaselineConfig, FlowConfig, Mix1, MixD
 from tarflowlm.runs.checkpoint import WEIGHTS, load_checkpoint, read_summary, write_run
 from tarflowlm.runs.weights import is_whole, write_manifest, write_weights
 
 CONFIGS = {
     "flow": FLOW,
-    "flow-patch": replace(FLOW, patch=2, in_patch="independent", channel_mix=False),
+    "flow-patch": replace(
+        FLOW,
+        patch=2,
+        blocks=(MixD(in_patch="independent"), Mix1(), Mix1()),
+        channel_mix=False,
+    ),
     "own-components": replace(FLOW, blocks=stack(("affine", "mixd", "mix1"), (1, 1, 1), (1, 4, 3))),
     "ar": BaselineConfig(context=8, trunk=TRUNK, layers=1),
     "ar-patch": BaselineConfig(
@@ -193,10 +198,10 @@ def edit_config(directory: Path, change) -> None:
     ("change", "message"),
     [
         (lambda c: c["model"].update(widht=3), r"config\.json\.model\.widht: unknown key"),
-        (lambda c: c["model"].update(family=[]), r"family: \[\]"),
+        (lambda c: c["model"].update(family=[]), r"family \[\]"),
         (lambda c: c["model"].update(latent_dim=5), r"does not fit config\.json"),
         (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
-        (lambda c: c.update(train=[1, 2]), "train: expected an object"),
+        (lambda c: c.update(train=[1, 2]), r"train \[1, 2\] of type list: give TrainConfig"),
         (lambda c: c.update(model_type="gpt2"), "not the configuration of a run"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.errors import UserError
-from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, stack
+from tarflowlm.model_config import BaselineConfig, FlowConfig, Mix1, MixD
 from tarflowlm.presets import PRESETS, preset, with_steps
 from tarflowlm.schema import from_dict, to_dict
 
@@ -57,14 +57,18 @@ def changed(path: str, value: object) -> dict:
         (
             "model.blocks",
             [{"coupling": "mixx"}],
-            r"model.blocks.0.coupling 'mixx': choose one of affine",
+            "config.model.blocks.0.coupling 'mixx': choose one of affine.* import your own",
         ),
         (
             "model.blocks",
-            [{}, {"layers": 2.0}],
+            [{"coupling": "mixd"}, {"coupling": "mix1", "layers": 2.0}],
             "config.model.blocks.1.layers 2.0 .*: give an integer",
         ),
-        ("model.blocks", [{"layer": 2}], "config.model.blocks.0.layer: unknown key"),
+        (
+            "model.blocks",
+            [{"coupling": "mix1", "layer": 2}],
+            "config.model.blocks.0.layer: unknown key",
+        ),
         ("train.batch_size", 1.5, "config.train.batch_size 1.5 .*: give an integer"),
         ("train.batch_size", True, "config.train.batch_size True .*: give an integer"),
         ("optim.lr", "fast", "config.optim.lr 'fast' .*: give a number"),
@@ -88,14 +92,9 @@ def test_defaults_fill_what_is_left_out():
     assert run == RunConfig(name="x", model=BaselineConfig(), train=TrainConfig(stage_steps=(7,)))
 
 
-FLOW = {"blocks": stack(("mixd", "mix1"), (1, 1), (0, 2))}
+FLOW = {"blocks": (MixD(), Mix1())}
 TWO_STAGES = TrainConfig(stage_steps=(1, 1), mode="joint")
-SURE = BlockConfig(coupling="mixd", components=0, certainty=0.9)
-FILLING = FlowConfig(blocks=(SURE, replace(SURE, certainty=0.0)), channel_mix=False)
-
-
-def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
-    return {"blocks": stack(couplings, layers, components)}
+FILLING = FlowConfig(blocks=(MixD(certainty=0.9), MixD()), channel_mix=False)
 
 
 @pytest.mark.parametrize(
@@ -107,30 +106,12 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
             "patch 4: does not divide context 10",
         ),
         (FlowConfig, {"blocks": ()}, "at least one block"),
+        (FlowConfig, {"blocks": (Mix1(), MixD())}, "model.blocks.1.components 0: ties it"),
+        (MixD, {"certainty": 0.9, "components": 3}, "mixd.certainty 0.9: needs components 0"),
         (
             FlowConfig,
-            blocks(components=(0, 0)),
-            r"blocks.1.components 0: must be at least 1 \(mix1\)",
-        ),
-        (
-            FlowConfig,
-            blocks(("mix1", "mixd"), components=(2, 0)),
-            "blocks.1.components 0: ties it",
-        ),
-        (
-            FlowConfig,
-            blocks(("mixd", "affine")),
-            "blocks.1.components 2: has no effect",
-        ),
-        (
-            FlowConfig,
-            {"blocks": (replace(SURE, components=3), BlockConfig())},
-            "blocks.0.certainty 0.9: needs a mixd block",
-        ),
-        (
-            FlowConfig,
-            {"blocks": (SURE, BlockConfig())},
-            "blocks.1.components 2: above a block with cert",
+            {"blocks": (MixD(certainty=0.9), Mix1())},
+            r"model.blocks.1 Mix1\(layers=1.*: above a block with cert",
         ),
         (
             RunConfig,
@@ -163,8 +144,7 @@ def test_contradictions_are_refused(cls, fields, message):
         (FlowConfig, {"trunk": 5}, "model.trunk 5 of type int: give TransformerConfig"),
         (FlowConfig, {"blocks": ("mixd",)}, "model.blocks.0 'mixd' of type str: give BlockConfig"),
         (FlowConfig, {"channel_mix": 1}, "model.channel_mix 1 of type int: give True or False"),
-        (BlockConfig, {"coupling": 3}, "coupling 3 of type int: give a text"),
-        (BlockConfig, {"layers": "2"}, "layers '2' of type str: give an integer"),
+        (Mix1, {"layers": "2"}, "mix1.layers '2' of type str: give an integer"),
         (TrainConfig, {"stage_steps": "10"}, "train.stage_steps '10' of type str: give a list"),
         (TrainConfig, {"stage_steps": (1.5,)}, "train.stage_steps.0 1.5 of type float"),
         (RunConfig, {"name": "x", "model": None}, "give FlowConfig or BaselineConfig"),

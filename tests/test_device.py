@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers import stack
 from tarflowlm import device
 from tarflowlm.flow.numerics import layout, normal, sweep
 from tarflowlm.model import TarFlowLM, seeded
-from tarflowlm.model_config import FlowConfig, TransformerConfig, stack
+from tarflowlm.model_config import FlowConfig, TransformerConfig
 
 FAULTS = """
 import resource, torch

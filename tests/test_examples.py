@@ -10,7 +10,7 @@ import torch
 
 from tarflowlm import UserError
 from tarflowlm.model import seeded
-from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
+from tarflowlm.model_config import BaselineConfig, FlowConfig, MixD, TransformerConfig
 
 MODULES = {
     "flow.codebook": "Codebook",
@@ -52,7 +52,7 @@ def small_model(separation: float | None):
             trunk=trunk,
             latent_dim=4,
             separation=separation,
-            blocks=(BlockConfig(coupling="mixd", components=0),),
+            blocks=(MixD(),),
         )
     with seeded(0):
         model = config.build().eval()

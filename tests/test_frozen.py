@@ -17,14 +17,23 @@ FIELDS = {
     model_config.BaselineConfig: """
         context in_patch layers patch trunk vocab_size
     """,
-    model_config.BlockConfig: """
-        certainty components coupling layers sees_channels sees_tokens start
+    model_config.Affine: """
+        layers sees_channels sees_tokens
+    """,
+    model_config.TokenAffine: """
+        layers sees_tokens
+    """,
+    model_config.Mix1: """
+        components layers sees_channels sees_tokens
+    """,
+    model_config.MixD: """
+        certainty components in_patch layers
     """,
     config.DataConfig: """
         source tokenizer unwrap
     """,
     model_config.FlowConfig: """
-        alternate blocks channel_mix context head head_hidden in_patch latent_dim patch reads_tokens
+        alternate blocks channel_mix context head head_hidden latent_dim patch reads_tokens
         separation trunk vocab_size
     """,
     config.OptimConfig: """

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import TRUNK
+from helpers import TRUNK, stack
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.flow.numerics import layout
 from tarflowlm.model import TarFlowLM, seeded
-from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
+from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.objective import elbo
 
 pytestmark = pytest.mark.slow

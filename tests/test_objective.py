@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import normal, tiny_ar, tiny_flow
+from helpers import normal, stack, tiny_ar, tiny_flow
 from tarflowlm import chunks
 from tarflowlm.baseline import IN_PATCH_CHANNELS, TokenLM
 from tarflowlm.flow.numerics import log_component_densities
 from tarflowlm.model import TarFlowLM, seeded
-from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
+from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
 from tarflowlm.objective import (
     conditional_bound,
     elbo,
@@ -160,11 +160,9 @@ def token_lm_of(model: TarFlowLM) -> TokenLM:
     does its mean.
     """
     config, block = model.config, model.prior.blocks[0]
-    shared = {
-        name: getattr(config, name)
-        for name in ("vocab_size", "context", "patch", "in_patch", "trunk")
-    }
-    lm = TokenLM(BaselineConfig(**shared, layers=config.blocks[0].layers)).double()
+    shared = {name: getattr(config, name) for name in ("vocab_size", "context", "patch", "trunk")}
+    first = config.blocks[0]
+    lm = TokenLM(BaselineConfig(**shared, in_patch=first.in_patch, layers=first.layers)).double()
     with torch.no_grad():
         if config.patch == 1:
             lm.embedding.weight.copy_(block.input(model.codebook.mean))

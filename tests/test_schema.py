@@ -20,7 +20,10 @@ CHECKED = [
     config.TokenizerConfig,
     config.TrainConfig,
     model_config.BaselineConfig,
-    model_config.BlockConfig,
+    model_config.Affine,
+    model_config.Mix1,
+    model_config.MixD,
+    model_config.TokenAffine,
     model_config.FlowConfig,
     model_config.TransformerConfig,
 ]

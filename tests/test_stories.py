@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import tarflowlm
+from helpers import stack
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import Progress
-from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, stack
+from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
 from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft, write
 

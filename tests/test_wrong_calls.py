@@ -151,7 +151,6 @@ REFUSED = [
     ("tarflowlm.load(None)", ["model None", "run directory", "hf:OWNER/NAME"]),
     ('tarflowlm.load("english-mini", device="cuda:1")', ["device cuda:1", "auto", "cpu"]),
     ("lm.to(torch.bfloat16)", ["device torch.bfloat16", "float32"]),
-    ('stack(("mixd",), (1, 2), (0,))', ["1 couplings, 2 layers, 1 components", "every block"]),
     ('tarflowlm.load("english-mini", device=None)', ["device None", "give auto", "cpu"]),
     ('tarflowlm.load("nothing")', ["nothing", "english-mini"]),
 ]
@@ -177,7 +176,6 @@ ACCEPTED = [
 CALLS = [*(call for call, _ in REFUSED), *ACCEPTED]
 SCRIPT = f"""
 import copy, numpy as np, torch, tarflowlm
-from tarflowlm.model_config import stack
 from tarflowlm import elbo, evaluate, generate, importance_weighted_bound
 lm, small = tarflowlm.load("english-mini"), tarflowlm.load("english-small")
 flow, tokenizer = lm

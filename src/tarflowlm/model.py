@@ -15,14 +15,14 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
-from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import coupling_class
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
+from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.plan import BlockPlan
+from tarflowlm.flow.plan import BlockShape, Order
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import Conditioner
-from tarflowlm.model_config import FlowConfig, LanguageModelConfig
+from tarflowlm.model_config import FlowConfig, LanguageModelConfig, MixD
 from tarflowlm.schema import check_type
 
 
@@ -234,18 +234,44 @@ class TarFlowLM(LanguageModel):
 
     def append_block(self) -> FlowBlock:
         """Build the next block; one below it with `certainty` then only fills in (eq. 9a)."""
-        plan = BlockPlan(self.config, self.num_blocks, self.codebook)
-        block = FlowBlock(
-            trunk=self.config.trunk,
-            num_layers=plan.block.layers,
-            order=plan.order,
-            coupling=coupling_class(plan.block.coupling).build(plan),
-            codebook=plan.token_reader,
+        config, index = self.config, self.num_blocks
+        options = config.blocks[index]
+        above_fills = config.fills_below(index)
+        # a block that fills in puts out noise, or latents as they came
+        components = NoisyCodebook(self.codebook) if above_fills else self.codebook
+        head = HeadShape(
+            width=config.trunk.width,
+            hidden=config.head_hidden,
+            features=config.head_features,
+            linear_paths=config.head == "linear-paths",
+            embed_bias=config.head == "paper",
+            # a block that is put on a trained stack must not harm it: it starts as the identity
+            noise=0.1 if index == 0 else 0.0,
         )
-        if plan.index > 0:
-            below = self.prior.block(plan.index - 1)
-            if isinstance(below.coupling, MixDCoupling):
-                below.coupling.certainty = self.config.blocks[plan.index - 1].certainty
+        shape = BlockShape(
+            patch=config.patch,
+            latent_dim=config.latent_dim,
+            is_first=index == 0,
+            components=components,
+            head=head,
+        )
+        reads = config.reads_tokens and (index == 0 or above_fills)
+        block = FlowBlock(
+            trunk=config.trunk,
+            num_layers=options.layers,
+            order=Order(
+                shape.channels,
+                reverse=config.alternate and index % 2 == 1,
+                mix=index if config.mixes_channels else 0,
+            ),
+            coupling=options.build(shape),
+            codebook=components if reads else None,
+        )
+        below = config.blocks[index - 1] if index else None
+        if isinstance(below, MixD):
+            coupling = self.prior.block(index - 1).coupling
+            assert isinstance(coupling, MixDCoupling)
+            coupling.certainty = below.certainty
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 

@@ -3,15 +3,17 @@
 No torch here: the command line reads configurations without it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from tarflowlm.errors import UserError
-from tarflowlm.schema import Checked, Count, Positive, Range, Whole
+from tarflowlm.schema import Checked, Count, Positive, Range, Whole, kinds_of
 
-T = TypeVar("T")
+Coupling = TypeVar("Coupling")
+
+InPatch = Literal["autoregressive", "independent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ class BaselineConfig(LanguageModelConfig):
 
     family: ClassVar[str] = "ar"
     model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
-    in_patch: Literal["autoregressive", "independent"] = "independent"
+    in_patch: InPatch = "independent"
     """Tokens of a patch: independent (as in the paper), or each given the tokens before it."""
     layers: Count = 6
     """Transformer layers."""
@@ -114,87 +116,130 @@ class BaselineConfig(LanguageModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(Checked):
-    """One block of the stack."""
+    """One block of the stack: its depth, and the options of its coupling, which subclasses add."""
 
-    coupling: str = "mix1"
-    """The map of a position. affine, token-affine: one Gaussian, autoregressive over channels or
-    over tokens. mix1: a mixture per channel. mixd: a mixture per token over one codebook.
-    """
+    KEY: ClassVar[str] = "coupling"
+    MORE_KINDS: ClassVar[str] = ", or import your own (--import MODULE)"
+    coupling: ClassVar[str]
+    """The name of the coupling."""
+    implementation: ClassVar[Any]
+    """The class of the coupling, or its module:class."""
     layers: Count = 1
     """Transformer layers."""
-    start: Literal["codebook", "plain"] = "codebook"
-    """Start of a mix1 block 1 with K = V, and of a mixd block with V components of its own: as the
-    Mix-d coupling of the codebook, or plain. Every other block starts plain.
-    """
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the components are tied to the encoder's codebook: they are tokens."""
+        return False
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether the block leaves some tokens to the blocks above."""
+        return False
+
+    def build(self, shape: Any) -> Any:
+        """The coupling for a block of this `flow.plan.BlockShape`."""
+        kind = self.implementation
+        return (imported(kind) if isinstance(kind, str) else kind).build(self, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelBlock(BlockConfig):
+    """A block whose coupling acts channel by channel."""
+
     sees_channels: bool = True
     """Let the head of a channel see the channels before it; without, the past alone."""
     sees_tokens: bool = True
     """Let it see those of all tokens of its patch; without, only those of its own group of d
     channels, which is its token where channels are not mixed (the paper's figure 1b), and where
-    they are has channels of several tokens (figure 1c). For mixd: in_patch.
+    they are has channels of several tokens (figure 1c).
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine(ChannelBlock):
+    """One Gaussian per channel."""
+
+    section: ClassVar[str] = "affine."
+    coupling: ClassVar[str] = "affine"
+    implementation = "tarflowlm.flow.channelwise:AffineCoupling"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenAffine(BlockConfig):
+    """One Gaussian for all channels of a token."""
+
+    section: ClassVar[str] = "token-affine."
+    coupling: ClassVar[str] = "token-affine"
+    implementation = "tarflowlm.flow.channelwise:AffineCoupling"
+    sees_tokens: bool = True
+    """Let the head of a token see the tokens before it in its patch; without, the past alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix1(ChannelBlock):
+    """A mixture per channel."""
+
+    section: ClassVar[str] = "mix1."
+    coupling: ClassVar[str] = "mix1"
+    implementation = "tarflowlm.flow.channelwise:Mix1Coupling"
+    components: Count = 2
+    """Mixture components K."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixD(BlockConfig):
+    """A mixture per token over one codebook."""
+
+    section: ClassVar[str] = "mixd."
+    coupling: ClassVar[str] = "mixd"
+    implementation = "tarflowlm.flow.mixd:MixDCoupling"
+    components: Whole = 0
+    """Mixture components K; 0 ties them to the encoder's codebook."""
     certainty: Annotated[float, Range(least=0, below=1)] = 0.0
-    """For a tied mixd block below others: act only where a token has a weight above this
-    (docs/math.md, eq. 9a). 0: act on all tokens.
+    """Below other blocks: apply this block only where its largest token weight exceeds this, and
+    pass other latents through (docs/math.md, eq. 9a). 0: act on all tokens.
     """
-    components: Whole = 2
-    """Mixture components K; 0 ties the components of mixd to the encoder's codebook; 1 for affine
-    couplings.
-    """
+    in_patch: InPatch = "autoregressive"
+    """Mixture weights inside a patch: given the earlier tokens of the patch, or independent."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.certainty and self.components:
+            yield "certainty", "needs components 0, which are tokens"
 
     @property
     def is_tied(self) -> bool:
-        """Whether the components are tied to the encoder's codebook: they are tokens."""
-        return self.coupling == "mixd" and self.components == 0
+        return self.components == 0
+
+    @property
+    def fills_in(self) -> bool:
+        return self.certainty > 0
 
 
-COUPLINGS: dict[str, type | str] = {
-    "affine": "tarflowlm.flow.channelwise:AffineCoupling",
-    "token-affine": "tarflowlm.flow.channelwise:AffineCoupling",
-    "mix1": "tarflowlm.flow.channelwise:Mix1Coupling",
-    "mixd": "tarflowlm.flow.mixd:MixDCoupling",
-}
-"""The class of every coupling that `BlockConfig` can name, or its module:class."""
+def coupling(
+    name: str, options: type[BlockConfig] = ChannelBlock
+) -> Callable[[type[Coupling]], type[Coupling]]:
+    """Register a `flow.couplings.Coupling` under a name (docs/flow.md).
 
-
-def coupling(name: str) -> Callable[[type[T]], type[T]]:
-    """Register a `flow.couplings.Coupling` under a name for `BlockConfig.coupling` (docs/flow.md).
-
+    The class gets its configuration as `options`: a subclass of `options`, a frozen dataclass.
     UserError for a name that is taken.
     """
     if not name or not isinstance(name, str):
         raise UserError(f"coupling {name!r:.40}: give it a name, a str")
 
-    def register(kind: type[T]) -> type[T]:
+    def register(kind: type[Coupling]) -> type[Coupling]:
         if not hasattr(kind, "build"):
             raise UserError(f"coupling {name!r}: {kind!r:.40} has no `build` (docs/flow.md)")
-        known = COUPLINGS.get(name, kind)
+        known = kinds_of(BlockConfig).get(name)
         # a notebook may run the cell that defines a class more than once
-        if getattr(known, "__qualname__", "") != kind.__qualname__:
+        if known and getattr(known.implementation, "__qualname__", "") != kind.__qualname__:
             raise UserError(f"coupling {name!r} exists already: choose another name")
-        COUPLINGS[name] = kind
+        own = {"section": f"{name}.", "coupling": name, "implementation": kind}
+        # the class holds it, since a class knows its subclasses weakly
+        kind.options = type(options.__name__, (options,), own)  # type: ignore[attr-defined]
         return kind
 
     return register
-
-
-def stack(
-    couplings: Sequence[str],
-    layers: Sequence[int],
-    components: Sequence[int],
-    start: Literal["codebook", "plain"] = "codebook",
-) -> tuple[BlockConfig, ...]:
-    """Blocks from their couplings, layers and components, block 1 first.
-
-    UserError for lists of different lengths.
-    """
-    if not len(couplings) == len(layers) == len(components):
-        sizes = f"{len(couplings)} couplings, {len(layers)} layers, {len(components)} components"
-        raise UserError(f"{sizes}: give one of each for every block")
-    return tuple(
-        BlockConfig(coupling=name, layers=depth, components=count, start=start)
-        for name, depth, count in zip(couplings, layers, components, strict=True)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +247,7 @@ class FlowConfig(LanguageModelConfig):
     """Shape of a TarFlowLM.
 
     Example:
-        >>> blocks = stack(["mixd", "mix1"], layers=[4, 2], components=[0, 2])
-        >>> config = FlowConfig(latent_dim=16, blocks=blocks)
+        >>> config = FlowConfig(latent_dim=16, blocks=(MixD(layers=4), Mix1(components=2)))
         >>> config.num_blocks, config.describe(0), config.has_token_weights
         (2, 'block 1 mixd', True)
     """
@@ -215,9 +259,9 @@ class FlowConfig(LanguageModelConfig):
     separation: Positive = 12.0
     """Typical distance between neighbouring codebook means, over sigma, at the start."""
     blocks: tuple[BlockConfig, ...] = (
-        BlockConfig(coupling="mixd", layers=6, components=0),
-        BlockConfig(),
-        BlockConfig(),
+        MixD(layers=6),
+        Mix1(),
+        Mix1(),
     )
     """Blocks of the stack, block 1 (next to the tokens) first."""
     head: Literal["linear-paths", "paper"] = "linear-paths"
@@ -234,33 +278,18 @@ class FlowConfig(LanguageModelConfig):
     """Let block 1, and blocks above one with certainty, also read an embedding of the tokens that
     the latents before a position decode to.
     """
-    in_patch: Literal["autoregressive", "independent"] = "autoregressive"
-    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or
-    independent.
-    """
 
     def rules(self) -> Iterator[tuple[str, str]]:
         yield from super().rules()
         if not self.blocks:
             yield "blocks", "needs at least one block"
         for index, block in enumerate(self.blocks):
-            where, name = f"blocks.{index}", block.coupling
-            if name not in COUPLINGS:
-                known = f"choose one of {', '.join(COUPLINGS)}"
-                yield f"{where}.coupling", f"{known}, or import your own (--import MODULE)"
-            if name == "mix1" and not block.components:
-                yield f"{where}.components", "must be at least 1 (mix1)"
-            if name in ("affine", "token-affine") and block.components > 1:
-                rule = f"has no effect, an affine coupling ({name}) has one Gaussian; use 1"
-                yield f"{where}.components", rule
-            if block.certainty and not block.is_tied:
-                yield f"{where}.certainty", "needs a mixd block with components 0"
             if self.fills_below(index) and not block.is_tied:
                 rule = "above a block with certainty, use mixd with components 0"
-                yield f"{where}.components", rule
+                yield f"blocks.{index}", rule
             if block.is_tied and index > 0 and self.mixes_channels:
                 rule = "ties it to block 1; set channel_mix off, or give K >= 1"
-                yield f"{where}.components", rule
+                yield f"blocks.{index}.components", rule
 
     @property
     def num_blocks(self) -> int:
@@ -280,7 +309,7 @@ class FlowConfig(LanguageModelConfig):
 
     def fills_below(self, index: int) -> bool:
         """Whether a block below block `index` (0-based) has `certainty`."""
-        return any(block.certainty for block in self.blocks[:index])
+        return any(block.fills_in for block in self.blocks[:index])
 
     @property
     def mixes_channels(self) -> bool:

@@ -4,20 +4,24 @@ Members of a family share Transformer size, data, optimiser, schedule, and the t
 sees.
 """
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError, guess
 from tarflowlm.model_config import (
+    Affine,
     BaselineConfig,
     BlockConfig,
     FlowConfig,
+    Mix1,
+    MixD,
     TransformerConfig,
-    stack,
 )
-from tarflowlm.schema import Count, Positive, check_type, checked
+from tarflowlm.schema import Count, Positive, check_type, checked, from_dict, to_dict
 
 # a convolution of the inputs helps letters; block 1 of a flow over word pieces gains by reading
 # tokens (docs/log.md)
@@ -63,7 +67,7 @@ def quickstart() -> RunConfig:
 
 def english_small() -> RunConfig:
     """Fairy tales with capitals and signs, that begin and end: two hours of one fast CPU core."""
-    blocks = stack(("mixd", "mix1"), (6, 1), (0, 2))
+    blocks = (MixD(layers=6), Mix1())
     return RunConfig(
         name="english-small",
         model=FlowConfig(latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True),
@@ -90,13 +94,13 @@ def mini_ar() -> RunConfig:
 
 def mini_affine() -> RunConfig:
     """Three affine blocks with as many Transformer layers together as the baseline."""
-    blocks = stack(("affine",) * 3, PAPER_SHARES, (1, 1, 1))
+    blocks = tuple(Affine(layers=layers) for layers in PAPER_SHARES)
     return _mini_joint("mini-affine", blocks, PLAIN_OPTIM)
 
 
 def mini_mix1() -> RunConfig:
     """Three Mix-1 blocks in the paper's shares of layers, with as many together as the baseline."""
-    blocks = stack(("mix1",) * 3, PAPER_SHARES, (27, 27, 27), start="plain")
+    blocks = tuple(Mix1(layers=layers, components=27) for layers in PAPER_SHARES)
     return _mini_joint("mini-mix1", blocks, PLAIN_OPTIM)
 
 
@@ -125,11 +129,10 @@ def mini_passes() -> RunConfig:
 
     The last Mix-d block writes a text with gaps, which the other block fills in.
     """
-    first, last = stack(("mixd",) * 2, (1, 5), (0, 0))
     run = mini_mixd()
     model = FlowConfig(
         trunk=MINI_TRUNK,
-        blocks=(replace(first, certainty=0.991), last),
+        blocks=(MixD(certainty=0.991), MixD(layers=5)),
         channel_mix=None,
         alternate=False,
         reads_tokens=True,
@@ -144,7 +147,7 @@ def _mini_joint(name: str, blocks: tuple[BlockConfig, ...], optim: OptimConfig) 
 
 
 def _mini_mixd(name: str, *, layers: int = 4, patch: int = 1) -> RunConfig:
-    blocks = stack(("mixd", "mix1", "mix1"), (layers, 1, 1), (0, 2, 2))
+    blocks = (MixD(layers=layers), Mix1(), Mix1())
     model = FlowConfig(trunk=MINI_TRUNK, patch=patch, blocks=blocks, reads_tokens=True)
     train = replace(MINI_TRAIN, stage_steps=(MINI_STEPS, 300, 300))
     return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM, temperature=CALM)
@@ -246,11 +249,12 @@ def _paper_model(corpus: _Corpus, kind: str) -> BaselineConfig | FlowConfig:
     if kind == "ar":
         return BaselineConfig(context=corpus.context, trunk=PAPER_TRUNK, layers=12)
     if kind == "mixd":
-        upper = corpus.upper_components
-        blocks = stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper))
+        upper = Mix1(layers=2, components=corpus.upper_components)
+        blocks: tuple[BlockConfig, ...] = (MixD(layers=8), upper, upper)
+    elif kind == "mix1":
+        blocks = tuple(Mix1(layers=n, components=corpus.components) for n in (2, 2, 8))
     else:
-        components = corpus.components if kind == "mix1" else 1
-        blocks = stack((kind,) * 3, (2, 2, 8), (components,) * 3, start="plain")
+        blocks = tuple(Affine(layers=n) for n in (2, 2, 8))
     return FlowConfig(
         context=corpus.context,
         latent_dim=corpus.latent_dim,
@@ -331,6 +335,27 @@ def with_blocks(run: RunConfig, num_blocks: int) -> RunConfig:
     return replace(
         run, model=run.model.first_blocks(num_blocks), train=replace(run.train, stage_steps=steps)
     )
+
+
+def with_fields(run: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """`run` with fields set by their dotted names, such as "model.blocks.0.layers".
+
+    "model.blocks.0.coupling" gives a block another coupling, with the default options of that.
+    UserError for a name that is not a field.
+    """
+    changed = to_dict(run)
+    for name, value in values.items():
+        *parents, last = [int(key) if key.isdigit() else key for key in name.split(".")]
+        try:
+            place = functools.reduce(operator.getitem, parents, changed)
+            # options of another coupling than the one before
+            for key in set(place) - {"layers"} if last == BlockConfig.KEY else ():
+                del place[key]
+            place[last] = to_dict(value)
+        except (LookupError, TypeError):
+            listed = "`tarflowlm train PRESET --help` lists them"
+            raise UserError(f"{name}: a run has no such field; {listed}") from None
+    return from_dict(RunConfig, changed, "run")
 
 
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:

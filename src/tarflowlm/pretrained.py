@@ -26,10 +26,10 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score_texts
 from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
-from tarflowlm.presets import check_time, preset, with_steps
+from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
-from tarflowlm.schema import check_type, from_dict, to_dict
+from tarflowlm.schema import check_type
 from tarflowlm.sharing import push_to_hub, save_pretrained
 from tarflowlm.texts.requests import (
     Edit,
@@ -306,7 +306,7 @@ def train(
     check_time(minutes, steps)
     given = {"data.source": data and str(data), "train.minutes": minutes, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
-    config = _changed(config, given | values)
+    config = with_fields(config, given | values)
     if steps is not None:
         config = with_steps(config, steps)
     return _trained(config, out, device, None)
@@ -328,22 +328,6 @@ def _trained(
     with reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
-
-
-def _changed(run: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The run with fields set by their dotted names, such as "model.blocks.0.layers"."""
-    changed = to_dict(run)
-    for name, value in values.items():
-        *parents, last = [int(key) if key.isdigit() else key for key in name.split(".")]
-        place = changed
-        try:
-            for parent in parents:
-                place = place[parent]
-            place[last] = to_dict(value)
-        except (LookupError, TypeError):
-            listed = "`tarflowlm train PRESET --help` lists them"
-            raise UserError(f"{name}: a run has no such field; {listed}") from None
-    return from_dict(RunConfig, changed, "run")
 
 
 def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:

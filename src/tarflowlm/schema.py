@@ -17,7 +17,12 @@ from tarflowlm.errors import UserError, guess
 
 T = TypeVar("T")
 
-_WORDS = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
+_WORDS: dict[object, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ Temperature = Annotated[float, Range(least=1e-30, remedy="top_k 1 takes the most
 TopP = Annotated[float, Range(least=1e-30, most=1, remedy="top_k 1 takes the most probable token")]
 
 
-def checked(value: Any, hint: Any, where: str) -> Any:
+def checked(value: Any, hint: object, where: str) -> Any:
     """`value` as its type `hint` wants it. UserError, which calls it `where`, if it does not fit.
 
     A scalar of NumPy or PyTorch becomes a number of Python, an int a float where one is wanted, a
@@ -96,7 +101,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _one_of(value: Any, kinds: Sequence[Any], where: str) -> Any:
+def _one_of(value: object, kinds: Sequence[object], where: str) -> object:
     """`value` as the first of the types of a union that it fits."""
     if isinstance(value, Mapping):
         known = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
@@ -118,15 +123,17 @@ def _one_of(value: Any, kinds: Sequence[Any], where: str) -> Any:
     raise errors[0] if errors else UserError(f"{where} {_shown(value)}: give {wanted}")
 
 
-def _structure(value: dict[str, Any], kinds: Sequence[type], where: str) -> Any:
+def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> object:
     """The dataclass that JSON values hold: of the `kinds` and their subclasses the one they name.
 
     Unknown and missing keys are errors.
     """
     cls = kinds[0]
-    key = getattr(cls, "KEY", "")
-    known = {getattr(kind, key): kind for kind in _family(kinds) if hasattr(kind, key)}
+    known: dict[str, type] = {}
+    for kind in kinds:
+        known |= kinds_of(kind)
     if known:
+        key = cls.KEY  # type: ignore[attr-defined]
         name = value.pop(key, next(iter(known)) if len(known) == 1 else None)
         if not isinstance(name, str) or name not in known:
             more = getattr(cls, "MORE_KINDS", "")
@@ -146,15 +153,17 @@ def _structure(value: dict[str, Any], kinds: Sequence[type], where: str) -> Any:
     )
 
 
-def _family(kinds: Sequence[type]) -> Iterator[type]:
-    """Classes and all their subclasses."""
-    for kind in kinds:
-        yield kind
-        yield from _family(kind.__subclasses__())
+def kinds_of(cls: type[T]) -> dict[str, type[T]]:
+    """A class and its subclasses, by the names under which JSON values have them."""
+    key = getattr(cls, "KEY", "")
+    found = {vars(cls)[key]: cls} if key in vars(cls) else {}
+    for one in cls.__subclasses__():
+        found |= kinds_of(one)
+    return found
 
 
 def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
-    plain: Any = value.item() if getattr(value, "ndim", None) == 0 else value
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
     kind: Any = {int: Integral, float: Real, bool: bool}[hint]
     # to Python, True is an integer
     if not isinstance(plain, kind) or isinstance(plain, bool) != (hint is bool):
@@ -176,7 +185,7 @@ def _shown(value: object) -> str:
     return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
 
 
-def _wanted(hint: Any) -> str:
+def _wanted(hint: object) -> str:
     """A type in words."""
     origin, kinds = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -191,7 +200,7 @@ def _wanted(hint: Any) -> str:
 
 
 @functools.cache
-def hints_of(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, object]:
     """The types of the fields of a dataclass, with their ranges."""
     return typing.get_type_hints(cls, include_extras=True)
 

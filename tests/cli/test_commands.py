@@ -18,10 +18,11 @@ from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.scores import score
 from tarflowlm.files import writer_lock
-from tarflowlm.model_config import COUPLINGS
+from tarflowlm.model_config import Affine, BlockConfig, MixD
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.runs.hub import released
+from tarflowlm.schema import kinds_of
 from tarflowlm.terminal.bars import print_json
 from tarflowlm.terminal.texts import write_out
 
@@ -87,8 +88,12 @@ def test_options_of_train_reach_the_configuration():
     stages = read(["quickstart", "--out", "x", "--steps", "20"]).configured().train
     assert (stages.minutes, stages.stage_steps) == (0.0, (17, 2, 1))
     assert read(["quickstart", "--out", "x", "--minutes", "0.5"]).configured().train.minutes == 0.5
-    changed = read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured()
-    assert [block.sees_channels for block in changed.model.blocks][:2] == [False, True]
+    changed = read(["mini-mixd", "--out", "x", "--model.blocks.1.no-sees-channels"]).configured()
+    assert [block.sees_channels for block in changed.model.blocks[1:]] == [False, True]
+    argv = ["mini-mixd", "--out", "x", "--model.blocks.0.coupling", "affine"]
+    changed = read([*argv, "--model.blocks.1.coupling=mixd", "--model.blocks.1.components", "3"])
+    first, second, _ = changed.configured().model.blocks
+    assert (first, second) == (Affine(layers=4), MixD(components=3))
 
 
 def test_data_prepares_a_directory_that_eval_takes(
@@ -210,7 +215,7 @@ def test_modules_of_one_s_own_are_imported(run_json, refused, corpus_file, tmp_p
     refused(*argv, "--import", "my_bend", names=["--import my_bend: No module named 'my_bend'"])
     run_json(*argv, "--import", "my_bends")
     assert run_json("info", tmp_path / "run", "--import", "my_bends")["blocks"][1] == "block 2 bent"
-    COUPLINGS.pop("bent")
+    monkeypatch.setattr(kinds_of(BlockConfig)["bent"], "coupling", "gone")
     refused("info", tmp_path / "run", names=["coupling 'bent'"])
 
 

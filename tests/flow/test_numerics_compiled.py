@@ -20,7 +20,7 @@ from tarflowlm.flow.numerics import (
     rosenblatt,
     rosenblatt_inverse,
 )
-from tarflowlm.model_config import BlockConfig, FlowConfig, TransformerConfig
+from tarflowlm.model_config import Affine, FlowConfig, Mix1, MixD, TransformerConfig
 from tarflowlm.training.parallel import compiling, parallelise
 from tarflowlm.training.train import accumulate_gradients
 
@@ -88,14 +88,12 @@ class Products(TorchDispatchMode):
 def train_step(coupling):
     """One step in bfloat16: no graph breaks, and densities are in float32 or wider."""
     layout.use_eager_cpu = lambda t: False
-    components = {"mixd": 0, "affine": 1, "mix1": 2}[coupling]
-    blocks = (BlockConfig(coupling=coupling, layers=1, components=components),)
-    upper = BlockConfig(coupling="mix1", layers=1, components=2)
+    block = {"mixd": MixD(), "affine": Affine(), "mix1": Mix1()}[coupling]
     config = FlowConfig(
         vocab_size=70,
         context=8,
         latent_dim=5,
-        blocks=(*blocks, upper),
+        blocks=(block, Mix1()),
         trunk=TransformerConfig(width=24, num_heads=2),
     )
     torch.manual_seed(0)

@@ -122,14 +122,15 @@ def earlier_channels(model, index: int, num_channels: int) -> Tensor:
     lower = torch.ones(num_channels, num_channels, dtype=torch.bool).tril()
     token = torch.arange(num_channels) // d
     same = token[:, None] == token
-    if model.config.blocks[index].coupling == "mixd" and model.config.in_patch == "independent":
+    options = model.config.blocks[index]
+    if getattr(options, "in_patch", "") == "independent":
         lower &= same
-    if model.config.blocks[index].coupling == "token-affine":
+    if options.coupling == "token-affine":
         lower &= ~same | torch.eye(num_channels, dtype=torch.bool)
-    if not model.config.blocks[index].sees_tokens:
+    if not getattr(options, "sees_tokens", True):
         # groups of d channels in the block's own order
         lower &= same
-    if not model.config.blocks[index].sees_channels:
+    if not getattr(options, "sees_channels", True):
         lower = torch.eye(num_channels, dtype=torch.bool)
     return lower
 

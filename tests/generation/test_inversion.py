@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from helpers import normal, tiny_flow
+from helpers import normal, stack, tiny_flow
 from tarflowlm.generation import generate, inversion
 from tarflowlm.generation.inversion import Inverted, block_inversion, finish, stack_inversion
 from tarflowlm.model import TarFlowLM, seeded
-from tarflowlm.model_config import FlowConfig, stack
+from tarflowlm.model_config import FlowConfig
 from tarflowlm.pretrained import load
 
 pytestmark = pytest.mark.slow

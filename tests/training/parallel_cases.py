@@ -13,12 +13,12 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from helpers import FLOW, TRUNK
+from helpers import FLOW, TRUNK, stack
 from tarflowlm import chunks
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import Progress
 from tarflowlm.model import seeded
-from tarflowlm.model_config import BaselineConfig, FlowConfig, stack
+from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.processes import Processes, launched
 from tarflowlm.training import train as training
 from tarflowlm.training.optim import build_optimizers, norms, take_step

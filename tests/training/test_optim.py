@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from helpers import stack
 from tarflowlm.config import OptimConfig
 from tarflowlm.model import TarFlowLM
-from tarflowlm.model_config import FlowConfig, TransformerConfig, stack
+from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.training.optim import build_optimizers, schedule, take_step
 
 

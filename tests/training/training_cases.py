@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import FLOW, TRUNK, metrics_of
+from helpers import FLOW, TRUNK, metrics_of, stack
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.model_config import BaselineConfig, stack
+from tarflowlm.model_config import BaselineConfig
 from tarflowlm.training.train import train
 
 CPU = torch.device("cpu")

@@ -1,6 +1,8 @@
 """`tarflowlm train PRESET`, `tarflowlm train --from MODEL` and `tarflowlm train --resume DIR`."""
 
+import copy
 import gc
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import tyro
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
+from tarflowlm.model_config import BlockConfig
 from tarflowlm.options import (
     Count,
     Device,
@@ -22,6 +25,7 @@ from tarflowlm.options import (
     parse,
 )
 from tarflowlm.presets import FOR_CPU, PRESETS, check_time, preset, with_steps
+from tarflowlm.schema import from_dict
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
@@ -130,12 +134,38 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
     )
 
 
+def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[str]]:
+    """The run, blocks of which have other couplings, and so other options; and the other words.
+
+    The run is not checked: those options may be needed to make it right.
+    """
+    words = iter(argv)
+    others: list[str] = []
+    blocks = list(getattr(run.model, "blocks", ()))
+    for word in words:
+        match = re.fullmatch(r"--model\.blocks\.(\d+)\.coupling(?:=(.*))?", word)
+        if match is None or int(match[1]) >= len(blocks):
+            others.append(word)
+            continue
+        index = int(match[1])
+        coupling = next(words, "") if match[2] is None else match[2]
+        options = {BlockConfig.KEY: coupling, "layers": blocks[index].layers}
+        blocks[index] = from_dict(BlockConfig, options, f"model.blocks.{index}")
+    if blocks:
+        model = copy.copy(run.model)
+        object.__setattr__(model, "blocks", tuple(blocks))
+        run = copy.copy(run)
+        object.__setattr__(run, "model", model)
+    return run, others
+
+
 def _read_preset(name: str, argv: list[str]) -> Args:
+    run, others = _with_couplings(preset(name), argv)
     args: Args = parse(
         Args,
-        argv,
+        others,
         f"tarflowlm train {name}",
-        default=Args(run=preset(name)),
+        default=Args(run=run),
         # some fields are true by default, so every flag --x has its --no-x; some take None
         config=(tyro.conf.AvoidSubcommands,),
     )

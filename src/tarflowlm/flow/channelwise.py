@@ -4,6 +4,8 @@ Inside a position the forward map is parallel, the inverse walks from group to g
 """
 
 from abc import abstractmethod
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +13,6 @@ from torch import Tensor
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision, numerics
-from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import (
     AdjustWeights,
     ByPosition,
@@ -25,23 +26,37 @@ from tarflowlm.flow.couplings import (
     inverse_cdf,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
-from tarflowlm.flow.plan import BlockPlan
+from tarflowlm.flow.plan import BlockShape
+from tarflowlm.model_config import ChannelBlock, TokenAffine
+
+
+def _arguments(options: ChannelBlock, shape: BlockShape) -> dict[str, Any]:
+    """The head of a coupling, and the options that are its own."""
+    # groups of d channels in the block's order, which are tokens unless channels are mixed
+    tokens = torch.arange(shape.channels) // shape.latent_dim
+    head = replace(
+        shape.head,
+        autoregressive=options.sees_channels,
+        tokens=None if options.sees_tokens else tokens,
+    )
+    names = {one.name for one in fields(options)} - {one.name for one in fields(ChannelBlock)}
+    return {name: getattr(options, name) for name in names} | {"head": head}
 
 
 class ChannelCoupling(Coupling):
     """A coupling of groups of C/G channels, with parameters from an autoregressive head.
 
-    To implement one, `__init__` takes `channels` (C), `components` and the shape of a `head`, and
-    makes that head; `to_noise` and `to_latents` map a group from its outputs, with any leading
-    axes. docs/flow.md has one in 30 lines.
+    To implement one, `__init__` takes `channels` (C), the shape of a `head` and its own options by
+    name, and makes that head; `to_noise` and `to_latents` map a group from its outputs, with any
+    leading axes. docs/flow.md has one in 30 lines.
     """
 
     group = 1
     head: AutoregressiveHead
 
     @classmethod
-    def build(cls, plan: BlockPlan) -> Coupling:
-        return cls(channels=plan.channels, components=plan.block.components, head=plan.head())
+    def build(cls, options: ChannelBlock, shape: BlockShape) -> Coupling:
+        return cls(channels=shape.channels, **_arguments(options, shape))
 
     @abstractmethod
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,10 +149,12 @@ class AffineCoupling(ChannelCoupling):
         )
 
     @classmethod
-    def build(cls, plan: BlockPlan) -> Coupling:
-        by_token = plan.block.coupling == "token-affine"
-        group = plan.config.latent_dim if by_token else 1
-        return cls(channels=plan.channels, head=plan.head(by_token=by_token), group=group)
+    def build(cls, options: ChannelBlock | TokenAffine, shape: BlockShape) -> Coupling:
+        if isinstance(options, ChannelBlock):
+            return super().build(options, shape)
+        hidden = shape.head.hidden * shape.latent_dim
+        head = replace(shape.head, hidden=hidden, autoregressive=options.sees_tokens)
+        return cls(channels=shape.channels, head=head, group=shape.latent_dim)
 
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters
@@ -177,48 +194,9 @@ class Mix1Coupling(ChannelCoupling):
             self.head.biases[2].fill_(0.5 * variance.log())
 
     @classmethod
-    def build(cls, plan: BlockPlan) -> Coupling:
-        block = plan.block
-        is_first = plan.index == 0
-        coupling = cls(
-            channels=plan.channels,
-            components=block.components,
-            head=plan.head(),
-            spread=0.95 if is_first else 0.3,
-        )
-        if is_first and block.components == plan.config.vocab_size and block.start == "codebook":
-            coupling.start_from(plan.codebook)
-        return coupling
-
-    @torch.no_grad()
-    def start_from(self, codebook: Codebook) -> None:
-        r"""Start as the Mix-d coupling of this codebook with uniform weights.
-
-        With K = V, component k of channel i has the mean mu_ki and the scale sigma_k. The
-        log-weights of channel i are the evidence from the earlier channels of its token, which is
-        linear in them when all sigma_k are equal:
-
-            sum_{j<i} log N(z_j; mu_kj, sigma^2)
-                = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
-
-        UserError for a head that does not see the channels before.
-        """
-        mean = codebook.mean.T
-        dim = len(mean)
-        paths = self.head.evidence
-        if paths is None or (self.head.groups > 1 and not paths.shape[1]):
-            rule = "needs linear paths from the channels before; use plain"
-            raise UserError(f"model.blocks.0.start codebook: {rule}")
-        assert self.head.biases[0].shape[1] == codebook.vocab_size
-        unit = codebook.log_std.exp().mean()
-        self.head.scale[1] = unit
-        per_channel = mean / unit.square()
-        for c in range(self.head.groups):
-            i = c % dim
-            self.head.biases[0][c] = -0.5 * (mean[:i] * per_channel[:i]).sum(0)
-            self.head.biases[1][c] = mean[i] / unit
-            self.head.biases[2][c] = codebook.log_std
-            paths[c, c - i : c, 0] = per_channel[:i]
+    def build(cls, options: ChannelBlock, shape: BlockShape) -> Coupling:
+        spread = 0.95 if shape.is_first else 0.3
+        return cls(channels=shape.channels, spread=spread, **_arguments(options, shape))
 
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters, compiled=self.compiled)

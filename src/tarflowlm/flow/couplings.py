@@ -5,14 +5,14 @@ earlier positions.
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
-from tarflowlm.flow.plan import BlockPlan
-from tarflowlm.model_config import COUPLINGS, imported
+from tarflowlm.flow.plan import BlockShape
 
 Latents = Float[Tensor, "B N C"]
 Features = Float[Tensor, "B N D"]
@@ -65,8 +65,11 @@ class Coupling(nn.Module):
 
     @classmethod
     @abstractmethod
-    def build(cls, plan: BlockPlan) -> "Coupling":
-        """A new coupling for a block, with initial weights from PyTorch's global generator."""
+    def build(cls, options: Any, shape: BlockShape) -> "Coupling":
+        """A new coupling of a block, with initial weights from PyTorch's global generator.
+
+        `options` is the block's own configuration, a `BlockConfig`.
+        """
 
     @abstractmethod
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
@@ -161,9 +164,3 @@ def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
     # above zero, where the first index may have no probability; NaN is found behind the last
     wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
     return torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=log_w.shape[-1] - 1)
-
-
-def coupling_class(name: str) -> type[Coupling]:
-    """The coupling that `BlockConfig.coupling` calls by this name."""
-    coupling = COUPLINGS[name]
-    return imported(coupling) if isinstance(coupling, str) else coupling

@@ -27,7 +27,8 @@ from tarflowlm.flow.couplings import (
     inverse_cdf,
 )
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.plan import BlockPlan, Order
+from tarflowlm.flow.plan import BlockShape
+from tarflowlm.model_config import MixD
 
 
 class MixDCoupling(Coupling):
@@ -84,25 +85,15 @@ class MixDCoupling(Coupling):
         nn.init.zeros_(self.weight_head.bias)
 
     @classmethod
-    def build(cls, plan: BlockPlan) -> "MixDCoupling":
-        config = plan.config
-        block = plan.block
-        coupling = MixDCoupling(
-            width=config.trunk.width,
-            patch=config.patch,
-            latent_dim=config.latent_dim,
-            components=block.components,
-            in_patch=config.in_patch == "autoregressive",
-            tied=None if block.components else plan.components,
+    def build(cls, options: MixD, shape: BlockShape) -> "MixDCoupling":
+        return cls(
+            width=shape.head.width,
+            patch=shape.patch,
+            latent_dim=shape.latent_dim,
+            components=options.components,
+            in_patch=options.in_patch == "autoregressive",
+            tied=shape.components if options.is_tied else None,
         )
-        mixes_tokens = config.patch > 1 and config.mixes_channels
-        if block.components == config.vocab_size and block.start != "plain" and not mixes_tokens:
-            # its own components start as the codebook, with channels in the order of the block
-            order = Order(config.latent_dim, mix=plan.mix)
-            with torch.no_grad():
-                coupling.components.mean.copy_(order(plan.codebook.mean[None])[0])
-                coupling.components.log_std.copy_(plan.codebook.log_std)
-        return coupling
 
     @property
     def components(self) -> Codebook | NoisyCodebook:
