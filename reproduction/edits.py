@@ -1,6 +1,6 @@
 """Two edits toward a second text and a counterfactual, which `tarflowlm edit` leaves out.
 
-They keep less of a text than words that are drawn anew do: docs/math.md, section 10, has the
+They keep less of a text than resampling some of its words: docs/math.md, section 10, has the
 numbers, `examples/measure_edits.py` measures them.
 
     first, second = (encode(model, x[None], generator) for x in tokens)  # of equal length
@@ -79,7 +79,7 @@ def blend(
     spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
     candidates: Candidates,
 ) -> Change:
-    """Take spans of second texts, at their places, and draw the words that they cut anew.
+    """Take spans of second texts, at their places, and resample the words that they cut.
 
     `spans[b]` are the spans that row b takes, and those of the first text that stay
     (`blended_spans`).

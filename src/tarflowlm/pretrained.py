@@ -175,7 +175,7 @@ class Pretrained(Checkpoint):
     def edit(
         self, text: str, *, num: int | None = None, **options: Unpack[EditOptions]
     ) -> str | list[str]:
-        """The text with some words drawn anew given all others; with `num`, a list of edits.
+        """The text with some words resampled given all others; with `num`, a list of edits.
 
         `strength` is the share of the words, `words` their number. `rewrite`, `replace` and `level`
         ask for another edit. `tarflowlm edit --help` lists all options. UserError for a baseline,

@@ -97,24 +97,24 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(
     assert (h[:, ~outside] - before[:, ~outside]).abs().amax((1, 2)).min() > 1e-3
 
 
-def test_a_span_at_the_beginning_is_drawn_behind_the_lead():
+def test_a_span_at_the_beginning_is_drawn_after_the_lead():
     model = tiny_flow(log_std=-8.0)
     lead, text = torch.tensor([[2]]), TEXT[:1]
-    behind = encode(model, torch.cat((lead, text), 1), generator())
-    z = torch.cat((model.codebook.mean[lead], behind.states[0][:, 1:]), 1)
-    behind = dataclasses.replace(behind, states=tuple(model.prior.states(z)[0]))
+    longer = encode(model, torch.cat((lead, text), 1), generator())
+    z = torch.cat((model.codebook.mean[lead], longer.states[0][:, 1:]), 1)
+    longer = dataclasses.replace(longer, states=tuple(model.prior.states(z)[0]))
     alone = dataclasses.replace(
-        behind, tokens=text, length=7, states=tuple(model.prior.states(z[:, 1:])[0])
+        longer, tokens=text, length=7, states=tuple(model.prior.states(z[:, 1:])[0])
     )
     found = redraw(Source(model, alone, generator(1)), (0, 3), Candidates(9, lead=(2,)))
-    wanted = redraw(Source(model, behind, generator(1)), (1, 4), Candidates(9))
+    wanted = redraw(Source(model, longer, generator(1)), (1, 4), Candidates(9))
     assert torch.equal(found.tokens, wanted.tokens[:, 1:])
     assert torch.equal(found.states[0], wanted.states[0][:, 1:])
 
 
 @pytest.mark.slow
 def test_parts_of_positions_are_redrawn_with_their_position():
-    """Seven tokens in four positions of two: the padding behind the text does not count."""
+    """Seven tokens in four positions of two: the padding after the text does not count."""
     model = tiny_flow(log_std=-3.0, couplings=("mix1", "mix1"), patch=2)
     text = encode(model, TEXT, generator())
     edit = rewrite(Source(model, text, generator(1)), [[(3, 4)], [(6, 7)]], Candidates(30, level=1))
@@ -238,12 +238,12 @@ def test_candidates_may_repeat_the_text_where_this_is_allowed():
             redraw(
                 Source(model, text, generator(seed)), (3, 4), Candidates(60, may_repeat=may_repeat)
             ).tokens.equal(tokens)
-            for seed in range(20)
+            for seed in range(9)
         ]
         for may_repeat in (False, True)
     }
     assert not any(repeated[False])
-    assert 0 < sum(repeated[True]) < 20
+    assert 0 < sum(repeated[True]) < 9
 
 
 def test_candidates_that_keep_the_spaces_of_a_span_are_preferred():

@@ -18,8 +18,8 @@ MUCH_CHANGED = 0.5
 
 @dataclass(frozen=True)
 class Args:
-    """Draw some words of a text anew, given all others. Or --rewrite pieces of it, --replace OLD
-    NEW, or change one of its states in latent space (--level).
+    """Resample some words of a text given all others. Or --rewrite pieces of it, --replace OLD NEW,
+    or change one of its states in latent space (--level).
     """
 
     edit: Annotated[Edit, tyro.conf.arg(name="")]
@@ -65,7 +65,7 @@ def _advice(request: Edit, change: "Change") -> str | None:
     if request.level is not None and changed > MUCH_CHANGED:
         return (
             f"editing state {request.level} changes {changed:.0%} of the tokens: "
-            "without --level only some words are drawn anew"
+            "without --level only some words are resampled"
         )
     unreliable = [k for k in change.pareto_k if k > UNRELIABLE]
     if unreliable:

@@ -1,7 +1,7 @@
-"""Editing by redrawing: a span of a text gets new tokens, and what is around it stays.
+"""Editing by redrawing: a span of a text gets new tokens, and the text around it stays.
 
-Candidates for the span come from a block given what is before it; one is taken by how well the
-model expects what follows (docs/math.md, section 10).
+Candidates for the span come from a block given the text before it; one is taken by how well the
+model expects the text after it (docs/math.md, section 10).
 """
 
 import math
@@ -27,7 +27,7 @@ Proposed = tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates for a span, of which one is taken."""
+    """How a span is redrawn: one of some candidates is taken."""
 
     number: int
     temperature: float = 1.0
@@ -39,9 +39,9 @@ class Candidates:
     keep it at the ends of the span are preferred.
     """
     may_repeat: bool = False
-    """Else those that repeat the tokens that were there are taken only if all do."""
+    """False: a candidate that repeats the old tokens is taken only if all do."""
     lead: tuple[int, ...] = ()
-    """Tokens behind which a span at the beginning of a text is drawn, so that it begins a word."""
+    """Put before a text whose first span is drawn, so that the span begins a word."""
 
 
 @torch.no_grad()
@@ -50,11 +50,11 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
 
     The noise of the span is standard normal, so that a candidate has the density prod_n p(h_n |
     h_<n) of the block, in its order. Its weight is p_{>l}(h) over that: the densities of the block
-    behind the span, times p_{>l+1}(u) / N(u; 0, I) for the noise u = h^(l+1) of the whole text. At
+    after the span, times p_{>l+1}(u) / N(u; 0, I) for the noise u = h^(l+1) of the whole text. At
     another temperature u keeps the noise that was drawn in the span.
 
-    In the latents, l = 0, tokens beside the span keep theirs. Else whole positions are drawn, and
-    the blocks below inverted; tokens next to the span may change, too.
+    In the latents, l = 0, the tokens around the span keep theirs. Above, whole positions are drawn
+    and the blocks below inverted; tokens next to the span may change, too.
     """
     model = source.model
     prior = model.prior
@@ -196,8 +196,8 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
             "tokens, take 1"
         )
     lead = len(candidates.lead) if span[0] == 0 else 0
-    behind = replace(source, text=_behind(source, candidates.lead)) if lead else source
-    z, tokens, log_w = propose(behind, (span[0] + lead, span[1] + lead), candidates)
+    padded = replace(source, text=_after(source, candidates.lead)) if lead else source
+    z, tokens, log_w = propose(padded, (span[0] + lead, span[1] + lead), candidates)
     z, tokens = z[:, lead:], tokens[:, lead:]
     # the number, if one of the two is NaN
     k = float(np.fmax(text.pareto_k, pareto_k(log_w)))
@@ -209,8 +209,8 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
     return replace(text, tokens=tokens[chosen], states=states, pareto_k=k)
 
 
-def _behind(source: Source, lead: Sequence[int]) -> Encoded:
-    """The text [1, T] behind other tokens, whose latents are their means."""
+def _after(source: Source, lead: Sequence[int]) -> Encoded:
+    """The text [1, T] after other tokens, whose latents are their means."""
     text = source.text
     before = torch.tensor([lead], device=text.tokens.device)
     z = torch.cat((source.model.codebook.mean[before], text.states[0]), 1)
