@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from tarflowlm.config import TrainConfig
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 
 T = TypeVar("T")
@@ -116,12 +117,13 @@ ALONE = Processes()
 
 
 @contextmanager
-def launched(device: torch.device, patience: timedelta = PATIENCE) -> Iterator[Processes]:
+def launched(device: str | torch.device, patience: timedelta = PATIENCE) -> Iterator[Processes]:
     """Join the group that torchrun started, one GPU per process; without torchrun, one process.
 
     Processes wait for one another up to `patience`. A group of Ray Train, accelerate or Fabric is
     used and left to them.
     """
+    device = pick_device(device)
     if dist.is_initialized():
         yield member(device)
         return

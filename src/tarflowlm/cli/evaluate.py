@@ -60,13 +60,12 @@ def run(args: Args) -> None:
     import torch
 
     from tarflowlm.data import eval_windows
-    from tarflowlm.device import pick_device
     from tarflowlm.evaluation.blocks import latent_report
     from tarflowlm.evaluation.likelihood import evaluate
     from tarflowlm.model import as_flow
     from tarflowlm.processes import LONG, launched
 
-    with launched(pick_device(args.device), LONG) as processes, Bars() as bars:
+    with launched(args.device, LONG) as processes, Bars() as bars:
         with processes.first_alone():  # model and text may have to be downloaded
             checkpoint = options.load_checkpoint(args.directory, processes.device)
             directory = args.directory or checkpoint.directory.name

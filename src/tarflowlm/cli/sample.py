@@ -57,12 +57,11 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.cli.signals import handled
-    from tarflowlm.device import pick_device
     from tarflowlm.files import new_lines
     from tarflowlm.processes import LONG, launched
     from tarflowlm.terminal.texts import write_out
 
-    with launched(pick_device(args.device), LONG) as processes:
+    with launched(args.device, LONG) as processes:
         draft = _draft(args, processes)
         if args.stream:
             for row in range(draft.total):

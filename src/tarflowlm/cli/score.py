@@ -79,7 +79,6 @@ def run(args: Args) -> None:
 
 def _score_lines(args: Args, source: str) -> None:
     """A JSON object for every line of a file; under torchrun the processes share the lines."""
-    from tarflowlm.device import pick_device
     from tarflowlm.evaluation.scores import score_texts
     from tarflowlm.processes import LONG, launched
     from tarflowlm.terminal.bars import Bars, print_json
@@ -87,7 +86,7 @@ def _score_lines(args: Args, source: str) -> None:
     texts = [line for _, line in options.read_lines(source)]
     if not texts:
         raise UserError(f"{source} holds no text: write one per line")
-    with launched(pick_device(args.device), LONG) as processes:
+    with launched(args.device, LONG) as processes:
         with processes.first_alone():  # it may have to be downloaded
             lm = options.load_checkpoint(args.directory, processes.device)
         name = lm.directory.name
