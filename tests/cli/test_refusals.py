@@ -60,7 +60,6 @@ GIVEN = {
     "out": ["OUT"],
     "particles": ["2"],
     "stop": ["a"],
-    "part": ["1/2"],
 }
 """Values of the options of `sample` that are no flags."""
 PAIRS = [(one, other) for one, others in sample.EXCLUSIVE.items() for other in others]
