@@ -20,7 +20,7 @@ from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.training.records import RunRecord, read_record
+from tarflowlm.runs.records import RunRecord, read_record
 
 JUDGED = "judge's bits"
 JUDGE_STEPS = 1300

@@ -20,7 +20,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, replacing, sha256_of
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS
 from tarflowlm.schema import flatten, to_dict
-from tarflowlm.training.begin import settled
+from tarflowlm.training.resolve import settled
 
 RECORDS = "records.jsonl"
 

@@ -18,7 +18,6 @@ from tarflowlm.device import pick_device
 from tarflowlm.errors import Progress
 from tarflowlm.model import seeded
 from tarflowlm.runs.checkpoint import SUMMARY
-from tarflowlm.training.begin import check_same, is_begun
 from tarflowlm.training.optim import (
     build_optimizers,
     muon_precision,
@@ -27,6 +26,7 @@ from tarflowlm.training.optim import (
     with_precision,
 )
 from tarflowlm.training.parallel import parallelise
+from tarflowlm.training.resolve import check_same, is_begun
 from tarflowlm.training.train import StopRequests, accumulate_gradients, no_stop_requests
 from tarflowlm.training.train import train as train_run
 

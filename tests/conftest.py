@@ -79,7 +79,12 @@ def runs(tmp_path_factory, corpus_file) -> dict[str, Path]:
         {"evaluate_every": 3, "evaluate_windows": 5, "test_windows": 3},
     )
     steps = TrainConfig(
-        stage_steps=(6, 4, 4), batch_size=2, log_every=1, precision="float32", **seldom
+        stage_steps=(6, 4, 4),
+        batch_size=2,
+        log_every=1,
+        precision="float32",
+        keep_idle=True,
+        **seldom,
     )
     progressive = RunConfig(
         name="tiny",

@@ -149,8 +149,8 @@ class TrainConfig(Checked):
 
     section: ClassVar[str] = "train."
     stage_steps: tuple[Whole, ...] = (1000,)
-    """Optimiser steps of each stage: one entry per block when progressive, one otherwise; 0 leaves
-    a block as it starts. With `minutes`, shares of the time.
+    """Optimiser steps of each stage: one entry per block when progressive, one otherwise; 0 adds
+    no block. With `minutes`, shares of the time.
     """
     minutes: Annotated[float, Range(least=0)] = 0.0
     """Wall-clock time of the run, without compilation; 0 counts steps instead."""
@@ -166,6 +166,8 @@ class TrainConfig(Checked):
     """Decay of an average of the weights, which is evaluated and saved instead of them; 0: none."""
     keep: Literal["last", "best"] = "best"
     """Weights with which a stage ends: the last ones, or the ones of its best validation."""
+    keep_idle: bool = False
+    """Keep a block above the first in the model even if it gained nothing, as it started."""
     patience: Whole = 0
     """End a stage after this many evaluations in a row without a better bound; 0: when its steps or
     time are over. The paper trains a block until the bound stabilises.

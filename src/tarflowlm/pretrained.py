@@ -237,7 +237,7 @@ class Pretrained(Checkpoint):
         This takes 10 minutes unless `minutes` or `steps` say otherwise. The run is written to
         `out`; repeated, the call continues it.
         """
-        from tarflowlm.training.tuning import tuning
+        from tarflowlm.training.resolve import tuning
 
         run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed, unwrap=unwrap)
         return _trained(run, out, device, self)

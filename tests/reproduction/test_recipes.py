@@ -25,8 +25,8 @@ from tarflowlm.files import write_json
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import WEIGHTS, write_run
+from tarflowlm.runs.records import read_record
 from tarflowlm.runs.weights import write_weights
-from tarflowlm.training.records import read_record
 
 CONTEXT = 16
 

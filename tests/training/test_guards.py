@@ -121,10 +121,10 @@ def test_loss_that_is_not_finite_ends_the_run_and_names_the_culprit(
 ):
     train_stage = training.train_stage
 
-    def begun_with_nan(run):
-        if run.counters.stage == stage:
-            dict(run.model.named_parameters())[name].data.fill_(math.nan)
-        return train_stage(run)
+    def begun_with_nan(run, state):
+        if state.counters.stage == stage:
+            dict(state.model.named_parameters())[name].data.fill_(math.nan)
+        return train_stage(run, state)
 
     monkeypatch.setattr(training, "train_stage", begun_with_nan)
     seldom = {"checkpoint_every": 100, "evaluate_every": 100}

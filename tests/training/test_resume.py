@@ -36,7 +36,7 @@ from training_cases import (
 from helpers import flip
 from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
-from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.training import checkpoint
 from tarflowlm.training import train as training
 from tarflowlm.training.checkpoint import newest_state
@@ -113,6 +113,36 @@ def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, part)
         assert_same_run(out, never_stopped)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["last", pytest.param("best", marks=pytest.mark.nightly)])
+def test_run_whose_block_leaves_resumes_to_the_same_bits(tmp_path, corpus_file, keep):
+    """Block 2 has no step; block 3, which takes its place, goes astray: with best weights it
+    leaves as well.
+    """
+    config = tiny_run(
+        corpus_file,
+        stage_steps=(2, 0, 3),
+        keep_idle=False,
+        keep=keep,
+        optim={"lr": 1.0},
+    )
+    counter = Killer()
+    go(config, tmp_path / "whole", counter)
+    for at in range(1, counter.events + 1):
+        out = tmp_path / str(at)
+        cut(config, out, at)
+        assert_loads_or_is_new(out)
+        assert_loads_or_is_new(out / "best")
+        go(config, out)
+        assert_same_run(out, tmp_path / "whole")
+        assert read_run(out) == read_run(out / "best") == read_run(tmp_path / "whole")
+    # the state of a run without the block, from before it left
+    damaged = tmp_path / "whole" / "model.safetensors"
+    flip(damaged)
+    resume(tmp_path / "whole")
+    assert_same_run(out, tmp_path / "whole")
+
+
 def test_finished_run_is_left_alone_and_another_one_refused(finished, whole):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     assert (
@@ -129,7 +159,7 @@ def test_an_evaluation_comes_after_a_state_of_its_step(tmp_path, corpus_file, mo
     config = tiny_run(corpus_file, stage_steps=(8,), mode="joint")
     seldom = replace(config.train, checkpoint_every=100, evaluate_every=4, keep="last")
 
-    def kill(run):
+    def kill(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "validate", kill)

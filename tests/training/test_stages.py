@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_cases import go, tiny_run
+from training_cases import go, same_weights, tiny_run
 
 from helpers import metrics_of
 from tarflowlm.errors import Progress, UserError
@@ -173,6 +173,45 @@ def test_a_later_stage_that_gains_nothing_changes_nothing(
     assert len([line for line in metrics_of(tmp_path / "run") if line["split"] == "train"]) == (
         1 + 2 * steps
     )
+
+
+def idle_run(corpus_file, **fields):
+    """Block 2 has no step, and block 3 a rate at which it goes astray: both gain nothing."""
+    fields = {"stage_steps": (3, 0, 4), "keep_idle": False} | fields
+    return tiny_run(corpus_file, **fields, optim={"lr": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_block_that_gained_nothing_leaves_the_model(tmp_path, corpus_file, caplog, keep):
+    caplog.set_level(logging.INFO, "tarflowlm")
+    summary = go(idle_run(corpus_file, keep=keep), tmp_path / "run")
+    # trained to the end, and no better for it, a last block is what was asked for
+    num_blocks = 1 if keep == "best" else 2
+    for folder in (tmp_path / "run", tmp_path / "run" / "best"):
+        found = load_checkpoint(folder)
+        steps = found.run.train.stage_steps
+        assert (found.model.num_blocks, found.info["blocks"]) == (num_blocks, str(num_blocks))
+        assert (found.run.num_stages, steps) == (num_blocks, (3, 4)[:num_blocks])
+        assert [block.coupling for block in found.run.model.blocks] == ["mixd", "mix1"][:num_blocks]
+    assert len(summary["stage_valid_bpc"]) == num_blocks
+    assert summary["steps"] == 7
+    left = [line for line in caplog.text.splitlines() if "leaves the model" in line]
+    assert "stage 2/3: block 2 mix1 has no time: the block leaves the model" in left[0]
+    assert len(left) == 3 - num_blocks
+    train = [line for line in metrics_of(tmp_path / "run") if line["split"] == "train"]
+    assert [line["block"] for line in train] == [1, 1, 1, 3, 3, 3, 3]
+
+
+@pytest.mark.slow
+def test_a_model_without_its_idle_blocks_is_the_one_of_its_first_stage(tmp_path, corpus_file):
+    """Which continues prompts exactly, as a model of one block does."""
+    go(idle_run(corpus_file, stage_steps=(3, 0, 0)), tmp_path / "run")
+    alone = tiny_run(corpus_file, couplings=("mixd",), stage_steps=(3,), optim={"lr": 1.0})
+    go(alone, tmp_path / "alone")
+    assert same_weights(tmp_path / "run", tmp_path / "alone")
+    ours, theirs = load_checkpoint(tmp_path / "run"), load_checkpoint(tmp_path / "alone")
+    assert ours.run.model == theirs.run.model
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.hub import locate
 from tarflowlm.runs.weights import checksum
 from tarflowlm.sharing import model_card
+from tarflowlm.training.resolve import tuning
 from tarflowlm.training.train import train
-from tarflowlm.training.tuning import tuning
 
 
 @pytest.fixture(scope="module")

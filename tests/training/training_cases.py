@@ -29,6 +29,7 @@ STEPS = TrainConfig(
     checkpoint_every=2,
     test_windows=3,
     precision="float32",
+    keep_idle=True,
 )
 
 

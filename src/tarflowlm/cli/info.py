@@ -196,7 +196,7 @@ class Row:
     @classmethod
     def of(cls, name: str, directory: Path) -> "Row":
         """The run in a directory, by its test if it has one, else by its best validation."""
-        from tarflowlm.training.records import read_record
+        from tarflowlm.runs.records import read_record
 
         try:
             record = read_record(directory)
@@ -268,7 +268,7 @@ def _compare(args: Args) -> None:
 
 def _find(directories: Sequence[Path]) -> dict[str, Path]:
     """Name -> run directory; models that were exported from runs are left out."""
-    from tarflowlm.training.records import DEPTH, find_runs, is_export
+    from tarflowlm.runs.records import DEPTH, find_runs, is_export
 
     found: dict[str, Path] = {}
     for folder in directories:

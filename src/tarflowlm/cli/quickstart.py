@@ -38,7 +38,7 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.texts import print_samples, samples_to_json
     from tarflowlm.texts.requests import Writing
     from tarflowlm.texts.writing import Draft
-    from tarflowlm.training.begin import is_begun
+    from tarflowlm.training.resolve import is_begun
     from tarflowlm.training.train import train
 
     start = time.perf_counter()

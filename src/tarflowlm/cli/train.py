@@ -181,8 +181,8 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.processes import launched
     from tarflowlm.terminal.bars import ProgressReporter, print_result, suggest
+    from tarflowlm.training.resolve import tuning
     from tarflowlm.training.train import train
-    from tarflowlm.training.tuning import tuning
 
     with launched(pick_device(args.device)) as processes:
         if processes.world > 1:

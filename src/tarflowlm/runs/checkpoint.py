@@ -24,6 +24,8 @@ from tarflowlm.schema import from_dict, to_dict
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+METRICS = "metrics.jsonl"
+"""The log of a training."""
 SUMMARY = "summary.json"
 """The results of a run, written at its end."""
 BEST = "best"

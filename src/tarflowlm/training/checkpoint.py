@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.utils._pytree import tree_map_only
 
+from tarflowlm.config import RunConfig
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import (
@@ -36,14 +37,14 @@ from tarflowlm.runs.checkpoint import (
     write_run,
 )
 from tarflowlm.runs.weights import write_manifest, write_weights
+from tarflowlm.schema import to_dict
+from tarflowlm.training.log import NAMED
 from tarflowlm.training.optim import assign, copy_of, trained_parameters
 from tarflowlm.training.parallel import whole_weights
-from tarflowlm.training.state import Run
+from tarflowlm.training.state import Run, State, seconds
 
 KEPT = 2
 """Training states that are kept: the newest one, and the one before in case it is damaged."""
-NAMED = 8
-"""Parameters that a message names."""
 
 # said of every save and load of a single process
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -51,39 +52,39 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 logger = logging.getLogger("tarflowlm")
 
 
-def save(run: Run) -> None:
+def save(run: Run, state: State) -> None:
     """Copy a checkpoint for the thread to write, unless this step is saved: the state, then the
     weights. Collective.
     """
-    counters = run.counters
+    counters = state.counters
     if counters.saved_step == counters.step:
         return
     wait(run)  # for the checkpoint before
-    counters.total = run.seconds()
-    weights = finite_weights(run)
+    counters.total = seconds(run, state)
+    weights = finite_weights(run, state)
     counters.saved_step = counters.step
     saved = {
-        "step": counters.step,
+        "config": to_dict(state.config),
         "counters": asdict(counters),
-        "metrics": run.log.position(),
-        "sampler": run.sampler.state_dict(),
+        "log": run.log.state_dict(),
+        "sampler": state.sampler.state_dict(),
         "corpus": run.corpus.fingerprint,
     }
     # a copy, since training continues
-    tensors = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors_of(run))
+    tensors = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors_of(state))
     run.writes.append(run.writer.submit(write_state, run, tensors, saved))
-    submit_weights(run, run.out, weights)
+    submit_weights(run, state, run.out, weights)
 
 
-def save_best(run: Run) -> None:
+def save_best(run: Run, state: State) -> None:
     """Save the weights of the best validation bound to best/, a run directory of its own."""
     best = run.out / BEST
     if run.processes.first and not (best / TOKENIZER).exists():
         best.mkdir(exist_ok=True)
-        write_run(best, run.config, run.corpus.tokenizer)
-    present = run.copies.get("average") or trained_parameters(run.model)
-    assign(run.copies.get("best", {}), present)
-    submit_weights(run, best, finite_weights(run))
+        write_run(best, state.config, run.corpus.tokenizer)
+    present = state.copies.get("average") or trained_parameters(state.model)
+    assign(state.copies.get("best", {}), present)
+    submit_weights(run, state, best, finite_weights(run, state))
 
 
 def wait(run: Run, *, until_done: bool = True) -> None:
@@ -92,22 +93,22 @@ def wait(run: Run, *, until_done: bool = True) -> None:
         run.writes.pop(0).result()
 
 
-def stop(run: Run, reason: str) -> NoReturn:
+def stop(run: Run, state: State, reason: str) -> NoReturn:
     """Save the run and raise Stopped. Collective."""
-    save(run)
+    save(run, state)
     wait(run)
     remedy = f"continue with `{resume_command(run.out)}`"
-    raise Stopped(f"stopped by {reason} and saved at step {run.counters.step}; {remedy}")
+    raise Stopped(f"stopped by {reason} and saved at step {state.counters.step}; {remedy}")
 
 
 # weights
 
 
 @contextmanager
-def averaged(run: Run) -> Iterator[None]:
+def averaged(state: State) -> Iterator[None]:
     """A context in which the model has its averaged weights, if it keeps them."""
-    weights = trained_parameters(run.model)
-    average = run.copies.get("average", {})
+    weights = trained_parameters(state.model)
+    average = state.copies.get("average", {})
     held = copy_of(weights) if average else {}
     assign(weights, average)
     try:
@@ -116,41 +117,50 @@ def averaged(run: Run) -> Iterator[None]:
         assign(weights, held)
 
 
-def finite_weights(run: Run) -> dict[str, Tensor]:
+def finite_weights(run: Run, state: State) -> dict[str, Tensor]:
     """A copy of the weights to evaluate, on the CPU of the first process. Collective.
 
     FloatingPointError if they are not finite, so that such weights are never saved.
     """
-    with averaged(run):
-        weights = whole_weights(run.model, keep=run.processes.first)
+    with averaged(state):
+        weights = whole_weights(state.model, keep=run.processes.first)
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken := run.processes.from_first(broken):
         where = f"parameters {', '.join(broken[:NAMED])} are not finite"
         remedy = "lower optim.lr in a new run; earlier checkpoints are kept"
-        raise FloatingPointError(f"{where} at step {run.counters.step}: {remedy}")
+        raise FloatingPointError(f"{where} at step {state.counters.step}: {remedy}")
     return weights
 
 
-def submit_weights(run: Run, directory: Path, weights: dict[str, Tensor]) -> None:
+def submit_weights(run: Run, state: State, directory: Path, weights: dict[str, Tensor]) -> None:
     """Let the thread write model.safetensors, with the counts of this step in its header."""
     if run.processes.first:
         info = {
-            "step": str(run.counters.step),
-            "tokens": str(run.counters.tokens),
-            "blocks": str(run.model.num_blocks),
+            "step": str(state.counters.step),
+            "tokens": str(state.counters.tokens),
+            "blocks": str(state.model.num_blocks),
         }
         run.writes.append(run.writer.submit(write_weights, directory / WEIGHTS, weights, info))
+
+
+def submit_run(run: Run, config: RunConfig) -> None:
+    """Let the thread write config.json of the run, and of its best weights where there are any."""
+    if run.processes.first:
+        for directory in (run.out, run.out / BEST):
+            if directory.exists():
+                work = run.writer.submit(write_run, directory, config, run.corpus.tokenizer)
+                run.writes.append(work)
 
 
 # the training state
 
 
 def write_state(run: Run, tensors: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but
-    the newest ones. Collective: all processes write their shards into one folder.
+    """Write a state, with `saved` as its counters.json, and delete all but the newest ones.
+    Collective: all processes write their shards into one folder.
     """
     root = run.out / STATE
-    name = f"step-{saved['step']:08d}"
+    name = f"step-{saved['counters']['step']:08d}"
     temporary = root / f".{name}"
     group = run.group
     try:
@@ -175,30 +185,30 @@ def write_state(run: Run, tensors: dict[str, Any], saved: dict[str, Any]) -> Non
             shutil.rmtree(old.rename(root / f".{old.name}"))
 
 
-def tensors_of(run: Run) -> dict[str, Any]:
+def tensors_of(state: State) -> dict[str, Any]:
     """All tensors of a state: of model, optimisers and generator, and the copies of weights."""
-    model, optimizers = get_state_dict(run.model, run.optimizers)
-    forget_no_step(run)
-    generator = run.generator.get_state()
-    return {"model": model, "optimizers": optimizers, "generator": generator, **run.copies}
+    model, optimizers = get_state_dict(state.model, state.optimizers)
+    reset_optimizers(state)
+    generator = state.generator.get_state()
+    return {"model": model, "optimizers": optimizers, "generator": generator, **state.copies}
 
 
-def forget_no_step(run: Run) -> None:
-    """Let optimisers begin anew in a stage without a step: to read or write their state, PyTorch
-    takes one with a rate of zero, which would count.
+def reset_optimizers(state: State) -> None:
+    """Empty the optimisers of a stage without a step: to read or write their state, PyTorch takes
+    one with a rate of zero, which would count.
     """
-    if not run.counters.stage_step:
-        for optimizer in run.optimizers:
+    if not state.counters.stage_step:
+        for optimizer in state.optimizers:
             optimizer.state.clear()
 
 
-def load_state(run: Run, folder: Path) -> None:
+def load_tensors(run: Run, state: State, folder: Path) -> None:
     """Load the tensors in `folder`, from any number of processes, into a state built for the same
     stage. Collective.
 
     A generator of another kind of device cannot continue; it gets a seed of this step.
     """
-    tensors = tensors_of(run)
+    tensors = tensors_of(state)
     try:
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata["generator"]
         is_moved = saved.size != tensors["generator"].shape  # type: ignore[union-attr]
@@ -209,17 +219,17 @@ def load_state(run: Run, folder: Path) -> None:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder} does not fit this run ({reason}): restore its own") from None
     set_state_dict(
-        run.model,
-        run.optimizers,
+        state.model,
+        state.optimizers,
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizers"],
     )
-    forget_no_step(run)
+    reset_optimizers(state)
     if is_moved:
         logger.warning("%s is from another kind of device: the noise changes", folder.name)
-        run.generator.manual_seed((run.config.seed + 1_000_003 * run.counters.step) % 2**62)
+        state.generator.manual_seed((state.config.seed + 1_000_003 * state.counters.step) % 2**62)
     else:
-        run.generator.set_state(tensors["generator"])
+        state.generator.set_state(tensors["generator"])
 
 
 def newest_state(directory: Path) -> Path:

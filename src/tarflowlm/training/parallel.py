@@ -197,10 +197,11 @@ def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     return weights
 
 
-def whole_model(model: LanguageModel) -> LanguageModel:
-    """A copy of a model on the CPU, with whole parameters. Collective."""
+def first_blocks(model: LanguageModel, num_blocks: int) -> LanguageModel:
+    """A copy of the first blocks of a model on the CPU, with whole parameters. Collective."""
     with seeded(0):
-        copy = model.config.first_blocks(model.num_blocks).build()
-    copy.load_state_dict(whole_weights(model))
+        copy = model.config.first_blocks(num_blocks).build()
+    weights = whole_weights(model)
+    copy.load_state_dict({name: weights[name] for name in copy.state_dict()})
     copy.config = model.config
     return copy

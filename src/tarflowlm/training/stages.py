@@ -9,74 +9,115 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from tarflowlm.config import RunConfig
 from tarflowlm.data import WindowSampler, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.files import read_json, write_json
-from tarflowlm.model import as_flow, seeded
+from tarflowlm.model import LanguageModel, as_flow, seeded
+from tarflowlm.model_config import FlowConfig
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, SUMMARY, write_run
 from tarflowlm.runs.weights import read_weights
-from tarflowlm.training.checkpoint import finite_weights, load_state, save, submit_weights, wait
+from tarflowlm.schema import flatten, from_dict
+from tarflowlm.training.checkpoint import (
+    finite_weights,
+    load_tensors,
+    save,
+    submit_run,
+    submit_weights,
+    wait,
+)
 from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
 from tarflowlm.training.optim import trained_parameters as trained
-from tarflowlm.training.parallel import parallelise, whole_model
-from tarflowlm.training.state import Counters, Run
+from tarflowlm.training.parallel import first_blocks, parallelise
+from tarflowlm.training.state import Counters, Run, State, num_test_windows, seconds, update_pace
 from tarflowlm.training.validation import evaluate
 
 LEAST_TEST_WINDOWS = 32
 """Test windows that a run with a time limit evaluates at least, even if its time is over."""
+Trained = tuple[nn.Module, list[torch.optim.Optimizer], dict[str, dict[str, Tensor]]]
+"""What a stage trains with: `bound`, `optimizers` and `copies` of a `State`."""
 
 logger = logging.getLogger("tarflowlm")
 
 
-def start(run: Run, folder: Path | None) -> None:
-    """Bring a run to before its first step, or to the state in the `folder` of a checkpoint; open
-    its log, or cut it back. Collective.
-    """
-    config = run.config
-    saved: dict[str, Any] = {}
-    if folder is not None:
-        saved = read_json(folder / COUNTERS)
-        if saved["corpus"] != run.corpus.fingerprint:
-            what = f"{config.data.source} is not the text that {run.out} was trained on"
-            raise UserError(f"{what}: restore that text to resume")
-        logger.info("resuming %s at step %d", run.out, saved["step"])
-    run.counters = Counters(**saved.get("counters", {}))
-    run.began = time.monotonic() - run.counters.total
-    run.generator = torch.Generator(device=run.device).manual_seed(config.seed)
-    run.sampler = WindowSampler(
-        run.corpus.split("train"),
-        window=config.model.context,
-        batch=run.processes.rows_each(config.train),
-        seed=config.seed,
-        rank=run.processes.rank,
-        world=run.processes.world,
-        end=run.corpus.tokenizer.end,
-    )
-    with seeded(config.seed):
-        run.model = config.model_of_stage(0).build()
-    run.model.config = config.model
-    # a finished run has left its last stage
-    enter_stage(run, min(run.counters.stage, config.num_stages - 1))
-    if folder is None:
-        run.counters.stage_start = run.seconds()
-    else:
-        load_state(run, folder)
-        run.sampler.load_state_dict(saved["sampler"])
-        # weights may be damaged, or a kill came between the state and its weights
-        submit_weights(run, run.out, finite_weights(run))
+def new_state(run: Run, config: RunConfig) -> State:
+    """The state of a run before its first step, with its log opened. Collective."""
+    state = built_state(run, config, Counters())
+    begin_stage(run, state)
     if run.processes.first:
-        run.log.open(run.out, resume_at=saved.get("metrics", 0))
-        run.log.track(config, run.out, resume_at=run.counters.step)
+        run.log.open(run.out)
+        run.log.track(config, run.out, resume_at=0)
+    return state
 
 
-def enter_stage(run: Run, stage: int) -> None:
-    """Append the blocks of `stage`, freeze the others, and build optimisers. Collective."""
-    config = run.config
-    model = run.model
+def load_state(run: Run, present: RunConfig, folder: Path) -> State:
+    """The state in the `folder` of a checkpoint, with the log cut back to it. Collective.
+
+    Its configuration may have other blocks than the `present` one, some of which may have left
+    since. Weights on disk may be damaged, or a kill came between the state and its weights: they
+    are written once more. UserError for a state of another run or another text.
+    """
+    saved = read_json(folder / COUNTERS)
+    config = from_dict(RunConfig, saved["config"], where=str(folder / COUNTERS))
+    theirs = flatten(config)
+    for name, value in flatten(present).items():
+        if not name.startswith(("model.blocks", "train.")) and theirs.get(name) != value:
+            what = f"it has {name} {theirs.get(name)}, not {value}"
+            raise UserError(f"{folder} does not fit this run ({what}): restore its own")
+    if saved["corpus"] != run.corpus.fingerprint:
+        what = f"{config.data.source} is not the text that {run.out} was trained on"
+        raise UserError(f"{what}: restore that text to resume")
+    counters = Counters(**saved["counters"])
+    logger.info("resuming %s at step %d", run.out, counters.step)
+    state = built_state(run, config, counters)
+    load_tensors(run, state, folder)
+    state.sampler.load_state_dict(saved["sampler"])
+    # the configuration first: this state may have more blocks than the one that was written last
+    submit_run(run, config)
+    submit_weights(run, state, run.out, finite_weights(run, state))
+    if run.processes.first:
+        run.log.open(run.out, saved["log"])
+        run.log.track(config, run.out, resume_at=counters.step)
+    return state
+
+
+def built_state(run: Run, config: RunConfig, counters: Counters) -> State:
+    """The state at the place of `counters`, with initial weights and optimisers. Collective."""
+    with seeded(config.seed):
+        model = config.model_of_stage(0).build()
+    model.config = config.model
+    bound, optimizers, copies = enter_stage(run, config, counters, model)
+    return State(
+        config=config,
+        counters=counters,
+        model=model,
+        bound=bound,
+        optimizers=optimizers,
+        copies=copies,
+        sampler=WindowSampler(
+            run.corpus.split("train"),
+            window=config.model.context,
+            batch=run.processes.rows_each(config.train),
+            seed=config.seed,
+            rank=run.processes.rank,
+            world=run.processes.world,
+            end=run.corpus.tokenizer.end,
+        ),
+        generator=torch.Generator(device=run.device).manual_seed(config.seed),
+        began=time.monotonic() - counters.total,
+    )
+
+
+def enter_stage(run: Run, config: RunConfig, counters: Counters, model: LanguageModel) -> Trained:
+    """Append the blocks of the stage to `model`, freeze the others, and build optimisers: those of
+    the last stage where the run is over. Collective.
+    """
+    stage = min(counters.stage, config.num_stages - 1)
     while model.num_blocks < config.model_of_stage(stage).num_blocks:
-        with seeded(config.seed + 1000 * model.num_blocks):
+        with seeded(config.seed + 1000 * (model.num_blocks + counters.idle)):
             as_flow(model).append_block()
     if config.parent:
         # blocks below are as this run has trained them
@@ -84,82 +125,134 @@ def enter_stage(run: Run, stage: int) -> None:
         inherited, _ = read_weights(run.out / PARENT)
         weights = {name: w for name, w in inherited.items() if name.startswith(own)}
         model.load_state_dict(weights, strict=False)
-    if not run.is_sharded:
+    if not run.processes.shards(config.train):
         # FSDP2 moves shards one by one: the whole model need not fit on the device
         model.to(run.device)
     model.train_only(stage)
-    run.bound = parallelise(model, config.train, run.processes, frozen=stage, compiled=run.compiles)
+    bound = parallelise(model, config.train, run.processes, frozen=stage, compiled=run.compiles)
     precision = run.processes.from_first(muon_precision(config.optim, model, run.device))
-    run.optimizers = build_optimizers(config.optim, model, precision)
-    run.copies = {}
+    copies = {}
     if config.train.ema:
-        run.copies["average"] = copy_of(trained(model))
+        copies["average"] = copy_of(trained(model))
     if config.train.keep == "best":
-        run.copies["best"] = copy_of(trained(model))
+        copies["best"] = copy_of(trained(model))
+    return bound, build_optimizers(config.optim, model, precision), copies
 
 
-def leave_stage(run: Run, end: Likelihood) -> None:
-    """Record how a stage ended, with `end` as its last validation, and enter the next one.
-    Collective.
-    """
-    counters = run.counters
-    keeps_best = run.config.train.keep == "best"
-    kept = counters.lowest if keeps_best else end.nats_per_token
-    counters.valid_bpc.append(bits(kept) * end.tokens / end.characters)
-    if counters.stage and not counters.lowest_at:
-        why = "gained nothing" if counters.stage_step else "has no time"
-        logger.info("%s %s: the block stays as it started", describe_stage(run), why)
-    counters.stage_steps.append(counters.stage_step)
-    counters.stage += 1
+def begin_stage(run: Run, state: State) -> None:
+    """Let the counters of the stage start. Collective."""
+    counters, train = state.counters, state.config.train
     counters.stage_step = 0
     counters.share = 0.0
     counters.lowest = math.inf
+    counters.lowest_at = 0
     counters.stalled = 0
-    final = run.copies.get("best") or run.copies.get("average")
+    counters.stage_start = seconds(run, state)
+    if counters.stage < state.config.num_stages:
+        update_pace(run, state)
+        # the best weights of a stage may be those that it begins with, and it may have no steps
+        counters.evaluation_is_due = train.keep == "best" or counters.stage_is_over
+
+
+def leave_stage(run: Run, state: State, end: Likelihood) -> None:
+    """Record how a stage ended, with `end` as its last validation, and enter the next one.
+
+    A block above the first that gained nothing leaves the model, and its stage the record, unless
+    `train.keep_idle` says otherwise; in `train --from` a block that stays is the parent's, and at
+    work. Collective.
+    """
+    config, counters = state.config, state.counters
+    final = state.copies.get("best") or state.copies.get("average")
     if final:
-        assign(trained(run.model), final)
-        assign(run.copies.get("average", {}), final)
-        submit_weights(run, run.out, finite_weights(run))
-    if counters.stage < run.config.num_stages:
-        if run.is_sharded:
-            run.model = whole_model(run.model)
-        enter_stage(run, counters.stage)
-    counters.stage_start = run.seconds()
+        assign(trained(state.model), final)
+        assign(state.copies.get("average", {}), final)
+    is_idle = counters.stage > 0 and not counters.lowest_at
+    leaves = is_idle and not (config.train.keep_idle or config.parent)
+    if is_idle:
+        why = "gained nothing" if counters.stage_step else "has no time"
+        what = "leaves the model" if leaves else "stays as it started"
+        logger.info("%s %s: the block %s", describe_stage(state), why, what)
+    if leaves:
+        drop_block(run, state)
+    else:
+        if final:
+            submit_weights(run, state, run.out, finite_weights(run, state))
+        kept = counters.lowest if config.train.keep == "best" else end.nats_per_token
+        counters.valid_bpc.append(bits(kept) * end.tokens / end.characters)
+        counters.stage_steps.append(counters.stage_step)
+        counters.stage += 1
+    if leaves or counters.stage < config.num_stages:
+        if run.processes.shards(config.train):
+            state.model = first_blocks(state.model, state.model.num_blocks)
+        state.bound, state.optimizers, state.copies = enter_stage(
+            run, state.config, counters, state.model
+        )
+    begin_stage(run, state)
     # a stage with a time limit may end at an evaluation, some steps after its last checkpoint
-    save(run)
+    save(run, state)
     wait(run)
 
 
-def describe_stage(run: Run) -> str:
+def drop_block(run: Run, state: State) -> None:
+    """Take the block of the stage out of the model and of the configuration, on disk as well.
+    Collective.
+    """
+    stage = state.counters.stage
+    state.counters.idle += 1
+    state.config = without_block(state.config, stage)
+    state.model = first_blocks(state.model, stage)
+    state.model.config = state.config.model
+    state.copies = {}
+    # The configuration comes last: with that of more blocks, fewer ones load as well.
+    weights = finite_weights(run, state)
+    for folder in (run.out, run.out / BEST):
+        submit_weights(run, state, folder, weights)
+    submit_run(run, state.config)
+
+
+def without_block(config: RunConfig, block: int) -> RunConfig:
+    """`config` without a block (0-based) of a flow that trains progressively, and its stage."""
+    assert isinstance(config.model, FlowConfig)
+    blocks = config.model.blocks
+    steps = config.train.stage_steps
+    return replace(
+        config,
+        model=replace(config.model, blocks=blocks[:block] + blocks[block + 1 :]),
+        train=replace(config.train, stage_steps=steps[:block] + steps[block + 1 :]),
+    )
+
+
+def describe_stage(state: State) -> str:
     """The stage in words, such as "stage 2/3: block 2 mix1"."""
-    model, stage, count = run.config.model, run.counters.stage, run.config.num_stages
+    model, counters = state.config.model, state.counters
+    count = state.config.num_stages + counters.idle
     if count > 1:
-        return f"stage {stage + 1}/{count}: {model.describe(stage)}"
+        number = counters.stage + counters.idle + 1
+        return f"stage {number}/{count}: {model.describe(counters.stage)}"
     return model.describe(0) if model.num_blocks == 1 else "all blocks"
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run, state: State) -> dict[str, Any]:
     """Evaluate the test split, and write the summary. Collective."""
-    counters = run.counters
-    minutes = run.config.train.minutes
-    config = run.config
+    config, counters = state.config, state.counters
+    minutes = config.train.minutes
     if minutes:
         # the steps that the run took instead, and the test windows for which there is time left
-        left = 60 * minutes - run.seconds()
+        left = 60 * minutes - seconds(run, state)
         fitting = max(LEAST_TEST_WINDOWS, int(left / max(counters.per_window, 1e-9)))
         lengths = replace(
             config.train,
             minutes=0.0,
             stage_steps=tuple(counters.stage_steps),
-            test_windows=min(run.num_test_windows, run.processes.from_first(fitting)),
+            test_windows=min(num_test_windows(run, config), run.processes.from_first(fitting)),
         )
         config = replace(config, train=lengths)
     windows = eval_windows(
         run.corpus.split("test"), config.model.context, config.train.test_windows or None
     )
     run.log.reporter.stage("evaluating the test split", len(windows))
-    test = evaluate(run, windows, run.log.reporter)
-    sizes = {name: p.numel() for name, p in run.model.named_parameters()}
+    test = evaluate(run, state, windows, run.log.reporter)
+    sizes = {name: p.numel() for name, p in state.model.named_parameters()}
     summary = {
         "preset": config.name,
         "seed": config.seed,
@@ -167,7 +260,7 @@ def finish(run: Run) -> dict[str, Any]:
         "tokens": counters.tokens,
         "stage_valid_bpc": counters.valid_bpc,
         "seconds": round(counters.training, 2),
-        "wall_seconds": round(run.seconds(), 2),
+        "wall_seconds": round(seconds(run, state), 2),
         "minutes": minutes,
         "parameters": sum(sizes.values()),
         "trunk_parameters": sum(n for name, n in sizes.items() if "transformer." in name),

@@ -1,4 +1,4 @@
-"""A training run, and its progress in plain numbers."""
+"""A training run: what never changes in it, its state, and how far its stage is."""
 
 import math
 import time
@@ -11,12 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from tarflowlm.config import RunConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import Corpus, WindowSampler
 from tarflowlm.data.windows import EVALUATED
 from tarflowlm.model import LanguageModel
 from tarflowlm.processes import Processes
-from tarflowlm.training.metrics import MetricsLog
+from tarflowlm.training.log import MetricsLog
+
+# of a run with a time limit
+SAVE_SECONDS = 60.0
+"""It saves about this often."""
+TEST_SHARE = 0.15
+"""Largest share of its time for the test split at its end."""
+LEAST_STEPS = 36
+"""A stage after the first needs time for this many steps, or it is left out: fewer do harm."""
+UNTIMED_STEPS = 1000.0
+"""Steps that a stage is assumed to have until one of them has been timed."""
 
 
 @dataclass
@@ -40,13 +50,7 @@ class Counters:
     # the stages that have ended
     stage_steps: list[int] = field(default_factory=list)
     valid_bpc: list[float] = field(default_factory=list)  # bits per character of what was kept
-
-    # the steps since the last line of the log
-    window_losses: list[float] = field(default_factory=list)  # nats per token
-    window_norms: list[float] = field(default_factory=list)  # of the gradient
-    window_tokens: int = 0
-    window_seconds: float = 0.0
-    window_waited: float = 0.0  # seconds of these in which the next batch was not there yet
+    idle: int = 0  # stages that left the run together with their block
 
     # wall-clock seconds
     training: float = 0.0  # without evaluations and checkpoints
@@ -61,16 +65,20 @@ class Counters:
         return self.step > 0 and self.share >= 1
 
     def place(self) -> dict[str, int]:
-        """Where the run is, as a line of the log says it."""
-        return {"step": self.step, "tokens": self.tokens, "block": self.stage + 1}
+        """Where the run is, as a line of the log says it: `block` counts those that left, too."""
+        return {"step": self.step, "tokens": self.tokens, "block": self.stage + self.idle + 1}
+
+    def progress(self, train: TrainConfig) -> tuple[int, int]:
+        """How much of the stage is done, and of how much: in steps, or thousandths of its time."""
+        if train.minutes:
+            return int(1000 * self.share), 1000
+        return self.stage_step, train.stage_steps[self.stage]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A training run. All processes hold the same; only the first one writes files."""
+    """What never changes in a run. All processes hold the same; only the first one writes files."""
 
-    # never change
-    config: RunConfig
     out: Path
     corpus: Corpus
     device: torch.device
@@ -85,32 +93,98 @@ class Run:
     None for a single process.
     """
 
-    # change with every step or stage: all of it is in a checkpoint, or follows from what is
-    counters: Counters = field(init=False)
-    model: LanguageModel = field(init=False)  # with the blocks of the stages so far
-    bound: nn.Module = field(init=False)  # its negative bound as DDP or FSDP2 wrap it for the stage
-    optimizers: list[torch.optim.Optimizer] = field(init=False)
-    copies: dict[str, dict[str, Tensor]] = field(init=False)
+    def stop_requested(self) -> str | None:
+        """Why this process or another one was asked to stop, or None. Collective."""
+        asked = self.stop_signal()
+        if self.processes.any(asked is not None):
+            return asked or "a signal to another process"
+        return None
+
+
+@dataclass
+class State:
+    """What changes with a step or a stage: a checkpoint holds it all, or what it follows from."""
+
+    config: RunConfig  # with the blocks of all stages; one that gained nothing leaves it
+    counters: Counters
+    model: LanguageModel  # with the blocks of the stages so far
+    bound: nn.Module  # its negative bound as DDP or FSDP2 wrap it for the stage
+    optimizers: list[torch.optim.Optimizer]
+    copies: dict[str, dict[str, Tensor]]
     """Copies of the weights that train, the "average" and the "best" by validation, by parameter;
     each only if the configuration asks for it.
     """
-    sampler: WindowSampler = field(init=False)  # the place in the text
-    generator: Generator = field(init=False)  # of the noise
-    began: float = field(init=False)
+    sampler: WindowSampler  # the place in the text
+    generator: Generator  # of the noise
+    began: float
     """When the run began, on the clock of `time.monotonic`, less pauses and compilation."""
 
-    @property
-    def is_sharded(self) -> bool:
-        return self.processes.shards(self.config.train)
 
-    @property
-    def num_test_windows(self) -> int:
-        """Windows of the test split that a run without a time limit evaluates at its end."""
-        context = self.config.model.context
-        available = self.corpus.num_tokens("test") // context
-        wanted = self.config.train.test_windows or EVALUATED // context
-        return min(wanted, available)
+def seconds(run: Run, state: State) -> float:
+    """Wall-clock seconds since the run began, without pauses and compilation. Collective."""
+    return run.processes.from_first(time.monotonic() - state.began)
 
-    def seconds(self) -> float:
-        """Wall-clock seconds since the run began, without pauses and compilation. Collective."""
-        return self.processes.from_first(time.monotonic() - self.began)
+
+def num_test_windows(run: Run, config: RunConfig) -> int:
+    """Windows of the test split that a run without a time limit evaluates at its end."""
+    context = config.model.context
+    available = run.corpus.num_tokens("test") // context
+    wanted = config.train.test_windows or EVALUATED // context
+    return min(wanted, available)
+
+
+def update_pace(run: Run, state: State) -> None:
+    """Let the counters say how much of the stage is done. Collective."""
+    measure_pace(
+        state.config.train,
+        state.counters,
+        lambda: seconds(run, state),
+        num_test_windows(run, state.config),
+    )
+
+
+def is_time_to_save(run: Run, state: State) -> bool:
+    """Whether a checkpoint is due by its steps, or under a time limit by the time since the last.
+
+    Collective.
+    """
+    train, counters = state.config.train, state.counters
+    if counters.step % train.checkpoint_every == 0:
+        return True
+    return train.minutes > 0 and seconds(run, state) - counters.total > SAVE_SECONDS
+
+
+def measure_pace(
+    train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int
+) -> None:
+    """Update `share` and `expected_steps` of the counters. `clock` gives seconds since the start.
+
+    Under a time limit, `train.stage_steps` are the shares of the stages in the remaining time, less
+    what is reserved for the evaluation that ends every remaining stage, and for the `test_windows`
+    at the end of the run.
+    """
+    step = counters.stage_step
+    if not train.minutes:
+        counters.expected_steps = train.stage_steps[counters.stage]
+        counters.share = step / counters.expected_steps if counters.expected_steps else 1.0
+        return
+    now = clock()
+    passed = now - counters.stage_start
+    limit = 60 * train.minutes
+    test = TEST_SHARE * limit
+    if counters.per_window:
+        test = min(test, 1.2 * test_windows * counters.per_window)
+    left = limit - test - counters.stage_start
+    shares = [*train.stage_steps[counters.stage :]]
+    least = LEAST_STEPS * now / max(counters.step, 1)
+    # a stage that has no time for them gets none, the last one first; one that has begun continues
+    has_begun = step > 0 or counters.stage == 0
+    for index in reversed(range(int(has_begun), len(shares))):
+        if left * shares[index] < least * sum(shares):
+            shares[index] = 0
+    own = (left - len(shares) * counters.evaluation) * shares[0] / max(sum(shares), 1)
+    # the share never falls, even if an evaluation is shorter than estimated
+    counters.share = max(counters.share, min(1.0, passed / own) if own > 0 else 1.0)
+    # the first step may compile, which does not count
+    is_timed = step > 1
+    counters.expected_steps = step / max(counters.share, 1e-9) if is_timed else UNTIMED_STEPS

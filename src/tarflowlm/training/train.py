@@ -1,17 +1,14 @@
-"""A training run, from its configuration to its results.
+"""A training run, from what is asked for to its results.
 
-`train` is the whole of it, and `train_stage` is the loop.
+`train` is the whole of it, `train_stage` is the loop, `accumulate_gradients` is the loss of a step.
 """
 
 import gc
 import logging
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +19,25 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.device import keep_freed_memory
-from tarflowlm.errors import SILENT, Progress, Record, UserError
+from tarflowlm.errors import SILENT, Progress, Record
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.model import LanguageModel
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.runs.checkpoint import Checkpoint, has_whole_weights, read_summary
-from tarflowlm.training import begin, checkpoint, optim, pace, parallel, stages
-from tarflowlm.training.metrics import MetricsLog
-from tarflowlm.training.state import Run
+from tarflowlm.training import optim, parallel
+from tarflowlm.training.checkpoint import newest_state, save, stop, wait
+from tarflowlm.training.log import MetricsLog, PendingLosses, PendingStep
+from tarflowlm.training.resolve import (
+    announce,
+    check_same,
+    is_begun,
+    only_writer,
+    resolve,
+    write_start,
+)
+from tarflowlm.training.stages import describe_stage, finish, leave_stage, load_state, new_state
+from tarflowlm.training.state import Run, State, is_time_to_save, update_pace
 from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
@@ -38,10 +45,6 @@ STEPS_BETWEEN_READS = {"cuda": 16}
 STEPS_BETWEEN_COLLECTIONS = 1000  # of garbage, by several processes at once
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
-Unread = list[tuple[int, Tensor, list[str], Tensor]]
-"""Steps whose numbers are still on the device: the step, its loss and gradient norm [2], and the
-names of the parameters that have a gradient with the norms of these.
-"""
 
 logger = logging.getLogger("tarflowlm")
 
@@ -76,178 +79,135 @@ def train(
     has changed; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError as
     soon as the loss or a gradient is not finite.
     """
-    begun = processes.from_first(processes.first and begin.is_begun(out))
-    if begun:
-        if asked is not None:
-            begin.check_same(asked, out)
-        is_left = processes.first and has_whole_weights(out)
-        summary = processes.from_first(read_summary(out) if is_left else None)
-        if summary is not None:
-            logger.info("%s is finished", out)
-            return summary
-    config = begin.configured(asked, out, parent, begun=begun)
-    processes.rows_each(config.train)  # for its error
-    corpus = begin.corpus_of(config, out, parent, reporter, processes)
-    config = processes.from_first(begin.decided(config, corpus, device))
-    with begin.writing(out, processes):
-        if processes.first and begin.is_begun(out) != begun:
-            raise UserError(
-                f"{out} has just been begun by another process: repeat the command to continue it"
-            )
-        folder = checkpoint.newest_state(out) if processes.first and begun else None
-        folder = processes.from_first(folder)
+    begun = processes.from_first(processes.first and is_begun(out))
+    if begun and asked is not None:
+        check_same(asked, out)
+    is_whole = begun and processes.first and has_whole_weights(out)
+    summary = processes.from_first(read_summary(out) if is_whole else None)
+    if summary is not None:
+        logger.info("%s is finished", out)
+        return summary
+
+    config, corpus = resolve(asked if not begun else None, out, parent, device, processes, reporter)
+    with only_writer(out, processes, begun=begun):
+        folder = processes.from_first(newest_state(out) if processes.first and begun else None)
         if processes.first and folder is None:
-            begin.write_start(out, asked, config, corpus, parent)
+            write_start(out, asked, config, corpus, parent)
         announce(config, out)
         keep_freed_memory()
-        compiled = parallel.compiles(config.train, processes, device)
+        compiles = parallel.compiles(config.train, processes, device)
         group = dist.new_group(backend="gloo") if processes.world > 1 else None
         assert not isinstance(group, int), "every process is a member of the group"
-        with stop_requests() as stop_signal, parallel.compiling(compiled):
+        with (
+            stop_requests() as stop_signal,
+            parallel.compiling(compiles),
+            closing(MetricsLog(reporter)) as log,
+            ThreadPoolExecutor(1) as writer,  # leaving waits until nothing is being written
+        ):
             run = Run(
-                config=config,
                 out=out,
                 corpus=corpus,
                 device=device,
                 processes=processes,
-                compiles=compiled,
-                log=MetricsLog(reporter),
+                compiles=compiles,
+                log=log,
                 stop_signal=stop_signal,
-                writer=ThreadPoolExecutor(1),
+                writer=writer,
                 writes=[],
                 group=group,
             )
-            try:
-                stages.start(run, folder)
-                while run.counters.stage < config.num_stages:
-                    stages.leave_stage(run, train_stage(run))
-                return stages.finish(run)
-            finally:
-                # returns once nothing is being written any more, even if something failed
-                run.writer.shutdown()
-                run.log.close()
+            state = new_state(run, config) if folder is None else load_state(run, config, folder)
+            while state.counters.stage < state.config.num_stages:
+                last_validation = train_stage(run, state)
+                leave_stage(run, state, last_validation)
+            return finish(run, state)
 
 
-def announce(config: RunConfig, out: Path) -> None:
-    """Say what is trained, for how long, and where to."""
-    train = config.train
-    minutes = f"{round(train.minutes, 2):g} minutes"
-    length = minutes if train.minutes else f"{train.num_steps:,} steps"
-    tokens = f"{train.batch_size * config.model.context:,} tokens a step"
-    logger.info("%s on %s: %s, %s, into %s", config.name, config.data.source, length, tokens, out)
-
-
-def train_stage(run: Run) -> Likelihood:
+def train_stage(run: Run, state: State) -> Likelihood:
     """Train until the steps or the time of the stage are used up; returns the last validation.
 
-    With `train.patience`, it ends as soon as so many evaluations in a row were no better. Raises
+    With `train.patience`, it ends as soon as that many evaluations in a row were no better. Raises
     FloatingPointError, naming parameters, and Stopped, as `train` does. Collective.
     """
-    config = run.config
+    config, counters, model = state.config, state.counters, state.model
     train = config.train
-    counters = run.counters
     every = STEPS_BETWEEN_READS.get(run.device.type, 1)
-    unread: Unread = []
+    pending = PendingLosses()
     may_compile = run.compiles
-    measure_pace = partial(pace.measure, train, counters, run.seconds, run.num_test_windows)
-    measure_pace()
-    if counters.stage_step == 0:
-        # the best weights of a stage may be those that it begins with, and it may have no steps
-        counters.evaluation_is_due |= train.keep == "best" or counters.stage_is_over
-    done, total = pace.units(train, counters)
-    run.log.reporter.stage(stages.describe_stage(run), total, done)
+    done, total = counters.progress(train)
+    run.log.reporter.stage(describe_stage(state), total, done)
 
-    mark = time.perf_counter()
     while True:
         # Evaluate. This comes after the checkpoint of the step, so that a kill during a long
         # evaluation loses nothing; a resumed run starts with it.
         if counters.evaluation_is_due:
-            result = validate(run)
-            measure_pace()
-            has_stalled = 0 < train.patience <= counters.stalled
-            if counters.stage_is_over or has_stalled:
+            result = validate(run, state)
+            if counters.stage_is_over or 0 < train.patience <= counters.stalled:
                 return result
-            mark = time.perf_counter()
 
+        # Compute the gradients of a batch.
+        start = time.perf_counter()
         if run.processes.world > 1 and counters.stage_step % STEPS_BETWEEN_COLLECTIONS == 0:
             gc.collect()
-
-        tokens = next_batch(run)
-
+        before_batch = time.perf_counter()
+        tokens = state.sampler.next()
+        waited = time.perf_counter() - before_batch
+        num_tokens = tokens.numel() * run.processes.world
         loss = accumulate_gradients(
-            run.model, run.bound, tokens, run.generator, train, run.processes
+            model, state.bound, on_device(tokens, run), state.generator, train, run.processes
         )
-        trained = {n: p for n, p in run.model.named_parameters() if p.grad is not None}
-        each = optim.norms({name: p.grad for name, p in trained.items() if p.grad is not None})
-        norm = torch.linalg.vector_norm(each)
+        trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+        norms = optim.norms({n: p.grad for n, p in trained.items() if p.grad is not None})
+        norm = torch.linalg.vector_norm(norms)
 
         # Read the numbers of the step. If one is not finite, the run ends here, before any weight
         # changes. A GPU is read every 16 steps: weights may be spoiled by then, none saved.
-        unread.append((counters.step + 1, torch.stack((loss, norm)), [*trained], each))
-        if len(unread) >= every:
-            read(run, unread)
+        numbers = torch.stack((loss, norm))
+        pending.append(PendingStep(counters.step + 1, numbers, [*trained], norms))
+        read = pending.read(model, counters.step) if len(pending) >= every else []
 
         # Change the weights.
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
         lr = config.optim.lr * optim.schedule(config.optim, counters.stage_step, num_steps)
-        optim.take_step(run.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
-        num_tokens = tokens.numel() * run.processes.world
+        optim.take_step(state.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
         counters.step += 1
         counters.stage_step += 1
         counters.tokens += num_tokens
-        counters.window_tokens += num_tokens
-        optim.update_average(run.copies, run.model, counters.stage_step, train.ema)
+        optim.update_average(state.copies, model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
-            read(run, unread)
-            run.began += time.perf_counter() - mark
-            counters.window_tokens = 0
-            counters.window_seconds = 0.0
-            counters.window_waited = 0.0
-            mark = time.perf_counter()
-            may_compile = False
+            read += pending.read(model, counters.step)
+            state.began += time.perf_counter() - start
+            start, num_tokens, waited, may_compile = time.perf_counter(), 0, 0.0, False
 
-        # Report.
-        measure_pace()
-        before = done
-        done, _ = pace.units(train, counters)
-        run.log.reporter.advance(done - before)
-
-        # Log. Whatever is saved below has been read before.
-        why = pace.stop_requested(run) if counters.step % every == 0 else None
+        # What is due now? Whatever is logged or saved has been read before.
+        update_pace(run, state)
+        why = run.stop_requested() if counters.step % every == 0 else None
         counters.evaluation_is_due = (
             counters.stage_is_over or counters.step % train.evaluate_every == 0
         )
-        is_logged = counters.evaluation_is_due or counters.step % train.log_every == 0
-        is_saved = (
-            why is not None
-            or counters.evaluation_is_due
-            or counters.step % train.checkpoint_every == 0
-            or (train.minutes > 0 and run.seconds() - counters.total > pace.SAVE_SECONDS)
-        )
-        if is_logged or is_saved:
-            read(run, unread)
-            now = time.perf_counter()
-            counters.window_seconds += now - mark
-            counters.training += now - mark
-            mark = now
-        if is_logged:
-            write_line(run, lr)
-            checkpoint.wait(run, until_done=False)
+        log_is_due = counters.evaluation_is_due or counters.step % train.log_every == 0
+        save_is_due = counters.evaluation_is_due or is_time_to_save(run, state)
+        if log_is_due or save_is_due or why is not None:
+            read += pending.read(model, counters.step)
 
-        # Save.
-        if is_saved:
-            checkpoint.save(run)
-            mark = time.perf_counter()
+        # Report, log, save.
+        before, (done, _) = done, counters.progress(train)
+        run.log.reporter.advance(done - before)
+        duration = time.perf_counter() - start
+        counters.training += duration
+        run.log.step(read, tokens=num_tokens, seconds=duration, waited=waited)
+        if log_is_due:
+            write_line(run, state, lr)
+            wait(run, until_done=False)
+        if save_is_due:
+            save(run, state)
         if why is not None:
-            checkpoint.stop(run, why)
+            stop(run, state, why)
 
 
-def next_batch(run: Run) -> Int[Tensor, "B T"]:
-    """This process's rows of the next batch, on its device."""
-    start = time.perf_counter()
-    tokens = run.sampler.next()
-    run.counters.window_waited += time.perf_counter() - start
+def on_device(tokens: Int[Tensor, "B T"], run: Run) -> Int[Tensor, "B T"]:
+    """The tokens on the device of the run."""
     if run.device.type == "cuda":
         # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
@@ -283,71 +243,18 @@ def accumulate_gradients(
     return processes.gather(total[None]).mean()
 
 
-def read(run: Run, unread: Unread) -> None:
-    """Read the numbers of steps into the window of the log, with one transfer from the device.
-
-    FloatingPointError for the first step that is not finite. Collective.
-    """
-    if not unread:
-        return
-    rows = torch.stack([numbers for _, numbers, _, _ in unread]).tolist()
-    for (step, _, names, each), (loss, norm) in zip(unread, rows, strict=True):
-        if not math.isfinite(loss + norm):
-            raise not_finite(run, step, loss, names, each)
-        run.counters.window_losses.append(loss)
-        run.counters.window_norms.append(norm)
-    unread.clear()
-
-
-def not_finite(
-    run: Run, step: int, loss: float, names: list[str], each: Tensor
-) -> FloatingPointError:
-    """The error for a step: the gradients that are not finite, and the parameters, if these are
-    still the ones of that step. Collective.
-    """
-    culprits = {"gradients": dict(zip(names, each.tolist(), strict=True))}
-    if step > run.counters.step:
-        weights = optim.trained_parameters(run.model)
-        culprits["parameters"] = dict(zip(weights, optim.norms(weights).tolist(), strict=True))
-    found = [f"the loss is {loss:.4g}"]
-    for kind, sizes in culprits.items():
-        if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
-            found.append(
-                f"{len(broken)} {kind} are not finite: {', '.join(broken[: checkpoint.NAMED])}"
-            )
-    remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
-    if run.counters.step == 0:
-        remedy = "lower optim.lr, or check the values of model, which has learnt nothing yet"
-    return FloatingPointError(f"the run ended at step {step}: {'; '.join(found)}; {remedy}")
-
-
-def write_line(run: Run, lr: float) -> None:
-    """Write a line of the log with the means since the last one, and start the next window."""
-    counters = run.counters
-    loss = statistics.fmean(counters.window_losses)
-    duration = max(counters.window_seconds, 1e-9)
-    speed = counters.window_tokens / duration
+def write_line(run: Run, state: State, lr: float) -> None:
+    """Write a line of the log with the means over the steps since the last one."""
+    counters = state.counters
+    means = run.log.means()
     characters = run.corpus.num_characters("train") / run.corpus.num_tokens("train")
-    record: Record = {
-        "split": "train",
-        **counters.place(),
-        "nats_per_token": loss,
-        "grad_norm": statistics.fmean(counters.window_norms),
-        "bpc": bits(loss) / characters,
-        "lr": lr,
-        "tokens_per_second": speed,
-        "data_share": counters.window_waited / duration,
-    }
+    bpc = bits(means["nats_per_token"]) / characters
+    record: Record = {"split": "train", **counters.place(), **means, "bpc": bpc, "lr": lr}
     if run.device.type == "cuda":
         record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         torch.cuda.reset_peak_memory_stats()
         if peak := peak_flops(torch.cuda.get_device_name(run.device)):
-            model = run.config.model_of_stage(counters.stage)
+            model = state.config.model_of_stage(counters.stage)
             flops = training_flops(model, frozen=counters.stage) / model.context  # of a token
-            record["mfu"] = speed * flops / peak / run.processes.world
+            record["mfu"] = means["tokens_per_second"] * flops / peak / run.processes.world
     run.log.write(record)
-    counters.window_losses = []
-    counters.window_norms = []
-    counters.window_tokens = 0
-    counters.window_seconds = 0.0
-    counters.window_waited = 0.0

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tarflowlm.evaluation.blocks import StateReport
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.training.records import RunRecord, Series
+from tarflowlm.runs.records import RunRecord, Series
 from tarflowlm_apps.report.style import (
     COLOURS,
     MUTED,
@@ -41,8 +42,8 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
                 linewidth=0.7,
                 alpha=0.45,
             )
-            bpc = run.train["bpc"][-1] if run.kept is None else run.kept
-            sign = run.sign.replace("<=", "≤")
+            bpc = run.train["bpc"][-1] if run.valid_bpc is None else run.valid_bpc
+            sign = sign_of(run.bound).replace("<=", "≤")
             line.set_label(f"{literal(run.name)} {sign} {bpc:.3f}")
         axes.set_ylabel("bits per character")
         _count_on_x(axes, records, column)

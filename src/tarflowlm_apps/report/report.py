@@ -17,10 +17,10 @@ from tarflowlm.files import replacing
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate
+from tarflowlm.runs.records import RunRecord, read_record
 from tarflowlm.terminal import grid
 from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import Draft
-from tarflowlm.training.records import RunRecord, read_record
 from tarflowlm_apps.report.figures import CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm_apps.report.page import GENERATOR, page_html, picture_html, section_html
 from tarflowlm_apps.report.style import Figure, render

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from tarflowlm.evaluation.blocks import StateReport
+from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.runs.records import RunRecord
 from tarflowlm.schema import flatten
-from tarflowlm.training.records import RunRecord
 from tarflowlm_apps.report.page import table_html
 
 MACHINE = ("parameters", "trunk_parameters", "device", "threads", "machine", "torch")
@@ -40,7 +41,7 @@ def _table(records: Sequence[RunRecord], rows: Sequence[Sequence[str]]) -> str:
 
 def _summary_of(record: RunRecord) -> dict[str, str]:
     """The column of a run: only what is known of it."""
-    sign = record.sign
+    sign = sign_of(record.bound)
     column = {"status": record.status}
     done = record.summary
     if done is not None:
@@ -48,8 +49,8 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
         column["test, bits per character"] = f"{sign} {test['bpc']:.4f} ({test['bound']})"
         nats = f"{sign} {test['nats_per_token']:.4f} ± {test['stderr']:.4f}"
         column["test, nats per token, standard error"] = nats
-    if record.kept is not None:
-        column["validation, bits per character"] = f"{sign} {record.kept:.4f}"
+    if record.valid_bpc is not None:
+        column["validation, bits per character"] = f"{sign} {record.valid_bpc:.4f}"
     if done is not None:
         stages = ", ".join(f"{bpc:.4f}" for bpc in done["stage_valid_bpc"])
         column["validation after each stage"] = f"{sign} {stages}"

@@ -9,10 +9,16 @@ from pathlib import Path
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
+from tarflowlm.runs.checkpoint import (
+    CONFIG,
+    METRICS,
+    WEIGHTS,
+    Checkpoint,
+    load_checkpoint,
+    read_run,
+)
 from tarflowlm.runs.hub import DEFAULT, locate, purpose, read_card, released
-from tarflowlm.training.metrics import METRICS
-from tarflowlm.training.records import find_runs
+from tarflowlm.runs.records import find_runs
 
 
 @dataclass(frozen=True)

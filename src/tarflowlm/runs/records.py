@@ -11,17 +11,16 @@ import numpy.typing as npt
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.files import is_written
 from tarflowlm.runs.checkpoint import (
     CONFIG,
+    METRICS,
     WEIGHTS,
     Summary,
     read_run,
     read_summary,
     resume_command,
 )
-from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
 
@@ -78,13 +77,8 @@ class RunRecord:
         return "exact" if self.run.model.family == "ar" else "elbo"
 
     @property
-    def sign(self) -> str:
-        """= for exact numbers, <= for upper bounds."""
-        return sign_of(self.bound)
-
-    @property
-    def kept(self) -> float | None:
-        """Validation of its weights, in bits per character: of a finished run, those it kept."""
+    def valid_bpc(self) -> float | None:
+        """Validation bits per character of the saved weights."""
         if self.summary is not None:
             return float(self.summary["stage_valid_bpc"][-1])
         return float(self.valid["bpc"][-1]) if len(self.valid["bpc"]) > 0 else None

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import metrics_of
 from tarflowlm.errors import UserError
-from tarflowlm.training.records import find_runs, read_record
+from tarflowlm.runs.records import find_runs, read_record
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def directory(runs, tmp_path):
 
 def test_finished_run(runs):
     record = read_record(runs["progressive"])
-    assert (record.name, record.status, record.sign, record.notes) == (
+    assert (record.name, record.status, record.bound, record.notes) == (
         "progressive",
         "finished",
-        "<=",
+        "elbo",
         [],
     )
     assert record.train["step"].tolist() == list(range(1, 15))
@@ -31,7 +31,7 @@ def test_finished_run(runs):
         (2, 192),
         (3, 320),
     ]
-    assert read_record(runs["baseline"]).sign == "="
+    assert read_record(runs["baseline"]).bound == "exact"
 
 
 def test_seconds_add_up_over_stages(directory):

@@ -3,25 +3,90 @@
 import io
 import json
 import logging
+import math
 import os
 import secrets
+import statistics
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import Progress, Record, check_package
+from tarflowlm.runs.checkpoint import METRICS
 from tarflowlm.schema import to_dict
+from tarflowlm.training.optim import norms, trained_parameters
 
-METRICS = "metrics.jsonl"
+NAMED = 8
+"""Parameters that a message names."""
+
 Tracker = tuple[Callable[[dict[str, int | float], int], None], Callable[[], None]]
 """Two functions: one takes the numbers of a step, the other one closes the tracker."""
 
 T = TypeVar("T")
 
 logger = logging.getLogger("tarflowlm")
+
+
+class PendingStep(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    numbers: Tensor  # loss in nats per token and norm of the whole gradient, [2]
+    names: list[str]  # of the parameters with a gradient
+    norms: Tensor  # of their gradients
+
+
+class PendingLosses(list[PendingStep]):
+    """The steps whose numbers the host has not read: it would wait for the device."""
+
+    def read(self, model: nn.Module, step: int) -> list[tuple[float, float]]:
+        """Losses and gradient norms of the steps, with one transfer from the device.
+
+        FloatingPointError for the first one that is not finite; `step` is the newest step that has
+        changed the weights of `model`. Collective.
+        """
+        rows = torch.stack([each.numbers for each in self]).tolist() if self else []
+        for pending, (loss, norm) in zip(self, rows, strict=True):
+            if not math.isfinite(loss + norm):
+                raise not_finite(pending, loss, model, step)
+        self.clear()
+        return [(loss, norm) for loss, norm in rows]
+
+
+def not_finite(pending: PendingStep, loss: float, model: nn.Module, step: int) -> Exception:
+    """The error for a step: the gradients that are not finite, and the parameters, if these are
+    still the ones of that step. Collective.
+    """
+    culprits = {"gradients": dict(zip(pending.names, pending.norms.tolist(), strict=True))}
+    if pending.step > step:
+        weights = trained_parameters(model)
+        culprits["parameters"] = dict(zip(weights, norms(weights).tolist(), strict=True))
+    found = [f"the loss is {loss:.4g}"]
+    for kind, sizes in culprits.items():
+        if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
+            found.append(f"{len(broken)} {kind} are not finite: {', '.join(broken[:NAMED])}")
+    remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
+    if step == 0:
+        remedy = "lower optim.lr, or check the values of model, which has learnt nothing yet"
+    return FloatingPointError(f"the run ended at step {pending.step}: {'; '.join(found)}; {remedy}")
+
+
+@dataclass
+class Window:
+    """The steps since the last line of the log."""
+
+    losses: list[float] = field(default_factory=list)  # nats per token
+    norms: list[float] = field(default_factory=list)  # of the gradient
+    tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # seconds of these in which the next batch was not there yet
 
 
 class MetricsLog:
@@ -32,17 +97,50 @@ class MetricsLog:
 
     def __init__(self, reporter: Progress) -> None:
         self.reporter = reporter
+        self.window = Window()
         self.trackers: dict[str, Tracker] = {}
         self._file: TextIO | None = None
 
-    def open(self, directory: Path, *, resume_at: int = 0) -> None:
-        """Continue the file in `directory` at a saved `position`; later lines are dropped."""
+    def open(self, directory: Path, saved: dict[str, Any] | None = None) -> None:
+        """Continue the file in `directory` as `saved` by `state_dict`; later lines are dropped."""
+        saved = saved or self.state_dict()
+        self.window = Window(**saved["window"])
         path = directory / METRICS
         if path.exists():
             # a power failure may also have lost a part of the earlier lines
-            kept = path.read_bytes()[:resume_at]
+            kept = path.read_bytes()[: saved["position"]]
             os.truncate(path, kept.rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bytes written so far, which are on disk then, and the window; small JSON."""
+        position = 0
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            position = os.fstat(self._file.fileno()).st_size
+        return {"position": position, "window": asdict(self.window)}
+
+    def step(
+        self, read: list[tuple[float, float]], *, tokens: int, seconds: float, waited: float
+    ) -> None:
+        """Count a step. `read` are the losses and gradient norms that were read in it."""
+        window = self.window
+        window.losses += [loss for loss, _ in read]
+        window.norms += [norm for _, norm in read]
+        window.tokens += tokens
+        window.seconds += seconds
+        window.waited += waited
+
+    def means(self) -> dict[str, float]:
+        """The means over the window, which begins anew."""
+        window, self.window = self.window, Window()
+        duration = max(window.seconds, 1e-9)
+        return {
+            "nats_per_token": statistics.fmean(window.losses),
+            "grad_norm": statistics.fmean(window.norms),
+            "tokens_per_second": window.tokens / duration,
+            "data_share": window.waited / duration,
+        }
 
     def write(self, record: Record) -> None:
         """Add a line, with at least a `split` and a `step`."""
@@ -58,13 +156,6 @@ class MetricsLog:
         }
         for name, (send, _) in [*self.trackers.items()]:
             self.attempt(name, send, numbers, step)
-
-    def position(self) -> int:
-        """Bytes written so far; returns once they are on disk."""
-        if self._file is None:
-            return 0
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         if self._file is not None:
@@ -127,12 +218,9 @@ def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
             settings=wandb.Settings(silent=True, console="off"),
         )
 
-    def send(numbers: dict[str, int | float], step: int) -> None:
-        run.log(numbers, step=step)
-
     def end() -> None:
         with redirect_stdout(io.StringIO()):
             # as failed, if an exception is passing through
             run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
-    return send, end
+    return lambda numbers, step: run.log(numbers, step=step), end

@@ -1,0 +1,272 @@
+"""Before the first step: the configuration of a run, its text, and its directory.
+
+`resolve` makes of what is asked for what is trained: asked.json holds the one, config.json the
+other. Both are kept, since one question has several answers: on another device `auto` is another
+precision, and a run still has to know that it is asked for once more.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tarflowlm.config import RunConfig
+from tarflowlm.data import (
+    SOURCE_NAMES,
+    Corpus,
+    Tokenizer,
+    load_tokenizer,
+    look,
+    prepare_corpus,
+    suited,
+)
+from tarflowlm.data.sources import HUB
+from tarflowlm.errors import Progress, UserError, check_package
+from tarflowlm.files import (
+    full_disk_as_user_error,
+    read_json,
+    remove_leftovers,
+    write_json,
+    writer_lock,
+)
+from tarflowlm.presets import check_time, with_blocks, with_steps
+from tarflowlm.processes import Processes
+from tarflowlm.runs.checkpoint import (
+    BEST,
+    PARENT,
+    STATE,
+    TOKENIZER,
+    WEIGHTS,
+    Checkpoint,
+    read_run,
+    resume_command,
+    write_run,
+)
+from tarflowlm.runs.weights import checksum, write_weights
+from tarflowlm.schema import checked, flatten, from_dict, to_dict
+from tarflowlm.training.optim import with_precision
+
+ASKED = "asked.json"
+"""The configuration that a run was asked for; config.json has what was decided since."""
+TUNING_RATE = 0.5
+"""Peak learning rate of tuning, as a multiple of the one of the model's own training."""
+TUNING_MINUTES = 10.0
+"""Length of a tuning run if nothing else is asked for."""
+
+logger = logging.getLogger("tarflowlm")
+
+
+# what is asked for
+
+
+def tuning(
+    parent: Checkpoint,
+    data: str,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    lr: float | None = None,
+    unwrap: bool = False,
+) -> RunConfig:
+    """The run that continues the training of a model on another text, for `train(..., parent=...)`.
+
+    Shape, tokenizer, batches and stages are the parent's. The stages keep their shares of the new
+    length: `minutes`, by default 10, or `steps`. The optimiser is new, with the peak rate `lr`, by
+    default half of the parent's. `unwrap` joins the lines of paragraphs. UserError for a length or
+    rate that is not above 0.
+    """
+    check_time(minutes, steps)
+    lr = TUNING_RATE * parent.run.optim.lr if lr is None else checked(lr, float, "lr")
+    text = replace(parent.run.data, source=data, unwrap=unwrap)
+    seen = look(text)
+    problem = seen.misfit(parent.tokenizer)
+    if problem is not None:
+        remedy = f"`tarflowlm train english-small --data {data} --out DIR`"
+        raise UserError(f"{problem}: train a new model on it: {remedy}")
+    seen.tell(parent.tokenizer.normalization, "english-small")
+    run = with_blocks(parent.run, parent.model.num_blocks)
+    weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
+    train = replace(
+        run.train,
+        minutes=minutes or TUNING_MINUTES,
+        keep="best",
+        evaluate_every=100,
+        test_windows=0,
+        precision="auto",
+    )
+    run = replace(
+        run,
+        name=f"{run.name}-tuned",
+        parent=f"{parent.directory.name}@{checksum(weights)}",
+        data=text,
+        optim=replace(run.optim, lr=lr),
+        train=train,
+        seed=seed,
+    )
+    return run if steps is None else with_steps(run, steps)
+
+
+def settled(asked: RunConfig) -> RunConfig:
+    """`asked` with what its names alone decide: absolute paths to its files, and for a corpus by
+    name its normalisation instead of auto.
+    """
+    data = asked.data
+    tokenizer = data.tokenizer
+    if tokenizer.source and Path(tokenizer.source).exists():
+        tokenizer = replace(tokenizer, source=str(Path(tokenizer.source).resolve()))
+    source = data.source
+    if source in SOURCE_NAMES:
+        tokenizer = replace(tokenizer, normalize=tokenizer.normalization)
+    elif not source.startswith(HUB):
+        source = str(Path(source).expanduser().resolve())
+    return replace(asked, data=replace(data, source=source, tokenizer=tokenizer))
+
+
+# what is trained
+
+
+def resolve(
+    asked: RunConfig | None,
+    out: Path,
+    parent: Checkpoint | None,
+    device: torch.device,
+    processes: Processes,
+    progress: Progress,
+) -> tuple[RunConfig, Corpus]:
+    """The configuration that is trained, and its text in tokens: all that the text, the parent and
+    the device decide. With `asked` None, those of the run in `out`. Nothing is written. Collective.
+
+    UserError for a text that is missing, too short or of another tokenizer, a parent that is
+    missing, and a batch that does not divide.
+    """
+    config = read_run(out) if asked is None else suited_to_text(asked, parent)
+    processes.rows_each(config.train)  # for its error
+
+    # the text, by the tokenizer of the parent, of which a run keeps a copy
+    tokenizer: Tokenizer | None = None
+    if parent is not None:
+        tokenizer = parent.tokenizer
+    elif config.parent:
+        tokenizer = load_tokenizer(out / TOKENIZER)
+    with processes.first_alone():
+        corpus = prepare_corpus(config.data, tokenizer, progress=progress)
+    context = config.model.context
+    for name in ("train", "valid", "test"):
+        have = corpus.num_tokens(name)
+        if have < context:
+            raise UserError(
+                f"the {name} split of {config.data.source} has {have} tokens, "
+                f"fewer than the context of {context}: use a longer text or a smaller model.context"
+            )
+
+    # the vocabulary's size by the text, the precision by the device
+    vocab_size = corpus.tokenizer.vocab_size
+    if config.model.vocab_size not in (0, vocab_size):
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size}: the tokenizer has {vocab_size} symbols; "
+            "leave it at 0"
+        )
+    model = replace(config.model, vocab_size=vocab_size)
+    config = replace(config, model=model, train=with_precision(config.train, device))
+    return processes.from_first(config), corpus
+
+
+def suited_to_text(asked: RunConfig, parent: Checkpoint | None) -> RunConfig:
+    """`asked`, settled, with the tokenizer that suits its text."""
+    for name in asked.train.track:
+        check_package(name, "track", f"train.track {name}")
+    if asked.parent:
+        if parent is None:
+            raise UserError(f"parent {asked.parent}: give that model with `train --from`")
+        return settled(asked)
+    return settled(replace(asked, data=suited(asked.data)))
+
+
+# the run directory
+
+
+def is_begun(out: Path) -> bool:
+    """Whether `out` holds a run that has saved something. UserError for any other content."""
+    if (out / ASKED).exists():
+        # a hidden folder is a state that a kill left incomplete
+        return (out / WEIGHTS).exists() or any((out / STATE).glob("[!.]*"))
+    # hidden files are locks, or were left by a kill
+    if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
+        raise UserError(f"{out} exists already and is not a run to continue: choose another --out")
+    return False
+
+
+def check_same(asked: RunConfig, out: Path) -> None:
+    """UserError, naming the first field that differs, unless the run in `out` was asked for so."""
+    ours = flatten(settled(asked))
+    theirs = flatten(from_dict(RunConfig, read_json(out / ASKED)))
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{name} {ours.get(name)}: the run in {out} has {theirs.get(name)}; "
+                f"continue that with `{resume_command(out)}`, or choose another --out"
+            )
+
+
+@contextmanager
+def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[None]:
+    """A context in which the first process is the only writer of `out`, which was `begun` before.
+
+    A full disk is a UserError, and an interrupt says how to continue.
+    """
+
+    def remedy() -> str:
+        if (out / ASKED).exists():
+            return f"continue with `{resume_command(out)}`"
+        return "start it again"
+
+    with full_disk_as_user_error(out, remedy), ExitStack() as stack:
+        if processes.first:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(writer_lock(out))
+            # what a kill left incomplete
+            for folder in (out, out / BEST):
+                remove_leftovers(folder)
+            for partial in (out / STATE).glob(".step-*"):
+                shutil.rmtree(partial)
+            if is_begun(out) != begun:
+                raise UserError(
+                    f"{out} has just been begun by another process: repeat the command to "
+                    "continue it"
+                )
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(remedy()) from None
+
+
+def write_start(
+    out: Path,
+    asked: RunConfig | None,
+    config: RunConfig,
+    corpus: Corpus,
+    parent: Checkpoint | None,
+) -> None:
+    """Write the files that a run directory has from the beginning."""
+    if asked is not None:
+        # the first file: it makes the directory a run
+        write_json(out / ASKED, to_dict(settled(asked)))
+    (out / STATE).mkdir(exist_ok=True)
+    shutil.rmtree(out / BEST, ignore_errors=True)  # a run may have been killed before it saved
+    if parent is not None:
+        write_weights(out / PARENT, parent.model.state_dict(), parent.info)
+    write_run(out, config, corpus.tokenizer)
+
+
+def announce(config: RunConfig, out: Path) -> None:
+    """Say what is trained, for how long, and where to."""
+    train = config.train
+    minutes = f"{round(train.minutes, 2):g} minutes"
+    length = minutes if train.minutes else f"{train.num_steps:,} steps"
+    tokens = f"{train.batch_size * config.model.context:,} tokens a step"
+    logger.info("%s on %s: %s, %s, into %s", config.name, config.data.source, length, tokens, out)
