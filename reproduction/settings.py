@@ -41,7 +41,12 @@ class Settings:
         return preset(f"{family}-{kind}")
 
     def adapt(self, run: RunConfig) -> RunConfig:
-        """The run with the user's text, precision and steps. The paper scale keeps its texts."""
+        """The run with the user's text, precision and steps. The paper scale keeps its texts.
+
+        Idle blocks stay: figures measure what every block does.
+        """
+        if run.num_stages > 1:
+            run = replace(run, train=replace(run.train, keep_idle=True))
         if self.data is not None and self.scale == "mini":
             run = replace(run, data=replace(run.data, source=self.data))
         if self.precision is not None:
