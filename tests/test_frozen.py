@@ -47,8 +47,8 @@ FIELDS = {
     """,
     config.TrainConfig: """
         accumulate batch_size checkpoint_activations checkpoint_every compile dropout ema
-        evaluate_every evaluate_windows keep log_every minutes mode parallel patience precision
-        stage_steps test_windows track
+        evaluate_every evaluate_windows keep keep_idle log_every minutes mode parallel patience
+        precision stage_steps test_windows track
     """,
     model_config.TransformerConfig: """
         input_taps mlp_ratio num_heads width

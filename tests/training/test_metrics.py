@@ -40,26 +40,26 @@ def test_lines_are_on_disk_before_the_log_is_closed(tmp_path):
     log.close()
 
 
-def write(folder: Path, *steps: int, saved: dict | None = None) -> dict:
-    """Lines of these steps, after what was saved; returns the state at their end."""
+def write(folder: Path, *steps: int, resume_at: int = 0) -> int:
+    """Lines of these steps; returns the position at their end."""
     log = MetricsLog(SILENT)
-    log.open(folder, saved)
+    log.open(folder, resume_at=resume_at)
     for step in steps:
         log.write({"split": "train", "step": step})
-    saved = log.state_dict()
+    position = log.position()
     log.close()
-    return saved
+    return position
 
 
 def test_resuming_drops_later_lines_and_torn_ones(tmp_path):
-    saved = write(tmp_path, 1, 2)
+    position = write(tmp_path, 1, 2)
     # of the same step, but after the checkpoint
-    write(tmp_path, 2, saved=saved)
-    write(tmp_path, 3, saved=saved)
+    write(tmp_path, 2, resume_at=position)
+    write(tmp_path, 3, resume_at=position)
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3]
     # a power failure lost the end of the log
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
-    write(tmp_path, 5, saved=saved | {"position": 1000})
+    write(tmp_path, 5, resume_at=1000)
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 5]
 
 

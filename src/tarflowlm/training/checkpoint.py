@@ -66,7 +66,8 @@ def save(run: Run, state: State) -> None:
     saved = {
         "config": to_dict(state.config),
         "counters": asdict(counters),
-        "log": run.log.state_dict(),
+        "metrics": run.log.position(),
+        "window": asdict(run.log.window),
         "sampler": state.sampler.state_dict(),
         "corpus": run.corpus.fingerprint,
     }

@@ -10,9 +10,9 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import NamedTuple, TextIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -101,24 +101,24 @@ class MetricsLog:
         self.trackers: dict[str, Tracker] = {}
         self._file: TextIO | None = None
 
-    def open(self, directory: Path, saved: dict[str, Any] | None = None) -> None:
-        """Continue the file in `directory` as `saved` by `state_dict`; later lines are dropped."""
-        saved = saved or self.state_dict()
-        self.window = Window(**saved["window"])
+    def open(self, directory: Path, *, resume_at: int = 0, window: Window | None = None) -> None:
+        """Continue the file in `directory` at a saved `position`, with the `window` that was open
+        then; later lines are dropped.
+        """
+        self.window = window or Window()
         path = directory / METRICS
         if path.exists():
             # a power failure may also have lost a part of the earlier lines
-            kept = path.read_bytes()[: saved["position"]]
+            kept = path.read_bytes()[:resume_at]
             os.truncate(path, kept.rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The bytes written so far, which are on disk then, and the window; small JSON."""
-        position = 0
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            position = os.fstat(self._file.fileno()).st_size
-        return {"position": position, "window": asdict(self.window)}
+    def position(self) -> int:
+        """Bytes written so far; returns once they are on disk."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def step(
         self, read: list[tuple[float, float]], *, tokens: int, seconds: float, waited: float

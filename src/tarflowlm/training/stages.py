@@ -29,6 +29,7 @@ from tarflowlm.training.checkpoint import (
     submit_weights,
     wait,
 )
+from tarflowlm.training.log import Window
 from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
 from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.parallel import first_blocks, parallelise
@@ -79,7 +80,7 @@ def load_state(run: Run, present: RunConfig, folder: Path) -> State:
     submit_run(run, config)
     submit_weights(run, state, run.out, finite_weights(run, state))
     if run.processes.first:
-        run.log.open(run.out, saved["log"])
+        run.log.open(run.out, resume_at=saved["metrics"], window=Window(**saved["window"]))
         run.log.track(config, run.out, resume_at=counters.step)
     return state
 
