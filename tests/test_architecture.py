@@ -127,7 +127,7 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-MOST = {"functions": 1043, "files": 105, "constants": 208, "lines with Any": 40}
+MOST = {"functions": 1110, "files": 115, "constants": 223, "lines with Any": 40}
 """Doors of the core: a reader opens each of them once."""
 
 
