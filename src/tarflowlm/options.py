@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from tarflowlm import schema
 from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError
 
@@ -49,7 +50,7 @@ def arg(
 Text = Annotated[str | None, arg("TEXT")]
 File = Annotated[str | None, arg("FILE")]
 Out = Annotated[Path | None, arg("PATH")]
-Count = Annotated[int | None, arg("INT")]
+Count = Annotated[schema.Count | None, arg("INT")]
 Number = Annotated[float | None, arg("FLOAT")]
 Flag = Annotated[bool, arg()]
 
@@ -138,6 +139,14 @@ RENAMED = {"num_tokens": "length", "stop_at_end": "no-stop"}
 def flag(field: str) -> str:
     """The option of a field."""
     return f"--{RENAMED.get(field, field)}".replace("_", "-")
+
+
+class Checked(schema.Checked):
+    """The base of arguments of commands, whose messages name options as they are typed."""
+
+    def label(self, name: str) -> str:
+        """The option of a field."""
+        return flag(name)
 
 
 def check(

@@ -5,10 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tarflowlm import options
+from tarflowlm import options, schema
 from tarflowlm.errors import Progress, UserError, counted
 from tarflowlm.options import arg
-from tarflowlm.schema import Count, Seed, checked
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ Split = Literal["train", "valid", "test", "all"]
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(options.Checked):
     """Measure the likelihood of a text; on request, the latents of every block."""
 
     directory: options.Model = None
@@ -35,7 +34,7 @@ class Args:
     # was not trained on.
     split: Annotated[Split | None, arg()] = None
     # Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO.
-    samples: int = 1
+    samples: schema.Count = 1
     # At most this many windows, evenly spaced; the default is all of them.
     windows: options.Count = None
     # Tokens between window starts (default: the context). Less lets windows overlap: baseline,
@@ -45,15 +44,9 @@ class Args:
     latents: options.Flag = False
     normalize: options.Normalize = None
     # Seed of the posterior samples.
-    seed: int = 0
+    seed: schema.Seed = 0
     device: options.Device = "auto"
     json: options.PrintJson = False
-
-    def __post_init__(self) -> None:
-        checked(self.seed, Seed, "seed")
-        for name in ("samples", "windows", "stride"):
-            if getattr(self, name) is not None:
-                checked(getattr(self, name), Count, name)
 
 
 def run(args: Args) -> None:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
-from tarflowlm.options import Flag, PrintJson, arg, check
+from tarflowlm.options import Checked, Flag, PrintJson, arg
 from tarflowlm.terminal.bars import print_result, suggest
 
 Exported = Annotated[
@@ -16,7 +16,7 @@ Exported = Annotated[
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Checked):
     """Copy a model out of its run directory: configuration, tokenizer and weights only."""
 
     directory: Exported
@@ -25,8 +25,7 @@ class Args:
     causal_lm: Flag = False  # Write block 1 as a language model of transformers (docs/hub.md).
     json: PrintJson = False
 
-    def __post_init__(self) -> None:
-        check(self, exclusive={"half": ("causal_lm",)})
+    EXCLUSIVE: ClassVar = {"half": ("causal_lm",)}
 
 
 def run(args: Args) -> None:

@@ -3,17 +3,17 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
 from tarflowlm.cli.export import Exported
-from tarflowlm.options import Flag, Out, PrintJson, Text, arg, check, load_checkpoint
+from tarflowlm.options import Checked, Flag, Out, PrintJson, Text, arg, load_checkpoint
 from tarflowlm.terminal.bars import print_notice, print_result
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Checked):
     """Upload a model and its model card to the Hugging Face hub; --dry-run only writes them."""
 
     directory: Exported
@@ -27,8 +27,7 @@ class Args:
     dry_run: Flag = False  # Write the directory, by default ./NAME, and upload nothing.
     json: PrintJson = False
 
-    def __post_init__(self) -> None:
-        check(self, exclusive={"dry_run": ("private",)})
+    EXCLUSIVE: ClassVar = {"dry_run": ("private",)}
 
 
 def run(args: Args) -> None:
