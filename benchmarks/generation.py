@@ -123,17 +123,11 @@ def count(args: Namespace) -> list[dict[str, Any]]:
     import torch
     from traffic import BYTES, COMPONENTS, Traffic
 
-    from tarflowlm.flow import heads
-    from tarflowlm.flow.numerics import layout
+    from tarflowlm import flow
     from tarflowlm.model import seeded
     from tarflowlm.presets import preset
 
-    def bounded(x: Any) -> Any:
-        inside = x.clamp(-heads.LARGEST_LOG_STD, heads.LARGEST_LOG_STD)
-        return inside + heads.ROOM * torch.tanh((x - inside) / heads.ROOM)
-
-    layout.use_eager_cpu = lambda t: False  # type: ignore[assignment]
-    heads.bounded_log_std = bounded
+    flow.is_eager_cpu = lambda t: False  # type: ignore[assignment]
     rows = []
     for name in args.count:
         config = preset(name).model

@@ -27,14 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm import chunks
+from tarflowlm import chunks, flow
 from tarflowlm.config import RunConfig
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.flow.codebook import typical_neighbour_distance
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import (
-    layout,
-    mixture,
+    COMPILED,
+    maps,
     mixture_log_prob,
     mixture_log_prob_from_features,
     rosenblatt,
@@ -116,7 +116,7 @@ class Traffic(TorchDispatchMode):
 
 def as_accelerator() -> None:
     """Let a CPU take the paths of accelerators."""
-    layout.use_eager_cpu = lambda t: False  # type: ignore[assignment]
+    flow.is_eager_cpu = lambda t: False  # type: ignore[assignment]
     chunks.HELD_CPU = chunks.HELD_ACCELERATOR
 
 
@@ -134,7 +134,7 @@ def bytes_of_couplings(config: RunConfig, stage: int) -> float:
         coupling = block.coupling
         if isinstance(coupling, MixDCoupling):
             continue
-        coupling.compiled = True
+        coupling.maps = COMPILED
         trains = index >= stage
         is_last = index == len(model.blocks) - 1
         sizes = []
@@ -142,8 +142,7 @@ def bytes_of_couplings(config: RunConfig, stage: int) -> float:
             z = torch.randn(1, tokens, model.latent_dim, requires_grad=trains)
             features = torch.randn(1, tokens, model.trunk.width, requires_grad=trains)
             traffic = Traffic()
-            layout.fused = traffic.fused  # type: ignore[assignment]
-            mixture._compiled.cache_clear()
+            maps.compiled = traffic.fused  # type: ignore[assignment]
             with traffic, torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16):
                 if is_last:
                     result = coupling.log_prob(z, features).sum()
@@ -188,14 +187,14 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
         value.backward()
 
     work: dict[str, Callable[[], Any]] = {"loss of stage 1": loss, "cross-entropy": cross_entropy}
-    work["frozen map"] = torch.no_grad()(lambda: rosenblatt(z, log_w, mean, log_std, compiled=True))
+    work["frozen map"] = torch.no_grad()(lambda: rosenblatt(z, log_w, mean, log_std, maps=COMPILED))
     work["normaliser"] = torch.no_grad()(lambda: mixture_log_prob(z, None, mean, log_std))
     work["normaliser, trained"] = lambda: (
         mixture_log_prob(leaves[0], None, *leaves[4:]).sum().backward()
     )
     for name, call in work.items():
         traffic = Traffic()
-        layout.fused = traffic.fused  # type: ignore[assignment]
+        maps.compiled = traffic.fused  # type: ignore[assignment]
         with traffic:
             call()
         found[name] = sum(traffic.bytes.values()) / args.tokens / COMPONENTS

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import stack
-from tarflowlm import device
-from tarflowlm.flow.numerics import layout, normal, sweep
+from tarflowlm import device, flow
+from tarflowlm.flow.numerics import normal, sweep
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 
@@ -70,7 +70,7 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
         )
         return "MPS" in keys or "Composite" in keys or (has_kernel(other) if other else not keys)
 
-    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
     for module in (normal, sweep, sys.modules["tarflowlm.flow.codebook"]):
         monkeypatch.setattr(module, "wide_dtype", lambda like: torch.float32)
     blocks, trunk = (

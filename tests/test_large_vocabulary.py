@@ -9,10 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import TRUNK, stack
-from tarflowlm import chunks
+from tarflowlm import chunks, flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.evaluation.blocks import latent_report
-from tarflowlm.flow.numerics import layout
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.objective import elbo
@@ -102,7 +101,7 @@ def test_the_block_above(model, tokens, noise, frozen):
 @pytest.mark.parametrize("frozen", [1, 0], ids=["stage 2", "joint"])
 def test_the_block_above_on_an_accelerator(model, tokens, noise, frozen, monkeypatch):
     """Its log-space path, with chunks as much smaller as the batch is here."""
-    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
     limit = 4 * VOCABULARY
     monkeypatch.setattr(chunks, "HELD_ACCELERATOR", limit)
     monkeypatch.setattr(chunks, "HELD_CPU", limit)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tarflowlm.flow.numerics import layout
+from tarflowlm import flow
 
 
 @pytest.fixture(params=["cpu", "reference"])
 def path(request, monkeypatch):
     """The fast path, and the one of accelerators."""
     if request.param == "reference":
-        monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+        monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)

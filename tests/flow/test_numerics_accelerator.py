@@ -10,22 +10,21 @@ from numerics_cases import codebook_case
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tarflowlm import chunks
+from tarflowlm import chunks, flow
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import (
-    layout,
     mixture_log_prob,
     mixture_log_prob_from_features,
     near,
     reference,
     rosenblatt_inverse,
 )
-from tarflowlm.flow.numerics.rosenblatt import CUTS
+from tarflowlm.flow.numerics.maps import CUTS
 
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
 
 
 def separated(rows, components, dim, separation):
@@ -56,7 +55,7 @@ def near_case(rows, separation=20.0):
 def test_near_pairs_are_those_of_a_cpu(monkeypatch):
     case = near_case(50)
     expected = near.near_components(*case)
-    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
     monkeypatch.setattr(chunks, "HELD_CPU", 4 * 200 * 7)  # chunks of 7 rows
     found = near.near_components(*case)
     assert expected is not None

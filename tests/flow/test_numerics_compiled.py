@@ -9,10 +9,12 @@ import torch
 from numerics_cases import codebook_case, nasty_mixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tarflowlm import flow
 from tarflowlm.config import TrainConfig
 from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.flow.numerics import (
-    layout,
+    COMPILED,
+    REFERENCE,
     mixture_cdf,
     mixture_cdf_inverse,
     mixture_log_density,
@@ -54,21 +56,21 @@ def compare(function):
 
 def compare_maps():
     """Assert that the maps that accelerators compile are the others."""
-    layout.use_eager_cpu = lambda t: False
+    flow.is_eager_cpu = lambda t: False
     z = torch.linspace(-3, 3, 20)
     params = nasty_mixtures(20, 3, 1, torch.float32)
     for function in (mixture_cdf, mixture_log_density, mixture_cdf_inverse):
         results = []
-        for compiled in (False, True):
+        for maps in (REFERENCE, COMPILED):
             leaves = [t.clone().requires_grad_() for t in (z, *params)]
-            found = function(*leaves, compiled=compiled)
+            found = function(*leaves, maps=maps)
             found = found if isinstance(found, tuple) else (found,)
             results.append([*found, *torch.autograd.grad(sum(t.sum() for t in found), leaves)])
         torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
     case = codebook_case(20, 80, 3, 0, torch.float32)
     for function in (rosenblatt, rosenblatt_inverse):
         torch.testing.assert_close(
-            function(*case, compiled=True), function(*case), rtol=1e-5, atol=1e-5
+            function(*case, maps=COMPILED), function(*case), rtol=1e-5, atol=1e-5
         )
 
 
@@ -87,7 +89,7 @@ class Products(TorchDispatchMode):
 
 def train_step(coupling):
     """One step in bfloat16: no graph breaks, and densities are in float32 or wider."""
-    layout.use_eager_cpu = lambda t: False
+    flow.is_eager_cpu = lambda t: False
     block = {"mixd": MixD(), "affine": Affine(), "mix1": Mix1()}[coupling]
     config = FlowConfig(
         vocab_size=70,
@@ -109,7 +111,7 @@ def train_step(coupling):
     assert (24, torch.bfloat16) in products.found
     bound = parallelise(model, train, compiled=True)
     for part in couplings_of(model):
-        part.compiled = True
+        part.maps = COMPILED
     with compiling(True):
         loss = accumulate_gradients(model, bound, tokens, generator, train)
     assert loss.isfinite()

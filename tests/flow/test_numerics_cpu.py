@@ -6,10 +6,15 @@ import pytest
 import torch
 from numerics_cases import codebook_case, nasty_mixtures, wide_noise
 
-from tarflowlm.flow.numerics import cpu_few_rows as few_rows
-from tarflowlm.flow.numerics import cpu_forward as cpu
-from tarflowlm.flow.numerics import cpu_inverse as inverse
-from tarflowlm.flow.numerics import layout, mixture_cdf, mixture_log_prob, reference, rosenblatt
+from tarflowlm import flow
+from tarflowlm.flow.numerics import (
+    cpu,
+    few_rows,
+    mixture_cdf,
+    mixture_log_prob,
+    reference,
+    rosenblatt,
+)
 from tarflowlm.flow.numerics.normal import log_component_densities
 
 DTYPES = [torch.float32, torch.float64]
@@ -68,18 +73,15 @@ def test_gradients_of_scalar_mixtures(dtype, components, shared):
     wide_u, wide_log_det = reference.mixture_cdf(wide_z, *wide)
     bound = 1e-4 if dtype == torch.float32 else 1e-12
     assert_gradients(
-        cpu.mixture_backward(z, params, grad_log_p),
-        reference.mixture_backward(wide_z, tuple(wide), grad_log_p.double()),
+        cpu.mixture_backward(z, *params, grad_log_p),
+        reference.mixture_backward(wide_z, *wide, grad_log_p.double()),
         bound,
     )
     # Those of u are differences of terms that are u^2 times larger.
     assert_gradients(
-        cpu.mixture_backward(z, params, grad_log_p, (*cpu.mixture_cdf(z, *params), grad_u)),
+        cpu.mixture_backward(z, *params, grad_log_p, *cpu.mixture_cdf(z, *params), grad_u),
         reference.mixture_backward(
-            wide_z,
-            tuple(wide),
-            grad_log_p.double(),
-            (wide_u, wide_log_det, grad_u.double()),
+            wide_z, *wide, grad_log_p.double(), wide_u, wide_log_det, grad_u.double()
         ),
         2e-4 if dtype == torch.float32 else 1e-10,
     )
@@ -103,7 +105,7 @@ def assert_gradients(found, expected, bound):
 def test_all_solvers(dtype, components, solver, monkeypatch):
     """In noise, and beyond what an ulp of z is worth: where F is flat, many z are right."""
     u, _, params = scalar_case(2000, components, dtype)
-    z = inverse.by_bisection(u, *params)
+    z = cpu.by_bisection(u, *params)
     if solver != "many":
         monkeypatch.setattr(few_rows, "ONE_BY_ONE", 0 if solver == "together" else 1e9)
         few, left = few_rows.mixture_cdf_inverse(u, *params)
@@ -151,7 +153,7 @@ def test_rosenblatt_inverse(dtype, shape, sharper):
     noise[0] = torch.linspace(-9, 9, shape[-1], dtype=dtype)
     book = log_w, mean, log_std - sharper
     exact, _ = reference.rosenblatt_inverse(*double(noise, *book))
-    assert (inverse.rosenblatt_inverse(noise, *book) - exact).abs().max() <= BOUND[dtype]
+    assert (cpu.rosenblatt_inverse(noise, *book) - exact).abs().max() <= BOUND[dtype]
 
 
 @pytest.mark.slow
@@ -160,7 +162,7 @@ def test_rosenblatt_inverse(dtype, shape, sharper):
 def test_gradients_of_rosenblatt(dtype, shape, monkeypatch):
     leaves = [t.requires_grad_() for t in codebook(shape, dtype)]
     found = torch.autograd.grad([t.sum() for t in rosenblatt(*leaves)], leaves)
-    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
     leaves = [t.detach().double().requires_grad_() for t in leaves]
     expected = torch.autograd.grad(
         [t.sum() for t in reference.rosenblatt(*leaves, mixture_cdf)], leaves

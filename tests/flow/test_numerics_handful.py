@@ -8,9 +8,7 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
-from tarflowlm.flow.numerics import cpu_few_rows as handful
-from tarflowlm.flow.numerics import cpu_inverse as inverse
-from tarflowlm.flow.numerics import reference, rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.numerics import cpu, few_rows, reference, rosenblatt, rosenblatt_inverse
 
 DTYPES = [torch.float32, torch.float64]
 BOUND = {torch.float32: 2e-4, torch.float64: 1e-10}
@@ -19,7 +17,7 @@ BOUND = {torch.float32: 2e-4, torch.float64: 1e-10}
 @pytest.fixture
 def patience(monkeypatch):
     """No row is left out because the general path is faster."""
-    monkeypatch.setattr(handful, "PATIENCE", math.inf)
+    monkeypatch.setattr(few_rows, "PATIENCE", math.inf)
 
 
 def case(components, d, seed, dtype):
@@ -50,8 +48,8 @@ def case(components, d, seed, dtype):
 def test_maps_back_to_the_noise(dtype, shape, seed, patience):
     """As well as the general path does it: what an ulp of z is worth depends on the scales."""
     u, *params = case(*shape, seed, dtype)
-    general = inverse.by_channels(u, *params)
-    z, left = handful.rosenblatt_inverse(u, *params)
+    general = cpu.by_channels(u, *params)
+    z, left = few_rows.rosenblatt_inverse(u, *params)
     z[left] = general[left]
     error, usual = (
         ((rosenblatt(found, *params)[0] - u).abs() / (1 + u.abs())) for found in (z, general)
@@ -64,13 +62,13 @@ def test_maps_back_to_the_noise(dtype, shape, seed, patience):
 @pytest.mark.parametrize("where", range(4))
 def test_not_a_number_and_infinity(where):
     """As the general path has them, and the other rows as if they were not there."""
-    expected = inverse.by_channels(*case(5, 3, 2, torch.float32))
+    expected = cpu.by_channels(*case(5, 3, 2, torch.float32))
     for value in (math.nan, math.inf):
         inputs = case(5, 3, 2, torch.float32)
         inputs[where].view(-1)[3] = value
         z = rosenblatt_inverse(*inputs)
         torch.testing.assert_close(
-            z, inverse.by_channels(*inputs), rtol=1e-5, atol=1e-5, equal_nan=True
+            z, cpu.by_channels(*inputs), rtol=1e-5, atol=1e-5, equal_nan=True
         )
         if where < 2:
             torch.testing.assert_close(z[2:], expected[2:], rtol=1e-5, atol=1e-5)
@@ -84,9 +82,9 @@ def test_equals_the_reference_in_latents(dtype, shape, sharper, patience):
     u[0] = torch.linspace(-6, 6, shape[1], dtype=dtype)
     book = log_w, mean, log_std - sharper
     exact, _ = reference.rosenblatt_inverse(*(t.double() for t in (u, *book)))
-    z, left = handful.rosenblatt_inverse(u, *book)
+    z, left = few_rows.rosenblatt_inverse(u, *book)
     assert set(left) <= {0}
-    z[left] = inverse.by_channels(u[left], log_w[left], *book[1:])
+    z[left] = cpu.by_channels(u[left], log_w[left], *book[1:])
     assert (z - exact).abs().max() <= BOUND[dtype]
 
 

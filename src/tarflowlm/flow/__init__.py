@@ -25,6 +25,14 @@ def wide_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
+def is_eager_cpu(like: Tensor) -> bool:
+    """Whether `like` is on a CPU, where branching on data is free and buffers are reused.
+
+    False while torch.compile traces: it can follow neither, and takes the path of accelerators.
+    """
+    return like.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of `like`, and on CUDA without TF32."""
     if like.is_cuda:

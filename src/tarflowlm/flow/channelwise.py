@@ -199,11 +199,11 @@ class Mix1Coupling(ChannelCoupling):
         return cls(channels=shape.channels, spread=spread, **_arguments(options, shape))
 
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters, compiled=self.compiled)
+        u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters, maps=self.maps)
         return u[..., None], log_slope[..., None]
 
     def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
-        z = numerics.mixture_cdf_inverse(u[..., 0], *parameters, compiled=self.compiled)
+        z = numerics.mixture_cdf_inverse(u[..., 0], *parameters, maps=self.maps)
         return z[..., None]
 
     def draw(self, normal: Tensor, uniform: Tensor, *parameters: Tensor) -> Tensor:
@@ -215,5 +215,5 @@ class Mix1Coupling(ChannelCoupling):
         parameters = self.head(features, z)
         values = self._groups(z)[..., 0]
         with full_precision(z):
-            densities = numerics.mixture_log_density(values, *parameters, compiled=self.compiled)
+            densities = numerics.mixture_log_density(values, *parameters, maps=self.maps)
             return densities.sum(0)

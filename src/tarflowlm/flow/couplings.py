@@ -11,7 +11,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
+from tarflowlm.flow.numerics import (
+    REFERENCE,
+    Maps,
+    log_standard_normal,
+    standard_normal_log_prob,
+)
 from tarflowlm.flow.plan import BlockShape
 
 Latents = Float[Tensor, "B N C"]
@@ -60,8 +65,8 @@ class Coupling(nn.Module):
 
     group: int
     """Channels C/G that one conditional maps."""
-    compiled = False
-    """Whether maps are compiled where they run on an accelerator."""
+    maps: Maps = REFERENCE
+    """The maps of mixtures where latents are on an accelerator."""
 
     @classmethod
     @abstractmethod

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflowlm import flow
 from tarflowlm.flow import full_precision, widen
 
 LARGEST_LOG_STD = 8.0
@@ -22,7 +23,7 @@ def bounded_log_std(x: Tensor) -> Tensor:
 
     Without this bound of 12, the chain over the channels of an untrained head can grow to infinity.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if flow.is_eager_cpu(x):
         # numbers at once: comparing tensors would take longer than the search
         low, high = map(float, torch.aminmax(x.detach())) if x.numel() else (0.0, 0.0)
         if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:

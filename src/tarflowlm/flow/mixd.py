@@ -130,19 +130,16 @@ class MixDCoupling(Coupling):
 
     def _mixture(self, log_w: Tensor) -> Conditional:
         book = self.components.mean, self.components.log_std
-        compiled = self.compiled
 
         def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
             weights = log_w if adjust is None else adjust(log_w)
             if uniform is None:
-                return numerics.rosenblatt_inverse(u, weights, *book, compiled=compiled)
+                return numerics.rosenblatt_inverse(u, weights, *book, maps=self.maps)
             mean, log_std = book
             k = inverse_cdf(weights, uniform)
             return torch.addcmul(mean[k], log_std[k, None].exp(), u)
 
-        return Conditional(
-            lambda z: numerics.rosenblatt(z, log_w, *book, compiled=compiled), inverse
-        )
+        return Conditional(lambda z: numerics.rosenblatt(z, log_w, *book, maps=self.maps), inverse)
 
     def conditionals(self, features: OneFeature) -> Conditionals:
         walk = self.token_features.walk(features)

@@ -15,6 +15,7 @@ from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError, guess
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.couplings import couplings_of
+from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.runs.hub import locate, released
@@ -134,7 +135,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     device = torch.device(device)
     compiled = device.type == "cuda" and compilation_problem("cuda") is None
     for coupling in couplings_of(model):
-        coupling.compiled = compiled
+        coupling.maps = COMPILED if compiled else REFERENCE
     return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
 
 

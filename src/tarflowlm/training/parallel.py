@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tarflowlm.config import TrainConfig
 from tarflowlm.device import compilation_problem
 from tarflowlm.flow.couplings import Coupling, couplings_of
+from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import LanguageModel, seeded
 from tarflowlm.processes import ALONE, Processes
@@ -70,7 +71,7 @@ def parallelise(
         if compiled:
             layer.compile(fullgraph=True)
     for coupling in couplings_of(model):
-        coupling.compiled = compiled
+        coupling.maps = COMPILED if compiled else REFERENCE
     bound: nn.Module = NegativeBound(model, frozen, train.precision)
     if processes.shards(train):
         shard(bound, model, processes, train.precision)

@@ -1,7 +1,7 @@
 """Mixture-CDF and Rosenblatt flows as pure functions (docs/math.md, sections 3 and 8).
 
-Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the
-public functions, which take any leading shape. Inside this folder there are rows:
+Read `reference` first: every map in log space. `mixture` and `vocabulary` hold the public
+functions, which take any leading shape, `maps` the implementations, which take rows:
 
     N rows (n of them in a chunk), K components, d channels, M pairs of a row and a component
     scalar mixtures:    z, u [N];     log_w, mean, log_std [N, K], or [1, K] shared by all rows
@@ -10,14 +10,20 @@ public functions, which take any leading shape. Inside this folder there are row
 log_w need not be normalised. Densities are in nats. Q is the upper tail of the standard normal.
 """
 
-from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse, mixture_log_density
+from tarflowlm.flow.numerics.maps import COMPILED, REFERENCE, Maps
+from tarflowlm.flow.numerics.mixture import (
+    mixture_cdf,
+    mixture_cdf_inverse,
+    mixture_log_density,
+    rosenblatt,
+    rosenblatt_inverse,
+)
 from tarflowlm.flow.numerics.normal import (
     log_component_densities,
     log_own_density,
     log_standard_normal,
     standard_normal_log_prob,
 )
-from tarflowlm.flow.numerics.rosenblatt import rosenblatt, rosenblatt_inverse
 from tarflowlm.flow.numerics.vocabulary import (
     component_finder,
     mixture_log_prob,
@@ -26,6 +32,9 @@ from tarflowlm.flow.numerics.vocabulary import (
 )
 
 __all__ = [
+    "COMPILED",
+    "REFERENCE",
+    "Maps",
     "component_finder",
     "log_component_densities",
     "log_own_density",

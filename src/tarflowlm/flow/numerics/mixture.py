@@ -1,24 +1,36 @@
-r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and log F'.
+r"""The public maps of mixtures: any leading shape, closed-form derivatives.
+
+Scalar mixtures have u = Phi^-1(F(z)) with its log-derivative, the inverse, and log F':
 
     F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
 
-The public functions have closed-form derivatives and choose a path: the linear space of
-`cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators, there `compiled`
-on request.
+Mix-d goes channel by channel, with weights updated by Bayes' rule (docs/math.md, eq. 9):
+
+    alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
+    alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
+
+Differs from the paper's algorithm 1: the weights are logarithms. `maps` are those that an
+accelerator takes; a CPU has its own.
 """
 
-from functools import cache, partial
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction as Context
 
-from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
-from tarflowlm.flow.numerics.derivatives import differentiable
+from tarflowlm import chunks
+from tarflowlm.flow.numerics import reference
+from tarflowlm.flow.numerics.maps import REFERENCE, Maps, maps_for
+from tarflowlm.flow.numerics.normal import check_codebook
+
+Tensors = tuple[Tensor, ...]
 
 
 def mixture_cdf(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, compiled: bool = False
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, maps: Maps = REFERENCE
 ) -> tuple[Tensor, Tensor]:
     r"""Mixture-CDF map, elementwise (docs/math.md, eq. 8).
 
@@ -29,90 +41,216 @@ def mixture_cdf(
     z only. NaN gives NaN; z = +-inf gives u = +-inf. Errors: ValueError for mixed dtypes or
     differing K; RuntimeError for second derivatives.
     """
-    shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
-    path = _path(z, compiled)
-    u, log_det = differentiable(path.mixture_cdf, partial(_cdf_gradients, path), flat_z, *params)
+    shape, flat_z, params = flatten(z, log_w, mean, log_std)
+    maps = maps_for(z, maps)
+    u, log_det = differentiable(maps.mixture_cdf, partial(_cdf_gradients, maps), flat_z, *params)
     return u.view(shape), log_det.view(shape)
 
 
 def mixture_cdf_inverse(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, compiled: bool = False
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, maps: Maps = REFERENCE
 ) -> Tensor:
     r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20).
 
     Shapes, formats and errors: as `mixture_cdf`. Gradients are implicit (eq. 20a). The number of
     steps is fixed, and nothing is clamped. NaN gives NaN, u = +-inf gives z = +-inf.
     """
-    shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
-    path = _path(u, compiled)
-    inverse = (cpu_inverse if path is cpu_forward else path).mixture_cdf_inverse
+    shape, flat_u, params = flatten(u, log_w, mean, log_std)
+    maps = maps_for(u, maps)
     if torch.is_grad_enabled():
-        (z,) = differentiable(inverse, partial(_inverse_gradients, path), flat_u, *params)
+        (z,) = differentiable(
+            maps.mixture_cdf_inverse, partial(_inverse_gradients, maps), flat_u, *params
+        )
     else:  # an autograd function takes as long as the work for a few rows
-        z = inverse(flat_u, *params)
+        z = maps.mixture_cdf_inverse(flat_u, *params)
     return z.view(shape)
 
 
 def mixture_log_density(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, compiled: bool = False
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, maps: Maps = REFERENCE
 ) -> Tensor:
     r"""log p(z) = log F'(z) = log sum_k w_k N(z; m_k, s_k^2) of scalar mixtures, elementwise.
 
     Equals log_det + log N(u; 0, 1) of `mixture_cdf` (docs/math.md, eq. 6), without the cost of u.
     Shapes, formats and errors: as there.
     """
-    shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
-    path = _path(z, compiled)
-    gradients = partial(_density_gradients, path)
-    (log_p,) = differentiable(path.mixture_log_density, gradients, flat_z, *params)
+    shape, flat_z, params = flatten(z, log_w, mean, log_std)
+    maps = maps_for(z, maps)
+    gradients = partial(_density_gradients, maps)
+    (log_p,) = differentiable(maps.mixture_log_density, gradients, flat_z, *params)
     return log_p.view(shape)
 
 
-Path = ModuleType | SimpleNamespace
+def rosenblatt(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, maps: Maps = REFERENCE
+) -> tuple[Tensor, Tensor]:
+    r"""Mixture-Rosenblatt map (docs/math.md, eq. 9).
+
+        u ~ N(0, I)  iff  z ~ sum_k w_k N(mu_k, s_k^2 I)
+
+    Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; u [..., d], log_det
+    [...], nats. Float32 or float64; exact in both tails of every channel. NaN in a row gives NaN
+    there. Memory: some tensors of a chunk x K, whatever the number of rows; the backward computes
+    the map again. Errors: ValueError for shapes that do not fit; RuntimeError for second
+    derivatives.
+    """
+    shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
+    maps = maps_for(z, maps)
+    gradients = partial(_rosenblatt_gradients, maps)
+    u, log_det = differentiable(maps.rosenblatt, gradients, flat, weights, mean, log_std)
+    return u.view(*shape, flat.shape[-1]), log_det.view(shape)
 
 
-def _path(z: Tensor, compiled: bool) -> Path:
-    if layout.use_eager_cpu(z):
-        return cpu_forward
-    return _compiled() if compiled else reference
+def rosenblatt_inverse(
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, maps: Maps = REFERENCE
+) -> Tensor:
+    r"""Inverse of `rosenblatt`: one scalar mixture is solved per channel (docs/math.md, eq. 9).
+
+    Shapes, formats and errors: as there. Gradients are implicit, channel by channel, and hold d
+    tensors [..., K]; without any, memory is as in `rosenblatt`.
+    """
+    shape, flat, weights = flatten_vectors(u, log_w, mean, log_std)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std)):
+        z, _ = reference.rosenblatt_inverse(flat, weights, mean, log_std, mixture_cdf_inverse)
+    else:
+        z = maps_for(u, maps).rosenblatt_inverse(flat, weights, mean, log_std)
+    return z.view(*shape, -1)
 
 
-@cache
-def _compiled() -> SimpleNamespace:
-    """The maps of `reference`, each by torch.compile."""
-    return SimpleNamespace(
-        mixture_cdf=layout.fused(reference.mixture_cdf),
-        mixture_backward=layout.fused(reference.mixture_backward),
-        mixture_log_density=layout.fused(reference.mixture_log_density),
-        mixture_cdf_inverse=layout.fused(reference.mixture_cdf_inverse),
-    )
+# --- derivatives
 
 
 def _gradients(
-    path: Path, z: Tensor, params: reference.Params, grad_log_p: Tensor, *noise: Tensor
-) -> tuple[Tensor, ...]:
+    maps: Maps, z: Tensor, params: Tensors, grad_log_p: Tensor, *noise: Tensor
+) -> Tensors:
     """`mixture_backward`, with gradients of shared parameters [1, K] summed over rows."""
-    of_z, *of_params = path.mixture_backward(z, params, grad_log_p, noise)
+    of_z, *of_params = maps.mixture_backward(z, *params, grad_log_p, *noise)
     return of_z, *(g.sum_to_size(p.shape) for g, p in zip(of_params, params, strict=True))
 
 
-def _cdf_gradients(path: Path, z: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def first_derivatives_only() -> None:
+    """RuntimeError in a backward with create_graph=True.
+
+    PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: a
+    second derivative would lack the terms that depend on z or the parameters.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
+        )
+
+
+class _Differentiable(Function):
+    """compute(*inputs) as a tuple; its backward is gradients(*inputs, *outputs, *cotangents).
+
+    Inputs and outputs are all that is saved.
+    """
+
+    @staticmethod
+    def forward(
+        compute: Callable[..., Tensor | Tensors],
+        gradients: Callable[..., Tensors],
+        *inputs: Tensor,
+    ) -> Tensors:
+        found = compute(*inputs)
+        return found if isinstance(found, tuple) else (found,)
+
+    # apart from `forward`, for torch.func
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[object, ...], output: Tensors) -> None:
+        ctx.gradients = inputs[1]  # type: ignore[attr-defined]
+        ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)), *output)
+
+    @staticmethod
+    def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivatives_only()
+        gradients = ctx.gradients  # type: ignore[attr-defined]
+        return None, None, *gradients(*ctx.saved_tensors, *cotangents)
+
+
+differentiable: Callable[..., Tensors] = _Differentiable.apply
+
+
+def _cdf_gradients(maps: Maps, z: Tensor, *rest: Tensor) -> Tensors:
     *params, u, log_det, grad_u, grad_log_det = rest
     # log_det = log p - log N(u; 0, 1): the second term depends on u alone
     of_u = grad_u + grad_log_det * u
-    return _gradients(path, z, tuple(params), grad_log_det, u, log_det, of_u)
+    return _gradients(maps, z, tuple(params), grad_log_det, u, log_det, of_u)
 
 
-def _density_gradients(path: Path, z: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def _density_gradients(maps: Maps, z: Tensor, *rest: Tensor) -> Tensors:
     *params, _log_p, grad = rest
-    return _gradients(path, z, tuple(params), grad)
+    return _gradients(maps, z, tuple(params), grad)
 
 
-def _inverse_gradients(path: Path, _u: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+def _inverse_gradients(maps: Maps, _u: Tensor, *rest: Tensor) -> Tensors:
     """Implicit: dz = (du - du/dparams dparams) / (du/dz)."""
     *params, z, grad_z = rest
-    u, log_det = path.mixture_cdf(z, *params)
+    u, log_det = maps.mixture_cdf(z, *params)
     grad_u = grad_z * torch.exp(-log_det)
     nothing = torch.zeros_like(u)
-    _, *of_params = _gradients(path, z, tuple(params), nothing, u, log_det, -grad_u)
+    _, *of_params = _gradients(maps, z, tuple(params), nothing, u, log_det, -grad_u)
     return grad_u, *of_params
+
+
+def _rosenblatt_gradients(
+    maps: Maps, z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *rest: Tensor
+) -> Tensors:
+    _u, _log_det, grad_u, grad_log_det = rest
+    of_z, of_log_w, *of_book = (torch.zeros_like(t) for t in (z, log_w, mean, log_std))
+    per_row = 4 * len(mean)  # as some 16 tensors are recorded per channel
+    for rows in chunks.row_ranges(len(z), per_row, maps.budget(per_row)):
+        leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
+        with torch.enable_grad():
+            outputs = reference.rosenblatt(leaves[0], leaves[1], leaves[2], leaves[3], mixture_cdf)
+        cotangents = grad_u[rows], grad_log_det[rows]
+        of_z[rows], of_log_w[rows], *of_part = torch.autograd.grad(outputs, leaves, cotangents)
+        for total, part in zip(of_book, of_part, strict=True):
+            total.add_(part)
+    return of_z, of_log_w, *of_book
+
+
+# --- shapes
+
+
+def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor]]:
+    """The broadcast leading shape, z [...] as [N], and parameters [..., K] as [N, K] or [1, K].
+
+    ValueError if the component counts or dtypes differ, or the dtype is neither of these two.
+    """
+    if any(p.dtype != z.dtype for p in params) or z.dtype not in (torch.float32, torch.float64):
+        found = [t.dtype for t in (z, *params)]
+        raise ValueError(f"z and parameters must all be float32, or float64, got {found}")
+    counts = {p.shape[-1] for p in params}
+    num_components = max(counts)
+    if num_components == 0 or len(counts) > 1:
+        raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
+    if z.ndim == 1 and all(p.shape == (len(z), num_components) for p in params):
+        # as they come: a step of a sampler calls with so few rows that every view counts
+        return z.shape, z, list(params)
+    shape = torch.broadcast_shapes(z.shape, *(p.shape[:-1] for p in params))
+    rows = shape.numel()
+    flat = []
+    for p in params:
+        if p.numel() == p.shape[-1] and rows != 1:
+            flat.append(p.reshape(1, -1))
+        else:
+            flat.append(p.expand(*shape, num_components).reshape(rows, num_components))
+    return shape, z.expand(shape).reshape(rows), flat
+
+
+def flatten_vectors(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
+) -> tuple[torch.Size, Tensor, Tensor]:
+    """The broadcast leading shape, z [..., d] as [N, d], and log_w [..., K] as [N, K].
+
+    ValueError unless mean [K, d] and log_std [K] fit.
+    """
+    check_codebook(z, mean, log_std)
+    if log_w.shape[-1] != mean.shape[0]:
+        raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
+    if z.ndim == 2 and log_w.shape[:-1] == z.shape[:-1]:
+        return z.shape[:1], z, log_w  # as they come
+    shape = torch.broadcast_shapes(z.shape[:-1], log_w.shape[:-1])
+    z, log_w = (t.expand(*shape, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (z, log_w))
+    return shape, z, log_w

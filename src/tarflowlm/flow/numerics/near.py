@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tarflowlm import chunks
+from tarflowlm import chunks, flow
 from tarflowlm.flow import full_precision
-from tarflowlm.flow.numerics import layout
 from tarflowlm.flow.numerics.normal import component_factors, point_factors
 
 FEWEST = 64
@@ -79,11 +78,12 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
     components = component_factors(mean, log_std).float()
     found = list[Tensor]()
     fits = list[Tensor]()
+    is_cpu = flow.is_eager_cpu(z)
     most = LARGEST_SHARE * num_components
-    if not layout.use_eager_cpu(z):
+    if not is_cpu:
         most = min(most, MOST)
     room = most * len(z)
-    counts = layout.use_eager_cpu(z) or z.device.type == "mps"  # which has no nonzero_static
+    counts = is_cpu or z.device.type == "mps"  # which has no nonzero_static
     with full_precision(z):
         size = points.abs() @ components.abs().amax(0)
         rounding = 2 * (dim + 8) * torch.finfo(torch.float32).eps * size
@@ -98,7 +98,7 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
                 room -= len(pairs)
                 if room < 0 or not lowest.isfinite().all():
                     return None
-            else:  # -1 behind the last pair; some more, as the last chunk may be short
+            else:  # -1 after the last pair; some more, as the last chunk may be short
                 space = int(most * (len(lowest) + MOST))
                 pairs = torch.nonzero_static(is_near, size=space, fill_value=-1)
                 fits.append((pairs[-1, 1] < 0) & lowest.isfinite().all())

@@ -54,7 +54,7 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
 
 def mixture_backward(
-    z: Tensor, params: Params, grad_log_p: Tensor, noise: tuple[Tensor, ...] = ()
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_log_p: Tensor, *noise: Tensor
 ) -> Gradients:
     r"""Gradients of z, log_w, mean, log_std, from the cotangent g_p of log p = log F'(z).
 
@@ -70,7 +70,6 @@ def mixture_backward(
 
     T and t_k belong to one tail, so nothing cancels in the far tails.
     """
-    log_w, mean, log_std = params
     log_w = torch.log_softmax(log_w, -1)
     weight = torch.exp(log_w)
     diff = z[:, None] - mean
@@ -192,7 +191,7 @@ def rosenblatt_inverse(
     """z [N, d], by the same recursion; differentiable if `scalar_inverse` is.
 
     A cut (i, n) keeps the K / n heaviest components from channel i on. z is right where [N] the
-    bound on the others' mass, as in `cpu_few_rows`, is lost in the rounding of every tail.
+    bound on the others' mass, as in `few_rows`, is lost in the rounding of every tail.
     """
     kept = {i: len(mean) // n for i, n in cuts}
     log_smallest_std = log_std.amin()

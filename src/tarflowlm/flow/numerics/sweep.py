@@ -14,29 +14,52 @@ Rows where a tail is below exp(-ROOM) are left to `reference`.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tarflowlm import chunks
 from tarflowlm.flow import full_precision, wide_dtype
-from tarflowlm.flow.numerics import layout, near, normal, reference
+from tarflowlm.flow.numerics import near, normal, reference
 from tarflowlm.flow.numerics.near import Pairs
+from tarflowlm.flow.numerics.normal import clamp_, exp_clamped
 
-LARGEST_TAIL = 0.95
-"""The side of a tail is a guess. A tail up to this size, as 1 - T, is still exact."""
+Channel = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""Tail and side [N] of a channel, and the next log_alpha: `channel` or `channel_in_place`."""
 
 
 @torch.no_grad()
 def rosenblatt(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, compiled: bool = False
+    z: Tensor,
+    log_w: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    budget: Callable[[int], int],
+    of_channel: Channel,
 ) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log p_mix(z) [N], as `reference.rosenblatt` has them."""
+    """u [N, d] and log_det [N], as `reference.rosenblatt`, in chunks of budget(K) elements."""
+    if z.is_meta:
+        return reference.rosenblatt(z, log_w, mean, log_std)
+    u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    log_p = torch.empty_like(z[:, 0])
+    for rows in chunks.row_ranges(len(z), len(mean), budget(len(mean))):
+        u[rows], log_p[rows] = _chunk(z[rows], log_w[rows], mean, log_std, of_channel)
+    return u, log_p - normal.standard_normal_log_prob(u)
+
+
+def _chunk(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, of_channel: Channel
+) -> tuple[Tensor, Tensor]:
+    """u [n, d] and log p_mix(z) [n]."""
     with full_precision(z):
-        tail, side, log_p = _tails(z, log_w, mean, log_std, compiled)
+        tail, side, log_p = _tails(z, log_w, mean, log_std, of_channel)
     u = side * normal.upper_quantile_of_log(torch.log(tail))
-    # negated, so that NaN is left to the general path
-    in_range = (tail >= math.exp(-near.ROOM)) & (tail <= LARGEST_TAIL)
+    # a tail's side is a guess: up to 0.95, 1 - T is still exact; negated, so that NaN is left to
+    # the general path
+    in_range = (tail >= math.exp(-near.ROOM)) & (tail <= 0.95)
     rest = (~(in_range.all(-1) & torch.isfinite(log_p))).nonzero().squeeze(-1)
     if len(rest):
         wide = wide_dtype(z)
@@ -48,7 +71,7 @@ def rosenblatt(
 
 
 def _tails(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, compiled: bool
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, of_channel: Channel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tail masses beyond z and their sides (+1 upper, -1 lower), [N, d], and log p_mix(z), [N]."""
     dim = z.shape[1]
@@ -67,23 +90,9 @@ def _tails(
     log_p = log_alpha_of_best - fall - dim * normal.HALF_LOG_2PI  # of b alone
     log_alpha -= log_alpha_of_best
     tail, side = torch.empty_like(z), torch.empty_like(z)
-    ones = torch.ones_like(log_std)
-    by_component = torch.stack((ones, -log_std))
     for i in range(dim):
-        if compiled and not layout.use_eager_cpu(z):
-            now = log_alpha, z[:, i], mean[:, i], scaled, falls[:, i], log_std
-            tail[:, i], side[:, i], log_alpha = layout.fused(_channel)(*now)
-        else:
-            alpha = exp_clamped(log_alpha)
-            total, first = (alpha @ torch.stack((ones, mean[:, i]), -1)).unbind(-1)
-            # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
-            side[:, i] = torch.where(z[:, i] * total < first, -1.0, 1.0)
-            sign = side[:, i, None]
-            a = torch.addcmul(sign * z[:, i, None], sign, mean[:, i], value=-1.0).mul_(scaled)
-            log_alpha.addcmul_(a, a, value=-1.0)
-            # adds falls - log_std, a row's and a component's number, as a product in one pass
-            log_alpha.addmm_(torch.stack((falls[:, i], torch.ones_like(total)), -1), by_component)
-            tail[:, i] = 0.5 * alpha.mul_(erfc_clamped_(a)).sum(-1) / total
+        now = log_alpha, z[:, i], mean[:, i], scaled, falls[:, i], log_std
+        tail[:, i], side[:, i], log_alpha = of_channel(*now)
         if len(mean) >= near.FEWEST and 2 <= i < dim - 1:
             alive = log_alpha >= -(rests[:, i, None] + near.reach(z.dtype, len(mean)))
             # no tensor over pairs and channels is then larger than one over rows and components
@@ -105,16 +114,34 @@ def _tails(
     return tail, side, torch.log(total) + log_p.squeeze(-1)
 
 
-def _channel(
+def channel(
     log_alpha: Tensor, z: Tensor, mean: Tensor, scaled: Tensor, fall: Tensor, log_std: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tail and side [N] of a channel and the next log_alpha, for a compiler: sums, no products."""
+    """A `Channel` for a compiler: sums, no products."""
     alpha = torch.exp(log_alpha)
     total = alpha.sum(-1)
+    # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
     side = torch.where(z * total < (alpha * mean).sum(-1), -1.0, 1.0).to(z.dtype)
     a = (z[:, None] - mean) * scaled
     tail = 0.5 * (alpha * torch.erfc(side[:, None] * a)).sum(-1) / total
     return tail, side, log_alpha - a * a + (fall[:, None] - log_std)
+
+
+def channel_in_place(
+    log_alpha: Tensor, z: Tensor, mean: Tensor, scaled: Tensor, fall: Tensor, log_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`channel` with few tensors [N, K] and few passes over them; overwrites log_alpha."""
+    ones = torch.ones_like(log_std)
+    alpha = exp_clamped(log_alpha)
+    total, first = (alpha @ torch.stack((ones, mean), -1)).unbind(-1)
+    side = torch.where(z * total < first, -1.0, 1.0).to(z.dtype)
+    sign = side[:, None]
+    a = torch.addcmul(sign * z[:, None], sign, mean, value=-1.0).mul_(scaled)
+    log_alpha.addcmul_(a, a, value=-1.0)
+    # adds fall - log_std, a row's and a component's number, as a product in one pass
+    rows = torch.stack((fall, torch.ones_like(total)), -1)
+    log_alpha.addmm_(rows, torch.stack((ones, -log_std)))
+    return 0.5 * alpha.mul_(clamp_(a).erfc_()).sum(-1) / total, side, log_alpha
 
 
 def _tails_of_pairs(
@@ -129,22 +156,10 @@ def _tails_of_pairs(
     a = (z[rows] - mean[components]).mul_(torch.exp(-own) * normal.SQRT_HALF)
     steps = torch.addcmul(falls[rows] - own, a, a, value=-1.0)
     alpha = exp_clamped(log_alpha[:, None] + F.pad(steps.cumsum(-1), (1, 0)))
-    mass = erfc_clamped_(a.abs())
+    mass = clamp_(a.abs()).erfc_()
     sums = pairs.sum(alpha)
     alpha = alpha[:, :-1]
     upper = pairs.sum(alpha * torch.where(a > 0, mass, 2.0 - mass))
     lower = pairs.sum(alpha * torch.where(a <= 0, mass, 2.0 - mass))
     tail = 0.5 * torch.minimum(upper, lower) / sums[:, :-1]
     return tail, torch.where(upper <= lower, 1.0, -1.0).to(z.dtype), sums[:, -1]
-
-
-def exp_clamped(x: Tensor) -> Tensor:
-    """exp(x), floored on a CPU, where one that underflows is slow."""
-    if not layout.use_eager_cpu(x):
-        return torch.exp(x)
-    return torch.clamp(x, min=layout.LOWEST_EXPONENT[x.dtype]).exp_()
-
-
-def erfc_clamped_(a: Tensor) -> Tensor:
-    """erfc(a), in place, of a clipped on a CPU for the same reason."""
-    return (normal.clamp_(a) if layout.use_eager_cpu(a) else a).erfc_()

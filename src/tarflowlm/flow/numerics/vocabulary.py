@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
-from tarflowlm import chunks
+from tarflowlm import chunks, flow
 from tarflowlm.flow import wide_dtype
-from tarflowlm.flow.numerics import layout, near
-from tarflowlm.flow.numerics.derivatives import first_derivatives_only
+from tarflowlm.flow.numerics import near
+from tarflowlm.flow.numerics.mixture import first_derivatives_only, flatten_vectors
 from tarflowlm.flow.numerics.near import Pairs, near_components
 from tarflowlm.flow.numerics.normal import (
+    LOWEST_EXPONENT,
     check_codebook,
     component_factors,
     log_component_densities,
@@ -48,7 +49,7 @@ def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Ten
         return log_sum(log_w + log_density) - log_sum(log_w)
 
     if log_w is not None:
-        shape, flat, log_w = layout.flatten_vectors(z, log_w, mean, log_std)
+        shape, flat, log_w = flatten_vectors(z, log_w, mean, log_std)
         return _by_chunks(general, len(mean), flat, log_w).view(shape)
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
@@ -207,7 +208,7 @@ class _HeadSums(Function):
             else:
                 logits = torch.addmm(bias, features[part], weight.T)
                 # on an accelerator the sum would take another pass
-                is_eager = layout.use_eager_cpu(logits)
+                is_eager = flow.is_eager_cpu(logits)
                 share = log_sum_with_softmax(logits)[1] if is_eager else logits.softmax(-1)
             of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
             if dtype == of_weight.dtype:
@@ -233,7 +234,7 @@ def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Te
     """
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    if not layout.use_eager_cpu(x):
+    if not flow.is_eager_cpu(x):
         if not softmax:  # of a head: no logit is far below their sum
             return x[:, 0].to(wide) - torch.log_softmax(x, -1, dtype=wide)[:, 0], x[:0]
         share = torch.softmax(x, -1, dtype=wide)
@@ -243,17 +244,14 @@ def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Te
     top = x.amax(-1, keepdim=True)
     # -inf - -inf would be NaN
     shifted = x - torch.where(torch.isneginf(top), 0.0, top)
-    share = shifted.clamp_(min=layout.LOWEST_EXPONENT[wide]).exp_()
+    share = shifted.clamp_(min=LOWEST_EXPONENT[wide]).exp_()
     total = share.sum(-1, keepdim=True)
     return (top + total.log()).squeeze(-1), share.div_(total).to(dtype) if softmax else x[:0]
 
 
-def log_sum(x: Tensor) -> Tensor:
-    """logsumexp over the last axis of x [n, K], by `log_sum_with_softmax`."""
-    return _LogSum.apply(x)
-
-
 class _LogSum(Function):
+    """logsumexp over the last axis of x [n, K], by `log_sum_with_softmax`."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
         total, share = log_sum_with_softmax(x)
@@ -265,3 +263,6 @@ class _LogSum(Function):
         first_derivatives_only()
         (share,) = ctx.saved_tensors
         return grad[:, None] * share
+
+
+log_sum: Callable[[Tensor], Tensor] = _LogSum.apply
