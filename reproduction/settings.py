@@ -31,14 +31,18 @@ class Settings:
     seeds: int = 1
     # Optimiser steps of every training instead of the recipe's, for a quick look.
     steps: Count = None
+    # paper: the presets' optimiser, or the million steps of AdamW of MDLM.
+    recipe: Literal["muon", "mdlm"] = "muon"
     # Precision of matrix products in training; densities are in float32 either way.
     precision: Annotated[Precision | None, arg()] = None
     device: Device = "auto"
 
     def preset(self, kind: Kind, corpus: Literal["text8", "owt"]) -> RunConfig:
         """The preset of a kind of model: the mini one, or the paper's on `corpus`."""
-        family = "mini" if self.scale == "mini" else corpus
-        return preset(f"{family}-{kind}")
+        if self.scale == "mini":
+            return preset(f"mini-{kind}")
+        run = preset(f"{corpus}-{kind}")
+        return run if self.recipe == "muon" else as_mdlm_trains(run)
 
     def adapt(self, run: RunConfig) -> RunConfig:
         """The run with the user's text, precision and steps. The paper scale keeps its texts.
@@ -52,6 +56,35 @@ class Settings:
         if self.precision is not None:
             run = replace(run, train=replace(run.train, precision=self.precision))
         return run if self.steps is None else with_steps(run, self.steps)
+
+
+def as_mdlm_trains(run: RunConfig) -> RunConfig:
+    """A preset of the paper's set-up with the recipe of D3PM, MDLM and MD4.
+
+    The paper points to it: a constant rate and averaged weights over a million steps, of which the
+    blocks above Mix-d take a seventh each.
+    """
+    is_joint = run.num_stages == 1
+    steps = 1_000_000 if is_joint else 714_286
+    train = replace(
+        run.train,
+        stage_steps=(steps,) if is_joint else (steps, steps // 5, steps // 5),
+        batch_size=512,
+        accumulate=run.train.accumulate * 512 // run.train.batch_size,
+        dropout=0.1,
+        ema=0.9999,
+    )
+    optim = replace(
+        run.optim,
+        optimizer="adamw",
+        lr=3e-4,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        warmup=2500 / steps,
+        decay=0.0,
+    )
+    return replace(run, name=f"{run.name}-adamw", train=train, optim=optim)
 
 
 def as_flow_config(config: LanguageModelConfig) -> FlowConfig:

@@ -8,7 +8,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal
 
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError, guess
@@ -26,53 +26,44 @@ from tarflowlm.schema import Count, Positive, check_type, checked, from_dict, to
 # a convolution of the inputs helps letters; block 1 of a flow over word pieces gains by reading
 # tokens (docs/log.md)
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2, input_taps=4)
-MINI_STEPS = 2600
+MINI_TRAIN = TrainConfig(stage_steps=(2600,), test_windows=4096)
 """Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
-PAPER_SHARES = (1, 1, 4)
-"""Layers of the blocks in the proportions of the paper's 2, 2, 8."""
-MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
-
-SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
-SMALL_DATA = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048, normalize="none"))
-SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=110.0, batch_size=16)
-
-MIXD_CODEBOOK = 0.5
-"""Learning rate of a codebook that is tied to block 1, over the rate of the rest (docs/log.md)."""
-PLAIN_CODEBOOK = 1.0
-"""The same where nothing starts from the codebook."""
-MIXD_OPTIM = OptimConfig(codebook_lr_scale=MIXD_CODEBOOK)
-PLAIN_OPTIM = OptimConfig(lr=1.2e-2, codebook_lr_scale=PLAIN_CODEBOOK)
-"""Twice the rate of the rest, better on validation for both families, seed 0 (docs/log.md)."""
-
+MIXD_OPTIM = OptimConfig(codebook_lr_scale=0.5)
+"""The codebook moves at half of the rate where block 1 is tied to it (docs/log.md)."""
+PLAIN_OPTIM = OptimConfig(lr=1.2e-2, codebook_lr_scale=1.0)
+"""Twice the rate of the rest, which is better on validation for both families (docs/log.md)."""
 CALM = 0.8
 """Temperature of samples of small models that have token weights."""
-
-PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
-"""The size of GPT-2 small."""
-TOKENS_AT_ONCE = 65_536
-"""Tokens of the paper's presets that one GPU of 80 GB trains on at once (`train.accumulate`)."""
 
 
 def quickstart() -> RunConfig:
     """A few minutes on two CPU cores: a Mix-d block and two Mix-1 blocks on the built-in corpus."""
     trunk = replace(MINI_TRUNK, input_taps=0)
-    model = FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True)
-    words = TokenizerConfig(kind="bpe", vocab_size=2048, normalize="auto")
-    data = DataConfig(tokenizer=words)
-    train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
     return RunConfig(
-        name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM, temperature=CALM
+        name="quickstart",
+        model=FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True),
+        data=DataConfig(tokenizer=_pieces("auto")),
+        train=TrainConfig(
+            stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000
+        ),
+        optim=MIXD_OPTIM,
+        temperature=CALM,
     )
+
+
+def _pieces(normalize: Literal["none", "auto"]) -> TokenizerConfig:
+    return TokenizerConfig(kind="bpe", vocab_size=2048, normalize=normalize)
 
 
 def english_small() -> RunConfig:
     """Fairy tales with capitals and signs, that begin and end: two hours of one fast CPU core."""
+    trunk = TransformerConfig(width=192, num_heads=3)
     blocks = (MixD(layers=6), Mix1())
     return RunConfig(
         name="english-small",
-        model=FlowConfig(latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True),
-        data=SMALL_DATA,
-        train=replace(SMALL_TRAIN, stage_steps=(96, 4)),
+        model=FlowConfig(latent_dim=16, trunk=trunk, blocks=blocks, reads_tokens=True),
+        data=DataConfig(tokenizer=_pieces("none")),
+        train=TrainConfig(stage_steps=(96, 4), minutes=110.0, batch_size=16),
         optim=MIXD_OPTIM,
         temperature=CALM,
     )
@@ -80,9 +71,13 @@ def english_small() -> RunConfig:
 
 def english_small_ar() -> RunConfig:
     """The discrete twin of `english-small`, with as many Transformer layers, trained as long."""
-    model = BaselineConfig(trunk=SMALL_TRUNK, layers=7)
-    return RunConfig(
-        name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN, temperature=CALM
+    flow = english_small()
+    return replace(
+        flow,
+        name="english-small-ar",
+        model=BaselineConfig(trunk=flow.model.trunk, layers=7),
+        train=replace(flow.train, stage_steps=(100,)),
+        optim=OptimConfig(),
     )
 
 
@@ -94,14 +89,13 @@ def mini_ar() -> RunConfig:
 
 def mini_affine() -> RunConfig:
     """Three affine blocks with as many Transformer layers together as the baseline."""
-    blocks = tuple(Affine(layers=layers) for layers in PAPER_SHARES)
-    return _mini_joint("mini-affine", blocks, PLAIN_OPTIM)
+    return _mini_joint("mini-affine", (Affine(), Affine(), Affine(layers=4)))
 
 
 def mini_mix1() -> RunConfig:
-    """Three Mix-1 blocks in the paper's shares of layers, with as many together as the baseline."""
-    blocks = tuple(Mix1(layers=layers, components=27) for layers in PAPER_SHARES)
-    return _mini_joint("mini-mix1", blocks, PLAIN_OPTIM)
+    """Three Mix-1 blocks as in the paper, with as many layers together as the baseline."""
+    block = Mix1(components=27)
+    return _mini_joint("mini-mix1", (block, block, replace(block, layers=4)))
 
 
 def mini_mixd() -> RunConfig:
@@ -129,7 +123,6 @@ def mini_passes() -> RunConfig:
 
     The last Mix-d block writes a text with gaps, which the other block fills in.
     """
-    run = mini_mixd()
     model = FlowConfig(
         trunk=MINI_TRUNK,
         blocks=(MixD(certainty=0.991), MixD(layers=5)),
@@ -137,176 +130,126 @@ def mini_passes() -> RunConfig:
         alternate=False,
         reads_tokens=True,
     )
-    train = replace(MINI_TRAIN, stage_steps=(600, MINI_STEPS))
-    return replace(run, name="mini-passes", model=model, train=train)
+    train = replace(MINI_TRAIN, stage_steps=(600, 2600))
+    return replace(mini_mixd(), name="mini-passes", model=model, train=train)
 
 
-def _mini_joint(name: str, blocks: tuple[BlockConfig, ...], optim: OptimConfig) -> RunConfig:
+def _mini_joint(name: str, blocks: tuple[BlockConfig, ...]) -> RunConfig:
+    """Blocks whose layers have the proportions of the paper's 2, 2, 8."""
     model = FlowConfig(trunk=MINI_TRUNK, blocks=blocks, channel_mix=None)
-    return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
+    train = replace(MINI_TRAIN, mode="joint")
+    return RunConfig(name=name, model=model, train=train, optim=PLAIN_OPTIM)
 
 
 def _mini_mixd(name: str, *, layers: int = 4, patch: int = 1) -> RunConfig:
     blocks = (MixD(layers=layers), Mix1(), Mix1())
     model = FlowConfig(trunk=MINI_TRUNK, patch=patch, blocks=blocks, reads_tokens=True)
-    train = replace(MINI_TRAIN, stage_steps=(MINI_STEPS, 300, 300))
+    train = replace(MINI_TRAIN, stage_steps=(2600, 300, 300))
     return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM, temperature=CALM)
 
 
-class _Corpus(NamedTuple):
-    """The facts that the paper's set-up takes from a corpus."""
+def _paper_baseline(corpus: str) -> RunConfig:
+    """The discrete baseline of the paper's set-up on text8 or OpenWebText.
 
-    data: DataConfig
-    context: int
-    latent_dim: int
-    steps: int
-    batch_size: int
-    dropout: float
-    """For our recipe: text8 is seen a hundred times."""
-    components: int
-    """K of Mix-1."""
-    upper_components: int
-    """K of the Mix-1 blocks above Mix-d."""
-
-
-PAPER_CORPORA = {
-    "text8": _Corpus(
-        data=DataConfig(source="text8"),
-        context=256,
-        latent_dim=5,
-        steps=100_000,
-        batch_size=512,
-        dropout=0.1,
-        components=27,
-        upper_components=2,
-    ),
-    "owt": _Corpus(
-        data=DataConfig(
-            source="openwebtext",
-            tokenizer=TokenizerConfig(kind="bpe", source="gpt2", normalize="none"),
-        ),
-        context=1024,
-        latent_dim=16,
-        steps=200_000,
-        batch_size=256,
-        dropout=0.0,
-        components=64,
-        upper_components=64,
-    ),
-}
-_KINDS = {
-    "ar": "the discrete baseline",
-    "affine": "three affine blocks",
-    "mix1": "three Mix-1 blocks",
-    "mixd": "a Mix-d block, then two Mix-1 blocks",
-}
-
-
-def _paper(name: str, corpus: _Corpus, kind: str, *, is_adamw: bool) -> RunConfig:
-    """One of the published models.
-
-    docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, a rate
-    that falls to zero, and short stages for the blocks above Mix-d, which gained little at mini
-    size. "-adamw" is the recipe of D3PM, MDLM and MD4, to which the paper points: a constant rate
-    and averaged weights over a million steps.
+    It trains on 65,536 tokens at once, which fit one GPU of 80 GB.
     """
-    steps, batch_size = corpus.steps, corpus.batch_size
-    upper = steps // 25
-    optim = OptimConfig(lr=1e-3, warmup=0.01)
-    if is_adamw:
-        steps, batch_size = (714_286 if kind == "mixd" else 1_000_000), 512
-        upper = steps // 5
-        optim = OptimConfig(
-            optimizer="adamw",
-            lr=3e-4,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.0,
-            warmup=2500 / steps,
-            decay=0.0,
-        )
-    if kind != "ar":
-        scale = MIXD_CODEBOOK if kind == "mixd" else PLAIN_CODEBOOK
-        optim = replace(optim, codebook_lr_scale=scale)
+    is_text8 = corpus == "text8"
+    pieces = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
     train = TrainConfig(
-        mode="progressive" if kind == "mixd" else "joint",
-        stage_steps=(steps, upper, upper) if kind == "mixd" else (steps,),
-        batch_size=batch_size,
-        accumulate=batch_size * corpus.context // TOKENS_AT_ONCE,
+        mode="joint",
+        stage_steps=(100_000 if is_text8 else 200_000,),
+        batch_size=512 if is_text8 else 256,
+        accumulate=2 if is_text8 else 4,
         precision="bfloat16",
-        dropout=0.1 if is_adamw else corpus.dropout,
-        ema=0.9999 if is_adamw else 0.0,
+        # text8 is seen a hundred times
+        dropout=0.1 if is_text8 else 0.0,
         evaluate_every=2000,
         evaluate_windows=512,
         checkpoint_every=2000,
         log_every=50,
     )
-    model = _paper_model(corpus, kind)
-    return RunConfig(name=name, model=model, data=corpus.data, optim=optim, train=train)
-
-
-def _paper_model(corpus: _Corpus, kind: str) -> BaselineConfig | FlowConfig:
-    if kind == "ar":
-        return BaselineConfig(context=corpus.context, trunk=PAPER_TRUNK, layers=12)
-    if kind == "mixd":
-        upper = Mix1(layers=2, components=corpus.upper_components)
-        blocks: tuple[BlockConfig, ...] = (MixD(layers=8), upper, upper)
-    elif kind == "mix1":
-        blocks = tuple(Mix1(layers=n, components=corpus.components) for n in (2, 2, 8))
-    else:
-        blocks = tuple(Affine(layers=n) for n in (2, 2, 8))
-    return FlowConfig(
-        context=corpus.context,
-        latent_dim=corpus.latent_dim,
-        trunk=PAPER_TRUNK,
-        blocks=blocks,
-        head="paper",
-        channel_mix=None,
+    return RunConfig(
+        name=f"{corpus}-ar",
+        model=BaselineConfig(
+            context=256 if is_text8 else 1024,
+            trunk=TransformerConfig(width=768, num_heads=12),
+            layers=12,
+        ),
+        data=DataConfig(source="text8")
+        if is_text8
+        else DataConfig(source="openwebtext", tokenizer=pieces),
+        optim=OptimConfig(lr=1e-3, warmup=0.01),
+        train=train,
     )
 
 
-def _paper_preset(corpus: str, kind: str, recipe: str) -> Callable[[], RunConfig]:
-    def make() -> RunConfig:
-        name = f"{corpus}-{kind}{recipe}"
-        return _paper(name, PAPER_CORPORA[corpus], kind, is_adamw=bool(recipe))
+def _paper_flow(baseline: RunConfig, kind: str) -> RunConfig:
+    """A published flow, trained as its baseline.
 
-    how = ", a million steps of AdamW" if recipe else ""
-    source = PAPER_CORPORA[corpus].data.source
-    make.__doc__ = f"The paper's set-up on {source}, as large as GPT-2 small{how}: {_KINDS[kind]}."
+    docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, a rate
+    that falls to zero, and short stages for the blocks above Mix-d, which gained little at mini
+    size.
+    """
+    corpus = baseline.name.removesuffix("-ar")
+    latent_dim, components, upper = (5, 27, 2) if corpus == "text8" else (16, 64, 64)
+    blocks: dict[str, tuple[BlockConfig, ...]] = {
+        "affine": tuple(Affine(layers=layers) for layers in (2, 2, 8)),
+        "mix1": tuple(Mix1(layers=layers, components=components) for layers in (2, 2, 8)),
+        "mixd": (MixD(layers=8), *(Mix1(layers=2, components=upper),) * 2),
+    }
+    model = FlowConfig(
+        context=baseline.model.context,
+        latent_dim=latent_dim,
+        trunk=baseline.model.trunk,
+        blocks=blocks[kind],
+        head="paper",
+        channel_mix=None,
+    )
+    own = MIXD_OPTIM if kind == "mixd" else PLAIN_OPTIM
+    optim = replace(baseline.optim, codebook_lr_scale=own.codebook_lr_scale)
+    train = baseline.train
+    if kind == "mixd":
+        steps = train.num_steps
+        stages = (steps, steps // 25, steps // 25)
+        train = replace(train, mode="progressive", stage_steps=stages)
+    return replace(baseline, name=f"{corpus}-{kind}", model=model, optim=optim, train=train)
+
+
+def _paper_preset(corpus: str, kind: str, what: str) -> Callable[[], RunConfig]:
+    def make() -> RunConfig:
+        baseline = _paper_baseline(corpus)
+        return baseline if kind == "ar" else _paper_flow(baseline, kind)
+
+    make.__doc__ = f"The paper's set-up on {corpus}, as large as GPT-2 small: {what}."
     return make
 
 
-_OWN = (
-    quickstart,
-    english_small,
-    english_small_ar,
-    mini_ar,
-    mini_affine,
-    mini_mix1,
-    mini_mixd,
-    mini_mixd_deep,
-    mini_mixd_p2,
-    mini_mixd_p4,
-    mini_passes,
-)
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    make.__name__.replace("_", "-"): make for make in _OWN
+    make.__name__.replace("_", "-"): make
+    for make in (
+        quickstart,
+        english_small,
+        english_small_ar,
+        mini_ar,
+        mini_affine,
+        mini_mix1,
+        mini_mixd,
+        mini_mixd_deep,
+        mini_mixd_p2,
+        mini_mixd_p4,
+        mini_passes,
+    )
 } | {
-    f"{corpus}-{kind}{recipe}": _paper_preset(corpus, kind, recipe)
-    for corpus in PAPER_CORPORA
-    for recipe in ("", "-adamw")
-    for kind in _KINDS
+    f"{corpus}-{kind}": _paper_preset(corpus, kind, what)
+    for corpus in ("text8", "owt")
+    for kind, what in {
+        "ar": "the discrete baseline",
+        "affine": "three affine blocks",
+        "mix1": "three Mix-1 blocks",
+        "mixd": "a Mix-d block, then two Mix-1 blocks",
+    }.items()
 }
-FOR_CPU = (
-    "quickstart",
-    "english-small",
-    "mini-ar",
-    "mini-affine",
-    "mini-mix1",
-    "mini-mixd",
-    "mini-mixd-p2",
-    "mini-mixd-p4",
-)
+FOR_CPU = [name for name in PRESETS if not name.startswith(("text8", "owt"))]
 """The presets that error messages offer: each trains on a CPU."""
 
 

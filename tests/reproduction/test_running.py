@@ -80,6 +80,19 @@ def test_fig5_sets_two_tokens_per_position_next_to_one(settings):
     assert list(in_patch.values()) == ["autoregressive", "independent", "independent"]
 
 
+@pytest.mark.parametrize("corpus", ["text8", "owt"])
+def test_the_recipe_of_mdlm_is_one_for_all_models(corpus):
+    settings = Settings(scale="paper", out=Path("out"), recipe="mdlm")
+    runs = [settings.preset(kind, corpus) for kind in ("ar", "affine", "mix1", "mixd")]
+    assert {run.name.removeprefix(corpus) for run in runs} >= {"-ar-adamw", "-mixd-adamw"}
+    assert {run.train.num_steps for run in runs} == {1_000_000}
+    assert {round(run.optim.warmup * run.train.stage_steps[0]) for run in runs} == {2500}
+    assert len({replace(run.optim, codebook_lr_scale=1.0, warmup=0.0) for run in runs}) == 1
+    assert {run.train.batch_size // run.train.accumulate for run in runs} == {
+        65_536 // runs[0].model.context
+    }
+
+
 @pytest.mark.parametrize(("settings", "layers"), [(MINI, 6), (PAPER, 12)])
 @pytest.mark.parametrize("name", ["fig2", "fig3", "fig4", "table2"])
 def test_compared_models_have_one_depth(name, settings, layers):
