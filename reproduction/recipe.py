@@ -13,7 +13,8 @@ from tarflowlm.config import DataConfig, RunConfig
 from tarflowlm.data import encode_text, prepare_corpus
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress, UserError
-from tarflowlm.runs.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
+from tarflowlm.runs import WEIGHTS
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm_apps.report.style import Figure
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ import torch
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, replacing, sha256_of
-from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS
+from tarflowlm.runs import CONFIG, SUMMARY, WEIGHTS
 from tarflowlm.schema import flatten, to_dict
 from tarflowlm.training.resolve import settled
 

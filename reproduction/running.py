@@ -17,7 +17,7 @@ from tarflowlm.data import build_tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.errors import Progress
 from tarflowlm.model import seeded
-from tarflowlm.runs.checkpoint import SUMMARY
+from tarflowlm.runs import SUMMARY
 from tarflowlm.training.optim import (
     build_optimizers,
     muon_precision,

@@ -27,7 +27,8 @@ from tarflowlm.data import (
 )
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
-from tarflowlm.runs.checkpoint import WEIGHTS, write_run
+from tarflowlm.runs import WEIGHTS
+from tarflowlm.runs.checkpoint import write_run
 from tarflowlm.runs.weights import write_weights
 from tarflowlm.schema import kinds_of
 

@@ -16,7 +16,8 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BaselineConfig, FlowConfig, Mix1, MixD
-from tarflowlm.runs.checkpoint import WEIGHTS, load_checkpoint, read_summary, write_run
+from tarflowlm.runs import WEIGHTS
+from tarflowlm.runs.checkpoint import load_checkpoint, read_summary, write_run
 from tarflowlm.runs.weights import is_whole, write_manifest, write_weights
 
 CONFIGS = {

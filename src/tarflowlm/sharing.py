@@ -17,6 +17,7 @@ from textwrap import indent
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.presets import PRESETS, preset
+from tarflowlm.runs import CARD
 from tarflowlm.runs.checkpoint import (
     Checkpoint,
     corpus_digest,
@@ -24,7 +25,7 @@ from tarflowlm.runs.checkpoint import (
     load_checkpoint,
     read_summary,
 )
-from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_errors, read_card
+from tarflowlm.runs.hub import PREFIX, REPOSITORY, hub_errors, read_card
 from tarflowlm.schema import check_type, flatten
 from tarflowlm.texts.requests import Writing
 from tarflowlm.texts.writing import write

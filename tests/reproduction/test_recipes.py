@@ -24,7 +24,8 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.presets import preset
-from tarflowlm.runs.checkpoint import WEIGHTS, write_run
+from tarflowlm.runs import WEIGHTS
+from tarflowlm.runs.checkpoint import write_run
 from tarflowlm.runs.records import read_record
 from tarflowlm.runs.weights import write_weights
 

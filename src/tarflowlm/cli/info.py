@@ -33,7 +33,7 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.runs.checkpoint import CONFIG
+    from tarflowlm.runs import CONFIG
     from tarflowlm.runs.hub import DEFAULT, FOLDER, released
 
     paths = args.directories

@@ -18,25 +18,10 @@ from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
+from tarflowlm.runs import BEST, CONFIG, COUNTERS, STATE, SUMMARY, TOKENIZER, WEIGHTS
 from tarflowlm.runs.hub import locate, released
 from tarflowlm.runs.weights import is_whole, read_weights, write_weights
 from tarflowlm.schema import from_dict, to_dict
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-TOKENIZER = "tokenizer.json"
-METRICS = "metrics.jsonl"
-"""The log of a training."""
-SUMMARY = "summary.json"
-"""The results of a run, written at its end."""
-BEST = "best"
-"""Folder with the weights of the best validation bound, which loads like a run directory."""
-PARENT = "parent.safetensors"
-"""The weights that a run of `train --from` begins with."""
-STATE = "state"
-"""Folder of the training states, one folder per step."""
-COUNTERS = "counters.json"
-"""The readable file of a training state."""
 
 Summary = dict[str, Any]
 """The content of summary.json."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import read_json
+from tarflowlm.runs import CARD, CONFIG, TOKENIZER, WEIGHTS
 
 PREFIX = "hf:"
-CARD = "README.md"
-FILES = ("config.json", "tokenizer.json", "model.safetensors")
+FILES = (CONFIG, TOKENIZER, WEIGHTS)
 """The files of a model."""
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 """OWNER/NAME; never the path of a folder above."""
@@ -42,14 +42,14 @@ def fetch(name: str | Path) -> Path:
     with hub_errors(name):
         get = partial(huggingface_hub.snapshot_download, repository, revision=revision)
         # first, so that a large model of another kind is not downloaded in vain
-        config = Path(get(allow_patterns=["config.json"])) / "config.json"
+        config = Path(get(allow_patterns=[CONFIG])) / CONFIG
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
             raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
         folder = Path(get(allow_patterns=[*FILES, CARD]))
     from tarflowlm.runs.weights import read_weights  # imports torch
 
-    weights = folder / "model.safetensors"
+    weights = folder / WEIGHTS
     try:
         read_weights(weights)
     except UserError as error:
@@ -110,7 +110,7 @@ DEFAULT = "english-small"
 
 def released() -> list[str]:
     """The names of the released models, sorted."""
-    return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+    return sorted(path.parent.name for path in FOLDER.glob(f"*/{CONFIG}"))
 
 
 def read_card(directory: Path) -> str:

@@ -12,15 +12,8 @@ import numpy.typing as npt
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import is_written
-from tarflowlm.runs.checkpoint import (
-    CONFIG,
-    METRICS,
-    WEIGHTS,
-    Summary,
-    read_run,
-    read_summary,
-    resume_command,
-)
+from tarflowlm.runs import CONFIG, METRICS, WEIGHTS
+from tarflowlm.runs.checkpoint import Summary, read_run, read_summary, resume_command
 
 Series = npt.NDArray[np.float64]
 

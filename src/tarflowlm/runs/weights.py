@@ -10,11 +10,10 @@ from safetensors.torch import save_file
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, replacing, sha256_of, write_json
+from tarflowlm.runs import MANIFEST
 
 CHECKSUM = "sha256"
 """Entry of the header: the checksum of all tensors and their names."""
-MANIFEST = "manifest.json"
-"""The last file that is written to the folder of a training state: the sha256 of the others."""
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:

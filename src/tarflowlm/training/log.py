@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import Progress, Record, check_package
-from tarflowlm.runs.checkpoint import METRICS
+from tarflowlm.runs import METRICS
 from tarflowlm.schema import to_dict
 from tarflowlm.training.optim import norms, trained_parameters
 

@@ -35,23 +35,12 @@ from tarflowlm.files import (
 )
 from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.processes import Processes
-from tarflowlm.runs.checkpoint import (
-    BEST,
-    PARENT,
-    STATE,
-    TOKENIZER,
-    WEIGHTS,
-    Checkpoint,
-    read_run,
-    resume_command,
-    write_run,
-)
+from tarflowlm.runs import ASKED, BEST, PARENT, STATE, TOKENIZER, WEIGHTS
+from tarflowlm.runs.checkpoint import Checkpoint, read_run, resume_command, write_run
 from tarflowlm.runs.weights import checksum, write_weights
 from tarflowlm.schema import checked, flatten, from_dict, to_dict
 from tarflowlm.training.optim import with_precision
 
-ASKED = "asked.json"
-"""The configuration that a run was asked for; config.json has what was decided since."""
 TUNING_RATE = 0.5
 """Peak learning rate of tuning, as a multiple of the one of the model's own training."""
 TUNING_MINUTES = 10.0

@@ -18,7 +18,8 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.files import read_json, write_json
 from tarflowlm.model import LanguageModel, as_flow, seeded
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, SUMMARY, write_run
+from tarflowlm.runs import BEST, COUNTERS, PARENT, SUMMARY
+from tarflowlm.runs.checkpoint import write_run
 from tarflowlm.runs.weights import read_weights
 from tarflowlm.schema import flatten, from_dict
 from tarflowlm.training.checkpoint import (

@@ -20,7 +20,8 @@ from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model import as_flow
-from tarflowlm.runs.checkpoint import TOKENIZER, WEIGHTS, Checkpoint
+from tarflowlm.runs import TOKENIZER, WEIGHTS
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.weights import write_weights
 
 START, PAD = "<|start|>", "<|pad|>"
