@@ -29,7 +29,7 @@ SIZES = """--model.trunk.width 32 --model.trunk.num-heads 2 --model.context 64 -
 PRESETS = {
     "mini-mixd": "",
     "mini-mix1": "",
-    "quickstart": "--data.tokenizer.vocab-size 64",
+    "quickstart": "--data.tokenizer.vocab-size 280",
     "mini-ar": "--train.precision bfloat16",
     "mini-affine": "--optim.optimizer adamw",
     "mini-mixd-p2": "--optim.optimizer adamw --train.accumulate 2",
@@ -50,7 +50,8 @@ USES = (
     "edit --text the_water_of_the_people --replace of to",
 )  # _ stands for a space
 WORDS = """the the the the of of to to his and in a is that it was for on are as with they at be
-    this from have or by one had not but what all were when we there can an your which their"""
+    this from have or by one had not but what all were when we there can an your which their
+    people"""
 UNEQUAL = ("minutes", "out", "model", "decoders", "data_share", "mfu", "advice")
 """Fields that differ between any two runs, as times do, and wording."""
 
