@@ -3,7 +3,6 @@
 import copy
 import gc
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -176,49 +175,45 @@ def _read_preset(name: str, argv: list[str]) -> Args:
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.cli.signals import stop_on_signals
-    from tarflowlm.device import pick_device
-    from tarflowlm.errors import SILENT
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.processes import launched
     from tarflowlm.terminal.bars import ProgressReporter, print_result, suggest
     from tarflowlm.training.resolve import tuning
     from tarflowlm.training.train import train
 
-    with launched(pick_device(args.device)) as processes:
+    with launched(args.device) as processes, ProgressReporter() as reporter:
         if processes.world > 1:
             gc.disable()  # `train` collects, so that no process holds up the others
-        # the first process alone shows its progress
-        with ProgressReporter() if processes.first else nullcontext(SILENT) as reporter:
-            config = None
-            parent = None
-            if isinstance(args, ResumeArgs):
-                out = args.resume
-            elif isinstance(args, TuneArgs):
-                out = args.out
-                with processes.first_alone():
-                    parent = load_checkpoint(args.source, "cpu")
-                config = tuning(
-                    parent,
-                    args.data,
-                    minutes=args.minutes,
-                    steps=args.steps,
-                    seed=args.seed,
-                    lr=args.lr,
-                    unwrap=args.unwrap,
-                )
-            else:
-                assert args.out is not None
-                out = args.out
-                config = args.configured()
-            summary = train(
-                config,
-                out,
-                device=processes.device,
-                reporter=reporter,
-                processes=processes,
-                stop_requests=stop_on_signals,
-                parent=parent,
+        config = None
+        parent = None
+        if isinstance(args, ResumeArgs):
+            out = args.resume
+        elif isinstance(args, TuneArgs):
+            out = args.out
+            with processes.first_alone():
+                parent = load_checkpoint(args.source, "cpu")
+            config = tuning(
+                parent,
+                args.data,
+                minutes=args.minutes,
+                steps=args.steps,
+                seed=args.seed,
+                lr=args.lr,
+                unwrap=args.unwrap,
             )
+        else:
+            assert args.out is not None
+            out = args.out
+            config = args.configured()
+        summary = train(
+            config,
+            out,
+            device=processes.device,
+            reporter=reporter,
+            processes=processes,
+            stop_requests=stop_on_signals,
+            parent=parent,
+        )
         if not processes.first:
             return
     test = summary["test"]
