@@ -80,7 +80,6 @@ def build(args: Namespace) -> dict[str, Contender]:
 def middle(allocate: Any, context: int) -> Any:
     """A cache as on an accelerator, half full."""
     cache = allocate(context)
-    cache.masks = True
     cache.length = context // 2
     return cache
 

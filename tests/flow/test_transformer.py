@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.autograd.functional import jacobian
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import TRUNK, normal, randomise
 from tarflowlm.flow.transformer import KVCache, Transformer, convolve, rotary_tables, rotate_
@@ -104,33 +103,6 @@ def test_features_may_go_where_a_graph_is_built(transformer):
     assert weight.grad is not None
 
 
-def masked(transformer: Transformer, like: torch.Tensor, monkeypatch) -> KVCache:
-    """A cache as accelerators have it, whose widths are multiples of 3."""
-    monkeypatch.setattr("tarflowlm.flow.transformer.WIDTH", 3)
-    cache = KVCache(transformer, 3, T, like)
-    cache.masks = True
-    return cache
-
-
-@pytest.mark.parametrize("chunks", [[1] * T, [3, 1, 1, 1, 1], [1, 5, 1]], ids=str)
-def test_positions_of_fixed_shapes_have_the_same_features(transformer, chunks, monkeypatch):
-    x = normal(3, T, 8)
-    cache = masked(transformer, x, monkeypatch)
-    steps = [cache.extend(part) for part in x.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(steps, 1), transformer(x), **CLOSE)
-
-
-def test_the_operations_of_one_position_serve_the_others(transformer, monkeypatch):
-    """Traced once, with the number of the position as data, as a CUDA graph records them."""
-    x = normal(3, T, 8)
-    cache = masked(transformer, x, monkeypatch)
-    at = torch.arange(T)
-    with torch.no_grad():
-        traced = make_fx(lambda x, at: cache.one(x, at, T))(x[:, :1], at[:1])
-        steps = [traced(x[:, n : n + 1], at[n : n + 1]) for n in range(T)]
-    torch.testing.assert_close(torch.cat(steps, 1), transformer(x), **CLOSE)
-
-
 def test_a_cache_in_half_precision_returns_wide_features(transformer):
     x = normal(3, T, 8)
     cache = KVCache(transformer, 3, T, x.bfloat16())
@@ -140,9 +112,9 @@ def test_a_cache_in_half_precision_returns_wide_features(transformer):
     torch.testing.assert_close(steps, transformer(x), rtol=0.1, atol=0.1)
 
 
-def test_what_a_rewound_cache_forgot_does_not_come_through_a_mask(transformer, monkeypatch):
+def test_what_a_rewound_cache_forgot_does_not_come_back(transformer):
     x = normal(3, T, 8)
-    cache = masked(transformer, x, monkeypatch)
+    cache = KVCache(transformer, 3, T, x)
     cache.extend(x[:, :2])
     cache.extend(torch.full_like(x[:, 2:], torch.nan))
     cache.rewind(2)

@@ -143,10 +143,6 @@ LARGEST_COPY = 2**20
 """Elements of a matrix that the CPU keeps transposed, to multiply one row up to twice as fast."""
 
 
-WIDTH = 128
-"""On an accelerator a position attends to a multiple of so many, with a mask: the shapes stay."""
-
-
 class LayerWeights:
     """The present weights of one layer, in the format of `like`, matrices as [inputs, outputs]."""
 
@@ -182,8 +178,6 @@ class KVCache:
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
         config = transformer.config
         taps = transformer.input_taps
-        # whether a single position has fixed shapes
-        self.masks = like.device.type != "cpu"
         self.weights = [LayerWeights(layer, like) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach().to(like)
         # taps [D, K], the oldest position first, and inputs after K - 1 zeros
@@ -202,9 +196,6 @@ class KVCache:
 
     def rewind(self, length: int) -> None:
         assert 0 <= length <= self.length
-        if self.masks:  # which NaN would come through
-            for stored in self.stored:
-                stored[:, :, :, length : self.length] = 0
         self.length = length
 
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
@@ -222,38 +213,27 @@ class KVCache:
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Features of N positions with inputs x, which follow the cached ones."""
-        dtype = x.dtype
-        N = x.shape[1]
-        start = self.length
-        end = start + N
-        assert end <= len(self.positions), "the cache is full"
         with torch.inference_mode():
-            at = self.positions[start:end]
-            x = x.to(self.norm.dtype)
-            if self.masks and N == 1:
-                width = min(-(-end // WIDTH) * WIDTH, len(self.positions))
-                features = self.one(x, at, width)
-            else:
-                mask = self.positions[:end] <= at[:, None] if start and N > 1 else None
-                features = self._layers(x, slice(start, end), end, mask)
-            features = features.to(dtype)
-        self.length = end
+            features = self._layers(x.to(self.norm.dtype)).to(x.dtype)
+        self.length += x.shape[1]
         # a copy may go where a graph is built
         return features if torch.is_inference_mode_enabled() else features.clone()
 
-    def one(self, x: Float[Tensor, "B 1 D"], at: Tensor, width: int) -> Float[Tensor, "B 1 D"]:
-        """Features of position `at` [1] < `width`, by operations that a CUDA graph can replay."""
-        return self._layers(x, at, width, self.positions[:width] <= at[:, None])
-
-    def _layers(self, x: Tensor, here: slice | Tensor, width: int, mask: Tensor | None) -> Tensor:
+    def _layers(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
+        end = self.length + N
+        here = slice(self.length, end)
+        assert end <= len(self.positions), "the cache is full"
+        mask = None
+        if self.length and N > 1:
+            mask = self.positions[:end] <= self.positions[here, None]
         if self.taps is not None:
             self.inputs[:, self.before :][:, here] = x
             windows = self.inputs.unfold(1, self.before + 1, 1)  # [B, capacity, D, K]
             x = (windows[:, here] * self.taps).sum(-1)
         h = x.reshape(B * N, D)
         for layer, stored in zip(self.weights, self.stored, strict=True):
-            stored = stored[:, :, :, :width]
+            stored = stored[:, :, :, :end]
             _, _, H, _, E = stored.shape
             normal = F.layer_norm(h, (D,), layer.attention_norm)
             qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
