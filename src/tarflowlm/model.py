@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
+from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal
@@ -268,10 +269,10 @@ class TarFlowLM(LanguageModel):
             codebook=components if reads else None,
         )
         below = config.blocks[index - 1] if index else None
-        if isinstance(below, MixD):
-            coupling = self.prior.block(index - 1).coupling
-            assert isinstance(coupling, MixDCoupling)
-            coupling.certainty = below.certainty
+        if isinstance(below, MixD) and below.certainty:
+            filling = self.prior.block(index - 1)
+            assert isinstance(filling.coupling, MixDCoupling)
+            filling.coupling = FillsIn(filling.coupling, below.certainty)
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 

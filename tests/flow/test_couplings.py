@@ -1,6 +1,5 @@
 """A table of couplings times the properties that make them couplings."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
+from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
@@ -57,7 +57,7 @@ def mixd(patch: int, in_patch: bool, components: int = 4, tied: bool = False) ->
     return coupling
 
 
-def fills(patch: int) -> MixDCoupling:
+def fills(patch: int) -> FillsIn:
     book = Codebook(5, C // patch, separation=1.0)
     coupling = MixDCoupling(
         width=WIDTH,
@@ -68,8 +68,7 @@ def fills(patch: int) -> MixDCoupling:
         in_patch=False,
     )
     coupling.encoder = book
-    coupling.certainty = 0.3
-    return coupling
+    return FillsIn(coupling, 0.3)
 
 
 def documented():
@@ -160,9 +159,9 @@ def test_filling_in_acts_on_tokens_that_are_likely_and_leaves_the_others():
     weights = coupling.weight_head(coupling.token_features(features, z)).softmax(-1)
     sure = (weights[..., :5].amax(-1) > coupling.certainty)[..., None]
     assert 0.1 < sure.double().mean() < 0.9
-    plain = copy.copy(coupling)
-    plain.certainty = 0.0
-    everywhere, _ = plain(z, features)
+    coupling.certainty = 0.0
+    everywhere, _ = coupling(z, features)
+    coupling.certainty = 0.3
     by_token = (4, T, P, d)
     expected = torch.where(sure, everywhere.view(by_token), z.view(by_token)).view(z.shape)
     torch.testing.assert_close(coupling(z, features)[0], expected)
@@ -191,7 +190,7 @@ def test_jacobian_is_block_diagonal_over_positions_and_triangular_inside(
         expected = expected & ((group[:, None] != group) | torch.eye(C, dtype=torch.bool))[:, None]
     assert not by_z[~expected].any()
     # where a token is not filled in, the map is the identity
-    fills_in = getattr(coupling, "certainty", 0.0)
+    fills_in = isinstance(coupling, FillsIn)
     assert fills_in or (by_z[expected].abs() > 1e-12).all()
 
 

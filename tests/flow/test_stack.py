@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from helpers import FILLS, TRUNK, normal, tiny_flow
+from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, Prior
 
@@ -150,7 +151,7 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
         allowed = before | (here & earlier_channels(model, index, C)[:, None])
         assert not by_z[~allowed].any()
         # where a block that fills in is not sure, its map is the identity
-        fills_in = getattr(block.coupling, "certainty", 0.0)
+        fills_in = isinstance(block.coupling, FillsIn)
         assert fills_in or (by_z[allowed].abs() > 1e-12).all()
         z = block(z)[0].detach()
 

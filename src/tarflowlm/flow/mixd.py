@@ -41,11 +41,6 @@ class MixDCoupling(Coupling):
     its own features. `tied` is the encoder's codebook (K = V), maybe with a component of noise
     (K = V + 1); without it the coupling owns a codebook. Paper: section 3.2.2, appendix B.
 
-    With `certainty` it fills in what it is sure of, and leaves the rest to the blocks above: a
-    token has this map where max_k w_k > `certainty` over tokens k, and u_t = z_t elsewhere (eq.
-    9a). The choice depends on the latents before it, so the map stays a flow. Ours, not in the
-    paper.
-
     Example:
         >>> _ = torch.manual_seed(0)
         >>> mixd = MixDCoupling(
@@ -57,8 +52,6 @@ class MixDCoupling(Coupling):
         >>> torch.allclose(mixd.log_prob(z, features), expected, atol=1e-4)
         True
     """
-
-    certainty = 0.0
 
     def __init__(
         self,
@@ -105,30 +98,10 @@ class MixDCoupling(Coupling):
     @property
     def is_tied(self) -> bool:
         """True if every token is a mixture of the encoder's codebook, and of nothing else."""
-        return isinstance(self._tied[0], Codebook) and not self.certainty
+        return isinstance(self._tied[0], Codebook)
 
     def conditional(self, log_w: Float[Tensor, "rows K"]) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
-        if not self.certainty:
-            return self._mixture(log_w)
-        num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
-        largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
-        sure = (largest > self.certainty).nonzero()[:, 0]
-        mixture = self._mixture(log_w[sure])
-
-        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            u, log_det = mixture.forward(z[sure])
-            return z.index_copy(0, sure, u), z.new_zeros(len(z)).index_copy(0, sure, log_det)
-
-        def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
-            if not len(sure):
-                return u
-            chosen = None if uniform is None else uniform[sure]
-            return u.index_copy(0, sure, mixture.inverse(u[sure], adjust, chosen))
-
-        return Conditional(forward, inverse)
-
-    def _mixture(self, log_w: Tensor) -> Conditional:
         book = self.components.mean, self.components.log_std
 
         def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
@@ -168,9 +141,6 @@ class MixDCoupling(Coupling):
         With `relative` minus log prod_t sum_k N_k(z_t), in the same pass over the codebook
         (docs/math.md, eq. 12), where it `is_tied`.
         """
-        if self.certainty:
-            assert not relative, "only a tied Mix-d block has a relative density"
-            return super().log_prob(z, features)
         return numerics.mixture_log_prob_from_features(
             z.unflatten(-1, (self.patch, self.latent_dim)),
             self.token_features(features, z),

@@ -17,7 +17,7 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.sampling import num_leading, without_ended
@@ -198,7 +198,7 @@ class _Inversion:
         same noise takes the same path everywhere.
         """
         coupling = self.block.coupling
-        if isinstance(coupling, MixDCoupling) and coupling.certainty:
+        if isinstance(coupling, FillsIn):
             return len(self.h) <= FEW_SEQUENCES
         end = self.at + SHORTEST_NEWTON
         if not isinstance(coupling, ChannelCoupling) or end > self.num_positions:
