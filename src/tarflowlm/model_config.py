@@ -132,11 +132,6 @@ class BlockConfig(Checked):
         """Whether the components are tied to the encoder's codebook: they are tokens."""
         return False
 
-    @property
-    def fills_in(self) -> bool:
-        """Whether the block leaves some tokens to the blocks above."""
-        return False
-
     def build(self, shape: Any) -> Any:
         """The coupling for a block of this `flow.plan.BlockShape`."""
         kind = self.implementation
@@ -210,10 +205,6 @@ class MixD(BlockConfig):
     @property
     def is_tied(self) -> bool:
         return self.components == 0
-
-    @property
-    def fills_in(self) -> bool:
-        return self.certainty > 0
 
 
 def coupling(
@@ -309,7 +300,8 @@ class FlowConfig(LanguageModelConfig):
 
     def fills_below(self, index: int) -> bool:
         """Whether a block below block `index` (0-based) has `certainty`."""
-        return any(block.fills_in for block in self.blocks[:index])
+        below = self.blocks[:index]
+        return any(isinstance(block, MixD) and block.certainty > 0 for block in below)
 
     @property
     def mixes_channels(self) -> bool:

@@ -133,11 +133,11 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
     for kind in kinds:
         known |= kinds_of(kind)
     if known:
-        key = cls.KEY  # type: ignore[attr-defined]
-        name = value.pop(key, next(iter(known)) if len(known) == 1 else None)
+        assert issubclass(cls, Checked)
+        name = value.pop(cls.KEY, next(iter(known)) if len(known) == 1 else None)
         if not isinstance(name, str) or name not in known:
-            more = getattr(cls, "MORE_KINDS", "")
-            raise UserError(f"{where}.{key} {name!r:.40}: choose one of {', '.join(known)}{more}")
+            remedy = f"choose one of {', '.join(known)}{cls.MORE_KINDS}"
+            raise UserError(f"{where}.{cls.KEY} {name!r:.40}: {remedy}")
         cls = known[name]
     hints = hints_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -217,6 +217,8 @@ class Checked:
     """What is before the names of its fields, with a dot at the end."""
     KEY: ClassVar[str] = ""
     """The class attribute whose value, under this key, is in JSON and tells classes apart."""
+    MORE_KINDS: ClassVar[str] = ""
+    """Where to find classes of other names."""
     NAMES: ClassVar[Mapping[str, str]] = {}
     """Fields whose options are called otherwise."""
     EXCLUSIVE: ClassVar[Mapping[str, Sequence[str]]] = {}
@@ -231,17 +233,20 @@ class Checked:
             object.__setattr__(self, one.name, value)
         given = self.given()
         for name, others in self.EXCLUSIVE.items():
-            for other in given.intersection(others if name in given else ()):
-                both = f"{self.label(name)} with {self.label(other)}"
-                raise UserError(f"{both}: leave one of them out")
+            for other in others:
+                if given >= {name, other}:
+                    both = f"{self.label(name)} with {self.label(other)}"
+                    raise UserError(f"{both}: leave one of them out")
         for name, others in self.NEEDS.items():
             if name in given and not given.intersection(others):
                 needed = " or ".join(map(self.label, others))
                 remedy = "leave it out, or add that"
                 raise UserError(f"{self.label(name)} has no effect without {needed}: {remedy}")
         for name, rule in self.rules():
-            value = functools.reduce(_inside, name.split("."), self)
-            raise UserError(f"{self.label(name)} {value!r:.80}: {rule}")
+            found: Any = self
+            for key in name.split("."):
+                found = found[int(key)] if key.isdigit() else getattr(found, key)
+            raise UserError(f"{self.label(name)} {found!r:.80}: {rule}")
 
     def rules(self) -> Iterator[tuple[str, str]]:
         """What fields decide together: the name of a wrong one, and the rule that it breaks."""
@@ -261,10 +266,6 @@ class Checked:
     def label(self, name: str) -> str:
         """What messages call a field."""
         return f"{self.section}{self.NAMES.get(name, name)}"
-
-
-def _inside(value: Any, key: str) -> Any:
-    return value[int(key)] if key.isdigit() else getattr(value, key)
 
 
 def to_dict(config: object) -> Any:
