@@ -4,7 +4,7 @@
 
 Rows do not influence each other, so no size changes a result by more than rounding, with one
 exception: an evaluation that draws noise batch by batch draws other noise in batches of another
-size. So `EVALUATED_TOKENS` decides the noise behind published numbers. `CACHED` was measured; a
+size. So `EVALUATED_TOKENS` decides the noise of published numbers. `CACHED` was measured; a
 size four times smaller or larger costs up to a fifth. The others are good to a factor of two.
 """
 
@@ -35,8 +35,6 @@ EVALUATED_TOKENS = 8192
 """Tokens that an evaluation takes at once: enough for two cores or a small GPU."""
 WRITTEN_TOKENS = 6144
 """Tokens that the command line writes at once, particles counted; more on a GPU."""
-WRITTEN_BYTES = 2**16
-"""Memory of a GPU for each: some 2**20 tokens on 80 GB. 8 layers of width 768 cache 49 KB."""
 
 
 def rows_at_once(elements_per_row: int, budget: int) -> int:
@@ -75,7 +73,8 @@ def written_rows(num_tokens: int, device: torch.device) -> int:
     """Texts of `num_tokens`, particles counted, that are written together."""
     budget = WRITTEN_TOKENS
     if device.type == "cuda":
-        budget = torch.cuda.get_device_properties(device).total_memory // WRITTEN_BYTES
+        # 8 layers of width 768 cache 49 KB for a token
+        budget = torch.cuda.get_device_properties(device).total_memory // 2**16
     return rows_at_once(num_tokens, budget)
 
 
@@ -95,5 +94,5 @@ def in_parts(
 
 
 def held(device: torch.device) -> int:
-    """The budget of a tensor that is held whole; a constant, so no device waits for it."""
+    """Elements of the largest [rows, components] tensor that is held whole on a device."""
     return HELD_CPU if device.type == "cpu" else HELD_ACCELERATOR

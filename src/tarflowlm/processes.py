@@ -71,10 +71,10 @@ class Processes:
         return torch.cat(parts)
 
     def in_turn(self, own: Iterable[T]) -> Iterator[T]:
-        """The items of all processes, each of which passes its `own`, for every process: the first
-        item of each in order of rank, then the second. They can be pickled.
+        """Every process passes its `own` items and gets those of all: the first item of each
+        process in order of rank, then the second of each. Items can be pickled.
 
-        A work of which item k is that of process k % world comes back in its order.
+        So if process k % world computes item k, all get the items in their order.
         """
         if self.world == 1:
             yield from own

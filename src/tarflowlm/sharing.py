@@ -1,6 +1,6 @@
 """Models for others: saved with a model card, and pushed to the Hugging Face hub (docs/hub.md).
 
-The card says what a model is, how it was trained, and what it writes.
+A card describes the model and its training, and shows samples.
 """
 
 import json
@@ -118,7 +118,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     `origin` is the folder that it was made from; a README.md there is kept. `name` is its
     OWNER/NAME or the name of its folder.
     """
-    # metadata in YAML, of which JSON values are a part
+    # metadata in YAML, which includes JSON
     values: dict[str, object] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
     if licence:
         values["license"] = licence

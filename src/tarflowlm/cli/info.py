@@ -100,7 +100,7 @@ class Description:
 
 
 def describe(given: Path) -> Description:
-    """The model that a path or a name stands for."""
+    """What the model of a path or a name is."""
     from tarflowlm.model_config import BaselineConfig
     from tarflowlm.runs.checkpoint import read_summary
     from tarflowlm.runs.hub import is_reference, purpose, read_card

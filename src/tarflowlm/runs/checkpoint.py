@@ -185,6 +185,6 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
 
 
 def _without_folders(source: str) -> str:
-    """./NAME for an absolute path; the name of a corpus or tokenizer as it is."""
+    """./NAME for an absolute path; other names are kept, such as those of corpora."""
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source

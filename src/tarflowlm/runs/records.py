@@ -82,7 +82,7 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """Where the run stands, in words."""
+        """The state of the run, in words."""
         if self.summary is not None:
             return "finished"
         if not self.has_log:

@@ -46,7 +46,7 @@ class Catalogue:
 
     @property
     def pair(self) -> list[str]:
-        """A flow and a baseline with weights that read texts alike, else the first model."""
+        """A flow and a baseline with weights that read texts the same way, else the first model."""
         ready = [name for name in self.models if (self.entries[name].place / WEIGHTS).is_file()]
         for names in combinations(ready, 2):
             flow, baseline = (self.entries[name].run for name in names)

@@ -152,7 +152,7 @@ def _infill(catalogue: Catalogue) -> None:
                 16,
                 step=1,
                 label="Particles in each try",
-                info="Candidates that are weighed by the text behind a blank. More fit better.",
+                info="Candidates that are weighted by the text after a blank. More fit better.",
             )
             temperature = _temperature(catalogue, model)
             seed = _number("Seed", 0)

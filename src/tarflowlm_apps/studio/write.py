@@ -102,7 +102,7 @@ def _samples(
     cards = []
     for row, stream in enumerate(found.streams):
         numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
-        # with its end, of which a mark is shown
+        # with its end, which is shown as a mark
         tokens = samples[row, : stream.length + stream.has_ended]
         mask = _given(draft, found, row)
         text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": mask}))
