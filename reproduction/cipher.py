@@ -87,7 +87,7 @@ def shallow(settings: Settings, layers: int) -> RunConfig:
     """A tied Mix-d block alone, with this many layers."""
     run = settings.preset("mixd", "text8")
     block = replace(as_flow_config(run.model).blocks[0], layers=layers)
-    one = with_blocks(run, 1)
+    one = with_blocks(run, [0])
     model = replace(as_flow_config(one.model), blocks=(block,), channel_mix=None)
     one = replace(one, name=f"{run.name}-one-l{layers}", model=model)
     if settings.scale == "paper":

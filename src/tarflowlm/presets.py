@@ -6,7 +6,7 @@ sees.
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -272,12 +272,14 @@ def check_time(minutes: object, steps: object) -> None:
         raise UserError(f"minutes {minutes} with steps {steps}: leave one of them out")
 
 
-def with_blocks(run: RunConfig, num_blocks: int) -> RunConfig:
-    """`run` with the first `num_blocks` blocks of its stack alone, and their stages."""
-    steps = run.train.stage_steps[:num_blocks] if run.num_stages > 1 else run.train.stage_steps
-    return replace(
-        run, model=run.model.first_blocks(num_blocks), train=replace(run.train, stage_steps=steps)
-    )
+def with_blocks(run: RunConfig, numbers: Sequence[int]) -> RunConfig:
+    """`run` with these blocks (0-based) of its stack alone, and their stages."""
+    model, steps = run.model, run.train.stage_steps
+    if isinstance(model, FlowConfig):
+        model = replace(model, blocks=tuple(model.blocks[number] for number in numbers))
+    if run.num_stages > 1:
+        steps = tuple(steps[number] for number in numbers)
+    return replace(run, model=model, train=replace(run.train, stage_steps=steps))
 
 
 def with_fields(run: RunConfig, values: Mapping[str, object]) -> RunConfig:

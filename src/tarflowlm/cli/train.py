@@ -3,9 +3,9 @@
 import copy
 import gc
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -23,8 +23,11 @@ from tarflowlm.options import (
     load_checkpoint,
     parse,
 )
-from tarflowlm.presets import FOR_CPU, PRESETS, check_time, preset, with_steps
+from tarflowlm.presets import FOR_CPU, PRESETS, check_time, preset, with_fields, with_steps
 from tarflowlm.schema import from_dict
+
+if TYPE_CHECKING:
+    from tarflowlm.runs.checkpoint import Summary
 
 USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
@@ -58,19 +61,16 @@ class Args:
     def configured(self) -> RunConfig:
         """The run, with the short options moved into its fields."""
         assert self.run is not None
-        run = self.run
-        train = run.train
-        if self.checkpoint_every is not None:
-            train = replace(train, checkpoint_every=self.checkpoint_every)
-        if self.minutes is not None:
-            train = replace(train, minutes=self.minutes)
-        run = replace(run, train=train)
-        data = run.data
-        if self.data is not None:
-            data = replace(data, source=self.data)
-        if self.normalize is not None:
-            data = replace(data, tokenizer=replace(data.tokenizer, normalize=self.normalize))
-        run = replace(run, data=replace(data, unwrap=data.unwrap or self.unwrap))
+        short = {
+            "data.source": self.data,
+            "data.unwrap": self.unwrap or None,
+            "data.tokenizer.normalize": self.normalize,
+            "train.minutes": self.minutes,
+            "train.checkpoint_every": self.checkpoint_every,
+        }
+        given = {name: value for name, value in short.items() if value is not None}
+        # not read once more without need: blocks of other couplings may lack options as yet
+        run = with_fields(self.run, given) if given else self.run
         return run if self.steps is None else with_steps(run, self.steps)
 
 
@@ -174,48 +174,14 @@ def _read_preset(name: str, argv: list[str]) -> Args:
 
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
-    from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.processes import launched
-    from tarflowlm.terminal.bars import ProgressReporter, print_result, suggest
-    from tarflowlm.training.resolve import tuning
-    from tarflowlm.training.train import train
+    from tarflowlm.terminal.bars import print_result, suggest
 
-    with launched(args.device) as processes, ProgressReporter() as reporter:
-        if processes.world > 1:
-            gc.disable()  # `train` collects, so that no process holds up the others
-        config = None
-        parent = None
-        if isinstance(args, ResumeArgs):
-            out = args.resume
-        elif isinstance(args, TuneArgs):
-            out = args.out
-            with processes.first_alone():
-                parent = load_checkpoint(args.source, "cpu")
-            config = tuning(
-                parent,
-                args.data,
-                minutes=args.minutes,
-                steps=args.steps,
-                seed=args.seed,
-                lr=args.lr,
-                unwrap=args.unwrap,
-            )
-        else:
-            assert args.out is not None
-            out = args.out
-            config = args.configured()
-        summary = train(
-            config,
-            out,
-            device=processes.device,
-            reporter=reporter,
-            processes=processes,
-            stop_requests=stop_on_signals,
-            parent=parent,
-        )
-        if not processes.first:
-            return
+    out = args.resume if isinstance(args, ResumeArgs) else args.out
+    assert out is not None
+    summary = _trained(args, out)
+    if summary is None:
+        return
     test = summary["test"]
     bound = f"{sign_of(test['bound'])} {test['bpc']:.4f} bits per character"
     trunk = f"{summary['trunk_parameters']:,} of them in Transformers"
@@ -227,3 +193,40 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     ]
     print_result(args.json, summary, summary["preset"], rows)
     suggest("sample", out)
+
+
+def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":
+    """The summary of the run that the options name; None in all processes but the first."""
+    from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.processes import launched
+    from tarflowlm.terminal.bars import ProgressReporter
+    from tarflowlm.training.resolve import tuning
+    from tarflowlm.training.train import train
+
+    with launched(args.device) as processes, ProgressReporter() as reporter:
+        if processes.world > 1:
+            gc.disable()  # `train` collects, so that no process holds up the others
+        config = args.configured() if isinstance(args, Args) else None
+        parent = None
+        if isinstance(args, TuneArgs):
+            with processes.first_alone():
+                parent = load_checkpoint(args.source, "cpu")
+            config = tuning(
+                parent,
+                args.data,
+                minutes=args.minutes,
+                steps=args.steps,
+                seed=args.seed,
+                lr=args.lr,
+                unwrap=args.unwrap,
+            )
+        summary = train(
+            config,
+            out,
+            device=processes.device,
+            reporter=reporter,
+            processes=processes,
+            stop_requests=stop_on_signals,
+            parent=parent,
+        )
+    return summary if processes.first else None

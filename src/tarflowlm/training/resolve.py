@@ -78,7 +78,7 @@ def tuning(
         remedy = f"`tarflowlm train english-small --data {data} --out DIR`"
         raise UserError(f"{problem}: train a new model on it: {remedy}")
     seen.tell(parent.tokenizer.normalization, "english-small")
-    run = with_blocks(parent.run, parent.model.num_blocks)
+    run = with_blocks(parent.run, range(parent.model.num_blocks))
     weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
     train = replace(
         run.train,

@@ -17,7 +17,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.files import read_json, write_json
 from tarflowlm.model import LanguageModel, as_flow, seeded
-from tarflowlm.model_config import FlowConfig
+from tarflowlm.presets import with_blocks
 from tarflowlm.runs import BEST, COUNTERS, PARENT, SUMMARY
 from tarflowlm.runs.checkpoint import write_run
 from tarflowlm.runs.weights import read_weights
@@ -201,7 +201,8 @@ def drop_block(run: Run, state: State) -> None:
     """
     stage = state.counters.stage
     state.counters.idle += 1
-    state.config = without_block(state.config, stage)
+    others = [block for block in range(state.config.num_stages) if block != stage]
+    state.config = with_blocks(state.config, others)
     state.model = first_blocks(state.model, stage)
     state.model.config = state.config.model
     state.copies = {}
@@ -210,18 +211,6 @@ def drop_block(run: Run, state: State) -> None:
     for folder in (run.out, run.out / BEST):
         submit_weights(run, state, folder, weights)
     submit_run(run, state.config)
-
-
-def without_block(config: RunConfig, block: int) -> RunConfig:
-    """`config` without a block (0-based) of a flow that trains progressively, and its stage."""
-    assert isinstance(config.model, FlowConfig)
-    blocks = config.model.blocks
-    steps = config.train.stage_steps
-    return replace(
-        config,
-        model=replace(config.model, blocks=blocks[:block] + blocks[block + 1 :]),
-        train=replace(config.train, stage_steps=steps[:block] + steps[block + 1 :]),
-    )
 
 
 def describe_stage(state: State) -> str:
