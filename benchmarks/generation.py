@@ -5,31 +5,22 @@
     python benchmarks/generation.py english-mini --compare 100         # do decoders agree?
     python benchmarks/generation.py --count owt-ar owt-mix1 owt-mixd   # launches and bytes on a GPU
 
-"steps" inverts every block position by position with the KV cache, "steps below sweeps" only block
-1, with sweeps in the blocks above; "auto" takes the cheaper of the two in every block, or draws the
-last one. With --count nothing is timed: a CPU runs one position of every block by the operations
-of an accelerator, at the vocabulary of OpenWebText, as if each was the last block.
+"steps" inverts every block position by position with the KV cache; "auto" takes steps or sweeps in
+every block, the cheaper, or draws the last one. With --count nothing is timed: a CPU runs one
+position of every block by the operations of an accelerator, at the vocabulary of OpenWebText, as if
+each was the last block.
 """
 
 from argparse import Namespace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from timing import Contender, find, parser, run, show
 
 
-def decoders(model: Any) -> dict[str, Any]:
-    """Label -> `decoder` of `generate`; the blocks are listed from the last one down."""
-    steps, sweeps = "steps", "sweeps"
-    if find_spec("tarflowlm.config") is None:  # up to commit 615369d
-        steps, sweeps = "sequential", "parallel"
-    if model.is_exact:
-        return {"steps": steps}
-    above = [sweeps] * (model.num_blocks - 1)
-    return {"steps": steps, "auto": "auto"} | (
-        {"steps below sweeps": (*above, steps)} if above else {}
-    )
+def decoders(model: Any) -> dict[str, str]:
+    """Label -> `decoder` of `generate`."""
+    return {"steps": "steps"} if model.is_exact else {"steps": "steps", "auto": "auto"}
 
 
 def build(args: Namespace) -> dict[str, Contender]:

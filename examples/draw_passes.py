@@ -28,19 +28,18 @@ def main(name: str = "english-passes", out: str = "passes.png") -> None:
     result = tarflowlm.generate(
         model, num_tokens=LENGTH, temperature=TEMPERATURE, generator=generator
     )
+    states, passes = result.states(model), result.passes(model)
     mean, std = model.codebook.mean.detach(), model.codebook.log_std.detach().exp()
     # the two principal components of the codebook
     plane = torch.linalg.svd(mean - mean.mean(0)).Vh[:2].T
     codes = (mean - mean.mean(0)) @ plane
-    num = len(result.passes)
+    num = len(passes)
     titles = ["noise u", *(f"block {block} inverted" for block in range(num - 1, 0, -1))]
     figure, grid = plt.subplots(
         1, num, figsize=(5.2 * num, 5.6), sharex=True, sharey=True, squeeze=False
     )
-    final = result.passes[-1][0]
-    for axes, title, state, tokens in zip(
-        grid.flat, titles, result.states, result.passes, strict=False
-    ):
+    final = passes[-1][0]
+    for axes, title, state, tokens in zip(grid.flat, titles, states, passes, strict=False):
         for (x, y), radius, symbol in zip(
             codes.tolist(), std.tolist(), tokenizer.symbols, strict=True
         ):

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import tarflowlm
 from tarflowlm.data.sources import Tales
+from tarflowlm.generation.texts import Samples, Written
+from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts.requests import Writing
-from tarflowlm.texts.writing import Draft, Written
 
 SAMPLES = 32
 LONG = 1024
@@ -29,7 +29,7 @@ WORD = re.compile(r"[^\W\d_]+")
 def written(lm: Checkpoint, num_tokens: int | None, temperature: float) -> Iterator[Written]:
     """The batches of SAMPLES texts without a prompt."""
     request = Writing(num=SAMPLES, num_tokens=num_tokens, temperature=temperature, seed=0)
-    return Draft.of(request, lm).batches()
+    return Samples(request, lm).batches()
 
 
 def main(*names: str) -> None:

@@ -15,6 +15,7 @@ from reproduction.results import markdown_table
 from reproduction.running import GPT2_SIZE
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.evaluation.blocks import Spread, state_metrics
+from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig, Mix1, TransformerConfig
 from tarflowlm.presets import preset
 from tarflowlm_apps.report.style import SMALL, Figure, log_scale
@@ -96,7 +97,8 @@ def _states_of_text(done: Finished) -> Iterator[Row]:
 
 def _states_of_samples(done: Finished) -> Iterator[Row]:
     checkpoint = done.load()
-    states = measures.sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
+    generation = measures.sample(done, checkpoint, SAMPLES, checkpoint.run.model.context)
+    states = generation.states(as_flow(checkpoint.model))
     for layer, metrics in enumerate(state_metrics(states)):
         row: Row = {
             "layer 0": DOWN,

@@ -15,7 +15,6 @@ from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate, sign_of
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import mini_ar, with_steps
@@ -94,8 +93,7 @@ def sample(
     what: str = "",
 ) -> Generation:
     """`num` samples of `length` tokens with the noise of seed 0; `prompt` [num, T] gives some."""
-    positions = num_positions(checkpoint.model, length)
-    progress = done.stage(f"sampling{what}, positions", positions)
+    progress = done.stage(f"sampling{what}, tokens", num * length)
     return generate(
         checkpoint.model,
         num_tokens=length,

@@ -15,6 +15,7 @@ from reproduction.measures import JUDGED
 from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
 from reproduction.results import write
 from reproduction.settings import Settings
+from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset
 from tarflowlm.terminal.grid import Row as TextRow
@@ -68,7 +69,8 @@ def judged_passes(done: Finished, judge: Callable[[], Judge]) -> list[Row]:
         checkpoint = done.load()
         length = min(LENGTH, checkpoint.run.model.context)
         # decoded states [SAMPLES, T]: of the noise, and after every inverted block
-        passes = measures.sample(done, checkpoint, SAMPLES, length).passes
+        generation = measures.sample(done, checkpoint, SAMPLES, length)
+        passes = generation.passes(as_flow(checkpoint.model))
         judged = [measures.judged_bits(judge(), checkpoint, tokens) for tokens in passes]
         rows: list[Row] = []
         for number, tokens in enumerate(passes):

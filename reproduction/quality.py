@@ -14,8 +14,8 @@ from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation import generate
-from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.model import LanguageModel
+from tarflowlm.requests import Sampling
 
 MAUVE_SCALING = 5  # the paper's; everything else is mauve-text's default
 PAPER_SAMPLES = 5000
@@ -134,7 +134,8 @@ class SamplingConfig:
             raise UserError(
                 f"num {self.num}: MAUVE needs at least 2 samples, and hundreds to mean anything"
             )
-        adjust_weights(self.temperature, self.top_k, self.top_p)  # only to raise its errors early
+        # only to raise its errors early
+        Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 @dataclass(frozen=True)

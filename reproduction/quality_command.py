@@ -46,8 +46,10 @@ class Args:
     decoder: Decoder = "auto"
     # Raise the probabilities of tokens to the power 1 / temperature.
     temperature: Annotated[float, arg("FLOAT")] = 1.0
-    top_k: options.TopK = None
-    top_p: options.TopP = None
+    # Keep the k most probable tokens.
+    top_k: options.Count = None
+    # Keep the smallest set of tokens that holds this probability.
+    top_p: options.Number = None
     normalize: options.Normalize = None
     # Seed of the samples.
     seed: int = 0

@@ -30,7 +30,7 @@ APPLICATIONS = modules_below(APPS)
 LAYERS = """
     errors chunks | files schema | model_config | config | presets |
     flow data | device | processes | model | baseline | objective | runs |
-    generation options | texts | evaluation | editing | sharing | training |
+    options | requests | generation | evaluation | editing | sharing | training |
     terminal | pretrained | __init__ | cli | __main__
 """
 """Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour
@@ -127,7 +127,7 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-MOST = {"functions": 1110, "files": 115, "constants": 223, "lines with Any": 40}
+MOST = {"functions": 1110, "files": 115, "constants": 223, "lines with Any": 46}
 """Doors of the core: a reader opens each of them once."""
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 import tarflowlm
-from tarflowlm import config, model_config
+from tarflowlm import config, model_config, requests
 from tarflowlm.cli.main import COMMANDS, command_module
-from tarflowlm.texts import requests
 
 NAMES = """
     BaselineConfig FlowConfig Pretrained RunConfig Scores TarFlowLM TokenLM UserError coupling

@@ -12,9 +12,9 @@ from helpers import stack
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import Progress
+from tarflowlm.generation.texts import Samples, plans, write_texts
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
-from tarflowlm.texts.requests import Writing
-from tarflowlm.texts.writing import Draft, write
+from tarflowlm.requests import Writing
 
 STORIES = ("The cat sat.", "A dog ran off!", "We sang.")
 TRUNK = TransformerConfig(width=32, num_heads=2)
@@ -58,7 +58,7 @@ def test_samples_begin_and_end_as_documents_do(lm):
     assert sum(text in ENDED for text in texts) > 24
     assert lm.write(num=4, temperature=0.5) == texts[:4]
     assert "".join(lm.stream(temperature=0.5)) == texts[0]
-    written = next(Draft.of(Writing(num=8, temperature=0.5), lm).batches())
+    written = next(Samples(Writing(num=8, temperature=0.5), lm).batches())
     assert written.texts == texts[:8]
     assert [stream.has_ended for stream in written.streams] == [
         len(text) < 31 for text in texts[:8]
@@ -72,7 +72,7 @@ def test_samples_begin_and_end_as_documents_do(lm):
 def test_without_stopping_the_next_document_follows(lm):
     for length in (CONTEXT - 1, CONTEXT, 3 * CONTEXT):
         request = Writing(num_tokens=length, stop_at_end=False, temperature=0.5)
-        written = next(Draft.of(request, lm).batches())
+        written = next(Samples(request, lm).batches())
         assert written.generation.tokens.shape == (1, length)
         (text,) = written.texts
         first, *others = text.split("\n\n")
@@ -81,7 +81,7 @@ def test_without_stopping_the_next_document_follows(lm):
 
 
 class Counting(Progress):
-    """Counts positions."""
+    """Counts tokens."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -96,15 +96,15 @@ def test_no_time_is_spent_behind_the_last_end(lm):
     for stop_at_end in (True, False):
         progress = Counting()
         request = Writing(num_tokens=200, stop_at_end=stop_at_end, temperature=0.5, num=3)
-        write(request, lm, progress)
+        write_texts(request, lm, progress)
         counts[stop_at_end] = progress.done
     assert 3 * counts[True] < counts[False]
 
 
 @pytest.mark.slow
 def test_blanks_are_no_ends(lm):
-    draft = Draft.of(Writing(template="The cat sat._" * 2, num=20), lm)
-    for written in draft.batches():
+    samples = Samples(Writing(template="The cat sat._" * 2, num=20), lm)
+    for written in samples.batches():
         assert not (written.generation.tokens == lm.tokenizer.end).any()
 
 
@@ -131,9 +131,9 @@ def test_ends_count_bits_and_no_characters(lm, run_json):
 
 def test_a_model_without_ends_begins_anywhere(trained: Path):
     lm = tarflowlm.load(trained)
-    draft = Draft.of(Writing(), lm)
-    assert (len(draft.lead), draft.end, draft.num_tokens) == (0, None, lm.config.context)
+    (plan,) = plans(Writing(), lm)
+    assert (plan.lead, plan.end, plan.num_tokens) == (0, None, lm.config.context)
     ended = replace(lm, tokenizer=CharTokenizer(lm.tokenizer.alphabet[:-1], "none", has_end=True))
-    draft = Draft.of(Writing(), ended)
-    assert draft.lead.tolist() == [draft.end] == [26]
-    assert draft.num_written == lm.config.context
+    (plan,) = plans(Writing(), ended)
+    assert plan.pieces[0].tolist() == [plan.end] == [26]
+    assert (plan.lead, plan.num_tokens) == (1, lm.config.context)

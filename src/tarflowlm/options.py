@@ -5,8 +5,6 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -69,18 +67,6 @@ Normalize = Annotated[
     arg("text8", "Normalise the text first, whatever the model's training text was."),
 ]
 Unwrap = Annotated[bool, arg(help="Join the lines of every paragraph of your own text.")]
-Temperature = Annotated[
-    float | None,
-    arg(
-        "FLOAT",
-        "Raise the probabilities of tokens to the power 1 / temperature. The default is the "
-        "model's own, and 0.7 for edits.",
-    ),
-]
-TopK = Annotated[int | None, arg("INT", "Keep the k most probable tokens.")]
-TopP = Annotated[
-    float | None, arg("FLOAT", "Keep the smallest set of tokens that holds this probability.")
-]
 
 
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
@@ -147,33 +133,6 @@ class Checked(schema.Checked):
     def label(self, name: str) -> str:
         """The option of a field."""
         return flag(name)
-
-
-def check(
-    *parts: Any,
-    exclusive: Mapping[str, Sequence[str]] = {},
-    needed: Mapping[str, Sequence[str]] = {},
-) -> None:
-    """UserError for an option with one that it excludes, or without any that it needs.
-
-    `parts` are the dataclasses that hold the options of a command.
-    """
-    given = {
-        field.name
-        for part in parts
-        for field in fields(part)
-        if getattr(part, field.name) != field.default
-    }
-    for one in sorted(given):
-        both = given.intersection(exclusive.get(one, ()))
-        if both:
-            raise UserError(f"{flag(one)} with {flag(min(both))}: leave one of them out")
-    for one in sorted(given.intersection(needed)):
-        if not given.intersection(needed[one]):
-            others = " or ".join(map(flag, needed[one]))
-            raise UserError(
-                f"{flag(one)} has no effect without {others}: leave it out, or add that"
-            )
 
 
 def load_checkpoint(directory: Path | None, device: "DeviceName | torch.device") -> "Checkpoint":

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack, cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,24 +23,16 @@ from tarflowlm.data.prompts import read
 from tarflowlm.device import pick_device
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.scores import Scores, score_texts
+from tarflowlm.evaluation.scores import score_texts
+from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
+from tarflowlm.requests import Edit, Score, Writing, as_texts, filling, takes
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import check_type
 from tarflowlm.sharing import push_to_hub, save_pretrained
-from tarflowlm.texts.requests import (
-    Edit,
-    EditOptions,
-    Score,
-    Writing,
-    WritingOptions,
-    as_texts,
-    check_names,
-)
-from tarflowlm.texts.writing import Draft, write
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
@@ -96,29 +88,9 @@ class Pretrained(Checkpoint):
         self.model.to(pick_device(device))
         return self
 
-    @overload
-    def write(
-        self, prompt: str | None = None, *, num: None = None, **options: Unpack[WritingOptions]
-    ) -> str: ...
-
-    @overload
-    def write(
-        self, prompt: str | None = None, *, num: int, **options: Unpack[WritingOptions]
-    ) -> list[str]: ...
-
-    @overload
-    def write(
-        self, prompt: Several, *, num: int | None = None, **options: Unpack[WritingOptions]
-    ) -> list[str]: ...
-
-    def write(
-        self,
-        prompt: str | Several | None = None,
-        *,
-        num: int | None = None,
-        **options: Unpack[WritingOptions],
-    ) -> str | list[str]:
-        """A text that begins with `prompt`; with `num`, a list of so many texts.
+    @takes(Writing)
+    def write(self, request: Writing) -> Any:
+        """A text that begins with `prompt`; with `num`, a list of that many texts.
 
         A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens
         with the prompt, `max_new_tokens` without it; the default is the trained context. A text
@@ -127,80 +99,53 @@ class Pretrained(Checkpoint):
         `temperature`, by default the model's own, `top_k`, `top_p`, `particles`, `allowed` and
         `decoder` are described at `generate`. The same `seed` gives the same text.
         """
-        several = isinstance(prompt, (list, tuple))
-        if several and not prompt:
-            return []
-        check_names(options, WritingOptions)
-        # an empty prompt is none
-        given = None if prompt == "" else prompt
-        request = Writing(prompt=given, num=1 if num is None else num, **options)
-        texts = write(request, self)
-        return texts if several or num is not None else texts[0]
+        is_one = request.num is None and isinstance(request.prompt, str | None)
+        texts = write_texts(request, self)
+        return texts[0] if is_one else texts
 
-    @overload
-    def fill(
-        self, template: str, *, num: None = None, **options: Unpack[WritingOptions]
-    ) -> str: ...
+    @takes(Writing)
+    def samples(self, request: Writing) -> list[str]:
+        """As `write`, always a list: `num` texts of every prompt, in order."""
+        return write_texts(request, self)
 
-    @overload
-    def fill(self, template: str, *, num: int, **options: Unpack[WritingOptions]) -> list[str]: ...
-
-    def fill(
-        self, template: str, *, num: int | None = None, **options: Unpack[WritingOptions]
-    ) -> str | list[str]:
+    @takes(filling(Writing))
+    def fill(self, request: Writing) -> Any:
         """`template` with each of its blanks, marked by `blank`, filled with one token.
 
         [...] stands for 1 to 8 tokens, [...12] for 1 to 12: as many as suit the text around them.
         Options as in `write`; the length is that of the template. By default 16 `particles` are
-        weighed by the text behind a blank.
+        weighed by the text after a blank.
         """
-        check_names(options, WritingOptions)
-        check_type(template, "template", str, "give a text, a str")
-        request = Writing(template=template, num=1 if num is None else num, **options)
-        texts = write(request, self)
-        return texts[0] if num is None else texts
+        texts = write_texts(request, self)
+        return texts[0] if request.num is None else texts
 
-    def stream(self, prompt: str | None = None, **options: Unpack[WritingOptions]) -> Iterator[str]:
+    @takes(Writing)
+    def stream(self, request: Writing) -> Iterator[str]:
         """The text of `write`, with its options, piece by piece as its tokens become final."""
-        check_names(options, WritingOptions)
-        check_type(prompt, "prompt", (str, type(None)), "give one text, a str")
-        return Draft.of(Writing(prompt=prompt or None, **options), self).pieces()
+        check_type(request.prompt, "prompt", (str, type(None)), "give one text, a str")
+        if request.num is not None:
+            raise UserError(f"num {request.num}: a stream is one text, leave it out")
+        return Samples(request, self).pieces()
 
-    @overload
-    def edit(self, text: str, *, num: None = None, **options: Unpack[EditOptions]) -> str: ...
-
-    @overload
-    def edit(self, text: str, *, num: int, **options: Unpack[EditOptions]) -> list[str]: ...
-
-    def edit(
-        self, text: str, *, num: int | None = None, **options: Unpack[EditOptions]
-    ) -> str | list[str]:
+    @takes(Edit)
+    def edit(self, request: Edit) -> Any:
         """The text with some words resampled given all others; with `num`, a list of edits.
 
         `strength` is the share of the words, `words` their number. `rewrite`, `replace` and `level`
         ask for another edit. `tarflowlm edit --help` lists all options. UserError for a baseline,
         and for options that have no effect.
         """
-        check_names(options, EditOptions)
-        texts = edit(Edit(text=text, num=1 if num is None else num, **options), self).texts
-        return texts[0] if num is None else texts
+        texts = edit(request, self).texts
+        return texts[0] if request.num is None else texts
 
-    @overload
-    def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scores: ...
-
-    @overload
-    def score(self, text: Several, *, samples: int = 8, seed: int = 0) -> list[Scores]: ...
-
-    def score(
-        self, text: str | Several, *, samples: int = 8, seed: int = 0
-    ) -> Scores | list[Scores]:
+    @takes(Score)
+    def score(self, request: Score) -> Any:
         """The bits of every token of a text of any length (`tarflowlm.score`); of several, a list.
 
         Its `notice` says whether the text was read otherwise than it was given.
         """
-        request = Score(text=text, samples=samples, seed=seed)
         found = score_texts(request, self)
-        return found[0] if isinstance(text, str) else found
+        return found[0] if isinstance(request.text, str) else found
 
     @overload
     def encode(self, text: str) -> Tensor: ...

@@ -16,7 +16,9 @@ from textwrap import indent
 
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.generation.texts import write_texts
 from tarflowlm.presets import PRESETS, preset
+from tarflowlm.requests import Writing
 from tarflowlm.runs import CARD
 from tarflowlm.runs.checkpoint import (
     Checkpoint,
@@ -27,8 +29,6 @@ from tarflowlm.runs.checkpoint import (
 )
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, hub_errors, read_card
 from tarflowlm.schema import check_type, flatten
-from tarflowlm.texts.requests import Writing
-from tarflowlm.texts.writing import write
 
 FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a
 Gaussian in a learned codebook, and a stack of autoregressive Transformer flows models the latent
@@ -138,7 +138,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     # indented, so that nothing in a sample is taken for Markdown
     samples = [
         f"{number}.\n\n{indent(text, ' ' * 8)}\n\n"
-        for number, text in enumerate(write(request, checkpoint), 1)
+        for number, text in enumerate(write_texts(request, checkpoint), 1)
     ]
     facts = _facts(checkpoint, origin, licence)
     return TEMPLATE.format(

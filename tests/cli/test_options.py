@@ -10,7 +10,7 @@ from tarflowlm.cli import train
 from tarflowlm.cli.main import COMMANDS, command_module
 from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.options import flag
-from tarflowlm.texts.requests import Request
+from tarflowlm.requests import Request
 
 OPTIONS = {
     "quickstart": "device json minutes out seed",

@@ -18,6 +18,7 @@ from tarflowlm.cli import sample
 from tarflowlm.cli.main import command_module
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.options import flag
+from tarflowlm.requests import Writing
 
 COMPLETE = {
     "sample": ["sample", "flow"],
@@ -60,9 +61,17 @@ GIVEN = {
     "out": ["OUT"],
     "particles": ["2"],
     "stop": ["a"],
+    "num_tokens": ["3"],
+    "max_new_tokens": ["3"],
 }
 """Values of the options of `sample` that are no flags."""
-PAIRS = [(one, other) for one, others in sample.EXCLUSIVE.items() for other in others]
+PAIRS = [
+    (one, other)
+    for part in (sample.Args, Writing)
+    for one, others in part.EXCLUSIVE.items()
+    for other in others
+    if other != "allowed"  # an option of Python alone
+]
 BYTES = "\udcff\udcfe"
 """How Python keeps arguments that are not UTF-8."""
 TRAIN = ["train", "mini-mixd", "--out", "OUT", "--data", "TEXT", *TINY]
@@ -94,9 +103,9 @@ LINES = [
     ([*SAMPLE, "--prompt", "a" * 40], ["40 tokens", "16"]),
     ([*SAMPLE, "--length", "33", "--passes"], ["length 33", "16"]),
     ([*SAMPLE, "--length", "1" + "0" * 12], ["length 1000", "10,000,000"]),
-    ([*SAMPLE, "--stop", "b", "--template", "a_b"], ["stop ('b',)", "template"]),
-    (["sample", "x", "--stop", ""], ["stop is empty"]),
-    (["sample", "x", "--prompt", ""], ["prompt is empty"]),
+    ([*SAMPLE, "--stop", "b", "--template", "a_b"], ["stop", "template"]),
+    (["sample", "x", "--stop", ""], ["stop", "at least one"]),
+    (["sample", "x", "--prompt", ""], ["prompt", "at least one"]),
     (["edit", "x", "--text", "abc", "--strength", "2"], ["strength 2"]),
     ([*SAMPLE, "--template", "a_" * 17], ["34", "16"]),
     ([*SAMPLE, "--template", "the end"], ["'_'"]),
@@ -161,7 +170,8 @@ def test_every_number_out_of_range_is_named(refused, complete, tmp_path, command
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_options_that_exclude_each_other_are_named(refused, complete, one, other):
     words = [word for name in (one, other) for word in (flag(name), *GIVEN.get(name, []))]
-    refused(*complete([*SAMPLE, *words]), names=[flag(one), flag(other)])
+    labels = [Writing.NAMES.get(name, name) for name in (one, other)]
+    refused(*complete([*SAMPLE, *words]), names=labels)
 
 
 @pytest.mark.slow

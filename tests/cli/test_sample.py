@@ -10,7 +10,7 @@ import pytest
 from tarflowlm import chunks
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.data.streaming import first_stop
-from tarflowlm.texts import writing
+from tarflowlm.generation import texts as samples
 
 MODELS = ("ar", "patches")
 STEPS = ("--decoder", "steps")
@@ -61,7 +61,7 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     assert (sample["text"][:4], sample["text"][7:]) == ("the ", " of nine")
     assert run_json(*argv, "a X", "--blank", "X")["samples"][0]["text"][:2] == "a "
     done = run(*argv, "the ___", "--particles", 4)
-    assert "4 candidates" in done.err
+    assert "of 4 candidates" in done.err
     assert "log p about" in done.err
 
 
@@ -157,15 +157,15 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
     calls: list[int] = []
-    generate_steps = writing.generate_steps
+    write = samples.write
 
     def interrupted(*args, **options):
         calls.append(1)
         if len(calls) == 3:
             signal.raise_signal(number)
-        return generate_steps(*args, **options)
+        return write(*args, **options)
 
-    monkeypatch.setattr(writing, "generate_steps", interrupted)
+    monkeypatch.setattr(samples, "write", interrupted)
     argv, out = ["sample", model, "--num", 9, *STEPS], tmp_path / "out.jsonl"
     done = run(*argv, "--out", out)
     assert done.status == 130

@@ -8,7 +8,7 @@ from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import Progress, UserError
-from tarflowlm.texts.requests import Edit
+from tarflowlm.requests import Edit
 
 TEXT = "The king saw the other King"
 WORD_PIECES = train_bpe(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from helpers import FILLS, mostly_slow, tiny_flow
-from tarflowlm.editing.states import Source, encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.model import TarFlowLM
+from tarflowlm.requests import Edit
 
 NUM = 3000
 MODELS = {
@@ -58,12 +58,11 @@ def assert_standard_normal(u: Tensor) -> None:
 def test_the_noise_of_what_is_drawn_is_standard_normal_and_inverts_to_it(name):
     model = build(name)
     found = drawn(model)
-    below = ("auto",) * (model.num_blocks - 1)
-    assert found.decoders[0] == "draw"
-    assert len(found.decoders) == len(below) + 1
-    noise = found.states[0]
-    assert_standard_normal(noise.flatten(1))
-    few = [h[:50] for h in found.states]
+    assert found.work[0].decoder == "draw"
+    assert len(found.work) == model.num_blocks
+    states = found.states(model)
+    assert_standard_normal(states[0].flatten(1))
+    few = [h[:50] for h in states]
     with torch.no_grad():
         states, _ = finish(stack_inversion(model, few[0]))
     for ours, theirs in zip(few, states, strict=True):
@@ -74,9 +73,9 @@ def test_the_test_of_normality_notices_a_component_drawn_twice_as_often():
     model = build("mixd")
     with torch.no_grad():
         model.prior.blocks[0].coupling.weight_head.bias[0] += math.log(2)
-        states = drawn(model).states
+        latents = drawn(model).latents
         model.prior.blocks[0].coupling.weight_head.bias[0] -= math.log(2)
-        noise, _ = model.prior(states[-1])
+        noise, _ = model.prior(latents)
     with pytest.raises(AssertionError):
         assert_standard_normal(noise.flatten(1))
 
@@ -89,34 +88,32 @@ def test_what_a_row_draws_does_not_depend_on_the_others(name, prompt):
     together = drawn(model, num=3, prompt=given)
     alone = drawn(model, num=1, prompt=given)
     assert torch.equal(alone.tokens[0], together.tokens[0])
-    assert together.decoders == alone.decoders
-    assert together.decoders[0] == "draw"
+    assert together.work == alone.work
+    assert together.work[0].decoder == "draw"
 
 
 def test_settled_positions_of_a_prompt_are_kept_and_the_rest_is_drawn():
     model = tiny_flow(**FILLS, alternate=False, log_std=-4.0)
     found = drawn(model, num=5, prompt=torch.tensor([1, 0]))
     assert found.tokens[:, :2].tolist() == [[1, 0]] * 5
-    assert found.decoders[0] == "draw"
+    assert found.work[0].decoder == "draw"
     assert found.evidence is not None
 
 
 @pytest.mark.parametrize("couplings", [("mix1",), ("mixd",), ("mix1", "mix1")], ids=str)
 def test_auto_draws_a_block_far_from_the_identity(couplings):
     model = tiny_flow(couplings=couplings, scale=0.5, context=16)
-    assert generate(model, num_tokens=16).decoders[0] == "draw"
+    assert generate(model, num_tokens=16).work[0].decoder == "draw"
 
 
 def test_auto_sweeps_a_block_near_the_identity():
     model = tiny_flow(couplings=("mixd", "affine"), scale=0.01, context=16)
-    assert generate(model, num_tokens=16).decoders[0] == "sweeps"
+    assert generate(model, num_tokens=16).work[0].decoder == "sweeps"
 
 
 def test_drawing_is_for_the_last_block_of_a_sampler_alone():
     model = build("mix1-mix1")
-    assert generate(model, num_tokens=4, decoder=("draw", "steps")).decoders == ("draw", "steps")
-    with pytest.raises(UserError, match="decoder draw: only the last block"):
-        generate(model, num_tokens=4, decoder=("auto", "draw"))
-    text = encode(model, torch.tensor([[1, 2, 0, 3]]), generator())
-    with pytest.raises(UserError, match="decoder draw: only the last block"):
-        renoise(Source(model, text, generator()), level=1, strength=0.5, decoder="draw")
+    decoders = [work.decoder for work in generate(model, num_tokens=4, decoder="draw").work]
+    assert decoders[0] == "draw" != decoders[1]
+    with pytest.raises(UserError, match="decoder"):
+        Edit("the king", level=1, decoder="draw")

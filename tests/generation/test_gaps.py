@@ -10,9 +10,11 @@ from torch import Tensor
 from helpers import tiny_ar, tiny_flow
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate, generate_steps
+from tarflowlm.generation import generate, write
 from tarflowlm.generation.inversion import finish
-from tarflowlm.generation.sampling import BLANK
+from tarflowlm.generation.plan import plan
+from tarflowlm.generation.sampling import BLANK, row_generators
+from tarflowlm.requests import Sampling
 
 FLOW = {"vocab_size": V, "latent_dim": 1, "seed": 3}
 # codes that overlap: the estimate is one of the text, not of its latents
@@ -138,16 +140,15 @@ def test_a_constraint_counts_up_to_the_end_of_a_template(make):
     template = [NONE, Gap(most=3), torch.tensor([2])]
     first_two = [(texts(4)[:, :m] < 2).all(1) & begins_with(template, m) for m in (1, 2, 3)]
     wanted = torch.stack([joint[fits].sum() for fits in first_two]).double()
-    steps = generate_steps(
+    one = plan(
         model,
+        template,
+        Sampling(particles=64),
         num_tokens=4,
-        prompt=template,
         allowed=FIRST_TWO,
-        generator=generator(),
-        goes_on=False,
-        **OPTIONS,
+        continues=False,
     )
-    found = finish(steps)
+    found = finish(write(model, [one] * 60, row_generators(range(60), generator())))
     share = found.evidence.log_evidence.exp()[:, None] * found.filled.lengths[0] * 3
     error = share.std(0) / math.sqrt(len(share))
     assert ((share.mean(0) - wanted).abs() < 4 * error + 2e-3).all()
@@ -200,8 +201,8 @@ def test_what_no_particle_fits_and_models_without_weights_are_refused():
         (model, {"allowed": lambda tokens: tokens}, "boolean mask of shape"),
         (model, {"allowed": free, "num_tokens": 9}, "at most the context of 4"),
         (model, {"prompt": [Gap(most=4), torch.tensor([1])]}, "leaves no room"),
-        (tiny_flow(couplings=("mix1",)), {"prompt": [Gap(most=1)]}, "block 1 mix1"),
-        (tiny_ar(patch=2), {"prompt": [Gap(most=1)]}, "patch 2"),
+        (tiny_flow(couplings=("mix1",)), {"prompt": [Gap(most=2)]}, "block 1 mix1"),
+        (tiny_ar(patch=2), {"prompt": [Gap(most=2)]}, "patch 2"),
     ]
     for wrong, options, words in refused:
         with pytest.raises(UserError, match=words):

@@ -6,10 +6,12 @@ import time
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers import normal, stack, tiny_flow
 from tarflowlm.generation import generate, inversion
-from tarflowlm.generation.inversion import Inverted, block_inversion, finish, stack_inversion
+from tarflowlm.generation.inversion import block_inversion, finish, stack_inversion
+from tarflowlm.generation.sampling import Work
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.pretrained import load
@@ -26,7 +28,7 @@ STACKS = [
 
 
 @torch.no_grad()
-def invert_block(*args, **options) -> Inverted:
+def invert_block(*args, **options) -> tuple[Tensor, Work]:
     return finish(block_inversion(*args, **options))
 
 
@@ -50,14 +52,14 @@ def test_sweeps_give_what_steps_give(couplings, patch, segment, monkeypatch):
     positions = 128 // patch
     noise = normal(3, positions, 2 * patch)
     for block in model.prior.blocks:
-        steps = invert_block(block, noise, decoder="steps")
-        sweeps = invert_block(block, noise, decoder="sweeps")
-        chosen = invert_block(block, noise, decoder="auto")
+        by_steps, steps = invert_block(block, noise, decoder="steps")
+        by_sweeps, sweeps = invert_block(block, noise, decoder="sweeps")
+        chosen, _ = invert_block(block, noise, decoder="auto")
         assert steps.passes == positions
         # a few Newton steps that lead nowhere, then sweeps that finish a position each
         assert 1 <= sweeps.passes <= positions + 16
-        torch.testing.assert_close(steps.h, sweeps.h, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(steps.h, chosen.h, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(by_steps, by_sweeps, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(by_steps, chosen, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 65])
@@ -65,10 +67,10 @@ def test_any_length_can_be_swept(length):
     block = tiny_flow(couplings=("mix1", "mix1"), context=128).prior.blocks[1]
     u = normal(2, length, 2)
     with torch.no_grad():
-        found = invert_block(block, u, decoder="sweeps")
-        torch.testing.assert_close(block(found.h)[0], u, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(found.h, block.inverse(u), rtol=1e-8, atol=1e-8)
-    assert found.passes <= length + 16
+        found, work = invert_block(block, u, decoder="sweeps")
+        torch.testing.assert_close(block(found)[0], u, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found, block.inverse(u), rtol=1e-8, atol=1e-8)
+    assert work.passes <= length + 16
 
 
 @pytest.fixture
@@ -102,10 +104,10 @@ def test_auto_soon_notices_that_sweeps_do_not_converge(coupling, no_clock):
     block = tiny_flow(couplings=(coupling,), context=64, log_std=-6.0, scale=0.5).prior.blocks[0]
     u = normal(16, 64, 2)
     with torch.no_grad():
-        found = invert_block(block, u, decoder="auto")
-        torch.testing.assert_close(found.h, block.inverse(u), rtol=1e-8, atol=1e-8)
-    assert found.decoder == "steps"
-    assert found.passes <= 64 + 1
+        found, work = invert_block(block, u, decoder="auto")
+        torch.testing.assert_close(found, block.inverse(u), rtol=1e-8, atol=1e-8)
+    assert work.decoder == "steps"
+    assert work.passes <= 64 + 1
 
 
 def test_auto_sweeps_the_refining_blocks_of_a_trained_model(no_clock):
@@ -115,12 +117,10 @@ def test_auto_sweeps_the_refining_blocks_of_a_trained_model(no_clock):
     model = load("english-mini").model
     options = {"num_tokens": 256, "generator": torch.Generator().manual_seed(0)}
     found = generate(model, **options)
-    assert found.decoders == ("sweeps", "sweeps", "steps")
-    assert found.sweeps[:2] == (3, 3)  # one of them over a few positions
-    assert found.sweeps[2] <= 256 + 3
-    options["generator"].manual_seed(0)
-    again = generate(model, decoder=found.decoders, **options)
-    assert torch.equal(again.tokens, found.tokens)
+    assert [work.decoder for work in found.work] == ["sweeps", "sweeps", "steps"]
+    # one of them over a few positions
+    assert [work.passes for work in found.work[:2]] == [3, 3]
+    assert found.work[2].passes <= 256 + 3
 
 
 def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others():
@@ -128,8 +128,8 @@ def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others():
     u = normal(5, 64, 2)
     u[0] *= 4
     with torch.no_grad():
-        together = invert_block(block, u, decoder="sweeps").h
-        alone = invert_block(block, u[1:2], decoder="sweeps").h
+        together, _ = invert_block(block, u, decoder="sweeps")
+        alone, _ = invert_block(block, u[1:2], decoder="sweeps")
     torch.testing.assert_close(together[1:2], alone, rtol=1e-8, atol=1e-8)
 
 
@@ -138,13 +138,12 @@ def test_decoders_write_the_same_text():
     for seed in range(6):
         texts = []
         # "auto" for the last block may draw another text
-        for decoder in ("steps", "sweeps", ("steps", "auto", "auto")):
+        for decoder in ("steps", "sweeps"):
             generator = torch.Generator().manual_seed(seed)
             texts.append(
                 generate(model, num_tokens=32, num=2, decoder=decoder, generator=generator).tokens
             )
         assert torch.equal(texts[0], texts[1])
-        assert torch.equal(texts[0], texts[2])
 
 
 @pytest.mark.parametrize("num", [7, pytest.param(63, marks=pytest.mark.nightly)])
@@ -160,7 +159,7 @@ def test_settled_positions_are_copied_and_the_rest_is_inverted(decoder, num):
             )
             other = block.order.inverse(other)  # wrong noise where it must not be read
             settled = block.order(h)[:, :num]
-            found = invert_block(block, other, decoder=decoder, settled=settled).h
+            found, _ = invert_block(block, other, decoder=decoder, settled=settled)
         torch.testing.assert_close(found, h, rtol=1e-8, atol=1e-8)
         same = block.order(found)[:, :num]
         assert torch.equal(same, block.order(h)[:, :num])
@@ -174,7 +173,7 @@ def test_a_position_that_sweeps_got_wrong_is_inverted_again(monkeypatch):
     block = tiny_flow(couplings=("mix1",), context=64).prior.blocks[0]
     u = normal(2, 64, 2)
     with torch.no_grad():
-        found = invert_block(block, u, decoder="sweeps")
+        found, work = invert_block(block, u, decoder="sweeps")
         expected = block.inverse(u)
-    assert 2 < found.passes < 64 + 2
-    torch.testing.assert_close(found.h, expected, rtol=1e-7, atol=1e-7)
+    assert 2 < work.passes < 64 + 2
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)

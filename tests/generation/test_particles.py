@@ -10,10 +10,9 @@ from enumeration import V, probabilities, texts
 
 from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
-from tarflowlm.errors import SILENT
 from tarflowlm.generation import generate, particles
 from tarflowlm.generation.particles import Weights, effective, resample
-from tarflowlm.generation.sampling import BLANK, Samples
+from tarflowlm.generation.sampling import BLANK, Noise
 from tarflowlm.model import TarFlowLM
 
 MODELS = {
@@ -162,10 +161,10 @@ def test_the_passes_of_a_completion_are_the_states_of_its_latents():
     template = torch.tensor([BLANK, 1, BLANK, 3])
     found = generate(model, num_tokens=8, num=2, prompt=template, particles=3)
     with torch.no_grad():
-        states, _ = model.prior.states(found.states[-1])
-    for ours, theirs in zip(found.states, reversed(states), strict=True):
+        states, _ = model.prior.states(found.latents)
+    for ours, theirs in zip(found.states(model), reversed(states), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert found.decoders[-1] == "steps"
+    assert found.work[-1].decoder == "steps"
 
 
 def test_systematic_draws_match_the_weights():
@@ -178,7 +177,7 @@ def test_systematic_draws_match_the_weights():
 
 def test_weights_count_particles_and_refuse_what_is_not_a_number():
     generators = [torch.Generator(), torch.Generator()]
-    weights = Weights(Samples(tiny_ar(), generators, 4, None, SILENT))
+    weights = Weights(Noise(tiny_ar(), generators, 4))
     assert effective(weights.log_w).tolist() == [4.0, 4.0]
     weights.add(torch.tensor([0.0, torch.nan, -torch.inf, 0.0, -1.0, -1.0, -1.0, -1.0]))
     assert effective(weights.log_w).tolist() == pytest.approx([2.0, 4.0])

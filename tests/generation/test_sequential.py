@@ -11,12 +11,12 @@ from torch import Tensor
 
 from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
-from tarflowlm.errors import SILENT
 from tarflowlm.generation import generate
-from tarflowlm.generation.conditioned import ConditionedTokens
 from tarflowlm.generation.inversion import finish, stack_inversion
-from tarflowlm.generation.sampling import Samples, adjust_weights, row_generators
+from tarflowlm.generation.rows import TokenPositions
+from tarflowlm.generation.sampling import Noise, row_generators
 from tarflowlm.model import TarFlowLM
+from tarflowlm.requests import Sampling
 
 NUM = 4000
 
@@ -74,7 +74,7 @@ def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields):
             cumulative = lm.logits(tokens)[:, t].softmax(-1).cumsum(-1)
             tokens[:, t] = (cumulative < uniform[:, t, None]).sum(-1)
         is_known = (torch.arange(8) < len(given)).expand(3, 8)
-        passage = ConditionedTokens(lm, uniform, tokens * is_known, is_known, None)
+        passage = TokenPositions(lm, uniform, tokens * is_known, is_known, None)
         steps = [passage.step() for _ in range(passage.num_positions)]
         expected = lm.logits(tokens).log_softmax(-1).gather(-1, tokens[..., None])[:, : len(given)]
     assert torch.equal(passage.values.flatten(1), tokens)
@@ -125,7 +125,9 @@ def test_temperature_is_a_power_of_the_weights(temperature):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     power = discrete_probabilities(model, 1, 4) ** (1 / temperature)
     with torch.no_grad():
-        steps = stack_inversion(model, normal(NUM, 1, 2), adjust=adjust_weights(temperature))
+        steps = stack_inversion(
+            model, normal(NUM, 1, 2), adjust=Sampling(temperature=temperature).adjust(4)
+        )
         z = finish(steps)[0][-1]
     assert_frequencies(model.codebook.decode(z), power / power.sum(), 4)
     drawn = generate(
@@ -153,7 +155,7 @@ def test_truncated_weights_have_the_rest_of_the_probability(decoder):
     kept = discrete_probabilities(model, 1, 4)
     kept[kept.argmin()] = 0.0
     found = generate(model, num_tokens=1, num=NUM, top_k=3, decoder=decoder, generator=generator(1))
-    assert found.decoders == (decoder,)
+    assert [work.decoder for work in found.work] == [decoder]
     assert_frequencies(found.tokens, kept / kept.sum(), 4)
 
 
@@ -188,7 +190,7 @@ def test_latents_are_exact_samples_where_codes_are_soft():
         exact = density @ model.codebook.log_posterior(axis)[:, 0].exp()
         assert exact.sum().item() == pytest.approx(1.0, abs=1e-3)
         found = generate(model, num_tokens=1, num=NUM, generator=generator())
-        posterior = model.codebook.log_posterior(found.states[-1])[:, 0].exp()
+        posterior = model.codebook.log_posterior(found.latents)[:, 0].exp()
     drawn = torch.multinomial(posterior, 1, generator=generator(1))
     assert_frequencies(drawn, exact, 3)
     distance = 0.5 * (frequencies(found.tokens, 3) - exact).abs().sum().item()
@@ -198,7 +200,7 @@ def test_latents_are_exact_samples_where_codes_are_soft():
 def test_every_row_has_a_stream_of_its_own():
     def rows(num: int, seed: int = 0, length: int = 6) -> Tensor:
         streams = row_generators(range(num), generator(seed))
-        return Samples(tiny_ar(), streams, 1, None, SILENT).normal(length)
+        return Noise(tiny_ar(), streams, 1).normal(length)
 
     assert torch.equal(rows(4)[:2], rows(2))
     assert not torch.equal(rows(1), rows(1, seed=1))

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from helpers import mostly_nightly, tiny_ar, tiny_flow
-from tarflowlm.errors import Progress
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.generation import Generation, generate, generate_steps
-from tarflowlm.generation.inversion import Kept
+from tarflowlm.generation import Generation, generate, write
+from tarflowlm.generation.inversion import Returning
+from tarflowlm.generation.plan import row_plans
 from tarflowlm.generation.sampling import row_generators
+from tarflowlm.generation.write import Parts
 from tarflowlm.model import LanguageModel
+from tarflowlm.requests import Sampling
 
 MODELS = {
     "ar": {},
@@ -39,11 +42,18 @@ def streams(rows) -> list[torch.Generator]:
     return row_generators(rows, torch.Generator().manual_seed(0))
 
 
+def steps_of(
+    model: LanguageModel, num_tokens: int, num: int = 2, *, prompt=None, every=1, end=None, **how
+) -> Parts:
+    """A text piece by piece, with the streams of `sample`."""
+    progress = how.pop("progress", SILENT)
+    plans = row_plans(model, prompt, num, Sampling(**how), num_tokens=num_tokens, end=end)
+    return write(model, plans, streams(range(num)), progress, every)
+
+
 def yielded(model: LanguageModel, **options) -> list[Tensor]:
     """The parts of a text, which together are what `generate` writes, as is what they return."""
-    steps = generate_steps(
-        model, **({"num": 2, "generator": torch.Generator().manual_seed(0)} | options)
-    )
+    steps = steps_of(model, **options)
     parts: list[Tensor] = []
     while True:
         try:
@@ -120,7 +130,7 @@ def test_one_row_is_written_by_one_thread_and_the_reader_keeps_its_own(num):
         sample(model, num_tokens=8, num=num, progress=threads)
         assert threads.seen == {1 if num == 1 else 3}
         assert torch.get_num_threads() == 3
-        steps = generate_steps(model, num_tokens=8, num=num, progress=threads)
+        steps = steps_of(model, num_tokens=8, num=num, progress=threads)
         next(steps)
         assert torch.get_num_threads() == 3
         assert torch.is_grad_enabled()
@@ -133,7 +143,7 @@ def test_one_row_is_written_by_one_thread_and_the_reader_keeps_its_own(num):
 
 def test_a_closed_text_is_not_written_further(model):
     threads = Threads()
-    steps = generate_steps(model, num_tokens=30, decoder="steps", progress=threads)
+    steps = steps_of(model, num_tokens=30, decoder="steps", progress=threads)
     next(steps)
     steps.close()
     threads.seen.clear()
@@ -194,9 +204,7 @@ def test_samples_that_have_ended_leave_the_batch(length, prompt, model, monkeypa
     options = {"num_tokens": length, "num": 16, "prompt": prompt, "decoder": "steps"}
     whole = sample(model, **options).tokens
     without, computed = computed, 0
-    steps = Kept(
-        generate_steps(model, generator=torch.Generator().manual_seed(0), end=end, **options)
-    )
+    steps = Returning(steps_of(model, end=end, **options))
     parts = torch.cat(list(steps), 1)
     assert computed < without or model.config.patch == 4
     drawn = torch.full_like(whole, -1) if prompt is None else prompt.expand(16, -1)
@@ -205,4 +213,4 @@ def test_samples_that_have_ended_leave_the_batch(length, prompt, model, monkeypa
     assert is_over.any()
     assert torch.equal(parts, whole.masked_fill(is_over, end))
     assert torch.equal(steps.value.tokens, parts)
-    assert steps.value.states == ()
+    assert steps.value.latents is None

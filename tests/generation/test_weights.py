@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tarflowlm.errors import UserError
-from tarflowlm.generation.sampling import adjust_weights
+from tarflowlm.requests import Sampling
 
 PROBABILITIES = torch.tensor([[0.3, 0.05, 0.5, 0.15]], dtype=torch.float64)
 
 
 def adjusted(**options) -> list[float]:
-    adjust = adjust_weights(**options)
-    assert adjust is not None
+    # no map where nothing changes
+    adjust = Sampling(**options).adjust(4) or (lambda log_w: log_w)
     # log-weights need not be normalised
     return adjust(PROBABILITIES.log() + 3.0).softmax(-1)[0].tolist()
 
@@ -70,7 +70,7 @@ def test_the_options_apply_one_after_another():
 def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
     """A cumulative sum in float32 reaches 1 thousands of components early."""
     log_w = 3 * torch.randn(4, 50_257, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    adjust = adjust_weights(temperature=0.999, top_p=1.0)
+    adjust = Sampling(temperature=0.999, top_p=1.0).adjust(50_257)
     assert adjust is not None
     torch.testing.assert_close(adjust(log_w), (log_w / 0.999).log_softmax(-1))
 
@@ -89,4 +89,4 @@ def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
 )
 def test_senseless_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        adjust_weights(**options)
+        Sampling(**options)

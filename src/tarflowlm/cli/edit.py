@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tarflowlm import options
+from tarflowlm.requests import Edit
 from tarflowlm.terminal.bars import Bars, print_json, print_notice
-from tarflowlm.texts.requests import Edit
 
 if TYPE_CHECKING:
     from tarflowlm.editing.states import Change

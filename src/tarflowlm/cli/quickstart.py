@@ -34,10 +34,10 @@ def run(args: Args) -> None:
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.data import prepare_corpus, suited
     from tarflowlm.device import pick_device
+    from tarflowlm.generation.texts import Samples
+    from tarflowlm.requests import Writing
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.texts import print_samples, samples_to_json
-    from tarflowlm.texts.requests import Writing
-    from tarflowlm.texts.writing import Draft
     from tarflowlm.training.resolve import is_begun
     from tarflowlm.training.train import train
 
@@ -61,19 +61,19 @@ def run(args: Args) -> None:
             stop_requests=stop_on_signals,
         )
     request = Writing(num=2, num_tokens=config.model.context, seed=args.seed)
-    draft = Draft.of(request, load_checkpoint(args.out, device))
-    with Bars("sampling, positions", draft.num_positions) as bars:
-        (written,) = draft.batches(bars)
+    samples = Samples(request, load_checkpoint(args.out, device))
+    with Bars("sampling, tokens", samples.num_tokens) as bars:
+        (written,) = samples.batches(bars)
     test = summary["test"]
     found = {
         "bpc": test["bpc"],
         "bound": test["bound"],
         "seconds": time.perf_counter() - start,
-        "samples": samples_to_json(written, draft.lm.tokenizer),
+        "samples": samples_to_json(written, samples.lm),
         "out": str(args.out),
         "test_tokens": test["tokens"],
     }
-    print_samples(written, draft.lm.tokenizer)
+    print_samples(written, samples.lm)
     rows = [
         ("test", f"<= {test['bpc']:.3f} bits per character"),
         ("time", f"{found['seconds']:.0f} s in total"),

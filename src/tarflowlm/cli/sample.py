@@ -3,40 +3,35 @@
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 
 import tyro
 
 from tarflowlm import options
 from tarflowlm.errors import UserError, counted
 from tarflowlm.options import arg
-from tarflowlm.texts.requests import Writing
+from tarflowlm.requests import Writing
 
 if TYPE_CHECKING:
+    from tarflowlm.generation.texts import Samples, Written
     from tarflowlm.processes import Processes
     from tarflowlm.runs.checkpoint import Checkpoint
-    from tarflowlm.texts.writing import Draft, Written
-
-EXCLUSIVE = {
-    "stream": ("out", "json", "passes", "particles", "without", "contains"),
-    "prompts": ("prompt", "template"),
-    "stop": ("passes",),
-    "stop_at_end": ("template",),
-}
-"""Options that contradict each other."""
-NEEDED = {
-    "blank": ("template",),
-    "particles": ("prompt", "prompts", "template", "without", "contains"),
-}
-"""Without one of these, an option has no effect."""
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(options.Checked):
     """Generate text from a trained model."""
+
+    EXCLUSIVE: ClassVar = {
+        "stream": ("out", "json", "passes", "particles", "without", "contains"),
+        "prompts": ("prompt", "template"),
+        "stop": ("passes",),
+    }
+    NEEDS: ClassVar = {"particles": ("prompt", "prompts", "template", "without", "contains")}
 
     directory: options.Model = None
     writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
@@ -51,8 +46,13 @@ class Args:
     device: options.Device = "auto"
     json: options.PrintJson = False
 
-    def __post_init__(self) -> None:
-        options.check(self, self.writing, exclusive=EXCLUSIVE, needed=NEEDED)
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.writing.prompt == "":
+            yield "writing.prompt", "give at least one character"
+
+    def label(self, name: str) -> str:
+        """The option of a field of the request, too."""
+        return options.flag(name.removeprefix("writing."))
 
 
 def run(args: Args) -> None:
@@ -62,12 +62,12 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.texts import write_out
 
     with launched(args.device, LONG) as processes:
-        draft = _draft(args, processes)
+        samples = _samples(args, processes)
         if args.stream:
-            for row in range(draft.total):
-                if draft.total > 1:
+            for row in range(samples.total):
+                if samples.total > 1:
                     write_out(f"sample {row + 1}\n")
-                for piece in draft.pieces(row):
+                for piece in samples.pieces(row):
                     write_out(piece)
                 write_out("\n")
             return
@@ -75,39 +75,42 @@ def run(args: Args) -> None:
         interrupts = handled({signal.SIGTERM: signal.default_int_handler})
         path = args.out if processes.first else None
         with interrupts, nullcontext() if path is None else new_lines(path) as out:
-            _write(args, draft, out)
+            _write(args, samples, out)
 
 
-def _draft(args: Args, processes: "Processes") -> "Draft":
+def _samples(args: Args, processes: "Processes") -> "Samples":
     """What the command asks for, as the model reads it."""
+    from tarflowlm.generation.texts import Samples
     from tarflowlm.terminal.bars import print_notice
-    from tarflowlm.texts.writing import Draft
 
     writing = args.writing
     with processes.first_alone():  # it may have to be downloaded
         lm = options.load_checkpoint(args.directory, processes.device)
     if args.prompts is not None:
         writing = replace(writing, prompt=_read_prompts(args.prompts, writing, lm))
-    draft = replace(Draft.of(writing, lm), processes=processes, is_whole=args.passes)
+    samples = Samples(writing, lm, past_end=args.passes, processes=processes)
     context = lm.model.config.context
-    if args.passes and (lm.model.is_exact or draft.num_written > context):
-        what = "this is a baseline" if lm.model.is_exact else f"length {draft.num_tokens} is more"
+    if args.passes and (lm.model.is_exact or samples.plans[0].num_tokens > context):
+        length = samples.plans[0].num_tokens - samples.plans[0].lead
+        what = "this is a baseline" if lm.model.is_exact else f"length {length} is more"
         raise UserError(f"--passes needs a flow, and at most its context of {context}: {what}")
-    if draft.follows_loosely:
-        print_notice("this model follows given text loosely: --particles 64 weighs 64 candidates")
-    for notice in draft.notices:
+    if samples.follows_loosely:
+        print_notice(
+            "with one candidate this model mostly ignores the given text; try --particles 64"
+        )
+    for notice in samples.notices:
         print_notice(notice)
-    return draft
+    return samples
 
 
 def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str, ...]:
     """The prompts of a file. UserError, which names the line, for one that cannot be continued."""
-    from tarflowlm.texts.writing import Draft
+    from tarflowlm.generation.texts import plans
 
     prompts = []
     for number, prompt in options.read_lines(source):
         try:
-            Draft.of(replace(writing, prompt=prompt), lm)
+            plans(replace(writing, prompt=prompt), lm)
         except UserError as error:
             error.args = (f"line {number} of {source}: {error}",)
             raise
@@ -117,37 +120,32 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
     return tuple(prompts)
 
 
-def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
+def _write(args: Args, samples: "Samples", out: TextIO | None) -> None:
     """Write all samples. An interrupt keeps those that are finished, and tells their number."""
     from tarflowlm.terminal.bars import Bars, json_line, print_json
     from tarflowlm.terminal.texts import print_samples
 
     start = time.perf_counter()
-    samples: list[dict[str, object]] = []
+    objects: list[dict[str, object]] = []
     done = 0
     interrupt = None
     try:
-        with Bars("sampling, positions", draft.num_positions) as bars:
-            for written in draft.processes.in_turn(draft.batches(bars)):
+        with Bars("sampling, tokens", samples.num_tokens) as bars:
+            for written in samples.processes.in_turn(samples.batches(bars)):
                 # rich would print below a running bar, on stderr
                 bars.close()
                 if out is not None:
-                    out.writelines(map(json_line, _objects(args, draft, written)))
+                    out.writelines(map(json_line, _objects(args, samples, written)))
                 elif args.json:
-                    samples += _objects(args, draft, written)
+                    objects += _objects(args, samples, written)
                 else:
-                    print_samples(
-                        written,
-                        draft.lm.tokenizer,
-                        candidates=draft.particles,
-                        passes=args.passes,
-                    )
+                    print_samples(written, samples.lm, passes=args.passes)
                 done += len(written.rows)
     except KeyboardInterrupt:
         where = f" and kept in {args.out}" if out is not None and done else ""
-        interrupt = KeyboardInterrupt(f"{done} of {draft.total} samples are finished{where}")
+        interrupt = KeyboardInterrupt(f"{done} of {samples.total} samples are finished{where}")
     if args.json:
-        found: dict[str, object] = {"samples": samples}
+        found: dict[str, object] = {"samples": objects}
         if args.out is not None:
             found = {"out": str(args.out), "written": done}
         found["seconds"] = time.perf_counter() - start
@@ -159,16 +157,16 @@ def _write(args: Args, draft: "Draft", out: TextIO | None) -> None:
         raise interrupt
 
 
-def _objects(args: Args, draft: "Draft", written: "Written") -> list[dict[str, object]]:
+def _objects(args: Args, samples: "Samples", written: "Written") -> list[dict[str, object]]:
     """The samples of a batch for JSON, each with its number and the text that it was given."""
     from tarflowlm.terminal.texts import samples_to_json
 
-    tokenizer = draft.lm.tokenizer
-    samples = samples_to_json(written, tokenizer, passes=args.passes)
-    for row, sample in zip(written.rows, samples, strict=True):
-        sample |= {"index": row, "seed": args.writing.seed}
-        if draft.request.template is not None:
-            sample["template"] = draft.request.template
-        elif draft.request.prompt is not None:
-            sample["prompt"] = tokenizer.decode(draft.prompt(row).tolist())
-    return samples
+    objects = samples_to_json(written, samples.lm, passes=args.passes)
+    for row, one in zip(written.rows, objects, strict=True):
+        one |= {"index": row, "seed": samples.request.seed}
+        reading = samples.plan(row).reading
+        if samples.request.template is not None:
+            one["template"] = samples.request.template
+        elif reading is not None:
+            one["prompt"] = samples.lm.tokenizer.decode(reading.tokens.tolist())
+    return objects

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from tarflowlm import options
 from tarflowlm.errors import UserError
 from tarflowlm.options import arg
-from tarflowlm.texts.requests import Score
+from tarflowlm.requests import Score
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,10 +23,12 @@ COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(options.Checked):
     """Show the bits of every token of a text, and of the whole text, under one model or two. Those
     of a token are its share of a bound, from densities, and may be below zero.
     """
+
+    EXCLUSIVE: ClassVar = {"texts": ("baseline", "text", "file")}
 
     directory: options.Model = None
     file: options.File = None  # A file with the text, or - for standard input, instead of --text.
@@ -39,7 +41,7 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        options.check(self, self.score, exclusive={"texts": ("baseline", "text", "file")})
+        super().__post_init__()
         if self.texts is None and (self.score.text is None) == (self.file is None):
             raise UserError(
                 "give the text to score: either --text TEXT, or --file FILE (- for standard input)"

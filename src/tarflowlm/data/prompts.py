@@ -42,7 +42,7 @@ class Reading:
     text: str
     given: str
     parts: tuple[Tensor | Gap, ...] = ()
-    """A template with gaps: its pieces and gaps. `tokens` has each at its longest, as BLANKs."""
+    """Pieces and gaps of a template. `tokens` has each gap at its longest, as BLANKs."""
 
     @property
     def notice(self) -> str | None:
@@ -112,10 +112,9 @@ def read_template(
         parts += [_encode(tokenizer, piece, goes_on=True), Gap(most, begins=begins)]
     parts.append(_encode(tokenizer, pieces[-1]))
     tokens = [torch.full((part.most,), BLANK) if isinstance(part, Gap) else part for part in parts]
-    has_gap = any(mark != blank for mark in marks)
     shown = "".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True))
     given = unescaped(text, blank)
-    return Reading(torch.cat(tokens), shown, given, tuple(parts) if has_gap else ())
+    return Reading(torch.cat(tokens), shown, given, tuple(parts))
 
 
 def has_blanks(text: str, blank: str = "_") -> bool:

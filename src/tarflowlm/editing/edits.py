@@ -27,8 +27,8 @@ from tarflowlm.editing.words import (
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import as_flow
+from tarflowlm.requests import Edit, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.texts.requests import Edit, as_texts
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens, else 1."""
@@ -63,7 +63,7 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
         raise UserError(f"{what}: shorten it")
     generator = torch.Generator().manual_seed(request.seed)
     # every edit starts from the same latents
-    encoded = encode(flow, text.tokens[None], generator).repeated(request.num)
+    encoded = encode(flow, text.tokens[None], generator).repeated(request.num_each)
     source = Source(flow, encoded, generator, progress)
     edits = {
         "words": redraw_words,
@@ -97,7 +97,7 @@ def redraw_words(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
     count = request.words
     if count is None:
         count = num_words(request.strength, places)
-    picked = [_picked(request, places, count, source) for _ in range(request.num)]
+    picked = [_picked(request, places, count, source) for _ in range(request.num_each)]
     spans = [merge_words(chosen, places) for chosen in picked]
     return rewrite(source, spans, _candidates(request, tokenizer, source), spare=places)
 
@@ -113,7 +113,7 @@ def rewrite_pieces(request: Edit, tokenizer: Tokenizer, source: Source) -> Chang
     if request.everywhere:
         spans = list({span for piece in named for span in find_all(pieces, piece)})
     candidates = _candidates(request, tokenizer, source)
-    return rewrite(source, [sorted(spans)] * request.num, candidates)
+    return rewrite(source, [sorted(spans)] * request.num_each, candidates)
 
 
 def replace_piece(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
@@ -133,7 +133,7 @@ def replace_piece(request: Edit, tokenizer: Tokenizer, source: Source) -> Change
             f"with {new!r} the text has {len(changed)} tokens, more than the context of "
             f"{source.model.config.context}: shorten it"
         )
-    text = encode(source.model, changed[None], source.generator).repeated(request.num)
+    text = encode(source.model, changed[None], source.generator).repeated(request.num_each)
     words = words_of(_bytes_of(text, tokenizer))
     # at either end of the text nothing says that a word begins or ends there
     inner = [word for word in words if 0 < word[0] < word[1] < len(changed)]
@@ -142,7 +142,7 @@ def replace_piece(request: Edit, tokenizer: Tokenizer, source: Source) -> Change
     candidates = _candidates(request, tokenizer, renewed)
     return rewrite(
         renewed,
-        [spans] * request.num,
+        [spans] * request.num_each,
         replace(candidates, may_repeat=True),
         before=source.text,
         aligned=torch.cat((before[:start], torch.full((len(tokens),), -1), before[stop:])),

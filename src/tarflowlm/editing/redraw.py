@@ -18,8 +18,8 @@ from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import pareto_k, resample, weight
-from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.model import TarFlowLM
+from tarflowlm.requests import Sampling
 
 Proposed = tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]
 """Latents and tokens of candidates, and their log-weights in float64 on the CPU, in nats."""
@@ -83,7 +83,7 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
         block.features_of(one, known[:, : first - 1], first=True)
         cache.take(one, [0] * R)
     invert = block.coupling.inverter()
-    adjust = adjust_weights(candidates.temperature)
+    adjust = Sampling(temperature=candidates.temperature).adjust(model.config.vocab_size)
     log_w = h.new_zeros(R)
     for n in range(first, end):
         features = block.features_at(cache, h[:, n - 1] if n else None, R)

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import Decoders, finish, stack_inversion
+from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.model import TarFlowLM, check_tokens
 
@@ -117,7 +118,7 @@ def renoise(
     level: int,
     strength: float,
     where: Bool[Tensor, " T"] | None = None,
-    decoder: Decoders = "steps",
+    decoder: Decoder = "steps",
 ) -> Change:
     """Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps, with eps ~ N(0, I) (eq. 25).
 
@@ -138,7 +139,7 @@ def renoise(
     return compared(source, source.model.codebook.decode(below[-1]), below)
 
 
-def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoders) -> list[Tensor]:
+def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoder) -> list[Tensor]:
     """The states h^(level) = `state`, ..., h^(0), each [B, T, d]."""
     positions = state.shape[1] // source.model.config.patch
     source.progress.stage("editing, positions", level * positions)

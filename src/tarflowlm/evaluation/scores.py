@@ -18,9 +18,9 @@ from tarflowlm.data.windows import spans
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
+from tarflowlm.requests import Score, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.schema import Count, Seed, checked
-from tarflowlm.texts.requests import Score, as_texts
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,8 +1,9 @@
-"""Sampling from either model: free, after a prompt, or around given tokens."""
+"""Sampling from either model: free, after a prompt, or around given tokens.
 
-from tarflowlm.generation.generate import generate, generate_steps
-from tarflowlm.generation.particles import Evidence
-from tarflowlm.generation.sampling import BLANK
-from tarflowlm.generation.writing import Generation
+To read first: `generate_plainly`, which is all that a free text needs; then `plan` and `write`.
+"""
 
-__all__ = ["BLANK", "Evidence", "Generation", "generate", "generate_steps"]
+from tarflowlm.generation.sampling import BLANK, Evidence, Generation
+from tarflowlm.generation.write import generate, generate_plainly, write
+
+__all__ = ["BLANK", "Evidence", "Generation", "generate", "generate_plainly", "write"]

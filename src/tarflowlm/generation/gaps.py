@@ -1,76 +1,58 @@
 """Gaps of unknown length and constrained tokens: particles over texts of several lengths.
 
 A particle is a text up to the end of a given piece. It draws the most tokens that the next gap may
-have, and is a candidate for every length, weighted by the given piece after so many of them and by
-the masks of its draws; R of all candidates go on (docs/math.md, eq. 23).
+have, and is a candidate for every length, weighted by the given piece after that many of them and
+by the masks of its draws; R of all candidates are kept (docs/math.md, eq. 23).
 
 Shape legend: R particles, B = num R rows, T tokens, S tokens of a piece, G gaps, V symbols.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tarflowlm.data.prompts import Gap
-from tarflowlm.errors import UserError
+from tarflowlm.errors import Progress, UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import Weights, weight
-from tarflowlm.generation.rows import LatentRows, Rows, TokenRows
-from tarflowlm.generation.sampling import Samples
-from tarflowlm.generation.writing import Filled, Generation, Parts
-from tarflowlm.model import LanguageModel, TarFlowLM
-
-Allowed = Tensor | Callable[[Tensor], Tensor]
-"""A mask [V] of the tokens that may be drawn, or a function to it from the tokens [n] so far."""
+from tarflowlm.generation.plan import Plan, checked_mask
+from tarflowlm.generation.rows import LatentPieces, Pieces, TokenPieces
+from tarflowlm.generation.sampling import GapLengths, Generation, Noise
+from tarflowlm.model import TarFlowLM
 
 
 class GapFilter:
-    """The particles of several samples of one template."""
+    """The particles of several samples of one plan."""
 
-    def __init__(
-        self,
-        samples: Samples,
-        pieces: Sequence[Tensor],
-        gaps: Sequence[Gap],
-        num_tokens: int,
-        allowed: Allowed | None,
-        *,
-        goes_on: bool,
-        end: int | None,
-    ) -> None:
-        """`pieces` [S] of given tokens, maybe empty, around and between the `gaps`.
-
-        Draws behind them are constrained if the text `goes_on`, up to the token `end`.
-        """
-        self.samples = samples
-        self.model = samples.model
+    def __init__(self, plan: Plan, noise: Noise, progress: Progress) -> None:
+        self.plan = plan
+        self.noise = noise
+        self.progress = progress
+        self.model = noise.model
         self.flow = self.model if isinstance(self.model, TarFlowLM) else None
-        self.pieces = pieces
-        self.gaps = gaps
-        self.allowed = allowed
-        self.goes_on = goes_on
-        self.end = end
-        self.weights = Weights(samples)
+        self.pieces = plan.pieces
+        self.gaps = plan.gaps
+        self.allowed = plan.allowed
+        self.weights = Weights(noise)
         B = self.weights.log_w.numel()
-        self.tokens = torch.zeros(B, num_tokens, dtype=torch.long, device=self.model.device)
+        self.tokens = torch.zeros(B, plan.num_tokens, dtype=torch.long, device=self.model.device)
         self.values = self.tokens.clone()
         if self.flow is not None:
             mean = self.flow.codebook.mean
-            self.values = mean.new_zeros(B, num_tokens, mean.shape[1])
-        self.lengths = torch.zeros(B, len(gaps), dtype=torch.long)
+            self.values = mean.new_zeros(B, plan.num_tokens, mean.shape[1])
+        self.lengths = torch.zeros(B, len(self.gaps), dtype=torch.long)
         self.ends = torch.zeros(B, dtype=torch.long)
         self.candidates: Tensor | None = None
-        self.left = num_tokens * self.model.num_blocks
 
     @property
     def log_w(self) -> Tensor:
         """The log-weight of every row [B], to be changed in place."""
         return self.weights.log_w.view(-1)
 
-    def write(self) -> Parts:
+    def write(self) -> Generation:
         """The samples, all at once. UserError if no particle of a sample fits."""
         first = self.pieces[0]
         values = self._values_of(first)
@@ -81,7 +63,7 @@ class GapFilter:
         for index in range(len(self.gaps)):
             candidates = self._fill(index)
         before = self._shares(self.log_w, self.lengths)
-        if not self.goes_on:
+        if not self.plan.continues:
             self.allowed = None
         # masks and upper blocks weigh what follows, too; else one particle is enough for it
         is_weighed = self.allowed is not None or self.model.num_blocks > 1
@@ -94,7 +76,7 @@ class GapFilter:
             self.log_w.add_(weight(prior.log_prob(h, above=1) - standard_normal_log_prob(h)))
         after = self._shares(self.log_w, self.lengths)
         if (self.weights.log_w == -torch.inf).all(-1).any():
-            what = f"none of {self.samples.particles} candidates fits"
+            what = f"none of {self.noise.particles} candidates fits"
             raise UserError(f"{what}: raise the particles, or loosen the constraint")
         evidence = self.weights.evidence(self.candidates)
         if is_weighed:
@@ -105,23 +87,20 @@ class GapFilter:
                 pareto_k=torch.fmax(evidence.pareto_k, last.pareto_k),
             )
         self._take(self.weights.pick())
-        self.samples = replace(self.samples, particles=1)
+        self.noise = replace(self.noise, particles=1)
         if not is_weighed:
             self._finish()
         posteriors = []
         for gap, all_of, old, new in zip(self.gaps, candidates, before, after, strict=True):
             if gap.least < gap.most and not gap.once:
-                # what came later weighs a length by the particles that have it
+                # reweight each length by its surviving particles
                 share = all_of * torch.where(old > 0, new / old, 1.0)
                 posteriors.append(share[:, gap.least :] / share.sum(-1, keepdim=True))
-        self._advance(self.tokens.shape[1])
-        yield self.tokens.cpu()
         return Generation(
             self.tokens,
             evidence,
-            filled=Filled(self._given(), self.ends, tuple(posteriors)),
-            _latents=() if self.flow is None else (self.values,),
-            _flow=self.flow,
+            filled=GapLengths(self._given(), self.ends, tuple(posteriors)),
+            latents=None if self.flow is None else self.values,
         )
 
     def _given(self) -> Tensor:
@@ -137,7 +116,7 @@ class GapFilter:
 
     def _normal(self, count: int) -> Tensor:
         """Fresh noise [B, count, d], without channels for the baseline."""
-        return self.samples.normal(count, 0 if self.flow is None else self.values.shape[2])
+        return self.noise.normal(count, 0 if self.flow is None else self.values.shape[2])
 
     def _values_of(self, piece: Tensor) -> Tensor:
         """The inputs of block 1 for given tokens [S], by row: latents [B, S, d], or the tokens."""
@@ -153,13 +132,7 @@ class GapFilter:
         self.tokens[rows, places] = piece.to(self.tokens)
         self.values[rows, places] = values
         self.ends = self.ends + len(piece)
-        self._advance(len(piece))
-
-    def _advance(self, positions: int) -> None:
-        """Report so many positions of all blocks, up to all that there are."""
-        count = min(positions * self.model.num_blocks, self.left)
-        self.left -= count
-        self.samples.progress.advance(count)
+        self.progress.advance(len(piece))
 
     def _take(self, parents: Tensor) -> None:
         """Replace the rows by copies of `parents`; the weights are for the caller."""
@@ -168,27 +141,27 @@ class GapFilter:
         self.lengths = self.lengths[parents]
         self.ends = self.ends[parents]
 
-    def _groups(self) -> Iterator[tuple[Tensor, Rows]]:
+    def _groups(self) -> Iterator[tuple[Tensor, Pieces]]:
         """Rows of equal length: their numbers, and copies of them that grow."""
-        kind = TokenRows if self.flow is None else LatentRows
-        adjust = self.samples.adjust
+        kind = TokenPieces if self.flow is None else LatentPieces
+        adjust = self.plan.adjust
         for end in self.ends.unique().tolist():
             own = (self.ends == end).nonzero()[:, 0]
             yield own, kind(self.model, self.tokens[own], self.values[own], end, adjust)
 
     def _fill(self, index: int) -> list[Tensor]:
-        """Fill a gap and write the piece behind it: `_shares` of all candidates."""
+        """Fill a gap and write the piece after it: `_shares` of all candidates."""
         gap = self.gaps[index]
         piece = self.pieces[index + 1]
         lengths = torch.arange(gap.least, gap.most + 1)
         span = len(lengths)
         values = self._values_of(piece)
-        numbers = self.samples.uniform(gap.most), self._normal(gap.most)
+        numbers = self.noise.uniform(gap.most), self._normal(gap.most)
         scores = torch.zeros(len(self.tokens), span, dtype=torch.float64)
         for own, rows in self._groups():
             end = rows.at
             gained = self._draw(own, rows, gap, numbers)
-            # the longest first: a piece overwrites only what is behind it
+            # the longest first: a piece overwrites only what comes after it
             for place in reversed(range(span)):
                 rows.at = end + gap.least + place
                 score = gained[:, gap.least + place] + weight(rows.add(piece, values[own]))
@@ -203,7 +176,7 @@ class GapFilter:
         picked = []
         kept = []
         for b, of_sample in enumerate(self.candidates):
-            chosen, new = self.weights.chosen(b, of_sample, self.samples.particles)
+            chosen, new = self.weights.chosen(b, of_sample, self.noise.particles)
             picked.append(chosen + b * len(of_sample))
             kept.append(new)
         order = torch.cat(picked)
@@ -215,7 +188,7 @@ class GapFilter:
         self._append(piece, values[order // span])
         return shares
 
-    def _draw(self, own: Tensor, rows: Rows, gap: Gap, numbers: tuple[Tensor, Tensor]) -> Tensor:
+    def _draw(self, own: Tensor, rows: Pieces, gap: Gap, numbers: tuple[Tensor, Tensor]) -> Tensor:
         """Draw the most tokens of a gap: the log-weights [n, most + 1] after each number of them.
 
         Where the length is fixed, rows may change places after every draw.
@@ -233,29 +206,29 @@ class GapFilter:
                 gain = torch.zeros_like(gain)
             gained.append(gained[-1] + gain)
             if len(own) == len(self.tokens):
-                self._advance(1)
+                self.progress.advance()
         self.tokens[own] = rows.tokens
         self.values[own] = rows.values
         return torch.stack(gained, 1)
 
-    def _mask(self, rows: Rows, begins: Tensor | None) -> Tensor | None:
+    def _mask(self, rows: Pieces, begins: Tensor | None) -> Tensor | None:
         """The tokens that may be drawn next, [V] or [n, V]."""
         mask = self.allowed
         if mask is not None and not isinstance(mask, Tensor):
-            texts = rows.tokens[:, : rows.at].cpu()
+            texts = rows.tokens[:, self.plan.lead : rows.at].cpu()
             mask = torch.stack([checked_mask(mask(text), self.model) for text in texts])
-        if mask is not None and self.end is not None:
-            # behind the end of a document stands another one
+        if mask is not None and self.plan.end is not None:
+            # another document, which is not shown, follows the end of this one
             drawn = rows.tokens[:, len(self.pieces[0]) : rows.at]
-            mask = mask | (drawn == self.end).any(1, keepdim=True).cpu()
+            mask = mask | (drawn == self.plan.end).any(1, keepdim=True).cpu()
         if begins is not None:
             mask = begins if mask is None else mask & begins
         return None if mask is None else mask.to(rows.tokens.device)
 
-    def _even_out(self, own: Tensor, rows: Rows) -> None:
+    def _even_out(self, own: Tensor, rows: Pieces) -> None:
         """Resample those rows `own` of a sample whose weights are uneven."""
         order = torch.arange(len(own))
-        sample = own // self.samples.particles
+        sample = own // self.noise.particles
         for b in sample.unique().tolist():
             mine = (sample == b).nonzero()[:, 0]
             chosen, kept = self.weights.chosen(b, self.log_w[own[mine]], len(mine))
@@ -276,15 +249,7 @@ class GapFilter:
     def _finish(self) -> None:
         """Draw what follows the template."""
         num_tokens = self.tokens.shape[1]
-        numbers = self.samples.uniform(num_tokens), self._normal(num_tokens)
+        numbers = self.noise.uniform(num_tokens), self._normal(num_tokens)
         for own, rows in self._groups():
             left = num_tokens - rows.at
             self._draw(own, rows, Gap(most=left, least=left), numbers)
-
-
-def checked_mask(mask: object, model: LanguageModel) -> Tensor:
-    """UserError unless `mask` is a boolean tensor [V]."""
-    V = model.config.vocab_size
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
-        raise UserError(f"allowed {mask!r:.60}: give a boolean mask of shape [{V}]")
-    return mask.cpu()

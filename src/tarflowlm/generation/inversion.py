@@ -7,24 +7,21 @@ any position.
 import math
 from collections.abc import Generator, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from tarflowlm.config import Decoder
-from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.generation.sampling import num_leading, without_ended
+from tarflowlm.generation.sampling import Work, drop_finished, num_leading
 from tarflowlm.model import TarFlowLM
 
-Decoders = Decoder | Sequence[Decoder]
-"""One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when it changes by at most this times 1 + |h|: a few roundings."""
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
@@ -46,7 +43,7 @@ R = TypeVar("R")
 Y = TypeVar("Y")
 
 
-class Kept(Generic[Y, R]):
+class Returning(Generic[Y, R]):
     """Iterates over a generator, and keeps what it returns as `value`."""
 
     value: R
@@ -60,21 +57,10 @@ class Kept(Generic[Y, R]):
 
 def finish(steps: Generator[object, None, R]) -> R:
     """Run a generator to its end, and return what it returns."""
-    kept = Kept(steps)
-    for _ in kept:
+    returning = Returning(steps)
+    for _ in returning:
         pass
-    return kept.value
-
-
-@dataclass(frozen=True)
-class Inverted:
-    """The latents of a block, and how they were computed."""
-
-    h: Tensor
-    """Latents [B, N, C], in the order of the tokens."""
-    decoder: Decoder
-    passes: int
-    """Steps and sweeps, each one pass of the Transformer over some positions."""
+    return returning.value
 
 
 def block_inversion(
@@ -87,35 +73,34 @@ def block_inversion(
     uniform: Tensor | None = None,
     ended: Tensor | None = None,
     progress: Progress = SILENT,
-) -> Generator[Tensor, None, Inverted]:
-    """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
+) -> Generator[Tensor, None, tuple[Tensor, Work]]:
+    """Invert `block`: latents h [B, N, C] from noise u [B, N, C], in the order of the tokens.
 
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
     rounding; the result is mapped forward again, and inverted by steps from the first position
     whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
-    `adjust` there is no forward map to check against: steps. "draw": steps that draw h, whose noise
-    is not u then, by the random numbers u and `uniform` [B, N, G].
+    `adjust` there is no forward map to check against: steps. With `uniform` numbers [B, N, G],
+    steps that draw h by them and by u, which is not the noise of h then.
 
     `settled` [B, n, C] are the latents of the first positions, in the block's order. `progress`
     advances once per position. After every step the generator yields the final latents [B, n, C],
     in the block's order; what sweeps found is final at the end. Rows that the reader marks in
     `ended` [B] meanwhile take no further steps.
     """
-    if decoder != "draw":
-        uniform = None
-        decoder = "steps" if adjust is not None else decoder
-    elif uniform is None:
-        raise UserError("decoder draw: only the last block of a new text is drawn; use auto")
     work = _Inversion(block, u, adjust, uniform, progress)
     if settled is not None:
         work.settle(settled)
-    if decoder == "auto":
+    if uniform is not None:
+        decoder = "draw"
+    elif adjust is not None:
+        decoder = "steps"
+    elif decoder in ("auto", "draw"):
         decoder = "sweeps" if work.is_near_identity() else "steps"
     if decoder == "sweeps":
         work.sweep()
         work.rewind_to_bad()
     yield from work.step(ended)
-    return Inverted(block.order.inverse(work.h), decoder, work.passes)
+    return block.order.inverse(work.h), Work(decoder, work.passes)
 
 
 class _Inversion:
@@ -171,7 +156,7 @@ class _Inversion:
         rows: Tensor | slice = slice(None)
         while self.at < self.num_positions:
             if ended is not None:
-                rows = without_ended(rows, ended, self.cache)
+                rows = drop_finished(rows, ended, self.cache)
             previous = self.h[rows, self.at - 1] if self.at else None
             features = self.block.features_at(self.cache, previous, len(self.h))
             here = rows, self.at
@@ -317,7 +302,7 @@ def stack_inversion(
     model: TarFlowLM,
     noise: Tensor,
     *,
-    decoder: Decoders = "steps",
+    decoder: Decoder = "steps",
     level: int | None = None,
     above: int = 0,
     adjust: AdjustWeights | None = None,
@@ -325,21 +310,20 @@ def stack_inversion(
     uniform: Tensor | None = None,
     ended: Tensor | None = None,
     progress: Progress = SILENT,
-) -> Generator[Tensor, None, tuple[list[Tensor], list[Inverted]]]:
+) -> Generator[Tensor, None, tuple[list[Tensor], list[Work]]]:
     """Invert blocks l = `level` (L by default), ..., above + 1; yields what block 1 yields.
 
-    Returned are the states h^(l) = noise, ..., h^(above), each [B, T, d], and one `Inverted` for
-    each block, l first. By `uniform` numbers block L may be drawn; then `noise` is not h^(L).
-    `adjust` is for block 1, and for all where the blocks below the last one only fill in what they
-    are sure of. `known` has the states of texts, h^(0) first, or in a stack that runs left to right
-    of their start: in each block, the positions before the first with other noise are copied.
-    `ended` is for block 1. UserError for another number of decoders.
+    Returned are the states h^(l) = noise, ..., h^(above), each [B, T, d], and the `Work` for each
+    block, l first. With `uniform` numbers block L is drawn; then `noise` is not h^(L). `adjust` is
+    for block 1, and for all where the blocks below the last one only fill in what they are sure of.
+    `known` has the states of texts, h^(0) first, or in a stack that runs left to right of their
+    start: in each block, the positions before the first with other noise are copied. `ended` is for
+    block 1.
     """
     patch = model.prior.patch
-    chosen = per_block(decoder, model.num_blocks)
     h = patch(noise)
     states = [noise]
-    work: list[Inverted] = []
+    work: list[Work] = []
     for index in reversed(range(above, model.num_blocks if level is None else level)):
         block = model.prior.block(index)
         settled = None
@@ -350,45 +334,29 @@ def stack_inversion(
         steps = block_inversion(
             block,
             h,
-            decoder=chosen[-1 - index],
+            decoder=decoder,
             adjust=adjust if index == 0 or model.config.fills_in else None,
             settled=settled,
             uniform=uniform if index + 1 == model.num_blocks else None,
             ended=None if index else ended,
             progress=progress,
         )
-        found = finish(steps) if index else (yield from steps)
-        work.append(found)
-        h = found.h
+        h, done = finish(steps) if index else (yield from steps)
+        work.append(done)
         states.append(patch.inverse(h))
     return states, work
 
 
-def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
-    """One decoder per block, block L first. UserError if `decoder` lists another number of them."""
-    if isinstance(decoder, str):
-        return (decoder,) * num_blocks
-    if len(decoder) != num_blocks:
-        raise UserError(
-            f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one for each"
-        )
-    return tuple(decoder)
-
-
 @torch.no_grad()
-def sampler_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[Decoder, ...]:
-    """`per_block` for new texts: "auto" draws block L, and "draw" for all is "auto" below it.
+def draws_last(model: TarFlowLM, decoder: Decoder) -> bool:
+    """Whether block L of new texts is drawn: by "draw", and by "auto" unless sweeps cost less.
 
-    Where block L stands on others and looks near the identity, sweeps cost less than drawing. It
-    is looked at on other noise, since the noise of a text must not choose how the text is drawn.
+    They do so where block L is above others and looks near the identity. It is looked at on other
+    noise, since the noise of a text must not choose how the text is drawn.
     """
-    first, *below = per_block(decoder, model.num_blocks)
-    if decoder == "draw":
-        below = ["auto" for _ in below]
-    if first == "auto":
-        block = model.prior.block(-1)
-        shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
-        probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
-        if not below or not _Inversion(block, probe).is_near_identity():
-            first = "draw"
-    return (first, *below)
+    if decoder != "auto" or model.num_blocks == 1:
+        return decoder in ("auto", "draw")
+    block = model.prior.block(-1)
+    shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
+    probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
+    return not _Inversion(block, probe).is_near_identity()

@@ -7,17 +7,17 @@ the limit of many. With R = 1 the other tokens are drawn from left to right.
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tarflowlm.config import Decoder
-from tarflowlm.errors import SILENT
+from tarflowlm.errors import SILENT, Progress
+from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.generation.conditioned import Conditioned
-from tarflowlm.generation.inversion import Inverted, finish, stack_inversion
-from tarflowlm.generation.sampling import Samples
+from tarflowlm.generation.inversion import finish, stack_inversion
+from tarflowlm.generation.rows import Positions
+from tarflowlm.generation.sampling import Evidence, Noise, Work
 from tarflowlm.model import as_flow
 
 RESAMPLE_BELOW = 0.5
@@ -28,28 +28,14 @@ UNRELIABLE = 0.7
 """Tail index above which the mean of weights is unreliable."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """How well samples agree with their given tokens, by the weights of their particles."""
-
-    log_evidence: Tensor
-    """An estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
-    ess: Tensor
-    """Effective sample size of the particles at the end, [num]."""
-    pareto_k: Tensor
-    """Tail index of the weights, [num]: unreliable above 0.7. NaN if R < 25."""
-    draws: Tensor
-    """How often the particles of each sample were resampled, [num]."""
-
-
 class Weights:
     """The weights of R particles per sample, in float64 on the CPU (docs/math.md, eq. 21)."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, noise: Noise) -> None:
         """Weights of 1."""
-        self.generators = samples.generators
+        self.generators = noise.generators
         num = len(self.generators)
-        self.log_w = torch.zeros(num, samples.particles, dtype=torch.float64)
+        self.log_w = torch.zeros(num, noise.particles, dtype=torch.float64)
         """log omega_r [num, R], in nats; after resampling all have the mean weight."""
         self.draws = torch.zeros(num, dtype=torch.long)
 
@@ -115,45 +101,45 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 Redraw = Callable[[list[int], Tensor, Tensor, int], Tensor]
 """Fresh noise [rows, T, ...] for all particles of some samples: the numbers of the samples, the
-rows, those whose texts they continue, and the position from which on it serves.
+rows, those whose texts they continue, and the first position that it is for.
 """
 
 
 def particle_filter(
-    conditioned: Conditioned, samples: Samples, redraw: Redraw
+    rows: Positions, noise: Noise, redraw: Redraw, progress: Progress
 ) -> Generator[Tensor, None, Weights]:
-    """Run `conditioned` to its end: the weights of its rows.
+    """Run `rows` to their end: their weights.
 
     The particles of a sample are resampled when their effective number falls below a share of R;
     then `redraw` gives them fresh noise. A single particle is final after every position: then the
-    generator yields its values so far.
+    generator yields its values so far. `progress` advances once per position.
     """
-    weights = Weights(samples)
+    weights = Weights(noise)
     num, particles = weights.log_w.shape
-    weights.add(conditioned.prefill())
-    samples.progress.advance(conditioned.at)
-    while conditioned.at < conditioned.num_positions:
-        weights.add(conditioned.step())
-        samples.progress.advance()
+    weights.add(rows.prefill())
+    progress.advance(rows.at)
+    while rows.at < rows.num_positions:
+        weights.add(rows.step())
+        progress.advance()
         if particles == 1:
-            yield conditioned.values[:, : conditioned.at]
+            yield rows.values[:, : rows.at]
             continue
-        if conditioned.at == conditioned.num_positions:
+        if rows.at == rows.num_positions:
             break
         uneven: list[int] = is_uneven(weights.log_w).nonzero().flatten().tolist()
         if not uneven:
             continue
-        rows = torch.arange(num * particles).view(num, particles)
-        own = rows[uneven].flatten()
+        order = torch.arange(num * particles).view(num, particles)
+        own = order[uneven].flatten()
         for b in uneven:
-            order, weights.log_w[b] = weights.chosen(b, weights.log_w[b], particles)
-            rows[b] = rows[b, order]
-        fresh = redraw(uneven, own, rows[uneven].flatten(), conditioned.at)
-        conditioned.select(rows.flatten(), own, fresh)
+            chosen, weights.log_w[b] = weights.chosen(b, weights.log_w[b], particles)
+            order[b] = order[b, chosen]
+        fresh = redraw(uneven, own, order[uneven].flatten(), rows.at)
+        rows.resample(order.flatten(), own, fresh)
     return weights
 
 
-class LatentSource:
+class UpperBlocks:
     """Noise for block 1, drawn from the blocks above it without the given tokens (eq. 22).
 
     A particle takes the noise of its free tokens from a full draw h' ~ p_{>1} of these blocks;
@@ -161,34 +147,44 @@ class LatentSource:
     for a single block.
     """
 
-    def __init__(self, samples: Samples, is_known: Tensor, decoder: tuple[Decoder, ...]) -> None:
-        """`is_known` [num R, T] says which tokens are given."""
-        self.model = as_flow(samples.model)
-        self.samples = samples
+    def __init__(
+        self,
+        noise: Noise,
+        is_known: Tensor,
+        decoder: Decoder,
+        draws: bool,
+        adjust: AdjustWeights | None,
+        progress: Progress,
+    ) -> None:
+        """`is_known` [num R, T] says which tokens are given. Block L is drawn if `draws`."""
+        self.model = as_flow(noise.model)
+        self.noise = noise
         self.decoder = decoder
+        self.draws = draws
+        # of several particles the weights would need the density so changed
+        self.adjust = adjust if noise.particles == 1 else None
         self.single = self.model.num_blocks == 1
         self.is_known = is_known.to(self.model.device)
-        self.draw, self.work = self._draw(samples)
+        self.draw, self.work = self._draw(noise, progress)
         self.log_p = self._log_p(self.draw)
         # sum over finished draws of log rho(h'_unused | h'_used) - log p_{>1}(h'), per row
         self.correction = torch.zeros_like(self.log_p)
         # first token that the present draw of a row serves
         self.since = torch.zeros(len(is_known), dtype=torch.long, device=self.is_known.device)
 
-    def _draw(self, samples: Samples) -> tuple[Tensor, list[Inverted]]:
+    def _draw(self, noise: Noise, progress: Progress) -> tuple[Tensor, list[Work]]:
         num_tokens = self.is_known.shape[1]
-        noise = samples.normal(num_tokens, self.model.config.latent_dim)
+        u = noise.normal(num_tokens, self.model.config.latent_dim)
         if self.single:
-            return noise, []
+            return u, []
         steps = stack_inversion(
             self.model,
-            noise,
+            u,
             decoder=self.decoder,
             above=1,
-            # of several particles the weights would need the density so changed
-            adjust=samples.adjust if samples.particles == 1 else None,
-            uniform=samples.draws(self.decoder[0], num_tokens),
-            progress=samples.progress,
+            adjust=self.adjust,
+            uniform=noise.draws(num_tokens) if self.draws else None,
+            progress=progress,
         )
         states, work = finish(steps)
         return states[-1], work
@@ -215,8 +211,7 @@ class LatentSource:
         """Fresh draws h' [rows, T, d] (see `Redraw`); rows get the factors of their `parents`."""
         self._account_for_draw(own, at)
         self.correction[own] = self.correction[parents]
-        generators = [self.samples.generators[b] for b in samples]
-        fresh, _ = self._draw(replace(self.samples, generators=generators, progress=SILENT))
+        fresh, _ = self._draw(self.noise.of(samples), SILENT)
         self.draw[own] = fresh
         self.log_p[own] = self._log_p(fresh)
         self.since[own] = at * self.model.config.patch

@@ -1,40 +1,40 @@
-"""Parts of a sampler: a random stream per row, draws of tokens, and adjusted weights.
+"""What goes into samples, their random numbers, and what comes of them.
 
-Shape legend: B rows, T tokens, d channels per token.
+Shape legend: B rows, T tokens, N positions, d channels per token.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK as BLANK
-from tarflowlm.errors import Progress
 from tarflowlm.flow import wide_dtype
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.model import LanguageModel, as_flow
-from tarflowlm.schema import Count, Temperature, TopP, checked
+from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
-    """A generator per row, from `generator` and the row; on the CPU, alike for every device."""
+    """A generator per row, from `generator` and the row; on the CPU, the same for every device."""
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     return [Generator().manual_seed(seed + row) for row in rows]
 
 
-@dataclass
-class Samples:
-    """Samples to be drawn, each by R particles; `generate` describes the settings."""
+@dataclass(frozen=True)
+class Noise:
+    """The random numbers of samples of R particles each: by row, then by position.
+
+    All that is random in a text comes from here. A sample's numbers depend on its generator and on
+    what it asked for before, never on other samples.
+    """
 
     model: LanguageModel
-    generators: list[Generator]
+    generators: Sequence[Generator]
     """One per sample."""
     particles: int
-    adjust: AdjustWeights | None
-    progress: Progress
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal noise [num R, *shape], drawn in float32, as the model computes."""
@@ -49,62 +49,105 @@ class Samples:
         ]
         return torch.cat(numbers)
 
-    def draws(self, decoder: Decoder, num_tokens: int) -> Tensor | None:
-        """Uniform numbers [num R, N, G] to draw block L by; None unless it is drawn."""
-        if decoder != "draw":
-            return None
+    def draws(self, num_tokens: int) -> Tensor:
+        """Uniform numbers [num R, N, G] by which block L is drawn."""
         prior = as_flow(self.model).prior
         block = prior.block(-1)
         groups = len(block.order.channels) // block.coupling.group
         uniform = self.uniform(num_tokens // prior.patch.patch, groups)
         return uniform.to(block.start.device, wide_dtype(block.start))
 
+    def of(self, samples: Sequence[int]) -> "Noise":
+        """The noise of some of the samples, by their numbers."""
+        return replace(self, generators=[self.generators[b] for b in samples])
 
-def without_ended(rows: Tensor | slice, ended: Tensor, cache: KVCache) -> Tensor | slice:
-    """The `rows` that a cache has, without those that `ended` [B] once they are a quarter."""
-    goes_on = ~ended[rows]
-    if not 0 < goes_on.sum() <= 0.75 * len(goes_on):
+
+@dataclass(frozen=True)
+class Evidence:
+    """How well samples agree with their given tokens, by the weights of their particles."""
+
+    log_evidence: Tensor
+    """An estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
+    ess: Tensor
+    """Effective sample size of the particles at the end, [num]."""
+    pareto_k: Tensor
+    """Tail index of the weights, [num]: unreliable above 0.7. NaN if R < 25."""
+    draws: Tensor
+    """How often the particles of each sample were resampled, [num]."""
+
+
+class Work(NamedTuple):
+    """How the latents of a block were computed."""
+
+    decoder: Decoder
+    passes: int
+    """Steps and sweeps, each one pass of the Transformer over some positions."""
+
+
+@dataclass(frozen=True)
+class GapLengths:
+    """How the gaps of a template were filled."""
+
+    given: Tensor
+    """Where the tokens are given ones, [num, T]."""
+    ends: Tensor
+    """Tokens up to the end of the template, [num]."""
+    lengths: tuple[Tensor, ...]
+    """For each gap of unknown length the probabilities [num, ...] of least to most tokens."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Samples, and how they came about."""
+
+    tokens: Tensor
+    """[num, T]."""
+    evidence: Evidence | None = None
+    """How well the samples agree with the given tokens; None without given tokens."""
+    work: tuple[Work, ...] = ()
+    """What was done in each block, L first; empty for the baseline."""
+    filled: GapLengths | None = None
+    """How gaps of unknown length were filled; None without them or a constraint."""
+    latents: Tensor | None = None
+    """z [num, T', d], in whole patches and after the context; None for the baseline, for texts
+    beyond the trained context, and where samples may end early.
+    """
+    context: int = 0
+    """The first so many of the latents are context, and have no `tokens`."""
+
+    @torch.no_grad()
+    def states(self, model: TarFlowLM) -> tuple[Tensor, ...]:
+        """h^(L) = u, ..., h^(0) = z, each [num, T, d]; empty without `latents`."""
+        if self.latents is None:
+            return ()
+        end = self.context + self.tokens.shape[1]
+        states, _ = model.prior.states(self.latents)
+        return tuple(h[:, self.context : end] for h in reversed(states))
+
+    def passes(self, model: TarFlowLM) -> tuple[Tensor, ...]:
+        """The `states` decoded, each [num, T], coarse to fine. The last is `tokens`."""
+        states = self.states(model)
+        return (*map(model.codebook.decode, states[:-1]), self.tokens) if states else ()
+
+    def drop_context(self, num: int) -> "Generation":
+        """The samples without their first `num` tokens, which were context."""
+        if not num:
+            return self
+        filled = self.filled
+        if filled is not None:
+            filled = GapLengths(filled.given[:, num:], filled.ends - num, filled.lengths)
+        return replace(self, tokens=self.tokens[:, num:], evidence=None, filled=filled, context=num)
+
+
+def drop_finished(rows: Tensor | slice, ended: Tensor, cache: KVCache) -> Tensor | slice:
+    """The `rows` of a cache, without those that `ended` [B] once these are a quarter of them."""
+    continues = ~ended[rows]
+    if not 0 < continues.sum() <= 0.75 * len(continues):
         return rows
-    cache.keep(goes_on.nonzero()[:, 0])
-    return torch.arange(len(ended))[rows][goes_on]
+    cache.keep(continues.nonzero()[:, 0])
+    return torch.arange(len(ended))[rows][continues]
 
 
 def num_leading(mask: Tensor) -> int:
     """How many places at the start of `mask` [N] are True."""
     return int(mask.long().cumprod(0).sum())
-
-
-def adjust_weights(
-    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> AdjustWeights | None:
-    """A map of log-weights of tokens [..., K], or None for the identity (docs/math.md, 7).
-
-    It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest
-    set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest finite
-    log-weight: probability zero. UserError for settings out of range.
-    """
-    temperature = checked(temperature, Temperature, "temperature")
-    top_k = checked(top_k, Count | None, "top_k")
-    top_p = checked(top_p, TopP | None, "top_p")
-    if top_p == 1.0:
-        top_p = None  # rounding lets the cumulative sum reach 1 before the last tokens
-    if temperature == 1.0 and top_k is None and top_p is None:
-        return None
-
-    def adjust(log_w: Tensor) -> Tensor:
-        least = torch.finfo(log_w.dtype).min
-        log_w = torch.log_softmax(log_w / temperature, dim=-1)
-        if top_k is not None and top_k < log_w.shape[-1]:
-            # by index, so that ties do not keep more than top_k
-            kept = log_w.topk(top_k, dim=-1).indices
-            is_dropped = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, kept, False)
-            log_w = log_w.masked_fill(is_dropped, least)
-        if top_p is not None:
-            ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
-            # a token is kept when the mass before it has not reached top_p
-            is_behind = ordered.cumsum(-1) - ordered >= top_p
-            is_dropped = torch.zeros_like(is_behind).scatter(-1, order, is_behind)
-            log_w = log_w.masked_fill(is_dropped, least)
-        return log_w
-
-    return adjust

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.edits import Edited
 from tarflowlm.errors import counted
 from tarflowlm.generation.particles import UNRELIABLE
+from tarflowlm.generation.texts import Written
+from tarflowlm.model import TarFlowLM
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.bars import print_notice
 from tarflowlm.terminal.grid import Kind, Token, pass_rows, text_tokens
-from tarflowlm.texts.writing import Written
 
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}
 
@@ -33,16 +36,14 @@ def write_out(piece: str) -> None:
     sys.stdout.flush()
 
 
-def print_samples(
-    written: Written, tokenizer: Tokenizer, *, candidates: int = 1, passes: bool = False
-) -> None:
-    """Print every sample, on request with its passes, and the weights of several `candidates`."""
+def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> None:
+    """Print every sample, on request with its passes, and the weights of several candidates."""
     generation = written.generation
+    states = passes_of(written, lm) if passes else []
     for row, (number, text) in enumerate(zip(written.rows, written.texts, strict=True)):
         body = Text(printable(text))
         if passes:
-            length = written.streams[row].length
-            rows = pass_rows([state[row, :length] for state in generation.passes], tokenizer)
+            rows = pass_rows([state[row, : written.lengths[row]] for state in states], lm.tokenizer)
             parts = [
                 Text.assemble((f"{one.label}\n", "bold cyan"), styled(one.tokens)) for one in rows
             ]
@@ -55,30 +56,34 @@ def print_samples(
                 shown = (f"{counted(length, 'token')} {p:.0%}" for length, p in likeliest[:4])
                 print_notice(f"  gap {gap}: {', '.join(shown)}")
         evidence = generation.evidence
-        if candidates == 1 or evidence is None:
+        if written.particles == 1 or evidence is None:
             continue
         print_notice(
-            f"  about {evidence.ess[row]:.1f} of {candidates} candidates count; the given text has "
-            f"log p about {evidence.log_evidence[row]:.1f} nats"
+            f"  effective sample size {evidence.ess[row]:.1f} of {written.particles} candidates; "
+            f"the given text has log p about {evidence.log_evidence[row]:.1f} nats"
         )
         k = evidence.pareto_k[row]
         if k > UNRELIABLE:  # NaN is not
-            print_notice(
-                f"  a rough guess (tail index {k:.2f}): more particles fit the text better"
-            )
+            print_notice(f"  unreliable (Pareto k {k:.2f}): use more --particles")
+
+
+def passes_of(written: Written, lm: Checkpoint) -> Sequence[Tensor]:
+    """The samples decoded after every block, each [num, T]; none of a baseline."""
+    return written.generation.passes(lm.model) if isinstance(lm.model, TarFlowLM) else ()
 
 
 def samples_to_json(
-    written: Written, tokenizer: Tokenizer, *, passes: bool = False
+    written: Written, lm: Checkpoint, *, passes: bool = False
 ) -> list[dict[str, object]]:
     """One object per sample: its text, on request its passes, and weights if text was given."""
     generation = written.generation
+    shown = passes_of(written, lm) if passes else []
     samples: list[dict[str, object]] = []
     for row, text in enumerate(written.texts):
         sample: dict[str, object] = {"text": text, "ended": written.streams[row].has_ended}
         if passes:
-            shown = [one[row, : written.streams[row].length] for one in generation.passes]
-            sample["passes"] = [tokenizer.decode(tokens.tolist()) for tokens in shown]
+            cut = [one[row, : written.lengths[row]] for one in shown]
+            sample["passes"] = [lm.tokenizer.decode(tokens.tolist()) for tokens in cut]
         if generation.evidence is not None:
             for name in ("log_evidence", "ess", "draws", "pareto_k"):
                 sample[name] = getattr(generation.evidence, name)[row].item()

@@ -11,8 +11,8 @@ from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError, check_package, first_line
 from tarflowlm.model import LanguageModel
 from tarflowlm.pretrained import load
+from tarflowlm.requests import Writing
 from tarflowlm.terminal.bars import Bars, print_notice
-from tarflowlm.texts.requests import Writing
 from tarflowlm_apps.lm_eval.scoring import TextScorer
 
 Requests = list[Any]

@@ -23,11 +23,11 @@ from tarflowlm.data.prompts import read
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import log_weights
 from tarflowlm.generation.sampling import num_leading
+from tarflowlm.generation.texts import write_texts
 from tarflowlm.objective import conditional_bound, importance_weighted
+from tarflowlm.requests import Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.schema import Count, checked
-from tarflowlm.texts.requests import Writing, as_texts
-from tarflowlm.texts.writing import write
 
 
 class Piece(NamedTuple):
@@ -127,7 +127,7 @@ class TextScorer:
                 stop=self._stops(as_texts(how.stop, "until")),
                 seed=self.seed,
             )
-            (text,) = write(writing, self.lm)
+            (text,) = write_texts(writing, self.lm)
             found.append(text[len(self.tokenizer.decode(prompt)) :])
             progress.advance()
         return found

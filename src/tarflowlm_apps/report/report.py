@@ -1,7 +1,7 @@
 """The report: reads runs and their models, draws figures, and writes one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -14,13 +14,13 @@ from tarflowlm.errors import SILENT, Progress, UserError, check_package
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.files import replacing
+from tarflowlm.generation.texts import Samples
 from tarflowlm.model import as_flow
+from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate
 from tarflowlm.runs.records import RunRecord, read_record
 from tarflowlm.terminal import grid
-from tarflowlm.texts.requests import Writing
-from tarflowlm.texts.writing import Draft
 from tarflowlm_apps.report.figures import CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm_apps.report.page import GENERATOR, page_html, picture_html, section_html
 from tarflowlm_apps.report.style import Figure, render
@@ -147,14 +147,14 @@ class _Writer:
 
     def _samples(self, record: RunRecord, checkpoint: Checkpoint, length: int) -> list[str]:
         request = Writing(num=NUM, num_tokens=length)
-        draft = replace(Draft.of(request, checkpoint), is_whole=True)
-        self.progress.stage(f"samples of {record.name}, positions", draft.num_positions)
-        (written,) = draft.batches(self.progress)
+        samples = Samples(request, checkpoint, past_end=True)
+        self.progress.stage(f"samples of {record.name}, tokens", samples.num_tokens)
+        (written,) = samples.batches(self.progress)
         texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
         parts = [grid.div("samples", texts)]
         if checkpoint.model.num_blocks > 1:
-            length = written.streams[0].length
-            passes = [state[0, :length] for state in written.generation.passes]
+            found = written.generation.passes(as_flow(checkpoint.model))
+            passes = [tokens[0, : written.lengths[0]] for tokens in found]
             rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
             parts.append(f"<figure>{rows}<figcaption>{PASSES}</figcaption></figure>\n")
         return parts

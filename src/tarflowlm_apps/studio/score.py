@@ -9,9 +9,9 @@ from tarflowlm.data.prompts import read
 from tarflowlm.editing.states import encode
 from tarflowlm.evaluation.scores import Scores, score_texts
 from tarflowlm.model import as_flow
+from tarflowlm.requests import Score
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.grid import Token, div, text_tokens, visible
-from tarflowlm.texts.requests import Score
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job

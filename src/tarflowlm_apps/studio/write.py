@@ -2,20 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tarflowlm.data.prompts import BLANK, has_blanks, unescaped
 from tarflowlm.errors import counted
-from tarflowlm.generation.inversion import Kept
+from tarflowlm.generation.inversion import Returning
+from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.model import as_flow
+from tarflowlm.requests import Writing
 from tarflowlm.terminal.grid import Token, div, spans, text_tokens, visible
-from tarflowlm.texts.requests import Writing
-from tarflowlm.texts.writing import Draft, Written
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
@@ -80,52 +78,59 @@ def _samples(
     catalogue: Catalogue, model: object, request: Writing, around: Callable[[str], str]
 ) -> Generator[str, None, list[str]]:
     """A card for every sample of a model."""
-    checkpoint = catalogue.load(model)
-    draft = replace(Draft.of(request, checkpoint), is_whole=checkpoint.model.num_blocks > 1)
-    given = _given(draft)
+    lm = catalogue.load(model)
+    is_watched = lm.model.num_blocks > 1
+    samples = Samples(request, lm, past_end=is_watched)
+    given = _given(samples)
     written: list[int] = []
 
     def work() -> Written:
-        steps = Kept(draft.steps(range(draft.total), job))
+        steps = Returning(samples.steps(range(samples.total), job))
         for tokens in steps:
-            if draft.end not in written:
+            if samples.plans[0].end not in written:
                 written.extend(tokens[0].tolist())
         return steps.value
 
     def so_far() -> list[Token]:
-        return text_tokens(torch.tensor(written).long(), checkpoint.tokenizer, {"given": given})
+        return text_tokens(torch.tensor(written).long(), lm.tokenizer, {"given": given})
 
-    job = Job("writing", draft.num_positions)
+    job = Job("writing", samples.num_tokens)
     found = yield from job.follow(work, so_far, around)
-    samples = found.generation.tokens
-    speed = (f"{samples.numel() / job.seconds:,.0f}", "tokens per second")
+    generation = found.generation
+    speed = (f"{generation.tokens.numel() / job.seconds:,.0f}", "tokens per second")
+    states = generation.states(as_flow(lm.model)) if is_watched else ()
+    texts = generation.passes(as_flow(lm.model)) if is_watched else ()
     cards = []
     for row, stream in enumerate(found.streams):
         numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
         # with its end, which is shown as a mark
-        tokens = samples[row, : stream.length + stream.has_ended]
-        mask = _given(draft, found, row)
-        text_of_row = stage(text_tokens(tokens, checkpoint.tokenizer, {"given": mask}))
+        tokens = generation.tokens[row, : stream.length + stream.has_ended]
+        mask = _given(samples, found, row)
+        text_of_row = stage(text_tokens(tokens, lm.tokenizer, {"given": mask}))
         watched = ""
-        if checkpoint.model.num_blocks > 1 and found.generation.passes:
-            rows, is_watched = passes(
-                as_flow(checkpoint.model),
-                checkpoint.tokenizer,
-                [text[row, : stream.length] for text in found.generation.passes],
-                [state[row, : stream.length] for state in found.generation.states],
+        if states:
+            rows, is_much = passes(
+                as_flow(lm.model),
+                lm.tokenizer,
+                [text[row, : stream.length] for text in texts],
+                [state[row, : stream.length] for state in states],
                 given=mask,
             )
-            watched = slider(rows, is_open=row == 0 and is_watched)
-        cards.append(card(text_of_row, *map(muted, draft.notices), numbers, watched))
+            watched = slider(rows, is_open=row == 0 and is_much)
+        cards.append(card(text_of_row, *map(muted, samples.notices), numbers, watched))
     return cards
 
 
-def _given(draft: Draft, written: Written | None = None, row: int = 0) -> Tensor:
+def _given(samples: Samples, written: Written | None = None, row: int = 0) -> Tensor:
     """Where a text has given tokens, [T]; in sample `row` where gaps were filled."""
     if written is not None and written.generation.filled is not None:
         return written.generation.filled.given[row]
-    prompt = draft.prompt(0)[: draft.num_tokens]
-    return pad(prompt != BLANK, (0, draft.num_tokens - len(prompt)))
+    plan = samples.plans[0]
+    given = torch.zeros(plan.num_tokens - plan.lead, dtype=torch.bool)
+    if plan.reading is not None:
+        known = plan.reading.tokens[: len(given)] != BLANK
+        given[: len(known)] = known
+    return given
 
 
 def infill(
@@ -151,13 +156,14 @@ def infill(
         temperature=values.number(temperature, "temperature", 0.1, 2.0),
         seed=values.seed(seed),
     )
-    draft = Draft.of(request, checkpoint)
-    with_blanks = [Token(visible(draft.given[0].text))]
-    job = Job("trying", draft.num_positions)
-    batches = yield from job.follow(lambda: list(draft.batches(job)), lambda: with_blanks)
+    samples = Samples(request, checkpoint)
+    plan = samples.plans[0]
+    with_blanks = [Token(visible("" if plan.reading is None else plan.reading.text))]
+    job = Job("trying", samples.num_tokens)
+    batches = yield from job.follow(lambda: list(samples.batches(job)), lambda: with_blanks)
     weights = _weights(batches)
     shares: dict[str, float] = defaultdict(float)  # equal texts are one candidate
-    for shown, weight in zip(_fillings(draft, batches), weights.tolist(), strict=True):
+    for shown, weight in zip(_fillings(samples, batches), weights.tolist(), strict=True):
         shares[shown] += weight
     choices = ""
     for shown in sorted(shares, key=shares.__getitem__, reverse=True):
@@ -165,10 +171,10 @@ def infill(
     effective = 1 / (weights**2).sum().item()  # from 1 to all of them
     count = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
     trust = f"{count} More particles find more texts that fit.{bar(effective / len(weights))}"
-    numbers = facts((f"{draft.particles:,}", "particles per try"), took(job.seconds))
+    numbers = facts((f"{plan.particles:,}", "particles per try"), took(job.seconds))
     yield page(
         asked(request.command(catalogue.entry(model).command_name)),
-        card(choices, *map(muted, draft.notices)),
+        card(choices, *map(muted, samples.notices)),
         *_lengths(batches, weights),
         card(trust, numbers),
     )
@@ -184,13 +190,13 @@ def _choice(share: float, words: str) -> str:
     return div("st-choice", div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share)), words)
 
 
-def _fillings(draft: Draft, batches: list[Written]) -> Iterator[str]:
+def _fillings(samples: Samples, batches: list[Written]) -> Iterator[str]:
     """Every try in HTML, with the tokens that are new marked."""
     for batch in batches:
         for index, row in enumerate(batch.generation.tokens.cpu()):
-            tokens = row[: batch.streams[index].length]
-            mask = _given(draft, batch, index)
-            shown = text_tokens(tokens, draft.lm.tokenizer, {"given": mask, "changed": ~mask})
+            tokens = row[: batch.lengths[index]]
+            mask = _given(samples, batch, index)
+            shown = text_tokens(tokens, samples.lm.tokenizer, {"given": mask, "changed": ~mask})
             yield spans(shown)
 
 

@@ -12,7 +12,7 @@ from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
 from tarflowlm.objective import conditional_bound
 from tarflowlm.pretrained import Pretrained, load
-from tarflowlm.texts.requests import Writing
+from tarflowlm.requests import Writing
 from tarflowlm_apps.lm_eval.scoring import Piece, TextScorer
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"

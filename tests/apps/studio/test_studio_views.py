@@ -189,7 +189,7 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
 
 def test_the_request_is_above_its_result(catalogue, folder):
     found = words(shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3]))
-    asked = "--prompt 'the '\"'\"'cat' --length 12 --temperature 0.8 --num 2 --seed 3"
+    asked = "--prompt 'the '\"'\"'cat' --length 12 --num 2 --temperature 0.8 --seed 3"
     assert found.startswith(f"tarflowlm sample {folder}/flow {asked}")
     html = shown(compare, catalogue, VALID[compare])
     asked = f"score {folder}/flow --text 'the cat saw' --baseline {folder}/baseline"

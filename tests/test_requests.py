@@ -11,8 +11,8 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import score_texts
-from tarflowlm.texts import writing
-from tarflowlm.texts.requests import Edit, Score, Writing
+from tarflowlm.generation.texts import Samples, write_texts
+from tarflowlm.requests import Edit, Score, Writing
 
 TEXT = "The King of the land gave 3 laws to the people"
 
@@ -33,7 +33,7 @@ def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
     [
         (Writing, {"temperature": float("nan")}, "temperature nan"),
         (Writing, {"top_k": 0}, "top_k 0"),
-        (Writing, {"contains": "king", "stop": "e"}, "contains and stop"),
+        (Writing, {"contains": "king", "stop": "e"}, "contains with stop"),
         (Writing, {"top_p": 1.5}, "top_p 1.5"),
         (Edit, {"text": "the king", "temperature": 0.0}, "temperature 0.0"),
         (Edit, {"text": "the king", "strength": float("nan")}, "strength nan"),
@@ -62,7 +62,7 @@ def test_the_command_of_a_text_that_looks_like_an_option():
 
 def test_words_that_the_prompt_holds_ask_for_no_particles(flow):
     found = [
-        writing.Draft.of(Writing(prompt="the king", contains=words), flow).particles
+        Samples(Writing("the king", contains=words), flow).plans[0].particles
         for words in ("king", "lord", "kin")
     ]
     assert found == [1, 16, 16]
@@ -151,6 +151,6 @@ def test_python_and_command_line_give_the_same(flow, run, name):
         by_request = score_texts(request, flow)
         assert by_python.total == by_request[0].total == shown_by_command(run, request)
         return
-    texts = edit(request, flow).texts if isinstance(request, Edit) else writing.write(request, flow)
+    texts = edit(request, flow).texts if isinstance(request, Edit) else write_texts(request, flow)
     by_python = [by_python] if isinstance(by_python, str) else by_python
     assert by_python == texts == shown_by_command(run, request)

@@ -1,0 +1,312 @@
+"""From what is asked to what is done: a text to write is pieces and gaps, and one function decides.
+
+    prompt                      [tokens, Gap(n, n)]
+    free text                   [empty piece, Gap(n, n)]
+    template with `_`           [tokens, Gap(1, 1), tokens]
+    template with `[...]`       [tokens, Gap(1 to 8), tokens]
+
+`plan` decides; nothing below it checks, nothing above it decides.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from tarflowlm.config import Decoder
+from tarflowlm.data.prompts import BLANK, Gap, Reading
+from tarflowlm.errors import UserError, counted
+from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.generation.sampling import row_generators
+from tarflowlm.model import LanguageModel, check_generator, check_integers
+from tarflowlm.requests import ADJUSTMENTS, Sampling
+from tarflowlm.schema import Length, checked
+
+PARTICLES = 16
+"""Particles by default where given tokens follow a gap, or draws are constrained."""
+
+Allowed = Tensor | Callable[[Tensor], Tensor]
+"""A mask [V] of the tokens that may be drawn, or a function to it from the tokens [n] so far."""
+Way = Literal["inversion", "filter", "gaps"]
+Prompt = Tensor | Sequence[Tensor | Gap]
+"""Given tokens with BLANK for each to draw; or pieces of them with gaps in between."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One text to write, with all decisions about it."""
+
+    template: tuple[Tensor | Gap, ...]
+    """Pieces, maybe empty, and gaps in turn; a piece first. A gap at the end is what follows."""
+    num_tokens: int
+    """Tokens to write, given ones included."""
+    particles: int
+    adjust: AdjustWeights | None
+    """What temperature, top-k, top-p and bans do to the weights of tokens."""
+    decoder: Decoder
+    way: Way
+    """Invert noise, after a prompt that is known exactly; or complete given tokens from left to
+    right, by particles; or try all lengths of gaps.
+    """
+    prompt: int = 0
+    """Tokens of a prompt that is known exactly or fills a window, which all rows then share."""
+    allowed: Allowed | None = None
+    """The tokens that may be drawn; a function gets the text without its lead."""
+    end: int | None = None
+    """After this token, every token of the sample is it."""
+    lead: int = 0
+    """Tokens at the start that are context, and are not shown."""
+    reading: Reading | None = None
+    """The prompt or template as it was read."""
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        return cast(list[Tensor], list(self.template[::2]))
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """The gaps before given tokens, or before the end."""
+        return cast(list[Gap], list(self.template[1::2]))[: len(self.pieces) - 1]
+
+    @property
+    def continues(self) -> bool:
+        """Whether the text continues after its last piece."""
+        return len(self.template) % 2 == 0
+
+    @property
+    def together(self) -> tuple[object, ...]:
+        """Equal for plans whose texts can be written in one batch."""
+        template = id(self.template) if self.way == "gaps" else 0
+        return template, self.way, self.num_tokens, self.particles, self.prompt
+
+    @property
+    def given(self) -> Tensor:
+        """The given tokens, and BLANK elsewhere, [T]. The gaps have one length."""
+        parts = [torch.full((x.most,), BLANK) if isinstance(x, Gap) else x for x in self.template]
+        return torch.cat(parts)
+
+
+def plan(
+    model: LanguageModel,
+    template: Sequence[Tensor | Gap],
+    sampling: Sampling,
+    *,
+    num_tokens: int,
+    allowed: Allowed | None = None,
+    banned: int | None = None,
+    end: int | None = None,
+    lead: int = 0,
+    continues: bool = True,
+) -> Plan:
+    """Decide how `model` writes `num_tokens` tokens of `template`, neighbours joined.
+
+    It `continues` after the template, or what is written there is of no matter. `banned` is a token
+    that is not drawn where weights may change. UserError for what the model cannot do.
+    """
+    config = model.config
+    num_tokens = checked(num_tokens, Length, "length")
+    parts = _joined(template)
+    pieces = cast(list[Tensor], parts[::2])
+    gaps = cast(list[Gap], parts[1::2])
+    is_open = allowed is not None or any(map(_is_open, gaps))
+    num_given = sum(map(len, pieces))
+    longest = num_given + sum(gap.most for gap in gaps)
+    # a prompt, or nothing, is all that is given
+    is_prompt = num_given == len(pieces[0])
+    particles = sampling.particles or (1 if is_prompt and not is_open else PARTICLES)
+    is_whole = num_given == num_tokens and (is_open or particles == 1)
+    if longest > num_tokens or is_whole:
+        raise no_room(longest, num_tokens)
+    if model.is_exact and sampling.decoder not in ("auto", "steps"):
+        what = f"decoder {sampling.decoder!r}"
+        raise UserError(f"{what}: a baseline has no blocks to invert, leave it out")
+    if is_open:
+        _check_open(model, num_tokens)
+    elif num_tokens > config.context and (particles > 1 or not is_prompt):
+        what = f"length {num_tokens}, particles {particles}: beyond the trained context of"
+        remedy = "take 1 particle, and a prompt without blanks in it"
+        raise UserError(f"{what} {config.context} tokens, {remedy}")
+    is_long = num_given >= config.context
+    # states of a prompt are known before what follows where no block runs from right to left; of
+    # one that fills a window its last half is read, in whole patches
+    is_exact = config.continues_exactly and is_prompt and num_given > 0 and not is_open
+    is_exact &= is_long or num_given % config.patch == 0
+    if is_exact and particles > 1:
+        what = f"particles {particles}: this model continues a prompt exactly"
+        raise UserError(f"{what}, leave them out")
+    is_free = not model.is_exact and num_given == 0 and particles == 1
+    if continues or not is_open:
+        shortest = num_given + sum(gap.least for gap in gaps)
+        parts.append(Gap(most=num_tokens - shortest, least=num_tokens - longest))
+    return Plan(
+        template=tuple(parts),
+        num_tokens=num_tokens,
+        particles=particles,
+        adjust=_adjust(model, sampling, banned),
+        decoder=sampling.decoder,
+        way="gaps" if is_open else "inversion" if is_exact or is_free else "filter",
+        prompt=num_given if is_exact or is_long else 0,
+        allowed=allowed if allowed is None or callable(allowed) else checked_mask(allowed, model),
+        end=end,
+        lead=lead,
+    )
+
+
+def _joined(template: Sequence[Tensor | Gap]) -> list[Tensor | Gap]:
+    """A piece, maybe empty, then gaps and pieces in turn; neighbours of known length are one."""
+    parts: list[Tensor | Gap] = [torch.zeros(0, dtype=torch.long)]
+    for part in template:
+        if isinstance(part, Tensor):
+            parts[-1] = torch.cat((cast(Tensor, parts[-1]), part.cpu()))
+            continue
+        before = parts[-2] if len(parts) > 1 and not len(cast(Tensor, parts[-1])) else None
+        if isinstance(before, Gap) and not _is_open(before) and not _is_open(part):
+            parts[-2] = Gap(most=before.most + part.most, least=before.least + part.least)
+        else:
+            parts += [part, torch.zeros(0, dtype=torch.long)]
+    return parts
+
+
+def _is_open(gap: Gap) -> bool:
+    """Whether the length of a gap is unknown, or what fills it is constrained."""
+    return gap.least < gap.most or gap.begins is not None or gap.once
+
+
+def _check_open(model: LanguageModel, num_tokens: int) -> None:
+    """UserError where a model does not take gaps of unknown length and constraints."""
+    config = model.config
+    rule = "gaps of unknown length and constraints take"
+    if config.patch > 1 or not config.has_token_weights:
+        found = f"patch {config.patch}" if config.patch > 1 else config.describe(0)
+        needed = "one token per position and weights of tokens in block 1"
+        raise UserError(f"{found}: {rule} {needed}; use another model, such as english-small")
+    if num_tokens > config.context:
+        most = f"at most the context of {config.context} tokens"
+        raise UserError(f"length {num_tokens}: {rule} {most}; shorten the text or its gaps")
+
+
+def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> AdjustWeights | None:
+    adjust = sampling.adjust(model.config.vocab_size)
+    may_adjust = model.config.has_token_weights or model.config.fills_in
+    if adjust is not None and not may_adjust:
+        names = sorted(sampling.given() & ADJUSTMENTS)
+        asked = ", ".join(f"{name} {getattr(sampling, name)}" for name in names)
+        raise UserError(
+            f"{asked}: {model.config.describe(0)} has no weights of tokens to change: "
+            "leave this out, or use a model whose block 1 is mixd"
+        )
+    if banned is None or not may_adjust:
+        return adjust
+
+    def adjust_others(log_w: Tensor) -> Tensor:
+        index = torch.tensor([banned], device=log_w.device)
+        log_w = log_w.index_fill(-1, index, torch.finfo(log_w.dtype).min)
+        return log_w if adjust is None else adjust(log_w)
+
+    return adjust_others
+
+
+def checked_mask(mask: object, model: LanguageModel) -> Tensor:
+    """UserError unless `mask` is a boolean tensor [V]."""
+    V = model.config.vocab_size
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
+        raise UserError(f"allowed {mask!r:.60}: give a boolean mask of shape [{V}]")
+    return mask.cpu()
+
+
+def no_room(length: int, num_tokens: int) -> UserError:
+    """The error for a prompt that fills the length."""
+    return UserError(
+        f"the prompt has {counted(length, 'token')}, which leaves no room in {num_tokens}: "
+        "shorten it, or raise the length"
+    )
+
+
+def row_plans(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    num: int,
+    sampling: Sampling,
+    *,
+    num_tokens: int,
+    allowed: Allowed | None = None,
+    end: int | None = None,
+) -> list[Plan]:
+    """A plan for each of `num` rows of a batch: of `prompt`, or of its row [num, T].
+
+    UserError for rows that cannot be written together.
+    """
+
+    def of(row: Prompt | None) -> Plan:
+        parts = _parts(model, row)
+        return plan(model, parts, sampling, num_tokens=num_tokens, allowed=allowed, end=end)
+
+    if not isinstance(prompt, Tensor) or prompt.dim() < 2:
+        return [of(prompt)] * num
+    check_integers(prompt, "prompt", "[T]", "[num, T]")
+    if len(prompt) not in (1, num):
+        raise UserError(f"{len(prompt)} prompts for {num} samples: give one, or one per sample")
+    found = [of(row) for row in prompt]
+    if (prompt == prompt[:1]).all():
+        return found[:1] * num
+    particles = max(one.particles for one in found)
+    lengths = [len(one.pieces[0]) for one in found]
+    if found[0].way == "gaps":
+        what = "gaps of unknown length and constraints take one for all samples"
+        raise UserError(f"{len(prompt)} prompts: {what}, call it for each")
+    if model.config.continues_exactly and particles == 1 and min(lengths) < max(lengths):
+        what = f"prompts of {min(lengths)} to {max(lengths)} tokens"
+        raise UserError(
+            f"{what}: this model continues those of one length exactly, call it for each"
+        )
+    if len({one.together for one in found}) > 1:
+        # what is free is completed with the others
+        found = [replace(one, way="filter", particles=particles) for one in found]
+    return found
+
+
+def row_streams(
+    generator: torch.Generator | Sequence[torch.Generator] | None, num: int
+) -> list[torch.Generator]:
+    """A random stream for each of `num` rows. UserError for what is no generator."""
+    num = checked(num, Length, "num")
+    if isinstance(generator, Sequence):
+        if len(generator) != num:
+            raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
+        for one in generator:
+            check_generator(one)
+        return list(generator)
+    check_generator(generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return row_generators(range(num), generator)
+
+
+def _parts(model: LanguageModel, prompt: object) -> list[Tensor | Gap]:
+    """Pieces and gaps of what a caller of `generate` gives. UserError if it is neither."""
+    found: list[Tensor | Gap] = []
+    given: Sequence[object] = () if prompt is None else (prompt,)
+    if isinstance(prompt, Sequence) and all(isinstance(x, Tensor | Gap) for x in prompt):
+        given = prompt
+    for part in given:
+        if isinstance(part, Gap):
+            if not 0 <= part.least <= part.most or part.most < 1:
+                raise UserError(f"gap of {part.least} to {part.most} tokens: give least <= most")
+            found.append(part)
+            continue
+        check_integers(part, "prompt", "[T]", "[num, T]")
+        tokens = cast(Tensor, part)
+        vocab_size = model.config.vocab_size
+        if ((tokens < BLANK) | (tokens >= vocab_size)).any():
+            raise UserError(
+                f"the prompt {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}, "
+                f"or {BLANK} for a blank: encode it again"
+            )
+        for is_blank, run in groupby(tokens.tolist(), lambda token: token == BLANK):
+            of_run = torch.tensor(list(run))
+            found.append(Gap(len(of_run), least=len(of_run)) if is_blank else of_run)
+    return found

@@ -1,0 +1,274 @@
+"""From requests to texts: a plan for every prompt, and batches of samples as they are finished."""
+
+import re
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tarflowlm import chunks
+from tarflowlm.data.prompts import Gap, Reading, read, read_template, tokens_without
+from tarflowlm.data.streaming import TextStream
+from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.generation.inversion import Returning, finish
+from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
+from tarflowlm.generation.sampling import Generation, row_generators
+from tarflowlm.generation.write import write
+from tarflowlm.processes import ALONE, Processes
+from tarflowlm.requests import Writing, as_texts
+from tarflowlm.runs.checkpoint import Checkpoint
+
+EVERY = 8
+"""Check every 8 tokens whether all samples have ended."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that a request asks for: `num` of every plan, in order.
+
+    Documents are written `past_end` where all of a window is to be seen. UserError for texts that
+    the model cannot read, and for what has no effect.
+    """
+
+    request: Writing
+    lm: Checkpoint
+    past_end: bool = False
+    processes: Processes = ALONE
+    """They share the batches; `processes.in_turn` puts them together."""
+    plans: list[Plan] = field(init=False)
+    stops: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        stops = as_texts(self.request.stop, "stop")
+        how = self.request.normalize
+        read_stops = [read(self.lm.tokenizer, x, name="stop", normalize=how).text for x in stops]
+        object.__setattr__(self, "stops", tuple(read_stops))
+        object.__setattr__(self, "plans", plans(self.request, self.lm, self.past_end))
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return self.request.num_each * len(self.plans)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples of this process, as `progress` counts them."""
+        own = self._rows_of_batches()[self.processes.rank :: self.processes.world]
+        return sum(len(rows) * self.plan(rows[0]).num_tokens for rows in own)
+
+    @property
+    def notices(self) -> list[str]:
+        """A line for every text that is not read as it was given."""
+        found = dict.fromkeys(one.reading.notice for one in self.plans if one.reading)
+        return [notice for notice in found if notice is not None]
+
+    @property
+    def follows_loosely(self) -> bool:
+        """Whether one candidate alone takes little notice of the given text."""
+        config = self.lm.model.config
+        is_exact = config.has_token_weights or self.plans[0].way == "inversion"
+        first = self.plans[0]
+        return first.reading is not None and first.particles == 1 and not is_exact
+
+    def plan(self, row: int) -> Plan:
+        """The plan of a sample."""
+        return self.plans[row // self.request.num_each]
+
+    def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
+        """The samples in batches of bounded memory, each as it is finished.
+
+        Of several processes each has its share of the batches.
+        """
+        rank, world = self.processes.rank, self.processes.world
+        for rows in self._rows_of_batches()[rank::world]:
+            one = self.plan(rows[0])
+            # tokens that nobody reads one by one are not decoded one by one
+            every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
+            yield finish(self.steps(rows, progress, every=every))
+
+    def _rows_of_batches(self) -> list[range]:
+        """Consecutive samples that can be written together."""
+        found: list[range] = []
+        for _, group in groupby(range(self.total), key=lambda row: self.plan(row).together):
+            rows = list(group)
+            one = self.plan(rows[0])
+            length = min(one.num_tokens, self.lm.model.config.context) * one.particles
+            size = chunks.written_rows(length, self.lm.model.device)
+            size = min(size, -(-len(rows) // self.processes.world))
+            alike = range(rows[0], rows[-1] + 1)
+            found += [alike[start : start + size] for start in range(0, len(alike), size)]
+        return found
+
+    def pieces(self, row: int = 0) -> Iterator[str]:
+        """The text of one sample, piece by piece as its tokens become final, up to its stop."""
+        if self.plan(row).way == "gaps":
+            yield finish(self.steps(range(row, row + 1))).texts[0]
+            return
+        stream = self._stream(row)
+        for tokens in self.steps(range(row, row + 1)):
+            yield stream.add(tokens[0])
+        yield stream.close()
+
+    def steps(
+        self, rows: range, progress: Progress = SILENT, *, every: int = 1
+    ) -> Generator[Tensor, None, "Written"]:
+        """The samples `rows` in one batch: yields their next final tokens [num, n].
+
+        It ends early once every sample has met a stop or its end. `every` as in `write`.
+        """
+        plans = [self.plan(row) for row in rows]
+        # numbered over all batches: a sample does not depend on the others
+        generators = row_generators(rows, torch.Generator().manual_seed(self.request.seed))
+        steps = Returning(write(self.lm.model, plans, generators, progress, every))
+        streams = list(map(self._stream, rows))
+        hidden = plans[0].lead
+        parts: list[Tensor] = []
+        for part in steps:
+            part = part[:, hidden:]
+            hidden = 0
+            if not part.shape[1]:
+                continue
+            parts.append(part)
+            yield part
+            if plans[0].way == "gaps":
+                continue  # all in one part, and only then it is known where the text ends
+            for stream, tokens in zip(streams, part, strict=True):
+                stream.add(tokens)
+            if all(stream.has_stopped for stream in streams) and not self.past_end:
+                generation = Generation(torch.cat(parts, 1))
+                break
+        else:
+            generation = steps.value.drop_context(plans[0].lead)
+        if generation.filled is not None:
+            # a template ends with its last piece
+            ends = generation.filled.ends.tolist()
+            for one, end, stream, tokens in zip(
+                plans, ends, streams, generation.tokens, strict=True
+            ):
+                stream.add(tokens if one.continues else tokens[:end])
+        for stream in streams:
+            stream.close()
+        texts = [stream.text for stream in streams]
+        return Written(rows, texts, generation, streams, plans[0].particles)
+
+    def _stream(self, row: int) -> TextStream:
+        """Reads the tokens of a sample. Stops count after its prompt."""
+        tokenizer = self.lm.tokenizer
+        one = self.plan(row)
+        start = 0
+        if self.request.template is None and one.reading is not None:
+            start = len(tokenizer.decode(one.reading.tokens.tolist()))
+        return TextStream(tokenizer, self.stops, start=start, end=one.end)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Samples of one batch."""
+
+    rows: range
+    """Their numbers among all samples of the request."""
+    texts: list[str]
+    """Each up to its first stop, or to its end."""
+    generation: Generation
+    streams: Sequence[TextStream]
+    """The reader of each."""
+    particles: int
+    """Candidates of each."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each, up to an end of the document, if that came."""
+        return [stream.length for stream in self.streams]
+
+
+def write_texts(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
+    """The texts: `num` of every prompt, in order."""
+    if request.prompt is not None and not request.prompt and not isinstance(request.prompt, str):
+        return []
+    samples = Samples(request, lm)
+    progress.stage("sampling, tokens", samples.num_tokens)
+    return [text for batch in samples.batches(progress) for text in batch.texts]
+
+
+def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan]:
+    """A plan for every prompt, for the template, or for free samples.
+
+    Documents are written `past_end` where all of a window is to be seen. UserError for texts that
+    the model cannot read, and for what has no effect.
+    """
+    how = request.normalize
+    prompts = as_texts(request.prompt or (), "prompt")
+    readings = [
+        read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=True) for prompt in prompts
+    ]
+    if request.template is not None:
+        readings = [read_template(lm.tokenizer, request.template, request.blank, normalize=how)]
+    is_constrained = request.without or request.contains or request.allowed is not None
+    if request.particles is not None and not readings and not is_constrained:
+        what = f"particles {request.particles}: nothing is given that could weigh them"
+        raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
+    words = None
+    if request.contains is not None:
+        words = read(lm.tokenizer, f" {request.contains}", name="contains", normalize=how)
+    return [_of_reading(request, lm, one, words, past_end) for one in (*readings,) or (None,)]
+
+
+def _of_reading(
+    request: Writing,
+    lm: Checkpoint,
+    reading: Reading | None,
+    words: Reading | None,
+    past_end: bool,
+) -> Plan:
+    """The plan of a prompt or template, or of a free text, with `words` unless it has them."""
+    tokenizer = lm.tokenizer
+    is_template = request.template is not None
+    allowed = cast(Allowed | None, request.allowed)
+    if request.without:
+        allowed = tokens_without(tokenizer, request.without)
+    # the end of the document before, so that a free sample begins one
+    begins = reading is None and tokenizer.end is not None
+    lead = torch.tensor([tokenizer.end] if begins else []).long()
+    count = 0 if reading is None else len(reading.tokens)
+    is_one_window = past_end or allowed is not None or words is not None
+    shown = _length(request, count, lm.model.config.context, len(lead), is_one_window)
+    template: list[Tensor | Gap] = [lead]
+    if reading is not None:
+        template += reading.parts or [reading.tokens]
+        if not is_template and count >= shown:
+            notice = "" if reading.notice is None else f"; {reading.notice}"
+            raise UserError(f"{no_room(count, shown)}{notice}")
+    text = "" if reading is None else f" {reading.text}"
+    if words is not None and not re.search(rf"{re.escape(words.text)}(?!\w)", text):
+        room = shown - count - len(words.tokens)
+        if room < 0:
+            what = f"contains {request.contains!r}: with the prompt it has {-room} tokens more"
+            raise UserError(f"{what} than the length of {shown}: raise the length")
+        template += [Gap(room, least=0, once=True), words.tokens]
+    usual = lm.run.temperature if request.temperature is None else request.temperature
+    found = plan(
+        lm.model,
+        template,
+        replace(request, temperature=usual),
+        num_tokens=len(lead) + shown,
+        allowed=allowed,
+        # given text on both sides of what is drawn is in one document
+        banned=tokenizer.end if is_template or words is not None else None,
+        end=None if is_template or past_end or not request.stop_at_end else tokenizer.end,
+        lead=len(lead),
+        continues=not is_template or request.num_tokens is not None,
+    )
+    return replace(found, reading=reading)
+
+
+def _length(request: Writing, count: int, context: int, lead: int, is_one_window: bool) -> int:
+    """Tokens of a text, without its lead, of which `count` are in its prompt or template."""
+    if request.max_new_tokens is not None:
+        return count + request.max_new_tokens
+    if request.num_tokens is not None:
+        is_whole = is_one_window and request.num_tokens == context > 1
+        return request.num_tokens - (lead if is_whole else 0)
+    return count if request.template is not None else max(1, context - lead)

@@ -1,0 +1,341 @@
+"""From plans to tokens: one window of noise after the other becomes text (docs/math.md, 7 and 9).
+
+A window is a text of at most the trained context. When it is full, its last half (in whole
+positions) becomes the prompt of the next one; everything before is forgotten.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.data.windows import spans
+from tarflowlm.device import keep_freed_memory, threads_for
+from tarflowlm.errors import SILENT, Progress
+from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.generation.gaps import GapFilter
+from tarflowlm.generation.inversion import Returning, draws_last, finish, stack_inversion
+from tarflowlm.generation.particles import UpperBlocks, Weights, particle_filter
+from tarflowlm.generation.plan import Allowed, Plan, Prompt, Way, row_plans, row_streams
+from tarflowlm.generation.rows import LatentPositions, TokenPositions
+from tarflowlm.generation.sampling import BLANK, Generation, Noise, Work, num_leading
+from tarflowlm.model import LanguageModel, TarFlowLM, as_flow, check_model
+from tarflowlm.requests import Sampling, options_of
+from tarflowlm.runs.checkpoint import Checkpoint
+
+R = TypeVar("R")
+Parts = Generator[Tensor, None, Generation]
+"""Writes a text: yields its next tokens [num, n], each once, and returns the whole."""
+
+
+def generate_plainly(
+    model: LanguageModel, num_tokens: int, num: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """`num` free texts [num, T] of whole patches, as the formulas say it: to read, and to test by.
+
+    Noise is inverted by all blocks, and latents are decoded (docs/math.md, eqs. 2 and 5); the
+    baseline draws token after token from its conditionals.
+    """
+    if isinstance(model, TokenLM):
+        tokens = torch.zeros(num, num_tokens, dtype=torch.long)
+        for t in range(num_tokens):
+            probabilities = model.logits(tokens)[:, t].softmax(-1)
+            tokens[:, t] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return tokens
+    flow = as_flow(model)
+    noise = flow.draw_noise(torch.zeros(num, num_tokens, dtype=torch.long), generator)
+    return flow.codebook.decode(flow.prior.inverse(noise))
+
+
+@options_of(Sampling)
+def generate(
+    model: LanguageModel | Checkpoint,
+    *,
+    num_tokens: int,
+    num: int = 1,
+    prompt: Prompt | None = None,
+    allowed: Allowed | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Generation:
+    """Draw `num` samples of `num_tokens` tokens each, given ones included (docs/math.md, 7 and 9).
+
+    `model` is a model, or what `load` returns. At temperature 1, without top-k, top-p or given
+    tokens, the latents are exact samples; their most probable tokens are exact, too, where the
+    codebook is sharp.
+
+    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token
+    to draw, anywhere. A prompt at the start is exact for the baseline and, given its latents, for a
+    single block and for a stack without blocks from right to left. Otherwise the drawn tokens
+    ignore given tokens further right and the dependence that the upper blocks describe.
+    R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
+    By default R is 16 where given tokens follow a blank or draws are constrained, and else 1.
+
+    A list of pieces [S] with a `Gap` between them leaves open how many tokens the gap has: every
+    number is weighted by its evidence, under a uniform prior. `allowed` is a mask [V] of the tokens
+    that may be drawn, or a function to it from the tokens [n] so far. Particles are weighted by the
+    probability of the allowed tokens, so a ban also acts on earlier choices. Both are exact in the
+    limit of many particles, and ask for weights of tokens in block 1 and one token per position
+    (docs/math.md, eq. 23).
+
+    `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
+    block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
+    flows refuse. In a stack that fills in (eq. 9a), the weights of all blocks change, with several
+    particles those of block 1 alone.
+
+    `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
+    given tokens.
+
+    `decoder`: "steps" inverts position by position, "sweeps" in parallel, equal up to rounding,
+    "auto" by the cheaper. "draw" draws block L from its mixtures instead of inverting noise, with
+    the same distribution; "auto" does so, too, unless sweeps cost less. Given tokens, temperature,
+    top-k and top-p make block 1 take steps, or draw.
+
+    Row b has a random stream of its own, made from `generator` and b, or the one of a list of
+    `num` generators. `progress` counts tokens of all samples.
+
+    UserError for a prompt or settings that the model cannot take.
+    """
+    model = model.model if isinstance(model, Checkpoint) else model
+    check_model(model)
+    streams = row_streams(generator, num)
+    plans = row_plans(
+        model, prompt, len(streams), Sampling(**options), num_tokens=num_tokens, allowed=allowed
+    )
+    return finish(write(model, plans, streams, progress, every=num_tokens))
+
+
+def write(
+    model: LanguageModel,
+    plans: Sequence[Plan],
+    generators: Sequence[torch.Generator],
+    progress: Progress = SILENT,
+    every: int = 1,
+) -> Parts:
+    """Write a batch of texts, with a plan and a generator for each, which are `together`.
+
+    The next tokens [num, n] of all samples are yielded as they become final, int64 on the CPU,
+    given tokens included: at least `every` of them, except for given tokens at the start and the
+    end of a window. With particles, and where block 1 is inverted by sweeps, a text comes at the
+    end of its window. The generator returns the `Generation`; to stop a text, close it.
+
+    Samples of one particle end: after the token `end` of their plan all tokens are it, and once a
+    quarter of the samples have ended they are left out of the work on block 1.
+    """
+    keep_freed_memory()
+    steps = _write(model, plans, generators, progress, every)
+    while True:
+        # between two parts, the reader has its own settings of PyTorch
+        with torch.no_grad(), threads_for(len(plans) * plans[0].particles):
+            try:
+                part = next(steps)
+            except StopIteration as end:
+                result: Generation = end.value
+                return result
+        yield part
+
+
+class Meter(Progress):
+    """Tells `progress` of finished tokens, while work passes positions of windows and blocks."""
+
+    def __init__(self, progress: Progress, num_tokens: int, positions: int) -> None:
+        self.progress = progress
+        self.num_tokens = num_tokens
+        self.positions = positions
+        self.passed = 0
+
+    def advance(self, count: int = 1) -> None:
+        before = self.num_tokens * self.passed // self.positions
+        self.passed = min(self.positions, self.passed + count)
+        self.progress.advance(self.num_tokens * self.passed // self.positions - before)
+
+
+def _write(
+    model: LanguageModel,
+    plans: Sequence[Plan],
+    generators: Sequence[torch.Generator],
+    progress: Progress,
+    every: int,
+) -> Parts:
+    plan = plans[0]
+    num, T = len(plans), plan.num_tokens
+    noise = Noise(model, generators, plan.particles)
+    if plan.way == "gaps":
+        result = GapFilter(plan, noise, Meter(progress, num * T, T)).write()
+        yield result.tokens.cpu()
+        return result
+    config = model.config
+    tokens = torch.stack([one.given for one in plans])
+    # what begins all samples is known before they are written
+    shown = num_leading((tokens != BLANK).all(0))
+    if shown:
+        yield tokens[:, :shown].clone()
+    # a text of one window needs no prompt in it
+    given = int((tokens != BLANK).sum(1).min()) if config.context < T else 0
+    bounds = spans(T, config.context, patch=config.patch, given=given)
+    positions = sum(-(-(end - start) // config.patch) for start, end in bounds)
+    # several particles are final at the end of the text alone
+    can_end = plan.end is not None and plan.particles == 1
+    window = Window(
+        model=model,
+        plan=plan,
+        noise=noise,
+        given=tokens,
+        progress=Meter(progress, num * T, positions * model.num_blocks),
+        every=every,
+        ended=torch.zeros(num, dtype=torch.bool) if can_end else None,
+    )
+    windows: list[Generation] = []
+    for start, end in bounds:
+        part = replace(window, given=tokens[:, start:end], shown=shown - start)
+        windows.append((yield from part.write()))
+        tokens[:, start:end] = windows[-1].tokens.cpu()
+        shown = end
+        # every further window has a prompt of whole positions
+        after: Way = "inversion" if config.continues_exactly else "filter"
+        window = replace(window, plan=replace(plan, way=after))
+    if len(windows) == 1 and bounds[0] == (0, T):
+        return windows[0]
+    return Generation(
+        tokens.to(windows[0].tokens.device),
+        # else part of the prompt is in no window
+        evidence=windows[0].evidence if bounds[0][0] == 0 else None,
+        work=tuple(
+            Work(work[0].decoder, sum(one.passes for one in work))
+            for work in zip(*(one.work for one in windows), strict=True)
+        ),
+    )
+
+
+@dataclass
+class Window:
+    """A text of at most the context, to be written."""
+
+    model: LanguageModel
+    plan: Plan
+    noise: Noise
+    given: Tensor
+    """The given tokens, BLANK elsewhere, [num, T] on the CPU."""
+    progress: Progress
+    every: int
+    """Fewest tokens that are yielded at once, except at the end."""
+    ended: Tensor | None
+    """The samples that have ended, [num]."""
+    shown: int = 0
+    """The first so many tokens have been yielded."""
+    tokens: Tensor = field(init=False)
+    """The tokens that have been yielded, the given ones after them, and else BLANK."""
+
+    def write(self) -> Parts:
+        """Tokens for the blanks of `given`."""
+        num_tokens = self.given.shape[1]
+        self.tokens = self.given.clone()
+        whole = F.pad(self.given, (0, -num_tokens % self.model.config.patch), value=BLANK)
+        if isinstance(self.model, TokenLM):
+            result = yield from self._from_baseline(self.model, whole)
+        elif self.plan.way == "inversion":
+            result = yield from self._inverted(as_flow(self.model), whole)
+        else:
+            result = yield from self._completed(as_flow(self.model), whole)
+        if self.shown < num_tokens:
+            yield self._next(result.tokens[:, self.shown :])
+        # samples that have ended have no latents
+        latents = result.latents if self.ended is None else None
+        return replace(result, tokens=self.tokens.to(result.tokens.device), latents=latents)
+
+    def _next(self, tokens: Tensor) -> Tensor:
+        """The next tokens: `tokens` [num, n], or the given ones; after an end all are ends."""
+        found = self.tokens[:, self.shown : self.shown + tokens.shape[1]]
+        is_blank = found == BLANK
+        found[:] = torch.where(is_blank, tokens[:, : found.shape[1]].cpu(), found)
+        if self.ended is not None and self.plan.end is not None:
+            is_over = ((found == self.plan.end) & is_blank).cumsum(1).bool() | self.ended[:, None]
+            found.masked_fill_(is_over, self.plan.end)
+            self.ended |= is_over[:, -1]
+        self.shown += found.shape[1]
+        return found.clone()
+
+    def _read(self, steps: Generator[Tensor, None, R]) -> Generator[Tensor, None, R]:
+        """Run `steps`, which yield the values of the first positions, as far as they are final."""
+        patch = self.model.config.patch
+        returning = Returning(steps)
+        for values in returning:
+            if values.shape[1] * patch >= self.shown + self.every:
+                first = self.shown // patch
+                tokens = values[:, first:].flatten(1)
+                if isinstance(self.model, TarFlowLM):
+                    z = self.model.prior.patch.inverse(values[:, first:])
+                    tokens = self.model.codebook.decode(z)
+                yield self._next(tokens[:, self.shown - first * patch :])
+        return returning.value
+
+    def _inverted(self, flow: TarFlowLM, given: Tensor) -> Parts:
+        """Noise inverted block by block, after the known states of a prompt."""
+        num_tokens = given.shape[1]
+        num = num_leading((given != BLANK).all(0))
+        noise = self.noise.normal(num_tokens, flow.config.latent_dim)
+        known: list[Tensor] = []
+        evidence = None
+        if num:
+            z = flow.codebook.encode(given[:, :num].to(noise.device), noise[:, :num])
+            known, log_dets = flow.prior.states(z)
+            log_p = standard_normal_log_prob(known[-1]) + torch.cat(log_dets, -1).sum(-1)
+            weights = Weights(self.noise)
+            weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
+            evidence = weights.evidence()
+            noise = torch.cat((known[-1], noise[:, num:]), 1)
+        draws = draws_last(flow, self.plan.decoder)
+        steps = stack_inversion(
+            flow,
+            noise,
+            decoder=self.plan.decoder,
+            adjust=self.plan.adjust,
+            known=known,
+            uniform=self.noise.draws(num_tokens) if draws else None,
+            ended=self.ended,
+            progress=self.progress,
+        )
+        states, work = yield from self._read(steps)
+        tokens = flow.codebook.decode(states[-1])
+        return Generation(tokens, evidence, tuple(work), latents=states[-1])
+
+    def _completed(self, flow: TarFlowLM, given: Tensor) -> Parts:
+        """A particle filter through block 1 (docs/math.md, section 9)."""
+        num_tokens = given.shape[1]
+        spread = given.repeat_interleave(self.plan.particles, dim=0)
+        is_known = spread != BLANK
+        draws = draws_last(flow, self.plan.decoder)
+        adjust = self.plan.adjust
+        source = UpperBlocks(self.noise, is_known, self.plan.decoder, draws, adjust, self.progress)
+        eps = self.noise.normal(num_tokens, flow.config.latent_dim)
+        known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
+        uniform = self.noise.draws(num_tokens) if draws and source.single else None
+        rows = LatentPositions(flow, source.draw, known, is_known, adjust, uniform)
+        rows.ended = self.ended
+        steps = particle_filter(rows, self.noise, source.redraw, self.progress)
+        weights = yield from self._read(steps)
+        weights.add(source.log_factor(flow.prior.patch.inverse(rows.noise)))
+        z = flow.prior.patch.inverse(rows.values)[weights.pick()]
+        own = Work("steps" if uniform is None else "draw", rows.num_positions)
+        tokens = flow.codebook.decode(z)
+        return Generation(tokens, weights.evidence(), (*source.work, own), latents=z)
+
+    def _from_baseline(self, model: TokenLM, given: Tensor) -> Parts:
+        num_tokens = given.shape[1]
+        spread = given.repeat_interleave(self.plan.particles, dim=0)
+        uniform = self.noise.uniform(num_tokens)
+        rows = TokenPositions(model, uniform, spread, spread != BLANK, self.plan.adjust)
+        rows.ended = self.ended
+
+        def redraw(samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
+            return self.noise.of(samples).uniform(num_tokens)
+
+        steps = particle_filter(rows, self.noise, redraw, self.progress)
+        weights = yield from self._read(steps)
+        found = rows.values.flatten(1)[weights.pick()]
+        return Generation(found, weights.evidence() if (given != BLANK).any() else None)

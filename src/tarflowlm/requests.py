@@ -1,0 +1,368 @@
+"""Requests as plain data. No torch here: their fields are options of the command line, too.
+
+A field has its range in its type, and its docstring is the help of its option. What a request asks
+for is decided by `generation.plan`, `editing` and `evaluation`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial, wraps
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    ClassVar,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    cast,
+    get_type_hints,
+)
+
+import tyro
+
+from tarflowlm import options
+from tarflowlm.config import Decoder, Pick
+from tarflowlm.errors import unknown
+from tarflowlm.options import arg
+from tarflowlm.schema import (
+    Checked,
+    Count,
+    Length,
+    Seed,
+    Share,
+    Temperature,
+    TopP,
+    Whole,
+    checked,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tarflowlm.flow.couplings import AdjustWeights
+
+P = ParamSpec("P")
+Q = TypeVar("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Checked):
+    """Plain data that holds everything on which the result depends."""
+
+    COMMAND: ClassVar[str]
+    seed: Seed = 0
+    """The same seed gives the same result."""
+    normalize: options.Normalize = None
+
+    @property
+    def num_each(self) -> int:
+        """Results of every text: `num`, or one."""
+        return getattr(self, "num", None) or 1
+
+    def command(self, name: str) -> list[str]:
+        """The shell command that gives the same with the model called `name`."""
+        words = ["tarflowlm", self.COMMAND, name]
+        # those of the class itself before those of its bases
+        owners = [vars(kind).get("__annotations__", {}) for kind in type(self).__mro__]
+        for one in (one for names in owners for one in fields(self) if one.name in names):
+            value = getattr(self, one.name)
+            if value == one.default:
+                continue
+            option = options.flag(one.name)
+            many = isinstance(value, (tuple, list))
+            if isinstance(value, bool):
+                words.append(option)
+            elif many and one.name not in ("stop", "rewrite"):
+                words += [option, *value]
+            else:
+                for text in value if many else [str(value)]:
+                    # else it would be read as an option
+                    words += [f"{option}={text}"] if text.startswith("-") else [option, text]
+        return words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Checked):
+    """How tokens are drawn. An option of `sample` is a field here, and its effect is below."""
+
+    temperature: Annotated[Temperature | None, arg("FLOAT")] = None
+    """Raise the probabilities of tokens to the power 1 / temperature. The default is the model's
+    own.
+    """
+    top_k: Annotated[Count | None, arg("INT")] = None
+    """Keep the k most probable tokens."""
+    top_p: Annotated[TopP | None, arg("FLOAT")] = None
+    """Keep the smallest set of tokens that holds this probability."""
+    particles: Annotated[Count | None, arg("INT")] = None
+    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
+    many. The default is 16 under a constraint and with text after a blank, else 1.
+    """
+    decoder: Annotated[Decoder, arg()] = "auto"
+    """steps: invert blocks one position at a time; sweeps: in parallel; auto: the cheaper; draw:
+    sample the last block.
+    """
+
+    def adjust(self, vocab_size: int) -> "AdjustWeights | None":
+        """A map of log-weights of tokens [..., V], or None for the identity (docs/math.md, 7).
+
+        It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the
+        smallest set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest
+        finite log-weight: probability zero.
+        """
+        import torch
+
+        temperature = 1.0 if self.temperature is None else self.temperature
+        # masks of the tokens that are dropped, from log-probabilities
+        drops: list[Callable[[Tensor], Tensor]] = []
+        if self.top_k is not None and self.top_k < vocab_size:
+            drops.append(partial(_all_but_largest, count=self.top_k))
+        # rounding lets a cumulative sum reach 1 before the last tokens
+        if self.top_p is not None and self.top_p < 1.0:
+            drops.append(partial(_all_but_nucleus, share=self.top_p))
+        if temperature == 1.0 and not drops:
+            return None
+
+        def adjusted(log_w: "Tensor") -> "Tensor":
+            log_w = torch.log_softmax(log_w / temperature, dim=-1)
+            for is_dropped in drops:
+                log_w = log_w.masked_fill(is_dropped(log_w), torch.finfo(log_w.dtype).min)
+            return log_w
+
+        return adjusted
+
+
+ADJUSTMENTS = {one.name for one in fields(Sampling)} - {"particles", "decoder"}
+"""Options that change the weights of tokens."""
+
+
+def _all_but_largest(log_w: "Tensor", count: int) -> "Tensor":
+    """False for the `count` largest: by index, so that ties do not keep more."""
+    kept = log_w.topk(count, dim=-1).indices
+    return (log_w == log_w).scatter(-1, kept, False)
+
+
+def _all_but_nucleus(log_w: "Tensor", share: float) -> "Tensor":
+    """False for the smallest set of the largest whose probability reaches `share`."""
+    ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
+    # a token is kept when the mass before it has not reached the share
+    is_after = ordered.cumsum(-1) - ordered >= share
+    return is_after.new_zeros(is_after.shape).scatter(-1, order, is_after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing(Sampling, Request):
+    """Texts to write: prompts continued, the blanks of a template filled in, or free samples."""
+
+    COMMAND = "sample"
+    NAMES: ClassVar = {"num_tokens": "length"}
+    EXCLUSIVE: ClassVar = {
+        "template": ("prompt", "contains", "stop", "stop_at_end", "max_new_tokens"),
+        "max_new_tokens": ("num_tokens",),
+        "contains": ("stop",),
+        "without": ("allowed",),
+    }
+    NEEDS: ClassVar = {"blank": ("template",)}
+
+    prompt: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = field(
+        default=None, kw_only=False
+    )
+    """Text to continue. Exact for one block; an approximation for more, see --particles."""
+    template: options.Text = None
+    """Text with a blank for every token to fill in: "the ____ of ____". With word pieces, a blank
+    includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12.
+    """
+    blank: Annotated[str, arg("CHARACTER")] = "_"
+    """Character that marks a blank in the template; after a backslash it is itself."""
+    without: Annotated[str, arg("LETTERS")] = ""
+    """Write nothing with these letters, small or capital. Given text may have them."""
+    contains: options.Text = None
+    """Words that must appear after the prompt, unless it has them."""
+    allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """The tokens that may be drawn, as `generate` takes them."""
+    num_tokens: Annotated[Length | None, arg("INT", name="length")] = None
+    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
+    window slides: its last half is the next prompt.
+    """
+    max_new_tokens: Annotated[Length | None, arg("INT")] = None
+    """Tokens after the prompt, instead of --length."""
+    num: Annotated[Length | None, arg("INT")] = None
+    """Number of samples (1)."""
+    stop: Annotated[
+        str | Sequence[str],
+        tyro.conf.UseAppendAction,
+        arg("TEXT", constructor=tuple[str, ...]),
+    ] = ()
+    """End a sample before this text, once it follows the prompt. May be given several times."""
+    stop_at_end: Annotated[bool, arg(help="Continue past the end of a document.", name="stop")] = (
+        True
+    )
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        # an empty prompt is none
+        if not isinstance(self.prompt, str | None) and "" in self.prompt:
+            yield "prompt", "give at least one character"
+        if "" in as_texts(self.stop):
+            yield "stop", "give at least one character"
+        if self.contains is not None and not self.contains.strip():
+            yield "contains", "give some words, or leave it out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(Request):
+    """A text to edit: by default some of its words are drawn anew given all others."""
+
+    COMMAND = "edit"
+    EXCLUSIVE: ClassVar = {
+        "rewrite": ("replace", "level", "strength", "words", "pick"),
+        "replace": ("level", "strength", "words", "pick"),
+        "level": ("candidates", "temperature"),
+    }
+    NEEDS: ClassVar = {"everywhere": ("rewrite",), "around": ("replace",), "decoder": ("level",)}
+
+    text: Annotated[str, arg("TEXT")] = field(kw_only=False)
+    """The text to edit."""
+    rewrite: Annotated[
+        str | Sequence[str],
+        tyro.conf.UseAppendAction,
+        arg("PIECE", constructor=tuple[str, ...]),
+    ] = ()
+    """Draw this piece of the text anew, a word or more, given everything else. May be given several
+    times.
+    """
+    everywhere: options.Flag = False
+    """With --rewrite: every occurrence, as whole words."""
+    replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
+    """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
+    around: Annotated[Whole, arg("INT")] = 1
+    """With --replace: words on each side that may be drawn anew."""
+    level: Annotated[Whole | None, arg("INT")] = None
+    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
+    the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps, with s the strength.
+    """
+    strength: Annotated[Share, arg("FLOAT")] = 0.1
+    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 changes a word
+    here and there, 1 leaves none. With --level: how much noise the states get.
+    """
+    words: Annotated[Count | None, arg("INT")] = None
+    """Number of words to draw anew, not a share. With --level: only these get noise."""
+    pick: Annotated[Pick, arg()] = "random"
+    """Words to draw anew: random ones, or the most unlikely ones."""
+    candidates: Annotated[Count, arg("INT")] = 32
+    """Candidates for every piece that is drawn anew, weighted by the rest of the text."""
+    temperature: Annotated[Temperature | None, arg("FLOAT")] = None
+    """Raise the probabilities of tokens to the power 1 / temperature (0.7)."""
+    decoder: Annotated[Literal["auto", "steps", "sweeps"], arg()] = "auto"
+    """With --level: how to invert a block, see `tarflowlm sample --help`."""
+    num: Annotated[Length | None, arg("INT")] = None
+    """Number of edits, each with its own noise (1)."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        # to a state both apply: noise of a strength, at a number of words
+        if self.level is None and self.words is not None and self.strength != 0.1:
+            yield "words", "leave it or the strength out"
+        if self.level is not None and self.words is None and self.pick != "random":
+            yield "pick", "has no effect on a whole state, add words"
+
+    @property
+    def kind(self) -> Literal["words", "rewrite", "replace", "level"]:
+        """What the edit changes."""
+        if self.level is not None:
+            return "level"
+        if self.rewrite:
+            return "rewrite"
+        return "words" if self.replace is None else "replace"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Request):
+    """Texts of any length, whose tokens are given their bits."""
+
+    COMMAND = "score"
+    text: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = field(
+        default=None, kw_only=False
+    )
+    """The text to score."""
+    samples: Count = 8
+    """Posterior samples averaged in the bound of a flow; the baseline is exact."""
+
+
+def as_texts(value: str | Sequence[str], name: str = "text") -> tuple[str, ...]:
+    """One text or several. UserError for anything else."""
+    found = checked(value, str | Sequence[str], name)
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def takes(
+    make: Callable[P, Q],
+) -> Callable[[Callable[[S, Q], R]], Callable[Concatenate[S, P], R]]:
+    """A method that takes a request becomes one that takes the fields of the request.
+
+    `help` shows them, mypy checks them, and UserError names one that there is not.
+    """
+
+    def decorate(method: Callable[[S, Q], R]) -> Callable[Concatenate[S, P], R]:
+        @options_of(make)
+        @wraps(method)
+        def called(self: S, *args: P.args, **options: P.kwargs) -> R:
+            return method(self, make(*args, **options))
+
+        return cast(Callable[Concatenate[S, P], R], called)
+
+    return decorate
+
+
+def options_of(make: Callable[..., object]) -> Callable[[R], R]:
+    """A function whose last parameter stands for those of `make`, which `help` shows instead.
+
+    UserError for options that are no parameters.
+    """
+
+    def decorate(function: R) -> R:
+        act = cast(Callable[..., object], function)
+        own = inspect.signature(act)
+        first = list(own.parameters.values())[:-1]
+        hints = get_type_hints(make)
+        others = [
+            one.replace(annotation=hints.get(one.name, one.annotation))
+            for one in inspect.signature(make).parameters.values()
+        ]
+        shown = inspect.Signature(
+            sorted([*first, *others], key=lambda one: one.kind),
+            return_annotation=own.return_annotation,
+        )
+
+        @wraps(act)
+        def called(*args: object, **options: object) -> object:
+            for name in options:
+                if name not in shown.parameters:
+                    names = [one.name for one in others]
+                    raise unknown("option", name, names)
+            return act(*args, **options)
+
+        called.__signature__ = shown  # type: ignore[attr-defined]
+        return cast(R, called)
+
+    return decorate
+
+
+def filling(
+    make: Callable[Concatenate[str | Sequence[str] | None, P], Writing],
+) -> Callable[Concatenate[str, P], Writing]:
+    """A maker of requests that fill a template, which comes first."""
+
+    def fill(template: str, *args: P.args, **options: P.kwargs) -> Writing:
+        checked(template, str, "template")
+        return cast(Callable[..., Writing], make)(*args, template=template, **options)
+
+    parameters = dict(inspect.signature(make).parameters)
+    first = parameters["prompt"].replace(
+        name="template", default=inspect.Parameter.empty, annotation=str
+    )
+    others = [one for name, one in parameters.items() if name not in ("prompt", "template")]
+    fill.__signature__ = inspect.Signature([first, *others])  # type: ignore[attr-defined]
+    fill.__annotations__ = get_type_hints(make) | {"template": str}
+    return cast(Callable[Concatenate[str, P], Writing], fill)
