@@ -59,6 +59,7 @@ def test_score(run, models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_data(run_json, corpus_file, tmp_path):
     argv = ["data", corpus_file, "--kind", "byte", "--normalize", "none", "--json", "--out"]
     one = run_json(*argv[:-2], "--out", tmp_path / "one")
