@@ -15,12 +15,11 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
-from tarflowlm.flow.codebook import Codebook, NoisyCodebook
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.fills import FillsIn
-from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.plan import BlockShape, Order
+from tarflowlm.flow.plan import Order, block_shape
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model_config import FlowConfig, LanguageModelConfig, MixD
@@ -237,26 +236,8 @@ class TarFlowLM(LanguageModel):
         """Build the next block; one below it with `certainty` then only fills in (eq. 9a)."""
         config, index = self.config, self.num_blocks
         options = config.blocks[index]
-        above_fills = config.fills_below(index)
-        # a block that fills in puts out noise, or latents as they came
-        components = NoisyCodebook(self.codebook) if above_fills else self.codebook
-        head = HeadShape(
-            width=config.trunk.width,
-            hidden=config.head_hidden,
-            features=config.head_features,
-            linear_paths=config.head == "linear-paths",
-            embed_bias=config.head == "paper",
-            # a block that is put on a trained stack must not harm it: it starts as the identity
-            noise=0.1 if index == 0 else 0.0,
-        )
-        shape = BlockShape(
-            patch=config.patch,
-            latent_dim=config.latent_dim,
-            is_first=index == 0,
-            components=components,
-            head=head,
-        )
-        reads = config.reads_tokens and (index == 0 or above_fills)
+        shape = block_shape(config, index, self.codebook)
+        reads = config.reads_tokens and (index == 0 or config.fills_below(index))
         block = FlowBlock(
             trunk=config.trunk,
             num_layers=options.layers,
@@ -266,7 +247,7 @@ class TarFlowLM(LanguageModel):
                 mix=index if config.mixes_channels else 0,
             ),
             coupling=options.build(shape),
-            codebook=components if reads else None,
+            codebook=shape.components if reads else None,
         )
         below = config.blocks[index - 1] if index else None
         if isinstance(below, MixD) and below.certainty:

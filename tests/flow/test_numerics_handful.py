@@ -81,7 +81,7 @@ def test_equals_the_reference_in_latents(dtype, shape, sharper, patience):
     u, log_w, mean, log_std = codebook_case(24, *shape, seed=4, dtype=dtype)
     u[0] = torch.linspace(-6, 6, shape[1], dtype=dtype)
     book = log_w, mean, log_std - sharper
-    exact, _ = reference.rosenblatt_inverse(*(t.double() for t in (u, *book)))
+    exact = reference.rosenblatt_inverse(*(t.double() for t in (u, *book)))
     z, left = few_rows.rosenblatt_inverse(u, *book)
     assert set(left) <= {0}
     z[left] = cpu.by_channels(u[left], log_w[left], *book[1:])

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -136,19 +135,3 @@ class Codebook(nn.Module):
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The most probable token of every latent vector."""
         return numerics.most_probable_component(z, self.mean, self.log_std)
-
-
-class NoisyCodebook:
-    """The components of a codebook and, last, N(0, I): the outputs of a block with `certainty`."""
-
-    def __init__(self, codebook: Codebook) -> None:
-        self.codebook = codebook
-        self.vocab_size = codebook.vocab_size + 1
-
-    @property
-    def mean(self) -> Float[Tensor, "K d"]:
-        return F.pad(self.codebook.mean, (0, 0, 0, 1))
-
-    @property
-    def log_std(self) -> Float[Tensor, " K"]:
-        return F.pad(self.codebook.log_std, (0, 1))

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from tarflowlm.flow.codebook import NoisyCodebook
 from tarflowlm.flow.couplings import (
     AdjustWeights,
     ByPosition,
@@ -12,6 +11,7 @@ from tarflowlm.flow.couplings import (
     Latents,
 )
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.plan import NoisyCodebook
 
 
 class FillsIn(MixDCoupling):

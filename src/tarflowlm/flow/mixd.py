@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tarflowlm import chunks
 from tarflowlm.flow import full_precision, numerics, widen
-from tarflowlm.flow.codebook import Codebook, NoisyCodebook
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import (
     AdjustWeights,
     ByPosition,
@@ -27,7 +27,7 @@ from tarflowlm.flow.couplings import (
     inverse_cdf,
 )
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.plan import BlockShape
+from tarflowlm.flow.plan import BlockShape, NoisyCodebook
 from tarflowlm.model_config import MixD
 
 

@@ -1,14 +1,16 @@
-"""Patches and orders of latents, and the shape for which a coupling is built."""
+"""Patches and orders of latents, and the shape of a block for which a coupling is built."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.codebook import Codebook, NoisyCodebook
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.heads import HeadShape
+from tarflowlm.model_config import FlowConfig
 
 
 class Patch(nn.Module):
@@ -71,6 +73,22 @@ class Order(nn.Module):
         return x.flip(1) if self.reverse else x
 
 
+class NoisyCodebook:
+    """The components of a codebook and, last, N(0, I): the outputs of a block with `certainty`."""
+
+    def __init__(self, codebook: Codebook) -> None:
+        self.codebook = codebook
+        self.vocab_size = codebook.vocab_size + 1
+
+    @property
+    def mean(self) -> Float[Tensor, "K d"]:
+        return F.pad(self.codebook.mean, (0, 0, 0, 1))
+
+    @property
+    def log_std(self) -> Float[Tensor, " K"]:
+        return F.pad(self.codebook.log_std, (0, 1))
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """What a coupling is built from, besides its own options."""
@@ -90,3 +108,24 @@ class BlockShape:
     def channels(self) -> int:
         """Channels C of a position."""
         return self.patch * self.latent_dim
+
+
+def block_shape(config: FlowConfig, index: int, codebook: Codebook) -> BlockShape:
+    """The shape of block `index` (0-based) above the encoder's codebook."""
+    head = HeadShape(
+        width=config.trunk.width,
+        hidden=config.head_hidden,
+        features=config.head_features,
+        linear_paths=config.head == "linear-paths",
+        embed_bias=config.head == "paper",
+        # a block that is put on a trained stack must not harm it: it starts as the identity
+        noise=0.1 if index == 0 else 0.0,
+    )
+    return BlockShape(
+        patch=config.patch,
+        latent_dim=config.latent_dim,
+        is_first=index == 0,
+        # a block that fills in puts out noise, or latents as they came
+        components=NoisyCodebook(codebook) if config.fills_below(index) else codebook,
+        head=head,
+    )

@@ -17,11 +17,6 @@ from tarflowlm.flow.numerics.reference import Gradients
 
 Result = TypeVar("Result")
 
-CUTS = (5, 8), (8, 96)
-"""An inverse keeps one component in 8 from channel 5 on, one in 96 from channel 8 on: enough for 97
-rows of 100 at K = 50,257, d = 16 and codes 12 standard deviations apart.
-"""
-
 
 class Maps(NamedTuple):
     """One implementation of every map, on rows and without autograd, as `reference` defines it."""
@@ -51,26 +46,6 @@ def fused(function: Callable[..., Result], *tensors: Tensor) -> Result:
     return compiled(function)(*tensors)
 
 
-@torch.no_grad()
-def by_cuts(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, scalar: Callable[..., Tensor]
-) -> Tensor:
-    """z [N, d] of a few components, and of all where these do not do."""
-    book = mean, log_std, scalar
-
-    def invert(u: Tensor, log_w: Tensor) -> Tensor:
-        if len(mean) < 1024:
-            return reference.rosenblatt_inverse(u, log_w, *book)[0]
-        z, is_right = reference.rosenblatt_inverse(u, log_w, *book, CUTS)
-        rest = (~is_right).nonzero().squeeze(-1)
-        if len(rest):
-            z[rest], _ = reference.rosenblatt_inverse(u[rest], log_w[rest], *book)
-        return z
-
-    rows = chunks.rows_at_once(len(mean), chunks.HELD_ACCELERATOR)
-    return torch.cat(chunks.in_parts(invert, rows, u, log_w))
-
-
 CPU = Maps(
     cpu.mixture_cdf,
     cpu.mixture_cdf_inverse,
@@ -89,7 +64,7 @@ REFERENCE = Maps(
     reference.mixture_log_density,
     reference.mixture_backward,
     partial(sweep.rosenblatt, budget=_held, of_channel=sweep.channel_in_place),
-    partial(by_cuts, scalar=reference.mixture_cdf_inverse),
+    partial(sweep.rosenblatt_inverse, scalar=reference.mixture_cdf_inverse),
     _held,
 )
 COMPILED = Maps(
@@ -98,7 +73,7 @@ COMPILED = Maps(
     partial(fused, reference.mixture_log_density),
     partial(fused, reference.mixture_backward),
     partial(sweep.rosenblatt, budget=_held, of_channel=partial(fused, sweep.channel)),
-    partial(by_cuts, scalar=partial(fused, reference.mixture_cdf_inverse)),
+    partial(sweep.rosenblatt_inverse, scalar=partial(fused, reference.mixture_cdf_inverse)),
     _held,
 )
 

@@ -111,7 +111,7 @@ def rosenblatt_inverse(
     """
     shape, flat, weights = flatten_vectors(u, log_w, mean, log_std)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std)):
-        z, _ = reference.rosenblatt_inverse(flat, weights, mean, log_std, mixture_cdf_inverse)
+        z = reference.rosenblatt_inverse(flat, weights, mean, log_std, mixture_cdf_inverse)
     else:
         z = maps_for(u, maps).rosenblatt_inverse(flat, weights, mean, log_std)
     return z.view(*shape, -1)

@@ -6,7 +6,6 @@ a branch would stop the device, and in the far tails on a CPU. The fast paths ar
 a_k = (z - m_k) / s_k is a standardised value; for the other letters see `tarflowlm.flow.numerics`.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -186,33 +185,14 @@ def rosenblatt_inverse(
     mean: Tensor,
     log_std: Tensor,
     scalar_inverse: Callable[..., Tensor] = mixture_cdf_inverse,
-    cuts: tuple[tuple[int, int], ...] = (),
-) -> tuple[Tensor, Tensor]:
-    """z [N, d], by the same recursion; differentiable if `scalar_inverse` is.
-
-    A cut (i, n) keeps the K / n heaviest components from channel i on. z is right where [N] the
-    bound on the others' mass, as in `few_rows`, is lost in the rounding of every tail.
-    """
-    kept = {i: len(mean) // n for i, n in cuts}
-    log_smallest_std = log_std.amin()
-    log_ulp = math.log(0.5 * torch.finfo(u.dtype).eps)
-    columns = mean.T[:, None]  # [d, 1, K], later [d, N, k]
-    log_std = log_std[None]
+) -> Tensor:
+    """z [N, d], by the same recursion; differentiable if `scalar_inverse` is."""
     log_alpha = torch.log_softmax(log_w, -1)
-    log_share = torch.full_like(u[:, 0], -math.inf)
-    is_right = torch.ones_like(log_share, dtype=torch.bool)
+    inv_std = torch.exp(-log_std)
     channels = list[Tensor]()
     for i, u_i in enumerate(u.unbind(-1)):
-        if i in kept:
-            log_alpha, top = log_alpha.topk(kept[i], sorted=False)
-            columns = columns.expand(-1, len(u), -1).take_along_dim(top[None], -1)
-            log_std = log_std.expand(len(u), -1).gather(-1, top)
-            log_share = torch.logaddexp(log_share, log_alpha.amin(-1) + math.log(len(mean)))
-        is_right &= log_share <= log_ulp + log_upper_tail(u_i.abs())
-        channels.append(scalar_inverse(u_i, log_alpha, columns[i], log_std))
-        a = (channels[-1][:, None] - columns[i]) * torch.exp(-log_std)
+        channels.append(scalar_inverse(u_i, log_alpha, mean[:, i], log_std))
+        a = (channels[-1][:, None] - mean[:, i]) * inv_std
         log_alpha = bayes_update(log_alpha, a, log_std)
-        log_p = torch.logsumexp(log_alpha, -1, keepdim=True)
-        log_alpha = log_alpha - log_p
-        log_share = log_share - log_smallest_std - log_p.squeeze(-1)
-    return torch.stack(channels, -1), is_right
+        log_alpha = log_alpha - torch.logsumexp(log_alpha, -1, keepdim=True)
+    return torch.stack(channels, -1)
