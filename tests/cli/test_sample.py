@@ -9,7 +9,7 @@ import pytest
 
 from tarflowlm import chunks
 from tarflowlm.data import TEXT8_ALPHABET
-from tarflowlm.data.streaming import first_stop
+from tarflowlm.data.prompts import first_stop
 from tarflowlm.generation import texts as samples
 
 MODELS = ("ar", "patches")

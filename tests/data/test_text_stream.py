@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tarflowlm.data.streaming import TextStream, first_stop
+from tarflowlm.data.prompts import TextStream, first_stop
 from tarflowlm.data.tokenizer import ByteTokenizer
 
 

@@ -1,6 +1,8 @@
-"""From what a user writes to tokens: one rule for texts, prompts, templates and stops."""
+"""From what a user writes to tokens, by one rule for all texts, and from tokens back to text."""
 
+import codecs
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_letters
 
@@ -21,14 +23,14 @@ _SHOWN = 200  # characters of a text in a notice
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """Tokens to draw between given ones, `least` to `most` of them, all numbers alike before."""
+    """Tokens to draw between given ones: `least` to `most`, with a uniform prior over lengths."""
 
     most: int
     least: int = 1
     begins: Tensor | None = None
     """The tokens [V] that may come first; None for all."""
     once: bool = False
-    """Whether the given tokens behind it stand nowhere before."""
+    """Whether the given tokens after the gap must not occur earlier."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def read_template(
     """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
 
     [...] stands for 1 to LONGEST of them, [...12] for 1 to 12. The pieces between the blanks are
-    read as by `read`, and each piece before a blank as one that goes on; the first token of a gap
+    read as by `read`, each before a blank as one that the model continues; the first token of a gap
     then brings the space that was left to it. A blank counts as a letter: a comma next to it
     becomes a space. After a backslash the character is itself.
     """
@@ -142,7 +144,7 @@ def _check_marks(text: str, blank: str, marks: list[str], last: str) -> None:
     elif any(re.fullmatch(r"\[\.\.\.0+\]", mark) for mark in marks):
         flaw = "has a gap of 0 tokens: give at least 1, as [...1]"
     elif marks[-1] != blank and not last.strip():
-        flaw = "ends in a gap, whose length is open: put text behind it, or make it a prompt"
+        flaw = "ends in a gap, whose length is open: put text after it, or make it a prompt"
     if flaw:
         raise UserError(f"the template {text!r} {flaw}")
 
@@ -209,3 +211,72 @@ def _normalized(
     if not words:
         return " " if starts_apart and ends_apart else ""
     return (" " if starts_apart else "") + words + (" " if ends_apart else "")
+
+
+# from tokens to text
+
+
+def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
+    """Where the first complete one of `stops` begins, from `start` on; else the text's length."""
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
+    return min(found, default=(0, len(text)))[1]
+
+
+class TextStream:
+    """A text as its tokens come. What may begin a stop waits until it is known not to be one."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        start: int = 0,
+        end: int | None = None,
+    ) -> None:
+        """Stops count from character `start` on. The token `end` is a stop, too."""
+        self.stops, self.start, self.end = stops, start, end
+        self.text, self.has_stopped, self.has_ended = "", False, False
+        self.shown = 0
+        self.length = 0  # tokens read
+        self._bytes = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, tokens: Tensor) -> str:
+        """Read the next tokens [n]; returns the characters that have become certain."""
+        if self.has_stopped:
+            return ""
+        places = tokens.tolist()
+        if self.end in places:
+            places = places[: places.index(self.end)]
+            self.has_ended = True
+        self.length += len(places)
+        piece = self._extend(self._decoder.decode(b"".join(self._bytes[i] for i in places)))
+        if self.has_ended:
+            piece += self.close()
+            self.has_stopped = True
+        return piece
+
+    def close(self) -> str:
+        """The text has ended: returns what still waited."""
+        if self.has_stopped:
+            return ""
+        return self._extend(self._decoder.decode(b"", final=True), is_last=True)
+
+    def _extend(self, piece: str, *, is_last: bool = False) -> str:
+        self.text += piece
+        # nothing before what was shown can belong to a stop
+        at = first_stop(self.text, self.stops, max(self.start, self.shown))
+        self.has_stopped = at < len(self.text)
+        self.text = self.text[:at]
+        ready = at if self.has_stopped or is_last else at - self._waiting()
+        found = self.text[self.shown : ready]
+        self.shown = max(self.shown, ready)
+        return found
+
+    def _waiting(self) -> int:
+        """Characters at the end of the text that may begin a stop."""
+        longest = min(max(map(len, self.stops), default=0) - 1, len(self.text) - self.start)
+        for count in range(longest, 0, -1):
+            if any(stop.startswith(self.text[-count:]) for stop in self.stops):
+                return count
+        return 0

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.data.prompts import Gap, Reading, read, read_template, tokens_without
-from tarflowlm.data.streaming import TextStream
+from tarflowlm.data.prompts import Gap, Reading, TextStream, read, read_template, tokens_without
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation.inversion import Returning, finish
 from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
