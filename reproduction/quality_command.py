@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tarflowlm import options
 from tarflowlm.cli.evaluate import Split
+from tarflowlm.cli.options import load_checkpoint
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.options import arg
@@ -75,7 +76,7 @@ def run(args: Args) -> None:
         top_p=args.top_p,
         seed=checked(args.seed, Seed, "seed"),
     )
-    checkpoint = options.load_checkpoint(args.directory, args.device)
+    checkpoint = load_checkpoint(args.directory, args.device)
     context = checkpoint.model.config.context
     length = context if args.length is None else args.length
     if not 1 <= length <= context:

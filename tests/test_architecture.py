@@ -28,9 +28,9 @@ MODULES = modules_below(CORE)
 APPLICATIONS = modules_below(APPS)
 
 LAYERS = """
-    errors chunks | files schema | model_config | config | presets |
+    errors chunks | files schema | model_config | config | options presets |
     flow data | device | processes | model | baseline | objective | runs |
-    options | requests | generation | evaluation | editing | sharing | training |
+    requests | generation | evaluation | editing | sharing | training |
     terminal | pretrained | __init__ | cli | __main__
 """
 """Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tarflowlm import options
+from tarflowlm.cli.options import load_checkpoint
 from tarflowlm.requests import Edit
 from tarflowlm.terminal.bars import Bars, print_json, print_notice
 
@@ -32,7 +33,7 @@ def run(args: Args) -> None:
     from tarflowlm.editing.edits import edit
     from tarflowlm.terminal.texts import print_edits
 
-    lm = options.load_checkpoint(args.directory, args.device)
+    lm = load_checkpoint(args.directory, args.device)
     with Bars() as bars:
         edited = edit(args.edit, lm, bars)
     if edited.reading.notice is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tarflowlm import options, schema
+from tarflowlm.cli.options import Checked, load_checkpoint
 from tarflowlm.errors import Progress, UserError, counted
 from tarflowlm.options import arg
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
@@ -24,7 +25,7 @@ Split = Literal["train", "valid", "test", "all"]
 
 
 @dataclass(frozen=True)
-class Args(options.Checked):
+class Args(Checked):
     """Measure the likelihood of a text; on request, the latents of every block."""
 
     directory: options.Model = None
@@ -60,7 +61,7 @@ def run(args: Args) -> None:
 
     with launched(args.device, LONG) as processes, Bars() as bars:
         with processes.first_alone():  # model and text may have to be downloaded
-            checkpoint = options.load_checkpoint(args.directory, processes.device)
+            checkpoint = load_checkpoint(args.directory, processes.device)
             directory = args.directory or checkpoint.directory.name
             model = checkpoint.model
             refusal = (

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from tarflowlm.options import Checked, Flag, PrintJson, arg
+from tarflowlm.cli.options import Checked
+from tarflowlm.options import Flag, PrintJson, arg
 from tarflowlm.terminal.bars import print_result, suggest
 
 Exported = Annotated[

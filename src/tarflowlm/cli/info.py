@@ -11,8 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from tarflowlm.cli.options import load_checkpoint
 from tarflowlm.errors import UserError, counted, first_line
-from tarflowlm.options import Flag, PrintJson, arg, load_checkpoint
+from tarflowlm.options import Flag, PrintJson, arg
 from tarflowlm.terminal.bars import print_json, print_notice, print_result, print_table
 
 

@@ -119,7 +119,7 @@ def _dispatch(argv: list[str]) -> None:
 def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
     """Read the words of a command and run it."""
     with exit_on_interrupt():
-        from tarflowlm.options import parse
+        from tarflowlm.cli.options import parse
         from tarflowlm.terminal.bars import NoticeHandler
 
     args = command.read(argv) if hasattr(command, "read") else parse(command.Args, argv, prog)

@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 import tyro
 
 from tarflowlm.cli.export import Exported
-from tarflowlm.options import Checked, Flag, Out, PrintJson, Text, arg, load_checkpoint
+from tarflowlm.cli.options import Checked, load_checkpoint
+from tarflowlm.options import Flag, Out, PrintJson, Text, arg
 from tarflowlm.terminal.bars import print_notice, print_result
 
 

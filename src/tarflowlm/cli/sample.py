@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 import tyro
 
 from tarflowlm import options
+from tarflowlm.cli.options import Checked, load_checkpoint, read_lines
 from tarflowlm.errors import UserError, counted
 from tarflowlm.options import arg
 from tarflowlm.requests import Writing
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Args(options.Checked):
+class Args(Checked):
     """Generate text from a trained model."""
 
     EXCLUSIVE: ClassVar = {
@@ -85,7 +86,7 @@ def _samples(args: Args, processes: "Processes") -> "Samples":
 
     writing = args.writing
     with processes.first_alone():  # it may have to be downloaded
-        lm = options.load_checkpoint(args.directory, processes.device)
+        lm = load_checkpoint(args.directory, processes.device)
     if args.prompts is not None:
         writing = replace(writing, prompt=_read_prompts(args.prompts, writing, lm))
     samples = Samples(writing, lm, past_end=args.passes, processes=processes)
@@ -108,7 +109,7 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
     from tarflowlm.generation.texts import plans
 
     prompts = []
-    for number, prompt in options.read_lines(source):
+    for number, prompt in read_lines(source):
         try:
             plans(replace(writing, prompt=prompt), lm)
         except UserError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from tarflowlm import options
+from tarflowlm.cli.options import Checked, load_checkpoint, read_lines, read_source
 from tarflowlm.errors import UserError
 from tarflowlm.options import arg
 from tarflowlm.requests import Score
@@ -23,7 +24,7 @@ COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 
 
 @dataclass(frozen=True)
-class Args(options.Checked):
+class Args(Checked):
     """Show the bits of every token of a text, and of the whole text, under one model or two. Those
     of a token are its share of a bound, from densities, and may be below zero.
     """
@@ -55,12 +56,12 @@ def run(args: Args) -> None:
     if args.texts is not None:
         _score_lines(args, args.texts)
         return
-    text = args.score.text if args.file is None else options.read_source(args.file)
+    text = args.score.text if args.file is None else read_source(args.file)
     request = replace(args.score, text=text)
     # both before the first is used, so that a missing model costs no time
-    models = [options.load_checkpoint(args.directory, args.device)]
+    models = [load_checkpoint(args.directory, args.device)]
     if args.baseline is not None:
-        models.append(options.load_checkpoint(args.baseline, args.device))
+        models.append(load_checkpoint(args.baseline, args.device))
     names = [lm.directory.name for lm in models]
     found: list[Scores] = []
     for name, lm in zip(names, models, strict=True):
@@ -85,12 +86,12 @@ def _score_lines(args: Args, source: str) -> None:
     from tarflowlm.processes import LONG, launched
     from tarflowlm.terminal.bars import Bars, print_json
 
-    texts = [line for _, line in options.read_lines(source)]
+    texts = [line for _, line in read_lines(source)]
     if not texts:
         raise UserError(f"{source} holds no text: write one per line")
     with launched(args.device, LONG) as processes:
         with processes.first_alone():  # it may have to be downloaded
-            lm = options.load_checkpoint(args.directory, processes.device)
+            lm = load_checkpoint(args.directory, processes.device)
         name = lm.directory.name
         own = tuple(texts[processes.rank :: processes.world])
         found: list[Scores] = []

@@ -9,20 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from tarflowlm.cli.options import load_checkpoint, parse
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BlockConfig
-from tarflowlm.options import (
-    Count,
-    Device,
-    Number,
-    Out,
-    PrintJson,
-    Unwrap,
-    arg,
-    load_checkpoint,
-    parse,
-)
+from tarflowlm.options import Count, Device, Number, Out, PrintJson, Unwrap, arg
 from tarflowlm.presets import FOR_CPU, PRESETS, check_time, preset, with_fields, with_steps
 from tarflowlm.schema import from_dict
 

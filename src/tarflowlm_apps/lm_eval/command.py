@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 
 from tarflowlm.cli.export import Exported
+from tarflowlm.cli.options import parse
 from tarflowlm.errors import UserError
-from tarflowlm.options import Normalize, PrintJson, parse
+from tarflowlm.options import Normalize, PrintJson
 from tarflowlm.terminal.bars import print_json
 
 OURS = ("--model", "-M", "--model_args", "-a")

@@ -1,0 +1,110 @@
+"""What commands do with their options: read, check and open what they name. No torch here."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from tarflowlm import schema
+from tarflowlm.config import DeviceName
+from tarflowlm.errors import UserError
+from tarflowlm.options import flag
+
+if TYPE_CHECKING:
+    import torch
+
+    from tarflowlm.runs.checkpoint import Checkpoint
+
+
+def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
+    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
+
+    For words that do not parse tyro prints a box and exits with status 2; what it says of a wrong
+    value becomes a UserError. One of the dataclass itself, or of one inside it, passes through.
+    """
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    settings = {"config": markers} | settings
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(args, args=argv, prog=prog, **settings)
+    except SystemExit as stop:
+        error = stop.__context__
+        while error is not None and not isinstance(error, UserError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        title, _, body = box.getvalue().partition("\n")
+        if "Value error" in title or "Invalid choice" in title:
+            lines = [line.strip("│─ ") for line in body.splitlines()]
+            said = " ".join(lines[: lines.index("")]).rstrip(".")  # up to its first rule
+            raise UserError(f"{_plainly(said)}; see {prog} --help") from None
+        sys.stderr.write(box.getvalue())
+        raise
+
+
+_WANTED = {
+    "INT": "a whole number",
+    "int()": "a whole number",
+    "FLOAT": "a number",
+    "to float": "a number",
+    "STR STR": "two texts",
+}
+"""What tyro and Python call the type of a value that does not parse -> what to give."""
+
+
+def _plainly(said: str) -> str:
+    """What tyro says of a wrong value, in words for people where it has known ones."""
+    found = re.search(r"Error parsing (\S+): (.*)", said)
+    if found is not None:
+        option, reason = found.groups()
+        given = " ".join(re.findall(r"'([^']*)'", reason))
+        for name, wanted in _WANTED.items():
+            if name in reason:
+                return f"{option} {given}: give {wanted}"
+    return said
+
+
+class Checked(schema.Checked):
+    """The base of arguments of commands, whose messages name options as they are typed."""
+
+    def label(self, name: str) -> str:
+        """The option of a field."""
+        return flag(name)
+
+
+def load_checkpoint(directory: Path | None, device: "DeviceName | torch.device") -> "Checkpoint":
+    """The model in a directory, among the shipped ones or on the hub; without one the default."""
+    from tarflowlm.device import pick_device
+    from tarflowlm.runs.checkpoint import load_checkpoint
+    from tarflowlm.runs.hub import DEFAULT, FOLDER
+
+    return load_checkpoint(directory or FOLDER / DEFAULT, pick_device(device))
+
+
+def read_lines(source: str) -> list[tuple[int, str]]:
+    """The lines of `read_source` that are not empty, with their numbers."""
+    lines = enumerate(read_source(source).split("\n"), 1)
+    return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
+
+
+def read_source(source: str) -> str:
+    """The text of a file, or of standard input for "-"."""
+    if source != "-":
+        from tarflowlm.data import read_text
+
+        return read_text(source)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("standard input serves one process: under torchrun give a file")
+    if sys.stdin is None:
+        raise UserError("standard input is closed: give the text as an option, or in a file")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        what = f"standard input is not UTF-8 text ({error.reason})"
+        raise UserError(f"{what}: convert it to UTF-8") from None
