@@ -20,7 +20,7 @@ Decoder = Literal["steps", "sweeps", "auto", "draw"]
 """
 
 Pick = Literal["random", "unlikely"]
-"""Words that an edit draws anew: at random, or those that cost most in block 1."""
+"""Words that an edit resamples: random ones, or those that cost most in block 1."""
 
 Below1 = Annotated[float, Range(least=0, below=1)]
 

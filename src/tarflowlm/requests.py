@@ -213,7 +213,7 @@ class Writing(Sampling, Request):
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(Request):
-    """A text to edit: by default some of its words are drawn anew given all others."""
+    """A text to edit: by default some of its words are resampled given all others."""
 
     COMMAND = "edit"
     EXCLUSIVE: ClassVar = {
@@ -230,29 +230,29 @@ class Edit(Request):
         tyro.conf.UseAppendAction,
         arg("PIECE", constructor=tuple[str, ...]),
     ] = ()
-    """Draw this piece of the text anew, a word or more, given everything else. May be given several
+    """Resample this piece of the text, a word or more, given everything else. May be given several
     times.
     """
     everywhere: options.Flag = False
     """With --rewrite: every occurrence, as whole words."""
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Put NEW where OLD first stands, as a word if it is one, and keep the rest."""
+    """Put NEW in place of the first OLD, as a word if it is one, and keep the rest."""
     around: Annotated[Whole, arg("INT")] = 1
-    """With --replace: words on each side that may be drawn anew."""
+    """With --replace: words on each side that may change, too."""
     level: Annotated[Whole | None, arg("INT")] = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
     the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps, with s the strength.
     """
     strength: Annotated[Share, arg("FLOAT")] = 0.1
-    """Share of the words to draw anew, given all the others: 0 keeps the text, 0.1 changes a word
-    here and there, 1 leaves none. With --level: how much noise the states get.
+    """Share of the words to resample: 0 keeps the text, 0.1 changes a word here and there, 1 leaves
+    none. With --level: how much noise the state gets.
     """
     words: Annotated[Count | None, arg("INT")] = None
-    """Number of words to draw anew, not a share. With --level: only these get noise."""
+    """Number of words to resample, not a share. With --level: only these get noise."""
     pick: Annotated[Pick, arg()] = "random"
-    """Words to draw anew: random ones, or the most unlikely ones."""
+    """Words to resample: random ones, or the most unlikely ones."""
     candidates: Annotated[Count, arg("INT")] = 32
-    """Candidates for every piece that is drawn anew, weighted by the rest of the text."""
+    """Candidates for every resampled piece, weighted by the rest of the text."""
     temperature: Annotated[Temperature | None, arg("FLOAT")] = None
     """Raise the probabilities of tokens to the power 1 / temperature (0.7)."""
     decoder: Annotated[Literal["auto", "steps", "sweeps"], arg()] = "auto"
