@@ -5,7 +5,7 @@ from tarflowlm.errors import UserError as UserError
 from tarflowlm.evaluation.likelihood import evaluate as evaluate
 from tarflowlm.evaluation.scores import Scores as Scores
 from tarflowlm.evaluation.scores import score as score
-from tarflowlm.generation.write import generate as generate
+from tarflowlm.generation.generate import generate as generate
 from tarflowlm.model import TarFlowLM as TarFlowLM
 from tarflowlm.model_config import BaselineConfig as BaselineConfig
 from tarflowlm.model_config import FlowConfig as FlowConfig

@@ -106,12 +106,12 @@ class Sampling(Checked):
     sample the last block.
     """
 
-    def adjust(self, vocab_size: int) -> "AdjustWeights | None":
+    def adjust(self, vocab_size: int, banned: int | None = None) -> "AdjustWeights | None":
         """A map of log-weights of tokens [..., V], or None for the identity (docs/math.md, 7).
 
         It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the
-        smallest set of the largest whose probability reaches `top_p`. Dropped tokens get the lowest
-        finite log-weight: probability zero.
+        smallest set of the largest whose probability reaches `top_p`. Dropped tokens, and one that
+        is `banned`, get the lowest finite log-weight: probability zero.
         """
         import torch
 
@@ -123,11 +123,15 @@ class Sampling(Checked):
         # rounding lets a cumulative sum reach 1 before the last tokens
         if self.top_p is not None and self.top_p < 1.0:
             drops.append(partial(_all_but_nucleus, share=self.top_p))
-        if temperature == 1.0 and not drops:
+        is_same = temperature == 1.0 and not drops
+        if is_same and banned is None:
             return None
 
         def adjusted(log_w: "Tensor") -> "Tensor":
-            log_w = torch.log_softmax(log_w / temperature, dim=-1)
+            if banned is not None:
+                index = torch.tensor([banned], device=log_w.device)
+                log_w = log_w.index_fill(-1, index, torch.finfo(log_w.dtype).min)
+            log_w = log_w if is_same else torch.log_softmax(log_w / temperature, dim=-1)
             for is_dropped in drops:
                 log_w = log_w.masked_fill(is_dropped(log_w), torch.finfo(log_w.dtype).min)
             return log_w

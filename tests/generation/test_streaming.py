@@ -10,8 +10,8 @@ from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation import Generation, generate, write
+from tarflowlm.generation.generate import row_plans
 from tarflowlm.generation.inversion import Returning
-from tarflowlm.generation.plan import row_plans
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.write import Parts
 from tarflowlm.model import LanguageModel

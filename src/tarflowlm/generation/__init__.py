@@ -3,7 +3,8 @@
 To read first: `generate_plainly`, which is all that a free text needs; then `plan` and `write`.
 """
 
+from tarflowlm.generation.generate import generate, generate_plainly
 from tarflowlm.generation.sampling import BLANK, Evidence, Generation
-from tarflowlm.generation.write import generate, generate_plainly, write
+from tarflowlm.generation.write import write
 
 __all__ = ["BLANK", "Evidence", "Generation", "generate", "generate_plainly", "write"]

@@ -9,8 +9,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -20,8 +19,7 @@ from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK, Gap, Reading
 from tarflowlm.errors import UserError, counted
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.sampling import row_generators
-from tarflowlm.model import LanguageModel, check_generator, check_integers
+from tarflowlm.model import LanguageModel
 from tarflowlm.requests import ADJUSTMENTS, Sampling
 from tarflowlm.schema import Length, checked
 
@@ -31,8 +29,6 @@ PARTICLES = 16
 Allowed = Tensor | Callable[[Tensor], Tensor]
 """A mask [V] of the tokens that may be drawn, or a function to it from the tokens [n] so far."""
 Way = Literal["inversion", "filter", "gaps"]
-Prompt = Tensor | Sequence[Tensor | Gap]
-"""Given tokens with BLANK for each to draw; or pieces of them with gaps in between."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +185,8 @@ def _check_open(model: LanguageModel, num_tokens: int) -> None:
 
 
 def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> AdjustWeights | None:
-    adjust = sampling.adjust(model.config.vocab_size)
     may_adjust = model.config.has_token_weights or model.config.fills_in
+    adjust = sampling.adjust(model.config.vocab_size, banned if may_adjust else None)
     if adjust is not None and not may_adjust:
         names = sorted(sampling.given() & ADJUSTMENTS)
         asked = ", ".join(f"{name} {getattr(sampling, name)}" for name in names)
@@ -198,15 +194,7 @@ def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> Adj
             f"{asked}: {model.config.describe(0)} has no weights of tokens to change: "
             "leave this out, or use a model whose block 1 is mixd"
         )
-    if banned is None or not may_adjust:
-        return adjust
-
-    def adjust_others(log_w: Tensor) -> Tensor:
-        index = torch.tensor([banned], device=log_w.device)
-        log_w = log_w.index_fill(-1, index, torch.finfo(log_w.dtype).min)
-        return log_w if adjust is None else adjust(log_w)
-
-    return adjust_others
+    return adjust
 
 
 def checked_mask(mask: object, model: LanguageModel) -> Tensor:
@@ -223,90 +211,3 @@ def no_room(length: int, num_tokens: int) -> UserError:
         f"the prompt has {counted(length, 'token')}, which leaves no room in {num_tokens}: "
         "shorten it, or raise the length"
     )
-
-
-def row_plans(
-    model: LanguageModel,
-    prompt: Prompt | None,
-    num: int,
-    sampling: Sampling,
-    *,
-    num_tokens: int,
-    allowed: Allowed | None = None,
-    end: int | None = None,
-) -> list[Plan]:
-    """A plan for each of `num` rows of a batch: of `prompt`, or of its row [num, T].
-
-    UserError for rows that cannot be written together.
-    """
-
-    def of(row: Prompt | None) -> Plan:
-        parts = _parts(model, row)
-        return plan(model, parts, sampling, num_tokens=num_tokens, allowed=allowed, end=end)
-
-    if not isinstance(prompt, Tensor) or prompt.dim() < 2:
-        return [of(prompt)] * num
-    check_integers(prompt, "prompt", "[T]", "[num, T]")
-    if len(prompt) not in (1, num):
-        raise UserError(f"{len(prompt)} prompts for {num} samples: give one, or one per sample")
-    found = [of(row) for row in prompt]
-    if (prompt == prompt[:1]).all():
-        return found[:1] * num
-    particles = max(one.particles for one in found)
-    lengths = [len(one.pieces[0]) for one in found]
-    if found[0].way == "gaps":
-        what = "gaps of unknown length and constraints take one for all samples"
-        raise UserError(f"{len(prompt)} prompts: {what}, call it for each")
-    if model.config.continues_exactly and particles == 1 and min(lengths) < max(lengths):
-        what = f"prompts of {min(lengths)} to {max(lengths)} tokens"
-        raise UserError(
-            f"{what}: this model continues those of one length exactly, call it for each"
-        )
-    if len({one.together for one in found}) > 1:
-        # what is free is completed with the others
-        found = [replace(one, way="filter", particles=particles) for one in found]
-    return found
-
-
-def row_streams(
-    generator: torch.Generator | Sequence[torch.Generator] | None, num: int
-) -> list[torch.Generator]:
-    """A random stream for each of `num` rows. UserError for what is no generator."""
-    num = checked(num, Length, "num")
-    if isinstance(generator, Sequence):
-        if len(generator) != num:
-            raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
-        for one in generator:
-            check_generator(one)
-        return list(generator)
-    check_generator(generator)
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    return row_generators(range(num), generator)
-
-
-def _parts(model: LanguageModel, prompt: object) -> list[Tensor | Gap]:
-    """Pieces and gaps of what a caller of `generate` gives. UserError if it is neither."""
-    found: list[Tensor | Gap] = []
-    given: Sequence[object] = () if prompt is None else (prompt,)
-    if isinstance(prompt, Sequence) and all(isinstance(x, Tensor | Gap) for x in prompt):
-        given = prompt
-    for part in given:
-        if isinstance(part, Gap):
-            if not 0 <= part.least <= part.most or part.most < 1:
-                raise UserError(f"gap of {part.least} to {part.most} tokens: give least <= most")
-            found.append(part)
-            continue
-        check_integers(part, "prompt", "[T]", "[num, T]")
-        tokens = cast(Tensor, part)
-        vocab_size = model.config.vocab_size
-        if ((tokens < BLANK) | (tokens >= vocab_size)).any():
-            raise UserError(
-                f"the prompt {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}, "
-                f"or {BLANK} for a blank: encode it again"
-            )
-        for is_blank, run in groupby(tokens.tolist(), lambda token: token == BLANK):
-            of_run = torch.tensor(list(run))
-            found.append(Gap(len(of_run), least=len(of_run)) if is_blank else of_run)
-    return found

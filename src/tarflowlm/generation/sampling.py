@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK as BLANK
+from tarflowlm.errors import Progress
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
@@ -137,6 +138,21 @@ class Generation:
         if filled is not None:
             filled = GapLengths(filled.given[:, num:], filled.ends - num, filled.lengths)
         return replace(self, tokens=self.tokens[:, num:], evidence=None, filled=filled, context=num)
+
+
+class Meter(Progress):
+    """Tells `progress` of finished tokens, while work passes positions of windows and blocks."""
+
+    def __init__(self, progress: Progress, num_tokens: int, positions: int) -> None:
+        self.progress = progress
+        self.num_tokens = num_tokens
+        self.positions = positions
+        self.passed = 0
+
+    def advance(self, count: int = 1) -> None:
+        before = self.num_tokens * self.passed // self.positions
+        self.passed = min(self.positions, self.passed + count)
+        self.progress.advance(self.num_tokens * self.passed // self.positions - before)
 
 
 def drop_finished(rows: Tensor | slice, ended: Tensor, cache: KVCache) -> Tensor | slice:

@@ -6,7 +6,7 @@ positions) becomes the prompt of the next one; everything before is forgotten.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,96 +18,16 @@ from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.gaps import GapFilter
-from tarflowlm.generation.inversion import Returning, draws_last, finish, stack_inversion
+from tarflowlm.generation.inversion import Returning, draws_last, stack_inversion
 from tarflowlm.generation.particles import UpperBlocks, Weights, particle_filter
-from tarflowlm.generation.plan import Allowed, Plan, Prompt, Way, row_plans, row_streams
+from tarflowlm.generation.plan import Plan, Way
 from tarflowlm.generation.rows import LatentPositions, TokenPositions
-from tarflowlm.generation.sampling import BLANK, Generation, Noise, Work, num_leading
-from tarflowlm.model import LanguageModel, TarFlowLM, as_flow, check_model
-from tarflowlm.requests import Sampling, options_of
-from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.generation.sampling import BLANK, Generation, Meter, Noise, Work, num_leading
+from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 
 R = TypeVar("R")
 Parts = Generator[Tensor, None, Generation]
 """Writes a text: yields its next tokens [num, n], each once, and returns the whole."""
-
-
-def generate_plainly(
-    model: LanguageModel, num_tokens: int, num: int = 1, generator: torch.Generator | None = None
-) -> Tensor:
-    """`num` free texts [num, T] of whole patches, as the formulas say it: to read, and to test by.
-
-    Noise is inverted by all blocks, and latents are decoded (docs/math.md, eqs. 2 and 5); the
-    baseline draws token after token from its conditionals.
-    """
-    if isinstance(model, TokenLM):
-        tokens = torch.zeros(num, num_tokens, dtype=torch.long)
-        for t in range(num_tokens):
-            probabilities = model.logits(tokens)[:, t].softmax(-1)
-            tokens[:, t] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        return tokens
-    flow = as_flow(model)
-    noise = flow.draw_noise(torch.zeros(num, num_tokens, dtype=torch.long), generator)
-    return flow.codebook.decode(flow.prior.inverse(noise))
-
-
-@options_of(Sampling)
-def generate(
-    model: LanguageModel | Checkpoint,
-    *,
-    num_tokens: int,
-    num: int = 1,
-    prompt: Prompt | None = None,
-    allowed: Allowed | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    progress: Progress = SILENT,
-    **options: Any,
-) -> Generation:
-    """Draw `num` samples of `num_tokens` tokens each, given ones included (docs/math.md, 7 and 9).
-
-    `model` is a model, or what `load` returns. At temperature 1, without top-k, top-p or given
-    tokens, the latents are exact samples; their most probable tokens are exact, too, where the
-    codebook is sharp.
-
-    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token
-    to draw, anywhere. A prompt at the start is exact for the baseline and, given its latents, for a
-    single block and for a stack without blocks from right to left. Otherwise the drawn tokens
-    ignore given tokens further right and the dependence that the upper blocks describe.
-    R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
-    By default R is 16 where given tokens follow a blank or draws are constrained, and else 1.
-
-    A list of pieces [S] with a `Gap` between them leaves open how many tokens the gap has: every
-    number is weighted by its evidence, under a uniform prior. `allowed` is a mask [V] of the tokens
-    that may be drawn, or a function to it from the tokens [n] so far. Particles are weighted by the
-    probability of the allowed tokens, so a ban also acts on earlier choices. Both are exact in the
-    limit of many particles, and ask for weights of tokens in block 1 and one token per position
-    (docs/math.md, eq. 23).
-
-    `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
-    block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
-    flows refuse. In a stack that fills in (eq. 9a), the weights of all blocks change, with several
-    particles those of block 1 alone.
-
-    `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
-    given tokens.
-
-    `decoder`: "steps" inverts position by position, "sweeps" in parallel, equal up to rounding,
-    "auto" by the cheaper. "draw" draws block L from its mixtures instead of inverting noise, with
-    the same distribution; "auto" does so, too, unless sweeps cost less. Given tokens, temperature,
-    top-k and top-p make block 1 take steps, or draw.
-
-    Row b has a random stream of its own, made from `generator` and b, or the one of a list of
-    `num` generators. `progress` counts tokens of all samples.
-
-    UserError for a prompt or settings that the model cannot take.
-    """
-    model = model.model if isinstance(model, Checkpoint) else model
-    check_model(model)
-    streams = row_streams(generator, num)
-    plans = row_plans(
-        model, prompt, len(streams), Sampling(**options), num_tokens=num_tokens, allowed=allowed
-    )
-    return finish(write(model, plans, streams, progress, every=num_tokens))
 
 
 def write(
@@ -138,21 +58,6 @@ def write(
                 result: Generation = end.value
                 return result
         yield part
-
-
-class Meter(Progress):
-    """Tells `progress` of finished tokens, while work passes positions of windows and blocks."""
-
-    def __init__(self, progress: Progress, num_tokens: int, positions: int) -> None:
-        self.progress = progress
-        self.num_tokens = num_tokens
-        self.positions = positions
-        self.passed = 0
-
-    def advance(self, count: int = 1) -> None:
-        before = self.num_tokens * self.passed // self.positions
-        self.passed = min(self.positions, self.passed + count)
-        self.progress.advance(self.num_tokens * self.passed // self.positions - before)
 
 
 def _write(

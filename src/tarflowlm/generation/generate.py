@@ -1,0 +1,190 @@
+"""Sampling from tensors to tensors: `generate_plainly` to read first, and `generate`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.data.prompts import Gap
+from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.generation.inversion import finish
+from tarflowlm.generation.plan import Allowed, Plan, plan
+from tarflowlm.generation.sampling import BLANK, Generation, row_generators
+from tarflowlm.generation.write import write
+from tarflowlm.model import LanguageModel, as_flow, check_generator, check_integers, check_model
+from tarflowlm.requests import Sampling, options_of
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.schema import Length, checked
+
+Prompt = Tensor | Sequence[Tensor | Gap]
+"""Given tokens with BLANK for each to draw; or pieces of them with gaps in between."""
+
+
+@torch.no_grad()
+def generate_plainly(
+    model: LanguageModel, num_tokens: int, num: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """`num` free texts [num, T] of whole patches, as the formulas say it: to read, and to test by.
+
+    Noise is inverted by all blocks, and latents are decoded (docs/math.md, eqs. 2 and 5); the
+    baseline draws token after token from its conditionals.
+    """
+    if isinstance(model, TokenLM):
+        tokens = torch.zeros(num, num_tokens, dtype=torch.long)
+        for t in range(num_tokens):
+            probabilities = model.logits(tokens)[:, t].softmax(-1)
+            tokens[:, t] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return tokens
+    flow = as_flow(model)
+    noise = flow.draw_noise(torch.zeros(num, num_tokens, dtype=torch.long), generator)
+    return flow.codebook.decode(flow.prior.inverse(noise))
+
+
+@options_of(Sampling)
+def generate(
+    model: LanguageModel | Checkpoint,
+    *,
+    num_tokens: int,
+    num: int = 1,
+    prompt: Prompt | None = None,
+    allowed: Allowed | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Generation:
+    """Draw `num` samples of `num_tokens` tokens each, given ones included (docs/math.md, 7 and 9).
+
+    `model` is a model, or what `load` returns. At temperature 1, without top-k, top-p or given
+    tokens, the latents are exact samples; their most probable tokens are exact, too, where the
+    codebook is sharp.
+
+    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token
+    to draw, anywhere. A prompt at the start is exact for the baseline and, given its latents, for a
+    single block and for a stack without blocks from right to left. Otherwise the drawn tokens
+    ignore given tokens further right and the dependence that the upper blocks describe.
+    R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
+    By default R is 16 where given tokens follow a blank or draws are constrained, and else 1.
+
+    A list of pieces [S] with a `Gap` between them leaves open how many tokens the gap has: every
+    number is weighted by its evidence, under a uniform prior. `allowed` is a mask [V] of the tokens
+    that may be drawn, or a function to it from the tokens [n] so far. Particles are weighted by the
+    probability of the allowed tokens, so a ban also acts on earlier choices. Both are exact in the
+    limit of many particles, and ask for weights of tokens in block 1 and one token per position
+    (docs/math.md, eq. 23).
+
+    `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
+    block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
+    flows refuse. In a stack that fills in (eq. 9a), the weights of all blocks change, with several
+    particles those of block 1 alone.
+
+    `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
+    given tokens.
+
+    `decoder`: "steps" inverts position by position, "sweeps" in parallel, equal up to rounding,
+    "auto" by the cheaper. "draw" draws block L from its mixtures instead of inverting noise, with
+    the same distribution; "auto" does so, too, unless sweeps cost less. Given tokens, temperature,
+    top-k and top-p make block 1 take steps, or draw.
+
+    Row b has a random stream of its own, made from `generator` and b, or the one of a list of
+    `num` generators. `progress` counts tokens of all samples.
+
+    UserError for a prompt or settings that the model cannot take.
+    """
+    model = model.model if isinstance(model, Checkpoint) else model
+    check_model(model)
+    streams = _row_streams(generator, num)
+    plans = row_plans(
+        model, prompt, len(streams), Sampling(**options), num_tokens=num_tokens, allowed=allowed
+    )
+    return finish(write(model, plans, streams, progress, every=num_tokens))
+
+
+def row_plans(
+    model: LanguageModel,
+    prompt: Prompt | None,
+    num: int,
+    sampling: Sampling,
+    *,
+    num_tokens: int,
+    allowed: Allowed | None = None,
+    end: int | None = None,
+) -> list[Plan]:
+    """A plan for each of `num` rows of a batch: of `prompt`, or of its row [num, T].
+
+    UserError for rows that cannot be written together.
+    """
+
+    def of(row: Prompt | None) -> Plan:
+        parts = _parts(model, row)
+        return plan(model, parts, sampling, num_tokens=num_tokens, allowed=allowed, end=end)
+
+    if not isinstance(prompt, Tensor) or prompt.dim() < 2:
+        return [of(prompt)] * num
+    check_integers(prompt, "prompt", "[T]", "[num, T]")
+    if len(prompt) not in (1, num):
+        raise UserError(f"{len(prompt)} prompts for {num} samples: give one, or one per sample")
+    found = [of(row) for row in prompt]
+    if (prompt == prompt[:1]).all():
+        return found[:1] * num
+    particles = max(one.particles for one in found)
+    lengths = [len(one.pieces[0]) for one in found]
+    if found[0].way == "gaps":
+        what = "gaps of unknown length and constraints take one for all samples"
+        raise UserError(f"{len(prompt)} prompts: {what}, call it for each")
+    if model.config.continues_exactly and particles == 1 and min(lengths) < max(lengths):
+        what = f"prompts of {min(lengths)} to {max(lengths)} tokens"
+        raise UserError(
+            f"{what}: this model continues those of one length exactly, call it for each"
+        )
+    if len({one.together for one in found}) > 1:
+        # what is free is completed with the others
+        found = [replace(one, way="filter", particles=particles) for one in found]
+    return found
+
+
+def _row_streams(
+    generator: torch.Generator | Sequence[torch.Generator] | None, num: int
+) -> list[torch.Generator]:
+    """A random stream for each of `num` rows. UserError for what is no generator."""
+    num = checked(num, Length, "num")
+    if isinstance(generator, Sequence):
+        if len(generator) != num:
+            raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
+        for one in generator:
+            check_generator(one)
+        return list(generator)
+    check_generator(generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return row_generators(range(num), generator)
+
+
+def _parts(model: LanguageModel, prompt: object) -> list[Tensor | Gap]:
+    """Pieces and gaps of what a caller of `generate` gives. UserError if it is neither."""
+    found: list[Tensor | Gap] = []
+    given: Sequence[object] = () if prompt is None else (prompt,)
+    if isinstance(prompt, Sequence) and all(isinstance(x, Tensor | Gap) for x in prompt):
+        given = prompt
+    for part in given:
+        if isinstance(part, Gap):
+            if not 0 <= part.least <= part.most or part.most < 1:
+                raise UserError(f"gap of {part.least} to {part.most} tokens: give least <= most")
+            found.append(part)
+            continue
+        check_integers(part, "prompt", "[T]", "[num, T]")
+        tokens = cast(Tensor, part)
+        vocab_size = model.config.vocab_size
+        if ((tokens < BLANK) | (tokens >= vocab_size)).any():
+            raise UserError(
+                f"the prompt {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}, "
+                f"or {BLANK} for a blank: encode it again"
+            )
+        for is_blank, run in groupby(tokens.tolist(), lambda token: token == BLANK):
+            of_run = torch.tensor(list(run))
+            found.append(Gap(len(of_run), least=len(of_run)) if is_blank else of_run)
+    return found
