@@ -311,7 +311,7 @@ def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     stages = run.train.stage_steps
     if num_steps < len(stages):
         raise UserError(f"steps {num_steps}: must be at least {len(stages)}, one for each stage")
-    # a stage without steps leaves a block as it starts
+    # a stage without steps adds no block
     scaled = [max(1, round(s * num_steps / sum(stages))) if s else 0 for s in stages]
     while sum(scaled) != num_steps:
         # what rounding left over goes to the longest stage, down to one step

@@ -27,7 +27,7 @@ from tarflowlm.training.train import accumulate_gradients, train
 
 MODES = ("ddp", "fsdp")
 COMMON = ("ar", "mixd")
-RARE = ("patches", "one-channel", "narrow")
+RARE = ("patches", "one-channel", "narrow", "idle")
 STOP_AT = 7
 """Inside the second of three stages, two steps after a checkpoint."""
 POISONED = "prior.blocks.1.coupling.head.biases.0"
@@ -51,9 +51,12 @@ def runs(source: str, mode: str = "ddp") -> dict[str, RunConfig]:
         checkpoint_every=100,
         test_windows=3,
         parallel=mode,
+        keep_idle=True,
     )
     optim = OptimConfig(optimizer="muon" if mode == "ddp" else "adamw")
     joint = replace(staged, mode="joint", stage_steps=(10,))
+    # block 2 leaves the model, and block 3 takes its place
+    idle = replace(staged, stage_steps=(5, 0, 5), keep="last", keep_idle=False)
     compiled = replace(staged, accumulate=2, checkpoint_activations=True, compile=True)
 
     def run(model: FlowConfig | BaselineConfig, train: TrainConfig) -> RunConfig:
@@ -65,6 +68,7 @@ def runs(source: str, mode: str = "ddp") -> dict[str, RunConfig]:
         "mixd": run(FLOW, staged),
         "patches": run(replace(FLOW, patch=2), compiled),
         "one-channel": run(one_channel, joint),
+        "idle": run(FLOW, idle),
         "narrow": run(FLOW, replace(compiled, precision="bfloat16")),
     }
 

@@ -42,27 +42,26 @@ def poisoned(monkeypatch):
     return apply
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("optimizer", "value"), [("muon", math.nan), ("adamw", math.inf)])
 def test_gradient_that_is_not_finite_ends_the_run_before_any_weight_changes(
     tmp_path, corpus_file, poisoned, optimizer, value
 ):
-    taken = poisoned({7}, value)
-    run = tiny_run(corpus_file, **JOINT, optim={"optimizer": optimizer}, checkpoint_every=4)
+    taken = poisoned({4}, value)
+    run = tiny_run(corpus_file, **JOINT, optim={"optimizer": optimizer}, checkpoint_every=2)
     out = tmp_path / "run"
-    with pytest.raises(FloatingPointError, match=r"step 7: .*: prior\.blocks\.0\.start; lower"):
+    with pytest.raises(FloatingPointError, match=r"step 4: .*: prior\.blocks\.0\.start; lower"):
         go(run, out)
-    assert len(taken) == 6
+    assert len(taken) == 3
     assert all(torch.isfinite(p).all() for p in taken[-1].values())
-    assert load_checkpoint(out).info["step"] == "4"
-    assert [path.name for path in (out / "state").iterdir()] == ["step-00000004"]
+    assert load_checkpoint(out).info["step"] == "2"
+    assert [path.name for path in (out / "state").iterdir()] == ["step-00000002"]
 
 
-@pytest.mark.parametrize("every", [1, 4])  # steps between readings; with a GPU 16
 def test_nothing_is_saved_after_a_step_that_is_not_finite(
-    tmp_path, corpus_file, poisoned, monkeypatch, every
+    tmp_path, corpus_file, poisoned, monkeypatch
 ):
-    monkeypatch.setitem(training.STEPS_BETWEEN_READS, "cpu", every)
+    """Where the host reads the numbers of several steps at once, as with a GPU."""
+    monkeypatch.setitem(training.STEPS_BETWEEN_READS, "cpu", 4)
     poisoned({6}, math.nan)
     out = tmp_path / "run"
     with pytest.raises(FloatingPointError, match=r"step 6: .*: prior\.blocks\.0\.start"):

@@ -14,7 +14,6 @@ import shutil
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,11 +178,10 @@ def test_an_evaluation_comes_after_a_state_of_its_step(tmp_path, corpus_file, mo
 )
 def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, at, number):
     config, never_stopped, num_events = whole
-    out, before = tmp_path / "run", signal.getsignal(number)
+    out, before = tmp_path / "my run", signal.getsignal(number)
     reporter = Killer(num_events - 1 if at == "test" else at, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(
-        Stopped, match=f"stopped by {signal.Signals(number).name} and saved at step"
-    ):
+    how = f"stopped by {signal.Signals(number).name} and saved at step .*train --resume '{out}'"
+    with pytest.raises(Stopped, match=how):
         train(config, out, device=CPU, reporter=reporter, stop_requests=stop_on_signals)
     assert signal.getsignal(number) == before
     load_checkpoint(out)
@@ -205,14 +203,6 @@ def test_second_signal_leaves_at_once(tmp_path, whole):
             stop_requests=stop_on_signals,
         )
     load_checkpoint(tmp_path / "run")
-
-
-def test_message_quotes_the_directory_to_resume(tmp_path, whole):
-    out = tmp_path / "my run"
-    with pytest.raises(Stopped, match=f"train --resume '{out}'"):
-        train(whole[0], out, device=CPU, stop_requests=lambda: nullcontext(lambda: "me"))
-    resume(out)
-    assert_same_run(out, whole[1])
 
 
 def work(config, out: Path, cache: str) -> None:
@@ -442,17 +432,8 @@ def test_run_killed_while_it_wrote_its_first_state_begins_again(tmp_path, whole)
     config, never_stopped, _ = whole
     out = tmp_path / "run"
     cut(config, out, 3)
+    assert (out / "best").exists()
+    assert not names(out)
     (out / "state" / ".step-00000002").mkdir(parents=True)
     go(config, out)
     assert_same_run(out, never_stopped)
-
-
-@pytest.mark.slow
-def test_run_killed_with_its_first_best_weights_begins_again(tmp_path, corpus_file):
-    config = tiny_run(corpus_file, keep="best")
-    go(config, tmp_path / "whole")
-    cut(config, tmp_path / "run", 3)
-    assert (tmp_path / "run" / "best").exists()
-    assert not names(tmp_path / "run")
-    go(config, tmp_path / "run")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -87,10 +87,11 @@ class RunRecord:
             return "finished"
         if not self.has_log:
             return "a model without its training log"
-        # the steps of a run with a time limit are not known before its end
-        steps = "" if self.run.train.minutes else f" of {self.run.train.num_steps:,}"
+        step, total = int(self.train["step"][-1]), self.run.train.num_steps
+        # not known before the end of a run with a time limit, or that a block has left
+        steps = "" if self.run.train.minutes or step > total else f" of {total:,}"
         state = "training now" if is_written(self.directory) else "stopped"
-        return f"{state}, step {int(self.train['step'][-1]):,}{steps}"
+        return f"{state}, step {step:,}{steps}"
 
     @property
     def stage_starts(self) -> list[tuple[int, int]]:

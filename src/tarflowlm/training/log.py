@@ -132,7 +132,7 @@ class MetricsLog:
         window.waited += waited
 
     def means(self) -> dict[str, float]:
-        """The means over the window, which begins anew."""
+        """The means over the window; the next step begins a new one."""
         window, self.window = self.window, Window()
         duration = max(window.seconds, 1e-9)
         return {

@@ -11,7 +11,6 @@ from tarflowlm.config import Precision
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the iteration, as in torch.optim.Muon."""
 STEPS = 5
-LEAST_NORM = 1e-7
 BUCKET = 64
 """Matrices that an accelerator orthogonalises together; more take more memory."""
 
@@ -28,7 +27,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     is_tall = matrix.shape[-2] > matrix.shape[-1]
     add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     x = matrix.mT if is_tall else matrix
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=LEAST_NORM)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
     product: Tensor | None = None
     # For long rows it takes half the time to multiply the factors F of X alone, which turn Y into

@@ -37,8 +37,6 @@ from tarflowlm.training.parallel import first_blocks, parallelise
 from tarflowlm.training.state import Counters, Run, State, num_test_windows, seconds, update_pace
 from tarflowlm.training.validation import evaluate
 
-LEAST_TEST_WINDOWS = 32
-"""Test windows that a run with a time limit evaluates at least, even if its time is over."""
 Trained = tuple[nn.Module, list[torch.optim.Optimizer], dict[str, dict[str, Tensor]]]
 """What a stage trains with: `bound`, `optimizers` and `copies` of a `State`."""
 
@@ -228,14 +226,17 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     config, counters = state.config, state.counters
     minutes = config.train.minutes
     if minutes:
-        # the steps that the run took instead, and the test windows for which there is time left
+        # the steps that the run took instead, and the test windows for which there is time left,
+        # but 32 even if there is none
         left = 60 * minutes - seconds(run, state)
-        fitting = max(LEAST_TEST_WINDOWS, int(left / max(counters.per_window, 1e-9)))
+        fitting = max(32, int(left / max(counters.per_window, 1e-9)))
         lengths = replace(
             config.train,
             minutes=0.0,
             stage_steps=tuple(counters.stage_steps),
-            test_windows=min(num_test_windows(run, config), run.processes.from_first(fitting)),
+            test_windows=min(
+                num_test_windows(run.corpus, config), run.processes.from_first(fitting)
+            ),
         )
         config = replace(config, train=lengths)
     windows = eval_windows(

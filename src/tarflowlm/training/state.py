@@ -18,15 +18,10 @@ from tarflowlm.model import LanguageModel
 from tarflowlm.processes import Processes
 from tarflowlm.training.log import MetricsLog
 
-# of a run with a time limit
-SAVE_SECONDS = 60.0
-"""It saves about this often."""
 TEST_SHARE = 0.15
-"""Largest share of its time for the test split at its end."""
+"""Largest share of the time of a run for the test split at its end."""
 LEAST_STEPS = 36
 """A stage after the first needs time for this many steps, or it is left out: fewer do harm."""
-UNTIMED_STEPS = 1000.0
-"""Steps that a stage is assumed to have until one of them has been timed."""
 
 
 @dataclass
@@ -125,33 +120,26 @@ def seconds(run: Run, state: State) -> float:
     return run.processes.from_first(time.monotonic() - state.began)
 
 
-def num_test_windows(run: Run, config: RunConfig) -> int:
+def update_pace(run: Run, state: State) -> None:
+    """Let the counters say how much of the stage is done. Collective."""
+    windows = num_test_windows(run.corpus, state.config)
+    measure_pace(state.config.train, state.counters, lambda: seconds(run, state), windows)
+
+
+def num_test_windows(corpus: Corpus, config: RunConfig) -> int:
     """Windows of the test split that a run without a time limit evaluates at its end."""
     context = config.model.context
-    available = run.corpus.num_tokens("test") // context
+    available = corpus.num_tokens("test") // context
     wanted = config.train.test_windows or EVALUATED // context
     return min(wanted, available)
 
 
-def update_pace(run: Run, state: State) -> None:
-    """Let the counters say how much of the stage is done. Collective."""
-    measure_pace(
-        state.config.train,
-        state.counters,
-        lambda: seconds(run, state),
-        num_test_windows(run, state.config),
-    )
-
-
 def is_time_to_save(run: Run, state: State) -> bool:
-    """Whether a checkpoint is due by its steps, or under a time limit by the time since the last.
-
-    Collective.
-    """
+    """Whether a checkpoint is due, by steps or under a time limit once a minute. Collective."""
     train, counters = state.config.train, state.counters
     if counters.step % train.checkpoint_every == 0:
         return True
-    return train.minutes > 0 and seconds(run, state) - counters.total > SAVE_SECONDS
+    return train.minutes > 0 and seconds(run, state) - counters.total > 60.0
 
 
 def measure_pace(
@@ -185,6 +173,5 @@ def measure_pace(
     own = (left - len(shares) * counters.evaluation) * shares[0] / max(sum(shares), 1)
     # the share never falls, even if an evaluation is shorter than estimated
     counters.share = max(counters.share, min(1.0, passed / own) if own > 0 else 1.0)
-    # the first step may compile, which does not count
-    is_timed = step > 1
-    counters.expected_steps = step / max(counters.share, 1e-9) if is_timed else UNTIMED_STEPS
+    # the first step may compile, which does not count: a thousand until one has been timed
+    counters.expected_steps = step / max(counters.share, 1e-9) if step > 1 else 1000.0

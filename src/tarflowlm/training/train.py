@@ -42,7 +42,6 @@ from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
 """Steps after which the host waits for the losses of a device, and asks whether to stop."""
-STEPS_BETWEEN_COLLECTIONS = 1000  # of garbage, by several processes at once
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
 
@@ -147,8 +146,8 @@ def train_stage(run: Run, state: State) -> Likelihood:
 
         # Compute the gradients of a batch.
         start = time.perf_counter()
-        if run.processes.world > 1 and counters.stage_step % STEPS_BETWEEN_COLLECTIONS == 0:
-            gc.collect()
+        if run.processes.world > 1 and counters.stage_step % 1000 == 0:
+            gc.collect()  # by all processes at once, as none collects by itself
         before_batch = time.perf_counter()
         tokens = state.sampler.next()
         waited = time.perf_counter() - before_batch
