@@ -1,13 +1,18 @@
-"""Pieces of HTML that the views share; every text is escaped here or in `views/grid.py`."""
+"""Pieces of HTML that the views share; every text is escaped here or in `terminal/grid.py`."""
 
 import logging
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
+from torch import Tensor
+
+from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.terminal.grid import CSS, END, Row, Token, div, spans, to_html
+from tarflowlm.model import TarFlowLM
+from tarflowlm.terminal.grid import CSS, END, Row, Token, div, pass_rows, spans, to_html
 
 STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")
@@ -110,3 +115,26 @@ def slider(rows: Sequence[Row], *, is_open: bool) -> str:
     below = "<summary>how it was written, block by block</summary>"
     below += div("st-rows", to_html(rows))
     return f"{div('st-slide', control)}<details{opened}>{below}</details>"
+
+
+def passes(
+    model: TarFlowLM,
+    tokenizer: Tokenizer,
+    texts: Sequence[Tensor],
+    states: Sequence[Tensor],
+    *,
+    given: Tensor | None = None,
+) -> tuple[list[Row], bool]:
+    """The rows of a text, each token as opaque as p(x|h), and whether there is much to watch.
+
+    `states` are h^(L), ..., h^(0), each [T, d], and `texts` what they decode to, each [T]. Where
+    one block writes all, there is nothing to watch.
+    """
+    probabilities = []
+    for text, state in zip(texts, states, strict=True):
+        p = model.codebook.log_posterior(state).exp()
+        probabilities.append(p.gather(-1, text[:, None].to(p.device))[:, 0])
+    shares = [(after != before).double().mean().item() for before, after in pairwise(texts)]
+    # a pass that changes fewer tokens is not seen
+    is_watched = sum(share > 0.005 for share in shares) > 1
+    return pass_rows(texts, tokenizer, given=given, probabilities=probabilities), is_watched

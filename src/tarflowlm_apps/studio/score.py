@@ -15,7 +15,6 @@ from tarflowlm.terminal.grid import Token, div, text_tokens, visible
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
-from tarflowlm_apps.studio.passes import passes
 from tarflowlm_apps.studio.pieces import (
     Pages,
     asked,
@@ -23,6 +22,7 @@ from tarflowlm_apps.studio.pieces import (
     facts,
     muted,
     page,
+    passes,
     slider,
     stage,
     title,
