@@ -14,8 +14,8 @@ from tarflowlm.data.sources import resolve_source
 from tarflowlm.files import replacing, sha256_of
 from tarflowlm_apps.report.style import Figure, render
 
-RUNS = "runs.md"
-"""The page with all runs on record."""
+RUNS = "runs.csv"
+"""All runs on record."""
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -57,8 +57,8 @@ def write_results(
 ) -> list[Path]:
     """Write NAME.csv, NAME.md and, if the recipe has them, a plot NAME.png and other files.
 
-    Returns the paths of all files of that name. `command` is printed as what made them. The page of
-    all runs on record is written anew.
+    Returns the paths of all files of that name. `command` is printed as what made them.
+    Writes RUNS, too.
     """
     out = settings.out
     write(out / f"{recipe.name}.csv", _csv(rows))
@@ -68,9 +68,10 @@ def write_results(
         parts.append(f"![{recipe.title}]({recipe.name}.png)\n")
     if recipe.below is not None:
         parts.append(recipe.below(rows, out))
-    parts.append(_provenance(finished, command))
+    made = f"Made by `{shlex.join(command)}` from [runs]({RUNS}) that `--dry-run` names.\n"
+    parts.append(made)
     write(out / f"{recipe.name}.md", "\n".join(part for part in parts if part))
-    write(out / RUNS, _runs(finished[0].records))
+    write(out / RUNS, _csv(_runs(finished[0].records)))
     return sorted(out.glob(f"{recipe.name}.*"))
 
 
@@ -92,29 +93,20 @@ def _plot(folder: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
     render(draw, recipe.name, folder, width=width, height=height)
 
 
-def _provenance(finished: Sequence[Finished], command: Sequence[str]) -> str:
-    names = ", ".join(done.record.name for done in finished)
-    return f"## How it was made\n\n```\n{shlex.join(command)}\n```\n\n[Runs]({RUNS}): {names}.\n"
-
-
-def _runs(records: Records) -> str:
+def _runs(records: Records) -> list[Row]:
     """Steps, time and hashes of all runs, and where they were trained."""
-    rows = [
+    texts = {source: _text(source) for source in {record.summary["source"] for record in records}}
+    return [
         {
-            "run, -s: seed": record.name,
+            "run": record.name,
             "steps": int(record.summary["steps"]),
             "seconds": round(record.summary["seconds"]),
             **record.hashes,
+            "text": texts[record.summary["source"]],
+            "machine": record.machine,
         }
         for record in records
     ]
-    sources = {record.summary["source"] for record in records}
-    texts = "; ".join(sorted(map(_text, sources)))
-    machines = "; ".join(sorted({record.machine for record in records}))
-    return (
-        f"# Runs\n\n{markdown_table(rows)}\n"
-        f"Hashes are the first 12 digits of sha256. Texts: {texts}.\nTrained on: {machines}.\n"
-    )
 
 
 def _text(source: str) -> str:

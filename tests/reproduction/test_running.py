@@ -240,11 +240,12 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
         "| tiny | 0 | <= |",
         "2 rows, out.",
         "python -m reproduction all",
-        "tiny-s1",
     ]
     assert [part for part in parts if part not in page] == []
-    runs = (settings.out / "runs.md").read_text(encoding="utf-8")
-    assert [part for part in ("| tiny-s1 |", "words.txt", "PyTorch") if part not in runs] == []
+    with (settings.out / "runs.csv").open(encoding="utf-8") as file:
+        runs = {row["run"]: row for row in csv.DictReader(file)}
+    assert runs["tiny-s1"]["text"].startswith("words.txt")
+    assert "PyTorch" in runs["tiny-s1"]["machine"]
     assert "ppl" not in page
     assert (settings.out / "first.png").read_bytes()[:4] == b"\x89PNG"
     assert run(*argv, "--dry-run").out.count("finished") == 2
