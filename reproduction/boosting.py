@@ -31,8 +31,7 @@ from tarflowlm.flow.channelwise import Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.stack import InputMap
-from tarflowlm.flow.transformer import Transformer
+from tarflowlm.flow.transformer import InputMap, Transformer
 from tarflowlm.model import LanguageModel, as_flow, seeded
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step

@@ -150,3 +150,29 @@ def test_the_core_has_few_doors():
     }
     assert {name: count for name, count in found.items() if count > MOST[name]} == {}
     assert not [line for line in lines if "fmt: skip" in line]
+
+
+SPINE = [
+    "objective",
+    "model",
+    "flow.codebook",
+    "flow.couplings",
+    "flow.channelwise",
+    "flow.mixd",
+    "flow.stack",
+    "flow.numerics.reference",
+]
+"""The mathematics, to be read in an hour."""
+
+
+def test_the_spine_is_short_and_names_no_fast_path():
+    size = sum(len(MODULES[name].read_bytes()) for name in SPINE)
+    assert size <= 62_500
+    fast = re.compile(r"flow\.numerics\.(cpu|few_rows|sweep|near|maps)\b|COMPILED|is_eager_cpu")
+    wrong = [
+        f"{name} imports {other}"
+        for name in SPINE
+        for other in imports(MODULES[name])
+        if fast.search(other)
+    ]
+    assert not wrong

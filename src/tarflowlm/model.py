@@ -83,8 +83,8 @@ class LanguageModel(nn.Module):
     ) -> Float[Tensor, "B ..."]:
         """-log p(x), or one sample of an upper bound on it, in nats: [B], or its parts [B, T].
 
-        `per_token` asks for the parts; the tokens of a position share its part equally. With
-        `frozen` > 0 so many blocks and the codebook get no gradient.
+        `per_token` asks for the parts; the tokens of a position share its part equally. The
+        codebook and the first `frozen` blocks get no gradient where that is above 0.
         """
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:

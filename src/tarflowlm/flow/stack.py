@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,29 +11,8 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents
 from tarflowlm.flow.numerics import component_finder, log_standard_normal
 from tarflowlm.flow.plan import NoisyCodebook, Order, Patch
-from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
+from tarflowlm.flow.transformer import Conditioner, Embedder, InputMap, Transformer
 from tarflowlm.model_config import TransformerConfig
-
-
-class InputMap(nn.Module):
-    """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))).
-
-    The linear path alone would confine the inputs to a C-dimensional subspace (docs/log.md).
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(channels, width)
-        self.lift = nn.Linear(channels, width)
-        self.out = nn.Linear(width, width, bias=False)
-        nn.init.normal_(self.linear.weight, std=channels**-0.5)
-        nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
-        nn.init.normal_(self.out.weight, std=width**-0.5)
-        nn.init.zeros_(self.linear.bias)
-        nn.init.normal_(self.lift.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.out(F.gelu(self.lift(x)))
 
 
 class FlowBlock(Conditioner):

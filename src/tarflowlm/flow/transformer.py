@@ -256,6 +256,27 @@ class KVCache:
         return F.layer_norm(h, (D,), self.norm).view(B, N, D)
 
 
+class InputMap(nn.Module):
+    """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))).
+
+    The linear path alone would confine the inputs to a C-dimensional subspace (docs/log.md).
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, width)
+        self.lift = nn.Linear(channels, width)
+        self.out = nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.linear.weight, std=channels**-0.5)
+        nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
+        nn.init.normal_(self.out.weight, std=width**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        nn.init.normal_(self.lift.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.out(F.gelu(self.lift(x)))
+
+
 class Conditioner(nn.Module):
     """A Transformer that reads a learned start vector, and then what is before each position.
 

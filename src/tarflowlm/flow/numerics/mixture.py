@@ -37,7 +37,7 @@ def mixture_cdf(
         u = Phi^-1(F(z)),   log_det = log du/dz = log F'(z) - log N(u; 0, 1)
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det
-    [...], nats. Float32 or float64, all alike. Exact in both tails: |u| is limited by the range of
+    [...], nats. All float32, or all float64. Exact in both tails: |u| is limited by the range of
     z only. NaN gives NaN; z = +-inf gives u = +-inf. Errors: ValueError for mixed dtypes or
     differing K; RuntimeError for second derivatives.
     """

@@ -3,8 +3,8 @@ r"""Mixtures over a whole vocabulary of isotropic Gaussians (docs/math.md, eqs. 
     log p_mix(z) = log sum_k w_k N_k(z),   N_k(z) = N(z; mu_k, s_k^2 I),   w = softmax(x)
                  = logsumexp_k (x_k + log N_k(z)) - logsumexp_k x_k
 
-The logits x come as they are or as features, of which they are a linear map. The first sum is taken
-over the pairs of `near_components`, whose error is below rounding unless all tokens near z are very
+The logits x are given, or features are, of which they are a linear map. The first sum is taken over
+the pairs of `near_components`. Its error is below rounding unless all tokens near z are very
 improbable. The sum itself shows that (eq. 20b), and such rows take all components.
 
 Rows come in chunks, so that nothing makes an [N, K] tensor. E is the number of features.
