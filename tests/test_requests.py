@@ -28,24 +28,6 @@ def test_pieces_of_an_edit_are_read_as_the_text_is(flow):
     assert "lord" in flow.edit(TEXT, replace=("King", "Lord"))
 
 
-@pytest.mark.parametrize(
-    ("request_", "options", "named"),
-    [
-        (Writing, {"temperature": float("nan")}, "temperature nan"),
-        (Writing, {"top_k": 0}, "top_k 0"),
-        (Writing, {"contains": "king", "stop": "e"}, "contains with stop"),
-        (Writing, {"top_p": 1.5}, "top_p 1.5"),
-        (Edit, {"text": "the king", "temperature": 0.0}, "temperature 0.0"),
-        (Edit, {"text": "the king", "strength": float("nan")}, "strength nan"),
-        (Edit, {"text": "the king", "candidates": 0}, "candidates 0"),
-        (Edit, {"text": "the king", "around": -1}, "around -1"),
-    ],
-)
-def test_values_out_of_range_are_named_without_a_model(request_, options, named):
-    with pytest.raises(UserError, match=named):
-        request_(**options)
-
-
 def test_a_stream_stops_where_its_stop_is_read(flow):
     whole = flow.write("The King", num_tokens=40, seed=3)
     stop = whole[20:24]

@@ -1,6 +1,7 @@
 """Types, ranges and contradictions of dataclasses. Refusals are generated from the fields."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarflowlm import config, model_config
+from tarflowlm import config, model_config, requests
 from tarflowlm.errors import UserError
 from tarflowlm.schema import Checked, Count, Positive, Range, checked, from_dict, hints_of, to_dict
 
@@ -26,6 +27,9 @@ CHECKED = [
     model_config.TokenAffine,
     model_config.FlowConfig,
     model_config.TransformerConfig,
+    requests.Edit,
+    requests.Score,
+    requests.Writing,
 ]
 NEEDED = {"name": "x", "model": model_config.BaselineConfig(), "text": "the king"}
 """Values of the fields that have no defaults."""
@@ -62,18 +66,67 @@ def refusals() -> Iterator[Any]:
                 yield pytest.param(cls, one.name, value, id=f"{cls.__name__}.{one.name}={value}")
 
 
+def usual(cls: type) -> dict[str, object]:
+    """Values of all fields."""
+    defaults = {
+        one.name: one.default if one.default_factory is MISSING else one.default_factory()
+        for one in fields(cls)
+    }
+    return defaults | {name: value for name, value in NEEDED.items() if name in defaults}
+
+
+def refused(cls: type, values: dict[str, object]) -> str:
+    """What the class says of these values, given by a program whose types nobody checks."""
+    made = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    with pytest.raises(UserError) as caught:
+        made.__post_init__()
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(("cls", "name", "value"), [*refusals()])
 def test_every_field_refuses_what_is_out_of_its_range(cls, name, value):
-    config = object.__new__(cls)
-    for one in fields(cls):
-        default = one.default if one.default_factory is MISSING else one.default_factory()
-        object.__setattr__(config, one.name, NEEDED.get(one.name, default))
-    config.__post_init__()
-    # as a program does whose types nobody checks
-    is_list = isinstance(getattr(config, name), tuple)
-    object.__setattr__(config, name, (value,) if is_list else value)
-    with pytest.raises(UserError, match=rf"{name}(\.0)? .*: (must be|give|choose one of)"):
-        config.__post_init__()
+    cls(**{name: value for name, value in NEEDED.items() if name in usual(cls)})
+    is_list = isinstance(usual(cls)[name], tuple)
+    said = refused(cls, usual(cls) | {name: (value,) if is_list else value})
+    label = cls.NAMES.get(name, name)
+    assert re.search(rf"{label}(\.0)? .*: (must be|give|choose one of)", said)
+
+
+def another(cls: type, name: str) -> object:
+    """A value of a field that is not its default."""
+    default = usual(cls)[name]
+    for part in parts_of(hints_of(cls)[name]):
+        if get_origin(part) is Literal:
+            return next(one for one in get_args(part) if one != default)
+        if get_origin(part) is tuple:
+            return ("king", "lord")
+        if part in (int, float, str, bool):
+            return {int: 2, float: 0.5, str: "a", bool: not default}[part]
+    return [1]
+
+
+EXCLUSIVE = [
+    (cls, one, other)
+    for cls in CHECKED
+    for one, others in cls.EXCLUSIVE.items()
+    for other in others
+]
+NEEDS = [(cls, name) for cls in CHECKED for name in cls.NEEDS]
+
+
+@pytest.mark.parametrize(("cls", "one", "other"), EXCLUSIVE)
+def test_every_two_that_exclude_each_other_are_named(cls, one, other):
+    said = refused(cls, usual(cls) | {name: another(cls, name) for name in (one, other)})
+    names = [cls.NAMES.get(name, name) for name in (one, other)]
+    assert said == f"{names[0]} with {names[1]}: leave one of them out"
+
+
+@pytest.mark.parametrize(("cls", "name"), NEEDS)
+def test_everything_that_needs_another_names_it(cls, name):
+    said = refused(cls, usual(cls) | {name: another(cls, name)})
+    assert said.startswith(f"{name} has no effect without {cls.NEEDS[name][0]}")
 
 
 @dataclass(frozen=True, kw_only=True)
