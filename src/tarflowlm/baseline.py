@@ -98,11 +98,13 @@ class TokenLM(LanguageModel, Conditioner):
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
         rows = chunks.rows_at_once(self.config.vocab_size, chunks.LOGITS)
-        parts = chunks.in_parts(self._nll, rows, inputs, targets)
+        parts = chunks.in_parts(
+            lambda x, y: F.cross_entropy(widen(self.head(x)), y, reduction="none"),
+            rows,
+            inputs,
+            targets,
+        )
         return -torch.cat(parts).view(tokens.shape)
-
-    def _nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(widen(self.head(inputs)), targets, reduction="none")
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None

@@ -27,10 +27,7 @@ class FillsIn(MixDCoupling):
         Coupling.__init__(self)
         vars(self).update(vars(mixd))
         self.certainty = certainty
-
-    @property
-    def is_tied(self) -> bool:
-        return False
+        self.is_tied = False
 
     def conditional(self, log_w: Tensor) -> Conditional:
         num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)

@@ -73,6 +73,8 @@ class MixDCoupling(Coupling):
         self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
         # in a tuple, so that the encoder's parameters are not registered a second time
         self._tied = (tied,)
+        self.is_tied = isinstance(tied, Codebook)
+        """Whether every token is a mixture of the encoder's codebook, and of nothing else."""
         self.weight_head = nn.Linear(width, self.components.vocab_size)
         nn.init.zeros_(self.weight_head.weight)
         nn.init.zeros_(self.weight_head.bias)
@@ -94,11 +96,6 @@ class MixDCoupling(Coupling):
         components = self._tied[0] if self.own is None else self.own
         assert components is not None
         return components
-
-    @property
-    def is_tied(self) -> bool:
-        """True if every token is a mixture of the encoder's codebook, and of nothing else."""
-        return isinstance(self._tied[0], Codebook)
 
     def conditional(self, log_w: Float[Tensor, "rows K"]) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
