@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from reproduction import tables
 from reproduction.measures import summary_row
-from reproduction.recipe import Finished, Recipe, Row, Training, trainings
+from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
 from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm_apps.report.style import Figure
@@ -14,6 +15,8 @@ LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
 """Shares of the steps of a preset."""
 TOKENS = "tokens of block 1"
 RATIO = "over AR"
+WEIGHTED = (f"{tables.WINDOWS} windows: bpc", f"iw-{tables.SAMPLES} bpc")
+"""Columns that only the CSV shows: the table has their ratios."""
 
 
 def plan_lengths(settings: Settings) -> list[Training]:
@@ -100,6 +103,7 @@ LENGTHS_RECIPE = Recipe(
     ),
     plan=plan_lengths,
     measure=measure_lengths,
+    table=partial(without, columns=(*RUN_DETAILS, *WEIGHTED)),
     draw=draw_lengths,
     seeds=2,
 )
