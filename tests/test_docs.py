@@ -204,7 +204,8 @@ def options() -> dict[str, set[str]]:
             name: {option for argv in argvs for option in re.findall(r"--[a-z][\w.-]*", call(argv))}
             for name, argvs in pages.items()
         }
-    found["train"] |= {"--resume"}
+    # `train` reads these two before the fields of a preset, whose help it prints
+    found["train"] |= {"--resume", "--model.blocks.0.coupling"}
     for name, args in (("reproduction", ReproductionArgs), ("quality", QualityArgs)):
         found[name] = {f"--{field.name.replace('_', '-')}" for field in fields(args)}
     found["harness"] |= {
