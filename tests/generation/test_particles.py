@@ -19,7 +19,7 @@ MODELS = {
     "ar": {"context": 3},
     "ar-P3": {"context": 3, "patch": 3, "in_patch": "autoregressive"},
     "mixd": {"couplings": ("mixd",)},
-    "mix1": {"couplings": ("mix1",)},
+    "mix1": {"couplings": ("mix1",), "scale": 0.15},
     "mixd-P2": {"couplings": ("mixd",), "patch": 2},
     "mixd-mix1": {"couplings": ("mixd", "mix1")},
     "mixd-mix1-mix1": {"couplings": ("mixd", "mix1", "mix1")},
