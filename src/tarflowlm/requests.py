@@ -5,6 +5,7 @@ for is decided by `generation.plan`, `editing` and `evaluation`.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial, wraps
@@ -97,6 +98,8 @@ class Sampling(Checked):
     """Keep the k most probable tokens."""
     top_p: Annotated[TopP | None, arg("FLOAT")] = None
     """Keep the smallest set of tokens that holds this probability."""
+    min_p: Annotated[Share | None, arg("FLOAT")] = None
+    """Keep the tokens whose probability is at least this times the largest one."""
     particles: Annotated[Count | None, arg("INT")] = None
     """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of
     many. The default is 16 under a constraint and with text after a blank, else 1.
@@ -110,8 +113,9 @@ class Sampling(Checked):
         """A map of log-weights of tokens [..., V], or None for the identity (docs/math.md, 7).
 
         It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the
-        smallest set of the largest whose probability reaches `top_p`. Dropped tokens, and one that
-        is `banned`, get the lowest finite log-weight: probability zero.
+        smallest set of the largest whose probability reaches `top_p`, then those of at least
+        `min_p` times the largest probability (Nguyen et al. 2024). Dropped tokens, and one that is
+        `banned`, get the lowest finite log-weight: probability zero.
         """
         import torch
 
@@ -123,6 +127,9 @@ class Sampling(Checked):
         # rounding lets a cumulative sum reach 1 before the last tokens
         if self.top_p is not None and self.top_p < 1.0:
             drops.append(partial(_all_but_nucleus, share=self.top_p))
+        if self.min_p:
+            least = math.log(self.min_p)
+            drops.append(lambda log_w: log_w < log_w.amax(-1, keepdim=True) + least)
         is_same = temperature == 1.0 and not drops
         if is_same and banned is None:
             return None

@@ -56,6 +56,14 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, indices):
     assert adjusted(top_p=top_p) == kept(*indices)
 
 
+@pytest.mark.parametrize(
+    ("min_p", "indices"),
+    [(1.0, [2]), (0.61, [2]), (0.59, [2, 0]), (0.31, [2, 0]), (0.29, [2, 0, 3]), (0.0, range(4))],
+)
+def test_min_p_keeps_what_is_not_far_below_the_largest(min_p, indices):
+    assert adjusted(min_p=min_p) == kept(*indices)
+
+
 def test_the_options_apply_one_after_another():
     """Temperature first: at 2 the largest two have 0.564 and 0.436 of their sum."""
     assert adjusted(temperature=2.0, top_k=2, top_p=0.6)[1] == 0.0
