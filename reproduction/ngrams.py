@@ -1,13 +1,11 @@
 """How far counting goes on the text of the quickstart."""
 
-import bz2
-import math
 import sys
-from collections import Counter
 
 import numpy as np
 import numpy.typing as npt
 
+from tarflowlm.cli.quickstart import baselines_on
 from tarflowlm.data import prepare_corpus
 from tarflowlm.presets import preset
 
@@ -45,35 +43,15 @@ def bigram_cross_entropy(train: Tokens, test: Tokens, vocab_size: int) -> float:
     return float(-(np.log2(conditional).sum() + np.log2(p[test[0]])) / len(test))
 
 
-def ngram_entropy(text: str, order: int) -> float:
-    r"""Entropy of a character given the `order - 1` before it, from the counts of a text; in bits.
-
-        H_n = - 1/M sum_{w, a} c(w a) log2( c(w a) / c(w) ),   c(w) = sum_a c(w a),   M = T - n + 1
-
-    over the contexts w of n - 1 characters and the next character a. c counts the M n-grams of the
-    text of T characters. No n-gram model of this order does better on this text.
-    """
-    counts = Counter(text[i : i + order] for i in range(len(text) - order + 1))
-    contexts: Counter[str] = Counter()
-    for gram, count in counts.items():
-        contexts[gram[:-1]] += count
-    total = sum(c * math.log2(contexts[gram[:-1]] / c) for gram, c in counts.items())
-    return total / counts.total()
-
-
 def main() -> None:
     """`python -m reproduction.ngrams`: bits per character of the quickstart's test split under a
-    bigram model of its tokens, under trigrams of its own characters, and as a bz2 file.
+    bigram model of its tokens, and under the simple models of `tarflowlm quickstart`.
     """
     corpus = prepare_corpus(preset("quickstart").data)
     train, test = (np.asarray(corpus.split(s), dtype=np.int64) for s in ("train", "test"))
     per_token = bigram_cross_entropy(train, test, corpus.tokenizer.vocab_size)
     text = corpus.tokenizer.decode(test.tolist())
-    found = {
-        "bigrams of tokens": per_token * len(test) / len(text),
-        "trigrams of characters": ngram_entropy(text, 3),
-        "bz2": 8 * len(bz2.compress(text.encode("utf-8"), 9)) / len(text),
-    }
+    found = {"bigrams of tokens": per_token * len(test) / len(text), **baselines_on(text)}
     for name, bits in found.items():
         sys.stdout.write(f"{name}: {bits:.3f} bits per character\n")
 

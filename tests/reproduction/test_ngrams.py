@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reproduction.ngrams import bigram_cross_entropy, ngram_entropy
+from reproduction.ngrams import bigram_cross_entropy
+from tarflowlm.cli.quickstart import ngram_entropy
 
 
 def test_bigram_probabilities_sum_to_one():
