@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the package
 
-from reproduction.cipher import BY_HEAD, RECOVERED  # noqa: E402
+from reproduction.cipher import BY_HEAD  # noqa: E402
 from reproduction.directions import ALTERNATING, ONE_WAY  # noqa: E402
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
 from reproduction.lengths import RATIO, TOKENS  # noqa: E402
@@ -121,19 +121,11 @@ def flows_above_the_baseline() -> Claim:
     names = ("Mix-d", "Mix-1", "affine")
     holds = all(min(found[name]) > max(baseline) + SURE for name in names)
     of_seeds = {
-        name: [x / ar for x, ar in zip(values, baseline, strict=False)]
-        for name, values in found.items()
+        name: [x / ar for x, ar in zip(found[name], baseline, strict=True)] for name in names
     }
-    parts = [f"{name} {listed(of_seeds[name])}" for name in names]
-    ours = [f"{name} {listed(ratios)}" for name, ratios in of_seeds.items() if name not in names]
+    parts = [f"{name} {listed(ratios)}" for name, ratios in of_seeds.items()]
     weighted = [row[WEIGHTED] for row in rows_of("lengths") if row["model"] == "affine"][-2:]
-    deep = {"Mix-d": list[float](), "AR": list[float]()}
-    for row in rows_of("cipher"):
-        if row["model"].endswith(", 6 layers"):
-            deep[row["model"].removesuffix(", 6 layers")].append(row["bpc of the model"])
-    of_one_block = [x / ar for x, ar in zip(deep["Mix-d"], deep["AR"], strict=True)]
-    numbers = f"times the baseline: {'; '.join(parts)} (iw-16 {listed(weighted)}); of our own: "
-    numbers += f"{'; '.join(ours)}; one block of six layers, in half of the steps, {listed(of_one_block)} ([cipher](cipher.md))"
+    numbers = f"times the baseline: {'; '.join(parts)} (iw-16 {listed(weighted)})"
     claim = "every flow is above the discrete baseline (Mix-d 1.057, Mix-1 1.114, affine 1.252)"
     differs = "Mix-d reads decoded tokens; by seed another block of Mix-1 is the language model; the bound of "
     differs += "affine is loose, and its iw-16 far from converged"
@@ -159,10 +151,7 @@ def ratios_over_length() -> Claim:
         is_settled = all(abs(ratios[-1] - ratios[-2]) < 0.005 for ratios in columns.values())
         agree = max(of_seeds[model]) - min(of_seeds[model]) < 0.005
         (open_ if not agree else holds if is_settled else fails).append(model)
-    parts = [
-        f"{model} {listed(columns[RATIO])} (iw-16 {listed(columns[WEIGHTED])})"
-        for model, columns in sorted(curves.items())
-    ]
+    parts = [f"{model} {listed(columns[RATIO])}" for model, columns in sorted(curves.items())]
     numbers = f"times the baseline after 1.3, 2.7, 5.3 million characters: {'; '.join(parts)}"
     claim = "are these ratios those of longer training? (question of our own)"
     here = f"settled: {said(holds) or 'none'}; not yet: {said(fails) or 'none'}"
@@ -271,7 +260,7 @@ def two_tokens() -> Claim:
     for row in rows_of("fig5"):
         of_model.setdefault(row["model"], []).append(row["perplexity"])
         errors.setdefault(row["model"], []).append(row["perplexity ±"] / row["perplexity"])
-    real = of_model.pop("real text")
+    of_model.pop("real text")
     families = {name: name for name in of_model if name in ("AR", "Mix-1", "Mix-d")}
     families |= {name: name.split(",")[0] for name in of_model if name.startswith("Mix-")}
     families["two-token AR"] = "AR"
@@ -301,12 +290,6 @@ def two_tokens() -> Claim:
         "perplexity of the continuation over the same family's with one token, in the mean of the "
     )
     numbers += f"prefixes: {'; '.join(means)}"
-    over_text = [
-        f"{name} {listed([x / text for x, text in zip(of_model[name], real, strict=True)], 2)}"
-        for name in of_model
-        if families[name] == name
-    ]
-    numbers += f"; with one token over real text's, by prefix: {'; '.join(over_text)}"
     claim = "patch 2: the flow keeps its quality, the two-token baseline breaks down (figure 5)"
     differs = "one seed, 32 texts of 256 characters; a judge of our own; the blocks above block 1 of Mix-1, one "
     differs += "of them its language model, do not see the prefix"
@@ -415,23 +398,14 @@ def upper_blocks() -> Claim:
     here += f"{verdict(beyond)} that a trained map adds to that; {verdict(by_noise)} for a map that reads the noise; "
     here += f"{NOT_TESTABLE} whether five layers alone do as well"
 
-    def gained(rows: Rows, column: str, share: str) -> str:
-        return (
-            f"{listed([row[column] for row in rows])} ({listed([row[share] for row in rows], 2)})"
-        )
-
     heads = [
-        f"{name.split(', ')[-1]} {gained(rows, 'of the head', BY_HEAD)}"
+        f"{name.split(', ')[-1]} {listed([row['of the head'] for row in rows])} "
+        f"({listed([row[BY_HEAD] for row in rows], 2)})"
         for name, rows in maps.items()
         if name.startswith("redone") and "d = 1" not in name
     ]
-    trained = [
-        f"{name} {gained(rows, 'gain', RECOVERED)}"
-        for name, rows in maps.items()
-        if "d = 1" not in name
-    ]
     numbers = "bits off block 1 (share of what six layers take off): by the head, without training a map, "
-    numbers += f"{'; '.join(heads)}; by trained maps {'; '.join(trained)}".replace("-0.00", "0.00")
+    numbers += f"{'; '.join(heads)}; trained maps are in the table"
     claim = "a block above a frozen block 1 of tied Mix-d adds to it (question of our own)"
     differs = "block 1 of one layer, reader of five, left to right, 1,300 steps each; no control of five layers "
     differs += "alone; d = 1, of one seed, is in the table"
