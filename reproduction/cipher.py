@@ -250,10 +250,9 @@ CIPHER = Recipe(
         "too. Then each map learns on it. At mini scale block 1, reader and map have 1,300 steps "
         "each, the models of six layers 1,300 in all. The key: w(z_<t) and the cells at the own "
         "position. Redone: u' = R_w'(R_w^-1(u)), w' = softmax(log w + delta), delta zero at the "
-        "start, so that both blocks are one tied block with the weights w'. With the reader's own "
-        "head as w' no map has to learn, and both blocks have the bits of the head, as the codes "
-        "are sharp. *recovered*: the gain over that of six layers in block 1, by the map, and by "
-        "the head. There is no control of five layers that were trained without block 1.)"
+        "start. With the reader's own head as w' no map has to learn, and both blocks have the "
+        "bits of the head. *recovered*: the gain over that of six layers in block 1. There is no "
+        "control of five layers without block 1.)"
     ),
     plan=plan_cipher,
     measure=measure_cipher,

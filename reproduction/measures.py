@@ -29,7 +29,7 @@ AVERAGED = 5  # lines of metrics.jsonl averaged in a point of a curve
 POINTS = 12  # evenly spaced points of a curve
 LATENT_WINDOWS = 256  # windows of text whose states are measured
 SHORT_WINDOWS = 1024  # test windows of these
-SEEDS_OF_MIX1 = "At mini scale seed 1 of Mix-1 has 7 % more bits ([table2](table2.md))."
+SEEDS_OF_MIX1 = "Seed 1 of mini Mix-1 has 7 % more bits ([table2](table2.md))."
 """What pages say that show one seed of Mix-1."""
 
 
