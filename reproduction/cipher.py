@@ -256,7 +256,7 @@ CIPHER = Recipe(
     ),
     plan=plan_cipher,
     measure=measure_cipher,
-    table=partial(without, columns=(ALONE, BOTH)),
+    table=partial(without, columns=(ALONE, BOTH, "bpc of both", "gain ±")),
     below=show_texts,
     draw=draw_cipher,
     size=(8.0, 5.0),

@@ -1,13 +1,23 @@
 """The paper's first claim: blocks of alternating direction give context from both sides."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from reproduction import measures, tables
 from reproduction.lengths import lengthened
 from reproduction.measures import JUDGED
 from reproduction.passes import FILLING, LABELS, judged_passes
 from reproduction.plots import bits_error, plot_models
-from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
+from reproduction.recipe import (
+    RUN_DETAILS,
+    Finished,
+    Recipe,
+    Row,
+    Training,
+    trainings,
+    variant,
+    without,
+)
 from reproduction.settings import Kind, Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.presets import preset
@@ -84,6 +94,7 @@ DIRECTIONS = Recipe(
     ),
     plan=plan_directions,
     measure=measure_directions,
+    table=partial(without, columns=(*RUN_DETAILS, *tables.WINDOWED)),
     draw=draw_directions,
     seeds=2,
 )

@@ -15,8 +15,6 @@ LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}
 """Shares of the steps of a preset."""
 TOKENS = "tokens of block 1"
 RATIO = "over AR"
-WEIGHTED = (f"{tables.WINDOWS} windows: bpc", f"iw-{tables.SAMPLES} bpc")
-"""Columns that only the CSV shows: the table has their ratios."""
 
 
 def plan_lengths(settings: Settings) -> list[Training]:
@@ -103,7 +101,7 @@ LENGTHS_RECIPE = Recipe(
     ),
     plan=plan_lengths,
     measure=measure_lengths,
-    table=partial(without, columns=(*RUN_DETAILS, *WEIGHTED)),
+    table=partial(without, columns=(*RUN_DETAILS, *tables.WINDOWED)),
     draw=draw_lengths,
     seeds=2,
 )

@@ -10,7 +10,16 @@ from reproduction import measures, tables
 from reproduction.ablations import HALF_STEPS
 from reproduction.judges import Judge
 from reproduction.plots import plot_models, plot_over
-from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
+from reproduction.recipe import (
+    RUN_DETAILS,
+    Finished,
+    Recipe,
+    Row,
+    Training,
+    trainings,
+    variant,
+    without,
+)
 from reproduction.settings import Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
@@ -244,6 +253,7 @@ IN_PATCH = Recipe(
     ),
     plan=plan_in_patch,
     measure=measure_in_patch,
+    table=partial(without, columns=(*RUN_DETAILS, "prefix 16", "prefix 64")),
     draw=partial(plot_models, label="bits per character (bounds)"),
     seeds=2,
     clear=(TOGETHER, APART),
