@@ -19,7 +19,7 @@ from tarflowlm.errors import Progress, UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import Weights, weight
 from tarflowlm.generation.plan import Plan, checked_mask
-from tarflowlm.generation.rows import LatentPieces, Pieces, TokenPieces
+from tarflowlm.generation.rows import Pieces
 from tarflowlm.generation.sampling import GapLengths, Generation, Noise
 from tarflowlm.model import TarFlowLM
 
@@ -40,9 +40,12 @@ class GapFilter:
         B = self.weights.log_w.numel()
         self.tokens = torch.zeros(B, plan.num_tokens, dtype=torch.long, device=self.model.device)
         self.values = self.tokens.clone()
+        self.width = 0
+        """Channels of a token; none for the baseline."""
         if self.flow is not None:
             mean = self.flow.codebook.mean
-            self.values = mean.new_zeros(B, plan.num_tokens, mean.shape[1])
+            self.width = mean.shape[1]
+            self.values = mean.new_zeros(B, plan.num_tokens, self.width)
         self.lengths = torch.zeros(B, len(self.gaps), dtype=torch.long)
         self.ends = torch.zeros(B, dtype=torch.long)
         self.candidates: Tensor | None = None
@@ -114,16 +117,12 @@ class GapFilter:
             start = end + length
         return given
 
-    def _normal(self, count: int) -> Tensor:
-        """Fresh noise [B, count, d], without channels for the baseline."""
-        return self.noise.normal(count, 0 if self.flow is None else self.values.shape[2])
-
     def _values_of(self, piece: Tensor) -> Tensor:
         """The inputs of block 1 for given tokens [S], by row: latents [B, S, d], or the tokens."""
         tokens = piece.to(self.tokens).expand(len(self.tokens), -1)
         if self.flow is None:
             return tokens
-        return self.flow.codebook.encode(tokens, self._normal(len(piece)))
+        return self.flow.codebook.encode(tokens, self.noise.normal(len(piece), self.width))
 
     def _append(self, piece: Tensor, values: Tensor) -> None:
         """Write a given piece [S] at the end of every row."""
@@ -143,11 +142,10 @@ class GapFilter:
 
     def _groups(self) -> Iterator[tuple[Tensor, Pieces]]:
         """Rows of equal length: their numbers, and copies of them that grow."""
-        kind = TokenPieces if self.flow is None else LatentPieces
         adjust = self.plan.adjust
         for end in self.ends.unique().tolist():
             own = (self.ends == end).nonzero()[:, 0]
-            yield own, kind(self.model, self.tokens[own], self.values[own], end, adjust)
+            yield own, Pieces(self.model, self.tokens[own], self.values[own], end, adjust)
 
     def _fill(self, index: int) -> list[Tensor]:
         """Fill a gap and write the piece after it: `_shares` of all candidates."""
@@ -156,7 +154,7 @@ class GapFilter:
         lengths = torch.arange(gap.least, gap.most + 1)
         span = len(lengths)
         values = self._values_of(piece)
-        numbers = self.noise.uniform(gap.most), self._normal(gap.most)
+        numbers = self.noise.uniform(gap.most), self.noise.normal(gap.most, self.width)
         scores = torch.zeros(len(self.tokens), span, dtype=torch.float64)
         for own, rows in self._groups():
             end = rows.at
@@ -249,7 +247,7 @@ class GapFilter:
     def _finish(self) -> None:
         """Draw what follows the template."""
         num_tokens = self.tokens.shape[1]
-        numbers = self.noise.uniform(num_tokens), self._normal(num_tokens)
+        numbers = self.noise.uniform(num_tokens), self.noise.normal(num_tokens, self.width)
         for own, rows in self._groups():
             left = num_tokens - rows.at
             self._draw(own, rows, Gap(most=left, least=left), numbers)

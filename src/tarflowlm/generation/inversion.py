@@ -255,28 +255,24 @@ class _Inversion:
         return float(largest)
 
     def sweep(self) -> None:
-        """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
+        """Gauss-Seidel-Jacobi sweeps over segments, as long as their changes shrink.
 
         Segments take Newton steps until one does not converge by them. Every later sweep finishes
-        at least one position. A segment whose changes stop shrinking is halved, down to single
-        positions (a step); after one that converged, the next is twice as long.
+        at least one position. Where a sweep does not shrink the changes, `step` does the rest.
         """
         limit = self.num_positions
-        length = LONGEST_SEGMENT
         takes_newton = isinstance(self.block.coupling, ChannelCoupling)
         while limit - self.at >= SHORTEST_NEWTON and takes_newton:
             takes_newton = self.newton()
         while self.at < limit:
-            stop = min(limit, self.at + length)
+            stop = min(limit, self.at + LONGEST_SEGMENT)
             last = math.inf
             while self.at < stop:
                 largest = self._sweep_once(stop)
                 # NaN counts as no convergence
-                if not largest < CONTRACTION * last and stop - self.at > 1:
-                    length = (stop - self.at) // 2
-                    stop = self.at + length
+                if not largest < CONTRACTION * last:
+                    return
                 last = largest
-            length = min(LONGEST_SEGMENT, 2 * length)
 
     def rewind_to_bad(self) -> None:
         """Go back to the first swept position whose latents do not map back to their noise."""

@@ -141,16 +141,14 @@ class LatentPositions(Positions):
         num = num_leading(self.is_known.all(2).all(0))
         if num == 0:
             return None
-        u, log_det = self.block.coupling(self.known[:, :num], self.settle(self.known, num))
+        z = self.known[:, :num]
+        self.values[:, :num] = z
+        self.at = num
+        features = self.block.features_of(self.cache, z[:, : num - 1], first=True)
+        u, log_det = self.block.coupling(z, features)
         self.noise[:, :num] = u
         log_p = log_det.sum(-1) + standard_normal_log_prob(u)
         return log_p - self.log_normaliser[:, :num].sum((1, 2))
-
-    def settle(self, z: Tensor, num: int) -> Tensor:
-        """Copy the first `num` > 0 positions from z [B, N, C]; returns their features."""
-        self.values[:, :num] = z[:, :num]
-        self.at = num
-        return self.block.features_of(self.cache, z[:, : num - 1], first=True)
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
         here = self.rows, n
@@ -205,8 +203,12 @@ class TokenPositions(Positions):
         return log_p
 
 
-class Pieces(Rows, ABC):
-    """Rows with `tokens` [B, T] that grow by single tokens and by pieces."""
+class Pieces(Rows):
+    """Rows with `tokens` [B, T] that grow by single tokens and by pieces.
+
+    The values of the baseline are the tokens. Those of a flow, whose block 1 is a mixture of the
+    codebook's components, are latents.
+    """
 
     def __init__(
         self,
@@ -220,6 +222,9 @@ class Pieces(Rows, ABC):
         super().__init__(model, values, adjust)
         self.tokens = tokens
         self.at = at
+        self.coupling: MixDCoupling | None = None
+        if isinstance(model, TarFlowLM):
+            self.coupling = cast(MixDCoupling, model.prior.block(0).coupling)
         if at:
             self._features(0, at)
 
@@ -229,15 +234,28 @@ class Pieces(Rows, ABC):
         past = self.values[:, max(start - 1, 0) : end - 1]
         return self.model.conditioner.features_of(self.cache, past, first=start == 0)
 
+    def _log_weights(self, features: Tensor) -> Tensor:
+        """Log-weights of the tokens [B, n, V], from features [B, n, D]."""
+        if self.coupling is None:
+            return widen(cast(TokenLM, self.model).head(features))
+        return widen(self.coupling.weight_head(features))
+
     def add(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """Write a piece, tokens [S] with values [B, S, ...]: its log-probability [B], in nats."""
+        """Write a piece, tokens [S] with values [B, S, ...]: its log-probability [B], in nats.
+
+        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t), summed: the factors of (21).
+        """
         start = self.at
         self.at += len(tokens)
         if start == self.at:
             return torch.zeros(len(values))
         self.tokens[:, start : self.at] = tokens
         self.values[:, start : self.at] = values
-        return self.weigh(tokens, values, self._features(start, self.at))
+        features = self._features(start, self.at)
+        if self.coupling is not None:
+            return self.coupling.log_prob(values, features, relative=True).sum(-1)
+        log_p = self._log_weights(features).log_softmax(-1)
+        return log_p[:, range(len(tokens)), tokens].sum(-1)
 
     def draw(self, uniform: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """Write one token by random numbers [B] and [B, d], among those in `mask` [V] or [B, V].
@@ -245,17 +263,36 @@ class Pieces(Rows, ABC):
         Returns the log-weight [B] of the draw, in nats: the log-probability of the mask.
         """
         features = self._features(self.at, self.at + 1)
-        log_w = self.log_weights(features)[:, 0]
+        log_w = self._log_weights(features)[:, 0]
         log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
         # dropped by the adjustment
         log_w = log_w.masked_fill(log_w < torch.finfo(log_w.dtype).min / 2, -torch.inf)
         allowed = log_w if mask is None else log_w.masked_fill(~mask, -torch.inf)
-        drawn = inverse_cdf(allowed, uniform.to(log_w.device))
-        token, value, gain = self.emit(drawn, noise, log_w, allowed)
+        token = inverse_cdf(allowed, uniform.to(log_w.device))
+        value = token
+        gain: Tensor | float = 0.0
+        if self.coupling is not None:
+            token, value, gain = self._emit(token, noise, log_w, allowed)
         self.tokens[:, self.at] = token
         self.values[:, self.at] = value
         self.at += 1
         return allowed.logsumexp(-1) + gain
+
+    def _emit(
+        self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Token, latents and additional log-weight [B] of components `drawn` [B] by `allowed`.
+
+        z ~ g = sum_A w_k N_k / w(A); the weight of (23) over w(A) is p(z) p(A|z) w(A) / g(z).
+        """
+        codebook = as_flow(self.model).codebook
+        z = codebook.encode(drawn, noise)
+        if allowed is log_w:
+            return codebook.decode(z), z, 0.0
+        log_p = codebook.log_posterior(z)
+        inside = log_p.masked_fill(allowed == -torch.inf, -torch.inf)
+        mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
+        return inside.argmax(-1), z, mixed + inside.logsumexp(-1)
 
     def holds_twice(self, piece: Tensor) -> Tensor:
         """Whether each row [B], which ends in this piece [S], holds it before."""
@@ -265,61 +302,3 @@ class Pieces(Rows, ABC):
     def select(self, order: Tensor) -> None:
         super().select(order)
         self.tokens = self.tokens[order]
-
-    @abstractmethod
-    def log_weights(self, features: Tensor) -> Tensor:
-        """Log-weights of the tokens [B, n, V], from features [B, n, D]."""
-
-    @abstractmethod
-    def weigh(self, tokens: Tensor, values: Tensor, features: Tensor) -> Tensor:
-        """The log-probability [B] of a piece, in nats."""
-
-    @abstractmethod
-    def emit(
-        self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Token, value and additional log-weight [B] of components `drawn` [B] by `allowed`."""
-
-
-class TokenPieces(Pieces):
-    """Pieces of the baseline."""
-
-    def log_weights(self, features: Tensor) -> Tensor:
-        return widen(cast(TokenLM, self.model).head(features))
-
-    def weigh(self, tokens: Tensor, values: Tensor, features: Tensor) -> Tensor:
-        log_p = self.log_weights(features).log_softmax(-1)
-        return log_p[:, range(len(tokens)), tokens].sum(-1)
-
-    def emit(
-        self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        return drawn, drawn, 0.0
-
-
-class LatentPieces(Pieces):
-    """Pieces of a flow whose block 1 is a mixture of the codebook's components."""
-
-    @property
-    def coupling(self) -> MixDCoupling:
-        return cast(MixDCoupling, as_flow(self.model).prior.block(0).coupling)
-
-    def log_weights(self, features: Tensor) -> Tensor:
-        return widen(self.coupling.weight_head(features))
-
-    def weigh(self, tokens: Tensor, values: Tensor, features: Tensor) -> Tensor:
-        """log p(z_t | z_<t) - log sum_j N_j(z_t), summed: the factors of (21)."""
-        return self.coupling.log_prob(values, features, relative=True).sum(-1)
-
-    def emit(
-        self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """z ~ g = sum_A w_k N_k / w(A); the weight of (23) over w(A) is p(z) p(A|z) w(A)/g(z)."""
-        codebook = as_flow(self.model).codebook
-        z = codebook.encode(drawn, noise)
-        if allowed is log_w:
-            return codebook.decode(z), z, 0.0
-        log_p = codebook.log_posterior(z)
-        inside = log_p.masked_fill(allowed == -torch.inf, -torch.inf)
-        mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
-        return inside.argmax(-1), z, mixed + inside.logsumexp(-1)
