@@ -44,12 +44,12 @@ GPT2_SIZES = {
 
 _DIRECTIONS = f"""## The paper's four directions
 
-The metrics are those of the L outputs of the layers, as in the paper's appendix G. It leaves open
+Metrics of the L outputs of the layers (the paper's appendix G). The paper leaves open
 which end is layer 0 ("sampled noise or an encoder's output"), so every cell has two readings: from
 the latents of a text to the noise, and from the noise to the latents of a sample. "yes": the metric
-goes the paper's way as a whole, and at no layer the other way. A change counts if it exceeds
-{SURE:g} standard errors of the mean over sequences. The KL divergence of posterior and prior is in
-nats per token, of texts. The CSV has all values with standard deviations.
+goes the paper's way as a whole, and at no layer the other way, by more than
+{SURE:g} standard errors of the mean over sequences. KL divergences of posterior and prior are in
+nats per token, of texts.
 """
 _OPERATIONS = (
     "The last panel: operations of a flow with one input map and head, as the paper counts, and of "
