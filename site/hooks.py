@@ -48,7 +48,7 @@ API = {
         "The flow",
         """
         flow.numerics.mixture_cdf flow.numerics.mixture_cdf_inverse
-        flow.numerics.mixture_log_density flow.numerics.rosenblatt.rosenblatt
+        flow.numerics.mixture_log_density flow.numerics.mixture.rosenblatt
         flow.numerics.rosenblatt_inverse flow.numerics.mixture_log_prob
         flow.numerics.log_standard_normal flow.numerics.standard_normal_log_prob
         flow.stack.Prior flow.stack.FlowBlock flow.plan.Order flow.codebook.Codebook
