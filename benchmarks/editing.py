@@ -33,9 +33,9 @@ from torch import Generator, Tensor
 from reproduction.judges import load_judge
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import eval_windows, prepare_corpus
-from tarflowlm.editing.redraw import Candidates, rewrite
+from tarflowlm.editing.edits import covered, pick_words, words_of
+from tarflowlm.editing.redraw import Candidates, Span, rewrite
 from tarflowlm.editing.states import Source, encode
-from tarflowlm.editing.words import Span, covered, pick_words, words_of
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.particles import resample
 from tarflowlm.model import TarFlowLM, as_flow

@@ -17,6 +17,7 @@ import torch
 
 import tarflowlm
 from tarflowlm.data import DataConfig, encode_text, eval_windows
+from tarflowlm.editing.edits import merge_words, num_words, pick_words, words_of
 from tarflowlm.editing.redraw import (
     Candidates,
     informative_level,
@@ -25,7 +26,6 @@ from tarflowlm.editing.redraw import (
     token_costs,
 )
 from tarflowlm.editing.states import Source, encode, renoise
-from tarflowlm.editing.words import merge_words, num_words, pick_words, words_of
 from tarflowlm.model import LanguageModel
 from tarflowlm.objective import log_importance_weights
 

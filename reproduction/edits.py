@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tarflowlm.editing.redraw import Candidates, collected, redraw
+from tarflowlm.editing.edits import covered
+from tarflowlm.editing.redraw import Candidates, Span, collected, redraw
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
-from tarflowlm.editing.words import Span, covered
 
 
 @torch.no_grad()

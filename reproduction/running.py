@@ -27,7 +27,7 @@ from tarflowlm.training.optim import (
 )
 from tarflowlm.training.parallel import parallelise
 from tarflowlm.training.resolve import check_same, is_begun
-from tarflowlm.training.train import StopRequests, accumulate_gradients, no_stop_requests
+from tarflowlm.training.train import NO_STOP, StopRequests, accumulate_gradients
 from tarflowlm.training.train import train as train_run
 
 logger = logging.getLogger("tarflowlm")
@@ -55,7 +55,7 @@ def finish(
     settings: Settings,
     plan: Sequence[Training],
     reporter: Progress,
-    stop_requests: StopRequests = no_stop_requests,
+    stop_requests: StopRequests = NO_STOP,
 ) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""
     device = pick_device(settings.device)

@@ -17,8 +17,14 @@ from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BaselineConfig, FlowConfig, Mix1, MixD
 from tarflowlm.runs import WEIGHTS
-from tarflowlm.runs.checkpoint import load_checkpoint, read_summary, write_run
-from tarflowlm.runs.weights import is_whole, write_manifest, write_weights
+from tarflowlm.runs.checkpoint import (
+    is_whole,
+    load_checkpoint,
+    read_summary,
+    write_manifest,
+    write_run,
+    write_weights,
+)
 
 CONFIGS = {
     "flow": FLOW,

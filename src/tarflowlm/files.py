@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from tarflowlm.errors import UserError
 
-TEMPORARY = ".tmp"  # suffix of the files that `replacing` writes to
+TEMPORARY = ".tmp"
+"""Suffix of the files that `replacing` writes to; the one writer of a folder removes old ones."""
 
 
 def cache_root() -> Path:
@@ -43,12 +44,6 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of a killed `replacing`; only for the one writer of `folder`."""
-    for leftover in folder.glob(f".*{TEMPORARY}"):
-        leftover.unlink()
 
 
 def sync_file(path: Path) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from helpers import mostly_nightly, tiny_flow
 from reproduction.edits import blend, blended_spans, counterfactual, interpolate
+from tarflowlm.editing.edits import words_of
 from tarflowlm.editing.redraw import Candidates
 from tarflowlm.editing.states import Source, encode
-from tarflowlm.editing.words import words_of
 from tarflowlm.model import TarFlowLM
 
 STACKS = {

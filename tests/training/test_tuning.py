@@ -10,9 +10,7 @@ from training_cases import CPU, Killer, assert_same_run, cut, resume
 from helpers import metrics_of
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import load_checkpoint, read_run
-from tarflowlm.runs.hub import locate
-from tarflowlm.runs.weights import checksum
+from tarflowlm.runs.checkpoint import checksum, load_checkpoint, locate, read_run
 from tarflowlm.sharing import model_card
 from tarflowlm.training.resolve import tuning
 from tarflowlm.training.train import train

@@ -262,16 +262,22 @@ def _encoded(
 ) -> Iterator[tuple[Split, Array, int]]:
     """The tokens of some splits of a text, with the number of their characters.
 
-    Every piece is encoded on its own.
+    Every piece is encoded on its own. The ends of documents are among the tokens.
     """
     total = source.count_characters()
     source.progress.stage(f"encoding {source.name}, characters", total)
     for pieces in _batches(_pieces(source, tokenizer)):
         split = pieces[0].split
-        size = sum(len(piece.text) for piece in pieces)
+        lengths = [len(piece.text) for piece in pieces]
         if split in wanted:
-            yield split, _tokens(pieces, tokenizer), size
-        source.progress.advance(size)
+            ids = tokenizer.encode_each([piece.text for piece in pieces])
+            if tokenizer.end is not None:
+                # before the first token that begins a character of the next document
+                reached = tokenizer.characters_per_token[ids].cumsum()
+                ends = np.cumsum(lengths)[[piece.ends for piece in pieces]]
+                ids = np.insert(ids, np.searchsorted(reached, ends, side="right"), tokenizer.end)
+            yield split, ids.astype(tokenizer.token_dtype), sum(lengths)
+        source.progress.advance(sum(lengths))
 
 
 def _pieces(source: Source, tokenizer: Tokenizer) -> Iterator[Piece]:
@@ -280,18 +286,6 @@ def _pieces(source: Source, tokenizer: Tokenizer) -> Iterator[Piece]:
     for piece in source.pieces():
         is_open = piece.ends and source.has_documents and not is_apart
         yield piece._replace(text=piece.text + source.separator) if is_open else piece
-
-
-def _tokens(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Array:
-    """The tokens of pieces, each encoded on its own, with the ends of documents."""
-    texts = [piece.text for piece in pieces]
-    ids = tokenizer.encode_each(texts)
-    if tokenizer.end is not None:
-        # before the first token that begins a character of the next document
-        reached = tokenizer.characters_per_token[ids].cumsum()
-        ends = np.cumsum([len(text) for text in texts])[[piece.ends for piece in pieces]]
-        ids = np.insert(ids, np.searchsorted(reached, ends, side="right"), tokenizer.end)
-    return ids.astype(tokenizer.token_dtype)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -100,9 +100,15 @@ def suited(text: DataConfig) -> DataConfig:
         wanted = replace(wanted, normalize="text8" if source in SOURCE_NAMES else "none")
     is_unset = wanted.kind == "char" and wanted.alphabet == TEXT8_ALPHABET
     if wanted.normalize == "none" and is_unset and source != "text8":
-        found = _characters(text)
-        few = len(found) > 1
-        wanted = replace(wanted, alphabet=found) if few else replace(wanted, kind="byte")
+        found: set[str] = set()
+        for block in _blocks(text):
+            found.update(block)
+            if len(found) > MOST_CHARACTERS:
+                break
+        if 1 < len(found) <= MOST_CHARACTERS:
+            wanted = replace(wanted, alphabet="".join(sorted(found)))
+        else:
+            wanted = replace(wanted, kind="byte")
     if wanted.normalize == "none" and source not in SOURCE_NAMES:
         symbols = {
             "char": f"{len(wanted.alphabet)} different characters",
@@ -119,13 +125,3 @@ def _blocks(text: DataConfig) -> Iterator[str]:
     if text.source not in SOURCE_NAMES and not is_prepared(text.source):
         source = resolve_source(text)
         yield from source.blocks() if isinstance(source, TextFile) else ()
-
-
-def _characters(text: DataConfig) -> str:
-    """The different characters of a text, in order; none of one that has too many."""
-    seen: set[str] = set()
-    for block in _blocks(text):
-        seen.update(block)
-        if len(seen) > MOST_CHARACTERS:
-            return ""
-    return "".join(sorted(seen))

@@ -157,17 +157,15 @@ def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
     """
     banned = {*letters.lower(), *letters.upper()}
     parts = {byte for byte in "".join(banned).encode() if byte > 127}
-
-    def is_free(token: bytes) -> bool:
+    free: list[bool] = []
+    has_letters = False
+    for token in tokenizer.token_bytes:
         text = token.decode("utf-8", errors="ignore")
         is_broken = len(text.encode()) < len(token)
-        return banned.isdisjoint(text) and not (is_broken and parts.intersection(token))
-
-    free = [is_free(token) for token in tokenizer.token_bytes]
-    shown = zip(tokenizer.token_bytes, free, strict=True)
-    if not any(
-        kept and any(map(str.isalnum, token.decode(errors="ignore"))) for token, kept in shown
-    ):
+        is_free = banned.isdisjoint(text) and not (is_broken and parts.intersection(token))
+        free.append(is_free)
+        has_letters |= is_free and any(map(str.isalnum, text))
+    if not has_letters:
         raise UserError(f"without {letters!r}: no letters are left to write with; ban fewer")
     return torch.tensor(free)
 
@@ -268,15 +266,16 @@ class TextStream:
         at = first_stop(self.text, self.stops, max(self.start, self.shown))
         self.has_stopped = at < len(self.text)
         self.text = self.text[:at]
-        ready = at if self.has_stopped or is_last else at - self._waiting()
+        ready = at
+        if not self.has_stopped and not is_last:
+            # as many characters at the end as may begin a stop wait
+            longest = min(max(map(len, self.stops), default=0) - 1, at - self.start)
+            waiting = (
+                count
+                for count in range(longest, 0, -1)
+                if any(stop.startswith(self.text[-count:]) for stop in self.stops)
+            )
+            ready -= next(waiting, 0)
         found = self.text[self.shown : ready]
         self.shown = max(self.shown, ready)
         return found
-
-    def _waiting(self) -> int:
-        """Characters at the end of the text that may begin a stop."""
-        longest = min(max(map(len, self.stops), default=0) - 1, len(self.text) - self.start)
-        for count in range(longest, 0, -1):
-            if any(stop.startswith(self.text[-count:]) for stop in self.stops):
-                return count
-        return 0

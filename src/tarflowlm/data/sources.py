@@ -348,17 +348,6 @@ _REGISTRY: dict[str, Callable[[], Source]] = {
 SOURCE_NAMES = tuple(_REGISTRY)
 
 
-def resolve_source(
-    text: DataConfig, normalization: Normalization = "none", *, progress: Progress = SILENT
-) -> Source:
-    """The registered source of that name, or the text at that path; nothing is downloaded yet."""
-    found = _resolved(text.source)
-    found.normalization = normalization
-    found.unwrap = text.unwrap
-    found.progress = progress
-    return found
-
-
 def split_field(source: str) -> tuple[str, str]:
     """The path of a text and the field that `source` names; a path may have the sign itself."""
     whole = os.path.expanduser(source)
@@ -366,29 +355,37 @@ def split_field(source: str) -> tuple[str, str]:
     return path, field
 
 
-def _resolved(source: str) -> Source:
-    if source in _REGISTRY:
-        return _REGISTRY[source]()
+def resolve_source(
+    text: DataConfig, normalization: Normalization = "none", *, progress: Progress = SILENT
+) -> Source:
+    """The registered source of that name, or the text at that path; nothing is downloaded yet."""
+    source = text.source
     path, named = split_field(source)
     field = named or "text"
-    if path.startswith(HUB):
+    found: Source
+    if source in _REGISTRY:
+        found = _REGISTRY[source]()
+    elif path.startswith(HUB):
         repository = path.removeprefix(HUB)
         if "/" not in repository:
             raise UserError(f"{source}: name a set of the hub as {HUB}OWNER/NAME{FIELD}FIELD")
         folder = sources_dir() / repository.replace("/", "--")
-        return Documents(source, folder, field, repository)
-    if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
+        found = Documents(source, folder, field, repository)
+    elif not os.path.exists(path):  # os.path: False, not OSError, for impossible names
         remedy = f"give a text file, a folder of them, or one of {', '.join(_REGISTRY)}"
         raise UserError(f"{source!r} is neither a file nor the name of a corpus: {remedy}")
-    texts = TextFile(Path(path), field)
-    documents = Documents(source, Path(path), field)
-    is_parquet = path.endswith(".parquet") or not texts.files
-    if named and not is_parquet and not any(map(is_json_lines, texts.files)):
-        raise UserError(f"{source}: {path} has no fields, leave {FIELD}{named} out")
-    found: Source = documents if is_parquet else texts
-    if not found.files:
-        remedy = "put .txt, .jsonl or .parquet files there"
-        raise UserError(f"the folder {path} holds no text: {remedy}")
+    else:
+        texts = TextFile(Path(path), field)
+        is_parquet = path.endswith(".parquet") or not texts.files
+        if named and not is_parquet and not any(map(is_json_lines, texts.files)):
+            raise UserError(f"{source}: {path} has no fields, leave {FIELD}{named} out")
+        found = Documents(source, Path(path), field) if is_parquet else texts
+        if not found.files:
+            remedy = "put .txt, .jsonl or .parquet files there"
+            raise UserError(f"the folder {path} holds no text: {remedy}")
+    found.normalization = normalization
+    found.unwrap = text.unwrap
+    found.progress = progress
     return found
 
 

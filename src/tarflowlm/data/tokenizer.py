@@ -30,14 +30,12 @@ PIECE = 1 << 15  # characters per unit of the library's work, which it distribut
 _BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping needs much memory
 
 
-def _byte_characters() -> str:
-    """GPT-2's printable stand-in for every byte (Radford et al. 2019, `bytes_to_unicode`)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return "".join(chr(b) if b in plain else chr(256 + others.index(b)) for b in range(256))
-
-
-BYTES = _byte_characters()
+_unprintable = [*range(ord("!")), *range(0x7F, 0xA1), 0xAD]
+BYTES = "".join(
+    chr(256 + _unprintable.index(byte)) if byte in _unprintable else chr(byte)
+    for byte in range(256)
+)
+"""GPT-2's printable stand-in for every byte (Radford et al. 2019, `bytes_to_unicode`)."""
 BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
 
 

@@ -51,6 +51,7 @@ class WindowSampler:
         self.seed = seed
         self.rank = rank
         self.world = world
+        self._identity = {"seed": seed, "window": window, "num_tokens": len(tokens)}
         self.epoch = 0  # completed passes over the text
         self.position = 0  # windows used in this one by all ranks
         self._documents = np.array([0, len(tokens)])  # where documents begin, and the last one ends
@@ -86,11 +87,11 @@ class WindowSampler:
 
     def state_dict(self) -> dict[str, int]:
         """Position in the stream, and its seed, window and number of tokens; small JSON."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+        return {"epoch": self.epoch, "position": self.position, **self._identity}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where `state` was taken. UserError for one of another text, window or seed."""
-        for name, ours in self._identity().items():
+        for name, ours in self._identity.items():
             if state[name] != ours:
                 what = f"it had {name}={state[name]}, this run has {ours}"
                 raise UserError(f"cannot resume the data stream: {what}")
@@ -98,9 +99,6 @@ class WindowSampler:
         self.position = state["position"]
         self._begin_epoch()
         assert 0 <= self.position <= len(self._order), state
-
-    def _identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "window": self.window, "num_tokens": len(self.tokens)}
 
     def _begin_epoch(self) -> None:
         generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))

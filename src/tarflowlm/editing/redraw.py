@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
-from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import pareto_k, resample, weight
 from tarflowlm.model import TarFlowLM
 from tarflowlm.requests import Sampling
 
+Span = tuple[int, int]
+"""Tokens of a text: the first, and the one after the last."""
 Proposed = tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]
 """Latents and tokens of candidates, and their log-weights in float64 on the CPU, in nats."""
 

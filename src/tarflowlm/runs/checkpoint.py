@@ -1,30 +1,43 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
+import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError, guess
-from tarflowlm.files import new_folder, read_json, write_json
+from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.runs import BEST, CONFIG, COUNTERS, STATE, SUMMARY, TOKENIZER, WEIGHTS
-from tarflowlm.runs.hub import locate, released
-from tarflowlm.runs.weights import is_whole, read_weights, write_weights
+from tarflowlm.runs import (
+    BEST,
+    CONFIG,
+    COUNTERS,
+    MANIFEST,
+    STATE,
+    SUMMARY,
+    TOKENIZER,
+    WEIGHTS,
+)
+from tarflowlm.runs.hub import FOLDER, fetch, is_reference, released
 from tarflowlm.schema import from_dict, to_dict
 
 Summary = dict[str, Any]
 """The content of summary.json."""
+CHECKSUM = "sha256"
+"""Entry of the header of weights: the checksum of all tensors and their names."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,29 @@ def read_summary(directory: Path) -> Summary | None:
     if found is not None and not has_all:
         raise UserError(f"{path} is damaged: remove it; `{resume_command(directory)}`")
     return found
+
+
+def locate(directory: str | Path) -> Path:
+    """The folder of a model: a path, the name of a released model, or hf:OWNER/NAME.
+
+    Weights from the hub that fail their checksum are removed from its client's cache.
+    """
+    path = Path(directory)
+    if path.exists():
+        return path
+    if not is_reference(path):
+        return FOLDER / path if str(path) in released() else path
+    folder = fetch(path)
+    weights = folder / WEIGHTS
+    try:
+        read_weights(weights)
+    except UserError as error:
+        # in the client's cache a file is a link to where its bytes are
+        weights.resolve().unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+        what = f"{path.as_posix()}: {error}, and is removed from the cache"
+        raise UserError(f"{what}; run this again to download it") from None
+    return folder
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -188,3 +224,54 @@ def _without_folders(source: str) -> str:
     """./NAME for an absolute path; other names are kept, such as those of corpora."""
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source
+
+
+# weights in safetensors files, and checksums
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], info: dict[str, str]) -> None:
+    """Write a state dict with `info` and its checksum in the header, atomically."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=info | {CHECKSUM: checksum(tensors)})
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and its header. UserError where its checksum, if any, is another."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            info = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+    for name in ("blocks", "step", "tokens"):
+        if not info.get(name, "0").isdigit():
+            raise UserError(f"{path} is damaged ({name} {info[name]!r} in its header)")
+    if CHECKSUM in info and info[CHECKSUM] != checksum(tensors):
+        raise UserError(f"{path} is damaged (altered: its header has another sha256)")
+    return tensors, info
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """The sha256 of all tensors on the CPU with their names, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode("utf-8"))
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, names: Iterable[str]) -> None:
+    write_json(folder / MANIFEST, {name: sha256_of(folder / name) for name in sorted(names)})
+
+
+def is_whole(folder: Path, needed: str) -> bool:
+    """Whether `folder` has a manifest that lists `needed`, and all listed files are undamaged."""
+    try:
+        listed = read_json(folder / MANIFEST)
+        is_undamaged = all(sha256_of(folder / name) == sha for name, sha in listed.items())
+        return needed in listed and is_undamaged
+    except (UserError, OSError, AttributeError):
+        return False

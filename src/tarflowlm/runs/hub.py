@@ -28,10 +28,7 @@ def is_reference(name: str | Path) -> bool:
 
 
 def fetch(name: str | Path) -> Path:
-    """The folder with the model hf:OWNER/NAME or hf:OWNER/NAME@REVISION, downloaded where needed.
-
-    Weights that fail their checksum are removed from the client's cache.
-    """
+    """The folder with the model hf:OWNER/NAME[@REVISION], downloaded where needed."""
     name = Path(name).as_posix()
     match = re.fullmatch(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?", name)
     if match is None:
@@ -46,19 +43,7 @@ def fetch(name: str | Path) -> Path:
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
             raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
-        folder = Path(get(allow_patterns=[*FILES, CARD]))
-    from tarflowlm.runs.weights import read_weights  # imports torch
-
-    weights = folder / WEIGHTS
-    try:
-        read_weights(weights)
-    except UserError as error:
-        # in the client's cache a file is a link to where its bytes are
-        weights.resolve().unlink(missing_ok=True)
-        weights.unlink(missing_ok=True)
-        what = f"{name}: {error}, and is removed from the cache"
-        raise UserError(f"{what}; run this again to download it") from None
-    return folder
+        return Path(get(allow_patterns=[*FILES, CARD]))
 
 
 @contextmanager
@@ -123,13 +108,3 @@ def purpose(card: str) -> str:
     """The purpose of a model: the line after the title of its card, or nothing."""
     found = re.search(r"^# .*\n+(.+)", card, re.MULTILINE)
     return "" if found is None else found[1]
-
-
-def locate(directory: str | Path) -> Path:
-    """The folder of a model: a path, the name of a released model, or hf:OWNER/NAME."""
-    path = Path(directory)
-    if path.exists():
-        return path
-    if is_reference(path):
-        return fetch(path)
-    return FOLDER / path if str(path) in released() else path

@@ -27,8 +27,13 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs import BEST, COUNTERS, STATE, TOKENIZER, WEIGHTS
-from tarflowlm.runs.checkpoint import resume_command, undamaged_state, write_run
-from tarflowlm.runs.weights import write_manifest, write_weights
+from tarflowlm.runs.checkpoint import (
+    resume_command,
+    undamaged_state,
+    write_manifest,
+    write_run,
+    write_weights,
+)
 from tarflowlm.schema import to_dict
 from tarflowlm.training.log import NAMED
 from tarflowlm.training.optim import assign, copy_of, trained_parameters

@@ -27,17 +27,23 @@ from tarflowlm.data import (
 from tarflowlm.data.sources import HUB
 from tarflowlm.errors import Progress, UserError, check_package
 from tarflowlm.files import (
+    TEMPORARY,
     full_disk_as_user_error,
     read_json,
-    remove_leftovers,
     write_json,
     writer_lock,
 )
 from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.processes import Processes
 from tarflowlm.runs import ASKED, BEST, PARENT, STATE, TOKENIZER, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint, read_run, resume_command, write_run
-from tarflowlm.runs.weights import checksum, write_weights
+from tarflowlm.runs.checkpoint import (
+    Checkpoint,
+    checksum,
+    read_run,
+    resume_command,
+    write_run,
+    write_weights,
+)
 from tarflowlm.schema import checked, flatten, from_dict, to_dict
 from tarflowlm.training.optim import with_precision
 
@@ -219,8 +225,8 @@ def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[Non
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(writer_lock(out))
             # what a kill left incomplete
-            for folder in (out, out / BEST):
-                remove_leftovers(folder)
+            for leftover in [*out.glob(f".*{TEMPORARY}"), *(out / BEST).glob(f".*{TEMPORARY}")]:
+                leftover.unlink()
             for partial in (out / STATE).glob(".step-*"):
                 shutil.rmtree(partial)
             if is_begun(out) != begun:

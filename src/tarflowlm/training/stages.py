@@ -1,4 +1,4 @@
-"""The stages of a run: its first or resumed state, the next stage, and the end."""
+"""The stages of a run: its first or resumed state, validation, the next stage, and the end."""
 
 import logging
 import math
@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Generator, Tensor, nn
 
+from tarflowlm import chunks
 from tarflowlm.config import RunConfig
 from tarflowlm.data import WindowSampler, eval_windows
-from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Likelihood, bits
+from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.evaluation.likelihood import Likelihood, bits, summarise
 from tarflowlm.files import read_json, write_json
 from tarflowlm.model import LanguageModel, as_flow, seeded
 from tarflowlm.presets import with_blocks
 from tarflowlm.runs import BEST, COUNTERS, PARENT, SUMMARY
-from tarflowlm.runs.checkpoint import write_run
-from tarflowlm.runs.weights import read_weights
+from tarflowlm.runs.checkpoint import read_weights, write_run
 from tarflowlm.schema import flatten, from_dict
 from tarflowlm.training.checkpoint import (
+    averaged,
     finite_weights,
     load_tensors,
     save,
+    save_best,
+    stop,
     submit_run,
     submit_weights,
     wait,
@@ -33,9 +37,8 @@ from tarflowlm.training.checkpoint import (
 from tarflowlm.training.log import Window
 from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
 from tarflowlm.training.optim import trained_parameters as trained
-from tarflowlm.training.parallel import first_blocks, parallelise
+from tarflowlm.training.parallel import first_blocks, parallelise, reshard
 from tarflowlm.training.state import Counters, Run, State, num_test_windows, seconds, update_pace
-from tarflowlm.training.validation import evaluate
 
 Trained = tuple[nn.Module, list[torch.optim.Optimizer], dict[str, dict[str, Tensor]]]
 """What a stage trains with: `bound`, `optimizers` and `copies` of a `State`."""
@@ -152,6 +155,80 @@ def begin_stage(run: Run, state: State) -> None:
         update_pace(run, state)
         # the best weights of a stage may be those that it begins with, and it may have no steps
         counters.evaluation_is_due = train.keep == "best" or counters.stage_is_over
+
+
+def validate(run: Run, state: State) -> Likelihood:
+    """Evaluate on the validation windows, log the bound, and save the weights if they are the best
+    of the stage. Collective.
+    """
+    counters, start = state.counters, seconds(run, state)
+    config = state.config
+    windows = eval_windows(
+        run.corpus.split("valid"), config.model.context, config.train.evaluate_windows
+    )
+    result = evaluate(run, state, windows)
+    run.log.write(
+        {
+            "split": "valid",
+            **counters.place(),
+            "nats_per_token": result.nats_per_token,
+            "bpc": result.bpc,
+            "stderr": result.stderr,
+        }
+    )
+    counters.stalled += 1
+    if result.nats_per_token < counters.lowest:
+        counters.lowest = result.nats_per_token
+        counters.lowest_at = counters.stage_step
+        counters.stalled = 0
+        save_best(run, state)
+    counters.evaluation_is_due = False
+    counters.evaluation = seconds(run, state) - start
+    counters.per_window = counters.evaluation / len(windows)
+    update_pace(run, state)
+    return result
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run, state: State, windows: Int[Tensor, "W T"], progress: Progress = SILENT
+) -> Likelihood:
+    """The bound over `windows`, with the noise of `evaluation.likelihood.evaluate`.
+
+    Each process computes its own rows of every batch. Stops in between if the run was asked to.
+    Collective.
+    """
+    model, processes = state.model, run.processes
+    size = chunks.evaluated_rows(windows.shape[1])
+    generator = Generator(device=run.device).manual_seed(0)
+    bound = state.bound if processes.shards(state.config.train) else model.bound
+    nats = list[Tensor]()
+    why: str | None = None
+    model.eval()
+    with averaged(state):
+        for batch in windows.split(processes.world * size):
+            tokens = batch.to(run.device)
+            # in the parts that a single process would draw
+            noise = torch.cat([model.draw_noise(part, generator) for part in tokens.split(size)])
+            # in the last batch, processes without rows of their own repeat one: all must take part
+            each = -(-len(tokens) // processes.world)
+            own = processes.rank * each + torch.arange(each, device=run.device)
+            rows = own.clamp(max=len(tokens) - 1).split(
+                chunks.bound_rows(tokens.shape[1], run.device)
+            )
+            parts = [bound(tokens[some], noise[some]) for some in rows]
+            nats.append(processes.gather(torch.cat(parts))[: len(tokens)])
+            reshard(state.bound)
+            progress.advance(len(batch))
+            why = run.stop_requested()
+            if why is not None:
+                break
+    model.train()
+    if why is not None:  # out here, so that the weights in training are saved
+        stop(run, state, why)
+    characters = torch.from_numpy(run.corpus.tokenizer.characters_per_token)
+    log_weights = -torch.cat(nats)[None].cpu().double()
+    return summarise(model, log_weights, windows, characters)
 
 
 def leave_stage(run: Run, state: State, end: Likelihood) -> None:

@@ -6,9 +6,10 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,24 @@ from tarflowlm.training.resolve import (
     resolve,
     write_start,
 )
-from tarflowlm.training.stages import describe_stage, finish, leave_stage, load_state, new_state
+from tarflowlm.training.stages import (
+    describe_stage,
+    finish,
+    leave_stage,
+    load_state,
+    new_state,
+    validate,
+)
 from tarflowlm.training.state import Run, State, is_time_to_save, update_pace
-from tarflowlm.training.validation import validate
 
 STEPS_BETWEEN_READS = {"cuda": 16}
 """Steps after which the host waits for the losses of a device, and asks whether to stop."""
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
+NO_STOP: StopRequests = partial(nullcontext, lambda: None)
+"""No such reason ever; signals keep their handlers."""
 
 logger = logging.getLogger("tarflowlm")
-
-
-@contextmanager
-def no_stop_requests() -> Iterator[Callable[[], str | None]]:
-    """The default `StopRequests`: never stop; signals keep their handlers."""
-    yield lambda: None
 
 
 def train(
@@ -61,7 +64,7 @@ def train(
     device: torch.device,
     reporter: Progress = SILENT,
     processes: Processes = ALONE,
-    stop_requests: StopRequests = no_stop_requests,
+    stop_requests: StopRequests = NO_STOP,
     parent: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Train the run that is `asked` for in the directory `out`, or continue the one there.
@@ -152,8 +155,12 @@ def train_stage(run: Run, state: State) -> Likelihood:
         tokens = state.sampler.next()
         waited = time.perf_counter() - before_batch
         num_tokens = tokens.numel() * run.processes.world
+        if run.device.type == "cuda":
+            # a copy from pageable memory would wait for all work queued on the device
+            tokens = tokens.pin_memory()
+        tokens = tokens.to(run.device, non_blocking=True)
         loss = accumulate_gradients(
-            model, state.bound, on_device(tokens, run), state.generator, train, run.processes
+            model, state.bound, tokens, state.generator, train, run.processes
         )
         trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
         norms = optim.norms({n: p.grad for n, p in trained.items() if p.grad is not None})
@@ -203,14 +210,6 @@ def train_stage(run: Run, state: State) -> Likelihood:
             save(run, state)
         if why is not None:
             stop(run, state, why)
-
-
-def on_device(tokens: Int[Tensor, "B T"], run: Run) -> Int[Tensor, "B T"]:
-    """The tokens on the device of the run."""
-    if run.device.type == "cuda":
-        # a copy from pageable memory would wait for all work queued on the device
-        tokens = tokens.pin_memory()
-    return tokens.to(run.device, non_blocking=True)
 
 
 def accumulate_gradients(

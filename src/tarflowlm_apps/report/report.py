@@ -17,8 +17,8 @@ from tarflowlm.files import replacing
 from tarflowlm.generation.texts import Samples
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
-from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
-from tarflowlm.runs.hub import is_reference, locate
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint, locate
+from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.records import RunRecord, read_record
 from tarflowlm.terminal import grid
 from tarflowlm_apps.report.figures import CURVES, draw_bits, draw_codebook, draw_gains

@@ -10,8 +10,8 @@ from pathlib import Path
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs import CONFIG, METRICS, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint, read_run
-from tarflowlm.runs.hub import DEFAULT, locate, purpose, read_card, released
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint, locate, read_run
+from tarflowlm.runs.hub import DEFAULT, purpose, read_card, released
 from tarflowlm.runs.records import find_runs
 
 

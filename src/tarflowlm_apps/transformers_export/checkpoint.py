@@ -21,8 +21,7 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model import as_flow
 from tarflowlm.runs import TOKENIZER, WEIGHTS
-from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.runs.weights import write_weights
+from tarflowlm.runs.checkpoint import Checkpoint, write_weights
 
 START, PAD = "<|start|>", "<|pad|>"
 TEMPLATE = Path(__file__).with_name("template")
