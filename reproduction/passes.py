@@ -18,8 +18,9 @@ from reproduction.settings import Settings
 from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset
-from tarflowlm.terminal.grid import Row as TextRow
-from tarflowlm.terminal.grid import Token, symbols, to_html
+from tarflowlm.terminal.texts import Row as TextRow
+from tarflowlm.terminal.texts import Token, symbols
+from tarflowlm_apps.grid import to_html
 from tarflowlm_apps.report.page import page_html, section_html
 from tarflowlm_apps.report.style import COLOURS, Figure, log_scale
 

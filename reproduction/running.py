@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ from tarflowlm.training.optim import (
 )
 from tarflowlm.training.parallel import parallelise
 from tarflowlm.training.resolve import check_same, is_begun
-from tarflowlm.training.train import NO_STOP, StopRequests, accumulate_gradients
+from tarflowlm.training.train import StopRequests, accumulate_gradients
 from tarflowlm.training.train import train as train_run
 
 logger = logging.getLogger("tarflowlm")
@@ -55,7 +56,7 @@ def finish(
     settings: Settings,
     plan: Sequence[Training],
     reporter: Progress,
-    stop_requests: StopRequests = NO_STOP,
+    stop_requests: StopRequests = lambda: nullcontext(lambda: None),
 ) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""
     device = pick_device(settings.device)

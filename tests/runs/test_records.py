@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from helpers import metrics_of
@@ -27,10 +28,10 @@ def test_finished_run(runs):
     assert record.train["step"].tolist() == list(range(1, 15))
     assert record.valid["step"].tolist() == [0, 3, 6, 6, 9, 10, 10, 12, 14]
     assert record.valid["seconds"][0] == 0 < record.valid["seconds"][1]
-    assert [(block, record.train["tokens"][line]) for block, line in record.stage_starts] == [
-        (2, 192),
-        (3, 320),
-    ]
+    block = record.train["block"]
+    ends = np.flatnonzero(np.diff(block))
+    assert block[ends + 1].tolist() == [2, 3]
+    assert record.train["tokens"][ends].tolist() == [192, 320]
     assert read_record(runs["baseline"]).bound == "exact"
 
 
@@ -81,7 +82,7 @@ def test_run_without_log(directory):
         (directory / name).unlink()
     record = read_record(directory)
     assert record.status == "a model without its training log"
-    assert record.stage_starts == []
+    assert len(record.train["block"]) == 0
     (directory / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no logged step yet"):
         read_record(directory)

@@ -1,7 +1,6 @@
 """Run directories without their weights: where they lie, and what a run says of itself."""
 
 import json
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +59,6 @@ class RunRecord:
     """Remarks of a reader about missing pieces."""
 
     @property
-    def slug(self) -> str:
-        """The name as a file name and an id."""
-        return re.sub(r"[^\w.-]+", "_", self.name)
-
-    @property
     def bound(self) -> str:
         """The kind of the numbers: exact, or the upper bound elbo."""
         return "exact" if self.run.model.family == "ar" else "elbo"
@@ -92,13 +86,6 @@ class RunRecord:
         steps = "" if self.run.train.minutes or step > total else f" of {total:,}"
         state = "training now" if is_written(self.directory) else "stopped"
         return f"{state}, step {step:,}{steps}"
-
-    @property
-    def stage_starts(self) -> list[tuple[int, int]]:
-        """The block of each stage but the first, and the index of the line before it."""
-        block = self.train["block"]
-        changes = map(int, np.flatnonzero(np.diff(block)))
-        return [(int(block[line + 1]), line) for line in changes]
 
 
 def read_record(directory: Path, name: str = "") -> RunRecord:

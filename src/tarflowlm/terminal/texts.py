@@ -1,8 +1,13 @@
-"""Samples and edits: panels on a terminal, plain text elsewhere, objects for --json."""
+"""Texts as tokens of several kinds. Samples and edits: panels on a terminal, plain text elsewhere,
+objects for --json.
+"""
 
+import codecs
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console
 from rich.panel import Panel
@@ -17,9 +22,105 @@ from tarflowlm.generation.texts import Written
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.bars import print_notice
-from tarflowlm.terminal.grid import Kind, Token, pass_rows, text_tokens
 
+Kind = Literal["given", "final", "changed", "noise"]
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}
+END = "∎"
+"""The sign for the end of a document."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a row; it is the fainter the lower its `probability`."""
+
+    symbol: str
+    kind: Kind = "final"
+    probability: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text under its label."""
+
+    label: str
+    tokens: Sequence[Token]
+
+
+def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """Visible strings of tokens [T], which concatenate to the text.
+
+    A character of several tokens is in the last of them; the others are empty.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    places = tokens.tolist()
+    found = [decoder.decode(tokenizer.token_bytes[token]) for token in places]
+    if found:
+        found[-1] += decoder.decode(b"", final=True)
+    ended = [token == tokenizer.end for token in places]
+    return [END if end else visible(text) for text, end in zip(found, ended, strict=True)]
+
+
+UNREADABLE = re.compile("[\ufffd\u2400-\u241f]")
+"""Parts of characters, and pictures of control characters, which many fonts show as boxes."""
+PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n"}
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as their pictures; ↵ precedes a new line."""
+    shown = ""
+    for character in text.translate(PICTURES):
+        is_shown = character.isprintable() or character == "\n"
+        shown += character if is_shown else character.encode("unicode_escape").decode("ascii")
+    return shown
+
+
+def text_tokens(
+    tokens: Tensor,
+    tokenizer: Tokenizer,
+    kinds: Mapping[Kind, Tensor] = {},
+    probabilities: Tensor | None = None,
+) -> list[Token]:
+    """A text [T]. A token has the first of the `kinds` whose mask [T] holds there, else final."""
+    found = []
+    for place, symbol in enumerate(symbols(tokens, tokenizer)):
+        kind: Kind = next((kind for kind, mask in kinds.items() if mask[place]), "final")
+        p = 1.0 if probabilities is None else probabilities[place].item()
+        shown = UNREADABLE.sub("·", symbol) if kind == "noise" else symbol
+        found.append(Token(shown, kind, p))
+    return found
+
+
+def pass_rows(
+    passes: Sequence[Tensor],
+    tokenizer: Tokenizer,
+    *,
+    given: Tensor | None = None,
+    probabilities: Sequence[Tensor] | None = None,
+) -> list[Row]:
+    """One row for each of the `passes` [T] of a text, noise first.
+
+    Tokens where `given` [T] is true are marked in the last row. `probabilities` are [T] for every
+    pass.
+    """
+    rows: list[Row] = []
+    before = passes[0]
+    last = len(passes) - 1
+    for index, tokens in enumerate(passes):
+        changed = tokens != before
+        count = int(changed.sum())
+        noise = tokens != passes[-1] if index > 0 else ~changed
+        kinds: dict[Kind, Tensor] = {"changed": changed, "noise": noise}
+        if index == last and given is not None:
+            kinds = {"given": given, "changed": changed}
+        label = f"after block {last - index + 1}: {count} of {len(tokens)} changed"
+        p = None if probabilities is None else probabilities[index]
+        shown = text_tokens(tokens, tokenizer, kinds, p)
+        rows.append(Row(label if index > 0 else "noise", shown))
+        before = tokens
+    return rows
+
+
+# samples and edits
 
 
 def printable(text: str) -> str:

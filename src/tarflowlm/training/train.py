@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,6 @@ STEPS_BETWEEN_READS = {"cuda": 16}
 """Steps after which the host waits for the losses of a device, and asks whether to stop."""
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
-NO_STOP: StopRequests = partial(nullcontext, lambda: None)
-"""No such reason ever; signals keep their handlers."""
 
 logger = logging.getLogger("tarflowlm")
 
@@ -64,7 +61,7 @@ def train(
     device: torch.device,
     reporter: Progress = SILENT,
     processes: Processes = ALONE,
-    stop_requests: StopRequests = NO_STOP,
+    stop_requests: StopRequests = lambda: nullcontext(lambda: None),
     parent: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Train the run that is `asked` for in the directory `out`, or continue the one there.
@@ -79,7 +76,8 @@ def train(
 
     Raises UserError, before anything is written, if `out` is in use for anything else, or the text
     has changed; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError as
-    soon as the loss or a gradient is not finite.
+    soon as the loss or a gradient is not finite. By default nothing asks it to stop, and signals
+    keep their handlers.
     """
     begun = processes.from_first(processes.first and is_begun(out))
     if begun and asked is not None:

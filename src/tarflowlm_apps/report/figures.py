@@ -80,14 +80,15 @@ def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str) -> None:
     near = 0.02 * axes.get_xlim()[1]
     marked: list[float] = []
     for run in records:
-        for block, line in run.stage_starts:
+        block = run.train["block"]
+        for line in np.flatnonzero(np.diff(block)):  # the last of a stage
             x = float(run.train[column][line])
             if any(abs(x - place) < near for place in marked):
                 continue
             marked.append(x)
             axes.axvline(x, color=MUTED, linewidth=0.8, linestyle=":", zorder=0.5)
             axes.annotate(
-                f"block {block}",
+                f"block {block[line + 1]:.0f}",
                 (x, 0.98),
                 xycoords=("data", "axes fraction"),
                 xytext=(-2, 0),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from tarflowlm.terminal.grid import CSS, div
+from tarflowlm_apps.grid import CSS, div
 
 GENERATOR = '<meta name="generator" content="tarflowlm">'
 """A line of every page, by which it is known."""

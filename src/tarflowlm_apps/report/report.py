@@ -1,5 +1,6 @@
 """The report: reads runs and their models, draws figures, and writes one page."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,8 @@ from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint, locate
 from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.records import RunRecord, read_record
-from tarflowlm.terminal import grid
+from tarflowlm.terminal.texts import pass_rows
+from tarflowlm_apps.grid import div, to_html
 from tarflowlm_apps.report.figures import CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm_apps.report.page import GENERATOR, page_html, picture_html, section_html
 from tarflowlm_apps.report.style import Figure, render
@@ -58,6 +60,11 @@ class Report(TypedDict):
     runs: list[RunNotes]
 
 
+def slug(record: RunRecord) -> str:
+    """The name of a run as a file name and an id."""
+    return re.sub(r"[^\w.-]+", "_", record.name)
+
+
 def write_report(
     directories: Sequence[Path],
     out: Path | None = None,
@@ -78,10 +85,10 @@ def write_report(
         # folders in the hub's cache are named after commits
         name = directory.as_posix() if is_reference(directory) else ""
         record = read_record(locate(directory), name)
-        if record.slug in records:
+        if slug(record) in records:
             what = f"two runs have the same name {record.name!r}"
             raise UserError(f"{what}: give each run once, or rename one of the directories")
-        records[record.slug] = record
+        records[slug(record)] = record
     if out is None:
         # a model of the package or the hub lies elsewhere than its name says
         if len(directories) != 1 or locate(directories[0]) != directories[0]:
@@ -151,11 +158,11 @@ class _Writer:
         self.progress.stage(f"samples of {record.name}, tokens", samples.num_tokens)
         (written,) = samples.batches(self.progress)
         texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
-        parts = [grid.div("samples", texts)]
+        parts = [div("samples", texts)]
         if checkpoint.model.num_blocks > 1:
             found = written.generation.passes(as_flow(checkpoint.model))
             passes = [tokens[0, : written.lengths[0]] for tokens in found]
-            rows = grid.to_html(grid.pass_rows(passes, checkpoint.tokenizer))
+            rows = to_html(pass_rows(passes, checkpoint.tokenizer))
             parts.append(f"<figure>{rows}<figcaption>{PASSES}</figcaption></figure>\n")
         return parts
 
@@ -182,7 +189,7 @@ class _Writer:
             caption = BLOCKS.format(windows=len(windows), tokens=windows.numel())
             draw = partial(draw_gains, states=states, to_bpc=to_bpc)
             height = 1.0 + 0.7 * flow.num_blocks
-            parts.append(self._draw(f"blocks-{record.slug}", caption, draw, height))
+            parts.append(self._draw(f"blocks-{slug(record)}", caption, draw, height))
         caption = "The codebook on its first two principal components."
         if len(named) > NAMED:
             caption += f" The {NAMED} {chosen} tokens are named."
@@ -192,7 +199,7 @@ class _Writer:
             symbols=tokenizer.symbols,
             named=named[:NAMED],
         )
-        return [*parts, self._draw(f"codebook-{record.slug}", caption, draw, 4.6), table]
+        return [*parts, self._draw(f"codebook-{slug(record)}", caption, draw, 4.6), table]
 
 
 def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, Future, wait
 from typing import TypeVar
 
 from tarflowlm.errors import Progress, UserError
-from tarflowlm.terminal.grid import Token
+from tarflowlm.terminal.texts import Token
 from tarflowlm_apps.studio.pieces import bar, card, muted, page, unfinished
 
 R = TypeVar("R")

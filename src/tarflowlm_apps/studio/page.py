@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from tarflowlm.terminal.grid import div
+from tarflowlm_apps.grid import div
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import KINDS, WORDS, change, rewrite

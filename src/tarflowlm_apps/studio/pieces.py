@@ -1,4 +1,4 @@
-"""Pieces of HTML that the views share; every text is escaped here or in `terminal/grid.py`."""
+"""Pieces of HTML that the views share; every text is escaped here or in `grid.py`."""
 
 import logging
 import shlex
@@ -12,7 +12,8 @@ from torch import Tensor
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
-from tarflowlm.terminal.grid import CSS, END, Row, Token, div, pass_rows, spans, to_html
+from tarflowlm.terminal.texts import END, Row, Token, pass_rows
+from tarflowlm_apps.grid import CSS, div, spans, to_html
 
 STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")

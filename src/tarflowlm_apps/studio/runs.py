@@ -6,7 +6,7 @@ from pathlib import Path
 from tarflowlm.errors import UserError
 from tarflowlm.files import is_written
 from tarflowlm.runs.records import read_record
-from tarflowlm.terminal.grid import div
+from tarflowlm_apps.grid import div
 from tarflowlm_apps.report.figures import AXES, CURVES, draw_bits
 from tarflowlm_apps.report.style import render
 from tarflowlm_apps.report.tables import summary_table

@@ -13,7 +13,8 @@ from tarflowlm.generation.inversion import Returning
 from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
-from tarflowlm.terminal.grid import Token, div, spans, text_tokens, visible
+from tarflowlm.terminal.texts import Token, text_tokens, visible
+from tarflowlm_apps.grid import div, spans
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job

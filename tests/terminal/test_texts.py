@@ -1,23 +1,14 @@
-"""Rows of coloured tokens: kinds, symbols, escaping."""
-
-import re
+"""Texts as tokens of several kinds: symbols, kinds, passes; and on a terminal."""
 
 import pytest
 import torch
 
+from helpers import tiny_ar
 from tarflowlm.data import ByteTokenizer
-from tarflowlm.terminal.grid import (
-    Row,
-    Token,
-    pass_rows,
-    spans,
-    symbols,
-    text_tokens,
-    to_html,
-    visible,
-)
-
-HOSTILE = '<script>alert("1")</script>&amp;\'"'
+from tarflowlm.generation import Generation
+from tarflowlm.generation.texts import Written
+from tarflowlm.pretrained import Pretrained
+from tarflowlm.terminal.texts import pass_rows, print_samples, symbols, text_tokens, visible
 
 
 def encode(text: str) -> torch.Tensor:
@@ -38,7 +29,6 @@ def test_symbols_concatenate_to_the_text(text):
 
 def test_control_characters_are_visible():
     assert visible("a\0\x7f\nb\x9b\u202e") == "a␀\\x7f↵\nb\\x9b\\u202e"
-    assert spans([Token("↵\n")]) == '<span class="tl-final"><i>↵</i>\n</span>'
 
 
 def test_noise_shows_no_boxes():
@@ -67,17 +57,14 @@ def test_rows_of_passes():
     assert [kinds(row.tokens) for row in rows] == ["nnn", "ncn", "nfc", "cfg"]
     rows = pass_rows(passes, ByteTokenizer(), probabilities=[torch.tensor([0.25, 1, 1])] * 4)
     assert [token.probability for token in rows[0].tokens] == [0.25, 1, 1]
-    assert 'title="p = 0.25"' in spans(rows[0].tokens)
 
 
-def test_text_is_escaped_and_nothing_is_loaded():
-    html = to_html([Row(HOSTILE, [Token(HOSTILE, "final")])])
-    assert set(re.findall(r"<(\w+)", html)) == {"div", "span"}
-    assert html.count("&lt;script&gt;") == 2
-    assert not re.search(r"url\(|https?:|@import", html)
-
-
-def test_legend_names_the_kinds_that_occur():
-    html = to_html([Row("1", [Token("x", "noise")]), Row("2", [Token("x", "changed")])])
-    assert re.findall(r">([^<>]+)<", html.split("tl-row")[0]) == ["new in this row", "noise"]
-    assert "<span" not in to_html([])
+def test_a_sample_gives_the_terminal_no_commands(capsys):
+    tokens = torch.tensor([list(b"a\x1b[2Jb\rc\nd")])
+    tokenizer = ByteTokenizer()
+    texts = [tokenizer.decode(tokens[0].tolist())]
+    lm = Pretrained(tiny_ar(vocab_size=256), tokenizer)
+    print_samples(Written(range(1), texts, Generation(tokens), (), 1), lm)
+    shown = capsys.readouterr().out
+    assert "a\ufffd[2Jb\ufffdc" in shown
+    assert "\x1b" not in shown

@@ -1,0 +1,53 @@
+"""Rows of coloured tokens in HTML, for the report, the studio and notebooks."""
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+from tarflowlm.terminal.texts import Kind, Row, Token
+
+LEGEND: dict[Kind, str] = {
+    "given": "given",
+    "final": "as in the final text",
+    "changed": "new in this row",
+    "noise": "noise",
+}
+CSS = Path(__file__).with_name("grid.css").read_text(encoding="utf-8")
+"""The style of `to_html`, light or dark; the page must include it."""
+
+
+def div(name: str, *parts: str) -> str:
+    """Parts in HTML in an element of a class."""
+    return f'<div class="{name}">{"".join(parts)}</div>'
+
+
+def to_html(rows: Sequence[Row]) -> str:
+    """The rows, escaped, under a legend of the kinds that occur."""
+    present = {token.kind for row in rows for token in row.tokens}
+    legend = ""
+    for kind, name in LEGEND.items():
+        if kind in present:
+            legend += f'<span class="tl-{kind}">{name}</span>'
+    body = ""
+    for row in rows:
+        label = div("tl-label", escape(row.label))
+        body += div("tl-row", label, div("tl-text", spans(row.tokens)))
+    return div("tl-grid", div("tl-legend", legend), body)
+
+
+def spans(tokens: Sequence[Token]) -> str:
+    """The tokens of one row as HTML; the probability of a token is shown under the pointer."""
+
+    def opening(token: Token) -> str:
+        p = token.probability
+        # at least 0.3, so that every token stays readable
+        look = f' style="opacity:{0.3 + 0.7 * p:.1f}" title="p = {p:.2f}"'
+        return f'<span class="tl-{token.kind}"{look if p < 0.995 else ""}>'
+
+    found = ""
+    # neighbours that look alike share an element, so that a long text in many rows stays light
+    for start, run in groupby(tokens, key=opening):
+        text = escape("".join(token.symbol for token in run)).replace("↵\n", "<i>↵</i>\n")
+        found += f"{start}{text}</span>"
+    return found
