@@ -17,7 +17,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate, sign_of
 from tarflowlm.generation import Generation, generate
 from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.presets import mini_ar, with_steps
+from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.records import RunRecord, read_record
 
@@ -195,7 +195,7 @@ def judge_training(settings: Settings) -> list[Training]:
     """The judge of the mini scale: a baseline of its own seed. The paper's needs no training."""
     if settings.scale == "paper":
         return []
-    run = settings.adapt(with_steps(mini_ar(), JUDGE_STEPS))
+    run = settings.adapt(with_steps(preset("mini-ar"), JUDGE_STEPS))
     run = replace(
         run, name="judge", seed=JUDGE_SEED, data=replace(run.data, source=settings.judge_data)
     )

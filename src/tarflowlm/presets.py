@@ -4,11 +4,11 @@ Members of a family share Transformer size, data, optimiser, schedule, and the t
 sees.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from functools import partial, reduce
+from typing import NamedTuple
 
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError, guess
@@ -36,13 +36,13 @@ CALM = 0.8
 """Temperature of samples of small models that have token weights."""
 
 
-def quickstart() -> RunConfig:
-    """A few minutes on two CPU cores: a Mix-d block and two Mix-1 blocks on the built-in corpus."""
+def _quickstart(name: str) -> RunConfig:
     trunk = replace(MINI_TRUNK, input_taps=0)
+    pieces = TokenizerConfig(kind="bpe", vocab_size=2048, normalize="auto")
     return RunConfig(
-        name="quickstart",
+        name=name,
         model=FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True),
-        data=DataConfig(tokenizer=_pieces("auto")),
+        data=DataConfig(tokenizer=pieces),
         train=TrainConfig(
             stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000
         ),
@@ -51,91 +51,38 @@ def quickstart() -> RunConfig:
     )
 
 
-def _pieces(normalize: Literal["none", "auto"]) -> TokenizerConfig:
-    return TokenizerConfig(kind="bpe", vocab_size=2048, normalize=normalize)
-
-
-def english_small() -> RunConfig:
-    """Fairy tales with capitals and signs, that begin and end: two hours of one fast CPU core."""
+def _english_small(name: str) -> RunConfig:
     trunk = TransformerConfig(width=192, num_heads=3)
     blocks = (MixD(layers=6), Mix1())
+    pieces = TokenizerConfig(kind="bpe", vocab_size=2048, normalize="none")
     return RunConfig(
-        name="english-small",
+        name=name,
         model=FlowConfig(latent_dim=16, trunk=trunk, blocks=blocks, reads_tokens=True),
-        data=DataConfig(tokenizer=_pieces("none")),
+        data=DataConfig(tokenizer=pieces),
         train=TrainConfig(stage_steps=(96, 4), minutes=110.0, batch_size=16),
         optim=MIXD_OPTIM,
         temperature=CALM,
     )
 
 
-def english_small_ar() -> RunConfig:
-    """The discrete twin of `english-small`, with as many Transformer layers, trained as long."""
-    flow = english_small()
+def _english_small_ar(name: str) -> RunConfig:
+    flow = _english_small(name)
     return replace(
         flow,
-        name="english-small-ar",
         model=BaselineConfig(trunk=flow.model.trunk, layers=7),
         train=replace(flow.train, stage_steps=(100,)),
         optim=OptimConfig(),
     )
 
 
-def mini_ar() -> RunConfig:
-    """The discrete baseline at CPU size."""
+def _mini_ar(name: str) -> RunConfig:
     model = BaselineConfig(trunk=MINI_TRUNK, layers=6)
-    return RunConfig(name="mini-ar", model=model, train=MINI_TRAIN, temperature=CALM)
+    return RunConfig(name=name, model=model, train=MINI_TRAIN, temperature=CALM)
 
 
-def mini_affine() -> RunConfig:
-    """Three affine blocks with as many Transformer layers together as the baseline."""
-    return _mini_joint("mini-affine", (Affine(), Affine(), Affine(layers=4)))
-
-
-def mini_mix1() -> RunConfig:
-    """Three Mix-1 blocks as in the paper, with as many layers together as the baseline."""
-    block = Mix1(components=27)
-    return _mini_joint("mini-mix1", (block, block, replace(block, layers=4)))
-
-
-def mini_mixd() -> RunConfig:
-    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one layer."""
-    return _mini_mixd("mini-mixd")
-
-
-def mini_mixd_deep() -> RunConfig:
-    """`mini-mixd` with six layers in block 1: two more than the baseline has over the stack."""
-    return _mini_mixd("mini-mixd-deep", layers=6)
-
-
-def mini_mixd_p2() -> RunConfig:
-    """`mini-mixd` with two tokens per position."""
-    return _mini_mixd("mini-mixd-p2", patch=2)
-
-
-def mini_mixd_p4() -> RunConfig:
-    """`mini-mixd` with four tokens per position."""
-    return _mini_mixd("mini-mixd-p4", patch=4)
-
-
-def mini_passes() -> RunConfig:
-    """Passes that refine a text at little cost (docs/math.md, eq. 9a).
-
-    The last Mix-d block writes a text with gaps, which the other block fills in.
-    """
-    model = FlowConfig(
-        trunk=MINI_TRUNK,
-        blocks=(MixD(certainty=0.991), MixD(layers=5)),
-        channel_mix=None,
-        alternate=False,
-        reads_tokens=True,
-    )
-    train = replace(MINI_TRAIN, stage_steps=(600, 2600))
-    return replace(mini_mixd(), name="mini-passes", model=model, train=train)
-
-
-def _mini_joint(name: str, blocks: tuple[BlockConfig, ...]) -> RunConfig:
-    """Blocks whose layers have the proportions of the paper's 2, 2, 8."""
+def _mini_joint(name: str, block: BlockConfig) -> RunConfig:
+    """Three blocks whose layers have the proportions of the paper's 2, 2, 8."""
+    blocks = (block, block, replace(block, layers=4))
     model = FlowConfig(trunk=MINI_TRUNK, blocks=blocks, channel_mix=None)
     train = replace(MINI_TRAIN, mode="joint")
     return RunConfig(name=name, model=model, train=train, optim=PLAIN_OPTIM)
@@ -148,12 +95,21 @@ def _mini_mixd(name: str, *, layers: int = 4, patch: int = 1) -> RunConfig:
     return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM, temperature=CALM)
 
 
-def _paper_baseline(corpus: str) -> RunConfig:
-    """The discrete baseline of the paper's set-up on text8 or OpenWebText.
+def _mini_passes(name: str) -> RunConfig:
+    model = FlowConfig(
+        trunk=MINI_TRUNK,
+        blocks=(MixD(certainty=0.991), MixD(layers=5)),
+        channel_mix=None,
+        alternate=False,
+        reads_tokens=True,
+    )
+    train = replace(MINI_TRAIN, stage_steps=(600, 2600))
+    return replace(_mini_mixd(name), model=model, train=train)
 
-    It trains on 65,536 tokens at once, which fit one GPU of 80 GB.
-    """
-    is_text8 = corpus == "text8"
+
+def _paper_baseline(name: str) -> RunConfig:
+    """On text8 or OpenWebText, on 65,536 tokens at once, which fit one GPU of 80 GB."""
+    is_text8 = name.startswith("text8")
     pieces = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
     train = TrainConfig(
         mode="joint",
@@ -169,7 +125,7 @@ def _paper_baseline(corpus: str) -> RunConfig:
         log_every=50,
     )
     return RunConfig(
-        name=f"{corpus}-ar",
+        name=name,
         model=BaselineConfig(
             context=256 if is_text8 else 1024,
             trunk=TransformerConfig(width=768, num_heads=12),
@@ -183,14 +139,15 @@ def _paper_baseline(corpus: str) -> RunConfig:
     )
 
 
-def _paper_flow(baseline: RunConfig, kind: str) -> RunConfig:
+def _paper_flow(name: str) -> RunConfig:
     """A published flow, trained as its baseline.
 
     docs/reproduce.md lists the values that the paper leaves open. The recipe is ours: Muon, a rate
     that falls to zero, and short stages for the blocks above Mix-d, which gained little at mini
     size.
     """
-    corpus = baseline.name.removesuffix("-ar")
+    corpus, kind = name.split("-")
+    baseline = _paper_baseline(name)
     latent_dim, components, upper = (5, 27, 2) if corpus == "text8" else (16, 64, 64)
     blocks: dict[str, tuple[BlockConfig, ...]] = {
         "affine": tuple(Affine(layers=layers) for layers in (2, 2, 8)),
@@ -212,35 +169,64 @@ def _paper_flow(baseline: RunConfig, kind: str) -> RunConfig:
         steps = train.num_steps
         stages = (steps, steps // 25, steps // 25)
         train = replace(train, mode="progressive", stage_steps=stages)
-    return replace(baseline, name=f"{corpus}-{kind}", model=model, optim=optim, train=train)
+    return replace(baseline, model=model, optim=optim, train=train)
 
 
-def _paper_preset(corpus: str, kind: str, what: str) -> Callable[[], RunConfig]:
-    def make() -> RunConfig:
-        baseline = _paper_baseline(corpus)
-        return baseline if kind == "ar" else _paper_flow(baseline, kind)
+class Preset(NamedTuple):
+    """A named run configuration."""
 
-    make.__doc__ = f"The paper's set-up on {corpus}, as large as GPT-2 small: {what}."
-    return make
+    help: str
+    make: Callable[[str], RunConfig]
+    """From its name."""
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {
-    make.__name__.replace("_", "-"): make
-    for make in (
-        quickstart,
-        english_small,
-        english_small_ar,
-        mini_ar,
-        mini_affine,
-        mini_mix1,
-        mini_mixd,
-        mini_mixd_deep,
-        mini_mixd_p2,
-        mini_mixd_p4,
-        mini_passes,
-    )
+PRESETS = {
+    "quickstart": Preset(
+        "A few minutes on two CPU cores: a Mix-d block and two Mix-1 blocks on the built-in "
+        "corpus.",
+        _quickstart,
+    ),
+    "english-small": Preset(
+        "Fairy tales with capitals and signs, that begin and end: two hours of one fast CPU core.",
+        _english_small,
+    ),
+    "english-small-ar": Preset(
+        "The discrete twin of `english-small`, with as many Transformer layers, trained as long.",
+        _english_small_ar,
+    ),
+    "mini-ar": Preset("The discrete baseline at CPU size.", _mini_ar),
+    "mini-affine": Preset(
+        "Three affine blocks with as many Transformer layers together as the baseline.",
+        partial(_mini_joint, block=Affine()),
+    ),
+    "mini-mix1": Preset(
+        "Three Mix-1 blocks as in the paper, with as many layers together as the baseline.",
+        partial(_mini_joint, block=Mix1(components=27)),
+    ),
+    "mini-mixd": Preset(
+        "A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one layer.",
+        _mini_mixd,
+    ),
+    "mini-mixd-deep": Preset(
+        "`mini-mixd` with six layers in block 1: two more than the baseline has over the stack.",
+        partial(_mini_mixd, layers=6),
+    ),
+    "mini-mixd-p2": Preset(
+        "`mini-mixd` with two tokens per position.", partial(_mini_mixd, patch=2)
+    ),
+    "mini-mixd-p4": Preset(
+        "`mini-mixd` with four tokens per position.", partial(_mini_mixd, patch=4)
+    ),
+    "mini-passes": Preset(
+        "Passes that refine a text at little cost (docs/math.md, eq. 9a). The last Mix-d block "
+        "writes a text with gaps, which the other block fills in.",
+        _mini_passes,
+    ),
 } | {
-    f"{corpus}-{kind}": _paper_preset(corpus, kind, what)
+    f"{corpus}-{kind}": Preset(
+        f"The paper's set-up on {corpus}, as large as GPT-2 small: {what}.",
+        _paper_baseline if kind == "ar" else _paper_flow,
+    )
     for corpus in ("text8", "owt")
     for kind, what in {
         "ar": "the discrete baseline",
@@ -261,7 +247,7 @@ def preset(name: str) -> RunConfig:
             f"preset {name!r} is unknown: {guess(name, PRESETS)}on a CPU choose one of "
             f"{', '.join(FOR_CPU)}; `tarflowlm train --help` describes all {len(PRESETS)}"
         )
-    return PRESETS[name]()
+    return PRESETS[name].make(name)
 
 
 def check_time(minutes: object, steps: object) -> None:
@@ -292,7 +278,7 @@ def with_fields(run: RunConfig, values: Mapping[str, object]) -> RunConfig:
     for name, value in values.items():
         *parents, last = [int(key) if key.isdigit() else key for key in name.split(".")]
         try:
-            place = functools.reduce(operator.getitem, parents, changed)
+            place = reduce(operator.getitem, parents, changed)
             # options of another coupling than the one before
             for key in set(place) - {"layers"} if last == BlockConfig.KEY else ():
                 del place[key]

@@ -105,7 +105,7 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
     if argv[:1] in (["-h"], ["--help"]):
         from tarflowlm.terminal.bars import print_table
 
-        rows = [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()]
+        rows = [(name, one.help) for name, one in PRESETS.items()]
         print_table(USAGE, rows)
         raise SystemExit
     given = {word.partition("=")[0] for word in argv}
