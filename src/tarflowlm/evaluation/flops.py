@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tarflowlm.model import LanguageModel, as_flow
+from tarflowlm.model import as_flow
 from tarflowlm.model_config import BaselineConfig, FlowConfig
 
 Config = FlowConfig | BaselineConfig
@@ -42,24 +42,19 @@ def peak_flops(device_name: str) -> float | None:
 
 
 @cache
-def forward_flops(config: Config) -> int:
-    """One evaluation of the training loss over a sequence of `config.context` tokens."""
-    model = _on_meta(config)
-    with torch.device("meta"):
-        tokens = torch.zeros(1, config.context, dtype=torch.long)
-    return _count(lambda: model.bound(tokens, model.draw_noise(tokens)))
-
-
-@cache
 def training_flops(config: Config, *, frozen: int = 0) -> int:
-    """Forward and backward pass of the training loss over one sequence.
+    """Forward and backward pass of the training loss over a sequence of `config.context` tokens.
 
     The codebook and the first `frozen` blocks are not trained, unless `frozen` is 0.
     """
-    whole = 3 * forward_flops(config)
+    with torch.device("meta"):
+        # the counter fails on views of parameters that ask for a gradient and have no graph
+        model = config.build().requires_grad_(False)
+        tokens = torch.zeros(1, config.context, dtype=torch.long)
+    whole = 3 * _count(lambda: model.bound(tokens, model.draw_noise(tokens)))
     if not frozen:
         return whole
-    flow = as_flow(_on_meta(config))
+    flow = as_flow(model)
     z = torch.zeros(1, config.context, flow.config.latent_dim, device="meta")
 
     def forward() -> None:
@@ -69,13 +64,6 @@ def training_flops(config: Config, *, frozen: int = 0) -> int:
             h = block(h)[0]
 
     return whole - 2 * _count(forward)
-
-
-def _on_meta(config: Config) -> LanguageModel:
-    """The model as shapes alone."""
-    with torch.device("meta"):
-        # the counter fails on views of parameters that ask for a gradient and have no graph
-        return config.build().requires_grad_(False)
 
 
 def _count(work: Callable[[], object]) -> int:

@@ -75,13 +75,11 @@ class ChannelCoupling(Coupling):
         parameters = self.head(features, z)
         with full_precision(z):
             u, log_slope = self.to_noise(self._groups(z), *parameters)
-        return self._joined(u), self._joined(log_slope)
+        u, log_slope = (x.permute(1, 2, 0, 3).flatten(2) for x in (u, log_slope))
+        return u, log_slope
 
     def _groups(self, z: Latents) -> Float[Tensor, "G B N m"]:
         return z.unflatten(-1, (-1, self.group)).permute(2, 0, 1, 3).contiguous()
-
-    def _joined(self, groups: Float[Tensor, "G B N m"]) -> Latents:
-        return groups.permute(1, 2, 0, 3).flatten(2)
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         u, log_slope = self.channels(z, features)

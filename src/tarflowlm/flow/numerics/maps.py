@@ -35,15 +35,14 @@ def _held(elements_per_row: int) -> int:
     return chunks.HELD_ACCELERATOR
 
 
-@cache
-def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`function` by torch.compile, which keeps what is between its operations out of memory."""
-    return torch.compile(function)
+compiled = cache(torch.compile)
+"""A function by torch.compile, which keeps what is between its operations out of memory."""
 
 
 def fused(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """function(*tensors), `compiled` at the first call."""
-    return compiled(function)(*tensors)
+    result: Result = compiled(function)(*tensors)
+    return result
 
 
 CPU = Maps(

@@ -43,7 +43,8 @@ def mixture_cdf(
     """
     shape, flat_z, params = flatten(z, log_w, mean, log_std)
     maps = maps_for(z, maps)
-    u, log_det = differentiable(maps.mixture_cdf, partial(_cdf_gradients, maps), flat_z, *params)
+    gradients = partial(_cdf_gradients, maps)
+    u, log_det = differentiable(maps.mixture_cdf, gradients, flat_z, *params)
     return u.view(shape), log_det.view(shape)
 
 
@@ -58,9 +59,8 @@ def mixture_cdf_inverse(
     shape, flat_u, params = flatten(u, log_w, mean, log_std)
     maps = maps_for(u, maps)
     if torch.is_grad_enabled():
-        (z,) = differentiable(
-            maps.mixture_cdf_inverse, partial(_inverse_gradients, maps), flat_u, *params
-        )
+        gradients = partial(_inverse_gradients, maps)
+        (z,) = differentiable(maps.mixture_cdf_inverse, gradients, flat_u, *params)
     else:  # an autograd function takes as long as the work for a few rows
         z = maps.mixture_cdf_inverse(flat_u, *params)
     return z.view(shape)
@@ -76,8 +76,12 @@ def mixture_log_density(
     """
     shape, flat_z, params = flatten(z, log_w, mean, log_std)
     maps = maps_for(z, maps)
-    gradients = partial(_density_gradients, maps)
-    (log_p,) = differentiable(maps.mixture_log_density, gradients, flat_z, *params)
+    (log_p,) = differentiable(
+        maps.mixture_log_density,
+        lambda *saved: maps.mixture_backward(*saved[:4], saved[-1]),
+        flat_z,
+        *params,
+    )
     return log_p.view(shape)
 
 
@@ -120,14 +124,6 @@ def rosenblatt_inverse(
 # --- derivatives
 
 
-def _gradients(
-    maps: Maps, z: Tensor, params: Tensors, grad_log_p: Tensor, *noise: Tensor
-) -> Tensors:
-    """`mixture_backward`, with gradients of shared parameters [1, K] summed over rows."""
-    of_z, *of_params = maps.mixture_backward(z, *params, grad_log_p, *noise)
-    return of_z, *(g.sum_to_size(p.shape) for g, p in zip(of_params, params, strict=True))
-
-
 def first_derivatives_only() -> None:
     """RuntimeError in a backward with create_graph=True.
 
@@ -143,7 +139,8 @@ def first_derivatives_only() -> None:
 class _Differentiable(Function):
     """compute(*inputs) as a tuple; its backward is gradients(*inputs, *outputs, *cotangents).
 
-    Inputs and outputs are all that is saved.
+    Inputs and outputs are all that is saved. Gradients of an input that rows share, [1, K], are
+    summed over the rows.
     """
 
     @staticmethod
@@ -164,23 +161,21 @@ class _Differentiable(Function):
     @staticmethod
     def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         first_derivatives_only()
-        gradients = ctx.gradients  # type: ignore[attr-defined]
-        return None, None, *gradients(*ctx.saved_tensors, *cotangents)
+        saved: Tensors = ctx.saved_tensors
+        found: Tensors = ctx.gradients(*saved, *cotangents)  # type: ignore[attr-defined]
+        # inputs come first
+        summed = (g.sum_to_size(t.shape) for g, t in zip(found, saved, strict=False))
+        return None, None, *summed
 
 
 differentiable: Callable[..., Tensors] = _Differentiable.apply
 
 
-def _cdf_gradients(maps: Maps, z: Tensor, *rest: Tensor) -> Tensors:
-    *params, u, log_det, grad_u, grad_log_det = rest
+def _cdf_gradients(maps: Maps, *saved: Tensor) -> Tensors:
+    *inputs, u, log_det, grad_u, grad_log_det = saved
     # log_det = log p - log N(u; 0, 1): the second term depends on u alone
     of_u = grad_u + grad_log_det * u
-    return _gradients(maps, z, tuple(params), grad_log_det, u, log_det, of_u)
-
-
-def _density_gradients(maps: Maps, z: Tensor, *rest: Tensor) -> Tensors:
-    *params, _log_p, grad = rest
-    return _gradients(maps, z, tuple(params), grad)
+    return maps.mixture_backward(*inputs, grad_log_det, u, log_det, of_u)
 
 
 def _inverse_gradients(maps: Maps, _u: Tensor, *rest: Tensor) -> Tensors:
@@ -189,7 +184,7 @@ def _inverse_gradients(maps: Maps, _u: Tensor, *rest: Tensor) -> Tensors:
     u, log_det = maps.mixture_cdf(z, *params)
     grad_u = grad_z * torch.exp(-log_det)
     nothing = torch.zeros_like(u)
-    _, *of_params = _gradients(maps, z, tuple(params), nothing, u, log_det, -grad_u)
+    _, *of_params = maps.mixture_backward(z, *params, nothing, u, log_det, -grad_u)
     return grad_u, *of_params
 
 

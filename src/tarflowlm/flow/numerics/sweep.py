@@ -50,28 +50,21 @@ def rosenblatt(
     u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     log_p = torch.empty_like(z[:, 0])
     for rows in chunks.row_ranges(len(z), len(mean), budget(len(mean))):
-        u[rows], log_p[rows] = _chunk(z[rows], log_w[rows], mean, log_std, of_channel)
+        with full_precision(z):
+            tail, side, log_p[rows] = _tails(z[rows], log_w[rows], mean, log_std, of_channel)
+        u[rows] = side * normal.upper_quantile_of_log(torch.log(tail))
+        # a tail's side is a guess: up to 0.95, 1 - T is still exact; negated, so that NaN is left
+        # to the general path
+        in_range = (tail >= math.exp(-near.ROOM)) & (tail <= 0.95)
+        rest = (~(in_range.all(-1) & torch.isfinite(log_p[rows]))).nonzero().squeeze(-1)
+        if len(rest):
+            rest += rows.start
+            wide = wide_dtype(z)
+            inputs = z[rest].to(wide), log_w[rest].to(wide), mean.to(wide), log_std.to(wide)
+            found, log_det = reference.rosenblatt(*inputs)
+            u[rest] = found.to(u.dtype)
+            log_p[rest] = (log_det + normal.standard_normal_log_prob(found)).to(u.dtype)
     return u, log_p - normal.standard_normal_log_prob(u)
-
-
-def _chunk(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, of_channel: Channel
-) -> tuple[Tensor, Tensor]:
-    """u [n, d] and log p_mix(z) [n]."""
-    with full_precision(z):
-        tail, side, log_p = _tails(z, log_w, mean, log_std, of_channel)
-    u = side * normal.upper_quantile_of_log(torch.log(tail))
-    # a tail's side is a guess: up to 0.95, 1 - T is still exact; negated, so that NaN is left to
-    # the general path
-    in_range = (tail >= math.exp(-near.ROOM)) & (tail <= 0.95)
-    rest = (~(in_range.all(-1) & torch.isfinite(log_p))).nonzero().squeeze(-1)
-    if len(rest):
-        wide = wide_dtype(z)
-        rows = z[rest].to(wide), log_w[rest].to(wide)
-        found, log_det = reference.rosenblatt(*rows, mean.to(wide), log_std.to(wide))
-        u[rest] = found.to(u.dtype)
-        log_p[rest] = (log_det + normal.standard_normal_log_prob(found)).to(u.dtype)
-    return u, log_p
 
 
 def _tails(
@@ -178,18 +171,16 @@ def rosenblatt_inverse(
 ) -> Tensor:
     """z [N, d], as `reference.rosenblatt_inverse`, of a few components where these will do."""
     book = mean, log_std, scalar
-
-    def invert(u: Tensor, log_w: Tensor) -> Tensor:
+    z = torch.empty_like(u)
+    for rows in chunks.row_ranges(len(u), len(mean), chunks.HELD_ACCELERATOR):
         if len(mean) < 1024:
-            return reference.rosenblatt_inverse(u, log_w, *book)
-        z, is_right = by_heaviest(u, log_w, *book)
-        rest = (~is_right).nonzero().squeeze(-1)
+            z[rows] = reference.rosenblatt_inverse(u[rows], log_w[rows], *book)
+            continue
+        z[rows], is_right = by_heaviest(u[rows], log_w[rows], *book)
+        rest = rows.start + (~is_right).nonzero().squeeze(-1)
         if len(rest):
             z[rest] = reference.rosenblatt_inverse(u[rest], log_w[rest], *book)
-        return z
-
-    rows = chunks.rows_at_once(len(mean), chunks.HELD_ACCELERATOR)
-    return torch.cat(chunks.in_parts(invert, rows, u, log_w))
+    return z
 
 
 def by_heaviest(
