@@ -63,7 +63,7 @@ def run(args: Args) -> None:
     from reproduction.quality import SamplingConfig, measure_quality
     from tarflowlm.cli.evaluate import read_text
     from tarflowlm.data import eval_windows
-    from tarflowlm.device import pick_device
+    from tarflowlm.processes import pick_device
     from tarflowlm.schema import Seed, checked
     from tarflowlm.terminal.bars import Bars, print_json
 

@@ -29,7 +29,7 @@ APPLICATIONS = modules_below(APPS)
 
 LAYERS = """
     errors chunks | files schema | model_config | config | options presets |
-    flow data | device | processes | model | baseline | objective | runs |
+    flow data | processes | model | baseline | objective | runs |
     requests | generation | evaluation | editing | sharing | training |
     terminal | pretrained | __init__ | cli | __main__
 """

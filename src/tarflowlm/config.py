@@ -12,7 +12,7 @@ from tarflowlm.model_config import BaselineConfig, FlowConfig
 from tarflowlm.schema import Checked, Count, Positive, Range, Seed, Share, Whole, check_type
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-"""Where to run; `device.pick_device` resolves auto."""
+"""Where to run; `processes.pick_device` resolves auto."""
 
 Decoder = Literal["steps", "sweeps", "auto", "draw"]
 """How a block is inverted: position by position, in parallel sweeps, or by the cheaper one;

@@ -20,7 +20,6 @@ from tarflowlm.config import (
 )
 from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
-from tarflowlm.device import pick_device
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import score_texts
@@ -28,6 +27,7 @@ from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
+from tarflowlm.processes import pick_device
 from tarflowlm.requests import Edit, Score, Writing, as_texts, filling, takes
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference

@@ -80,7 +80,7 @@ class Checked(schema.Checked):
 
 def load_checkpoint(directory: Path | None, device: "DeviceName | torch.device") -> "Checkpoint":
     """The model in a directory, among the shipped ones or on the hub; without one the default."""
-    from tarflowlm.device import pick_device
+    from tarflowlm.processes import pick_device
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.runs.hub import DEFAULT, FOLDER
 

@@ -218,23 +218,20 @@ class Text8(TextFile):
 
     def obtain(self) -> None:
         if not self.path.is_file():
-            self._download()
+            self.progress.stage(f"fetching {self.url}, 31 MB")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with urllib.request.urlopen(self.url, timeout=30) as response:
+                    archive = zipfile.ZipFile(io.BytesIO(response.read()))
+                text = archive.read("text8")
+            except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError) as error:
+                what = f"cannot fetch {self.url} ({first_line(error)})"
+                remedy = f"put text8, unpacked, into {self.path.parent}"
+                raise UserError(f"{what}: {remedy}") from None
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(text)
         if hashlib.md5(self.path.read_bytes()).hexdigest() != self.md5:
             raise UserError(f"{self.path} is not text8, whose md5 is {self.md5}: remove it")
-
-    def _download(self) -> None:
-        self.progress.stage(f"fetching {self.url}, 31 MB")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with urllib.request.urlopen(self.url, timeout=30) as response:
-                archive = zipfile.ZipFile(io.BytesIO(response.read()))
-            text = archive.read("text8")
-        except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError) as error:
-            what = f"cannot fetch {self.url} ({first_line(error)})"
-            remedy = f"put text8, unpacked, into {self.path.parent}"
-            raise UserError(f"{what}: {remedy}") from None
-        with replacing(self.path) as temporary:
-            temporary.write_bytes(text)
 
     def normalized(self, blocks: Iterable[str]) -> Iterator[str]:
         return text_pieces(blocks, BLOCK)

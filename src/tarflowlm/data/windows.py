@@ -72,18 +72,14 @@ class WindowSampler:
             chosen = self._order[self.position : self.position + missing]
             own = chosen[max(0, first) : max(0, first + self.batch)]
             if len(own):
-                parts.append(self._read(self._offset + self.window * own))
+                places = self._offset + self.window * own[:, None] + np.arange(self.window)
+                # the shuffled text is never written: each place is looked up in its document
+                places += self._shifts[np.searchsorted(self._begins, places, side="right") - 1]
+                parts.append(torch.from_numpy(self.tokens[places].astype(np.int64)))
             self.position += len(chosen)
             missing -= len(chosen)
             first -= len(chosen)
         return torch.cat(parts)
-
-    def _read(self, starts: Array) -> torch.Tensor:
-        """The windows [N, window] of this epoch's text from `starts` [N] on."""
-        places = starts[:, None] + np.arange(self.window)
-        # the shuffled text is never written: each place is looked up in its document
-        places += self._shifts[np.searchsorted(self._begins, places, side="right") - 1]
-        return torch.from_numpy(self.tokens[places].astype(np.int64))
 
     def state_dict(self) -> dict[str, int]:
         """Position in the stream, and its seed, window and number of tokens; small JSON."""

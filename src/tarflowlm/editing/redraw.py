@@ -197,8 +197,15 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
             "tokens, take 1"
         )
     lead = len(candidates.lead) if span[0] == 0 else 0
-    padded = replace(source, text=_after(source, candidates.lead)) if lead else source
-    z, tokens, log_w = propose(padded, (span[0] + lead, span[1] + lead), candidates)
+    after = source
+    if lead:
+        # other tokens come before the text, with their means as latents
+        before = torch.tensor([candidates.lead], device=text.tokens.device)
+        z = torch.cat((model.codebook.mean[before], text.states[0]), 1)
+        states = tuple(model.prior.states(z)[0])
+        padded = Encoded(torch.cat((before, text.tokens), 1), lead + text.length, states)
+        after = replace(source, text=padded)
+    z, tokens, log_w = propose(after, (span[0] + lead, span[1] + lead), candidates)
     z, tokens = z[:, lead:], tokens[:, lead:]
     # the number, if one of the two is NaN
     k = float(np.fmax(text.pareto_k, pareto_k(log_w)))
@@ -208,15 +215,6 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
     chosen = resample(log_w, 1, source.generator).to(z.device)
     states = tuple(model.prior.states(z[chosen])[0])
     return replace(text, tokens=tokens[chosen], states=states, pareto_k=k)
-
-
-def _after(source: Source, lead: Sequence[int]) -> Encoded:
-    """The text [1, T] after other tokens, whose latents are their means."""
-    text = source.text
-    before = torch.tensor([lead], device=text.tokens.device)
-    z = torch.cat((source.model.codebook.mean[before], text.states[0]), 1)
-    states = tuple(source.model.prior.states(z)[0])
-    return Encoded(torch.cat((before, text.tokens), 1), len(lead) + text.length, states)
 
 
 def _preferences(

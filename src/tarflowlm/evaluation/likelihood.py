@@ -13,11 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
-from tarflowlm.processes import ALONE, Processes
+from tarflowlm.processes import ALONE, Processes, keep_freed_memory
 from tarflowlm.schema import Count, Seed, check_type, checked
 
 Nats = TypeVar("Nats", float, Tensor)

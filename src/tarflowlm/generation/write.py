@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data.windows import spans
-from tarflowlm.device import keep_freed_memory, threads_for
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.gaps import GapFilter
@@ -24,6 +23,7 @@ from tarflowlm.generation.plan import Plan, Way
 from tarflowlm.generation.rows import LatentPositions, TokenPositions
 from tarflowlm.generation.sampling import BLANK, Generation, Meter, Noise, Work, num_leading
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
+from tarflowlm.processes import keep_freed_memory, threads_for
 
 R = TypeVar("R")
 Parts = Generator[Tensor, None, Generation]

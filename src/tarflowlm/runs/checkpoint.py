@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
-from tarflowlm.device import compilation_problem
 from tarflowlm.errors import UserError, guess
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
+from tarflowlm.processes import compilation_problem
 from tarflowlm.runs import (
     BEST,
     CONFIG,

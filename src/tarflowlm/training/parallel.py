@@ -24,12 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.device import compilation_problem
 from tarflowlm.flow.couplings import Coupling, couplings_of
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import LanguageModel, seeded
-from tarflowlm.processes import ALONE, Processes
+from tarflowlm.processes import ALONE, Processes, compilation_problem
 
 
 class NegativeBound(nn.Module):

@@ -139,7 +139,16 @@ def resolve(
     UserError for a text that is missing, too short or of another tokenizer, a parent that is
     missing, and a batch that does not divide.
     """
-    config = read_run(out) if asked is None else suited_to_text(asked, parent)
+    if asked is None:
+        config = read_run(out)
+    else:
+        for name in asked.train.track:
+            check_package(name, "track", f"train.track {name}")
+        if asked.parent and parent is None:
+            raise UserError(f"parent {asked.parent}: give that model with `train --from`")
+        # the tokenizer is the parent's, or one that suits the text
+        text = asked.data if asked.parent else suited(asked.data)
+        config = settled(replace(asked, data=text))
     processes.rows_each(config.train)  # for its error
 
     # the text, by the tokenizer of the parent, of which a run keeps a copy
@@ -169,17 +178,6 @@ def resolve(
     model = replace(config.model, vocab_size=vocab_size)
     config = replace(config, model=model, train=with_precision(config.train, device))
     return processes.from_first(config), corpus
-
-
-def suited_to_text(asked: RunConfig, parent: Checkpoint | None) -> RunConfig:
-    """`asked`, settled, with the tokenizer that suits its text."""
-    for name in asked.train.track:
-        check_package(name, "track", f"train.track {name}")
-    if asked.parent:
-        if parent is None:
-            raise UserError(f"parent {asked.parent}: give that model with `train --from`")
-        return settled(asked)
-    return settled(replace(asked, data=suited(asked.data)))
 
 
 # the run directory

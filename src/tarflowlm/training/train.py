@@ -18,12 +18,11 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
 from tarflowlm.config import RunConfig, TrainConfig
-from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import SILENT, Progress, Record
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.model import LanguageModel
-from tarflowlm.processes import ALONE, Processes
+from tarflowlm.processes import ALONE, Processes, keep_freed_memory
 from tarflowlm.runs.checkpoint import Checkpoint, has_whole_weights, read_summary
 from tarflowlm.training import optim, parallel
 from tarflowlm.training.checkpoint import newest_state, save, stop, wait

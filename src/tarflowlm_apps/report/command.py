@@ -32,7 +32,7 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.device import pick_device
+    from tarflowlm.processes import pick_device
     from tarflowlm_apps.report.report import write_report
 
     with Bars() as bars:

@@ -37,7 +37,7 @@ def run(args: Args) -> None:
     import threading
     from contextlib import suppress
 
-    from tarflowlm.device import pick_device
+    from tarflowlm.processes import pick_device
     from tarflowlm_apps.studio.catalogue import Catalogue
     from tarflowlm_apps.studio.server import LOOPBACK, check_address, serving
 
