@@ -142,8 +142,8 @@ def resolve(
     if asked is None:
         config = read_run(out)
     else:
-        for name in asked.train.track:
-            check_package(name, "track", f"train.track {name}")
+        for tracker in asked.train.track:
+            check_package(tracker, "track", f"train.track {tracker}")
         if asked.parent and parent is None:
             raise UserError(f"parent {asked.parent}: give that model with `train --from`")
         # the tokenizer is the parent's, or one that suits the text
