@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data import eval_windows, prepare_corpus, suited
 from tarflowlm.data.windows import Array
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate, sign_of
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training.train import train
@@ -163,7 +163,7 @@ def main() -> None:
     print(f"| nanogpt | {nanogpt_nats(model, last):.4f} | {seconds:.0f} |", flush=True)
     for name in args.ours:
         found = trained_likelihood(name, args.text, tokenizer, seconds, args.seed, last.numpy())
-        nats = f"{found.sign} {found.nats_per_token:.4f}"
+        nats = f"{sign_of(found.bound)} {found.nats_per_token:.4f}"
         print(f"| {name} | {nats} | {seconds:.0f} |", flush=True)
 
 

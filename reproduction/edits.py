@@ -18,6 +18,7 @@ from torch import Tensor
 from tarflowlm.editing.edits import covered
 from tarflowlm.editing.redraw import Candidates, Span, collected, redraw
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
+from tarflowlm.flow.fills import complete
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def counterfactual(source: Source, replacements: Int[Tensor, " T"]) -> Change:
     for n in range(h.shape[1]):
         features = block.features_at(cache, h[:, n - 1] if n else None, rows)
         is_known = stays[n].expand(rows, -1)
-        h[:, n] = block.coupling.complete(u[:, n], features, h[:, n], is_known)[0]
+        h[:, n] = complete(block.coupling, u[:, n], features, h[:, n], is_known)[0]
     z = model.prior.patch.inverse(h)
     found = model.codebook.decode(z)
     tokens = torch.where(is_new.to(z.device), tokens, found)

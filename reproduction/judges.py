@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.chunks import evaluated_rows
+from tarflowlm.chunks import EVALUATED_TOKENS, rows_at_once
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import SILENT, Progress, UserError, first_line
 from tarflowlm.flow import widen
@@ -113,7 +113,7 @@ class Judge(ABC):
         nats = torch.zeros(len(texts), dtype=torch.float64)
         count = 0
         features = []
-        batch = evaluated_rows(self.context)
+        batch = rows_at_once(self.context, EVALUATED_TOKENS)
         for start in range(0, len(chunks), batch):
             some = chunks[start : start + batch]
             lengths = torch.tensor([len(chunk.tokens) for chunk in some])

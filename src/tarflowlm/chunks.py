@@ -64,11 +64,6 @@ def bound_rows(num_tokens: int, device: torch.device) -> int:
     return rows_at_once(num_tokens, budget)
 
 
-def evaluated_rows(num_tokens: int) -> int:
-    """Texts of `num_tokens` that an evaluation takes at once."""
-    return rows_at_once(num_tokens, EVALUATED_TOKENS)
-
-
 def written_rows(num_tokens: int, device: torch.device) -> int:
     """Texts of `num_tokens`, particles counted, that are written together."""
     budget = WRITTEN_TOKENS

@@ -177,12 +177,9 @@ class ElboTerms:
 
     def of_texts(self) -> "ElboTerms":
         """The terms [B] of texts from those of their tokens."""
-        return ElboTerms(
-            reconstruction=self.reconstruction.sum(-1),
-            log_q=self.log_q.sum(-1),
-            base=self.base.sum(-1),
-            log_dets=tuple(log_det.sum(-1) for log_det in self.log_dets),
-        )
+        log_dets = tuple(log_det.sum(-1) for log_det in self.log_dets)
+        reconstruction, log_q, base = self.reconstruction, self.log_q, self.base
+        return ElboTerms(reconstruction.sum(-1), log_q.sum(-1), base.sum(-1), log_dets)
 
     @property
     def log_prior(self) -> Tensor:

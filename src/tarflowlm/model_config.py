@@ -92,7 +92,7 @@ class LanguageModelConfig(Checked):
         return "baseline"
 
     def build(self) -> Any:
-        """A new model, initialised from PyTorch's global generator (`language_model.seeded`)."""
+        """A new model, initialised from PyTorch's global generator (`model.seeded`)."""
         return imported(self.model)(self)
 
 

@@ -15,7 +15,7 @@ from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.fills import FillsIn
+from tarflowlm.flow.fills import FillsIn, complete
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
@@ -168,7 +168,7 @@ def test_filling_in_acts_on_tokens_that_are_likely_and_leaves_the_others():
     torch.testing.assert_close(coupling(z, features)[0], expected)
     assert not coupling.is_tied
     first, known = features[:, 0], z[:, 0]
-    log_p = coupling.complete(known, first, known, torch.ones(4, P, dtype=torch.bool))[2]
+    log_p = complete(coupling, known, first, known, torch.ones(4, P, dtype=torch.bool))[2]
     torch.testing.assert_close(log_p.sum(-1), coupling.log_prob(z, features)[:, 0])
 
 
@@ -204,7 +204,7 @@ def test_completing_keeps_what_is_given_and_draws_the_rest(coupling):
     known = coupling.invert(normal(4, C, seed=9), features)
     is_known = torch.zeros(4, P, dtype=torch.bool)
     is_known[1, 0] = is_known[2, -1] = is_known[3] = True
-    z, noise, log_p = coupling.complete(u, features, known, is_known)
+    z, noise, log_p = complete(coupling, u, features, known, is_known)
     given = is_known.repeat_interleave(C // P, dim=1)
     assert torch.equal(z[given], known[given])
     assert torch.equal(noise[~given], u[~given])
@@ -213,7 +213,7 @@ def test_completing_keeps_what_is_given_and_draws_the_rest(coupling):
     torch.testing.assert_close(again[:, 0], noise, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(log_p[3].sum(), log_det[3, 0] + standard_normal_log_prob(noise)[3])
     # the first token alone: its density is that of the sequence of one token, whatever follows
-    other, _, again_log_p = coupling.complete(normal(4, C, seed=3), features, known, is_known)
+    other, _, again_log_p = complete(coupling, normal(4, C, seed=3), features, known, is_known)
     assert P == 1 or not torch.equal(other[1], z[1])
     torch.testing.assert_close(again_log_p[1], log_p[1])
 

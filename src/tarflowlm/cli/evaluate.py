@@ -191,12 +191,15 @@ def _windows(
 
 
 def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object]) -> None:
+    from tarflowlm.evaluation.likelihood import sign_of
+
     spread = f" (standard error {found.stderr:.4f})" if found.windows > 1 else ""
+    sign = sign_of(found.bound)
     rows = [
-        ("bits per character", f"{found.sign} {found.bpc:.4f}"),
-        ("bits per byte", f"{found.sign} {found.bits_per_byte:.4f}"),
-        ("nats per token", f"{found.sign} {found.nats_per_token:.4f}{spread}"),
-        ("perplexity per token", f"{found.sign} {found.ppl:.4f}"),
+        ("bits per character", f"{sign} {found.bpc:.4f}"),
+        ("bits per byte", f"{sign} {found.bits_per_byte:.4f}"),
+        ("nats per token", f"{sign} {found.nats_per_token:.4f}{spread}"),
+        ("perplexity per token", f"{sign} {found.ppl:.4f}"),
         ("bound", found.bound),
     ]
     if found.gap is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
 from tarflowlm.errors import UserError
+from tarflowlm.flow.fills import complete
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import pareto_k, resample, weight
 from tarflowlm.model import TarFlowLM
@@ -91,8 +92,8 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
         if not stays[n].any():
             h[:, n] = invert(u[:, n], features, adjust)
             continue
-        h[:, n], u[:, n], log_p = block.coupling.complete(
-            u[:, n], features, h[:, n], stays[n].expand(R, -1), adjust
+        h[:, n], u[:, n], log_p = complete(
+            block.coupling, u[:, n], features, h[:, n], stays[n].expand(R, -1), adjust
         )
         log_w = log_w + log_p.sum(-1)
     if end < N:

@@ -118,7 +118,7 @@ def latent_report(
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches: list[list[dict[str, Tensor]]] = []
-    for rows in windows.split(chunks.evaluated_rows(windows.shape[1])):
+    for rows in windows.split(chunks.rows_at_once(windows.shape[1], chunks.EVALUATED_TOKENS)):
         tokens = rows.to(model.device)
         terms, states = model.terms(tokens, model.draw_noise(tokens, generator))
         batches.append(_measures(terms.of_texts(), states))

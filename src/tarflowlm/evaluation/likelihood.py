@@ -81,11 +81,6 @@ class Likelihood:
             return None
         return self.elbo - self.nats_per_token
 
-    @property
-    def sign(self) -> str:
-        """The sign before the numbers."""
-        return sign_of(self.bound)
-
     def to_json(self) -> dict[str, str | int | float | None]:
         derived = ("ppl", "bpc", "bits_per_byte", "gap")
         return asdict(self) | {name: getattr(self, name) for name in derived}
@@ -155,7 +150,9 @@ def log_weights(
 
     def own() -> Iterator[Tensor]:
         # one batch has one number of given tokens
-        batches = chunks.equal_ranges(heads, chunks.evaluated_rows(windows.shape[1]))
+        batches = chunks.equal_ranges(
+            heads, chunks.rows_at_once(windows.shape[1], chunks.EVALUATED_TOKENS)
+        )
         for number, some in enumerate(batches):
             tokens = windows[some].to(model.device)
             if number % processes.world != processes.rank:

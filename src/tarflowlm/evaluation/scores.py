@@ -179,7 +179,9 @@ def _mean_nats(
     shapes = [(end - start, given) for (start, end), given in zip(windows, givens, strict=True)]
     generators = [Generator(device=model.device).manual_seed(seed) for _ in tokens]
     found = []
-    for some in chunks.equal_ranges(shapes, chunks.evaluated_rows(shapes[0][0])):
+    for some in chunks.equal_ranges(
+        shapes, chunks.rows_at_once(shapes[0][0], chunks.EVALUATED_TOKENS)
+    ):
         # [B, windows, T]
         rows = torch.stack([whole[:, start:end] for start, end in windows[some]], dim=1)
         nats = torch.zeros(())

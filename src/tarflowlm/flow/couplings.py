@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.numerics import (
-    REFERENCE,
-    Maps,
-    log_standard_normal,
-    standard_normal_log_prob,
-)
+from tarflowlm.flow.numerics import REFERENCE, Maps, log_standard_normal
 from tarflowlm.flow.plan import BlockShape
 
 Latents = Float[Tensor, "B N C"]
@@ -115,48 +110,6 @@ class Coupling(nn.Module):
     def inverter(self) -> Inverter:
         """`invert` for many positions, with the weights as they are now."""
         return self.invert
-
-    def complete(
-        self,
-        u: OneLatent,
-        features: OneFeature,
-        known: OneLatent,
-        is_known: Bool[Tensor, "B P"],
-        adjust: AdjustWeights | None = None,
-        uniform: Uniform | None = None,
-    ) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
-        """Complete one position in which some tokens are given: (z, u, log p).
-
-        Given tokens, where `is_known` on the CPU is True, keep their latents `known` and get their
-        noise; the others are as in `invert`. log p, in nats, is the density of each given token's
-        latents given everything before them, and 0 for the others (docs/math.md, section 9).
-        """
-        P, channels = is_known.shape[1], u.shape[1]
-        mask = is_known.to(u.device)
-        # on the host, to skip a direction that no row needs
-        some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
-        conditionals = self.conditionals(features)
-        z: list[Tensor] = []
-        noise: list[Tensor] = []
-        log_p = u.new_zeros(is_known.shape)
-        groups = zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)
-        for g, (u_g, known_g) in enumerate(groups):
-            conditional = conditionals.send(z[-1] if z else None)
-            token = g * self.group * P // channels
-            z_g = known_g
-            if not every[token]:
-                uniform_g = None if uniform is None else uniform[:, g]
-                z_g = conditional.inverse(u_g, adjust, uniform_g)
-            if some[token]:
-                given_u, log_det = conditional.forward(known_g)
-                density = log_det + standard_normal_log_prob(given_u)
-                here = mask[:, token, None]
-                z_g = torch.where(here, known_g, z_g)
-                u_g = torch.where(here, given_u, u_g)
-                log_p[:, token] += torch.where(here[:, 0], density, 0.0)
-            z.append(z_g)
-            noise.append(u_g)
-        return torch.cat(z, -1), torch.cat(noise, -1), log_p
 
 
 def couplings_of(module: nn.Module) -> list[Coupling]:

@@ -1,5 +1,10 @@
-"""A Mix-d coupling that fills in what it is sure of, and leaves the rest to the blocks above."""
+"""Positions in which some tokens are settled and others are filled in.
 
+`FillsIn` settles what a Mix-d block is sure of, and `complete` takes tokens that are given.
+"""
+
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tarflowlm.flow.couplings import (
@@ -9,8 +14,12 @@ from tarflowlm.flow.couplings import (
     Coupling,
     Features,
     Latents,
+    OneFeature,
+    OneLatent,
+    Uniform,
 )
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.plan import NoisyCodebook
 
 
@@ -50,3 +59,46 @@ class FillsIn(MixDCoupling):
     def log_prob(self, z: Latents, features: Features, *, relative: bool = False) -> ByPosition:
         assert not relative, "only a tied Mix-d block has a relative density"
         return Coupling.log_prob(self, z, features)
+
+
+def complete(
+    coupling: Coupling,
+    u: OneLatent,
+    features: OneFeature,
+    known: OneLatent,
+    is_known: Bool[Tensor, "B P"],
+    adjust: AdjustWeights | None = None,
+    uniform: Uniform | None = None,
+) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
+    """Complete one position in which some tokens are given: (z, u, log p).
+
+    Given tokens, where `is_known` on the CPU is True, keep their latents `known` and get their
+    noise; the others are as in `invert`. log p, in nats, is the density of each given token's
+    latents given everything before them, and 0 for the others (docs/math.md, section 9).
+    """
+    P, channels = is_known.shape[1], u.shape[1]
+    mask = is_known.to(u.device)
+    # on the host, to skip a direction that no row needs
+    some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
+    conditionals = coupling.conditionals(features)
+    z: list[Tensor] = []
+    noise: list[Tensor] = []
+    log_p = u.new_zeros(is_known.shape)
+    groups = zip(u.split(coupling.group, -1), known.split(coupling.group, -1), strict=True)
+    for g, (u_g, known_g) in enumerate(groups):
+        conditional = conditionals.send(z[-1] if z else None)
+        token = g * coupling.group * P // channels
+        z_g = known_g
+        if not every[token]:
+            uniform_g = None if uniform is None else uniform[:, g]
+            z_g = conditional.inverse(u_g, adjust, uniform_g)
+        if some[token]:
+            given_u, log_det = conditional.forward(known_g)
+            density = log_det + standard_normal_log_prob(given_u)
+            here = mask[:, token, None]
+            z_g = torch.where(here, known_g, z_g)
+            u_g = torch.where(here, given_u, u_g)
+            log_p[:, token] += torch.where(here[:, 0], density, 0.0)
+        z.append(z_g)
+        noise.append(u_g)
+    return torch.cat(z, -1), torch.cat(noise, -1), log_p

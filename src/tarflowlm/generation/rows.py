@@ -17,6 +17,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import wide_dtype, widen
 from tarflowlm.flow.couplings import AdjustWeights, inverse_cdf
+from tarflowlm.flow.fills import complete
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.sampling import drop_finished, num_leading
@@ -157,8 +158,14 @@ class LatentPositions(Positions):
         if not any(self.some_known[n]):
             self.values[here] = self.invert(noise, features, self.adjust, uniform)
             return None
-        self.values[here], self.noise[here], log_p = self.block.coupling.complete(
-            noise, features, self.known[here], self.is_known[here], self.adjust, uniform
+        self.values[here], self.noise[here], log_p = complete(
+            self.block.coupling,
+            noise,
+            features,
+            self.known[here],
+            self.is_known[here],
+            self.adjust,
+            uniform,
         )
         return (log_p - self.log_normaliser[here]).sum(-1)
 

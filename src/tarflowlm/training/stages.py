@@ -199,7 +199,7 @@ def evaluate(
     Collective.
     """
     model, processes = state.model, run.processes
-    size = chunks.evaluated_rows(windows.shape[1])
+    size = chunks.rows_at_once(windows.shape[1], chunks.EVALUATED_TOKENS)
     generator = Generator(device=run.device).manual_seed(0)
     bound = state.bound if processes.shards(state.config.train) else model.bound
     nats = list[Tensor]()
