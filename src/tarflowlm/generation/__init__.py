@@ -1,6 +1,6 @@
 """Sampling from either model: free, after a prompt, or around given tokens.
 
-To read first: `generate_plainly`, which is all that a free text needs; then `plan` and `write`.
+Read `generate_plainly` first: a free text needs nothing else. Then read `plan` and `write`.
 """
 
 from tarflowlm.generation.generate import generate, generate_plainly

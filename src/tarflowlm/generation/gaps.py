@@ -1,8 +1,8 @@
 """Gaps of unknown length and constrained tokens: particles over texts of several lengths.
 
-A particle is a text up to the end of a given piece. It draws the most tokens that the next gap may
-have, and is a candidate for every length, weighted by the given piece after that many of them and
-by the masks of its draws; R of all candidates are kept (docs/math.md, eq. 23).
+A particle is a text up to the end of a given piece. It fills the next gap at its greatest length,
+and is a candidate for every length. The probability of the given piece after its tokens and the
+masks of its draws weight a candidate. R of all candidates are kept (docs/math.md, eq. 23).
 
 Shape legend: R particles, B = num R rows, T tokens, S tokens of a piece, G gaps, V symbols.
 """
@@ -68,12 +68,12 @@ class GapFilter:
         before = self._shares(self.log_w, self.lengths)
         if not self.plan.continues:
             self.allowed = None
-        # masks and upper blocks weigh what follows, too; else one particle is enough for it
+        # masks and upper blocks weight the rest of the text, too; else one particle can write it
         is_weighed = self.allowed is not None or self.model.num_blocks > 1
         if is_weighed:
             self._finish()
         if self.flow is not None and self.flow.num_blocks > 1:
-            # the noise h of block 1 weighs p(h) / N(h; 0, I)
+            # block 1 was given noise h ~ N(0, I): the blocks above weight it by p(h) / N(h; 0, I)
             prior = self.flow.prior
             h = prior.patch.inverse(prior.block(0)(prior.patch(self.values))[0])
             self.log_w.add_(weight(prior.log_prob(h, above=1) - standard_normal_log_prob(h)))
@@ -107,7 +107,7 @@ class GapFilter:
         )
 
     def _given(self) -> Tensor:
-        """Where the tokens are those of the pieces, [B, T]."""
+        """Which tokens belong to given pieces, [B, T]."""
         places = torch.arange(self.tokens.shape[1])
         given = torch.zeros(self.tokens.shape, dtype=torch.bool)
         start = torch.zeros(len(given), dtype=torch.long)
@@ -134,14 +134,14 @@ class GapFilter:
         self.progress.advance(len(piece))
 
     def _take(self, parents: Tensor) -> None:
-        """Replace the rows by copies of `parents`; the weights are for the caller."""
+        """Replace the rows by copies of `parents`; the caller sets the weights."""
         self.tokens = self.tokens[parents]
         self.values = self.values[parents]
         self.lengths = self.lengths[parents]
         self.ends = self.ends[parents]
 
     def _groups(self) -> Iterator[tuple[Tensor, Pieces]]:
-        """Rows of equal length: their numbers, and copies of them that grow."""
+        """Rows of equal length: their indices, and copies of them that grow."""
         adjust = self.plan.adjust
         for end in self.ends.unique().tolist():
             own = (self.ends == end).nonzero()[:, 0]
@@ -187,9 +187,9 @@ class GapFilter:
         return shares
 
     def _draw(self, own: Tensor, rows: Pieces, gap: Gap, numbers: tuple[Tensor, Tensor]) -> Tensor:
-        """Draw the most tokens of a gap: the log-weights [n, most + 1] after each number of them.
+        """Fill a gap at its greatest length: log-weights [n, most + 1] after each number of draws.
 
-        Where the length is fixed, rows may change places after every draw.
+        Where the length is fixed, rows may be resampled after every draw.
         """
         uniform, noise = (part[own] for part in numbers)
         gained = [torch.zeros(len(own), dtype=torch.float64)]
@@ -216,7 +216,7 @@ class GapFilter:
             texts = rows.tokens[:, self.plan.lead : rows.at].cpu()
             mask = torch.stack([checked_mask(mask(text), self.model) for text in texts])
         if mask is not None and self.plan.end is not None:
-            # another document, which is not shown, follows the end of this one
+            # tokens after the end belong to another document, which is not shown
             drawn = rows.tokens[:, len(self.pieces[0]) : rows.at]
             mask = mask | (drawn == self.plan.end).any(1, keepdim=True).cpu()
         if begins is not None:
@@ -236,7 +236,7 @@ class GapFilter:
         self.lengths[own] = self.lengths[own[order]]
 
     def _shares(self, log_w: Tensor, lengths: Tensor) -> list[Tensor]:
-        """For each gap the weights of its lengths, [num, most + 1], of candidates [C, G]."""
+        """For each gap the total weight of its lengths, [num, most + 1]; candidates have [C, G]."""
         shares = log_w.view(len(self.weights.log_w), -1).softmax(-1)
         found = []
         for gap, length in zip(self.gaps, lengths.T, strict=True):

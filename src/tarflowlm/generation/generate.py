@@ -1,4 +1,4 @@
-"""Sampling from tensors to tensors: `generate_plainly` to read first, and `generate`."""
+"""Sampling from tensors to tensors: `generate`, and `generate_plainly`, which is read first."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ Prompt = Tensor | Sequence[Tensor | Gap]
 def generate_plainly(
     model: LanguageModel, num_tokens: int, num: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
-    """`num` free texts [num, T] of whole patches, as the formulas say it: to read, and to test by.
+    """Draw `num` free texts [num, T] of whole patches by the formulas, for readers and tests.
 
     Noise is inverted by all blocks, and latents are decoded (docs/math.md, eqs. 2 and 5); the
     baseline draws token after token from its conditionals.
@@ -73,13 +73,13 @@ def generate(
     number is weighted by its evidence, under a uniform prior. `allowed` is a mask [V] of the tokens
     that may be drawn, or a function to it from the tokens [n] so far. Particles are weighted by the
     probability of the allowed tokens, so a ban also acts on earlier choices. Both are exact in the
-    limit of many particles, and ask for weights of tokens in block 1 and one token per position
+    limit of many particles. They need a block 1 with weights of tokens, and one token per position
     (docs/math.md, eq. 23).
 
     `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
     block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
-    flows refuse. In a stack that fills in (eq. 9a), the weights of all blocks change, with several
-    particles those of block 1 alone.
+    flows refuse. In a stack that fills in (eq. 9a) they change the weights of all blocks, or with
+    several particles the weights of block 1 alone.
 
     `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
     given tokens.
@@ -89,8 +89,8 @@ def generate(
     the same distribution; "auto" does so, too, unless sweeps cost less. Given tokens, temperature,
     top-k and top-p make block 1 take steps, or draw.
 
-    Row b has a random stream of its own, made from `generator` and b, or the one of a list of
-    `num` generators. `progress` counts tokens of all samples.
+    Row b has a random stream of its own, made from `generator` and b; a list of `num` generators
+    gives one to each row. `progress` counts the tokens of all samples.
 
     UserError for a prompt or settings that the model cannot take.
     """
@@ -113,7 +113,7 @@ def row_plans(
     allowed: Allowed | None = None,
     end: int | None = None,
 ) -> list[Plan]:
-    """A plan for each of `num` rows of a batch: of `prompt`, or of its row [num, T].
+    """A plan for each of `num` rows of a batch, from the one `prompt` or its row of [num, T].
 
     UserError for rows that cannot be written together.
     """
@@ -138,10 +138,10 @@ def row_plans(
     if model.config.continues_exactly and particles == 1 and min(lengths) < max(lengths):
         what = f"prompts of {min(lengths)} to {max(lengths)} tokens"
         raise UserError(
-            f"{what}: this model continues those of one length exactly, call it for each"
+            f"{what}: this model takes prompts of one length at a time, call it for each length"
         )
     if len({one.together for one in found}) > 1:
-        # what is free is completed with the others
+        # free rows are completed together with the others
         found = [replace(one, way="filter", particles=particles) for one in found]
     return found
 
@@ -149,7 +149,7 @@ def row_plans(
 def _row_streams(
     generator: torch.Generator | Sequence[torch.Generator] | None, num: int
 ) -> list[torch.Generator]:
-    """A random stream for each of `num` rows. UserError for what is no generator."""
+    """A random stream for each of `num` rows. UserError for any other value."""
     num = checked(num, Length, "num")
     if isinstance(generator, Sequence):
         if len(generator) != num:
@@ -165,7 +165,7 @@ def _row_streams(
 
 
 def _parts(model: LanguageModel, prompt: object) -> list[Tensor | Gap]:
-    """Pieces and gaps of what a caller of `generate` gives. UserError if it is neither."""
+    """The pieces and gaps of a `prompt` of `generate`. UserError for any other value."""
     found: list[Tensor | Gap] = []
     given: Sequence[object] = () if prompt is None else (prompt,)
     if isinstance(prompt, Sequence) and all(isinstance(x, Tensor | Gap) for x in prompt):

@@ -23,21 +23,21 @@ from tarflowlm.generation.sampling import Work, drop_finished, num_leading
 from tarflowlm.model import TarFlowLM
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-"""A latent h has converged when it changes by at most this times 1 + |h|: a few roundings."""
+"""A latent h has converged when it changes by at most this times 1 + |h|: a few rounding errors."""
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
 """Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|; rounding causes up to 1e-5."""
 CONTRACTION = 0.5
-"""Newton steps converge where the first changes the noise by less than this, times 1 + |h|, and
-every further one by less than this times the step before.
+"""Newton steps converge where the first one changes the noise by less than this times 1 + |h|, and
+every later one by less than this times the change before.
 """
 SHORTEST_NEWTON = 8
-"""Fewest positions for Newton steps; so many show whether a block is near the identity."""
+"""Fewest positions for Newton's method; the first 8 also tell whether it will converge."""
 LONGEST_SEGMENT = 512
-"""Positions that one sweep inverts at most."""
+"""The most positions that one sweep inverts."""
 FEW_SEQUENCES = 2
-"""Exact inverses of many positions at once cost less than steps for so few sequences."""
+"""Up to this many sequences, exact inverses of many positions at once cost less than steps."""
 PROBED = 8
-"""Sequences of noise that tell whether sweeps cost less than drawing."""
+"""Sequences of noise on which `draws_last` finds out whether sweeps cost less than drawing."""
 
 R = TypeVar("R")
 Y = TypeVar("Y")
@@ -79,13 +79,13 @@ def block_inversion(
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
     rounding; the result is mapped forward again, and inverted by steps from the first position
     whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
-    `adjust` there is no forward map to check against: steps. With `uniform` numbers [B, N, G],
-    steps that draw h by them and by u, which is not the noise of h then.
+    `adjust` there is no forward map to check against, so the block takes steps. With `uniform`
+    numbers [B, N, G] the steps sample h directly, by these numbers and u; u is then not its noise.
 
     `settled` [B, n, C] are the latents of the first positions, in the block's order. `progress`
     advances once per position. After every step the generator yields the final latents [B, n, C],
-    in the block's order; what sweeps found is final at the end. Rows that the reader marks in
-    `ended` [B] meanwhile take no further steps.
+    in the block's order; the results of sweeps are final only at the end. Rows that the reader
+    marks in `ended` [B] take no further steps.
     """
     work = _Inversion(block, u, adjust, uniform, progress)
     if settled is not None:
@@ -122,7 +122,7 @@ class _Inversion:
         self.noise = block.order(u)
         self.num_positions = u.shape[1]
         self.h = self.noise.clone()
-        # where noise is inverted the features have to be those of the forward map
+        # an inverse needs the same features as the forward map; drawing does not
         half = uniform is not None and u.is_cuda and u.dtype == torch.float32
         self.cache = block.allocate_cache(len(u), self.num_positions, half=half)
         self.at = 0
@@ -176,11 +176,11 @@ class _Inversion:
         return self.block.features_of(cache, past, first=self.at == 0)
 
     def is_near_identity(self) -> bool:
-        """Whether few sweeps will do.
+        """Whether a few sweeps are enough.
 
-        In channel couplings Newton steps have to converge on the first segment, which is final
-        then; a few positions show as well as many that they do not. No clock is read, so that the
-        same noise takes the same path everywhere.
+        In channel couplings Newton steps have to converge on the first segment, which is then
+        final. If they do not, a few positions are enough to show it. No clock is read, so the same
+        noise takes the same path on every machine.
         """
         coupling = self.block.coupling
         if isinstance(coupling, FillsIn):
@@ -200,8 +200,8 @@ class _Inversion:
 
         Latents have settled where all further changes, estimated from the ratio of this one and the
         one before, amount to at most the tolerance times 1 + |h| (docs/math.md, eq. 18c). Settled
-        rows take no further steps. A step that fails to shrink the changes ends them, and the open
-        positions get back their guess.
+        rows take no further steps. A step that fails to shrink the changes is the last one, and the
+        open positions get back their guess.
         """
         coupling = cast(ChannelCoupling, self.block.coupling)
         last: float | None = None
@@ -257,7 +257,7 @@ class _Inversion:
     def sweep(self) -> None:
         """Gauss-Seidel-Jacobi sweeps over segments, as long as their changes shrink.
 
-        Segments take Newton steps until one does not converge by them. Every later sweep finishes
+        Segments take Newton steps until these fail to converge on one. Every later sweep finishes
         at least one position. Where a sweep does not shrink the changes, `step` does the rest.
         """
         limit = self.num_positions
@@ -311,10 +311,9 @@ def stack_inversion(
 
     Returned are the states h^(l) = noise, ..., h^(above), each [B, T, d], and the `Work` for each
     block, l first. With `uniform` numbers block L is drawn; then `noise` is not h^(L). `adjust` is
-    for block 1, and for all where the blocks below the last one only fill in what they are sure of.
-    `known` has the states of texts, h^(0) first, or in a stack that runs left to right of their
-    start: in each block, the positions before the first with other noise are copied. `ended` is for
-    block 1.
+    for block 1, and in a stack that fills in (eq. 9a) for all blocks. `known` has the states of
+    texts, h^(0) first; in a stack that runs left to right, states of their first tokens are enough.
+    Each block copies the positions before the first whose noise differs. `ended` is for block 1.
     """
     patch = model.prior.patch
     h = patch(noise)
@@ -347,8 +346,8 @@ def stack_inversion(
 def draws_last(model: TarFlowLM, decoder: Decoder) -> bool:
     """Whether block L of new texts is drawn: by "draw", and by "auto" unless sweeps cost less.
 
-    They do so where block L is above others and looks near the identity. It is looked at on other
-    noise, since the noise of a text must not choose how the text is drawn.
+    Sweeps cost less where block L is above others and near the identity. This is tested on other
+    noise, because the noise of a text must not choose how the text is drawn.
     """
     if decoder != "auto" or model.num_blocks == 1:
         return decoder in ("auto", "draw")

@@ -1,8 +1,8 @@
 """Sampling with given tokens: sequential Monte Carlo over positions (docs/math.md, section 9).
 
 Each sample has R particles that agree on the given tokens, weighted by the probabilities that they
-assigned to these. Uneven particles are resampled, and at the end one is drawn by weight: exact in
-the limit of many. With R = 1 the other tokens are drawn from left to right.
+assigned to these. Particles of uneven weights are resampled, and at the end one is drawn by weight:
+exact in the limit of many. With R = 1 the other tokens are drawn from left to right.
 """
 
 import math
@@ -56,7 +56,7 @@ class Weights:
         return resample(log_w, count, self.generators[sample]), mean.expand(count)
 
     def evidence(self, candidates: Tensor | None = None) -> Evidence:
-        """The evidence at the end; `candidates` [num, C] were the last ones that had weights."""
+        """The evidence at the end; `candidates` [num, C] are log-weights before the last choice."""
         tails = self.log_w if candidates is None else candidates
         return Evidence(
             log_evidence=self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1]),
@@ -100,18 +100,18 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 Redraw = Callable[[list[int], Tensor, Tensor, int], Tensor]
-"""Fresh noise [rows, T, ...] for all particles of some samples: the numbers of the samples, the
-rows, those whose texts they continue, and the first position that it is for.
+"""Fresh noise [rows, T, ...] for all particles of some samples. Arguments: the indices of the
+samples, the rows, the rows whose texts they continue, and the first position that needs noise.
 """
 
 
 def particle_filter(
     rows: Positions, noise: Noise, redraw: Redraw, progress: Progress
 ) -> Generator[Tensor, None, Weights]:
-    """Run `rows` to their end: their weights.
+    """Run `rows` to their end, and return their weights.
 
     The particles of a sample are resampled when their effective number falls below a share of R;
-    then `redraw` gives them fresh noise. A single particle is final after every position: then the
+    then `redraw` gives them fresh noise. A single particle is final after every position, so the
     generator yields its values so far. `progress` advances once per position.
     """
     weights = Weights(noise)
@@ -161,7 +161,7 @@ class UpperBlocks:
         self.noise = noise
         self.decoder = decoder
         self.draws = draws
-        # of several particles the weights would need the density so changed
+        # with several particles the weights would need the density of adjusted draws
         self.adjust = adjust if noise.particles == 1 else None
         self.single = self.model.num_blocks == 1
         self.is_known = is_known.to(self.model.device)
@@ -169,7 +169,7 @@ class UpperBlocks:
         self.log_p = self._log_p(self.draw)
         # sum over finished draws of log rho(h'_unused | h'_used) - log p_{>1}(h'), per row
         self.correction = torch.zeros_like(self.log_p)
-        # first token that the present draw of a row serves
+        # first token for which the present draw of a row is used
         self.since = torch.zeros(len(is_known), dtype=torch.long, device=self.is_known.device)
 
     def _draw(self, noise: Noise, progress: Progress) -> tuple[Tensor, list[Work]]:

@@ -1,4 +1,4 @@
-"""From what is asked to what is done: a text to write is pieces and gaps, and one function decides.
+"""Plans: a text to write is pieces and gaps, and one function decides how it is written.
 
     prompt                      [tokens, Gap(n, n)]
     free text                   [empty piece, Gap(n, n)]
@@ -41,22 +41,22 @@ class Plan:
     """Tokens to write, given ones included."""
     particles: int
     adjust: AdjustWeights | None
-    """What temperature, top-k, top-p and bans do to the weights of tokens."""
+    """The effect of temperature, top-k, top-p and bans on the weights of tokens."""
     decoder: Decoder
     way: Way
-    """Invert noise, after a prompt that is known exactly; or complete given tokens from left to
-    right, by particles; or try all lengths of gaps.
+    """inversion: invert noise, after a prompt that is known exactly; filter: complete given tokens
+    from left to right, by particles; gaps: try all lengths of gaps.
     """
     prompt: int = 0
-    """Tokens of a prompt that is known exactly or fills a window, which all rows then share."""
+    """Tokens of a prompt that is known exactly or fills a window: equal for all rows of a batch."""
     allowed: Allowed | None = None
     """The tokens that may be drawn; a function gets the text without its lead."""
     end: int | None = None
-    """After this token, every token of the sample is it."""
+    """Once a sample draws this token, it repeats it to its end."""
     lead: int = 0
     """Tokens at the start that are context, and are not shown."""
     reading: Reading | None = None
-    """The prompt or template as it was read."""
+    """The prompt or template, as the tokenizer reads it."""
 
     @property
     def pieces(self) -> list[Tensor]:
@@ -99,8 +99,9 @@ def plan(
 ) -> Plan:
     """Decide how `model` writes `num_tokens` tokens of `template`, neighbours joined.
 
-    It `continues` after the template, or what is written there is of no matter. `banned` is a token
-    that is not drawn where weights may change. UserError for what the model cannot do.
+    Unless it `continues`, tokens after the template are not constrained, for they are not shown.
+    `banned` is a token that is not drawn where weights may change. UserError for what the model
+    cannot do.
     """
     config = model.config
     num_tokens = checked(num_tokens, Length, "length")
@@ -110,7 +111,7 @@ def plan(
     is_open = allowed is not None or any(map(_is_open, gaps))
     num_given = sum(map(len, pieces))
     longest = num_given + sum(gap.most for gap in gaps)
-    # a prompt, or nothing, is all that is given
+    # given tokens form a prompt, or there are none
     is_prompt = num_given == len(pieces[0])
     particles = sampling.particles or (1 if is_prompt and not is_open else PARTICLES)
     is_whole = num_given == num_tokens and (is_open or particles == 1)
@@ -126,8 +127,8 @@ def plan(
         remedy = "take 1 particle, and a prompt without blanks in it"
         raise UserError(f"{what} {config.context} tokens, {remedy}")
     is_long = num_given >= config.context
-    # states of a prompt are known before what follows where no block runs from right to left; of
-    # one that fills a window its last half is read, in whole patches
+    # without a block from right to left, the states of a prompt are known before the rest; if it
+    # fills a window, its last half is read, in whole patches
     is_exact = config.continues_exactly and is_prompt and num_given > 0 and not is_open
     is_exact &= is_long or num_given % config.patch == 0
     if is_exact and particles > 1:
@@ -152,7 +153,7 @@ def plan(
 
 
 def _joined(template: Sequence[Tensor | Gap]) -> list[Tensor | Gap]:
-    """A piece, maybe empty, then gaps and pieces in turn; neighbours of known length are one."""
+    """A piece, maybe empty, then gaps and pieces in turn. Neighbours of known length are joined."""
     parts: list[Tensor | Gap] = [torch.zeros(0, dtype=torch.long)]
     for part in template:
         if isinstance(part, Tensor):
@@ -167,7 +168,7 @@ def _joined(template: Sequence[Tensor | Gap]) -> list[Tensor | Gap]:
 
 
 def _is_open(gap: Gap) -> bool:
-    """Whether the length of a gap is unknown, or what fills it is constrained."""
+    """Whether the length of a gap is unknown, or its tokens are constrained."""
     return gap.least < gap.most or gap.begins is not None or gap.once
 
 

@@ -1,8 +1,8 @@
-"""Rows of text that grow through block 1 with its KV cache, both filters' work on a model.
+"""Rows of text that grow through block 1 with its KV cache, for both particle filters.
 
-`Positions` complete one position after the other, some of whose tokens are given: any model, any
-patch. `Pieces` grow by a drawn token or by a whole given piece: they need a block 1 with weights of
-tokens, and one token per position. A token is drawn from weights by `inverse_cdf`, everywhere.
+`Positions` complete one position after the other, with some tokens given, in any model of any
+patch. `Pieces` grow by a drawn token or by a whole given piece; they need a block 1 with weights of
+tokens, and one token per position. Both draw a token from its weights by `inverse_cdf`.
 
 Shape legend: B rows (samples or particles), T tokens, P patch, N = T / P positions, d channels per
 token (0 for the baseline), C = P d, D width, S tokens of a piece, V symbols.
@@ -47,8 +47,7 @@ class Rows:
 class Positions(Rows, ABC):
     """A pass over N positions that turns `noise` [B, N, ...] into `values`.
 
-    Tokens are given where `is_known` [B, N, P], on the CPU, is True; their noise is the one that
-    belongs to them.
+    Tokens are given where `is_known` [B, N, P], on the CPU, is True; their noise follows from them.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Positions(Rows, ABC):
         # read on the host once, so that a position without given tokens costs nothing for them
         self.some_known = self.is_known.any(0).tolist()
         self.ended: Tensor | None = None
-        """The rows [B] that need no more positions."""
+        """Which rows need no more positions, [B]."""
         self.rows: Tensor | slice = slice(None)
         """The rows whose next position is completed."""
 
@@ -121,7 +120,7 @@ class LatentPositions(Positions):
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU.
 
-        With `uniform` [B, N, G] the other tokens are drawn; then `noise` is not theirs.
+        With `uniform` [B, N, G] the other tokens are drawn, and `noise` is not their noise.
         """
         self.uniform = uniform
         self.block = model.prior.block(0)
@@ -272,7 +271,7 @@ class Pieces(Rows):
         features = self._features(self.at, self.at + 1)
         log_w = self._log_weights(features)[:, 0]
         log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
-        # dropped by the adjustment
+        # tokens that the adjustment dropped
         log_w = log_w.masked_fill(log_w < torch.finfo(log_w.dtype).min / 2, -torch.inf)
         allowed = log_w if mask is None else log_w.masked_fill(~mask, -torch.inf)
         token = inverse_cdf(allowed, uniform.to(log_w.device))
@@ -288,7 +287,7 @@ class Pieces(Rows):
     def _emit(
         self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Token, latents and additional log-weight [B] of components `drawn` [B] by `allowed`.
+        """The token, latents and additional log-weight [B] of the components `drawn` [B].
 
         z ~ g = sum_A w_k N_k / w(A); the weight of (23) over w(A) is p(z) p(A|z) w(A) / g(z).
         """

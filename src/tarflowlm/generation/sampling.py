@@ -1,4 +1,4 @@
-"""What goes into samples, their random numbers, and what comes of them.
+"""The random numbers of samples, and their results: tokens, latents, evidence and work.
 
 Shape legend: B rows, T tokens, N positions, d channels per token.
 """
@@ -106,7 +106,7 @@ class Generation:
     evidence: Evidence | None = None
     """How well the samples agree with the given tokens; None without given tokens."""
     work: tuple[Work, ...] = ()
-    """What was done in each block, L first; empty for the baseline."""
+    """The work in each block, L first; empty for the baseline."""
     filled: GapLengths | None = None
     """How gaps of unknown length were filled; None without them or a constraint."""
     latents: Tensor | None = None
@@ -114,7 +114,7 @@ class Generation:
     beyond the trained context, and where samples may end early.
     """
     context: int = 0
-    """The first so many of the latents are context, and have no `tokens`."""
+    """Number of latents at the start that are context, and have no `tokens`."""
 
     @torch.no_grad()
     def states(self, model: TarFlowLM) -> tuple[Tensor, ...]:
@@ -141,7 +141,7 @@ class Generation:
 
 
 class Meter(Progress):
-    """Tells `progress` of finished tokens, while work passes positions of windows and blocks."""
+    """Counts positions of windows and blocks, and tells `progress` of finished tokens."""
 
     def __init__(self, progress: Progress, num_tokens: int, positions: int) -> None:
         self.progress = progress

@@ -1,4 +1,4 @@
-"""From requests to texts: a plan for every prompt, and batches of samples as they are finished."""
+"""Requests become texts: a plan for every prompt, and samples in batches."""
 
 import re
 from collections.abc import Generator, Iterator, Sequence
@@ -28,15 +28,15 @@ EVERY = 8
 class Samples:
     """The samples that a request asks for: `num` of every plan, in order.
 
-    Documents are written `past_end` where all of a window is to be seen. UserError for texts that
-    the model cannot read, and for what has no effect.
+    `past_end`: keep writing after a document ends, because the view of passes needs the whole
+    window. UserError for texts that the model cannot read, and for options without effect.
     """
 
     request: Writing
     lm: Checkpoint
     past_end: bool = False
     processes: Processes = ALONE
-    """They share the batches; `processes.in_turn` puts them together."""
+    """The processes that share the batches; `processes.in_turn` collects these."""
     plans: list[Plan] = field(init=False)
     stops: tuple[str, ...] = field(init=False)
 
@@ -60,13 +60,13 @@ class Samples:
 
     @property
     def notices(self) -> list[str]:
-        """A line for every text that is not read as it was given."""
+        """A line for every text that the model reads differently from how it was given."""
         found = dict.fromkeys(one.reading.notice for one in self.plans if one.reading)
         return [notice for notice in found if notice is not None]
 
     @property
     def follows_loosely(self) -> bool:
-        """Whether one candidate alone takes little notice of the given text."""
+        """Whether the model mostly ignores the given text with a single candidate."""
         config = self.lm.model.config
         is_exact = config.has_token_weights or self.plans[0].way == "inversion"
         first = self.plans[0]
@@ -77,14 +77,14 @@ class Samples:
         return self.plans[row // self.request.num_each]
 
     def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
-        """The samples in batches of bounded memory, each as it is finished.
+        """The samples in batches of bounded memory, each batch once it is finished.
 
-        Of several processes each has its share of the batches.
+        Each of several processes writes its share of the batches.
         """
         rank, world = self.processes.rank, self.processes.world
         for rows in self._rows_of_batches()[rank::world]:
             one = self.plan(rows[0])
-            # tokens that nobody reads one by one are not decoded one by one
+            # decode in batches unless a stop must be found
             every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
             yield finish(self.steps(rows, progress, every=every))
 
@@ -133,7 +133,7 @@ class Samples:
             parts.append(part)
             yield part
             if plans[0].way == "gaps":
-                continue  # all in one part, and only then it is known where the text ends
+                continue  # all tokens come in one part, and only the result tells where texts end
             for stream, tokens in zip(streams, part, strict=True):
                 stream.add(tokens)
             if all(stream.has_stopped for stream in streams) and not self.past_end:
@@ -154,7 +154,7 @@ class Samples:
         return Written(rows, texts, generation, streams, plans[0].particles)
 
     def _stream(self, row: int) -> TextStream:
-        """Reads the tokens of a sample. Stops count after its prompt."""
+        """A reader of the tokens of a sample, which looks for stops after its prompt."""
         tokenizer = self.lm.tokenizer
         one = self.plan(row)
         start = 0
@@ -168,7 +168,7 @@ class Written:
     """Samples of one batch."""
 
     rows: range
-    """Their numbers among all samples of the request."""
+    """Their indices among all samples of the request."""
     texts: list[str]
     """Each up to its first stop, or to its end."""
     generation: Generation
@@ -179,7 +179,7 @@ class Written:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each, up to an end of the document, if that came."""
+        """Tokens of each, up to the end of its document if it has one."""
         return [stream.length for stream in self.streams]
 
 
@@ -195,8 +195,8 @@ def write_texts(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -
 def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan]:
     """A plan for every prompt, for the template, or for free samples.
 
-    Documents are written `past_end` where all of a window is to be seen. UserError for texts that
-    the model cannot read, and for what has no effect.
+    `past_end` as in `Samples`. UserError for texts that the model cannot read, and for options
+    without effect.
     """
     how = request.normalize
     prompts = as_texts(request.prompt or (), "prompt")
@@ -207,7 +207,7 @@ def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan
         readings = [read_template(lm.tokenizer, request.template, request.blank, normalize=how)]
     is_constrained = request.without or request.contains or request.allowed is not None
     if request.particles is not None and not readings and not is_constrained:
-        what = f"particles {request.particles}: nothing is given that could weigh them"
+        what = f"particles {request.particles}: nothing is given by which to weight them"
         raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
     words = None
     if request.contains is not None:
@@ -222,13 +222,13 @@ def _of_reading(
     words: Reading | None,
     past_end: bool,
 ) -> Plan:
-    """The plan of a prompt or template, or of a free text, with `words` unless it has them."""
+    """The plan of a prompt, a template or a free text; `words` are added unless it has them."""
     tokenizer = lm.tokenizer
     is_template = request.template is not None
     allowed = cast(Allowed | None, request.allowed)
     if request.without:
         allowed = tokens_without(tokenizer, request.without)
-    # the end of the document before, so that a free sample begins one
+    # an end of document before a free sample, so that it begins a new document; it is hidden
     begins = reading is None and tokenizer.end is not None
     lead = torch.tensor([tokenizer.end] if begins else []).long()
     count = 0 if reading is None else len(reading.tokens)
@@ -254,7 +254,7 @@ def _of_reading(
         replace(request, temperature=usual),
         num_tokens=len(lead) + shown,
         allowed=allowed,
-        # given text on both sides of what is drawn is in one document
+        # tokens between given pieces belong to the same document
         banned=tokenizer.end if is_template or words is not None else None,
         end=None if is_template or past_end or not request.stop_at_end else tokenizer.end,
         lead=len(lead),
@@ -264,7 +264,7 @@ def _of_reading(
 
 
 def _length(request: Writing, count: int, context: int, lead: int, is_one_window: bool) -> int:
-    """Tokens of a text, without its lead, of which `count` are in its prompt or template."""
+    """Tokens of a text without its lead; `count` are in its prompt or template."""
     if request.max_new_tokens is not None:
         return count + request.max_new_tokens
     if request.num_tokens is not None:

@@ -1,4 +1,4 @@
-"""From plans to tokens: one window of noise after the other becomes text (docs/math.md, 7 and 9).
+"""A plan becomes tokens, one window of noise after the other (docs/math.md, 7 and 9).
 
 A window is a text of at most the trained context. When it is full, its last half (in whole
 positions) becomes the prompt of the next one; everything before is forgotten.
@@ -37,15 +37,15 @@ def write(
     progress: Progress = SILENT,
     every: int = 1,
 ) -> Parts:
-    """Write a batch of texts, with a plan and a generator for each, which are `together`.
+    """Write a batch of texts, with a plan and a generator for each; all plans have one `together`.
 
     The next tokens [num, n] of all samples are yielded as they become final, int64 on the CPU,
     given tokens included: at least `every` of them, except for given tokens at the start and the
     end of a window. With particles, and where block 1 is inverted by sweeps, a text comes at the
     end of its window. The generator returns the `Generation`; to stop a text, close it.
 
-    Samples of one particle end: after the token `end` of their plan all tokens are it, and once a
-    quarter of the samples have ended they are left out of the work on block 1.
+    Samples of one particle can end: after the token `end` of the plan, every token is `end`. Once a
+    quarter of the samples have ended, block 1 leaves them out.
     """
     keep_freed_memory()
     steps = _write(model, plans, generators, progress, every)
@@ -76,7 +76,7 @@ def _write(
         return result
     config = model.config
     tokens = torch.stack([one.given for one in plans])
-    # what begins all samples is known before they are written
+    # tokens that are given at the start of all samples are known before these are written
     shown = num_leading((tokens != BLANK).all(0))
     if shown:
         yield tokens[:, :shown].clone()
@@ -84,7 +84,7 @@ def _write(
     given = int((tokens != BLANK).sum(1).min()) if config.context < T else 0
     bounds = spans(T, config.context, patch=config.patch, given=given)
     positions = sum(-(-(end - start) // config.patch) for start, end in bounds)
-    # several particles are final at the end of the text alone
+    # several particles are final only at the end of the text
     can_end = plan.end is not None and plan.particles == 1
     window = Window(
         model=model,
@@ -108,7 +108,7 @@ def _write(
         return windows[0]
     return Generation(
         tokens.to(windows[0].tokens.device),
-        # else part of the prompt is in no window
+        # no evidence if part of the prompt is in no window
         evidence=windows[0].evidence if bounds[0][0] == 0 else None,
         work=tuple(
             Work(work[0].decoder, sum(one.passes for one in work))
@@ -132,9 +132,9 @@ class Window:
     ended: Tensor | None
     """The samples that have ended, [num]."""
     shown: int = 0
-    """The first so many tokens have been yielded."""
+    """Number of tokens that have been yielded."""
     tokens: Tensor = field(init=False)
-    """The tokens that have been yielded, the given ones after them, and else BLANK."""
+    """The tokens that have been yielded, then the given ones, with BLANK elsewhere."""
 
     def write(self) -> Parts:
         """Tokens for the blanks of `given`."""
@@ -154,7 +154,7 @@ class Window:
         return replace(result, tokens=self.tokens.to(result.tokens.device), latents=latents)
 
     def _next(self, tokens: Tensor) -> Tensor:
-        """The next tokens: `tokens` [num, n], or the given ones; after an end all are ends."""
+        """The next tokens: `tokens` [num, n], or the given ones. After an end, all are ends."""
         found = self.tokens[:, self.shown : self.shown + tokens.shape[1]]
         is_blank = found == BLANK
         found[:] = torch.where(is_blank, tokens[:, : found.shape[1]].cpu(), found)
@@ -166,7 +166,7 @@ class Window:
         return found.clone()
 
     def _read(self, steps: Generator[Tensor, None, R]) -> Generator[Tensor, None, R]:
-        """Run `steps`, which yield the values of the first positions, as far as they are final."""
+        """Run `steps`, which yield final values of the first positions; yields their tokens."""
         patch = self.model.config.patch
         returning = Returning(steps)
         for values in returning:
