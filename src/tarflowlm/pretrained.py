@@ -1,4 +1,4 @@
-"""A trained model with its tokenizer, and what to do with texts; and training in a line."""
+"""A trained model with its tokenizer: write, fill, edit and score texts, or train, in one line."""
 
 import os
 import re
@@ -37,7 +37,7 @@ from tarflowlm.sharing import push_to_hub, save_pretrained
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
 OWN = Path(os.devnull, "own")
-"""The directory of a model that was not loaded: below a file, where nothing can be."""
+"""The directory of a model that was not loaded. It is below a file, so nothing can be there."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,7 +52,7 @@ class Pretrained(Checkpoint):
     """
 
     run: RunConfig = field(default=None)  # type: ignore[assignment]
-    """The configuration of its training; for a model of one's own, one with its shape."""
+    """The configuration of its training; a model of your own gets one of its shape."""
     info: dict[str, str] = field(default_factory=dict)
     directory: Path = OWN
 
@@ -105,7 +105,7 @@ class Pretrained(Checkpoint):
 
     @takes(Writing)
     def samples(self, request: Writing) -> list[str]:
-        """As `write`, always a list: `num` texts of every prompt, in order."""
+        """Like `write`, but always a list: `num` texts of every prompt, in order."""
         return write_texts(request, self)
 
     @takes(filling(Writing))
@@ -113,8 +113,8 @@ class Pretrained(Checkpoint):
         """`template` with each of its blanks, marked by `blank`, filled with one token.
 
         [...] stands for 1 to 8 tokens, [...12] for 1 to 12: as many as suit the text around them.
-        Options as in `write`; the length is that of the template. By default 16 `particles` are
-        weighed by the text after a blank.
+        Options as in `write`; the template sets the length. By default the text after a blank
+        weights 16 `particles`.
         """
         texts = write_texts(request, self)
         return texts[0] if request.num is None else texts
@@ -140,9 +140,9 @@ class Pretrained(Checkpoint):
 
     @takes(Score)
     def score(self, request: Score) -> Any:
-        """The bits of every token of a text of any length (`tarflowlm.score`); of several, a list.
+        """The bits of every token of a text of any length (`tarflowlm.score`); a list for several.
 
-        Its `notice` says whether the text was read otherwise than it was given.
+        `notice` of the result tells how the text was read, if that differs from how it was given.
         """
         found = score_texts(request, self)
         return found[0] if isinstance(request.text, str) else found
@@ -154,7 +154,7 @@ class Pretrained(Checkpoint):
     def encode(self, text: Several) -> list[Tensor]: ...
 
     def encode(self, text: str | Several) -> Tensor | list[Tensor]:
-        """Token ids [T] of a text; of a list of texts, a list of such tensors."""
+        """Token ids [T] of a text; for a list of texts, a list of them."""
         found = [read(self.tokenizer, one).tokens for one in as_texts(text, "text")]
         return found[0] if isinstance(text, str) else found
 
@@ -176,11 +176,10 @@ class Pretrained(Checkpoint):
         unwrap: bool = False,
         device: str = "auto",
     ) -> "Pretrained":
-        """Train the model further on a text, with `unwrap` on its paragraphs as lines; returns the
-        result.
+        """Train the model further on a text, and return the result.
 
-        This takes 10 minutes unless `minutes` or `steps` say otherwise. The run is written to
-        `out`; repeated, the call continues it.
+        This takes 10 minutes unless `minutes` or `steps` say otherwise. `unwrap` makes one line of
+        each paragraph of the text. The run is written to `out`; repeated, the call continues it.
         """
         from tarflowlm.training.resolve import tuning
 
@@ -276,7 +275,7 @@ def _trained(
 
 
 def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
-    """The configuration with which a model of one's own is saved and tuned."""
+    """The configuration with which a model of the caller's own is saved and tuned."""
     assert isinstance(model.config, FlowConfig | BaselineConfig)
     how = TokenizerConfig(
         kind=cast(Kind, tokenizer.kind),

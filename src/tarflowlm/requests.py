@@ -1,7 +1,7 @@
 """Requests as plain data. No torch here: their fields are options of the command line, too.
 
-A field has its range in its type, and its docstring is the help of its option. What a request asks
-for is decided by `generation.plan`, `editing` and `evaluation`.
+The type of a field holds its range, and its docstring is the help of its option.
+`generation.plan`, `editing` and `evaluation` decide how a request is answered.
 """
 
 import inspect
@@ -67,7 +67,7 @@ class Request(Checked):
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same with the model called `name`."""
         words = ["tarflowlm", self.COMMAND, name]
-        # those of the class itself before those of its bases
+        # fields of the class itself before the fields of its bases
         owners = [vars(kind).get("__annotations__", {}) for kind in type(self).__mro__]
         for one in (one for names in owners for one in fields(self) if one.name in names):
             value = getattr(self, one.name)
@@ -81,7 +81,7 @@ class Request(Checked):
                 words += [option, *value]
             else:
                 for text in value if many else [str(value)]:
-                    # else it would be read as an option
+                    # a text that begins with a dash would be read as an option
                     words += [f"{option}={text}"] if text.startswith("-") else [option, text]
         return words
 
@@ -113,9 +113,9 @@ class Sampling(Checked):
         """A map of log-weights of tokens [..., V], or None for the identity (docs/math.md, 7).
 
         It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the
-        smallest set of the largest whose probability reaches `top_p`, then those of at least
-        `min_p` times the largest probability (Nguyen et al. 2024). Dropped tokens, and one that is
-        `banned`, get the lowest finite log-weight: probability zero.
+        fewest of the largest whose probabilities add up to `top_p`, then all of at least `min_p`
+        times the largest probability (Nguyen et al. 2024). Dropped tokens, and the `banned` one,
+        get the lowest finite log-weight: probability zero.
         """
         import torch
 
@@ -151,13 +151,13 @@ ADJUSTMENTS = {one.name for one in fields(Sampling)} - {"particles", "decoder"}
 
 
 def _all_but_largest(log_w: "Tensor", count: int) -> "Tensor":
-    """False for the `count` largest: by index, so that ties do not keep more."""
+    """False for the `count` largest, chosen by index, so that ties do not keep more."""
     kept = log_w.topk(count, dim=-1).indices
     return (log_w == log_w).scatter(-1, kept, False)
 
 
 def _all_but_nucleus(log_w: "Tensor", share: float) -> "Tensor":
-    """False for the smallest set of the largest whose probability reaches `share`."""
+    """False for the fewest of the largest whose probabilities add up to `share`."""
     ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
     # a token is kept when the mass before it has not reached the share
     is_after = ordered.cumsum(-1) - ordered >= share
@@ -189,7 +189,7 @@ class Writing(Sampling, Request):
     blank: Annotated[str, arg("CHARACTER")] = "_"
     """Character that marks a blank in the template; after a backslash it is itself."""
     without: Annotated[str, arg("LETTERS")] = ""
-    """Write nothing with these letters, small or capital. Given text may have them."""
+    """Draw no token with these letters, small or capital. Given text may have them."""
     contains: options.Text = None
     """Words that must appear after the prompt, unless it has them."""
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
@@ -207,13 +207,13 @@ class Writing(Sampling, Request):
         tyro.conf.UseAppendAction,
         arg("TEXT", constructor=tuple[str, ...]),
     ] = ()
-    """End a sample before this text, once it follows the prompt. May be given several times."""
+    """End a sample before this text occurs after the prompt. May be given several times."""
     stop_at_end: Annotated[bool, arg(help="Continue past the end of a document.", name="stop")] = (
         True
     )
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        # an empty prompt is none
+        # an empty prompt alone means no prompt
         if not isinstance(self.prompt, str | None) and "" in self.prompt:
             yield "prompt", "give at least one character"
         if "" in as_texts(self.stop):
@@ -259,7 +259,7 @@ class Edit(Request):
     none. With --level: how much noise the state gets.
     """
     words: Annotated[Count | None, arg("INT")] = None
-    """Number of words to resample, not a share. With --level: only these get noise."""
+    """Number of words to resample, instead of a share. With --level: only these words get noise."""
     pick: Annotated[Pick, arg()] = "random"
     """Words to resample: random ones, or the most unlikely ones."""
     candidates: Annotated[Count, arg("INT")] = 32
@@ -272,7 +272,7 @@ class Edit(Request):
     """Number of edits, each with its own noise (1)."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        # to a state both apply: noise of a strength, at a number of words
+        # a state takes both: noise of a strength, at a number of words
         if self.level is None and self.words is not None and self.strength != 0.1:
             yield "words", "leave it or the strength out"
         if self.level is not None and self.words is None and self.pick != "random":
@@ -280,7 +280,7 @@ class Edit(Request):
 
     @property
     def kind(self) -> Literal["words", "rewrite", "replace", "level"]:
-        """What the edit changes."""
+        """The kind of edit."""
         if self.level is not None:
             return "level"
         if self.rewrite:
@@ -290,7 +290,7 @@ class Edit(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Request):
-    """Texts of any length, whose tokens are given their bits."""
+    """Texts of any length whose tokens are scored in bits."""
 
     COMMAND = "score"
     text: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = field(
@@ -310,9 +310,9 @@ def as_texts(value: str | Sequence[str], name: str = "text") -> tuple[str, ...]:
 def takes(
     make: Callable[P, Q],
 ) -> Callable[[Callable[[S, Q], R]], Callable[Concatenate[S, P], R]]:
-    """A method that takes a request becomes one that takes the fields of the request.
+    """Turn a method that takes a request into one that takes the fields of the request.
 
-    `help` shows them, mypy checks them, and UserError names one that there is not.
+    `help` shows them, mypy checks them, and UserError names an unknown one.
     """
 
     def decorate(method: Callable[[S, Q], R]) -> Callable[Concatenate[S, P], R]:
@@ -327,9 +327,9 @@ def takes(
 
 
 def options_of(make: Callable[..., object]) -> Callable[[R], R]:
-    """A function whose last parameter stands for those of `make`, which `help` shows instead.
+    """Let the last parameter of a function, its options, be the parameters of `make`.
 
-    UserError for options that are no parameters.
+    `help` shows them. UserError for other options.
     """
 
     def decorate(function: R) -> R:
@@ -363,7 +363,7 @@ def options_of(make: Callable[..., object]) -> Callable[[R], R]:
 def filling(
     make: Callable[Concatenate[str | Sequence[str] | None, P], Writing],
 ) -> Callable[Concatenate[str, P], Writing]:
-    """A maker of requests that fill a template, which comes first."""
+    """`make` with the template as its first argument, and without a prompt."""
 
     def fill(template: str, *args: P.args, **options: P.kwargs) -> Writing:
         checked(template, str, "template")
