@@ -121,7 +121,7 @@ def register() -> None:
 
 
 def how_to_continue(options: dict[str, Any]) -> Writing:
-    """The generation options of a task, as a request without its text; num_tokens are new ones.
+    """The generation options of a task, as a request without a text. `num_tokens` counts new ones.
 
     Greedy without do_sample or at temperature 0, as everywhere in lm-eval.
     """

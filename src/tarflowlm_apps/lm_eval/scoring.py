@@ -31,7 +31,7 @@ from tarflowlm.schema import Count, checked
 
 
 class Piece(NamedTuple):
-    """A window of at most T tokens, of which those after the first `given` are scored."""
+    """A window of at most T tokens; the tokens after the first `given` are scored."""
 
     tokens: Int[Tensor, " n"]
     given: int
@@ -54,7 +54,7 @@ class TextScorer:
         generator = torch.Generator(device=device).manual_seed(seed)
         whole = torch.zeros(1, self.model.config.context, dtype=torch.int64, device=device)
         self.noise = [self.model.draw_noise(whole, generator) for _ in range(self.samples)]
-        """The noise of a window, of every posterior sample."""
+        """The noise of a window, for every posterior sample."""
 
     def encode(self, text: str, *, goes_on: bool = False) -> Int[Tensor, " n"]:
         """The tokens of a text; none where normalisation leaves nothing of it."""
@@ -76,7 +76,7 @@ class TextScorer:
     def rolling(self, texts: Sequence[str], progress: Progress = SILENT) -> list[float]:
         """log p of every text, or a lower bound on it: the sum over windows with fresh contexts.
 
-        Windows and noise are those of `evaluate`; an incomplete last window is a shorter one.
+        Windows and noise are the same as in `evaluate`, with a shorter window at the end.
         """
         T = self.model.config.context
         tokens = [self.encode(text) for text in texts]
@@ -99,8 +99,8 @@ class TextScorer:
     ) -> list[tuple[float, bool]]:
         """log p(continuation | context), and whether it is the greedy one (docs/harness.md).
 
-        Beyond the trained context the start of the context is cut, and a longer continuation is
-        scored in pieces.
+        Where both exceed the trained context, the context loses its start. A continuation that
+        exceeds it alone is scored in pieces.
         """
         pieces = [self.pieces(*request) for request in requests]
         scored = iter(self._scores([piece for parts in pieces for piece in parts], progress))
@@ -108,7 +108,7 @@ class TextScorer:
         for parts in pieces:
             some = list(islice(scored, len(parts)))
             value = math.fsum(value for value, _ in some)
-            # a flow does not know which is the greedy one
+            # a flow cannot tell which continuation is the greedy one
             is_greedy = (self.model.is_exact or bool(some)) and all(best for _, best in some)
             found.append((value, is_greedy))
         return found
@@ -137,9 +137,9 @@ class TextScorer:
         return bool(self.tokenizer.prepare(text).strip())
 
     def _stops(self, until: Sequence[str]) -> tuple[str, ...]:
-        """The stops that the model can write; of a line end or markup, text8 leaves nothing.
+        """The stops that the model can write; text8 drops line ends and markup.
 
-        What is left of a stop with punctuation is a whole word.
+        A stop that loses its punctuation counts as a whole word.
         """
         found = []
         is_plain = self.tokenizer.normalization == "none"
@@ -157,6 +157,7 @@ class TextScorer:
         T = self.model.config.context
         # a flow scores whole positions
         P = 1 if self.model.is_exact else self.model.config.patch
+        # `data.windows.spans` gives other numbers: its last window has less context than fits
         found = []
         start = given
         while start < len(tokens):
@@ -185,10 +186,10 @@ class TextScorer:
         return found
 
     def _batch(self, tokens: Int[Tensor, "B n"], given: int) -> list[tuple[float, bool]]:
-        """The same of pieces of one shape."""
+        """`_scores` of pieces of one shape, as tokens [B, n]."""
         model = self.model
         end = tokens.shape[1]
-        # whole positions: the baseline does not score what is added, a flow's bound holds for any
+        # pad to whole positions: the baseline does not score them, a flow's bound holds for any
         tokens = F.pad(tokens.to(model.device), (0, -end % model.config.patch))
         if isinstance(model, TokenLM):
             scored = tokens[:, given:end]

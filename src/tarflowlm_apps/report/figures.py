@@ -1,4 +1,4 @@
-"""Figures of runs: training curves, what every block gains, and the codebook."""
+"""Figures of runs: training curves, the gain of every block, and the codebook."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ CURVES = "Faint: training batches; with markers: validation. Flows have upper bo
 def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] = AXES) -> None:
     """Bits per character of runs, a panel for each of `over`, names of AXES.
 
-    The legend has the bits of their weights, or the last training batch of runs without validation.
+    The legend has the bits of the saved weights, or of the last training batch without validation.
     """
     panels = figure.subplots(len(over), sharey=True, squeeze=False)[:, 0]
     for axes, column in zip(panels, over, strict=True):
@@ -103,7 +103,7 @@ def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str) -> None:
 
 
 def draw_gains(figure: Figure, states: Sequence[StateReport], to_bpc: float) -> None:
-    """By how much every block lowers the bound: a bar for each, block 1 on top."""
+    """How much every block lowers the bound: a bar for each, block 1 on top."""
     gains = [state.kl_gain.mean for state in states if state.kl_gain is not None]
     axes = figure.subplots()
     colours = [COLOURS[0] if gain >= 0 else COLOURS[1] for gain in gains]

@@ -7,7 +7,7 @@ from pathlib import Path
 from tarflowlm_apps.grid import CSS, div
 
 GENERATOR = '<meta name="generator" content="tarflowlm">'
-"""A line of every page, by which it is known."""
+"""A line of every page, by which a later report recognises it."""
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 

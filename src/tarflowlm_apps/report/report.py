@@ -39,8 +39,8 @@ PASSES = (
     "block, the last block first. Where only the last row is text, block 1 does the writing."
 )
 BLOCKS = (
-    "By how much each block lowers the bound of the blocks under it with the standard normal on "
-    "top, on {windows:,} validation windows ({tokens:,} tokens). Of jointly trained blocks, only "
+    "How much each block lowers the bound of the blocks under it with the standard normal on top, "
+    "on {windows:,} validation windows ({tokens:,} tokens). Where blocks are trained jointly, only "
     "the whole stack is trained to be a good model."
 )
 EXACT = "A discrete model: its likelihood is exact, and it has no blocks and no codebook."

@@ -30,7 +30,7 @@ VARIABLES = {
     PAPER: "--paper",
     COLOURS[0]: "--blue",
 }
-"""Colours that an SVG takes from its page, which has one set for light and one for dark."""
+"""Colours that an SVG takes from its page, which has a light and a dark set."""
 
 
 def render(

@@ -12,7 +12,7 @@ from tarflowlm.schema import flatten
 from tarflowlm_apps.report.page import table_html
 
 MACHINE = ("parameters", "trunk_parameters", "device", "threads", "machine", "torch")
-"""Values of summary.json that are shown as they are."""
+"""Values of summary.json that are shown unchanged."""
 
 
 def summary_table(records: Sequence[RunRecord]) -> str:
@@ -40,7 +40,7 @@ def _table(records: Sequence[RunRecord], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _summary_of(record: RunRecord) -> dict[str, str]:
-    """The column of a run: only what is known of it."""
+    """The column of a run, with its known values alone."""
     sign = sign_of(record.bound)
     column = {"status": record.status}
     done = record.summary

@@ -29,7 +29,7 @@ class Catalogue:
 
     def __init__(self, names: Sequence[str] = (), device: str = "cpu") -> None:
         names = names or sorted(released(), key=lambda name: name != DEFAULT)
-        # the hub is asked once
+        # ask the hub only once
         self.folders = {name: locate(name) for name in names}
         self.device = device
         self.entries = _collect(self.folders)
@@ -121,7 +121,7 @@ def _collect(folders: dict[str, Path]) -> dict[str, Entry]:
             if place not in known:
                 known.add(place)
                 command_name = given if path == folder else str(path)
-                # a second run of a name is shown as the command line calls it
+                # a second run of the same name is shown by its path
                 name = command_name if place.name in entries else place.name
                 entries[name] = Entry(path, command_name, read_run(path))
     return entries

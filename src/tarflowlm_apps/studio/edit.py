@@ -19,7 +19,7 @@ WORDS, LATENTS, NOISE = KINDS = ("words", "latents", "noise")
 def rewrite(
     catalogue: Catalogue, model: object, text: object, words: object, num: object, seed: object
 ) -> Pages:
-    """Texts with other `words`, several separated by commas, wherever they are."""
+    """Texts in which all occurrences of `words`, separated by commas, are resampled."""
     named = [word.strip() for word in values.text(words).split(",")]
     pieces = tuple(word for word in named if word)
     if not pieces:

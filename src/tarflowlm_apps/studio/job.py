@@ -1,4 +1,4 @@
-"""Work for a visitor on a thread: followed to its end, and stopped where nobody waits."""
+"""Work for a visitor on a thread: followed to its end, or stopped once nobody waits for it."""
 
 import threading
 import time
@@ -12,8 +12,8 @@ from tarflowlm_apps.studio.pieces import bar, card, muted, page, unfinished
 
 R = TypeVar("R")
 
-SECONDS = 60.0  # that a piece of work may take at most
-EVERY = 0.12  # seconds between two looks at it
+SECONDS = 60.0  # longest time for a piece of work
+EVERY = 0.12  # seconds between two updates
 TURN = threading.Lock()
 """Held while a model works: two at once would only slow each other down."""
 
@@ -52,8 +52,8 @@ class Job(Progress):
 
         `around` makes a page of a card.
 
-        Returns its result. Closing the iterator, as when a visitor leaves, ends the work where it
-        advances next.
+        Returns the result of `work`. Closing the iterator, as when a visitor leaves, stops the work
+        at its next advance.
         """
         future = Future[R]()
 

@@ -59,13 +59,13 @@ def build(catalogue: Catalogue) -> Component:
             return [gr.Dropdown(catalogue.models) for _ in lists]
 
         _quick(blocks.load, models, None, lists)
-    # nothing may be called past the queue
+    # nothing may bypass the queue
     blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return blocks
 
 
 def _quick(event: Event, function: Callable[..., object], inputs: object, outputs: object) -> Any:
-    """Bind what needs no model, and so waits for none."""
+    """Bind a function that needs no model, and so does not wait for one."""
     return event(
         function,
         inputs,
@@ -78,9 +78,9 @@ def _quick(event: Event, function: Callable[..., object], inputs: object, output
 
 
 def _write(catalogue: Catalogue, arrival: Event) -> None:
-    """At first it writes what the address asks for, or the first example.
+    """The tab that writes. It begins with the request in the address, or with the first example.
 
-    A click on a word of the result draws others in its place.
+    A click on a word of the result offers others in its place.
     """
 
     def values_of(name: str, text: str, length: int) -> list[values.Value]:
@@ -139,7 +139,7 @@ def _infill(catalogue: Catalogue) -> None:
         text = gr.Textbox(
             GAPS if catalogue.fills_gaps(model.value) else BLANKS,
             label="Text with blanks",
-            info=f"{ONE_EACH}, [...] are some, with regard to both sides.",
+            info=f"{ONE_EACH}; [...] is several. All fit the text on both sides.",
             lines=3,
             max_lines=8,
         )
@@ -219,9 +219,9 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
 
 @contextmanager
 def _form(tab: str, words: str) -> Iterator[tuple[Component, Event]]:
-    """A tab with the fields of a view, and next to them its output, at first these words.
+    """A tab with the fields of a view, and its output next to them, which shows `words` at first.
 
-    Gives the output, and the event that the tab is opened.
+    Gives the output, and the event of opening the tab.
     """
     with gr.Tab(tab, elem_classes=f"st-{tab.lower()}") as opened, gr.Row():
         out = gr.HTML(page(card(muted(words))), apply_default_css=False, render=False)
@@ -286,9 +286,9 @@ def _ask(
     events: list[Event],
     arrival: Event | None = None,
 ) -> None:
-    """One button and the events call the view, the other button stops it.
+    """One button and the events call the view; the other button stops it.
 
-    So does the `arrival` of a visitor who has asked for nothing yet.
+    The `arrival` of a visitor who has asked for nothing yet calls it, too.
     """
     handle = newest(guarded(view), ask.last)
     handles = [(event, handle) for event in (ask.go.click, *events)]

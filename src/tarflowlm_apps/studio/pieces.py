@@ -22,7 +22,7 @@ LOG = logging.getLogger("tarflowlm_apps.studio")
 
 
 Pages = Generator[str, None, None]
-"""The output of a view: HTML now and then, the last is its result."""
+"""The output of a view: pages of HTML, the last one with its result."""
 
 
 def guarded(view: Callable[..., Pages]) -> Callable[..., Pages]:
@@ -82,7 +82,7 @@ def stage(tokens: Sequence[Token]) -> str:
 
 
 def unfinished(tokens: Sequence[Token]) -> str:
-    """A text that is worked on, with a caret."""
+    """A text that is being written, with a caret."""
     return div("st-stage", spans(tokens), '<span class="st-caret"></span>')
 
 
@@ -128,14 +128,14 @@ def passes(
 ) -> tuple[list[Row], bool]:
     """The rows of a text, each token as opaque as p(x|h), and whether there is much to watch.
 
-    `states` are h^(L), ..., h^(0), each [T, d], and `texts` what they decode to, each [T]. Where
-    one block writes all, there is nothing to watch.
+    `states` are h^(L), ..., h^(0), each [T, d], and `texts` are the decoded states, each [T]. If
+    one block writes everything, there is nothing to watch.
     """
     probabilities = []
     for text, state in zip(texts, states, strict=True):
         p = model.codebook.log_posterior(state).exp()
         probabilities.append(p.gather(-1, text[:, None].to(p.device))[:, 0])
     shares = [(after != before).double().mean().item() for before, after in pairwise(texts)]
-    # a pass that changes fewer tokens is not seen
+    # nobody sees a pass that changes fewer tokens
     is_watched = sum(share > 0.005 for share in shares) > 1
     return pass_rows(texts, tokenizer, given=given, probabilities=probabilities), is_watched

@@ -31,7 +31,7 @@ from tarflowlm_apps.studio.pieces import (
 )
 
 MODELS = 2  # models that are compared
-GAP = 2.0  # bits between two models, or around the mean of a block, that are shown in full colour
+GAP = 2.0  # bits between two models, or around the mean of a block, that have the full colour
 COLD, HOT = "var(--st-blue)", "var(--st-warm)"
 SCALE = (
     '0<span class="st-scale" style="background:linear-gradient(90deg,transparent,'
@@ -77,7 +77,7 @@ def _read(name: str, request: Score, checkpoint: Checkpoint, job: Job) -> tuple[
 
 
 def _card(name: str, scored: Scores, request: Score, most: float) -> str:
-    """The bits of every token under a model, and in all."""
+    """The bits of every token under a model, and their sum."""
     sign = "≤ "
     kind = f"a bound from {request.samples} posterior samples"
     if scored.exact:
@@ -126,7 +126,7 @@ def _blocks(name: str, scored: Scores) -> str:
 
 
 def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
-    """The passes by which several blocks of a flow write the text from its own noise, if any do."""
+    """The passes by which several blocks of a flow write a text from its own noise, if they do."""
     if checkpoint.model.num_blocks < 2 or len(tokens) > checkpoint.model.config.context:
         return ""
     model = as_flow(checkpoint.model)

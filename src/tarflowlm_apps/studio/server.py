@@ -1,4 +1,4 @@
-"""Serves the page: to this machine alone by default; nothing leaves the machine."""
+"""Serves the page, by default to this machine alone. Nothing leaves the machine."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_address(host: str, port: int | None) -> None:
-    """UserError where nothing can be served at the host, or at its port, if that is given."""
+    """UserError if nothing can be served at the host, or at its port if one is given."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port or 0), family=family).close()
@@ -25,7 +25,7 @@ def check_address(host: str, port: int | None) -> None:
 
 @contextmanager
 def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[str]:
-    """Serve the page about `catalogue`, at a free port for None; gives its address."""
+    """Serve the page about `catalogue`, and give its address. Port None takes a free one."""
     # read when gradio is imported: no telemetry, no look for a newer version, nothing kept
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"

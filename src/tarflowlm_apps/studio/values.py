@@ -1,4 +1,4 @@
-"""Checks of what visitors send, which can be any values."""
+"""Checks of the values that visitors send, which can be anything."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -45,7 +45,7 @@ def text(value: object) -> str:
 
 Value = str | int | float | list[str]
 LINKED = ("model", "beside", "text", "length", "temperature", "top_p", "num", "seed")
-"""The values of a request to write, as the link above its result names them."""
+"""Names of the values of a request to write, in the link above its result."""
 
 
 def to_address(values: Sequence[object]) -> str:
@@ -56,7 +56,7 @@ def to_address(values: Sequence[object]) -> str:
 def from_address(
     asked: Mapping[str, str], usual: Sequence[Value], models: Sequence[str]
 ) -> list[Value]:
-    """The values of a link; the `usual` ones where it lacks them or they cannot be read."""
+    """The values of a link. A missing or unreadable value is replaced by the `usual` one."""
     found = list(usual)
     for place, (name, value) in enumerate(zip(LINKED, usual, strict=True)):
         given = asked.get(name, "")

@@ -1,4 +1,4 @@
-"""The views that draw: a text as it is written, and candidates for blanks with their weights."""
+"""The views that draw: a text while it is written, and candidates for blanks with their weights."""
 
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
@@ -45,7 +45,7 @@ def write(
     num: object,
     seed: object,
 ) -> Pages:
-    """The text while it is written, then the samples and their passes; of two models in columns."""
+    """The text while it is written, then the samples and their passes. Two models have columns."""
     start = values.text(text)
     is_template = has_blanks(start)
     prompt = "" if is_template else unescaped(start, Writing.blank)
@@ -68,7 +68,7 @@ def write(
 
     for name in (model, other) if other not in ("", model) else (model,):
         command = request.command(catalogue.entry(name).command_name)
-        # one link asks for both
+        # one link is enough for both
         above = asked(command, link="" if columns else link)
         cards = yield from _samples(catalogue, name, request, partial(shown, above))
         columns.append(div("st-column", above, *cards))
@@ -104,7 +104,7 @@ def _samples(
     cards = []
     for row, stream in enumerate(found.streams):
         numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
-        # with its end, which is shown as a mark
+        # include the end of the document, which is shown as a mark
         tokens = generation.tokens[row, : stream.length + stream.has_ended]
         mask = _given(samples, found, row)
         text_of_row = stage(text_tokens(tokens, lm.tokenizer, {"given": mask}))
@@ -146,8 +146,8 @@ def infill(
     """Candidates for the blanks of `text`, the likeliest first.
 
     The weight of a try is its evidence, the mean weight of its particles. This is unbiased for
-    p(given), so a draw from the tries by weight is a draw by all of their particles, and the mean
-    of their probabilities of a length is one of all particles.
+    p(given), so a draw from the tries by weight is a draw from all of their particles, and the
+    weighted mean of their probabilities of a length is the mean over all particles.
     """
     checkpoint = catalogue.load(model)
     request = Writing(
@@ -182,7 +182,7 @@ def infill(
 
 
 def offer(catalogue: Catalogue, model: object, *values: object) -> Pages:
-    """`infill` by a model that fills in gaps, the chosen one or another."""
+    """`infill` by the chosen model if it fills in gaps, else by one that does."""
     yield from infill(catalogue, catalogue.for_gaps(model), *values)
 
 
@@ -192,7 +192,7 @@ def _choice(share: float, words: str) -> str:
 
 
 def _fillings(samples: Samples, batches: list[Written]) -> Iterator[str]:
-    """Every try in HTML, with the tokens that are new marked."""
+    """Every try in HTML, with its new tokens marked."""
     for batch in batches:
         for index, row in enumerate(batch.generation.tokens.cpu()):
             tokens = row[: batch.lengths[index]]

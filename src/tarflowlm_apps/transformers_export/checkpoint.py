@@ -1,8 +1,8 @@
 """A model as a checkpoint of `transformers`: block 1 in the limit of sharp codes (docs/math.md).
 
-It reads the means of codes. Its Transformer is Persimmon's with biases of zero, its start vector
-embeds a token of its own, and its head W x + b is (W - mean(W) + b / D) (x + 1), because a
-layer-normalised x has the mean zero.
+It embeds tokens as the means of their codes. Its Transformer is Persimmon's with biases of zero.
+The start vector embeds an extra token. The head W x + b becomes (W - mean(W) + b / D) (x + 1),
+because a layer-normalised x has the mean zero.
 """
 
 import shutil
