@@ -70,7 +70,7 @@ def run(args: Args) -> None:
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
         _print_plan(args, title, estimate(args, plan))
         return
-    # before anything that takes hours: missing packages, runs of another configuration
+    # find missing packages and runs of another configuration before anything that takes hours
     _check_packages(recipes)
     for training in plan:
         state_of(args, training)

@@ -24,7 +24,7 @@ from tarflowlm.model_config import FlowConfig, Mix1, TokenAffine
 BASE, CHANNELWISE, JOINT = "base", "+ channel-wise", "+ Mix-d"
 SIX = 6
 COMPONENTS = (1, 2, 8, 27)
-HALF_STEPS = 1300  # of trainings at mini scale that only have to show an order
+HALF_STEPS = 1300  # for trainings at mini scale that only have to rank models
 
 
 def plan_fig2(settings: Settings) -> list[Training]:
@@ -44,7 +44,7 @@ def plan_fig2(settings: Settings) -> list[Training]:
 
 
 def joint(progressive: RunConfig) -> RunConfig:
-    """The steps of block 1, and so its tokens, each of which trains all blocks."""
+    """The run with all blocks trained together, for the steps and so the tokens of block 1."""
     train = replace(progressive.train, mode="joint", stage_steps=progressive.train.stage_steps[:1])
     return replace(progressive, name=f"{progressive.name}-joint", train=train)
 
@@ -65,7 +65,7 @@ def _six_blocks(run: RunConfig) -> RunConfig:
 def plan_fig4(settings: Settings) -> list[Training]:
     """Mix-1 with each number of components.
 
-    It has a plain start, and channels that do not see those before them.
+    It has a plain start, and channels that do not see the channels before them.
     """
     run = measures.shortened(settings, settings.preset("mix1", "text8"), HALF_STEPS)
     found = {}

@@ -1,7 +1,7 @@
-"""A second block on a frozen model, left to right, by what it reads and how it maps.
+"""A second block on a frozen model, left to right, with several inputs and maps.
 
 First its Transformer learns to predict the next token by a head. This shows what block 2 can know.
-Then it is frozen, and a map learns to make a density of that.
+Then it is frozen, and a map learns to turn this knowledge into a density.
 
 Block 1 maps z_t to u_t = R_w(z_t), the Rosenblatt transform of sum_k w_k N(z; mu_k, sigma_k^2 I),
 with weights w = w(z_<t) of a frozen model. For a sharp codebook u_t lies inside a cell that belongs
@@ -38,7 +38,7 @@ from tarflowlm.training.optim import build_optimizers, norms, schedule, take_ste
 
 M = TypeVar("M", bound=nn.Module)
 Reads = Literal["noise", "text"]
-"""u_<t; or the tokens of z_<t, and the features that block 1 has of them at the own position."""
+"""u_<t; or the tokens of z_<t, and the features that block 1 computes of them at the position."""
 Maps = Literal["mix1", "key", "cells", "redo"]
 """Mix-1; Mix-1 that is also given w(z_<t) and the cells; Gaussians in the cells of channel 1; R_w'
 after the inverse of R_w.
@@ -62,7 +62,7 @@ class Known:
 
     @cached_property
     def noise(self) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T"]]:
-        """u = R_w(z), and log|det du/dz|; not every reader and map needs them."""
+        """u = R_w(z), and log|det du/dz|, computed when a reader or map first needs them."""
         return self.below.noise(self.z, self.log_w)
 
 
@@ -210,7 +210,7 @@ class Upper(nn.Module):
     def features(
         self, c: Float[Tensor, "B T D"], log_w: Float[Tensor, "B T V"]
     ) -> Float[Tensor, "B T D"]:
-        """c_t of the reader, and what the map's own network makes of it."""
+        """c_t of the reader, changed by the map's own network."""
         inputs = [c]
         if self.maps == "key":
             inputs += [log_w.clamp(min=-20.0), self.edges(log_w)]
@@ -273,12 +273,12 @@ class Upper(nn.Module):
 def write(
     below: Below, upper: Upper | None, noise: Float[Tensor, "B T d"]
 ) -> Float[Tensor, "B T d"]:
-    """The text of a noise, z_t = R_w'^-1(u'_t), by a block 2 that redoes, or with w by block 1
-    alone.
+    """The latents of a noise, z_t = R_w'^-1(u'_t), by a block 2 that redoes; with None by block 1
+    alone, with w.
     """
     z = torch.zeros_like(noise)
     for t in range(noise.shape[1]):
-        # what is at t and after it does not count
+        # values at t and after it have no effect
         so_far = z[:, : t + 1]
         known = below.known(below.codebook.decode(so_far), so_far)
         log_w = known.log_w
@@ -291,12 +291,12 @@ def write(
 
 @dataclass(frozen=True)
 class Boosted:
-    """What a trained block 2 gains, over windows: bits per token."""
+    """The gain of a trained block 2 on windows, in bits per token."""
 
     below: Tensor
     """[windows], by block 1 alone."""
     both: Tensor
-    """[windows], with block 2 on it."""
+    """[windows], by both blocks."""
     by_head: Tensor
     """[windows], by the reader's own prediction of the tokens: what block 2 knows."""
 
@@ -349,9 +349,9 @@ def fit(
     every: int,
     progress: Progress = SILENT,
 ) -> M:
-    """Train a module for `steps` of `batch` windows; returns it as it was at its best validation.
+    """Train a module for `steps` of `batch` windows; returns its state of the best validation.
 
-    Best counts from the start on.
+    The untrained state is validated, too.
     """
     with seeded(seed):
         module = make()

@@ -1,4 +1,4 @@
-"""What a block above a tied Mix-d block can know, and what its map makes of that."""
+"""A block above a tied Mix-d block: how much it can know, and how much of that its map can use."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -39,10 +39,10 @@ ONE_CHANNEL = "Mix-d, 1 layer, d = 1"
 SHALLOW_AR = "AR, 1 layer"
 DEEP_AR = "AR, 6 layers"
 STEPS = HALF_STEPS  # of the reader, and of each map
-LAYERS = 5  # of block 2: with one below it as many as the deep models have
+LAYERS = 5  # of block 2; with the layer of block 1, as many as in the deep models
 VALID_WINDOWS = 256
 VALIDATIONS = 5
-TEXTS = 32  # that block 1 alone and both blocks make of one noise
+TEXTS = 32  # drawn from one noise by block 1 alone and by both blocks
 LENGTH = 96  # tokens of each
 ALONE, BOTH = "block 1 alone", "both blocks"
 RECOVERED, BY_HEAD = "recovered", "recovered by its head"
@@ -54,17 +54,17 @@ NAMES: dict[Maps, str] = {
     "redo": "redone with new weights",
 }
 RATES: dict[Maps, float] = {"mix1": 1.5e-3, "key": 1.5e-3, "cells": 1.5e-3, "redo": 3e-3}
-"""Peak rates, by validation with the preset's eight channels, seed 0 (docs/log.md). "cells", for
-one channel, has the rate of the other mixtures.
+"""Peak rates, chosen by validation with the preset's eight channels, seed 0 (docs/log.md). "cells",
+for one channel, has the rate of the other mixtures.
 """
 UPPERS: dict[str, dict[Reads, tuple[Maps, ...]]] = {
     SHALLOW: {"noise": ("mix1",), "text": ("mix1", "key", "redo")},
     ONE_CHANNEL: {"text": ("key", "cells", "redo")},
     SHALLOW_AR: {"text": ("redo",)},
 }
-"""What the second block on every model reads, and the maps that learn on it."""
+"""For every model, the inputs of its second blocks, and the maps that learn on each."""
 DEEP_ONES = {SHALLOW: DEEP, ONE_CHANNEL: DEEP, SHALLOW_AR: DEEP_AR}
-"""The control of each: as many layers as block 1 and block 2 have, in one block."""
+"""The control of each: one block with the layers of block 1 and block 2 together."""
 
 
 def plan_cipher(settings: Settings) -> list[Training]:
@@ -97,8 +97,8 @@ def shallow(settings: Settings, layers: int) -> RunConfig:
 
 
 def measure_cipher(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Every second block: what its reader's head and its map gain over block 1, also as shares of
-    what the control gains.
+    """For every second block the gains of its reader's head and of its map over block 1, also as
+    shares of the control's gain.
     """
     rows = []
     bits = {_key(done): done.record.summary["test"]["bpc"] for done in finished}
@@ -137,7 +137,7 @@ def second_blocks(
 ) -> Iterator[tuple[Maps, Upper]]:
     """Train a reader on the model `below`, and each of the maps on it.
 
-    `stage` begins one of these trainings, named, of so many steps.
+    `stage` begins one of these trainings, given its name and number of steps.
     """
     run = checkpoint.run
     corpus = prepare_corpus(run.data, checkpoint.tokenizer)
@@ -201,8 +201,8 @@ def boosted(done: Finished, reads: Reads, steps: int | None) -> list[Row]:
 
 
 def _texts(below: Below, upper: Upper, tokenizer: Tokenizer) -> Row:
-    """What block 1 alone and both blocks make of the same noise: the first text, and how much of
-    all texts is the same.
+    """The first text that block 1 alone and both blocks make of the same noise, and how much of all
+    texts is the same.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(TEXTS, LENGTH, below.channels, generator=generator)
@@ -213,7 +213,7 @@ def _texts(below: Below, upper: Upper, tokenizer: Tokenizer) -> Row:
 
 
 def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
-    """The gain of every map, one dot per seed, and as a bar that of the head of its reader."""
+    """The gain of every map as one dot per seed, and the gain of its reader's head as a bar."""
     axes = figure.subplots()
     rows = [row for row in rows if row["block 2"] and row["reads"] == "text"]
     names = list(dict.fromkeys((row["model"], row["block 2"]) for row in rows))
@@ -234,7 +234,7 @@ def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def show_texts(rows: Sequence[Row], _folder: Path) -> str:
-    """The text that block 1 of the first model makes of a noise, and that of both blocks."""
+    """The text that block 1 of the first model makes of a noise, and the text of both blocks."""
     row = next(row for row in rows if row.get(BOTH))
     return f"One noise through {ALONE}, and through {BOTH}:\n\n- {row[ALONE]}\n- {row[BOTH]}\n"
 

@@ -62,7 +62,7 @@ def measure_directions(settings: Settings, finished: Sequence[Finished]) -> list
 
 
 def draw_directions(figure: Figure, rows: Sequence[Row]) -> None:
-    """The bits that alternation takes off in each model, with the error of the difference."""
+    """The bits that alternation saves in each model, with the error of the difference."""
     pairs: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
         label, _, directions = row["model"].rpartition(", ")

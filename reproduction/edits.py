@@ -45,10 +45,10 @@ def interpolate(source: Source, second: Encoded, *, level: int, weight: float) -
 
 @torch.no_grad()
 def counterfactual(source: Source, replacements: Int[Tensor, " T"]) -> Change:
-    """Replace some tokens, and regenerate those that follow from their own noise h^(1).
+    """Replace some tokens, and regenerate the later tokens from their own noise h^(1).
 
-    `replacements` holds the new tokens, and -1 elsewhere. What is before the first of them keeps
-    its latents; later tokens change where their new context changes them.
+    `replacements` holds the new tokens, and -1 elsewhere. Tokens before the first of them keep
+    their latents; later tokens change where their new context changes them.
     """
     model = source.model
     block = model.prior.block(0)
@@ -82,7 +82,7 @@ def blend(
 ) -> Change:
     """Take spans of second texts, at their places, and resample the words that they cut.
 
-    `spans[b]` are the spans that row b takes, and those of the first text that stay
+    `spans[b]` are the spans that row b takes, and the spans of the first text that it keeps
     (`blended_spans`).
     """
     first = source.text

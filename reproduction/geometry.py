@@ -32,7 +32,7 @@ METRICS = {
     "centroid_shift": "movement of centroid",
 }
 SHARES = ("log_det", "kl", "kl_gain", "nelbo")
-SURE = 2.0  # standard errors of a mean over sequences that a change must exceed to count
+SURE = 2.0  # a change counts above this many standard errors of the mean over sequences
 FLOW_PATCHES = (1, 2, 4)
 GPT2_SIZES = {
     "gpt2": (12, 768, 12),
@@ -173,8 +173,8 @@ def falls(values: Sequence[float], least: float = 0.0) -> bool:
 def drops_and_rises(values: Sequence[float], directions: Sequence[str], least: float = 0.0) -> bool:
     """True if values drop by more than `least` at every right-to-left layer and rise at the next.
 
-    A last layer has no next one and does not count. `directions` are those of the layers between
-    the values.
+    A last layer has no next one and does not count. `directions` has the direction of each layer
+    between two values.
     """
     steps = [after - before for before, after in pairwise(values)]
     found = [
@@ -205,7 +205,7 @@ def directions(states: Sequence[Row]) -> Row:
 
 
 def directions_table(rows: Sequence[Row], _folder: Path) -> str:
-    """Markdown: the paper's directions in both readings, and what each block takes off the KL."""
+    """Markdown: the paper's directions in both readings, and how far each block lowers the KL."""
     table: list[Row] = []
     of_states = [row for row in rows if "layer 0" in row]
     for (model, seed), group in groupby(of_states, lambda row: (row["model"], row["seed"])):
@@ -224,7 +224,7 @@ def directions_table(rows: Sequence[Row], _folder: Path) -> str:
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
     """The four geometric metrics over the layers, and the operations of a flow at four sizes.
 
-    The metrics are those of seed 0 in both readings, with standard deviations.
+    The metrics are from seed 0, in both readings, with standard deviations.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -61,7 +61,7 @@ class JudgedTexts:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tokens of a text that are read at once; the first `unscored` of them are context alone."""
+    """Tokens of a text that are read at once; the first `unscored` of them are only context."""
 
     text: int
     tokens: list[int]
@@ -89,8 +89,8 @@ class Judge(ABC):
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood in nats of every token [B, T], and the last states [B, T, D].
 
-        The likelihood is NaN where a token is not scored. Both depend only on the token and those
-        before it, so padding on the right does no harm.
+        The likelihood is NaN where a token is not scored. Both depend only on the token and the
+        tokens before it, so padding on the right does no harm.
         """
 
     def read(
@@ -102,8 +102,8 @@ class Judge(ABC):
     ) -> JudgedTexts:
         """Score all texts and take the features of each. `progress` advances by texts.
 
-        The judge reads what a text comes `after` first, without scoring it. UserError for texts
-        without tokens or with unknown characters.
+        `after` has a context for each text, which the judge reads without scoring it. UserError for
+        texts without tokens or with unknown characters.
         """
         chunks: list[_Chunk] = []
         first: list[int] = []  # index of the first chunk of every text
@@ -132,7 +132,7 @@ class Judge(ABC):
         return JudgedTexts(nats, count, torch.cat(features)[first])
 
     def _cut(self, index: int, text: str, after: str) -> list[_Chunk]:
-        """The chunks of a text with what it comes after."""
+        """The chunks of a text and the context before it."""
         before = list(self.encode(after)) if after else []
         ids = list(self.encode(text))
         if not ids:
@@ -263,7 +263,7 @@ def _from_transformers(name: str, is_directory: bool) -> tuple[HubModel, HubMode
         except (OSError, ValueError):
             if is_directory:
                 raise
-        # offline it fails at once, where `transformers` tries again for half a minute
+        # offline this fails at once, but `transformers` tries again for half a minute
         huggingface_hub.snapshot_download(name, allow_patterns="config.json")
         return get(False)
     except Exception as error:  # hub, network and library errors share no base class

@@ -1,4 +1,4 @@
-"""How the families compare after more and more training."""
+"""The families compared after more and more training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ def plan_lengths(settings: Settings) -> list[Training]:
     for label, kind in tables.FAMILIES.items():
         for name in LENGTHS:
             run = lengthened(settings.preset(kind, "text8"), name)
-            # the length of the presets has further seeds, which table2 shares
+            # only the length of the presets has further seeds, which table2 shares
             few = settings if LENGTHS[name] == 1 else replace(settings, seeds=1)
             plan += trainings(few, {label: run})
     return plan
@@ -40,7 +40,7 @@ def lengthened(run: RunConfig, name: str) -> RunConfig:
 
 
 def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The bound, the importance-weighted bound, and both over those of the baseline."""
+    """The bound, the importance-weighted bound, and their ratios to the baseline's."""
     rows = []
     for done in finished:
         row = summary_row(done)

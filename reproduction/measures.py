@@ -24,13 +24,13 @@ from tarflowlm.runs.records import RunRecord, read_record
 JUDGED = "judge's bits"
 JUDGE_STEPS = 1300
 JUDGE_SEED = 1000
-"""No model has it, so that none is judged by an earlier state of itself."""
+"""No other training has this seed, so no model is judged by an earlier state of itself."""
 AVERAGED = 5  # lines of metrics.jsonl averaged in a point of a curve
 POINTS = 12  # evenly spaced points of a curve
 LATENT_WINDOWS = 256  # windows of text whose states are measured
-SHORT_WINDOWS = 1024  # test windows of these
+SHORT_WINDOWS = 1024  # test windows of `shortened` runs
 SEEDS_OF_MIX1 = "Seed 1 of mini Mix-1 has 7 % more bits ([table2](table2.md))."
-"""What pages say that show one seed of Mix-1."""
+"""A warning on pages that show one seed of Mix-1."""
 
 
 def first_columns(done: Finished) -> Row:
@@ -119,7 +119,7 @@ def latents(done: Finished) -> list[StateReport]:
 
 
 def gains(done: Finished) -> Row:
-    """The nats per token that every block takes off the KL divergence."""
+    """How far every block lowers the KL divergence, in nats per token."""
 
     def measure() -> Row:
         found = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]

@@ -1,4 +1,4 @@
-"""How far counting goes on the text of the quickstart."""
+"""The bits that simple counting reaches on the text of the quickstart."""
 
 import sys
 
@@ -15,7 +15,7 @@ Tokens = npt.NDArray[np.int64]
 def bigram_cross_entropy(train: Tokens, test: Tokens, vocab_size: int) -> float:
     r"""Bits per token of `test` under a bigram model fitted to `train`.
 
-    Both are integers [T] below `vocab_size` V, two or more of them. Interpolated Kneser-Ney (Chen
+    Both are at least two integers [T] below `vocab_size` V. Interpolated Kneser-Ney (Chen
     and Goodman 1999): with counts c of `train`, N(w .) and N(. a) the numbers of different tokens
     after w and before a, and N the number of different bigrams,
 

@@ -1,4 +1,4 @@
-"""Figure 6 of the paper, and the question behind it: can one model refine a text and fit it well?
+"""Figure 6 of the paper, and the question it raises: can one model refine a text and fit it well?
 
 fig6 decodes a sample after every block, marks its edits, and has a judge read it. In frontier each
 stack is a point: its bits per character, and the judge's bits of its text before the last pass.
@@ -87,7 +87,8 @@ def judged_passes(done: Finished, judge: Callable[[], Judge]) -> list[Row]:
                 "text": "".join(text),
             }
             if number:
-                fall = measures.mean_of(judged[number - 1] - judged[number])  # of the same samples
+                # a difference on the same samples
+                fall = measures.mean_of(judged[number - 1] - judged[number])
                 edits = tokens != passes[number - 1]
                 is_edited = edits[0].tolist()
                 row |= {
@@ -206,9 +207,9 @@ def plan_frontier(settings: Settings) -> list[Training]:
 
 
 def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Bits per character, and those over the baseline's; for flows what every pass does.
+    """Bits per character and their ratio to the baseline's; for flows also the work of every pass.
 
-    That is the judge's bits, the share of final tokens, and what each block takes off the KL.
+    That is the judge's bits, the share of final tokens, and how far each block lowers the KL.
     """
     judge, models = measures.judge_of(settings, finished)
     baseline = measures.summary_row(models[0])["test bpc"]

@@ -1,4 +1,4 @@
-"""Figure 5 of the paper, two tokens at a time; patch sizes, and what recovers a patch."""
+"""Figure 5 of the paper, two tokens at a time; patch sizes; and how a stack recovers a patch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -147,16 +147,14 @@ def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def plan_patches(settings: Settings) -> list[Training]:
-    """Mix-d with in-patch weights and each patch size, all but the patch as with one token; and
-    the judge.
-    """
+    """Mix-d with in-patch weights and each patch size, else as with one token; and the judge."""
     run = settings.preset("mixd", "text8")
     runs = {"P = 1": run} | {f"P = {p}": variant(run, f"p{p}", patch=p) for p in SIZES}
     return trainings(settings, runs) + measures.judge_training(settings)
 
 
 def measure_patches(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The bound, and what table 6 measures of samples."""
+    """The bound, and the sample quality of table 6."""
     judge, models = measures.judge_of(settings, finished)
     rows = []
     for done in models:
@@ -170,9 +168,9 @@ def measure_patches(settings: Settings, finished: Sequence[Finished]) -> list[Ro
 def plan_in_patch(settings: Settings) -> list[Training]:
     """Patches of two in a stack whose last block is the deepest, and Mix-d with the tokens apart.
 
-    In the stack every block sees all channels of the patch, or its last one, which writes first, or
-    all of them see groups of d channels: tokens, or with the channels mixed channels of both
-    tokens. Mix-d, whose block 1 writes last, is the other order, at its full length.
+    In the stack either every block sees all channels of the patch, or the last block, which writes
+    first, or all blocks see groups of d channels. A group is a token or, with mixed channels, has
+    channels of both tokens. Mix-d, whose block 1 writes last, has the other order, at full length.
     """
     run = settings.preset("mix1", "text8")
     found = {}
@@ -198,7 +196,7 @@ def plan_in_patch(settings: Settings) -> list[Training]:
 
 
 def measure_in_patch(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The bound of each model beside what figure 5 measures, and in the stack what blocks gain."""
+    """The bound of each model beside the measures of figure 5, and the gains of stacked blocks."""
     table = table_fig5(measure_fig5(settings, finished))
     judged = {(row["model"], row["seed"]): row for row in table}
     rows = []

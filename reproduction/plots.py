@@ -13,7 +13,7 @@ BOUND = "bits per character, <="
 def plot_curves(figure: Figure, rows: Sequence[Row]) -> None:
     """Curves of seed 0 over the steps: training as a line, validation as dots."""
     axes = figure.subplots()
-    late = []  # values after the first tenth of the steps, in which all fall far
+    late = []  # values after the first tenth of the steps, in which all curves fall far
     for row, colour in zip((row for row in rows if row["seed"] == 0), COLOURS, strict=False):
         for split, style in (("train", "-"), ("valid", "o")):
             points = _points(row, split)
@@ -79,7 +79,7 @@ def bits_error(row: Row) -> float:
 
 def _plot_seeds(axes: Axes, x: int, values: Sequence[float], errors: Sequence[float]) -> None:
     """One dot per seed with two standard errors, and the mean of the dots."""
-    places = [x + 0.06 * index for index in range(len(values))]  # so that no bar hides another
+    places = [x + 0.06 * index for index in range(len(values))]  # no bar hides another
     twice = [2 * error for error in errors]
     axes.errorbar(places, values, twice, fmt="o", color=COLOURS[0], capsize=2, markersize=4)
     mean = sum(values) / len(values)

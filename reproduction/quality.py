@@ -21,7 +21,7 @@ MAUVE_SCALING = 5  # the paper's; everything else is mauve-text's default
 PAPER_SAMPLES = 5000
 REPETITION_ORDER = 4
 SAMPLED_TOKENS = 16_384
-"""Tokens that are drawn at once. This decides the noise behind published numbers."""
+"""Tokens that are drawn at once. The noise of the published numbers depends on it."""
 
 
 def sequence_entropy(sequences: Sequence[Sequence[Hashable]]) -> float:
@@ -84,7 +84,7 @@ class TextStatistics:
 
     texts: int
     perplexity: float
-    """Generative perplexity: that of the judge, per token of the judge."""
+    """Generative perplexity: the judge's perplexity, per token of the judge."""
     perplexity_error: float
     """Its standard error over the texts."""
     judge_tokens: int
@@ -93,7 +93,7 @@ class TextStatistics:
     word_entropy: float
     """The same over words, more informative for models of characters."""
     distinct_1: float | None
-    """Different words over all words; below, the same of 2-grams and 3-grams."""
+    """Different words over all words; below, the same for 2-grams and 3-grams."""
     distinct_2: float | None
     distinct_3: float | None
     repetition: float | None
@@ -148,7 +148,7 @@ class Quality:
     judge: str
     judge_kind: str
     remarks: tuple[str, ...]
-    """Limits on what the numbers can be compared with."""
+    """Limits on comparisons with other numbers."""
     sampling: SamplingConfig
     """The settings of the samples; the length is set."""
     dtype: str

@@ -83,7 +83,7 @@ def run(args: Args) -> None:
         raise UserError(
             f"length {length}: must be between 1 and the trained context of {context} tokens"
         )
-    # before anything that takes time, so that a missing package or judge costs none
+    # find a missing package or judge before anything that takes time
     if find_spec("mauve") is None:
         raise UserError("MAUVE needs mauve-text: pip install -e '.[quality]'")
     judge = load_judge(args.judge, pick_device(args.device))

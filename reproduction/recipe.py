@@ -1,4 +1,4 @@
-"""A recipe: named trainings, numbers measured on them, and what shows the numbers."""
+"""A recipe: named trainings, numbers measured on them, and the page that shows the numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Trainin
 
 
 def variant(run: RunConfig, suffix: str, **changes: Any) -> RunConfig:
-    """The run of another model, with `suffix` added to its name and these fields changed."""
+    """The run with `suffix` added to its name and these fields of its model changed."""
     return replace(run, name=f"{run.name}-{suffix}", model=replace(run.model, **changes))
 
 
@@ -121,7 +121,7 @@ class Recipe:
     table: Callable[[Sequence[Row]], list[Row]] = without
     """The rows of the Markdown table."""
     below: Callable[[Sequence[Row], Path], str] | None = None
-    """Markdown below the table; what it links to is written into the folder."""
+    """Markdown below the table; files that it links to are written into the folder."""
     draw: Callable[[Figure, Sequence[Row]], None] | None = None
     """Draws the rows into a figure of matplotlib."""
     size: tuple[float, float] = (7.0, 4.5)

@@ -1,7 +1,7 @@
 """Records of finished trainings, a line each, in records.jsonl.
 
-Pages whose measurements are all on record are printed without weights. So the trainings of one page
-may come from several machines, and anyone can print the page again.
+A page is printed without weights if all its measurements are on record. So its trainings may come
+from several machines, and anyone can print the page again.
 """
 
 import json
@@ -63,7 +63,7 @@ class Records:
     def find(self, name: str, run: RunConfig) -> Record | None:
         """The record of a training, or None.
 
-        UserError, naming the first field that differs, where it is of another configuration.
+        UserError if it has another configuration, with the first field that differs.
         """
         record = self._by_name.get(name)
         if record is None:
@@ -92,7 +92,7 @@ class Records:
         return record
 
     def measured(self, record: Record, what: str, measure: Callable[[], T]) -> T:
-        """The result of the measurement `what`, which is made once: JSON values."""
+        """The result of the measurement `what`, JSON values; it is made only once."""
         if what not in record.measured:
             record.measured[what] = measure()
             self.save()
@@ -105,7 +105,7 @@ class Records:
 
 
 def machine(device: torch.device) -> str:
-    """The processor in use, and the versions that decide about numbers."""
+    """The processor in use, and the versions that affect numbers."""
     versions = [
         f"tarflowlm {version('tarflowlm')}",
         f"PyTorch {torch.__version__}",

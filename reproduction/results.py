@@ -57,7 +57,7 @@ def write_results(
 ) -> list[Path]:
     """Write NAME.csv, NAME.md and, if the recipe has them, a plot NAME.png and other files.
 
-    Returns the paths of all files of that name. `command` is printed as what made them.
+    Returns the paths of all files of that name. The page names `command` as its origin.
     Writes RUNS, too.
     """
     out = settings.out

@@ -41,7 +41,7 @@ GPT2_SIZE = 50_257
 def state_of(settings: Settings, training: Training) -> State:
     """State of a training on disk.
 
-    Raises UserError if its record or its directory is that of another configuration.
+    Raises UserError if its record or its directory belongs to another configuration.
     """
     if Records(settings.out).find(training.name, training.run) is not None:
         return "finished"
@@ -81,7 +81,7 @@ def finish(
 def recorded(
     records: Records, training: Training, directory: Path, device: torch.device
 ) -> Finished:
-    """A finished training, which is put on record if it is not."""
+    """A finished training, which is put on record if it is not there yet."""
     record = records.find(training.name, training.run)
     if record is None:
         record = records.add(training.name, training.run, directory, device)
@@ -101,8 +101,8 @@ class Planned:
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
     """The plan with times, from a few timed steps of every stage.
 
-    The mini scale times whole batches. The paper scale times one short sequence and scales up. This
-    overstates the optimiser, whose share of a step does not grow with the batch. Trainings of the
+    The mini scale times whole batches. The paper scale times one short sequence and scales it up,
+    which overstates the optimiser, because its time does not grow with the batch. Trainings of the
     same shape are timed once.
     """
     known: dict[RunConfig, float] = {}

@@ -1,4 +1,4 @@
-"""The choices of a user. No torch here: the help page answers without it."""
+"""The choices of a user. No torch here, so that --help answers quickly."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,8 +61,8 @@ class Settings:
 def as_mdlm_trains(run: RunConfig) -> RunConfig:
     """A preset of the paper's set-up with the recipe of D3PM, MDLM and MD4.
 
-    The paper points to it: a constant rate and averaged weights over a million steps, of which the
-    blocks above Mix-d take a seventh each.
+    The paper refers to it: a constant rate and averaged weights over a million steps. Each block
+    above Mix-d takes a seventh of them.
     """
     is_joint = run.num_stages == 1
     steps = 1_000_000 if is_joint else 714_286
