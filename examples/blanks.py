@@ -4,7 +4,7 @@
 
 Takes the first ten tales of the test split that have a sentence of 46 to 89 characters without
 quotes in their first paragraph, and leaves out two words in its middle. Nothing is selected.
-docs/constraints.md shows what it prints.
+docs/constraints.md shows its output.
 """
 
 import re
@@ -22,7 +22,7 @@ SENTENCE = re.compile(r"""[^"'_]{46,89}""")
 
 
 def gaps() -> Iterator[tuple[str, str]]:
-    """Templates, and what stood in the gap of each."""
+    """Templates, and the words that were left out of each."""
     for document in Tales().documents():
         title, first, *_ = document.split("\n")
         if split_of_document(title) != "test":

@@ -1,16 +1,16 @@
-"""A text as a file of the bits that a model says it takes, and back again.
+"""Compress a text to the number of bits that a model states for it, and back.
 
     python examples/compress.py compress MODEL TEXT FILE [latents]
     python examples/compress.py decompress MODEL FILE TEXT [latents]
     python examples/compress.py compare MODEL TEXT
 
-A discrete model codes a text into -log2 p(x) bits. Block 1 with a tied Mix-d is one where the
-latents z of a token are its code mu: the limit sigma -> 0. With `latents` z follows q(z|x), drawn
-by bits of the stack that coding z gives back, and a text takes the bits of the bound (bits-back;
-Hinton & van Camp 1993, Townsend et al. 2019). Either file has 32 bits for the length and up to 8 to
-fill a byte beside those of `model.bound`, and a loan: 24 bits, with `latents` also those of one
-window's z. Reading gives the loan back, so it could be another file. Blocks above the first are
-left out: they would map the grid of z to another (local bits-back; Ho et al. 2019).
+A discrete model codes a text into -log2 p(x) bits. A block 1 with a tied Mix-d is a discrete model
+if the latents z of a token are its code mu: the limit sigma -> 0. With `latents` z follows q(z|x).
+Bits of the stack draw z, and coding z gives them back, so a text takes the bits of the bound
+(bits-back; Hinton & van Camp 1993, Townsend et al. 2019). Besides the bits of `model.bound`, either
+file has 32 bits for the length, up to 8 to fill a byte, and a loan: 24 bits, and with `latents` the
+bits of one window's z. Reading gives the loan back, so it could be another file. Blocks above the
+first are left out: they would map the grid of z to another (local bits-back; Ho et al. 2019).
 
 | bits a character | english-mini-ar | english-mini | english-small |
 | --- | ---: | ---: | ---: |
@@ -50,10 +50,10 @@ Cells = npt.NDArray[np.int64]
 class Coder:
     """Tokens x by the weights of block 1, each given the latents z of the tokens before it.
 
-    z is a cell of a grid, to which the codes are rounded. With `latents` it follows q(z|x), drawn
-    by bits of the stack that coding z gives back (bits-back), and a window adds
-    -log2 p(x|z) p(z) / q(z|x), a sample of the bound of block 1. Without, z is the code of x: the
-    limit sigma -> 0. The baseline has numbers of tokens for codes.
+    z is a cell of a grid, to which the codes are rounded. With `latents` it follows q(z|x): bits of
+    the stack draw z, and coding z gives them back (bits-back), so a window adds
+    -log2 p(x|z) p(z) / q(z|x), a sample of the bound of block 1. Without `latents` z is the code of
+    x: the limit sigma -> 0. The codes of the baseline are token ids.
     """
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Coder:
             stack.push(place, self.gaussians[token])
 
     def weights(self, cache: KVCache, before: Cells | None) -> Table:
-        """p(x_t | what is before it), from the cells of the last position."""
+        """p(x_t | x_<t), or with latents p(x_t | z_<t), from the cells of the last position."""
         value = None
         if before is not None:
             value = (torch.tensor(before)[None] * self.width).to(self.dtype)
@@ -171,7 +171,7 @@ def stated(model: LanguageModel, tokens: Tensor, *, noise: bool, draws: int = 4)
 
 
 def compare(lm: Pretrained, text: str) -> None:
-    """Print the bytes and the bits a character of every file, and what the model states."""
+    """Print bytes and bits per character of every file, and the bits that the model states."""
     found = read(lm.tokenizer, text)
     raw = found.text.encode()
     flow = lm.model if isinstance(lm.model, TarFlowLM) else None

@@ -15,7 +15,7 @@ import torch
 
 import tarflowlm
 
-# those of `tarflowlm sample english-passes --length 96 --passes --seed 0`
+# the sample of `tarflowlm sample english-passes --length 96 --passes --seed 0`
 LENGTH = 96
 SEED = 0
 TEMPERATURE = 0.8

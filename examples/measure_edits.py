@@ -1,5 +1,5 @@
-"""The tables of docs/math.md, section 10: what every edit of real text keeps, and how likely its
-result is.
+"""The tables of docs/math.md, section 10: how much every edit of real text keeps, and how likely
+its result is.
 
 python examples/measure_edits.py tales [MODEL] [JUDGE] [ROWS] > edits.md
 

@@ -1,11 +1,11 @@
-"""Did a change of the code change its numbers? Two checkouts do the same work.
+"""Check whether a change of the code changed its numbers: two checkouts do the same work.
 
     python examples/same_numbers.py OLD NEW [--quick] [--tolerance 1e-5]
 
-Each trains presets at a tiny size on one small text, and uses what it trained and the shipped
-models: `eval`, `score`, `sample`, `edit`. Only the command line, its JSON and metrics.jsonl are
-relied on, so everything else may have moved. On the CPU, in one thread, some minutes (--quick:
-one). Exit status: 0 if all texts are the same and all numbers up to the relative --tolerance.
+Each trains presets at a tiny size on one small text, and runs `eval`, `score`, `sample` and `edit`
+on the trained and the shipped models. It uses only the command line, its JSON and metrics.jsonl, so
+everything else may have moved. It takes some minutes on the CPU in one thread (--quick: one).
+Exit status: 0 if all texts are equal, and all numbers are up to the relative --tolerance.
 """
 
 import argparse
@@ -53,7 +53,7 @@ WORDS = """the the the the of of to to his and in a is that it was for on are as
     this from have or by one had not but what all were when we there can an your which their
     people"""
 UNEQUAL = ("minutes", "out", "model", "decoders", "data_share", "mfu", "advice")
-"""Fields that differ between any two runs, as times do, and wording."""
+"""Fields that differ between any two runs, such as times, and wording."""
 
 
 def jobs(folder: Path, presets: list[str], shipped: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -93,7 +93,7 @@ def work(folder: Path, presets: list[str], shipped: list[str]) -> None:
 
 
 def said_by(argv: list[str]) -> str:
-    """The output of `python -m tarflowlm ARGV`, in this process: others import PyTorch anew."""
+    """The output of `python -m tarflowlm ARGV`, in this process, which has loaded PyTorch."""
     sys.argv = ["tarflowlm", *argv]
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
@@ -106,7 +106,7 @@ def said_by(argv: list[str]) -> str:
 
 
 def differences(old: Any, new: Any, tolerance: float, where: str = "") -> Iterator[str]:
-    """The places of two results that differ, without times and fields of one of them alone."""
+    """The places where two results differ, except for times and fields that only one has."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old:
             if key in new and "second" not in key and key not in UNEQUAL:

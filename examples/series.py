@@ -40,8 +40,8 @@ LENGTH, NOISE, GAP = 32, 0.15, slice(12, 18)
 class Series(nn.Module):
     """p(x | c) of series x [B, N, C] given vectors c [B, K], which fill the first positions.
 
-    The block runs from left to right, so the parts of log p(c, x) at the positions of x are those
-    of log p(x | c).
+    The block runs from left to right, so the terms of log p(c, x) at the positions of x add up to
+    log p(x | c).
     """
 
     def __init__(self, channels: int, given: int, width: int = 32) -> None:
@@ -74,7 +74,7 @@ class Series(nn.Module):
     def impute(self, x: Tensor, c: Tensor, gap: slice, draws: int = 256) -> Tensor:
         """The mean of x[0, gap] given the rest of x [1, N, C], by importance sampling.
 
-        The gap is drawn given what is before it, and weighted by the density of what is after.
+        The gap is drawn given the values before it, and weighted by the density of those after it.
         """
         x, c = x.expand(draws, -1, -1), c.expand(draws, -1)
         u, _ = self.prior(self.joined(x, c))
@@ -119,7 +119,7 @@ def digits(batch: int, *, test: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def fit(model: nn.Module, log_prob: Callable, data: Batch, seconds: float) -> int:
-    """Adam for so many seconds of the processor, with a falling rate; the number of steps."""
+    """Run Adam with a falling rate for these seconds of the processor; returns its steps."""
     optimizer = torch.optim.Adam(model.parameters())
     start, steps, done = time.process_time(), 0, 0.0
     while done < 1:

@@ -3,9 +3,9 @@
     python examples/sharp_codes.py english-small tales
     python examples/sharp_codes.py english-mini tales 256
 
-prints their nats per token and bits per character on the test split of a text: two bounds, and the
-exact value of the exported model, which `transformers` runs. The last word limits the windows,
-which are evenly spaced.
+This prints their nats per token and bits per character on the test split of a text: two bounds, and
+the exact value of the exported model, which `transformers` runs. A last argument limits the number
+of windows, which are evenly spaced.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""What models of `tales` write: the share of real words by temperature, and of texts that end.
+"""Samples of models of `tales`: the share of real words by temperature, and of texts that end.
 
     python examples/spelled_words.py english-small english-small-ar
 
-prints one line per model and temperature. A word is a run of letters; it counts as real if it
-occurs in `tales` at least three times, whatever the case. The last word of a sample may be cut and
-is left out. A text of 1,024 tokens or fewer has ended if the model wrote the end of a document.
+This prints one line per model and temperature. A word is a run of letters; it counts as real if it
+occurs in `tales` at least three times in any case. The last word of a sample may be cut and is left
+out. A text has ended if the model wrote the end of a document within 1,024 tokens.
 """
 
 import re

@@ -2,8 +2,8 @@
 
 python examples/token_shards.py FOLDER --out OUT [--tokenizer gpt2]
 
-A shard is a header of 256 int32 (20240520, 1, the number of tokens) and tokens of uint16. Those
-with "val" in their names are half the validation and half the test split.
+A shard is a header of 256 int32 (20240520, 1, the number of tokens) and tokens of uint16. Shards
+with "val" in their names become the validation and the test split, half each.
 """
 
 import argparse

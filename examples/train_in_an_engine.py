@@ -1,4 +1,4 @@
-"""Train inside Ray Train, accelerate or Fabric, which start the processes and their group.
+"""Train in Ray Train, accelerate or Fabric, which start the processes and their group.
 
 python examples/train_in_an_engine.py ray PRESET OUT --workers 8
 torchrun --nproc-per-node 8 examples/train_in_an_engine.py accelerate PRESET OUT
@@ -20,7 +20,7 @@ from tarflowlm.training.train import train
 
 
 def work(preset: str, out: Path, *, device: str, data: str | None, steps: int | None) -> None:
-    """What every process calls. The group is the engine's, and is left to it."""
+    """Every process calls this. The engine starts the group, and ends it."""
     run = tarflowlm.preset(preset)
     if data is not None:
         run = replace(run, data=replace(run.data, source=data))
