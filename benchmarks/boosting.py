@@ -1,11 +1,11 @@
-"""A second block on a trained model, frozen: how much it gains, and in what time.
+"""A second block on a trained and frozen model: its gain, and the time it takes.
 
     python benchmarks/boosting.py english-small --steps 400
 
 MODEL is the baseline, or a flow whose block 1 is tied Mix-d; its own text is used. Block 2 reads
 the text and redoes the map of block 1 with new weights (eq. 12b of docs/math.md), as the recipe
-`cipher` trains it: first its Transformer by a head, then its map. Prints bits per character of test
-windows: of block 1, of the head alone, of both blocks, and the gain with its standard error.
+`cipher` trains it: first its Transformer by a head, then its map. Prints bits per character on test
+windows by block 1, by the head alone and by both blocks, and the gain with its standard error.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="run directory or shipped model")
-    parser.add_argument("--steps", type=int, default=400, help="of the reader, and of the map")
-    parser.add_argument("--layers", type=int, default=2, help="of block 2")
+    parser.add_argument("--steps", type=int, default=400, help="steps of the reader and of the map")
+    parser.add_argument("--layers", type=int, default=2, help="layers of block 2")
     parser.add_argument("--windows", type=int, default=256, help="test windows")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

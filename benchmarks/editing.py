@@ -3,20 +3,20 @@
     python benchmarks/editing.py --flow runs/mini-mixd-s0 --baseline runs/mini-ar-s0
     --judge runs/judge --masked runs/peers/masked.pt
 
-The flow and the baseline draw CANDIDATES for a word given what is before it, and take one by how
-well they expect what follows: `tarflowlm.editing.redraw` with eq. 24 of docs/math.md, and for
-the baseline the same weights, prod p(x_t | x_<t) behind the word. The masked flow of `peers.py`
+The flow and the baseline draw CANDIDATES for a word given the text before it, and choose one by the
+probability of the text after it: `tarflowlm.editing.redraw` with eq. 24 of docs/math.md, and for
+the baseline the same weights, prod p(x_t | x_<t) after the word. The masked flow of `peers.py`
 masks the word and draws its letters one by one in a random order, given both sides. All edit the
-same words, each of which keeps its length. "left alone" is the text itself; "blind" is the
-baseline with a single candidate, which does not see what follows; "few" is the
-baseline with two candidates, the fewest that can.
+same words, and words keep their length. "left alone" is the text itself. "blind" is the baseline
+with a single candidate, which does not see the text after it; "few" is the baseline with two
+candidates, the fewest that do.
 
-Columns: letters of the words that came out as they were; words that the training text has; bits per
-character of the whole text by the judge; bits per character of the letters behind the first edit
-that no edit changes, by the judge, by the baseline and by the flow (its bound); evaluations of the
-network per word, each candidate apart; seconds of CPU per word. Bits are differences from the text
-left alone, with standard errors over the same texts. A judge that is trained as the baseline is
-shares its errors: what it says of the baseline and of Mix-d, which is nearly one, is partial.
+Columns: unchanged letters of the words; words that the training text has; bits per character of the
+whole text by the judge; bits per character of the unedited letters after the first edit, by the
+judge, by the baseline and by the flow (its bound); evaluations of the network per word, counted for
+every candidate; seconds of CPU per word. Bits are differences from the text left alone, with
+standard errors over the same texts. A judge that is trained like the baseline shares its errors, so
+it favours the baseline, and Mix-d, which is nearly one.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Editor = Callable[[Tensor, list[Span], Generator], Edited]
 
 
 def evaluations(spans: list[Span]) -> int:
-    """Passes of a left-to-right model for one candidate of each: its letters, and what follows."""
+    """Passes of a left-to-right model for one candidate of each: its letters, then the rest."""
     return sum(stop - start + 1 for start, stop in spans)
 
 

@@ -1,4 +1,4 @@
-"""Time per token of the bound that `tarflowlm eval` computes, over that of the first model.
+"""Time per token of the bound that `tarflowlm eval` computes, as a ratio to the first model.
 
 python benchmarks/evaluation.py english-mini-ar english-mini --data english
 """
@@ -36,7 +36,7 @@ def main() -> None:
         "models", nargs="+", help="run directories or shipped models, the baseline first"
     )
     options.add_argument(
-        "--data", default="tales", help="corpus or text file; windows are from its test split"
+        "--data", default="tales", help="corpus or text file, of which the test split is read"
     )
     options.add_argument(
         "--windows", type=int, default=32, help="evenly spaced windows of each model's context"

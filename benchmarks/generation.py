@@ -6,9 +6,9 @@
     python benchmarks/generation.py --count owt-ar owt-mix1 owt-mixd   # launches and bytes on a GPU
 
 "steps" inverts every block position by position with the KV cache; "auto" takes steps or sweeps in
-every block, the cheaper, or draws the last one. With --count nothing is timed: a CPU runs one
-position of every block by the operations of an accelerator, at the vocabulary of OpenWebText, as if
-each was the last block.
+every block, whichever is cheaper, or draws the last one. With --count nothing is timed: a CPU runs
+one position of every block by the operations of an accelerator, at the vocabulary of OpenWebText,
+as if each block were the last one.
 """
 
 from argparse import Namespace
@@ -106,7 +106,7 @@ def block_position(block: Any, context: int, draws: bool, rows: int) -> Any:
 
 def count(args: Namespace) -> list[dict[str, Any]]:
     """A row for every block and decoder of presets: launches, and bytes of a position in the middle
-    of the context, shared by all rows and of each; and the ceiling of an H100 with 64 rows.
+    of the context, once for all rows and per row; and the ceiling of an H100 with 64 rows.
     """
     from dataclasses import replace
 

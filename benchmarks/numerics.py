@@ -33,7 +33,7 @@ class Library(NamedTuple):
     inverse: Callable[..., Tensor]
     dtype: torch.dtype = torch.float32
     equal_weights: bool = False
-    """It has no weights, and is measured on mixtures of equal ones."""
+    """It has no weights, so it is measured on mixtures of equal weights."""
 
 
 def libraries() -> dict[str, Library]:
@@ -54,7 +54,7 @@ def libraries() -> dict[str, Library]:
         return found
 
     def transform(mean: Tensor, log_std: Tensor) -> GaussianizationTransform:
-        # parameters come fresh from a network, so preparing them is part of the price on both sides
+        # a network makes new parameters for every call, so preparing them counts on both sides
         return GaussianizationTransform(-mean * torch.exp(-log_std), -log_std)
 
     def zuko_forward(z: Tensor, _: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def round_trip(library: Library, u: Tensor, params: list[Tensor]) -> tuple[float
 
 
 def largest_u(library: Library) -> float:
-    """Largest u up to which all come back to 1e-3, in a mixture of unit normals at -1 and 1."""
+    """The largest u that comes back to 1e-3, like all below, in unit normals at -1 and 1."""
     u = torch.linspace(0, 60, 601, dtype=library.dtype)
     zero = torch.zeros(601, 2, dtype=library.dtype)
     mean = zero + torch.tensor([-1.0, 1.0], dtype=library.dtype)
@@ -166,8 +166,7 @@ def losses(args: Namespace) -> dict[str, Contender]:
     """Forward and backward of the Mix-d loss, and of cross-entropy in recomputed chunks.
 
     Latents are drawn at the codes of the targets, whose neighbours typically are `--separation`
-    standard deviations away: 12 at the start of training, 22 in a trained model of
-    word pieces.
+    standard deviations away: 12 at the start of training, 22 in a trained model of word pieces.
     """
     from tarflowlm.flow.codebook import typical_neighbour_distance
     from tarflowlm.flow.numerics import mixture_log_prob_from_features

@@ -1,22 +1,21 @@
-"""Models of others in the shape of ours: a GPT-2 and a Llama to time, and the tables of
+"""Models by others in the shape of ours: a GPT-2 and a Llama to time, and the tables of
 docs/comparison.md.
 
     pip install flow-matching
     python benchmarks/peers.py --data tales --judge runs/judge --ours runs/mini-ar runs/mini-mixd
 
-trains two peers, measures them and the finished runs --ours in the same way, and prints a table.
-The peers:
+This trains two peers, measures them and the finished runs --ours in the same way, and prints a
+table. The peers:
 
 gpt2    GPT-2 of `transformers`, with a start token. Its likelihood is exact.
-masked  Discrete flow matching with a masked source, which is masked diffusion: path, loss and
-sampler of Meta's
-        `flow-matching` (Gat et al. 2024; licence CC BY-NC, for which reason nothing else here uses
-        it), posterior by a ModernBERT of `transformers` with attention in all directions. Its
-        generalised KL loss, averaged over t, is an upper bound on the negative log-likelihood
-        (Shaul et al. 2024; with a linear schedule that of MDLM).
+masked  Discrete flow matching with a masked source, which is masked diffusion. Path, loss and
+        sampler are from Meta's `flow-matching` (Gat et al. 2024); its licence is CC BY-NC, so
+        nothing else here uses it. The posterior is a ModernBERT of `transformers` with attention in
+        all directions. The generalised KL loss, averaged over t, is an upper bound on the negative
+        log-likelihood (Shaul et al. 2024; with a linear schedule it is MDLM's bound).
 
 Both have the width, layers and heads of mini-ar, its batches in the same order, its optimisers and
-its schedule. Options of theirs that only affect speed are set to the faster choice.
+its schedule. Their options that only affect speed are set to the faster choice.
 """
 
 import argparse
@@ -80,7 +79,7 @@ def gpt2(config: Any) -> nn.Module:
 
 
 def gated_shape(config: Any) -> dict[str, Any]:
-    """The shape of models whose MLPs have three matrices where ours has two: 2/3 as wide, in whole
+    """The shape of models with three matrices in an MLP instead of our two: 2/3 as wide, in whole
     registers.
     """
     trunk, hidden = config.trunk, 2 * config.trunk.mlp_ratio * config.trunk.width // 3
@@ -108,8 +107,8 @@ def modernbert(config: Any) -> nn.Module:
     """A ModernBERT in the shape of a `BaselineConfig`, with full attention in every layer."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    # its default of 0.02 is for width 768: at width 128 that taught nothing but frequencies of
-    # letters in 900 steps
+    # its default of 0.02 is for width 768: at width 128 it learned only the frequencies of letters
+    # in 900 steps
     options: dict[str, Any] = dict.fromkeys(
         f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep")
     )
@@ -121,12 +120,12 @@ def modernbert(config: Any) -> nn.Module:
 
 
 def training_steps(run: Any, device: torch.device) -> dict[str, Callable[[Tensor], object]]:
-    """A training step of each with AdamW and the settings of `run`: name -> function of tokens [B,
-    T].
+    """A training step of each with AdamW and the settings of `run`, by name: a function of tokens
+    [B, T].
     """
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> None:
-        # without a start vector, the first token has nothing to be predicted from
+        # without a start vector, nothing predicts the first token
         loss = F.cross_entropy(
             model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
         )
@@ -164,8 +163,8 @@ def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int]
 
 @torch.inference_mode()
 def continued(model: nn.Module, first: Tensor, length: int, vocab_size: int) -> Tensor:
-    """The tokens `first` [B, 1] and those drawn after them over a KV cache, [B, length], below
-    `vocab_size`.
+    """The tokens `first` [B, 1] and tokens below `vocab_size` drawn after them with a KV cache,
+    [B, length].
     """
     from transformers import DynamicCache
 
@@ -182,7 +181,7 @@ def continued(model: nn.Module, first: Tensor, length: int, vocab_size: int) -> 
 
 
 class Gpt2:
-    """Predicts each token from those before it and a start token."""
+    """Predicts each token from a start token and the tokens before it."""
 
     def __init__(self, config: Any) -> None:
         self.model, self.extra = (
@@ -296,8 +295,8 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
 def measure(
     name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], text: Tensor, *readers: Any
 ) -> str:
-    """Print the row of as many samples as `text` [N, T] has; returns that of the text. Readers:
-    tokenizer, judge.
+    """Print the row of samples, as many as `text` [N, T] has, and return the row of the text.
+    `readers` are a tokenizer and a judge.
     """
     start = time.perf_counter()
     samples = torch.cat([draw(len(part), text.shape[1]) for part in text.split(BATCH)])
@@ -319,7 +318,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", required=True, help="text in lower case; its splits are those of tarflowlm"
+        "--data", required=True, help="text in lower case, split as tarflowlm splits it"
     )
     parser.add_argument(
         "--judge", required=True, help="run of a baseline on another text, or one of transformers"

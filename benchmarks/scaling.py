@@ -1,7 +1,8 @@
 """The same global batch in one process and in two, by DDP and FSDP2 over gloo, one thread each.
 
-python benchmarks/scaling.py [PRESET ...]     # mini-ar and mini-mixd; a progressive preset trains
-its first stage
+    python benchmarks/scaling.py [PRESET ...]     # default: mini-ar and mini-mixd
+
+A progressive preset trains its first stage.
 """
 
 import os
@@ -46,7 +47,7 @@ def _in_process(rank: int, world: int, port: int, args: Namespace, answers: Any)
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     with launched(torch.device("cpu")) as processes:
-        # in a function, so that no model outlives the process group
+        # a function of its own, so that no model outlives the process group
         seconds = _time(args, processes)
         if processes.first:
             answers.put(seconds)

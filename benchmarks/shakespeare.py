@@ -10,10 +10,10 @@ pre-norm, no biases, exact GELU, tied output weights, AdamW (0.9, 0.99) with a w
 gradients clipped at 1, a warmup of 100 steps to 1e-3 and a cosine to 1e-4. Its README's command
 on a clone of nanoGPT gives the figure of the original.
 
-Ours get the seconds that its steps took. All train on the first nine tenths of the text and are
-measured on all of the last tenth, in windows of their own context without anything before them
-(nanoGPT's figure is the mean over 240 random windows); the flow's figure is a bound. Nothing is
-chosen by the last tenth.
+Our models train for as many seconds as its steps took. All train on the first nine tenths of the
+text and are measured on all of the last tenth, in windows of their own context without anything
+before them (nanoGPT's figure is the mean over 240 random windows). The flow's figure is a bound.
+Nothing is chosen by the last tenth.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def nanogpt_nats(model: NanoGPT, text: Tensor) -> float:
 def trained_likelihood(
     name: str, source: str, tokenizer: TokenizerConfig, seconds: float, seed: int, last: Array
 ) -> Likelihood:
-    """The likelihood of the tokens `last` under a mini model that learnt for as many seconds."""
+    """The likelihood of the tokens `last` under a mini model trained for these `seconds`."""
     run = preset(name)
     run = replace(
         run,

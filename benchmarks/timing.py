@@ -1,5 +1,4 @@
-"""Contenders timed in turn, round after round, each checkout in a process of its own; ratios and
-tables.
+"""Time contenders in turn, round after round, with a process for each checkout; ratios and tables.
 
 A slow moment of the machine affects all contenders of a round. Numbers are medians over rounds, and
 a ratio is the median of the rounds' own ratios.
@@ -23,13 +22,13 @@ WORKER = "TARFLOWLM_BENCHMARK_WORKER"  # set in the environment of the processes
 
 @dataclass
 class Contender:
-    """A call to be timed; in the parent process its times."""
+    """A call to be timed; the parent process holds its times."""
 
     call: Callable[[], object] | None
     units: int = 1  # tokens or elements per call
     info: dict[str, Any] = field(default_factory=dict)  # for the table
     seconds: list[float] = field(default_factory=list)
-    """Seconds per call in every round; below, those of the other checkout, where it has this
+    """Seconds per call in every round; below, the seconds of the other checkout, if it has this
     contender.
     """
     against: list[float] = field(default_factory=list)
@@ -58,7 +57,7 @@ def parser(description: str | None, *, rounds: int = 5, calls: int = 1) -> Argum
     """A parser with the options of all benchmarks."""
     found = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     found.add_argument(
-        "--rounds", type=int, default=rounds, help="rounds; a first one is not counted"
+        "--rounds", type=int, default=rounds, help="rounds, after one that does not count"
     )
     found.add_argument("--calls", type=int, default=calls, help="calls per timing")
     found.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -112,15 +111,13 @@ class _Worker:
 
     def _answer(self) -> Any:
         if not (line := self.process.stdout.readline()):
-            # its error, if it could print one, is above
+            # if it could print its error, that is above
             sys.exit(f"a process of the benchmark ended with status {self.process.wait()}")
         return json.loads(line)
 
 
 def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) -> None:
-    """Answer the requests of `_Worker`: the contenders first, then the seconds of each that is
-    named on stdin.
-    """
+    """Answer the requests of `_Worker`: list the contenders, then time each that stdin names."""
     import torch
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -140,8 +137,8 @@ def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) 
 
 
 def find(name: str, *modules: str) -> Any:
-    """The first `name` found in these modules of tarflowlm: checkouts differ in the places of
-    things.
+    """The first `name` found in these modules of tarflowlm, since it may be elsewhere in another
+    checkout.
     """
     for module in modules:
         try:

@@ -1,16 +1,15 @@
-"""Memory traffic of vocabulary-sized work on an accelerator, counted on a CPU, and the hours that
-follow from it.
+"""Memory traffic of vocabulary-sized work on an accelerator, counted on a CPU, and resulting hours.
 
     python benchmarks/traffic.py                 # bytes per (token, component)
     python benchmarks/traffic.py --hours         # the table of docs/scaling.md: on 1, 8, 64 H100
     python benchmarks/traffic.py --nodes         # operations compiled for a step of owt-mixd
 
-Every operation counts what it reads and writes, as kernels without fusion do; logsumexp counts five
-passes. A map that accelerators compile counts its inputs and outputs, and long rows twice, as they
-leave the registers between two sums. The accelerators' paths run on the CPU at OpenWebText's
-vocabulary. Which components matter depends on the data, so the tensors are real: random codes,
-typical neighbours `--separation` standard deviations apart, 12 as training begins and 22 in a
-trained model of word pieces.
+Every operation counts the bytes that it reads and writes, like a kernel without fusion; logsumexp
+counts five passes. A map that accelerators compile counts its inputs and outputs, and long rows
+twice, because they leave the registers between two sums. The accelerators' paths run on the CPU at
+OpenWebText's vocabulary. The components that matter depend on the data, so the tensors hold values:
+random codes with typical neighbours `--separation` standard deviations apart, 12 at the start of
+training and 22 in a trained model of word pieces.
 """
 
 import argparse
@@ -91,7 +90,7 @@ class Traffic(TorchDispatchMode):
     def count(self, name: str, inputs: Any, outputs: Any, again: int) -> None:
         read = {id(t): t for t in tree_iter(inputs) if isinstance(t, torch.Tensor)}
         written = [t for t in tree_iter(outputs) if isinstance(t, torch.Tensor)]
-        # an expanded axis is in memory once
+        # an expanded axis is only once in memory
         axes = [(t, zip(t.shape, t.stride(), strict=True)) for t in read.values()]
         size = sum(
             t.element_size() * math.prod(n for n, stride in pairs if stride) for t, pairs in axes
@@ -101,7 +100,7 @@ class Traffic(TorchDispatchMode):
         self.calls[name] += 1
 
     def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, counted as what a compiler makes of it."""
+        """`function`, counted as one compiled kernel."""
 
         def call(*args: Any) -> Any:
             with _disable_current_modes():
@@ -121,9 +120,9 @@ def as_accelerator() -> None:
 
 
 def bytes_of_couplings(config: RunConfig, stage: int) -> float:
-    """Bytes per token of the couplings of a stage, Mix-d over the vocabulary and products left out.
+    """Bytes per token of the couplings of a stage, without products and Mix-d over the vocabulary.
 
-    The blocks below run forward, the last one its density; those that train, backward too.
+    The lower blocks run forward, the last one its density. Trained blocks run backward, too.
     """
     as_accelerator()
     model = replace(config.model_of_stage(stage).first_blocks(stage + 1), vocab_size=64)
@@ -234,7 +233,7 @@ def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, A
             for world in (1, 8, 64):
                 tokens = config.train.batch_size * context / world
                 work_seconds = tokens * (flops / FLOPS + traffic / BYTES)
-                # a gradient of 0.12 B float32 numbers is averaged while two thirds of the work run
+                # a gradient of 0.12 B float32 numbers is averaged during two thirds of the work
                 average = 0 if world == 1 else 2 * 4 * 0.12e9 / (WITHIN if world <= 8 else ACROSS)
                 seconds = work_seconds + OVERHEAD + max(0, average - 2 / 3 * work_seconds)
                 if world == 8:
@@ -248,8 +247,8 @@ def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, A
 
 
 def nodes() -> list[dict[str, Any]]:
-    """Operations (aten nodes) of all graphs that steps of `owt-mixd` compile, by sequences; small,
-    but as deep.
+    """Operations (aten nodes) of all graphs that steps of `owt-mixd` compile, by sequences; the
+    model is as deep, but small.
     """
     from functools import partial
 

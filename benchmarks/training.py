@@ -1,4 +1,4 @@
-"""Speed of a training step of presets, over that of the first one.
+"""Speed of a training step of presets, as a ratio to the first one.
 
     python benchmarks/training.py                             # the presets of the mini size
     python benchmarks/training.py mini-ar mini-mixd --against ../other-checkout
@@ -143,7 +143,7 @@ def main() -> None:
         "--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape"
     )
     args = options.parse_args()
-    found = run(build, args)  # the processes that work, here and in an older checkout, end there
+    found = run(build, args)  # the working processes, here and in an older checkout, end in here
     from tarflowlm.evaluation.flops import peak_flops
 
     first, rows = next(iter(found.values())), []
