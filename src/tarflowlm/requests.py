@@ -97,7 +97,7 @@ class Sampling(Checked):
     top_k: Annotated[Count | None, arg("INT")] = None
     """Keep the k most probable tokens."""
     top_p: Annotated[TopP | None, arg("FLOAT")] = None
-    """Keep the smallest set of tokens that holds this probability."""
+    """Keep the fewest tokens that together have at least this probability."""
     min_p: Annotated[Share | None, arg("FLOAT")] = None
     """Keep the tokens whose probability is at least this times the largest one."""
     particles: Annotated[Count | None, arg("INT")] = None
@@ -187,7 +187,7 @@ class Writing(Sampling, Request):
     includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12.
     """
     blank: Annotated[str, arg("CHARACTER")] = "_"
-    """Character that marks a blank in the template; after a backslash it is itself."""
+    """Character that marks a blank in the template; a backslash before it makes it plain text."""
     without: Annotated[str, arg("LETTERS")] = ""
     """Draw no token with these letters, small or capital. Given text may have them."""
     contains: options.Text = None
