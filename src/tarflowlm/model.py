@@ -4,7 +4,7 @@
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -87,15 +87,11 @@ class LanguageModel(nn.Module):
         codebook and the first `frozen` blocks get no gradient where that is above 0.
         """
 
-    def blocks_from(self, first: int) -> Iterable[nn.Module]:
-        """The modules that train when the first `first` blocks are frozen."""
-        return (self,)
-
     def train_only(self, block: int) -> None:
         """Make only block `block` (0-based) trainable; 0 includes the codebook."""
         if block > 0:
             self.requires_grad_(False)
-            next(iter(self.blocks_from(block))).requires_grad_(True)
+            as_flow(self).prior.block(block).requires_grad_(True)
         for parameter in self.parameters():
             # in a head with a single group: it would never get a gradient
             if not parameter.numel():
@@ -316,9 +312,6 @@ class TarFlowLM(LanguageModel):
         """What a position has, in equal parts for its tokens."""
         patch = self.config.patch
         return x if patch == 1 else x.repeat_interleave(patch, dim=1) / patch
-
-    def blocks_from(self, first: int) -> Iterable[nn.Module]:
-        return self.prior.blocks[first:] if first else (self,)
 
 
 def as_flow(

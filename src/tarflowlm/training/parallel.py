@@ -62,9 +62,8 @@ def parallelise(
     Under FSDP2 the trained parameters of `model` are sharded in place. If `compiled`, every
     Transformer layer is, layers of one shape sharing a graph, and the maps of every coupling.
     """
-    trained = [layer for part in model.blocks_from(frozen) for layer in layers_of(part)]
     for layer in layers_of(model):
-        is_trained = layer in trained
+        is_trained = any(parameter.requires_grad for parameter in layer.parameters())
         layer.keeps_activations = not (train.checkpoint_activations and is_trained)
         layer.dropout = train.dropout if is_trained else 0.0
         if compiled:
