@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
             self.requires_grad_(False)
             as_flow(self).prior.block(block).requires_grad_(True)
         for parameter in self.parameters():
-            # in a head with a single group: it would never get a gradient
+            # parameters without elements, as in a head of one group, would never get a gradient
             if not parameter.numel():
                 parameter.requires_grad_(False)
 
@@ -136,8 +136,8 @@ def check_tokens(
 ) -> None:
     """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
 
-    [B, T] holds at most a context of tokens; one text [T] may have any length. The host would wait
-    for values on an accelerator: these are not checked.
+    [B, T] holds at most a context of tokens; one text [T] may have any length. Values on an
+    accelerator are not checked, because the host would wait for them.
     """
     check_model(model)
     check_integers(tokens, name, shape)
@@ -172,7 +172,7 @@ class ElboTerms:
     """log|det J_l| of every block, block 1 first."""
 
     def of_texts(self) -> "ElboTerms":
-        """The terms [B] of texts from those of their tokens."""
+        """The terms [B] of texts, each the sum over its tokens."""
         log_dets = tuple(log_det.sum(-1) for log_det in self.log_dets)
         reconstruction, log_q, base = self.reconstruction, self.log_q, self.base
         return ElboTerms(reconstruction.sum(-1), log_q.sum(-1), base.sum(-1), log_dets)
@@ -208,7 +208,7 @@ class TarFlowLM(LanguageModel):
     config: FlowConfig
 
     def __init__(self, config: FlowConfig, *, means: Tensor | None = None) -> None:
-        """`means` [V, d] spare the search for well separated ones where weights are loaded."""
+        """`means` [V, d] spare the search for well separated ones if weights are loaded later."""
         super().__init__(config)
         self.codebook = Codebook(
             config.vocab_size, config.latent_dim, separation=config.separation, mean=means
@@ -226,7 +226,7 @@ class TarFlowLM(LanguageModel):
         return self.prior.block(0)
 
     def append_block(self) -> FlowBlock:
-        """Build the next block; one below it with `certainty` then only fills in (eq. 9a)."""
+        """Build the next block. A block with `certainty` below it then only fills in (eq. 9a)."""
         config, index = self.config, self.num_blocks
         options = config.blocks[index]
         shape = block_shape(config, index, self.codebook)
@@ -309,7 +309,7 @@ class TarFlowLM(LanguageModel):
         return nats if per_token else nats.sum(-1)
 
     def _by_token(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B T"]:
-        """What a position has, in equal parts for its tokens."""
+        """The value of each position, in equal parts for its tokens."""
         patch = self.config.patch
         return x if patch == 1 else x.repeat_interleave(patch, dim=1) / patch
 

@@ -75,7 +75,7 @@ class LanguageModelConfig(Checked):
 
     @property
     def continues_exactly(self) -> bool:
-        """Whether the states of a prompt in all blocks are known before what follows it."""
+        """Whether the states of a prompt are known in all blocks before the rest is written."""
         return False
 
     @property
@@ -143,11 +143,11 @@ class ChannelBlock(BlockConfig):
     """A block whose coupling acts channel by channel."""
 
     sees_channels: bool = True
-    """Let the head of a channel see the channels before it; without, the past alone."""
+    """Let the head of a channel see the channels before it; False: only the past."""
     sees_tokens: bool = True
-    """Let it see those of all tokens of its patch; without, only those of its own group of d
-    channels, which is its token where channels are not mixed (the paper's figure 1b), and where
-    they are has channels of several tokens (figure 1c).
+    """Let it see the channels of all tokens of its patch; False: only channels of its own group
+    of d. Without mixed channels a group is a token (the paper's figure 1b); with them it has
+    channels of several tokens (figure 1c).
     """
 
 
@@ -168,7 +168,7 @@ class TokenAffine(BlockConfig):
     coupling: ClassVar[str] = "token-affine"
     implementation = "tarflowlm.flow.channelwise:AffineCoupling"
     sees_tokens: bool = True
-    """Let the head of a token see the tokens before it in its patch; without, the past alone."""
+    """Let the head of a token see the tokens before it in its patch; False: only the past."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ def coupling(
         if known and getattr(known.implementation, "__qualname__", "") != kind.__qualname__:
             raise UserError(f"coupling {name!r} exists already: choose another name")
         own = {"section": f"{name}.", "coupling": name, "implementation": kind}
-        # the class holds it, since a class knows its subclasses weakly
+        # the class keeps it alive, since a class knows its subclasses only weakly
         kind.options = type(options.__name__, (options,), own)  # type: ignore[attr-defined]
         return kind
 
@@ -262,7 +262,7 @@ class FlowConfig(LanguageModelConfig):
     head_hidden: Count = 64
     """Hidden units per channel of that head (D_m / 2 in the paper)."""
     channel_mix: bool | None = True
-    """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
+    """Reorder channels to [even, odd] between blocks; None: only if P > 1, as in the paper."""
     alternate: bool = True
     """Let every second block run right to left, as in the paper."""
     reads_tokens: bool = False

@@ -91,7 +91,7 @@ def log_importance_weights(
 ) -> Float[Tensor, "S B"]:
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
-    With `given` > 0 they weigh the tokens after the first `given`, conditional on these
+    With `given` > 0 they are weights of the tokens after the first `given`, conditional on these
     (`conditional_bound`). The baseline gives one row, its exact log p(x).
     """
     samples = checked(samples, Count, "samples")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in at least float32: bfloat16 and float16 are converted, others returned as they are."""
+    """x in at least float32: bfloat16 and float16 are converted, others returned unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -28,7 +28,7 @@ def wide_dtype(like: Tensor) -> torch.dtype:
 def is_eager_cpu(like: Tensor) -> bool:
     """Whether `like` is on a CPU, where branching on data is free and buffers are reused.
 
-    False while torch.compile traces: it can follow neither, and takes the path of accelerators.
+    False while torch.compile traces, which can follow neither and takes the accelerators' path.
     """
     return like.device.type == "cpu" and not torch.compiler.is_compiling()
 

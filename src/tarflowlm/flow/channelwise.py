@@ -1,6 +1,6 @@
 """Couplings channel by channel, or group by group, with parameters from an autoregressive head.
 
-Inside a position the forward map is parallel, the inverse walks from group to group.
+Inside a position the forward map is parallel, and the inverse goes from group to group.
 """
 
 from abc import abstractmethod

@@ -1,6 +1,4 @@
-"""Couplings: invertible maps of one position, with parameters predicted from features of the
-earlier positions.
-"""
+"""Couplings: invertible maps of one position, whose parameters depend on the earlier positions."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator
@@ -25,7 +23,7 @@ AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
 
 Inverter = Callable[..., Tensor]
-"""`Coupling.invert` with the weights of the network as they were when it was made."""
+"""`Coupling.invert` with a copy of the weights that the network had when it was made."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class Conditional:
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
     """z_g [B, C/G] to u_g [B, C/G], and log|det du_g/dz_g| [B] in nats."""
     inverse: Callable[[Tensor, AdjustWeights | None, Tensor | None], Tensor]
-    """u_g to z_g, in Mix-d with weights to adjust. With uniform numbers [B] too, of a normal u_g
-    any draw of z_g (eq. 18d).
+    """u_g to z_g; Mix-d can adjust its weights. With uniform numbers [B] and a normal u_g it may
+    instead draw z_g (eq. 18d).
     """
 
 
@@ -108,7 +106,7 @@ class Coupling(nn.Module):
         return torch.cat(z, -1)
 
     def inverter(self) -> Inverter:
-        """`invert` for many positions, with the weights as they are now."""
+        """`invert` for many positions, with the present weights."""
         return self.invert
 
 
@@ -119,6 +117,6 @@ def couplings_of(module: nn.Module) -> list[Coupling]:
 def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
     """Indices [...] where the CDF of the log-weights [..., K] reaches `uniform` [...]."""
     cumulative = log_w.softmax(-1, dtype=uniform.dtype).cumsum(-1)
-    # above zero, where the first index may have no probability; NaN is found after the last
+    # at zero the first index would be found, even without probability; NaN is found after the last
     wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
     return torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=log_w.shape[-1] - 1)

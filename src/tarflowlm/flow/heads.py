@@ -34,7 +34,7 @@ def bounded_log_std(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShape:
-    """The sizes of a head, and what a group sees of its own position."""
+    """The sizes of a head, and which parts of its position a group sees."""
 
     width: int
     """Features per position, D."""
@@ -46,11 +46,11 @@ class HeadShape:
     embed_bias: bool = False
     """Give the embeddings a bias, as in the paper's head, which has no linear paths."""
     autoregressive: bool = True
-    """Let a group see the earlier groups of its position, or the features alone."""
+    """Let a group see the earlier groups of its position; False: only the features."""
     noise: float = 0.1
     """Size of the outputs at the start, next to their biases."""
     tokens: Tensor | None = None
-    """The token [G] of every group, which then sees the groups of the same number alone."""
+    """The token [G] of every group; with it a group sees only groups of its own token."""
 
 
 class AutoregressiveHead(nn.Module):

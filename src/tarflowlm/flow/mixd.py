@@ -74,7 +74,7 @@ class MixDCoupling(Coupling):
         # in a tuple, so that the encoder's parameters are not registered a second time
         self._tied = (tied,)
         self.is_tied = isinstance(tied, Codebook)
-        """Whether every token is a mixture of the encoder's codebook, and of nothing else."""
+        """Whether every token is a mixture of the encoder's codebook alone."""
         self.weight_head = nn.Linear(width, self.components.vocab_size)
         nn.init.zeros_(self.weight_head.weight)
         nn.init.zeros_(self.weight_head.bias)

@@ -91,7 +91,7 @@ class NoisyCodebook:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What a coupling is built from, besides its own options."""
+    """The shape of a block, from which a coupling is built besides its own options."""
 
     patch: int
     """Tokens P of a position."""
@@ -118,14 +118,14 @@ def block_shape(config: FlowConfig, index: int, codebook: Codebook) -> BlockShap
         features=config.head_features,
         linear_paths=config.head == "linear-paths",
         embed_bias=config.head == "paper",
-        # a block that is put on a trained stack must not harm it: it starts as the identity
+        # a new block must not harm the trained stack below it: it starts as the identity
         noise=0.1 if index == 0 else 0.0,
     )
     return BlockShape(
         patch=config.patch,
         latent_dim=config.latent_dim,
         is_first=index == 0,
-        # a block that fills in puts out noise, or latents as they came
+        # a block that fills in puts out noise, or unchanged latents
         components=NoisyCodebook(codebook) if config.fills_below(index) else codebook,
         head=head,
     )

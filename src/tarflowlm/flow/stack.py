@@ -18,8 +18,8 @@ from tarflowlm.model_config import TransformerConfig
 class FlowBlock(Conditioner):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
-    Position n, in the block's own order, is transformed with parameters that depend on those before
-    it. The order is undone on output, so the codebook can decode every state.
+    Position n, in the block's own order, is transformed with parameters that depend on the
+    positions before it. The order is undone on output, so the codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
     embedding of the tokens that the latents decode to.
@@ -146,7 +146,7 @@ class Prior(nn.Module):
         return self.patch.inverse(h)
 
     def log_prob(self, z: Float[Tensor, "B T d"], *, above: int = 0) -> Float[Tensor, " B"]:
-        """log p(z), in nats; with `above` of z as the state h^(above) under the blocks above it."""
+        """log p(z), in nats; with `above` z is the state h^(above), under the blocks above it."""
         first, *rest = (part.sum(-1) for part in self.log_prob_parts(z, above=above))
         return sum(rest, start=first)
 

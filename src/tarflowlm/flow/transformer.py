@@ -1,6 +1,6 @@
 """Causal Transformer, which maps vectors to features and knows nothing of flows, and its KV cache.
 
-`KVCache` runs it in few operations: their number sets the time of sampling with a small model.
+`KVCache` runs it in few operations, because their number sets the speed of small models.
 H heads have the width E = D / H; N counts new positions.
 """
 
@@ -29,7 +29,7 @@ def rotary_tables(positions: Tensor, num_heads: int, head_width: int) -> tuple[T
     even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     exponent = even / head_width
     angle = positions.float()[:, None, None] * torch.exp(-math.log(ROTARY_BASE) * exponent)
-    # repeated for every head: the product with a batch then reads contiguous memory
+    # repeated for every head, so that the product with a batch reads contiguous memory
     cos, sin = (part.expand(-1, num_heads, -1) for part in (angle.cos(), angle.sin()))
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -167,7 +167,7 @@ def _by_inputs(weight: Tensor) -> Tensor:
 
 
 class KVCache:
-    """A Transformer with the weights that it has now, and the keys and values of past positions.
+    """A Transformer with its present weights, and the keys and values of past positions.
 
     For `batch` rows of `capacity` positions, with the dtype and device of `like`; without a graph.
     """
@@ -216,7 +216,7 @@ class KVCache:
         with torch.inference_mode():
             features = self._layers(x.to(self.norm.dtype)).to(x.dtype)
         self.length += x.shape[1]
-        # a copy may go where a graph is built
+        # the copy may enter a graph
         return features if torch.is_inference_mode_enabled() else features.clone()
 
     def _layers(self, x: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class InputMap(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """A Transformer that reads a learned start vector, and then what is before each position.
+    """A Transformer that reads a learned start vector, and then the values before each position.
 
     `past` are latents [B, n, C] or tokens [B, n P].
     """
@@ -321,6 +321,6 @@ class Conditioner(nn.Module):
     ) -> Float[Tensor, "B next D"]:
         """Features of the positions after the cached ones, from `past` before them.
 
-        `first`: from the first position of the sequence on, one more than `past` has.
+        `first`: begin at the first position of the sequence; then there is one more than in `past`.
         """
         return cache.extend(self._inputs(cache.embed, past, first))

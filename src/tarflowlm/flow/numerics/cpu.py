@@ -1,8 +1,8 @@
 r"""Every map on a CPU, chunk by chunk in linear space.
 
 The smaller tail's mass is a sum of positive terms, each right to an ulp or two, so it keeps its
-*relative* precision down to the smallest normal number. Rows that get near that number (`SMALLEST`)
-are repeated in float64, and where that ends too, in log space by `reference`: `with_wider`.
+*relative* precision down to the smallest normal number. `with_wider` repeats rows that get near
+that number (`SMALLEST`) in float64, and beyond its range in log space by `reference`.
 
 Standardised values are scaled by sqrt(1/2) before they reach erfc and `density_into`, and constant
 factors come last:
@@ -10,9 +10,9 @@ factors come last:
     Q(a) = erfc(a sqrt(1/2)) / 2,        N(a; 0, 1) = exp(-(a sqrt(1/2))^2) / sqrt(2 pi)
 
 Inverses take a fixed number of steps inside an exact bracket. Bisection shrinks the bracket of
-docs/math.md, eq. 20, to the scale of the narrowest component. Then Newton steps finish. All is
-mirrored to u >= 0 as in `reference`. A handful of mixtures, as in sampling one position at a time,
-go another way first: `few_rows`.
+docs/math.md, eq. 20, to the scale of the narrowest component. Then Newton steps finish. Everything
+is mirrored to u >= 0 as in `reference`. For a handful of mixtures, as in sampling one position at a
+time, `few_rows` is tried first.
 """
 
 import math
@@ -85,7 +85,7 @@ class Workspace:
         self.zero = torch.zeros((), dtype=dtype)
 
     def __call__(self, index: int, rows: int) -> Tensor:
-        """Buffer `index` as a contiguous chunk of `rows`, with whatever was left there."""
+        """Buffer `index` as a contiguous chunk of `rows`, with its last values still in it."""
         flat = self._buffers[index][: self._num_components * rows]
         shape = (-1, rows) if self.axis == 0 else (rows, self._num_components)
         return flat.view(shape)
@@ -144,7 +144,7 @@ def with_wider(
 ) -> None:
     """Repeat in float64 the rows of `found` whose `size` [n] is below `SMALLEST`, or NaN.
 
-    They become path(z, *params, *rest), or if `found` is float64 already, what `last` gives: the
+    They become path(z, *params, *rest), or if `found` is float64 already, the result of `last`, the
     same map of `reference`.
     """
     limit = SMALLEST[size.dtype]
@@ -360,7 +360,7 @@ def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tens
             break
         a = (z_i[:, None] - center) * inv_std
         log_alpha = torch.log_softmax(bayes_update(log_alpha, a, log_std), -1)
-        # certainty is looked into when half the rows, or all of a few, have nearly reached it
+        # check for certainty once half the rows, or all of a few, have nearly reached it
         enough = len(u) if len(u) <= 64 else len(u) // 2
         if (log_alpha.amax(-1) > -1e-5).sum() < enough:
             continue
@@ -394,5 +394,5 @@ def _from_one_component(
     others = log_odds.scatter_(1, index, -torch.inf).exp_().sum(1)
     float_ = torch.finfo(u.dtype)
     limit = float_.eps / 4 * upper_tail(u.abs())
-    # where e_i may have underflowed, nothing is known about it
+    # an e_i that may have underflowed tells nothing
     return z, ((others <= limit) & (limit > float_.tiny / float_.eps)).all(-1)

@@ -10,11 +10,11 @@ it needs. Mix-d takes these steps per channel; scalar mixtures take the first tw
 3. Bayes' rule. Components with next to no posterior mass are *dropped*. With one left, the rest is
    z = mu_k + s_k u.
 
-Let e be an upper bound on the posterior mass of what was dropped. A channel that is found at z
-multiplies e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the others. The
+Let e be an upper bound on the posterior mass of all dropped components. A channel that is found at
+z multiplies e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the others. The
 mixture's CDF is off by at most e, so e must stay below half an ulp of the smaller tail of u_i. A
-row where it does not is *left out*, to the general path, like a row with values that are not
-finite.
+row where it does not is *left out*, like a row with values that are not finite: the general path
+takes it.
 """
 
 from ctypes import c_float
@@ -30,7 +30,7 @@ from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_
 # These decide what is exact.
 
 _DROPPED = 1e-40
-"""Posterior mass of a component that is dropped, with room to grow in the channels that follow."""
+"""Largest posterior mass of a dropped component; there is room for it to grow in later channels."""
 _FAR = 100.0
 """A component whose density is below exp(-100) of the nearest one's is dropped. A row in which the
 nearest one's is below exp(-100) of its largest value is left out.
@@ -46,10 +46,10 @@ _SMALLEST_TAIL = 1e-285
 _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
 """The range in which Q^-1 is finite."""
 
-# These only decide which way is the fastest. They were measured, and matter to a factor of two.
+# These only decide which way is the fastest. They were measured, and are right to a factor of two.
 
 _CALL = 12
-"""Components that cost as much as the calls of a step."""
+"""The calls of a step cost as much as this many components."""
 ONE_BY_ONE = 320
 """Visits of one step in all rows, N (K + `_CALL`), up to which scalar mixtures go one by one."""
 PATIENCE = 12_000
@@ -83,7 +83,7 @@ def _scales(std: list[float], dtype: torch.dtype) -> _Scales | None:
 def rosenblatt_inverse(
     u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor
 ) -> tuple[Tensor, list[int]]:
-    """z [N, d], and the rows that were left out, where z is NaN."""
+    """z [N, d], and the rows that were left out, whose z is NaN."""
     num_rows, dim = u.shape
     found = [[nan] * dim] * num_rows
     left = list[int]()
@@ -138,7 +138,7 @@ def _row(
                 live.sort(key=mean.__getitem__)
             x, steps = _solve(u, live, weight, mean, scales)
             visits += steps * (len(live) + _CALL)
-        if is_single:  # the channels that follow are conditioned on what is returned
+        if is_single:  # later channels are conditioned on the value that is returned
             x = c_float(x).value
         z.append(x)
         if len(z) == len(noise):
@@ -240,7 +240,7 @@ def mixture_cdf_inverse(
 
 
 def _row_by_row(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, list[int]]:
-    """z [N], NaN where it is left out, and these rows."""
+    """z [N], and the rows that were left out, whose z is NaN."""
     found = list[float]()
     for y, w, m, s in zip(*(t.tolist() for t in (u, weight, mean, std)), strict=True):
         z = nan
@@ -248,7 +248,7 @@ def _row_by_row(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[T
         scales = _scales(s, u.dtype)
         # written so that NaN is left out
         if scales and tail > _SMALLEST_TAIL and isfinite(sum(m)):
-            # what is dropped amounts to an eighth of a rounding of the tail at most
+            # dropped components amount to at most an eighth of a rounding of the tail
             least = 0.125 * scales.eps * tail / len(w)
             live = sorted([k for k, share in enumerate(w) if share > least], key=m.__getitem__)
             if live:

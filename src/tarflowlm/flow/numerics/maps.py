@@ -1,7 +1,7 @@
 r"""The implementations of the maps of mixtures: on a CPU, on accelerators, and compiled there.
 
-A CPU takes `CPU`, in linear space. An accelerator takes those that it is given: `REFERENCE` in log
-space, or `COMPILED`, which are the same by torch.compile.
+A CPU takes `CPU`, in linear space. An accelerator takes the given maps: `REFERENCE` in log space,
+or `COMPILED`, which are the same by torch.compile.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Maps(NamedTuple):
     rosenblatt: Callable[..., tuple[Tensor, Tensor]]
     rosenblatt_inverse: Callable[..., Tensor]
     budget: Callable[[int], int]
-    """From the elements of a row to those that a tensor may have."""
+    """From the elements of a row to the most elements of a tensor."""
 
 
 def _held(elements_per_row: int) -> int:
@@ -36,7 +36,7 @@ def _held(elements_per_row: int) -> int:
 
 
 compiled = cache(torch.compile)
-"""A function by torch.compile, which keeps what is between its operations out of memory."""
+"""A function by torch.compile, which keeps intermediate results out of memory."""
 
 
 def fused(function: Callable[..., Result], *tensors: Tensor) -> Result:
@@ -50,7 +50,7 @@ CPU = Maps(
     cpu.mixture_cdf_inverse,
     cpu.mixture_log_density,
     cpu.mixture_backward,
-    # measured: a sweep is fastest in chunks four times those that stay in the cache
+    # measured: a sweep is fastest in chunks four times as large as the cache
     partial(
         sweep.rosenblatt, budget=lambda k: 4 * cpu.budget(k), of_channel=sweep.channel_in_place
     ),

@@ -9,8 +9,8 @@ Mix-d goes channel by channel, with weights updated by Bayes' rule (docs/math.md
     alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
     alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
-Differs from the paper's algorithm 1: the weights are logarithms. `maps` are those that an
-accelerator takes; a CPU has its own.
+Differs from the paper's algorithm 1: the weights are logarithms. `maps` are for accelerators; a CPU
+has its own.
 """
 
 from collections.abc import Callable
@@ -139,8 +139,8 @@ def first_derivatives_only() -> None:
 class _Differentiable(Function):
     """compute(*inputs) as a tuple; its backward is gradients(*inputs, *outputs, *cotangents).
 
-    Inputs and outputs are all that is saved. Gradients of an input that rows share, [1, K], are
-    summed over the rows.
+    Only inputs and outputs are saved. Gradients of an input that rows share, [1, K], are summed
+    over the rows.
     """
 
     @staticmethod
@@ -221,7 +221,7 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     if num_components == 0 or len(counts) > 1:
         raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     if z.ndim == 1 and all(p.shape == (len(z), num_components) for p in params):
-        # as they come: a step of a sampler calls with so few rows that every view counts
+        # unchanged: a sampler's step has few rows, so every view would cost time
         return z.shape, z, list(params)
     shape = torch.broadcast_shapes(z.shape, *(p.shape[:-1] for p in params))
     rows = shape.numel()
@@ -245,7 +245,7 @@ def flatten_vectors(
     if log_w.shape[-1] != mean.shape[0]:
         raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
     if z.ndim == 2 and log_w.shape[:-1] == z.shape[:-1]:
-        return z.shape[:1], z, log_w  # as they come
+        return z.shape[:1], z, log_w  # unchanged
     shape = torch.broadcast_shapes(z.shape[:-1], log_w.shape[:-1])
     z, log_w = (t.expand(*shape, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (z, log_w))
     return shape, z, log_w

@@ -4,8 +4,8 @@ With b the component nearest to z, every k with
 
     log N_k(z) < log N_b(z) - R,    R = `reach`
 
-may be left out: it vanishes in the rounding of sum_k N_k(z). It also vanishes from
-sum_k w_k N_k(z), unless all components near z have weights below exp(-ROOM).
+may be left out, because it vanishes in the rounding of sum_k N_k(z). It also vanishes in the
+rounding of sum_k w_k N_k(z), unless all components near z have weights below exp(-ROOM).
 """
 
 import math
@@ -21,11 +21,11 @@ from tarflowlm.flow.numerics.normal import component_factors, point_factors
 FEWEST = 64
 """With fewer components, none is left out."""
 LARGEST_SHARE = 1 / 32
-"""Where more are near, all are taken: one pair costs as much as 30 elements of an [N, K] tensor."""
+"""If more are near, all are taken: one pair costs as much as 30 elements of an [N, K] tensor."""
 MOST = 16
-"""The same on an accelerator, in pairs per row: one takes the memory of a row of the head."""
+"""The same on an accelerator, in pairs per row: a pair takes the memory of a row of the head."""
 ROOM = 18.0
-"""The share of a sum that has to be right, of a token or a tail, may be as small as exp(-ROOM)."""
+"""A share of a sum, of a token or a tail, has to be right down to exp(-ROOM)."""
 
 
 def log_rounding(dtype: torch.dtype) -> float:
@@ -98,7 +98,7 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Pairs | None:
                 room -= len(pairs)
                 if room < 0 or not lowest.isfinite().all():
                     return None
-            else:  # -1 after the last pair; some more, as the last chunk may be short
+            else:  # -1 after the last pair; with some room, as the last chunk may be short
                 space = int(most * (len(lowest) + MOST))
                 pairs = torch.nonzero_static(is_near, size=space, fill_value=-1)
                 fits.append((pairs[-1, 1] < 0) & lowest.isfinite().all())

@@ -26,7 +26,7 @@ SQRT_HALF = math.sqrt(0.5)
 INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 LARGEST = {torch.float32: 9.0, torch.float64: 26.4}
 """Bound for standardised values over sqrt 2: on a CPU, exp and erfc are 30 to 80 times slower where
-they underflow. What is left at the bound (4e-37, 4e-305) vanishes next to what is exact.
+they underflow. Their values at the bound (4e-37, 4e-305) vanish next to exact ones.
 """
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1, for the same reason. It adds 1e-22 (1e-44) each."""
@@ -77,8 +77,8 @@ def upper_quantile(q: Tensor) -> Tensor:
 def upper_quantile_of_log(log_q: Tensor) -> Tensor:
     """x with Q(x) = exp(log_q), elementwise, for log_q <= 0, however small; -inf gives inf.
 
-    Newton steps on log Q(x) - log q, which is concave, so that no step takes a wrong branch, on the
-    side of the smaller tail.
+    Newton steps on the side of the smaller tail. log Q(x) - log q is concave, so no step takes a
+    wrong branch.
     """
     is_larger = log_q > -math.log(2.0)
     log_q = torch.where(is_larger, torch.log1p(-torch.exp(log_q)), log_q)

@@ -57,7 +57,7 @@ def mixture_backward(
 ) -> Gradients:
     r"""Gradients of z, log_w, mean, log_std, from the cotangent g_p of log p = log F'(z).
 
-    `noise` is u, log_det = log du/dz and the cotangent g_u of u, where u has one.
+    `noise` is u, log_det = log du/dz and the cotangent g_u of u, if u has one.
 
     With r_k = w_k N_k(z) / p (responsibilities), t_k the k-th component's mass beyond z on the
     smaller side sigma = +-1, T = sum_k w_k t_k, and H = g_u du/dz:
@@ -129,7 +129,7 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
 
 
 def rounding(low: Tensor, high: Tensor) -> Tensor:
-    """By how much rounding may put values out of the bracket in which a search begins, [N]."""
+    """How far rounding may put values outside the bracket in which a search begins, [N]."""
     return torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(low.dtype).eps)
 
 

@@ -5,12 +5,12 @@ As z is known, every component has weights of its own, and channel i takes three
     alpha_k^(i) = w_k prod_{j<i} N(z_j; mu_kj, s_k^2)
     T_i = sum_k alpha_k^(i) Q(+-(z_i - mu_ki) / s_k) / sum_k alpha_k^(i),   u_i = +-Q^-1(T_i)
 
-with the sign of the smaller tail. The weights are held relative to those of the component b that is
-nearest to z. It is known in advance how far the weight of b falls by the last channel, and how
-large a density any component can reach in a channel: one that is `near.reach` below can never
-matter again. Once few components are left, the sums are over pairs of a row and a component.
+with the sign of the smaller tail. Weights are relative to the weight of b, the component nearest to
+z. It is known in advance how far the weight of b falls by the last channel, and how large a density
+any component can reach in a channel. So a component that is `near.reach` below can never matter
+again. Once few components are left, the sums are over pairs of a row and a component.
 
-Rows where a tail is below exp(-ROOM) are left to `reference`.
+`reference` takes the rows with a tail below exp(-ROOM).
 """
 
 import math
@@ -53,8 +53,7 @@ def rosenblatt(
         with full_precision(z):
             tail, side, log_p[rows] = _tails(z[rows], log_w[rows], mean, log_std, of_channel)
         u[rows] = side * normal.upper_quantile_of_log(torch.log(tail))
-        # a tail's side is a guess: up to 0.95, 1 - T is still exact; negated, so that NaN is left
-        # to the general path
+        # a tail's side is a guess: up to 0.95, 1 - T is still exact; NaN is never in range
         in_range = (tail >= math.exp(-near.ROOM)) & (tail <= 0.95)
         rest = (~(in_range.all(-1) & torch.isfinite(log_p[rows]))).nonzero().squeeze(-1)
         if len(rest):
@@ -76,10 +75,10 @@ def _tails(
     points = normal.point_factors(z).float()
     best = (points @ normal.component_factors(mean, log_std).float().T).argmax(-1)
     scaled = torch.exp(-log_std) * normal.SQRT_HALF
-    # by how much the log-weight of b falls in every channel, log(2 pi) / 2 left out
+    # how far the log-weight of b falls in every channel, without log(2 pi) / 2
     falls = ((z - mean[best]) * scaled[best, None]).square().add_(log_std[best, None])
     fall = falls.sum(-1, keepdim=True)
-    # how much more it falls after a channel than that of the sharpest component at its mean
+    # how much further it falls after a channel than a sharpest component at its mean would
     channels_left = torch.arange(dim - 1, -1, -1, device=z.device)
     rests = fall - falls.cumsum(-1) - channels_left * log_std.amin()
     log_alpha = torch.log_softmax(log_w, -1)
@@ -92,7 +91,7 @@ def _tails(
         tail[:, i], side[:, i], log_alpha = of_channel(*now)
         if len(mean) >= near.FEWEST and 2 <= i < dim - 1:
             alive = log_alpha >= -(rests[:, i, None] + near.reach(z.dtype, len(mean)))
-            # no tensor over pairs and channels is then larger than one over rows and components
+            # then no tensor over pairs and channels is larger than one over rows and components
             if alive.sum() * (dim - i) <= alive.numel():
                 rows, components = alive.nonzero().unbind(-1)
                 pairs = Pairs(rows, components, len(z))
@@ -117,7 +116,7 @@ def channel(
     """A `Channel` for a compiler: sums, no products."""
     alpha = torch.exp(log_alpha)
     total = alpha.sum(-1)
-    # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
+    # the tail beyond z, seen from the mixture's mean, is usually the smaller one
     side = torch.where(z * total < (alpha * mean).sum(-1), -1.0, 1.0).to(z.dtype)
     a = (z[:, None] - mean) * scaled
     tail = 0.5 * (alpha * torch.erfc(side[:, None] * a)).sum(-1) / total
@@ -135,7 +134,7 @@ def channel_in_place(
     sign = side[:, None]
     a = torch.addcmul(sign * z[:, None], sign, mean, value=-1.0).mul_(scaled)
     log_alpha.addcmul_(a, a, value=-1.0)
-    # adds fall - log_std, a row's and a component's number, as a product in one pass
+    # fall - log_std, a number of the row and one of the component, is added as one product
     rows = torch.stack((fall, torch.ones_like(total)), -1)
     log_alpha.addmm_(rows, torch.stack((ones, -log_std)))
     return 0.5 * alpha.mul_(clamp_(a).erfc_()).sum(-1) / total, side, log_alpha
@@ -169,7 +168,7 @@ def _tails_of_pairs(
 def rosenblatt_inverse(
     u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, scalar: Callable[..., Tensor]
 ) -> Tensor:
-    """z [N, d], as `reference.rosenblatt_inverse`, of a few components where these will do."""
+    """z [N, d], as `reference.rosenblatt_inverse`, from a few components where these are enough."""
     book = mean, log_std, scalar
     z = torch.empty_like(u)
     for rows in chunks.row_ranges(len(u), len(mean), chunks.HELD_ACCELERATOR):
@@ -188,8 +187,8 @@ def by_heaviest(
 ) -> tuple[Tensor, Tensor]:
     """z [N, d] of the K / n heaviest components from channel i on, for every i: n of `CUTS`.
 
-    z is right where [N] the bound on the others' mass, as in `few_rows`, is lost in the rounding of
-    every tail.
+    Returns also where z is right, [N]: where the bound on the others' mass, as in `few_rows`, is
+    lost in the rounding of every tail.
     """
     log_smallest_std = log_std.amin()
     columns = mean.T[:, None]  # [d, 1, K], later [d, N, k]

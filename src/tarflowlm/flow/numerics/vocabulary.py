@@ -3,8 +3,8 @@ r"""Mixtures over a whole vocabulary of isotropic Gaussians (docs/math.md, eqs. 
     log p_mix(z) = log sum_k w_k N_k(z),   N_k(z) = N(z; mu_k, s_k^2 I),   w = softmax(x)
                  = logsumexp_k (x_k + log N_k(z)) - logsumexp_k x_k
 
-The logits x are given, or features are, of which they are a linear map. The first sum is taken over
-the pairs of `near_components`. Its error is below rounding unless all tokens near z are very
+The logits x are given, or they are a linear map of given features. The first sum is taken over the
+pairs of `near_components`. Its error is below rounding unless all tokens near z are very
 improbable. The sum itself shows that (eq. 20b), and such rows take all components.
 
 Rows come in chunks, so that nothing makes an [N, K] tensor. E is the number of features.
@@ -112,7 +112,7 @@ def mixture_log_prob_from_features(
 def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """argmax_k N(z; mu_k, s_k^2 I): the decoder's mode (docs/math.md, eq. 2).
 
-    Of components that differ by a rounding in float64 it may be any, of equal ones it is the first.
+    The first of equal components; any of components that differ by a rounding in float64.
     Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0. ValueError if
     shapes do not fit.
     """
@@ -122,7 +122,7 @@ def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 @torch.no_grad()
 def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor]:
-    """`most_probable_component` for many calls: what the components alone decide is done once."""
+    """`most_probable_component` for many calls, with the work on the components done once."""
     factors = None if wide_dtype(mean) == torch.float32 else component_factors(mean, log_std).T
 
     def best(z: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Te
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     if not flow.is_eager_cpu(x):
-        if not softmax:  # of a head: no logit is far below their sum
+        if not softmax:  # logits of a head: none is far below their sum
             return x[:, 0].to(wide) - torch.log_softmax(x, -1, dtype=wide)[:, 0], x[:0]
         share = torch.softmax(x, -1, dtype=wide)
         top, at = x.max(-1, keepdim=True)
