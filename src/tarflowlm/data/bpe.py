@@ -1,4 +1,4 @@
-"""The tokenizer that a configuration describes; a BPE is trained here, or read."""
+"""The tokenizer that a configuration describes; a BPE is trained here, or read from a file."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def _from_hub(name: str) -> str:
         path = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
         if isinstance(path, str):
             return path
-        # offline it fails at once, where `hf_hub_download` tries again for half a minute
+        # offline this fails at once, but `hf_hub_download` tries again for half a minute
         folder = huggingface_hub.snapshot_download(name, allow_patterns="tokenizer.json")
         return os.path.join(folder, "tokenizer.json")
     except Exception as error:  # hub, network and library errors share no base class

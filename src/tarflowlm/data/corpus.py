@@ -28,9 +28,9 @@ from tarflowlm.files import cache_root, new_folder, sync_file, waiting_lock, wri
 
 META = "meta.json"
 VERSION = 4
-"""The first entry of a plan: changes with the form of corpora, and with how texts are split."""
+"""The first entry of a plan, which changes with the form of corpora and the rule of splits."""
 BPE_CHARACTERS = 1 << 27
-"""Characters of the training split that a BPE is trained on: the words it counts need memory."""
+"""Characters of the training split that train a BPE; more would need much memory for words."""
 
 log = logging.getLogger("tarflowlm")
 
@@ -79,7 +79,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over the hashes of the splits: equal for equal tokens in equal splits."""
-        # each in a list, as in the runs that keep this number
+        # each in a list, because saved runs hold a number made so
         hashes = [[self.meta["splits"][split]["sha256"]] for split in SPLITS]
         return hashlib.sha256(json.dumps(hashes).encode("ascii")).hexdigest()
 
@@ -119,9 +119,9 @@ def prepare_corpus(
     """The corpus of a text, encoded by `tokenizer`, or by the one that `text` describes.
 
     It is opened, or prepared now, in the cache or in the directory `out`, which must hold this very
-    corpus or nothing. It appears complete or not at all; of several processes one prepares. A
-    `source` that is itself a prepared directory is opened where it is. UserError where a directory
-    holds something else, or was prepared with another tokenizer.
+    corpus or nothing. It appears complete or not at all, and only one of several processes prepares
+    it. A `source` that is itself a prepared directory is opened in its place. UserError if a
+    directory holds something else, or was prepared with another tokenizer.
     """
     if out is None and is_prepared(text.source):
         return _opened(text, tokenizer)
@@ -129,7 +129,7 @@ def prepare_corpus(
     source = resolve_source(text, (tokenizer or text.tokenizer).normalization, progress=progress)
     if config is not None and not config.needs_training:
         tokenizer = build_tokenizer(config, has_documents=source.has_documents)
-    # a tokenizer by its content, since a tokenizer.json may change
+    # the plan has the content of a tokenizer, since a tokenizer.json may change
     key = asdict(text.tokenizer) if tokenizer is None else tokenizer.fingerprint
     plan = [VERSION, source.identity, source.state(), source.unwrap, key]
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode("ascii")).hexdigest()
@@ -175,7 +175,7 @@ def _opened(text: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
 
 
 def _found(target: Path, plan: list[object], *, is_own: bool) -> Corpus | None:
-    """The corpus of this plan in `target`; None where it is to be prepared.
+    """The corpus of this plan in `target`; None if it still has to be prepared.
 
     UserError if a directory of the user's own holds something else.
     """
@@ -247,7 +247,7 @@ def encode_text(
     source = resolve_source(text, tokenizer.normalization, progress=progress)
     source.obtain()
     if split == "all" and (tokenizer.end is None or not source.has_documents):
-        # whole, since word pieces may cross the cuts between the splits
+        # the whole text at once, since word pieces may cross the cuts between the splits
         whole = "".join(piece.text for piece in _pieces(source, tokenizer))
         progress.stage(f"encoding {source.name}, characters", len(whole))
         tokens = [tokenizer.encode(whole).astype(tokenizer.token_dtype)]

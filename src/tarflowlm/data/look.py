@@ -1,4 +1,4 @@
-"""A look at a text of the user's own: the tokenizer that keeps it, and what a given one loses."""
+"""A look at a text of the user's own: a tokenizer that keeps it, and the losses of a given one."""
 
 import logging
 from collections import Counter
@@ -15,9 +15,9 @@ from tarflowlm.schema import from_dict
 STRANGE = 0.01
 """The share of letters that text8 normalisation may lose."""
 SHORT = 500_000
-"""Characters below which a model of its own learns little from a text."""
+"""A new model learns little from a text with fewer characters."""
 MOST_CHARACTERS = 256
-"""Different characters of a text up to which they are its symbols."""
+"""The symbols of a text are its different characters if there are at most this many."""
 
 log = logging.getLogger("tarflowlm")
 
@@ -30,7 +30,7 @@ class Look:
     beginning: str
 
     def misfit(self, tokenizer: Tokenizer) -> str | None:
-        """Why the text suits a trained `tokenizer` badly, else None."""
+        """The reason why a trained `tokenizer` does not suit the text, else None."""
         source, beginning = self.text.source, self.beginning
         if tokenizer.normalization == "text8":
             letters = [character for character in beginning if character.isalpha()]
@@ -49,10 +49,10 @@ class Look:
         return None
 
     def tell(self, normalization: Normalization, keeping: str, *, is_new: bool = False) -> None:
-        """Tell the user what the TEXT8 alphabet lacks of the text, and that `keeping` keeps it.
+        """Tell the user which characters the TEXT8 alphabet lacks, and that `keeping` keeps them.
 
-        Of a text that is not normalised: whether it is short for a new model, and whether its lines
-        were wrapped by hand.
+        For a text that is not normalised: whether it is short for a new model, and whether its
+        lines were wrapped by hand.
         """
         source, beginning = self.text.source, self.beginning
         if normalization == "text8":
@@ -85,10 +85,11 @@ def look(text: DataConfig) -> Look:
 
 
 def suited(text: DataConfig) -> DataConfig:
-    """The text with the normalisation and the alphabet of its tokenizer that were left open.
+    """The text with a normalisation and an alphabet for its tokenizer, where these were left open.
 
-    A text of the user's own stays as it is. Its characters are the alphabet, or its tokens bytes if
-    there are more than MOST_CHARACTERS; a line says so. A prepared directory has its tokenizer.
+    A text of the user's own is not normalised. Its characters are the alphabet, or if there are
+    more than MOST_CHARACTERS, bytes are its tokens; a line says so. A prepared directory has its
+    tokenizer.
     """
     source, wanted = text.source, text.tokenizer
     is_open = wanted.normalize == "auto"
@@ -121,7 +122,7 @@ def suited(text: DataConfig) -> DataConfig:
 
 
 def _blocks(text: DataConfig) -> Iterator[str]:
-    """A text file or folder of the user's own; nothing of any other source."""
+    """The text of a file or folder of the user's own; nothing for any other source."""
     if text.source not in SOURCE_NAMES and not is_prepared(text.source):
         source = resolve_source(text)
         yield from source.blocks() if isinstance(source, TextFile) else ()

@@ -1,4 +1,4 @@
-"""From what a user writes to tokens, by one rule for all texts, and from tokens back to text."""
+"""From a user's text to tokens, by one rule for all texts, and from tokens back to text."""
 
 import codecs
 import re
@@ -37,7 +37,7 @@ class Gap:
 class Reading:
     """A user's text as a model reads it.
 
-    `tokens` are int64 [T], `text` is what they say, and `given` what the user wrote.
+    `tokens` are int64 [T], `text` is their text, and `given` the text that the user wrote.
     """
 
     tokens: Tensor
@@ -63,13 +63,13 @@ def read(
     normalize: Normalization | None = None,
     goes_on: bool = False,
 ) -> Reading:
-    """Normalise `text` as the training text of the tokenizer's model was, and encode it.
+    """Normalise `text` like the training text of the tokenizer's model, and encode it.
 
     text8 gives lower case, spelled digits, and one space for everything else; the text keeps a
     space at either end if and only if it was given with white space there. Without normalisation
     the text becomes lower case for an alphabet without upper case. `normalize` replaces the
-    tokenizer's normalisation. `goes_on`: the model continues the text, so where tokens hold the
-    space before a word, a space at the end is left to the next token.
+    tokenizer's normalisation. `goes_on`: the model continues the text, so if tokens hold the space
+    before a word, a space at the end is left to the next token.
 
     UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or
     leaves nothing.
@@ -86,10 +86,10 @@ def read_template(
 ) -> Reading:
     """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
 
-    [...] stands for 1 to LONGEST of them, [...12] for 1 to 12. The pieces between the blanks are
-    read as by `read`, each before a blank as one that the model continues; the first token of a gap
-    then brings the space that was left to it. A blank counts as a letter: a comma next to it
-    becomes a space. After a backslash the character is itself.
+    [...] stands for 1 to LONGEST of them, [...12] for 1 to 12. `read` reads the pieces between the
+    blanks. The model continues a piece before a blank, so the first token of a gap brings the space
+    that was left to it. A blank counts as a letter: a comma next to it becomes a space. A backslash
+    before the character makes it plain text.
     """
     _check(text, "template")
     is_single = isinstance(blank, str) and len(blank) == 1
@@ -130,12 +130,12 @@ def _mark(blank: str) -> str:
 
 
 def unescaped(text: str, blank: str) -> str:
-    """The text without the backslashes that make a `blank` a character like others."""
+    """The text without the backslashes that make a `blank` plain text."""
     return text.replace(f"\\{blank}", blank)
 
 
 def _check_marks(text: str, blank: str, marks: list[str], last: str) -> None:
-    """UserError for a template without blanks, and for gaps whose length nothing can decide."""
+    """UserError for a template without blanks, and for a gap whose length nothing limits."""
     flaw = ""
     if "[..." in re.sub(GAP, "", text):
         flaw = "has a gap that cannot be read: write [...] or [...12]"
@@ -180,7 +180,7 @@ def _check(text: str, name: str) -> None:
     check_type(text, name, str, "give a text, a str")
     if not text:
         raise UserError(f"the {name} is empty: give at least one character")
-    # half of a surrogate pair, as which Python keeps bytes that it cannot decode (PEP 383)
+    # Python keeps a byte that it cannot decode as half of a surrogate pair (PEP 383)
     found = re.search("[\ud800-\udfff]", text)
     if found is not None:
         what = f"character {found.start()} is {found[0]!r}"
@@ -203,7 +203,7 @@ def _normalized(
     if how == "none" or not text:
         return text.lower() if tokenizer.is_lower_case else text
     words = normalize_text8(text).strip()
-    # next to a blank, which is a letter, everything else becomes a space, as within a text
+    # a blank counts as a letter, so as within a text everything else next to it becomes a space
     starts_apart = text[0].isspace() or (after_blank and text[0] not in ascii_letters)
     ends_apart = text[-1].isspace() or (before_blank and text[-1] not in ascii_letters)
     if not words:
@@ -221,7 +221,7 @@ def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
 
 
 class TextStream:
-    """A text as its tokens come. What may begin a stop waits until it is known not to be one."""
+    """A text that grows token by token. Characters that may begin a stop are held back."""
 
     def __init__(
         self,
@@ -255,20 +255,20 @@ class TextStream:
         return piece
 
     def close(self) -> str:
-        """The text has ended: returns what still waited."""
+        """End the text, and return the characters that still waited."""
         if self.has_stopped:
             return ""
         return self._extend(self._decoder.decode(b"", final=True), is_last=True)
 
     def _extend(self, piece: str, *, is_last: bool = False) -> str:
         self.text += piece
-        # nothing before what was shown can belong to a stop
+        # no character that was shown can belong to a stop
         at = first_stop(self.text, self.stops, max(self.start, self.shown))
         self.has_stopped = at < len(self.text)
         self.text = self.text[:at]
         ready = at
         if not self.has_stopped and not is_last:
-            # as many characters at the end as may begin a stop wait
+            # characters at the end wait if they may begin a stop
             longest = min(max(map(len, self.stops), default=0) - 1, at - self.start)
             waiting = (
                 count

@@ -42,7 +42,7 @@ from tarflowlm.errors import SILENT, Progress, UserError, check_package, first_l
 from tarflowlm.files import cache_root, replacing
 
 HUB = "hf:"
-"""Before the OWNER/NAME of a set of the hub."""
+"""Prefix of the OWNER/NAME of a set of the hub."""
 Placed = Iterator[tuple[Split, Iterable[str]]]
 """Documents: the split and the text of each, in blocks."""
 
@@ -51,7 +51,7 @@ class Source(ABC):
     """A text. Equal settings give the same pieces every time."""
 
     name: str
-    """The user's word for it."""
+    """The name that the user gave."""
     identity: str
     """A registered name, or the absolute path of a file."""
     normalization: Normalization = "none"
@@ -59,24 +59,24 @@ class Source(ABC):
     """Whether the lines of paragraphs are joined."""
     progress: Progress = SILENT
     has_documents: bool = True
-    """Whether it holds documents, and not one text that is cut anywhere."""
+    """Whether it holds documents; False: one text that may be cut anywhere."""
     separator: str = "\n"
     """Follows a document that is not normalised where no token can end it."""
 
     @property
     @abstractmethod
     def files(self) -> tuple[Path, ...]:
-        """Those of its files that are on this machine."""
+        """The files that are on this machine."""
 
     def state(self) -> list[list[str | int]]:
         """Sizes and times that tell a changed text from this one."""
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
 
     def obtain(self) -> None:  # noqa: B027
-        """Download and check what `pieces` needs."""
+        """Download and check the files that `pieces` needs."""
 
     def count_characters(self) -> int | None:
-        """The characters of the normalised text; None where only reading the pieces tells."""
+        """The number of characters of the normalised text; None if only reading it can tell."""
         return None
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Source(ABC):
                 yield Piece(split, last, ends=True)
 
     def normalized(self, blocks: Iterable[str]) -> Iterator[str]:
-        """Pieces of a document, of which text8 may leave empty ones.
+        """Pieces of a document; text8 may leave some of them empty.
 
         In text8 they begin with a space and end without one.
         """
@@ -106,8 +106,8 @@ class Source(ABC):
 
 
 class TextFile(Source):
-    """A text file, which is cut in three; or documents: the files of a folder by their names, and
-    the lines of .jsonl files. So it is read twice.
+    """A text file, which is cut in three; or documents: the files of a folder in the order of their
+    names, and the lines of .jsonl files. The text is read twice.
 
     `field` holds the texts of .jsonl files.
     """
@@ -240,8 +240,8 @@ class Text8(TextFile):
 class Documents(Source):
     """Documents in parquet files. The hash of a document gives its split.
 
-    With a `repository`, OWNER/NAME or a folder in it, the files are those of that set of the hub,
-    and are downloaded.
+    With a `repository`, OWNER/NAME or a folder in it, the files of that set of the hub are
+    downloaded.
     """
 
     separator = SEPARATOR
@@ -315,7 +315,7 @@ class OpenWebText(Documents):
     """
 
     num_valid: ClassVar = 100_000
-    """Documents of the validation split; of less text at most 1 in 80."""
+    """Documents of the validation split, but at most 1 in 80."""
     shares: ClassVar = (99.0, 99.0)
     """Cumulative percentages of train and valid among the other documents."""
 

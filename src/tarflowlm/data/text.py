@@ -1,5 +1,5 @@
 """From a file to pieces of normalised text, in bounded memory: reading, cutting, normalising, and
-splits: what trains a model, what chooses its weights, and what tests it.
+the splits that train a model, choose its weights, and test it.
 """
 
 import gzip
@@ -21,9 +21,9 @@ from tarflowlm.errors import UserError
 
 BLOCK = 1 << 20  # characters read at once
 FIELD = "#"
-"""Between a .jsonl file and the name of the field with its texts, which else is "text"."""
+"""Between a .jsonl file and the name of the field with its texts, by default "text"."""
 SEPARATOR = "<|endoftext|>"
-"""The name of the token that ends every document, and begins the next; as GPT-2's."""
+"""The name of the token that ends every document and begins the next, as in GPT-2."""
 
 
 def text_files(path: Path) -> tuple[Path, ...]:
@@ -134,8 +134,8 @@ def _opened(path: Path) -> Iterator[TextIO]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-# between a letter or digit and the one space or line end before the next: GPT-2-like pre-tokenizers
-# attach a space to the word that follows it, and keep such a line end to itself
+# between a letter or digit and the one space or line end before the next one: pre-tokenizers like
+# GPT-2's attach a space to the next word, and make such a line end a piece of its own
 _CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
 
 
@@ -190,7 +190,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 LARGEST = 40_000_000
 """Characters of validation and of test, about 10 million tokens of GPT-2."""
 FEW = 4096
-"""Documents up to which at least one of them is in every split."""
+"""If there are at most this many documents, every split has at least one."""
 
 
 class Piece(NamedTuple):
@@ -235,8 +235,8 @@ def split_of_document(key: str, shares: tuple[float, float] = (90.0, 95.0)) -> S
 def fair_shares(places: set[float], characters: int) -> tuple[float, float]:
     """The `shares` for documents that have `characters` together.
 
-    5 % each are validation and test, or about `LARGEST` characters; of 3 to `FEW` documents, whose
-    `places` are known, as many as round to that, and at least one.
+    Validation and test get 5 % each, or about `LARGEST` characters. With 3 to `FEW` documents,
+    whose `places` are known, this is rounded to whole documents, at least one.
     """
     if len(SPLITS) <= len(places) <= FEW:
         each = max(1, round(len(places) / 20))

@@ -27,7 +27,7 @@ from tarflowlm.schema import check_type, checked
 Document = dict[str, Any]
 """The content of a tokenizer.json."""
 PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
-_BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping needs much memory
+_BATCH = 32  # pieces passed to the library at once; its notes on each token need much memory
 
 
 _unprintable = [*range(ord("!")), *range(0x7F, 0xA1), 0xAD]
@@ -164,7 +164,7 @@ class Tokenizer:
 
     @property
     def _texts(self) -> list[bytes]:
-        """The bytes of every token; none of the end of a document, which is no text."""
+        """The bytes of every token; the end of a document has none, because it is no text."""
         return [b"" if index == self.end else text for index, text in enumerate(self.token_bytes)]
 
     @cached_property

@@ -11,9 +11,9 @@ from tarflowlm.errors import UserError, counted
 Array = npt.NDArray[np.integer]
 """Tokens or indices, 1-d; tokens may be memory-mapped."""
 SHUFFLED = 1 << 22
-"""Windows of a text up to which its documents are shuffled, too."""
+"""A text with fewer windows has its documents shuffled, too."""
 EVALUATED = 1 << 24
-"""Tokens that are evaluated of a larger text, unless a number of windows is given."""
+"""The most tokens of a text that are evaluated, unless a number of windows is given."""
 
 log = logging.getLogger("tarflowlm")
 
@@ -27,8 +27,8 @@ class WindowSampler:
     into an order of the epoch, with an end before the first one.
 
     The permutations of successive epochs form one sequence, cut into global batches of `world *
-    batch` windows, of which rank r takes the r-th `batch`. The stream is the same for equal `world
-    * batch`, so another number of ranks can resume it.
+    batch` windows. Rank r takes the r-th `batch` of each. The stream is the same for equal `world *
+    batch`, so another number of ranks can resume it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class WindowSampler:
         self.world = world
         self._identity = {"seed": seed, "window": window, "num_tokens": len(tokens)}
         self.epoch = 0  # completed passes over the text
-        self.position = 0  # windows used in this one by all ranks
+        self.position = 0  # windows used in this epoch by all ranks
         self._documents = np.array([0, len(tokens)])  # where documents begin, and the last one ends
         if end is not None and len(tokens) // window < SHUFFLED:
             self._documents = np.union1d(self._documents, np.flatnonzero(tokens == end) + 1)
@@ -86,7 +86,7 @@ class WindowSampler:
         return {"epoch": self.epoch, "position": self.position, **self._identity}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken. UserError for one of another text, window or seed."""
+        """Continue at a saved `state`. UserError if it has another text, window or seed."""
         for name, ours in self._identity.items():
             if state[name] != ours:
                 what = f"it had {name}={state[name]}, this run has {ours}"
@@ -122,11 +122,11 @@ def sliding_windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows every `stride` tokens, and how many tokens at the start of each are context only.
 
-    Returns int64 [N, window] and [N]. The tokens after the context continue those of the window
-    before, so every token counts once; the first window has no context. `limit` keeps at most that
-    many windows, evenly spaced over the text, all with `window - stride` tokens of context, as
-    nearly every window of the text has; None keeps as many as `EVALUATED` tokens have. Fewer than
-    `stride` tokens at the end are left out.
+    Returns int64 [N, window] and [N]. The tokens after the context continue the window before, so
+    every token counts once; the first window has no context. `limit` keeps at most this number of
+    windows, evenly spaced over the text, all with `window - stride` tokens of context like nearly
+    every window of the text; None keeps windows for at most `EVALUATED` tokens. Fewer than `stride`
+    tokens at the end are left out.
     """
     if not 1 <= stride <= window:
         rule = f"must be at least 1 and at most the context of {window} tokens"

@@ -1,4 +1,4 @@
-"""Edits that a request asks for: the text is read, edited as often as asked, and measured.
+"""The edits of a request: the text is read, edited as often as requested, and measured.
 
 edited = edit(Edit(text="The king of the land", rewrite="king", num=2), lm)
 edited.texts
@@ -54,7 +54,7 @@ class Edited:
 def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
     """The edits of a text.
 
-    UserError for a baseline, and for what the model cannot read.
+    UserError for a baseline, and for a text that the model cannot read.
     """
     flow = as_flow(lm.model, "a discrete baseline has no latents to edit: give a flow")
     text = read(lm.tokenizer, request.text, normalize=request.normalize)
@@ -125,7 +125,7 @@ def replace_piece(request: Edit, tokenizer: Tokenizer, source: Source) -> Change
     new = _read_piece(request, tokenizer, request.replace[1], "replacement")
     pieces = _bytes_of(source.text, tokenizer)
     start, stop = find_piece(pieces, old)
-    # with everything else in these tokens: tokens of word pieces begin with a space
+    # keep everything else in these tokens: word pieces begin with a space
     held = b"".join(pieces[start:stop]).decode("utf-8", errors="replace")
     tokens = torch.from_numpy(tokenizer.encode(held.replace(old, new, 1)))
     before = source.text.tokens[0, : source.text.length].cpu()
@@ -137,7 +137,7 @@ def replace_piece(request: Edit, tokenizer: Tokenizer, source: Source) -> Change
         )
     text = encode(source.model, changed[None], source.generator).repeated(request.num_each)
     words = words_of(_bytes_of(text, tokenizer))
-    # at either end of the text nothing says that a word begins or ends there
+    # nothing says that a word begins at the start of the text, or ends at its end
     inner = [word for word in words if 0 < word[0] < word[1] < len(changed)]
     spans = neighbours(inner, start, start + len(tokens), request.around)
     renewed = replace(source, text=text)
@@ -187,13 +187,13 @@ def _picked(request: Edit, words: list[Span], count: int, source: Source) -> lis
 
 
 def _candidates(request: Edit, tokenizer: Tokenizer, source: Source) -> Candidates:
-    """How spans are drawn: in the most informative state, and as a text begins."""
+    """The settings for drawing spans: in the most informative state, and after a start of text."""
     config = source.model.config
     temperature = request.temperature
     if temperature is None:
         temperature = TEMPERATURE if config.has_token_weights else 1.0
     table = tokenizer.token_bytes
-    # the end of a document, line or word, after which a text begins, if there is room for it
+    # a text begins after the end of a document, line or word, if there is room for this
     marks = [table.index(mark) for mark in (b"\n", b" ") if mark in table]
     if tokenizer.end is not None:
         marks = [tokenizer.end]
@@ -211,9 +211,9 @@ def _candidates(request: Edit, tokenizer: Tokenizer, source: Source) -> Candidat
 
 
 def words_of(pieces: Sequence[bytes]) -> list[Span]:
-    """The words of a text, given the bytes of its tokens: what lies between white space.
+    """The words of a text, given the bytes of its tokens: the tokens between white space.
 
-    A token that begins with white space begins a word; one of nothing else belongs to none.
+    A token that begins with white space begins a word; a token of white space alone is in none.
     """
     spans: list[Span] = []
     inside = False
@@ -228,7 +228,7 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
 
 
 def num_words(strength: float, words: Sequence[Span]) -> int:
-    """How many words a share `strength` is: rounded, and at least one unless it is 0."""
+    """The number of words in a share `strength`: rounded, and at least one unless it is 0."""
     return max(1, round(strength * len(words))) if strength else 0
 
 
@@ -241,8 +241,8 @@ def pick_words(
 ) -> list[Span]:
     """`count` words of a text of `length` tokens: at random, or by the highest mean of `costs`.
 
-    Listed first to last. Words at either end of the text are the last to be picked: nothing says
-    that a word begins or ends there. UserError for more words than there are.
+    They are listed first to last. Words at either end of the text are picked last, because nothing
+    says that a word begins or ends there. UserError for more words than there are.
     """
     if not 0 <= count <= len(words):
         raise UserError(f"words {count}: the text has {len(words)}, give at most that")

@@ -1,7 +1,7 @@
 """Editing by redrawing: a span of a text gets new tokens, and the text around it stays.
 
-Candidates for the span come from a block given the text before it; one is taken by how well the
-model expects the text after it (docs/math.md, section 10).
+Candidates for the span come from a block given the text before it; one is chosen by the probability
+of the text after it (docs/math.md, section 10).
 """
 
 import math
@@ -29,21 +29,21 @@ Proposed = tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]
 
 @dataclass(frozen=True)
 class Candidates:
-    """How a span is redrawn: one of some candidates is taken."""
+    """The settings for redrawing a span: one of some candidates is chosen."""
 
     number: int
     temperature: float = 1.0
-    """The temperature of their tokens; other than 1 only where block 1 has weights of tokens."""
+    """The temperature of their tokens; it must be 1 unless block 1 has weights of tokens."""
     level: int = 0
     """The state in which they are drawn (see `informative_level`)."""
     spaces: Tensor | None = None
-    """Which tokens begin, and which end with white space, [2, V] (`spaces_of`). Candidates that
-    keep it at the ends of the span are preferred.
+    """Which tokens begin and which end with white space, [2, V] (`spaces_of`). Candidates that keep
+    the white space at the ends of the span are preferred.
     """
     may_repeat: bool = False
     """False: a candidate that repeats the old tokens is taken only if all do."""
     lead: tuple[int, ...] = ()
-    """Put before a text whose first span is drawn, so that the span begins a word."""
+    """Tokens put before a text whose first span is drawn, so that the span begins a word."""
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     after the span, times p_{>l+1}(u) / N(u; 0, I) for the noise u = h^(l+1) of the whole text. At
     another temperature u keeps the noise that was drawn in the span.
 
-    In the latents, l = 0, the tokens around the span keep theirs. Above, whole positions are drawn
-    and the blocks below inverted; tokens next to the span may change, too.
+    For l = 0 the tokens around the span keep their latents. For l > 0 whole positions are drawn and
+    the blocks below inverted, so tokens next to the span may change, too.
     """
     model = source.model
     prior = model.prior
@@ -80,7 +80,7 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
         stays.view(-1)[slice(*span)] = False
     cache = block.allocate_cache(R, N)
     if first:
-        # what is before the span is the same for all
+        # all candidates share the text before the span
         one = block.allocate_cache(1, first)
         block.features_of(one, known[:, : first - 1], first=True)
         cache.take(one, [0] * R)
@@ -113,10 +113,10 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
 
 @torch.no_grad()
 def informative_level(model: TarFlowLM, text: Encoded) -> int:
-    """The state l whose block l + 1 knows most; 0 where block 1 has weights of tokens.
+    """The state l whose block l + 1 knows most; 0 if block 1 has weights of tokens.
 
-    It knows the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)), for
-    block 1 with tokens of equal probability instead of log N(z).
+    A block knows its gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)). For
+    block 1 tokens of equal probability replace log N(z).
     """
     if model.config.has_token_weights:
         return 0
@@ -134,7 +134,7 @@ def spaces_of(token_bytes: Sequence[bytes]) -> Tensor:
 
 
 SPARE_TRIES = 8
-"""Other spans that are tried instead of one that the model would not change."""
+"""The number of other spans that are tried if the model would not change one."""
 
 
 @torch.no_grad()
@@ -149,9 +149,9 @@ def rewrite(
 ) -> Change:
     """Redraw the spans of every text, one after the other given everything else.
 
-    `spans[b]` are the spans of row b. Where all candidates of a span repeat it, some of the `spare`
+    `spans[b]` are the spans of row b. If all candidates of a span repeat it, some of the `spare`
     spans are tried instead, but none at either end of the text. `before` are the texts to compare
-    with, if not the same; `aligned` as in `compared`. The progress advances once per span.
+    with, by default the same; `aligned` as in `compared`. The progress advances once per span.
     """
     source.progress.stage("redrawing, pieces", sum(map(len, spans)))
     length = source.text.length
@@ -183,9 +183,9 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
     """The text [1, T] with the tokens of `span` redrawn given all others, which keep their latents.
 
     One candidate is taken by its weight (docs/math.md, eq. 24). At a level above 0, tokens next to
-    the span change only if they do for all candidates.
+    the span change only if they change in all candidates.
 
-    UserError for a temperature other than 1 where there are no weights of tokens.
+    UserError for a temperature other than 1 if the block has no weights of tokens.
     """
     model = source.model
     text = source.text

@@ -29,7 +29,7 @@ class Change:
     before: Tensor
     """Tokens before the edit, [B, T]."""
     tokens: Tensor
-    """Tokens after it, [B, T'], with T' = T unless words of another length were put in."""
+    """Tokens after the edit, [B, T'], with T' = T unless words of another length were put in."""
     changed: Tensor
     """Which of these are new, [B, T']."""
     bound_before: Tensor
@@ -53,8 +53,8 @@ class Encoded:
     states: tuple[Tensor, ...]
     """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
     pareto_k: float = math.nan
-    """The largest tail index of the weights by which spans were redrawn: above 0.7 these are
-    unreliable. NaN for fewer than 25 candidates.
+    """The largest tail index of the weights of redrawn spans; above 0.7 they are unreliable. NaN
+    for fewer than 25 candidates.
     """
 
     def row(self, b: int) -> "Encoded":
@@ -97,7 +97,7 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -
 
 @dataclass(frozen=True)
 class Source:
-    """Texts to edit, and what an edit of them needs. Each row is one edit, with its own noise."""
+    """Texts to edit, their model and a source of noise. Each row is one edit with its own noise."""
 
     model: TarFlowLM
     text: Encoded
@@ -157,7 +157,7 @@ def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoder) 
 def compared(
     source: Source, tokens: Tensor, states: Sequence[Tensor], *, aligned: Tensor | None = None
 ) -> Change:
-    """The edit of the texts into these tokens [B, T] and states, with bounds of both.
+    """The edit of the texts into these tokens [B, T] and states, with the bounds before and after.
 
     `aligned` [T] has the old token at every place of a new text of another length, -1 for none.
     """
@@ -167,7 +167,7 @@ def compared(
     aligned = old if aligned is None else aligned.to(tokens.device)
     length = aligned.shape[-1]
     new = tokens[:, :length]
-    # the same for both, so that equal texts have equal bounds
+    # the same noise for both, so that equal texts have equal bounds
     noise, same_noise = row_generators((0, 0), source.generator)
     return Change(
         old,

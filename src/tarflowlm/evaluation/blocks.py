@@ -39,7 +39,7 @@ def participation_ratio(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
     """
     centred = states - states.mean(1, keepdim=True)
     covariance = centred.mT @ centred
-    # the trace is the sum of the eigenvalues, the squared Frobenius norm that of their squares
+    # the trace is the sum of the eigenvalues, the squared Frobenius norm the sum of their squares
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     return trace.square() / covariance.square().sum((-2, -1))
 
@@ -99,7 +99,7 @@ class StateReport:
     kl: Spread
     """KL divergence from q(z|x) to the prior."""
     kl_gain: Spread | None = None
-    """By how much block l lowers it."""
+    """How far block l lowers the KL divergence."""
     nelbo: Spread
 
 
@@ -113,7 +113,7 @@ def latent_report(
 ) -> list[StateReport]:
     """The report of every state of a text's windows, with one posterior sample for each.
 
-    The gains add up to kl(0) - kl(L). Same seed, same result; the noise is that of `evaluate`.
+    The gains add up to kl(0) - kl(L). Same seed, same result, with the noise of `evaluate`.
     `progress` advances by windows.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)

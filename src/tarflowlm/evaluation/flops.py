@@ -3,8 +3,8 @@
 PyTorch counts the matrix products of the real modules on meta tensors (shapes without numbers), a
 multiply-add as two. Attention counts over the whole square of positions.
 
-Training costs three forward passes of what is trained, and one of the frozen blocks. Work that the
-backward pass repeats (attention weights, codebook tiles, checkpointed layers) does not count.
+Training costs three forward passes of the trained blocks, and one of the frozen blocks. Work that
+the backward pass repeats (attention weights, codebook tiles, checkpointed layers) does not count.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def training_flops(config: Config, *, frozen: int = 0) -> int:
 
 
 def _count(work: Callable[[], object]) -> int:
-    """Operations of the matrix products in `work`; of attention by its definition, two products."""
+    """Operations of the matrix products in `work`; attention counts as two products."""
     from torch.utils.flop_counter import FlopCounterMode
 
     # the product that adds in place, which PyTorch's table lacks

@@ -36,7 +36,7 @@ def sign_of(bound: str) -> str:
 class Likelihood:
     """Negative log-likelihood of a text under a model.
 
-    Unless `bound` is exact, every number is an upper bound. Standard errors are in nats per token.
+    Every number is an upper bound, unless `bound` is exact. Standard errors are in nats per token.
     """
 
     bound: str
@@ -56,13 +56,13 @@ class Likelihood:
     """Negative ELBO in nats per token, the mean over all samples; None for the baseline."""
     elbo_stderr: float | None
     elbo_sampling_stderr: float | None
-    """From sampling z alone: what another seed would change. It needs 2 samples, as the gap."""
+    """Standard error from sampling z alone; like the gap it needs two samples."""
     gap_stderr: float | None
 
     @property
     def ppl(self) -> float:
         """Perplexity per token."""
-        # the exponential of more is beyond float64
+        # the exponential of a larger number exceeds float64
         return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
 
     @property
@@ -156,7 +156,7 @@ def log_weights(
         for number, some in enumerate(batches):
             tokens = windows[some].to(model.device)
             if number % processes.world != processes.rank:
-                # so that the noise of its own batches is that of one process
+                # draw the noise of other batches, too: then own noise is as in a single process
                 for _ in range(draws):
                     model.draw_noise(tokens, generator)
                 continue

@@ -34,9 +34,9 @@ class Scores:
     text: str = ""
     """The text as the model read it. Empty for tokens alone."""
     symbols: Sequence[str] = ()
-    """[T]: the tokens of this text, as they are shown."""
+    """[T]: the tokens of this text, as strings to show."""
     notice: str | None = None
-    """A line if the text is not read as it was given."""
+    """A line if the model reads the text differently from how it was given."""
 
     @property
     def exact(self) -> bool:
@@ -55,7 +55,7 @@ class Scores:
 
     @property
     def bits_per_character(self) -> float:
-        """Bits per character of the text as it was read; NaN for tokens alone."""
+        """Bits per character of `text`; NaN for tokens alone."""
         return self.total / len(self.text) if self.text else math.nan
 
     @property
@@ -64,7 +64,7 @@ class Scores:
         return "=" if self.exact else "<="
 
     def heat(self, bits: Tensor, most: float, hot: str = "#d55e00", cold: str = "#0072b2") -> str:
-        """The text in HTML on grounds that are hot for many bits [T] and cold below 0.
+        """The text in HTML, on a ground that is hot for many bits [T] and cold below 0.
 
         `most` bits have the full colour.
         """
@@ -87,7 +87,7 @@ class Scores:
 
 
 def score_texts(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> list[Scores]:
-    """The bits of every text that a request names, read as the model's training text was."""
+    """The bits of every text of a request, read like the model's training text."""
     texts = as_texts("" if request.text is None else request.text, "text")
     readings = [read(lm.tokenizer, text, normalize=request.normalize) for text in texts]
     tokens = [reading.tokens for reading in readings]
@@ -107,7 +107,7 @@ def score(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Scores:
-    r"""How many bits each of the `tokens` [T] of a text takes; one token is enough.
+    r"""The bits of each of the `tokens` [T] of a text; one token is enough.
 
     For a flow these are the terms of the negative ELBO (docs/math.md, eq. 11a) at token t, in the
     mean over `samples` posterior samples:
@@ -121,9 +121,9 @@ def score(
     count with the last token, so that the sum stays a bound: -log p(x) <= -log p(x, y) for any y.
 
     A text beyond the trained context is scored in windows. The baseline and flows of one block see
-    half a window as context; flows of several blocks begin every window with no context, as no
-    bound is known for them else. Same seed, same result; the noise is that of `evaluate`.
-    `progress` advances by windows, each counted once per sample.
+    half a window as context. Flows of several blocks begin every window with no context, because no
+    other bound is known for them. Same seed, same result, with the noise of `evaluate`. `progress`
+    advances by windows, each counted once per sample.
     """
     return scores(model, [tokens], samples=samples, seed=seed, progress=progress)[0]
 
@@ -139,7 +139,7 @@ def scores(
 ) -> list[Scores]:
     """`score` of each of many texts; texts of equal length share a batch.
 
-    The results are those of one text after the other, as each draws the noise of `seed` for itself.
+    The results are the same as one text after the other, since each draws the noise of `seed`.
     """
     samples = checked(samples, Count, "samples")
     seed = checked(seed, Seed, "seed")
@@ -158,7 +158,7 @@ def scores(
                 shares, beyond = bits(of_text).tensor_split([length], dim=1)
                 blocks = None
                 if not model.is_exact:
-                    # what fills the last patch of a flow counts with the last token
+                    # tokens that fill the last patch of a flow count with the last token
                     shares[:, -1] += beyond.sum(1)
                     blocks = shares[1:]
                 found[index] = Scores(shares[0], blocks)
