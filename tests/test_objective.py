@@ -214,11 +214,11 @@ class Enumerated:
     sequences.
     """
 
-    def __init__(self, model: TarFlowLM, reach: float) -> None:
+    def __init__(self, model: TarFlowLM, reach: float, points: int) -> None:
         self.model = model
         self.V = model.config.vocab_size
         self.sequences = torch.tensor(list(itertools.product(range(self.V), repeat=2)))
-        self.grid = torch.linspace(-reach, reach, 361, dtype=torch.float64)
+        self.grid = torch.linspace(-reach, reach, points, dtype=torch.float64)
         self.log_cell = math.log(self.grid[1] - self.grid[0])
 
     @cached_property
@@ -226,9 +226,8 @@ class Enumerated:
         """log p(z_1, z_2) on the grid [G, G]."""
         z = torch.cartesian_prod(self.grid, self.grid)[..., None]
         with torch.no_grad():
-            return torch.cat([self.model.prior.log_prob(part) for part in z.split(40_000)]).view(
-                361, 361
-            )
+            parts = [self.model.prior.log_prob(part) for part in z.split(40_000)]
+        return torch.cat(parts).view(len(self.grid), len(self.grid))
 
     @cached_property
     def posterior(self) -> Tensor:
@@ -256,23 +255,25 @@ class Enumerated:
         return conditional.flatten().log()
 
 
-ONE_GRID = dict.fromkeys(("mixd", "mix1", "affine", "mixd-mix1"), (-0.6, 9))
-CASES = ONE_GRID | {"affine-affine": (0.4, 16)}
+CASES = dict.fromkeys(("mixd", "affine", "mixd-mix1"), (-0.6, 9)) | {
+    "mix1": (0.2, 12),
+    "affine-affine": (0.4, 16),
+}
 """log sigma of the codebook (wide where the prior is one bump, lest importance weights have too
 heavy a tail to test) and the reach of the grid.
 """
 
 
+def enumerate_texts(name: str, points: int) -> Enumerated:
+    couplings = tuple(name.split("-"))
+    log_std, reach = CASES[name]
+    fields = {"vocab_size": 3, "latent_dim": 1, "context": 2, "log_std": log_std, "scale": 0.2}
+    return Enumerated(tiny_flow(couplings=couplings, **fields), reach, points)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def enumerated(request) -> Enumerated:
-    fields = {
-        "vocab_size": 3,
-        "latent_dim": 1,
-        "context": 2,
-        "couplings": tuple(request.param.split("-")),
-    }
-    log_std, reach = CASES[request.param]
-    return Enumerated(tiny_flow(**fields, log_std=log_std, scale=0.2), reach)
+    return enumerate_texts(request.param, points=361)
 
 
 @pytest.mark.slow
@@ -325,7 +326,9 @@ def test_importance_weights_are_unbiased(enumerated, given):
     assert ((weights.mean(0) - exact).abs() < 5 * error + 1e-6).all()
 
 
-def test_predictions_after_a_context_sum_to_one(enumerated):
+@pytest.mark.parametrize("name", CASES)
+def test_predictions_after_a_context_sum_to_one(name):
+    enumerated = enumerate_texts(name, points=121)
     by_context = enumerated.log_conditional.exp().view(enumerated.V, enumerated.V)
     torch.testing.assert_close(
         by_context.sum(1), torch.ones(enumerated.V, dtype=torch.float64), rtol=0, atol=1e-5
