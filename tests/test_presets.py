@@ -1,6 +1,7 @@
 """Presets: the paper's models block for block, and families of one size."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ CONTEXT = {"text8": 256, "owt": 1024}
 PAPER_FLOWS = [f"{corpus}-{kind}" for corpus in CORPORA for kind in ("affine", "mix1", "mixd")]
 
 
+@cache
 def built(name: str, **fields) -> TarFlowLM:
     """The model of a preset with its vocabulary: shapes without values."""
     with torch.device("meta"):

@@ -168,10 +168,10 @@ def test_sharp_codes_in_the_far_tails(rows, dtype, bound):
 
 def test_two_channels_integrate_to_one():
     _, log_w, mean, log_std = codebook_case(1, 4, 2, 6)
-    axis = torch.linspace(-12, 12, 401, dtype=torch.float64)
+    axis = torch.linspace(-12, 12, 241, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     u, log_det = rosenblatt(grid, log_w, mean, log_std)
-    density = (log_det + standard_normal(u)).exp().view(401, 401)
+    density = (log_det + standard_normal(u)).exp().view(241, 241)
     assert abs(torch.trapezoid(torch.trapezoid(density, axis), axis).item() - 1) < 1e-6
 
 

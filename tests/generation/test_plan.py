@@ -1,6 +1,7 @@
 """A text to write is pieces and gaps: what `plan` decides, and that tokens stay what they were."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.generation import generate, generate_plainly
 from tarflowlm.generation.plan import plan
 from tarflowlm.generation.sampling import row_generators
+from tarflowlm.model import LanguageModel
 from tarflowlm.requests import Sampling
 
 GOLDEN = Path(__file__).with_name("golden_tokens.json")
@@ -37,10 +39,15 @@ REQUESTS = {
 }
 
 
+@cache
+def built(name: str) -> LanguageModel:
+    return MODELS[name]()
+
+
 def text(name: str, request: str) -> list[list[int]]:
     options = {"num_tokens": 8, "num": 2} | REQUESTS[request]
     generator = torch.Generator().manual_seed(7)
-    return generate(MODELS[name](), generator=generator, **options).tokens.tolist()
+    return generate(built(name), generator=generator, **options).tokens.tolist()
 
 
 def test_tokens_are_what_they_were():
@@ -57,7 +64,7 @@ def test_tokens_are_what_they_were():
 
 @pytest.mark.parametrize("name", ["stack", "stack-P2", "left"])
 def test_steps_invert_the_noise_as_the_formulas_say(name):
-    model = MODELS[name]()
+    model = built(name)
     noise = torch.randn(1, 8, 2, generator=row_generators([0], torch.Generator().manual_seed(7))[0])
     with torch.no_grad():
         plain = model.codebook.decode(model.prior.inverse(noise.double()))
@@ -66,7 +73,7 @@ def test_steps_invert_the_noise_as_the_formulas_say(name):
 
 @pytest.mark.parametrize("name", ["ar", "ar-P2", "mixd"])
 def test_plain_texts_have_the_frequencies_of_others(name):
-    model = MODELS[name]()
+    model = built(name)
     plain = generate_plainly(model, 2, 3000, torch.Generator().manual_seed(0))
     others = generate(model, num_tokens=2, num=3000, generator=torch.Generator().manual_seed(1))
     shares = [
@@ -78,7 +85,7 @@ def test_plain_texts_have_the_frequencies_of_others(name):
 
 def decided(name: str, *template: list[int] | Gap, num_tokens: int = 8, **options) -> tuple:
     parts = [part if isinstance(part, Gap) else torch.tensor(part).long() for part in template]
-    found = plan(MODELS[name](), parts, Sampling(**options), num_tokens=num_tokens)
+    found = plan(built(name), parts, Sampling(**options), num_tokens=num_tokens)
     return found.way, found.particles, [len(piece) for piece in found.pieces], len(found.gaps)
 
 

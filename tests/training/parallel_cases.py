@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 
 from helpers import FLOW, TRUNK, stack
 from tarflowlm import chunks
@@ -176,6 +174,10 @@ def compile_layers(run: RunConfig, report: Path) -> None:
     """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs,
     by batch size.
     """
+    # importing the compiler takes a second
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
     blocks, counted = stack(("mixd", "mix1", "mix1"), (2, 3, 1), (0, 2, 2)), list[int]()
     run = replace(run, model=replace(run.model, vocab_size=5, blocks=blocks))
 

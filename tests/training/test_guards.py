@@ -42,7 +42,10 @@ def poisoned(monkeypatch):
     return apply
 
 
-@pytest.mark.parametrize(("optimizer", "value"), [("muon", math.nan), ("adamw", math.inf)])
+@pytest.mark.parametrize(
+    ("optimizer", "value"),
+    [pytest.param("muon", math.nan, marks=pytest.mark.slow), ("adamw", math.inf)],
+)
 def test_gradient_that_is_not_finite_ends_the_run_before_any_weight_changes(
     tmp_path, corpus_file, poisoned, optimizer, value
 ):
@@ -57,6 +60,7 @@ def test_gradient_that_is_not_finite_ends_the_run_before_any_weight_changes(
     assert [path.name for path in (out / "state").iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_after_a_step_that_is_not_finite(
     tmp_path, corpus_file, poisoned, monkeypatch
 ):
@@ -91,6 +95,7 @@ def test_reading_seldom_changes_nothing(tmp_path, corpus_file, monkeypatch):
     assert_same_run(tmp_path / "often", tmp_path / "seldom")
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path, corpus_file, monkeypatch):
     calls, take_step = itertools.count(1), optim.take_step
 
@@ -136,6 +141,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_names_the_culprit(
         go(run, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_command_line_says_so_in_its_last_line(tmp_path, corpus_file, poisoned, run):
     poisoned({2}, math.nan)
     words = ["train", "mini-mix1", "--out", tmp_path / "run", "--data", corpus_file, "--steps", 3]

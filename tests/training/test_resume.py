@@ -154,6 +154,7 @@ def test_finished_run_is_left_alone_and_another_one_refused(finished, whole):
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_evaluation_comes_after_a_state_of_its_step(tmp_path, corpus_file, monkeypatch):
     config = tiny_run(corpus_file, stage_steps=(8,), mode="joint")
     seldom = replace(config.train, checkpoint_every=100, evaluate_every=4, keep="last")
@@ -189,6 +190,7 @@ def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, at, numb
     assert_same_run(out, never_stopped)
 
 
+@pytest.mark.slow
 def test_second_signal_leaves_at_once(tmp_path, whole):
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -325,6 +327,7 @@ def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, caplog, d
     assert_same_run(stopped, whole[1])
 
 
+@pytest.mark.slow
 def test_manifest_names_every_file_of_a_state(stopped):
     newest = newest_state(stopped)
     listed = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
@@ -343,6 +346,7 @@ class AtOnce(ThreadPoolExecutor):
         return done
 
 
+@pytest.mark.slow
 def test_failed_checkpoint_ends_the_run_at_the_next_line_of_the_log(
     tmp_path, corpus_file, monkeypatch
 ):
@@ -360,6 +364,7 @@ def test_failed_checkpoint_ends_the_run_at_the_next_line_of_the_log(
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_run_without_an_undamaged_state_is_left_alone(stopped):
     for path in (stopped / "state").iterdir():
         flip(path / "counters.json")
@@ -369,6 +374,7 @@ def test_run_without_an_undamaged_state_is_left_alone(stopped):
     assert sorted(stopped.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "word"), [(flip, "damaged"), (Path.unlink, "missing")])
 def test_damaged_weights_are_restored_from_the_state(finished, whole, damage, word):
     damage(finished / "model.safetensors")
@@ -392,6 +398,7 @@ def test_state_of_another_run_is_refused(tmp_path, stopped, corpus_file):
         resume(stopped)
 
 
+@pytest.mark.slow
 def test_changed_text_is_refused(tmp_path, whole, corpus_file):
     text = Path(shutil.copy(corpus_file, tmp_path / "mine.txt"))
     config = replace(whole[0], data=replace(whole[0].data, source=str(text)))
@@ -428,6 +435,7 @@ def test_foreign_directory_is_left_alone(tmp_path, name, corpus_file):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_run_killed_while_it_wrote_its_first_state_begins_again(tmp_path, whole):
     config, never_stopped, _ = whole
     out = tmp_path / "run"

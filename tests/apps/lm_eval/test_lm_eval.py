@@ -1,8 +1,12 @@
-"""lm-evaluation-harness itself, on tasks of its own in local files: nothing is fetched."""
+"""lm-evaluation-harness itself, on tasks of its own in local files: nothing is fetched.
+
+Importing it takes longer than a fast test may.
+"""
 
 import json
 import math
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,8 +18,7 @@ from tarflowlm.errors import UserError
 from tarflowlm_apps.lm_eval.register import how_to_continue, meaning, register
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
-MODEL_REGISTRY = pytest.importorskip("lm_eval.api.registry").MODEL_REGISTRY
-TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval")
 
 TEXT = " ".join(["", *["the king of the land was in the city and the people of it"] * 12])[:512]
 COMMON = "dataset_path: json\ntest_split: test\n"
@@ -46,6 +49,8 @@ metric_list: [{metric: exact_match}]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with the tasks and their documents."""
+    from lm_eval.tasks import TaskManager
+
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which lm-eval sets as well
@@ -104,7 +109,8 @@ def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
 @torch.no_grad()
 def test_an_exported_model_needs_no_model_of_ours(folder, monkeypatch):
     pytest.importorskip("accelerate", reason="which the model hf of lm-eval needs")
-    simple_evaluate = pytest.importorskip("lm_eval").simple_evaluate
+    from lm_eval import simple_evaluate, tasks
+
     modules = str(folder / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     lm = tarflowlm.load("english-mini")
@@ -121,7 +127,7 @@ def test_an_exported_model_needs_no_model_of_ours(folder, monkeypatch):
         "hf",
         model_args=settings,
         tasks=[f"local_{task}" for task in TASKS],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        task_manager=tasks.TaskManager(include_path=str(folder), include_defaults=False),
         device="cpu",
         batch_size=2,
         bootstrap_iters=0,
@@ -135,6 +141,7 @@ def test_an_exported_model_needs_no_model_of_ours(folder, monkeypatch):
     assert "exact_match,none" in found["local_writing"]
 
 
+@pytest.mark.slow
 def test_error_of_lm_eval_is_one_line(run, folder):
     done = run("harness", "english-mini", "--tasks", "no_such_task")
     assert done.status == 2
@@ -144,8 +151,11 @@ def test_error_of_lm_eval_is_one_line(run, folder):
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_model_refuses_unknown_arguments():
     register()
+    from lm_eval.api.registry import MODEL_REGISTRY
+
     model = MODEL_REGISTRY["tarflowlm"]
     with pytest.raises(UserError, match="no-such-run"):
         model("no-such-run")

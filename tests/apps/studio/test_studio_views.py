@@ -208,7 +208,7 @@ def test_others_for_a_word_come_from_a_model_that_fills_gaps():
 def test_passes_play_where_blocks_share_the_work():
     catalogue = Catalogue()
     for name, plays in (("english-passes", True), ("english-mini", False)):
-        html = shown(write, catalogue, [name, "", "", 96, 0.8, 1.0, 1, 0])
+        html = shown(write, catalogue, [name, "", "", 24, 0.8, 1.0, 1, 0])
         assert ("data-play" in html) is plays
 
 

@@ -1,19 +1,23 @@
-"""`export --causal-lm`: block 1 and the baseline as causal language models of `transformers`."""
+"""`export --causal-lm`: block 1 and the baseline as causal language models of `transformers`.
+
+Importing that takes longer than a fast test may.
+"""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 import tarflowlm
-from helpers import FILLS, TEXT8, TRUNK, mostly_slow, save_run, tiny_ar, tiny_flow
+from helpers import FILLS, TEXT8, TRUNK, save_run, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 SIZE = {"vocab_size": 27, "context": 16}
 TAPS = {**SIZE, "trunk": replace(TRUNK, input_taps=3)}
 MODELS = {
@@ -45,6 +49,8 @@ def private_modules(tmp_path_factory):
 
 def opened(folder: Path):
     """The model and the tokenizer of an exported folder."""
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return model.eval(), tokenizer
@@ -76,8 +82,11 @@ def exported_tiny(make, tmp_path):
     return checkpoint, *opened(save_causal_lm(checkpoint, tmp_path / "exported"))
 
 
-@pytest.mark.parametrize("name", mostly_slow(MODELS, "stack", "taps"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_block_1_on_the_means_of_the_codes(name, tmp_path):
+    import transformers
+
     checkpoint, exported, _ = exported_tiny(MODELS[name], tmp_path)
     is_stock = not checkpoint.model.config.trunk.input_taps
     assert is_stock == (type(exported) is transformers.PersimmonForCausalLM)
@@ -108,7 +117,8 @@ def test_a_shipped_model(tmp_path, run_json):
     assert tokenizer.decode(drawn[0][0], skip_special_tokens=True).startswith(f" {text}")
 
 
-@pytest.mark.parametrize("name", mostly_slow(("stack", "taps"), "taps"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stack", "taps"])
 def test_generation_with_a_cache_and_padding_changes_nothing(name, tmp_path):
     _, exported, tokenizer = exported_tiny(MODELS[name], tmp_path)
     batch = tokenizer([text[:6] for text in TEXTS] + [TEXTS[1][:10]], padding=True)
@@ -120,6 +130,7 @@ def test_generation_with_a_cache_and_padding_changes_nothing(name, tmp_path):
     assert torch.equal(cached[0, -5:], alone[0, -5:])
 
 
+@pytest.mark.slow
 def test_tokens_behind_a_cache_need_those_before_them(tmp_path):
     """Their inputs are mixed with earlier ones, which the cache does not hold."""
     _, exported, tokenizer = exported_tiny(MODELS["taps"], tmp_path)
@@ -133,8 +144,11 @@ def test_tokens_behind_a_cache_need_those_before_them(tmp_path):
     torch.testing.assert_close(last.logits[:, -1], whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", mostly_slow(("english-small", "english-mini"), "english-mini"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["english-small", "english-mini"])
 def test_texts_become_the_same_tokens(name, tmp_path):
+    import transformers
+
     lm = tarflowlm.load(name)
     folder = save_causal_lm(lm, tmp_path / "exported")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
