@@ -1,10 +1,10 @@
-"""How many rows are worked on at once: one rule, and every size that the package uses it with.
+"""The number of rows that are computed at once: one rule, and every size that it is used with.
 
-    rows = max(1, budget // what one row takes)
+    rows = max(1, budget // elements of one row)
 
 Rows do not influence each other, so no size changes a result by more than rounding, with one
-exception: an evaluation that draws noise batch by batch draws other noise in batches of another
-size. So `EVALUATED_TOKENS` decides the noise of published numbers. `CACHED` was measured; a
+exception: an evaluation draws noise batch by batch, so another size of batches gives other noise.
+The noise of published numbers therefore depends on `EVALUATED_TOKENS`. `CACHED` was measured; a
 size four times smaller or larger costs up to a fifth. The others are good to a factor of two.
 """
 
@@ -21,18 +21,18 @@ Result = TypeVar("Result")
 CACHED = 2**16
 """Elements per thread of one buffer on a CPU: 256 KiB of float32, five to a cache of 2 MiB."""
 HELD_CPU = 2**22
-"""Elements of a [rows, components] tensor that is held whole on a CPU: 16 MiB of float32."""
+"""Largest [rows, components] tensor to materialise on a CPU, in elements: 16 MiB of float32."""
 HELD_ACCELERATOR = 2**26
 """The same on an accelerator: 256 MiB fill it, and a large vocabulary takes some gigabytes."""
 KEPT = 2**24
-"""Elements of a softmax that is kept for the backward, 64 MiB: a larger one is computed again."""
+"""Largest softmax to keep for the backward, in elements, 64 MiB: a larger one is recomputed."""
 LOGITS = 2**27
 """Elements of the baseline's logits that are held at once: 512 MiB of float32."""
 
 BOUND_TOKENS_CPU = 2048
 """Tokens whose bounds a CPU computes together: an activation of 4 D channels stays in the cache."""
 EVALUATED_TOKENS = 8192
-"""Tokens that an evaluation takes at once: enough for two cores or a small GPU."""
+"""Tokens that an evaluation computes at once: enough for two cores or a small GPU."""
 WRITTEN_TOKENS = 6144
 """Tokens that the command line writes at once, particles counted; more on a GPU."""
 
@@ -89,5 +89,5 @@ def in_parts(
 
 
 def held(device: torch.device) -> int:
-    """Elements of the largest [rows, components] tensor that is held whole on a device."""
+    """Largest [rows, components] tensor to materialise on a device, in elements."""
     return HELD_CPU if device.type == "cpu" else HELD_ACCELERATOR

@@ -20,7 +20,7 @@ Decoder = Literal["steps", "sweeps", "auto", "draw"]
 """
 
 Pick = Literal["random", "unlikely"]
-"""Words that an edit resamples: random ones, or those that cost most in block 1."""
+"""Words that an edit resamples: random ones, or the ones that cost most in block 1."""
 
 Below1 = Annotated[float, Range(least=0, below=1)]
 
@@ -42,7 +42,7 @@ def check_alphabet(alphabet: str) -> None:
 
 Kind = Literal["char", "byte", "bpe"]
 LARGEST_BPE = 1 << 22
-"""Tokens of a BPE: the library reserves memory for all, and aborts where that fails."""
+"""The most tokens of a BPE: the library allocates memory for all up front, or aborts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class TokenizerConfig(Checked):
     """A tokenizer.json, or a hub name such as gpt2. Empty: train a BPE here."""
     normalize: Literal["none", "text8", "auto"] = "text8"
     """Applied to the text: none, or text8 (a-z and spaces; digits are spelled out). auto: none for
-    your own text, whose characters are the alphabet then, and text8 for the corpora by name.
+    your own text, whose characters then are the alphabet, and text8 for the corpora by name.
     """
 
     def rules(self) -> Iterator[tuple[str, str]]:
@@ -108,7 +108,7 @@ class DataConfig(Checked):
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(normalize="auto"))
     """How text becomes tokens."""
     unwrap: bool = False
-    """Join the lines of every paragraph: of a text of your own that is wrapped by hand."""
+    """Join the lines of every paragraph, for a text of your own that is wrapped by hand."""
 
 
 TrackerName = Literal["tensorboard", "wandb"]
@@ -155,7 +155,7 @@ class TrainConfig(Checked):
     minutes: Annotated[float, Range(least=0)] = 0.0
     """Wall-clock time of the run, without compilation; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
-    """One block after another on the frozen ones below, or all blocks at once."""
+    """Train one block after another on the frozen blocks below, or all blocks at once."""
     batch_size: Count = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: Count = 1
@@ -165,15 +165,15 @@ class TrainConfig(Checked):
     ema: Below1 = 0.0
     """Decay of an average of the weights, which is evaluated and saved instead of them; 0: none."""
     keep: Literal["last", "best"] = "best"
-    """Weights with which a stage ends: the last ones, or the ones of its best validation."""
+    """Keep the last weights of a stage, or the weights with the best validation bound."""
     keep_idle: bool = False
-    """Keep a block above the first in the model even if it gained nothing, as it started."""
+    """Keep a block above the first in the model as it started, even if it gained nothing."""
     patience: Whole = 0
-    """End a stage after this many evaluations in a row without a better bound; 0: when its steps or
-    time are over. The paper trains a block until the bound stabilises.
+    """End a stage after this many evaluations in a row without a better bound. 0: end it only when
+    its steps or its time are over. The paper trains a block until the bound stabilises.
     """
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto takes bfloat16 where the device multiplies it natively.
+    """Precision of matrix products; auto takes bfloat16 if the device multiplies it natively.
     Densities, log-dets and inverses are always float32 or wider.
     """
     parallel: Literal["ddp", "fsdp"] = "ddp"

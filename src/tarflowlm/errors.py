@@ -1,4 +1,4 @@
-"""What a user is told: errors in one line, and progress."""
+"""Messages to the user: errors in one line, and progress."""
 
 import importlib.metadata
 import importlib.util
@@ -37,7 +37,7 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
 
 
 def check_package(name: str, extra: str, who: str = "this") -> None:
-    """UserError if an optional package is missing that `who` needs."""
+    """UserError if an optional package that `who` needs is missing."""
     spec = importlib.util.find_spec(name)
     # no origin: only a folder of that name, such as W&B creates
     if spec is not None and spec.origin is not None:

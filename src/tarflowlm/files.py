@@ -1,4 +1,4 @@
-"""Files that survive kills and full disks: replaced atomically, read and failing in one line."""
+"""Files that survive kills and full disks: they are replaced atomically, and errors take a line."""
 
 import errno
 import hashlib
@@ -88,7 +88,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_lines(path: Path) -> Iterator[TextIO]:
-    """A new text file, whose lines are written at once; where none are, it is removed."""
+    """A new text file, whose lines are written at once; it is removed if it has none."""
     try:
         file = path.open("x", buffering=1, encoding="utf-8", newline="\n")
     except OSError as error:
@@ -106,7 +106,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that becomes `path`; on failure nothing is left."""
     if path.exists():
         raise UserError(f"{path} exists already: choose a new directory")
-    # under another name until it is whole, so that a kill leaves nothing that blocks the name
+    # it has another name until it is complete, so that a kill leaves nothing that blocks the name
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -173,7 +173,7 @@ def held(path: Path, timeout: float = -1) -> Iterator[None]:
 def waiting_lock(path: Path) -> AbstractContextManager[None]:
     """A lock of `path`, which need not exist, to hold in a `with`; waits while others hold it.
 
-    It is for what several processes of one user may write at once, such as a corpus.
+    It is for files that several processes of one user may write at once, such as a corpus.
     """
     name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:24]
     folder = cache_root() / "locks"
@@ -183,7 +183,7 @@ def waiting_lock(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
-    """Be the only writer of a run directory. UserError where there is another."""
+    """Be the only writer of a run directory. UserError if there is another one."""
     try:
         # longer than `is_written` holds it
         with held(directory / LOCK, timeout=1.0):
@@ -202,5 +202,5 @@ def is_written(directory: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # the folder is read-only, so that nobody is writing, or has no locks
+    except OSError:  # the folder is read-only, so nobody is writing, or it has no locks
         return False

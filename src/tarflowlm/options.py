@@ -18,7 +18,7 @@ def arg(
 ) -> Any:
     """An option of tyro whose help page leaves out defaults that say nothing.
 
-    It is read as a `constructor`, if that is given, a type.
+    A `constructor`, a type, reads its value if it is given.
     """
 
     def hint(default: str) -> str:

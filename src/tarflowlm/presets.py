@@ -23,15 +23,15 @@ from tarflowlm.model_config import (
 )
 from tarflowlm.schema import Count, Positive, check_type, checked, from_dict, to_dict
 
-# a convolution of the inputs helps letters; block 1 of a flow over word pieces gains by reading
-# tokens (docs/log.md)
+# a convolution of the inputs helps models of letters; block 1 of a flow over word pieces gains by
+# reading tokens (docs/log.md)
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2, input_taps=4)
 MINI_TRAIN = TrainConfig(stage_steps=(2600,), test_windows=4096)
 """Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
 MIXD_OPTIM = OptimConfig(codebook_lr_scale=0.5)
-"""The codebook moves at half of the rate where block 1 is tied to it (docs/log.md)."""
+"""If block 1 is tied to the codebook, the codebook moves at half of the rate (docs/log.md)."""
 PLAIN_OPTIM = OptimConfig(lr=1.2e-2, codebook_lr_scale=1.0)
-"""Twice the rate of the rest, which is better on validation for both families (docs/log.md)."""
+"""Twice the usual rate, which is better on validation for both families (docs/log.md)."""
 CALM = 0.8
 """Temperature of samples of small models that have token weights."""
 
@@ -81,7 +81,7 @@ def _mini_ar(name: str) -> RunConfig:
 
 
 def _mini_joint(name: str, block: BlockConfig) -> RunConfig:
-    """Three blocks whose layers have the proportions of the paper's 2, 2, 8."""
+    """Three blocks with layers in the proportions of the paper's 2, 2, 8."""
     blocks = (block, block, replace(block, layers=4))
     model = FlowConfig(trunk=MINI_TRUNK, blocks=blocks, channel_mix=None)
     train = replace(MINI_TRAIN, mode="joint")
@@ -177,7 +177,7 @@ class Preset(NamedTuple):
 
     help: str
     make: Callable[[str], RunConfig]
-    """From its name."""
+    """Makes the configuration from its name."""
 
 
 PRESETS = {
@@ -259,7 +259,7 @@ def check_time(minutes: object, steps: object) -> None:
 
 
 def with_blocks(run: RunConfig, numbers: Sequence[int]) -> RunConfig:
-    """`run` with these blocks (0-based) of its stack alone, and their stages."""
+    """`run` with only these blocks (0-based) of its stack, and their stages."""
     model, steps = run.model, run.train.stage_steps
     if isinstance(model, FlowConfig):
         model = replace(model, blocks=tuple(model.blocks[number] for number in numbers))
@@ -271,7 +271,7 @@ def with_blocks(run: RunConfig, numbers: Sequence[int]) -> RunConfig:
 def with_fields(run: RunConfig, values: Mapping[str, object]) -> RunConfig:
     """`run` with fields set by their dotted names, such as "model.blocks.0.layers".
 
-    "model.blocks.0.coupling" gives a block another coupling, with the default options of that.
+    "model.blocks.0.coupling" gives a block another coupling, with its default options.
     UserError for a name that is not a field.
     """
     changed = to_dict(run)
@@ -279,7 +279,7 @@ def with_fields(run: RunConfig, values: Mapping[str, object]) -> RunConfig:
         *parents, last = [int(key) if key.isdigit() else key for key in name.split(".")]
         try:
             place = reduce(operator.getitem, parents, changed)
-            # options of another coupling than the one before
+            # drop the options of the old coupling
             for key in set(place) - {"layers"} if last == BlockConfig.KEY else ():
                 del place[key]
             place[last] = to_dict(value)
@@ -300,7 +300,7 @@ def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     # a stage without steps adds no block
     scaled = [max(1, round(s * num_steps / sum(stages))) if s else 0 for s in stages]
     while sum(scaled) != num_steps:
-        # what rounding left over goes to the longest stage, down to one step
+        # the longest stage gets the steps that rounding left over, and keeps at least one
         longest = scaled.index(max(scaled))
         scaled[longest] = max(1, scaled[longest] + num_steps - sum(scaled))
     return replace(run, train=replace(run.train, stage_steps=tuple(scaled), minutes=0.0))

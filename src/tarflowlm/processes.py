@@ -1,6 +1,4 @@
-"""The device of a command, and its processes: those that torchrun started, or an engine such as Ray
-Train.
-"""
+"""The device of a command, and its processes, started by torchrun or by Ray Train and the like."""
 
 import gc
 import logging
@@ -28,7 +26,7 @@ T = TypeVar("T")
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """A device of PyTorch, such as "cuda:1". UserError where it is missing.
 
-    auto takes cuda, then cpu. The numerics have run on no mps yet, so that is for who asks for it.
+    auto takes cuda, then cpu. It never takes mps, because the numerics have not run there yet.
     """
     wanted = "give auto, cpu or another device; the numbers stay in float32"
     check_type(name, "device", (str, torch.device), wanted)
@@ -46,7 +44,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 @cache
 def compilation_problem(kind: str) -> str | None:
-    """Why torch.compile fails on a kind of device, in a line; None if it works."""
+    """The reason why torch.compile fails on a kind of device, in a line; None if it works."""
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(2, device=kind))
     except Exception as error:  # of any type, for want of Triton, gcc or Python.h
@@ -68,8 +66,7 @@ def threads_for(rows: int) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory, which saves up to a third of the time of sampling.
 
-    glibc unmaps a large block when it is freed unless one of that size, up to 32 MiB, was freed
-    before.
+    glibc unmaps a freed large block, unless one of that size, up to 32 MiB, was freed before.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
@@ -77,9 +74,9 @@ def keep_freed_memory() -> None:
 # processes
 
 PATIENCE = timedelta(minutes=10)
-"""How long processes wait for one another in training."""
+"""The longest time that processes wait for one another in training."""
 LONG = timedelta(hours=3)
-"""The same while the first one prepares the text, or each of them has a work of its own."""
+"""The same while the first one prepares the text, or while each does work of its own."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +123,8 @@ class Processes:
         return torch.cat(parts)
 
     def in_turn(self, own: Iterable[T]) -> Iterator[T]:
-        """Every process passes its `own` items and gets those of all: the first item of each
-        process in order of rank, then the second of each. Items can be pickled.
+        """Every process passes its `own` items, which can be pickled, and gets the items of all:
+        the first item of each process in order of rank, then the second of each.
 
         So if process k % world computes item k, all get the items in their order.
         """
@@ -175,8 +172,8 @@ ALONE = Processes()
 def launched(device: str | torch.device, patience: timedelta = PATIENCE) -> Iterator[Processes]:
     """Join the group that torchrun started, one GPU per process; without torchrun, one process.
 
-    Processes wait for one another up to `patience`. A group of Ray Train, accelerate or Fabric is
-    used and left to them.
+    Processes wait for one another up to `patience`. A group that Ray Train, accelerate or Fabric
+    has made is used, but they end it.
     """
     device = pick_device(device)
     if dist.is_initialized():
@@ -200,8 +197,8 @@ def launched(device: str | torch.device, patience: timedelta = PATIENCE) -> Iter
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(rendezvous("env://"))
     if machines == "1":
-        # processes that torchrun starts again would find the addresses of those that have ended;
-        # several machines count apart, but have a new store
+        # processes that torchrun starts again would find the addresses of ended ones; several
+        # machines count apart, but have a new store
         restarts = given.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d.PrefixStore(restarts, store)
     dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)

@@ -34,7 +34,7 @@ class Range:
     most: float | None = None
     below: float | None = None
     remedy: str = ""
-    """What else to do, if that needs to be said."""
+    """Advice after the rule, if it needs any."""
 
     def check(self, value: Any, where: str) -> None:
         """UserError, calling the value `where`, if it is out of range."""
@@ -59,12 +59,12 @@ Share = Annotated[float, Range(least=0, most=1)]
 Length = Annotated[int, Range(least=1, most=10_000_000)]
 """Tokens of a text that is written, or a number of texts."""
 Temperature = Annotated[float, Range(least=1e-30, remedy="top_k 1 takes the most probable token")]
-"""From far above what float32 takes for zero."""
+"""The least value is far above the numbers that float32 rounds to zero."""
 TopP = Annotated[float, Range(least=1e-30, most=1, remedy="top_k 1 takes the most probable token")]
 
 
 def checked(value: Any, hint: object, where: str) -> Any:
-    """`value` as its type `hint` wants it. UserError, which calls it `where`, if it does not fit.
+    """`value` converted to its type `hint`. UserError, which calls it `where`, if it does not fit.
 
     A scalar of NumPy or PyTorch becomes a number of Python, an int a float where one is wanted, a
     list a tuple, and a mapping of JSON values a dataclass. NaN and infinities are refused, and True
@@ -124,7 +124,7 @@ def _one_of(value: object, kinds: Sequence[object], where: str) -> object:
 
 
 def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> object:
-    """The dataclass that JSON values hold: of the `kinds` and their subclasses the one they name.
+    """The dataclass of JSON values: the one of `kinds` and their subclasses that the values name.
 
     Unknown and missing keys are errors.
     """
@@ -168,7 +168,7 @@ def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
     # to Python, True is an integer
     if not isinstance(plain, kind) or isinstance(plain, bool) != (hint is bool):
         raise UserError(f"{where} {_shown(plain)}: give {_WORDS[hint]}")
-    # what a tensor or a float holds; NaN is not at most anything
+    # the range of a tensor or a float; no comparison with NaN is true
     most = {int: 2**62, float: sys.float_info.max, bool: 1}[hint]
     if not abs(plain) <= most:
         raise UserError(f"{where} {plain}: give a finite number, below 2^62 if it is an integer")
@@ -176,7 +176,7 @@ def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
 
 
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`."""
+    """UserError, which asks for the `wanted` value, unless `value` is of one of the `kinds`."""
     if not isinstance(value, kinds):
         raise UserError(f"{name} {_shown(value)}: {wanted}")
 
@@ -214,13 +214,13 @@ class Checked:
     """
 
     section: ClassVar[str] = ""
-    """What is before the names of its fields, with a dot at the end."""
+    """The prefix of the names of its fields, with a dot at the end."""
     KEY: ClassVar[str] = ""
     """The class attribute whose value, under this key, is in JSON and tells classes apart."""
     MORE_KINDS: ClassVar[str] = ""
     """Where to find classes of other names."""
     NAMES: ClassVar[Mapping[str, str]] = {}
-    """Fields whose options are called otherwise."""
+    """Fields whose options have other names."""
     EXCLUSIVE: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Fields that are given without these others."""
     NEEDS: ClassVar[Mapping[str, Sequence[str]]] = {}
@@ -249,11 +249,11 @@ class Checked:
             raise UserError(f"{self.label(name)} {found!r:.80}: {rule}")
 
     def rules(self) -> Iterator[tuple[str, str]]:
-        """What fields decide together: the name of a wrong one, and the rule that it breaks."""
+        """Rules on several fields: yields the name of a wrong one, and the rule that it breaks."""
         yield from ()
 
     def given(self) -> set[str]:
-        """The fields that do not have their defaults, and those of requests among them."""
+        """The fields that do not have their defaults, including fields of requests inside."""
         found = set()
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
@@ -264,7 +264,7 @@ class Checked:
         return found
 
     def label(self, name: str) -> str:
-        """What messages call a field."""
+        """The name of a field in messages."""
         return f"{self.section}{self.NAMES.get(name, name)}"
 
 

@@ -76,7 +76,7 @@ def push_to_hub(
     half: bool = False,
     licence: str | None = None,
 ) -> str:
-    """Upload what `save_pretrained` writes to OWNER/NAME; returns the address of the model."""
+    """Upload the files of `save_pretrained` to OWNER/NAME; returns the address of the model."""
     repository = checked_repository(repository)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repository.rpartition("/")[2]

@@ -19,7 +19,7 @@ MUCH_CHANGED = 0.5
 
 @dataclass(frozen=True)
 class Args:
-    """Resample some words of a text given all others. Or --rewrite pieces of it, --replace OLD NEW,
+    """Resample some words of a text given all others; or --rewrite pieces of it, --replace OLD NEW,
     or change one of its states in latent space (--level).
     """
 
@@ -57,7 +57,7 @@ def run(args: Args) -> None:
 
 
 def _advice(request: Edit, change: "Change") -> str | None:
-    """A better option where the edits have lost the text, or changed nothing."""
+    """A better option if the edits have lost the text or changed nothing, else None."""
     from tarflowlm.generation.particles import UNRELIABLE
 
     changed = change.changed.double().mean().item()

@@ -31,15 +31,15 @@ class Args(Checked):
     directory: options.Model = None
     # Another text than the run's own: corpus name, file or prepared directory.
     data: Annotated[str | None, arg("SOURCE")] = None
-    # Part of the text, split 90/5/5. The default is test, but all of a --data file that the model
+    # Part of the text, split 90/5/5. The default is test, or all of a --data file that the model
     # was not trained on.
     split: Annotated[Split | None, arg()] = None
     # Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO.
     samples: schema.Count = 1
     # At most this many windows, evenly spaced; the default is all of them.
     windows: options.Count = None
-    # Tokens between window starts (default: the context). Less lets windows overlap: baseline,
-    # one-block flows.
+    # Tokens between window starts (default: the context). A smaller number lets windows overlap,
+    # for the baseline and one-block flows.
     stride: options.Count = None
     # Also the geometry of the state after every block, and its share of the bound.
     latents: options.Flag = False
@@ -107,7 +107,7 @@ def run(args: Args) -> None:
 
 
 def usual_split(checkpoint: "Checkpoint", data: str | None) -> Split:
-    """all for a file that the model was not trained on, else test."""
+    """The default of `split`: all for a file that the model was not trained on, else test."""
     from tarflowlm.data import SOURCE_NAMES
 
     if data is None or data in SOURCE_NAMES:
@@ -148,7 +148,7 @@ def read_text(
     is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:
         tokens = encode_text(text, tokenizer, split, progress=progress)
-        # a text that cannot be read at all costs one line
+        # before the work, so that an unreadable text costs one line
         seen = look(text)
         problem = seen.misfit(tokenizer)
         if problem is not None:
@@ -167,8 +167,8 @@ def read_text(
 def _windows(
     args: Args, model: "LanguageModel", tokens: "Array", split: Split
 ) -> "tuple[Tensor, Tensor, dict[str, object]]":
-    """The windows [W, T] of a text, how many tokens [W] of each are context, and what --json says
-    of them.
+    """The windows [W, T] of a text, the number of context tokens [W] in each, and their entries in
+    --json.
     """
     from tarflowlm.data import sliding_windows
 

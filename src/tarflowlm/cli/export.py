@@ -34,7 +34,7 @@ def run(args: Args) -> None:
 
     checkpoint = load_checkpoint(args.directory)
     if args.causal_lm:
-        # an application, which the core starts by name
+        # the core starts an application by name
         application = import_module("tarflowlm_apps.transformers_export.checkpoint")
         out = application.save_causal_lm(checkpoint, args.out)
     else:

@@ -1,4 +1,4 @@
-"""`tarflowlm info`: what a model is, which models there are, and training runs in a table."""
+"""`tarflowlm info`: a model described, the list of models, or training runs in a table."""
 
 import sys
 from collections.abc import Sequence
@@ -101,7 +101,7 @@ class Description:
 
 
 def describe(given: Path) -> Description:
-    """What the model of a path or a name is."""
+    """Describe the model of a path or a name."""
     from tarflowlm.model_config import BaselineConfig
     from tarflowlm.runs.checkpoint import read_summary
     from tarflowlm.runs.hub import is_reference, purpose, read_card
@@ -284,12 +284,12 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
 
 
 def _ranked(rows: list[Row]) -> list[Row]:
-    """The runs on a text by bits per character; the best of several is marked."""
+    """The runs on a text, sorted by bits per character; the best of several is marked."""
     known = [row for row in rows if row.bpc is not None]
     known.sort(key=attrgetter("bpc", "name"))
     unknown = [row for row in rows if row.bpc is None]
     if len(known) > 1:
-        # a test says more than a validation, where there is one
+        # a test, if there is one, says more than a validation
         best = next((row for row in known if row.split == "test"), known[0])
         known = [replace(row, best=row is best) for row in known]
     return known + unknown

@@ -33,18 +33,18 @@ COMMANDS = {
     "push": "tarflowlm.cli.push",
     "harness": "tarflowlm_apps.lm_eval.command",
 }
-"""The module of every command, and words that go before those of the user.
+"""The module of every command, and words that are put before the user's words.
 
 A module has `run(args)` and the dataclass `Args`, or `read(argv)` if its options depend on the
 words. The docstring of `Args` summarises the command; comments next to options and docstrings
-below them are their help. None imports torch at its top.
+below them are their help. No module imports torch at its top.
 """
 
 
 def main(
     argv: list[str] | None = None, *, dispatch: Callable[[list[str]], None] | None = None
 ) -> None:
-    """Entry point: runs a command and exits. `dispatch` runs another program than `tarflowlm`."""
+    """Entry point: run a command and exit. `dispatch` runs a program other than `tarflowlm`."""
     argv = sys.argv[1:] if argv is None else argv
     silent = {name for name in ("stdout", "stderr") if getattr(sys, name) is None}  # closed
     if not is_first_process():
@@ -65,7 +65,7 @@ def main(
             # inside this `try`, which catches a closed pipe
             sys.stdout.flush()
     except BrokenPipeError:
-        # no message: that the reader of the output has closed it is no error
+        # no message: it is no error that the reader of the output has closed it
         with contextlib.suppress(OSError, ValueError):
             # Python flushes once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -159,15 +159,15 @@ def command_module(name: str) -> ModuleType:
 def settle_threads() -> None:
     """Choose how idle OpenMP threads wait, before torch is imported, unless the environment does.
 
-    If other programs want the cores they sleep, as spinning would cost up to two thirds of the
-    speed; on an idle machine they spin briefly, as sleeping would cost one third.
+    If other programs want the cores, threads sleep, because spinning would cost up to two thirds of
+    the speed. On an idle machine they spin briefly, because sleeping would cost one third.
     """
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     # only Linux has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
     load = Path("/proc/loadavg")
     if not load.exists() or "torch" in sys.modules or any(name in os.environ for name in choices):
         return
-    # a load average would count work that has just ended; this process itself is left out
+    # a load average would count work that has just ended; this process does not count
     looks = []
     for _ in range(5):
         looks.append(int(load.read_text(encoding="ascii").split()[3].split("/")[0]) - 1)

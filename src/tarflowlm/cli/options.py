@@ -1,4 +1,4 @@
-"""What commands do with their options: read, check and open what they name. No torch here."""
+"""Read and check the options of commands, and open the files that they name. No torch here."""
 
 import contextlib
 import io
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
     """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
 
-    For words that do not parse tyro prints a box and exits with status 2; what it says of a wrong
-    value becomes a UserError. One of the dataclass itself, or of one inside it, passes through.
+    For words that do not parse tyro prints a box and exits with status 2; its message about a wrong
+    value becomes a UserError. A UserError of the dataclass, or of one inside it, passes through.
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
@@ -55,11 +55,11 @@ _WANTED = {
     "to float": "a number",
     "STR STR": "two texts",
 }
-"""What tyro and Python call the type of a value that does not parse -> what to give."""
+"""A type in the words of tyro or Python, for a value that does not parse -> the value to give."""
 
 
 def _plainly(said: str) -> str:
-    """What tyro says of a wrong value, in words for people where it has known ones."""
+    """A message of tyro about a wrong value, in plain words if it is a known one."""
     found = re.search(r"Error parsing (\S+): (.*)", said)
     if found is not None:
         option, reason = found.groups()
@@ -71,7 +71,7 @@ def _plainly(said: str) -> str:
 
 
 class Checked(schema.Checked):
-    """The base of arguments of commands, whose messages name options as they are typed."""
+    """The base of arguments of commands, whose messages name options as a user types them."""
 
     def label(self, name: str) -> str:
         """The option of a field."""

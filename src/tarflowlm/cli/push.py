@@ -21,10 +21,10 @@ class Args(Checked):
     repository: Annotated[
         tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")
     ]
-    private: Flag = False  # Only its owner sees the repository, which is new or private already.
+    private: Flag = False  # Only its owner sees the repository; it must be new or private already.
     half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
     licence: Text = None  # Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0.
-    out: Out = None  # Directory to create, which keeps what is uploaded.
+    out: Out = None  # Directory to create, which keeps the uploaded files.
     dry_run: Flag = False  # Write the directory, by default ./NAME, and upload nothing.
     json: PrintJson = False
 

@@ -49,7 +49,7 @@ def run(args: Args) -> None:
         raise UserError(f"{args.out} exists already: choose another --out")
     device = pick_device(args.device)
     config = replace(preset("quickstart"), seed=args.seed)
-    # before the text is read, which takes long
+    # before reading the text, which takes long
     args.out.mkdir(parents=True, exist_ok=True)
     with ProgressReporter() as reporter:
         corpus = prepare_corpus(suited(config.data), progress=reporter)

@@ -43,7 +43,7 @@ class Args(Checked):
     passes: options.Flag = False  # Show the text decoded after every block.
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
-    """New file for the samples, one JSON object per line, written as they are finished."""
+    """New file for the samples, one JSON object per line, each written once it is finished."""
     device: options.Device = "auto"
     json: options.PrintJson = False
 
@@ -80,7 +80,7 @@ def run(args: Args) -> None:
 
 
 def _samples(args: Args, processes: "Processes") -> "Samples":
-    """What the command asks for, as the model reads it."""
+    """The samples that the command asks for, with texts as the model reads them."""
     from tarflowlm.generation.texts import Samples
     from tarflowlm.terminal.bars import print_notice
 
@@ -122,7 +122,7 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
 
 
 def _write(args: Args, samples: "Samples", out: TextIO | None) -> None:
-    """Write all samples. An interrupt keeps those that are finished, and tells their number."""
+    """Write all samples. An interrupt keeps the finished ones, and tells their number."""
     from tarflowlm.terminal.bars import Bars, json_line, print_json
     from tarflowlm.terminal.texts import print_samples
 

@@ -25,8 +25,8 @@ COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 
 @dataclass(frozen=True)
 class Args(Checked):
-    """Show the bits of every token of a text, and of the whole text, under one model or two. Those
-    of a token are its share of a bound, from densities, and may be below zero.
+    """Show the bits of every token of a text, and of the whole text, under one model or two. The
+    bits of a token are its share of a bound on densities, so they may be below zero.
     """
 
     EXCLUSIVE: ClassVar = {"texts": ("baseline", "text", "file")}
@@ -58,7 +58,7 @@ def run(args: Args) -> None:
         return
     text = args.score.text if args.file is None else read_source(args.file)
     request = replace(args.score, text=text)
-    # both before the first is used, so that a missing model costs no time
+    # load both before the first is used, so that a missing model costs no time
     models = [load_checkpoint(args.directory, args.device)]
     if args.baseline is not None:
         models.append(load_checkpoint(args.baseline, args.device))

@@ -36,7 +36,7 @@ def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
         sys.stderr.flush()
         os._exit(INTERRUPTED)
 
-    # SIGINT may be ignored or another program's, and only the main thread may handle it
+    # SIGINT may be ignored or handled by another program, and only the main thread may handle it
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     is_main = threading.current_thread() is threading.main_thread()
     return handled({signal.SIGINT: end} if is_default and is_main else {})

@@ -60,14 +60,14 @@ class Args:
             "train.checkpoint_every": self.checkpoint_every,
         }
         given = {name: value for name, value in short.items() if value is not None}
-        # not read once more without need: blocks of other couplings may lack options as yet
+        # not read again without need: blocks of other couplings may still lack options
         run = with_fields(self.run, given) if given else self.run
         return run if self.steps is None else with_steps(run, self.steps)
 
 
 @dataclass(frozen=True)
 class TuneArgs:
-    """Train a model further on another text. Its weights, codebook and tokenizer are the start."""
+    """Train a model further on another text, from its weights, codebook and tokenizer."""
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
     """Run directory, shipped model or hf:OWNER/NAME."""
@@ -125,9 +125,9 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
 
 
 def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[str]]:
-    """The run, blocks of which have other couplings, and so other options; and the other words.
+    """The run with the couplings, and so the options, that the words give blocks; and other words.
 
-    The run is not checked: those options may be needed to make it right.
+    The run is not checked, because it may be right only with those options.
     """
     words = iter(argv)
     others: list[str] = []

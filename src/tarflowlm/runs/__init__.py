@@ -1,6 +1,6 @@
-"""Run directories, and models by name. What a run directory holds:
+"""Run directories, and models by name. A run directory holds:
 
-CONFIG      the configuration, as text, device and time have settled it
+CONFIG      the configuration, with all that text, device and time have decided
 TOKENIZER   the tokenizer, whole
 WEIGHTS     the newest weights, with their checksum. These three are a model
 CARD        the model card, if there is one

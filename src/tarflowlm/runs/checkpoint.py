@@ -60,7 +60,7 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def read_run(directory: Path) -> RunConfig:
-    """The configuration of a run directory. UserError where it is none, or damaged."""
+    """The configuration of a run directory. UserError if it is none, or damaged."""
     path = directory / CONFIG
     if not path.exists():
         known = released()
@@ -85,7 +85,7 @@ def read_summary(directory: Path) -> Summary | None:
     found = (read_json(path) or None) if path.exists() else None
     fields = found if isinstance(found, dict) else {}
     test = fields.get("test")
-    # what commands show
+    # the numbers that commands show
     numbers = {"bpc", "bound", "nats_per_token", "stderr"}
     has_test = isinstance(test, dict) and test.keys() >= numbers
     has_all = has_test and fields.keys() >= {"tokens", "seconds", "stage_valid_bpc"}
@@ -109,7 +109,7 @@ def locate(directory: str | Path) -> Path:
     try:
         read_weights(weights)
     except UserError as error:
-        # in the client's cache a file is a link to where its bytes are
+        # in the client's cache a file is a link to its bytes
         weights.resolve().unlink(missing_ok=True)
         weights.unlink(missing_ok=True)
         what = f"{path.as_posix()}: {error}, and is removed from the cache"
@@ -125,7 +125,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     """
     directory = locate(directory)
     run = read_run(directory)
-    # first, since weights are written last: without them the other files need not be complete
+    # first, since weights are written last: without weights the other files may be incomplete
     try:
         tensors, info = read_weights(directory / WEIGHTS)
     except UserError as error:
@@ -176,7 +176,7 @@ def undamaged_state(directory: Path) -> Path | None:
 def corpus_digest(directory: Path) -> str | None:
     """The fingerprint of the corpus that a run trains on; None without its training state.
 
-    Its folder `best` has that of the run.
+    Its folder `best` gives the fingerprint of the run.
     """
     state = undamaged_state(directory.parent if directory.name == BEST else directory)
     return None if state is None else read_json(state / COUNTERS).get("corpus")
@@ -199,7 +199,7 @@ def resume_command(directory: Path) -> str:
 def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Path:
     """Write the files that load a model into the new directory `out`.
 
-    `half` stores the matrices of linear layers, and those between the channels of a head, in
+    `half` stores the matrices of linear layers, and the ones between channels of a head, in
     bfloat16, which loading converts to float32. Paths in the configuration are cut to file names.
     """
     data = checkpoint.run.data
@@ -208,7 +208,7 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
     weights = checkpoint.model.state_dict()
     for name, weight in weights.items():
         is_matrix = (name.endswith(".weight") and weight.ndim == 2) or name.endswith(".cross")
-        # what came in bfloat16 loses nothing
+        # weights that came in bfloat16 lose nothing
         if is_matrix and (half or weight.equal(weight.bfloat16().to(weight.dtype))):
             weights[name] = weight.bfloat16()
     with new_folder(Path(out)) as folder:
@@ -221,7 +221,7 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
 
 
 def _without_folders(source: str) -> str:
-    """./NAME for an absolute path; other names are kept, such as those of corpora."""
+    """./NAME for an absolute path; other names, such as the name of a corpus, are kept."""
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source
 
@@ -237,7 +237,7 @@ def write_weights(path: Path, weights: dict[str, Tensor], info: dict[str, str]) 
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and its header. UserError where its checksum, if any, is another."""
+    """The tensors of a file and its header. UserError if its checksum, if any, does not fit."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:

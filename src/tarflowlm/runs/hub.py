@@ -48,10 +48,10 @@ def fetch(name: str | Path) -> Path:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turn errors of the hub, and of the way there, into one UserError about `name`."""
+    """Turn errors of the hub, and of the connection to it, into one UserError about `name`."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # the client's errors derive from OSError and from that of its HTTP library, whichever that is
+    # the client's errors derive from OSError and from the error of its HTTP library
     kinds: tuple[type[Exception], ...] = (
         HFValidationError,
         RuntimeError,
@@ -64,7 +64,7 @@ def hub_errors(name: str) -> Iterator[None]:
         yield
     except kinds as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # of the disk
+            raise  # an error of the disk
         raise UserError(f"{name}: {_reason(error)}") from error
     finally:
         log.setLevel(level)

@@ -1,4 +1,4 @@
-"""Run directories without their weights: where they lie, and what a run says of itself."""
+"""Run directories without their weights: find them, and read a run's log and results."""
 
 import json
 from contextlib import suppress
@@ -27,7 +27,7 @@ COLUMNS = {
 def find_runs(folder: Path, depth: int = DEPTH) -> list[Path]:
     """The run directories in a folder, at most `depth` levels down, sorted; or the folder itself.
 
-    A directory with any of a run's files is one, so that a damaged run is found and can be named.
+    A directory with any of a run's files counts, so that a damaged run is found and can be named.
     """
     if any((folder / name).is_file() for name in (CONFIG, WEIGHTS, METRICS)):
         return [folder]
@@ -82,7 +82,7 @@ class RunRecord:
         if not self.has_log:
             return "a model without its training log"
         step, total = int(self.train["step"][-1]), self.run.train.num_steps
-        # not known before the end of a run with a time limit, or that a block has left
+        # unknown before the end of a run with a time limit, or one that a block has left
         steps = "" if self.run.train.minutes or step > total else f" of {total:,}"
         state = "training now" if is_written(self.directory) else "stopped"
         return f"{state}, step {step:,}{steps}"
@@ -91,7 +91,7 @@ class RunRecord:
 def read_record(directory: Path, name: str = "") -> RunRecord:
     """The run in a directory, named after it by default.
 
-    UserError for what is not a run directory, and for a training that has not logged anything yet.
+    UserError if it is not a run directory, or if the training has not logged anything yet.
     """
     run = read_run(directory)
     path = directory / METRICS

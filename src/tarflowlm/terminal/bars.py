@@ -60,7 +60,7 @@ def print_notice(text: str) -> None:
 
 
 def suggest(*words: object) -> None:
-    """A notice of the command that comes next."""
+    """A notice that suggests the next command."""
     print_notice(f"next: tarflowlm {shlex.join(map(str, words))}")
 
 
@@ -76,7 +76,7 @@ def print_table(
 ) -> None:
     """A table with a title, and `rows` under the headings `columns`.
 
-    Where the width does not suffice, longer texts wrap; numbers under headings stay whole.
+    If the terminal is too narrow, longer texts wrap; numbers under headings stay whole.
     """
     console = Console()
     rows = list(rows)
@@ -196,7 +196,7 @@ class Bars(errors.Progress):
         self._due = self.clock() + 30.0  # ... the next
         line = f"{task.description}: {self._numbers.render(task)}"
         if task.time_remaining is not None:
-            # what lasts longer has no timedelta
+            # a longer time has no timedelta
             seconds = min(int(task.time_remaining), 10**10)
             line += f", {timedelta(seconds=seconds)} left"
         print_notice(line)
@@ -207,7 +207,7 @@ class Bars(errors.Progress):
 
 
 class ProgressReporter(Bars):
-    """Every part of a training run: share done, bits per character, speed and the time left."""
+    """The parts of a training run: share done, bits per character, speed and the time left."""
 
     keep = True
     _step = 0
@@ -218,7 +218,7 @@ class ProgressReporter(Bars):
         super().stage(name, total, done)
 
     def advance(self, count: int = 1) -> None:
-        """One step more is done, which is `count` units of the stage."""
+        """One more step is done, which is `count` units of the stage."""
         self._step += 1
         if self._task is not None and self._shown:
             self.progress.update(self._task, count=f"step {self._step:,}")

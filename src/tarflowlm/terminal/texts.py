@@ -31,7 +31,7 @@ END = "∎"
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a row; it is the fainter the lower its `probability`."""
+    """One token of a row; the lower its `probability`, the fainter it is."""
 
     symbol: str
     kind: Kind = "final"
@@ -66,7 +66,7 @@ PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n
 
 
 def visible(text: str) -> str:
-    """`text` with control characters as their pictures; ↵ precedes a new line."""
+    """`text` with control characters as pictures; ↵ precedes a new line."""
     shown = ""
     for character in text.translate(PICTURES):
         is_shown = character.isprintable() or character == "\n"
@@ -80,7 +80,7 @@ def text_tokens(
     kinds: Mapping[Kind, Tensor] = {},
     probabilities: Tensor | None = None,
 ) -> list[Token]:
-    """A text [T]. A token has the first of the `kinds` whose mask [T] holds there, else final."""
+    """A text [T]. A token has the first of the `kinds` whose mask [T] is true there, else final."""
     found = []
     for place, symbol in enumerate(symbols(tokens, tokenizer)):
         kind: Kind = next((kind for kind, mask in kinds.items() if mask[place]), "final")
@@ -152,7 +152,7 @@ def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> 
         show(body, f"sample {number + 1}", is_first=number == 0)
         if generation.filled is not None:
             for gap, lengths in enumerate(generation.filled.lengths, 1):
-                # of 1, 2, ... tokens
+                # lengths of 1, 2, ... tokens
                 likeliest = sorted(enumerate(lengths[row].tolist(), 1), key=lambda one: -one[1])
                 shown = (f"{counted(length, 'token')} {p:.0%}" for length, p in likeliest[:4])
                 print_notice(f"  gap {gap}: {', '.join(shown)}")

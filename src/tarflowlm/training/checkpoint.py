@@ -41,9 +41,9 @@ from tarflowlm.training.parallel import whole_weights
 from tarflowlm.training.state import Run, State, seconds
 
 KEPT = 2
-"""Training states that are kept: the newest one, and the one before in case it is damaged."""
+"""Number of training states that are kept: the newest one, and one more in case it is damaged."""
 
-# said of every save and load of a single process
+# a warning for every save and load of a single process
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 logger = logging.getLogger("tarflowlm")
@@ -56,7 +56,7 @@ def save(run: Run, state: State) -> None:
     counters = state.counters
     if counters.saved_step == counters.step:
         return
-    wait(run)  # for the checkpoint before
+    wait(run)  # for the last checkpoint
     counters.total = seconds(run, state)
     weights = finite_weights(run, state)
     counters.saved_step = counters.step
@@ -142,7 +142,7 @@ def submit_weights(run: Run, state: State, directory: Path, weights: dict[str, T
 
 
 def submit_run(run: Run, config: RunConfig) -> None:
-    """Let the thread write config.json of the run, and of its best weights where there are any."""
+    """Let the thread write config.json of the run, and of its best weights if there are any."""
     if run.processes.first:
         for directory in (run.out, run.out / BEST):
             if directory.exists():
@@ -165,7 +165,7 @@ def write_state(run: Run, tensors: dict[str, Any], saved: dict[str, Any]) -> Non
         save_shards(tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
         if run.processes.first:
             write_json(temporary / COUNTERS, saved)
-            # network file systems list what others have written late
+            # network file systems list the files of other machines late
             shards = FileSystemReader(temporary).read_metadata().storage_data.values()
             files = {COUNTERS, ".metadata", *(shard.relative_path for shard in shards)}
             write_manifest(temporary, files)
@@ -192,8 +192,8 @@ def tensors_of(state: State) -> dict[str, Any]:
 
 
 def reset_optimizers(state: State) -> None:
-    """Empty the optimisers of a stage without a step: to read or write their state, PyTorch takes
-    one with a rate of zero, which would count.
+    """Empty the optimisers of a stage that has no step yet. To read or write their state, PyTorch
+    takes a step with a rate of zero, which would count.
     """
     if not state.counters.stage_step:
         for optimizer in state.optimizers:

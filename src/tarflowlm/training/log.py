@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, one JSON object a line, and the trackers that get it as well."""
+"""The log of a run: metrics.jsonl, one JSON object per line, and the trackers that also get it."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from tarflowlm.schema import to_dict
 from tarflowlm.training.optim import norms, trained_parameters
 
 NAMED = 8
-"""Parameters that a message names."""
+"""The most parameters that a message names."""
 
 Tracker = tuple[Callable[[dict[str, int | float], int], None], Callable[[], None]]
 """Two functions: one takes the numbers of a step, the other one closes the tracker."""
@@ -44,7 +44,7 @@ class PendingStep(NamedTuple):
 
 
 class PendingLosses(list[PendingStep]):
-    """The steps whose numbers the host has not read: it would wait for the device."""
+    """The steps whose numbers the host has not read yet, because it would wait for the device."""
 
     def read(self, model: nn.Module, step: int) -> list[tuple[float, float]]:
         """Losses and gradient norms of the steps, with one transfer from the device.
@@ -61,8 +61,8 @@ class PendingLosses(list[PendingStep]):
 
 
 def not_finite(pending: PendingStep, loss: float, model: nn.Module, step: int) -> Exception:
-    """The error for a step: the gradients that are not finite, and the parameters, if these are
-    still the ones of that step. Collective.
+    """The error for a step: the gradients that are not finite, and the parameters, if they have not
+    changed since that step. Collective.
     """
     culprits = {"gradients": dict(zip(pending.names, pending.norms.tolist(), strict=True))}
     if pending.step > step:
@@ -86,7 +86,7 @@ class Window:
     norms: list[float] = field(default_factory=list)  # of the gradient
     tokens: int = 0
     seconds: float = 0.0
-    waited: float = 0.0  # seconds of these in which the next batch was not there yet
+    waited: float = 0.0  # seconds of these spent waiting for the next batch
 
 
 class MetricsLog:
@@ -220,7 +220,7 @@ def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
 
     def end() -> None:
         with redirect_stdout(io.StringIO()):
-            # as failed, if an exception is passing through
+            # as failed, if an exception is on its way
             run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
     return lambda numbers, step: run.log(numbers, step=step), end

@@ -12,7 +12,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the iteration, as in torch.optim.Muon."""
 STEPS = 5
 BUCKET = 64
-"""Matrices that an accelerator orthogonalises together; more take more memory."""
+"""Matrices that an accelerator orthogonalises together; more would need more memory."""
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -30,8 +30,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
     product: Tensor | None = None
-    # For long rows it takes half the time to multiply the factors F of X alone, which turn Y into
-    # F Y F. Rounding errors grow to about 1e-4 in float32, a hundredth of bfloat16's.
+    # For long rows, multiplying only the factors F of X, which turn Y into F Y F, takes half the
+    # time. Rounding errors grow to about 1e-4 in float32, a hundredth of bfloat16's.
     apart = x.shape[-1] >= 2 * x.shape[-2] and x.dtype != torch.bfloat16
     for step in range(STEPS):
         factor = add_product(gram, gram, gram, beta=b, alpha=c)
@@ -63,7 +63,7 @@ def orthogonalise_all(stacks: list[Tensor], *, batched: bool) -> list[Tensor]:
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon that orthogonalises in a `precision` of its choice.
+    """torch.optim.Muon that orthogonalises in the given `precision`.
 
     Updates have the root mean square of AdamW's (`match_rms_adamw`), so both use one learning rate.
     `stacked` lists parameters that hold three matrices one below the other. Parameters must be

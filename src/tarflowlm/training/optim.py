@@ -12,11 +12,9 @@ from tarflowlm.config import OptimConfig, Precision, TrainConfig
 from tarflowlm.training.muon import Muon
 
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
-"""Name endings of the codebook parameters: the encoder's, and those of Mix-d blocks with their own
-codebook.
-"""
+"""Name endings of codebook parameters: the encoder's, and the own codebooks of Mix-d blocks."""
 TAPS_SCALE = 3.0
-"""Learning rate of a convolution's weights over the rest."""
+"""Learning rate of a convolution's weights, as a multiple of the rest."""
 MUON = ("transformer.layers.", "token_features.")
 """Modules whose matrices Muon optimises."""
 LARGE = 512 * 512
@@ -24,7 +22,7 @@ LARGE = 512 * 512
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
-    """The learning rate over its peak, in (0, 1], at `step` (0-based) of `num_steps`.
+    """The learning rate as a share of its peak, in (0, 1], at `step` (0-based) of `num_steps`.
 
     It rises linearly, is constant, and falls linearly to zero.
     """
@@ -97,7 +95,7 @@ def muon_matrices(config: OptimConfig, model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def norms(tensors: dict[str, Tensor]) -> Tensor:
-    """The norm of every tensor, of the whole one where it is sharded. Collective under FSDP2."""
+    """The norm of every tensor; of a sharded one, the norm of the whole. Collective under FSDP2."""
     each = torch.stack(torch._foreach_norm([*tensors.values()]))
     return each.full_tensor() if isinstance(each, DTensor) else each
 
@@ -110,7 +108,7 @@ def take_step(
     lr: float,
     grad_clip: float,
 ) -> None:
-    """Change the `parameters` by their gradients, and forget these.
+    """Change the `parameters` by their gradients, and clear these.
 
     `norm` is the norm of all gradients together; it is clipped to `grad_clip`. The learning rate of
     a group is `lr` times its `lr_scale`.
@@ -135,7 +133,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def with_precision(train: TrainConfig, device: torch.device) -> TrainConfig:
-    """`train` with a precision of `device` for auto: bfloat16 where it is native."""
+    """`train` with the precision of `device` instead of auto: bfloat16 if it is native."""
     if train.precision != "auto":
         return train
     return replace(train, precision="bfloat16" if has_bfloat16(device) else "float32")
@@ -157,7 +155,7 @@ def muon_precision(config: OptimConfig, model: nn.Module, device: torch.device) 
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train, by name. They alone are sharded."""
+    """The parameters that train, by name. Only they are sharded."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -2,7 +2,7 @@
 
 A global batch gives the same step however it is divided: every process draws the noise of all
 sequences and uses its own rows, the loss is a mean over equal parts, and gradients are averaged.
-Dropout alone differs: every process draws its own.
+Only dropout differs: every process draws its own.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ def parallelise(
     """The negative bound of `model`, which maps tokens and noise to nats [B], for all processes.
 
     The first `frozen` blocks get no graph; `LanguageModel.train_only` has frozen their parameters.
-    Under FSDP2 the trained parameters of `model` are sharded in place. If `compiled`, every
-    Transformer layer is, layers of one shape sharing a graph, and the maps of every coupling.
+    Under FSDP2 the trained parameters of `model` are sharded in place. `compiled` compiles every
+    Transformer layer, where layers of one shape share a graph, and the maps of every coupling.
     """
     for layer in layers_of(model):
         is_trained = any(parameter.requires_grad for parameter in layer.parameters())
@@ -113,7 +113,7 @@ def seeded_dropout(
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
     """Whether layers are compiled: `train.compile`, or by default in bfloat16 on a GPU.
 
-    Where compilation does not work, that is a warning.
+    If compilation does not work, this gives a warning.
     """
     if train.compile is not None:
         return train.compile
@@ -151,9 +151,9 @@ def layers_of(module: nn.Module) -> list[Layer]:
 def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precision: str) -> None:
     """Shard the trained parameters of `model` in place; frozen ones stay whole.
 
-    Layers, in `precision`, and heads are gathered one at a time, the rest for the whole step.
+    Layers, in `precision`, and heads are gathered one at a time; the rest stays for a whole step.
     """
-    # happens for heads; harmless, since nothing here is changed in place
+    # a warning for heads; harmless, since nothing here is changed in place
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -180,7 +180,7 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
 
 
 def reshard(bound: nn.Module) -> None:
-    """Free what FSDP2 gathered for a call without backward, so that parameters can be read."""
+    """Free the parameters that FSDP2 gathered for a call without backward, so they can be read."""
     for module in bound.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,8 +1,8 @@
 """Before the first step: the configuration of a run, its text, and its directory.
 
-`resolve` makes of what is asked for what is trained: asked.json holds the one, config.json the
-other. Both are kept, since one question has several answers: on another device `auto` is another
-precision, and a run still has to know that it is asked for once more.
+`resolve` turns the configuration that is asked for, in asked.json, into the one that is trained, in
+config.json. Both are kept: `auto` means another precision on another device, and a run must still
+recognise the same request.
 """
 
 import logging
@@ -48,14 +48,14 @@ from tarflowlm.schema import checked, flatten, from_dict, to_dict
 from tarflowlm.training.optim import with_precision
 
 TUNING_RATE = 0.5
-"""Peak learning rate of tuning, as a multiple of the one of the model's own training."""
+"""Peak learning rate of tuning, as a multiple of the rate of the model's own training."""
 TUNING_MINUTES = 10.0
 """Length of a tuning run if nothing else is asked for."""
 
 logger = logging.getLogger("tarflowlm")
 
 
-# what is asked for
+# the configuration that is asked for
 
 
 def tuning(
@@ -107,8 +107,8 @@ def tuning(
 
 
 def settled(asked: RunConfig) -> RunConfig:
-    """`asked` with what its names alone decide: absolute paths to its files, and for a corpus by
-    name its normalisation instead of auto.
+    """`asked` with all that its names decide: absolute paths to its files, and the normalisation of
+    a corpus by name instead of auto.
     """
     data = asked.data
     tokenizer = data.tokenizer
@@ -122,7 +122,7 @@ def settled(asked: RunConfig) -> RunConfig:
     return replace(asked, data=replace(data, source=source, tokenizer=tokenizer))
 
 
-# what is trained
+# the configuration that is trained
 
 
 def resolve(
@@ -133,8 +133,8 @@ def resolve(
     processes: Processes,
     progress: Progress,
 ) -> tuple[RunConfig, Corpus]:
-    """The configuration that is trained, and its text in tokens: all that the text, the parent and
-    the device decide. With `asked` None, those of the run in `out`. Nothing is written. Collective.
+    """The configuration that is trained, with all that the text, the parent and the device decide,
+    and the text in tokens. `asked` None takes the run in `out`. Nothing is written. Collective.
 
     UserError for a text that is missing, too short or of another tokenizer, a parent that is
     missing, and a batch that does not divide.
@@ -151,7 +151,7 @@ def resolve(
         config = settled(replace(asked, data=text))
     processes.rows_each(config.train)  # for its error
 
-    # the text, by the tokenizer of the parent, of which a run keeps a copy
+    # the text, by the tokenizer of the parent (a run keeps a copy)
     tokenizer: Tokenizer | None = None
     if parent is not None:
         tokenizer = parent.tokenizer
@@ -168,7 +168,7 @@ def resolve(
                 f"fewer than the context of {context}: use a longer text or a smaller model.context"
             )
 
-    # the vocabulary's size by the text, the precision by the device
+    # the text decides the size of the vocabulary, the device the precision
     vocab_size = corpus.tokenizer.vocab_size
     if config.model.vocab_size not in (0, vocab_size):
         raise UserError(
@@ -222,7 +222,7 @@ def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[Non
         if processes.first:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(writer_lock(out))
-            # what a kill left incomplete
+            # remove files that a kill left incomplete
             for leftover in [*out.glob(f".*{TEMPORARY}"), *(out / BEST).glob(f".*{TEMPORARY}")]:
                 leftover.unlink()
             for partial in (out / STATE).glob(".step-*"):
@@ -257,7 +257,7 @@ def write_start(
 
 
 def announce(config: RunConfig, out: Path) -> None:
-    """Say what is trained, for how long, and where to."""
+    """Log the run, its text, its length and its directory."""
     train = config.train
     minutes = f"{round(train.minutes, 2):g} minutes"
     length = minutes if train.minutes else f"{train.num_steps:,} steps"

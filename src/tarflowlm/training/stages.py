@@ -41,7 +41,7 @@ from tarflowlm.training.parallel import first_blocks, parallelise, reshard
 from tarflowlm.training.state import Counters, Run, State, num_test_windows, seconds, update_pace
 
 Trained = tuple[nn.Module, list[torch.optim.Optimizer], dict[str, dict[str, Tensor]]]
-"""What a stage trains with: `bound`, `optimizers` and `copies` of a `State`."""
+"""The `bound`, `optimizers` and `copies` of a `State`, which a stage trains with."""
 
 logger = logging.getLogger("tarflowlm")
 
@@ -59,9 +59,9 @@ def new_state(run: Run, config: RunConfig) -> State:
 def load_state(run: Run, present: RunConfig, folder: Path) -> State:
     """The state in the `folder` of a checkpoint, with the log cut back to it. Collective.
 
-    Its configuration may have other blocks than the `present` one, some of which may have left
-    since. Weights on disk may be damaged, or a kill came between the state and its weights: they
-    are written once more. UserError for a state of another run or another text.
+    Its configuration may have other blocks than the `present` one, because blocks may have left
+    since. The weights are written again, because a kill may have come between the state and its
+    weights, or the file may be damaged. UserError for a state of another run or another text.
     """
     saved = read_json(folder / COUNTERS)
     config = from_dict(RunConfig, saved["config"], where=str(folder / COUNTERS))
@@ -115,15 +115,15 @@ def built_state(run: Run, config: RunConfig, counters: Counters) -> State:
 
 
 def enter_stage(run: Run, config: RunConfig, counters: Counters, model: LanguageModel) -> Trained:
-    """Append the blocks of the stage to `model`, freeze the others, and build optimisers: those of
-    the last stage where the run is over. Collective.
+    """Append the blocks of the stage to `model`, freeze the others, and build optimisers. If the
+    run is over, take the last stage. Collective.
     """
     stage = min(counters.stage, config.num_stages - 1)
     while model.num_blocks < config.model_of_stage(stage).num_blocks:
         with seeded(config.seed + 1000 * (model.num_blocks + counters.idle)):
             as_flow(model).append_block()
     if config.parent:
-        # blocks below are as this run has trained them
+        # this run has trained the blocks below
         own = f"prior.blocks.{stage}." if stage else ""
         inherited, _ = read_weights(run.out / PARENT)
         weights = {name: w for name, w in inherited.items() if name.startswith(own)}
@@ -208,9 +208,9 @@ def evaluate(
     with averaged(state):
         for batch in windows.split(processes.world * size):
             tokens = batch.to(run.device)
-            # in the parts that a single process would draw
+            # draw noise in the same parts as a single process
             noise = torch.cat([model.draw_noise(part, generator) for part in tokens.split(size)])
-            # in the last batch, processes without rows of their own repeat one: all must take part
+            # in the last batch, processes without own rows repeat one, because all must take part
             each = -(-len(tokens) // processes.world)
             own = processes.rank * each + torch.arange(each, device=run.device)
             rows = own.clamp(max=len(tokens) - 1).split(
@@ -234,9 +234,9 @@ def evaluate(
 def leave_stage(run: Run, state: State, end: Likelihood) -> None:
     """Record how a stage ended, with `end` as its last validation, and enter the next one.
 
-    A block above the first that gained nothing leaves the model, and its stage the record, unless
-    `train.keep_idle` says otherwise; in `train --from` a block that stays is the parent's, and at
-    work. Collective.
+    A block above the first that gained nothing leaves the model, and its stage leaves the record,
+    unless `train.keep_idle` keeps it. In `train --from` a block that gained nothing stays: it works
+    as the parent trained it. Collective.
     """
     config, counters = state.config, state.counters
     final = state.copies.get("best") or state.copies.get("average")
@@ -281,7 +281,7 @@ def drop_block(run: Run, state: State) -> None:
     state.model = first_blocks(state.model, stage)
     state.model.config = state.config.model
     state.copies = {}
-    # The configuration comes last: with that of more blocks, fewer ones load as well.
+    # The configuration comes last, because one of more blocks can load fewer.
     weights = finite_weights(run, state)
     for folder in (run.out, run.out / BEST):
         submit_weights(run, state, folder, weights)
@@ -303,8 +303,8 @@ def finish(run: Run, state: State) -> dict[str, Any]:
     config, counters = state.config, state.counters
     minutes = config.train.minutes
     if minutes:
-        # the steps that the run took instead, and the test windows for which there is time left,
-        # but 32 even if there is none
+        # take the steps of the run instead, and the test windows that the time left allows, at
+        # least 32
         left = 60 * minutes - seconds(run, state)
         fitting = max(32, int(left / max(counters.per_window, 1e-9)))
         lengths = replace(

@@ -1,4 +1,4 @@
-"""A training run: what never changes in it, its state, and how far its stage is."""
+"""A training run: its constants, its state, and the progress of its stage."""
 
 import math
 import time
@@ -19,7 +19,7 @@ from tarflowlm.processes import Processes
 from tarflowlm.training.log import MetricsLog
 
 TEST_SHARE = 0.15
-"""Largest share of the time of a run for the test split at its end."""
+"""The largest share of a run's time that the final test may take."""
 LEAST_STEPS = 36
 """A stage after the first needs time for this many steps, or it is left out: fewer do harm."""
 
@@ -44,7 +44,7 @@ class Counters:
 
     # the stages that have ended
     stage_steps: list[int] = field(default_factory=list)
-    valid_bpc: list[float] = field(default_factory=list)  # bits per character of what was kept
+    valid_bpc: list[float] = field(default_factory=list)  # bits per character of kept weights
     idle: int = 0  # stages that left the run together with their block
 
     # wall-clock seconds
@@ -60,7 +60,7 @@ class Counters:
         return self.step > 0 and self.share >= 1
 
     def place(self) -> dict[str, int]:
-        """Where the run is, as a line of the log says it: `block` counts those that left, too."""
+        """The place of the run for a line of the log; `block` also counts blocks that left."""
         return {"step": self.step, "tokens": self.tokens, "block": self.stage + self.idle + 1}
 
     def progress(self, train: TrainConfig) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Run:
-    """What never changes in a run. All processes hold the same; only the first one writes files."""
+    """The constants of a run. All processes hold the same; only the first one writes files."""
 
     out: Path
     corpus: Corpus
@@ -84,7 +84,7 @@ class Run:
     writer: ThreadPoolExecutor  # one thread, which writes checkpoints while training continues
     writes: list[Future[None]]  # what the thread has not been seen to finish
     group: dist.ProcessGroup | None
-    """The processes once more, for collectives of that thread; those of training must not mix.
+    """The same processes, for collectives of that thread, which must not mix with the training's.
     None for a single process.
     """
 
@@ -98,7 +98,7 @@ class Run:
 
 @dataclass
 class State:
-    """What changes with a step or a stage: a checkpoint holds it all, or what it follows from."""
+    """The values that change with a step or a stage. A checkpoint restores them all."""
 
     config: RunConfig  # with the blocks of all stages; one that gained nothing leaves it
     counters: Counters
@@ -106,8 +106,8 @@ class State:
     bound: nn.Module  # its negative bound as DDP or FSDP2 wrap it for the stage
     optimizers: list[torch.optim.Optimizer]
     copies: dict[str, dict[str, Tensor]]
-    """Copies of the weights that train, the "average" and the "best" by validation, by parameter;
-    each only if the configuration asks for it.
+    """Copies of the trained weights by parameter: the "average", and the "best" by validation, each
+    only if the configuration asks for it.
     """
     sampler: WindowSampler  # the place in the text
     generator: Generator  # of the noise
@@ -147,9 +147,9 @@ def measure_pace(
 ) -> None:
     """Update `share` and `expected_steps` of the counters. `clock` gives seconds since the start.
 
-    Under a time limit, `train.stage_steps` are the shares of the stages in the remaining time, less
-    what is reserved for the evaluation that ends every remaining stage, and for the `test_windows`
-    at the end of the run.
+    Under a time limit, `train.stage_steps` are the shares of the stages in the remaining time. Time
+    is reserved for the evaluation that ends every remaining stage, and for the `test_windows` at
+    the end of the run.
     """
     step = counters.stage_step
     if not train.minutes:
@@ -165,7 +165,7 @@ def measure_pace(
     left = limit - test - counters.stage_start
     shares = [*train.stage_steps[counters.stage :]]
     least = LEAST_STEPS * now / max(counters.step, 1)
-    # a stage that has no time for them gets none, the last one first; one that has begun continues
+    # a stage without time for these steps gets none, the last stage first; a begun one continues
     has_begun = step > 0 or counters.stage == 0
     for index in reversed(range(int(has_begun), len(shares))):
         if left * shares[index] < least * sum(shares):
@@ -173,5 +173,5 @@ def measure_pace(
     own = (left - len(shares) * counters.evaluation) * shares[0] / max(sum(shares), 1)
     # the share never falls, even if an evaluation is shorter than estimated
     counters.share = max(counters.share, min(1.0, passed / own) if own > 0 else 1.0)
-    # the first step may compile, which does not count: a thousand until one has been timed
+    # the first step may compile, which does not count: expect a thousand until one is timed
     counters.expected_steps = step / max(counters.share, 1e-9) if step > 1 else 1000.0

@@ -1,6 +1,6 @@
-"""A training run, from what is asked for to its results.
+"""A training run, from its configuration to its results.
 
-`train` is the whole of it, `train_stage` is the loop, `accumulate_gradients` is the loss of a step.
+`train` is the whole run, `train_stage` is the loop, `accumulate_gradients` is the loss of a step.
 """
 
 import gc
@@ -68,10 +68,10 @@ def train(
     Returns the summary, which is also written to summary.json. Collective.
 
     If `out` holds this run already, it continues from the newest undamaged state, with the time
-    that this had left; its weights come out as if it had never stopped. The number of processes may
-    change. A finished run is left alone, unless its weights are damaged and have to be restored.
-    With `asked` None, whatever run `out` holds continues. A run of `tuning` begins with the weights
-    and the tokenizer of its `parent`, and keeps a copy of both.
+    that was left then; its weights are the same as if it had never stopped. The number of processes
+    may change. A finished run is left alone, unless its weights are damaged and must be restored.
+    With `asked` None, any run in `out` continues. A run of `tuning` begins with the weights and the
+    tokenizer of its `parent`, and keeps a copy of both.
 
     Raises UserError, before anything is written, if `out` is in use for anything else, or the text
     has changed; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError as
@@ -164,7 +164,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
         norm = torch.linalg.vector_norm(norms)
 
         # Read the numbers of the step. If one is not finite, the run ends here, before any weight
-        # changes. A GPU is read every 16 steps: weights may be spoiled by then, none saved.
+        # changes. A GPU is read only every 16 steps: weights may be bad by then, but are not saved.
         numbers = torch.stack((loss, norm))
         pending.append(PendingStep(counters.step + 1, numbers, [*trained], norms))
         read = pending.read(model, counters.step) if len(pending) >= every else []
@@ -183,7 +183,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
             state.began += time.perf_counter() - start
             start, num_tokens, waited, may_compile = time.perf_counter(), 0, 0.0, False
 
-        # What is due now? Whatever is logged or saved has been read before.
+        # Find what is due now. The numbers of a step are read before it is logged or saved.
         update_pace(run, state)
         why = run.stop_requested() if counters.step % every == 0 else None
         counters.evaluation_is_due = (
