@@ -36,7 +36,7 @@ def main() -> None:
         "models", nargs="+", help="run directories or shipped models, the baseline first"
     )
     options.add_argument(
-        "--data", default="tales", help="corpus or text file, of which the test split is read"
+        "--data", default="tales", help="corpus or text file; its test split is read"
     )
     options.add_argument(
         "--windows", type=int, default=32, help="evenly spaced windows of each model's context"

@@ -1,4 +1,4 @@
-"""Tokens per second of trained models by decoder, over those of the first model.
+"""Tokens per second of trained models by decoder, as a ratio to the first model.
 
     python benchmarks/generation.py english-mini-ar english-mini       # batches of 1 and 16
     python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers   # and GPT-2 beside

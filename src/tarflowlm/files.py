@@ -77,7 +77,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file. UserError where it is missing or damaged."""
+    """The JSON value in a file. UserError if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Iterator[None]:
     """Turn an error that a full disk caused, here or in a library, into a UserError.
 
-    `remedy()` is called after the failure, and says what to do once there is room in `directory`.
+    `remedy()` is called after the failure, and names the next step once there is room again.
     """
     try:
         yield

@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
         """-log p(x), or one sample of an upper bound on it, in nats: [B], or its parts [B, T].
 
         `per_token` asks for the parts; the tokens of a position share its part equally. The
-        codebook and the first `frozen` blocks get no gradient where that is above 0.
+        codebook and the first `frozen` blocks get no gradient if `frozen` is above 0.
         """
 
     def train_only(self, block: int) -> None:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """A device of PyTorch, such as "cuda:1". UserError where it is missing.
+    """A device of PyTorch, such as "cuda:1". UserError if it is missing.
 
     auto takes cuda, then cpu. It never takes mps, because the numerics have not run there yet.
     """

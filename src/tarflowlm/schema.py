@@ -66,7 +66,7 @@ TopP = Annotated[float, Range(least=1e-30, most=1, remedy="top_k 1 takes the mos
 def checked(value: Any, hint: object, where: str) -> Any:
     """`value` converted to its type `hint`. UserError, which calls it `where`, if it does not fit.
 
-    A scalar of NumPy or PyTorch becomes a number of Python, an int a float where one is wanted, a
+    A scalar of NumPy or PyTorch becomes a number of Python, an int a float if one is wanted, a
     list a tuple, and a mapping of JSON values a dataclass. NaN and infinities are refused, and True
     is no integer.
     """

@@ -99,7 +99,7 @@ def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
 
 
 def _from_hub(name: str) -> str:
-    """The path of the tokenizer.json of a model of the hub, downloaded where needed."""
+    """The path of the tokenizer.json of a model of the hub, downloaded if needed."""
     import huggingface_hub
 
     try:

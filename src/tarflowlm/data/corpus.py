@@ -58,7 +58,7 @@ class Meta(TypedDict):
 
 @dataclass(eq=False)
 class Corpus:
-    """A prepared corpus: its tokens, memory-mapped, their `tokenizer`, and what meta.json says."""
+    """A prepared corpus: its tokens, memory-mapped, their `tokenizer`, and its meta.json."""
 
     path: Path
     meta: Meta
@@ -207,7 +207,7 @@ def _training_text(source: Source) -> Iterator[str]:
 
 
 def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Split, SplitMeta]:
-    """Write the tokens of all splits. UserError where one has no text."""
+    """Write the tokens of all splits. UserError if one has no text."""
     splits = {split: SplitMeta(tokens=0, characters=0, sha256="") for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:

@@ -71,7 +71,7 @@ class Look:
             remedy = f"{faster}; else try --train.dropout 0.1"
             log.info("%s is short for a new model: %s", source, remedy)
         if not self.text.unwrap and is_wrapped(beginning):
-            log.info("the lines of %s are wrapped: --unwrap joins those of a paragraph", source)
+            log.info("the lines of %s are wrapped: --unwrap joins the lines of a paragraph", source)
 
 
 def look(text: DataConfig) -> Look:
@@ -116,7 +116,7 @@ def suited(text: DataConfig) -> DataConfig:
             "byte": "256 bytes",
             "bpe": f"{wanted.vocab_size or 'the'} pieces of words",
         }
-        log.info("%s is read as it is; its symbols are %s", source, symbols[wanted.kind])
+        log.info("%s is read unchanged; its symbols are %s", source, symbols[wanted.kind])
     look(text).tell(wanted.normalization, "normalize none", is_new=True)
     return replace(text, tokenizer=wanted)
 

@@ -48,7 +48,7 @@ class Reading:
 
     @property
     def notice(self) -> str | None:
-        """A line that shows the text where it differs from the one given, else None."""
+        """A line that shows the text if it differs from the given one, else None."""
         if self.text == self.given:
             return None
         shown = self.text if len(self.text) <= _SHOWN else f"{self.text[:_SHOWN]}..."

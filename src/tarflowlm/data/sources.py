@@ -267,7 +267,7 @@ class Documents(Source):
             return
         import huggingface_hub
 
-        # another name until it is complete; the client continues what a kill left there
+        # another name until it is complete; the client continues a download that a kill left there
         incomplete = self.folder.with_name(f"{self.folder.name}.partial")
         owner, name, *inner = self.repository.split("/")
         try:

@@ -176,7 +176,7 @@ def normalize_text8(text: str) -> str:
     space. The result begins with one space and has none at its end; a text without letters or
     digits gives `" "`.
     """
-    # on bytes, whose methods are fast; what is not ASCII becomes "?", and later a space
+    # on bytes, whose methods are fast; other characters than ASCII become "?", and later a space
     data = text.encode("ascii", errors="replace").replace(b"<|endoftext|>", b" ").lower()
     for digit, name in enumerate(DIGITS):
         data = data.replace(str(digit).encode(), f" {name} ".encode())

@@ -169,7 +169,7 @@ class Tokenizer:
 
     @cached_property
     def symbols(self) -> list[str]:
-        r"""[V]: every token as a printable string; what cannot be printed is escaped (`\n`)."""
+        r"""[V]: every token as a printable string, with unprintable characters escaped (`\n`)."""
         return [_printable(token) for token in self.token_bytes]
 
     @cached_property

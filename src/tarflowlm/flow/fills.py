@@ -1,6 +1,6 @@
 """Positions in which some tokens are settled and others are filled in.
 
-`FillsIn` settles what a Mix-d block is sure of, and `complete` takes tokens that are given.
+`FillsIn` settles the tokens that a Mix-d block is sure of; `complete` keeps the given tokens.
 """
 
 import torch

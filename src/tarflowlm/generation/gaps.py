@@ -159,7 +159,7 @@ class GapFilter:
         for own, rows in self._groups():
             end = rows.at
             gained = self._draw(own, rows, gap, numbers)
-            # the longest first: a piece overwrites only what comes after it
+            # the longest first: a piece overwrites only later tokens
             for place in reversed(range(span)):
                 rows.at = end + gap.least + place
                 score = gained[:, gap.least + place] + weight(rows.add(piece, values[own]))
@@ -245,7 +245,7 @@ class GapFilter:
         return found
 
     def _finish(self) -> None:
-        """Draw what follows the template."""
+        """Draw the tokens after the template."""
         num_tokens = self.tokens.shape[1]
         numbers = self.noise.uniform(num_tokens), self.noise.normal(num_tokens, self.width)
         for own, rows in self._groups():

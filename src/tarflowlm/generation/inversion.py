@@ -44,7 +44,7 @@ Y = TypeVar("Y")
 
 
 class Returning(Generic[Y, R]):
-    """Iterates over a generator, and keeps what it returns as `value`."""
+    """Iterates over a generator, and keeps its return value as `value`."""
 
     value: R
 
@@ -56,7 +56,7 @@ class Returning(Generic[Y, R]):
 
 
 def finish(steps: Generator[object, None, R]) -> R:
-    """Run a generator to its end, and return what it returns."""
+    """Run a generator to its end, and return its return value."""
     returning = Returning(steps)
     for _ in returning:
         pass
@@ -307,7 +307,7 @@ def stack_inversion(
     ended: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, tuple[list[Tensor], list[Work]]]:
-    """Invert blocks l = `level` (L by default), ..., above + 1; yields what block 1 yields.
+    """Invert blocks l = `level` (L by default), ..., above + 1; yields the steps of block 1.
 
     Returned are the states h^(l) = noise, ..., h^(above), each [B, T, d], and the `Work` for each
     block, l first. With `uniform` numbers block L is drawn; then `noise` is not h^(L). `adjust` is

@@ -36,7 +36,7 @@ class Plan:
     """One text to write, with all decisions about it."""
 
     template: tuple[Tensor | Gap, ...]
-    """Pieces, maybe empty, and gaps in turn; a piece first. A gap at the end is what follows."""
+    """Pieces, maybe empty, and gaps in turn; a piece first. A gap at the end continues the text."""
     num_tokens: int
     """Tokens to write, given ones included."""
     particles: int

@@ -27,7 +27,7 @@ from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 class Rows:
     """Rows whose first `at` positions are final.
 
-    `values` [B, N, ...] are what block 1 reads: latents of a flow, tokens of the baseline.
+    Block 1 reads `values` [B, N, ...]: latents of a flow, tokens of the baseline.
     """
 
     def __init__(self, model: LanguageModel, values: Tensor, adjust: AdjustWeights | None) -> None:

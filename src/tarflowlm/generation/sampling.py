@@ -29,7 +29,7 @@ class Noise:
     """The random numbers of samples of R particles each: by row, then by position.
 
     All that is random in a text comes from here. A sample's numbers depend on its generator and on
-    what it asked for before, never on other samples.
+    its earlier requests, never on other samples.
     """
 
     model: LanguageModel

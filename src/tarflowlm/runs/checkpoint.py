@@ -80,7 +80,7 @@ def read_run(directory: Path) -> RunConfig:
 
 
 def read_summary(directory: Path) -> Summary | None:
-    """The results of a finished run, or None where there are none."""
+    """The results of a finished run, or None if there are none."""
     path = directory / SUMMARY
     found = (read_json(path) or None) if path.exists() else None
     fields = found if isinstance(found, dict) else {}

@@ -28,7 +28,7 @@ def is_reference(name: str | Path) -> bool:
 
 
 def fetch(name: str | Path) -> Path:
-    """The folder with the model hf:OWNER/NAME[@REVISION], downloaded where needed."""
+    """The folder with the model hf:OWNER/NAME[@REVISION], downloaded if needed."""
     name = Path(name).as_posix()
     match = re.fullmatch(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?", name)
     if match is None:
@@ -99,7 +99,7 @@ def released() -> list[str]:
 
 
 def read_card(directory: Path) -> str:
-    """The model card of a directory; empty where there is none."""
+    """The model card of a directory; empty if there is none."""
     card = directory / CARD
     return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 

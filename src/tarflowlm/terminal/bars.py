@@ -80,7 +80,7 @@ def print_table(
     """
     console = Console()
     rows = list(rows)
-    # cells and titles are Text: names may contain what rich takes for markup
+    # cells and titles are Text: names may contain characters that rich takes for markup
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(show_header=any(columns))
     for index, column in enumerate(columns):

@@ -49,7 +49,7 @@ class Counters:
 
     # wall-clock seconds
     training: float = 0.0  # without evaluations and checkpoints
-    total: float = 0.0  # from the start to the newest checkpoint; a kill loses what came after it
+    total: float = 0.0  # from the start to the newest checkpoint; a kill loses the time after it
     stage_start: float = 0.0  # `total` when the stage began
     evaluation: float = 0.0  # duration of the newest validation
     per_window: float = 0.0  # of it, for one window
@@ -82,7 +82,7 @@ class Run:
     log: MetricsLog
     stop_signal: Callable[[], str | None]  # why this process was asked to stop, or None
     writer: ThreadPoolExecutor  # one thread, which writes checkpoints while training continues
-    writes: list[Future[None]]  # what the thread has not been seen to finish
+    writes: list[Future[None]]  # work of the thread that may be unfinished
     group: dist.ProcessGroup | None
     """The same processes, for collectives of that thread, which must not mix with the training's.
     None for a single process.

@@ -20,7 +20,7 @@ Requests = list[Any]
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
-    """The command line of lm-eval on `words`. UserError for what lm-eval refuses."""
+    """The command line of lm-eval on `words`. UserError if lm-eval refuses them."""
     check_package("lm_eval", "lm-eval", "harness")
     from lm_eval.__main__ import cli_evaluate
 

@@ -53,7 +53,7 @@ class RunNotes(TypedDict):
 
 
 class Report(TypedDict):
-    """The files of a report, and its runs with notes on what is missing."""
+    """The files of a report, and its runs with notes on missing parts."""
 
     page: str
     figures: list[str]
@@ -203,7 +203,7 @@ class _Writer:
 
 
 def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
-    """The run's text in the tokens of its model; None, with a note, where it cannot be read."""
+    """The run's text in the tokens of its model; None, with a note, if it cannot be read."""
     source = record.run.data.source
     try:
         corpus = prepare_corpus(record.run.data, checkpoint.tokenizer)

@@ -87,7 +87,7 @@ def unfinished(tokens: Sequence[Token]) -> str:
 
 
 def facts(*pairs: tuple[str, str]) -> str:
-    """Numbers, each with what it counts."""
+    """Numbers, each with its unit."""
     shown = (f"<span><b>{escape(value)}</b> {escape(words)}</span>" for value, words in pairs)
     return div("st-facts", *shown)
 

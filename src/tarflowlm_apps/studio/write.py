@@ -212,7 +212,7 @@ def _lengths(batches: list[Written], weights: Tensor) -> Iterator[str]:
 
 
 def _weights(batches: list[Written]) -> Tensor:
-    """The weight of every try: equal where nothing is given, and where all evidence is zero."""
+    """The weight of every try: equal if nothing is given, or if all evidence is zero."""
     evidence = []
     for batch in batches:
         found = batch.generation.evidence

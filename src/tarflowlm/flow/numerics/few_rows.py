@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_
 
-# These decide what is exact.
+# These decide which results are exact.
 
 _DROPPED = 1e-40
 """Largest posterior mass of a dropped component; there is room for it to grow in later channels."""

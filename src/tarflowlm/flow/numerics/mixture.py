@@ -72,7 +72,7 @@ def mixture_log_density(
     r"""log p(z) = log F'(z) = log sum_k w_k N(z; m_k, s_k^2) of scalar mixtures, elementwise.
 
     Equals log_det + log N(u; 0, 1) of `mixture_cdf` (docs/math.md, eq. 6), without the cost of u.
-    Shapes, formats and errors: as there.
+    Shapes, formats and errors: as `mixture_cdf`.
     """
     shape, flat_z, params = flatten(z, log_w, mean, log_std)
     maps = maps_for(z, maps)
@@ -110,8 +110,8 @@ def rosenblatt_inverse(
 ) -> Tensor:
     r"""Inverse of `rosenblatt`: one scalar mixture is solved per channel (docs/math.md, eq. 9).
 
-    Shapes, formats and errors: as there. Gradients are implicit, channel by channel, and hold d
-    tensors [..., K]; without any, memory is as in `rosenblatt`.
+    Shapes, formats and errors: as `rosenblatt`. Gradients are implicit, channel by channel, and
+    hold d tensors [..., K]; without gradients, memory is as in `rosenblatt`.
     """
     shape, flat, weights = flatten_vectors(u, log_w, mean, log_std)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std)):
