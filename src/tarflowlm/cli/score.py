@@ -26,7 +26,7 @@ COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 @dataclass(frozen=True)
 class Args(Checked):
     """Show the bits of every token of a text, and of the whole text, under one model or two. The
-    bits of a token are its share of a bound on densities, so they may be below zero.
+    bits of a token are its share of a bound. This has densities, so they may be below zero.
     """
 
     EXCLUSIVE: ClassVar = {"texts": ("baseline", "text", "file")}
