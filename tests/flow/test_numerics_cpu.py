@@ -2,6 +2,8 @@
 both formats.
 """
 
+from functools import cache
+
 import pytest
 import torch
 from numerics_cases import codebook_case, nasty_mixtures, wide_noise
@@ -25,14 +27,17 @@ COMPONENTS = [1, 2, 8, 27]
 """On both sides of the two layouts of a chunk."""
 
 
-def scalar_case(rows, components, dtype, shared=False):
-    """u, z and parameters in `dtype`; |u| to 30, so float32 has rows in all three spaces."""
-    params = nasty_mixtures(rows, components, components, dtype)
+@cache
+def scalar_case(components, dtype, shared=False):
+    """u, z and parameters in `dtype`, z also in float64; |u| to 30, so float32 has rows in all
+    three spaces.
+    """
+    params = nasty_mixtures(ROWS, components, components, dtype)
     if shared:
         params = (params[0], params[1][:1], params[2][:1])
-    u = wide_noise(rows, components, dtype)
-    wide = reference.mixture_cdf_inverse(u.double(), *(p.double() for p in params))
-    return u, wide.to(dtype), params
+    u = wide_noise(ROWS, components, dtype)
+    wide = reference.mixture_cdf_inverse(*double(u, *params))
+    return u, wide.to(dtype), wide, params
 
 
 def double(*tensors):
@@ -50,7 +55,7 @@ def largest(found, expected, size):
 @pytest.mark.parametrize("components", COMPONENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixture_cdf_and_density(dtype, components, shared):
-    _, z, params = scalar_case(ROWS, components, dtype, shared)
+    _, z, _, params = scalar_case(components, dtype, shared)
     u, log_det = cpu.mixture_cdf(z, *params)
     log_p = cpu.mixture_log_density(z, *params)
     exact_u, exact_log_det = reference.mixture_cdf(*double(z, *params))
@@ -67,7 +72,7 @@ def test_mixture_cdf_and_density(dtype, components, shared):
 @pytest.mark.parametrize("components", COMPONENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_scalar_mixtures(dtype, components, shared):
-    _, z, params = scalar_case(ROWS, components, dtype, shared)
+    _, z, _, params = scalar_case(components, dtype, shared)
     g = torch.Generator().manual_seed(1)
     grad_u, grad_log_p = torch.randn(2, ROWS, generator=g, dtype=torch.float64).to(dtype)
     wide_z, *wide = double(z, *params)
@@ -104,8 +109,7 @@ def assert_gradients(found, expected, bound):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_solvers(dtype, components, monkeypatch):
     """In noise, and beyond what an ulp of z is worth: where F is flat, many z are right."""
-    u, _, params = scalar_case(ROWS, components, dtype)
-    exact = reference.mixture_cdf_inverse(*double(u, *params))
+    u, _, exact, params = scalar_case(components, dtype)
     slope = reference.mixture_cdf(exact, *double(*params))[1].exp()
     found = {"many": cpu.by_bisection(u, *params)}
     for solver, one_by_one in (("together", 0), ("one by one", 1e9)):

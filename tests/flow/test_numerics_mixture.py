@@ -94,15 +94,15 @@ def test_round_trip_of_nasty_mixtures(dtype, components):
 @pytest.mark.parametrize("scale", [1.0, 25.0])
 def test_gradients(scale, path):
     g = torch.Generator().manual_seed(0)
-    x = (scale * torch.randn(4, generator=g, dtype=torch.float64)).requires_grad_()
+    x = (scale * torch.randn(2, generator=g, dtype=torch.float64)).requires_grad_()
     params = [
-        torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)
+        torch.randn(2, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)
     ]
     log_std = (0.3 * torch.randn(3, generator=g, dtype=torch.float64)).requires_grad_()
     inputs = (x, *params, log_std)
     assert torch.autograd.gradcheck(mixture_cdf, inputs)
     assert torch.autograd.gradcheck(mixture_log_density, inputs)
-    u = torch.linspace(-4, 4, 4, dtype=torch.float64).requires_grad_()
+    u = torch.tensor([-4.0, 1.3], dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(mixture_cdf_inverse, (u, *inputs[1:]))
 
 
