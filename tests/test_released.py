@@ -16,7 +16,8 @@ from tarflowlm.runs.hub import FOLDER, released
 def shelf(tmp_path, trained, monkeypatch):
     """A shelf of released models with one on it, by the name of tiny."""
     export(load_checkpoint(trained), tmp_path / "shelf" / "tiny")
-    monkeypatch.setattr("tarflowlm.runs.hub.FOLDER", tmp_path / "shelf")
+    for module in ("hub", "checkpoint"):
+        monkeypatch.setattr(f"tarflowlm.runs.{module}.FOLDER", tmp_path / "shelf")
     monkeypatch.setattr("tarflowlm.runs.hub.DEFAULT", "tiny")
 
 

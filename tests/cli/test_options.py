@@ -19,9 +19,8 @@ OPTIONS = {
     "eval": ("data device directory json latents normalize samples seed split stride windows"),
     "score": "baseline device directory file json normalize samples seed text texts",
     "sample": (
-        "blank contains decoder device directory json length max-new-tokens no-stop normalize num "
-        "out "
-        "particles passes prompt prompts seed stop stream temperature template "
+        "blank contains decoder device directory json length max-new-tokens min-p no-stop "
+        "normalize num out particles passes prompt prompts seed stop stream temperature template "
         "top-k top-p without"
     ),
     "info": "compare directories json",
