@@ -161,7 +161,7 @@ def test_the_passes_of_a_completion_are_the_states_of_its_latents():
     template = torch.tensor([BLANK, 1, BLANK, 3])
     found = generate(model, num_tokens=8, num=2, prompt=template, particles=3)
     with torch.no_grad():
-        states, _ = model.prior.states(found.latents)
+        states, _ = model.prior.states(found.latents[-1])
     for ours, theirs in zip(found.states(model), reversed(states), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert found.work[-1].decoder == "steps"

@@ -88,7 +88,7 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
     assert [work.decoder for work in long.work] == [work.decoder for work in short.work]
     if not model.config.continues_exactly:  # else the given tokens of each window take no passes
         assert [one.passes for one in long.work] == [2 * one.passes for one in short.work]
-    assert long.latents is None
+    assert long.latents == ()
 
 
 @pytest.mark.parametrize(

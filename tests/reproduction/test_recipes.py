@@ -130,7 +130,7 @@ def test_recipe_measures_draws_and_writes(settings, name):
     assert recipe.claim in page
     assert f"python -m reproduction {name}" in page
     assert "seconds |" not in page.partition("##")[0]
-    assert all(done.training.name in page for done in finished)
+    assert "--dry-run" in page
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def assert_same_tokens(page, lm, *, length: int, prompt: str, temperature: float
     for seed in SEEDS:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         found = page.evaluate(call, [noise.tolist(), prompt, temperature])
-        expected = [tokens[seed].tolist() for tokens in result.passes]
+        expected = [tokens[seed].tolist() for tokens in result.passes(lm.model)]
         # Python shows the noise that belongs to the prompt, the page the one drawn for it
         start = len(prompt)
         assert found["passes"][0][start:] == expected[0][start:]

@@ -103,7 +103,7 @@ class GapFilter:
             self.tokens,
             evidence,
             filled=GapLengths(self._given(), self.ends, tuple(posteriors)),
-            latents=None if self.flow is None else self.values,
+            latents=() if self.flow is None else (self.values,),
         )
 
     def _given(self) -> Tensor:

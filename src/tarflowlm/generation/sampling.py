@@ -109,8 +109,9 @@ class Generation:
     """The work in each block, L first; empty for the baseline."""
     filled: GapLengths | None = None
     """How gaps of unknown length were filled; None without them or a constraint."""
-    latents: Tensor | None = None
-    """z [num, T', d], in whole patches and after the context; None for the baseline, for texts
+    latents: tuple[Tensor, ...] = ()
+    """The states h^(L) = u, ..., h^(0) = z of the inversion, each [num, T', d] in whole patches and
+    with the context; z alone where it was drawn or completed. Empty for the baseline, for texts
     beyond the trained context, and where samples may end early.
     """
     context: int = 0
@@ -119,11 +120,12 @@ class Generation:
     @torch.no_grad()
     def states(self, model: TarFlowLM) -> tuple[Tensor, ...]:
         """h^(L) = u, ..., h^(0) = z, each [num, T, d]; empty without `latents`."""
-        if self.latents is None:
-            return ()
         end = self.context + self.tokens.shape[1]
-        states, _ = model.prior.states(self.latents)
-        return tuple(h[:, self.context : end] for h in reversed(states))
+        states = self.latents
+        if len(states) == 1:
+            # not the noise that was drawn: given tokens have changed it, or it was never inverted
+            states = tuple(reversed(model.prior.states(states[0])[0]))
+        return tuple(h[:, self.context : end] for h in states)
 
     def passes(self, model: TarFlowLM) -> tuple[Tensor, ...]:
         """The `states` decoded, each [num, T], coarse to fine. The last is `tokens`."""

@@ -150,7 +150,7 @@ class Window:
         if self.shown < num_tokens:
             yield self._next(result.tokens[:, self.shown :])
         # samples that have ended have no latents
-        latents = result.latents if self.ended is None else None
+        latents = result.latents if self.ended is None else ()
         return replace(result, tokens=self.tokens.to(result.tokens.device), latents=latents)
 
     def _next(self, tokens: Tensor) -> Tensor:
@@ -207,7 +207,8 @@ class Window:
         )
         states, work = yield from self._read(steps)
         tokens = flow.codebook.decode(states[-1])
-        return Generation(tokens, evidence, tuple(work), latents=states[-1])
+        latents = tuple(states[-1:] if draws else states)
+        return Generation(tokens, evidence, tuple(work), latents=latents)
 
     def _completed(self, flow: TarFlowLM, given: Tensor) -> Parts:
         """A particle filter through block 1 (docs/math.md, section 9)."""
@@ -228,7 +229,7 @@ class Window:
         z = flow.prior.patch.inverse(rows.values)[weights.pick()]
         own = Work("steps" if uniform is None else "draw", rows.num_positions)
         tokens = flow.codebook.decode(z)
-        return Generation(tokens, weights.evidence(), (*source.work, own), latents=z)
+        return Generation(tokens, weights.evidence(), (*source.work, own), latents=(z,))
 
     def _from_baseline(self, model: TokenLM, given: Tensor) -> Parts:
         num_tokens = given.shape[1]
