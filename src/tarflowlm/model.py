@@ -23,7 +23,7 @@ from tarflowlm.flow.plan import Order, block_shape
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model_config import FlowConfig, LanguageModelConfig, MixD
-from tarflowlm.schema import check_type
+from tarflowlm.schema import check_integers, check_type
 
 
 class LanguageModel(nn.Module):
@@ -112,23 +112,6 @@ def check_model(model: LanguageModel) -> None:
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"model in {dtype}: densities need float32 or wider, take model.float()")
-
-
-def check_integers(tokens: object, name: str, *shapes: str) -> None:
-    """UserError unless `tokens` is a tensor of integers of one of the `shapes`: "[T]", "[B, T]"."""
-    wanted = f"give a tensor of integers {' or '.join(shapes)}, as of tokenizer.encode(text)"
-    check_type(tokens, name, Tensor, wanted)
-    assert isinstance(tokens, Tensor)
-    dimensions = [shape.count(",") + 1 for shape in shapes]
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    if tokens.dtype not in integers or tokens.dim() not in dimensions:
-        raise UserError(f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}: {wanted}")
-
-
-def check_generator(generator: object) -> None:
-    """UserError unless `generator` is a torch.Generator or None."""
-    wanted = "give torch.Generator().manual_seed(0)"
-    check_type(generator, "generator", (torch.Generator, type(None)), wanted)
 
 
 def check_tokens(

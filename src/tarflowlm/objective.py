@@ -13,10 +13,9 @@ from tarflowlm.model import (
     LanguageModel,
     TarFlowLM,
     as_flow,
-    check_generator,
     check_tokens,
 )
-from tarflowlm.schema import Count, check_type, checked
+from tarflowlm.schema import Count, check_generator, check_type, checked
 
 
 def elbo(

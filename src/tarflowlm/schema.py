@@ -181,6 +181,27 @@ def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted:
         raise UserError(f"{name} {_shown(value)}: {wanted}")
 
 
+def check_integers(tokens: object, name: str, *shapes: str) -> None:
+    """UserError unless `tokens` is a tensor of integers of one of the `shapes`: "[T]", "[B, T]"."""
+    import torch
+
+    wanted = f"give a tensor of integers {' or '.join(shapes)}, as of tokenizer.encode(text)"
+    check_type(tokens, name, torch.Tensor, wanted)
+    assert isinstance(tokens, torch.Tensor)
+    dimensions = [shape.count(",") + 1 for shape in shapes]
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if tokens.dtype not in integers or tokens.dim() not in dimensions:
+        raise UserError(f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}: {wanted}")
+
+
+def check_generator(generator: object) -> None:
+    """UserError unless `generator` is a torch.Generator or None."""
+    from torch import Generator
+
+    wanted = "give torch.Generator().manual_seed(0)"
+    check_type(generator, "generator", (Generator, type(None)), wanted)
+
+
 def _shown(value: object) -> str:
     return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
 

@@ -15,10 +15,10 @@ from tarflowlm.generation.inversion import finish
 from tarflowlm.generation.plan import Allowed, Plan, plan
 from tarflowlm.generation.sampling import BLANK, Generation, row_generators
 from tarflowlm.generation.write import write
-from tarflowlm.model import LanguageModel, as_flow, check_generator, check_integers, check_model
+from tarflowlm.model import LanguageModel, as_flow, check_model
 from tarflowlm.requests import Sampling, options_of
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.schema import Length, checked
+from tarflowlm.schema import Length, check_generator, check_integers, checked
 
 Prompt = Tensor | Sequence[Tensor | Gap]
 """Given tokens with BLANK for each to draw; or pieces of them with gaps in between."""
