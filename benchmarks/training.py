@@ -10,7 +10,6 @@ Progressive presets are timed stage by stage, on random tokens. TFLOP/s count mo
 
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,14 +21,12 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new
     model.
     """
-    with suppress(ImportError):  # up to commit 33d3b6c
-        return _training_step_before(config, stage, device, *processes)
     import torch
 
-    from tarflowlm.model import seeded
     from tarflowlm.training import optim, parallel
     from tarflowlm.training.train import accumulate_gradients
 
+    seeded = find("seeded", "model", "language_model")
     train = optim.with_precision(config.train, device)
     with seeded(config.seed):
         model = config.model_of_stage(stage).build()
@@ -55,29 +52,6 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
         return loss
 
     return step
-
-
-def _training_step_before(config: Any, stage: int, device: Any, *processes: Any) -> Any:
-    """The same for a checkout in which a model was a `ParallelModel`."""
-    import torch
-    from tarflowlm.training.loop import optimizer_step
-
-    from tarflowlm.model import seeded
-    from tarflowlm.training.optim import build_optimizers, with_precision
-    from tarflowlm.training.parallel import ParallelModel
-
-    with seeded(config.seed):
-        model = config.model_of_stage(stage).build()
-    if not processes or config.train.parallel == "ddp":
-        model = model.to(device)
-    model.train_only(stage)
-    config = with_precision(config, model, device)
-    parallel = ParallelModel(model, config, *processes, frozen=stage)
-    optimizers, generator = (
-        build_optimizers(config.optim, model),
-        torch.Generator(device=device).manual_seed(0),
-    )
-    return lambda tokens: optimizer_step(parallel, optimizers, tokens, generator=generator)[0]
 
 
 def configuration(name: str, args: Namespace) -> Any:
