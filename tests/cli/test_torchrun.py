@@ -44,6 +44,7 @@ def test_sample(run, models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_score(run, models, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("the cat\n\non a mat and\nsaw\nnine old men\nthe dog\n", encoding="utf-8")
