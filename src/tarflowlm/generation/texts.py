@@ -39,6 +39,8 @@ class Samples:
     """The processes that share the batches; `processes.in_turn` collects these."""
     plans: list[Plan] = field(init=False)
     stops: tuple[str, ...] = field(init=False)
+    own: list[range] = field(init=False)
+    """The batches that this process writes: consecutive samples that are written together."""
 
     def __post_init__(self) -> None:
         stops = as_texts(self.request.stop, "stop")
@@ -46,6 +48,8 @@ class Samples:
         read_stops = [read(self.lm.tokenizer, x, name="stop", normalize=how).text for x in stops]
         object.__setattr__(self, "stops", tuple(read_stops))
         object.__setattr__(self, "plans", plans(self.request, self.lm, self.past_end))
+        rank, world = self.processes.rank, self.processes.world
+        object.__setattr__(self, "own", self._rows_of_batches()[rank::world])
 
     @property
     def total(self) -> int:
@@ -55,8 +59,7 @@ class Samples:
     @property
     def num_tokens(self) -> int:
         """Tokens of all samples of this process, as `progress` counts them."""
-        own = self._rows_of_batches()[self.processes.rank :: self.processes.world]
-        return sum(len(rows) * self.plan(rows[0]).num_tokens for rows in own)
+        return sum(len(rows) * self.plan(rows[0]).num_tokens for rows in self.own)
 
     @property
     def notices(self) -> list[str]:
@@ -81,15 +84,14 @@ class Samples:
 
         Each of several processes writes its share of the batches.
         """
-        rank, world = self.processes.rank, self.processes.world
-        for rows in self._rows_of_batches()[rank::world]:
+        for rows in self.own:
             one = self.plan(rows[0])
             # decode in batches unless a stop must be found
             every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
             yield finish(self.steps(rows, progress, every=every))
 
     def _rows_of_batches(self) -> list[range]:
-        """Consecutive samples that can be written together."""
+        """The batches of all processes."""
         found: list[range] = []
         for _, group in groupby(range(self.total), key=lambda row: self.plan(row).together):
             rows = list(group)
