@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -141,7 +142,12 @@ def test_quickstart_trains_evaluates_and_samples(run_json, run, corpus_file, tmp
     # tales take half a minute to prepare
     letters = DataConfig(source=str(corpus_file), tokenizer=TokenizerConfig())
     monkeypatch.setattr(quickstart, "preset", lambda name: replace(small, data=letters))
+    measured = quickstart.baselines_on
+    monkeypatch.setattr(quickstart, "baselines_on", lambda text: (time.sleep(1), measured(text))[1])
     result = run_json("quickstart", "--out", tmp_path / "run", "--minutes", "0.03")
+    asked = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    # the other figures take of the same time
+    assert asked["train"]["minutes"] < 0.03 - 1 / 60
     assert {"bpc", "bz2_bpc", "trigram_bpc", "unigram_bpc"} <= result.keys()
     assert (len(result["samples"]), result["bound"]) == (2, "elbo")
     assert run("sample", tmp_path / "run", "--length", 4).status == 0

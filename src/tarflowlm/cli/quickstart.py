@@ -53,6 +53,7 @@ def run(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with ProgressReporter() as reporter:
         corpus = prepare_corpus(suited(config.data), progress=reporter)
+        baselines = baselines_on(corpus.tokenizer.decode(corpus.split("test").tolist()))
         spent = (time.perf_counter() - start) / 60
         # however little time is left, each stage takes a step
         minutes = max(TRAINING_SHARE * args.minutes - spent, args.minutes / 100)
@@ -68,7 +69,6 @@ def run(args: Args) -> None:
     with Bars("sampling, tokens", samples.num_tokens) as bars:
         (written,) = samples.batches(bars)
     test = summary["test"]
-    baselines = baselines_on(corpus.tokenizer.decode(corpus.split("test").tolist()))
     found = {
         "bpc": test["bpc"],
         "bound": test["bound"],
