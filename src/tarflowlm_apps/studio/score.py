@@ -13,22 +13,9 @@ from tarflowlm.requests import Score
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.texts import Token, text_tokens, visible
 from tarflowlm_apps.grid import div
-from tarflowlm_apps.studio import values
+from tarflowlm_apps.studio import pieces, values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
-from tarflowlm_apps.studio.pieces import (
-    Pages,
-    asked,
-    card,
-    facts,
-    muted,
-    page,
-    passes,
-    slider,
-    stage,
-    title,
-    took,
-)
 
 MODELS = 2  # models that are compared
 GAP = 2.0  # bits between two models, or around the mean of a block, that have the full colour
@@ -39,7 +26,7 @@ SCALE = (
 )
 
 
-def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
+def compare(catalogue: Catalogue, names: object, text: object) -> pieces.Pages:
     """The bits of every token of `text` under each of the models `names`."""
     wanted = names[:MODELS] if isinstance(names, list) and names else [names]
     shown = values.text(text)
@@ -60,13 +47,13 @@ def compare(catalogue: Catalogue, names: object, text: object) -> Pages:
     # one scale for all, so that colours compare
     most = max(one.bits.abs().quantile(0.98).item() for one in found.values())
     scale = f"{SCALE}{most:.1f} bits per token; point at one or tap it"
-    yield page(
-        asked(command),
+    yield pieces.page(
+        pieces.asked(command),
         div("st-pair", *(_card(name, one, request, most) for name, one in found.items())),
         _difference(found),
         *(_blocks(name, one) for name, one in found.items()),
         *watched,
-        card(div("st-muted", scale), facts(took(seconds))),
+        pieces.card(div("st-muted", scale), pieces.facts(pieces.took(seconds))),
     )
 
 
@@ -83,13 +70,13 @@ def _card(name: str, scored: Scores, request: Score, most: float) -> str:
     if scored.exact:
         sign = ""
         kind = "exact"
-    numbers = facts(
+    numbers = pieces.facts(
         (f"{sign}{scored.bits_per_character:.3f}", "bits per character"),
         (f"{sign}{scored.total:.1f}", f"bits in all, {kind}"),
     )
     shown = heat(scored, scored.bits, most)
-    notice = "" if scored.notice is None else muted(scored.notice)
-    return card(title(name), shown, notice, numbers)
+    notice = "" if scored.notice is None else pieces.muted(scored.notice)
+    return pieces.card(pieces.title(name), shown, notice, numbers)
 
 
 def _difference(found: Mapping[str, Scores]) -> str:
@@ -98,12 +85,16 @@ def _difference(found: Mapping[str, Scores]) -> str:
         return ""
     (first, one), (second, other) = found.items()
     if one.text != other.text:
-        return muted(f"{first} and {second} read different texts: their bits do not compare.")
+        return pieces.muted(
+            f"{first} and {second} read different texts: their bits do not compare."
+        )
     if one.symbols != other.symbols:
         return ""
     shown = heat(one, one.bits - other.bits, GAP)
     key = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more."
-    return card(title(f"{first} against {second}"), shown, muted(f"{key} Full: {GAP:g} bits."))
+    return pieces.card(
+        pieces.title(f"{first} against {second}"), shown, pieces.muted(f"{key} Full: {GAP:g} bits.")
+    )
 
 
 def _blocks(name: str, scored: Scores) -> str:
@@ -122,7 +113,7 @@ def _blocks(name: str, scored: Scores) -> str:
         "log2 |det J| of each block around its mean. Blue: the block spreads this token's latents "
         "more than others, which makes it likelier; orange: less."
     )
-    return card(title(f"Blocks of {name}"), rows, muted(key))
+    return pieces.card(pieces.title(f"Blocks of {name}"), rows, pieces.muted(key))
 
 
 def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
@@ -133,14 +124,19 @@ def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
     encoded = encode(model, tokens[None], Generator().manual_seed(0))
     states = [state[0, : encoded.length] for state in encoded.states[::-1]]
     texts = [model.codebook.decode(state) for state in states]
-    rows, is_watched = passes(model, checkpoint.tokenizer, texts, states)
+    rows, is_watched = pieces.passes(model, checkpoint.tokenizer, texts, states)
     if not is_watched:
         return ""
     key = "The noise that the blocks make of this text, and each pass on the way back."
-    text = stage(text_tokens(tokens, checkpoint.tokenizer))
-    return card(title(f"Passes of {name}"), text, slider(rows, is_open=True), muted(key))
+    text = pieces.stage(text_tokens(tokens, checkpoint.tokenizer))
+    return pieces.card(
+        pieces.title(f"Passes of {name}"),
+        text,
+        pieces.slider(rows, is_open=True),
+        pieces.muted(key),
+    )
 
 
 def heat(scored: Scores, bits: Tensor, most: float) -> str:
     # the line below is for fingers, which cannot point
-    return div("st-heat", scored.heat(bits, most, HOT, COLD)) + muted("")
+    return div("st-heat", scored.heat(bits, most, HOT, COLD)) + pieces.muted("")

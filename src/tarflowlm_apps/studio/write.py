@@ -15,23 +15,9 @@ from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
 from tarflowlm.terminal.texts import Token, text_tokens, visible
 from tarflowlm_apps.grid import div, spans
-from tarflowlm_apps.studio import values
+from tarflowlm_apps.studio import pieces, values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
-from tarflowlm_apps.studio.pieces import (
-    Pages,
-    asked,
-    bar,
-    card,
-    facts,
-    muted,
-    page,
-    passes,
-    slider,
-    stage,
-    title,
-    took,
-)
 
 
 def write(
@@ -44,7 +30,7 @@ def write(
     top_p: object,
     num: object,
     seed: object,
-) -> Pages:
+) -> pieces.Pages:
     """The text while it is written, then the samples and their passes. Two models have columns."""
     start = values.text(text)
     is_template = has_blanks(start)
@@ -64,15 +50,15 @@ def write(
     columns: list[str] = []
 
     def shown(above: str, *cards: str) -> str:
-        return page(div("st-pair", *columns, div("st-column", above, *cards)))
+        return pieces.page(div("st-pair", *columns, div("st-column", above, *cards)))
 
     for name in (model, other) if other not in ("", model) else (model,):
         command = request.command(catalogue.entry(name).command_name)
         # one link is enough for both
-        above = asked(command, link="" if columns else link)
+        above = pieces.asked(command, link="" if columns else link)
         cards = yield from _samples(catalogue, name, request, partial(shown, above))
         columns.append(div("st-column", above, *cards))
-    yield page(div("st-pair", *columns))
+    yield pieces.page(div("st-pair", *columns))
 
 
 def _samples(
@@ -103,22 +89,24 @@ def _samples(
     texts = generation.passes(as_flow(lm.model)) if is_watched else ()
     cards = []
     for row, stream in enumerate(found.streams):
-        numbers = facts((f"{stream.length:,}", "tokens"), took(job.seconds), speed)
+        numbers = pieces.facts((f"{stream.length:,}", "tokens"), pieces.took(job.seconds), speed)
         # include the end of the document, which is shown as a mark
         tokens = generation.tokens[row, : stream.length + stream.has_ended]
         mask = _given(samples, found, row)
-        text_of_row = stage(text_tokens(tokens, lm.tokenizer, {"given": mask}))
+        text_of_row = pieces.stage(text_tokens(tokens, lm.tokenizer, {"given": mask}))
         watched = ""
         if states:
-            rows, is_much = passes(
+            rows, is_much = pieces.passes(
                 as_flow(lm.model),
                 lm.tokenizer,
                 [text[row, : stream.length] for text in texts],
                 [state[row, : stream.length] for state in states],
                 given=mask,
             )
-            watched = slider(rows, is_open=row == 0 and is_much)
-        cards.append(card(text_of_row, *map(muted, samples.notices), numbers, watched))
+            watched = pieces.slider(rows, is_open=row == 0 and is_much)
+        cards.append(
+            pieces.card(text_of_row, *map(pieces.muted, samples.notices), numbers, watched)
+        )
     return cards
 
 
@@ -142,7 +130,7 @@ def infill(
     particles: object,
     temperature: object,
     seed: object,
-) -> Pages:
+) -> pieces.Pages:
     """Candidates for the blanks of `text`, the likeliest first.
 
     The weight of a try is its evidence, the mean weight of its particles. This is unbiased for
@@ -171,24 +159,28 @@ def infill(
         choices += _choice(shares[shown], div("st-stage", shown))
     effective = 1 / (weights**2).sum().item()  # from 1 to all of them
     count = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
-    trust = f"{count} More particles find more texts that fit.{bar(effective / len(weights))}"
-    numbers = facts((f"{plan.particles:,}", "particles per try"), took(job.seconds))
-    yield page(
-        asked(request.command(catalogue.entry(model).command_name)),
-        card(choices, *map(muted, samples.notices)),
+    trust = (
+        f"{count} More particles find more texts that fit.{pieces.bar(effective / len(weights))}"
+    )
+    numbers = pieces.facts((f"{plan.particles:,}", "particles per try"), pieces.took(job.seconds))
+    yield pieces.page(
+        pieces.asked(request.command(catalogue.entry(model).command_name)),
+        pieces.card(choices, *map(pieces.muted, samples.notices)),
         *_lengths(batches, weights),
-        card(trust, numbers),
+        pieces.card(trust, numbers),
     )
 
 
-def offer(catalogue: Catalogue, model: object, *values: object) -> Pages:
+def offer(catalogue: Catalogue, model: object, *values: object) -> pieces.Pages:
     """`infill` by the chosen model if it fills in gaps, else by one that does."""
     yield from infill(catalogue, catalogue.for_gaps(model), *values)
 
 
 def _choice(share: float, words: str) -> str:
     """One of several possibilities, with its share."""
-    return div("st-choice", div("st-share", f"<b>{100 * share:.0f} %</b>", bar(share)), words)
+    return div(
+        "st-choice", div("st-share", f"<b>{100 * share:.0f} %</b>", pieces.bar(share)), words
+    )
 
 
 def _fillings(samples: Samples, batches: list[Written]) -> Iterator[str]:
@@ -208,7 +200,7 @@ def _lengths(batches: list[Written], weights: Tensor) -> Iterator[str]:
         rows = ""
         for length, share in enumerate((weights[:, None] * torch.cat(tables)).sum(0).tolist(), 1):
             rows += _choice(share, counted(length, "token"))
-        yield card(title(f"Length of gap {number}"), rows)
+        yield pieces.card(pieces.title(f"Length of gap {number}"), rows)
 
 
 def _weights(batches: list[Written]) -> Tensor:
