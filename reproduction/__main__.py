@@ -13,8 +13,9 @@ import tyro
 from reproduction import quality_command
 from reproduction.settings import Settings
 from tarflowlm.cli.main import main, run_command
+from tarflowlm.cli.options import Json
 from tarflowlm.errors import UserError, check_package, unknown
-from tarflowlm.options import Flag, PrintJson, arg
+from tarflowlm.options import Flag, arg
 
 if TYPE_CHECKING:
     from reproduction.recipe import Recipe
@@ -25,7 +26,7 @@ PROGRAM = "python -m reproduction"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Settings):
+class Args(Settings, Json):
     """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one."""
 
     name: Annotated[
@@ -34,11 +35,9 @@ class Args(Settings):
     ]
     # Train nothing: list the trainings with a rough time for each, from a few timed steps.
     dry_run: Flag = False
-    json: PrintJson = False
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"seeds {self.seeds}: must be at least 1")
+        super().__post_init__()
         if self.data is not None and self.scale == "paper":
             reason = "with --scale paper, which keeps the paper's texts"
             raise UserError(f"--data {self.data} has no effect {reason}")

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
-from tarflowlm import options
 from tarflowlm.cli.evaluate import Split
-from tarflowlm.cli.options import load_checkpoint
+from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.options import arg
+from tarflowlm.options import Count, Normalized, Number, Seeded, arg
 
 if TYPE_CHECKING:
     from reproduction.quality import Quality
@@ -26,13 +25,12 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(OfModel, Seeded, Normalized):
     """Measure samples next to a text: generative perplexity, MAUVE, entropy, distinct n-grams,
     repetition. Needs the extra quality (mauve-text, transformers).
     """
 
-    directory: options.Model = None
     # Another text: corpus name, file or prepared directory; the default is the run's own corpus.
     data: Annotated[str | None, arg("SOURCE")] = None
     # Part of the text; a file is split 90/5/5.
@@ -42,20 +40,15 @@ class Args:
     # Number of samples; the paper has 5000.
     num: int = 5000
     # Tokens per sample; the default is the trained context.
-    length: options.Count = None
+    length: Count = None
     # How to invert a block.
     decoder: Decoder = "auto"
     # Raise the probabilities of tokens to the power 1 / temperature.
     temperature: Annotated[float, arg("FLOAT")] = 1.0
     # Keep the k most probable tokens.
-    top_k: options.Count = None
+    top_k: Count = None
     # Keep the smallest set of tokens that holds this probability.
-    top_p: options.Number = None
-    normalize: options.Normalize = None
-    # Seed of the samples.
-    seed: int = 0
-    device: options.Device = "auto"
-    json: options.PrintJson = False
+    top_p: Number = None
 
 
 def run(args: Args) -> None:
@@ -64,7 +57,6 @@ def run(args: Args) -> None:
     from tarflowlm.cli.evaluate import read_text
     from tarflowlm.data import eval_windows
     from tarflowlm.processes import pick_device
-    from tarflowlm.schema import Seed, checked
     from tarflowlm.terminal.bars import Bars, print_json
 
     sampling = SamplingConfig(
@@ -74,7 +66,7 @@ def run(args: Args) -> None:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        seed=checked(args.seed, Seed, "seed"),
+        seed=args.seed,
     )
     checkpoint = load_checkpoint(args.directory, args.device)
     context = checkpoint.model.config.context

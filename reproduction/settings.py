@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from tarflowlm import schema
+from tarflowlm.cli.options import OnDevice
 from tarflowlm.config import Precision, RunConfig
 from tarflowlm.model_config import FlowConfig, LanguageModelConfig
-from tarflowlm.options import Count, Device, arg
+from tarflowlm.options import Count, arg
 from tarflowlm.presets import preset, with_steps
 
 Scale = Literal["mini", "paper"]
@@ -14,7 +16,7 @@ Kind = Literal["ar", "affine", "mix1", "mixd"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(OnDevice):
     """The user's choices, which are options of the command."""
 
     # mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText.
@@ -28,14 +30,13 @@ class Settings:
     # table2: also measure the likelihood of this text.
     second_text: Annotated[str | None, arg("SOURCE")] = None
     # Train each model this many times, with seeds 0, 1, ...
-    seeds: int = 1
+    seeds: schema.Count = 1
     # Optimiser steps of every training instead of the recipe's, for a quick look.
     steps: Count = None
     # paper: the presets' optimiser, or the million steps of AdamW of MDLM.
     recipe: Literal["muon", "mdlm"] = "muon"
     # Precision of matrix products in training; densities are in float32 either way.
     precision: Annotated[Precision | None, arg()] = None
-    device: Device = "auto"
 
     def preset(self, kind: Kind, corpus: Literal["text8", "owt"]) -> RunConfig:
         """The preset of a kind of model: the mini one, or the paper's on `corpus`."""

@@ -1,12 +1,12 @@
-"""The types of options that requests and commands share. No torch here."""
+"""The options that requests and commands share. No torch here."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from tarflowlm import schema
-from tarflowlm.config import DeviceName
 
 
 def arg(
@@ -40,28 +40,29 @@ Out = Annotated[Path | None, arg("PATH")]
 Count = Annotated[schema.Count | None, arg("INT")]
 Number = Annotated[float | None, arg("FLOAT")]
 Flag = Annotated[bool, arg()]
-
-Model = Annotated[
-    tyro.conf.Positional[Path | None],
-    arg(
-        "[MODEL]",
-        "Run directory, shipped model or hf:OWNER/NAME; "
-        "`tarflowlm info` lists models and the default.",
-    ),
-]
-Device = Annotated[DeviceName, arg(help="auto picks cuda, then cpu.")]
-PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
-Normalize = Annotated[
-    Literal["text8"] | None,
-    arg("text8", "Normalise the text first, whatever the model's training text was."),
-]
 Unwrap = Annotated[bool, arg(help="Join the lines of every paragraph of your own text.")]
 
 
-RENAMED = {"num_tokens": "length", "stop_at_end": "no-stop"}
-"""Fields of requests whose options have other names."""
+@dataclass(frozen=True, kw_only=True)
+class Seeded(schema.Checked):
+    """The option `seed`."""
+
+    seed: schema.Seed = 0
+    """The same seed gives the same result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalized(schema.Checked):
+    """The option `normalize`."""
+
+    normalize: Annotated[Literal["text8"] | None, arg("text8")] = None
+    """Normalise the text first, whatever the model's training text was."""
+
+
+NAMES = {"num_tokens": "length", "stop_at_end": "no-stop"}
+"""Fields of requests whose options have other names. Messages use these names, too."""
 
 
 def flag(field: str) -> str:
     """The option of a field."""
-    return f"--{RENAMED.get(field, field)}".replace("_", "-")
+    return f"--{NAMES.get(field, field)}".replace("_", "-")

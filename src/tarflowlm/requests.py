@@ -26,12 +26,11 @@ import tyro
 from tarflowlm import options
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.errors import unknown
-from tarflowlm.options import arg
+from tarflowlm.options import Normalized, Seeded, arg
 from tarflowlm.schema import (
     Checked,
     Count,
     Length,
-    Seed,
     Share,
     Temperature,
     TopP,
@@ -51,18 +50,10 @@ S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(Checked):
+class Request(Seeded, Normalized):
     """Plain data that holds everything on which the result depends."""
 
     COMMAND: ClassVar[str]
-    seed: Seed = 0
-    """The same seed gives the same result."""
-    normalize: options.Normalize = None
-
-    @property
-    def num_each(self) -> int:
-        """Results of every text: `num`, or one."""
-        return getattr(self, "num", None) or 1
 
     def command(self, name: str) -> list[str]:
         """The shell command that gives the same with the model called `name`."""
@@ -87,13 +78,32 @@ class Request(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(Checked):
-    """How tokens are drawn. An option of `sample` is a field here, and its effect is below."""
+class Draws(Request):
+    """A request with one or several random results for every text."""
+
+    num: Annotated[Length | None, arg("INT")] = None
+    """Number of results for every text (1)."""
+
+    @property
+    def num_each(self) -> int:
+        """Results for every text: `num`, or one."""
+        return self.num or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tempered(Checked):
+    """The option `temperature`."""
 
     temperature: Annotated[Temperature | None, arg("FLOAT")] = None
     """Raise the probabilities of tokens to the power 1 / temperature. The default is the model's
-    own.
+    own, and 0.7 for edits.
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Tempered):
+    """How tokens are drawn. An option of `sample` is a field here, and its effect is below."""
+
     top_k: Annotated[Count | None, arg("INT")] = None
     """Keep the k most probable tokens."""
     top_p: Annotated[TopP | None, arg("FLOAT")] = None
@@ -165,11 +175,11 @@ def _all_but_nucleus(log_w: "Tensor", share: float) -> "Tensor":
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing(Sampling, Request):
+class Writing(Sampling, Draws):
     """Texts to write: prompts continued, the blanks of a template filled in, or free samples."""
 
     COMMAND = "sample"
-    NAMES: ClassVar = {"num_tokens": "length"}
+    NAMES: ClassVar = options.NAMES
     EXCLUSIVE: ClassVar = {
         "template": ("prompt", "contains", "stop", "stop_at_end", "max_new_tokens"),
         "max_new_tokens": ("num_tokens",),
@@ -194,23 +204,21 @@ class Writing(Sampling, Request):
     """Words that must appear after the prompt, unless it has them."""
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The tokens that may be drawn, as `generate` takes them."""
-    num_tokens: Annotated[Length | None, arg("INT", name="length")] = None
+    num_tokens: Annotated[Length | None, arg("INT", name=options.NAMES["num_tokens"])] = None
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the
     window slides: its last half is the next prompt.
     """
     max_new_tokens: Annotated[Length | None, arg("INT")] = None
     """Tokens after the prompt, instead of --length."""
-    num: Annotated[Length | None, arg("INT")] = None
-    """Number of samples (1)."""
     stop: Annotated[
         str | Sequence[str],
         tyro.conf.UseAppendAction,
         arg("TEXT", constructor=tuple[str, ...]),
     ] = ()
     """End a sample before this text occurs after the prompt. May be given several times."""
-    stop_at_end: Annotated[bool, arg(help="Continue past the end of a document.", name="stop")] = (
-        True
-    )
+    # a flag of another default than False begins with "no-"
+    stop_at_end: Annotated[bool, arg(name=options.NAMES["stop_at_end"].removeprefix("no-"))] = True
+    """Continue past the end of a document."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         # an empty prompt alone means no prompt
@@ -223,7 +231,7 @@ class Writing(Sampling, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit(Request):
+class Edit(Tempered, Draws):
     """A text to edit: by default some of its words are resampled given all others."""
 
     COMMAND = "edit"
@@ -264,12 +272,8 @@ class Edit(Request):
     """Words to resample: random ones, or the most unlikely ones."""
     candidates: Annotated[Count, arg("INT")] = 32
     """Candidates for every resampled piece, weighted by the rest of the text."""
-    temperature: Annotated[Temperature | None, arg("FLOAT")] = None
-    """Raise the probabilities of tokens to the power 1 / temperature (0.7)."""
     decoder: Annotated[Literal["auto", "steps", "sweeps"], arg()] = "auto"
     """With --level: how to invert a block, see `tarflowlm sample --help`."""
-    num: Annotated[Length | None, arg("INT")] = None
-    """Number of edits, each with its own noise (1)."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         # a state takes both: noise of a strength, at a number of words

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import tyro
 
+from tarflowlm.cli.options import Json
 from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.errors import is_first_process
-from tarflowlm.options import PrintJson, Unwrap, arg
+from tarflowlm.options import Unwrap, arg
 
 SOURCES = (
     "tales (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
@@ -16,8 +17,8 @@ SOURCES = (
 )
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Json):
     """Turn a text into tokens, in a directory of its own."""
 
     source: Annotated[tyro.conf.Positional[str], arg("SOURCE", SOURCES)]
@@ -27,7 +28,6 @@ class Args:
     )
     """The tokenizer."""
     unwrap: Unwrap = False
-    json: PrintJson = False
 
 
 def run(args: Args) -> None:

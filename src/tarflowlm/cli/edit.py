@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tarflowlm import options
-from tarflowlm.cli.options import load_checkpoint
+from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.requests import Edit
 from tarflowlm.terminal.bars import Bars, print_json, print_notice
 
@@ -17,16 +16,13 @@ MUCH_CHANGED = 0.5
 """Share of changed tokens above which an edit of a state gets advice."""
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(OfModel):
     """Resample some words of a text given all others; or --rewrite pieces of it, --replace OLD NEW,
     or change one of its states in latent space (--level).
     """
 
     edit: Annotated[Edit, tyro.conf.arg(name="")]
-    directory: options.Model = None
-    device: options.Device = "auto"
-    json: options.PrintJson = False
 
 
 def run(args: Args) -> None:

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tarflowlm import options, schema
-from tarflowlm.cli.options import Checked, load_checkpoint
+from tarflowlm import schema
+from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.errors import Progress, UserError, counted
-from tarflowlm.options import arg
+from tarflowlm.options import Count, Flag, Normalized, Seeded, arg
 from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
 if TYPE_CHECKING:
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 Split = Literal["train", "valid", "test", "all"]
 
 
-@dataclass(frozen=True)
-class Args(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Args(OfModel, Seeded, Normalized):
     """Measure the likelihood of a text; on request, the latents of every block."""
 
-    directory: options.Model = None
     # Another text than the run's own: corpus name, file or prepared directory.
     data: Annotated[str | None, arg("SOURCE")] = None
     # Part of the text, split 90/5/5. The default is test, or all of a --data file that the model
@@ -37,17 +36,12 @@ class Args(Checked):
     # Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO.
     samples: schema.Count = 1
     # At most this many windows, evenly spaced; the default is all of them.
-    windows: options.Count = None
+    windows: Count = None
     # Tokens between window starts (default: the context). A smaller number lets windows overlap,
     # for the baseline and one-block flows.
-    stride: options.Count = None
+    stride: Count = None
     # Also the geometry of the state after every block, and its share of the bound.
-    latents: options.Flag = False
-    normalize: options.Normalize = None
-    # Seed of the posterior samples.
-    seed: schema.Seed = 0
-    device: options.Device = "auto"
-    json: options.PrintJson = False
+    latents: Flag = False
 
 
 def run(args: Args) -> None:

@@ -5,28 +5,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import tyro
-
-from tarflowlm.cli.options import Checked
-from tarflowlm.options import Flag, PrintJson, arg
+from tarflowlm.cli.options import Copying
+from tarflowlm.options import Flag, arg
 from tarflowlm.terminal.bars import print_result, suggest
 
-Exported = Annotated[
-    tyro.conf.Positional[Path], arg("MODEL", "Run directory, shipped model or hf:OWNER/NAME.")
-]
 
-
-@dataclass(frozen=True)
-class Args(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Args(Copying):
     """Copy a model out of its run directory: configuration, tokenizer and weights only."""
 
-    directory: Exported
-    out: Annotated[Path, arg("PATH")]  # Directory to create.
-    half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
-    causal_lm: Flag = False  # Write block 1 as a language model of transformers (docs/hub.md).
-    json: PrintJson = False
-
     EXCLUSIVE: ClassVar = {"half": ("causal_lm",)}
+
+    out: Annotated[Path, arg("PATH")]  # Directory to create.
+    causal_lm: Flag = False  # Write block 1 as a language model of transformers (docs/hub.md).
 
 
 def run(args: Args) -> None:

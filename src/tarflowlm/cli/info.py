@@ -11,14 +11,14 @@ from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import load_checkpoint
+from tarflowlm.cli.options import Json, load_checkpoint
 from tarflowlm.errors import UserError, counted, first_line
-from tarflowlm.options import Flag, PrintJson, arg
+from tarflowlm.options import Flag, arg
 from tarflowlm.terminal.bars import print_json, print_notice, print_result, print_table
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Json):
     """Describe a model: its shape, training and likelihood. Without one, list the models of the
     package. Given folders of runs, compare them: bits per character, tokens, time and state.
     """
@@ -26,9 +26,9 @@ class Args:
     directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg("[MODEL or DIR ...]")] = ()
     """Run directories, shipped models or hf:OWNER/NAME; or folders of runs, two levels deep."""
     compare: Flag = False  # Compare runs in a table, even if only one is given: `tarflowlm runs`.
-    json: PrintJson = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compare and not self.directories:
             raise UserError("name the directory that holds the runs, say `tarflowlm runs runs`")
 

@@ -1,19 +1,24 @@
-"""Read and check the options of commands, and open the files that they name. No torch here."""
+"""The options that commands share, and what reads options and the files that they name.
+
+No torch here.
+"""
 
 import contextlib
 import io
 import os
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from tarflowlm import schema
 from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError
-from tarflowlm.options import flag
+from tarflowlm.options import Count, Out, Unwrap, arg, flag
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +75,74 @@ def _plainly(said: str) -> str:
     return said
 
 
+@dataclass(frozen=True, kw_only=True)
 class Checked(schema.Checked):
     """The base of arguments of commands, whose messages name options as a user types them."""
 
     def label(self, name: str) -> str:
-        """The option of a field."""
-        return flag(name)
+        """The option of a field, also of one in a configuration or request."""
+        return flag(name.rpartition(".")[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Json(Checked):
+    """A command with a result."""
+
+    json: Annotated[bool, arg()] = False
+    """Print one JSON object as the last line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice(Checked):
+    """A command that computes."""
+
+    device: Annotated[DeviceName, arg()] = "auto"
+    """auto picks cuda, then cpu."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfModel(Json, OnDevice):
+    """A command that uses a model."""
+
+    directory: Annotated[tyro.conf.Positional[Path | None], arg("[MODEL]")] = None
+    """Run directory, shipped model or hf:OWNER/NAME; `tarflowlm info` lists models and the
+    default.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfNamedModel(Json):
+    """A command on a model without a default."""
+
+    directory: Annotated[tyro.conf.Positional[Path], arg("MODEL")]
+    """Run directory, shipped model or hf:OWNER/NAME."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copying(OfNamedModel):
+    """A command that copies a model."""
+
+    half: Annotated[bool, arg()] = False
+    """Store weight matrices in bfloat16, which halves the size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Json, OnDevice):
+    """A command that begins a run."""
+
+    out: Out = None
+    """Run directory: a new one, or the same run's, which continues. Required."""
+    data: Annotated[str | None, arg("SOURCE")] = None
+    """Corpus name, text file, or directory made by `tarflowlm data`."""
+    unwrap: Unwrap = False
+    minutes: Annotated[schema.Positive | None, arg("FLOAT")] = None
+    """Time of the whole run, including evaluation and saving; stages keep their shares of it."""
+    steps: Count = None
+    """Optimiser steps in total, instead; stages keep their proportions."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.minutes is not None and self.steps is not None:
+            yield "steps", "leave it or --minutes out"
 
 
 def load_checkpoint(directory: Path | None, device: "DeviceName | torch.device") -> "Checkpoint":

@@ -7,28 +7,24 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from tarflowlm.cli.export import Exported
-from tarflowlm.cli.options import Checked, load_checkpoint
-from tarflowlm.options import Flag, Out, PrintJson, Text, arg
+from tarflowlm.cli.options import Copying, load_checkpoint
+from tarflowlm.options import Flag, Out, Text, arg
 from tarflowlm.terminal.bars import print_notice, print_result
 
 
-@dataclass(frozen=True)
-class Args(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Args(Copying):
     """Upload a model and its model card to the Hugging Face hub; --dry-run only writes them."""
 
-    directory: Exported
+    EXCLUSIVE: ClassVar = {"dry_run": ("private",)}
+
     repository: Annotated[
         tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")
     ]
     private: Flag = False  # Only its owner sees the repository; it must be new or private already.
-    half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
     licence: Text = None  # Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0.
     out: Out = None  # Directory to create, which keeps the uploaded files.
     dry_run: Flag = False  # Write the directory, by default ./NAME, and upload nothing.
-    json: PrintJson = False
-
-    EXCLUSIVE: ClassVar = {"dry_run": ("private",)}
 
 
 def run(args: Args) -> None:

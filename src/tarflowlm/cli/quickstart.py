@@ -8,29 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from tarflowlm.cli.options import Json, OnDevice
 from tarflowlm.errors import UserError
-from tarflowlm.options import Device, PrintJson, arg
-from tarflowlm.presets import check_time, preset
+from tarflowlm.options import Seeded, arg
+from tarflowlm.presets import preset
+from tarflowlm.schema import Positive
 from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table, suggest
 
 TRAINING_SHARE = 0.94
 """Share of --minutes until the end of training; the rest is for sampling."""
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Json, OnDevice, Seeded):
     """Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few
     minutes.
     """
 
     out: Annotated[Path, arg("PATH")] = Path("runs/quickstart")  # Run directory to create.
-    minutes: float = 5.0  # Total time, including evaluation and sampling.
-    seed: int = 0  # Seed of the weights, data order, noise and samples.
-    device: Device = "auto"
-    json: PrintJson = False
-
-    def __post_init__(self) -> None:
-        check_time(self.minutes, None)
+    minutes: Positive = 5.0  # Total time, including evaluation and sampling.
 
 
 def run(args: Args) -> None:

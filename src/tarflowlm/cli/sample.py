@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 
 import tyro
 
-from tarflowlm import options
-from tarflowlm.cli.options import Checked, load_checkpoint, read_lines
+from tarflowlm.cli.options import OfModel, load_checkpoint, read_lines
 from tarflowlm.errors import UserError, counted
-from tarflowlm.options import arg
+from tarflowlm.options import File, Flag, arg
 from tarflowlm.requests import Writing
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class Args(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Args(OfModel):
     """Generate text from a trained model."""
 
     EXCLUSIVE: ClassVar = {
@@ -34,26 +33,19 @@ class Args(Checked):
     }
     NEEDS: ClassVar = {"particles": ("prompt", "prompts", "template", "without", "contains")}
 
-    directory: options.Model = None
     writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
-    prompts: options.File = None
+    prompts: File = None
     """File with one prompt per line, or - for standard input; --num samples of each. Empty lines
     are skipped.
     """
-    passes: options.Flag = False  # Show the text decoded after every block.
-    stream: options.Flag = False  # Show the text while it is written, one sample after the other.
+    passes: Flag = False  # Show the text decoded after every block.
+    stream: Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, each written once it is finished."""
-    device: options.Device = "auto"
-    json: options.PrintJson = False
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.writing.prompt == "":
             yield "writing.prompt", "give at least one character"
-
-    def label(self, name: str) -> str:
-        """The option of a field of the request, too."""
-        return options.flag(name.removeprefix("writing."))
 
 
 def run(args: Args) -> None:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from tarflowlm import options
-from tarflowlm.cli.options import Checked, load_checkpoint, read_lines, read_source
+from tarflowlm.cli.options import OfModel, load_checkpoint, read_lines, read_source
 from tarflowlm.errors import UserError
-from tarflowlm.options import arg
+from tarflowlm.options import File, arg
 from tarflowlm.requests import Score
 
 if TYPE_CHECKING:
@@ -23,23 +22,20 @@ COLOURS = {8: "red", 4: "magenta", 2: "yellow", 1: "green"}
 """Least bits -> the colour of a token."""
 
 
-@dataclass(frozen=True)
-class Args(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Args(OfModel):
     """Show the bits of every token of a text, and of the whole text, under one model or two. The
     bits of a token are its share of a bound. This has densities, so they may be below zero.
     """
 
     EXCLUSIVE: ClassVar = {"texts": ("baseline", "text", "file")}
 
-    directory: options.Model = None
-    file: options.File = None  # A file with the text, or - for standard input, instead of --text.
-    texts: options.File = None
+    file: File = None  # A file with the text, or - for standard input, instead of --text.
+    texts: File = None
     """Or a file with one text per line, for a JSON object per line."""
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with."""
     score: Annotated[Score, tyro.conf.arg(name="")] = field(default_factory=Score)
-    device: options.Device = "auto"
-    json: options.PrintJson = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

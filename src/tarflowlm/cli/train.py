@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tarflowlm.cli.options import load_checkpoint, parse
+from tarflowlm.cli.options import Json, OnDevice, Training, load_checkpoint, parse
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BlockConfig
-from tarflowlm.options import Count, Device, Number, Out, PrintJson, Unwrap, arg
-from tarflowlm.presets import FOR_CPU, PRESETS, check_time, preset, with_fields, with_steps
+from tarflowlm.options import Count, Number, Seeded, arg
+from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
 from tarflowlm.schema import from_dict
 
 if TYPE_CHECKING:
@@ -25,28 +25,17 @@ tarflowlm train --from MODEL --data TEXT --out DIR
 tarflowlm train --resume DIR"""
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Training):
     """Train a preset, with any field of its configuration overridden, or continue a run."""
 
-    out: Out = None  # Run directory: a new one, or the same run's, which continues. Required.
-    data: Annotated[str | None, arg("SOURCE")] = None
-    """Corpus name, text file, or directory made by `tarflowlm data`."""
     normalize: Annotated[Literal["text8"] | None, arg("text8")] = None
     """Read your own text in a-z and single spaces, too."""
-    unwrap: Unwrap = False
-    steps: Count = None  # Optimiser steps in total; the stages keep their proportions.
-    minutes: Number = None
-    """Train for this time instead, including evaluation and saving; the stages keep their shares of
-    it.
-    """
-    device: Device = "auto"
     checkpoint_every: Count = None  # Steps between checkpoints.
-    json: PrintJson = False
     run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None  # The preset's fields.
 
     def __post_init__(self) -> None:
-        check_time(self.minutes, self.steps)
+        super().__post_init__()
         self.configured()  # for its errors
 
     def configured(self) -> RunConfig:
@@ -65,36 +54,22 @@ class Args:
         return run if self.steps is None else with_steps(run, self.steps)
 
 
-@dataclass(frozen=True)
-class TuneArgs:
-    """Train a model further on another text, from its weights, codebook and tokenizer."""
+@dataclass(frozen=True, kw_only=True)
+class TuneArgs(Training, Seeded):
+    """Train a model further on another text, from its weights, codebook and tokenizer: for 10
+    minutes, unless --minutes or --steps say otherwise.
+    """
 
     source: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
     """Run directory, shipped model or hf:OWNER/NAME."""
-    data: Annotated[str, arg("SOURCE")]
-    """Text file, corpus name, or directory made with the model's tokenizer."""
-    out: Annotated[Path, arg("PATH")]
-    """Run directory: a new one, or the same run's, which continues."""
-    minutes: Number = None
-    """Time of the whole run, including evaluation and saving. Without --steps, 10."""
-    steps: Count = None  # Optimiser steps in total, instead.
     lr: Number = None  # Peak learning rate; if left out, half of the model's own.
-    unwrap: Unwrap = False
-    seed: int = 0  # Seed of the order of the data and of the noise.
-    device: Device = "auto"
-    json: PrintJson = False
-
-    def __post_init__(self) -> None:
-        check_time(self.minutes, self.steps)
 
 
-@dataclass(frozen=True)
-class ResumeArgs:
+@dataclass(frozen=True, kw_only=True)
+class ResumeArgs(Json, OnDevice):
     """Continue a stopped run."""
 
     resume: Annotated[Path, arg("DIR")]  # Run directory to continue.
-    device: Device = "auto"
-    json: PrintJson = False
 
 
 def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
@@ -113,15 +88,21 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         if "--from" in given:
             remedy = "the model brings its own shape; leave the preset out"
             raise UserError(f"{argv[0]} with --from: {remedy}")
-        return _read_preset(argv[0], argv[1:])
-    if "--from" in given:
-        return parse(TuneArgs, argv, "tarflowlm train --from MODEL")
-    if "--resume" in given:
+        args: Args | TuneArgs = _read_preset(argv[0], argv[1:])
+    elif "--from" in given:
+        args = parse(TuneArgs, argv, "tarflowlm train --from MODEL")
+        if args.data is None:
+            raise UserError("--data is missing: name the text to train on, say --data novel.txt")
+    elif "--resume" in given:
         return parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
-    raise UserError(
-        f"train needs a preset (on a CPU {', '.join(FOR_CPU)}; `tarflowlm train --help` describes "
-        "all), --from MODEL or --resume DIR"
-    )
+    else:
+        raise UserError(
+            f"train needs a preset (on a CPU {', '.join(FOR_CPU)}; `tarflowlm train --help` "
+            "describes all), --from MODEL or --resume DIR"
+        )
+    if args.out is None:
+        raise UserError("--out is missing: name the directory to write, say --out runs/mine")
+    return args
 
 
 def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[str]]:
@@ -151,7 +132,7 @@ def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[st
 
 def _read_preset(name: str, argv: list[str]) -> Args:
     run, others = _with_couplings(preset(name), argv)
-    args: Args = parse(
+    return parse(
         Args,
         others,
         f"tarflowlm train {name}",
@@ -159,9 +140,6 @@ def _read_preset(name: str, argv: list[str]) -> Args:
         # some fields are true by default, so every flag --x has its --no-x; some take None
         config=(tyro.conf.AvoidSubcommands,),
     )
-    if args.out is None:
-        raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
-    return args
 
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
@@ -202,6 +180,7 @@ def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":
         if isinstance(args, TuneArgs):
             with processes.first_alone():
                 parent = load_checkpoint(args.source, "cpu")
+            assert args.data is not None
             config = tuning(
                 parent,
                 args.data,

@@ -6,10 +6,10 @@ import json
 import sys
 from dataclasses import dataclass
 
-from tarflowlm.cli.export import Exported
-from tarflowlm.cli.options import parse
+from tarflowlm.cli.options import OfNamedModel, parse
 from tarflowlm.errors import UserError
-from tarflowlm.options import Normalize, PrintJson
+from tarflowlm.options import Normalized
+from tarflowlm.schema import Count, Seed
 from tarflowlm.terminal.bars import print_json
 
 OURS = ("--model", "-M", "--model_args", "-a")
@@ -18,16 +18,13 @@ PRINTED = ("results", "groups", "n-samples", "versions", "config")
 """The results that --json prints; `--output_path` keeps all."""
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(OfNamedModel, Normalized):
     """Evaluate a model with lm-evaluation-harness: MODEL --tasks NAMES, and its other options."""
 
-    directory: Exported
     # Posterior samples of a flow: 1 gives the ELBO, more the importance-weighted bound.
-    posterior_samples: int = 1
-    noise_seed: int = 0  # Seed of these samples, and of continuations.
-    normalize: Normalize = None
-    json: PrintJson = False
+    posterior_samples: Count = 1
+    noise_seed: Seed = 0  # Seed of these samples, and of continuations.
 
 
 def read(argv: list[str]) -> tuple[Args, list[str]]:
@@ -36,7 +33,6 @@ def read(argv: list[str]) -> tuple[Args, list[str]]:
 
 
 def run(given: tuple[Args, list[str]]) -> None:
-    from tarflowlm.schema import Count, Seed, checked
     from tarflowlm_apps.lm_eval.register import run_lm_eval
 
     args, words = given
@@ -45,8 +41,8 @@ def run(given: tuple[Args, list[str]]) -> None:
             raise UserError(f"{word}: harness {args.directory} names the model; leave it out")
     settings = {
         "pretrained": str(args.directory),
-        "posterior_samples": checked(args.posterior_samples, Count, "posterior samples"),
-        "noise_seed": checked(args.noise_seed, Seed, "noise seed"),
+        "posterior_samples": args.posterior_samples,
+        "noise_seed": args.noise_seed,
         "normalize": args.normalize,
     }
     # as JSON: a path may hold commas and equals signs

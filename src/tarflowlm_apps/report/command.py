@@ -6,13 +6,14 @@ from typing import Annotated
 
 import tyro
 
+from tarflowlm.cli.options import Json, OnDevice
 from tarflowlm.errors import UserError
-from tarflowlm.options import Device, Out, PrintJson, arg
+from tarflowlm.options import Out, arg
 from tarflowlm.terminal.bars import Bars, print_result
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(Json, OnDevice):
     """Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures.
 
     Needs the extra plots (matplotlib).
@@ -23,10 +24,9 @@ class Args:
     # Directory to write; by default DIR/report for one run directory. An earlier report is
     # replaced.
     out: Out = None
-    device: Device = "auto"
-    json: PrintJson = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.directories:
             raise UserError("name a run or model to draw, say `tarflowlm report runs/mine`")
 

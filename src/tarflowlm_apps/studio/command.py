@@ -5,13 +5,14 @@ from typing import Annotated
 
 import tyro
 
+from tarflowlm.cli.options import OnDevice
 from tarflowlm.errors import UserError, check_package
-from tarflowlm.options import Count, Device, Flag, arg
+from tarflowlm.options import Count, Flag, arg
 from tarflowlm.terminal.bars import print_notice
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(OnDevice):
     """Open a local page that writes, fills in, edits and scores with models, and shows runs as they
     train.
     """
@@ -24,9 +25,9 @@ class Args:
     everywhere.
     """
     no_browser: Flag = False  # Open no browser; the address is printed in any case.
-    device: Device = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.port is not None and not 1 <= self.port <= 65535:
             raise UserError(f"port {self.port}: must be from 1 to 65535")
         if not self.host.strip():
