@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import chain
-from operator import attrgetter
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,6 +15,9 @@ from tarflowlm.cli.options import Json, load_checkpoint
 from tarflowlm.errors import UserError, counted, first_line
 from tarflowlm.options import Flag, arg
 from tarflowlm.terminal.bars import print_json, print_notice, print_result, print_table
+
+if TYPE_CHECKING:
+    from tarflowlm.runs.records import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,94 +179,36 @@ def _print_model(found: Description) -> None:
 # training runs
 
 
-@dataclass(frozen=True)
-class Row:
-    """A run as `--json` shows it; the state of a broken one is the reason."""
-
-    name: str
-    directory: str
-    state: str
-    preset: str | None = None
-    source: str | None = None
-    normalize: str = ""
-    unwrap: bool = False
-    bpc: float | None = None
-    split: str = ""
-    bound: str = ""
-    tokens: int = 0
-    seconds: float = 0.0
-    best: bool = False
-
-    @classmethod
-    def of(cls, name: str, directory: Path) -> "Row":
-        """The run in a directory, by its test if it has one, else by its best validation."""
-        from tarflowlm.runs.records import read_record
-
-        try:
-            record = read_record(directory)
-        except (UserError, OSError) as error:
-            reason = first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")
-            return cls(name, str(directory), reason)
-        row = cls(
-            name,
-            str(directory),
-            record.status,
-            preset=record.run.name,
-            source=record.run.data.source,
-            normalize=record.run.data.tokenizer.normalization,
-            unwrap=record.run.data.unwrap,
-            bound=record.bound,
-            tokens=int(record.train["tokens"][-1]),
-            seconds=float(record.train["seconds"][-1]),
-        )
-        done = record.summary
-        if done is not None:
-            bpc = done["test"]["bpc"]
-            measured = {"tokens": done["tokens"], "seconds": done["seconds"]}
-            return replace(row, bpc=bpc, split="test", **measured)
-        if len(record.valid["bpc"]):
-            row = replace(row, bpc=float(min(record.valid["bpc"])), split="valid")
-        return row
-
-    @property
-    def text(self) -> tuple[str, str, bool]:
-        """The text that it reads."""
-        return self.source or "", self.normalize, self.unwrap
-
-    @property
-    def cells(self) -> list[str]:
-        """The run in the table."""
-        from tarflowlm.evaluation.likelihood import sign_of
-
-        bits = "" if self.bpc is None else f"{sign_of(self.bound)} {self.bpc:.4f}"
-        bits += " v" if self.split == "valid" else ""
-        bits += " *" if self.best else ""
-        time = str(timedelta(seconds=round(self.seconds)))
-        return [self.name, bits, f"{self.tokens / 1e6:.2f}M", time, self.state]
-
-
 def _compare(args: Args) -> None:
     """A table for every text, as bits per character compare within a text only."""
-    rows = [Row.of(name, path) for name, path in _find(args.directories).items()]
-    broken = [row for row in rows if row.source is None]
-    known = [row for row in rows if row.source is not None]
-    texts = sorted({row.text for row in known})
-    groups = [_ranked([row for row in known if row.text == text]) for text in texts]
+    from tarflowlm.runs.records import read_record
+
+    rows = []
+    broken = []
+    for name, path in _find(args.directories).items():
+        try:
+            rows.append(_row(read_record(path, name)))
+        except (UserError, OSError) as error:
+            reason = first_line(error).removeprefix(f"{path} ").removeprefix(f"{path}/")
+            broken.append({"name": name, "directory": str(path), "state": reason, "best": False})
+    text = itemgetter("source", "normalize", "unwrap")
+    groups = [_ranked(list(group)) for _, group in groupby(sorted(rows, key=text), text)]
+    rows = [row for group in groups for row in group]
     if args.json:
-        print_json({"runs": [asdict(row) for row in [*chain(*groups), *broken]]})
+        print_json({"runs": rows + broken})
         return
     for group in groups:
-        source, normalize, unwrap = group[0].text
+        source, normalize, unwrap = text(group[0])
         how = " in text8" if normalize == "text8" else ""
         how += ", unwrapped" if unwrap else ""
         title = f"runs on {Path(source).name}{how}: bits per character (bpc) and more"
         columns = ["", "bpc", "tokens", "time", "state"]
-        print_table(title, [row.cells for row in group], columns)
+        print_table(title, list(map(_cells, group)), columns)
     for row in broken:
-        sys.stdout.write(f"{row.name}: {row.state}\n")
-    if any(row.best for row in chain(*groups)):
+        sys.stdout.write(f"{row['name']}: {row['state']}\n")
+    if any(row["best"] for row in rows):
         print_notice("* the fewest bits per character on its text, by the test if there is one")
-    if any(row.split == "valid" for row in rows):
+    if any(row["split"] == "valid" for row in rows):
         print_notice("v: the best validation so far, over fewer windows than a test")
 
 
@@ -283,13 +228,47 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _ranked(rows: list[Row]) -> list[Row]:
-    """The runs on a text, sorted by bits per character; the best of several is marked."""
-    known = [row for row in rows if row.bpc is not None]
-    known.sort(key=attrgetter("bpc", "name"))
-    unknown = [row for row in rows if row.bpc is None]
+def _row(record: "RunRecord") -> dict[str, Any]:
+    """A run as `--json` shows it, by its test if it has one, else by its best validation."""
+    data = record.run.data
+    row = {
+        "name": record.name,
+        "directory": str(record.directory),
+        "state": record.status,
+        "preset": record.run.name,
+        "source": data.source,
+        "normalize": data.tokenizer.normalization,
+        "unwrap": data.unwrap,
+        "bpc": min(record.valid["bpc"].tolist(), default=None),
+        "split": "valid" if len(record.valid["bpc"]) else "",
+        "bound": record.bound,
+        "tokens": int(record.train["tokens"][-1]),
+        "seconds": float(record.train["seconds"][-1]),
+        "best": False,
+    }
+    done = record.summary
+    if done is not None:
+        row |= {"bpc": done["test"]["bpc"], "split": "test"}
+        row |= {"tokens": done["tokens"], "seconds": done["seconds"]}
+    return row
+
+
+def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a text, sorted by bits per character; the best of several is marked."""
+    known = [row for row in rows if row["bpc"] is not None]
+    known.sort(key=itemgetter("bpc", "name"))
     if len(known) > 1:
         # a test, if there is one, says more than a validation
-        best = next((row for row in known if row.split == "test"), known[0])
-        known = [replace(row, best=row is best) for row in known]
-    return known + unknown
+        next((row for row in known if row["split"] == "test"), known[0])["best"] = True
+    return known + [row for row in rows if row["bpc"] is None]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    from tarflowlm.evaluation.likelihood import sign_of
+
+    bits = "" if row["bpc"] is None else f"{sign_of(row['bound'])} {row['bpc']:.4f}"
+    bits += " v" if row["split"] == "valid" else ""
+    bits += " *" if row["best"] else ""
+    time = str(timedelta(seconds=round(row["seconds"])))
+    return [row["name"], bits, f"{row['tokens'] / 1e6:.2f}M", time, row["state"]]
