@@ -43,7 +43,7 @@ RESUMING = "device json resume"
 
 def names_of(args: type) -> set[str]:
     """The options of a dataclass, as they are typed."""
-    return {"from" if one.name == "source" else one.name.replace("_", "-") for one in fields(args)}
+    return {"from" if one.name == "parent" else one.name.replace("_", "-") for one in fields(args)}
 
 
 def options_of(args: type) -> Iterator[str]:

@@ -84,7 +84,7 @@ LINES = [
     (["train", "--from", "flow", "--data", "TEXT"], ["--out"]),
     (["train", "--from", "flow", "--out", "OUT"], ["--data"]),
     (["train", "--resume", "OUT"], ["OUT"]),
-    (["train", "--resume", "english-small"], ["with the package", "train --from english-small"]),
+    (["train", "--resume", "english-small"], ["not a run directory", "train --from english-small"]),
     (["sample", ""], [". is not a run directory", "english-small"]),
     ([*TRAIN, "--seed", "-1"], ["seed -1"]),
     ([*TRAIN, "--model.patch", "3"], ["patch 3", "context 32"]),

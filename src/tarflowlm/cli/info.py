@@ -14,6 +14,16 @@ import tyro
 from tarflowlm.cli.options import Json, load_checkpoint
 from tarflowlm.errors import UserError, counted, first_line
 from tarflowlm.options import Flag, arg
+from tarflowlm.runs import CONFIG
+from tarflowlm.runs.hub import (
+    DEFAULT,
+    FOLDER,
+    check_model,
+    is_reference,
+    purpose,
+    read_card,
+    released,
+)
 from tarflowlm.terminal.bars import print_json, print_notice, print_result, print_table
 
 if TYPE_CHECKING:
@@ -34,12 +44,12 @@ class Args(Json):
         super().__post_init__()
         if self.compare and not self.directories:
             raise UserError("name the directory that holds the runs, say `tarflowlm runs runs`")
+        for path in self.directories:
+            if not path.is_dir():
+                check_model(path)
 
 
 def run(args: Args) -> None:
-    from tarflowlm.runs import CONFIG
-    from tarflowlm.runs.hub import DEFAULT, FOLDER, released
-
     paths = args.directories
     if args.compare or any(path.is_dir() and not (path / CONFIG).exists() for path in paths):
         _compare(args)
@@ -107,7 +117,6 @@ def describe(given: Path) -> Description:
     """Describe the model of a path or a name."""
     from tarflowlm.model_config import BaselineConfig
     from tarflowlm.runs.checkpoint import read_summary
-    from tarflowlm.runs.hub import is_reference, purpose, read_card
 
     lm = load_checkpoint(given, "cpu")
     config = lm.run.model
@@ -192,8 +201,13 @@ def _compare(args: Args) -> None:
             reason = first_line(error).removeprefix(f"{path} ").removeprefix(f"{path}/")
             broken.append({"name": name, "directory": str(path), "state": reason, "best": False})
     text = itemgetter("source", "normalize", "unwrap")
-    groups = [_ranked(list(group)) for _, group in groupby(sorted(rows, key=text), text)]
-    rows = [row for group in groups for row in group]
+    rows.sort(key=lambda row: (*text(row), row["bpc"] is None, row["bpc"] or 0.0, row["name"]))
+    groups = [list(group) for _, group in groupby(rows, text)]
+    for group in groups:
+        known = [row for row in group if row["bpc"] is not None]
+        if len(known) > 1:
+            # a test, if there is one, says more than a validation
+            next((row for row in known if row["split"] == "test"), known[0])["best"] = True
     if args.json:
         print_json({"runs": rows + broken})
         return
@@ -251,16 +265,6 @@ def _row(record: "RunRecord") -> dict[str, Any]:
         row |= {"bpc": done["test"]["bpc"], "split": "test"}
         row |= {"tokens": done["tokens"], "seconds": done["seconds"]}
     return row
-
-
-def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a text, sorted by bits per character; the best of several is marked."""
-    known = [row for row in rows if row["bpc"] is not None]
-    known.sort(key=itemgetter("bpc", "name"))
-    if len(known) > 1:
-        # a test, if there is one, says more than a validation
-        next((row for row in known if row["split"] == "test"), known[0])["best"] = True
-    return known + [row for row in rows if row["bpc"] is None]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -17,8 +17,9 @@ import tyro
 
 from tarflowlm import schema
 from tarflowlm.config import DeviceName
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, is_first_process
 from tarflowlm.options import Count, Out, Unwrap, arg, flag
+from tarflowlm.runs.hub import check_model
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,23 @@ def _plainly(said: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked(schema.Checked):
-    """The base of arguments of commands, whose messages name options as a user types them."""
+    """The base of arguments of commands, whose messages name options as a user types them.
+
+    The models and files that they name are checked here, before torch is imported.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        for name in {"directory", "baseline", "parent"} & given.keys():
+            check_model(given[name])
+        for name in {"file", "prompts", "texts"} & given.keys():
+            if given[name] != "-" and not Path(given[name]).exists():
+                raise UserError(f"cannot read {given[name]}: there is no such file")
+        new = given.get("out") if "directory" in vars(self) else None
+        # other processes may start after the first one has made it
+        if new is not None and new.exists() and is_first_process():
+            raise UserError(f"{new} exists already: choose another --out")
 
     def label(self, name: str) -> str:
         """The option of a field, also of one in a configuration or request."""

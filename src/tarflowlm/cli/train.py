@@ -60,7 +60,7 @@ class TuneArgs(Training, Seeded):
     minutes, unless --minutes or --steps say otherwise.
     """
 
-    source: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
+    parent: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
     """Run directory, shipped model or hf:OWNER/NAME."""
     lr: Number = None  # Peak learning rate; if left out, half of the model's own.
 
@@ -179,7 +179,7 @@ def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":
         parent = None
         if isinstance(args, TuneArgs):
             with processes.first_alone():
-                parent = load_checkpoint(args.source, "cpu")
+                parent = load_checkpoint(args.parent, "cpu")
             assert args.data is not None
             config = tuning(
                 parent,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
-from tarflowlm.errors import UserError, guess
+from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
@@ -31,7 +31,7 @@ from tarflowlm.runs import (
     TOKENIZER,
     WEIGHTS,
 )
-from tarflowlm.runs.hub import FOLDER, fetch, is_reference, released
+from tarflowlm.runs.hub import FOLDER, check_model, fetch, is_reference, released
 from tarflowlm.schema import from_dict, to_dict
 
 Summary = dict[str, Any]
@@ -61,14 +61,11 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 def read_run(directory: Path) -> RunConfig:
     """The configuration of a run directory. UserError if it is none, or damaged."""
+    check_model(directory)
     path = directory / CONFIG
     if not path.exists():
-        known = released()
-        remedy = f"{guess(str(directory), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
-        if str(directory) in known:
-            remedy = f"it comes with the package, and `train --from {directory}` trains it further"
-        lacks = f", as {CONFIG} is missing" if directory.is_dir() else ""
-        raise UserError(f"{directory} is not a run directory{lacks}: {remedy}")
+        remedy = f"`tarflowlm train --from {directory}` trains that model further"
+        raise UserError(f"{directory} is not a run directory: {remedy}")
     document = read_json(path)
     if not isinstance(document, dict) or document.pop("model_type", None) != MODEL_TYPE:
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")

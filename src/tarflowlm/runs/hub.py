@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from tarflowlm.config import MODEL_TYPE
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import UserError, first_line, guess
 from tarflowlm.files import read_json
 from tarflowlm.runs import CARD, CONFIG, TOKENIZER, WEIGHTS
 
@@ -96,6 +96,20 @@ DEFAULT = "english-small"
 def released() -> list[str]:
     """The names of the released models, sorted."""
     return sorted(path.parent.name for path in FOLDER.glob(f"*/{CONFIG}"))
+
+
+def check_model(name: str | Path) -> None:
+    """UserError unless it names a model: a run directory, a released model or one of the hub.
+
+    It imports no torch, and does not ask the hub.
+    """
+    path = Path(name)
+    known = released()
+    is_released = not path.exists() and str(path) in known
+    if not is_released and not is_reference(path) and not (path / CONFIG).exists():
+        lacks = f", as {CONFIG} is missing" if path.is_dir() else ""
+        remedy = f"{guess(str(path), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
+        raise UserError(f"{path} is not a run directory{lacks}: {remedy}")
 
 
 def read_card(directory: Path) -> str:

@@ -6,7 +6,6 @@ import platform
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -21,7 +20,7 @@ from tarflowlm.files import read_json, write_json
 from tarflowlm.model import LanguageModel, as_flow, seeded
 from tarflowlm.presets import with_blocks
 from tarflowlm.runs import BEST, COUNTERS, PARENT, SUMMARY
-from tarflowlm.runs.checkpoint import read_weights, write_run
+from tarflowlm.runs.checkpoint import Summary, read_weights, write_run
 from tarflowlm.schema import flatten, from_dict
 from tarflowlm.training.checkpoint import (
     averaged,
@@ -298,7 +297,7 @@ def describe_stage(state: State) -> str:
     return model.describe(0) if model.num_blocks == 1 else "all blocks"
 
 
-def finish(run: Run, state: State) -> dict[str, Any]:
+def finish(run: Run, state: State) -> Summary:
     """Evaluate the test split, and write the summary. Collective."""
     config, counters = state.config, state.counters
     minutes = config.train.minutes

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.model import LanguageModel
 from tarflowlm.processes import ALONE, Processes, keep_freed_memory
-from tarflowlm.runs.checkpoint import Checkpoint, has_whole_weights, read_summary
+from tarflowlm.runs.checkpoint import Checkpoint, Summary, has_whole_weights, read_summary
 from tarflowlm.training import optim, parallel
 from tarflowlm.training.checkpoint import newest_state, save, stop, wait
 from tarflowlm.training.log import MetricsLog, PendingLosses, PendingStep
@@ -62,7 +61,7 @@ def train(
     processes: Processes = ALONE,
     stop_requests: StopRequests = lambda: nullcontext(lambda: None),
     parent: Checkpoint | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train the run that is `asked` for in the directory `out`, or continue the one there.
 
     Returns the summary, which is also written to summary.json. Collective.
