@@ -3,14 +3,18 @@
 No torch here.
 """
 
+import ast
 import contextlib
+import inspect
 import io
+import itertools
 import os
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -35,6 +39,8 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
+    if {"-h", "--help"}.intersection(argv):
+        _join_lines()
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -52,6 +58,27 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
             raise UserError(f"{_plainly(said)}; see {prog} --help") from None
         sys.stderr.write(box.getvalue())
         raise
+
+
+def _join_lines() -> None:
+    """Give tyro the docstrings of fields in one line each, as it would keep their line ends."""
+    classes = [schema.Checked]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    for module in {sys.modules[cls.__module__] for cls in classes}:
+        parts: list[ast.stmt] = []
+        with contextlib.suppress(OSError, TypeError):  # a notebook has no file
+            parts = ast.parse(inspect.getsource(module)).body
+        for part in parts:
+            cls = getattr(module, getattr(part, "name", ""), object)
+            fields = getattr(cls, "__dataclass_fields__", {})
+            for one, text in itertools.pairwise(getattr(part, "body", ())):
+                match one, text:
+                    case (
+                        ast.AnnAssign(target=ast.Name(id=name)),
+                        ast.Expr(value=ast.Constant(value=str(said))),
+                    ) if name in fields:
+                        fields[name].metadata = MappingProxyType({"help": " ".join(said.split())})
 
 
 _WANTED = {
@@ -96,7 +123,7 @@ class Checked(schema.Checked):
         if new is not None and new.exists() and is_first_process():
             raise UserError(f"{new} exists already: choose another --out")
 
-    def label(self, name: str) -> str:
+    def label(self, name: str, section: str) -> str:
         """The option of a field, also of one in a configuration or request."""
         return flag(name.rpartition(".")[2])
 
