@@ -107,7 +107,11 @@ FILLING = FlowConfig(blocks=(MixD(certainty=0.9), MixD()), channel_mix=False)
         ),
         (FlowConfig, {"blocks": ()}, "at least one block"),
         (FlowConfig, {"blocks": (Mix1(), MixD())}, "model.blocks.1.components 0: ties it"),
-        (MixD, {"certainty": 0.9, "components": 3}, "mixd.certainty 0.9: needs components 0"),
+        (
+            FlowConfig,
+            {"blocks": (MixD(certainty=0.9, components=3),)},
+            "model.blocks.0.certainty 0.9: needs components 0",
+        ),
         (
             FlowConfig,
             {"blocks": (MixD(certainty=0.9), Mix1())},
@@ -144,7 +148,11 @@ def test_contradictions_are_refused(cls, fields, message):
         (FlowConfig, {"trunk": 5}, "model.trunk 5 of type int: give TransformerConfig"),
         (FlowConfig, {"blocks": ("mixd",)}, "model.blocks.0 'mixd' of type str: give BlockConfig"),
         (FlowConfig, {"channel_mix": 1}, "model.channel_mix 1 of type int: give True or False"),
-        (Mix1, {"layers": "2"}, "mix1.layers '2' of type str: give an integer"),
+        (
+            FlowConfig,
+            {"blocks": (MixD(), Mix1(layers="2"))},
+            "model.blocks.1.layers '2' of type str: give an integer",
+        ),
         (TrainConfig, {"stage_steps": "10"}, "train.stage_steps '10' of type str: give a list"),
         (TrainConfig, {"stage_steps": (1.5,)}, "train.stage_steps.0 1.5 of type float"),
         (RunConfig, {"name": "x", "model": None}, "give FlowConfig or BaselineConfig"),

@@ -80,7 +80,7 @@ def refused(cls: type, values: dict[str, object]) -> str:
     for name, value in values.items():
         object.__setattr__(made, name, value)
     with pytest.raises(UserError) as caught:
-        made.__post_init__()
+        made.check(made.section)
     return str(caught.value)
 
 

@@ -127,6 +127,9 @@ class BlockConfig(Checked):
     layers: Count = 1
     """Transformer layers."""
 
+    def __post_init__(self) -> None:
+        """No check: the stack checks its blocks, for it knows their places."""
+
     @property
     def is_tied(self) -> bool:
         """Whether the components are tied to the encoder's codebook: they are tokens."""
@@ -155,7 +158,6 @@ class ChannelBlock(BlockConfig):
 class Affine(ChannelBlock):
     """One Gaussian per channel."""
 
-    section: ClassVar[str] = "affine."
     coupling: ClassVar[str] = "affine"
     implementation = "tarflowlm.flow.channelwise:AffineCoupling"
 
@@ -164,7 +166,6 @@ class Affine(ChannelBlock):
 class TokenAffine(BlockConfig):
     """One Gaussian for all channels of a token."""
 
-    section: ClassVar[str] = "token-affine."
     coupling: ClassVar[str] = "token-affine"
     implementation = "tarflowlm.flow.channelwise:AffineCoupling"
     sees_tokens: bool = True
@@ -175,7 +176,6 @@ class TokenAffine(BlockConfig):
 class Mix1(ChannelBlock):
     """A mixture per channel."""
 
-    section: ClassVar[str] = "mix1."
     coupling: ClassVar[str] = "mix1"
     implementation = "tarflowlm.flow.channelwise:Mix1Coupling"
     components: Count = 2
@@ -186,7 +186,6 @@ class Mix1(ChannelBlock):
 class MixD(BlockConfig):
     """A mixture per token over one codebook."""
 
-    section: ClassVar[str] = "mixd."
     coupling: ClassVar[str] = "mixd"
     implementation = "tarflowlm.flow.mixd:MixDCoupling"
     components: Whole = 0
@@ -225,7 +224,7 @@ def coupling(
         # a notebook may run the cell that defines a class more than once
         if known and getattr(known.implementation, "__qualname__", "") != kind.__qualname__:
             raise UserError(f"coupling {name!r} exists already: choose another name")
-        own = {"section": f"{name}.", "coupling": name, "implementation": kind}
+        own = {"coupling": name, "implementation": kind}
         # the class keeps it alive, since a class knows its subclasses only weakly
         kind.options = type(options.__name__, (options,), own)  # type: ignore[attr-defined]
         return kind
@@ -275,6 +274,7 @@ class FlowConfig(LanguageModelConfig):
         if not self.blocks:
             yield "blocks", "needs at least one block"
         for index, block in enumerate(self.blocks):
+            block.check(f"{self.section}blocks.{index}.")
             if self.fills_below(index) and not block.is_tied:
                 rule = "above a block with certainty, use mixd with components 0"
                 yield f"blocks.{index}", rule

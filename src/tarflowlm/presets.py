@@ -286,7 +286,7 @@ def with_fields(run: RunConfig, values: Mapping[str, object]) -> RunConfig:
         except (LookupError, TypeError):
             listed = "`tarflowlm train PRESET --help` lists them"
             raise UserError(f"{name}: a run has no such field; {listed}") from None
-    return from_dict(RunConfig, changed, "run")
+    return from_dict(RunConfig, changed, where="")
 
 
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:

@@ -129,6 +129,7 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
     Unknown and missing keys are errors.
     """
     cls = kinds[0]
+    prefix = where and f"{where}."
     known: dict[str, type] = {}
     for kind in kinds:
         known |= kinds_of(kind)
@@ -137,20 +138,24 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
         name = value.pop(cls.KEY, next(iter(known)) if len(known) == 1 else None)
         if not isinstance(name, str) or name not in known:
             remedy = f"choose one of {', '.join(known)}{cls.MORE_KINDS}"
-            raise UserError(f"{where}.{cls.KEY} {name!r:.40}: {remedy}")
+            raise UserError(f"{prefix}{cls.KEY} {name!r:.40}: {remedy}")
         cls = known[name]
     hints = hints_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in value:
         if name not in fields:
             remedy = f"{guess(name, fields)}known keys are {', '.join(sorted(fields))}"
-            raise UserError(f"{where}.{name}: unknown key; {remedy}")
+            raise UserError(f"{prefix}{name}: unknown key; {remedy}")
     for name, field in fields.items():
         if name not in value and field.default is field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}.{name}: missing key")
-    return cls(
-        **{name: checked(one, hints[name], f"{where}.{name}") for name, one in value.items()}
-    )
+            raise UserError(f"{prefix}{name}: missing key")
+    values = {name: checked(one, hints[name], f"{prefix}{name}") for name, one in value.items()}
+    try:
+        return cls(**values)
+    except UserError as error:
+        # its rules do not know its place
+        own = str(error).removeprefix(getattr(cls, "section", ""))
+        raise UserError(f"{prefix}{own}") from None
 
 
 def kinds_of(cls: type[T]) -> dict[str, type[T]]:
@@ -231,7 +236,7 @@ class Checked:
     """The base of configurations, requests and arguments of commands.
 
     Every field has the type and range of its annotation. A message calls it by its name in Python,
-    after the `section`, unless NAMES has another. The command line takes that name, too.
+    after the `section`, unless NAMES has another.
     """
 
     section: ClassVar[str] = ""
@@ -248,26 +253,31 @@ class Checked:
     """Fields that have no effect without one of these."""
 
     def __post_init__(self) -> None:
+        self.check(self.section)
+
+    def check(self, section: str) -> None:
+        """Convert the fields to their types. UserError names a wrong one after `section`."""
+        label = functools.partial(self.label, section=section)
         hints = hints_of(typing.cast(typing.Hashable, type(self)))
         for one in dataclasses.fields(self):
-            value = checked(getattr(self, one.name), hints[one.name], self.label(one.name))
+            value = checked(getattr(self, one.name), hints[one.name], label(one.name))
             object.__setattr__(self, one.name, value)
         given = self.given()
         for name, others in self.EXCLUSIVE.items():
             for other in others:
                 if given >= {name, other}:
-                    both = f"{self.label(name)} with {self.label(other)}"
+                    both = f"{label(name)} with {label(other)}"
                     raise UserError(f"{both}: leave one of them out")
         for name, others in self.NEEDS.items():
             if name in given and not given.intersection(others):
-                needed = " or ".join(map(self.label, others))
+                needed = " or ".join(map(label, others))
                 remedy = "leave it out, or add that"
-                raise UserError(f"{self.label(name)} has no effect without {needed}: {remedy}")
+                raise UserError(f"{label(name)} has no effect without {needed}: {remedy}")
         for name, rule in self.rules():
             found: Any = self
             for key in name.split("."):
                 found = found[int(key)] if key.isdigit() else getattr(found, key)
-            raise UserError(f"{self.label(name)} {found!r:.80}: {rule}")
+            raise UserError(f"{label(name)} {found!r:.80}: {rule}")
 
     def rules(self) -> Iterator[tuple[str, str]]:
         """Rules on several fields: yields the name of a wrong one, and the rule that it breaks."""
@@ -284,9 +294,9 @@ class Checked:
                 found.add(one.name)
         return found
 
-    def label(self, name: str) -> str:
+    def label(self, name: str, section: str) -> str:
         """The name of a field in messages."""
-        return f"{self.section}{self.NAMES.get(name, name)}"
+        return f"{section}{self.NAMES.get(name, name)}"
 
 
 def to_dict(config: object) -> Any:
@@ -301,7 +311,7 @@ def to_dict(config: object) -> Any:
 def from_dict(cls: type[T], data: object, where: str = "config") -> T:
     """The dataclass `cls` from plain JSON values; inverse of `to_dict`.
 
-    UserError names the dotted key after `where`.
+    UserError names the dotted key after `where`, which may be empty.
     """
     return typing.cast(T, checked(data, cls, where))
 

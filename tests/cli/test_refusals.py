@@ -88,6 +88,7 @@ LINES = [
     (["sample", ""], [". is not a run directory", "english-small"]),
     ([*TRAIN, "--seed", "-1"], ["seed -1"]),
     ([*TRAIN, "--model.patch", "3"], ["patch 3", "context 32"]),
+    ([*TRAIN, "--model.blocks.1.components", "0"], ["model.blocks.1.components 0"]),
     ([*TRAIN, "--steps", "2"], ["steps 2", "3"]),
     ([*TRAIN, "--steps", "9", "--minutes", "1"], ["--steps 9", "--minutes"]),
     ([*TRAIN, "--minutes", "inf"], ["minutes inf", "finite"]),
