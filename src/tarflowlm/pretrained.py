@@ -22,16 +22,16 @@ from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.scores import score_texts
+from tarflowlm.evaluation.scores import Scores, score_texts
 from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.processes import pick_device
-from tarflowlm.requests import Edit, Score, Writing, as_texts, filling, takes
+from tarflowlm.requests import Edit, Score, Writing, as_texts, options_of, takes
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
-from tarflowlm.schema import check_type
+from tarflowlm.schema import check_type, checked
 from tarflowlm.sharing import push_to_hub, save_pretrained
 
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
@@ -89,7 +89,7 @@ class Pretrained(Checkpoint):
         return self
 
     @takes(Writing)
-    def write(self, request: Writing) -> Any:
+    def write(self, request: Writing) -> str | Any:
         """A text that begins with `prompt`; with `num`, a list of that many texts.
 
         A list of prompts gives a list with the texts of each. `num_tokens` is the length in tokens
@@ -108,14 +108,15 @@ class Pretrained(Checkpoint):
         """Like `write`, but always a list: `num` texts of every prompt, in order."""
         return write_texts(request, self)
 
-    @takes(filling(Writing))
-    def fill(self, request: Writing) -> Any:
+    @options_of(Writing)
+    def fill(self, template: str, **options: Any) -> str | Any:
         """`template` with each of its blanks, marked by `blank`, filled with one token.
 
         [...] stands for 1 to 8 tokens, [...12] for 1 to 12: as many as suit the text around them.
         Options as in `write`; the template sets the length. By default the text after a blank
         weights 16 `particles`.
         """
+        request = Writing(template=checked(template, str, "template"), **options)
         texts = write_texts(request, self)
         return texts[0] if request.num is None else texts
 
@@ -128,7 +129,7 @@ class Pretrained(Checkpoint):
         return Samples(request, self).pieces()
 
     @takes(Edit)
-    def edit(self, request: Edit) -> Any:
+    def edit(self, request: Edit) -> str | Any:
         """The text with some words resampled given all others; with `num`, a list of edits.
 
         `strength` is the share of the words, `words` their number. `rewrite`, `replace` and `level`
@@ -139,7 +140,7 @@ class Pretrained(Checkpoint):
         return texts[0] if request.num is None else texts
 
     @takes(Score)
-    def score(self, request: Score) -> Any:
+    def score(self, request: Score) -> Scores | Any:
         """The bits of every token of a text of any length (`tarflowlm.score`); a list for several.
 
         `notice` of the result tells how the text was read, if that differs from how it was given.

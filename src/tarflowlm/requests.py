@@ -333,20 +333,23 @@ def takes(
 def options_of(make: Callable[..., object]) -> Callable[[R], R]:
     """Let the last parameter of a function, its options, be the parameters of `make`.
 
-    `help` shows them. UserError for other options.
+    Those that the function has itself stay its own; if there are any, they replace the positional
+    one of `make`. `help` shows the options. UserError for other ones.
     """
 
     def decorate(function: R) -> R:
         act = cast(Callable[..., object], function)
         own = inspect.signature(act)
-        first = list(own.parameters.values())[:-1]
+        first = dict(list(own.parameters.items())[:-1])
+        known = inspect.signature(make).parameters
         hints = get_type_hints(make)
         others = [
-            one.replace(annotation=hints.get(one.name, one.annotation))
-            for one in inspect.signature(make).parameters.values()
+            one.replace(annotation=hints.get(name, one.annotation))
+            for name, one in known.items()
+            if name not in first and (one.kind is one.KEYWORD_ONLY or not known.keys() & first)
         ]
         shown = inspect.Signature(
-            sorted([*first, *others], key=lambda one: one.kind),
+            sorted([*first.values(), *others], key=lambda one: one.kind),
             return_annotation=own.return_annotation,
         )
 
@@ -354,30 +357,10 @@ def options_of(make: Callable[..., object]) -> Callable[[R], R]:
         def called(*args: object, **options: object) -> object:
             for name in options:
                 if name not in shown.parameters:
-                    names = [one.name for one in others]
-                    raise unknown("option", name, names)
+                    raise unknown("option", name, [one for one in known if one in shown.parameters])
             return act(*args, **options)
 
         called.__signature__ = shown  # type: ignore[attr-defined]
         return cast(R, called)
 
     return decorate
-
-
-def filling(
-    make: Callable[Concatenate[str | Sequence[str] | None, P], Writing],
-) -> Callable[Concatenate[str, P], Writing]:
-    """`make` with the template as its first argument, and without a prompt."""
-
-    def fill(template: str, *args: P.args, **options: P.kwargs) -> Writing:
-        checked(template, str, "template")
-        return cast(Callable[..., Writing], make)(*args, template=template, **options)
-
-    parameters = dict(inspect.signature(make).parameters)
-    first = parameters["prompt"].replace(
-        name="template", default=inspect.Parameter.empty, annotation=str
-    )
-    others = [one for name, one in parameters.items() if name not in ("prompt", "template")]
-    fill.__signature__ = inspect.Signature([first, *others])  # type: ignore[attr-defined]
-    fill.__annotations__ = get_type_hints(make) | {"template": str}
-    return cast(Callable[Concatenate[str, P], Writing], fill)
