@@ -70,3 +70,8 @@ def test_short_options_say_how_a_text_is_read():
     assert train.read(argv).configured().data == DataConfig(source="novel.txt")
     data = train.read([*argv, "--normalize", "text8", "--unwrap"]).configured().data
     assert data == DataConfig(source="novel.txt", tokenizer=TokenizerConfig(), unwrap=True)
+
+
+def test_help_pages_wrap_to_the_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "With word pieces, a blank includes the space" in run("sample", "--help").out

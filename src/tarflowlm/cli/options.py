@@ -70,8 +70,8 @@ def _join_lines() -> None:
         with contextlib.suppress(OSError, TypeError):  # a notebook has no file
             parts = ast.parse(inspect.getsource(module)).body
         for part in parts:
-            cls = getattr(module, getattr(part, "name", ""), object)
-            fields = getattr(cls, "__dataclass_fields__", {})
+            kind = getattr(module, getattr(part, "name", ""), None)
+            fields = getattr(kind, "__dataclass_fields__", {})
             for one, text in itertools.pairwise(getattr(part, "body", ())):
                 match one, text:
                     case (
