@@ -88,6 +88,7 @@ def test_the_wheel_works_where_it_is_installed(wheel, tmp_path):
         "--quiet",
         "--no-deps",
         "--no-index",
+        "--no-compile",
         "--target",
         str(place),
     ]

@@ -1,6 +1,7 @@
 """The device that is chosen, freed memory that is wanted again, and how processes are started."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,14 +63,13 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
     text = (
         Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
     ).read_text()
-    entries = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    table = {entry["func"].split("(")[0]: entry for entry in entries}
+    # parsing the whole file takes seconds
+    _, *entries = re.split(r"^- func: ", text, flags=re.MULTILINE)
+    table = {entry.split("(")[0]: f"- func: {entry}" for entry in entries}
 
     def has_kernel(name):
-        keys, other = (
-            ",".join(table[name].get("dispatch", {})),
-            table[name].get("structured_delegate"),
-        )
+        (entry,) = yaml.safe_load(table[name])
+        keys, other = ",".join(entry.get("dispatch", {})), entry.get("structured_delegate")
         return "MPS" in keys or "Composite" in keys or (has_kernel(other) if other else not keys)
 
     monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
@@ -81,7 +81,7 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
     )
     shape = {
         "vocab_size": vocab_size,
-        "context": 8,
+        "context": 3,
         "latent_dim": 4,
         "trunk": trunk,
         "head_hidden": 4,
@@ -90,7 +90,7 @@ def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
         stacks = blocks, blocks[:1], stack(("mixd", "mixd"), (1, 1), (0, 4))
         models, tokens = (
             [TarFlowLM(FlowConfig(**shape, blocks=b)) for b in stacks],
-            torch.randint(vocab_size, (2, 8)),
+            torch.randint(vocab_size, (2, 3)),
         )
     with Operators() as seen:
         for model in models:

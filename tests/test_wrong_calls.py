@@ -188,13 +188,12 @@ def answers() -> dict[str, str]:
     return dict(zip(CALLS, done.stdout.splitlines(), strict=True))
 
 
-@pytest.mark.parametrize(("call", "parts"), REFUSED)
-def test_wrong_calls_are_named(answers, call, parts):
-    assert answers[call].startswith("refused: ")
-    for part in parts:
-        assert part in answers[call]
+def test_wrong_calls_are_named(answers):
+    for call, parts in REFUSED:
+        answer = answers[call]
+        assert answer.startswith("refused: "), (call, answer)
+        assert [part for part in parts if part not in answer] == [], (call, answer)
 
 
-@pytest.mark.parametrize("call", ACCEPTED)
-def test_right_calls_are_answered(answers, call):
-    assert answers[call] == "returned True"
+def test_right_calls_are_answered(answers):
+    assert {call: answers[call] for call in ACCEPTED} == dict.fromkeys(ACCEPTED, "returned True")

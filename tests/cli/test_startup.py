@@ -53,7 +53,7 @@ def test_public_names_are_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argv", [("info", "--json"), ("sample", "--help")])
+@pytest.mark.parametrize("argv", [("--version",), ("sample", "--help")])
 def test_a_closed_pipe_is_no_error(argv):
     read, write = os.pipe()
     os.close(read)
@@ -64,7 +64,7 @@ def test_a_closed_pipe_is_no_error(argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "status"), [("--version >&-", 0), ("info nope 2>&-", 2)])
+@pytest.mark.parametrize(("words", "status"), [("--version >&-", 0), ("nope 2>&-", 2)])
 def test_closed_outputs_are_no_error(words, status):
     command = f"{sys.executable} -m tarflowlm {words}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)

@@ -205,7 +205,7 @@ def test_the_density_integrates_to_one(fields):
     def log_density(z: Tensor) -> Tensor:
         return prior.log_prob(z.view(len(z), -1, fields["latent_dim"]))
 
-    assert integral(log_density, -12.0, 12.0, 501) == pytest.approx(1.0, abs=3e-4)
+    assert integral(log_density, -12.0, 12.0, 251) == pytest.approx(1.0, abs=3e-4)
 
 
 def test_the_density_of_a_position_depends_on_its_own_past(model):

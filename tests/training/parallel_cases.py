@@ -98,6 +98,7 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path, names: tuple
 
     They evaluate as many windows at once as there are processes.
     """
+    gc.freeze()  # training collects garbage once a stage, and need not go through PyTorch's modules
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.compile = functools.partial(torch.compile, backend="eager")

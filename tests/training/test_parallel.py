@@ -42,8 +42,9 @@ def rare(tmp_path_factory, corpus_file) -> Path:
 def written(tmp_path_factory, corpus_file: Path, names: tuple[str, ...]) -> Path:
     directory = tmp_path_factory.mktemp("parallel")
     ports = free_port(), free_port()
-    # which imports PyTorch once for all of them
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([cases.__name__])
+    # which imports PyTorch once for all of them, with what they use of it
+    preload = [cases.__name__, "torch._dynamo", "torch.distributed.fsdp"]
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     torch.multiprocessing.start_processes(
         cases.work,
         (ports, str(corpus_file), directory, names),
