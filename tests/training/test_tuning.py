@@ -31,7 +31,7 @@ def tuned(parent, text, **options):
     """The configuration of a short tuning run."""
     run = tuning(parent, text, **({"steps": 7, "seed": 3} | options))
     return replace(
-        run, train=replace(run.train, precision="float32", checkpoint_every=2, evaluate_every=2)
+        run, train=replace(run.train, precision="float32", checkpoint_every=4, evaluate_every=4)
     )
 
 
