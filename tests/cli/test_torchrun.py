@@ -16,10 +16,10 @@ def test_one_process_has_all_turns():
     assert list(ALONE.in_turn(iter("abc"))) == ["a", "b", "c"]
 
 
-def torchrun(*argv: object) -> str:
-    """What two processes print."""
+def torchrun(folder: Path, *argv: object) -> str:
+    """What two processes print. torchrun leaves its own files in the folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     done = subprocess.run(
         [*command, *map(str, argv)], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -43,9 +43,10 @@ def commands(models, tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def printed(commands) -> dict[str, str]:
+def printed(commands, tmp_path_factory) -> dict[str, str]:
     """What two processes print, by command."""
-    found = torchrun(torchrun_cases.__file__, json.dumps(list(commands.values())))
+    folder = tmp_path_factory.mktemp("printed")
+    found = torchrun(folder, torchrun_cases.__file__, json.dumps(list(commands.values())))
     return dict(zip(commands, json.loads(found), strict=True))
 
 
@@ -82,5 +83,5 @@ def test_data(run_json, corpus_file, tmp_path):
     argv = ["data", corpus_file, "--kind", "byte", "--normalize", "none", "--json", "--out"]
     one = run_json(*argv[:-2], "--out", tmp_path / "one")
     # without -- torchrun takes --num for an option of its own
-    two = json.loads(torchrun("-m", "--", "tarflowlm", *argv, tmp_path / "two"))
+    two = json.loads(torchrun(tmp_path, "-m", "--", "tarflowlm", *argv, tmp_path / "two"))
     assert two | {"out": one["out"]} == one
