@@ -120,3 +120,11 @@ def test_what_a_rewound_cache_forgot_does_not_come_back(transformer):
     cache.rewind(2)
     rest = [cache.extend(part) for part in x[:, 2:].split(1, dim=1)]
     torch.testing.assert_close(torch.cat(rest, 1), transformer(x)[:, 2:], **CLOSE)
+
+
+def test_autocast_does_not_reach_the_cache(transformer):
+    x = normal(3, T, 8)
+    cache = KVCache(transformer, 3, T, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [cache.extend(part) for part in x.split([4, 2, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), transformer(x), **CLOSE)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tarflowlm import flow
 from tarflowlm.flow import full_precision, widen
 from tarflowlm.model_config import TransformerConfig
 
@@ -141,29 +142,69 @@ class Transformer(nn.Module):
 
 LARGEST_COPY = 2**20
 """Elements of a matrix that the CPU keeps transposed, to multiply one row up to twice as fast."""
+FEW_ROWS = 16
+"""Up to here, GELU by `erf` is faster on the CPU: PyTorch's own kernel takes 6 us to start."""
 
 
 class LayerWeights:
-    """The present weights of one layer, in the format of `like`, matrices as [inputs, outputs]."""
+    """The present weights of one layer, in the format of `like`, matrices as [inputs, outputs].
+
+    The channels of queries and keys are reordered: the pair (i, i + E/2) becomes (2 i, 2 i + 1), a
+    complex number, whose rotation is one product. Scores do not depend on the order.
+    """
+
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
 
     def __init__(self, layer: Layer, like: Tensor) -> None:
-        attention = layer.attention
-        self.attention_norm = layer.attention_norm.weight.detach()
-        self.qkv = _by_inputs(torch.stack(attention.qkv.weight.chunk(3)))  # [3, D, D]
-        scales = torch.stack((attention.query_scale, attention.key_scale)).detach()
-        self.scale = scales[:, None, None, None]
-        self.out = _by_inputs(attention.out.weight)
-        self.mlp_norm = layer.mlp_norm.weight.detach()
-        self.up = _by_inputs(layer.up.weight)
-        self.down = _by_inputs(layer.down.weight)
-        for name, weight in vars(self).items():
-            setattr(self, name, weight.to(like))
+        attention, E = layer.attention, layer.attention.head_width
+        order = torch.arange(E, device=like.device).view(2, -1).T.flatten()
+        qkv = attention.qkv.weight.detach().unflatten(0, (3, -1, E)).clone()
+        qkv[:2] = qkv[:2, :, order]
+        matrices = {
+            "qkv": qkv.flatten(0, 2),
+            "out": attention.out.weight,
+            "up": layer.up.weight,
+            "down": layer.down.weight,
+        }
+        for name, weight in matrices.items():
+            by_inputs = weight.detach().T.to(like)
+            copies = like.device.type == "cpu" and weight.numel() <= LARGEST_COPY
+            setattr(self, name, by_inputs.contiguous() if copies else by_inputs)
+        self.parts = self.qkv.unflatten(1, (3, -1)).transpose(0, 1)  # [3, D, D]
+        self.attention_norm = layer.attention_norm.weight.detach().to(like)
+        self.mlp_norm = layer.mlp_norm.weight.detach().to(like)
+        # of queries, with the factor of attention, and of keys
+        scales = torch.stack((attention.query_scale * E**-0.5, attention.key_scale)).detach()
+        self.scale = scales[:, None, None, None, order].to(widen(like))
 
 
-def _by_inputs(weight: Tensor) -> Tensor:
-    transposed = weight.detach().transpose(-1, -2)
-    copies = weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY
-    return transposed.contiguous() if copies else transposed
+class NewHeads:
+    """Queries, keys and values of N new positions: the memory of all layers, and its views.
+
+    Making the views in every layer would take a tenth of a step.
+    """
+
+    def __init__(self, stored: Tensor, batch: int, num: int) -> None:
+        _, _, _, H, _, E = stored.shape
+        self.shape = batch, num
+        self.product = stored.new_empty(3, batch * num, H * E)
+        self.row = self.product.view(1, -1) if batch * num == 1 else None
+        # in half precision a copy, because complex numbers are wider
+        self.wide = widen(self.product)
+        self.is_half = self.wide is not self.product
+        qkv = self.wide.view(3, batch, num, H, E)
+        self.both, self.to_store = qkv[:2], qkv[1:].transpose(2, 3)
+        self.pairs = torch.view_as_complex(self.both.view(2, batch, num, H, E // 2, 2))
+        # the kernels of the CPU for attention and GELU compute fast, but start slowly
+        on_cpu = flow.is_eager_cpu(stored)
+        self.is_step = on_cpu and num == 1
+        self.are_few = on_cpu and batch * num <= FEW_ROWS
+        self.queries = qkv[0].transpose(1, 2)
+        if self.is_step:
+            self.queries = qkv[0].view(batch * H, 1, E)
 
 
 class KVCache:
@@ -180,18 +221,22 @@ class KVCache:
         taps = transformer.input_taps
         self.weights = [LayerWeights(layer, like) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach().to(like)
-        # taps [D, K], the oldest position first, and inputs after K - 1 zeros
-        self.taps = None if taps is None else taps.detach().flip(0).T.contiguous().to(like)
+        # taps [K, D], the oldest position first, and inputs after K - 1 zeros
+        self.taps = None if taps is None else taps.detach().flip(0).to(like)
         self.before = max(config.input_taps - 1, 0)
         width = 0 if taps is None else config.width
         self.inputs = like.new_zeros(batch, self.before + capacity, width)
-        self.stored = [
-            like.new_zeros(2, batch, config.num_heads, capacity, config.head_width)
-            for _ in self.weights
-        ]
-        self.positions = torch.arange(capacity, device=like.device)
-        cos, sin = rotary_tables(self.positions, 1, config.head_width)
-        self.cos, self.sin = cos.to(like.dtype), sin.to(like.dtype)
+        self.stored = like.new_zeros(
+            len(self.weights), 2, batch, config.num_heads, capacity, config.head_width
+        )
+        positions = torch.arange(capacity, device=like.device)
+        cos, sin = (
+            table.to(widen(like)) for table in rotary_tables(positions, 1, config.head_width)
+        )
+        half = config.head_width // 2
+        self.turns = torch.complex(cos[..., :half], sin[..., half:])  # e^(i angle), [.., 1, E/2]
+        self.zero = like.new_zeros(())
+        self.heads = NewHeads(self.stored, 0, 0)
         self.length = 0
 
     def rewind(self, length: int) -> None:
@@ -209,51 +254,74 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows alone."""
         self.inputs = self.inputs[rows]
-        self.stored = [stored[:, rows] for stored in self.stored]
+        self.stored = self.stored[:, :, rows]
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Features of N positions with inputs x, which follow the cached ones."""
+        if torch.is_autocast_enabled(x.device.type):
+            with full_precision(x):
+                return self.extend(x)
         with torch.inference_mode():
-            features = self._layers(x.to(self.norm.dtype)).to(x.dtype)
+            if self.taps is None:
+                # the layers change their input, so that it needs memory of its own
+                h = x.to(self.norm.dtype, copy=True, memory_format=torch.contiguous_format)
+            else:
+                # as in `convolve`
+                window = self.inputs[:, self.length : self.length + self.before + x.shape[1]]
+                window[:, self.before :] = x
+                windows = window.unfold(1, self.before + 1, 1).transpose(2, 3)  # [B, N, K, D]
+                h = (windows * self.taps).sum(-2)
+            h = self._layers(h)
         self.length += x.shape[1]
-        # the copy may enter a graph
-        return features if torch.is_inference_mode_enabled() else features.clone()
+        # outside of inference mode, because the features may enter a graph
+        return torch.layer_norm(h, (x.shape[-1],), self.norm).view(x.shape).to(x.dtype)
 
     def _layers(self, x: Tensor) -> Tensor:
+        """All but the final norm: [B, N, D] -> [B N, D], in the memory of x."""
         B, N, D = x.shape
-        end = self.length + N
-        here = slice(self.length, end)
-        assert end <= len(self.positions), "the cache is full"
+        E = self.stored.shape[-1]
+        start, end = self.length, self.length + N
+        assert end <= len(self.turns), "the cache is full"
+        if self.heads.shape != (B, N):
+            self.heads = NewHeads(self.stored, B, N)
+        heads, turns = self.heads, self.turns[start:end]
         mask = None
-        if self.length and N > 1:
-            mask = self.positions[:end] <= self.positions[here, None]
-        if self.taps is not None:
-            self.inputs[:, self.before :][:, here] = x
-            windows = self.inputs.unfold(1, self.before + 1, 1)  # [B, capacity, D, K]
-            x = (windows[:, here] * self.taps).sum(-1)
-        h = x.reshape(B * N, D)
-        for layer, stored in zip(self.weights, self.stored, strict=True):
-            stored = stored[:, :, :, :end]
-            _, _, H, _, E = stored.shape
-            normal = F.layer_norm(h, (D,), layer.attention_norm)
-            qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
+        if start and N > 1:
+            mask = x.new_full((N, end), -torch.inf).triu_(start + 1)
+        h = x.view(B * N, D)
+        places, past = self.stored[..., start:end, :], self.stored[..., :end, :]
+        keys, values = (past.flatten(2, 3) if heads.is_step else past).unbind(1)
+        if heads.is_step:
+            keys = keys.transpose(-1, -2)
+        layers = zip(self.weights, places.unbind(), keys.unbind(), values.unbind(), strict=True)
+        for layer, place, k, v in layers:
+            normal = torch.layer_norm(h, (D,), layer.attention_norm)
+            if heads.row is None:
+                torch.bmm(normal.expand(3, -1, -1), layer.parts, out=heads.product)
+            else:
+                torch.mm(normal, layer.qkv, out=heads.row)
+            if heads.is_half:
+                heads.wide.copy_(heads.product)
             # queries and keys at once: normalised, then rotated as in `rotate_`
-            both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
-            swapped = both.roll(E // 2, -1)
-            torch.addcmul(both * self.cos[here], swapped, self.sin[here], out=qkv[:2])
-            stored[:, :, :, here] = qkv[1:].transpose(2, 3)
-            keys, values = stored.unbind(0)
-            y = F.scaled_dot_product_attention(
-                qkv[0].transpose(1, 2),
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None and N > 1,
-            )
-            h = torch.addmm(h, y.transpose(1, 2).reshape(B * N, D), layer.out)
-            active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
-            h = torch.addmm(h, active, layer.down)
-        return F.layer_norm(h, (D,), self.norm).view(B, N, D)
+            torch.mul(torch.layer_norm(heads.both, (E,)), layer.scale, out=heads.both)
+            heads.pairs.mul_(turns)
+            place.copy_(heads.to_store)
+            q = heads.queries.to(h.dtype) if heads.is_half else heads.queries
+            if heads.is_step:
+                y = torch.bmm(torch.bmm(q, k).softmax(-1), v)
+            else:
+                causal = mask is None and N > 1
+                y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=1.0)
+                y = y.transpose(1, 2)
+            h.addmm_(y.reshape(B * N, D), layer.out)
+            normal = torch.layer_norm(h, (D,), layer.mlp_norm)
+            if heads.are_few:
+                # gelu(x) = (a + a erf(a)) / sqrt(2) with a = x / sqrt(2)
+                a = torch.addmm(self.zero, normal, layer.up, beta=0, alpha=math.sqrt(0.5))
+                h.addmm_(a.addcmul_(a, a.erf()), layer.down, alpha=math.sqrt(0.5))
+            else:
+                h.addmm_(F.gelu(normal.mm(layer.up)), layer.down)
+        return h
 
 
 class InputMap(nn.Module):
