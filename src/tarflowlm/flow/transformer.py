@@ -161,10 +161,10 @@ class LayerWeights:
     def __init__(self, layer: Layer, like: Tensor) -> None:
         attention, E = layer.attention, layer.attention.head_width
         order = torch.arange(E, device=like.device).view(2, -1).T.flatten()
-        qkv = attention.qkv.weight.detach().unflatten(0, (3, -1, E)).clone()
-        qkv[:2] = qkv[:2, :, order]
+        rows = torch.arange(len(attention.qkv.weight), device=like.device).view(3, -1, E)
+        rows[:2] = rows[:2, :, order]
         matrices = {
-            "qkv": qkv.flatten(0, 2),
+            "qkv": attention.qkv.weight.detach()[rows.flatten()],
             "out": attention.out.weight,
             "up": layer.up.weight,
             "down": layer.down.weight,
@@ -226,7 +226,7 @@ class KVCache:
         self.before = max(config.input_taps - 1, 0)
         width = 0 if taps is None else config.width
         self.inputs = like.new_zeros(batch, self.before + capacity, width)
-        self.stored = like.new_zeros(
+        self.stored = like.new_empty(
             len(self.weights), 2, batch, config.num_heads, capacity, config.head_width
         )
         positions = torch.arange(capacity, device=like.device)
