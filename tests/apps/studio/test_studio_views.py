@@ -3,6 +3,7 @@ value.
 """
 
 import re
+import shlex
 import shutil
 from html import unescape
 from urllib.parse import parse_qsl
@@ -188,9 +189,14 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
 
 
 def test_the_request_is_above_its_result(catalogue, folder):
-    found = words(shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3]))
-    asked = "--prompt 'the '\"'\"'cat' --length 12 --num 2 --temperature 0.8 --seed 3"
-    assert found.startswith(f"tarflowlm sample {folder}/flow {asked}")
+    html = shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3])
+    assert words(html).startswith("tarflowlm sample")
+    command, *_ = re.findall(r"<code>(.*?)</code>", html)
+    program, name, model, *options = shlex.split(words(command))
+    assert (program, name, model) == ("tarflowlm", "sample", f"{folder}/flow")
+    given = {"--prompt": "the 'cat", "--length": "12", "--temperature": "0.8"}
+    given |= {"--num": "2", "--seed": "3"}
+    assert dict(zip(options[::2], options[1::2], strict=True)) == given
     html = shown(compare, catalogue, VALID[compare])
     asked = f"score {folder}/flow --text 'the cat saw' --baseline {folder}/baseline"
     assert words(html).startswith(f"tarflowlm {asked}")
