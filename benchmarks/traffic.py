@@ -33,7 +33,7 @@ from tarflowlm.flow.codebook import typical_neighbour_distance
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import (
     COMPILED,
-    maps,
+    mixture,
     mixture_log_prob,
     mixture_log_prob_from_features,
     rosenblatt,
@@ -141,7 +141,7 @@ def bytes_of_couplings(config: RunConfig, stage: int) -> float:
             z = torch.randn(1, tokens, model.latent_dim, requires_grad=trains)
             features = torch.randn(1, tokens, model.trunk.width, requires_grad=trains)
             traffic = Traffic()
-            maps.compiled = traffic.fused  # type: ignore[assignment]
+            mixture.compiled = traffic.fused  # type: ignore[assignment]
             with traffic, torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16):
                 if is_last:
                     result = coupling.log_prob(z, features).sum()
@@ -193,7 +193,7 @@ def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, flo
     )
     for name, call in work.items():
         traffic = Traffic()
-        maps.compiled = traffic.fused  # type: ignore[assignment]
+        mixture.compiled = traffic.fused  # type: ignore[assignment]
         with traffic:
             call()
         found[name] = sum(traffic.bytes.values()) / args.tokens / COMPONENTS

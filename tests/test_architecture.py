@@ -172,7 +172,7 @@ SPINE = [
 def test_the_spine_is_short_and_names_no_fast_path():
     size = sum(len(MODULES[name].read_bytes()) for name in SPINE)
     assert size <= 100_000
-    fast = re.compile(r"flow\.numerics\.(cpu|few_rows|sweep|near|maps)\b|COMPILED|is_eager_cpu")
+    fast = re.compile(r"flow\.numerics\.(cpu|few_rows|sweep|near)\b|COMPILED|is_eager_cpu")
     wrong = [
         f"{name} imports {other}"
         for name in SPINE

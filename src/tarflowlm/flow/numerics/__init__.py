@@ -1,7 +1,7 @@
 """Mixture-CDF and Rosenblatt flows as pure functions (docs/math.md, sections 3 and 8).
 
 Read `reference` first: every map in log space. `mixture` and `vocabulary` hold the public
-functions, which take any leading shape, `maps` the implementations, which take rows:
+functions, which take any leading shape. Their implementations take rows:
 
     N rows (n of them in a chunk), K components, d channels, M pairs of a row and a component
     scalar mixtures:    z, u [N];     log_w, mean, log_std [N, K], or [1, K] shared by all rows
@@ -10,8 +10,10 @@ functions, which take any leading shape, `maps` the implementations, which take 
 log_w need not be normalised. Densities are in nats. Q is the upper tail of the standard normal.
 """
 
-from tarflowlm.flow.numerics.maps import COMPILED, REFERENCE, Maps
 from tarflowlm.flow.numerics.mixture import (
+    COMPILED,
+    REFERENCE,
+    Maps,
     mixture_cdf,
     mixture_cdf_inverse,
     mixture_log_density,

@@ -9,24 +9,98 @@ Mix-d goes channel by channel, with weights updated by Bayes' rule (docs/math.md
     alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
     alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
-Differs from the paper's algorithm 1: the weights are logarithms. `maps` are for accelerators; a CPU
-has its own.
+Differs from the paper's algorithm 1: the weights are logarithms.
+
+A CPU takes the implementations in `CPU`, in linear space. An accelerator takes the given `maps`:
+`REFERENCE` in log space, or `COMPILED`, which are the same by torch.compile.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
-from tarflowlm import chunks
-from tarflowlm.flow.numerics import reference
-from tarflowlm.flow.numerics.maps import REFERENCE, Maps, maps_for
+from tarflowlm import chunks, flow
+from tarflowlm.flow.numerics import cpu, reference, sweep
 from tarflowlm.flow.numerics.normal import check_codebook
+from tarflowlm.flow.numerics.reference import Gradients
 
+Result = TypeVar("Result")
 Tensors = tuple[Tensor, ...]
+
+
+# --- implementations
+
+
+class Maps(NamedTuple):
+    """One implementation of every map, on rows and without autograd, as `reference` defines it."""
+
+    mixture_cdf: Callable[..., tuple[Tensor, Tensor]]
+    mixture_cdf_inverse: Callable[..., Tensor]
+    mixture_log_density: Callable[..., Tensor]
+    mixture_backward: Callable[..., Gradients]
+    rosenblatt: Callable[..., tuple[Tensor, Tensor]]
+    rosenblatt_inverse: Callable[..., Tensor]
+    budget: Callable[[int], int]
+    """From the elements of a row to the most elements of a tensor."""
+
+
+def _held(elements_per_row: int) -> int:
+    return chunks.HELD_ACCELERATOR
+
+
+compiled = cache(torch.compile)
+"""A function by torch.compile, which keeps intermediate results out of memory."""
+
+
+def fused(function: Callable[..., Result], *tensors: Tensor) -> Result:
+    """function(*tensors), `compiled` at the first call."""
+    result: Result = compiled(function)(*tensors)
+    return result
+
+
+CPU = Maps(
+    cpu.mixture_cdf,
+    cpu.mixture_cdf_inverse,
+    cpu.mixture_log_density,
+    cpu.mixture_backward,
+    # measured: a sweep is fastest in chunks four times as large as the cache
+    partial(
+        sweep.rosenblatt, budget=lambda k: 4 * cpu.budget(k), of_channel=sweep.channel_in_place
+    ),
+    cpu.rosenblatt_inverse,
+    cpu.budget,
+)
+REFERENCE = Maps(
+    reference.mixture_cdf,
+    reference.mixture_cdf_inverse,
+    reference.mixture_log_density,
+    reference.mixture_backward,
+    partial(sweep.rosenblatt, budget=_held, of_channel=sweep.channel_in_place),
+    partial(sweep.rosenblatt_inverse, scalar=reference.mixture_cdf_inverse),
+    _held,
+)
+COMPILED = Maps(
+    partial(fused, reference.mixture_cdf),
+    partial(fused, reference.mixture_cdf_inverse),
+    partial(fused, reference.mixture_log_density),
+    partial(fused, reference.mixture_backward),
+    partial(sweep.rosenblatt, budget=_held, of_channel=partial(fused, sweep.channel)),
+    partial(sweep.rosenblatt_inverse, scalar=partial(fused, reference.mixture_cdf_inverse)),
+    _held,
+)
+
+
+def maps_for(like: Tensor, on_accelerators: Maps = REFERENCE) -> Maps:
+    """The maps of tensors `like` this one."""
+    return CPU if flow.is_eager_cpu(like) else on_accelerators
+
+
+# --- the maps
 
 
 def mixture_cdf(
