@@ -225,22 +225,6 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
-def orthogonalise_all(stacks: list[Tensor], *, batched: bool) -> list[Tensor]:
-    """`orthogonalise` stacks [n, rows, columns] of matrices: if `batched`, all of one shape in the
-    same kernels.
-    """
-    if not batched:
-        return [torch.stack([orthogonalise(matrix) for matrix in stack]) for stack in stacks]
-    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks]
-    found = [*stacks]
-    for shape in {x.shape[1:] for x in wide}:
-        places = [i for i, x in enumerate(wide) if x.shape[1:] == shape]
-        together = orthogonalise(torch.cat([wide[i] for i in places]))
-        for i, x in zip(places, together.split([len(wide[i]) for i in places]), strict=True):
-            found[i] = x if wide[i] is stacks[i] else x.mT
-    return found
-
-
 class Muon(torch.optim.Muon):
     """torch.optim.Muon that orthogonalises in the given `precision`.
 
@@ -273,32 +257,32 @@ class Muon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step on the parameters that have a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            # on a CPU, one matrix after the other stays in the cache
-            size = 1 if all(p.is_cpu for p in params) else BUCKET
-            for start in range(0, len(params), size):
-                bucket = params[start : start + size]
-                updates = self.updates(bucket, group["momentum"])
-                torch._foreach_mul_(bucket, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(bucket, updates, alpha=-group["lr"])
+            alike = defaultdict[tuple[torch.Size, int], list[Tensor]](list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape, self.heights.get(id(p), 1)].append(p)
+            for (_, height), params in alike.items():
+                # on a CPU, one matrix after the other stays in the cache
+                size = 1 if params[0].is_cpu else BUCKET
+                for start in range(0, len(params), size):
+                    bucket = params[start : start + size]
+                    updates = self.updates(bucket, height, group["momentum"])
+                    torch._foreach_mul_(bucket, 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_add_(bucket, updates, alpha=-group["lr"])
 
-    def updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        """Nesterov's look-ahead orthogonalised, with a root mean square of 0.2."""
+    def updates(self, params: list[Tensor], height: int, momentum: float) -> tuple[Tensor, ...]:
+        """Nesterov's look-ahead orthogonalised, with a root mean square of 0.2.
+
+        For parameters of one shape, each of `height` matrices.
+        """
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         gradients = [p.grad for p in params if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, buffers, momentum)
-        own = params[0].dtype
-        dtype = own if own == torch.float64 else self.dtype
-        heights = [self.heights.get(id(p), 1) for p in params]
-        stacks = [
-            x.to(dtype).unflatten(0, (height, -1)) for x, height in zip(ahead, heights, strict=True)
-        ]
-        found = orthogonalise_all(stacks, batched=not params[0].is_cpu)
-        updates = [x.flatten(0, 1).to(own) for x in found]
-        sides = [max(stack.shape[1:]) for stack in stacks]
-        torch._foreach_mul_(updates, [0.2 * side**0.5 for side in sides])
-        return updates
+        ahead = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
+        dtype = ahead.dtype if ahead.dtype == torch.float64 else self.dtype
+        matrices = ahead.to(dtype).unflatten(1, (height, -1)).flatten(0, 1)
+        found = orthogonalise(matrices).view(ahead.shape).to(ahead.dtype)
+        return found.mul_(0.2 * max(matrices.shape[1:]) ** 0.5).unbind()
