@@ -9,7 +9,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from helpers import TRUNK, normal, randomise
-from tarflowlm.flow.transformer import KVCache, Transformer, convolve, rotary_tables, rotate_
+from tarflowlm.flow.transformer import KVCache, Transformer, convolve
 from tarflowlm.model import seeded
 
 T = 7
@@ -33,30 +33,6 @@ def test_output_t_sees_inputs_up_to_t(transformer):
     by_input = jacobian(lambda x: transformer(x[None])[0], normal(T, 8))  # [T, D, T, D]
     depends = by_input.abs().amax((1, 3)) > 0
     assert torch.equal(depends, torch.ones(T, T, dtype=torch.bool).tril())
-
-
-def test_attention_sees_distances_not_places():
-    """Scores of rotated queries and keys depend on the difference of their positions alone."""
-    tables = rotary_tables(torch.arange(20), 1, 4)
-    q, k = (
-        rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1)
-    )
-    scores = q @ k.T
-    for distance in (0, 1, 5):
-        along = scores.diagonal(-distance)
-        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-5, atol=1e-6)
-    assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
-
-
-def test_rotation_turns_channel_pairs():
-    x = normal(2, 20, 3, 6)
-    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, 6))
-    wavelengths = 10_000.0 ** (torch.arange(3, dtype=torch.float64) / 3)
-    angle = (torch.arange(20)[:, None] / wavelengths)[:, None]
-    expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(
-        turned, torch.cat((expected.real, expected.imag), -1), rtol=1e-5, atol=1e-5
-    )
 
 
 def test_a_new_trunk_passes_its_input_through():

@@ -7,7 +7,6 @@ H heads have the width E = D / H; N counts new positions.
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm import flow
 from tarflowlm.flow import full_precision, widen
+from tarflowlm.flow.attention import Attention, rotary_tables
 from tarflowlm.model_config import TransformerConfig
 
 Embedder = Callable[[Tensor], Tensor]
 """From latents [B, n, C], or tokens [B, n P], to inputs of a Transformer [B, n, D]."""
-ROTARY_BASE = 10_000.0
-"""The longest wavelength of rotary positions, over 2 pi."""
-
-
-def rotary_tables(positions: Tensor, num_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [N, H, E] of angles position * base^(-2 i / E) (Su et al. 2021)."""
-    even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
-    exponent = even / head_width
-    angle = positions.float()[:, None, None] * torch.exp(-math.log(ROTARY_BASE) * exponent)
-    # repeated for every head, so that the product with a batch reads contiguous memory
-    cos, sin = (part.expand(-1, num_heads, -1) for part in (angle.cos(), angle.sin()))
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate, in place, channel pairs (x, y) = (i, i + E/2) by the angle of their position.
-
-    They become (x cos - y sin, x sin + y cos).
-    """
-    swapped = x_BNHE.roll(x_BNHE.shape[-1] // 2, dims=-1)
-    return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
 
 
 def convolve(x: Tensor, taps: Tensor) -> Tensor:
@@ -53,33 +32,6 @@ def convolve(x: Tensor, taps: Tensor) -> Tensor:
     for k in range(1, min(len(taps), x.shape[1])):
         y = y + F.pad(x[:, :-k] * taps[k], (0, 0, k, 0))
     return y
-
-
-class Attention(nn.Module):
-    """Causal multi-head self-attention with layer-normalised queries and keys."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.head_width = config.head_width
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.query_scale = nn.Parameter(torch.ones(self.head_width))
-        self.key_scale = nn.Parameter(torch.ones(self.head_width))
-
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        B, N, D = x.shape
-        # three products, so that normalising and gradients need no copies
-        parts = (F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
-        q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
-        q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables)
-        k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        if x.device.type == "cpu":  # where attention is slower in bfloat16
-            q, k, v = widen(q), widen(k), widen(v)
-        with full_precision(x) if x.device.type == "cpu" else nullcontext():
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
 class Layer(nn.Module):

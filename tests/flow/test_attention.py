@@ -1,0 +1,63 @@
+"""Attention: rotary positions, and the same numbers from both of its implementations."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers import TRUNK, normal, randomise
+from tarflowlm import chunks
+from tarflowlm.flow.attention import Attention, KeptAttention, rotary_tables, rotate_
+
+
+def test_attention_sees_distances_not_places():
+    """Scores of rotated queries and keys depend on the difference of their positions alone."""
+    tables = rotary_tables(torch.arange(20), 1, 4)
+    q, k = (
+        rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1)
+    )
+    scores = q @ k.T
+    for distance in (0, 1, 5):
+        along = scores.diagonal(-distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-5, atol=1e-6)
+    assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
+
+
+def test_rotation_turns_channel_pairs():
+    x = normal(2, 20, 3, 6)
+    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, 6))
+    wavelengths = 10_000.0 ** (torch.arange(3, dtype=torch.float64) / 3)
+    angle = (torch.arange(20)[:, None] / wavelengths)[:, None]
+    expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(
+        turned, torch.cat((expected.real, expected.imag), -1), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_that_keeps_its_weights_equals_that_of_pytorch(dtype, monkeypatch):
+    monkeypatch.setattr(KeptAttention, "ROWS", 4)
+    attention = randomise(Attention(replace(TRUNK, num_heads=2)))
+    x = normal(3, 10, 8).requires_grad_()
+    if dtype != torch.float64:
+        attention, x = attention.float(), x.detach().float().requires_grad_()
+    leaves = [x, *attention.parameters()]
+    tables = rotary_tables(torch.arange(10), 2, 4)
+    found = []
+    for kept in (chunks.KEPT, 0):
+        monkeypatch.setattr(chunks, "KEPT", kept)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = attention(x, tables)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    close = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
+
+
+def test_gradients_of_kept_attention(monkeypatch):
+    monkeypatch.setattr(KeptAttention, "ROWS", 3)
+    q, k, v = (normal(2, 7, 4, seed=seed).requires_grad_() for seed in range(3))
+    assert torch.autograd.gradcheck(KeptAttention.apply, (q, k, v))
+    y = KeptAttention.apply(q, k, v).square().sum()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(y, q, create_graph=True)
