@@ -97,12 +97,15 @@ class TokenLM(LanguageModel, Conditioner):
         """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T."""
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
-        rows = chunks.rows_at_once(self.config.vocab_size, chunks.LOGITS)
+        size = self.config.vocab_size
+        # on a CPU, passes over the logits of a part stay in its cache
+        budget = chunks.HELD_CPU // 4 if inputs.is_cpu else chunks.LOGITS
         parts = chunks.in_parts(
             lambda x, y: F.cross_entropy(widen(self.head(x)), y, reduction="none"),
-            rows,
+            chunks.rows_at_once(size, budget),
             inputs,
             targets,
+            keeps=len(targets) * size <= chunks.LOGITS,
         )
         return -torch.cat(parts).view(tokens.shape)
 
