@@ -1,14 +1,15 @@
-"""Tokens per second of trained models by decoder, as a ratio to the first model.
+"""Tokens per second of trained models by decoder, as a ratio to the steps of the first model.
 
     python benchmarks/generation.py english-mini-ar english-mini       # batches of 1 and 16
     python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers   # and GPT-2 beside
     python benchmarks/generation.py english-mini --compare 100         # do decoders agree?
     python benchmarks/generation.py --count owt-ar owt-mix1 owt-mixd   # launches and bytes on a GPU
 
-"steps" inverts every block position by position with the KV cache; "auto" takes steps or sweeps in
-every block, whichever is cheaper, or draws the last one. With --count nothing is timed: a CPU runs
-one position of every block by the operations of an accelerator, at the vocabulary of OpenWebText,
-as if each block were the last one.
+"steps" writes one position a call of a block's Transformer. "auto" writes several where a drafter
+guesses the next tokens, and takes sweeps where these cost less. Both draw by the same numbers, so
+they should write the same tokens; --compare counts those that differ. With --count nothing is
+timed: a CPU runs one call in every block by the operations of an accelerator, at the vocabulary of
+OpenWebText, as if each block were the last one.
 """
 
 from argparse import Namespace
@@ -17,10 +18,11 @@ from typing import Any
 
 from timing import Contender, find, parser, run, show
 
-
-def decoders(model: Any) -> dict[str, str]:
-    """Label -> `decoder` of `generate`."""
-    return {"steps": "steps"} if model.is_exact else {"steps": "steps", "auto": "auto"}
+DECODERS = ("steps", "auto")
+COMPARED = {"1": {}, "0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9}}
+"""Options of the texts whose tokens are compared, by temperature."""
+CALLS = (1, 8)
+"""Positions of a call, for --count: all but one are guessed."""
 
 
 def build(args: Namespace) -> dict[str, Contender]:
@@ -33,18 +35,18 @@ def build(args: Namespace) -> dict[str, Contender]:
     device, found = torch.device(args.device), {}
     models = {name: load(name, device).model for name in args.models}
 
-    def draw(model: Any, decoder: Any, num: int, seed: int = 0) -> Any:
+    def draw(model: Any, decoder: str, num: int, seed: int = 0, **options: Any) -> Any:
         length, generator = args.length or model.config.context, torch.Generator().manual_seed(seed)
-        return generate(
-            model, num_tokens=length, num=num, decoder=decoder, generator=generator
-        ).tokens
+        options |= {"num": num, "decoder": decoder, "generator": generator}
+        return generate(model, num_tokens=length, **options).tokens
 
     for batch in args.batches:
         for name, model in models.items():
-            for way, decoder in decoders(model).items():
-                tokens = batch * (args.length or model.config.context)
+            for decoder in DECODERS:
+                length = args.length or model.config.context
                 call = partial(draw, model, decoder, batch)
-                found[f"{name}, {way}, batch {batch}"] = Contender(call, tokens, {"batch": batch})
+                info = {"batch": batch, "a call": length / calls_of(call)}
+                found[f"{name}, {decoder}, batch {batch}"] = Contender(call, batch * length, info)
         if args.peers:
             from peers import samplers
 
@@ -56,58 +58,119 @@ def build(args: Namespace) -> dict[str, Contender]:
                     call, batch * length, {"batch": batch}
                 )
     for name, model in models.items() if args.compare else ():
-        texts = {
-            way: draw(model, decoder, args.compare, seed=1)
-            for way, decoder in decoders(model).items()
-        }
-        for way, tokens in texts.items():
-            differing = int((tokens != texts["steps"]).sum())
-            found[f"{name}, {way}, batch {args.batches[0]}"].info["differing"] = (
-                f"{differing} of {tokens.numel()}"
-            )
+        differing = differences(partial(draw, model), args.compare, args.batches[0])
+        found[f"{name}, auto, batch {args.batches[0]}"].info |= differing
     return found
 
 
-def middle(allocate: Any, context: int) -> Any:
-    """A cache as on an accelerator, half full."""
-    cache = allocate(context)
+def calls_of(function: Any) -> int:
+    """How often `function` calls a Transformer with its KV cache."""
+    cache = find("KVCache", "flow.transformer")
+    extend, calls = cache.extend, 0
+
+    def counted(self: Any, x: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return extend(self, x)
+
+    cache.extend = counted
+    try:
+        function()
+    finally:
+        cache.extend = extend
+    return calls
+
+
+def differences(draw: Any, num: int, batch: int) -> dict[str, str]:
+    """How many tokens of `num` samples, drawn in batches, differ between the decoders."""
+    refused = find("UserError", "errors")
+    found = {}
+    for label, options in COMPARED.items():
+        differing = total = 0
+        try:
+            for start in range(0, num, batch):
+                size = min(batch, num - start)
+                steps, auto = (draw(way, size, start + 1, **options) for way in DECODERS)
+                differing += int((steps != auto).sum())
+                total += steps.numel()
+        except refused:
+            # a model without weights of tokens has no temperature
+            continue
+        found[f"differ at {label}"] = f"{differing} of {total}"
+    return found
+
+
+def drawn_call(model: Any, index: int, count: int, num: int) -> Any:
+    """A call that draws `count` positions of `num` texts: of the baseline, or in a block."""
+    import torch
+
+    from tarflowlm.data.prompts import BLANK
+    from tarflowlm.generation.rows import Drawn
+    from tarflowlm.generation.sampling import Gumbel
+
+    context, is_flow = model.config.context, not model.is_exact
+    choices = model.prior.block(index).coupling.choices if is_flow else model.config.vocab_size
+    noise = torch.randn(num, context, model.config.latent_dim if is_flow else 0)
+    gumbel = Gumbel(torch.arange(num), context, (1, choices))
+    rows = Drawn(model, index, noise, gumbel, torch.full((num, context), BLANK), None)
+    rows.guesser = Zeros(count - 1) if count > 1 else None
+    # as an accelerator: in half precision, and without the decision of near ties
+    rows.decides = False
+    rows.cache = rows.source.allocate_cache(num, rows.values.shape[1], half=is_flow)
+    rows.cache.stored.zero_()
+    rows.settle(rows.values[:, : context // 2])
+    return rows.step
+
+
+class Zeros:
+    """Guesses token 0: what is computed does not depend on who is right."""
+
+    length = 1
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def guess(self, past: Any, numbers: Any) -> Any:
+        return numbers.argmax(-1) * 0
+
+
+def inverted_call(model: Any, index: int, draws: bool, num: int) -> Any:
+    """A call that inverts one position of `num` texts in a block, or draws by an inversion."""
+    import torch
+
+    block, context = model.prior.block(index), model.config.context
+    cache = block.allocate_cache(num, context, half=draws)
     cache.stored.zero_()
-    cache.length = context // 2
-    return cache
-
-
-def baseline_position(model: Any, rows: int) -> Any:
-    """A call that writes one position of `rows` texts of the baseline."""
-    import torch
-
-    from tarflowlm.flow.couplings import inverse_cdf
-
-    cache = middle(partial(model.allocate_cache, rows), model.config.context)
-    tokens = torch.zeros(rows, 1, dtype=torch.long)
-    uniform = torch.rand(rows, dtype=torch.float64)
-
-    def position() -> None:
-        logits = model.place_logits(model.features_at(cache, tokens, rows), tokens, 0)
-        inverse_cdf(logits, uniform)
-
-    return position
-
-
-def block_position(block: Any, context: int, draws: bool, rows: int) -> Any:
-    """A call that inverts or draws one position of `rows` texts in a block."""
-    import torch
-
-    channels = len(block.order.channels)
-    cache = middle(partial(block.allocate_cache, rows, half=draws), context)
+    cache.rewind(context // 2)
     invert = block.coupling.inverter()
-    h, u = torch.randn(2, rows, channels)
-    uniform = torch.rand(rows, channels, dtype=torch.float64) if draws else None
-    return lambda: invert(u, block.features_at(cache, h, rows), None, uniform)
+    channels = len(block.order.channels)
+    h, u = torch.randn(2, num, channels)
+    numbers = None
+    if draws:
+        numbers = torch.randn(num, channels // block.coupling.group, block.coupling.choices)
+    return lambda: invert(u, block.features_at(cache, h, num), None, numbers)
+
+
+def calls(model: Any) -> dict[str, tuple[int, Any]]:
+    """Label -> the positions of a call, and a function from the number of texts to the call."""
+    found: dict[str, tuple[int, Any]] = {}
+    for index in range(model.num_blocks):
+        label = "" if model.is_exact else f"block {index + 1}, "
+        if not model.is_exact:
+            found[f"{label}steps"] = 1, partial(inverted_call, model, index, False)
+        if model.is_exact or model.draws_tokens(index):
+            for count in CALLS:
+                call = partial(drawn_call, model, index, count)
+                found[f"{label}draw, call of {count}"] = count, call
+        else:
+            found[f"{label}draw, call of 1"] = 1, partial(inverted_call, model, index, True)
+    return found
 
 
 def count(args: Namespace) -> list[dict[str, Any]]:
-    """A row for every block and decoder of presets: launches, and bytes of a position in the middle
-    of the context, once for all rows and per row; and the ceiling of an H100 with 64 rows.
+    """A row for every block and call of presets, in the middle of the context: launches, for each
+    token if all guesses are right; bytes, once for all rows and per row; and the ceiling of an H100
+    with 64 rows.
     """
     from dataclasses import replace
 
@@ -121,29 +184,23 @@ def count(args: Namespace) -> list[dict[str, Any]]:
     flow.is_eager_cpu = lambda t: False  # type: ignore[assignment]
     rows = []
     for name in args.count:
-        config = preset(name).model
         with seeded(0):
-            model: Any = replace(config, vocab_size=COMPONENTS).build()
-        positions = {}
-        if model.is_exact:
-            positions["steps"] = partial(baseline_position, model)
-        for index in range(0 if model.is_exact else model.num_blocks):
-            for way in ("steps", "draw"):
-                block = model.prior.block(index)
-                position = partial(block_position, block, config.context, way == "draw")
-                positions[f"block {index + 1}, {way}"] = position
-        for label, build_position in positions.items():
+            model: Any = replace(preset(name).model, vocab_size=COMPONENTS).build()
+        for label, (positions, build_call) in calls(model).items():
             sizes = []
             for num in (1, 2):
-                position = build_position(num)
-                with torch.no_grad(), Traffic() as traffic:
-                    position()
+                with torch.no_grad():
+                    call = build_call(num)
+                    with Traffic() as traffic:
+                        call()
                 sizes.append(sum(traffic.bytes.values()))
             launches, each = sum(traffic.calls.values()), sizes[1] - sizes[0]
             shared = sizes[0] - each
             seconds = max(5e-6 * launches, (shared + 64 * each) / BYTES)
-            row = {"": f"{name}, {label}", "launches": launches, "MB shared": shared / 1e6}
-            rows.append(row | {"MB of a row": each / 1e6, "tokens/s, 64 rows": 64 / seconds})
+            row = {"": f"{name}, {label}", "launches": launches}
+            row |= {"launches a token": launches / positions, "MB shared": shared / 1e6}
+            row |= {"MB of a row": each / 1e6, "tokens/s, 64 rows": 64 * positions / seconds}
+            rows.append(row)
     return rows
 
 
@@ -160,7 +217,11 @@ def main() -> None:
         "--length", type=int, help="tokens per sample; the default is the trained context"
     )
     options.add_argument(
-        "--compare", type=int, default=0, metavar="N", help="count tokens of N samples that differ"
+        "--compare",
+        type=int,
+        default=0,
+        metavar="N",
+        help="count tokens of N samples that differ from steps",
     )
     options.add_argument(
         "--peers", action="store_true", help="beside a GPT-2 and a Llama of the first model's shape"
@@ -173,9 +234,11 @@ def main() -> None:
     rows, first = [], {}
     for name, contender in found.items():
         info, baseline = contender.info, first.setdefault(contender.info["batch"], contender)
-        row = {"": name, "tokens/s": contender.rate, "over the first": contender.over(baseline)}
+        row = {"": name, "tokens/s": contender.rate, "tokens a call": info.get("a call")}
+        row["over the first"] = contender.over(baseline)
         row["time over the other checkout"] = contender.over_other_checkout
-        rows.append(row | {"tokens that differ from steps": info.get("differing")})
+        row |= {name: value for name, value in info.items() if name.startswith("differ")}
+        rows.append(row)
     show(args, rows)
 
 

@@ -95,7 +95,13 @@ class TokenLM(LanguageModel, Conditioner):
 
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T."""
-        inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
+        return self.log_prob_of(self._features(tokens), tokens)
+
+    def log_prob_of(
+        self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B T"]:
+        """log p(x_t | x_<t) of every token, in nats, from the features of the positions."""
+        inputs = self.token_features(features, self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
         size = self.config.vocab_size
         # on a CPU, passes over the logits of a part stay in its cache

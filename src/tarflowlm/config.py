@@ -14,9 +14,9 @@ from tarflowlm.schema import Checked, Count, Positive, Range, Seed, Share, Whole
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `processes.pick_device` resolves auto."""
 
-Decoder = Literal["steps", "sweeps", "auto", "draw"]
-"""How a block is inverted: position by position, in parallel sweeps, or by the cheaper one;
-"draw" draws the latents of the last block from its mixtures instead.
+Decoder = Literal["steps", "sweeps", "auto"]
+"""How a text is written: token by token, by inverting noise in parallel sweeps, or by the cheapest
+way; also how a block is inverted.
 """
 
 Pick = Literal["random", "unlikely"]

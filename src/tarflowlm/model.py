@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
+from tarflowlm.drafts import Drafter
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
@@ -34,6 +35,8 @@ class LanguageModel(nn.Module):
     """
 
     config: LanguageModelConfig
+    drafter: Drafter | None = None
+    """Guesses the next tokens of texts, which are then written several a call."""
     is_exact: ClassVar[bool]
     """True: `bound` is -log p(x) itself. False: it is a random upper bound."""
 
@@ -182,9 +185,6 @@ class TarFlowLM(LanguageModel):
         >>> tokens = torch.randint(27, (2, 8))
         >>> model(tokens).shape  # a bound on -log p(x) of every text, in nats
         torch.Size([2])
-        >>> u, log_det = model.prior(model.codebook.encode(tokens, model.draw_noise(tokens)))
-        >>> u.shape
-        torch.Size([2, 8, 8])
     """
 
     is_exact = False
@@ -232,6 +232,17 @@ class TarFlowLM(LanguageModel):
             filling.coupling = FillsIn(filling.coupling, below.certainty)
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
+
+    def draws_tokens(self, index: int) -> bool:
+        """Whether block `index` draws tokens from weights, from left to right."""
+        order, coupling = self.prior.block(index).order, self.prior.block(index).coupling
+        return type(coupling) is MixDCoupling and not (order.reverse or order.mixes)
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model is one block that draws tokens."""
+        is_tied = getattr(self.prior.block(0).coupling, "is_tied", False)
+        return self.num_blocks == 1 and is_tied and self.draws_tokens(0)
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None

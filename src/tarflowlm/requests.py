@@ -115,8 +115,8 @@ class Sampling(Tempered):
     many. The default is 16 under a constraint and with text after a blank, else 1.
     """
     decoder: Annotated[Decoder, arg()] = "auto"
-    """steps: invert blocks one position at a time; sweeps: in parallel; auto: the cheaper; draw:
-    sample the last block.
+    """steps: one token at a time; auto: the same text, several tokens at a time where that pays;
+    sweeps: invert noise in all blocks, in parallel.
     """
 
     def adjust(self, vocab_size: int, banned: int | None = None) -> "AdjustWeights | None":
@@ -131,7 +131,7 @@ class Sampling(Tempered):
 
         temperature = 1.0 if self.temperature is None else self.temperature
         # masks of the tokens that are dropped, from log-probabilities
-        drops: list[Callable[[Tensor], Tensor]] = []
+        drops: list[Callable[[Tensor, float], Tensor]] = []
         if self.top_k is not None and self.top_k < vocab_size:
             drops.append(partial(_all_but_largest, count=self.top_k))
         # rounding lets a cumulative sum reach 1 before the last tokens
@@ -139,18 +139,18 @@ class Sampling(Tempered):
             drops.append(partial(_all_but_nucleus, share=self.top_p))
         if self.min_p:
             least = math.log(self.min_p)
-            drops.append(lambda log_w: log_w < log_w.amax(-1, keepdim=True) + least)
+            drops.append(lambda log_w, slack: log_w < log_w.amax(-1, True) + least - slack)
         is_same = temperature == 1.0 and not drops
         if is_same and banned is None:
             return None
 
-        def adjusted(log_w: "Tensor") -> "Tensor":
+        def adjusted(log_w: "Tensor", slack: float = 0.0) -> "Tensor":
             if banned is not None:
                 index = torch.tensor([banned], device=log_w.device)
                 log_w = log_w.index_fill(-1, index, torch.finfo(log_w.dtype).min)
             log_w = log_w if is_same else torch.log_softmax(log_w / temperature, dim=-1)
             for is_dropped in drops:
-                log_w = log_w.masked_fill(is_dropped(log_w), torch.finfo(log_w.dtype).min)
+                log_w = log_w.masked_fill(is_dropped(log_w, slack), torch.finfo(log_w.dtype).min)
             return log_w
 
         return adjusted
@@ -160,17 +160,24 @@ ADJUSTMENTS = {one.name for one in fields(Sampling)} - {"particles", "decoder"}
 """Options that change the weights of tokens."""
 
 
-def _all_but_largest(log_w: "Tensor", count: int) -> "Tensor":
-    """False for the `count` largest, chosen by index, so that ties do not keep more."""
-    kept = log_w.topk(count, dim=-1).indices
-    return (log_w == log_w).scatter(-1, kept, False)
+def _all_but_largest(log_w: "Tensor", slack: float, *, count: int) -> "Tensor":
+    """False for the `count` largest, chosen by index, so that ties do not keep more.
+
+    With `slack` above 0 also for others that are at most so far below them; below 0 only for those
+    that are so far above all others.
+    """
+    largest = log_w.topk(count + 1, dim=-1)
+    if slack:
+        limit = largest.values[..., count - 1 if slack > 0 else count, None]
+        return log_w < limit - slack
+    return (log_w == log_w).scatter(-1, largest.indices[..., :count], False)
 
 
-def _all_but_nucleus(log_w: "Tensor", share: float) -> "Tensor":
-    """False for the fewest of the largest whose probabilities add up to `share`."""
+def _all_but_nucleus(log_w: "Tensor", slack: float, *, share: float) -> "Tensor":
+    """False for the fewest of the largest whose probabilities add up to `share` + `slack`."""
     ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
     # a token is kept when the mass before it has not reached the share
-    is_after = ordered.cumsum(-1) - ordered >= share
+    is_after = ordered.cumsum(-1) - ordered >= share + slack
     return is_after.new_zeros(is_after.shape).scatter(-1, order, is_after)
 
 

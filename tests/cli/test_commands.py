@@ -282,8 +282,8 @@ def test_info_lists_and_describes_models(run_json, run, trained, models):
     shown = run("info").out
     assert all(name in shown for name in released())
     flow = run_json("info", "english-mini")
-    assert (flow["family"], len(flow["blocks"]), flow["layers"]) == ("flow", 3, [6, 1, 1])
-    assert (flow["parameters"], flow["trunk_parameters"]) == (1_852_658, 1_577_856)
+    assert (flow["family"], len(flow["blocks"]), flow["layers"]) == ("flow", 1, [6])
+    assert (flow["parameters"], flow["trunk_parameters"]) == (1_208_590, 1_182_592)
     assert "public domain" in flow["card"]
     found = run_json("info", trained)
     summary = json.loads((trained / "summary.json").read_text(encoding="utf-8"))

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from helpers import FILLS, mostly_slow, tiny_flow
-from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.model import TarFlowLM
-from tarflowlm.requests import Edit
 
 NUM = 3000
 MODELS = {
@@ -38,7 +36,7 @@ def build(name: str) -> TarFlowLM:
 
 
 def drawn(model: TarFlowLM, num: int = NUM, **options) -> Generation:
-    return generate(model, num_tokens=4, num=num, decoder="draw", generator=generator(3), **options)
+    return generate(model, num_tokens=4, num=num, decoder="auto", generator=generator(3), **options)
 
 
 def assert_standard_normal(u: Tensor) -> None:
@@ -113,7 +111,5 @@ def test_auto_sweeps_a_block_near_the_identity():
 
 def test_drawing_is_for_the_last_block_of_a_sampler_alone():
     model = build("mix1-mix1")
-    decoders = [work.decoder for work in generate(model, num_tokens=4, decoder="draw").work]
+    decoders = [work.decoder for work in generate(model, num_tokens=4).work]
     assert decoders[0] == "draw" != decoders[1]
-    with pytest.raises(UserError, match="decoder"):
-        Edit("the king", level=1, decoder="draw")

@@ -13,8 +13,8 @@ from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import finish, stack_inversion
-from tarflowlm.generation.rows import TokenPositions
-from tarflowlm.generation.sampling import Noise, row_generators
+from tarflowlm.generation.rows import Drawn
+from tarflowlm.generation.sampling import Gumbel, Noise, row_generators
 from tarflowlm.model import TarFlowLM
 from tarflowlm.requests import Sampling
 
@@ -62,27 +62,27 @@ def test_inverting_the_stack_gives_the_states_of_forward(patch):
 @pytest.mark.parametrize(
     "fields", [{}, {"patch": 2}, {"patch": 2, "in_patch": "autoregressive"}], ids=str
 )
-def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields):
+def test_the_baseline_takes_the_largest_sum_of_logit_and_number(prompt, fields):
     """Against a plain loop over the full logits, without a cache."""
     lm: TokenLM = tiny_ar(**fields)
-    uniform = torch.rand(3, 8, generator=generator(), dtype=torch.float64)
+    P = lm.config.patch
+    gumbel = Gumbel(torch.tensor([3, 1, 2]), 8 // P, (P, lm.config.vocab_size))
     given = [] if prompt is None else prompt
     tokens = torch.zeros(3, 8, dtype=torch.long)
     tokens[:, : len(given)] = torch.tensor(given, dtype=torch.long)
+    numbers = gumbel.at(slice(None), slice(0, 8 // P)).flatten(1, 2)
     with torch.no_grad():
         for t in range(len(given), 8):
-            cumulative = lm.logits(tokens)[:, t].softmax(-1).cumsum(-1)
-            tokens[:, t] = (cumulative < uniform[:, t, None]).sum(-1)
+            tokens[:, t] = (lm.logits(tokens)[:, t] + numbers[:, t]).argmax(-1)
         is_known = (torch.arange(8) < len(given)).expand(3, 8)
-        passage = TokenPositions(lm, uniform, tokens * is_known, is_known, None)
+        empty = torch.zeros(3, 8, 0)
+        passage = Drawn(lm, 0, empty, gumbel, tokens.where(is_known, -1), None)
         steps = [passage.step() for _ in range(passage.num_positions)]
         expected = lm.logits(tokens).log_softmax(-1).gather(-1, tokens[..., None])[:, : len(given)]
     assert torch.equal(passage.values.flatten(1), tokens)
     log_p = [step for step in steps if step is not None]
     assert len(log_p) == -(-len(given) // lm.config.patch)
-    torch.testing.assert_close(
-        sum(log_p, torch.zeros(3, dtype=torch.float64)), expected.sum((1, 2))
-    )
+    torch.testing.assert_close(sum(log_p, torch.zeros(3)).double(), expected.sum((1, 2)).double())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,6 @@ def test_temperature_is_a_power_of_the_weights(temperature):
         num_tokens=1,
         num=NUM,
         temperature=temperature,
-        decoder="draw",
         generator=generator(2),
     )
     assert_frequencies(drawn.tokens, power / power.sum(), 4)
@@ -149,18 +148,18 @@ def test_temperature_is_a_power_of_the_weights(temperature):
     assert_frequencies(tokens, power / power.sum(), 3)
 
 
-@pytest.mark.parametrize("decoder", ["steps", "draw"])
-def test_truncated_weights_have_the_rest_of_the_probability(decoder):
+@pytest.mark.parametrize(("decoder", "way"), [("sweeps", "steps"), ("auto", "draw")])
+def test_truncated_weights_have_the_rest_of_the_probability(decoder, way):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     kept = discrete_probabilities(model, 1, 4)
     kept[kept.argmin()] = 0.0
     found = generate(model, num_tokens=1, num=NUM, top_k=3, decoder=decoder, generator=generator(1))
-    assert [work.decoder for work in found.work] == [decoder]
+    assert [work.decoder for work in found.work] == [way]
     assert_frequencies(found.tokens, kept / kept.sum(), 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["steps", "draw"])
+@pytest.mark.parametrize("decoder", ["sweeps", "auto"])
 def test_a_prompt_conditions_a_single_block(decoder):
     """p(x_2 | x_1): for one block from left to right a prompt is exact."""
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
@@ -200,7 +199,7 @@ def test_latents_are_exact_samples_where_codes_are_soft():
 def test_every_row_has_a_stream_of_its_own():
     def rows(num: int, seed: int = 0, length: int = 6) -> Tensor:
         streams = row_generators(range(num), generator(seed))
-        return Noise(tiny_ar(), streams, 1).normal(length)
+        return Noise(tiny_ar(), streams, 1).normal(length, 1)[..., 0]
 
     assert torch.equal(rows(4)[:2], rows(2))
     assert not torch.equal(rows(1), rows(1, seed=1))

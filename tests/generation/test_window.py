@@ -86,8 +86,10 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
     assert sample(model, num_tokens=12).evidence is None
     assert sample(model, num_tokens=12, prompt=torch.zeros(9, dtype=torch.long)).evidence is None
     assert [work.decoder for work in long.work] == [work.decoder for work in short.work]
-    if not model.config.continues_exactly:  # else the given tokens of each window take no passes
-        assert [one.passes for one in long.work] == [2 * one.passes for one in short.work]
+    # the given tokens of each window take no passes of block 1
+    assert all(
+        one.passes <= 2 * other.passes for one, other in zip(long.work, short.work, strict=True)
+    )
     assert long.latents == ()
 
 

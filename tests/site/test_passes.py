@@ -13,6 +13,7 @@ import tarflowlm
 from browser import BROWSER, OPTIONS, need_browser
 from helpers import FILLS, tiny_flow
 from tarflowlm.data import CharTokenizer
+from tarflowlm.generation.sampling import Noise
 
 need_browser("playwright")
 pytestmark = pytest.mark.slow
@@ -71,13 +72,13 @@ def assert_same_tokens(page, lm, *, length: int, prompt: str, temperature: float
         num=len(SEEDS),
         prompt=given,
         temperature=temperature,
-        decoder="steps",
+        decoder="sweeps",
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
     )
-    shape = length, lm.config.latent_dim
     call = "([noise, prompt, temperature]) => generate(noise, prompt, temperature)"
     for seed in SEEDS:
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        streams = [torch.Generator().manual_seed(seed)]
+        noise = Noise(lm.model, streams, 1).normal(length, lm.config.latent_dim)[0]
         found = page.evaluate(call, [noise.tolist(), prompt, temperature])
         expected = [tokens[seed].tolist() for tokens in result.passes(lm.model)]
         # Python shows the noise that belongs to the prompt, the page the one drawn for it

@@ -23,7 +23,6 @@ from tarflowlm.flow.couplings import (
     Inverter,
     Latents,
     OneFeature,
-    inverse_cdf,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.plan import BlockShape
@@ -66,8 +65,8 @@ class ChannelCoupling(Coupling):
     def to_latents(self, u: Tensor, *parameters: Tensor) -> Tensor:
         """The inverse of `to_noise` at the same parameters."""
 
-    def draw(self, normal: Tensor, uniform: Tensor, *parameters: Tensor) -> Tensor:
-        """A draw from standard normal [B, C/G] and uniform numbers [B]; here the inverse."""
+    def draw(self, normal: Tensor, gumbel: Tensor, *parameters: Tensor) -> Tensor:
+        """A draw from standard normal [B, C/G] and Gumbel numbers [B, K]; here the inverse."""
         return self.to_latents(normal, *parameters)
 
     def channels(self, z: Latents, features: Features) -> tuple[Latents, Latents]:
@@ -109,18 +108,18 @@ class ChannelCoupling(Coupling):
             u, log_slope = self.to_noise(z, *parameters)
             return u, log_slope.sum(-1)
 
-        def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
+        def inverse(u: Tensor, adjust: AdjustWeights | None, gumbel: Tensor | None) -> Tensor:
             assert adjust is None, "the components of a channel are not tokens"
-            if uniform is None:
+            if gumbel is None:
                 return self.to_latents(u, *parameters)
-            return self.draw(u, uniform, *parameters)
+            return self.draw(u, gumbel, *parameters)
 
         return Conditional(forward, inverse)
 
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
-        return lambda u, features, adjust=None, uniform=None: self._walk(
-            self.conditionals(features, weights), u, adjust, uniform
+        return lambda u, features, adjust=None, gumbel=None: self._walk(
+            self.conditionals(features, weights), u, adjust, gumbel
         )
 
 
@@ -184,6 +183,7 @@ class Mix1Coupling(ChannelCoupling):
         self.head = AutoregressiveHead(
             head, groups=channels, channels=1, outputs=(components,) * 3, log_std_last=True
         )
+        self.choices = components
         quantiles = (torch.arange(components, dtype=torch.float64) + 0.5) / components
         means = spread * torch.special.ndtri(quantiles)
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
@@ -204,9 +204,9 @@ class Mix1Coupling(ChannelCoupling):
         z = numerics.mixture_cdf_inverse(u[..., 0], *parameters, maps=self.maps)
         return z[..., None]
 
-    def draw(self, normal: Tensor, uniform: Tensor, *parameters: Tensor) -> Tensor:
+    def draw(self, normal: Tensor, gumbel: Tensor, *parameters: Tensor) -> Tensor:
         log_w, mean, log_std = parameters
-        k = inverse_cdf(log_w, uniform)[:, None]
+        k = (log_w + gumbel).argmax(-1, keepdim=True)
         return torch.addcmul(mean.gather(1, k), log_std.gather(1, k).exp(), normal)
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:

@@ -17,10 +17,13 @@ Features = Float[Tensor, "B N D"]
 ByPosition = Float[Tensor, "B N"]
 OneLatent = Float[Tensor, "B C"]
 OneFeature = Float[Tensor, "B D"]
-Uniform = Float[Tensor, "B G"]
+Gumbel = Float[Tensor, "B G K"]
 
-AdjustWeights = Callable[[Tensor], Tensor]
-"""Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
+AdjustWeights = Callable[..., Tensor]
+"""Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler.
+
+A second argument loosens the limits of what is kept by so much.
+"""
 
 Inverter = Callable[..., Tensor]
 """`Coupling.invert` with a copy of the weights that the network had when it was made."""
@@ -33,7 +36,7 @@ class Conditional:
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
     """z_g [B, C/G] to u_g [B, C/G], and log|det du_g/dz_g| [B] in nats."""
     inverse: Callable[[Tensor, AdjustWeights | None, Tensor | None], Tensor]
-    """u_g to z_g; Mix-d can adjust its weights. With uniform numbers [B] and a normal u_g it may
+    """u_g to z_g; Mix-d can adjust its weights. With Gumbel numbers [B, K] and a normal u_g it may
     instead draw z_g (eq. 18d).
     """
 
@@ -58,6 +61,8 @@ class Coupling(nn.Module):
 
     group: int
     """Channels C/G that one conditional maps."""
+    choices: int = 0
+    """Components K of a conditional, of which a draw chooses one; 0: a draw inverts noise."""
     maps: Maps = REFERENCE
     """The maps of mixtures where latents are on an accelerator."""
 
@@ -87,22 +92,22 @@ class Coupling(nn.Module):
         u: OneLatent,
         features: OneFeature,
         adjust: AdjustWeights | None = None,
-        uniform: Uniform | None = None,
+        gumbel: Gumbel | None = None,
     ) -> OneLatent:
         """The latents z_n of one position, from its noise u_n and features c_n, or a draw."""
-        return self._walk(self.conditionals(features), u, adjust, uniform)
+        return self._walk(self.conditionals(features), u, adjust, gumbel)
 
     def _walk(
         self,
         conditionals: Conditionals,
         u: OneLatent,
         adjust: AdjustWeights | None,
-        uniform: Uniform | None,
+        gumbel: Gumbel | None,
     ) -> OneLatent:
         z: list[Tensor] = []
         for g, u_g in enumerate(u.split(self.group, -1)):
             conditional = conditionals.send(z[-1] if z else None)
-            z.append(conditional.inverse(u_g, adjust, None if uniform is None else uniform[:, g]))
+            z.append(conditional.inverse(u_g, adjust, None if gumbel is None else gumbel[:, g]))
         return torch.cat(z, -1)
 
     def inverter(self) -> Inverter:
@@ -112,11 +117,3 @@ class Coupling(nn.Module):
 
 def couplings_of(module: nn.Module) -> list[Coupling]:
     return [m for m in module.modules() if isinstance(m, Coupling)]
-
-
-def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
-    """Indices [...] where the CDF of the log-weights [..., K] reaches `uniform` [...]."""
-    cumulative = log_w.softmax(-1, dtype=uniform.dtype).cumsum(-1)
-    # at zero the first index would be found, even without probability; NaN is found after the last
-    wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
-    return torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=log_w.shape[-1] - 1)

@@ -13,10 +13,10 @@ from tarflowlm.flow.couplings import (
     Conditional,
     Coupling,
     Features,
+    Gumbel,
     Latents,
     OneFeature,
     OneLatent,
-    Uniform,
 )
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -48,10 +48,10 @@ class FillsIn(MixDCoupling):
             u, log_det = mixture.forward(z[sure])
             return z.index_copy(0, sure, u), z.new_zeros(len(z)).index_copy(0, sure, log_det)
 
-        def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
+        def inverse(u: Tensor, adjust: AdjustWeights | None, gumbel: Tensor | None) -> Tensor:
             if not len(sure):
                 return u
-            chosen = None if uniform is None else uniform[sure]
+            chosen = None if gumbel is None else gumbel[sure]
             return u.index_copy(0, sure, mixture.inverse(u[sure], adjust, chosen))
 
         return Conditional(forward, inverse)
@@ -68,7 +68,7 @@ def complete(
     known: OneLatent,
     is_known: Bool[Tensor, "B P"],
     adjust: AdjustWeights | None = None,
-    uniform: Uniform | None = None,
+    gumbel: Gumbel | None = None,
 ) -> tuple[OneLatent, OneLatent, Float[Tensor, "B P"]]:
     """Complete one position in which some tokens are given: (z, u, log p).
 
@@ -90,8 +90,8 @@ def complete(
         token = g * coupling.group * P // channels
         z_g = known_g
         if not every[token]:
-            uniform_g = None if uniform is None else uniform[:, g]
-            z_g = conditional.inverse(u_g, adjust, uniform_g)
+            gumbel_g = None if gumbel is None else gumbel[:, g]
+            z_g = conditional.inverse(u_g, adjust, gumbel_g)
         if some[token]:
             given_u, log_det = conditional.forward(known_g)
             density = log_det + standard_normal_log_prob(given_u)

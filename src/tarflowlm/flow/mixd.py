@@ -20,11 +20,10 @@ from tarflowlm.flow.couplings import (
     Conditionals,
     Coupling,
     Features,
+    Gumbel,
     Latents,
     OneFeature,
     OneLatent,
-    Uniform,
-    inverse_cdf,
 )
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.plan import BlockShape, NoisyCodebook
@@ -76,6 +75,7 @@ class MixDCoupling(Coupling):
         self.is_tied = isinstance(tied, Codebook)
         """Whether every token is a mixture of the encoder's codebook alone."""
         self.weight_head = nn.Linear(width, self.components.vocab_size)
+        self.choices = self.components.vocab_size
         nn.init.zeros_(self.weight_head.weight)
         nn.init.zeros_(self.weight_head.bias)
 
@@ -101,12 +101,12 @@ class MixDCoupling(Coupling):
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
         book = self.components.mean, self.components.log_std
 
-        def inverse(u: Tensor, adjust: AdjustWeights | None, uniform: Tensor | None) -> Tensor:
+        def inverse(u: Tensor, adjust: AdjustWeights | None, gumbel: Tensor | None) -> Tensor:
             weights = log_w if adjust is None else adjust(log_w)
-            if uniform is None:
+            if gumbel is None:
                 return numerics.rosenblatt_inverse(u, weights, *book, maps=self.maps)
             mean, log_std = book
-            k = inverse_cdf(weights, uniform)
+            k = (weights + gumbel).argmax(-1)
             return torch.addcmul(mean[k], log_std[k, None].exp(), u)
 
         return Conditional(lambda z: numerics.rosenblatt(z, log_w, *book, maps=self.maps), inverse)
@@ -133,7 +133,13 @@ class MixDCoupling(Coupling):
             return self.conditional(log_w).forward(z)
 
     def log_prob(self, z: Latents, features: Features, *, relative: bool = False) -> ByPosition:
-        """log p(z_n | c_n) of every position, in nats.
+        """log p(z_n | c_n), in nats; `relative` as in `token_log_prob`."""
+        return self.token_log_prob(z, features, relative=relative).sum(-1)
+
+    def token_log_prob(
+        self, z: Latents, features: Features, *, relative: bool = False
+    ) -> Float[Tensor, "B N P"]:
+        """log p(z_t | c_n, z_<t) of every token, in nats.
 
         With `relative` minus log prod_t sum_k N_k(z_t), in the same pass over the codebook
         (docs/math.md, eq. 12), where it `is_tied`.
@@ -146,17 +152,17 @@ class MixDCoupling(Coupling):
             self.components.mean,
             self.components.log_std,
             relative=relative,
-        ).sum(-1)
+        )
 
     def invert(
         self,
         u: OneLatent,
         features: OneFeature,
         adjust: AdjustWeights | None = None,
-        uniform: Uniform | None = None,
+        gumbel: Gumbel | None = None,
     ) -> OneLatent:
         rows = self._held_rows(u)
-        uniforms = repeat(None) if uniform is None else uniform.split(rows)
-        parts = zip(u.split(rows), features.split(rows), uniforms, strict=False)
+        numbers = repeat(None) if gumbel is None else gumbel.split(rows)
+        parts = zip(u.split(rows), features.split(rows), numbers, strict=False)
         invert = super().invert
-        return torch.cat([invert(v, c, adjust, r) for v, c, r in parts])
+        return torch.cat([invert(v, c, adjust, g) for v, c, g in parts])

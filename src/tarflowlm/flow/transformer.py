@@ -139,9 +139,9 @@ class NewHeads:
     Making the views in every layer would take a tenth of a step.
     """
 
-    def __init__(self, stored: Tensor, batch: int, num: int) -> None:
+    def __init__(self, stored: Tensor, batch: int, num: int, is_even: bool) -> None:
         _, _, _, H, _, E = stored.shape
-        self.shape = batch, num
+        self.shape = batch, num, is_even
         self.product = stored.new_empty(3, batch * num, H * E)
         self.row = self.product.view(1, -1) if batch * num == 1 else None
         # in half precision a copy, because complex numbers are wider
@@ -149,10 +149,11 @@ class NewHeads:
         self.is_half = self.wide is not self.product
         qkv = self.wide.view(3, batch, num, H, E)
         self.both, self.to_store = qkv[:2], qkv[1:].transpose(2, 3)
+        self.by_place = qkv[1:].permute(1, 2, 0, 3, 4)
         self.pairs = torch.view_as_complex(self.both.view(2, batch, num, H, E // 2, 2))
         # the kernels of the CPU for attention and GELU compute fast, but start slowly
         on_cpu = flow.is_eager_cpu(stored)
-        self.is_step = on_cpu and num == 1
+        self.is_step = on_cpu and num == 1 and is_even
         self.are_few = on_cpu and batch * num <= FEW_ROWS
         self.queries = qkv[0].transpose(1, 2)
         if self.is_step:
@@ -188,16 +189,21 @@ class KVCache:
         half = config.head_width // 2
         self.turns = torch.complex(cos[..., :half], sin[..., half:])  # e^(i angle), [.., 1, E/2]
         self.zero = like.new_zeros(())
-        self.heads = NewHeads(self.stored, 0, 0)
-        self.length = 0
+        self.heads = NewHeads(self.stored, 0, 0, True)
+        self.length: int | Tensor = 0
+        """Positions that are cached; [B] where rows differ."""
+        self.written = 0
+        """Positions that are finite in all rows: masked ones must be, too."""
 
-    def rewind(self, length: int) -> None:
-        assert 0 <= length <= self.length
+    def rewind(self, length: int | Tensor) -> None:
+        """Go back to this length, or to one for each row, [B]."""
         self.length = length
 
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
         """Replace every row b, in place, by row rows[b] of `source`."""
+        assert isinstance(source.length, int)
         self.length = source.length
+        self.written = max(self.written, self.length)
         window = self.before + self.length
         self.inputs[:, :window] = source.inputs[rows, :window]
         for stored, given in zip(self.stored, source.stored, strict=True):
@@ -207,6 +213,8 @@ class KVCache:
         """Continue with these rows alone."""
         self.inputs = self.inputs[rows]
         self.stored = self.stored[:, :, rows]
+        if isinstance(self.length, Tensor):
+            self.length = self.length[rows]
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Features of N positions with inputs x, which follow the cached ones."""
@@ -219,12 +227,20 @@ class KVCache:
                 h = x.to(self.norm.dtype, copy=True, memory_format=torch.contiguous_format)
             else:
                 # as in `convolve`
-                window = self.inputs[:, self.length : self.length + self.before + x.shape[1]]
-                window[:, self.before :] = x
+                first = self.length
+                if isinstance(first, int):
+                    window = self.inputs[:, first : first + self.before + x.shape[1]]
+                    window[:, self.before :] = x
+                else:
+                    rows = torch.arange(len(x), device=x.device)[:, None]
+                    places = torch.arange(self.before + x.shape[1], device=x.device)
+                    places = first.to(x.device)[:, None] + places
+                    self.inputs[rows, places[:, self.before :]] = x
+                    window = self.inputs[rows, places]
                 windows = window.unfold(1, self.before + 1, 1).transpose(2, 3)  # [B, N, K, D]
                 h = (windows * self.taps).sum(-2)
             h = self._layers(h)
-        self.length += x.shape[1]
+        self.length = self.length + x.shape[1]
         # outside of inference mode, because the features may enter a graph
         return torch.layer_norm(h, (x.shape[-1],), self.norm).view(x.shape).to(x.dtype)
 
@@ -232,21 +248,32 @@ class KVCache:
         """All but the final norm: [B, N, D] -> [B N, D], in the memory of x."""
         B, N, D = x.shape
         E = self.stored.shape[-1]
-        start, end = self.length, self.length + N
+        is_even = isinstance(self.length, int)
+        start = self.length if isinstance(self.length, int) else int(self.length.max())
+        end = start + N
         assert end <= len(self.turns), "the cache is full"
-        if self.heads.shape != (B, N):
-            self.heads = NewHeads(self.stored, B, N)
+        if self.heads.shape != (B, N, is_even):
+            self.heads = NewHeads(self.stored, B, N, is_even)
         heads, turns = self.heads, self.turns[start:end]
-        mask = None
-        if start and N > 1:
+        mask = where = None
+        if isinstance(self.length, Tensor):
+            # rows of different lengths
+            self.stored[..., self.written : end, :].zero_()
+            at = (self.length[:, None] + torch.arange(N)).to(x.device)
+            where = slice(None), torch.arange(B, device=x.device)[:, None], slice(None), at
+            turns = self.turns[at]
+            later = torch.arange(end, device=x.device) > at[:, None, :, None]
+            mask = x.new_zeros(later.shape).masked_fill_(later, -torch.inf)
+        elif start and N > 1:
             mask = x.new_full((N, end), -torch.inf).triu_(start + 1)
+        self.written = max(self.written, end)
         h = x.view(B * N, D)
         places, past = self.stored[..., start:end, :], self.stored[..., :end, :]
         keys, values = (past.flatten(2, 3) if heads.is_step else past).unbind(1)
         if heads.is_step:
             keys = keys.transpose(-1, -2)
         layers = zip(self.weights, places.unbind(), keys.unbind(), values.unbind(), strict=True)
-        for layer, place, k, v in layers:
+        for number, (layer, place, k, v) in enumerate(layers):
             normal = torch.layer_norm(h, (D,), layer.attention_norm)
             if heads.row is None:
                 torch.bmm(normal.expand(3, -1, -1), layer.parts, out=heads.product)
@@ -257,7 +284,10 @@ class KVCache:
             # queries and keys at once: normalised, then rotated as in `rotate_`
             torch.mul(torch.layer_norm(heads.both, (E,)), layer.scale, out=heads.both)
             heads.pairs.mul_(turns)
-            place.copy_(heads.to_store)
+            if where is None:
+                place.copy_(heads.to_store)
+            else:
+                self.stored[number][where] = heads.by_place.to(h.dtype)
             q = heads.queries.to(h.dtype) if heads.is_half else heads.queries
             if heads.is_step:
                 y = torch.bmm(torch.bmm(q, k).softmax(-1), v)

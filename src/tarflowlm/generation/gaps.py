@@ -10,18 +10,124 @@ Shape legend: R particles, B = num R rows, T tokens, S tokens of a piece, G gaps
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from tarflowlm.baseline import TokenLM
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import Progress, UserError
+from tarflowlm.flow import widen
+from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import Weights, weight
 from tarflowlm.generation.plan import Plan, checked_mask
-from tarflowlm.generation.rows import Pieces
-from tarflowlm.generation.sampling import GapLengths, Generation, Noise
-from tarflowlm.model import TarFlowLM
+from tarflowlm.generation.rows import Rows
+from tarflowlm.generation.sampling import GapLengths, Generation, Gumbel, Noise
+from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
+
+
+class Pieces(Rows):
+    """Rows with `tokens` [B, T] that grow by single tokens and by pieces.
+
+    The values of the baseline are the tokens. Those of a flow, whose block 1 is a mixture of the
+    codebook's components, are latents.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokens: Tensor,
+        values: Tensor,
+        at: int,
+        adjust: AdjustWeights | None,
+    ) -> None:
+        """The first `at` of `tokens` and of their `values` [B, T, ...] are written."""
+        super().__init__(model, model.conditioner, values, adjust)
+        self.tokens = tokens
+        self.at = at
+        self.coupling: MixDCoupling | None = None
+        if isinstance(model, TarFlowLM):
+            self.coupling = cast(MixDCoupling, model.prior.block(0).coupling)
+        if at:
+            self._features(0, at)
+
+    def _features(self, start: int, end: int) -> Tensor:
+        """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
+        self.cache.rewind(start)
+        past = self.values[:, max(start - 1, 0) : end - 1]
+        return self.model.conditioner.features_of(self.cache, past, first=start == 0)
+
+    def _log_weights(self, features: Tensor) -> Tensor:
+        """Log-weights of the tokens [B, n, V], from features [B, n, D]."""
+        if self.coupling is None:
+            return widen(cast(TokenLM, self.model).head(features))
+        return widen(self.coupling.weight_head(features))
+
+    def add(self, tokens: Tensor, values: Tensor) -> Tensor:
+        """Write a piece, tokens [S] with values [B, S, ...]: its log-probability [B], in nats.
+
+        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t), summed: the factors of (21).
+        """
+        start = self.at
+        self.at += len(tokens)
+        if start == self.at:
+            return torch.zeros(len(values))
+        self.tokens[:, start : self.at] = tokens
+        self.values[:, start : self.at] = values
+        features = self._features(start, self.at)
+        if self.coupling is not None:
+            return self.coupling.log_prob(values, features, relative=True).sum(-1)
+        log_p = self._log_weights(features).log_softmax(-1)
+        return log_p[:, range(len(tokens)), tokens].sum(-1)
+
+    def draw(self, gumbel: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        """Write one token by numbers [B, V] and noise [B, d], among those in `mask` [V] or [B, V].
+
+        Returns the log-weight [B] of the draw, in nats: the log-probability of the mask.
+        """
+        features = self._features(self.at, self.at + 1)
+        log_w = self._log_weights(features)[:, 0]
+        log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
+        # tokens that the adjustment dropped
+        log_w = log_w.masked_fill(log_w < torch.finfo(log_w.dtype).min / 2, -torch.inf)
+        allowed = log_w if mask is None else log_w.masked_fill(~mask, -torch.inf)
+        token = (allowed + gumbel).argmax(-1)
+        value = token
+        gain: Tensor | float = 0.0
+        if self.coupling is not None:
+            token, value, gain = self._emit(token, noise, log_w, allowed)
+        self.tokens[:, self.at] = token
+        self.values[:, self.at] = value
+        self.at += 1
+        return allowed.logsumexp(-1) + gain
+
+    def _emit(
+        self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The token, latents and additional log-weight [B] of the components `drawn` [B].
+
+        z ~ g = sum_A w_k N_k / w(A); the weight of (23) over w(A) is p(z) p(A|z) w(A) / g(z).
+        """
+        codebook = as_flow(self.model).codebook
+        z = codebook.encode(drawn, noise)
+        if allowed is log_w:
+            return codebook.decode(z), z, 0.0
+        log_p = codebook.log_posterior(z)
+        inside = log_p.masked_fill(allowed == -torch.inf, -torch.inf)
+        mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
+        return inside.argmax(-1), z, mixed + inside.logsumexp(-1)
+
+    def holds_twice(self, piece: Tensor) -> Tensor:
+        """Whether each row [B], which ends in this piece [S], holds it before."""
+        places = self.tokens[:, : self.at].unfold(1, len(piece), 1)
+        return (places == piece.to(places)).all(-1)[:, :-1].any(1).cpu()
+
+    def select(self, order: Tensor) -> None:
+        super().select(order)
+        self.tokens = self.tokens[order]
 
 
 class GapFilter:
@@ -124,6 +230,11 @@ class GapFilter:
             return tokens
         return self.flow.codebook.encode(tokens, self.noise.normal(len(piece), self.width))
 
+    def _numbers(self, num_tokens: int) -> tuple[Gumbel, Tensor]:
+        """Gumbel numbers and noise [B, n, d] of so many draws."""
+        noise = self.noise.normal(num_tokens, self.width)
+        return self.noise.draws(num_tokens, index=0), noise
+
     def _append(self, piece: Tensor, values: Tensor) -> None:
         """Write a given piece [S] at the end of every row."""
         rows = torch.arange(len(self.tokens))[:, None]
@@ -154,7 +265,7 @@ class GapFilter:
         lengths = torch.arange(gap.least, gap.most + 1)
         span = len(lengths)
         values = self._values_of(piece)
-        numbers = self.noise.uniform(gap.most), self.noise.normal(gap.most, self.width)
+        numbers = self._numbers(gap.most)
         scores = torch.zeros(len(self.tokens), span, dtype=torch.float64)
         for own, rows in self._groups():
             end = rows.at
@@ -186,16 +297,16 @@ class GapFilter:
         self._append(piece, values[order // span])
         return shares
 
-    def _draw(self, own: Tensor, rows: Pieces, gap: Gap, numbers: tuple[Tensor, Tensor]) -> Tensor:
+    def _draw(self, own: Tensor, rows: Pieces, gap: Gap, numbers: tuple[Gumbel, Tensor]) -> Tensor:
         """Fill a gap at its greatest length: log-weights [n, most + 1] after each number of draws.
 
         Where the length is fixed, rows may be resampled after every draw.
         """
-        uniform, noise = (part[own] for part in numbers)
+        gumbel, noise = numbers[0], numbers[1][own]
         gained = [torch.zeros(len(own), dtype=torch.float64)]
         for n in range(gap.most):
             mask = self._mask(rows, gap.begins if n == 0 else None)
-            gain = weight(rows.draw(uniform[:, n], noise[:, n], mask))
+            gain = weight(rows.draw(gumbel.at(own, n)[:, 0], noise[:, n], mask))
             if mask is None:
                 gain = torch.zeros_like(gain)  # up to rounding
             elif gap.least == gap.most:
@@ -247,7 +358,7 @@ class GapFilter:
     def _finish(self) -> None:
         """Draw the tokens after the template."""
         num_tokens = self.tokens.shape[1]
-        numbers = self.noise.uniform(num_tokens), self.noise.normal(num_tokens, self.width)
+        numbers = self._numbers(num_tokens)
         for own, rows in self._groups():
             left = num_tokens - rows.at
             self._draw(own, rows, Gap(most=left, least=left), numbers)

@@ -84,10 +84,11 @@ def generate(
     `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
     given tokens.
 
-    `decoder`: "steps" inverts position by position, "sweeps" in parallel, equal up to rounding,
-    "auto" by the cheaper. "draw" draws block L from its mixtures instead of inverting noise, with
-    the same distribution; "auto" does so, too, unless sweeps cost less. Given tokens, temperature,
-    top-k and top-p make block 1 take steps, or draw.
+    `decoder`: "auto" and "steps" draw the tokens of the baseline, and block L of a flow unless
+    sweeps invert it at less cost, by numbers that belong to rows and places; the blocks below are
+    inverted. "steps" goes token by token; "auto" gives the same tokens in fewer calls, where the
+    model has a drafter or sweeps cost less. "sweeps" inverts noise in all blocks, in parallel.
+    Given tokens, temperature, top-k and top-p make block 1 take steps, or draw.
 
     Row b has a random stream of its own, made from `generator` and b; a list of `num` generators
     gives one to each row. `progress` counts the tokens of all samples.

@@ -19,8 +19,10 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.generation.sampling import Work, drop_finished, num_leading
+from tarflowlm.generation.rows import Drawn
+from tarflowlm.generation.sampling import BLANK, Gumbel, Way, Work, drop_finished, num_leading
 from tarflowlm.model import TarFlowLM
+from tarflowlm.requests import Sampling
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when it changes by at most this times 1 + |h|: a few rounding errors."""
@@ -70,7 +72,7 @@ def block_inversion(
     decoder: Decoder = "steps",
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
-    uniform: Tensor | None = None,
+    gumbel: Gumbel | None = None,
     ended: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, tuple[Tensor, Work]]:
@@ -79,28 +81,27 @@ def block_inversion(
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
     rounding; the result is mapped forward again, and inverted by steps from the first position
     whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
-    `adjust` there is no forward map to check against, so the block takes steps. With `uniform`
-    numbers [B, N, G] the steps sample h directly, by these numbers and u; u is then not its noise.
+    `adjust` there is no forward map to check against, so the block takes steps. With `gumbel`
+    numbers the steps sample h directly, by these numbers and u; u is then not its noise.
 
     `settled` [B, n, C] are the latents of the first positions, in the block's order. `progress`
     advances once per position. After every step the generator yields the final latents [B, n, C],
     in the block's order; the results of sweeps are final only at the end. Rows that the reader
     marks in `ended` [B] take no further steps.
     """
-    work = _Inversion(block, u, adjust, uniform, progress)
+    work = _Inversion(block, u, adjust, gumbel, progress)
     if settled is not None:
         work.settle(settled)
-    if uniform is not None:
-        decoder = "draw"
-    elif adjust is not None:
+    if gumbel is not None or adjust is not None:
         decoder = "steps"
-    elif decoder in ("auto", "draw"):
+    elif decoder == "auto":
         decoder = "sweeps" if work.is_near_identity() else "steps"
     if decoder == "sweeps":
         work.sweep()
         work.rewind_to_bad()
     yield from work.step(ended)
-    return block.order.inverse(work.h), Work(decoder, work.passes)
+    way: Way = decoder if gumbel is None else "draw"
+    return block.order.inverse(work.h), Work(way, work.passes)
 
 
 class _Inversion:
@@ -111,19 +112,19 @@ class _Inversion:
         block: FlowBlock,
         u: Tensor,
         adjust: AdjustWeights | None = None,
-        uniform: Tensor | None = None,
+        gumbel: Gumbel | None = None,
         progress: Progress = SILENT,
     ) -> None:
         self.block = block
         self.adjust = adjust
         self.progress = progress
-        self.uniform = uniform
+        self.gumbel = gumbel
         self.tolerance = TOLERANCE[u.dtype]
         self.noise = block.order(u)
         self.num_positions = u.shape[1]
         self.h = self.noise.clone()
         # an inverse needs the same features as the forward map; drawing does not
-        half = uniform is not None and u.is_cuda and u.dtype == torch.float32
+        half = gumbel is not None and u.is_cuda and u.dtype == torch.float32
         self.cache = block.allocate_cache(len(u), self.num_positions, half=half)
         self.at = 0
         self.passes = 0
@@ -160,8 +161,8 @@ class _Inversion:
             previous = self.h[rows, self.at - 1] if self.at else None
             features = self.block.features_at(self.cache, previous, len(self.h))
             here = rows, self.at
-            uniform = None if self.uniform is None else self.uniform[here]
-            self.h[here] = invert(self.noise[here], features, self.adjust, uniform)
+            gumbel = None if self.gumbel is None else self.gumbel.at(*here)
+            self.h[here] = invert(self.noise[here], features, self.adjust, gumbel)
             self.passes += 1
             self._advance(1)
             yield self.h[:, : self.at]
@@ -258,21 +259,20 @@ class _Inversion:
         """Gauss-Seidel-Jacobi sweeps over segments, as long as their changes shrink.
 
         Segments take Newton steps until these fail to converge on one. Every later sweep finishes
-        at least one position. Where a sweep does not shrink the changes, `step` does the rest.
+        at least one position. A sweep that does not shrink the changes halves the segment; `step`
+        does what is left.
         """
         limit = self.num_positions
         takes_newton = isinstance(self.block.coupling, ChannelCoupling)
         while limit - self.at >= SHORTEST_NEWTON and takes_newton:
             takes_newton = self.newton()
-        while self.at < limit:
-            stop = min(limit, self.at + LONGEST_SEGMENT)
-            last = math.inf
-            while self.at < stop:
-                largest = self._sweep_once(stop)
-                # NaN counts as no convergence
-                if not largest < CONTRACTION * last:
-                    return
-                last = largest
+        segment, last = LONGEST_SEGMENT, math.inf
+        while self.at < limit and segment:
+            largest = self._sweep_once(min(limit, self.at + segment))
+            # NaN counts as no convergence
+            if not largest < CONTRACTION * last:
+                segment = min(segment, limit - self.at) // 2
+            last = largest
 
     def rewind_to_bad(self) -> None:
         """Go back to the first swept position whose latents do not map back to their noise."""
@@ -303,16 +303,18 @@ def stack_inversion(
     above: int = 0,
     adjust: AdjustWeights | None = None,
     known: Sequence[Tensor] = (),
-    uniform: Tensor | None = None,
+    gumbel: Gumbel | None = None,
+    sampling: Sampling | None = None,
     ended: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, tuple[list[Tensor], list[Work]]]:
     """Invert blocks l = `level` (L by default), ..., above + 1; yields the steps of block 1.
 
     Returned are the states h^(l) = noise, ..., h^(above), each [B, T, d], and the `Work` for each
-    block, l first. With `uniform` numbers block L is drawn; then `noise` is not h^(L). `adjust` is
-    for block 1, and in a stack that fills in (eq. 9a) for all blocks. `known` has the states of
-    texts, h^(0) first; in a stack that runs left to right, states of their first tokens are enough.
+    block, l first. With `gumbel` numbers block L is drawn, with guesses as in `Drawn`; then `noise`
+    is not h^(L). `adjust` is for block 1, and in a stack that fills in (eq. 9a) for all blocks.
+    `known` has the states of texts, h^(0) first; in a stack that runs left to right, states of
+    their first tokens are enough.
     Each block copies the positions before the first whose noise differs. `ended` is for block 1.
     """
     patch = model.prior.patch
@@ -326,17 +328,31 @@ def stack_inversion(
             before, settled = (block.order(patch(x)) for x in (known[index + 1], known[index]))
             is_same = block.order(h)[:, : before.shape[1]] == before
             settled = settled[:, : num_leading(is_same.all(2).all(0))]
-        steps = block_inversion(
-            block,
-            h,
-            decoder=decoder,
-            adjust=adjust if index == 0 or model.config.fills_in else None,
-            settled=settled,
-            uniform=uniform if index + 1 == model.num_blocks else None,
-            ended=None if index else ended,
-            progress=progress,
-        )
-        h, done = finish(steps) if index else (yield from steps)
+        adjusts = adjust if index == 0 or model.config.fills_in else None
+        drawn = gumbel if index + 1 == model.num_blocks else None
+        if drawn is not None and model.draws_tokens(index):
+            blank = torch.full(states[-1].shape[:2], BLANK)
+            rows = Drawn(model, index, states[-1], drawn, blank, adjusts, sampling)
+            if settled is not None and settled.shape[1]:
+                rows.settle(settled)
+                progress.advance(rows.at)
+            while rows.at < rows.num_positions:
+                before = rows.at
+                rows.step()
+                progress.advance(rows.at - before)
+            h, done = rows.values[:, : rows.at], Work("draw", rows.passes)
+        else:
+            steps = block_inversion(
+                block,
+                h,
+                decoder=decoder,
+                adjust=adjusts,
+                settled=settled,
+                gumbel=drawn,
+                ended=None if index else ended,
+                progress=progress,
+            )
+            h, done = finish(steps) if index else (yield from steps)
         work.append(done)
         states.append(patch.inverse(h))
     return states, work
@@ -344,13 +360,13 @@ def stack_inversion(
 
 @torch.no_grad()
 def draws_last(model: TarFlowLM, decoder: Decoder) -> bool:
-    """Whether block L of new texts is drawn: by "draw", and by "auto" unless sweeps cost less.
+    """Whether block L of new texts is drawn, and not inverted: always but by "sweeps", or where it
+    is above others and near the identity, so that sweeps cost less.
 
-    Sweeps cost less where block L is above others and near the identity. This is tested on other
-    noise, because the noise of a text must not choose how the text is drawn.
+    This is tested on other noise, because the noise of a text must not choose how it is drawn.
     """
-    if decoder != "auto" or model.num_blocks == 1:
-        return decoder in ("auto", "draw")
+    if decoder == "sweeps" or model.num_blocks == 1:
+        return decoder != "sweeps"
     block = model.prior.block(-1)
     shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
     probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)

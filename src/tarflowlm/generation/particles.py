@@ -16,7 +16,7 @@ from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.inversion import finish, stack_inversion
-from tarflowlm.generation.rows import Positions
+from tarflowlm.generation.rows import Completed, Drawn
 from tarflowlm.generation.sampling import Evidence, Noise, Work
 from tarflowlm.model import as_flow
 
@@ -99,14 +99,15 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
 
 
-Redraw = Callable[[list[int], Tensor, Tensor, int], Tensor]
-"""Fresh noise [rows, T, ...] for all particles of some samples. Arguments: the indices of the
-samples, the rows, the rows whose texts they continue, and the first position that needs noise.
+Redraw = Callable[[list[int], Tensor, Tensor, int], Tensor | None]
+"""Fresh noise [rows, T, ...] for all particles of some samples, where they need it. Arguments: the
+indices of the samples, the rows, the rows whose texts they continue, and the first position that
+needs noise.
 """
 
 
 def particle_filter(
-    rows: Positions, noise: Noise, redraw: Redraw, progress: Progress
+    rows: Drawn | Completed, noise: Noise, progress: Progress, redraw: Redraw | None = None
 ) -> Generator[Tensor, None, Weights]:
     """Run `rows` to their end, and return their weights.
 
@@ -119,8 +120,9 @@ def particle_filter(
     weights.add(rows.prefill())
     progress.advance(rows.at)
     while rows.at < rows.num_positions:
+        before = rows.at
         weights.add(rows.step())
-        progress.advance()
+        progress.advance(rows.at - before)
         if particles == 1:
             yield rows.values[:, : rows.at]
             continue
@@ -134,7 +136,7 @@ def particle_filter(
         for b in uneven:
             chosen, weights.log_w[b] = weights.chosen(b, weights.log_w[b], particles)
             order[b] = order[b, chosen]
-        fresh = redraw(uneven, own, order[uneven].flatten(), rows.at)
+        fresh = redraw and redraw(uneven, own, order[uneven].flatten(), rows.at)
         rows.resample(order.flatten(), own, fresh)
     return weights
 
@@ -183,7 +185,7 @@ class UpperBlocks:
             decoder=self.decoder,
             above=1,
             adjust=self.adjust,
-            uniform=noise.draws(num_tokens) if self.draws else None,
+            gumbel=noise.draws(u.shape[1]) if self.draws else None,
             progress=progress,
         )
         states, work = finish(steps)

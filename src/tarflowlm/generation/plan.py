@@ -15,7 +15,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK, Gap, Reading
 from tarflowlm.errors import UserError, counted
 from tarflowlm.flow.couplings import AdjustWeights
@@ -42,7 +41,7 @@ class Plan:
     particles: int
     adjust: AdjustWeights | None
     """The effect of temperature, top-k, top-p and bans on the weights of tokens."""
-    decoder: Decoder
+    sampling: Sampling
     way: Way
     """inversion: invert noise, after a prompt that is known exactly; filter: complete given tokens
     from left to right, by particles; gaps: try all lengths of gaps.
@@ -143,7 +142,7 @@ def plan(
         num_tokens=num_tokens,
         particles=particles,
         adjust=_adjust(model, sampling, banned),
-        decoder=sampling.decoder,
+        sampling=sampling,
         way="gaps" if is_open else "inversion" if is_exact or is_free else "filter",
         prompt=num_given if is_exact or is_long else 0,
         allowed=allowed if allowed is None or callable(allowed) else checked_mask(allowed, model),

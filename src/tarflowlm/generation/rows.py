@@ -1,42 +1,70 @@
-"""Rows of text that grow through block 1 with its KV cache, for both particle filters.
+"""Rows of text that grow through a block with its KV cache.
 
-`Positions` complete one position after the other, with some tokens given, in any model of any
-patch. `Pieces` grow by a drawn token or by a whole given piece; they need a block 1 with weights of
-tokens, and one token per position. Both draw a token from its weights by `inverse_cdf`.
+`Drawn` rows draw tokens from weights: the baseline's, or those of a Mix-d block. Where the next
+tokens are guessed, one call checks several. `Completed` rows turn noise into latents, in block 1 of
+any model.
 
-Shape legend: B rows (samples or particles), T tokens, P patch, N = T / P positions, d channels per
-token (0 for the baseline), C = P d, D width, S tokens of a piece, V symbols.
+Shape legend: B rows (samples or particles), b rows that need more, T tokens, P patch, N = T / P
+positions, d channels per token (0 for the baseline), C = P d, D width, K choices, S tokens of a
+piece, V symbols.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Generator
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.flow import wide_dtype, widen
-from tarflowlm.flow.couplings import AdjustWeights, inverse_cdf
+from tarflowlm.drafts import Guesser
+from tarflowlm.flow import widen
+from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.fills import complete
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.sampling import drop_finished, num_leading
-from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
+from tarflowlm.flow.transformer import Conditioner
+from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel, drop_finished, num_leading
+from tarflowlm.model import LanguageModel, TarFlowLM
+from tarflowlm.requests import Sampling
+
+NEAR = 2.0**-12
+"""Scores that are closer than this may change places by rounding: what is computed for one position
+or for several, alone or beside other rows, differs by less.
+"""
+Place = tuple[slice | Tensor, slice | Tensor]
+"""An index of rows and of their positions, for tensors [B, N, ...]."""
 
 
 class Rows:
-    """Rows whose first `at` positions are final.
+    """Rows whose first `at` positions are final, and the KV cache of their block.
 
-    Block 1 reads `values` [B, N, ...]: latents of a flow, tokens of the baseline.
+    The block reads `values` [B, N, ...]: latents of a flow, tokens of the baseline.
     """
 
-    def __init__(self, model: LanguageModel, values: Tensor, adjust: AdjustWeights | None) -> None:
+    num_positions: int
+    ended: Tensor | None = None
+    """Which rows need no more positions, [B]."""
+    rows: Tensor | slice = slice(None)
+    """The rows whose next position is written."""
+    passes = 0
+    """Calls of the Transformer, but for leading given positions."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        source: Conditioner,
+        values: Tensor,
+        adjust: AdjustWeights | None,
+        *,
+        half: bool = False,
+    ) -> None:
         self.model = model
+        self.source = source
         self.values = values
         self.adjust = adjust
-        self.num_positions = values.shape[1]
         self.at = 0
-        self.cache = model.conditioner.allocate_cache(len(values), self.num_positions)
+        self.cache = source.allocate_cache(len(values), values.shape[1], half=half)
 
     def select(self, order: Tensor) -> None:
         """Replace every row b by row order[b]."""
@@ -44,65 +72,254 @@ class Rows:
         self.cache.take(self.cache, order)
 
 
-class Positions(Rows, ABC):
-    """A pass over N positions that turns `noise` [B, N, ...] into `values`.
+class Drawn(Rows):
+    """Rows whose tokens are drawn from weights by Gumbel numbers.
 
-    Tokens are given where `is_known` [B, N, P], on the CPU, is True; their noise follows from them.
+    The latents of a token x_t are mu_x + sigma_x eps_t, and the noise eps of all places is there
+    from the start. So whoever guesses a token knows its latents, and one call of the Transformer
+    checks several guesses: those before the first wrong one are final, and so is the token that
+    replaces it. Guesses never change a text (docs/math.md, section 7).
+
+    Where the two best scores are so close that rounding may exchange them, or a token is as close
+    to a limit of top-k, top-p or min-p, the Transformer reads the text of the row from its start,
+    alone, and that decides. So a text is the same by one call or by many, alone or beside others.
     """
 
     def __init__(
         self,
         model: LanguageModel,
+        index: int,
         noise: Tensor,
-        values: Tensor,
-        is_known: Tensor,
+        gumbel: Gumbel,
+        given: Tensor,
         adjust: AdjustWeights | None,
+        sampling: Sampling | None = None,
     ) -> None:
-        super().__init__(model, values, adjust)
-        self.noise = noise
-        self.is_known = is_known.view(len(noise), -1, model.config.patch)
+        """Block `index`, in the order of the tokens, draws with `noise` eps [B, T, d] and `gumbel`.
+
+        Tokens `given` [B, T], on the CPU, are kept; there is BLANK elsewhere. The model's drafter
+        guesses if `sampling` takes the cheapest way; for several particles it is None.
+        """
+        self.guesser: Guesser | None = None
+        if model.drafter is not None and sampling is not None and sampling.decoder == "auto":
+            self.guesser = Guesser(model.drafter, sampling.temperature or 1.0, sampling.top_p)
+        P = model.config.patch
+        # guesses may go beyond the end
+        room = 0 if self.guesser is None else ROOM
+        given = F.pad(given.unflatten(1, (-1, P)), (0, 0, 0, room), value=BLANK)
+        self.is_known = given != BLANK
         # read on the host once, so that a position without given tokens costs nothing for them
-        self.some_known = self.is_known.any(0).tolist()
-        self.ended: Tensor | None = None
-        """Which rows need no more positions, [B]."""
-        self.rows: Tensor | slice = slice(None)
-        """The rows whose next position is completed."""
+        self.some_known = self.is_known.any(2).any(0).tolist()
+        self.tokens = given.clamp_min(0).to(model.device)  # [B, N + room, P]
+        self.noise = F.pad(noise.unflatten(1, (-1, P)), (0, 0, 0, 0, 0, room))
+        self.gumbel = gumbel
+        self.coupling: MixDCoupling | None = None
+        source = model.conditioner
+        if isinstance(model, TarFlowLM):
+            source = model.prior.block(index)
+            self.coupling = cast(MixDCoupling, source.coupling)
+            book = self.coupling.components
+            self.mean, self.std = book.mean, book.log_std.exp()
+        half = self.coupling is not None and noise.is_cuda and noise.dtype == torch.float32
+        super().__init__(model, source, self._values(self.tokens, self.noise), adjust, half=half)
+        self.num_positions = self.values.shape[1] - room
+        self.decides = P == 1 and model.device.type == "cpu"
+        """Whether near ties are decided by the text of the row alone."""
+        self.next = torch.zeros(len(given), dtype=torch.long)
+        """The next position of every row."""
+        self.is_even = True
+        """Whether the next position is the same in all rows that need one."""
+
+    def _values(self, tokens: Tensor, noise: Tensor) -> Tensor:
+        """Values [..., C] of tokens [..., P] with noise [..., P, d]."""
+        if self.coupling is None:
+            return tokens
+        return torch.addcmul(self.mean[tokens], self.std[tokens, None], noise).flatten(-2)
+
+    def _here(self, ahead: int, count: int) -> Place:
+        """The `count` positions of each row that begin `ahead` of its next one."""
+        if self.is_even:
+            return self.rows, slice(self.at + ahead, self.at + ahead + count)
+        rows = torch.arange(len(self.next))[self.rows]
+        return rows[:, None], self.next[rows][:, None] + torch.arange(ahead, ahead + count)
+
+    def _log_weights(self, features: Tensor) -> Generator[Tensor, Tensor | None, None]:
+        """Yields the log-weights [M, K] of each token of a position, from features [M, D].
+
+        The caller sends the values of the token: latents [M, d], or the token itself [M, 1].
+        """
+        P = self.model.config.patch
+        if self.coupling is None:
+            patch = self.tokens.new_zeros(len(features), P)
+            for a in range(P):
+                token = yield cast(TokenLM, self.model).place_logits(features, patch, a)
+                patch[:, a : a + 1] = cast(Tensor, token)
+            return
+        walk = self.coupling.token_features.walk(features)
+        z: Tensor | None = None
+        for _ in range(P):
+            z = yield widen(self.coupling.weight_head(walk.send(z)))
+
+    def _log_p(self, features: Tensor, here: Place) -> Tensor:
+        """log p [b, n, P] of the tokens at these places, in nats, given features [b, n, D].
+
+        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
+        """
+        if self.coupling is not None:
+            return self.coupling.token_log_prob(self.values[here], features, relative=True)
+        tokens = self.tokens[here]
+        log_p = cast(TokenLM, self.model).log_prob_of(features, tokens.flatten(1))
+        return log_p.view(tokens.shape)
+
+    def _advance(self, count: Tensor) -> None:
+        """Go on by `count` [b] positions, at most to the end."""
+        self.next[self.rows] = (self.next[self.rows] + count).clamp(max=self.num_positions)
+        needed = self.next if self.ended is None else self.next[~self.ended]
+        self.at = int(needed.min()) if len(needed) else self.num_positions
+        self.is_even = bool((self.next[self.rows] == self.at).all())
 
     def prefill(self) -> Tensor | None:
-        """Complete the leading positions that are given in all rows at once; returns as `step`."""
-        return None
+        """Write the leading positions that are given in all rows at once; returns as `step`."""
+        num = num_leading(self.is_known.all(2).all(0))
+        if num == 0:
+            return None
+        features = self.settle(self.values[:, :num])
+        return self._log_p(features, (slice(None), slice(num))).sum((1, 2))
+
+    def settle(self, values: Tensor) -> Tensor:
+        """Begin after the `values` [B, n, ...] of the first positions: their features [B, n, D]."""
+        num = values.shape[1]
+        self.values[:, :num] = values
+        features = self.source.features_of(self.cache, values[:, :-1], first=True)
+        self._advance(torch.tensor(num))
+        return features
 
     def step(self) -> Tensor | None:
-        """Complete the next position: log p [B] of its given tokens, in nats; None without any."""
-        if self.ended is not None:
-            self.rows = drop_finished(self.rows, self.ended, self.cache)
-        previous = self.values[self.rows, self.at - 1] if self.at else None
-        num_rows = len(self.is_known[self.rows])
-        features = self.model.conditioner.features_at(self.cache, previous, num_rows)
-        found = self.complete(self.at, features)
-        self.at += 1
-        if found is None:
-            return None
-        log_p = found.new_zeros(len(self.values))
-        log_p[self.rows] = found
+        """Write the next position: log p [B] of its given tokens, in nats; None without any.
+
+        Several positions, if the next ones are guessed right.
+        """
+        if self.ended is not None or not self.is_even:
+            over = self.next >= self.num_positions
+            over = over if self.ended is None else over | self.ended
+            self.rows = drop_finished(self.rows, over, self.cache)
+        guesses = self._guesses()
+        count = guesses.shape[1]
+        if count:
+            ahead = self._here(0, count)
+            self.values[ahead] = self._values(guesses, self.noise[ahead])
+        features = self._features(count)
+        self.passes += 1
+        here = self._here(0, count + 1)
+        tokens, is_sure = self._draw(features, here)
+        right = (tokens[:, :count] == guesses).all(2).long().cumprod(1).sum(1).cpu()
+        self.tokens[here] = tokens
+        self.values[here] = self._values(tokens, self.noise[here])
+        if is_sure is not None and not is_sure.all():
+            self._decide(right, is_sure.long().cumprod(1).sum(1))
+        log_p: Tensor | None = None
+        if any(self.some_known[self.at : int(self.next.max()) + count + 1]):
+            is_final = torch.arange(count + 1) <= right[:, None]
+            mask = (self.is_known[here] & is_final[..., None]).to(features.device)
+            found = torch.where(mask, self._log_p(features, here), 0.0).sum((1, 2))
+            log_p = found.new_zeros(len(self.next))
+            log_p[self.rows] = found
+        self._advance(right + 1)
         return log_p
 
-    @abstractmethod
-    def complete(self, n: int, features: Tensor) -> Tensor | None:
-        """Complete position n of `rows` from its features c_n [b, D]; returns as `step`, [b]."""
+    def _guesses(self) -> Tensor:
+        """Guesses [b, n, P] of the next tokens; n may be 0."""
+        none = self.tokens[self.rows, :0]
+        if self.guesser is None:
+            return none
+        count = min(self.guesser.most, self.num_positions - 1 - self.at)
+        if count < 1:
+            return none
+        here = self._here(0, count)
+        length = min(self.at, self.guesser.length)
+        past = self.tokens[self._here(-length, length)][..., 0].cpu().numpy()
+        numbers = self.gumbel.at(*here)[:, :, 0].cpu().numpy()
+        guesses = torch.from_numpy(self.guesser.guess(past, numbers)).to(none)[..., None]
+        here = self._here(0, guesses.shape[1])
+        known = self.is_known[here].to(guesses.device)
+        return torch.where(known, self.tokens[here], guesses)
 
-    @abstractmethod
-    def positions(self, x: Tensor) -> Tensor:
-        """Values of tokens [B, T, ...] as values of positions [B, N, ...]."""
+    def _features(self, count: int) -> Tensor:
+        """Features [b, count + 1, D] of the next positions, the later ones given the guesses."""
+        self.cache.rewind(self.at if self.is_even else self.next[self.rows])
+        if self.at:
+            past = self.values[self._here(-1, count + 1)]
+            return self.source.features_of(self.cache, past, first=False)
+        past = self.values[self.rows, :count]
+        if count:
+            return self.source.features_of(self.cache, past, first=True)
+        return self.source.features_at(self.cache, None, len(past))[:, None]
 
-    def resample(self, order: Tensor, renewed: Tensor, noise: Tensor) -> None:
-        """Replace every row b by row order[b]; `renewed` rows get fresh `noise` [rows, T, ...]."""
+    def _draw(self, features: Tensor, here: Place) -> tuple[Tensor, Tensor | None]:
+        """Tokens [b, n, P] from features [b, n, D], and whether rounding cannot change them [b, n].
+
+        Given tokens are kept. None where near ties are not decided.
+        """
+        shape = features.shape[:2]
+        gumbel = self.gumbel.at(*here).flatten(0, 1)
+        walk = self._log_weights(features.flatten(0, 1))
+        noise, given = (x[here].flatten(0, 1) for x in (self.noise, self.tokens))
+        is_known = self.is_known[here].flatten(0, 1).to(given.device)
+        found: list[Tensor] = []
+        is_sure: Tensor | None = None
+        value: Tensor | None = None
+        for a in range(given.shape[1]):
+            log_w = walk.send(value)
+            if self.decides:
+                token, is_sure = _chosen(log_w, gumbel[:, a], self.adjust)
+                is_sure |= is_known[:, a]
+            else:
+                adjusted = log_w if self.adjust is None else self.adjust(log_w)
+                token = (adjusted + gumbel[:, a]).argmax(-1)
+            found.append(torch.where(is_known[:, a], given[:, a], token))
+            if a + 1 < given.shape[1]:
+                value = self._values(found[-1][:, None], noise[:, a : a + 1])
+        tokens = torch.stack(found, -1).unflatten(0, shape)
+        return tokens, None if is_sure is None else is_sure.unflatten(0, shape)
+
+    def _decide(self, right: Tensor, sure: Tensor) -> None:
+        """Decide the first token of each row that is not sure, if it is final; changes `right`.
+
+        The first `sure` [b] of the next tokens cannot be changed by rounding.
+        """
+        rows = torch.arange(len(self.next))[self.rows]
+        for index in (sure <= right).nonzero()[:, 0].tolist():
+            row, place = int(rows[index]), int(self.next[rows[index]] + sure[index])
+            if place >= self.num_positions:
+                continue
+            features = self.source.states(self.values[row : row + 1, :place])[:, -1]
+            log_w = next(self._log_weights(features))
+            adjusted = log_w if self.adjust is None else self.adjust(log_w)
+            self.tokens[row, place] = (adjusted + self.gumbel.at(row, place)).argmax(-1)
+            self.values[row, place] = self._values(self.tokens[row, place], self.noise[row, place])
+            right[index] = sure[index]
+
+    def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
+        """Replace every row b by row order[b]: the numbers of later places are fresh."""
+        later = self.values[:, self.at :]
         self.select(order)
-        self.noise = self.noise[order]
-        self.noise[renewed, self.at :] = self.positions(noise)[:, self.at :].to(self.noise)
+        self.values[:, self.at :] = later
+        self.tokens[:, : self.at] = self.tokens[order, : self.at]
 
 
-class LatentPositions(Positions):
+def _chosen(log_w: Tensor, gumbel: Tensor, adjust: AdjustWeights | None) -> tuple[Tensor, Tensor]:
+    """The choices [M] of numbers [M, K], and whether rounding cannot change them, [M]."""
+    scores = (log_w if adjust is None else adjust(log_w, NEAR)) + gumbel
+    best = scores.topk(min(2, scores.shape[-1]))
+    token = best.indices[:, 0]
+    is_sure = best.values[:, 0] - best.values[:, -1] > (NEAR if scores.shape[-1] > 1 else -1)
+    if adjust is not None:
+        within = adjust(log_w, -NEAR).gather(-1, token[:, None])[:, 0]
+        is_sure &= within > torch.finfo(within.dtype).min / 2
+    return token, is_sure
+
+
+class Completed(Rows):
     """The pass of a flow through block 1: noise to latents, and back for given tokens (eq. 21).
 
     A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`, and the log-probability
@@ -116,28 +333,30 @@ class LatentPositions(Positions):
         known: Tensor,
         is_known: Tensor,
         adjust: AdjustWeights | None,
-        uniform: Tensor | None = None,
+        gumbel: Gumbel | None = None,
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU.
 
-        With `uniform` [B, N, G] the other tokens are drawn, and `noise` is not their noise.
+        With `gumbel` numbers the other tokens are drawn, and `noise` is not their noise.
         """
-        self.uniform = uniform
+        self.gumbel = gumbel
         self.block = model.prior.block(0)
         self.patch = model.prior.patch
         reorders = self.block.order.reverse or self.block.order.mixes
         assert not reorders, "given latents need the order of the tokens"
-        noise = self.patch(noise).clone()
+        self.noise = self.patch(noise).clone()
         self.known = self.patch(known)
-        super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
+        super().__init__(model, self.block, torch.zeros_like(self.noise), adjust)
+        self.num_positions = self.noise.shape[1]
+        self.is_known = is_known.unflatten(1, (-1, model.config.patch))
+        # read on the host once, so that a position without given tokens costs nothing for them
+        self.some_known = self.is_known.flatten(2).any(2).any(0).tolist()
         mask = self.is_known.to(noise.device)
         self.invert = self.block.coupling.inverter()
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
 
-    def positions(self, x: Tensor) -> Tensor:
-        return self.patch(x)
-
     def prefill(self) -> Tensor | None:
+        """As `Drawn.prefill`."""
         num = num_leading(self.is_known.all(2).all(0))
         if num == 0:
             return None
@@ -150,161 +369,32 @@ class LatentPositions(Positions):
         log_p = log_det.sum(-1) + standard_normal_log_prob(u)
         return log_p - self.log_normaliser[:, :num].sum((1, 2))
 
-    def complete(self, n: int, features: Tensor) -> Tensor | None:
+    def step(self) -> Tensor | None:
+        """As `Drawn.step`, always one position."""
+        if self.ended is not None:
+            self.rows = drop_finished(self.rows, self.ended, self.cache)
+        n = self.at
         here = self.rows, n
-        noise = self.noise[here]
-        uniform = None if self.uniform is None else self.uniform[here]
-        if not any(self.some_known[n]):
-            self.values[here] = self.invert(noise, features, self.adjust, uniform)
+        previous = self.values[self.rows, n - 1] if n else None
+        noise, is_known = self.noise[here], self.is_known[here]
+        features = self.block.features_at(self.cache, previous, len(noise))
+        gumbel = None if self.gumbel is None else self.gumbel.at(*here)
+        self.at += 1
+        self.passes += 1
+        if not self.some_known[n]:
+            self.values[here] = self.invert(noise, features, self.adjust, gumbel)
             return None
         self.values[here], self.noise[here], log_p = complete(
-            self.block.coupling,
-            noise,
-            features,
-            self.known[here],
-            self.is_known[here],
-            self.adjust,
-            uniform,
+            self.block.coupling, noise, features, self.known[here], is_known, self.adjust, gumbel
         )
-        return (log_p - self.log_normaliser[here]).sum(-1)
+        found = (log_p - self.log_normaliser[here]).sum(-1)
+        every = found.new_zeros(len(self.values))
+        every[self.rows] = found
+        return every
 
-
-class TokenPositions(Positions):
-    """The pass of the baseline: a token is the inverse of its CDF at a uniform random number."""
-
-    def __init__(
-        self,
-        model: TokenLM,
-        uniform: Tensor,
-        given: Tensor,
-        is_known: Tensor,
-        adjust: AdjustWeights | None,
-    ) -> None:
-        """`uniform` [B, T] in [0, 1); tokens `given` [B, T] where `is_known`; all on the CPU."""
-        self.baseline = model
-        noise = self.positions(uniform.to(model.device, wide_dtype(model.start)))
-        values = self.positions((given * is_known).to(model.device))
-        super().__init__(model, noise, values, is_known, adjust)
-
-    def positions(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1, self.baseline.config.patch)  # [B, N, P]
-
-    def complete(self, n: int, features: Tensor) -> Tensor | None:
-        # the logits at place a depend on the tokens before a only
-        patch = self.values[self.rows, n]
-        log_p = None
-        for a, some in enumerate(self.some_known[n]):
-            logits = self.baseline.place_logits(features, patch, a)
-            uniform = self.noise[self.rows, n, a]
-            drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform)
-            if not some:
-                patch[:, a] = drawn
-                continue
-            known = self.is_known[self.rows, n, a].to(drawn.device)
-            log_probs = logits.to(uniform.dtype).log_softmax(-1)
-            here = log_probs.gather(-1, patch[:, a, None])[:, 0] * known
-            log_p = here if log_p is None else log_p + here
-            patch[:, a] = torch.where(known, patch[:, a], drawn)
-        self.values[self.rows, n] = patch
-        return log_p
-
-
-class Pieces(Rows):
-    """Rows with `tokens` [B, T] that grow by single tokens and by pieces.
-
-    The values of the baseline are the tokens. Those of a flow, whose block 1 is a mixture of the
-    codebook's components, are latents.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        tokens: Tensor,
-        values: Tensor,
-        at: int,
-        adjust: AdjustWeights | None,
-    ) -> None:
-        """The first `at` of `tokens` and of their `values` [B, T, ...] are written."""
-        super().__init__(model, values, adjust)
-        self.tokens = tokens
-        self.at = at
-        self.coupling: MixDCoupling | None = None
-        if isinstance(model, TarFlowLM):
-            self.coupling = cast(MixDCoupling, model.prior.block(0).coupling)
-        if at:
-            self._features(0, at)
-
-    def _features(self, start: int, end: int) -> Tensor:
-        """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
-        self.cache.rewind(start)
-        past = self.values[:, max(start - 1, 0) : end - 1]
-        return self.model.conditioner.features_of(self.cache, past, first=start == 0)
-
-    def _log_weights(self, features: Tensor) -> Tensor:
-        """Log-weights of the tokens [B, n, V], from features [B, n, D]."""
-        if self.coupling is None:
-            return widen(cast(TokenLM, self.model).head(features))
-        return widen(self.coupling.weight_head(features))
-
-    def add(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """Write a piece, tokens [S] with values [B, S, ...]: its log-probability [B], in nats.
-
-        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t), summed: the factors of (21).
-        """
-        start = self.at
-        self.at += len(tokens)
-        if start == self.at:
-            return torch.zeros(len(values))
-        self.tokens[:, start : self.at] = tokens
-        self.values[:, start : self.at] = values
-        features = self._features(start, self.at)
-        if self.coupling is not None:
-            return self.coupling.log_prob(values, features, relative=True).sum(-1)
-        log_p = self._log_weights(features).log_softmax(-1)
-        return log_p[:, range(len(tokens)), tokens].sum(-1)
-
-    def draw(self, uniform: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
-        """Write one token by random numbers [B] and [B, d], among those in `mask` [V] or [B, V].
-
-        Returns the log-weight [B] of the draw, in nats: the log-probability of the mask.
-        """
-        features = self._features(self.at, self.at + 1)
-        log_w = self._log_weights(features)[:, 0]
-        log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
-        # tokens that the adjustment dropped
-        log_w = log_w.masked_fill(log_w < torch.finfo(log_w.dtype).min / 2, -torch.inf)
-        allowed = log_w if mask is None else log_w.masked_fill(~mask, -torch.inf)
-        token = inverse_cdf(allowed, uniform.to(log_w.device))
-        value = token
-        gain: Tensor | float = 0.0
-        if self.coupling is not None:
-            token, value, gain = self._emit(token, noise, log_w, allowed)
-        self.tokens[:, self.at] = token
-        self.values[:, self.at] = value
-        self.at += 1
-        return allowed.logsumexp(-1) + gain
-
-    def _emit(
-        self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The token, latents and additional log-weight [B] of the components `drawn` [B].
-
-        z ~ g = sum_A w_k N_k / w(A); the weight of (23) over w(A) is p(z) p(A|z) w(A) / g(z).
-        """
-        codebook = as_flow(self.model).codebook
-        z = codebook.encode(drawn, noise)
-        if allowed is log_w:
-            return codebook.decode(z), z, 0.0
-        log_p = codebook.log_posterior(z)
-        inside = log_p.masked_fill(allowed == -torch.inf, -torch.inf)
-        mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
-        return inside.argmax(-1), z, mixed + inside.logsumexp(-1)
-
-    def holds_twice(self, piece: Tensor) -> Tensor:
-        """Whether each row [B], which ends in this piece [S], holds it before."""
-        places = self.tokens[:, : self.at].unfold(1, len(piece), 1)
-        return (places == piece.to(places)).all(-1)[:, :-1].any(1).cpu()
-
-    def select(self, order: Tensor) -> None:
-        super().select(order)
-        self.tokens = self.tokens[order]
+    def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
+        """As `Drawn.resample`; `renewed` rows get fresh `noise` [rows, T, ...]."""
+        self.select(order)
+        self.noise = self.noise[order]
+        if noise is not None:
+            self.noise[renewed, self.at :] = self.patch(noise)[:, self.at :].to(self.noise)

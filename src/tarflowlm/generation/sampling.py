@@ -3,19 +3,18 @@
 Shape legend: B rows, T tokens, N positions, d channels per token.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from tarflowlm.config import Decoder
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import Progress
-from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
+from tarflowlm.model import LanguageModel, TarFlowLM
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -37,30 +36,82 @@ class Noise:
     """One per sample."""
     particles: int
 
-    def normal(self, *shape: int) -> Tensor:
-        """Standard normal noise [num R, *shape], drawn in float32, as the model computes."""
-        noise = [torch.randn(self.particles, *shape, generator=g) for g in self.generators]
-        return torch.cat(noise).to(next(self.model.parameters()))
+    def normal(self, num_tokens: int, channels: int) -> Tensor:
+        """Standard normal noise [num R, T, channels], drawn in float32, as the model computes."""
+        # of a whole context, so that a longer text begins with the same numbers
+        shape = self.particles, max(num_tokens, self.model.config.context), channels
+        noise = torch.cat([torch.randn(*shape, generator=g) for g in self.generators])
+        return noise[:, :num_tokens].to(next(self.model.parameters()))
 
-    def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers [num R, *shape] in [0, 1), in float64 on the CPU."""
-        numbers = [
-            torch.rand(self.particles, *shape, generator=g, dtype=torch.float64)
-            for g in self.generators
-        ]
-        return torch.cat(numbers)
-
-    def draws(self, num_tokens: int) -> Tensor:
-        """Uniform numbers [num R, N, G] by which block L is drawn."""
-        prior = as_flow(self.model).prior
-        block = prior.block(-1)
+    def draws(self, num_tokens: int, index: int = -1) -> "Gumbel":
+        """Numbers by which the tokens of the baseline are drawn, or a block, L by default."""
+        places = num_tokens // self.model.config.patch
+        seeds = [torch.randint(2**62, (self.particles,), generator=g) for g in self.generators]
+        all_seeds = torch.cat(seeds).to(self.model.device)
+        if not isinstance(self.model, TarFlowLM):
+            config = self.model.config
+            return Gumbel(all_seeds, places, (config.patch, config.vocab_size))
+        block = self.model.prior.block(index)
         groups = len(block.order.channels) // block.coupling.group
-        uniform = self.uniform(num_tokens // prior.patch.patch, groups)
-        return uniform.to(block.start.device, wide_dtype(block.start))
+        return Gumbel(all_seeds, places, (groups, block.coupling.choices))
 
     def of(self, samples: Sequence[int]) -> "Noise":
         """The noise of some of the samples, by their numbers."""
         return replace(self, generators=[self.generators[b] for b in samples])
+
+
+Index = Tensor | slice | int
+GAMMA = -7046029254386353131
+"""The odd number next to 2^64 over the golden ratio, as a signed integer."""
+ROOM = 16
+"""Places beyond the end that guesses may reach."""
+TABLE = 2**20
+"""Most Gumbel numbers that are made at once: for more, a place's are made when it is drawn."""
+
+
+class Gumbel:
+    """Standard Gumbel numbers g by row, place and choice, each a function of these alone.
+
+    k = argmax_k (log w_k + g_k) is a draw from weights w (docs/math.md, eq. 18d). The numbers are
+    hashes (SplitMix64, Steele et al. 2014), so they do not depend on who asks for them, or when.
+    """
+
+    def __init__(self, seeds: Tensor, places: int, choices: tuple[int, int]) -> None:
+        """`seeds` [B]; G groups with K choices each."""
+        self.seeds = seeds
+        self.choices = choices
+        self.steps = GAMMA * torch.arange(math.prod(choices), device=seeds.device)
+        self.table: Tensor | None = None
+        if len(seeds) * places * len(self.steps) <= TABLE:
+            # guesses may go beyond the end
+            all_places = torch.arange(places + ROOM, device=seeds.device).expand(len(seeds), -1)
+            self.table = self._made(seeds[:, None], all_places)
+
+    def at(self, rows: Index, places: Index) -> Tensor:
+        """The numbers [..., G, K] of these rows and places, indexed as in a tensor [B, N, G, K]."""
+        if self.table is not None:
+            return self.table[rows, places]
+        if isinstance(places, slice):
+            places = torch.arange(places.start, places.stop, device=self.seeds.device)
+        seeds = self.seeds[rows]
+        if isinstance(places, Tensor) and seeds.dim() == 1:
+            seeds = seeds[:, None]
+        return self._made(seeds, torch.as_tensor(places, device=seeds.device))
+
+    def _made(self, seeds: Tensor, places: Tensor) -> Tensor:
+        # the numbers of a place are a stream with a seed of its own
+        stream = _mixed(seeds + GAMMA * (places + 1))
+        bits = (_mixed(stream[..., None] + self.steps) >> 32) & (2**32 - 1)
+        # u in (0, 1), with all its digits where u is small and -log E(1) is large
+        u = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+        return u.neg_().log1p_().neg_().log_().neg_().unflatten(-1, self.choices)
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, on 64 bits as signed integers."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * -4658895280553007687
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * -7723592293110705685
+    return z ^ ((z >> 31) & (2**33 - 1))
 
 
 @dataclass(frozen=True)
@@ -77,10 +128,13 @@ class Evidence:
     """How often the particles of each sample were resampled, [num]."""
 
 
+Way = Literal["steps", "sweeps", "draw"]
+
+
 class Work(NamedTuple):
     """How the latents of a block were computed."""
 
-    decoder: Decoder
+    decoder: Way
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
 

@@ -1,7 +1,7 @@
 """A plan becomes tokens, one window of noise after the other (docs/math.md, 7 and 9).
 
-A window is a text of at most the trained context. When it is full, its last half (in whole
-positions) becomes the prompt of the next one; everything before is forgotten.
+A window is a text of at most the trained context. When it is full, its last half, in whole
+positions, becomes the prompt of the next one.
 """
 
 from collections.abc import Generator, Sequence
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.data.windows import spans
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -20,14 +19,14 @@ from tarflowlm.generation.gaps import GapFilter
 from tarflowlm.generation.inversion import Returning, draws_last, stack_inversion
 from tarflowlm.generation.particles import UpperBlocks, Weights, particle_filter
 from tarflowlm.generation.plan import Plan, Way
-from tarflowlm.generation.rows import LatentPositions, TokenPositions
+from tarflowlm.generation.rows import Completed, Drawn
 from tarflowlm.generation.sampling import BLANK, Generation, Meter, Noise, Work, num_leading
-from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
+from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.processes import keep_freed_memory, threads_for
 
 R = TypeVar("R")
 Parts = Generator[Tensor, None, Generation]
-"""Writes a text: yields its next tokens [num, n], each once, and returns the whole."""
+"""Yields the next tokens [num, n] of a text, and returns the whole."""
 
 
 def write(
@@ -41,11 +40,10 @@ def write(
 
     The next tokens [num, n] of all samples are yielded as they become final, int64 on the CPU,
     given tokens included: at least `every` of them, except for given tokens at the start and the
-    end of a window. With particles, and where block 1 is inverted by sweeps, a text comes at the
-    end of its window. The generator returns the `Generation`; to stop a text, close it.
+    end of a window. With particles or sweeps of block 1 a text comes at the end of its window. The
+    generator returns the `Generation`; to stop a text, close it.
 
-    Samples of one particle can end: after the token `end` of the plan, every token is `end`. Once a
-    quarter of the samples have ended, block 1 leaves them out.
+    Samples of one particle can end: after the token `end` of the plan, every token is `end`.
     """
     keep_freed_memory()
     steps = _write(model, plans, generators, progress, every)
@@ -76,15 +74,12 @@ def _write(
         return result
     config = model.config
     tokens = torch.stack([one.given for one in plans])
-    # tokens that are given at the start of all samples are known before these are written
     shown = num_leading((tokens != BLANK).all(0))
     if shown:
         yield tokens[:, :shown].clone()
-    # a text of one window needs no prompt in it
     given = int((tokens != BLANK).sum(1).min()) if config.context < T else 0
     bounds = spans(T, config.context, patch=config.patch, given=given)
     positions = sum(-(-(end - start) // config.patch) for start, end in bounds)
-    # several particles are final only at the end of the text
     can_end = plan.end is not None and plan.particles == 1
     window = Window(
         model=model,
@@ -101,7 +96,6 @@ def _write(
         windows.append((yield from part.write()))
         tokens[:, start:end] = windows[-1].tokens.cpu()
         shown = end
-        # every further window has a prompt of whole positions
         after: Way = "inversion" if config.continues_exactly else "filter"
         window = replace(window, plan=replace(plan, way=after))
     if len(windows) == 1 and bounds[0] == (0, T):
@@ -125,31 +119,32 @@ class Window:
     plan: Plan
     noise: Noise
     given: Tensor
-    """The given tokens, BLANK elsewhere, [num, T] on the CPU."""
+    """Given tokens, and BLANK elsewhere, [num, T] on the CPU."""
     progress: Progress
     every: int
-    """Fewest tokens that are yielded at once, except at the end."""
+    """Fewest tokens at once."""
     ended: Tensor | None
-    """The samples that have ended, [num]."""
+    """Samples that ended, [num]."""
     shown: int = 0
-    """Number of tokens that have been yielded."""
+    """Yielded tokens."""
     tokens: Tensor = field(init=False)
-    """The tokens that have been yielded, then the given ones, with BLANK elsewhere."""
+    """Yielded tokens, then given ones; BLANK elsewhere."""
 
     def write(self) -> Parts:
         """Tokens for the blanks of `given`."""
         num_tokens = self.given.shape[1]
         self.tokens = self.given.clone()
         whole = F.pad(self.given, (0, -num_tokens % self.model.config.patch), value=BLANK)
-        if isinstance(self.model, TokenLM):
-            result = yield from self._from_baseline(self.model, whole)
+        flow = self.model if isinstance(self.model, TarFlowLM) else None
+        inverts = self.plan.sampling.decoder == "sweeps"
+        if flow is None or (flow.is_language_model and not inverts):
+            result = yield from self._drawn(whole)
         elif self.plan.way == "inversion":
-            result = yield from self._inverted(as_flow(self.model), whole)
+            result = yield from self._inverted(flow, whole)
         else:
-            result = yield from self._completed(as_flow(self.model), whole)
+            result = yield from self._completed(flow, whole)
         if self.shown < num_tokens:
             yield self._next(result.tokens[:, self.shown :])
-        # samples that have ended have no latents
         latents = result.latents if self.ended is None else ()
         return replace(result, tokens=self.tokens.to(result.tokens.device), latents=latents)
 
@@ -180,7 +175,7 @@ class Window:
         return returning.value
 
     def _inverted(self, flow: TarFlowLM, given: Tensor) -> Parts:
-        """Noise inverted block by block, after the known states of a prompt."""
+        """Noise inverted block by block, after the states of a prompt."""
         num_tokens = given.shape[1]
         num = num_leading((given != BLANK).all(0))
         noise = self.noise.normal(num_tokens, flow.config.latent_dim)
@@ -194,14 +189,16 @@ class Window:
             weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
             evidence = weights.evidence()
             noise = torch.cat((known[-1], noise[:, num:]), 1)
-        draws = draws_last(flow, self.plan.decoder)
+        decoder = self.plan.sampling.decoder
+        draws = draws_last(flow, decoder)
         steps = stack_inversion(
             flow,
             noise,
-            decoder=self.plan.decoder,
+            decoder=decoder,
             adjust=self.plan.adjust,
             known=known,
-            uniform=self.noise.draws(num_tokens) if draws else None,
+            gumbel=self.noise.draws(num_tokens) if draws else None,
+            sampling=self.plan.sampling,
             ended=self.ended,
             progress=self.progress,
         )
@@ -215,33 +212,37 @@ class Window:
         num_tokens = given.shape[1]
         spread = given.repeat_interleave(self.plan.particles, dim=0)
         is_known = spread != BLANK
-        draws = draws_last(flow, self.plan.decoder)
-        adjust = self.plan.adjust
-        source = UpperBlocks(self.noise, is_known, self.plan.decoder, draws, adjust, self.progress)
+        decoder, adjust = self.plan.sampling.decoder, self.plan.adjust
+        draws = draws_last(flow, decoder)
+        source = UpperBlocks(self.noise, is_known, decoder, draws, adjust, self.progress)
         eps = self.noise.normal(num_tokens, flow.config.latent_dim)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
-        uniform = self.noise.draws(num_tokens) if draws and source.single else None
-        rows = LatentPositions(flow, source.draw, known, is_known, adjust, uniform)
+        gumbel = self.noise.draws(num_tokens) if draws and source.single else None
+        rows = Completed(flow, source.draw, known, is_known, adjust, gumbel)
         rows.ended = self.ended
-        steps = particle_filter(rows, self.noise, source.redraw, self.progress)
+        steps = particle_filter(rows, self.noise, self.progress, source.redraw)
         weights = yield from self._read(steps)
         weights.add(source.log_factor(flow.prior.patch.inverse(rows.noise)))
         z = flow.prior.patch.inverse(rows.values)[weights.pick()]
-        own = Work("steps" if uniform is None else "draw", rows.num_positions)
+        own = Work("steps" if gumbel is None else "draw", rows.passes)
         tokens = flow.codebook.decode(z)
         return Generation(tokens, weights.evidence(), (*source.work, own), latents=(z,))
 
-    def _from_baseline(self, model: TokenLM, given: Tensor) -> Parts:
+    def _drawn(self, given: Tensor) -> Parts:
+        """Tokens drawn from weights; given ones are kept."""
         num_tokens = given.shape[1]
         spread = given.repeat_interleave(self.plan.particles, dim=0)
-        uniform = self.noise.uniform(num_tokens)
-        rows = TokenPositions(model, uniform, spread, spread != BLANK, self.plan.adjust)
+        flow = self.model if isinstance(self.model, TarFlowLM) else None
+        noise = self.noise.normal(num_tokens, 0 if flow is None else flow.config.latent_dim)
+        gumbel, plan = self.noise.draws(num_tokens), self.plan
+        sampling = plan.sampling if plan.particles == 1 else None
+        rows = Drawn(self.model, 0, noise, gumbel, spread, plan.adjust, sampling)
         rows.ended = self.ended
-
-        def redraw(samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
-            return self.noise.of(samples).uniform(num_tokens)
-
-        steps = particle_filter(rows, self.noise, redraw, self.progress)
-        weights = yield from self._read(steps)
-        found = rows.values.flatten(1)[weights.pick()]
-        return Generation(found, weights.evidence() if (given != BLANK).any() else None)
+        weights = yield from self._read(particle_filter(rows, self.noise, self.progress))
+        evidence = weights.evidence() if (given != BLANK).any() else None
+        found = rows.values[weights.pick(), : rows.num_positions]
+        if flow is None:
+            return Generation(found.flatten(1), evidence)
+        z = flow.prior.patch.inverse(found)
+        work = (Work("draw", rows.passes),)
+        return Generation(flow.codebook.decode(z), evidence, work, latents=(z,))

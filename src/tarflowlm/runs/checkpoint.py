@@ -3,7 +3,7 @@
 import hashlib
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
+from tarflowlm.drafts import Drafter
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.couplings import couplings_of
@@ -25,6 +26,7 @@ from tarflowlm.runs import (
     BEST,
     CONFIG,
     COUNTERS,
+    DRAFT,
     MANIFEST,
     STATE,
     SUMMARY,
@@ -143,6 +145,9 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
             model: LanguageModel = TarFlowLM(config, means=given)
         else:
             model = config.build()
+    # a block that gained nothing can leave the configuration alone
+    left = tuple(f"prior.blocks.{block}." for block in range(model.num_blocks, int(blocks or 0)))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -150,11 +155,36 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         what = f"{directory / WEIGHTS} does not fit {CONFIG}: {problem:.200}"
         raise UserError(f"{what}: restore both files from one run") from None
     check_finite(tensors, str(directory / WEIGHTS))
+    if (directory / DRAFT).is_file():
+        try:
+            tables, _ = read_weights(directory / DRAFT)
+            drafter = Drafter(**tables)
+            rows, listed = len(drafter.rest), len(drafter.levels)
+            sizes = len(drafter.codes), len(drafter.sizes), int(drafter.sizes.sum())
+            if not listed or (*sizes, len(drafter.tokens)) != (rows, rows, listed, listed):
+                raise ValueError
+            if not 1 < int(drafter.sizes[0]) > int(drafter.tokens.max()):
+                raise ValueError
+        except (UserError, TypeError, ValueError) as error:
+            is_told = isinstance(error, UserError)
+            problem = str(error) if is_told else f"{directory / DRAFT} is damaged"
+            remedy = "remove it, and texts are written token by token"
+            raise UserError(f"{problem}: {remedy}") from None
+        flow = model if isinstance(model, TarFlowLM) else None
+        choices = config.vocab_size if flow is None else flow.prior.block(-1).coupling.choices
+        # one of a model with more blocks guesses other symbols
+        if int(drafter.sizes[0]) == choices:
+            model.drafter = drafter
     device = torch.device(device)
     compiled = device.type == "cuda" and compilation_problem("cuda") is None
     for coupling in couplings_of(model):
         coupling.maps = COMPILED if compiled else REFERENCE
     return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
+
+
+def write_drafter(path: Path, drafter: Drafter) -> None:
+    """Write a drafter, as weights are written."""
+    write_weights(path, {one.name: getattr(drafter, one.name) for one in fields(drafter)}, {})
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -211,6 +241,8 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
     with new_folder(Path(out)) as folder:
         write_run(folder, replace(checkpoint.run, data=data), checkpoint.tokenizer)
         write_weights(folder / WEIGHTS, weights, checkpoint.info)
+        if checkpoint.model.drafter is not None:
+            write_drafter(folder / DRAFT, checkpoint.model.drafter)
         summary = read_summary(checkpoint.directory)
         if summary is not None:
             write_json(folder / SUMMARY, summary | {"source": data.source})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line, guess
-from tarflowlm.runs import CARD, CONFIG, TOKENIZER, WEIGHTS
+from tarflowlm.runs import CARD, CONFIG, DRAFT, TOKENIZER, WEIGHTS
 
 PREFIX = "hf:"
 FILES = (CONFIG, TOKENIZER, WEIGHTS)
@@ -44,7 +44,7 @@ def fetch(name: str | Path) -> Path:
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
             raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
-        return Path(get(allow_patterns=[*FILES, CARD]))
+        return Path(get(allow_patterns=[*FILES, DRAFT, CARD]))
 
 
 @contextmanager

@@ -74,8 +74,7 @@ def train(
 
     Raises UserError, before anything is written, if `out` is in use for anything else, or the text
     has changed; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError as
-    soon as the loss or a gradient is not finite. By default nothing asks it to stop, and signals
-    keep their handlers.
+    soon as the loss or a gradient is not finite. By default nothing asks it to stop.
     """
     begun = processes.from_first(processes.first and is_begun(out))
     if begun and asked is not None:

@@ -98,8 +98,8 @@ def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
     assert "exact_match" in done.out
     # what the numbers mean, and what has no effect, is said once
     for said in (
-        "lower bound: ELBO",
-        "no bound itself",
+        "rolling log-likelihoods: lower bound: ELBO",
+        "of the prediction from the encoded context",
         "(text8)",
     ):
         assert done.err.count(said) == 1, said

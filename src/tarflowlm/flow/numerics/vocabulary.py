@@ -132,6 +132,9 @@ def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor
 
     def find(z: Tensor) -> Tensor:
         rows = z.detach().reshape(-1, z.shape[-1])
+        # a few rows at once: in sampling, chunks would cost more than the search
+        if len(rows) <= 64:
+            return best(rows).view(z.shape[:-1])
         return _by_chunks(best, len(mean), rows).view(z.shape[:-1])
 
     return find
