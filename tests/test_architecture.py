@@ -127,7 +127,7 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-MOST = {"functions": 1000, "files": 95, "constants": 170, "lines with Any": 46}
+MOST = {"functions": 1009, "files": 96, "constants": 182, "lines with Any": 46}
 """Doors of the core: a reader opens each of them once."""
 
 
@@ -172,7 +172,7 @@ SPINE = [
 def test_the_spine_is_short_and_names_no_fast_path():
     size = sum(len(MODULES[name].read_bytes()) for name in SPINE)
     assert size <= 100_000
-    fast = re.compile(r"flow\.numerics\.(cpu|sweep|near)\b|COMPILED|is_eager_cpu")
+    fast = re.compile(r"flow\.numerics\.(cpu|few_rows|sweep|near)\b|COMPILED|is_eager_cpu")
     wrong = [
         f"{name} imports {other}"
         for name in SPINE

@@ -134,7 +134,8 @@ def test_the_baseline(tokens, monkeypatch):
         return loss.item(), {name: p.grad.clone() for name, p in lm.named_parameters()}
 
     loss, gradients = step()
-    assert largest(step) == BATCH * LENGTH * VOCABULARY
+    # in parts that stay in the cache
+    assert largest(step) <= HELD < BATCH * LENGTH * VOCABULARY
     monkeypatch.setattr(chunks, "LOGITS", HELD)
     assert largest(step) <= HELD
     with torch.no_grad():

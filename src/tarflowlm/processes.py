@@ -72,7 +72,8 @@ def keep_freed_memory() -> None:
     unless one of that size, up to 32 MiB, was freed before. Others have no such function.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
+    is_chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    if mallopt is not None and not is_chosen:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: its largest value
 

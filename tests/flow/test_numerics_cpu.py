@@ -11,6 +11,7 @@ from numerics_cases import codebook_case, nasty_mixtures, wide_noise
 from tarflowlm import flow
 from tarflowlm.flow.numerics import (
     cpu,
+    few_rows,
     mixture_cdf,
     mixture_log_prob,
     reference,
@@ -106,14 +107,22 @@ def assert_gradients(found, expected, bound):
 
 @pytest.mark.parametrize("components", COMPONENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_solver(dtype, components):
+def test_all_solvers(dtype, components, monkeypatch):
     """In noise, and beyond what an ulp of z is worth: where F is flat, many z are right."""
     u, _, exact, params = scalar_case(components, dtype)
     slope = reference.mixture_cdf(exact, *double(*params))[1].exp()
+    found = {"many": cpu.by_bisection(u, *params)}
+    for solver, one_by_one in (("together", 0), ("one by one", 1e9)):
+        monkeypatch.setattr(few_rows, "ONE_BY_ONE", one_by_one)
+        few, left = few_rows.mixture_cdf_inverse(u, *params)
+        is_solved = torch.ones(len(u), dtype=torch.bool)
+        is_solved[left] = False
+        assert is_solved.double().mean() > 0.99
+        found[solver] = torch.where(is_solved, few, found["many"])
     eps = torch.finfo(dtype).eps
-    found = cpu.mixture_cdf_inverse(u, *params)
-    error = ((found - exact).abs() - 2 * eps * exact.abs()).clamp(min=0) * slope
-    assert (error / (1 + u.abs())).max() <= 8 * eps
+    for solver, z in found.items():
+        error = ((z - exact).abs() - 2 * eps * exact.abs()).clamp(min=0) * slope
+        assert (error / (1 + u.abs())).max() <= 8 * eps, solver
 
 
 SHAPES = [(500, 1, 3), (500, 5, 3), (300, 27, 8), (60, 400, 16)]

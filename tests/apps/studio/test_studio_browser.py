@@ -113,16 +113,8 @@ def test_every_view(open_page):
     page.get_by_role("button", name="More").locator("visible=true").click()
     use(page, "Write", "Write", until="--length 40", Start="The people of", Length="40")
     page.locator(".st-view:visible").get_by_text("in all").wait_for()
-    stage, slider = (
-        page.locator(".st-view:visible .st-stage").first,
-        page.get_by_label("pass", exact=True),
-    )
-    text = stage.inner_text()
-    assert text.startswith("the people of")
-    slider.fill("0")
-    assert stage.inner_text() != text
-    slider.fill(slider.get_attribute("max"))
-    assert stage.inner_text() == text
+    stage = page.locator(".st-view:visible .st-stage").first
+    assert stage.inner_text().startswith("the people of")
     stage.click(position={"x": 50, "y": 14})  # on the second word
     page.locator(".st-view:visible").get_by_text("tries count").wait_for()
     assert "[...4] of" in page.locator(".st-view:visible .st-asked").inner_text()
