@@ -318,8 +318,10 @@ def laws(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     block = flow.prior.block(last)
     coupling = cast(MixDCoupling, block.coupling)
-    z = flow.codebook.encode(tokens, flow.draw_noise(tokens, Generator().manual_seed(0)))
-    h = flow.prior.states(z)[0][last]
+    h = flow.codebook.encode(tokens, flow.draw_noise(tokens, Generator().manual_seed(0)))
+    # one token is a position; the map of block L itself is not needed
+    for index in range(last):
+        h, _ = flow.prior.block(index)(h)
     find = component_finder(coupling.components.mean, coupling.components.log_std)
     return find(h), coupling.weight_head(block.features(h))
 
