@@ -197,6 +197,10 @@ class KVCache:
 
     def rewind(self, length: int | Tensor) -> None:
         """Go back to this length, or to one for each row, [B]."""
+        if isinstance(length, int) and isinstance(self.length, int):
+            assert 0 <= length <= self.length
+        else:
+            assert (torch.as_tensor(length) <= self.length).all()
         self.length = length
 
     def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
