@@ -155,26 +155,12 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         what = f"{directory / WEIGHTS} does not fit {CONFIG}: {problem:.200}"
         raise UserError(f"{what}: restore both files from one run") from None
     check_finite(tensors, str(directory / WEIGHTS))
-    if (directory / DRAFT).is_file():
-        try:
-            tables, _ = read_weights(directory / DRAFT)
-            drafter = Drafter(**tables)
-            rows, listed = len(drafter.rest), len(drafter.levels)
-            sizes = len(drafter.codes), len(drafter.sizes), int(drafter.sizes.sum())
-            if not listed or (*sizes, len(drafter.tokens)) != (rows, rows, listed, listed):
-                raise ValueError
-            if not 1 < int(drafter.sizes[0]) > int(drafter.tokens.max()):
-                raise ValueError
-        except (UserError, TypeError, ValueError) as error:
-            is_told = isinstance(error, UserError)
-            problem = str(error) if is_told else f"{directory / DRAFT} is damaged"
-            remedy = "remove it, and texts are written token by token"
-            raise UserError(f"{problem}: {remedy}") from None
-        flow = model if isinstance(model, TarFlowLM) else None
-        choices = config.vocab_size if flow is None else flow.prior.block(-1).coupling.choices
-        # one of a model with more blocks guesses other symbols
-        if int(drafter.sizes[0]) == choices:
-            model.drafter = drafter
+    drafter = read_drafter(directory / DRAFT)
+    flow = model if isinstance(model, TarFlowLM) else None
+    choices = config.vocab_size if flow is None else flow.prior.block(-1).coupling.choices
+    # one of a model with more blocks guesses other symbols
+    if drafter is not None and int(drafter.sizes[0]) == choices:
+        model.drafter = drafter
     device = torch.device(device)
     compiled = device.type == "cuda" and compilation_problem("cuda") is None
     for coupling in couplings_of(model):
@@ -185,6 +171,25 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
 def write_drafter(path: Path, drafter: Drafter) -> None:
     """Write a drafter, as weights are written."""
     write_weights(path, {one.name: getattr(drafter, one.name) for one in fields(drafter)}, {})
+
+
+def read_drafter(path: Path) -> Drafter | None:
+    """The drafter of a file, if there is one. UserError if it is damaged."""
+    if not path.is_file():
+        return None
+    remedy = "remove it, and texts are written token by token"
+    try:
+        tables, _ = read_weights(path)
+        drafter = Drafter(**tables)
+    except (UserError, TypeError) as error:
+        problem = error if isinstance(error, UserError) else f"{path} is damaged"
+        raise UserError(f"{problem}: {remedy}") from None
+    rows, listed = len(drafter.rest), len(drafter.levels)
+    sizes = len(drafter.codes), len(drafter.sizes), int(drafter.sizes.sum())
+    agree = listed > 0 and (*sizes, len(drafter.tokens)) == (rows, rows, listed, listed)
+    if not agree or not 1 < int(drafter.sizes[0]) > int(drafter.tokens.max()):
+        raise UserError(f"{path} is damaged: {remedy}")
+    return drafter
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
