@@ -119,11 +119,9 @@ class Guesser:
         self.drafter = drafter
         self.length = drafter.length
         """Tokens of the past that matter."""
-        self.log_q = drafter.log_q / np.float32(temperature)
-        if top_p is not None and top_p < 1:
-            # about what top-p drops
-            least = self.log_q.max(1, keepdims=True) + math.log(1 - top_p)
-            self.log_q[self.log_q < least] = -np.inf
+        self.temperature = np.float32(temperature)
+        self.range = math.inf if top_p is None or top_p >= 1 else -math.log(1 - top_p)
+        """How far below the largest log q a token may be: about what top-p keeps."""
 
     def guess(self, past: Array, numbers: Array) -> Array:
         """Guesses [b, m] by numbers [b, n, K] after the last tokens [b, h] of texts, m <= n.
@@ -136,7 +134,10 @@ class Guesser:
         found: list[Array] = []
         for place in range(numbers.shape[1]):
             rows = [self.drafter.row(text) for text in texts]
-            scores = self.log_q[rows] + numbers[:, place]
+            log_q = self.drafter.log_q[rows] / self.temperature
+            if self.range < math.inf:
+                log_q[log_q < log_q.max(1, keepdims=True) - self.range] = -np.inf
+            scores = log_q + numbers[:, place]
             largest = np.partition(scores, -2)[:, -2:]
             hope *= 1 - DOUBT * np.exp(-SHARPNESS * (largest[:, 1] - largest[:, 0]))
             if hope.mean() < USEFUL + USEFUL_OF_ROW * len(texts):

@@ -58,7 +58,7 @@ class Pieces(Rows):
         """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
         self.cache.rewind(start)
         past = self.values[:, max(start - 1, 0) : end - 1]
-        return self.model.conditioner.features_of(self.cache, past, first=start == 0)
+        return self.source.features_of(self.cache, past, first=start == 0)
 
     def _log_weights(self, features: Tensor) -> Tensor:
         """Log-weights of the tokens [B, n, V], from features [B, n, D]."""

@@ -20,7 +20,7 @@ from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.rows import Drawn
-from tarflowlm.generation.sampling import BLANK, Gumbel, Way, Work, drop_finished, num_leading
+from tarflowlm.generation.sampling import BLANK, Gumbel, Work, drop_finished, num_leading
 from tarflowlm.model import TarFlowLM
 from tarflowlm.requests import Sampling
 
@@ -100,8 +100,7 @@ def block_inversion(
         work.sweep()
         work.rewind_to_bad()
     yield from work.step(ended)
-    way: Way = decoder if gumbel is None else "draw"
-    return block.order.inverse(work.h), Work(way, work.passes)
+    return block.order.inverse(work.h), Work(decoder if gumbel is None else "draw", work.passes)
 
 
 class _Inversion:

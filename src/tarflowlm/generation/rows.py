@@ -5,8 +5,7 @@ tokens are guessed, one call checks several. `Completed` rows turn noise into la
 any model.
 
 Shape legend: B rows (samples or particles), b rows that need more, T tokens, P patch, N = T / P
-positions, d channels per token (0 for the baseline), C = P d, D width, K choices, S tokens of a
-piece, V symbols.
+positions, d channels per token (0 for the baseline), C = P d, D width, K choices.
 """
 
 from collections.abc import Generator
@@ -205,22 +204,31 @@ class Drawn(Rows):
             self.rows = drop_finished(self.rows, over, self.cache)
         guesses = self._guesses()
         count = guesses.shape[1]
+        here = self._here(0, count + 1)
+        some_known = any(self.some_known[self.at : int(self.next.max()) + count + 1])
+        is_known = self.is_known[here].to(guesses.device) if some_known else None
+        right = torch.zeros(len(guesses), dtype=torch.long)
         if count:
             ahead = self._here(0, count)
+            if is_known is not None:
+                guesses = torch.where(is_known[:, :count], self.tokens[ahead], guesses)
             self.values[ahead] = self._values(guesses, self.noise[ahead])
-        features = self._features(count)
+        self.cache.rewind(self.at if self.is_even else self.next[self.rows])
+        past = self._here(-1, count + 1) if self.at else (self.rows, slice(count))
+        features = self.source.features_of(self.cache, self.values[past], first=self.at == 0)
         self.passes += 1
-        here = self._here(0, count + 1)
-        tokens, is_sure = self._draw(features, here)
-        right = (tokens[:, :count] == guesses).all(2).long().cumprod(1).sum(1).cpu()
+        tokens, is_sure = self._draw(features, here, is_known)
+        if count:
+            # on an accelerator, the host waits here
+            right = (tokens[:, :count] == guesses).all(2).long().cumprod(1).sum(1).cpu()
         self.tokens[here] = tokens
         self.values[here] = self._values(tokens, self.noise[here])
         if is_sure is not None and not is_sure.all():
             self._decide(right, is_sure.long().cumprod(1).sum(1))
         log_p: Tensor | None = None
-        if any(self.some_known[self.at : int(self.next.max()) + count + 1]):
-            is_final = torch.arange(count + 1) <= right[:, None]
-            mask = (self.is_known[here] & is_final[..., None]).to(features.device)
+        if is_known is not None:
+            is_final = (torch.arange(count + 1) <= right[:, None]).to(is_known.device)
+            mask = is_known & is_final[..., None]
             found = torch.where(mask, self._log_p(features, here), 0.0).sum((1, 2))
             log_p = found.new_zeros(len(self.next))
             log_p[self.rows] = found
@@ -228,43 +236,30 @@ class Drawn(Rows):
         return log_p
 
     def _guesses(self) -> Tensor:
-        """Guesses [b, n, P] of the next tokens; n may be 0."""
+        """Guesses [b, n, P] of the next tokens, as if none were given; n may be 0."""
         none = self.tokens[self.rows, :0]
         if self.guesser is None:
             return none
         count = min(self.guesser.most, self.num_positions - 1 - self.at)
         if count < 1:
             return none
-        here = self._here(0, count)
         length = min(self.at, self.guesser.length)
         past = self.tokens[self._here(-length, length)][..., 0].cpu().numpy()
-        numbers = self.gumbel.at(*here)[:, :, 0].cpu().numpy()
-        guesses = torch.from_numpy(self.guesser.guess(past, numbers)).to(none)[..., None]
-        here = self._here(0, guesses.shape[1])
-        known = self.is_known[here].to(guesses.device)
-        return torch.where(known, self.tokens[here], guesses)
+        numbers = self.gumbel.at(*self._here(0, count))[:, :, 0].cpu().numpy()
+        return torch.from_numpy(self.guesser.guess(past, numbers)).to(none)[..., None]
 
-    def _features(self, count: int) -> Tensor:
-        """Features [b, count + 1, D] of the next positions, the later ones given the guesses."""
-        self.cache.rewind(self.at if self.is_even else self.next[self.rows])
-        if self.at:
-            past = self.values[self._here(-1, count + 1)]
-            return self.source.features_of(self.cache, past, first=False)
-        past = self.values[self.rows, :count]
-        if count:
-            return self.source.features_of(self.cache, past, first=True)
-        return self.source.features_at(self.cache, None, len(past))[:, None]
-
-    def _draw(self, features: Tensor, here: Place) -> tuple[Tensor, Tensor | None]:
+    def _draw(
+        self, features: Tensor, here: Place, is_known: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens [b, n, P] from features [b, n, D], and whether rounding cannot change them [b, n].
 
-        Given tokens are kept. None where near ties are not decided.
+        Given tokens are kept, where `is_known` [b, n, P]. None where near ties are not decided.
         """
         shape = features.shape[:2]
         gumbel = self.gumbel.at(*here).flatten(0, 1)
         walk = self._log_weights(features.flatten(0, 1))
         noise, given = (x[here].flatten(0, 1) for x in (self.noise, self.tokens))
-        is_known = self.is_known[here].flatten(0, 1).to(given.device)
+        known = None if is_known is None else is_known.flatten(0, 1)
         found: list[Tensor] = []
         is_sure: Tensor | None = None
         value: Tensor | None = None
@@ -272,11 +267,13 @@ class Drawn(Rows):
             log_w = walk.send(value)
             if self.decides:
                 token, is_sure = _chosen(log_w, gumbel[:, a], self.adjust)
-                is_sure |= is_known[:, a]
             else:
                 adjusted = log_w if self.adjust is None else self.adjust(log_w)
                 token = (adjusted + gumbel[:, a]).argmax(-1)
-            found.append(torch.where(is_known[:, a], given[:, a], token))
+            if known is not None:
+                token = torch.where(known[:, a], given[:, a], token)
+                is_sure = None if is_sure is None else is_sure | known[:, a]
+            found.append(token)
             if a + 1 < given.shape[1]:
                 value = self._values(found[-1][:, None], noise[:, a : a + 1])
         tokens = torch.stack(found, -1).unflatten(0, shape)
@@ -350,7 +347,7 @@ class Completed(Rows):
         self.num_positions = self.noise.shape[1]
         self.is_known = is_known.unflatten(1, (-1, model.config.patch))
         # read on the host once, so that a position without given tokens costs nothing for them
-        self.some_known = self.is_known.flatten(2).any(2).any(0).tolist()
+        self.some_known = self.is_known.any(2).any(0).tolist()
         mask = self.is_known.to(noise.device)
         self.invert = self.block.coupling.inverter()
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from tarflowlm.data.prompts import BLANK as BLANK
+from tarflowlm.drafts import Guesser
 from tarflowlm.errors import Progress
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model import LanguageModel, TarFlowLM
@@ -63,7 +64,7 @@ class Noise:
 Index = Tensor | slice | int
 GAMMA = -7046029254386353131
 """The odd number next to 2^64 over the golden ratio, as a signed integer."""
-ROOM = 16
+ROOM = Guesser.most + 1
 """Places beyond the end that guesses may reach."""
 TABLE = 2**20
 """Most Gumbel numbers that are made at once: for more, a place's are made when it is drawn."""
@@ -128,13 +129,10 @@ class Evidence:
     """How often the particles of each sample were resampled, [num]."""
 
 
-Way = Literal["steps", "sweeps", "draw"]
-
-
 class Work(NamedTuple):
     """How the latents of a block were computed."""
 
-    decoder: Way
+    decoder: Literal["steps", "sweeps", "draw"]
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
 
