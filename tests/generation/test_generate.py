@@ -32,8 +32,9 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(model):
     assert tokens.dtype == torch.int64
     assert ((tokens >= 0) & (tokens < 5)).all()
     assert torch.equal(sample(model).tokens, tokens)
-    assert not torch.equal(sample(model, seed=1).tokens, tokens)
-    assert len(tokens.unique(dim=0)) > 1
+    others = sample(model, seed=1).tokens
+    assert not torch.equal(others, tokens)
+    assert len(others.unique(dim=0)) == 3
 
 
 @pytest.mark.slow
