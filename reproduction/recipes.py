@@ -5,6 +5,7 @@ from reproduction.cipher import CIPHER
 from reproduction.directions import DIRECTIONS
 from reproduction.geometry import FIG7
 from reproduction.lengths import LENGTHS_RECIPE
+from reproduction.lottery import LOTTERY
 from reproduction.passes import FIG6, FRONTIER
 from reproduction.patches import FIG5, IN_PATCH, PATCH_SIZES
 from reproduction.recipe import Recipe
@@ -15,6 +16,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         TABLE2,
         LENGTHS_RECIPE,
+        LOTTERY,
         FIG2,
         FIG3,
         FIG4,

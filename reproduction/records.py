@@ -8,7 +8,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, replacing, sha256_of
 from tarflowlm.runs import CONFIG, SUMMARY, WEIGHTS
-from tarflowlm.schema import flatten, to_dict
+from tarflowlm.schema import flatten, from_dict, to_dict
 from tarflowlm.training.resolve import settled
 
 RECORDS = "records.jsonl"
@@ -33,7 +33,7 @@ class Record:
 
     name: str
     config: dict[str, Any]
-    """The configuration that was asked for, as config.json has it."""
+    """The configuration that was asked for, without the folders of its texts."""
     summary: dict[str, Any]
     """The run's own results."""
     machine: str
@@ -63,13 +63,14 @@ class Records:
     def find(self, name: str, run: RunConfig) -> Record | None:
         """The record of a training, or None.
 
-        UserError if it has another configuration, with the first field that differs.
+        A field that is younger than the record had its default value. UserError if the record has
+        another configuration, with the first field that differs.
         """
         record = self._by_name.get(name)
         if record is None:
             return None
-        ours = flatten(settled(run))
-        theirs = flatten(record.config)
+        ours = flatten(portable(run))
+        theirs = flatten(from_dict(RunConfig, record.config, where=f"{self.path}, {name}."))
         for key in ours | theirs:
             if ours.get(key) != theirs.get(key):
                 raise UserError(
@@ -82,7 +83,7 @@ class Records:
         """Record the finished run in `directory`."""
         record = Record(
             name=name,
-            config=to_dict(settled(run)),
+            config=to_dict(portable(run)),
             summary=read_json(directory / SUMMARY),
             machine=machine(device),
             hashes={file: sha256_of(directory / file)[:12] for file in (CONFIG, WEIGHTS)},
@@ -102,6 +103,15 @@ class Records:
         lines = [json.dumps(asdict(record)) for record in self]
         with replacing(self.path) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def portable(run: RunConfig) -> RunConfig:
+    """`run` settled, but with the name of a text file instead of its path on this machine."""
+    run = settled(run)
+    source = Path(run.data.source)
+    if not source.is_absolute():
+        return run
+    return replace(run, data=replace(run.data, source=source.name))
 
 
 def machine(device: torch.device) -> str:

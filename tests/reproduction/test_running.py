@@ -1,6 +1,7 @@
 """Plans of the recipes, and on a tiny training: work is done once, resumed, and written down."""
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from reproduction import ablations, passes, patches
 from reproduction.measures import gains, summary_row, with_curves
 from reproduction.recipe import Recipe, trainings
 from reproduction.recipes import RECIPES
+from reproduction.records import Records, portable
 from reproduction.running import estimate, finish, state_of
 from reproduction.settings import Settings
-from tarflowlm.config import RunConfig, TrainConfig
+from tarflowlm.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model_config import FlowConfig
+from tarflowlm.schema import to_dict
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
 
@@ -177,6 +180,23 @@ def test_a_page_is_printed_from_records_without_the_runs(settings):
     (settings.out / "records.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"records.jsonl is damaged .*: restore or remove it"):
         finish(settings, plan, SILENT)
+
+
+def test_records_are_found_again_elsewhere_and_by_later_code(tmp_path):
+    text = DataConfig(source=str(tmp_path / "here" / "words.txt"))
+    here = replace(TINY, data=text)
+    elsewhere = replace(here, data=replace(text, source=str(tmp_path / "there" / "words.txt")))
+    records = Records(tmp_path)
+    config = to_dict(portable(here))
+    assert config["data"]["source"] == "words.txt"
+    # a field that did not exist then had its default value
+    del config["train"]["keep_idle"]
+    line = {"name": "tiny-s0", "config": config, "summary": {}, "machine": "", "hashes": {}}
+    records.path.write_text(json.dumps(line), encoding="utf-8")
+    assert Records(tmp_path).find("tiny-s0", elsewhere) is not None
+    other = replace(here, data=replace(text, source=str(tmp_path / "other.txt")))
+    with pytest.raises(UserError, match=r"data.source other.txt: tiny-s0 in .* has words.txt"):
+        Records(tmp_path).find("tiny-s0", other)
 
 
 def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypatch):
