@@ -3,6 +3,7 @@
 `python -m reproduction quality MODEL` measures the samples of any model.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from tarflowlm.options import Flag, arg
 if TYPE_CHECKING:
     from reproduction.recipe import Recipe
     from reproduction.running import Planned
+
+logger = logging.getLogger("tarflowlm")
 
 ALL = "all"
 PROGRAM = "python -m reproduction"
@@ -58,7 +61,9 @@ def run(args: Args) -> None:
 
     if args.name not in (*RECIPES, ALL):
         raise unknown("recipe", args.name, (*RECIPES, ALL))
-    recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
+    recipes = _with_texts(
+        args, list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
+    )
     plans = {recipe.name: recipe.trainings(args) for recipe in recipes}
     # recipes share trainings
     plan = list({training.name: training for p in plans.values() for training in p}.values())
@@ -89,6 +94,21 @@ def run(args: Args) -> None:
         results.append({"name": recipe.name, "rows": rows, "files": files})
     if args.json:
         print_json(results[0] if args.name != ALL else {"name": ALL, "recipes": results})
+
+
+def _with_texts(args: Args, recipes: "Sequence[Recipe]") -> "list[Recipe]":
+    """The recipes whose texts are here now; UserError if that is none of them."""
+    found = []
+    for recipe in recipes:
+        try:
+            if recipe.obtain is not None:
+                recipe.obtain(args)
+            found.append(recipe)
+        except UserError as error:
+            if len(recipes) == 1:
+                raise
+            logger.warning("%s is left out: %s", recipe.name, error)
+    return found
 
 
 def _check_packages(recipes: "Sequence[Recipe]") -> None:

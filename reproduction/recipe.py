@@ -128,6 +128,8 @@ class Recipe:
     """Width and height of the figure in inches."""
     seeds: int = 1
     """Fewest seeds at mini scale: more than one where a claim hangs on less than 2 %."""
+    obtain: Callable[[Settings], None] | None = None
+    """Gets a text that is no corpus by name; UserError where it cannot be had."""
     clear: tuple[str, ...] = ()
     """Labels of trainings that need no further seed: far apart, or slow."""
 

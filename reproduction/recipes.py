@@ -10,12 +10,14 @@ from reproduction.passes import FIG6, FRONTIER
 from reproduction.patches import FIG5, IN_PATCH, PATCH_SIZES
 from reproduction.recipe import Recipe
 from reproduction.tables import TABLE2, TABLE6
+from reproduction.text8_start import TEXT8_START
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         TABLE2,
         LENGTHS_RECIPE,
+        TEXT8_START,
         LOTTERY,
         FIG2,
         FIG3,
