@@ -123,7 +123,7 @@ def check_tokens(
     """UserError unless `tokens` are texts of the model: integers below V of this `shape`.
 
     [B, T] holds at most a context of tokens; one text [T] may have any length. Values on an
-    accelerator are not checked, because the host would wait for them.
+    accelerator are not checked: the host would wait for them.
     """
     check_model(model)
     check_integers(tokens, name, shape)
@@ -220,10 +220,11 @@ class TarFlowLM(LanguageModel):
             order=Order(
                 shape.channels,
                 reverse=config.alternate and index % 2 == 1,
-                mix=index if config.mixes_channels else 0,
+                mix=index * config.mixes_channels,
             ),
             coupling=options.build(shape),
             codebook=shape.components if reads else None,
+            is_linear=config.input_map == "linear",
         )
         below = config.blocks[index - 1] if index else None
         if isinstance(below, MixD) and below.certainty:
@@ -241,8 +242,7 @@ class TarFlowLM(LanguageModel):
     @property
     def is_language_model(self) -> bool:
         """Whether the model is one block that draws tokens."""
-        is_tied = getattr(self.prior.block(0).coupling, "is_tied", False)
-        return self.num_blocks == 1 and is_tied and self.draws_tokens(0)
+        return self.num_blocks == 1 and self.draws_tokens(0) and self.config.blocks[0].is_tied
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None

@@ -264,6 +264,10 @@ class FlowConfig(LanguageModelConfig):
     """Reorder channels to [even, odd] between blocks; None: only if P > 1, as in the paper."""
     alternate: bool = True
     """Let every second block run right to left, as in the paper."""
+    input_map: Literal["two-paths", "linear"] = "two-paths"
+    """Map of latents to inputs of a Transformer: linear, as in TarFlow, on which the paper builds,
+    or ours, which adds a nonlinear path (docs/math.md, eq. 5).
+    """
     reads_tokens: bool = False
     """Let block 1, and blocks above one with certainty, also read an embedding of the tokens that
     the latents before a position decode to.

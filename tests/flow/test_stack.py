@@ -37,7 +37,7 @@ STACKS = {
     "mix1-P2": {"couplings": ("mix1", "mix1", "mix1"), "patch": 2},
     "mix1-P4": {"couplings": ("mix1", "mix1"), "patch": 4},
     "mixd-tied": {"couplings": ("mixd",)},
-    "mixd-own": {"couplings": ("mixd",), "components": (4,)},
+    "mixd-own": {"couplings": ("mixd",), "components": (4,), "input_map": "linear"},
     "mixd-both-ways": {"couplings": ("mixd", "mixd", "mixd")},
     "mixd-P2-independent": {"couplings": ("mixd", "mix1"), "patch": 2, "in_patch": "independent"},
     "mixd-P2-in-patch": {"couplings": ("mixd", "mixd"), "patch": 2},

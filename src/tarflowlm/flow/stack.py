@@ -22,7 +22,7 @@ class FlowBlock(Conditioner):
     positions before it. The order is undone on output, so the codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
-    embedding of the tokens that the latents decode to.
+    embedding of the tokens that the latents decode to. `is_linear`: see `InputMap`.
     """
 
     places: Tensor
@@ -34,21 +34,22 @@ class FlowBlock(Conditioner):
         num_layers: int,
         order: Order,
         coupling: Coupling,
-        codebook: Codebook | NoisyCodebook | None = None,
+        codebook: Codebook | NoisyCodebook | None,
+        is_linear: bool,
     ) -> None:
         super().__init__()
         channels = len(order.channels)
         self.order = order
-        self.input = InputMap(channels, trunk.width)
+        self.input = InputMap(channels, trunk.width, is_linear=is_linear)
         self.start = nn.Parameter(torch.randn(trunk.width))
         self.transformer = Transformer(trunk, num_layers)
         self.coupling = coupling
-        # in a tuple, so that its parameters are not registered a second time
+        # in a tuple, so that it is not registered twice
         self._codebook = (codebook,)
         self.token_embedding: nn.Embedding | None = None
         if codebook is not None:
             assert not order.mixes
-            # one embedding for every place of a patch, by the number of the place times V + token
+            # each place of a patch has embeddings of its own, at place times V + token
             places = torch.arange(channels // codebook.mean.shape[1]) * codebook.vocab_size
             self.register_buffer("places", places, persistent=False)
             self.token_embedding = nn.Embedding(len(places) * codebook.vocab_size, trunk.width)
@@ -87,9 +88,8 @@ class FlowBlock(Conditioner):
         """h^(l-1) from h^(l) = u, position by position, without gradients."""
         cache = self.allocate_cache(len(u), u.shape[1])
         invert = self.coupling.inverter()
-        noise = self.order(u)
         h: list[Tensor] = []
-        for u_n in noise.unbind(1):
+        for u_n in self.order(u).unbind(1):
             features = self.features_at(cache, h[-1] if h else None, len(u))
             h.append(invert(u_n, features, None))
         return self.order.inverse(torch.stack(h, dim=1))

@@ -313,21 +313,25 @@ class KVCache:
 class InputMap(nn.Module):
     """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))).
 
-    The linear path alone would confine the inputs to a C-dimensional subspace (docs/log.md).
+    The linear path alone, `is_linear`, confines the inputs to a C-dimensional subspace
+    (docs/log.md).
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, *, is_linear: bool = False) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, width)
-        self.lift = nn.Linear(channels, width)
-        self.out = nn.Linear(width, width, bias=False)
+        self.lift = None if is_linear else nn.Linear(channels, width)
+        self.out = None if is_linear else nn.Linear(width, width, bias=False)
         nn.init.normal_(self.linear.weight, std=channels**-0.5)
-        nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
-        nn.init.normal_(self.out.weight, std=width**-0.5)
         nn.init.zeros_(self.linear.bias)
-        nn.init.normal_(self.lift.bias)
+        if self.lift is not None and self.out is not None:
+            nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
+            nn.init.normal_(self.out.weight, std=width**-0.5)
+            nn.init.normal_(self.lift.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.lift is None or self.out is None:
+            return self.linear(x)
         return self.linear(x) + self.out(F.gelu(self.lift(x)))
 
 
