@@ -4,6 +4,7 @@ from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE
 from reproduction.cipher import CIPHER
 from reproduction.directions import DIRECTIONS
 from reproduction.geometry import FIG7
+from reproduction.inputs import INPUTS, YARDSTICK
 from reproduction.lengths import LENGTHS_RECIPE
 from reproduction.lottery import LOTTERY
 from reproduction.passes import FIG6, FRONTIER
@@ -32,6 +33,8 @@ RECIPES: dict[str, Recipe] = {
         IN_PATCH,
         CIPHER,
         DIRECTIONS,
+        YARDSTICK,
+        INPUTS,
     )
 }
 """In the order in which `all` runs them."""

@@ -1,0 +1,322 @@
+"""What the input of a Transformer costs: the baseline with other inputs, and block 1 alone."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import log
+from statistics import mean
+from typing import Any, Literal
+
+from reproduction.coded import CodedConfig
+from reproduction.measures import summary_row
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings
+from reproduction.settings import Settings, as_flow_config
+from reproduction.tables import PAPER_LIKELIHOOD
+from tarflowlm.config import RunConfig
+from tarflowlm.model_config import BaselineConfig, TransformerConfig
+from tarflowlm.presets import MINI_TRUNK, MIXD_OPTIM, preset, with_blocks, with_steps
+
+Text = Literal["letters", "pieces"]
+PRESETS: dict[Text, tuple[str, str]] = {
+    "letters": ("mini-ar", "mini-mixd"),
+    "pieces": ("english-small-ar", "english-small"),
+}
+"""The baseline, and the flow, on each kind of tokens."""
+SHORT, LONG = {"letters": 650, "pieces": 260}, {"letters": 2600, "pieces": 1300}
+"""Steps."""
+CHOSEN_ON = 512
+"""Windows of the validation split after a short training, on which inputs are compared."""
+TESTED_ON = 1024
+"""Windows of the test split after a short training in letters."""
+SEED_0 = ("learnt", "both")
+"""Inputs of which a long training needs one seed."""
+OVER_AR, VALID = "over AR", "valid bpc"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A kind of tokens and a Transformer: models of one place are compared."""
+
+    text: Text
+    layers: int
+    convolves: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in the names of runs."""
+        return f"{self.text}-l{self.layers}{'-taps' * self.convolves}"
+
+    def columns(self) -> Row:
+        """As in tables."""
+        convolution = "yes" if self.convolves else "no"
+        return {"tokens": self.text, "layers": self.layers, "convolution": convolution}
+
+    def trunk(self, shape: TransformerConfig) -> TransformerConfig:
+        return replace(shape, input_taps=MINI_TRUNK.input_taps if self.convolves else 0)
+
+
+SHIPPED, NO_TAPS = Place(text="letters", layers=6, convolves=True), Place(text="letters", layers=4)
+SHALLOW, PIECES = replace(SHIPPED, layers=4), Place(text="pieces", layers=7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A model at a place, with a length; its trainings differ by the seed."""
+
+    place: Place
+    model: Literal["AR", "block 1"]
+    reads: str
+    run: RunConfig
+    steps: int
+    seeds: int | None = field(default=None)
+    """Seeds that it needs; None: those of the recipe."""
+
+    @property
+    def label(self) -> str:
+        where = ", ".join(map(str, self.place.columns().values()))
+        return f"{self.model} ({where}) {self.reads}, {self.steps:,} steps"
+
+
+def inputs(place: Place) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The inputs of a baseline: the name in runs -> that in tables, and fields of `CodedConfig`."""
+    d = 8 if place.text == "letters" else 16
+    return {
+        "table": ("embedding table", {}),
+        "fixed": (f"fixed codes, d = {d}", {"table": 0.0, "code_dim": d}),
+        "third": ("table / 3", {"table": 1 / 3}),
+        "triple": ("table * 3", {"table": 3.0}),
+        "learnt": (
+            f"learnt codes, d = {d}",
+            {"table": 0.0, "code_dim": d, "learns_codes": True},
+        ),
+        "both": (f"table and fixed codes, d = {d}", {"code_dim": d}),
+    }
+
+
+def baseline(place: Place, kind: str, steps: int) -> Cell:
+    """The baseline with an input."""
+    run = preset(PRESETS[place.text][0])
+    assert isinstance(run.model, BaselineConfig)
+    reads, fields = inputs(place)[kind]
+    model = replace(run.model, layers=place.layers, trunk=place.trunk(run.model.trunk))
+    if model != run.model or fields or steps != run.train.num_steps:
+        # otherwise the preset, which table2 trains
+        run = replace(run, name=f"ar-{place.name}-{kind}-x{steps}")
+    if fields:
+        model = CodedConfig(context=model.context, trunk=model.trunk, layers=model.layers, **fields)
+        # learnt codes move as fast as a codebook that block 1 is tied to
+        rate = MIXD_OPTIM.codebook_lr_scale
+        run = replace(run, optim=replace(run.optim, codebook_lr_scale=rate))
+    run = lengthened(place, replace(run, model=model), steps)
+    seeds = 1 if kind in SEED_0 and steps == LONG[place.text] else None
+    return Cell(place=place, model="AR", reads=reads, run=run, steps=steps, seeds=seeds)
+
+
+def block_1(place: Place, d: int, *, linear: bool, tokens: bool, steps: int) -> Cell:
+    """The Mix-d block of a flow alone: a model of its own."""
+    run = with_blocks(preset(PRESETS[place.text][1]), (0,))
+    config = as_flow_config(run.model)
+    model = replace(
+        config,
+        latent_dim=d,
+        blocks=(replace(config.blocks[0], layers=place.layers),),
+        trunk=place.trunk(config.trunk),
+        input_map="linear" if linear else "two-paths",
+        reads_tokens=tokens,
+    )
+    suffix = "-linear" * linear + "-tokens" * tokens
+    run = replace(run, name=f"mixd-{place.name}-d{d}{suffix}-x{steps}", model=model)
+    path = "linear" if linear else "two paths"
+    reads = f"latents{' and tokens' * tokens}, d = {d}, {path}"
+    run = lengthened(place, run, steps)
+    return Cell(place=place, model="block 1", reads=reads, run=run, steps=steps)
+
+
+def lengthened(place: Place, run: RunConfig, steps: int) -> RunConfig:
+    """The run with these steps; a short one is compared on more windows of the validation split."""
+    run = with_steps(run, steps)
+    if steps == LONG[place.text]:
+        return run
+    train = replace(run.train, evaluate_every=steps // 2, evaluate_windows=CHOSEN_ON)
+    if place.text == "letters":
+        train = replace(train, test_windows=TESTED_ON)
+    return replace(run, train=train)
+
+
+def yardsticks() -> list[Cell]:
+    """The baseline with every input, the cheapest and most telling first."""
+    cells = [
+        baseline(place, kind, SHORT[place.text])
+        for place in (SHIPPED, NO_TAPS, PIECES)
+        for kind in inputs(place)
+    ]
+    long = ("table", "fixed", *SEED_0)
+    cells += [baseline(SHIPPED, kind, LONG["letters"]) for kind in long]
+    cells += [baseline(PIECES, kind, LONG["pieces"]) for kind in ("table", "both")]
+    cells += [baseline(NO_TAPS, kind, LONG["letters"]) for kind in ("table", "fixed")]
+    return cells
+
+
+def first_blocks() -> list[Cell]:
+    """Block 1 with every input, beside the baselines of its places."""
+    short, long = SHORT["letters"], LONG["letters"]
+    # an input without a nonlinear path, then one, and one that reads tokens
+    corners = ((5, True, False), (8, False, False), (8, False, True), (16, True, False))
+    grid = [(d, linear, tokens) for d in (5, 8, 16) for linear in (1, 0) for tokens in (0, 1)]
+    grid.sort(key=lambda one: one not in corners)
+    on_pieces = ((16, False, True), (16, False, False), (16, True, False))
+    places = (
+        (NO_TAPS, short, grid),
+        (PIECES, SHORT["pieces"], on_pieces),
+        (SHALLOW, short, corners),
+        (NO_TAPS, long, corners),
+    )
+    cells = [baseline(SHIPPED, "table", steps) for steps in (short, long)]
+    cells.append(baseline(SHALLOW, "table", long))
+    for place, steps, variants in places:
+        kinds = ("table", "fixed") if place != SHALLOW else ("table",)
+        cells += [baseline(place, kind, steps) for kind in kinds]
+        cells += [
+            block_1(place, d, linear=bool(linear), tokens=bool(tokens), steps=steps)
+            for d, linear, tokens in variants
+        ]
+    return cells
+
+
+def plan(settings: Settings, cells: Callable[[], list[Cell]]) -> list[Training]:
+    """The trainings of the cells."""
+    found = []
+    for cell in cells():
+        seeds = cell.seeds or settings.seeds
+        found += trainings(replace(settings, seeds=seeds), {cell.label: cell.run})
+    return found
+
+
+def measure(
+    _settings: Settings, finished: Sequence[Finished], cells: Callable[[], list[Cell]]
+) -> list[Row]:
+    """Bits of validation and test, and their ratios to those of baselines of the same place.
+
+    The best baseline of a place is the one with the fewest bits on the validation split.
+    """
+    known = {cell.label: cell for cell in cells()}
+    rows, bits = [], defaultdict[tuple[str, Place, int, str], list[Row]](list)
+    for done in finished:
+        cell = known[done.training.label]
+        found = summary_row(done)
+        where = cell.place.columns() | {"steps": cell.steps}
+        row = {"model": cell.label, "is": cell.model} | where | {"reads": cell.reads} | found
+        row[VALID] = done.record.summary["stage_valid_bpc"][-1]
+        bits[cell.model, cell.place, cell.steps, cell.reads].append(row)
+        rows.append(row)
+    for done, row in zip(finished, rows, strict=True):
+        cell = known[done.training.label]
+        others = {
+            reads: own
+            for (model, place, steps, reads), own in bits.items()
+            if model == "AR" and (place, steps) == (cell.place, cell.steps)
+        }
+        best = min(others, key=lambda reads: mean(row[VALID] for row in others[reads]))
+        row["best AR"] = best
+        for column in (VALID, "test bpc"):
+            tables = others[inputs(cell.place)["table"][0]]
+            row[f"{column} over the table"] = row[column] / of_seed(tables, row)[column]
+            row[f"{column} {OVER_AR}"] = row[column] / of_seed(others[best], row)[column]
+    return rows
+
+
+def of_seed(rows: Sequence[Row], like: Row) -> Row:
+    """The row of the same seed, or else of seed 0."""
+    return next((row for row in rows if row["seed"] == like["seed"]), rows[0])
+
+
+def averaged(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of every cell."""
+    cells = defaultdict[str, list[Row]](list)
+    for row in rows:
+        cells[row["model"]].append(row)
+    return [*cells.values()]
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """The table of the baseline's inputs: means over seeds, and every seed's test bits."""
+    columns = ("tokens", "layers", "convolution", "steps", "reads")
+    ratios = (f"{VALID} over the table", "test bpc over the table")
+    return [
+        {name: own[0][name] for name in columns}
+        | {VALID: mean(row[VALID] for row in own)}
+        | {"test bpc, by seed": ", ".join(f"{row['test bpc']:.4f}" for row in own)}
+        | {name: mean(row[name] for row in own) for name in ratios}
+        for own in averaged(rows)
+    ]
+
+
+def explained(rows: Sequence[Row]) -> list[Row]:
+    """Where 5.7 % come from: what each input adds to the best baseline of its place.
+
+    Below them what depth adds, and the paper's two gaps.
+    """
+    found: dict[tuple[object, ...], Row] = {}
+    tests: dict[tuple[int, str], float] = {}
+    for own in averaged(rows):
+        first = own[0]
+        where = {name: first[name] for name in ("tokens", "layers", "convolution")}
+        after = f"{OVER_AR}, {first['steps']:,} steps"
+        if first["is"] == "AR":
+            if where["convolution"] == "yes":
+                tests[where["layers"], after] = mean(row["test bpc"] for row in own)
+            continue
+        line = found.setdefault(
+            (*where.values(), first["reads"]), where | {"reads": first["reads"]}
+        )
+        line[after] = mean(row[f"test bpc {OVER_AR}"] for row in own)
+    depth = SHALLOW.columns() | {"reads": "table: four layers over six"}
+    for (layers, after), value in tests.items():
+        if layers == SHALLOW.layers:
+            depth[after] = value / tests[SHIPPED.layers, after]
+    return [*found.values(), depth, *published()]
+
+
+def published() -> list[Row]:
+    """The paper's Mix-d over its baseline: bits on TEXT8, nats on OpenWebText."""
+    text8, owt = PAPER_LIKELIHOOD["text8"], PAPER_LIKELIHOOD["owt"]
+    return [
+        {"tokens": "letters", "reads": "the paper, TEXT8", OVER_AR: text8["Mix-d"] / text8["AR"]},
+        {
+            "tokens": "pieces",
+            "reads": "the paper, OpenWebText",
+            OVER_AR: log(owt["Mix-d"]) / log(owt["AR"]),
+        },
+    ]
+
+
+YARDSTICK = Recipe(
+    name="yardstick",
+    title="The baseline's input",
+    claim=(
+        "Is an embedding table the baseline's best input? Codes are means of a flow's codebook and "
+        "enter through the input map of a flow (docs/math.md, eq. 5). (An input is chosen by its "
+        "bits on the validation split. Letters as `mini-ar`, 2,048 pieces as `english-small-ar`.)"
+    ),
+    plan=partial(plan, cells=yardsticks),
+    measure=partial(measure, cells=yardsticks),
+    table=compared,
+    seeds=2,
+)
+
+INPUTS = Recipe(
+    name="inputs",
+    title="Where 5.7 % come from",
+    claim=(
+        "The paper: Mix-d has 5.7 % more bits than the baseline on TEXT8, with d = 5, and 8.9 % "
+        "more nats on OpenWebText, with d = 16. Its block 1 reads latents alone; how they enter is "
+        "not said, and in TarFlow a linear map is the way. Here block 1 is a model by itself, "
+        "compared with the baseline of as many layers that has the best input on the validation "
+        "split ([yardstick](yardstick.md)). Means over seeds."
+    ),
+    plan=partial(plan, cells=first_blocks),
+    measure=partial(measure, cells=first_blocks),
+    table=explained,
+    seeds=2,
+)
