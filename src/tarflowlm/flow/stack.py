@@ -22,7 +22,7 @@ class FlowBlock(Conditioner):
     positions before it. The order is undone on output, so the codebook can decode every state.
 
     With a `codebook`, which needs channels that are not mixed, the Transformer also reads an
-    embedding of the tokens that the latents decode to. `is_linear`: see `InputMap`.
+    embedding of the tokens that the latents decode to.
     """
 
     places: Tensor
@@ -34,8 +34,8 @@ class FlowBlock(Conditioner):
         num_layers: int,
         order: Order,
         coupling: Coupling,
-        codebook: Codebook | NoisyCodebook | None,
-        is_linear: bool,
+        codebook: Codebook | NoisyCodebook | None = None,
+        is_linear: bool = False,
     ) -> None:
         super().__init__()
         channels = len(order.channels)
