@@ -94,7 +94,7 @@ DIRECTIONS = Recipe(
     ),
     plan=plan_directions,
     measure=measure_directions,
-    table=partial(without, columns=(*RUN_DETAILS, *tables.WINDOWED)),
+    table=partial(without, columns=(*RUN_DETAILS, *tables.WINDOWED, tables.SPREAD)),
     draw=draw_directions,
     seeds=2,
 )

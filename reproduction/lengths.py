@@ -43,13 +43,18 @@ def lengthened(run: RunConfig, name: str) -> RunConfig:
     return replace(run, name=name, train=replace(run.train, stage_steps=steps))
 
 
+def tokens_of(done: Finished) -> int:
+    """The tokens that block 1 was trained on."""
+    run = done.training.run
+    return run.train.stage_steps[0] * run.train.batch_size * run.model.context
+
+
 def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """The bound, the importance-weighted bound, and their ratios to the baseline's."""
     rows = []
     for done in finished:
         row = summary_row(done)
-        run = done.training.run
-        row[TOKENS] = run.train.stage_steps[0] * run.train.batch_size * run.model.context
+        row[TOKENS] = tokens_of(done)
         row |= tables.weighted_bound(done)
         rows.append(row)
     baselines = {(row[TOKENS], row["seed"]): row for row in rows if row["model"] == "AR"}

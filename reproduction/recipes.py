@@ -1,6 +1,7 @@
 """Every recipe by its name."""
 
 from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE
+from reproduction.bounds import BOUNDS
 from reproduction.cipher import CIPHER
 from reproduction.directions import DIRECTIONS
 from reproduction.geometry import FIG7
@@ -19,6 +20,7 @@ RECIPES: dict[str, Recipe] = {
         TABLE2,
         LENGTHS_RECIPE,
         TEXT8_START,
+        BOUNDS,
         LOTTERY,
         FIG2,
         FIG3,

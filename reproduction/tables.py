@@ -39,6 +39,8 @@ SAMPLES = 16  # posterior samples of it
 SECOND_WINDOWS = 1024
 WINDOWED = (f"{WINDOWS} windows: bpc", f"iw-{SAMPLES} bpc")
 """Columns of the weighted bound."""
+SPREAD = "sd(log w), nats"
+"""Over posterior samples: the gap of the bound is half of the variance if log w is normal."""
 
 JUDGED_FAMILIES = ("AR", "Mix-1", "Mix-d")
 MINI_SAMPLES = 500
@@ -85,14 +87,20 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
 
 
 def weighted_bound(done: Finished) -> Row:
-    """The bound, and the importance-weighted bound, over the same windows of the test split."""
+    """The bound, and the importance-weighted bound, over the same windows of the test split.
+
+    With the standard deviation of the log-weights of a window, which records of before lack.
+    """
 
     def measure() -> Row:
         found = likelihood_on(done, done.load(), None, WINDOWS, SAMPLES)
+        error = found.elbo_sampling_stderr
+        spread = error and error * found.tokens * (found.samples / found.windows) ** 0.5
         elbo = found.nats_per_token if found.elbo is None else found.elbo  # the baseline is exact
         return {
             f"{WINDOWS} windows: bpc": found.bpc * elbo / found.nats_per_token,
             f"iw-{SAMPLES} bpc": found.bpc,
+            SPREAD: spread,
         }
 
     return done.measured("weighted bound", measure)

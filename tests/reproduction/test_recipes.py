@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from docs_cases import ROOT
-from reproduction import ablations, cipher, geometry, measures, passes, patches, tables
+from reproduction import ablations, bounds, cipher, geometry, measures, passes, patches, tables
 from reproduction.recipe import Finished, Training
 from reproduction.recipes import RECIPES
 from reproduction.records import Records
@@ -45,6 +45,8 @@ def settings(tmp_path_factory, corpus_file) -> Settings:
             (passes, "SAMPLES", 2),
             (geometry, "SAMPLES", 2),
             (measures, "LATENT_WINDOWS", 4),
+            (bounds, "WINDOWS", 2),
+            (bounds, "SAMPLES_OF", {"affine": 16, "Mix-1": 16, "Mix-d": 4}),
             (cipher, "STEPS", 2),
             (cipher, "VALID_WINDOWS", 4),
             (cipher, "TEXTS", 2),
@@ -144,6 +146,18 @@ def test_table2(settings):
         assert rows[label]["iw-2 bpc"] < rows[label]["3 windows: bpc"]
     # our variant has none
     assert [rows[label]["paper, text8"] for label in rows] == [1.23, 1.54, 1.37, 1.30, None]
+
+
+@pytest.mark.slow
+def test_bounds_tighten(settings):
+    finished = [untrained(settings, training) for training in bounds.plan_bounds(settings)]
+    rows = {row["model"]: row for row in bounds.measure_bounds(settings, finished)}
+    for label, most in (("affine", 16), ("Mix-d", 4)):
+        row = rows[label]
+        assert row["iw-1 bpc"] == row["test bpc"] > row["iw-4 bpc"] > row[bounds.NORMAL]
+        assert row["over AR"] == row[f"iw-{most} bpc"] / rows["AR"]["test bpc"]
+    weighted = tables.weighted_bound(finished[-1])
+    assert weighted[tables.SPREAD] == pytest.approx(rows["Mix-d"][tables.SPREAD], rel=0.7)
 
 
 @pytest.mark.slow
