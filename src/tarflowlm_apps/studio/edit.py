@@ -10,7 +10,17 @@ from tarflowlm.terminal.texts import text_tokens
 from tarflowlm_apps.studio import values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
-from tarflowlm_apps.studio.pieces import Pages, asked, card, facts, muted, page, stage, took
+from tarflowlm_apps.studio.pieces import (
+    Pages,
+    asked,
+    card,
+    facts,
+    muted,
+    page,
+    stage,
+    took,
+    unfinished,
+)
 
 WORDS, LATENTS, NOISE = KINDS = ("words", "latents", "noise")
 """The kinds of change: words, or the states h^(0) = z and h^(L) = u."""
@@ -61,7 +71,9 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     tokenizer = checkpoint.tokenizer
     before = text_tokens(read(tokenizer, request.text).tokens, tokenizer)
     job = Job("editing")
-    found = yield from job.follow(lambda: edit(request, checkpoint, job), lambda: before)
+    found = yield from job.follow(
+        lambda: edit(request, checkpoint, job), lambda: unfinished(before)
+    )
     notice = found.reading.notice
     note = "the original" if notice is None else f"the original, {notice}"
     cards = [card(stage(before), muted(note))]

@@ -2,13 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, wait
 from typing import TypeVar
 
 from tarflowlm.errors import Progress, UserError
-from tarflowlm.terminal.texts import Token
-from tarflowlm_apps.studio.pieces import bar, card, muted, page, unfinished
+from tarflowlm_apps.studio.pieces import bar, card, muted, page
 
 R = TypeVar("R")
 
@@ -45,12 +44,12 @@ class Job(Progress):
     def follow(
         self,
         work: Callable[[], R],
-        text: Callable[[], Sequence[Token]],
+        text: Callable[[], str],
         around: Callable[[str], str] = page,
     ) -> Generator[str, None, R]:
         """Start `work`, which advances this job; yields its progress below a text until it is done.
 
-        `around` makes a page of a card.
+        `text` is HTML, and `around` makes a page of a card.
 
         Returns the result of `work`. Closing the iterator, as when a visitor leaves, stops the work
         at its next advance.
@@ -73,7 +72,7 @@ class Job(Progress):
             while not future.done():
                 words = self.doing if self.advanced else "waiting for its turn"
                 done = bar(self.advanced / self.total) if self.total else ""
-                yield around(card(unfinished(text()), done, muted(words)))
+                yield around(card(text(), done, muted(words)))
                 wait([future], EVERY)
         finally:
             self._is_wanted = False

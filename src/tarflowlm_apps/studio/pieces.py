@@ -4,7 +4,7 @@ import logging
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +19,8 @@ STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")
 HEAD = f"<style>{STYLE}</style><script>{SCRIPT}</script>"
 LOG = logging.getLogger("tarflowlm_apps.studio")
-
+SHADES = 2, 4, 8
+"""The ground of a call is darker from these numbers of tokens on, as the style has it."""
 
 Pages = Generator[str, None, None]
 """The output of a view: pages of HTML, the last one with its result."""
@@ -75,15 +76,34 @@ def asked(command: Sequence[str], *, link: str = "") -> str:
     return div("st-asked", f"<code>{escape(line)}</code>", copying(line), more)
 
 
-def stage(tokens: Sequence[Token]) -> str:
-    """A text in large type, with a button that copies it."""
+def stage(tokens: Sequence[Token], calls: Sequence[int] = ()) -> str:
+    """A text in large type, with a button that copies it; `calls` as in `boxed`."""
     text = "".join(token.symbol for token in tokens).replace("↵\n", "\n").removesuffix(END)
-    return div("st-stage", spans(tokens)) + copying(text)
+    return div("st-stage", boxed(tokens, calls)) + copying(text)
 
 
-def unfinished(tokens: Sequence[Token]) -> str:
-    """A text that is being written, with a caret."""
-    return div("st-stage", spans(tokens), '<span class="st-caret"></span>')
+def unfinished(tokens: Sequence[Token], calls: Sequence[int] = ()) -> str:
+    """A text that is being written, with a caret; `calls` as in `boxed`."""
+    return div("st-stage", boxed(tokens, calls), '<span class="st-caret"></span>')
+
+
+def boxed(tokens: Sequence[Token], calls: Sequence[int]) -> str:
+    """A text as HTML, with a box around the tokens of each call of the model, in order.
+
+    All but the last token of a call were guessed. Given tokens are in no box, nor are those after
+    the last call.
+    """
+    found = ""
+    rest = iter(tokens)
+    for count in calls:
+        part = list(islice(rest, count))
+        if all(token.kind == "given" for token in part):
+            found += spans(part)
+            continue
+        shade = max((least for least in SHADES if len(part) >= least), default=1)
+        guessed = f'<span class="st-call-{shade}">{spans(part[:-1])}</span>'
+        found += f'<span class="st-call">{guessed}{spans(part[-1:])}</span>'
+    return found + spans(list(rest))
 
 
 def facts(*pairs: tuple[str, str]) -> str:

@@ -34,10 +34,11 @@ def compare(catalogue: Catalogue, names: object, text: object) -> pieces.Pages:
     found: dict[str, Scores] = {}
     watched: list[str] = []
     seconds = 0.0
+    so_far = pieces.unfinished([Token(visible(shown))])
     for name in wanted:
         job = Job(f"scoring with {name}")
         work = partial(_read, str(name), request, catalogue.load(name), job)
-        found[str(name)], more = yield from job.follow(work, lambda: [Token(visible(shown))])
+        found[str(name)], more = yield from job.follow(work, lambda: so_far)
         watched.append(more)
         seconds += job.seconds
     first, *others = (catalogue.entry(name).command_name for name in found)

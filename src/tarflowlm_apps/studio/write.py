@@ -13,11 +13,14 @@ from tarflowlm.generation.inversion import Returning
 from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.texts import Token, text_tokens, visible
 from tarflowlm_apps.grid import div, spans
 from tarflowlm_apps.studio import pieces, values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
+
+BOXES = "A box is one call of the model. Its tokens on blue were guessed, and the model agreed."
 
 
 def write(
@@ -69,45 +72,60 @@ def _samples(
     is_watched = lm.model.num_blocks > 1
     samples = Samples(request, lm, past_end=is_watched)
     given = _given(samples)
-    written: list[int] = []
+    is_drafted = lm.model.drafter is not None and not is_watched
+    is_drafted &= samples.total == samples.plans[0].particles == 1
+    parts: list[list[int]] = []
 
     def work() -> Written:
         steps = Returning(samples.steps(range(samples.total), job))
         for tokens in steps:
-            if samples.plans[0].end not in written:
-                written.extend(tokens[0].tolist())
+            if not parts or samples.plans[0].end not in parts[-1]:
+                parts.append(tokens[0].tolist())
         return steps.value
 
-    def so_far() -> list[Token]:
-        return text_tokens(torch.tensor(written).long(), lm.tokenizer, {"given": given})
+    def so_far() -> str:
+        written = parts.copy()
+        tokens = torch.tensor([token for part in written for token in part]).long()
+        shown = text_tokens(tokens, lm.tokenizer, {"given": given})
+        return pieces.unfinished(shown, list(map(len, written)) if is_drafted else ())
 
     job = Job("writing", samples.num_tokens)
     found = yield from job.follow(work, so_far, around)
     generation = found.generation
-    speed = (f"{generation.tokens.numel() / job.seconds:,.0f}", "tokens per second")
-    states = generation.states(as_flow(lm.model)) if is_watched else ()
-    texts = generation.passes(as_flow(lm.model)) if is_watched else ()
+    notes, facts, calls = list(samples.notices), [pieces.took(job.seconds)], [len(x) for x in parts]
+    facts.append((f"{generation.tokens.numel() / job.seconds:,.0f}", "tokens per second"))
+    if is_drafted:
+        notes.append(BOXES)
+        # what is given comes first
+        own = calls[bool(given[0]) :]
+        facts.append((f"{sum(own) / len(own):.1f}", "tokens per call"))
     cards = []
     for row, stream in enumerate(found.streams):
-        numbers = pieces.facts((f"{stream.length:,}", "tokens"), pieces.took(job.seconds), speed)
         # include the end of the document, which is shown as a mark
         tokens = generation.tokens[row, : stream.length + stream.has_ended]
         mask = _given(samples, found, row)
-        text_of_row = pieces.stage(text_tokens(tokens, lm.tokenizer, {"given": mask}))
-        watched = ""
-        if states:
-            rows, is_much = pieces.passes(
-                as_flow(lm.model),
-                lm.tokenizer,
-                [text[row, : stream.length] for text in texts],
-                [state[row, : stream.length] for state in states],
-                given=mask,
-            )
-            watched = pieces.slider(rows, is_open=row == 0 and is_much)
+        shown = text_tokens(tokens, lm.tokenizer, {"given": mask})
         cards.append(
-            pieces.card(text_of_row, *map(pieces.muted, samples.notices), numbers, watched)
+            pieces.card(
+                pieces.stage(shown, calls if is_drafted else ()),
+                *map(pieces.muted, notes),
+                pieces.facts((f"{stream.length:,}", "tokens"), *facts),
+                _passes(lm, found, row, mask) if is_watched else "",
+            )
         )
     return cards
+
+
+def _passes(lm: Checkpoint, written: Written, row: int, given: Tensor) -> str:
+    """The slider over the passes of a sample; empty without latents."""
+    flow = as_flow(lm.model)
+    length = written.streams[row].length
+    states = [state[row, :length] for state in written.generation.states(flow)]
+    if not states:
+        return ""
+    texts = [text[row, :length] for text in written.generation.passes(flow)]
+    rows, is_much = pieces.passes(flow, lm.tokenizer, texts, states, given=given)
+    return pieces.slider(rows, is_open=row == 0 and is_much)
 
 
 def _given(samples: Samples, written: Written | None = None, row: int = 0) -> Tensor:
@@ -147,7 +165,8 @@ def infill(
     )
     samples = Samples(request, checkpoint)
     plan = samples.plans[0]
-    with_blanks = [Token(visible("" if plan.reading is None else plan.reading.text))]
+    text_with_blanks = visible("" if plan.reading is None else plan.reading.text)
+    with_blanks = pieces.unfinished([Token(text_with_blanks)])
     job = Job("trying", samples.num_tokens)
     batches = yield from job.follow(lambda: list(samples.batches(job)), lambda: with_blanks)
     weights = _weights(batches)

@@ -30,7 +30,7 @@ def test_work_is_followed_to_its_end():
         return 7
 
     def view():
-        results.append((yield from following.follow(work, list)))
+        results.append((yield from following.follow(work, str)))
 
     list(view())
     assert (results, following.advanced) == ([7], 3)
@@ -46,7 +46,7 @@ def test_work_ends_when_nobody_waits():
             ended.set()
             raise
 
-    steps = job.follow(work, list)
+    steps = job.follow(work, str)
     next(steps)
     steps.close()
     assert ended.wait(5)
@@ -56,7 +56,7 @@ def test_work_ends_when_the_time_is_over(monkeypatch):
     monkeypatch.setattr(job, "SECONDS", 0.05)
     following = Job("working")
     with pytest.raises(UserError):
-        list(following.follow(lambda: endless(following), list))
+        list(following.follow(lambda: endless(following), str))
 
 
 def test_one_works_at_a_time():
@@ -69,7 +69,7 @@ def test_one_works_at_a_time():
         running.pop()
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: list(Job("working").follow(work, list)), range(3)))
+        list(pool.map(lambda _: list(Job("working").follow(work, str)), range(3)))
     assert most == [1, 1, 1]
 
 

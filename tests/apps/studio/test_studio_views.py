@@ -14,7 +14,9 @@ from studio_cases import shown, stages, words
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
+from tarflowlm.generation.texts import Samples
 from tarflowlm.pretrained import Pretrained
+from tarflowlm.requests import Writing
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import KINDS, change, rewrite
 from tarflowlm_apps.studio.pieces import guarded
@@ -216,6 +218,22 @@ def test_passes_play_where_blocks_share_the_work():
     for name, plays in (("english-passes", True), ("english-mini", False)):
         html = shown(write, catalogue, [name, "", "", 24, 0.8, 1.0, 1, 0])
         assert ("data-play" in html) is plays
+
+
+@pytest.mark.parametrize("name", ["english-mini-ar", "english-mini"])
+def test_a_box_holds_the_tokens_of_a_call(name):
+    """Of one sample, after its prompt; the boxes are those of the calls."""
+    catalogue = Catalogue()
+    samples = Samples(Writing(prompt="the little girl ", num_tokens=80), catalogue.load(name))
+    prompt, *calls = samples.pieces()
+    pages = list(write(catalogue, name, "", prompt, 80, 0.8, 1.0, 1, 0))
+    boxes = re.findall(r'<span class="st-call">(.*?</span>.*?</span>)</span>', pages[-1])
+    assert [words(box) for box in boxes] == [call for call in calls if call]
+    assert stages(pages[-1]) == [prompt + "".join(calls)]
+    assert f"{64 / len(boxes):.1f} tokens per call" in words(pages[-1])
+    # several samples share their calls, and a stack of blocks has no calls of its own
+    for other, num in ((name, 2), ("english-passes", 1)):
+        assert "st-call" not in shown(write, catalogue, [other, "", prompt, 24, 0.8, 1.0, num, 0])
 
 
 def test_a_run_that_begins_later_is_found(folder, tmp_path):
