@@ -1,30 +1,32 @@
-"""A second block on a frozen model, left to right, with several inputs and maps.
-
-First its Transformer learns to predict the next token by a head. This shows what block 2 can know.
-Then it is frozen, and a map learns to turn this knowledge into a density.
+"""A second block on a frozen model, left to right: what it adds, and what it reads.
 
 Block 1 maps z_t to u_t = R_w(z_t), the Rosenblatt transform of sum_k w_k N(z; mu_k, sigma_k^2 I),
 with weights w = w(z_<t) of a frozen model. For a sharp codebook u_t lies inside a cell that belongs
-to the token, and the cells depend on w. Shape legend: B windows, T tokens, V token types, d
+to the token, and the cells depend on w (eq. 12a of docs/math.md). A block 2 that reads the text
+may have the map (12b),
+
+    u'_t = R_w'(R_w^-1(u_t)),   w' = w'(z_<t) any weights,
+
+so that both blocks have the density of one tied block with the weights w'. Any language model gives
+such weights, and the map has nothing to learn. Shape legend: B windows, T tokens, V token types, d
 channels, D width.
 """
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.config import OptimConfig
-from tarflowlm.data import WindowSampler
-from tarflowlm.data.windows import Array
+from tarflowlm.config import RunConfig
+from tarflowlm.data import Corpus, WindowSampler, eval_windows
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import Mix1Coupling
@@ -36,16 +38,14 @@ from tarflowlm.model import LanguageModel, as_flow, seeded
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step
 
-M = TypeVar("M", bound=nn.Module)
-Reads = Literal["noise", "text"]
-"""u_<t; or the tokens of z_<t, and the features that block 1 computes of them at the position."""
-Maps = Literal["mix1", "key", "cells", "redo"]
-"""Mix-1; Mix-1 that is also given w(z_<t) and the cells; Gaussians in the cells of channel 1; R_w'
-after the inverse of R_w.
-"""
-BASELINE_CHANNELS = 16
+Reads = Literal["text, features", "text", "noise"]
+"""The tokens of z_<t, and what block 1 computes of them at the position; the tokens alone; u_<t."""
+CHANNELS, SEPARATION = 16, 24.0
+"""Of the codebook of a baseline, whose codes hardly overlap."""
 ROWS = 16
 """Windows that are evaluated at once."""
+OTHER_WINDOWS = 1000
+"""Added to the seed of a run, so that block 2 sees its windows in another order than block 1."""
 
 
 @dataclass
@@ -57,21 +57,28 @@ class Known:
     z: Float[Tensor, "B T d"]
     features: Float[Tensor, "B T D"]
     """c_t, a function of z_<t."""
-    log_w: Float[Tensor, "B T V"]
-    """log w(z_<t)."""
+
+    @cached_property
+    def log_w(self) -> Float[Tensor, "B T V"]:
+        """log w(z_<t)."""
+        return self.below.head(self.features).log_softmax(-1)
 
     @cached_property
     def noise(self) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T"]]:
-        """u = R_w(z), and log|det du/dz|, computed when a reader or map first needs them."""
-        return self.below.noise(self.z, self.log_w)
+        """u of block 1, and log|det du/dz|, in nats."""
+        return self.mapped(self.log_w)
 
+    def mapped(
+        self, log_w: Float[Tensor, "B T V"]
+    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T"]]:
+        """R_w(z) with these weights, and its log|det|, in nats."""
+        codebook = self.below.codebook
+        return numerics.rosenblatt(self.z, log_w, codebook.mean, codebook.log_std)
 
-class Found(NamedTuple):
-    """log p(z_t | z_<t) [B, T] by block 1 and by both, and log p(x_t) by the reader's head."""
-
-    below: Tensor
-    both: Tensor
-    by_head: Tensor
+    def log_prob(self, log_w: Float[Tensor, "B T V"]) -> Float[Tensor, "B T"]:
+        """log sum_k w_k N_k(z) with these weights, in nats."""
+        codebook = self.below.codebook
+        return numerics.mixture_log_prob(self.z, log_w, codebook.mean, codebook.log_std)
 
 
 class Below(nn.Module):
@@ -82,82 +89,79 @@ class Below(nn.Module):
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(requires_grad=False)
-        if isinstance(model, TokenLM):
-            self.codebook = Codebook(model.config.vocab_size, BASELINE_CHANNELS)
-            self.codebook.requires_grad_(requires_grad=False)
-        else:
-            self.codebook = as_flow(model).codebook
         assert model.config.patch == 1, "one token per position"
+        self.model = model
+        if isinstance(model, TokenLM):
+            with seeded(0):
+                self.codebook = Codebook(model.config.vocab_size, CHANNELS, separation=SEPARATION)
+            self.head = model.head
+        else:
+            flow = as_flow(model)
+            coupling = flow.prior.block(0).coupling
+            assert isinstance(coupling, MixDCoupling), "block 1 must be tied Mix-d"
+            self.codebook = flow.codebook
+            self.head = coupling.weight_head
+        self.eval().requires_grad_(requires_grad=False)
 
     @property
     def channels(self) -> int:
         return self.codebook.mean.shape[1]
 
-    @torch.no_grad()
-    def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Known:
-        return self.known(tokens, self.codebook.encode(tokens, noise))
-
-    @torch.no_grad()
-    def known(self, tokens: Int[Tensor, "B T"], z: Float[Tensor, "B T d"]) -> Known:
-        if isinstance(self.model, TokenLM):
-            features = self.model.states(tokens[:, :-1])
-            return Known(self, tokens, z, features, self.model.head(features).log_softmax(-1))
-        block = as_flow(self.model).prior.block(0)
-        assert isinstance(block.coupling, MixDCoupling), "block 1 must be tied Mix-d"
-        features = block.features(z)
-        log_w = block.coupling.weight_head(features).log_softmax(-1)
-        return Known(self, tokens, z, features, log_w)
-
     @property
     def width(self) -> int:
         return self.model.config.trunk.width
 
-    def noise(
-        self, z: Float[Tensor, "*rows d"], log_w: Float[Tensor, "*rows V"]
-    ) -> tuple[Float[Tensor, "*rows d"], Float[Tensor, "*rows"]]:
-        """u = R_w(z), and log|det du/dz|, in nats."""
-        return numerics.rosenblatt(z, log_w, self.codebook.mean, self.codebook.log_std)
+    @torch.no_grad()
+    def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Known:
+        return self.known(tokens, self.codebook.encode(tokens, noise))
 
-    def log_prob(
-        self, z: Float[Tensor, "*rows d"], log_w: Float[Tensor, "*rows V"]
-    ) -> Float[Tensor, "*rows"]:
-        """log sum_k w_k N_k(z), in nats."""
-        return numerics.mixture_log_prob(z, log_w, self.codebook.mean, self.codebook.log_std)
+    def known(self, tokens: Int[Tensor, "B T"], z: Float[Tensor, "B T d"]) -> Known:
+        if isinstance(self.model, TokenLM):
+            return Known(self, tokens, z, self.model.states(tokens[:, :-1]))
+        return Known(self, tokens, z, as_flow(self.model).prior.block(0).features(z))
 
 
 class Reader(nn.Module):
-    """The Transformer of block 2, with a head that predicts the next token."""
+    """The Transformer of block 2."""
 
     def __init__(
         self, below: Below, trunk: TransformerConfig, *, layers: int, reads: Reads
     ) -> None:
         super().__init__()
         width = trunk.width
-        V = below.codebook.vocab_size
         self.reads = reads
-        self.input = InputMap(below.channels, width)
-        self.embedding = nn.Embedding(V, width)
-        self.skip = nn.Linear(below.width, width)
         self.start = nn.Parameter(torch.randn(width))
         self.transformer = Transformer(trunk, layers)
-        self.head = _zeroed(nn.Linear(width, V))
+        if reads == "noise":
+            self.input = InputMap(below.channels, width)
+        else:
+            self.embedding = nn.Embedding(below.codebook.vocab_size, width)
+        if reads == "text, features":
+            self.skip = nn.Linear(below.width, width)
 
     def forward(self, known: Known) -> Float[Tensor, "B T D"]:
         """c_t of every position."""
-        start = self.start.expand(len(known.z), 1, -1)
-        if self.reads == "text":
-            x = torch.cat((start, self.embedding(known.tokens[:, :-1])), dim=1)
-            x = x + self.skip(known.features)
+        if self.reads == "noise":
+            past = self.input(known.noise[0][:, :-1])
         else:
-            u, _ = known.noise
-            x = torch.cat((start, self.input(u[:, :-1])), dim=1)
+            past = self.embedding(known.tokens[:, :-1])
+        x = torch.cat((self.start.expand(len(past), 1, -1), past), dim=1)
+        if self.reads == "text, features":
+            x = x + self.skip(known.features)
         features: Tensor = self.transformer(x)
         return features
 
-    def log_prob(self, c: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]) -> Tensor:
-        """log p(x_t | what it reads) [B, T], in nats."""
-        return self.head(c).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+class Block(nn.Module):
+    """A block 2."""
+
+    def log_prob(self, known: Known) -> Float[Tensor, "B T"]:
+        """log p(z_t | z_<t) of both blocks, in nats."""
+        raise NotImplementedError
+
+    def loss(self, known: Known) -> Float[Tensor, "B T"]:
+        """What training lowers, in nats of every token."""
+        return -self.log_prob(known)
 
 
 def _zeroed(linear: nn.Linear) -> nn.Linear:
@@ -166,139 +170,104 @@ def _zeroed(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-class Upper(nn.Module):
-    """A map of block 2, whose parameters come from a frozen reader through a small network.
+class Weights(Block):
+    """The map (12b): w' = softmax(head(c)), or softmax(log w + head(c)) if it `adds`.
 
-    All maps start as the identity, or close to it. redo is
-
-        u' = R_w'(R_w^-1(u)),    w' = softmax(log w + delta(c)),
-
-    so the stack has the density of one Mix-d block with weights w'.
+    The head starts at zero.
     """
 
-    def __init__(self, below: Below, reader: Reader, maps: Maps) -> None:
+    def __init__(self, reader: Reader, vocab_size: int, *, adds: bool = False) -> None:
         super().__init__()
-        self.maps = maps
-        # in a tuple, so that its parameters are not the map's
-        self._reader = (reader.eval().requires_grad_(requires_grad=False),)
-        V = below.codebook.vocab_size
-        trunk = reader.transformer.config
-        width = trunk.width
-        inputs = width + (2 * V if maps == "key" else 0)
-        self.more = nn.Sequential(
-            nn.Linear(inputs, 4 * width), nn.GELU(), _zeroed(nn.Linear(4 * width, width))
+        self.reader = reader
+        self.adds = adds
+        self.head = _zeroed(nn.Linear(reader.transformer.config.width, vocab_size))
+
+    def features(self, known: Known) -> Float[Tensor, "B T D"]:
+        return self.reader(known)
+
+    def log_weights(self, known: Known) -> Float[Tensor, "B T V"]:
+        """log w'."""
+        logits = self.head(self.features(known))
+        return ((known.log_w + logits) if self.adds else logits).log_softmax(-1)
+
+    def log_prob(self, known: Known) -> Float[Tensor, "B T"]:
+        return known.log_prob(self.log_weights(known))
+
+    def loss(self, known: Known) -> Float[Tensor, "B T"]:
+        """-log w' of the tokens, to which the bound tends for sharp codes (eq. 12)."""
+        return -self.log_weights(known).gather(-1, known.tokens[..., None])[..., 0]
+
+
+class Further(Weights):
+    """The map of trained weights, trained on: their Transformer is frozen, a small network changes
+    its features, and the map starts as it was.
+    """
+
+    def __init__(self, trained: Weights) -> None:
+        width = trained.reader.transformer.config.width
+        super().__init__(trained.reader, trained.head.out_features, adds=trained.adds)
+        self.reader = copy.deepcopy(trained.reader).requires_grad_(requires_grad=False)
+        self.head.load_state_dict(trained.head.state_dict())
+        last = _zeroed(nn.Linear(4 * width, width))
+        self.more = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), last)
+
+    def features(self, known: Known) -> Float[Tensor, "B T D"]:
+        c = self.reader(known)
+        return c + self.more(c)
+
+    def loss(self, known: Known) -> Float[Tensor, "B T"]:
+        """The bound itself."""
+        return -self.log_prob(known)
+
+
+class Mixed(Block):
+    """Mix-1 of u_t, with as many components as tokens, close to the identity at the start.
+
+    Its Transformer learns with it, from the density alone.
+    """
+
+    def __init__(self, below: Below, reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader
+        config = FlowConfig(latent_dim=below.channels)
+        head = HeadShape(
+            width=reader.transformer.config.width,
+            hidden=config.head_hidden,
+            features=config.head_features,
+            noise=0.0,
         )
-        # tokens by their first channel, in which Rosenblatt begins
-        self.register_buffer("order", below.codebook.mean[:, 0].argsort(), persistent=False)
-        self.weights = _zeroed(nn.Linear(width, V))
-        if maps in ("mix1", "key"):
-            config = FlowConfig(latent_dim=below.channels)
-            head = HeadShape(
-                width=width,
-                hidden=config.head_hidden,
-                features=config.head_features,
-                noise=0.0,
-            )
-            self.mix1 = Mix1Coupling(channels=below.channels, components=V, head=head)
+        components = below.codebook.vocab_size
+        self.mix1 = Mix1Coupling(channels=below.channels, components=components, head=head)
 
-    @property
-    def reader(self) -> Reader:
-        return self._reader[0]
-
-    order: Tensor
-
-    def features(
-        self, c: Float[Tensor, "B T D"], log_w: Float[Tensor, "B T V"]
-    ) -> Float[Tensor, "B T D"]:
-        """c_t of the reader, changed by the map's own network."""
-        inputs = [c]
-        if self.maps == "key":
-            inputs += [log_w.clamp(min=-20.0), self.edges(log_w)]
-        return c + self.more(torch.cat(inputs, dim=-1))
-
-    def edges(self, log_w: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
-        """The upper ends of the tokens' cells in channel 1 of u, by the order of their codes."""
-        sums = log_w[..., self.order].double().exp().cumsum(-1)
-        return torch.special.ndtri(sums.clamp(1e-6, 1 - 1e-6)).to(log_w)
-
-    def redone(
-        self, c: Float[Tensor, "B T D"], log_w: Float[Tensor, "B T V"]
-    ) -> Float[Tensor, "B T V"]:
-        """log w', from c of the reader."""
-        return (log_w + self.weights(self.features(c, log_w))).log_softmax(-1)
-
-    def forward(
-        self, below: Below, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
-    ) -> Found:
-        """The densities of a text."""
-        known = below(tokens, noise)
-        log_w = known.log_w
-        with torch.no_grad():
-            c = self.reader(known)
-            by_head = self.reader.log_prob(c, tokens)
-        if self.maps == "redo":
-            log_p = below.log_prob(known.z, self.redone(c, log_w))
-        else:
-            u, log_det = known.noise
-            features = self.features(c, log_w)
-            if self.maps == "cells":
-                log_p = log_det + self._in_cells(u, log_w, features)
-            else:
-                log_p = log_det + self.mix1.log_prob(u, features)
-        return Found(below.log_prob(known.z, log_w), log_p, by_head)
-
-    def _in_cells(self, u: Tensor, log_w: Tensor, c: Tensor) -> Tensor:
-        """log p(u_t) of one channel: component k has the mean and the spread of N in its cell."""
-        assert u.shape[-1] == 1, "the cells of further channels depend on those before"
-        mean, log_std = self.cells(log_w)
-        log_weights = (log_w + self.weights(c)).log_softmax(-1)[..., self.order]
-        density = -0.5 * ((u - mean) * torch.exp(-log_std)).square() - log_std
-        return torch.logsumexp(log_weights + density, dim=-1) - 0.5 * math.log(2 * math.pi)
-
-    def cells(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-spread of N(0, 1) inside every cell, by the order of the codes."""
-        # E u and E u^2 over a cell from phi and u phi at its ends, in float64
-        w = log_w[..., self.order].double().exp()
-        ends = F.pad(w.cumsum(-1).clamp(1e-12, 1 - 1e-12), (1, 0), value=1e-12)
-        at = torch.special.ndtri(ends)
-        phi = torch.exp(-0.5 * at.square()) / math.sqrt(2 * math.pi)
-        size = ends.diff(dim=-1).clamp(min=1e-9)
-        mean = -phi.diff(dim=-1) / size
-        square = 1 - (at * phi).diff(dim=-1) / size
-        std = (square - mean.square()).clamp(min=1e-6).sqrt()
-        return mean.to(log_w), std.log().to(log_w)
+    def log_prob(self, known: Known) -> Float[Tensor, "B T"]:
+        u, log_det = known.noise
+        return log_det + self.mix1.log_prob(u, self.reader(known))
 
 
 @torch.no_grad()
 def write(
-    below: Below, upper: Upper | None, noise: Float[Tensor, "B T d"]
+    below: Below, block: Weights | None, noise: Float[Tensor, "B T d"]
 ) -> Float[Tensor, "B T d"]:
-    """The latents of a noise, z_t = R_w'^-1(u'_t), by a block 2 that redoes; with None by block 1
-    alone, with w.
-    """
+    """The latents of a noise, z_t = R_w'^-1(u'_t); with None by block 1 alone, with w."""
     z = torch.zeros_like(noise)
+    mean, log_std = below.codebook.mean, below.codebook.log_std
     for t in range(noise.shape[1]):
         # values at t and after it have no effect
         so_far = z[:, : t + 1]
         known = below.known(below.codebook.decode(so_far), so_far)
-        log_w = known.log_w
-        if upper is not None:
-            log_w = upper.redone(upper.reader(known), log_w)
-        mean, log_std = below.codebook.mean, below.codebook.log_std
+        log_w = known.log_w if block is None else block.log_weights(known)
         z[:, t] = numerics.rosenblatt_inverse(noise[:, t], log_w[:, t], mean, log_std)
     return z
 
 
 @dataclass(frozen=True)
 class Boosted:
-    """The gain of a trained block 2 on windows, in bits per token."""
+    """Bits per token of windows, [windows]: the bound with one sample of the posterior."""
 
     below: Tensor
-    """[windows], by block 1 alone."""
+    """By block 1 alone."""
     both: Tensor
-    """[windows], by both blocks."""
-    by_head: Tensor
-    """[windows], by the reader's own prediction of the tokens: what block 2 knows."""
+    """By both blocks."""
 
     @property
     def gain(self) -> tuple[float, float]:
@@ -308,86 +277,73 @@ class Boosted:
 
 
 @torch.no_grad()
-def evaluate(below: Below, upper: Upper, windows: Int[Tensor, "N T"]) -> Boosted:
-    """The bound on windows, with one sample of the posterior from a fixed seed."""
-    parts = list[tuple[Tensor, Tensor, Tensor]]()
-    for tokens, noise in _noised(windows, below.channels):
-        normaliser = below.codebook.log_normaliser(below.codebook.encode(tokens, noise))
-        found = upper(below, tokens, noise)
-        nats = normaliser - found.below, normaliser - found.both, -found.by_head
-        parts.append(tuple(part.mean(-1) / math.log(2) for part in nats))
+def evaluate(below: Below, block: Block, windows: Int[Tensor, "N T"]) -> Boosted:
+    """The bound on windows, with noise from a fixed seed."""
+    parts = list[tuple[Tensor, Tensor]]()
+    for known in _known(below, windows):
+        normaliser = below.codebook.log_normaliser(known.z)
+        nats = normaliser - known.log_prob(known.log_w), normaliser - block.log_prob(known)
+        parts.append((nats[0].mean(-1) / math.log(2), nats[1].mean(-1) / math.log(2)))
     return Boosted(*(torch.cat(windows) for windows in zip(*parts, strict=True)))
 
 
-Loss = Callable[[M, Tensor, Tensor], Tensor]
-"""Nats of every token [B, T] of windows, given noise [B, T, d]."""
+def _known(below: Below, windows: Int[Tensor, "N T"]) -> Iterator[Known]:
+    """`ROWS` windows at a time, with noise from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens in windows.split(ROWS):
+        yield below(tokens, torch.randn(*tokens.shape, below.channels, generator=generator))
 
 
-def reader_loss(below: Below) -> Loss[Reader]:
-    def loss(reader: Reader, tokens: Tensor, noise: Tensor) -> Tensor:
-        known = below(tokens, noise)
-        return -reader.log_prob(reader(known), tokens)
-
-    return loss
-
-
-def map_loss(below: Below) -> Loss[Upper]:
-    return lambda upper, tokens, noise: -upper(below, tokens, noise).both
+B = TypeVar("B", bound=Block)
 
 
 def fit(
-    make: Callable[[], M],
-    loss: Loss[M],
-    channels: int,
-    train: Array,
-    valid: Int[Tensor, "N T"],
-    *,
-    optim: OptimConfig,
-    steps: int,
-    batch: int,
-    seed: int,
-    every: int,
+    make: Callable[[], B],
+    below: Below,
+    corpus: Corpus,
+    run: RunConfig,
     progress: Progress = SILENT,
-) -> M:
-    """Train a module for `steps` of `batch` windows; returns its state of the best validation.
+) -> B:
+    """A block 2, trained on a text by the optimiser, seed, batches and steps, or minutes, of a run.
 
-    The untrained state is validated, too.
+    Minutes are those of one core, whatever else it does meanwhile. Returns the state of the best
+    validation; the untrained one is validated, too. `progress` advances by steps, or seconds.
     """
-    with seeded(seed):
-        module = make()
-    optimizers = build_optimizers(optim, module)
-    sampler = WindowSampler(train, window=valid.shape[1], batch=batch, seed=seed)
+    train = run.train
+    context = run.model.context
+    with seeded(run.seed):
+        block = make()
+    optimizers = build_optimizers(run.optim, block)
+    seed = run.seed + OTHER_WINDOWS
+    sampler = WindowSampler(
+        corpus.split("train"),
+        window=context,
+        batch=train.batch_size,
+        seed=seed,
+        end=corpus.tokenizer.end,
+    )
+    valid = eval_windows(corpus.split("valid"), context, train.evaluate_windows)
     generator = torch.Generator().manual_seed(seed)
-    best = copy.deepcopy(module)
-    least = math.inf
-    for step in range(steps + 1):
-        if step % every == 0 or step == steps:
-            nats = _validated(module, loss, channels, valid)
+    began = time.process_time()
+    step = done = 0
+    end = round(60 * train.minutes) or train.num_steps
+    best, least = block, math.inf
+    while True:
+        if step % train.evaluate_every == 0 or done >= end:
+            with torch.no_grad():
+                losses = [block.loss(known).mean(-1) for known in _known(below, valid)]
+            nats = torch.cat(losses).mean().item()
             if nats < least:
-                least = nats
-                best = copy.deepcopy(module)
-        if step == steps:
-            break
+                best, least = copy.deepcopy(block), nats
+        if done >= end:
+            return best
         tokens = sampler.next()
-        noise = torch.randn(*tokens.shape, channels, generator=generator)
-        loss(module, tokens, noise).mean().backward()
-        trained = {name: p for name, p in module.named_parameters() if p.grad is not None}
+        noise = torch.randn(*tokens.shape, below.channels, generator=generator)
+        block.loss(below(tokens, noise)).mean().backward()
+        trained = {name: p for name, p in block.named_parameters() if p.grad is not None}
         norm = norms({name: p.grad for name, p in trained.items() if p.grad is not None}).norm()
-        lr = optim.lr * schedule(optim, step, steps)
-        take_step(optimizers, trained, norm, lr=lr, grad_clip=optim.grad_clip)
-        progress.advance(1)
-    return best
-
-
-@torch.no_grad()
-def _validated(module: M, loss: Loss[M], channels: int, windows: Tensor) -> float:
-    """The mean loss."""
-    losses = [loss(module, *batch).mean(-1) for batch in _noised(windows, channels)]
-    return torch.cat(losses).mean().item()
-
-
-def _noised(windows: Int[Tensor, "N T"], channels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`ROWS` windows at a time, with noise [B, T, d] from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    for tokens in windows.split(ROWS):
-        yield tokens, torch.randn(*tokens.shape, channels, generator=generator)
+        lr = run.optim.lr * schedule(run.optim, done, end)
+        take_step(optimizers, trained, norm, lr=lr, grad_clip=run.optim.grad_clip)
+        step += 1
+        before, done = done, round(time.process_time() - began) if train.minutes else step
+        progress.advance(done - before)

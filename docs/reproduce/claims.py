@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the package
 
-from reproduction.cipher import BY_HEAD  # noqa: E402
 from reproduction.directions import ALTERNATING, ONE_WAY  # noqa: E402
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
 from reproduction.lengths import RATIO, TOKENS  # noqa: E402
@@ -399,7 +398,7 @@ def upper_blocks() -> Claim:
 
     heads = [
         f"{name.split(', ')[-1]} {listed([row['of the head'] for row in rows])} "
-        f"({listed([row[BY_HEAD] for row in rows], 2)})"
+        f"({listed([row['recovered by its head'] for row in rows], 2)})"
         for name, rows in maps.items()
         if name.startswith("redone") and "d = 1" not in name
     ]

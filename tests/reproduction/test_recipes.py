@@ -49,8 +49,6 @@ def settings(tmp_path_factory, corpus_file) -> Settings:
             (bounds, "SAMPLES_OF", {"affine": 16, "Mix-1": 16, "Mix-d": 4}),
             (cipher, "STEPS", 2),
             (cipher, "VALID_WINDOWS", 4),
-            (cipher, "TEXTS", 2),
-            (cipher, "LENGTH", 8),
         ):
             patch.setattr(module, name, value)
         yield Settings(scale="mini", out=out, data=text, judge_data=text, second_text=text)
