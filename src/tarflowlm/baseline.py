@@ -1,5 +1,7 @@
 """The baseline: a discrete autoregressive language model on the same Transformer."""
 
+from collections.abc import Generator as Generates
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -80,13 +82,16 @@ class TokenLM(LanguageModel, Conditioner):
         """Logits of the P tokens of each position, with `in_patch` given the earlier ones."""
         return widen(self.head(self.token_features(features, self._in_patch(tokens))))
 
-    def place_logits(
-        self, features: Float[Tensor, "B D"], tokens: Int[Tensor, "B P"], place: int
-    ) -> Float[Tensor, "B V"]:
-        """Logits of token `place` of one position; see `patch_logits`."""
-        if self.config.patch == 1:
-            return widen(self.head(features))
-        return self.patch_logits(features[:, None], tokens)[:, 0, place]
+    def log_weights(
+        self, features: Float[Tensor, "B D"]
+    ) -> Generates[Float[Tensor, "B V"], Tensor | None, None]:
+        """Yields the logits of each token of a position; the caller sends the token [B, 1]."""
+        walk = self.token_features.walk(features)
+        z: Tensor | None = None
+        for _ in range(self.config.patch):
+            token = yield widen(self.head(walk.send(z)))
+            if token is not None and self.in_patch_embedding is not None:
+                z = self.in_patch_embedding(token[:, 0])
 
     def log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """Exact log p(x) per sequence, in nats."""

@@ -293,7 +293,7 @@ class TarFlowLM(LanguageModel):
         if self.num_blocks == 1 and isinstance(tied, MixDCoupling) and tied.is_tied and not frozen:
             with full_precision(noise):
                 z = self.prior.patch(self.codebook.encode(tokens, noise))
-            nats = -self._by_token(tied.log_prob(z, block.features(z), relative=True))
+            nats = -self._by_token(tied.token_log_prob(z, block.features(z), relative=True).sum(-1))
             return nats if per_token else nats.sum(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)

@@ -8,13 +8,7 @@ from torch import Tensor
 
 from tarflowlm import chunks
 from tarflowlm.errors import UserError
-from tarflowlm.model import (
-    ElboTerms,
-    LanguageModel,
-    TarFlowLM,
-    as_flow,
-    check_tokens,
-)
+from tarflowlm.model import ElboTerms, LanguageModel, TarFlowLM, as_flow, check_tokens
 from tarflowlm.schema import Count, check_generator, check_type, checked
 
 

@@ -53,7 +53,7 @@ def text(name: str, request: str) -> list[list[int]]:
 
 def noise_of(model: LanguageModel) -> torch.Tensor:
     streams = row_generators([0], torch.Generator().manual_seed(7))
-    return Noise(model, streams, 1).normal(8, 2)
+    return Noise(model, streams, 1).normal(8)
 
 
 def test_tokens_are_what_they_were():

@@ -199,7 +199,7 @@ def test_latents_are_exact_samples_where_codes_are_soft():
 def test_every_row_has_a_stream_of_its_own():
     def rows(num: int, seed: int = 0, length: int = 6) -> Tensor:
         streams = row_generators(range(num), generator(seed))
-        return Noise(tiny_ar(), streams, 1).normal(length, 1)[..., 0]
+        return Noise(tiny_flow(), streams, 1).normal(length)[..., 0]
 
     assert torch.equal(rows(4)[:2], rows(2))
     assert not torch.equal(rows(1), rows(1, seed=1))

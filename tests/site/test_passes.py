@@ -78,7 +78,7 @@ def assert_same_tokens(page, lm, *, length: int, prompt: str, temperature: float
     call = "([noise, prompt, temperature]) => generate(noise, prompt, temperature)"
     for seed in SEEDS:
         streams = [torch.Generator().manual_seed(seed)]
-        noise = Noise(lm.model, streams, 1).normal(length, lm.config.latent_dim)[0]
+        noise = Noise(lm.model, streams, 1).normal(length)[0]
         found = page.evaluate(call, [noise.tolist(), prompt, temperature])
         expected = [tokens[seed].tolist() for tokens in result.passes(lm.model)]
         # Python shows the noise that belongs to the prompt, the page the one drawn for it

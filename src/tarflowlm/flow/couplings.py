@@ -113,7 +113,3 @@ class Coupling(nn.Module):
     def inverter(self) -> Inverter:
         """`invert` for many positions, with the present weights."""
         return self.invert
-
-
-def couplings_of(module: nn.Module) -> list[Coupling]:
-    return [m for m in module.modules() if isinstance(m, Coupling)]

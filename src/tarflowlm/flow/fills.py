@@ -56,8 +56,7 @@ class FillsIn(MixDCoupling):
 
         return Conditional(forward, inverse)
 
-    def log_prob(self, z: Latents, features: Features, *, relative: bool = False) -> ByPosition:
-        assert not relative, "only a tied Mix-d block has a relative density"
+    def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return Coupling.log_prob(self, z, features)
 
 

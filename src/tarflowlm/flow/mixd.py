@@ -4,6 +4,7 @@ At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so
 for only some tokens at a time (`chunks.held`).
 """
 
+from collections.abc import Generator
 from itertools import repeat
 
 import torch
@@ -111,11 +112,18 @@ class MixDCoupling(Coupling):
 
         return Conditional(lambda z: numerics.rosenblatt(z, log_w, *book, maps=self.maps), inverse)
 
-    def conditionals(self, features: OneFeature) -> Conditionals:
+    def log_weights(self, features: OneFeature) -> Generator[Tensor, Tensor | None, None]:
+        """Yields log w [B, K] of every token in turn; the caller sends its latents [B, d]."""
         walk = self.token_features.walk(features)
         z = None
         for _ in range(self.patch):
-            z = yield self.conditional(widen(self.weight_head(walk.send(z))))
+            z = yield widen(self.weight_head(walk.send(z)))
+
+    def conditionals(self, features: OneFeature) -> Conditionals:
+        walk = self.log_weights(features)
+        z = None
+        for _ in range(self.patch):
+            z = yield self.conditional(walk.send(z))
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)
@@ -132,9 +140,8 @@ class MixDCoupling(Coupling):
         with full_precision(z):
             return self.conditional(log_w).forward(z)
 
-    def log_prob(self, z: Latents, features: Features, *, relative: bool = False) -> ByPosition:
-        """log p(z_n | c_n), in nats; `relative` as in `token_log_prob`."""
-        return self.token_log_prob(z, features, relative=relative).sum(-1)
+    def log_prob(self, z: Latents, features: Features) -> ByPosition:
+        return self.token_log_prob(z, features).sum(-1)
 
     def token_log_prob(
         self, z: Latents, features: Features, *, relative: bool = False

@@ -10,31 +10,23 @@ Shape legend: R particles, B = num R rows, T tokens, S tokens of a piece, G gaps
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import Progress, UserError
-from tarflowlm.flow import widen
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import Weights, weight
 from tarflowlm.generation.plan import Plan, checked_mask
-from tarflowlm.generation.rows import Rows
+from tarflowlm.generation.rows import TokenRows
 from tarflowlm.generation.sampling import GapLengths, Generation, Gumbel, Noise
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 
 
-class Pieces(Rows):
-    """Rows with `tokens` [B, T] that grow by single tokens and by pieces.
-
-    The values of the baseline are the tokens. Those of a flow, whose block 1 is a mixture of the
-    codebook's components, are latents.
-    """
+class Pieces(TokenRows):
+    """Rows that grow by single tokens and by pieces, one token per position."""
 
     def __init__(
         self,
@@ -44,85 +36,61 @@ class Pieces(Rows):
         at: int,
         adjust: AdjustWeights | None,
     ) -> None:
-        """The first `at` of `tokens` and of their `values` [B, T, ...] are written."""
-        super().__init__(model, model.conditioner, values, adjust)
-        self.tokens = tokens
+        """The first `at` of `tokens` [B, T, 1] and of their `values` [B, T, C] are written."""
+        super().__init__(model, 0, tokens, adjust)
+        self.values = values
         self.at = at
-        self.coupling: MixDCoupling | None = None
-        if isinstance(model, TarFlowLM):
-            self.coupling = cast(MixDCoupling, model.prior.block(0).coupling)
         if at:
-            self._features(0, at)
-
-    def _features(self, start: int, end: int) -> Tensor:
-        """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
-        self.cache.rewind(start)
-        past = self.values[:, max(start - 1, 0) : end - 1]
-        return self.source.features_of(self.cache, past, first=start == 0)
-
-    def _log_weights(self, features: Tensor) -> Tensor:
-        """Log-weights of the tokens [B, n, V], from features [B, n, D]."""
-        if self.coupling is None:
-            return widen(cast(TokenLM, self.model).head(features))
-        return widen(self.coupling.weight_head(features))
+            self.features(0, at)
 
     def add(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """Write a piece, tokens [S] with values [B, S, ...]: its log-probability [B], in nats.
-
-        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t), summed: the factors of (21).
-        """
+        """Write a piece, tokens [S] with values [B, S, C]: its log-probability [B], in nats."""
         start = self.at
         self.at += len(tokens)
         if start == self.at:
             return torch.zeros(len(values))
-        self.tokens[:, start : self.at] = tokens
-        self.values[:, start : self.at] = values
-        features = self._features(start, self.at)
-        if self.coupling is not None:
-            return self.coupling.log_prob(values, features, relative=True).sum(-1)
-        log_p = self._log_weights(features).log_softmax(-1)
-        return log_p[:, range(len(tokens)), tokens].sum(-1)
+        here = slice(None), slice(start, self.at)
+        self.tokens[here] = tokens[:, None].to(self.tokens)
+        self.values[here] = values
+        return self.log_prob(self.features(start, self.at), here).sum((1, 2))
 
     def draw(self, gumbel: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """Write one token by numbers [B, V] and noise [B, d], among those in `mask` [V] or [B, V].
 
         Returns the log-weight [B] of the draw, in nats: the log-probability of the mask.
         """
-        features = self._features(self.at, self.at + 1)
-        log_w = self._log_weights(features)[:, 0]
+        features = self.features(self.at, self.at + 1)[:, 0]
+        log_w = next(self.law.log_weights(features))
         log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
         # tokens that the adjustment dropped
         log_w = log_w.masked_fill(log_w < torch.finfo(log_w.dtype).min / 2, -torch.inf)
         allowed = log_w if mask is None else log_w.masked_fill(~mask, -torch.inf)
         token = (allowed + gumbel).argmax(-1)
-        value = token
+        value = self.values_of(token[:, None], noise[:, None])
         gain: Tensor | float = 0.0
-        if self.coupling is not None:
-            token, value, gain = self._emit(token, noise, log_w, allowed)
-        self.tokens[:, self.at] = token
+        if isinstance(self.model, TarFlowLM):
+            token, gain = self._emit(value, log_w, allowed)
+        self.tokens[:, self.at, 0] = token
         self.values[:, self.at] = value
         self.at += 1
         return allowed.logsumexp(-1) + gain
 
-    def _emit(
-        self, drawn: Tensor, noise: Tensor, log_w: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """The token, latents and additional log-weight [B] of the components `drawn` [B].
+    def _emit(self, z: Tensor, log_w: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The token and the additional log-weight [B] of latents z [B, d] of a drawn component.
 
         z ~ g = sum_A w_k N_k / w(A); the weight of (23) over w(A) is p(z) p(A|z) w(A) / g(z).
         """
         codebook = as_flow(self.model).codebook
-        z = codebook.encode(drawn, noise)
         if allowed is log_w:
-            return codebook.decode(z), z, 0.0
+            return codebook.decode(z), 0.0
         log_p = codebook.log_posterior(z)
         inside = log_p.masked_fill(allowed == -torch.inf, -torch.inf)
         mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
-        return inside.argmax(-1), z, mixed + inside.logsumexp(-1)
+        return inside.argmax(-1), mixed + inside.logsumexp(-1)
 
     def holds_twice(self, piece: Tensor) -> Tensor:
         """Whether each row [B], which ends in this piece [S], holds it before."""
-        places = self.tokens[:, : self.at].unfold(1, len(piece), 1)
+        places = self.tokens[:, : self.at, 0].unfold(1, len(piece), 1)
         return (places == piece.to(places)).all(-1)[:, :-1].any(1).cpu()
 
     def select(self, order: Tensor) -> None:
@@ -145,13 +113,10 @@ class GapFilter:
         self.weights = Weights(noise)
         B = self.weights.log_w.numel()
         self.tokens = torch.zeros(B, plan.num_tokens, dtype=torch.long, device=self.model.device)
-        self.values = self.tokens.clone()
-        self.width = 0
-        """Channels of a token; none for the baseline."""
+        self.values = self.tokens[..., None].clone()
         if self.flow is not None:
             mean = self.flow.codebook.mean
-            self.width = mean.shape[1]
-            self.values = mean.new_zeros(B, plan.num_tokens, self.width)
+            self.values = mean.new_zeros(B, plan.num_tokens, mean.shape[1])
         self.lengths = torch.zeros(B, len(self.gaps), dtype=torch.long)
         self.ends = torch.zeros(B, dtype=torch.long)
         self.candidates: Tensor | None = None
@@ -224,16 +189,11 @@ class GapFilter:
         return given
 
     def _values_of(self, piece: Tensor) -> Tensor:
-        """The inputs of block 1 for given tokens [S], by row: latents [B, S, d], or the tokens."""
+        """The values of given tokens [S] in every row, [B, S, C]."""
         tokens = piece.to(self.tokens).expand(len(self.tokens), -1)
         if self.flow is None:
-            return tokens
-        return self.flow.codebook.encode(tokens, self.noise.normal(len(piece), self.width))
-
-    def _numbers(self, num_tokens: int) -> tuple[Gumbel, Tensor]:
-        """Gumbel numbers and noise [B, n, d] of so many draws."""
-        noise = self.noise.normal(num_tokens, self.width)
-        return self.noise.draws(num_tokens, index=0), noise
+            return tokens[..., None]
+        return self.flow.codebook.encode(tokens, self.noise.normal(len(piece)))
 
     def _append(self, piece: Tensor, values: Tensor) -> None:
         """Write a given piece [S] at the end of every row."""
@@ -256,7 +216,8 @@ class GapFilter:
         adjust = self.plan.adjust
         for end in self.ends.unique().tolist():
             own = (self.ends == end).nonzero()[:, 0]
-            yield own, Pieces(self.model, self.tokens[own], self.values[own], end, adjust)
+            tokens = self.tokens[own, :, None]
+            yield own, Pieces(self.model, tokens, self.values[own], end, adjust)
 
     def _fill(self, index: int) -> list[Tensor]:
         """Fill a gap and write the piece after it: `_shares` of all candidates."""
@@ -265,7 +226,7 @@ class GapFilter:
         lengths = torch.arange(gap.least, gap.most + 1)
         span = len(lengths)
         values = self._values_of(piece)
-        numbers = self._numbers(gap.most)
+        numbers = self.noise.normal(gap.most), self.noise.draws(gap.most, index=0)
         scores = torch.zeros(len(self.tokens), span, dtype=torch.float64)
         for own, rows in self._groups():
             end = rows.at
@@ -297,12 +258,13 @@ class GapFilter:
         self._append(piece, values[order // span])
         return shares
 
-    def _draw(self, own: Tensor, rows: Pieces, gap: Gap, numbers: tuple[Gumbel, Tensor]) -> Tensor:
+    def _draw(self, own: Tensor, rows: Pieces, gap: Gap, numbers: tuple[Tensor, Gumbel]) -> Tensor:
         """Fill a gap at its greatest length: log-weights [n, most + 1] after each number of draws.
 
-        Where the length is fixed, rows may be resampled after every draw.
+        `numbers` are noise [B, n, d] and Gumbel numbers. Where the length is fixed, rows may be
+        resampled after every draw.
         """
-        gumbel, noise = numbers[0], numbers[1][own]
+        noise, gumbel = numbers[0][own], numbers[1]
         gained = [torch.zeros(len(own), dtype=torch.float64)]
         for n in range(gap.most):
             mask = self._mask(rows, gap.begins if n == 0 else None)
@@ -316,7 +278,7 @@ class GapFilter:
             gained.append(gained[-1] + gain)
             if len(own) == len(self.tokens):
                 self.progress.advance()
-        self.tokens[own] = rows.tokens
+        self.tokens[own] = rows.tokens[..., 0]
         self.values[own] = rows.values
         return torch.stack(gained, 1)
 
@@ -324,11 +286,11 @@ class GapFilter:
         """The tokens that may be drawn next, [V] or [n, V]."""
         mask = self.allowed
         if mask is not None and not isinstance(mask, Tensor):
-            texts = rows.tokens[:, self.plan.lead : rows.at].cpu()
+            texts = rows.tokens[:, self.plan.lead : rows.at, 0].cpu()
             mask = torch.stack([checked_mask(mask(text), self.model) for text in texts])
         if mask is not None and self.plan.end is not None:
             # tokens after the end belong to another document, which is not shown
-            drawn = rows.tokens[:, len(self.pieces[0]) : rows.at]
+            drawn = rows.tokens[:, len(self.pieces[0]) : rows.at, 0]
             mask = mask | (drawn == self.plan.end).any(1, keepdim=True).cpu()
         if begins is not None:
             mask = begins if mask is None else mask & begins
@@ -358,7 +320,7 @@ class GapFilter:
     def _finish(self) -> None:
         """Draw the tokens after the template."""
         num_tokens = self.tokens.shape[1]
-        numbers = self._numbers(num_tokens)
+        numbers = self.noise.normal(num_tokens), self.noise.draws(num_tokens, index=0)
         for own, rows in self._groups():
             left = num_tokens - rows.at
             self._draw(own, rows, Gap(most=left, least=left), numbers)

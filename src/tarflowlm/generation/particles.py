@@ -7,6 +7,7 @@ exact in the limit of many. With R = 1 the other tokens are drawn from left to r
 
 import math
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -175,8 +176,7 @@ class UpperBlocks:
         self.since = torch.zeros(len(is_known), dtype=torch.long, device=self.is_known.device)
 
     def _draw(self, noise: Noise, progress: Progress) -> tuple[Tensor, list[Work]]:
-        num_tokens = self.is_known.shape[1]
-        u = noise.normal(num_tokens, self.model.config.latent_dim)
+        u = noise.normal(self.is_known.shape[1])
         if self.single:
             return u, []
         steps = stack_inversion(
@@ -213,7 +213,8 @@ class UpperBlocks:
         """Fresh draws h' [rows, T, d] (see `Redraw`); rows get the factors of their `parents`."""
         self._account_for_draw(own, at)
         self.correction[own] = self.correction[parents]
-        fresh, _ = self._draw(self.noise.of(samples), SILENT)
+        generators = [self.noise.generators[b] for b in samples]
+        fresh, _ = self._draw(replace(self.noise, generators=generators), SILENT)
         self.draw[own] = fresh
         self.log_p[own] = self._log_p(fresh)
         self.since[own] = at * self.model.config.patch

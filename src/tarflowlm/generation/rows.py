@@ -1,14 +1,13 @@
 """Rows of text that grow through a block with its KV cache.
 
-`Drawn` rows draw tokens from weights: the baseline's, or those of a Mix-d block. Where the next
-tokens are guessed, one call checks several. `Completed` rows turn noise into latents, in block 1 of
-any model.
+`TokenRows` draw tokens from weights: the baseline's, or those of a Mix-d block. `Drawn` ones have
+all their numbers from the start; where the next tokens are guessed, one call checks several.
+`Completed` rows turn noise into latents, in block 1 of any model.
 
 Shape legend: B rows (samples or particles), b rows that need more, T tokens, P patch, N = T / P
 positions, d channels per token (0 for the baseline), C = P d, D width, K choices.
 """
 
-from collections.abc import Generator
 from typing import cast
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.drafts import Guesser
-from tarflowlm.flow import widen
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.fills import complete
 from tarflowlm.flow.mixd import MixDCoupling
@@ -41,6 +39,7 @@ class Rows:
     The block reads `values` [B, N, ...]: latents of a flow, tokens of the baseline.
     """
 
+    values: Tensor
     num_positions: int
     ended: Tensor | None = None
     """Which rows need no more positions, [B]."""
@@ -53,17 +52,23 @@ class Rows:
         self,
         model: LanguageModel,
         source: Conditioner,
-        values: Tensor,
+        size: tuple[int, int],
         adjust: AdjustWeights | None,
         *,
         half: bool = False,
     ) -> None:
+        """With `size` = B, N."""
         self.model = model
         self.source = source
-        self.values = values
         self.adjust = adjust
         self.at = 0
-        self.cache = source.allocate_cache(len(values), values.shape[1], half=half)
+        self.cache = source.allocate_cache(*size, half=half)
+
+    def features(self, start: int, end: int) -> Tensor:
+        """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
+        self.cache.rewind(start)
+        past = self.values[:, max(start - 1, 0) : end - 1]
+        return self.source.features_of(self.cache, past, first=start == 0)
 
     def select(self, order: Tensor) -> None:
         """Replace every row b by row order[b]."""
@@ -71,13 +76,57 @@ class Rows:
         self.cache.take(self.cache, order)
 
 
-class Drawn(Rows):
-    """Rows whose tokens are drawn from weights by Gumbel numbers.
+class TokenRows(Rows):
+    """Rows of `tokens` [B, N, P] that are drawn from weights by Gumbel numbers.
 
-    The latents of a token x_t are mu_x + sigma_x eps_t, and the noise eps of all places is there
-    from the start. So whoever guesses a token knows its latents, and one call of the Transformer
-    checks several guesses: those before the first wrong one are final, and so is the token that
-    replaces it. Guesses never change a text (docs/math.md, section 7).
+    The baseline's values are the tokens. In a block, a token x_t has latents mu_x + sigma_x eps_t.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        index: int,
+        tokens: Tensor,
+        adjust: AdjustWeights | None,
+        *,
+        half: bool = False,
+    ) -> None:
+        """Block `index` of a flow, in the order of the tokens, is a Mix-d block."""
+        self.tokens = tokens
+        source = model.conditioner
+        self.law: TokenLM | MixDCoupling
+        if isinstance(model, TarFlowLM):
+            source = model.prior.block(index)
+            self.law = cast(MixDCoupling, source.coupling)
+            book = self.law.components
+            self.mean, self.std = book.mean, book.log_std.exp()
+        else:
+            self.law = cast(TokenLM, model)
+        super().__init__(model, source, (len(tokens), tokens.shape[1]), adjust, half=half)
+
+    def values_of(self, tokens: Tensor, noise: Tensor) -> Tensor:
+        """Values [..., C] of tokens [..., P] with noise [..., P, d]."""
+        if isinstance(self.law, TokenLM):
+            return tokens
+        return torch.addcmul(self.mean[tokens], self.std[tokens, None], noise).flatten(-2)
+
+    def log_prob(self, features: Tensor, here: Place) -> Tensor:
+        """log p [b, n, P] of the tokens at these places, in nats, given features [b, n, D].
+
+        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
+        """
+        if isinstance(self.law, MixDCoupling):
+            return self.law.token_log_prob(self.values[here], features, relative=True)
+        tokens = self.tokens[here]
+        return self.law.log_prob_of(features, tokens.flatten(1)).view(tokens.shape)
+
+
+class Drawn(TokenRows):
+    """Rows whose random numbers are there from the start: Gumbel numbers, and the noise eps.
+
+    So whoever guesses a token knows its latents, and one call of the Transformer checks several
+    guesses: those before the first wrong one are final, and so is the token that replaces it.
+    Guesses never change a text (docs/math.md, section 7).
 
     Where the two best scores are so close that rounding may exchange them, or a token is as close
     to a limit of top-k, top-p or min-p, the Transformer reads the text of the row from its start,
@@ -109,18 +158,13 @@ class Drawn(Rows):
         self.is_known = given != BLANK
         # read on the host once, so that a position without given tokens costs nothing for them
         self.some_known = self.is_known.any(2).any(0).tolist()
-        self.tokens = given.clamp_min(0).to(model.device)  # [B, N + room, P]
+        tokens = given.clamp_min(0).to(model.device)  # [B, N + room, P]
         self.noise = F.pad(noise.unflatten(1, (-1, P)), (0, 0, 0, 0, 0, room))
         self.gumbel = gumbel
-        self.coupling: MixDCoupling | None = None
-        source = model.conditioner
-        if isinstance(model, TarFlowLM):
-            source = model.prior.block(index)
-            self.coupling = cast(MixDCoupling, source.coupling)
-            book = self.coupling.components
-            self.mean, self.std = book.mean, book.log_std.exp()
-        half = self.coupling is not None and noise.is_cuda and noise.dtype == torch.float32
-        super().__init__(model, source, self._values(self.tokens, self.noise), adjust, half=half)
+        # an inverse needs the same features as the forward map; drawing does not
+        half = not model.is_exact and noise.is_cuda and noise.dtype == torch.float32
+        super().__init__(model, index, tokens, adjust, half=half)
+        self.values = self.values_of(tokens, self.noise)
         self.num_positions = self.values.shape[1] - room
         self.decides = P == 1 and model.device.type == "cpu"
         """Whether near ties are decided by the text of the row alone."""
@@ -129,46 +173,12 @@ class Drawn(Rows):
         self.is_even = True
         """Whether the next position is the same in all rows that need one."""
 
-    def _values(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """Values [..., C] of tokens [..., P] with noise [..., P, d]."""
-        if self.coupling is None:
-            return tokens
-        return torch.addcmul(self.mean[tokens], self.std[tokens, None], noise).flatten(-2)
-
     def _here(self, ahead: int, count: int) -> Place:
         """The `count` positions of each row that begin `ahead` of its next one."""
         if self.is_even:
             return self.rows, slice(self.at + ahead, self.at + ahead + count)
         rows = torch.arange(len(self.next))[self.rows]
         return rows[:, None], self.next[rows][:, None] + torch.arange(ahead, ahead + count)
-
-    def _log_weights(self, features: Tensor) -> Generator[Tensor, Tensor | None, None]:
-        """Yields the log-weights [M, K] of each token of a position, from features [M, D].
-
-        The caller sends the values of the token: latents [M, d], or the token itself [M, 1].
-        """
-        P = self.model.config.patch
-        if self.coupling is None:
-            patch = self.tokens.new_zeros(len(features), P)
-            for a in range(P):
-                token = yield cast(TokenLM, self.model).place_logits(features, patch, a)
-                patch[:, a : a + 1] = cast(Tensor, token)
-            return
-        walk = self.coupling.token_features.walk(features)
-        z: Tensor | None = None
-        for _ in range(P):
-            z = yield widen(self.coupling.weight_head(walk.send(z)))
-
-    def _log_p(self, features: Tensor, here: Place) -> Tensor:
-        """log p [b, n, P] of the tokens at these places, in nats, given features [b, n, D].
-
-        For a flow it is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
-        """
-        if self.coupling is not None:
-            return self.coupling.token_log_prob(self.values[here], features, relative=True)
-        tokens = self.tokens[here]
-        log_p = cast(TokenLM, self.model).log_prob_of(features, tokens.flatten(1))
-        return log_p.view(tokens.shape)
 
     def _advance(self, count: Tensor) -> None:
         """Go on by `count` [b] positions, at most to the end."""
@@ -183,13 +193,13 @@ class Drawn(Rows):
         if num == 0:
             return None
         features = self.settle(self.values[:, :num])
-        return self._log_p(features, (slice(None), slice(num))).sum((1, 2))
+        return self.log_prob(features, (slice(None), slice(num))).sum((1, 2))
 
     def settle(self, values: Tensor) -> Tensor:
         """Begin after the `values` [B, n, ...] of the first positions: their features [B, n, D]."""
         num = values.shape[1]
         self.values[:, :num] = values
-        features = self.source.features_of(self.cache, values[:, :-1], first=True)
+        features = self.features(0, num)
         self._advance(torch.tensor(num))
         return features
 
@@ -212,7 +222,7 @@ class Drawn(Rows):
             ahead = self._here(0, count)
             if is_known is not None:
                 guesses = torch.where(is_known[:, :count], self.tokens[ahead], guesses)
-            self.values[ahead] = self._values(guesses, self.noise[ahead])
+            self.values[ahead] = self.values_of(guesses, self.noise[ahead])
         self.cache.rewind(self.at if self.is_even else self.next[self.rows])
         past = self._here(-1, count + 1) if self.at else (self.rows, slice(count))
         features = self.source.features_of(self.cache, self.values[past], first=self.at == 0)
@@ -222,14 +232,14 @@ class Drawn(Rows):
             # on an accelerator, the host waits here
             right = (tokens[:, :count] == guesses).all(2).long().cumprod(1).sum(1).cpu()
         self.tokens[here] = tokens
-        self.values[here] = self._values(tokens, self.noise[here])
+        self.values[here] = self.values_of(tokens, self.noise[here])
         if is_sure is not None and not is_sure.all():
             self._decide(right, is_sure.long().cumprod(1).sum(1))
         log_p: Tensor | None = None
         if is_known is not None:
             is_final = (torch.arange(count + 1) <= right[:, None]).to(is_known.device)
             mask = is_known & is_final[..., None]
-            found = torch.where(mask, self._log_p(features, here), 0.0).sum((1, 2))
+            found = torch.where(mask, self.log_prob(features, here), 0.0).sum((1, 2))
             log_p = found.new_zeros(len(self.next))
             log_p[self.rows] = found
         self._advance(right + 1)
@@ -257,7 +267,7 @@ class Drawn(Rows):
         """
         shape = features.shape[:2]
         gumbel = self.gumbel.at(*here).flatten(0, 1)
-        walk = self._log_weights(features.flatten(0, 1))
+        walk = self.law.log_weights(features.flatten(0, 1))
         noise, given = (x[here].flatten(0, 1) for x in (self.noise, self.tokens))
         known = None if is_known is None else is_known.flatten(0, 1)
         found: list[Tensor] = []
@@ -275,7 +285,7 @@ class Drawn(Rows):
                 is_sure = None if is_sure is None else is_sure | known[:, a]
             found.append(token)
             if a + 1 < given.shape[1]:
-                value = self._values(found[-1][:, None], noise[:, a : a + 1])
+                value = self.values_of(found[-1][:, None], noise[:, a : a + 1])
         tokens = torch.stack(found, -1).unflatten(0, shape)
         return tokens, None if is_sure is None else is_sure.unflatten(0, shape)
 
@@ -290,10 +300,12 @@ class Drawn(Rows):
             if place >= self.num_positions:
                 continue
             features = self.source.states(self.values[row : row + 1, :place])[:, -1]
-            log_w = next(self._log_weights(features))
+            log_w = next(self.law.log_weights(features))
             adjusted = log_w if self.adjust is None else self.adjust(log_w)
             self.tokens[row, place] = (adjusted + self.gumbel.at(row, place)).argmax(-1)
-            self.values[row, place] = self._values(self.tokens[row, place], self.noise[row, place])
+            self.values[row, place] = self.values_of(
+                self.tokens[row, place], self.noise[row, place]
+            )
             right[index] = sure[index]
 
     def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
@@ -343,8 +355,9 @@ class Completed(Rows):
         assert not reorders, "given latents need the order of the tokens"
         self.noise = self.patch(noise).clone()
         self.known = self.patch(known)
-        super().__init__(model, self.block, torch.zeros_like(self.noise), adjust)
+        self.values = torch.zeros_like(self.noise)
         self.num_positions = self.noise.shape[1]
+        super().__init__(model, self.block, (len(noise), self.num_positions), adjust)
         self.is_known = is_known.unflatten(1, (-1, model.config.patch))
         # read on the host once, so that a position without given tokens costs nothing for them
         self.some_known = self.is_known.any(2).any(0).tolist()
@@ -360,8 +373,7 @@ class Completed(Rows):
         z = self.known[:, :num]
         self.values[:, :num] = z
         self.at = num
-        features = self.block.features_of(self.cache, z[:, : num - 1], first=True)
-        u, log_det = self.block.coupling(z, features)
+        u, log_det = self.block.coupling(z, self.features(0, num))
         self.noise[:, :num] = u
         log_p = log_det.sum(-1) + standard_normal_log_prob(u)
         return log_p - self.log_normaliser[:, :num].sum((1, 2))

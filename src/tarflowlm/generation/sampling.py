@@ -37,8 +37,13 @@ class Noise:
     """One per sample."""
     particles: int
 
-    def normal(self, num_tokens: int, channels: int) -> Tensor:
-        """Standard normal noise [num R, T, channels], drawn in float32, as the model computes."""
+    def normal(self, num_tokens: int) -> Tensor:
+        """Standard normal noise [num R, T, d], drawn in float32, as the model computes.
+
+        d = 0 for the baseline.
+        """
+        flow = self.model if isinstance(self.model, TarFlowLM) else None
+        channels = 0 if flow is None else flow.config.latent_dim
         # of a whole context, so that a longer text begins with the same numbers
         shape = self.particles, max(num_tokens, self.model.config.context), channels
         noise = torch.cat([torch.randn(*shape, generator=g) for g in self.generators])
@@ -55,10 +60,6 @@ class Noise:
         block = self.model.prior.block(index)
         groups = len(block.order.channels) // block.coupling.group
         return Gumbel(all_seeds, places, (groups, block.coupling.choices))
-
-    def of(self, samples: Sequence[int]) -> "Noise":
-        """The noise of some of the samples, by their numbers."""
-        return replace(self, generators=[self.generators[b] for b in samples])
 
 
 Index = Tensor | slice | int

@@ -178,7 +178,7 @@ class Window:
         """Noise inverted block by block, after the states of a prompt."""
         num_tokens = given.shape[1]
         num = num_leading((given != BLANK).all(0))
-        noise = self.noise.normal(num_tokens, flow.config.latent_dim)
+        noise = self.noise.normal(num_tokens)
         known: list[Tensor] = []
         evidence = None
         if num:
@@ -190,21 +190,21 @@ class Window:
             evidence = weights.evidence()
             noise = torch.cat((known[-1], noise[:, num:]), 1)
         decoder = self.plan.sampling.decoder
-        draws = draws_last(flow, decoder)
+        gumbel = self.noise.draws(num_tokens) if draws_last(flow, decoder) else None
         steps = stack_inversion(
             flow,
             noise,
             decoder=decoder,
             adjust=self.plan.adjust,
             known=known,
-            gumbel=self.noise.draws(num_tokens) if draws else None,
+            gumbel=gumbel,
             sampling=self.plan.sampling,
             ended=self.ended,
             progress=self.progress,
         )
         states, work = yield from self._read(steps)
         tokens = flow.codebook.decode(states[-1])
-        latents = tuple(states[-1:] if draws else states)
+        latents = tuple(states if gumbel is None else states[-1:])
         return Generation(tokens, evidence, tuple(work), latents=latents)
 
     def _completed(self, flow: TarFlowLM, given: Tensor) -> Parts:
@@ -215,7 +215,7 @@ class Window:
         decoder, adjust = self.plan.sampling.decoder, self.plan.adjust
         draws = draws_last(flow, decoder)
         source = UpperBlocks(self.noise, is_known, decoder, draws, adjust, self.progress)
-        eps = self.noise.normal(num_tokens, flow.config.latent_dim)
+        eps = self.noise.normal(num_tokens)
         known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
         gumbel = self.noise.draws(num_tokens) if draws and source.single else None
         rows = Completed(flow, source.draw, known, is_known, adjust, gumbel)
@@ -230,11 +230,11 @@ class Window:
 
     def _drawn(self, given: Tensor) -> Parts:
         """Tokens drawn from weights; given ones are kept."""
-        num_tokens = given.shape[1]
-        spread = given.repeat_interleave(self.plan.particles, dim=0)
+        plan = self.plan
+        spread = given.repeat_interleave(plan.particles, dim=0)
         flow = self.model if isinstance(self.model, TarFlowLM) else None
-        noise = self.noise.normal(num_tokens, 0 if flow is None else flow.config.latent_dim)
-        gumbel, plan = self.noise.draws(num_tokens), self.plan
+        noise = self.noise.normal(given.shape[1])
+        gumbel = self.noise.draws(given.shape[1])
         sampling = plan.sampling if plan.particles == 1 else None
         rows = Drawn(self.model, 0, noise, gumbel, spread, plan.adjust, sampling)
         rows.ended = self.ended

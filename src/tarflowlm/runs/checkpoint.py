@@ -17,7 +17,7 @@ from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.drafts import Drafter
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
-from tarflowlm.flow.couplings import couplings_of
+from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
@@ -163,8 +163,9 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         model.drafter = drafter
     device = torch.device(device)
     compiled = device.type == "cuda" and compilation_problem("cuda") is None
-    for coupling in couplings_of(model):
-        coupling.maps = COMPILED if compiled else REFERENCE
+    for module in model.modules():
+        if isinstance(module, Coupling):
+            module.maps = COMPILED if compiled else REFERENCE
     return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
 
 

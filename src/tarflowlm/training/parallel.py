@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.flow.couplings import Coupling, couplings_of
+from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import LanguageModel, seeded
@@ -68,8 +68,9 @@ def parallelise(
         layer.dropout = train.dropout if is_trained else 0.0
         if compiled:
             layer.compile(fullgraph=True)
-    for coupling in couplings_of(model):
-        coupling.maps = COMPILED if compiled else REFERENCE
+    for module in model.modules():
+        if isinstance(module, Coupling):
+            module.maps = COMPILED if compiled else REFERENCE
     bound: nn.Module = NegativeBound(model, frozen, train.precision)
     if processes.shards(train):
         shard(bound, model, processes, train.precision)
