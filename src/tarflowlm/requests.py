@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial, wraps
+from functools import wraps
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -40,8 +40,6 @@ from tarflowlm.schema import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from tarflowlm.flow.couplings import AdjustWeights
 
 P = ParamSpec("P")
 Q = TypeVar("Q")
@@ -119,66 +117,76 @@ class Sampling(Tempered):
     sweeps: invert noise in all blocks, in parallel.
     """
 
-    def adjust(self, vocab_size: int, banned: int | None = None) -> "AdjustWeights | None":
-        """A map of log-weights of tokens [..., V], or None for the identity (docs/math.md, 7).
-
-        It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the
-        fewest of the largest whose probabilities add up to `top_p`, then all of at least `min_p`
-        times the largest probability (Nguyen et al. 2024). Dropped tokens, and the `banned` one,
-        get the lowest finite log-weight: probability zero.
-        """
-        import torch
-
-        temperature = 1.0 if self.temperature is None else self.temperature
-        # masks of the tokens that are dropped, from log-probabilities
-        drops: list[Callable[[Tensor, float], Tensor]] = []
-        if self.top_k is not None and self.top_k < vocab_size:
-            drops.append(partial(_all_but_largest, count=self.top_k))
-        # rounding lets a cumulative sum reach 1 before the last tokens
-        if self.top_p is not None and self.top_p < 1.0:
-            drops.append(partial(_all_but_nucleus, share=self.top_p))
-        if self.min_p:
-            least = math.log(self.min_p)
-            drops.append(lambda log_w, slack: log_w < log_w.amax(-1, True) + least - slack)
-        is_same = temperature == 1.0 and not drops
-        if is_same and banned is None:
-            return None
-
-        def adjusted(log_w: "Tensor", slack: float = 0.0) -> "Tensor":
-            if banned is not None:
-                index = torch.tensor([banned], device=log_w.device)
-                log_w = log_w.index_fill(-1, index, torch.finfo(log_w.dtype).min)
-            log_w = log_w if is_same else torch.log_softmax(log_w / temperature, dim=-1)
-            for is_dropped in drops:
-                log_w = log_w.masked_fill(is_dropped(log_w, slack), torch.finfo(log_w.dtype).min)
-            return log_w
-
-        return adjusted
+    def adjust(self, vocab_size: int, banned: int | None = None) -> "Adjustment | None":
+        """What these options and a `banned` token do to log-weights; None for nothing."""
+        found = Adjustment(self, vocab_size, banned)
+        is_same = found.is_plain and banned is None
+        return None if is_same else found
 
 
 ADJUSTMENTS = {one.name for one in fields(Sampling)} - {"particles", "decoder"}
 """Options that change the weights of tokens."""
 
 
-def _all_but_largest(log_w: "Tensor", slack: float, *, count: int) -> "Tensor":
-    """False for the `count` largest, chosen by index, so that ties do not keep more.
+class Adjustment:
+    """A map of log-weights of tokens [..., V] to log-weights (docs/math.md, 7).
 
-    With `slack` above 0 also for others that are at most so far below them; below 0 only for those
-    that are so far above all others.
+    It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the fewest of
+    the largest whose probabilities add up to `top_p`, then all of at least `min_p` times the
+    largest probability (Nguyen et al. 2024). Dropped tokens, and the `banned` one, get the lowest
+    finite log-weight: probability zero.
     """
-    largest = log_w.topk(count + 1, dim=-1)
-    if slack:
-        limit = largest.values[..., count - 1 if slack > 0 else count, None]
-        return log_w < limit - slack
-    return (log_w == log_w).scatter(-1, largest.indices[..., :count], False)
 
+    def __init__(self, options: Sampling, vocab_size: int, banned: int | None) -> None:
+        self.temperature = options.temperature or 1.0
+        self.top_k = options.top_k if (options.top_k or vocab_size) < vocab_size else None
+        # rounding lets a cumulative sum reach 1 before the last tokens
+        self.top_p = options.top_p if (options.top_p or 1.0) < 1.0 else None
+        self.min_p = options.min_p or None
+        self.banned = banned
+        limits = (self.top_k, self.top_p, self.min_p)
+        self.is_plain = self.temperature == 1.0 and limits == (None, None, None)
+        """Whether only the banned token is dropped."""
 
-def _all_but_nucleus(log_w: "Tensor", slack: float, *, share: float) -> "Tensor":
-    """False for the fewest of the largest whose probabilities add up to `share` + `slack`."""
-    ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
-    # a token is kept when the mass before it has not reached the share
-    is_after = ordered.cumsum(-1) - ordered >= share + slack
-    return is_after.new_zeros(is_after.shape).scatter(-1, order, is_after)
+    def __call__(self, log_w: "Tensor") -> "Tensor":
+        return self.limit(self.temper(log_w))
+
+    def temper(self, log_w: "Tensor") -> "Tensor":
+        """The first step: the temperature, and the banned token."""
+        import torch
+
+        if self.banned is not None:
+            index = torch.tensor([self.banned], device=log_w.device)
+            log_w = log_w.index_fill(-1, index, torch.finfo(log_w.dtype).min)
+        if self.is_plain:
+            return log_w
+        return torch.log_softmax(log_w / self.temperature, dim=-1)
+
+    def limit(self, log_w: "Tensor", slack: float = 0.0) -> "Tensor":
+        """The other steps. With `slack` above 0 tokens are also kept that miss a limit by at most
+        so much, in nats or in probability; below 0 only those that meet it by so much.
+        """
+        import torch
+
+        lowest = torch.finfo(log_w.dtype).min
+        if self.top_k is not None:
+            largest = log_w.topk(self.top_k + 1, dim=-1)
+            # by index, so that ties do not keep more
+            is_dropped = torch.ones_like(log_w, dtype=torch.bool)
+            is_dropped = is_dropped.scatter(-1, largest.indices[..., : self.top_k], False)
+            if slack:
+                nearest = largest.values[..., self.top_k - 1 if slack > 0 else self.top_k, None]
+                is_dropped = log_w < nearest - slack
+            log_w = log_w.masked_fill(is_dropped, lowest)
+        if self.top_p is not None:
+            ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
+            # a token is kept when the mass before it has not reached the share
+            is_after = ordered.cumsum(-1) - ordered >= self.top_p + slack
+            log_w = log_w.masked_fill(is_after.scatter(-1, order, is_after), lowest)
+        if self.min_p is not None:
+            least = log_w.amax(-1, True) + math.log(self.min_p) - slack
+            log_w = log_w.masked_fill(log_w < least, lowest)
+        return log_w
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,8 @@ OneLatent = Float[Tensor, "B C"]
 OneFeature = Float[Tensor, "B D"]
 Gumbel = Float[Tensor, "B G K"]
 
-AdjustWeights = Callable[..., Tensor]
-"""Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler.
-
-A second argument loosens the limits of what is kept by so much.
-"""
+AdjustWeights = Callable[[Tensor], Tensor]
+"""Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
 
 Inverter = Callable[..., Tensor]
 """`Coupling.invert` with a copy of the weights that the network had when it was made."""

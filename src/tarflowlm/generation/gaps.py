@@ -16,13 +16,13 @@ from torch import Tensor
 
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import Progress, UserError
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.particles import Weights, weight
 from tarflowlm.generation.plan import Plan, checked_mask
 from tarflowlm.generation.rows import TokenRows
 from tarflowlm.generation.sampling import GapLengths, Generation, Gumbel, Noise
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
+from tarflowlm.requests import Adjustment
 
 
 class Pieces(TokenRows):
@@ -34,7 +34,7 @@ class Pieces(TokenRows):
         tokens: Tensor,
         values: Tensor,
         at: int,
-        adjust: AdjustWeights | None,
+        adjust: Adjustment | None,
     ) -> None:
         """The first `at` of `tokens` [B, T, 1] and of their `values` [B, T, C] are written."""
         super().__init__(model, 0, tokens, adjust)

@@ -15,14 +15,13 @@ from torch import Tensor
 from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.channelwise import ChannelCoupling
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation.rows import Drawn
 from tarflowlm.generation.sampling import BLANK, Gumbel, Work, drop_finished, num_leading
 from tarflowlm.model import TarFlowLM
-from tarflowlm.requests import Sampling
+from tarflowlm.requests import Adjustment, Sampling
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when it changes by at most this times 1 + |h|: a few rounding errors."""
@@ -70,7 +69,7 @@ def block_inversion(
     u: Tensor,
     *,
     decoder: Decoder = "steps",
-    adjust: AdjustWeights | None = None,
+    adjust: Adjustment | None = None,
     settled: Tensor | None = None,
     gumbel: Gumbel | None = None,
     ended: Tensor | None = None,
@@ -110,7 +109,7 @@ class _Inversion:
         self,
         block: FlowBlock,
         u: Tensor,
-        adjust: AdjustWeights | None = None,
+        adjust: Adjustment | None = None,
         gumbel: Gumbel | None = None,
         progress: Progress = SILENT,
     ) -> None:
@@ -300,7 +299,7 @@ def stack_inversion(
     decoder: Decoder = "steps",
     level: int | None = None,
     above: int = 0,
-    adjust: AdjustWeights | None = None,
+    adjust: Adjustment | None = None,
     known: Sequence[Tensor] = (),
     gumbel: Gumbel | None = None,
     sampling: Sampling | None = None,

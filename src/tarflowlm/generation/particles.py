@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.rows import Completed, Drawn
 from tarflowlm.generation.sampling import Evidence, Noise, Work
 from tarflowlm.model import as_flow
+from tarflowlm.requests import Adjustment
 
 RESAMPLE_BELOW = 0.5
 """Particles are resampled when their effective sample size falls below this times R."""
@@ -156,7 +156,7 @@ class UpperBlocks:
         is_known: Tensor,
         decoder: Decoder,
         draws: bool,
-        adjust: AdjustWeights | None,
+        adjust: Adjustment | None,
         progress: Progress,
     ) -> None:
         """`is_known` [num R, T] says which tokens are given. Block L is drawn if `draws`."""

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from tarflowlm.data.prompts import BLANK, Gap, Reading
 from tarflowlm.errors import UserError, counted
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.model import LanguageModel
-from tarflowlm.requests import ADJUSTMENTS, Sampling
+from tarflowlm.requests import ADJUSTMENTS, Adjustment, Sampling
 from tarflowlm.schema import Length, checked
 
 PARTICLES = 16
@@ -39,7 +38,7 @@ class Plan:
     num_tokens: int
     """Tokens to write, given ones included."""
     particles: int
-    adjust: AdjustWeights | None
+    adjust: Adjustment | None
     """The effect of temperature, top-k, top-p and bans on the weights of tokens."""
     sampling: Sampling
     way: Way
@@ -184,7 +183,7 @@ def _check_open(model: LanguageModel, num_tokens: int) -> None:
         raise UserError(f"length {num_tokens}: {rule} {most}; shorten the text or its gaps")
 
 
-def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> AdjustWeights | None:
+def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> Adjustment | None:
     may_adjust = model.config.has_token_weights or model.config.fills_in
     adjust = sampling.adjust(model.config.vocab_size, banned if may_adjust else None)
     if adjust is not None and not may_adjust:

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.drafts import Guesser
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.fills import complete
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel, drop_finished, num_leading
 from tarflowlm.model import LanguageModel, TarFlowLM
-from tarflowlm.requests import Sampling
+from tarflowlm.requests import Adjustment, Sampling
 
 NEAR = 2.0**-12
 """Scores that are closer than this may change places by rounding: what is computed for one position
@@ -53,7 +52,7 @@ class Rows:
         model: LanguageModel,
         source: Conditioner,
         size: tuple[int, int],
-        adjust: AdjustWeights | None,
+        adjust: Adjustment | None,
         *,
         half: bool = False,
     ) -> None:
@@ -87,7 +86,7 @@ class TokenRows(Rows):
         model: LanguageModel,
         index: int,
         tokens: Tensor,
-        adjust: AdjustWeights | None,
+        adjust: Adjustment | None,
         *,
         half: bool = False,
     ) -> None:
@@ -140,7 +139,7 @@ class Drawn(TokenRows):
         noise: Tensor,
         gumbel: Gumbel,
         given: Tensor,
-        adjust: AdjustWeights | None,
+        adjust: Adjustment | None,
         sampling: Sampling | None = None,
     ) -> None:
         """Block `index`, in the order of the tokens, draws with `noise` eps [B, T, d] and `gumbel`.
@@ -316,14 +315,15 @@ class Drawn(TokenRows):
         self.tokens[:, : self.at] = self.tokens[order, : self.at]
 
 
-def _chosen(log_w: Tensor, gumbel: Tensor, adjust: AdjustWeights | None) -> tuple[Tensor, Tensor]:
+def _chosen(log_w: Tensor, gumbel: Tensor, adjust: Adjustment | None) -> tuple[Tensor, Tensor]:
     """The choices [M] of numbers [M, K], and whether rounding cannot change them, [M]."""
-    scores = (log_w if adjust is None else adjust(log_w, NEAR)) + gumbel
+    tempered = log_w if adjust is None else adjust.temper(log_w)
+    scores = (tempered if adjust is None else adjust.limit(tempered, NEAR)) + gumbel
     best = scores.topk(min(2, scores.shape[-1]))
     token = best.indices[:, 0]
     is_sure = best.values[:, 0] - best.values[:, -1] > (NEAR if scores.shape[-1] > 1 else -1)
     if adjust is not None:
-        within = adjust(log_w, -NEAR).gather(-1, token[:, None])[:, 0]
+        within = adjust.limit(tempered, -NEAR).gather(-1, token[:, None])[:, 0]
         is_sure &= within > torch.finfo(within.dtype).min / 2
     return token, is_sure
 
@@ -341,7 +341,7 @@ class Completed(Rows):
         noise: Tensor,
         known: Tensor,
         is_known: Tensor,
-        adjust: AdjustWeights | None,
+        adjust: Adjustment | None,
         gumbel: Gumbel | None = None,
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU.
