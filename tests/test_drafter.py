@@ -18,7 +18,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.model import seeded
 from tarflowlm.model_config import BaselineConfig, TransformerConfig
-from tarflowlm.runs import DRAFT, WEIGHTS
+from tarflowlm.runs import DRAFT, SUMMARY, WEIGHTS
 from tarflowlm.runs.checkpoint import (
     export,
     load_checkpoint,
@@ -307,8 +307,13 @@ def test_training_makes_one_where_it_has_seen_enough(tmp_path, corpus_file, monk
     )
     train(run, tmp_path / "none", device=torch.device("cpu"))
     assert not (tmp_path / "none" / DRAFT).exists()
-    monkeypatch.setattr(drafts, "LEAST", 2)
-    train(run, tmp_path / "some", device=torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(drafts, "LEAST", 2)
+        train(run, tmp_path / "some", device=torch.device("cpu"))
     model = load_checkpoint(tmp_path / "some").model
     assert model.drafter is not None
     assert int(model.drafter.sizes[0]) == model.config.vocab_size
+    # the run ends again, and makes none: the old one goes
+    (tmp_path / "some" / SUMMARY).unlink()
+    train(run, tmp_path / "some", device=torch.device("cpu"))
+    assert not (tmp_path / "some" / DRAFT).exists()

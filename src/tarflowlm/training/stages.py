@@ -339,7 +339,10 @@ def draft(run: Run, state: State) -> None:
             state.counters.tokens // 8,
         )
     for folder in (run.out, run.out / BEST):
-        if drafter is not None and folder.is_dir():
+        if drafter is None:
+            # one of an earlier training would be wrong more often
+            (folder / DRAFT).unlink(missing_ok=True)
+        elif folder.is_dir():
             write_drafter(folder / DRAFT, drafter)
 
 
