@@ -1,6 +1,8 @@
 """Models that come with the package, and `export`, which makes one."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file
 
 from tarflowlm.generation import generate
 from tarflowlm.pretrained import load
-from tarflowlm.runs.checkpoint import export, load_checkpoint
+from tarflowlm.runs.checkpoint import export, load_checkpoint, locate
 from tarflowlm.runs.hub import FOLDER, released
 
 
@@ -16,8 +18,7 @@ from tarflowlm.runs.hub import FOLDER, released
 def shelf(tmp_path, trained, monkeypatch):
     """A shelf of released models with one on it, by the name of tiny."""
     export(load_checkpoint(trained), tmp_path / "shelf" / "tiny")
-    for module in ("hub", "checkpoint"):
-        monkeypatch.setattr(f"tarflowlm.runs.{module}.FOLDER", tmp_path / "shelf")
+    monkeypatch.setattr("tarflowlm.runs.hub.FOLDER", tmp_path / "shelf")
     monkeypatch.setattr("tarflowlm.runs.hub.DEFAULT", "tiny")
 
 
@@ -57,6 +58,17 @@ def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     assert run("edit", "tiny", "--text", "abc", "--strength", "0.5").status == 0
     sample = generate(model, num_tokens=8, generator=torch.Generator().manual_seed(0))
     assert sample.tokens.shape == (1, 8)
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir], ids=["file", "folder"])
+def test_only_a_run_hides_a_released_model(shelf, tmp_path, trained, monkeypatch, run_json, make):
+    monkeypatch.chdir(tmp_path)
+    make(Path("tiny"))
+    assert locate("tiny") == tmp_path / "shelf" / "tiny"
+    assert run_json("info", "tiny")["source"] == "./text.txt"
+    if Path("tiny").is_dir():
+        shutil.copytree(trained, "tiny", dirs_exist_ok=True)
+        assert locate("tiny") == Path("tiny")
 
 
 def test_a_text_that_is_not_here_is_asked_for(shelf, refused):

@@ -19,6 +19,7 @@ from tarflowlm.runs.hub import (
     DEFAULT,
     FOLDER,
     check_model,
+    folder_of,
     is_reference,
     purpose,
     read_card,
@@ -51,7 +52,8 @@ class Args(Json):
 
 def run(args: Args) -> None:
     paths = args.directories
-    if args.compare or any(path.is_dir() and not (path / CONFIG).exists() for path in paths):
+    folders = filter(Path.is_dir, map(folder_of, paths))
+    if args.compare or not all((folder / CONFIG).exists() for folder in folders):
         _compare(args)
         return
     if len(paths) == 1:

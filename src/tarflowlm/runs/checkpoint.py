@@ -33,7 +33,7 @@ from tarflowlm.runs import (
     TOKENIZER,
     WEIGHTS,
 )
-from tarflowlm.runs.hub import FOLDER, check_model, fetch, is_reference, released
+from tarflowlm.runs.hub import check_model, fetch, folder_of, is_reference
 from tarflowlm.schema import from_dict, to_dict
 
 Summary = dict[str, Any]
@@ -94,15 +94,13 @@ def read_summary(directory: Path) -> Summary | None:
 
 
 def locate(directory: str | Path) -> Path:
-    """The folder of a model: a path, the name of a released model, or hf:OWNER/NAME.
+    """The folder of a model: a path, the name of a released model (`folder_of`), or hf:OWNER/NAME.
 
     Weights from the hub that fail their checksum are removed from its client's cache.
     """
-    path = Path(directory)
-    if path.exists():
+    path = folder_of(directory)
+    if path.exists() or not is_reference(path):
         return path
-    if not is_reference(path):
-        return FOLDER / path if str(path) in released() else path
     folder = fetch(path)
     weights = folder / WEIGHTS
     try:

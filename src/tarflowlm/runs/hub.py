@@ -99,15 +99,24 @@ def released() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob(f"*/{CONFIG}"))
 
 
+def folder_of(name: str | Path) -> Path:
+    """The folder that a path or the name of a released model means.
+
+    Only a run directory hides the released model of its name.
+    """
+    path = Path(name)
+    is_run = (path / CONFIG).exists()
+    return FOLDER / path if not is_run and str(path) in released() else path
+
+
 def check_model(name: str | Path) -> None:
     """UserError unless it names a model: a run directory, a released model or one of the hub.
 
     It imports no torch, and does not ask the hub.
     """
     path = Path(name)
-    known = released()
-    is_released = not path.exists() and str(path) in known
-    if not is_released and not is_reference(path) and not (path / CONFIG).exists():
+    if not is_reference(path) and not (folder_of(path) / CONFIG).exists():
+        known = released()
         lacks = f", as {CONFIG} is missing" if path.is_dir() else ""
         remedy = f"{guess(str(path), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
         raise UserError(f"{path} is not a run directory{lacks}: {remedy}")
