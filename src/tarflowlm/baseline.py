@@ -68,19 +68,14 @@ class TokenLM(LanguageModel, Conditioner):
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Unnormalised log p(x_t | x_<t) of every token."""
-        return self.patch_logits(self._features(tokens), tokens).flatten(1, 2)
+        inputs = self.token_features(self._features(tokens), self._in_patch(tokens))
+        return widen(self.head(inputs)).flatten(1, 2)
 
     def _features(self, tokens: Tensor) -> Tensor:
         patch = self.config.patch
         if tokens.shape[1] % patch:
             raise UserError(f"patch {patch} does not divide the {tokens.shape[1]} tokens")
         return self.states(tokens[:, :-patch])
-
-    def patch_logits(
-        self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]
-    ) -> Float[Tensor, "B N P V"]:
-        """Logits of the P tokens of each position, with `in_patch` given the earlier ones."""
-        return widen(self.head(self.token_features(features, self._in_patch(tokens))))
 
     def log_weights(
         self, features: Float[Tensor, "B D"]

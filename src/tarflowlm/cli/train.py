@@ -88,7 +88,15 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         if "--from" in given:
             remedy = "the model brings its own shape; leave the preset out"
             raise UserError(f"{argv[0]} with --from: {remedy}")
-        args: Args | TuneArgs = _read_preset(argv[0], argv[1:])
+        run, others = _with_couplings(preset(argv[0]), argv[1:])
+        args: Args | TuneArgs = parse(
+            Args,
+            others,
+            f"tarflowlm train {argv[0]}",
+            default=Args(run=run),
+            # some fields are true by default, so every flag --x has its --no-x; some take None
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     elif "--from" in given:
         args = parse(TuneArgs, argv, "tarflowlm train --from MODEL")
         if args.data is None:
@@ -128,18 +136,6 @@ def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[st
         run = copy.copy(run)
         object.__setattr__(run, "model", model)
     return run, others
-
-
-def _read_preset(name: str, argv: list[str]) -> Args:
-    run, others = _with_couplings(preset(name), argv)
-    return parse(
-        Args,
-        others,
-        f"tarflowlm train {name}",
-        default=Args(run=run),
-        # some fields are true by default, so every flag --x has its --no-x; some take None
-        config=(tyro.conf.AvoidSubcommands,),
-    )
 
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:

@@ -135,12 +135,7 @@ class _Inversion:
         if num:
             self.h[:, :num] = h
             self._advance(num)
-            self._fill_cache()
-
-    def _fill_cache(self) -> None:
-        """Cache the final positions of all rows."""
-        self.cache.rewind(0)
-        self.block.features_of(self.cache, self.h[:, : self.at - 1], first=True)
+            self.block.features_of(self.cache, h[:, :-1], first=True)
 
     def _advance(self, num: int) -> None:
         self.at += num
@@ -234,7 +229,8 @@ class _Inversion:
                 cache = copy(cache)
                 cache.keep(left)
         if cache is not self.cache and 0 < self.at < self.num_positions:
-            self._fill_cache()
+            self.cache.rewind(0)
+            self.block.features_of(self.cache, self.h[:, : self.at - 1], first=True)
         return self.at >= end
 
     def _sweep_once(self, end: int) -> float:

@@ -15,7 +15,7 @@ from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.drafts import Guesser
 from tarflowlm.errors import Progress
 from tarflowlm.flow.transformer import KVCache
-from tarflowlm.model import LanguageModel, TarFlowLM
+from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -171,19 +171,19 @@ class Generation:
     """Number of latents at the start that are context, and have no `tokens`."""
 
     @torch.no_grad()
-    def states(self, model: TarFlowLM) -> tuple[Tensor, ...]:
+    def states(self, model: LanguageModel) -> tuple[Tensor, ...]:
         """h^(L) = u, ..., h^(0) = z, each [num, T, d]; empty without `latents`."""
         end = self.context + self.tokens.shape[1]
         states = self.latents
         if len(states) == 1:
             # not the noise that was drawn: given tokens have changed it, or it was never inverted
-            states = tuple(reversed(model.prior.states(states[0])[0]))
+            states = tuple(reversed(as_flow(model).prior.states(states[0])[0]))
         return tuple(h[:, self.context : end] for h in states)
 
-    def passes(self, model: TarFlowLM) -> tuple[Tensor, ...]:
+    def passes(self, model: LanguageModel) -> tuple[Tensor, ...]:
         """The `states` decoded, each [num, T], coarse to fine. The last is `tokens`."""
         states = self.states(model)
-        return (*map(model.codebook.decode, states[:-1]), self.tokens) if states else ()
+        return (*map(as_flow(model).codebook.decode, states[:-1]), self.tokens) if states else ()
 
     def drop_context(self, num: int) -> "Generation":
         """The samples without their first `num` tokens, which were context."""

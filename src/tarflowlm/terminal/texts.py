@@ -19,7 +19,6 @@ from tarflowlm.editing.edits import Edited
 from tarflowlm.errors import counted
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.generation.texts import Written
-from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.bars import print_notice
 
@@ -140,7 +139,7 @@ def write_out(piece: str) -> None:
 def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> None:
     """Print every sample, on request with its passes, and the weights of several candidates."""
     generation = written.generation
-    states = passes_of(written, lm) if passes else []
+    states = generation.passes(lm.model) if passes else ()
     for row, (number, text) in enumerate(zip(written.rows, written.texts, strict=True)):
         body = Text(printable(text))
         if passes:
@@ -168,17 +167,12 @@ def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> 
             print_notice(f"  unreliable (Pareto k {k:.2f}): use more --particles")
 
 
-def passes_of(written: Written, lm: Checkpoint) -> Sequence[Tensor]:
-    """The samples decoded after every block, each [num, T]; none of a baseline."""
-    return written.generation.passes(lm.model) if isinstance(lm.model, TarFlowLM) else ()
-
-
 def samples_to_json(
     written: Written, lm: Checkpoint, *, passes: bool = False
 ) -> list[dict[str, object]]:
     """One object per sample: its text, on request its passes, and weights if text was given."""
     generation = written.generation
-    shown = passes_of(written, lm) if passes else []
+    shown = generation.passes(lm.model) if passes else ()
     samples: list[dict[str, object]] = []
     for row, text in enumerate(written.texts):
         sample: dict[str, object] = {"text": text, "ended": written.streams[row].has_ended}

@@ -62,15 +62,15 @@ def parallelise(
     Under FSDP2 the trained parameters of `model` are sharded in place. `compiled` compiles every
     Transformer layer, where layers of one shape share a graph, and the maps of every coupling.
     """
-    for layer in layers_of(model):
-        is_trained = any(parameter.requires_grad for parameter in layer.parameters())
-        layer.keeps_activations = not (train.checkpoint_activations and is_trained)
-        layer.dropout = train.dropout if is_trained else 0.0
-        if compiled:
-            layer.compile(fullgraph=True)
     for module in model.modules():
         if isinstance(module, Coupling):
             module.maps = COMPILED if compiled else REFERENCE
+        if isinstance(module, Layer):
+            is_trained = any(parameter.requires_grad for parameter in module.parameters())
+            module.keeps_activations = not (train.checkpoint_activations and is_trained)
+            module.dropout = train.dropout if is_trained else 0.0
+            if compiled:
+                module.compile(fullgraph=True)
     bound: nn.Module = NegativeBound(model, frozen, train.precision)
     if processes.shards(train):
         shard(bound, model, processes, train.precision)
@@ -142,10 +142,6 @@ def compiling(compiled: bool) -> Iterator[None]:
         yield
 
 
-def layers_of(module: nn.Module) -> list[Layer]:
-    return [m for m in module.modules() if isinstance(m, Layer)]
-
-
 # FSDP2: parameters, gradients and the states of AdamW are sharded
 
 
@@ -164,7 +160,7 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
     # couplings contain the heads of a flow
     head = getattr(model, "head", None)
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is head]
-    for module in [*layers_of(model), *heads]:
+    for module in [*(m for m in model.modules() if isinstance(m, Layer)), *heads]:
         if not frozen.issuperset(module.parameters()):
             is_narrow = precision == "bfloat16" and isinstance(module, Layer)
             fully_shard(
