@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reproduction import measures, tables
 from reproduction.ablations import HALF_STEPS
+from reproduction.directions import ONE_WAY
 from reproduction.judges import Judge
 from reproduction.plots import plot_models, plot_over
 from reproduction.recipe import (
@@ -30,18 +31,25 @@ from tarflowlm_apps.report.style import SMALL, Figure, log_scale
 PREFIXES = (0, 16, 64, 128)  # tokens of real text before a continuation
 SIZES = (2, 4, 8)  # tokens per position, next to one
 SHOWN_QUALITY = ("perplexity", "perplexity ±", "MAUVE", "entropy")
+HEAD = "Mix-1, head over the patch"
 TOGETHER, APART = "Mix-d, in-patch weights", "Mix-d, independent weights"
 PROMPTS = 32  # continuations of each model and prefix
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
-    """Flows of both couplings and the baseline at patch sizes 1 and 2, and the judge."""
+    """Flows of both couplings and the baseline at patch sizes 1 and 2, and the judge.
+
+    Mix-1 also with all blocks left to right, where every block sees the prefix.
+    """
     foil = settings.preset("ar", "owt")
+    mix1 = settings.preset("mix1", "owt")
     runs = {
         "AR": foil,
-        "Mix-1": settings.preset("mix1", "owt"),
+        "Mix-1": mix1,
+        f"Mix-1, {ONE_WAY}": variant(mix1, "one-way", alternate=False),
         "Mix-d": settings.preset("mixd", "owt"),
-        "Mix-1, head over the patch": variant(settings.preset("mix1", "owt"), "p2", patch=2),
+        HEAD: variant(mix1, "p2", patch=2),
+        f"{HEAD}, {ONE_WAY}": variant(mix1, "p2-one-way", patch=2, alternate=False),
         "Mix-d, in-patch weights": two_tokens(settings, "autoregressive"),
         "Mix-d, independent weights": two_tokens(settings, "independent"),
         "two-token AR": variant(foil, "p2", patch=2, in_patch="independent"),
@@ -216,9 +224,10 @@ FIG5 = Recipe(
         "lengths; a baseline that predicts two tokens at once breaks down. (It does not say which"
         " coupling the flow has. Its patch models have a head over all channels of a patch, as "
         "Mix-1 has here. Its figure 1 has the tokens of a patch "
-        "independent in the first blocks. The judge scores the continuation alone. The first three "
+        "independent in the first blocks. The judge scores the continuation alone. The first four "
         "models have one token per position. In Mix-1, whose directions alternate, the blocks "
-        f"above block 1 do not see the prefix: prefix 0 is its test. {measures.SEEDS_OF_MIX1})"
+        f"above block 1 do not see the prefix: prefix 0 is its test, or the rows {ONE_WAY}. "
+        f"{measures.SEEDS_OF_MIX1})"
     ),
     plan=plan_fig5,
     measure=measure_fig5,
