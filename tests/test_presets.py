@@ -43,12 +43,12 @@ def depth(name: str) -> int:
     )
 
 
-@pytest.mark.parametrize("family", ["mini", "english-small", *CORPORA])
+@pytest.mark.parametrize("family", ["mini", "paper-mini", "english-small", *CORPORA])
 def test_members_of_a_family_differ_by_the_model_alone(family):
     runs = [preset(name) for name in PRESETS if name.startswith(family)]
     # the baseline has no codebook, and how fast one may move depends on whether its coupling is
     # tied to it; the plain couplings of the mini size have a rate of their own
-    plain = [run for run in runs if run.name in ("mini-affine", "mini-mix1")]
+    plain = [run for run in runs if run.name.removeprefix("paper-") in ("mini-affine", "mini-mix1")]
     assert {run.optim.lr for run in plain} <= {1.2e-2}
     others = [run for run in runs if run not in plain]
     assert len({replace(run.optim, codebook_lr_scale=1.0) for run in others}) == 1
@@ -61,7 +61,7 @@ def test_members_of_a_family_differ_by_the_model_alone(family):
 
 @pytest.mark.parametrize(
     ("family", "layers"),
-    [("mini", 6), ("english-small", 7), ("text8", 12), ("owt", 12)],
+    [("mini", 6), ("paper-mini", 6), ("english-small", 7), ("text8", 12), ("owt", 12)],
 )
 def test_members_of_a_family_have_one_depth(family, layers):
     depths = {name: depth(name) for name in PRESETS if name.startswith(family)}
@@ -79,6 +79,7 @@ def test_flows_of_the_paper_share_their_shape(name):
     model, config = built(name), preset(name).model
     assert config.trunk == TransformerConfig(width=768, num_heads=12)
     assert (config.patch, config.context) == (1, CONTEXT[corpus])
+    assert (config.input_map, config.reads_tokens) == ("linear", False)
     assert model.codebook.mean.shape == (VOCAB[corpus], CHANNELS[corpus])
     assert [block.order.reverse for block in model.prior.blocks] == [False, True, False]
     assert len(model.prior.blocks) == 3
