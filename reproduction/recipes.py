@@ -13,6 +13,7 @@ from reproduction.patches import FIG5, IN_PATCH, PATCH_SIZES
 from reproduction.recipe import Recipe
 from reproduction.tables import TABLE2, TABLE6
 from reproduction.text8_start import TEXT8_START
+from reproduction.worded import WORDED
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -37,6 +38,7 @@ RECIPES: dict[str, Recipe] = {
         DIRECTIONS,
         YARDSTICK,
         INPUTS,
+        WORDED,
     )
 }
 """In the order in which `all` runs them."""
