@@ -178,50 +178,51 @@ def new_block(below: Below, run: RunConfig, arm: Arm, trained: Block | None) -> 
 Named = tuple[str, Arm | None]
 """A model, or a block 2 on it."""
 QUESTIONS: tuple[tuple[str, Named, Named], ...] = (
-    ("a block 2 that reads the text adds to block 1", (ON_MIXD, HEAD), (ON_MIXD, None)),
-    ("the same on a baseline", (ON_AR, HEAD), (ON_AR, None)),
-    ("it is better than a new Mix-d block of five layers", (ON_MIXD, HEAD), (FIVE_MIXD, None)),
-    ("than a new baseline of five layers", (ON_MIXD, HEAD), (FIVE_AR, None)),
-    ("the same on a baseline", (ON_AR, HEAD), (FIVE_AR, None)),
-    ("than a baseline with the layers and steps of both blocks", (ON_MIXD, HEAD), (LONGER, None)),
-    ("it gains by block 1's features", (ON_MIXD, HEAD), (ON_MIXD, ALONE)),
-    ("it is better to multiply block 1's weights", (ON_MIXD, SUM), (ON_MIXD, HEAD)),
-    ("its map gains by further training", (ON_MIXD, FURTHER), (ON_MIXD, HEAD)),
-    ("Mix-1 that reads the noise adds to block 1", (ON_MIXD, NOISE), (ON_MIXD, None)),
-    ("at four times the rate", (ON_MIXD, FAST_NOISE), (ON_MIXD, None)),
-    ("Mix-1 that reads the text adds to block 1", (ON_MIXD, TEXT), (ON_MIXD, None)),
-    ("as much as the head", (ON_MIXD, TEXT), (ON_MIXD, HEAD)),
+    ("Does a block 2 that reads the text add to block 1?", (ON_MIXD, HEAD), (ON_MIXD, None)),
+    ("Does it on a baseline?", (ON_AR, HEAD), (ON_AR, None)),
+    ("Is it better than a new Mix-d block of 5 layers?", (ON_MIXD, HEAD), (FIVE_MIXD, None)),
+    ("Is it better than a new baseline of 5 layers?", (ON_MIXD, HEAD), (FIVE_AR, None)),
+    ("Is it on a baseline?", (ON_AR, HEAD), (FIVE_AR, None)),
+    ("Is it better than a baseline of 6 layers and 2,600 steps?", (ON_MIXD, HEAD), (LONGER, None)),
+    ("Does it gain by the features of block 1?", (ON_MIXD, HEAD), (ON_MIXD, ALONE)),
+    ("Is it better to multiply the weights of block 1?", (ON_MIXD, SUM), (ON_MIXD, HEAD)),
+    ("Does its map gain by further training?", (ON_MIXD, FURTHER), (ON_MIXD, HEAD)),
+    ("Does Mix-1 that reads the noise add to block 1?", (ON_MIXD, NOISE), (ON_MIXD, None)),
+    ("Does it at four times the rate?", (ON_MIXD, FAST_NOISE), (ON_MIXD, None)),
+    ("Does Mix-1 that reads the text?", (ON_MIXD, TEXT), (ON_MIXD, None)),
+    ("Is it better than the map that needs no training?", (ON_MIXD, TEXT), (ON_MIXD, ALONE)),
 )
 """Whether the first has fewer bits than the second."""
 
 
-def bits_of(rows: Sequence[Row], named: Named) -> list[float]:
-    """Bits per character, seed by seed."""
-    model, arm = named
-    block = (arm.label, arm.reads) if arm else (None, None)
-    own = [row for row in rows if row["model"] == model]
-    return [float(row[BPC]) for row in own if (row["block 2"], row["reads"]) == block]
+def saved(rows: Sequence[Row], one: Named, other: Named) -> list[float]:
+    """The bits per character by which the first has fewer than the second, seed by seed."""
+
+    def bits(named: Named) -> list[float]:
+        model, arm = named
+        block = (arm.label, arm.reads) if arm else (None, None)
+        own = [row for row in rows if row["model"] == model]
+        return [float(row[BPC]) for row in own if (row["block 2"], row["reads"]) == block]
+
+    return [more - less for less, more in zip(bits(one), bits(other), strict=True)]
 
 
-def verdicts(rows: Sequence[Row]) -> list[Row]:
-    """The answers. Yes if the first has fewer bits than the second by more than SURE in every seed,
-    no if in none.
-    """
+def answers(rows: Sequence[Row]) -> list[Row]:
+    """The answers to the questions: yes if the first saves more than SURE in every seed."""
     found = []
     for question, one, other in QUESTIONS:
-        pairs = zip(bits_of(rows, one), bits_of(rows, other), strict=True)
-        saved = [of_other - of_one for of_one, of_other in pairs]
-        holds = [bits > SURE for bits in saved]
+        each = saved(rows, one, other)
+        holds = [bits > SURE for bits in each]
         answer = "yes" if all(holds) else "in some seeds" if any(holds) else "no"
-        listed = ", ".join(f"{bits:+.4f}" for bits in saved)
+        listed = ", ".join(f"{bits:+.4f}" for bits in each)
         found.append({"question": question, "answer": answer, "bits that it saves": listed})
     return found
 
 
-def show_verdicts(rows: Sequence[Row], _folder: Path) -> str:
+def show_answers(rows: Sequence[Row], _folder: Path) -> str:
     """The answers as a table."""
-    rule = f"By more than {SURE} bits per character in every seed, otherwise none:"
-    return f"{rule}\n\n{markdown_table(verdicts(rows))}"
+    rule = f"Yes where every seed saves more than {SURE} bits per character:"
+    return f"{rule}\n\n{markdown_table(answers(rows))}"
 
 
 def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
@@ -253,7 +254,7 @@ CIPHER = Recipe(
     ),
     plan=plan_cipher,
     measure=measure_cipher,
-    below=show_verdicts,
+    below=show_answers,
     draw=draw_cipher,
     size=(8.0, 5.0),
     seeds=2,

@@ -136,15 +136,15 @@ def test_a_block_that_reads_tokens_learns_what_a_frozen_baseline_does_not_know(t
         assert torch.equal(before, after)
 
 
-def test_a_verdict_needs_every_seed():
+def test_an_answer_is_yes_if_every_seed_saves_bits():
     named = dict.fromkeys(name for question in cipher.QUESTIONS for name in question[1:])
     rows = [
         {"model": model, "block 2": arm and arm.label, "reads": arm and arm.reads, cipher.BPC: 2.0}
         for model, arm in named
         for _seed in range(2)
     ]
-    assert {row["answer"] for row in cipher.verdicts(rows)} == {"no"}
+    assert {row["answer"] for row in cipher.answers(rows)} == {"no"}
     of_block = [row for row in rows if row["reads"] == "text, features"][:2]
     for row, answer in zip(of_block, ("in some seeds", "yes"), strict=True):
         row[cipher.BPC] = 1.9
-        assert cipher.verdicts(rows)[0]["answer"] == answer
+        assert cipher.answers(rows)[0]["answer"] == answer
