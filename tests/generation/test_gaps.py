@@ -191,10 +191,15 @@ def test_what_no_particle_fits_and_models_without_weights_are_refused():
     free = torch.ones(V, dtype=torch.bool)
     impossible = {"allowed": lambda tokens: free & (len(tokens) < 2)}
     refused = [
-        (model, impossible, "candidates fits"),
+        (model, impossible, "candidates fits: raise the particles"),
         *(
-            (make(), {"allowed": never_the_first(make()), "top_k": 1}, "fits")
+            (
+                make(),
+                {"allowed": never_the_first(make())} | limit,
+                f"fits: {remedy}, raise the part",
+            )
             for make in OPEN.values()
+            for limit, remedy in (({"top_k": 1}, "raise top-k"), ({"top_p": 1e-6}, "raise top-p"))
         ),
         (model, {"prompt": [Gap(most=1, least=2), torch.tensor([1])]}, "least <= most"),
         (model, {"allowed": free.long()}, "boolean mask of shape"),

@@ -150,8 +150,11 @@ class GapFilter:
             self.log_w.add_(weight(prior.log_prob(h, above=1) - standard_normal_log_prob(h)))
         after = self._shares(self.log_w, self.lengths)
         if (self.weights.log_w == -torch.inf).all(-1).any():
-            what = f"none of {self.noise.particles} candidates fits"
-            raise UserError(f"{what}: raise the particles, or loosen the constraint")
+            # tokens that a limit drops fit in no candidate, however many there are
+            limits = {"top_k": "raise top-k", "top_p": "raise top-p", "min_p": "lower min-p"}
+            steps = [limits[name] for name in limits if getattr(self.plan.adjust, name, None)]
+            remedy = ", ".join([*steps, "raise the particles", "or loosen the constraint"])
+            raise UserError(f"none of {self.noise.particles} candidates fits: {remedy}")
         evidence = self.weights.evidence(self.candidates)
         if is_weighed:
             last = self.weights.evidence()
