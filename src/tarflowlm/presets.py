@@ -212,7 +212,7 @@ PRESETS = {
         partial(_mini_joint, block=Affine()),
     ),
     "mini-mix1": Preset(
-        "Three Mix-1 blocks as in the paper, with as many layers together as the baseline.",
+        "Three Mix-1 blocks with as many Transformer layers together as the baseline.",
         partial(_mini_joint, block=Mix1(components=27)),
     ),
     "mini-mixd": Preset(
