@@ -14,7 +14,7 @@ from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings, as_flow_config
 from reproduction.tables import PAPER_LIKELIHOOD
 from tarflowlm.config import RunConfig
-from tarflowlm.model_config import BaselineConfig, TransformerConfig
+from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
 from tarflowlm.presets import MINI_TRUNK, MIXD_OPTIM, preset, with_blocks, with_steps
 
 Text = Literal["letters", "pieces"]
@@ -32,6 +32,10 @@ TESTED_ON = 1024
 SEED_0 = ("learnt", "both")
 """Inputs of which a long training needs one seed."""
 OVER_AR, VALID = "over AR", "valid bpc"
+READ = ("d", "input map", "reads tokens")
+"""Columns of block 1 alone."""
+ORDER = ("tokens", "convolution", *READ)
+"""The table's rows are in the order of these columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +131,7 @@ def block_1(place: Place, d: int, *, linear: bool, tokens: bool, steps: int) -> 
     )
     suffix = "-linear" * linear + "-tokens" * tokens
     run = replace(run, name=f"mixd-{place.name}-d{d}{suffix}-x{steps}", model=model)
-    path = "linear" if linear else "two paths"
-    reads = f"latents{' and tokens' * tokens}, d = {d}, {path}"
+    reads = f"latents{' and tokens' * tokens}, d = {d}, {model.input_map}"
     run = lengthened(place, run, steps)
     return Cell(place=place, model="block 1", reads=reads, run=run, steps=steps)
 
@@ -150,6 +153,7 @@ def yardsticks() -> list[Cell]:
         baseline(place, kind, SHORT[place.text])
         for place in (SHIPPED, NO_TAPS, PIECES)
         for kind in inputs(place)
+        if (place, kind) != (PIECES, "triple")
     ]
     long = ("table", "fixed", *SEED_0)
     cells += [baseline(SHIPPED, kind, LONG["letters"]) for kind in long]
@@ -205,8 +209,8 @@ def measure(
     for done in finished:
         cell = known[done.training.label]
         found = summary_row(done)
-        where = cell.place.columns() | {"steps": cell.steps}
-        row = {"model": cell.label, "is": cell.model} | where | {"reads": cell.reads} | found
+        where = cell.place.columns() | {"steps": cell.steps, "reads": cell.reads}
+        row = {"model": cell.label, "is": cell.model} | where | what_it_reads(cell.run) | found
         row[VALID] = done.record.summary["stage_valid_bpc"][-1]
         bits[cell.model, cell.place, cell.steps, cell.reads].append(row)
         rows.append(row)
@@ -224,6 +228,14 @@ def measure(
             row[f"{column} over the table"] = row[column] / of_seed(tables, row)[column]
             row[f"{column} {OVER_AR}"] = row[column] / of_seed(others[best], row)[column]
     return rows
+
+
+def what_it_reads(run: RunConfig) -> Row:
+    """The columns READ of block 1."""
+    if not isinstance(run.model, FlowConfig):
+        return {}
+    reads_tokens = "yes" if run.model.reads_tokens else "no"
+    return dict(zip(READ, (run.model.latent_dim, run.model.input_map, reads_tokens), strict=True))
 
 
 def of_seed(rows: Sequence[Row], like: Row) -> Row:
@@ -253,42 +265,39 @@ def compared(rows: Sequence[Row]) -> list[Row]:
 
 
 def explained(rows: Sequence[Row]) -> list[Row]:
-    """Where 5.7 % come from: what each input adds to the best baseline of its place.
+    """Where 5.7 % come from: what each input of block 1 adds to the best baseline of its place.
 
-    Below them what depth adds, and the paper's two gaps.
+    Below them what fewer layers add to a baseline, and the paper's two gaps.
     """
     found: dict[tuple[object, ...], Row] = {}
     tests: dict[tuple[int, str], float] = {}
     for own in averaged(rows):
         first = own[0]
-        where = {name: first[name] for name in ("tokens", "layers", "convolution")}
-        after = f"{OVER_AR}, {first['steps']:,} steps"
-        if first["is"] == "AR":
-            if where["convolution"] == "yes":
-                tests[where["layers"], after] = mean(row["test bpc"] for row in own)
-            continue
-        line = found.setdefault(
-            (*where.values(), first["reads"]), where | {"reads": first["reads"]}
-        )
-        line[after] = mean(row[f"test bpc {OVER_AR}"] for row in own)
-    depth = SHALLOW.columns() | {"reads": "table: four layers over six"}
-    for (layers, after), value in tests.items():
+        shape = {name: first.get(name) for name in ("tokens", "layers", "convolution", *READ)}
+        is_long = first["steps"] == LONG[first["tokens"]]
+        length = f"{OVER_AR}, long" if is_long else f"{OVER_AR}, short"
+        if first["is"] == "block 1":
+            ratio = mean(row[f"test bpc {OVER_AR}"] for row in own)
+            found.setdefault(tuple(shape.values()), shape)[length] = ratio
+        elif first["convolution"] == "yes":
+            tests[first["layers"], length] = mean(row["test bpc"] for row in own)
+    lines = sorted(found.values(), key=lambda row: [row[name] for name in ORDER])
+    depth = SHALLOW.columns() | {"d": "a baseline of four layers over one of six"}
+    for (layers, length), value in tests.items():
         if layers == SHALLOW.layers:
-            depth[after] = value / tests[SHIPPED.layers, after]
-    return [*found.values(), depth, *published()]
-
-
-def published() -> list[Row]:
-    """The paper's Mix-d over its baseline: bits on TEXT8, nats on OpenWebText."""
+            depth[length] = value / tests[SHIPPED.layers, length]
     text8, owt = PAPER_LIKELIHOOD["text8"], PAPER_LIKELIHOOD["owt"]
-    return [
-        {"tokens": "letters", "reads": "the paper, TEXT8", OVER_AR: text8["Mix-d"] / text8["AR"]},
+    gap, wide_gap = text8["Mix-d"] / text8["AR"], log(owt["Mix-d"]) / log(owt["AR"])
+    published = [
+        {"tokens": "letters", "layers": 12, "d": "5, the paper on TEXT8", f"{OVER_AR}, long": gap},
         {
             "tokens": "pieces",
-            "reads": "the paper, OpenWebText",
-            OVER_AR: log(owt["Mix-d"]) / log(owt["AR"]),
+            "layers": 12,
+            "d": "16, the paper on OpenWebText",
+            f"{OVER_AR}, long": wide_gap,
         },
     ]
+    return [*lines, depth, *published]
 
 
 YARDSTICK = Recipe(
@@ -296,8 +305,9 @@ YARDSTICK = Recipe(
     title="The baseline's input",
     claim=(
         "Is an embedding table the baseline's best input? Codes are means of a flow's codebook and "
-        "enter through the input map of a flow (docs/math.md, eq. 5). (An input is chosen by its "
-        "bits on the validation split. Letters as `mini-ar`, 2,048 pieces as `english-small-ar`.)"
+        "enter through the input map of a flow ([math](../math.md#2-the-prior), eq. 5). (An input "
+        "is chosen by its bits on the validation split. Letters are those of `mini-ar`, 2,048 "
+        "pieces those of `english-small-ar`.)"
     ),
     plan=partial(plan, cells=yardsticks),
     measure=partial(measure, cells=yardsticks),
@@ -311,9 +321,11 @@ INPUTS = Recipe(
     claim=(
         "The paper: Mix-d has 5.7 % more bits than the baseline on TEXT8, with d = 5, and 8.9 % "
         "more nats on OpenWebText, with d = 16. Its block 1 reads latents alone; how they enter is "
-        "not said, and in TarFlow a linear map is the way. Here block 1 is a model by itself, "
-        "compared with the baseline of as many layers that has the best input on the validation "
-        "split ([yardstick](yardstick.md)). Means over seeds."
+        "not said; in TarFlow, by a linear map. What does each way cost? (Block 1 is a model by "
+        "itself here, over a baseline of as many layers: without convolution the better of two on "
+        "the validation split, with an embedding table or with fixed codes "
+        "([yardstick](yardstick.md)). Means over seeds. In letters 650 steps are short and 2,600 "
+        "long; with pieces 260 are short.)"
     ),
     plan=partial(plan, cells=first_blocks),
     measure=partial(measure, cells=first_blocks),
