@@ -22,7 +22,8 @@ class Args(Json):
     """Turn a text into tokens, in a directory of its own."""
 
     source: Annotated[tyro.conf.Positional[str], arg("SOURCE", SOURCES)]
-    out: Annotated[Path, arg("PATH")]  # Directory to create.
+    out: Annotated[Path, arg("PATH")]
+    """Directory to create."""
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TokenizerConfig(normalize="auto")
     )

@@ -22,7 +22,7 @@ class Args(OfModel):
     or change one of its states in latent space (--level).
     """
 
-    edit: Annotated[Edit, tyro.conf.arg(name="")]
+    edit: Annotated[Edit, tyro.conf.arg(name="", help="")]
 
 
 def run(args: Args) -> None:

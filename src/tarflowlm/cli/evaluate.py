@@ -28,20 +28,22 @@ Split = Literal["train", "valid", "test", "all"]
 class Args(OfModel, Seeded, Normalized):
     """Measure the likelihood of a text; on request, the latents of every block."""
 
-    # Another text than the run's own: corpus name, file or prepared directory.
     data: Annotated[str | None, arg("SOURCE")] = None
-    # Part of the text, split 90/5/5. The default is test, or all of a --data file that the model
-    # was not trained on.
+    """Another text than the run's own: corpus name, file or prepared directory."""
     split: Annotated[Split | None, arg()] = None
-    # Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO.
+    """Part of the text, split 90/5/5. The default is test, or all of a --data file that the model
+    was not trained on.
+    """
     samples: schema.Count = 1
-    # At most this many windows, evenly spaced; the default is all of them.
+    """Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO."""
     windows: Count = None
-    # Tokens between window starts (default: the context). A smaller number lets windows overlap,
-    # for the baseline and one-block flows.
+    """At most this many windows, evenly spaced; the default is all of them."""
     stride: Count = None
-    # Also the geometry of the state after every block, and its share of the bound.
+    """Tokens between window starts (default: the context). A smaller number lets windows overlap,
+    for the baseline and one-block flows.
+    """
     latents: Flag = False
+    """Also the geometry of the state after every block, and its share of the bound."""
 
 
 def run(args: Args) -> None:

@@ -16,8 +16,10 @@ class Args(Copying):
 
     EXCLUSIVE: ClassVar = {"half": ("causal_lm",)}
 
-    out: Annotated[Path, arg("PATH")]  # Directory to create.
-    causal_lm: Flag = False  # Write block 1 as a language model of transformers (docs/hub.md).
+    out: Annotated[Path, arg("PATH")]
+    """Directory to create."""
+    causal_lm: Flag = False
+    """Write block 1 as a language model of transformers (docs/hub.md)."""
 
 
 def run(args: Args) -> None:

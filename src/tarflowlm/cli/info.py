@@ -39,7 +39,8 @@ class Args(Json):
 
     directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg("[MODEL or DIR ...]")] = ()
     """Run directories, shipped models or hf:OWNER/NAME; or folders of runs, two levels deep."""
-    compare: Flag = False  # Compare runs in a table, even if only one is given: `tarflowlm runs`.
+    compare: Flag = False
+    """Compare runs in a table, even if only one is given: `tarflowlm runs`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,8 +36,8 @@ COMMANDS = {
 """The module of every command, and words that are put before the user's words.
 
 A module has `run(args)` and the dataclass `Args`, or `read(argv)` if its options depend on the
-words. The docstring of `Args` summarises the command; comments next to options and docstrings
-below them are their help. No module imports torch at its top.
+words. The docstring of `Args` summarises the command; the docstring below an option is its help. No
+module imports torch at its top.
 """
 
 

@@ -21,10 +21,14 @@ class Args(Copying):
     repository: Annotated[
         tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")
     ]
-    private: Flag = False  # Only its owner sees the repository; it must be new or private already.
-    licence: Text = None  # Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0.
-    out: Out = None  # Directory to create, which keeps the uploaded files.
-    dry_run: Flag = False  # Write the directory, by default ./NAME, and upload nothing.
+    private: Flag = False
+    """Only its owner sees the repository; it must be new or private already."""
+    licence: Text = None
+    """Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0."""
+    out: Out = None
+    """Directory to create, which keeps the uploaded files."""
+    dry_run: Flag = False
+    """Write the directory, by default ./NAME, and upload nothing."""
 
 
 def run(args: Args) -> None:

@@ -25,8 +25,10 @@ class Args(Json, OnDevice, Seeded):
     minutes.
     """
 
-    out: Annotated[Path, arg("PATH")] = Path("runs/quickstart")  # Run directory to create.
-    minutes: Positive = 5.0  # Total time, including evaluation and sampling.
+    out: Annotated[Path, arg("PATH")] = Path("runs/quickstart")
+    """Run directory to create."""
+    minutes: Positive = 5.0
+    """Total time, including evaluation and sampling."""
 
 
 def run(args: Args) -> None:

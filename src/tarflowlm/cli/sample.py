@@ -33,13 +33,15 @@ class Args(OfModel):
     }
     NEEDS: ClassVar = {"particles": ("prompt", "prompts", "template", "without", "contains")}
 
-    writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
+    writing: Annotated[Writing, tyro.conf.arg(name="", help="")] = field(default_factory=Writing)
     prompts: File = None
     """File with one prompt per line, or - for standard input; --num samples of each. Empty lines
     are skipped.
     """
-    passes: Flag = False  # Show the text decoded after every block.
-    stream: Flag = False  # Show the text while it is written, one sample after the other.
+    passes: Flag = False
+    """Show the text decoded after every block."""
+    stream: Flag = False
+    """Show the text while it is written, one sample after the other."""
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, each written once it is finished."""
 

@@ -30,12 +30,13 @@ class Args(OfModel):
 
     EXCLUSIVE: ClassVar = {"texts": ("baseline", "text", "file")}
 
-    file: File = None  # A file with the text, or - for standard input, instead of --text.
+    file: File = None
+    """A file with the text, or - for standard input, instead of --text."""
     texts: File = None
     """Or a file with one text per line, for a JSON object per line."""
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with."""
-    score: Annotated[Score, tyro.conf.arg(name="")] = field(default_factory=Score)
+    score: Annotated[Score, tyro.conf.arg(name="", help="")] = field(default_factory=Score)
 
     def __post_init__(self) -> None:
         super().__post_init__()

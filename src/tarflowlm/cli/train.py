@@ -31,8 +31,10 @@ class Args(Training):
 
     normalize: Annotated[Literal["text8"] | None, arg("text8")] = None
     """Read your own text in a-z and single spaces, too."""
-    checkpoint_every: Count = None  # Steps between checkpoints.
-    run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None  # The preset's fields.
+    checkpoint_every: Count = None
+    """Steps between checkpoints."""
+    run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None
+    """The preset's fields."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,14 +64,16 @@ class TuneArgs(Training, Seeded):
 
     parent: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
     """Run directory, shipped model or hf:OWNER/NAME."""
-    lr: Number = None  # Peak learning rate; if left out, half of the model's own.
+    lr: Number = None
+    """Peak learning rate; if left out, half of the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeArgs(Json, OnDevice):
     """Continue a stopped run."""
 
-    resume: Annotated[Path, arg("DIR")]  # Run directory to continue.
+    resume: Annotated[Path, arg("DIR")]
+    """Run directory to continue."""
 
 
 def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:

@@ -22,9 +22,10 @@ PRINTED = ("results", "groups", "n-samples", "versions", "config")
 class Args(OfNamedModel, Normalized):
     """Evaluate a model with lm-evaluation-harness: MODEL --tasks NAMES, and its other options."""
 
-    # Posterior samples of a flow: 1 gives the ELBO, more the importance-weighted bound.
     posterior_samples: Count = 1
-    noise_seed: Seed = 0  # Seed of these samples, and of continuations.
+    """Posterior samples of a flow: 1 gives the ELBO, more the importance-weighted bound."""
+    noise_seed: Seed = 0
+    """Seed of these samples, and of continuations."""
 
 
 def read(argv: list[str]) -> tuple[Args, list[str]]:

@@ -21,9 +21,10 @@ class Args(Json, OnDevice):
 
     directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg("MODEL ...")]
     """Run directories, shipped models or hf:OWNER/NAME; several share their figures."""
-    # Directory to write; by default DIR/report for one run directory. An earlier report is
-    # replaced.
     out: Out = None
+    """Directory to write; by default DIR/report for one run directory. An earlier report is
+    replaced.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

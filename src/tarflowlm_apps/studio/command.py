@@ -19,12 +19,14 @@ class Args(OnDevice):
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], arg("[MODEL ...]")] = ()
     """Models by name, run directories, folders of runs; by default the shipped models."""
-    port: Count = None  # Port to serve at; the default is the first free one from 7860 on.
+    port: Count = None
+    """Port to serve at; the default is the first free one from 7860 on."""
     host: Annotated[str, arg("ADDRESS")] = "127.0.0.1"
     """Address to serve at. The default is reached from this machine alone; 0.0.0.0 is reached from
     everywhere.
     """
-    no_browser: Flag = False  # Open no browser; the address is printed in any case.
+    no_browser: Flag = False
+    """Open no browser; the address is printed in any case."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
