@@ -168,7 +168,10 @@ def scores(
 def _mean_nats(
     model: LanguageModel, tokens: Int[Tensor, "B T"], draws: int, seed: int, progress: Progress
 ) -> Float[Tensor, "B rows T_filled"]:
-    """`_shares` of texts in windows, in the mean over `draws` posterior samples."""
+    """Nats of every token, and for a flow every block's log-determinant at it.
+
+    In windows, and in the mean over `draws` posterior samples.
+    """
     patch = model.config.patch
     filler = tokens.repeat(1, patch)[:, : -tokens.shape[1] % patch]
     whole = torch.cat((tokens, filler), dim=1).to(model.device)
@@ -187,19 +190,13 @@ def _mean_nats(
         nats = torch.zeros(())
         for _ in range(draws):
             noise = torch.cat(list(map(model.draw_noise, rows, generators)))
-            shares = _shares(model, rows.flatten(0, 1), noise)
+            if isinstance(model, TokenLM):
+                shares = -model.token_log_prob(rows.flatten(0, 1))[None]
+            else:
+                terms, _ = as_flow(model).terms(rows.flatten(0, 1), noise)
+                shares = torch.stack([terms.nelbo, *terms.log_dets])
             nats = nats + shares.cpu().double() / draws
             progress.advance(rows.shape[0] * rows.shape[1])
         scored = nats.unflatten(1, rows.shape[:2])[..., givens[some.start] :]
         found.append(scored.flatten(2))
     return torch.cat(found, dim=2).transpose(0, 1)
-
-
-def _shares(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
-) -> Float[Tensor, "rows B T"]:
-    """Nats of every token, and for a flow every block's log-determinant at it."""
-    if isinstance(model, TokenLM):
-        return -model.token_log_prob(tokens)[None]
-    terms, _ = as_flow(model).terms(tokens, noise)
-    return torch.stack([terms.nelbo, *terms.log_dets])

@@ -49,7 +49,15 @@ class Samples:
         object.__setattr__(self, "stops", tuple(read_stops))
         object.__setattr__(self, "plans", plans(self.request, self.lm, self.past_end))
         rank, world = self.processes.rank, self.processes.world
-        object.__setattr__(self, "own", self._rows_of_batches()[rank::world])
+        batches: list[range] = []
+        for _, group in groupby(range(self.total), key=lambda row: self.plan(row).together):
+            rows = list(group)
+            one = self.plan(rows[0])
+            length = min(one.num_tokens, self.lm.model.config.context) * one.particles
+            size = min(chunks.written_rows(length, self.lm.model.device), -(-len(rows) // world))
+            starts = range(rows[0], rows[-1] + 1, size)
+            batches += [range(start, min(start + size, rows[-1] + 1)) for start in starts]
+        object.__setattr__(self, "own", batches[rank::world])
 
     @property
     def total(self) -> int:
@@ -89,19 +97,6 @@ class Samples:
             # decode in batches unless a stop must be found
             every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
             yield finish(self.steps(rows, progress, every=every))
-
-    def _rows_of_batches(self) -> list[range]:
-        """The batches of all processes."""
-        found: list[range] = []
-        for _, group in groupby(range(self.total), key=lambda row: self.plan(row).together):
-            rows = list(group)
-            one = self.plan(rows[0])
-            length = min(one.num_tokens, self.lm.model.config.context) * one.particles
-            size = chunks.written_rows(length, self.lm.model.device)
-            size = min(size, -(-len(rows) // self.processes.world))
-            alike = range(rows[0], rows[-1] + 1)
-            found += [alike[start : start + size] for start in range(0, len(alike), size)]
-        return found
 
     def pieces(self, row: int = 0) -> Iterator[str]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
