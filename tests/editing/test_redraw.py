@@ -17,6 +17,7 @@ from tarflowlm.editing.redraw import (
     propose,
     redraw,
     rewrite,
+    spaces_of,
     token_costs,
 )
 from tarflowlm.editing.states import Source, encode
@@ -249,7 +250,7 @@ def test_candidates_that_keep_the_spaces_of_a_span_are_preferred():
     """Token 4 begins with a space, and 1 ends with one."""
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT[:1], generator())
-    spaces = torch.tensor([[0, 0, 0, 0, 1], [0, 1, 0, 0, 0]]).bool()
+    spaces = spaces_of([b"a", b"b ", b"c", b"d", b" e"])
     for seed in range(10):
         draws = Candidates(60, spaces=spaces)
         redrawn = redraw(Source(model, text, generator(seed)), (2, 4), draws)

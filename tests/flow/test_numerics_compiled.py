@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarflowlm import flow
 from tarflowlm.config import TrainConfig
-from tarflowlm.flow.couplings import couplings_of
 from tarflowlm.flow.numerics import (
     COMPILED,
     REFERENCE,
@@ -110,8 +109,6 @@ def train_step(coupling):
     assert inner
     assert (24, torch.bfloat16) in products.found
     bound = parallelise(model, train, compiled=True)
-    for part in couplings_of(model):
-        part.maps = COMPILED
     with compiling(True):
         loss = accumulate_gradients(model, bound, tokens, generator, train)
     assert loss.isfinite()

@@ -22,6 +22,7 @@ from tarflowlm.editing.redraw import (
     Span,
     informative_level,
     rewrite,
+    spaces_of,
     token_costs,
 )
 from tarflowlm.editing.states import Change, Encoded, Source, encode, renoise
@@ -201,7 +202,7 @@ def _candidates(request: Edit, tokenizer: Tokenizer, source: Source) -> Candidat
         number=request.candidates,
         temperature=temperature,
         level=informative_level(source.model, source.text.row(0)),
-        spaces=torch.tensor([(x[:1].isspace(), x[-1:].isspace()) for x in table]).T,
+        spaces=spaces_of(table),
         lead=tuple(marks[:1]) if has_room else (),
     )
 

@@ -37,8 +37,8 @@ class Candidates:
     level: int = 0
     """The state in which they are drawn (see `informative_level`)."""
     spaces: Tensor | None = None
-    """Which tokens begin and which end with white space, [2, V]. Candidates that keep this at the
-    ends of the span are preferred.
+    """Which tokens begin and which end with white space, [2, V] (`spaces_of`). Candidates that keep
+    the white space at the ends of the span are preferred.
     """
     may_repeat: bool = False
     """False: a candidate that repeats the old tokens is taken only if all do."""
@@ -126,6 +126,11 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     log_p[0] = (book.log_normaliser(states[0]) - math.log(book.vocab_size)).sum(1)
     gains = [log_dets[i].sum(-1) + log_p[i + 1] - log_p[i] for i in range(model.num_blocks)]
     return int(torch.stack(gains).mean(1).argmax())
+
+
+def spaces_of(token_bytes: Sequence[bytes]) -> Tensor:
+    """`Candidates.spaces` for tokens with these bytes."""
+    return torch.tensor([(token[:1].isspace(), token[-1:].isspace()) for token in token_bytes]).T
 
 
 SPARE_TRIES = 8

@@ -88,11 +88,6 @@ class Pieces(TokenRows):
         mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
         return inside.argmax(-1), mixed + inside.logsumexp(-1)
 
-    def holds_twice(self, piece: Tensor) -> Tensor:
-        """Whether each row [B], which ends in this piece [S], holds it before."""
-        places = self.tokens[:, : self.at, 0].unfold(1, len(piece), 1)
-        return (places == piece.to(places)).all(-1)[:, :-1].any(1).cpu()
-
     def select(self, order: Tensor) -> None:
         super().select(order)
         self.tokens = self.tokens[order]
@@ -239,7 +234,10 @@ class GapFilter:
                 rows.at = end + gap.least + place
                 score = gained[:, gap.least + place] + weight(rows.add(piece, values[own]))
                 if gap.once:
-                    score[rows.holds_twice(piece)] = -torch.inf
+                    # the piece must not occur earlier
+                    places = rows.tokens[:, : rows.at, 0].unfold(1, len(piece), 1)
+                    is_second = (places == piece.to(places)).all(-1)[:, :-1].any(1)
+                    score[is_second.cpu()] = -torch.inf
                 scores[own, place] = score
         log_w = self.log_w[:, None] + scores
         self.candidates = log_w.view(len(self.weights.log_w), -1)
