@@ -1,7 +1,9 @@
 """Tokens per second of trained models by decoder, as a ratio to the steps of the first model.
 
     python benchmarks/generation.py english-mini-ar english-mini       # batches of 1 and 16
-    python benchmarks/generation.py runs/mini-ar runs/mini-mixd --peers   # and GPT-2 beside
+    python benchmarks/generation.py english-mini-ar --peers            # and models of transformers
+    tarflowlm train mini-ar --model.layers 1 --model.trunk.width 64 --minutes 2 --out runs/assistant
+    python benchmarks/generation.py english-mini-ar --peers --assistant runs/assistant
     python benchmarks/generation.py english-mini --compare 100         # do decoders agree?
     python benchmarks/generation.py --count owt-ar owt-mix1 owt-mixd   # launches and bytes on a GPU
 
@@ -9,11 +11,15 @@
 guesses the next tokens, and takes sweeps where these cost less. Both draw by the same numbers, so
 they should write the same tokens; --compare counts those that differ. With --count nothing is
 timed: a CPU runs one call in every block by the operations of an accelerator, at the vocabulary of
-OpenWebText, as if each block were the last one.
+OpenWebText, as if each block were the last one. With --peers the first model, exported, is also
+written by `generate` of transformers, at batch 1: plainly, with prompt look-up, and with a small
+model that guesses.
 """
 
+import sys
 from argparse import Namespace
-from functools import partial
+from functools import partial, wraps
+from importlib.util import find_spec
 from typing import Any
 
 from timing import Contender, find, parser, run, show
@@ -31,7 +37,7 @@ def build(args: Namespace) -> dict[str, Contender]:
 
     from tarflowlm.generation import generate
 
-    load = find("load_checkpoint", "runs.checkpoint")
+    load, cache = find("load_checkpoint", "runs.checkpoint"), find("KVCache", "flow.transformer")
     device, found = torch.device(args.device), {}
     models = {name: load(name, device).model for name in args.models}
 
@@ -45,39 +51,50 @@ def build(args: Namespace) -> dict[str, Contender]:
             for decoder in DECODERS:
                 length = args.length or model.config.context
                 call = partial(draw, model, decoder, batch)
-                info = {"batch": batch, "a call": length / calls_of(call)}
+                info = {"batch": batch, "a call": length / calls_of(call, cache, "extend")}
                 found[f"{name}, {decoder}, batch {batch}"] = Contender(call, batch * length, info)
         if args.peers:
-            from peers import samplers
-
-            config = models[args.models[0]].config
-            length = args.length or config.context
-            for name, sample in samplers(config, device).items():
-                call = partial(sample, batch, length)
-                found[f"{name}, KV cache, batch {batch}"] = Contender(
-                    call, batch * length, {"batch": batch}
-                )
+            found |= peers(args, load(args.models[0], device), batch)
     for name, model in models.items() if args.compare else ():
         differing = differences(partial(draw, model), args.compare, args.batches[0])
         found[f"{name}, auto, batch {args.batches[0]}"].info |= differing
     return found
 
 
-def calls_of(function: Any) -> int:
-    """How often `function` calls a Transformer with its KV cache."""
-    cache = find("KVCache", "flow.transformer")
-    extend, calls = cache.extend, 0
+def peers(args: Namespace, lm: Any, batch: int) -> dict[str, Contender]:
+    """Contenders of transformers with the shape of `lm`, or with its weights."""
+    if find_spec("transformers") is None:
+        print("no transformers, so no peers", file=sys.stderr)
+        return {}
+    from peers import samplers, writers
 
-    def counted(self: Any, x: Any) -> Any:
+    device, length, found = lm.model.device, args.length or lm.model.config.context, {}
+    for name, sample in samplers(lm.model.config, device).items():
+        call = partial(sample, batch, length)
+        found[f"{name}, KV cache, batch {batch}"] = Contender(
+            call, batch * length, {"batch": batch}
+        )
+    for name, (model, call) in writers(lm, args.assistant, length).items() if batch == 1 else ():
+        info = {"batch": 1, "a call": length / calls_of(call, model, "forward")}
+        found[f"{name}, batch 1"] = Contender(call, length, info)
+    return found
+
+
+def calls_of(function: Any, owner: Any, name: str) -> int:
+    """How often `function` calls the method `name` of `owner`."""
+    method, calls = getattr(owner, name), 0
+
+    @wraps(method)
+    def counted(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        return extend(self, x)
+        return method(*args, **options)
 
-    cache.extend = counted
+    setattr(owner, name, counted)
     try:
         function()
     finally:
-        cache.extend = extend
+        setattr(owner, name, method)
     return calls
 
 
@@ -226,6 +243,7 @@ def main() -> None:
     options.add_argument(
         "--peers", action="store_true", help="beside a GPT-2 and a Llama of the first model's shape"
     )
+    options.add_argument("--assistant", help="a run that guesses for the first model, exported")
     args = options.parse_args()
     if args.count:
         show(args, count(args))

@@ -177,6 +177,42 @@ def continued(model: nn.Module, first: Tensor, length: int, vocab_size: int) -> 
     return torch.cat(drawn, 1)
 
 
+def writers(lm: Any, assistant: str | None, length: int) -> dict[str, tuple[nn.Module, Any]]:
+    """Name -> a model, and a function that writes a text of `length` tokens with it, by `generate`
+    of transformers: a GPT-2 in the shape of `lm`, with random weights, and `lm` exported. The run
+    `assistant`, exported, guesses for the latter.
+    """
+    from tempfile import mkdtemp
+
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
+
+    def exported(one: Any) -> nn.Module:
+        folder = save_causal_lm(one, Path(mkdtemp()) / "model")
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+    def write(model: Any, options: dict[str, Any]) -> Tensor:
+        # an exported model has a start token after those of the vocabulary
+        found = model.generate(torch.tensor([[model.config.bos_token_id]]), **options)
+        assert found.shape == (1, length + 1)
+        return found
+
+    V, ours = lm.model.config.vocab_size, exported(lm)
+    found = {"GPT-2, generate": (gpt2(lm.model.config), {})}
+    found["exported, generate"] = ours, {}
+    found["exported, prompt look-up"] = ours, {"prompt_lookup_num_tokens": 10}
+    if assistant is not None:
+        small = exported(load_checkpoint(assistant)).eval()
+        found["exported, assisted"] = ours, {"assistant_model": small}
+    config = GenerationConfig(do_sample=True, top_k=0, max_length=length + 1, pad_token_id=V - 1)
+    for model, _ in found.values():
+        model.eval().generation_config = config
+    return {
+        name: (model, partial(write, model, options)) for name, (model, options) in found.items()
+    }
+
+
 # --- the comparison: both peers have one token more than ours, `extra`, which they never write
 
 

@@ -32,6 +32,10 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
             ["english-mini-ar, steps, batch 2", "english-mini, auto, batch 2"],
         ),
         (
+            "generation.py english-mini-ar --length 8 --rounds 1 --batches 1 --peers",
+            ["GPT-2, generate, batch 1", "exported, prompt look-up, batch 1"],
+        ),
+        (
             "evaluation.py english-mini-ar english-mini --windows 1 --rounds 1 --data DATA",
             ["english-mini"],
         ),

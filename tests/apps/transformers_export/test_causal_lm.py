@@ -126,8 +126,11 @@ def test_generation_with_a_cache_and_padding_changes_nothing(name, tmp_path):
     how = {"max_new_tokens": 5, "do_sample": False}
     cached = exported.generate(**batch, **how)
     assert torch.equal(cached, exported.generate(**batch, **how, use_cache=False))
-    alone = exported.generate(**tokenizer(TEXTS[0][:6], return_tensors="pt"), **how)
+    one = tokenizer(TEXTS[0][:6], return_tensors="pt")
+    alone = exported.generate(**one, **how)
     assert torch.equal(cached[0, -5:], alone[0, -5:])
+    # an assistant gets its cache by name
+    assert torch.equal(exported.generate(**one, **how, assistant_model=exported), alone)
 
 
 @pytest.mark.slow
