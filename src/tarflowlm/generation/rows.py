@@ -149,7 +149,8 @@ class Drawn(TokenRows):
         """
         self.guesser: Guesser | None = None
         if model.drafter is not None and sampling is not None and sampling.decoder == "auto":
-            self.guesser = Guesser(model.drafter, sampling.temperature or 1.0, sampling.top_p)
+            top_p = 0.0 if sampling.top_k == 1 else sampling.top_p
+            self.guesser = Guesser(model.drafter, sampling.temperature or 1.0, top_p)
         P = model.config.patch
         # guesses may go beyond the end
         room = 0 if self.guesser is None else ROOM
