@@ -1,13 +1,17 @@
 """Fixtures shared by all tests: sizes are tiny and everything random comes from a seed."""
 
 import json
+import os
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from helpers import FLOW, TRUNK, save_run, tiny_flow
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
@@ -45,7 +49,27 @@ def trained(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def corpus_file(tmp_path_factory) -> Path:
+def once(tmp_path_factory):
+    """once(name, make): a folder that `make(folder)` fills, once for all processes of pytest."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / f"once-{name}", root / f"once-{name}.done"
+        with FileLock(root / f"once-{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def corpus_file(once) -> Path:
     """About 3,000 characters of a-z and spaces."""
     rng = random.Random(3)
     words = [
@@ -64,20 +88,17 @@ def corpus_file(tmp_path_factory) -> Path:
         "dogs",
         "zebra",
     ]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(700)), encoding="utf-8")
-    return path
+    text = " ".join(rng.choice(words) for _ in range(700))
+    folder = once("text", lambda folder: (folder / "words.txt").write_text(text, encoding="utf-8"))
+    return folder / "words.txt"
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, corpus_file) -> dict[str, Path]:
+def runs(once, corpus_file) -> dict[str, Path]:
     """Finished runs by name, progressive, joint and the baseline; do not change them."""
     from tarflowlm.training.train import train
 
-    root, seldom = (
-        tmp_path_factory.mktemp("runs"),
-        {"evaluate_every": 3, "evaluate_windows": 5, "test_windows": 3},
-    )
+    seldom = {"evaluate_every": 3, "evaluate_windows": 5, "test_windows": 3}
     steps = TrainConfig(
         stage_steps=(6, 4, 4),
         batch_size=2,
@@ -94,9 +115,14 @@ def runs(tmp_path_factory, corpus_file) -> dict[str, Path]:
     )
     joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
     baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))
-    for name, run in {"progressive": progressive, "joint": joint, "baseline": baseline}.items():
-        train(run, root / name, device=torch.device("cpu"))
-    return {path.name: path for path in (root / "progressive", root / "joint", root / "baseline")}
+    asked = {"progressive": progressive, "joint": joint, "baseline": baseline}
+
+    def make(folder: Path) -> None:
+        for name, run in asked.items():
+            train(run, folder / name, device=torch.device("cpu"))
+
+    root = once("runs", make)
+    return {name: root / name for name in asked}
 
 
 @pytest.fixture

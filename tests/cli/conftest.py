@@ -49,13 +49,13 @@ def model(models) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, corpus_file) -> Path:
+def trained(once, corpus_file) -> Path:
     """A finished run of three blocks, six steps long."""
-    out = tmp_path_factory.mktemp("runs") / "mine"
-    main(
-        ["train", "mini-mixd", "--out", str(out), "--data", str(corpus_file), "--steps", "6", *TINY]
+    words = ["--data", str(corpus_file), "--steps", "6", *TINY]
+    made = once(
+        "mine", lambda out: main(["train", "mini-mixd", "--out", str(out / "mine"), *words])
     )
-    return out
+    return made / "mine"
 
 
 @pytest.fixture
