@@ -288,6 +288,7 @@ def test_a_run_without_it_writes_the_same_text(run_folder, adjusted):
 # training
 
 
+@pytest.mark.slow
 def test_training_makes_one_where_it_has_seen_enough(tmp_path, corpus_file, monkeypatch):
     trunk = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
     run = RunConfig(

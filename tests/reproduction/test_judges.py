@@ -156,11 +156,15 @@ def refused(name: object, *parts: str) -> None:
         assert part in str(caught.value)
 
 
-def test_missing_judges(tmp_path, monkeypatch):
+def test_missing_judges(tmp_path):
     refused(tmp_path / "missing", "missing", "no directory")
     refused("./missing", "./missing")
     refused("", "no directory")
     refused(tmp_path, "config.json")
+
+
+@pytest.mark.slow
+def test_judges_that_the_hub_does_not_give(monkeypatch):
     pytest.importorskip("transformers")
 
     def offline(name, **_):

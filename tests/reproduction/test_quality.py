@@ -45,6 +45,7 @@ def test_distinct_and_repetition():
     assert distinct([[]], 1) is None
 
 
+@pytest.mark.slow
 def test_mauve():
     pytest.importorskip("mauve")
     draws = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
