@@ -65,7 +65,9 @@ def compare_maps():
             found = function(*leaves, maps=maps)
             found = found if isinstance(found, tuple) else (found,)
             results.append([*found, *torch.autograd.grad(sum(t.sum() for t in found), leaves)])
-        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+        # an ulp of z, in which two inverses may differ, is worth more in gradients
+        rtol = 1e-5 if function is mixture_cdf_inverse else 1e-6
+        torch.testing.assert_close(*results, rtol=rtol, atol=1e-6)
     case = codebook_case(20, 80, 3, 0, torch.float32)
     for function in (rosenblatt, rosenblatt_inverse):
         torch.testing.assert_close(

@@ -11,10 +11,12 @@ from numerics_cases import nasty_mixtures, wide_noise
 
 from tarflowlm import chunks
 from tarflowlm.flow.numerics import (
+    cpu,
     log_standard_normal,
     mixture_cdf,
     mixture_cdf_inverse,
     mixture_log_density,
+    reference,
 )
 from tarflowlm.flow.numerics.normal import log_upper_tail
 
@@ -226,14 +228,52 @@ def test_the_inverse_is_finite_where_a_newton_step_is_not(dtype):
 
 
 def test_rows_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
+    """Where F is flat, many z are right, and how many halvings a chunk takes decides between them:
+    there the difference is measured in noise.
+    """
     params = nasty_mixtures(5000, 3, 6, torch.float32)
     u = wide_noise(5000, 6, torch.float32)
-    outputs = []
+    found, mapped = [], []
     for elements in (512, 65_536):
         monkeypatch.setattr(chunks, "CACHED", elements)
-        z = mixture_cdf_inverse(u, *params)
-        outputs.append((z, *mixture_cdf(z, *params)))
-    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+        found.append(mixture_cdf_inverse(u, *params))
+        mapped.append(mixture_cdf(found[0], *params))
+    torch.testing.assert_close(*mapped, rtol=1e-6, atol=1e-6)
+    one, other = found
+    difference = (one - other).abs() * torch.exp(mapped[0][1]).clamp(max=1)
+    assert (difference / (1 + one.abs())).max() <= 1e-6
+
+
+@pytest.mark.parametrize("components", [1, 2, 8, 40])
+@pytest.mark.parametrize(
+    ("inverse", "dtype"),
+    [
+        (reference.mixture_cdf_inverse, torch.float64),
+        (cpu.by_bisection, torch.float64),
+        (cpu.by_bisection, torch.float32),
+        (cpu.mixture_cdf_inverse, torch.float32),
+    ],
+)
+def test_the_inverse_finds_scales_of_e_12_and_their_inverses(inverse, dtype, components):
+    """All that the head of an untrained model can ask for, narrow components inside wide ones:
+    u lies between the noise of z - 2 ulps and of z + 2 ulps.
+    """
+    g = torch.Generator().manual_seed(components)
+    draw = torch.rand(4, 500, components, generator=g, dtype=torch.float64)
+    log_std = 24 * draw[0] - 12
+    wider = torch.exp(torch.maximum(log_std, log_std.roll(1, -1)))
+    mean = torch.cumsum(20 * wider * draw[1], -1)
+    mean[::2] = 6 * draw[2, ::2] - 3
+    mean[::7] = 0.0
+    params = [p.to(dtype) for p in (-12 * draw[3], mean, log_std)]
+    u = wide_noise(500, components, dtype)
+    z = inverse(u, *params).double()
+    ulps = 2 * torch.finfo(dtype).eps * z.abs()
+    low, high = (
+        reference.mixture_cdf(x, *(p.double() for p in params))[0] for x in (z - ulps, z + ulps)
+    )
+    error = torch.maximum(low - u, u - high) / (1 + u.abs())
+    assert error.max() <= 8 * torch.finfo(dtype).eps
 
 
 def test_broadcasting():

@@ -213,5 +213,4 @@ class Mix1Coupling(ChannelCoupling):
         parameters = self.head(features, z)
         values = self._groups(z)[..., 0]
         with full_precision(z):
-            densities = numerics.mixture_log_density(values, *parameters, maps=self.maps)
-            return densities.sum(0)
+            return numerics.mixture_log_density(values, *parameters, maps=self.maps).sum(0)

@@ -37,9 +37,9 @@ class MixDCoupling(Coupling):
         p(z_t | c) = sum_k w_k N(z_t; mu_k, sigma_k^2 I_d),    w = softmax(weight_head(c))
         u_t = Rosenblatt(z_t)
 
-    All positions share one codebook, and the network predicts only the K weights of each token from
-    its own features. `tied` is the encoder's codebook (K = V), maybe with a component of noise
-    (K = V + 1); without it the coupling owns a codebook. Paper: section 3.2.2, appendix B.
+    The network predicts only the K weights of each token. All share one codebook: `tied`, which is
+    the encoder's (K = V), maybe with a component of noise (K = V + 1), or the coupling's own.
+    Paper: section 3.2.2, appendix B.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -100,13 +100,12 @@ class MixDCoupling(Coupling):
 
     def conditional(self, log_w: Float[Tensor, "rows K"]) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
-        book = self.components.mean, self.components.log_std
+        book = mean, log_std = self.components.mean, self.components.log_std
 
         def inverse(u: Tensor, adjust: AdjustWeights | None, gumbel: Tensor | None) -> Tensor:
             weights = log_w if adjust is None else adjust(log_w)
             if gumbel is None:
                 return numerics.rosenblatt_inverse(u, weights, *book, maps=self.maps)
-            mean, log_std = book
             k = (weights + gumbel).argmax(-1)
             return torch.addcmul(mean[k], log_std[k, None].exp(), u)
 

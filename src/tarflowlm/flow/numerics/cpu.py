@@ -32,15 +32,14 @@ from tarflowlm.flow.numerics.normal import (
     upper_tail,
 )
 from tarflowlm.flow.numerics.reference import (
-    BISECTIONS,
-    NEWTON_STEPS,
+    STEPS,
     Gradients,
     Params,
     bayes_update,
-    or_middle,
-    rounding,
 )
 
+BISECTIONS = 30
+"""The most of one search. `reference` takes rows whose bracket is too wide for them."""
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
 """Tail masses and densities below this leave the linear path. In float32 that is 7 sigma: beyond,
 an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it.
@@ -273,17 +272,16 @@ def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
 def by_bisection(u: Tensor, *params: Tensor) -> Tensor:
     """`mixture_cdf_inverse` for any number of rows."""
     num_components = params[1].shape[-1]
-    z = torch.empty_like(u)
+    z, size = torch.empty_like(u), torch.empty_like(u)
     space = Workspace(5, num_components, u.dtype)
     for rows in cached_chunks(len(u), num_components):
-        z[rows] = _solve(u[rows], take_rows(params, rows), space)
-    size = upper_tail(u.abs())
+        z[rows], size[rows] = _solve(u[rows], take_rows(params, rows), space)
     with_wider(by_bisection, reference.mixture_cdf_inverse, (z,), size, u, params)
     return z
 
 
-def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
-    """z [n] of one chunk."""
+def _solve(u: Tensor, params: Params, space: Workspace) -> tuple[Tensor, Tensor]:
+    """z [n] of one chunk, and the mass beyond it, or 0 where the bracket is too wide."""
     n, axis, spread = u.shape[0], space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
     a, other = space(2, n), space(3, n)
@@ -295,10 +293,13 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
     low, high = a.amin(axis), a.amax(axis)
     # brackets over the narrowest scale, halved until they are 2^-8 of it, where Newton's steps are
     # safe; NaN takes all steps
-    widest = float(((high - low) * inv_std.amax(axis)).amax())
-    bisections = BISECTIONS[u.dtype]
-    if widest < 2.0 ** (bisections - 8):
+    width = (high - low).mul_(inv_std.amax(axis))
+    widest, limit = float(width.amax()), 2.0 ** (BISECTIONS - 8)
+    size, bisections = tail, BISECTIONS
+    if widest <= limit:
         bisections = max(0, math.ceil(math.log2(max(widest, 1e-9))) + 8)
+    else:
+        size = torch.where(width > limit, 0.0, tail)
     inv_std.mul_(SQRT_HALF)
     wanted = 2.0 * tail * total
     above = torch.empty_like(u)
@@ -309,9 +310,8 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
         mass = a.erfc_().mul_(weight).sum(axis)
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
-    slack = rounding(low, high)
     x = torch.lerp(low, high, 0.5)
-    for _ in range(NEWTON_STEPS[u.dtype]):
+    for _ in range(STEPS[u.dtype][1]):
         clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
         density = density_into(a, other, space).mul_(weight).mul_(inv_std).sum(axis)
         mass = a.erfc_().mul_(weight).sum(axis)
@@ -321,9 +321,10 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> Tensor:
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
         slope = (here * here).mul_(-0.5).exp_().mul_(INV_SQRT_2PI).mul_(total).div_(density)
         step = slope.mul_(SQRT_HALF / INV_SQRT_2PI).mul_(y - here)
-        x = or_middle(step.add_(x), low, high, slack)
+        step.add_(x)
+        x = torch.where(step > low, torch.minimum(step, high), low)  # not NaN
     # the bracket knows nothing of a weight that is NaN
-    return x.mul_(side).add_(total.mul_(0.0))
+    return x.mul_(side).add_(total.mul_(0.0)), size
 
 
 # --- Mix-d

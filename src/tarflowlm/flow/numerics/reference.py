@@ -23,8 +23,8 @@ Params = tuple[Tensor, ...]
 """log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 Gradients = tuple[Tensor, ...]
 """Gradients of z [N] and of log_w, mean, log_std [N, K]."""
-BISECTIONS = {torch.float32: 20, torch.float64: 22}
-NEWTON_STEPS = {torch.float32: 3, torch.float64: 5}
+STEPS = {torch.float32: (13, 3), torch.float64: (15, 5)}
+"""Bisections and Newton steps of an inverse."""
 
 
 # --- scalar mixtures
@@ -97,48 +97,52 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
 
 
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [N] with F(z) = Phi(u): bisections in the bracket of docs/math.md, eq. 20, then Newton.
+    """z [N] with F(z) = Phi(u), however far the scales are apart.
 
-    Mirrored to u >= 0, where the upper tail is the smaller one. Newton steps are taken in noise
-    space, where a single component is a straight line: with v the noise of x, x moves by
-    (u - v) N(v; 0, 1) / p(x).
+    1. Find which neighbouring means, or ends of the bracket (docs/math.md, eq. 20), enclose z.
+    2. Bisect t, z = left + (right - left) / (1 + e^-t): near a mean, the log of the distance from
+       it, so a scale of e^-12 is found as soon as one of e^12.
+    3. Newton steps in noise space, where a single component is a straight line.
     """
     log_w = torch.log_softmax(log_w, -1)
-    inv_std = torch.exp(-log_std)
-    side = torch.where(u < 0, -1.0, 1.0).to(u.dtype)
-    y = u.abs()
-    log_wanted = log_upper_tail(y)
-    center = side[:, None] * mean
-    candidates = center + y[:, None] / inv_std
-    low, high = candidates.amin(-1), candidates.amax(-1)
-    slack = rounding(low, high)
-    for step in range(BISECTIONS[u.dtype] + NEWTON_STEPS[u.dtype]):
-        is_newton = step >= BISECTIONS[u.dtype]
-        if step <= BISECTIONS[u.dtype]:
-            x = 0.5 * (low + high)
-        a = (x[:, None] - center) * inv_std
-        log_tail = torch.logsumexp(log_w + log_upper_tail(a), -1)
-        above = log_tail > log_wanted
-        low, high = torch.where(above, x, low), torch.where(above, high, x)
-        if is_newton:
-            log_density = torch.logsumexp(log_w + log_standard_normal(a) - log_std, -1)
-            here = upper_quantile_of_log(log_tail)
-            slope = torch.exp(log_standard_normal(here) - log_density)
-            x = or_middle(x + (y - here) * slope, low, high, slack)
-    return torch.where(torch.isinf(u), u, side * x)
+    std = torch.exp(log_std)
+    inv_std = torch.where(u < 0, -1.0, 1.0)[:, None] / std
+    log_wanted = log_upper_tail(u.abs())
 
+    def is_below(x: Tensor) -> Tensor:
+        log_tail = torch.logsumexp(log_w + log_upper_tail((x[:, None] - mean) * inv_std), -1)
+        return (log_tail > log_wanted) == (u >= 0)
 
-def rounding(low: Tensor, high: Tensor) -> Tensor:
-    """How far rounding may put values outside the bracket in which a search begins, [N]."""
-    return torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(low.dtype).eps)
+    y_k = mean + std * u[:, None]
+    ordered = mean.sort(-1).values.expand(len(u), -1)
+    ends = torch.cat([y_k.amin(-1, True), ordered, y_k.amax(-1, True)], -1)
+    first = torch.zeros_like(u, dtype=torch.long)
+    last = first + mean.shape[-1] + 1
+    for _ in range(mean.shape[-1].bit_length()):
+        middle = (first + last) // 2
+        below = is_below(ends.gather(-1, middle[:, None]).squeeze(-1))
+        first, last = torch.where(below, middle, first), torch.where(below, last, middle)
+    left, right = low, high = ends.gather(-1, torch.stack((first, last), -1)).unbind(-1)
 
+    num_bisections, num_newton = STEPS[u.dtype]
+    t = torch.zeros_like(u)
+    step = torch.log((right - left) / std.amin(-1)).clamp(min=0.0) + 4.0
+    for _ in range(num_bisections):
+        share = torch.sigmoid(-t.abs()) * (right - left)
+        x = torch.where(t < 0, left + share, right - share)
+        below = is_below(x)
+        low, high = torch.where(below, x, low), torch.where(below, high, x)
+        step = 0.5 * step
+        t = torch.where(below, t + step, t - step)
 
-def or_middle(x: Tensor, low: Tensor, high: Tensor, slack: Tensor) -> Tensor:
-    """x [N], or the midpoint of its bracket where it is more than `slack` outside, or NaN."""
-    middle = torch.lerp(low, high, 0.5)
-    # a converged x is itself an end of the bracket
-    limit = torch.add(slack, high - low, alpha=0.501)
-    return torch.where((x - middle).abs_() <= limit, x, middle)
+    x = torch.lerp(low, high, 0.5)
+    for _ in range(num_newton):
+        v, log_det = mixture_cdf(x, log_w, mean, log_std)
+        # not by mass: rounded differently, a step would leave its own bracket
+        low, high = torch.where(v < u, x, low), torch.where(v < u, high, x)
+        x = x + (u - v) * torch.exp(-log_det)
+        x = torch.where(x > low, torch.minimum(x, high), low)
+    return torch.where(torch.isinf(u), u, x)
 
 
 # --- codebook mixtures
