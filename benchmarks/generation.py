@@ -156,11 +156,10 @@ def inverted_call(model: Any, index: int, draws: bool, num: int) -> Any:
     import torch
 
     block, context = model.prior.block(index), model.config.context
-    cache = block.allocate_cache(num, context, half=draws)
-    cache.stored.zero_()
-    cache.rewind(context // 2)
-    invert = block.coupling.inverter()
     channels = len(block.order.channels)
+    cache = block.allocate_cache(num, context, half=draws)
+    block.features_of(cache, torch.zeros(num, context // 2 - 1, channels), first=True)
+    invert = block.coupling.inverter()
     h, u = torch.randn(2, num, channels)
     numbers = None
     if draws:

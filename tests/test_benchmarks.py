@@ -36,6 +36,10 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
             ["GPT-2, generate, batch 1", "exported, prompt look-up, batch 1"],
         ),
         (
+            "generation.py --count mini-mixd",
+            ["mini-mixd, block 1, draw, call of 8", "mini-mixd, block 2, steps"],
+        ),
+        (
             "evaluation.py english-mini-ar english-mini --windows 1 --rounds 1 --data DATA",
             ["english-mini"],
         ),

@@ -1,0 +1,60 @@
+"""Take the pictures of the studio that the documents show: FOLDER/passes.png and FOLDER/studio.
+
+    python examples/draw_studio.py [FOLDER]    # docs
+
+It needs the extra `studio`, playwright and Chromium.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Locator, Page, sync_playwright
+
+TABS = {"infill": "tries count", "edit": "tokens changed", "score": "bits per character"}
+"""What a finished view shows, which appears when its tab is opened."""
+
+
+def save(shown: Page | Locator, path: Path, **options: Any) -> None:
+    """A picture of a page or of one element, in few colours."""
+    shown.screenshot(path=path, animations="disabled", **options)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def take(page: Page, out: Path) -> None:
+    def wait(*words: str) -> None:
+        for text in (*words, "in all"):
+            page.locator(".st-view:visible").get_by_text(text).first.wait_for()
+
+    wait()
+    save(page.locator(".st-card:visible").first, out / "passes.png")
+    save(page, out / "studio" / "passes.png", scale="css")
+    page.get_by_role("button", name="Begin a tale").click()
+    wait("--length 160")
+    save(page, out / "studio" / "write.png", scale="css")
+    for tab, words in TABS.items():
+        page.get_by_role("tab", name=tab.capitalize(), exact=True).click()
+        wait(words)
+        save(page, out / "studio" / f"{tab}.png", full_page=True, scale="css")
+
+
+def main(folder: str = "docs") -> None:
+    command = [sys.executable, "-m", "tarflowlm", "studio", "--no-browser"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as studio,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        view = {"width": 1280, "height": 800}
+        page = browser.new_page(viewport=view, device_scale_factor=2, reduced_motion="reduce")
+        page.goto(str(studio.stdout and studio.stdout.readline().strip()))
+        take(page, Path(folder))
+        browser.close()
+        studio.terminate()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
