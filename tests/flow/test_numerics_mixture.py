@@ -170,6 +170,20 @@ def test_the_inverse_has_no_residual(data, noise):
     assert ((back - u).abs() - ulp).max() <= 1e-9
 
 
+@pytest.mark.parametrize("u", [0.0, 1e-215, -1e-215])
+def test_the_inverse_next_to_the_only_mean(u):
+    """Where F cannot tell u from 0."""
+    params = torch.zeros(3, 1, 2, dtype=torch.float64)
+    assert reference.mixture_cdf_inverse(torch.tensor([u]).double(), *params).abs() <= 1e-200
+
+
+def test_the_reference_keeps_not_a_number():
+    for where in range(4):
+        inputs = torch.tensor([0.5, 0.5]).double(), *torch.zeros(3, 2, 2).double()
+        inputs[where].view(2, -1)[1, 0] = math.nan
+        assert reference.mixture_cdf_inverse(*inputs).isnan().tolist() == [False, True]
+
+
 def test_log_det_is_the_autograd_one():
     params = nasty_mixtures(50, 4, 2, torch.float64)
     z = mixture_cdf_inverse(wide_noise(50, 2, torch.float64, 12.0), *params).requires_grad_()

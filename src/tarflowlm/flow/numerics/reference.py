@@ -126,7 +126,7 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
 
     num_bisections, num_newton = STEPS[u.dtype]
     t = torch.zeros_like(u)
-    step = torch.log((right - left) / std.amin(-1)).clamp(min=0.0) + 4.0
+    step = torch.log((right - left).abs() / std.amin(-1)).clamp(min=0.0) + 4.0
     for _ in range(num_bisections):
         share = torch.sigmoid(-t.abs()) * (right - left)
         x = torch.where(t < 0, left + share, right - share)
@@ -138,11 +138,11 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     x = torch.lerp(low, high, 0.5)
     for _ in range(num_newton):
         v, log_det = mixture_cdf(x, log_w, mean, log_std)
-        # not by mass: rounded differently, a step would leave its own bracket
+        # not by mass, which is rounded differently
         low, high = torch.where(v < u, x, low), torch.where(v < u, high, x)
         x = x + (u - v) * torch.exp(-log_det)
         x = torch.where(x > low, torch.minimum(x, high), low)
-    return torch.where(torch.isinf(u), u, x)
+    return torch.where(torch.isinf(u), u, x + 0.0 * log_w.amax(-1))  # NaN stays
 
 
 # --- codebook mixtures
