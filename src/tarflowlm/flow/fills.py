@@ -39,6 +39,8 @@ class FillsIn(MixDCoupling):
         self.is_tied = False
 
     def conditional(self, log_w: Tensor) -> Conditional:
+        if log_w.is_meta:  # without numbers, which is how operations are counted: all rows
+            return super().conditional(log_w)
         num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
         largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)
         sure = (largest > self.certainty).nonzero()[:, 0]
