@@ -50,9 +50,7 @@ logger = logging.getLogger("tarflowlm")
 
 
 def save(run: Run, state: State) -> None:
-    """Copy a checkpoint for the thread to write, unless this step is saved: the state, then the
-    weights. Collective.
-    """
+    """Copy a checkpoint for the thread to write, unless this step is saved. Collective."""
     counters = state.counters
     if counters.saved_step == counters.step:
         return
@@ -70,8 +68,7 @@ def save(run: Run, state: State) -> None:
     }
     # a copy, since training continues
     tensors = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors_of(state))
-    run.writes.append(run.writer.submit(write_state, run, tensors, saved))
-    submit_weights(run, state, run.out, weights)
+    run.writes.append(run.writer.submit(write_state, run, tensors, saved, weights))
 
 
 def save_best(run: Run, state: State) -> None:
@@ -82,7 +79,7 @@ def save_best(run: Run, state: State) -> None:
         write_run(best, state.config, run.corpus.tokenizer)
     present = state.copies.get("average") or trained_parameters(state.model)
     assign(state.copies.get("best", {}), present)
-    submit_weights(run, state, best, finite_weights(run, state))
+    submit_weights(run, best, finite_weights(run, state))
 
 
 def wait(run: Run, *, until_done: bool = True) -> None:
@@ -115,8 +112,9 @@ def averaged(state: State) -> Iterator[None]:
         assign(weights, held)
 
 
-def finite_weights(run: Run, state: State) -> dict[str, Tensor]:
-    """A copy of the weights to evaluate, on the CPU of the first process. Collective.
+def finite_weights(run: Run, state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A copy of the weights to evaluate, on the CPU of the first process, and for their header the
+    counts of this step. Collective.
 
     FloatingPointError if they are not finite, so that such weights are never saved.
     """
@@ -127,18 +125,20 @@ def finite_weights(run: Run, state: State) -> dict[str, Tensor]:
         where = f"parameters {', '.join(broken[:NAMED])} are not finite"
         remedy = "lower optim.lr in a new run; earlier checkpoints are kept"
         raise FloatingPointError(f"{where} at step {state.counters.step}: {remedy}")
-    return weights
+    counts = {
+        "step": state.counters.step,
+        "tokens": state.counters.tokens,
+        "blocks": state.model.num_blocks,
+    }
+    return weights, {name: str(count) for name, count in counts.items()}
 
 
-def submit_weights(run: Run, state: State, directory: Path, weights: dict[str, Tensor]) -> None:
-    """Let the thread write model.safetensors, with the counts of this step in its header."""
+def submit_weights(
+    run: Run, directory: Path, weights: tuple[dict[str, Tensor], dict[str, str]]
+) -> None:
+    """Let the thread write model.safetensors, from `finite_weights`."""
     if run.processes.first:
-        info = {
-            "step": str(state.counters.step),
-            "tokens": str(state.counters.tokens),
-            "blocks": str(state.model.num_blocks),
-        }
-        run.writes.append(run.writer.submit(write_weights, directory / WEIGHTS, weights, info))
+        run.writes.append(run.writer.submit(write_weights, directory / WEIGHTS, *weights))
 
 
 def submit_run(run: Run, config: RunConfig) -> None:
@@ -153,14 +153,24 @@ def submit_run(run: Run, config: RunConfig) -> None:
 # the training state
 
 
-def write_state(run: Run, tensors: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Write a state, with `saved` as its counters.json, and delete all but the newest ones.
-    Collective: all processes write their shards into one folder.
+def write_state(
+    run: Run,
+    tensors: dict[str, object],
+    saved: dict[str, Any],
+    weights: tuple[dict[str, Tensor], dict[str, str]],
+) -> None:
+    """Write a state, with `saved` as its counters.json, delete all but the newest ones, and write
+    its `finite_weights`. Collective: all processes write their shards into one folder.
+
+    Weights whose state cannot be written are not written either: nothing could continue from them.
     """
     root = run.out / STATE
     name = f"step-{saved['counters']['step']:08d}"
     temporary = root / f".{name}"
     group = run.group
+    if run.device.type == "cuda" and run.device.index is not None:
+        # in this thread the first GPU is the current one: PyTorch would take memory there
+        torch.cuda.set_device(run.device)
     try:
         save_shards(tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
         if run.processes.first:
@@ -181,6 +191,7 @@ def write_state(run: Run, tensors: dict[str, Any], saved: dict[str, Any]) -> Non
         # renamed first, so that no partial state is ever visible
         for old in sorted(root.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old.rename(root / f".{old.name}"))
+        write_weights(run.out / WEIGHTS, *weights)
 
 
 def tensors_of(state: State) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def load_state(run: Run, present: RunConfig, folder: Path) -> State:
     state.sampler.load_state_dict(saved["sampler"])
     # the configuration first: this state may have more blocks than the one that was written last
     submit_run(run, config)
-    submit_weights(run, state, run.out, finite_weights(run, state))
+    submit_weights(run, run.out, finite_weights(run, state))
     if run.processes.first:
         run.log.open(run.out, resume_at=saved["metrics"], window=Window(**saved["window"]))
         run.log.track(config, run.out, resume_at=counters.step)
@@ -257,7 +257,7 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
         drop_block(run, state)
     else:
         if final:
-            submit_weights(run, state, run.out, finite_weights(run, state))
+            submit_weights(run, run.out, finite_weights(run, state))
         kept = counters.lowest if config.train.keep == "best" else end.nats_per_token
         counters.valid_bpc.append(bits(kept) * end.tokens / end.characters)
         counters.stage_steps.append(counters.stage_step)
@@ -288,7 +288,7 @@ def drop_block(run: Run, state: State) -> None:
     # The configuration comes last, because one of more blocks can load fewer.
     weights = finite_weights(run, state)
     for folder in (run.out, run.out / BEST):
-        submit_weights(run, state, folder, weights)
+        submit_weights(run, folder, weights)
     submit_run(run, state.config)
 
 
