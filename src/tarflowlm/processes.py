@@ -36,6 +36,10 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     usual = "cuda" if is_there["cuda"] else "cpu"
     try:
         found = torch.device(usual if name == "auto" else name)
+        own = int(os.environ.get("LOCAL_RANK", -1))
+        if found.type == "cuda" and found.index is None and 0 <= own < torch.cuda.device_count():
+            # first of all: whatever asks for "cuda" would take memory on the GPU of process 0
+            torch.cuda.set_device(own)
         torch.empty(0, device=found)
     except (TypeError, RuntimeError, AssertionError):
         choice = ", ".join(["auto", *available])

@@ -99,7 +99,7 @@ def train(
             stop_requests() as stop_signal,
             parallel.compiling(compiles),
             closing(MetricsLog(reporter)) as log,
-            ThreadPoolExecutor(1) as writer,  # leaving waits until nothing is being written
+            ThreadPoolExecutor(1) as writer,  # leaving waits until all is written
         ):
             run = Run(
                 out=out,
@@ -151,7 +151,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
         waited = time.perf_counter() - before_batch
         num_tokens = tokens.numel() * run.processes.world
         if run.device.type == "cuda":
-            # a copy from pageable memory would wait for all work queued on the device
+            # a copy from pageable memory would wait for all work queued there
             tokens = tokens.pin_memory()
         tokens = tokens.to(run.device, non_blocking=True)
         loss = accumulate_gradients(
@@ -244,8 +244,8 @@ def write_line(run: Run, state: State, lr: float) -> None:
     bpc = bits(means["nats_per_token"]) / characters
     record: Record = {"split": "train", **counters.place(), **means, "bpc": bpc, "lr": lr}
     if run.device.type == "cuda":
-        record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        torch.cuda.reset_peak_memory_stats()
+        record["memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(run.device)
         if peak := peak_flops(torch.cuda.get_device_name(run.device)):
             model = state.config.model_of_stage(counters.stage)
             flops = training_flops(model, frozen=counters.stage) / model.context  # of a token
