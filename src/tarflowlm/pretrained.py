@@ -83,11 +83,6 @@ class Pretrained(Checkpoint):
         """Where the model is."""
         return self.model.device
 
-    def to(self, device: str | torch.device) -> "Pretrained":
-        """Move the model to a device of PyTorch, or auto."""
-        self.model.to(pick_device(device))
-        return self
-
     @takes(Writing)
     def write(self, request: Writing) -> str | Any:
         """A text that begins with `prompt`; with `num`, a list of that many texts.

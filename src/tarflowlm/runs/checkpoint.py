@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
-from tarflowlm.processes import compilation_problem
+from tarflowlm.processes import compilation_problem, pick_device
 from tarflowlm.runs import (
     BEST,
     CONFIG,
@@ -53,6 +53,16 @@ class Checkpoint:
     """step, tokens and blocks of the run when the weights were saved, as strings."""
     directory: Path
     """Where it was loaded from."""
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the model to a device of PyTorch, or auto, with the maps that are fastest there."""
+        place = pick_device(device)
+        compiled = place.type == "cuda" and compilation_problem("cuda") is None
+        for module in self.model.modules():
+            if isinstance(module, Coupling):
+                module.maps = COMPILED if compiled else REFERENCE
+        self.model.to(place)
+        return self
 
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
@@ -159,12 +169,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     # one of a model with more blocks guesses other symbols
     if drafter is not None and int(drafter.sizes[0]) == choices:
         model.drafter = drafter
-    device = torch.device(device)
-    compiled = device.type == "cuda" and compilation_problem("cuda") is None
-    for module in model.modules():
-        if isinstance(module, Coupling):
-            module.maps = COMPILED if compiled else REFERENCE
-    return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
+    return Checkpoint(model.eval(), tokenizer, run, info, directory).to(device)
 
 
 def write_drafter(path: Path, drafter: Drafter) -> None:
