@@ -64,13 +64,17 @@ def bound_rows(num_tokens: int, device: torch.device) -> int:
     return rows_at_once(num_tokens, budget)
 
 
-def written_rows(num_tokens: int, device: torch.device) -> int:
-    """Texts of `num_tokens`, particles counted, that are written together."""
-    budget = WRITTEN_TOKENS
-    if device.type == "cuda":
-        # 8 layers of width 768 cache 49 KB for a token
-        budget = torch.cuda.get_device_properties(device).total_memory // 2**16
-    return rows_at_once(num_tokens, budget)
+def written_rows(num_tokens: int, device: torch.device, *, cached: int, choices: int) -> int:
+    """Texts of `num_tokens`, particles counted, that are written together.
+
+    A token has `cached` keys and values, and is drawn from `choices`. On a GPU they take half of
+    the memory that is free.
+    """
+    if device.type != "cuda":
+        return rows_at_once(num_tokens, WRITTEN_TOKENS)
+    free, _ = torch.cuda.mem_get_info(device)
+    # float32; and the weights of the next token in some formats, with the numbers that draw it
+    return rows_at_once(4 * num_tokens * cached + 64 * choices, free // 2)
 
 
 def in_parts(

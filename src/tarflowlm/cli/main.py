@@ -82,6 +82,8 @@ def main(
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in words):
             raise
         remedy = "choose a smaller model, context, batch size, or number of samples or particles"
+        if argv[:1] == ["train"]:
+            remedy = f"double --train.accumulate, which changes no result, or {remedy}"
         _end(2, f"out of memory: {remedy}", everywhere=True)
     except Stopped as stopped:
         _end(75, str(stopped))  # EX_TEMPFAIL of sysexits.h: try again

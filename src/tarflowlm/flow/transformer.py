@@ -203,7 +203,7 @@ class KVCache:
             assert (torch.as_tensor(length) <= self.length).all()
         self.length = length
 
-    def take(self, source: "KVCache", rows: Tensor | list[int]) -> None:
+    def take(self, source: "KVCache", rows: Tensor) -> None:
         """Replace every row b, in place, by row rows[b] of `source`."""
         assert isinstance(source.length, int)
         self.length = source.length
@@ -214,9 +214,12 @@ class KVCache:
             stored[:, :, :, : self.length] = given[:, rows, :, : self.length]
 
     def keep(self, rows: Tensor) -> None:
-        """Continue with these rows alone."""
+        """Continue with these rows alone, in the same memory: a copy beside it might not fit."""
+        num = len(rows)
         self.inputs = self.inputs[rows]
-        self.stored = self.stored[:, :, rows]
+        for layer in self.stored:
+            layer[:, :num] = layer[:, rows]
+        self.stored = self.stored[:, :, :num]
         if isinstance(self.length, Tensor):
             self.length = self.length[rows]
 

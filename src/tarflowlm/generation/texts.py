@@ -12,6 +12,7 @@ from torch import Tensor
 from tarflowlm import chunks
 from tarflowlm.data.prompts import Gap, Reading, TextStream, read, read_template, tokens_without
 from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.flow.transformer import Transformer
 from tarflowlm.generation.inversion import Returning, finish
 from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
 from tarflowlm.generation.sampling import Generation, row_generators
@@ -49,12 +50,20 @@ class Samples:
         object.__setattr__(self, "stops", tuple(read_stops))
         object.__setattr__(self, "plans", plans(self.request, self.lm, self.past_end))
         rank, world = self.processes.rank, self.processes.world
+        model = self.lm.model
+        blocks = [m for m in model.modules() if isinstance(m, Transformer)]
+        # keys and values of a token in the block with most of them
+        cached = max(2 * len(block.layers) * block.config.width for block in blocks)
         batches: list[range] = []
         for _, group in groupby(range(self.total), key=lambda row: self.plan(row).together):
             rows = list(group)
             one = self.plan(rows[0])
-            length = min(one.num_tokens, self.lm.model.config.context) * one.particles
-            size = min(chunks.written_rows(length, self.lm.model.device), -(-len(rows) // world))
+            length = min(one.num_tokens, model.config.context) * one.particles
+            fitting = chunks.written_rows(
+                length, model.device, cached=cached, choices=model.config.vocab_size
+            )
+            # all processes make the same batches, however much memory each has
+            size = min(self.processes.from_first(fitting), -(-len(rows) // world))
             starts = range(rows[0], rows[-1] + 1, size)
             batches += [range(start, min(start + size, rows[-1] + 1)) for start in starts]
         object.__setattr__(self, "own", batches[rank::world])
@@ -90,13 +99,24 @@ class Samples:
     def batches(self, progress: Progress = SILENT) -> Iterator["Written"]:
         """The samples in batches of bounded memory, each batch once it is finished.
 
-        Each of several processes writes its share of the batches.
+        Each of several processes writes its share of the batches. A single one halves a batch for
+        which the memory of its GPU is not enough, since rows do not depend on each other.
         """
-        for rows in self.own:
+        left = [*self.own]
+        while left:
+            rows = left.pop(0)
             one = self.plan(rows[0])
             # decode in batches unless a stop must be found
             every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
-            yield finish(self.steps(rows, progress, every=every))
+            try:
+                found = finish(self.steps(rows, progress, every=every))
+            except torch.OutOfMemoryError:
+                if len(rows) == 1 or self.processes.world > 1:
+                    raise
+                half = len(rows) // 2
+                left[:0] = [rows[:half], rows[half:]]
+                continue
+            yield found
 
     def pieces(self, row: int = 0) -> Iterator[str]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
