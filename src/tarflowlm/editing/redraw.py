@@ -83,7 +83,7 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
         # all candidates share the text before the span
         one = block.allocate_cache(1, first)
         block.features_of(one, known[:, : first - 1], first=True)
-        cache.take(one, [0] * R)
+        cache.take(one, torch.zeros(R, dtype=torch.long, device=h.device))
     invert = block.coupling.inverter()
     adjust = Sampling(temperature=candidates.temperature).adjust(model.config.vocab_size)
     log_w = h.new_zeros(R)

@@ -265,11 +265,12 @@ class GapFilter:
         `numbers` are noise [B, n, d] and Gumbel numbers. Where the length is fixed, rows may be
         resampled after every draw.
         """
-        noise, gumbel = numbers[0][own], numbers[1]
+        here = own.to(rows.values.device)
+        noise, gumbel = numbers[0][here], numbers[1]
         gained = [torch.zeros(len(own), dtype=torch.float64)]
         for n in range(gap.most):
             mask = self._mask(rows, gap.begins if n == 0 else None)
-            gain = weight(rows.draw(gumbel.at(own, n)[:, 0], noise[:, n], mask))
+            gain = weight(rows.draw(gumbel.at(here, n)[:, 0], noise[:, n], mask))
             if mask is None:
                 gain = torch.zeros_like(gain)  # up to rounding
             elif gap.least == gap.most:
@@ -279,8 +280,8 @@ class GapFilter:
             gained.append(gained[-1] + gain)
             if len(own) == len(self.tokens):
                 self.progress.advance()
-        self.tokens[own] = rows.tokens[..., 0]
-        self.values[own] = rows.values
+        self.tokens[here] = rows.tokens[..., 0]
+        self.values[here] = rows.values
         return torch.stack(gained, 1)
 
     def _mask(self, rows: Pieces, begins: Tensor | None) -> Tensor | None:
@@ -306,7 +307,7 @@ class GapFilter:
             chosen, kept = self.weights.chosen(b, self.log_w[own[mine]], len(mine))
             order[mine] = mine[chosen]
             self.log_w[own[mine]] = kept
-        rows.select(order)
+        rows.select(order.to(rows.values.device))
         self.lengths[own] = self.lengths[own[order]]
 
     def _shares(self, log_w: Tensor, lengths: Tensor) -> list[Tensor]:

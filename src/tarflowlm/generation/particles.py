@@ -137,8 +137,10 @@ def particle_filter(
         for b in uneven:
             chosen, weights.log_w[b] = weights.chosen(b, weights.log_w[b], particles)
             order[b] = order[b, chosen]
-        fresh = redraw and redraw(uneven, own, order[uneven].flatten(), rows.at)
-        rows.resample(order.flatten(), own, fresh)
+        device = rows.values.device
+        own, order = own.to(device), order.flatten().to(device)
+        fresh = redraw and redraw(uneven, own, order[own], rows.at)
+        rows.resample(order, own, fresh)
     return weights
 
 

@@ -70,7 +70,7 @@ class Rows:
         return self.source.features_of(self.cache, past, first=start == 0)
 
     def select(self, order: Tensor) -> None:
-        """Replace every row b by row order[b]."""
+        """Replace every row b by row order[b]; `order` is on the device."""
         self.values = self.values[order]
         self.cache.take(self.cache, order)
 
