@@ -56,7 +56,7 @@ def _advice(request: Edit, change: "Change") -> str | None:
     """A better option if the edits have lost the text or changed nothing, else None."""
     from tarflowlm.generation.particles import UNRELIABLE
 
-    changed = change.changed.double().mean().item()
+    changed = change.changed.float().mean().item()
     if request.kind == "rewrite" and changed == 0:
         return "all candidates equal the text: more --candidates may find others"
     if request.level is not None and changed > MUCH_CHANGED:

@@ -196,12 +196,12 @@ class TextScorer:
             logits = model.logits(tokens)[:, given:end]
             parts = logits.log_softmax(-1).gather(-1, scored[..., None]).squeeze(-1)
             is_best = (logits.argmax(-1) == scored).all(-1)
-            return list(zip(parts.double().sum(-1).tolist(), is_best.tolist(), strict=True))
+            return list(zip(parts.cpu().double().sum(-1).tolist(), is_best.tolist(), strict=True))
         if given == 0 or model.num_blocks == 1:
             nats = self._bound(tokens, given)
         else:
             nats = self._bound(tokens, 0) - self._bound(tokens[:, :given], 0)
-        return [(-value, False) for value in nats.double().tolist()]
+        return [(-value, False) for value in nats.cpu().double().tolist()]
 
     def _bound(self, tokens: Int[Tensor, "B n"], given: int) -> Float[Tensor, " B"]:
         """A bound on -log p of the tokens after the first `given`, with the common noise."""

@@ -155,7 +155,7 @@ def passes(
     for text, state in zip(texts, states, strict=True):
         p = model.codebook.log_posterior(state).exp()
         probabilities.append(p.gather(-1, text[:, None].to(p.device))[:, 0])
-    shares = [(after != before).double().mean().item() for before, after in pairwise(texts)]
+    shares = [(after != before).float().mean().item() for before, after in pairwise(texts)]
     # nobody sees a pass that changes fewer tokens
     is_watched = sum(share > 0.005 for share in shares) > 1
     return pass_rows(texts, tokenizer, given=given, probabilities=probabilities), is_watched
