@@ -171,8 +171,10 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
                 reshard_after_forward=module is not heads[-1],
                 ignored_params=frozen,
             )
-        if isinstance(module, Coupling):  # the last block uses only `log_prob`
-            register_fsdp_forward_method(module, "log_prob")
+        if isinstance(module, Coupling):  # the last block uses only one of these
+            for method in ("log_prob", "token_log_prob"):
+                if hasattr(module, method):
+                    register_fsdp_forward_method(module, method)
     fully_shard(bound, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
 
