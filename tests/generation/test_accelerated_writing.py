@@ -1,13 +1,14 @@
 """Writing on an accelerator, for which `pretend_device` stands in: a CPU's texts, few waits."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from test_drafts import Fixed, written
 
-from helpers import FILLS, tiny_ar, tiny_flow
+from helpers import FILLS, TRUNK, tiny_ar, tiny_flow
 from pretend_device import pretend
 from tarflowlm.data.prompts import Gap
 from tarflowlm.flow.numerics import reference
@@ -74,6 +75,16 @@ def test_guesses_do_not_change_a_text(name):
         there = copy.deepcopy(model).to("cuda")
         found = written(there, Fixed(5, "number"), num_tokens=6, num=2)
         assert found.tokens.cpu().equal(expected.tokens)
+
+
+@pytest.mark.parametrize("name", ["mixd-mix1", "fills"])
+def test_guesses_do_not_change_a_text_with_a_cache_in_half_precision(name):
+    trunk = replace(TRUNK, input_taps=3)
+    with pretend("cuda"):
+        model = MODELS[name](trunk=trunk).float().eval().to("cuda")
+        expected = written(model, None, num_tokens=6, num=2)
+        found = written(model, Fixed(5, "number"), num_tokens=6, num=2)
+        assert found.tokens.cpu().equal(expected.tokens.cpu())
 
 
 WAITS = {

@@ -242,7 +242,7 @@ class KVCache:
                     rows = torch.arange(len(x), device=x.device)[:, None]
                     places = torch.arange(self.before + x.shape[1], device=x.device)
                     places = first.to(x.device)[:, None] + places
-                    self.inputs[rows, places[:, self.before :]] = x
+                    self.inputs[rows, places[:, self.before :]] = x.to(self.inputs.dtype)
                     window = self.inputs[rows, places]
                 windows = window.unfold(1, self.before + 1, 1).transpose(2, 3)  # [B, N, K, D]
                 h = (windows * self.taps).sum(-2)
