@@ -110,8 +110,8 @@ FIG2 = Recipe(
         " token), + channel-wise affine (a minor gain), + Mix-1 (a great one), + Mix-d, + "
         "progressive training. (Block 1 sees the same tokens in all of them; progressive training"
         " adds a few steps for the other blocks. At mini scale + Mix-d also reads tokens, has its "
-        "layers in block 1, and half the rate; the row before it has nothing but another coupling "
-        "in block 1 than + Mix-1.)"
+        "layers in block 1, and half the rate; the row before it differs from + Mix-1 in the "
+        "coupling of block 1 alone.)"
     ),
     plan=plan_fig2,
     measure=measures.with_curves,

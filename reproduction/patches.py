@@ -226,7 +226,7 @@ FIG5 = Recipe(
         "Mix-1 has here. Its figure 1 has the tokens of a patch "
         "independent in the first blocks. The judge scores the continuation alone. The first four "
         "models have one token per position. In Mix-1, whose directions alternate, the blocks "
-        f"above block 1 do not see the prefix: prefix 0 is its test, or the rows {ONE_WAY}. "
+        f"above block 1 do not see the prefix: compare its prefix 0, or the rows {ONE_WAY}. "
         f"{measures.SEEDS_OF_MIX1})"
     ),
     plan=plan_fig5,

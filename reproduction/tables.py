@@ -89,7 +89,7 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
 def weighted_bound(done: Finished) -> Row:
     """The bound, and the importance-weighted bound, over the same windows of the test split.
 
-    With the standard deviation of the log-weights of a window, which records of before lack.
+    With the standard deviation of the log-weights of a window, which older records lack.
     """
 
     def measure() -> Row:

@@ -163,8 +163,8 @@ class Adjustment:
         return torch.log_softmax(log_w / self.temperature, dim=-1)
 
     def limit(self, log_w: "Tensor", slack: float = 0.0) -> "Tensor":
-        """The other steps. With `slack` above 0 tokens are also kept that miss a limit by at most
-        so much, in nats or in probability; below 0 only those that meet it by so much.
+        """The other steps. A `slack` above 0 also keeps tokens that miss a limit by at most the
+        slack, in nats or in probability; one below 0 drops those that meet it by less.
         """
         import torch
 

@@ -39,7 +39,8 @@ class FillsIn(MixDCoupling):
         self.is_tied = False
 
     def conditional(self, log_w: Tensor) -> Conditional:
-        if log_w.is_meta:  # without numbers, which is how operations are counted: all rows
+        # counting operations runs on tensors without values: take all rows
+        if log_w.is_meta:
             return super().conditional(log_w)
         num_tokens = log_w.shape[1] - isinstance(self.components, NoisyCodebook)
         largest = log_w.softmax(-1)[:, :num_tokens].amax(-1)

@@ -340,7 +340,7 @@ def draft(run: Run, state: State) -> None:
         )
     for folder in (run.out, run.out / BEST):
         if drafter is None:
-            # one of an earlier training would be wrong more often
+            # that of an earlier model would guess worse
             (folder / DRAFT).unlink(missing_ok=True)
         elif folder.is_dir():
             write_drafter(folder / DRAFT, drafter)
