@@ -4,6 +4,8 @@ order.
 
 import hashlib
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,9 +97,9 @@ def test_documents_are_shuffled_whole_with_an_end_before_the_first():
     for epoch in range(2):
         source = sampler(tokens=tokens, window=1, batch=1, end=0)
         source.load_state_dict({**source.state_dict(), "epoch": epoch})
-        drawn = [int(source.next()) for _ in range(1000)]
+        order = source._order
         read = np.empty(1000, dtype=np.int64)
-        read[source._order] = drawn
+        read[order] = [int(source.next()) for _ in range(1000)]
         assert read[0] == 0
         found = np.split(read[1:], np.flatnonzero(read[1:] == 0) + 1)
         assert {tuple(text) for text in found if len(text)} == texts
@@ -114,6 +116,16 @@ def test_the_stream_is_the_one_of_published_runs():
             draw(sampler(tokens=tokens, window=64, batch=32, end=end), 60).numpy().tobytes()
         )
     assert digest.hexdigest() == "497b70cf647c5365b0edeb8510f0252fccf14a7dbd37bb607fe6e0cf75a49fba"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_mapped_text_is_read_without_pages_around_a_window(tmp_path):
+    TOKENS.tofile(tmp_path / "tokens.bin")
+    source = sampler(tokens=np.asarray(np.memmap(tmp_path / "tokens.bin", np.uint16, "r")))
+    assert torch.equal(draw(source, 30), draw(sampler(), 30))
+    mapped = Path("/proc/self/smaps").read_text().split(f"{tmp_path}/tokens.bin\n")[1]
+    flags = next(line for line in mapped.splitlines() if line.startswith("VmFlags:"))
+    assert "rr" in flags.split()  # random reads
 
 
 def test_of_a_large_text_some_windows_are_evaluated(monkeypatch, caplog):

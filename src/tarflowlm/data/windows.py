@@ -1,6 +1,8 @@
 """Windows of tokens: drawn without end for training, in order for evaluation."""
 
 import logging
+import mmap
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,8 @@ class WindowSampler:
 
     The permutations of successive epochs form one sequence, cut into global batches of `world *
     batch` windows. Rank r takes the r-th `batch` of each. The stream is the same for equal `world *
-    batch`, so another number of ranks can resume it.
+    batch`, so another number of ranks can resume it. A thread reads the next batch in advance;
+    `epoch` and `position` are the place after the batches that `next` has returned.
     """
 
     def __init__(
@@ -54,32 +57,30 @@ class WindowSampler:
         self._identity = {"seed": seed, "window": window, "num_tokens": len(tokens)}
         self.epoch = 0  # completed passes over the text
         self.position = 0  # windows used in this epoch by all ranks
-        self._documents = np.array([0, len(tokens)])  # where documents begin, and the last one ends
+        starts = [np.zeros(1, np.int64)]  # of documents
         if end is not None and len(tokens) // window < SHUFFLED:
-            self._documents = np.union1d(self._documents, np.flatnonzero(tokens == end) + 1)
-        self._begin_epoch()
+            size = 1 << 24  # tokens that are compared at once
+            for first in range(0, len(tokens) - 1, size):
+                block = tokens[first : min(first + size, len(tokens) - 1)]
+                starts.append(np.flatnonzero(block == end) + (first + 1))
+        self._starts = np.concatenate(starts)
+        # From here on the text is read at random, where reading ahead would fetch several hundred
+        # times the bytes of a window.
+        owner: object = tokens
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if isinstance(owner, mmap.mmap) and hasattr(owner, "madvise"):
+            owner.madvise(mmap.MADV_RANDOM)
+        self._begin_epoch(0)
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: Future[tuple[Array, int, int]] | None = None
 
     def next(self) -> torch.Tensor:
         """The next batch of this rank: int64 [batch, window]."""
-        parts: list[torch.Tensor] = []
-        missing = self.world * self.batch
-        first = self.rank * self.batch
-        while missing:
-            if self.position == len(self._order):
-                self.epoch += 1
-                self.position = 0
-                self._begin_epoch()
-            chosen = self._order[self.position : self.position + missing]
-            own = chosen[max(0, first) : max(0, first + self.batch)]
-            if len(own):
-                places = self._offset + self.window * own[:, None] + np.arange(self.window)
-                # the shuffled text is never written: each place is looked up in its document
-                places += self._shifts[np.searchsorted(self._begins, places, side="right") - 1]
-                parts.append(torch.from_numpy(self.tokens[places].astype(np.int64)))
-            self.position += len(chosen)
-            missing -= len(chosen)
-            first -= len(chosen)
-        return torch.cat(parts)
+        ahead = self._ahead or self._reader.submit(self._read, self.epoch, self.position)
+        batch, self.epoch, self.position = ahead.result()
+        self._ahead = self._reader.submit(self._read, self.epoch, self.position)
+        return torch.from_numpy(batch)
 
     def state_dict(self) -> dict[str, int]:
         """Position in the stream, and its seed, window and number of tokens; small JSON."""
@@ -91,22 +92,49 @@ class WindowSampler:
             if state[name] != ours:
                 what = f"it had {name}={state[name]}, this run has {ours}"
                 raise UserError(f"cannot resume the data stream: {what}")
+        if self._ahead is not None:
+            self._ahead.result()
+            self._ahead = None
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self._begin_epoch()
+        self._begin_epoch(self.epoch)
         assert 0 <= self.position <= len(self._order), state
 
-    def _begin_epoch(self) -> None:
-        generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
-        firsts, sizes = self._documents[:-1], np.diff(self._documents)
-        if len(firsts) > 1:
-            order = generator.permutation(len(firsts))
-            last = self._documents[order[-1] + 1] - 1
-            firsts, sizes = np.r_[last, firsts[order]], np.r_[1, sizes[order]]
-        # where each document begins in the text of this epoch, and how far that is from its place
-        self._begins = np.cumsum(sizes) - sizes
-        self._shifts = firsts - self._begins
-        length = int(sizes.sum())
+    def _read(self, epoch: int, position: int) -> tuple[Array, int, int]:
+        """The batch at a place in the stream, and the place after it."""
+        parts: list[Array] = []
+        missing = self.world * self.batch
+        first = self.rank * self.batch
+        while missing:
+            if position == len(self._order):
+                epoch += 1
+                position = 0
+                self._begin_epoch(epoch)
+            chosen = self._order[position : position + missing]
+            own = chosen[max(0, first) : max(0, first + self.batch)]
+            if len(own):
+                places = self._offset + self.window * own[:, None] + np.arange(self.window)
+                if len(self._starts) > 1:
+                    # the shuffled text is never stored: each place is looked up in its document;
+                    # the end before the first document is that of the last one
+                    places = (places - 1) % len(self.tokens)
+                    found = np.searchsorted(self._begins, places, side="right") - 1
+                    places += self._starts[self._documents[found]] - self._begins[found]
+                parts.append(self.tokens[places].astype(np.int64))
+            position += len(chosen)
+            missing -= len(chosen)
+            first -= len(chosen)
+        return np.concatenate(parts), epoch, position
+
+    def _begin_epoch(self, epoch: int) -> None:
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        length = len(self.tokens)
+        if len(self._starts) > 1:
+            self._documents = generator.permutation(len(self._starts))
+            sizes = np.diff(self._starts, append=length)[self._documents]
+            # where each of them begins in the text of this epoch
+            self._begins = np.cumsum(sizes) - sizes
+            length += 1
         # a text of less than two windows allows fewer offsets: one window must remain
         self._offset = int(generator.integers(min(self.window, length - self.window + 1)))
         self._order = generator.permutation((length - self._offset) // self.window)
