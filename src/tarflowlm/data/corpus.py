@@ -20,8 +20,8 @@ import numpy as np
 from tarflowlm.config import DataConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.sources import SOURCE_NAMES, Source, resolve_source
-from tarflowlm.data.text import BLOCK, SPLITS, Piece, Split
-from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
+from tarflowlm.data.text import BLOCK, SPLITS, Piece, Split, text_pieces
+from tarflowlm.data.tokenizer import PIECE, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress, UserError, first_line
 from tarflowlm.files import cache_root, new_folder, sync_file, waiting_lock, write_json
@@ -214,7 +214,8 @@ def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Sp
         files = {
             split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS
         }
-        for split, tokens, characters in _encoded(source, tokenizer, SPLITS):
+        pieces = _pieces(source, tokenizer)
+        for split, tokens, characters in _encoded(source, pieces, tokenizer, SPLITS):
             tokens.tofile(files[split])
             digests[split].update(tokens.tobytes())
             splits[split]["tokens"] += len(tokens)
@@ -246,35 +247,33 @@ def encode_text(
         return np.concatenate([corpus.split(name) for name in wanted])
     source = resolve_source(text, tokenizer.normalization, progress=progress)
     source.obtain()
+    pieces = _pieces(source, tokenizer)
     if split == "all" and (tokenizer.end is None or not source.has_documents):
-        # the whole text at once, since word pieces may cross the cuts between the splits
-        whole = "".join(piece.text for piece in _pieces(source, tokenizer))
-        progress.stage(f"encoding {source.name}, characters", len(whole))
-        tokens = [tokenizer.encode(whole).astype(tokenizer.token_dtype)]
-        progress.advance(len(whole))
-    else:
-        tokens = [some for _, some, _ in _encoded(source, tokenizer, wanted)]
+        # cut elsewhere than between the splits, where word pieces may cross
+        texts = text_pieces((piece.text for piece in pieces), PIECE)
+        pieces = (Piece("test", some) for some in texts)
+    tokens = [some for _, some, _ in _encoded(source, pieces, tokenizer, wanted)]
     return np.concatenate([np.zeros(0, tokenizer.token_dtype), *tokens])
 
 
 def _encoded(
-    source: Source, tokenizer: Tokenizer, wanted: Sequence[Split]
+    source: Source, pieces: Iterable[Piece], tokenizer: Tokenizer, wanted: Sequence[Split]
 ) -> Iterator[tuple[Split, Array, int]]:
-    """The tokens of some splits of a text, with the number of their characters.
+    """The tokens of some splits of the `pieces` of a text, with the number of their characters.
 
     Every piece is encoded on its own. The ends of documents are among the tokens.
     """
     total = source.count_characters()
     source.progress.stage(f"encoding {source.name}, characters", total)
-    for pieces in _batches(_pieces(source, tokenizer)):
-        split = pieces[0].split
-        lengths = [len(piece.text) for piece in pieces]
+    for batch in _batches(pieces):
+        split = batch[0].split
+        lengths = [len(piece.text) for piece in batch]
         if split in wanted:
-            ids = tokenizer.encode_each([piece.text for piece in pieces])
+            ids = tokenizer.encode_each([piece.text for piece in batch])
             if tokenizer.end is not None:
                 # before the first token that begins a character of the next document
                 reached = tokenizer.characters_per_token[ids].cumsum()
-                ends = np.cumsum(lengths)[[piece.ends for piece in pieces]]
+                ends = np.cumsum(lengths)[[piece.ends for piece in batch]]
                 ids = np.insert(ids, np.searchsorted(reached, ends, side="right"), tokenizer.end)
             yield split, ids.astype(tokenizer.token_dtype), sum(lengths)
         source.progress.advance(sum(lengths))
