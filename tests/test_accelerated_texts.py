@@ -13,13 +13,16 @@ import torch
 from helpers import TEXT8, save_run, tiny_ar, tiny_flow
 from pretend_device import pretend
 from tarflowlm.chunks import written_rows
+from tarflowlm.errors import Progress
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import COMPILED, REFERENCE, reference
+from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.objective import importance_weighted_bound
 from tarflowlm.presets import preset
 from tarflowlm.pretrained import Pretrained
-from tarflowlm.processes import pick_device
+from tarflowlm.processes import Processes, pick_device
+from tarflowlm.requests import Writing
 from tarflowlm_apps.lm_eval.scoring import TextScorer
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import change, rewrite
@@ -137,7 +140,38 @@ def test_texts_fit_into_a_gpu(name, gigabytes):
     assert 0.4 < rows * each / (gigabytes * 2**30) < 0.6
 
 
-def test_a_batch_without_memory_is_halved(monkeypatch):
+def test_particles_take_memory_as_texts_do():
+    with pretend("cuda", memory=2**25):
+        lm = Pretrained(MODELS["baseline"]().float(), TEXT8).to("cuda")
+        one, four = (
+            Samples(Writing(prompt="a c", num_tokens=8, num=10_000, particles=particles), lm)
+            for particles in (1, 4)
+        )
+        assert 1 < len(one.own[0]) // 4 == len(four.own[0])
+
+
+class OfTwo(Processes):
+    """The first of two processes; three texts fit into the memory of the other one."""
+
+    def in_turn(self, own):
+        return [*own, 3]
+
+
+def test_processes_write_batches_that_fit_into_the_least_memory():
+    lm = Pretrained(MODELS["baseline"]().float(), TEXT8)
+    samples = Samples(Writing(num_tokens=8, num=12), lm, processes=OfTwo(rank=0, world=2))
+    assert samples.own == [range(3), range(6, 9)]
+
+
+class Count(Progress):
+    count = 0
+
+    def advance(self, count: int = 1) -> None:
+        self.count += count
+
+
+def test_a_batch_without_memory_is_halved_and_counted_once(monkeypatch):
+    progress = Count()
     with pretend("cuda") as gpu:
         lm = Pretrained(MODELS["baseline"]().float(), TEXT8).to("cuda")
         with gpu.counting():
@@ -145,7 +179,8 @@ def test_a_batch_without_memory_is_halved(monkeypatch):
         room = gpu.memory - gpu.alive
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (room, gpu.memory))
         gpu.memory = gpu.alive + 3 * (gpu.peak - gpu.alive) // 4
-        assert lm.write(num_tokens=16, num=12) == expected
+        assert write_texts(Writing(num_tokens=16, num=12), lm, progress) == expected
+        assert progress.count == 16 * 12
         gpu.memory = gpu.alive
         with pytest.raises(torch.OutOfMemoryError):
             lm.write(num_tokens=16, num=12)

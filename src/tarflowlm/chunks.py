@@ -67,8 +67,8 @@ def bound_rows(num_tokens: int, device: torch.device) -> int:
 def written_rows(num_tokens: int, device: torch.device, *, cached: int, choices: int) -> int:
     """Texts of `num_tokens`, particles counted, that are written together.
 
-    A token has `cached` keys and values, and is drawn from `choices`. On a GPU they take half of
-    the memory that is free.
+    A token has `cached` keys and values. The next tokens of a text are drawn from `choices`,
+    particles counted. On a GPU they take half of the memory that is free.
     """
     if device.type != "cuda":
         return rows_at_once(num_tokens, WRITTEN_TOKENS)

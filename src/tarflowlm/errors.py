@@ -94,7 +94,7 @@ class Progress:
         """Begin a part called `name`, of `total` units if known, `done` of them done before."""
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units of the current part are done."""
+        """`count` more units of the current part are done; below 0: some have to be repeated."""
 
     def record(self, record: Record) -> None:
         """A training run wrote a line to metrics.jsonl."""

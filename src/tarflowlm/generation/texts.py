@@ -15,7 +15,7 @@ from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.generation.inversion import Returning, finish
 from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
-from tarflowlm.generation.sampling import Generation, row_generators
+from tarflowlm.generation.sampling import Generation, Meter, row_generators
 from tarflowlm.generation.write import write
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Writing, as_texts
@@ -59,11 +59,10 @@ class Samples:
             rows = list(group)
             one = self.plan(rows[0])
             length = min(one.num_tokens, model.config.context) * one.particles
-            fitting = chunks.written_rows(
-                length, model.device, cached=cached, choices=model.config.vocab_size
-            )
-            # all processes make the same batches, however much memory each has
-            size = min(self.processes.from_first(fitting), -(-len(rows) // world))
+            choices = model.config.vocab_size * one.particles
+            fitting = chunks.written_rows(length, model.device, cached=cached, choices=choices)
+            # all processes make the same batches, which fit into the least memory
+            size = min(*self.processes.in_turn([fitting]), -(-len(rows) // world))
             starts = range(rows[0], rows[-1] + 1, size)
             batches += [range(start, min(start + size, rows[-1] + 1)) for start in starts]
         object.__setattr__(self, "own", batches[rank::world])
@@ -106,13 +105,16 @@ class Samples:
         while left:
             rows = left.pop(0)
             one = self.plan(rows[0])
+            num_tokens = len(rows) * one.num_tokens
+            meter = Meter(progress, num_tokens, num_tokens)
             # decode in batches unless a stop must be found
             every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
             try:
-                found = finish(self.steps(rows, progress, every=every))
+                found = finish(self.steps(rows, meter, every=every))
             except torch.OutOfMemoryError:
                 if len(rows) == 1 or self.processes.world > 1:
                     raise
+                progress.advance(-meter.passed)
                 half = len(rows) // 2
                 left[:0] = [rows[:half], rows[half:]]
                 continue
