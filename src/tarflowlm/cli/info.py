@@ -108,7 +108,7 @@ class Description:
         from tarflowlm.evaluation.likelihood import sign_of
 
         kind = f"flow of {counted(len(self.blocks), 'block')}"
-        if self.family == "ar":
+        if self.bound == "exact":
             kind = "discrete autoregressive"
         found = f"{kind}, {self.parameters / 1e6:.1f} M parameters"
         if self.bpc is not None:
@@ -151,7 +151,7 @@ def describe(given: Path) -> Description:
         tokens=counts.get("tokens"),
         seed=lm.run.seed,
         bpc=test.get("bpc"),
-        bound=test.get("bound", ""),
+        bound="exact" if lm.model.is_exact else "elbo",
         temperature=lm.run.temperature,
         purpose=purpose(card),
         card=card,

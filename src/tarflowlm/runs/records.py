@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import is_written
+from tarflowlm.model_config import BaselineConfig
 from tarflowlm.runs import CONFIG, METRICS, WEIGHTS
 from tarflowlm.runs.checkpoint import Summary, read_run, read_summary, resume_command
 
@@ -61,7 +62,7 @@ class RunRecord:
     @property
     def bound(self) -> str:
         """The kind of the numbers: exact, or the upper bound elbo."""
-        return "exact" if self.run.model.family == "ar" else "elbo"
+        return "exact" if isinstance(self.run.model, BaselineConfig) else "elbo"
 
     @property
     def valid_bpc(self) -> float | None:
