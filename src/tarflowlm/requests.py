@@ -144,8 +144,10 @@ class Adjustment:
         self.top_p = options.top_p if (options.top_p or 1.0) < 1.0 else None
         self.min_p = options.min_p or None
         self.banned = banned
-        limits = (self.top_k, self.top_p, self.min_p)
-        self.is_plain = self.temperature == 1.0 and limits == (None, None, None)
+        limits = {"raise top-k": self.top_k, "raise top-p": self.top_p, "lower min-p": self.min_p}
+        self.remedies = [step for step, limit in limits.items() if limit is not None]
+        """What makes each limit drop fewer tokens."""
+        self.is_plain = self.temperature == 1.0 and not self.remedies
         """Whether only the banned token is dropped."""
 
     def __call__(self, log_w: "Tensor") -> "Tensor":

@@ -146,8 +146,7 @@ class GapFilter:
         after = self._shares(self.log_w, self.lengths)
         if (self.weights.log_w == -torch.inf).all(-1).any():
             # tokens that a limit drops fit in no candidate, however many there are
-            limits = {"top_k": "raise top-k", "top_p": "raise top-p", "min_p": "lower min-p"}
-            steps = [limits[name] for name in limits if getattr(self.plan.adjust, name, None)]
+            steps = [] if self.plan.adjust is None else self.plan.adjust.remedies
             remedy = ", ".join([*steps, "raise the particles", "or loosen the constraint"])
             raise UserError(f"none of {self.noise.particles} candidates fits: {remedy}")
         evidence = self.weights.evidence(self.candidates)
