@@ -322,18 +322,20 @@ class InputMap(nn.Module):
 
     def __init__(self, channels: int, width: int, *, is_linear: bool = False) -> None:
         super().__init__()
+        self.is_linear = is_linear
         self.linear = nn.Linear(channels, width)
-        self.lift = None if is_linear else nn.Linear(channels, width)
-        self.out = None if is_linear else nn.Linear(width, width, bias=False)
+        if not is_linear:
+            self.lift = nn.Linear(channels, width)
+            self.out = nn.Linear(width, width, bias=False)
         nn.init.normal_(self.linear.weight, std=channels**-0.5)
         nn.init.zeros_(self.linear.bias)
-        if self.lift is not None and self.out is not None:
+        if not is_linear:
             nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
             nn.init.normal_(self.out.weight, std=width**-0.5)
             nn.init.normal_(self.lift.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lift is None or self.out is None:
+        if self.is_linear:
             return self.linear(x)
         return self.linear(x) + self.out(F.gelu(self.lift(x)))
 
