@@ -20,6 +20,7 @@ from tarflowlm.options import Flag, arg
 
 if TYPE_CHECKING:
     from reproduction.recipe import Recipe
+    from reproduction.records import Records
     from reproduction.running import Planned
 
 logger = logging.getLogger("tarflowlm")
@@ -32,12 +33,10 @@ PROGRAM = "python -m reproduction"
 class Args(Settings, Json):
     """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one."""
 
-    name: Annotated[
-        tyro.conf.Positional[str],
-        arg("NAME", "A table, a figure or an experiment of docs/reproduce.md, say table2; or all."),
-    ]
-    # Train nothing: list the trainings with a rough time for each, from a few timed steps.
+    name: Annotated[tyro.conf.Positional[str], arg("NAME")]
+    """A table, a figure or an experiment of docs/reproduce.md, say table2; or all."""
     dry_run: Flag = False
+    """Train nothing: list the trainings with a rough time for each, from a few timed steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +50,7 @@ class Args(Settings, Json):
 
 def run(args: Args) -> None:
     from reproduction.recipes import RECIPES
+    from reproduction.records import Records
     from reproduction.results import write_results
     from reproduction.running import estimate, finish, state_of
     from tarflowlm.cli.signals import stop_on_signals
@@ -61,13 +61,15 @@ def run(args: Args) -> None:
 
     if args.name not in (*RECIPES, ALL):
         raise unknown("recipe", args.name, (*RECIPES, ALL))
-    recipes = _with_texts(
-        args, list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
-    )
+    records = Records(args.out)
+    recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
+    recipes = _with_texts(args, recipes, records)
     plans = {recipe.name: recipe.trainings(args) for recipe in recipes}
     # recipes share trainings
     plan = list({training.name: training for p in plans.values() for training in p}.values())
-    for source in (*(training.run.data.source for training in plan), args.second_text):
+    # what is on record needs no text
+    sources = [t.run.data.source for t in plan if records.find(t.name, t.run) is None]
+    for source in (*sources, args.second_text):
         if source is not None and not is_prepared(source):
             resolve_source(DataConfig(source=source))
     if args.dry_run:
@@ -96,12 +98,17 @@ def run(args: Args) -> None:
         print_json(results[0] if args.name != ALL else {"name": ALL, "recipes": results})
 
 
-def _with_texts(args: Args, recipes: "Sequence[Recipe]") -> "list[Recipe]":
-    """The recipes whose texts are here now; UserError if that is none of them."""
+def _with_texts(args: Args, recipes: "Sequence[Recipe]", records: "Records") -> "list[Recipe]":
+    """The recipes whose texts are here now, or whose trainings are all on record.
+
+    UserError where a single recipe was asked for and its text cannot be had.
+    """
     found = []
     for recipe in recipes:
+        plan = recipe.trainings(args)
+        is_on_record = all(records.find(t.name, t.run) is not None for t in plan)
         try:
-            if recipe.obtain is not None:
+            if recipe.obtain is not None and not is_on_record:
                 recipe.obtain(args)
             found.append(recipe)
         except UserError as error:

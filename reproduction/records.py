@@ -33,7 +33,7 @@ class Record:
 
     name: str
     config: dict[str, Any]
-    """The configuration that was asked for, without the folders of its texts."""
+    """The configuration that was asked for, without the folders of its files."""
     summary: dict[str, Any]
     """The run's own results."""
     machine: str
@@ -42,6 +42,8 @@ class Record:
     """The first 12 digits of the sha256 of its configuration and its weights."""
     measured: dict[str, Any] = field(default_factory=dict)
     """Measurement -> its numbers, as JSON values."""
+    files: dict[str, str] = field(default_factory=dict)
+    """`digests` of the configuration: they tell files of one name apart."""
 
 
 class Records:
@@ -64,7 +66,8 @@ class Records:
         """The record of a training, or None.
 
         A field that is younger than the record had its default value. UserError if the record has
-        another configuration, with the first field that differs.
+        another configuration, or another file under one of its names, with the first field that
+        differs.
         """
         record = self._by_name.get(name)
         if record is None:
@@ -77,6 +80,12 @@ class Records:
                     f"{key} {ours.get(key)}: {name} in {self.path} has {theirs.get(key)}; "
                     "choose another --out"
                 )
+        for key, digest in (digests(run) if record.files else {}).items():
+            if record.files.get(key, digest) != digest:
+                raise UserError(
+                    f"{key} {ours[key]}: {name} in {self.path} has another file of this name; "
+                    "choose another --out"
+                )
         return record
 
     def add(self, name: str, run: RunConfig, directory: Path, device: torch.device) -> Record:
@@ -87,6 +96,7 @@ class Records:
             summary=read_json(directory / SUMMARY),
             machine=machine(device),
             hashes={file: sha256_of(directory / file)[:12] for file in (CONFIG, WEIGHTS)},
+            files=digests(run),
         )
         self._by_name[name] = record
         self.save()
@@ -106,12 +116,26 @@ class Records:
 
 
 def portable(run: RunConfig) -> RunConfig:
-    """`run` settled, but with the name of a text file instead of its path on this machine."""
-    run = settled(run)
-    source = Path(run.data.source)
-    if not source.is_absolute():
-        return run
-    return replace(run, data=replace(run.data, source=source.name))
+    """`run` settled, but with the names of its files instead of their paths on this machine."""
+    data = settled(run).data
+    text, tokenizer = (
+        Path(source).name if Path(source).is_absolute() else source
+        for source in (data.source, data.tokenizer.source)
+    )
+    named = replace(data.tokenizer, source=tokenizer)
+    return replace(run, data=replace(data, source=text, tokenizer=named))
+
+
+def digests(run: RunConfig) -> dict[str, str]:
+    """Field of `run` -> the first 12 digits of the sha256 of its file, if that is here."""
+    data = settled(run).data
+    paths = {"data.source": data.source, "data.tokenizer.source": data.tokenizer.source}
+    found = {key: Path(path) for key, path in paths.items()}
+    return {
+        key: sha256_of(path)[:12]
+        for key, path in found.items()
+        if path.is_absolute() and path.is_file()
+    }
 
 
 def machine(device: torch.device) -> str:

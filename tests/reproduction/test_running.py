@@ -21,11 +21,13 @@ from reproduction.recipes import RECIPES
 from reproduction.records import Records, portable
 from reproduction.running import estimate, finish, state_of
 from reproduction.settings import Settings
-from tarflowlm.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.schema import to_dict
 
+OF_ONE_SCALE = {"yardstick", "inputs", "paper-mini"}
+"""Experiments of ours with small models at either scale."""
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
 
 
@@ -34,8 +36,7 @@ def test_recipes_share_a_run_only_where_it_is_the_same(scale, width):
     settings, known, widths = Settings(scale=scale, out=Path("out"), seeds=2), {}, set()
     for recipe in RECIPES.values():
         plan = recipe.plan(settings)
-        # experiments of ours may have one scale
-        if recipe.plan(replace(MINI, seeds=2)) != recipe.plan(replace(PAPER, seeds=2)):
+        if recipe.name not in OF_ONE_SCALE:
             widths |= {training.run.model.trunk.width for training in plan}
         assert len({training.name for training in plan}) == len(plan) > 1
         for training in plan:
@@ -201,6 +202,34 @@ def test_records_are_found_again_elsewhere_and_by_later_code(tmp_path):
     other = replace(here, data=replace(text, source=str(tmp_path / "other.txt")))
     with pytest.raises(UserError, match=r"data.source other.txt: tiny-s0 in .* has words.txt"):
         Records(tmp_path).find("tiny-s0", other)
+
+
+def test_files_of_one_name_are_told_apart_where_they_are_at_hand(tmp_path):
+    def run_in(name: str, text: str, tokenizer: str = "{}") -> RunConfig:
+        folder = tmp_path / name
+        folder.mkdir()
+        paths = folder / "words.txt", folder / "pieces.json"
+        for path, content in zip(paths, (text, tokenizer), strict=True):
+            path.write_text(content, encoding="utf-8")
+        pieces = TokenizerConfig(kind="bpe", source=str(paths[1]))
+        return replace(TINY, data=DataConfig(source=str(paths[0]), tokenizer=pieces))
+
+    run = run_in("here", "one text")
+    for file in ("summary.json", "config.json", "model.safetensors"):
+        (tmp_path / file).write_text("{}", encoding="utf-8")
+    Records(tmp_path).add("tiny-s0", run, tmp_path, torch.device("cpu"))
+    records = Records(tmp_path)
+    assert records.find("tiny-s0", run).config["data"]["tokenizer"]["source"] == "pieces.json"
+    assert records.find("tiny-s0", run_in("clone", "one text")) is not None
+    for field, other in (
+        ("data.source words.txt", run_in("b", "another")),
+        ("data.tokenizer.source pieces.json", run_in("c", "one text", tokenizer="[]")),
+    ):
+        with pytest.raises(UserError, match=f"{field}: tiny-s0 in .* has another file of this"):
+            records.find("tiny-s0", other)
+    # the text is not at hand
+    (tmp_path / "here" / "words.txt").unlink()
+    assert records.find("tiny-s0", run) is not None
 
 
 def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypatch):
