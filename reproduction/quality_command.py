@@ -31,24 +31,24 @@ class Args(OfModel, Seeded, Normalized):
     repetition. Needs the extra quality (mauve-text, transformers).
     """
 
-    # Another text: corpus name, file or prepared directory; the default is the run's own corpus.
     data: Annotated[str | None, arg("SOURCE")] = None
-    # Part of the text; a file is split 90/5/5.
+    """Another text: corpus name, file or prepared directory; the default is the run's own."""
     split: Split = "test"
-    # A run directory or shipped model of the baseline, a directory of transformers, or a hub name.
+    """Part of the text; a file is split 90/5/5."""
     judge: Annotated[str, arg("MODEL")] = "gpt2-large"
-    # Number of samples; the paper has 5000.
+    """A run or shipped model of the baseline, a directory of transformers, or a hub name."""
     num: int = 5000
-    # Tokens per sample; the default is the trained context.
+    """Number of samples; the paper has 5000."""
     length: Count = None
-    # How to invert a block.
+    """Tokens per sample; the default is the trained context."""
     decoder: Decoder = "auto"
-    # Raise the probabilities of tokens to the power 1 / temperature.
+    """How to invert a block."""
     temperature: Annotated[float, arg("FLOAT")] = 1.0
-    # Keep the k most probable tokens.
+    """Raise the probabilities of tokens to the power 1 / temperature."""
     top_k: Count = None
-    # Keep the smallest set of tokens that holds this probability.
+    """Keep the k most probable tokens."""
     top_p: Number = None
+    """Keep the smallest set of tokens that holds this probability."""
 
 
 def run(args: Args) -> None:

@@ -19,24 +19,24 @@ Kind = Literal["ar", "affine", "mix1", "mixd"]
 class Settings(OnDevice):
     """The user's choices, which are options of the command."""
 
-    # mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText.
     scale: Scale = "mini"
-    # Directory of runs and results. Recipes share its runs, and finished work is not repeated.
+    """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
     out: Annotated[Path, arg("PATH")] = Path("reproduced")
-    # Text for mini scale: corpus name or file; the default is the built-in corpus.
+    """Directory of runs and results. Recipes share its runs, and finished work is not repeated."""
     data: Annotated[str | None, arg("SOURCE")] = None
-    # Text on which the judge of samples is trained at mini scale.
+    """Text for mini scale: corpus name or file; the default is the built-in corpus."""
     judge_data: Annotated[str, arg("SOURCE")] = "tales"
-    # table2: also measure the likelihood of this text.
+    """Text on which the judge of samples is trained at mini scale."""
     second_text: Annotated[str | None, arg("SOURCE")] = None
-    # Train each model this many times, with seeds 0, 1, ...
+    """table2: also measure the likelihood of this text."""
     seeds: schema.Count = 1
-    # Optimiser steps of every training instead of the recipe's, for a quick look.
+    """Train each model this many times, with seeds 0, 1, ..."""
     steps: Count = None
-    # paper: the presets' optimiser, or the million steps of AdamW of MDLM.
+    """Optimiser steps of every training instead of the recipe's, for a quick look."""
     recipe: Literal["muon", "mdlm"] = "muon"
-    # Precision of matrix products in training; densities are in float32 either way.
+    """paper: the presets' optimiser, or the million steps of AdamW of MDLM."""
     precision: Annotated[Precision | None, arg()] = None
+    """Precision of matrix products in training; densities are in float32 either way."""
 
     def preset(self, kind: Kind, corpus: Literal["text8", "owt"]) -> RunConfig:
         """The preset of a kind of model: the mini one, or the paper's on `corpus`."""
