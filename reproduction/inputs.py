@@ -112,7 +112,7 @@ def baseline(place: Place, kind: str, steps: int) -> Cell:
         # learnt codes move as fast as a codebook that block 1 is tied to
         rate = MIXD_OPTIM.codebook_lr_scale
         run = replace(run, optim=replace(run.optim, codebook_lr_scale=rate))
-    run = lengthened(place, replace(run, model=model), steps)
+    run = in_steps(place, replace(run, model=model), steps)
     seeds = 1 if kind in SEED_0 and steps == LONG[place.text] else None
     return Cell(place=place, model="AR", reads=reads, run=run, steps=steps, seeds=seeds)
 
@@ -132,11 +132,11 @@ def block_1(place: Place, d: int, *, linear: bool, tokens: bool, steps: int) -> 
     suffix = "-linear" * linear + "-tokens" * tokens
     run = replace(run, name=f"mixd-{place.name}-d{d}{suffix}-x{steps}", model=model)
     reads = f"latents{' and tokens' * tokens}, d = {d}, {model.input_map}"
-    run = lengthened(place, run, steps)
+    run = in_steps(place, run, steps)
     return Cell(place=place, model="block 1", reads=reads, run=run, steps=steps)
 
 
-def lengthened(place: Place, run: RunConfig, steps: int) -> RunConfig:
+def in_steps(place: Place, run: RunConfig, steps: int) -> RunConfig:
     """The run with these steps; a short one is compared on more windows of the validation split."""
     run = with_steps(run, steps)
     if steps == LONG[place.text]:

@@ -33,7 +33,9 @@ LAST_STARTS = "the last block starts"
 LOWER_WAIT = "the lower blocks wait"
 SEEDS, SEEDS_OF_STARTS = 8, 4
 STEPS = 200
-"""Steps over which the features of a waiting block grow from 0 to 1."""
+"""Forward passes in training, over which the features of a waiting block grow from 0 to 1: a step
+has one for each part of its batch that is computed alone.
+"""
 WRITER = "language model"
 
 
