@@ -14,9 +14,11 @@ import tarflowlm
 from tarflowlm.generation.texts import Samples
 from tarflowlm.requests import Writing
 from tarflowlm_apps.report.style import COLOURS, MUTED, Axes, Figure, render
+from tarflowlm_apps.studio.pieces import SHADES
 
 LENGTH, WIDTH, SEED = 256, 64, 0
-SHADES = {1: 0.0, 2: 0.14, 4: 0.3, 8: 0.5}  # strength of the colour by least number of letters
+STRENGTHS = dict(zip((1, *SHADES), (0.0, 0.14, 0.3, 0.5), strict=True))
+"""Strength of the colour by the least number of letters."""
 SAID = """A box is one call of the model: letters on blue, guessed by a small table and found right,
 and one letter of its own. Without guesses the text is the same, with a call for every letter."""
 LOOK = {"family": "DejaVu Sans Mono", "size": 13.5, "ha": "center", "va": "center"}
@@ -31,7 +33,7 @@ def draw_text(axes: Axes, pieces: list[str]) -> None:
     end = 0
     for piece in pieces:
         start, end = end, end + len(piece)
-        shade = max(strength for least, strength in SHADES.items() if len(piece) >= least)
+        shade = max(strength for least, strength in STRENGTHS.items() if len(piece) >= least)
         for line in range(start // WIDTH, (end - 1) // WIDTH + 1):
             left, own, right = (min(max(x - line * WIDTH, 0), WIDTH) for x in (start, end - 1, end))
             axes.barh(-line, own - left, 0.84, left, color=COLOURS[0], alpha=shade, lw=0)

@@ -47,13 +47,15 @@ def main(folder: str = "docs") -> None:
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as studio,
         sync_playwright() as playwright,
     ):
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        view = {"width": 1280, "height": 800}
-        page = browser.new_page(viewport=view, device_scale_factor=2, reduced_motion="reduce")
-        page.goto(str(studio.stdout and studio.stdout.readline().strip()))
-        take(page, Path(folder))
-        browser.close()
-        studio.terminate()
+        try:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+            view = {"width": 1280, "height": 800}
+            page = browser.new_page(viewport=view, device_scale_factor=2, reduced_motion="reduce")
+            page.goto(str(studio.stdout and studio.stdout.readline().strip()))
+            take(page, Path(folder))
+            browser.close()
+        finally:
+            studio.terminate()
 
 
 if __name__ == "__main__":

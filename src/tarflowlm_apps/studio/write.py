@@ -92,8 +92,10 @@ def _samples(
     job = Job("writing", samples.num_tokens)
     found = yield from job.follow(work, so_far, around)
     generation = found.generation
-    notes, facts, calls = list(samples.notices), [pieces.took(job.seconds)], [len(x) for x in parts]
-    facts.append((f"{generation.tokens.numel() / job.seconds:,.0f}", "tokens per second"))
+    notes = [*samples.notices]
+    calls = [len(part) for part in parts]
+    rate = f"{generation.tokens.numel() / job.seconds:,.0f}"
+    facts = [pieces.took(job.seconds), (rate, "tokens per second")]
     if is_drafted:
         notes.append(BOXES)
         # what is given comes first

@@ -19,7 +19,7 @@ from tarflowlm.pretrained import Pretrained
 from tarflowlm.requests import Writing
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import KINDS, change, rewrite
-from tarflowlm_apps.studio.pieces import guarded
+from tarflowlm_apps.studio.pieces import SHADES, STYLE, guarded
 from tarflowlm_apps.studio.runs import runs
 from tarflowlm_apps.studio.score import compare
 from tarflowlm_apps.studio.values import from_address
@@ -227,6 +227,7 @@ def test_a_box_holds_the_tokens_of_a_call(name):
     samples = Samples(Writing(prompt="the little girl ", num_tokens=80), catalogue.load(name))
     prompt, *calls = samples.pieces()
     pages = list(write(catalogue, name, "", prompt, 80, 0.8, 1.0, 1, 0))
+    assert set(re.findall(r"st-call-(\d+)", STYLE)) == set(map(str, SHADES))
     boxes = re.findall(r'<span class="st-call">(.*?</span>.*?</span>)</span>', pages[-1])
     assert [words(box) for box in boxes] == [call for call in calls if call]
     assert stages(pages[-1]) == [prompt + "".join(calls)]
