@@ -182,15 +182,16 @@ def writers(lm: Any, assistant: str | None, length: int) -> dict[str, tuple[nn.M
     of transformers: a GPT-2 in the shape of `lm`, with random weights, and `lm` exported. The run
     `assistant`, exported, guesses for the latter.
     """
-    from tempfile import mkdtemp
+    from tempfile import TemporaryDirectory
 
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
     def exported(one: Any) -> nn.Module:
-        folder = save_causal_lm(one, Path(mkdtemp()) / "model")
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        with TemporaryDirectory() as folder:
+            path = save_causal_lm(one, Path(folder) / "model")
+            return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
     def write(model: Any, options: dict[str, Any]) -> Tensor:
         # an exported model has a start token after those of the vocabulary
