@@ -258,17 +258,24 @@ def test_rows_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
     assert (difference / (1 + one.abs())).max() <= 1e-6
 
 
+def in_rows_of(num):
+    """The CPU's inverse, `num` rows at a time: one by one, or together."""
+
+    def inverse(u, *params):
+        rows = zip(u.split(num), *(p.split(num) for p in params), strict=True)
+        return torch.cat([cpu.mixture_cdf_inverse(*row) for row in rows])
+
+    return inverse
+
+
 @pytest.mark.parametrize("components", [1, 2, 8, 40])
 @pytest.mark.parametrize(
-    ("inverse", "dtype"),
-    [
-        (reference.mixture_cdf_inverse, torch.float64),
-        (cpu.by_bisection, torch.float64),
-        (cpu.by_bisection, torch.float32),
-        (cpu.mixture_cdf_inverse, torch.float32),
-    ],
+    "inverse",
+    [reference.mixture_cdf_inverse, cpu.by_bisection, in_rows_of(1), in_rows_of(100)],
+    ids=["reference", "many rows", "one row", "few rows"],
 )
-def test_the_inverse_finds_scales_of_e_12_and_their_inverses(inverse, dtype, components):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_finds_scales_of_e_12_and_their_inverses(dtype, inverse, components):
     """All that the head of an untrained model can ask for, narrow components inside wide ones:
     u lies between the noise of z - 2 ulps and of z + 2 ulps.
     """

@@ -20,6 +20,7 @@ takes it.
 from ctypes import c_float
 from math import erfc, exp, inf, isfinite, nan
 from statistics import NormalDist
+from sys import float_info
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,9 @@ _CERTAIN = 9.0
 above y >= 0 adds nothing to Q(y), since Q(y + 9) < 1e-18 Q(y).
 """
 _NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
-"""A step this small, over the narrowest scale, is the last: the next would be about its square."""
+"""A step this small, over the narrowest scale, is the last: the next would be about its square. So
+is one that is lost in rounding, in float64: components may be narrower than an ulp of float32.
+"""
 _SMALLEST_TAIL = 1e-285
 """Rows beyond, at 36 sigma, are left out: there linear space ends."""
 _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
@@ -174,7 +177,7 @@ def _solve(
     u: float, live: list[int], weight: list[float], mean: list[float], scales: _Scales
 ) -> tuple[float, int]:
     """x with F(x) = Phi(u), or NaN, and the number of steps; `live` is sorted by mean."""
-    std, inv_std, _, step, eps = scales
+    std, inv_std, _, step, _ = scales
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest = 0.5 * erfc(SQRT_HALF * y)
     k = 0
@@ -199,7 +202,7 @@ def _solve(
         here = -_quantile(min(max(tail, _SMALLEST_SHARE), _LARGEST_SHARE))
         size = (y - here) * exp(-0.5 * here * here) / density if density else inf
         following = x + side * size
-        if abs(size) <= step + 4.0 * eps * abs(x):
+        if abs(size) <= step + 4.0 * float_info.epsilon * abs(x):
             return following, number
         if low > high:
             ends = [mean[k] + std[k] * u for k in live]
@@ -210,7 +213,7 @@ def _solve(
             high = min(high, x)
         if not low <= following <= high or abs(size) > 0.5 * last:
             following = low + 0.5 * (high - low)
-            if high - low <= 4.0 * eps * abs(following):
+            if high - low <= 4.0 * float_info.epsilon * abs(following):
                 return following, number
         last = abs(following - x)
         x = following
@@ -278,15 +281,16 @@ def _newton_steps(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple
     offset = (center * scaled).neg_()
     density_weight = (inv_std * weight).mT
     mass_weight = (0.5 * weight).mT
-    before = x
+    step = torch.full_like(x, inf)
     for _ in range(4):  # enough for 98 of 100 rows of a trained model
         a = clamp_(torch.addcmul(offset, x, scaled))
         here = torch.special.ndtri(torch.bmm(torch.erfc(a), mass_weight))  # minus the noise
         density = torch.bmm(a.square_().neg_().exp_(), density_weight)
         ahead = (here * here).mul_(-0.5).exp_().mul_(here.add_(y))
-        before, x = x, torch.addcdiv(x, ahead, density).clamp_(low, high)
+        step = ahead.div_(density)
+        x = (x + step).clamp_(low, high)
     least = _NEWTON_STEP[u.dtype] * std.amin(-1, keepdim=True)
-    enough = torch.add(least, x.abs(), alpha=4.0 * torch.finfo(u.dtype).eps)
-    # negated, so that NaN is open
-    is_open = ~((x - before).abs_() <= enough) | (tail <= _SMALLEST_TAIL)
+    enough = torch.add(least, x.abs(), alpha=4.0 * float_info.epsilon)
+    # negated, so that NaN is open; before x is clamped, which may stop it where it is not right
+    is_open = ~(step.abs_() <= enough) | (tail <= _SMALLEST_TAIL)
     return (x * side).view(-1).to(u.dtype), is_open.view(-1)
