@@ -270,7 +270,7 @@ def nodes() -> list[dict[str, Any]]:
     model = replace(
         config.model, vocab_size=31, context=32, trunk=TransformerConfig(width=16, num_heads=2)
     )
-    config = replace(config, model=model, train=replace(config.train, accumulate=1))
+    config = replace(config, model=model, train=replace(config.train, tokens_at_once=0))
     with seeded(0):
         trained = config.model_of_stage(0).build()
     bound = parallelise(trained, config.train, compiled=True)

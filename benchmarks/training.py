@@ -65,7 +65,7 @@ def configuration(name: str, args: Namespace) -> Any:
         args.precision or config.train.precision,
         args.batch_size or config.train.batch_size,
     )
-    train = replace(config.train, precision=precision, batch_size=batch_size, accumulate=1)
+    train = replace(config.train, precision=precision, batch_size=batch_size, tokens_at_once=0)
     return replace(config, model=replace(config.model, vocab_size=size), train=train)
 
 

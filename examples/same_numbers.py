@@ -32,7 +32,7 @@ PRESETS = {
     "quickstart": "--data.tokenizer.vocab-size 280",
     "mini-ar": "--train.precision bfloat16",
     "mini-affine": "--optim.optimizer adamw",
-    "mini-mixd-p2": "--optim.optimizer adamw --train.accumulate 2",
+    "mini-mixd-p2": "--optim.optimizer adamw",
     "mini-passes": "",
 }
 SHIPPED = ("english-mini", "english-mini-ar", "english-passes", "english-small")

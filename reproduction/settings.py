@@ -71,7 +71,6 @@ def as_mdlm_trains(run: RunConfig) -> RunConfig:
         run.train,
         stage_steps=(steps,) if is_joint else (steps, steps // 5, steps // 5),
         batch_size=512,
-        accumulate=run.train.accumulate * 512 // run.train.batch_size,
         dropout=0.1,
         ema=0.9999,
     )

@@ -48,9 +48,9 @@ FIELDS = {
         alphabet kind normalize source vocab_size
     """,
     config.TrainConfig: """
-        accumulate batch_size checkpoint_activations checkpoint_every compile dropout ema
+        batch_size checkpoint_activations checkpoint_every compile dropout ema
         evaluate_every evaluate_windows keep keep_idle log_every minutes mode parallel patience
-        precision stage_steps test_windows track
+        precision stage_steps test_windows tokens_at_once track
     """,
     model_config.TransformerConfig: """
         input_taps mlp_ratio num_heads width

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import stack
 from tarflowlm import flow, processes
+from tarflowlm.config import TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import normal, sweep
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig, TransformerConfig
-from tarflowlm.processes import ALONE
+from tarflowlm.processes import ALONE, Processes
 
 FAULTS = """
 import resource, torch
@@ -199,3 +200,10 @@ def test_every_process_has_a_gpu_of_its_own(launcher, monkeypatch):
     launcher(LOCAL_RANK=5)
     with pytest.raises(UserError, match="--nproc-per-node 4"):
         processes.own_device(gpu, 6)
+
+
+def test_a_batch_is_divided_evenly():
+    train = TrainConfig(batch_size=4)
+    assert Processes(world=2).rows_each(train) == 2
+    with pytest.raises(UserError, match=r"train\.batch_size 4: use a multiple of 3"):
+        Processes(world=3).rows_each(train)

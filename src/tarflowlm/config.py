@@ -157,9 +157,11 @@ class TrainConfig(Checked):
     mode: Literal["progressive", "joint"] = "progressive"
     """Train one block after another on the frozen blocks below, or all blocks at once."""
     batch_size: Count = 8
-    """Sequences per optimiser step, over all processes and accumulation steps."""
-    accumulate: Count = 1
-    """Parts into which a process cuts its share of the batch, to need less memory."""
+    """Sequences per optimiser step, over all processes."""
+    tokens_at_once: Whole = 0
+    """The most tokens that a process works on at once, in whole sequences: fewer need less memory
+    and give the same result. 0: all of its share of the batch.
+    """
     dropout: Below1 = 0.0
     """Dropout on the outputs of attention and MLP. Useful for several epochs on a small text."""
     ema: Below1 = 0.0

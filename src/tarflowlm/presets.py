@@ -118,7 +118,7 @@ def _paper_baseline(name: str) -> RunConfig:
         mode="joint",
         stage_steps=(100_000 if is_text8 else 200_000,),
         batch_size=512 if is_text8 else 256,
-        accumulate=2 if is_text8 else 4,
+        tokens_at_once=65_536,
         precision="bfloat16",
         # text8 is seen a hundred times
         dropout=0.1 if is_text8 else 0.0,

@@ -109,12 +109,9 @@ class Processes:
 
     def rows_each(self, train: TrainConfig) -> int:
         """Sequences of a global batch for each process. UserError if they do not divide evenly."""
-        parts = self.world * train.accumulate
-        if train.batch_size % parts:
-            raise UserError(
-                f"train.batch_size {train.batch_size}: use a multiple of {parts} for {self.world} "
-                f"processes x {train.accumulate} accumulation steps"
-            )
+        if train.batch_size % self.world:
+            rule = f"use a multiple of {self.world}, for {self.world} processes"
+            raise UserError(f"train.batch_size {train.batch_size}: {rule}")
         return train.batch_size // self.world
 
     def any(self, flag: bool) -> bool:

@@ -101,7 +101,7 @@ def train_step(coupling):
     )
     torch.manual_seed(0)
     model = config.build()
-    train = TrainConfig(precision="bfloat16", batch_size=2, accumulate=1)
+    train = TrainConfig(precision="bfloat16", batch_size=2)
     tokens = torch.randint(70, (2, 8))
     generator = torch.Generator().manual_seed(0)
     with Products() as products:

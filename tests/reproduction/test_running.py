@@ -96,9 +96,7 @@ def test_the_recipe_of_mdlm_is_one_for_all_models(corpus):
     assert {run.train.num_steps for run in runs} == {1_000_000}
     assert {round(run.optim.warmup * run.train.stage_steps[0]) for run in runs} == {2500}
     assert len({replace(run.optim, codebook_lr_scale=1.0, warmup=0.0) for run in runs}) == 1
-    assert {run.train.batch_size // run.train.accumulate for run in runs} == {
-        65_536 // runs[0].model.context
-    }
+    assert {run.train.tokens_at_once for run in runs} == {65_536}
 
 
 @pytest.mark.parametrize(("settings", "layers"), [(MINI, 6), (PAPER, 12)])

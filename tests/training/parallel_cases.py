@@ -55,7 +55,7 @@ def runs(source: str, mode: str = "ddp") -> dict[str, RunConfig]:
     joint = replace(staged, mode="joint", stage_steps=(10,))
     # block 2 leaves the model, and block 3 takes its place
     idle = replace(staged, stage_steps=(5, 0, 5), keep="last", keep_idle=False)
-    compiled = replace(staged, accumulate=2, checkpoint_activations=True, compile=True)
+    compiled = replace(staged, tokens_at_once=16, checkpoint_activations=True, compile=True)
 
     def run(model: FlowConfig | BaselineConfig, train: TrainConfig) -> RunConfig:
         data = DataConfig(source=source, tokenizer=TokenizerConfig())
@@ -194,7 +194,7 @@ def compile_layers(run: RunConfig, report: Path) -> None:
         with seeded(0):
             model, generator = run.model_of_stage(1).build(), torch.Generator().manual_seed(1)
         model.train_only(1)
-        train, nodes = replace(run.train, accumulate=1, dropout=0.3), []
+        train, nodes = replace(run.train, tokens_at_once=0, dropout=0.3), []
         bound = parallelise(model, train, frozen=1, compiled=compiled)
         optimizers = build_optimizers(run.optim, model)
         for size in (4, 32, 4, 5):

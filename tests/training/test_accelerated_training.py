@@ -51,7 +51,9 @@ def tiny(name: str) -> RunConfig:
         model = replace(model, blocks=blocks, head_hidden=4)
     else:
         model = replace(model, layers=1)
-    return replace(run, model=model, train=replace(run.train, accumulate=1, precision="float32"))
+    return replace(
+        run, model=model, train=replace(run.train, tokens_at_once=0, precision="float32")
+    )
 
 
 def built(run: RunConfig, stage: int) -> LanguageModel:
@@ -111,7 +113,7 @@ FEW = {"stage_steps": (2, 2, 2), "keep": "last", "evaluate_every": 9, "checkpoin
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_a_run_has_the_log_of_a_cpu(kind, corpus_file, tmp_path):
-    run = tiny_run(corpus_file, accumulate=2, ema=0.9, checkpoint_activations=True, **FEW)
+    run = tiny_run(corpus_file, tokens_at_once=16, ema=0.9, checkpoint_activations=True, **FEW)
     run = replace(run, train=replace(run.train, stage_steps=(2, 1, 1)))
     expected = on_cpu(run, tmp_path / "cpu")
     # a GPU whose peak is not known: counting operations takes a second

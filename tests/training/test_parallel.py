@@ -65,7 +65,9 @@ def alone(tmp_path_factory, corpus_file):
         out = directory / f"{name}-{mode}"
         if not out.exists():
             run = cases.runs(str(corpus_file), mode)[name]
-            plain = replace(run.train, accumulate=1, checkpoint_activations=False, compile=False)
+            plain = replace(
+                run.train, tokens_at_once=0, checkpoint_activations=False, compile=False
+            )
             torch.set_default_dtype(cases.dtype_of(run))
             go(replace(run, train=plain), out)
             torch.set_default_dtype(torch.float64)

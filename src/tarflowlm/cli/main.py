@@ -83,7 +83,9 @@ def main(
             raise
         remedy = "choose a smaller model, context, batch size, or number of samples or particles"
         if argv[:1] == ["train"]:
-            remedy = f"double --train.accumulate, which changes no result, or {remedy}"
+            same = "halve --train.tokens-at-once (at first 16384) or add"
+            same = f"{same} --train.checkpoint-activations True, which change no result"
+            remedy = f"{same}; or {remedy}"
         _end(2, f"out of memory: {remedy}", everywhere=True)
     except Stopped as stopped:
         _end(75, str(stopped))  # EX_TEMPFAIL of sysexits.h: try again

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
+from tarflowlm import chunks
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.errors import SILENT, Progress, Record
 from tarflowlm.evaluation.flops import peak_flops, training_flops
@@ -224,13 +225,14 @@ def accumulate_gradients(
     first_row = processes.rank * len(tokens)
     global_batch = tokens.new_empty(processes.world * len(tokens), tokens.shape[1])
     noise = model.draw_noise(global_batch, generator)[first_row : first_row + len(tokens)]
-    parts = zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True)
+    budget = train.tokens_at_once or tokens.numel()
+    parts = [*chunks.row_ranges(len(tokens), tokens.shape[1], budget)]
     total = torch.zeros((), device=tokens.device)
     with parallel.seeded_dropout(train.dropout, generator, processes):
-        for index, (part, part_noise) in enumerate(parts, start=1):
+        for part in parts:
             # gradients are averaged over the processes with the last part
-            parallel.synchronise(bound, index == train.accumulate)
-            loss = bound(part, part_noise).mean() / tokens.shape[1] / train.accumulate
+            parallel.synchronise(bound, part == parts[-1])
+            loss = bound(tokens[part], noise[part]).sum() / tokens.numel()
             loss.backward()
             total = total + loss.detach()
     return processes.gather(total[None]).mean()
