@@ -86,6 +86,18 @@ def test_boosting_compares_a_block_with_tuning(tmp_path):
     assert all(float(row[4]) > 0 for row in rows[2:])
 
 
+def test_the_first_hour_of_a_gpu_in_a_minute_on_a_cpu():
+    argv = [sys.executable, str(FOLDER / "first_hour.py"), "--tiny", "--steps", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [*rows] == sorted(rows)
+    assert len(rows) == 6
+    for row in rows.values():
+        assert row["expected"].keys() - {"GB"} <= row["found"].keys()
+        assert row["found"]["tokens/s"] > 0
+
+
 HELP = """
 import pathlib, runpy, sys
 paths = sys.path[1:]
