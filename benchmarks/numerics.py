@@ -163,13 +163,13 @@ def hard_mixtures(num: int, K: int, g: torch.Generator) -> tuple[Tensor, list[Te
 
 
 def losses(args: Namespace) -> dict[str, Contender]:
-    """Forward and backward of the Mix-d loss, and of cross-entropy in recomputed chunks.
+    """Forward and backward of the Mix-d loss, the baseline's loss, and a plain cross-entropy.
 
     Latents are drawn at the codes of the targets, whose neighbours typically are `--separation`
     standard deviations away: 12 at the start of training, 22 in a trained model of word pieces.
     """
+    from tarflowlm.flow import numerics
     from tarflowlm.flow.codebook import typical_neighbour_distance
-    from tarflowlm.flow.numerics import mixture_log_prob_from_features
 
     K, N, E, d = 50_257, args.tokens, 256, 16
     g = torch.Generator().manual_seed(0)
@@ -195,14 +195,18 @@ def losses(args: Namespace) -> dict[str, Contender]:
             total = total + checkpoint(part, x, y, use_reentrant=False)
         torch.autograd.grad(total / N, (features, weight, bias))
 
+    def baseline() -> None:
+        total, chosen = numerics.head_sums(features, weight, bias, torch.arange(N), target)
+        torch.autograd.grad((total - chosen).mean(), (features, weight, bias))
+
     def mixd() -> None:
-        log_p = mixture_log_prob_from_features(*leaves, relative=True)
+        log_p = numerics.mixture_log_prob_from_features(*leaves, relative=True)
         torch.autograd.grad(-log_p.mean(), leaves)
 
-    return {
-        "cross-entropy, chunks recomputed": Contender(chunks, N),
-        "Mix-d loss": Contender(mixd, N),
-    }
+    found = {"cross-entropy, chunks recomputed": Contender(chunks, N)}
+    if hasattr(numerics, "head_sums"):
+        found["baseline's loss"] = Contender(baseline, N)
+    return found | {"Mix-d loss": Contender(mixd, N)}
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from tarflowlm import chunks
 from tarflowlm.errors import UserError
-from tarflowlm.flow import widen
+from tarflowlm.flow import numerics, widen
 from tarflowlm.flow.heads import TokenFeatures
+from tarflowlm.flow.numerics.near import FEWEST
 from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.model_config import BaselineConfig
@@ -28,6 +28,8 @@ class TokenLM(LanguageModel, Conditioner):
 
     is_exact = True
     config: BaselineConfig
+    maps: numerics.Maps = numerics.REFERENCE
+    """Whether the loss is compiled where the model is on an accelerator."""
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
@@ -103,17 +105,13 @@ class TokenLM(LanguageModel, Conditioner):
         """log p(x_t | x_<t) of every token, in nats, from the features of the positions."""
         inputs = self.token_features(features, self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
-        size = self.config.vocab_size
-        # on a CPU, passes over the logits of a part stay in its cache
-        budget = chunks.HELD_CPU // 4 if inputs.is_cpu else chunks.LOGITS
-        parts = chunks.in_parts(
-            lambda x, y: F.cross_entropy(widen(self.head(x)), y, reduction="none"),
-            chunks.rows_at_once(size, budget),
-            inputs,
-            targets,
-            keeps=len(targets) * size <= chunks.LOGITS,
-        )
-        return -torch.cat(parts).view(tokens.shape)
+        if self.config.vocab_size < FEWEST:
+            logits = widen(self.head(inputs))
+            return -F.cross_entropy(logits, targets, reduction="none").view(tokens.shape)
+        rows = torch.arange(len(targets), device=targets.device)
+        head = self.head.weight, self.head.bias
+        total, chosen = numerics.head_sums(inputs, *head, rows, targets, maps=self.maps)
+        return (chosen - total).view(tokens.shape)
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: Generator | None = None

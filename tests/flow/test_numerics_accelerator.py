@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tarflowlm import chunks, flow
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import (
+    COMPILED,
+    head_sums,
+    mixture,
     mixture_log_prob,
     mixture_log_prob_from_features,
     near,
@@ -114,6 +117,37 @@ def test_gradients_of_pairs_come_in_small_parts(monkeypatch):
     expected = gradients()
     monkeypatch.setattr(chunks, "HELD_CPU", 4 * 5 * 3)
     torch.testing.assert_close(gradients(), expected)
+
+
+@pytest.mark.parametrize("components", [64, 261, 1001])
+@pytest.mark.parametrize("kept", [0, 2**27])
+def test_a_padded_head_has_the_sums_shares_and_gradients_of_a_plain_one(
+    components, kept, monkeypatch
+):
+    """In tiles of 64 components, whose last one an accelerator fills."""
+    g = torch.Generator().manual_seed(0)
+    features, weight, bias, of_sum, of_logit = (
+        torch.randn(*shape, generator=g, dtype=torch.float64)
+        for shape in ((50, 24), (components, 24), (components,), (50,), (50,))
+    )
+    target = torch.randint(components, (50,), generator=g)
+    leaves = [t.requires_grad_() for t in (features, weight, bias)]
+    monkeypatch.setattr(chunks, "LOGITS", kept)
+
+    def results():
+        total, chosen = head_sums(*leaves, torch.arange(50), target, maps=COMPILED)
+        return total, chosen, *torch.autograd.grad(total @ of_sum + chosen @ of_logit, leaves)
+
+    logits = features @ weight.T + bias
+    total, chosen = logits.logsumexp(-1), logits.gather(-1, target[:, None])[:, 0]
+    plain = torch.autograd.grad(total @ of_sum + chosen @ of_logit, leaves)
+    expected = (total, chosen, *plain)
+    torch.testing.assert_close(results(), expected, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(flow, "is_eager_cpu", lambda t: False)
+    monkeypatch.setattr(mixture, "compiled", lambda function: function)
+    torch.testing.assert_close(results(), expected, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(chunks, "HELD_CPU", 64 * 30)
+    torch.testing.assert_close(results(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("before", ["tf32", "ieee"])

@@ -33,9 +33,9 @@ COSTS = {
     "mini-mixd": [(0, 370), (1, 780), (1, 1030)],
     "mini-mixd-p2": [(0, 420), (1, 800), (1, 1060)],
     "mini-passes": [(0, 370), (1, 420)],
-    "owt-ar": [(0, 110)],
+    "owt-ar": [(0, 170)],
     "owt-affine": [(2, 800)],
-    "owt-mixd": [(5, 430), (20, 1450), (20, 1700)],
+    "owt-mixd": [(3, 430), (20, 1450), (20, 1700)],
 }
 """The most waits and launches of a part of a step, for every stage of a tiny model on `cuda`."""
 

@@ -1,7 +1,7 @@
 """The Mix-d coupling: per token a mixture over one shared codebook, with predicted weights.
 
-At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so weights are held
-for only some tokens at a time (`chunks.held`).
+At V = 50,257 a [tokens, V] tensor would outgrow a training step, so weights are held for
+some tokens (`chunks.held`).
 """
 
 from collections.abc import Generator
@@ -158,6 +158,7 @@ class MixDCoupling(Coupling):
             self.components.mean,
             self.components.log_std,
             relative=relative,
+            maps=self.maps,
         )
 
     def invert(

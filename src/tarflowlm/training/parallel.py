@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tarflowlm.baseline import TokenLM
 from tarflowlm.config import TrainConfig
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
@@ -60,10 +61,11 @@ def parallelise(
 
     The first `frozen` blocks get no graph; `LanguageModel.train_only` has frozen their parameters.
     Under FSDP2 the trained parameters of `model` are sharded in place. `compiled` compiles every
-    Transformer layer, where layers of one shape share a graph, and the maps of every coupling.
+    Transformer layer, where layers of one shape share a graph, and the maps of every coupling and
+    the loss of the baseline.
     """
     for module in model.modules():
-        if isinstance(module, Coupling):
+        if isinstance(module, Coupling | TokenLM):
             module.maps = COMPILED if compiled else REFERENCE
         if isinstance(module, Layer):
             is_trained = any(parameter.requires_grad for parameter in module.parameters())
@@ -148,7 +150,7 @@ def compiling(compiled: bool) -> Iterator[None]:
 def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precision: str) -> None:
     """Shard the trained parameters of `model` in place; frozen ones stay whole.
 
-    Layers, in `precision`, and heads are gathered one at a time; the rest stays for a whole step.
+    Layers, in `precision`, and couplings are gathered one at a time; the rest stays for a step.
     """
     # a warning for heads; harmless, since nothing here is changed in place
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
@@ -157,9 +159,8 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
         p.data = p.data.to(processes.device)
-    # couplings contain the heads of a flow
-    head = getattr(model, "head", None)
-    heads = [m for m in model.modules() if isinstance(m, Coupling) or m is head]
+    # couplings contain the heads of a flow; the baseline's is used without a call of its own
+    heads = [m for m in model.modules() if isinstance(m, Coupling)]
     for module in [*(m for m in model.modules() if isinstance(m, Layer)), *heads]:
         if not frozen.issuperset(module.parameters()):
             is_narrow = precision == "bfloat16" and isinstance(module, Layer)
@@ -168,7 +169,7 @@ def shard(bound: nn.Module, model: LanguageModel, processes: Processes, precisio
                 mesh=mesh,
                 mp_policy=narrow if is_narrow else MixedPrecisionPolicy(),
                 # the backward pass begins with the last head
-                reshard_after_forward=module is not heads[-1],
+                reshard_after_forward=module not in heads[-1:],
                 ignored_params=frozen,
             )
         if isinstance(module, Coupling):  # the last block uses only one of these

@@ -28,6 +28,7 @@ from tarflowlm.flow.numerics.normal import (
 )
 from tarflowlm.flow.numerics.vocabulary import (
     component_finder,
+    head_sums,
     mixture_log_prob,
     mixture_log_prob_from_features,
     most_probable_component,
@@ -38,6 +39,7 @@ __all__ = [
     "REFERENCE",
     "Maps",
     "component_finder",
+    "head_sums",
     "log_component_densities",
     "log_own_density",
     "log_standard_normal",

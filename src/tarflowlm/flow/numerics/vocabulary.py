@@ -10,17 +10,27 @@ improbable. The sum itself shows that (eq. 20b), and such rows take all componen
 Rows come in chunks, so that nothing makes an [N, K] tensor. E is the number of features.
 """
 
+import math
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
+from torch.nn.functional import pad
 
 from tarflowlm import chunks, flow
 from tarflowlm.flow import wide_dtype
-from tarflowlm.flow.numerics import near
-from tarflowlm.flow.numerics.mixture import first_derivatives_only, flatten_vectors
+from tarflowlm.flow.numerics import mixture, near
+from tarflowlm.flow.numerics.mixture import (
+    COMPILED,
+    REFERENCE,
+    Maps,
+    first_derivatives_only,
+    flatten_vectors,
+    maps_for,
+)
 from tarflowlm.flow.numerics.near import Pairs, near_components
 from tarflowlm.flow.numerics.normal import (
     LOWEST_EXPONENT,
@@ -68,6 +78,7 @@ def mixture_log_prob_from_features(
     mean: Tensor,
     log_std: Tensor,
     relative: bool = False,
+    maps: Maps = REFERENCE,
 ) -> Tensor:
     r"""`mixture_log_prob` with log_w = features @ weight.T + bias, computed chunk by chunk.
 
@@ -92,7 +103,7 @@ def mixture_log_prob_from_features(
     pairs = near_components(z, mean, log_std)
     if pairs is None:
         return _by_chunks(general, len(mean), z, features).view(shape)
-    total, log_w = _HeadSums.apply(features, weight, bias, pairs.rows, pairs.components)
+    total, log_w = head_sums(features, weight, bias, pairs.rows, pairs.components, maps=maps)
     log_density = _log_densities(pairs, z, mean, log_std)
     joint, _ = pairs.log_sum(log_density + log_w)
     normaliser, largest = pairs.log_sum(log_density)
@@ -125,29 +136,36 @@ def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor
     """`most_probable_component` for many calls, with the work on the components done once."""
     factors = None if wide_dtype(mean) == torch.float32 else component_factors(mean, log_std).T
 
-    def best(z: Tensor) -> Tensor:
-        if factors is None:
-            return log_component_densities(z, mean, log_std).argmax(-1)
-        return (point_factors(z) @ factors).argmax(-1)
-
     def find(z: Tensor) -> Tensor:
         rows = z.detach().reshape(-1, z.shape[-1])
         # a few rows at once: in sampling, chunks would cost more than the search
-        if len(rows) <= 64:
-            return best(rows).view(z.shape[:-1])
-        return _by_chunks(best, len(mean), rows).view(z.shape[:-1])
+        at_once = len(rows)
+        if at_once > 64:
+            at_once = chunks.rows_at_once(4 * len(mean), chunks.held(z.device))
+        best = list[Tensor]()
+        for part in rows.split(max(1, at_once)):
+            if factors is None:
+                density = log_component_densities(part, mean, log_std)
+            else:
+                density = point_factors(part) @ factors
+            best.append(density.argmax(-1))
+        return torch.cat(best).view(z.shape[:-1])
 
     return find
 
 
 def _log_densities(pairs: Pairs, z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N_k(z_n) of all pairs, [M], in the wide format."""
-
-    def own(rows: Tensor, components: Tensor) -> Tensor:
-        means = mean.index_select(0, components)
-        return log_own_density(z.index_select(0, rows), means, log_std.index_select(0, components))
-
-    return _by_chunks(own, mean.shape[1] + 2, pairs.rows, pairs.components)
+    return _by_chunks(
+        lambda rows, components: log_own_density(
+            z.index_select(0, rows),
+            mean.index_select(0, components),
+            log_std.index_select(0, components),
+        ),
+        mean.shape[1] + 2,
+        pairs.rows,
+        pairs.components,
+    )
 
 
 def _by_chunks(function: Callable[..., Tensor], per_row: int, *rows: Tensor) -> Tensor:
@@ -160,77 +178,132 @@ def _by_chunks(function: Callable[..., Tensor], per_row: int, *rows: Tensor) -> 
 # --- the head
 
 
+def head_sums(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Tensor,
+    components: Tensor,
+    *,
+    maps: Maps = REFERENCE,
+) -> tuple[Tensor, Tensor]:
+    """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of given pairs.
+
+    The difference of the two, with a pair for every row, is a cross-entropy.
+
+    Shapes: features [N, E]; weight [K, E]; bias [K]; rows, components [M], int64. Returns float32
+    or wider. Under autocast the products run in the autocast format. No tensor is larger than
+    weight or a tile. RuntimeError for second derivatives.
+    """
+    keeps = torch.is_grad_enabled() and len(features) * len(weight) <= chunks.LOGITS
+    fuses = maps_for(features, maps) is COMPILED
+    found: tuple[Tensor, Tensor] = _HeadSums.apply(
+        keeps, fuses, features, weight, bias, rows, components
+    )
+    return found
+
+
 class _HeadSums(Function):
-    """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of pairs."""
+    """`head_sums`, in tiles of rows and components that fit the cache of a CPU.
+
+    Of all tiles, a square's products are added to the least memory. The backward pass computes
+    the logits again, unless the forward pass `keeps` their softmax.
+    """
+
+    ALIGNED = 64
+    """An accelerator's products are fast where rows of logits have a multiple of so many."""
 
     @staticmethod
     def forward(
         ctx: Context,
+        keeps: bool,
+        fuses: bool,
         features: Tensor,
         weight: Tensor,
         bias: Tensor,
         rows: Tensor,
         components: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        device = features.device.type
+        device = "cpu" if features.is_meta else features.device.type
         dtype = features.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        low = [t.to(dtype) for t in (features, weight, bias)]
-        keep = any(ctx.needs_input_grad) and len(features) * len(weight) <= chunks.KEPT
-        sums, picked, shares = list[Tensor](), list[Tensor](), list[Tensor]()
-        parts = list(chunks.row_ranges(len(features), len(weight), chunks.held(features.device)))
-        stops = torch.tensor([part.stop for part in parts], device=rows.device)
-        start = 0
-        for part, end in zip(parts, torch.searchsorted(rows, stops).tolist(), strict=True):
-            logits = torch.addmm(low[2], low[0][part], low[1].T)
-            picked.append(logits[rows[start:end] - part.start, components[start:end]])
-            total, share = log_sum_with_softmax(logits, softmax=keep)
-            sums.append(total)
-            if keep:
-                shares.append(share)
-            start = end
-        ctx.save_for_backward(*low, rows, components, *shares)
         wide = torch.promote_types(features.dtype, torch.float32)
-        return torch.cat(sums).to(wide), torch.cat(picked).to(wide)
+        features, weight, bias = (t.to(dtype) for t in (features, weight, bias))
+        num_components, aligned = len(weight), _HeadSums.ALIGNED
+        held = budget = chunks.held(features.device)
+        if flow.is_eager_cpu(features):
+            budget = held // 4
+        elif num_components % aligned and not features.is_meta:
+            missing = -num_components % aligned  # with shares of 0
+            weight = pad(weight, (0, 0, 0, missing))
+            bias = pad(bias, (0, missing), value=-math.inf)
+        side = min(len(weight), max(aligned, math.isqrt(budget) // aligned * aligned))
+        parts = list(chunks.row_ranges(len(features), side, budget))
+        columns = list(chunks.row_ranges(len(weight), 1, side))
+        sum_of_tile = mixture.compiled(log_sum_with_softmax) if fuses else log_sum_with_softmax
+        sums, shares = list[Tensor](), list[Tensor]()
+        for part in parts:
+            found = list[Tensor]()
+            for column in columns:
+                logits = torch.addmm(bias[column], features[part], weight[column].T)
+                total, share = sum_of_tile(logits, keeps)
+                found.append(total)
+                shares += [share] if keeps else []
+            sums.append(found[0] if len(found) == 1 else torch.stack(found).logsumexp(0))
+            if keeps and len(found) > 1:
+                for share, total in zip(shares[-len(found) :], found, strict=True):
+                    share *= torch.exp(total - sums[-1])[:, None]
+        picked = list[Tensor]()
+        for pairs in chunks.row_ranges(len(rows), 4 * features.shape[1], held):
+            ours = features.index_select(0, rows[pairs]).to(wide)
+            logits = ours.mul_(weight.index_select(0, components[pairs])).sum(-1)
+            picked.append(logits.add_(bias[components[pairs]]).to(dtype))  # rounded as the others
+        every = torch.cat(sums)
+        ctx.how = fuses, num_components, list(product(parts, columns))  # type: ignore[attr-defined]
+        ctx.save_for_backward(features, weight, bias, rows, components, every, *shares)
+        return every, torch.cat(picked).to(wide)
 
     @staticmethod
     def backward(ctx: Context, of_sum: Tensor, of_picked: Tensor) -> tuple[Tensor | None, ...]:
         first_derivatives_only()
         saved: tuple[Tensor, ...] = ctx.saved_tensors
-        features, weight, bias, rows, components, *shares = saved
+        features, weight, bias, rows, components, sums, *shares = saved
+        fuses, num_components, tiles = ctx.how  # type: ignore[attr-defined]
+        share_of_sum = mixture.compiled(_softmax) if fuses else _softmax
         dtype = features.dtype
         scaled = features * of_sum[:, None].to(dtype)
         of_features, of_weight, of_bias = (
             torch.zeros_like(t, dtype=of_sum.dtype) for t in (features, weight, bias)
         )
-        budget = chunks.held(features.device)
-        for index, part in enumerate(chunks.row_ranges(len(features), len(weight), budget)):
+        for index, (part, column) in enumerate(tiles):
             if shares:
                 share = shares[index]
             else:
-                logits = torch.addmm(bias, features[part], weight.T)
-                # on an accelerator the sum would take another pass
-                is_eager = flow.is_eager_cpu(logits)
-                share = log_sum_with_softmax(logits)[1] if is_eager else logits.softmax(-1)
-            of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
-            if dtype == of_weight.dtype:
-                of_weight.addmm_(share.T, scaled[part])
+                logits = torch.addmm(bias[column], features[part], weight[column].T)
+                share = share_of_sum(logits, sums[part])
+            if dtype == of_sum.dtype:
+                of_features[part].addmm_(share, weight[column])
+                of_weight[column].addmm_(share.T, scaled[part])
             else:
-                of_weight += share.T @ scaled[part]
-            of_bias += share.T @ of_sum[part].to(dtype)
+                of_features[part] += share @ weight[column]
+                of_weight[column] += share.T @ scaled[part]
+            of_bias[column] += share.T @ of_sum[part].to(dtype)
+        of_features *= of_sum[:, None]
+        budget = chunks.held(features.device)
         for pairs in chunks.row_ranges(len(rows), 4 * features.shape[1], budget):
             row, component, of_pair = rows[pairs], components[pairs], of_picked[pairs, None]
             of_features.index_add_(0, row, of_pair * weight.index_select(0, component))
             of_weight.index_add_(0, component, of_pair * features.index_select(0, row))
         of_bias.index_add_(0, components, of_picked)
-        return of_features, of_weight, of_bias, None, None
+        of_head = of_weight[:num_components], of_bias[:num_components]
+        return None, None, of_features, *of_head, None, None
 
 
 # --- sums
 
 
-def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Tensor]:
+def log_sum_with_softmax(x: Tensor, softmax: bool = True) -> tuple[Tensor, Tensor]:
     """logsumexp [n] of x [n, K], in float32 or wider, and with `softmax` softmax(x) in x's dtype.
 
     Faster than torch's on a CPU, where an exp that underflows is slow.
@@ -250,6 +323,14 @@ def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Te
     share = shifted.clamp_(min=LOWEST_EXPONENT[wide]).exp_()
     total = share.sum(-1, keepdim=True)
     return (top + total.log()).squeeze(-1), share.div_(total).to(dtype) if softmax else x[:0]
+
+
+def _softmax(logits: Tensor, total: Tensor) -> Tensor:
+    """softmax(logits) [n, K] in their dtype, of a known logsumexp [n]; a CPU may overwrite them."""
+    if not flow.is_eager_cpu(logits):
+        return torch.exp(logits - total[:, None]).to(logits.dtype)
+    shifted = logits.to(total.dtype).sub_(total[:, None])
+    return shifted.clamp_(min=LOWEST_EXPONENT[total.dtype]).exp_().to(logits.dtype)
 
 
 class _LogSum(Function):
