@@ -119,19 +119,19 @@ def test_rows_of_different_lengths_are_as_each_alone(transformer):
     cache.extend(x[:, 1:5])
     rows = torch.arange(4)
     for count in (1, 3, 2, 1):
-        cache.rewind(lengths)
+        cache.rewind(int(lengths.max()), lengths)
         at = lengths[:, None] + torch.arange(count)
         found = cache.extend(x[rows[:, None], at])
         torch.testing.assert_close(found, expected[rows[:, None], at], **CLOSE)
-        assert torch.equal(cache.length, lengths + count)
+        assert torch.equal(cache.lengths, lengths + count)
         # not all that was written is kept, and the second time one row less
         lengths = lengths + torch.tensor([1, count, 0, 1])[rows]
         if count == 3:
-            cache.rewind(lengths)
+            cache.rewind(int(lengths.max()), lengths)
             kept = torch.tensor([3, 0, 2])
             cache.keep(kept)
             rows, lengths = rows[kept], lengths[kept]
-            assert torch.equal(cache.length, lengths)
+            assert torch.equal(cache.lengths, lengths)
     # again with one length: the least, from where the rows are written once more
     least = int(lengths.min())
     cache.rewind(least)

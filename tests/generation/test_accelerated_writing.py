@@ -12,6 +12,8 @@ from helpers import FILLS, TRUNK, tiny_ar, tiny_flow
 from pretend_device import pretend
 from tarflowlm.data.prompts import Gap
 from tarflowlm.flow.numerics import reference
+from tarflowlm.flow.transformer import KVCache
+from tarflowlm.generation import sampling
 
 FEW_FILL = FILLS | {"couplings": ("mixd",) * 2, "components": (0,) * 2}
 MODELS = {
@@ -114,6 +116,25 @@ def test_a_token_costs_few_waits(request_, monkeypatch):
                 counts.append(counted.waits)
         more = counts[1] - counts[0]
         assert more.total() <= most, (name, more)
+
+
+ONCE = 16
+"""The most waits of a whole text: tensors that are made for it, and rows that leave the cache."""
+
+
+@pytest.mark.parametrize("request_", ["free", "blanks"])
+def test_a_call_that_checks_guesses_waits_twice(request_, monkeypatch):
+    """The host sends at once what the device needs, and reads at once what was drawn."""
+    calls, extend = [], KVCache.extend
+    monkeypatch.setattr(KVCache, "extend", lambda cache, x: calls.append(x) or extend(cache, x))
+    monkeypatch.setattr(sampling, "TABLE", 0 if request_ == "blanks" else sampling.TABLE)
+    with pretend("cuda") as gpu:
+        there = tiny_ar(context=30).float().eval().to("cuda")
+        options = {"num_tokens": 30, "num": 2} | REQUESTS[request_]
+        with gpu.counting() as counted:
+            written(there, Fixed(5, "random"), **options)
+    assert len(calls) > ONCE
+    assert 2 * len(calls) < counted.num_waits <= 2 * len(calls) + ONCE, str(counted)
 
 
 def test_rows_leave_a_cache_within_its_memory():

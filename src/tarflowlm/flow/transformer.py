@@ -190,23 +190,22 @@ class KVCache:
         self.turns = torch.complex(cos[..., :half], sin[..., half:])  # e^(i angle), [.., 1, E/2]
         self.zero = like.new_zeros(())
         self.heads = NewHeads(self.stored, 0, 0, True)
-        self.length: int | Tensor = 0
-        """Positions that are cached; [B] where rows differ."""
+        self.length = 0
+        """Positions that are cached, in the longest row."""
+        self.lengths: Tensor | None = None
+        """Those of each row, [B], where rows differ."""
         self.written = 0
         """Positions that are finite in all rows: masked ones must be, too."""
 
-    def rewind(self, length: int | Tensor) -> None:
-        """Go back to this length, or to one for each row, [B]."""
-        if isinstance(length, int) and isinstance(self.length, int):
-            assert 0 <= length <= self.length
-        else:
-            assert (torch.as_tensor(length) <= self.length).all()
-        self.length = length
+    def rewind(self, length: int, lengths: Tensor | None = None) -> None:
+        """Go back to this length, or to `lengths` [B], of which it is the largest."""
+        assert 0 <= length <= self.length
+        self.length, self.lengths = length, lengths
 
     def take(self, source: "KVCache", rows: Tensor) -> None:
         """Replace every row b, in place, by row rows[b] of `source`."""
-        assert isinstance(source.length, int)
-        self.length = source.length
+        assert source.lengths is None
+        self.length, self.lengths = source.length, None
         self.written = max(self.written, self.length)
         window = self.before + self.length
         self.inputs[:, :window] = source.inputs[rows, :window]
@@ -215,13 +214,13 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows alone, in the same memory: a copy beside it might not fit."""
-        num = len(rows)
+        num, rows = len(rows), rows.to(self.stored.device)
         self.inputs = self.inputs[rows]
         for layer in self.stored:
             layer[:, :num] = layer[:, rows]
         self.stored = self.stored[:, :, :num]
-        if isinstance(self.length, Tensor):
-            self.length = self.length[rows]
+        if self.lengths is not None:
+            self.lengths = self.lengths[rows]
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Features of N positions with inputs x, which follow the cached ones."""
@@ -234,20 +233,21 @@ class KVCache:
                 h = x.to(self.norm.dtype, copy=True, memory_format=torch.contiguous_format)
             else:
                 # as in `convolve`
-                first = self.length
-                if isinstance(first, int):
-                    window = self.inputs[:, first : first + self.before + x.shape[1]]
+                if self.lengths is None:
+                    end = self.length + self.before + x.shape[1]
+                    window = self.inputs[:, self.length : end]
                     window[:, self.before :] = x
                 else:
                     rows = torch.arange(len(x), device=x.device)[:, None]
                     places = torch.arange(self.before + x.shape[1], device=x.device)
-                    places = first.to(x.device)[:, None] + places
+                    places = self.lengths[:, None] + places
                     self.inputs[rows, places[:, self.before :]] = x.to(self.inputs.dtype)
                     window = self.inputs[rows, places]
                 windows = window.unfold(1, self.before + 1, 1).transpose(2, 3)  # [B, N, K, D]
                 h = (windows * self.taps).sum(-2)
             h = self._layers(h)
-        self.length = self.length + x.shape[1]
+        self.length += x.shape[1]
+        self.lengths = None if self.lengths is None else self.lengths + x.shape[1]
         # outside of inference mode, because the features may enter a graph
         return torch.layer_norm(h, (x.shape[-1],), self.norm).view(x.shape).to(x.dtype)
 
@@ -255,18 +255,17 @@ class KVCache:
         """All but the final norm: [B, N, D] -> [B N, D], in the memory of x."""
         B, N, D = x.shape
         E = self.stored.shape[-1]
-        is_even = isinstance(self.length, int)
-        start = self.length if isinstance(self.length, int) else int(self.length.max())
-        end = start + N
+        is_even = self.lengths is None
+        start, end = self.length, self.length + N
         assert end <= len(self.turns), "the cache is full"
         if self.heads.shape != (B, N, is_even):
             self.heads = NewHeads(self.stored, B, N, is_even)
         heads, turns = self.heads, self.turns[start:end]
         mask = where = None
-        if isinstance(self.length, Tensor):
+        if self.lengths is not None:
             # rows of different lengths
             self.stored[..., self.written : end, :].zero_()
-            at = (self.length[:, None] + torch.arange(N)).to(x.device)
+            at = self.lengths[:, None] + torch.arange(N, device=x.device)
             where = slice(None), torch.arange(B, device=x.device)[:, None], slice(None), at
             turns = self.turns[at]
             later = torch.arange(end, device=x.device) > at[:, None, :, None]

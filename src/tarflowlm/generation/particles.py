@@ -14,11 +14,12 @@ from torch import Tensor
 
 from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.flow.numerics import log_standard_normal
+from tarflowlm.flow.fills import complete
+from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
 from tarflowlm.generation.inversion import finish, stack_inversion
-from tarflowlm.generation.rows import Completed, Drawn
-from tarflowlm.generation.sampling import Evidence, Noise, Work
-from tarflowlm.model import as_flow
+from tarflowlm.generation.rows import Drawn, Rows
+from tarflowlm.generation.sampling import Evidence, Gumbel, Noise, Work, drop_finished, num_leading
+from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.requests import Adjustment
 
 RESAMPLE_BELOW = 0.5
@@ -105,6 +106,87 @@ Redraw = Callable[[list[int], Tensor, Tensor, int], Tensor | None]
 indices of the samples, the rows, the rows whose texts they continue, and the first position that
 needs noise.
 """
+
+
+class Completed(Rows):
+    """The pass of a flow through block 1: noise to latents, and back for given tokens (eq. 21).
+
+    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`, and the log-probability
+    log p(z_t | z_<t) - log sum_j N_j(z_t).
+    """
+
+    def __init__(
+        self,
+        model: TarFlowLM,
+        noise: Tensor,
+        known: Tensor,
+        is_known: Tensor,
+        adjust: Adjustment | None,
+        gumbel: Gumbel | None = None,
+    ) -> None:
+        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU.
+
+        With `gumbel` numbers the other tokens are drawn, and `noise` is not their noise.
+        """
+        self.gumbel = gumbel
+        self.block = model.prior.block(0)
+        self.patch = model.prior.patch
+        reorders = self.block.order.reverse or self.block.order.mixes
+        assert not reorders, "given latents need the order of the tokens"
+        self.noise = self.patch(noise).clone()
+        self.known = self.patch(known)
+        self.values = torch.zeros_like(self.noise)
+        self.num_positions = self.noise.shape[1]
+        super().__init__(model, self.block, (len(noise), self.num_positions), adjust)
+        self.is_known = is_known.unflatten(1, (-1, model.config.patch))
+        # read on the host once, so that a position without given tokens costs nothing for them
+        self.some_known = self.is_known.any(2).any(0).tolist()
+        mask = self.is_known.to(noise.device)
+        self.invert = self.block.coupling.inverter()
+        self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
+
+    def prefill(self) -> Tensor | None:
+        """As `Drawn.prefill`."""
+        num = num_leading(self.is_known.all(2).all(0))
+        if num == 0:
+            return None
+        z = self.known[:, :num]
+        self.values[:, :num] = z
+        self.at = num
+        u, log_det = self.block.coupling(z, self.features(0, num))
+        self.noise[:, :num] = u
+        log_p = log_det.sum(-1) + standard_normal_log_prob(u)
+        return log_p - self.log_normaliser[:, :num].sum((1, 2))
+
+    def step(self) -> Tensor | None:
+        """As `Drawn.step`, always one position."""
+        if self.ended is not None:
+            self.rows = drop_finished(self.rows, self.ended, self.cache)
+        n = self.at
+        here = self.rows, n
+        previous = self.values[self.rows, n - 1] if n else None
+        noise, is_known = self.noise[here], self.is_known[here]
+        features = self.block.features_at(self.cache, previous, len(noise))
+        gumbel = None if self.gumbel is None else self.gumbel.at(*here)
+        self.at += 1
+        self.passes += 1
+        if not self.some_known[n]:
+            self.values[here] = self.invert(noise, features, self.adjust, gumbel)
+            return None
+        self.values[here], self.noise[here], log_p = complete(
+            self.block.coupling, noise, features, self.known[here], is_known, self.adjust, gumbel
+        )
+        found = (log_p - self.log_normaliser[here]).sum(-1)
+        every = found.new_zeros(len(self.values))
+        every[self.rows] = found
+        return every
+
+    def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
+        """As `Drawn.resample`; `renewed` rows get fresh `noise` [rows, T, ...]."""
+        self.select(order)
+        self.noise = self.noise[order]
+        if noise is not None:
+            self.noise[renewed, self.at :] = self.patch(noise)[:, self.at :].to(self.noise)
 
 
 def particle_filter(

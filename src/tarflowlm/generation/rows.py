@@ -2,7 +2,7 @@
 
 `TokenRows` draw tokens from weights: the baseline's, or those of a Mix-d block. `Drawn` ones have
 all their numbers from the start; where the next tokens are guessed, one call checks several.
-`Completed` rows turn noise into latents, in block 1 of any model.
+Where tokens are given to a flow, `particles.Completed` rows turn noise into latents instead.
 
 Shape legend: B rows (samples or particles), b rows that need more, T tokens, P patch, N = T / P
 positions, d channels per token (0 for the baseline), C = P d, D width, K choices.
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.drafts import Guesser
-from tarflowlm.flow.fills import complete
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel, drop_finished, num_leading
 from tarflowlm.model import LanguageModel, TarFlowLM
@@ -156,11 +154,16 @@ class Drawn(TokenRows):
         room = 0 if self.guesser is None else ROOM
         given = F.pad(given.unflatten(1, (-1, P)), (0, 0, 0, room), value=BLANK)
         self.is_known = given != BLANK
-        # read on the host once, so that a position without given tokens costs nothing for them
+        # as a list, so that a position without given tokens costs nothing for them
         self.some_known = self.is_known.any(2).any(0).tolist()
-        tokens = given.clamp_min(0).to(model.device)  # [B, N + room, P]
+        self.text = given.clamp_min(0)
+        """The tokens [B, N + room, P] on the CPU, as far as guesses need them."""
+        tokens = self.text.to(model.device)
         self.noise = F.pad(noise.unflatten(1, (-1, P)), (0, 0, 0, 0, 0, room))
-        self.gumbel = gumbel
+        self.gumbel = self.numbers = gumbel
+        if self.guesser is not None and tokens.device.type != "cpu":
+            # guesses are made on the CPU, for which the device need not be asked for its numbers
+            self.numbers = Gumbel(gumbel.seeds.cpu(), given.shape[1] - room, gumbel.choices)
         # an inverse needs the same features as the forward map; drawing does not
         half = not model.is_exact and noise.is_cuda and noise.dtype == torch.float32
         super().__init__(model, index, tokens, adjust, half=half)
@@ -172,13 +175,8 @@ class Drawn(TokenRows):
         """The next position of every row."""
         self.is_even = True
         """Whether the next position is the same in all rows that need one."""
-
-    def _here(self, ahead: int, count: int) -> Place:
-        """The `count` positions of each row that begin `ahead` of its next one."""
-        if self.is_even:
-            return self.rows, slice(self.at + ahead, self.at + ahead + count)
-        rows = torch.arange(len(self.next))[self.rows]
-        return rows[:, None], self.next[rows][:, None] + torch.arange(ahead, ahead + count)
+        self.there: Tensor | slice = self.rows
+        """The `rows` on the device; `next` and `rows` are on the CPU."""
 
     def _advance(self, count: Tensor) -> None:
         """Go on by `count` [b] positions, at most to the end."""
@@ -211,52 +209,70 @@ class Drawn(TokenRows):
         if self.ended is not None or not self.is_even:
             over = self.next >= self.num_positions
             over = over if self.ended is None else over | self.ended
-            self.rows = drop_finished(self.rows, over, self.cache)
-        guesses = self._guesses()
+            rows = drop_finished(self.rows, over, self.cache)
+            if isinstance(rows, Tensor) and rows is not self.rows:
+                self.rows, self.there = rows, rows.to(self.tokens.device)
+        start: int | Tensor = self.at if self.is_even else self.next[self.rows][:, None]
+        at, guesses, is_known = self._guesses(start)
         count = guesses.shape[1]
-        here = self._here(0, count + 1)
-        some_known = any(self.some_known[self.at : int(self.next.max()) + count + 1])
-        is_known = self.is_known[here].to(guesses.device) if some_known else None
-        right = torch.zeros(len(guesses), dtype=torch.long)
+        here, ahead = (_places(self.there, at, n) for n in (count + 1, count))
         if count:
-            ahead = self._here(0, count)
-            if is_known is not None:
-                guesses = torch.where(is_known[:, :count], self.tokens[ahead], guesses)
             self.values[ahead] = self.values_of(guesses, self.noise[ahead])
-        self.cache.rewind(self.at if self.is_even else self.next[self.rows])
-        past = self._here(-1, count + 1) if self.at else (self.rows, slice(count))
+        if isinstance(at, int):
+            self.cache.rewind(at)
+        else:
+            self.cache.rewind(int(self.next[self.rows].max()), at[:, 0])
+        past = _places(self.there, at - 1, count + 1) if self.at else ahead
         features = self.source.features_of(self.cache, self.values[past], first=self.at == 0)
         self.passes += 1
         tokens, is_sure = self._draw(features, here, is_known)
-        if count:
-            # on an accelerator, the host waits here
-            right = (tokens[:, :count] == guesses).all(2).long().cumprod(1).sum(1).cpu()
+        right = torch.zeros(len(tokens), dtype=torch.long)
+        if self.guesser is not None:
+            right = (tokens[:, :count] == guesses).all(2).long().cumprod(1).sum(1)
         self.tokens[here] = tokens
         self.values[here] = self.values_of(tokens, self.noise[here])
         if is_sure is not None and not is_sure.all():
             self._decide(right, is_sure.long().cumprod(1).sum(1))
         log_p: Tensor | None = None
         if is_known is not None:
-            is_final = (torch.arange(count + 1) <= right[:, None]).to(is_known.device)
-            mask = is_known & is_final[..., None]
-            found = torch.where(mask, self.log_prob(features, here), 0.0).sum((1, 2))
+            if count:
+                is_final = torch.arange(count + 1, device=right.device) <= right[:, None]
+                is_known = is_known & is_final[..., None]
+            found = torch.where(is_known, self.log_prob(features, here), 0.0).sum((1, 2))
             log_p = found.new_zeros(len(self.next))
-            log_p[self.rows] = found
+            log_p[self.there] = found
+        if self.guesser is not None and self.text is not self.tokens:
+            drawn, right = _moved((tokens, right), self.text.device)
+            self.text[_places(self.rows, start, count + 1)] = drawn
         self._advance(right + 1)
         return log_p
 
-    def _guesses(self) -> Tensor:
-        """Guesses [b, n, P] of the next tokens, as if none were given; n may be 0."""
-        none = self.tokens[self.rows, :0]
-        if self.guesser is None:
-            return none
-        count = min(self.guesser.most, self.num_positions - 1 - self.at)
-        if count < 1:
-            return none
-        length = min(self.at, self.guesser.length)
-        past = self.tokens[self._here(-length, length)][..., 0].cpu().numpy()
-        numbers = self.gumbel.at(*self._here(0, count))[:, :, 0].cpu().numpy()
-        return torch.from_numpy(self.guesser.guess(past, numbers)).to(none)[..., None]
+    def _guesses(self, start: int | Tensor) -> tuple[int | Tensor, Tensor, Tensor | None]:
+        """Where rows continue, guesses [b, n, P] from there, and where tokens are given, if at all.
+
+        They begin at `start`, [b, 1] where rows differ. All is sent to the device at once, for
+        which the host waits. Given tokens are marked in [b, n + 1, P].
+        """
+        starts = self.next[self.rows][:, None]
+        guesses = starts[:, :0, None]
+        if self.guesser is None and not self.some_known[self.at]:
+            return start, guesses, None
+        most = self.num_positions - 1 - self.at
+        if self.guesser is not None and most > 0:
+            length, most = min(self.at, self.guesser.length), min(self.guesser.most, most)
+            past = self.text[_places(self.rows, start - length, length)][..., 0].numpy()
+            numbers = self.numbers.at(*_places(self.rows, start, most))[:, :, 0].numpy()
+            guesses = torch.from_numpy(self.guesser.guess(past, numbers))[..., None]
+        count = guesses.shape[1]
+        some_known = any(self.some_known[self.at : int(starts.max()) + count + 1])
+        is_known = starts[:, :0]
+        if some_known:
+            is_known = self.is_known[_places(self.rows, start, count + 1)]
+            given = self.text[_places(self.rows, start, count)]
+            guesses = torch.where(is_known[:, :count], given, guesses)
+        starts, guesses, is_known = _moved((starts, guesses, is_known), self.tokens.device)
+        at = start if isinstance(start, int) else starts
+        return at, guesses, is_known if some_known else None
 
     def _draw(
         self, features: Tensor, here: Place, is_known: Tensor | None
@@ -296,16 +312,14 @@ class Drawn(TokenRows):
         """
         rows = torch.arange(len(self.next))[self.rows]
         for index in (sure <= right).nonzero()[:, 0].tolist():
-            row, place = int(rows[index]), int(self.next[rows[index]] + sure[index])
+            row, place = here = int(rows[index]), int(self.next[rows[index]] + sure[index])
             if place >= self.num_positions:
                 continue
             features = self.source.states(self.values[row : row + 1, :place])[:, -1]
             log_w = next(self.law.log_weights(features))
             adjusted = log_w if self.adjust is None else self.adjust(log_w)
-            self.tokens[row, place] = (adjusted + self.gumbel.at(row, place)).argmax(-1)
-            self.values[row, place] = self.values_of(
-                self.tokens[row, place], self.noise[row, place]
-            )
+            self.tokens[here] = (adjusted + self.gumbel.at(row, place)).argmax(-1)
+            self.values[here] = self.values_of(self.tokens[here], self.noise[here])
             right[index] = sure[index]
 
     def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
@@ -314,6 +328,24 @@ class Drawn(TokenRows):
         self.select(order)
         self.values[:, self.at :] = later
         self.tokens[:, : self.at] = self.tokens[order, : self.at]
+
+
+def _places(rows: Tensor | slice, at: int | Tensor, count: int) -> Place:
+    """The `count` positions of these rows from `at`, which is [b, 1] where rows differ."""
+    if isinstance(at, int):
+        return rows, slice(at, at + count)
+    if isinstance(rows, slice):
+        rows = torch.arange(len(at), device=at.device)
+    return rows[:, None], at + torch.arange(count, device=at.device)
+
+
+def _moved(parts: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The `parts` [b, ...], integers and bool, on a device: at once, as the host waits for it."""
+    if parts[0].device == device:
+        return parts
+    flat = [part.reshape(len(part), -1) for part in parts]
+    moved = torch.cat(flat, 1).to(device).split([x.shape[1] for x in flat], 1)
+    return tuple(x.view(y.shape).to(y.dtype) for x, y in zip(moved, parts, strict=True))
 
 
 def _chosen(log_w: Tensor, gumbel: Tensor, adjust: Adjustment | None) -> tuple[Tensor, Tensor]:
@@ -327,84 +359,3 @@ def _chosen(log_w: Tensor, gumbel: Tensor, adjust: Adjustment | None) -> tuple[T
         within = adjust.limit(tempered, -NEAR).gather(-1, token[:, None])[:, 0]
         is_sure &= within > torch.finfo(within.dtype).min / 2
     return token, is_sure
-
-
-class Completed(Rows):
-    """The pass of a flow through block 1: noise to latents, and back for given tokens (eq. 21).
-
-    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`, and the log-probability
-    log p(z_t | z_<t) - log sum_j N_j(z_t).
-    """
-
-    def __init__(
-        self,
-        model: TarFlowLM,
-        noise: Tensor,
-        known: Tensor,
-        is_known: Tensor,
-        adjust: Adjustment | None,
-        gumbel: Gumbel | None = None,
-    ) -> None:
-        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU.
-
-        With `gumbel` numbers the other tokens are drawn, and `noise` is not their noise.
-        """
-        self.gumbel = gumbel
-        self.block = model.prior.block(0)
-        self.patch = model.prior.patch
-        reorders = self.block.order.reverse or self.block.order.mixes
-        assert not reorders, "given latents need the order of the tokens"
-        self.noise = self.patch(noise).clone()
-        self.known = self.patch(known)
-        self.values = torch.zeros_like(self.noise)
-        self.num_positions = self.noise.shape[1]
-        super().__init__(model, self.block, (len(noise), self.num_positions), adjust)
-        self.is_known = is_known.unflatten(1, (-1, model.config.patch))
-        # read on the host once, so that a position without given tokens costs nothing for them
-        self.some_known = self.is_known.any(2).any(0).tolist()
-        mask = self.is_known.to(noise.device)
-        self.invert = self.block.coupling.inverter()
-        self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
-
-    def prefill(self) -> Tensor | None:
-        """As `Drawn.prefill`."""
-        num = num_leading(self.is_known.all(2).all(0))
-        if num == 0:
-            return None
-        z = self.known[:, :num]
-        self.values[:, :num] = z
-        self.at = num
-        u, log_det = self.block.coupling(z, self.features(0, num))
-        self.noise[:, :num] = u
-        log_p = log_det.sum(-1) + standard_normal_log_prob(u)
-        return log_p - self.log_normaliser[:, :num].sum((1, 2))
-
-    def step(self) -> Tensor | None:
-        """As `Drawn.step`, always one position."""
-        if self.ended is not None:
-            self.rows = drop_finished(self.rows, self.ended, self.cache)
-        n = self.at
-        here = self.rows, n
-        previous = self.values[self.rows, n - 1] if n else None
-        noise, is_known = self.noise[here], self.is_known[here]
-        features = self.block.features_at(self.cache, previous, len(noise))
-        gumbel = None if self.gumbel is None else self.gumbel.at(*here)
-        self.at += 1
-        self.passes += 1
-        if not self.some_known[n]:
-            self.values[here] = self.invert(noise, features, self.adjust, gumbel)
-            return None
-        self.values[here], self.noise[here], log_p = complete(
-            self.block.coupling, noise, features, self.known[here], is_known, self.adjust, gumbel
-        )
-        found = (log_p - self.log_normaliser[here]).sum(-1)
-        every = found.new_zeros(len(self.values))
-        every[self.rows] = found
-        return every
-
-    def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
-        """As `Drawn.resample`; `renewed` rows get fresh `noise` [rows, T, ...]."""
-        self.select(order)
-        self.noise = self.noise[order]
-        if noise is not None:
-            self.noise[renewed, self.at :] = self.patch(noise)[:, self.at :].to(self.noise)

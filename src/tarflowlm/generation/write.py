@@ -17,9 +17,9 @@ from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.gaps import GapFilter
 from tarflowlm.generation.inversion import Returning, draws_last, stack_inversion
-from tarflowlm.generation.particles import UpperBlocks, Weights, particle_filter
+from tarflowlm.generation.particles import Completed, UpperBlocks, Weights, particle_filter
 from tarflowlm.generation.plan import Plan, Way
-from tarflowlm.generation.rows import Completed, Drawn
+from tarflowlm.generation.rows import Drawn
 from tarflowlm.generation.sampling import BLANK, Generation, Meter, Noise, Work, num_leading
 from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.processes import keep_freed_memory, threads_for
