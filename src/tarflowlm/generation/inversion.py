@@ -89,8 +89,10 @@ def block_inversion(
     marks in `ended` [B] take no further steps.
     """
     work = _Inversion(block, u, adjust, gumbel, progress)
-    if settled is not None:
-        work.settle(settled)
+    if settled is not None and settled.shape[1]:
+        work.h[:, : settled.shape[1]] = settled
+        work.advance(settled.shape[1])
+        block.features_of(work.cache, settled[:, :-1], first=True)
     if gumbel is not None or adjust is not None:
         decoder = "steps"
     elif decoder == "auto":
@@ -129,15 +131,7 @@ class _Inversion:
         self.swept = (self.num_positions, 0)
         """The range of positions that sweeps with exact inverses made final."""
 
-    def settle(self, h: Tensor) -> None:
-        """Begin with the latents h [B, n, C] of the first positions."""
-        num = h.shape[1]
-        if num:
-            self.h[:, :num] = h
-            self._advance(num)
-            self.block.features_of(self.cache, h[:, :-1], first=True)
-
-    def _advance(self, num: int) -> None:
+    def advance(self, num: int) -> None:
         self.at += num
         self.progress.advance(num)
 
@@ -157,7 +151,7 @@ class _Inversion:
             gumbel = None if self.gumbel is None else self.gumbel.at(*here)
             self.h[here] = invert(self.noise[here], features, self.adjust, gumbel)
             self.passes += 1
-            self._advance(1)
+            self.advance(1)
             yield self.h[:, : self.at]
 
     def _open_features(
@@ -218,7 +212,7 @@ class _Inversion:
             last = largest
             settled = (change * ahead <= self.tolerance) & (off <= RESIDUAL[off.dtype])
             self.h[rows, self.at : end] = new
-            self._advance(num_leading(settled.all(0)))
+            self.advance(num_leading(settled.all(0)))
             if self.at < end and not contracts:
                 self.h[:, self.at : end] = guess[:, self.at - at :]
                 break
@@ -245,7 +239,7 @@ class _Inversion:
         converged = (change <= self.tolerance).long().cumprod(0).sum()
         # one copy to the host per sweep; NaN counts as not converged
         final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
-        self._advance(min(int(final) + 1, end - at))
+        self.advance(min(int(final) + 1, end - at))
         self.swept = (min(at, self.swept[0]), self.at)
         return float(largest)
 
