@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from helpers import FLOW, TRUNK, save_run, tiny_flow
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
+from tarflowlm.flow.numerics import reference
 from tarflowlm.model_config import BaselineConfig
 
 
@@ -33,6 +34,13 @@ def private_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def short_search(monkeypatch):
+    """A less exact inverse, where every operation takes long."""
+    for dtype in (torch.float32, torch.float64):
+        monkeypatch.setitem(reference.STEPS, dtype, (3, 3))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tarflowlm.chunks import written_rows
 from tarflowlm.errors import Progress
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.numerics import COMPILED, REFERENCE, reference
+from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.objective import importance_weighted_bound
 from tarflowlm.presets import preset
@@ -29,6 +29,8 @@ from tarflowlm_apps.studio.edit import change, rewrite
 from tarflowlm_apps.studio.pieces import guarded
 from tarflowlm_apps.studio.score import compare
 from tarflowlm_apps.studio.write import infill, write
+
+pytestmark = pytest.mark.usefixtures("short_search")
 
 TEXT = "a cat sat"
 TOKENS = torch.arange(32).view(2, 16) % 27
@@ -79,13 +81,6 @@ VIEWS = {
 }
 CASES = [(m, u) for m in MODELS for u in USES] + [("flow", u) for u in EDITS]
 ALSO_ON_CUDA = {"write", "stop", "contains", "bound", "score", "words"}
-
-
-@pytest.fixture(autouse=True)
-def short_search(monkeypatch):
-    """A less exact inverse, as every operation takes long here."""
-    for dtype in (torch.float32, torch.float64):
-        monkeypatch.setitem(reference.STEPS, dtype, (3, 3))
 
 
 @pytest.mark.parametrize(("name", "use"), CASES, ids=map(" ".join, CASES))

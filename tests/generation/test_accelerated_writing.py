@@ -15,6 +15,8 @@ from tarflowlm.flow.numerics import reference
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation import sampling
 
+pytestmark = pytest.mark.usefixtures("short_search")
+
 FEW_FILL = FILLS | {"couplings": ("mixd",) * 2, "components": (0,) * 2}
 MODELS = {
     "ar": tiny_ar,
@@ -44,13 +46,6 @@ BY_MODEL = {
 """What a model can do, and others do not show."""
 CASES = [(name, request_) for name, some in BY_MODEL.items() for request_ in some]
 ON_MPS = {"free", "prompt", "gap", "mask"}
-
-
-@pytest.fixture(autouse=True)
-def short_search(monkeypatch):
-    """A less exact inverse, as every operation takes long here."""
-    for dtype in (torch.float32, torch.float64):
-        monkeypatch.setitem(reference.STEPS, dtype, (3, 3))
 
 
 @pytest.mark.parametrize(("name", "request_"), CASES, ids=map(" ".join, CASES))
