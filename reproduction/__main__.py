@@ -105,7 +105,7 @@ def _with_texts(args: Args, recipes: "Sequence[Recipe]", records: "Records") -> 
     """
     found = []
     for recipe in recipes:
-        plan = recipe.trainings(args)
+        plan = [] if recipe.obtain is None else recipe.trainings(args)
         is_on_record = all(records.find(t.name, t.run) is not None for t in plan)
         try:
             if recipe.obtain is not None and not is_on_record:

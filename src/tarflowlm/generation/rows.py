@@ -284,23 +284,27 @@ class Drawn(TokenRows):
         shape = features.shape[:2]
         gumbel = self.gumbel.at(*here).flatten(0, 1)
         walk = self.law.log_weights(features.flatten(0, 1))
-        noise, given = (x[here].flatten(0, 1) for x in (self.noise, self.tokens))
-        known = None if is_known is None else is_known.flatten(0, 1)
+        patch = self.tokens.shape[-1]
+        # only the next tokens of a patch read their latents
+        noise = self.noise[here].flatten(0, 1) if patch > 1 else self.noise
+        known = given = None
+        if is_known is not None:
+            known, given = is_known.flatten(0, 1), self.tokens[here].flatten(0, 1)
         found: list[Tensor] = []
         is_sure: Tensor | None = None
         value: Tensor | None = None
-        for a in range(given.shape[1]):
+        for a in range(patch):
             log_w = walk.send(value)
             if self.decides:
                 token, is_sure = _chosen(log_w, gumbel[:, a], self.adjust)
             else:
                 adjusted = log_w if self.adjust is None else self.adjust(log_w)
                 token = (adjusted + gumbel[:, a]).argmax(-1)
-            if known is not None:
+            if known is not None and given is not None:
                 token = torch.where(known[:, a], given[:, a], token)
                 is_sure = None if is_sure is None else is_sure | known[:, a]
             found.append(token)
-            if a + 1 < given.shape[1]:
+            if a + 1 < patch:
                 value = self.values_of(found[-1][:, None], noise[:, a : a + 1])
         tokens = torch.stack(found, -1).unflatten(0, shape)
         return tokens, None if is_sure is None else is_sure.unflatten(0, shape)

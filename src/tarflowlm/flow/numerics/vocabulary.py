@@ -206,12 +206,12 @@ def head_sums(
 class _HeadSums(Function):
     """`head_sums`, in tiles of rows and components that fit the cache of a CPU.
 
-    Of all tiles, a square's products are added to the least memory. The backward pass computes
-    the logits again, unless the forward pass `keeps` their softmax.
+    Tiles are square, so that adding their products into the gradients moves the fewest bytes. The
+    backward pass computes the logits again, unless the forward pass `keeps` their softmax.
     """
 
     ALIGNED = 64
-    """An accelerator's products are fast where rows of logits have a multiple of so many."""
+    """An accelerator's products are fast where the number of logits in a row is a multiple."""
 
     @staticmethod
     def forward(
