@@ -20,6 +20,7 @@ from tarflowlm.flow.numerics import (
     mixture_log_prob_from_features,
     near,
     reference,
+    rosenblatt,
     rosenblatt_inverse,
     sweep,
 )
@@ -80,6 +81,30 @@ def test_a_component_far_away_or_without_weight_costs_no_digits():
         assert exact.isfinite().all()
         found = mixture_log_prob(z, log_w, mean, log_std)
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("spare", [1.5, 0.05, 1e9])
+def test_a_sweep_turns_to_pairs_at_a_channel_of_few_rows(spare, monkeypatch):
+    """With room for all pairs, for too few of them, and without pairs."""
+    u, log_w, mean, log_std = separated(150, 300, 9, 15.0)
+    z = reference.rosenblatt_inverse(u, log_w, mean, log_std)
+    z[0, 2] = math.nan
+    exact = reference.rosenblatt(*(t.double() for t in (z, log_w, mean, log_std)))
+    monkeypatch.setattr(sweep, "SPARE", spare)
+    monkeypatch.setattr(chunks, "HELD_CPU", 300 * 20)
+    calls = Counter()
+    by_all = reference.rosenblatt
+
+    def counted(z, *rest):
+        calls["rows"] += len(z)
+        return by_all(z, *rest)
+
+    monkeypatch.setattr(sweep.reference, "rosenblatt", counted)
+    found = rosenblatt(z, log_w.__getitem__, mean, log_std)
+    for value, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert (calls["rows"] > 30) == (spare < 1)
 
 
 class Waits(TorchDispatchMode):

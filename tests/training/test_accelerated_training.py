@@ -27,15 +27,15 @@ TOKENS = 8, 16
 ROWS = 64
 """Rows of [rows, LARGE] in a chunk."""
 COSTS = {
-    "mini-ar": [(0, 150)],
-    "mini-affine": [(0, 850)],
-    "mini-mix1": [(0, 1400)],
-    "mini-mixd": [(0, 370), (1, 780), (1, 1030)],
-    "mini-mixd-p2": [(0, 420), (1, 800), (1, 1060)],
-    "mini-passes": [(0, 370), (1, 420)],
+    "mini-ar": [(0, 140)],
+    "mini-affine": [(0, 800)],
+    "mini-mix1": [(0, 1360)],
+    "mini-mixd": [(0, 280), (1, 770), (1, 1030)],
+    "mini-mixd-p2": [(0, 335), (1, 790), (1, 1050)],
+    "mini-passes": [(0, 280), (1, 360)],
     "owt-ar": [(0, 170)],
-    "owt-affine": [(2, 800)],
-    "owt-mixd": [(3, 430), (20, 1450), (20, 1700)],
+    "owt-affine": [(2, 680)],
+    "owt-mixd": [(3, 360), (4, 1600), (4, 1840)],
 }
 """The most waits and launches of a part of a step, for every stage of a tiny model on `cuda`."""
 

@@ -19,7 +19,7 @@ from tarflowlm.flow.couplings import (
     OneLatent,
 )
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.numerics import LogWeights, standard_normal_log_prob
 from tarflowlm.flow.plan import NoisyCodebook
 
 
@@ -38,7 +38,9 @@ class FillsIn(MixDCoupling):
         self.certainty = certainty
         self.is_tied = False
 
-    def conditional(self, log_w: Tensor) -> Conditional:
+    def conditional(self, log_w: Tensor | LogWeights) -> Conditional:
+        if not isinstance(log_w, Tensor):
+            log_w = log_w(slice(None))
         # counting operations runs on tensors without values: take all rows
         if log_w.is_meta:
             return super().conditional(log_w)

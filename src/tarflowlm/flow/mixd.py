@@ -1,7 +1,6 @@
 """The Mix-d coupling: per token a mixture over one shared codebook, with predicted weights.
 
-At V = 50,257 a [tokens, V] tensor would outgrow a training step, so weights are held for
-some tokens (`chunks.held`).
+A [tokens, V] tensor would outgrow a training step: weights are held for some (`chunks.held`).
 """
 
 from collections.abc import Generator
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm import chunks
-from tarflowlm.flow import full_precision, numerics, widen
+from tarflowlm.flow import numerics, widen
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import (
     AdjustWeights,
@@ -93,16 +92,17 @@ class MixDCoupling(Coupling):
 
     @property
     def components(self) -> Codebook | NoisyCodebook:
-        """The codebook of the mixture: the encoder's, or the coupling's own."""
+        """The codebook of the mixture."""
         components = self._tied[0] if self.own is None else self.own
         assert components is not None
         return components
 
-    def conditional(self, log_w: Float[Tensor, "rows K"]) -> Conditional:
+    def conditional(self, log_w: Float[Tensor, "rows K"] | numerics.LogWeights) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
         book = mean, log_std = self.components.mean, self.components.log_std
 
         def inverse(u: Tensor, adjust: AdjustWeights | None, gumbel: Tensor | None) -> Tensor:
+            assert isinstance(log_w, Tensor)
             weights = log_w if adjust is None else adjust(log_w)
             if gumbel is None:
                 return numerics.rosenblatt_inverse(u, weights, *book, maps=self.maps)
@@ -127,17 +127,17 @@ class MixDCoupling(Coupling):
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)
         tokens = z.reshape(-1, self.latent_dim)
-        mapped = chunks.in_parts(self._map, self._held_rows(z), tokens, token_features)
+        some = torch.is_grad_enabled() or not self.is_tied
+        rows = self._held_rows(z) if some else len(tokens)
+        mapped = chunks.in_parts(self._map, rows, tokens, token_features)
         u, log_det = (torch.cat(parts) for parts in zip(*mapped, strict=True))
         return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
 
     def _held_rows(self, like: Tensor) -> int:
         return chunks.rows_at_once(self.weight_head.out_features, chunks.held(like.device))
 
-    def _map(self, z: Tensor, token_features: Tensor) -> tuple[Tensor, Tensor]:
-        log_w = widen(self.weight_head(token_features))
-        with full_precision(z):
-            return self.conditional(log_w).forward(z)
+    def _map(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conditional(lambda rows: widen(self.weight_head(features[rows]))).forward(z)
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return self.token_log_prob(z, features).sum(-1)
@@ -147,8 +147,7 @@ class MixDCoupling(Coupling):
     ) -> Float[Tensor, "B N P"]:
         """log p(z_t | c_n, z_<t) of every token, in nats.
 
-        With `relative` minus log prod_t sum_k N_k(z_t), in the same pass over the codebook
-        (docs/math.md, eq. 12), where it `is_tied`.
+        `relative`: minus log prod_t sum_k N_k(z_t) (docs/math.md, eq. 12), where it `is_tied`.
         """
         return numerics.mixture_log_prob_from_features(
             z.unflatten(-1, (self.patch, self.latent_dim)),

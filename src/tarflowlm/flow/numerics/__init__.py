@@ -26,6 +26,7 @@ from tarflowlm.flow.numerics.normal import (
     log_standard_normal,
     standard_normal_log_prob,
 )
+from tarflowlm.flow.numerics.sweep import LogWeights
 from tarflowlm.flow.numerics.vocabulary import (
     component_finder,
     head_sums,
@@ -37,6 +38,7 @@ from tarflowlm.flow.numerics.vocabulary import (
 __all__ = [
     "COMPILED",
     "REFERENCE",
+    "LogWeights",
     "Maps",
     "component_finder",
     "head_sums",

@@ -340,16 +340,12 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return z
 
 
-def by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """`rosenblatt_inverse` for any number of rows."""
-    z = torch.empty_like(u)
-    for rows in cached_chunks(len(u), len(mean)):
-        z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean, log_std)
-    return z
-
-
-def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [n, d]; rows of a certain component skip the search."""
+def by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """`rosenblatt_inverse` for any number of rows; those of a certain component skip the search."""
+    size = chunks.rows_at_once(len(mean), budget(len(mean)))
+    if len(u) > size:
+        parts = zip(u.split(size), log_alpha.split(size), strict=True)
+        return torch.cat([by_channels(*part, mean, log_std) for part in parts])
     z = torch.empty_like(u)
     open_rows = torch.arange(len(u))
     inv_std = torch.exp(-log_std)

@@ -45,12 +45,6 @@ class Maps(NamedTuple):
     mixture_backward: Callable[..., Gradients]
     rosenblatt: Callable[..., tuple[Tensor, Tensor]]
     rosenblatt_inverse: Callable[..., Tensor]
-    budget: Callable[[int], int]
-    """From the elements of a row to the most elements of a tensor."""
-
-
-def _held(elements_per_row: int) -> int:
-    return chunks.HELD_ACCELERATOR
 
 
 compiled = cache(torch.compile)
@@ -70,28 +64,25 @@ CPU = Maps(
     cpu.mixture_backward,
     # measured: a sweep is fastest in chunks four times as large as the cache
     partial(
-        sweep.rosenblatt, budget=lambda k: 4 * cpu.budget(k), of_channel=sweep.channel_in_place
+        sweep.rosenblatt, of_channel=sweep.channel_in_place, budget=lambda k: 4 * cpu.budget(k)
     ),
     cpu.rosenblatt_inverse,
-    cpu.budget,
 )
 REFERENCE = Maps(
     reference.mixture_cdf,
     reference.mixture_cdf_inverse,
     reference.mixture_log_density,
     reference.mixture_backward,
-    partial(sweep.rosenblatt, budget=_held, of_channel=sweep.channel_in_place),
+    partial(sweep.rosenblatt, of_channel=sweep.channel_in_place),
     partial(sweep.rosenblatt_inverse, scalar=reference.mixture_cdf_inverse),
-    _held,
 )
 COMPILED = Maps(
     partial(fused, reference.mixture_cdf),
     partial(fused, reference.mixture_cdf_inverse),
     partial(fused, reference.mixture_log_density),
     partial(fused, reference.mixture_backward),
-    partial(sweep.rosenblatt, budget=_held, of_channel=partial(fused, sweep.channel)),
+    partial(sweep.rosenblatt, of_channel=partial(fused, sweep.channel)),
     partial(sweep.rosenblatt_inverse, scalar=partial(fused, reference.mixture_cdf_inverse)),
-    _held,
 )
 
 
@@ -160,7 +151,12 @@ def mixture_log_density(
 
 
 def rosenblatt(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, maps: Maps = REFERENCE
+    z: Tensor,
+    log_w: Tensor | sweep.LogWeights,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    maps: Maps = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
     r"""Mixture-Rosenblatt map (docs/math.md, eq. 9).
 
@@ -171,10 +167,19 @@ def rosenblatt(
     there. Memory: some tensors of a chunk x K, whatever the number of rows; the backward computes
     the map again. Errors: ValueError for shapes that do not fit; RuntimeError for second
     derivatives.
+
+    For z [N, d] log_w may be a function from rows (a slice or indices) to their log-weights
+    [n, K]: without gradients it is called chunk by chunk.
     """
-    shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
     maps = maps_for(z, maps)
+    if not isinstance(log_w, Tensor):
+        if not torch.is_grad_enabled():
+            check_codebook(z, mean, log_std)
+            return maps.rosenblatt(z, log_w, mean, log_std)
+        log_w = log_w(slice(None))
+    shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
     gradients = partial(_rosenblatt_gradients, maps)
+
     u, log_det = differentiable(maps.rosenblatt, gradients, flat, weights, mean, log_std)
     return u.view(*shape, flat.shape[-1]), log_det.view(shape)
 
@@ -268,7 +273,8 @@ def _rosenblatt_gradients(
     _u, _log_det, grad_u, grad_log_det = rest
     of_z, of_log_w, *of_book = (torch.zeros_like(t) for t in (z, log_w, mean, log_std))
     per_row = 4 * len(mean)  # as some 16 tensors are recorded per channel
-    for rows in chunks.row_ranges(len(z), per_row, maps.budget(per_row)):
+    budget = cpu.budget(per_row) if maps is CPU else chunks.held(z.device)
+    for rows in chunks.row_ranges(len(z), per_row, budget):
         leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
         with torch.enable_grad():
             outputs = reference.rosenblatt(leaves[0], leaves[1], leaves[2], leaves[3], mixture_cdf)

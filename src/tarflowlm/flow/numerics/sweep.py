@@ -15,12 +15,13 @@ again. Once few components are left, the sums are over pairs of a row and a comp
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm import chunks
+from tarflowlm import chunks, flow
 from tarflowlm.flow import full_precision, wide_dtype
 from tarflowlm.flow.numerics import near, normal, reference
 from tarflowlm.flow.numerics.near import Pairs
@@ -32,82 +33,174 @@ rows of 100 at K = 50,257, d = 16 and codes 12 standard deviations apart.
 """
 Channel = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """Tail and side [N] of a channel, and the next log_alpha: `channel` or `channel_in_place`."""
+LogWeights = Callable[[slice | Tensor], Tensor]
+"""The log-weights [n, K] of rows, which are a slice or indices."""
+PROBED = 64
+"""Rows that tell an accelerator, which cannot choose chunk by chunk, where to go over to pairs."""
+SPARE = 1.5
+"""Pairs for which there is room, over those of the probed rows."""
+
+
+class _Book(NamedTuple):
+    """The components, and what every chunk needs of them."""
+
+    mean: Tensor
+    log_std: Tensor
+    scaled: Tensor  # 1 / (s_k sqrt 2)
+    factors: Tensor  # of the product that finds b
+    log_smallest_std: Tensor
+
+
+class _Turn(NamedTuple):
+    """After which channel a sweep goes over to pairs, and the pairs for which there is room."""
+
+    channel: int
+    pairs_per_row: float
 
 
 @torch.no_grad()
 def rosenblatt(
     z: Tensor,
-    log_w: Tensor,
+    log_w: Tensor | LogWeights,
     mean: Tensor,
     log_std: Tensor,
     *,
-    budget: Callable[[int], int],
     of_channel: Channel,
+    budget: Callable[[int], int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log_det [N], as `reference.rosenblatt`, in chunks of budget(K) elements."""
-    u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    """u [N, d] and log_det [N], as `reference.rosenblatt`.
+
+    Chunks have `chunks.held` elements, for which weights are asked, and parts of them `budget`(K).
+    The host waits for an accelerator twice, not in every chunk, but on `mps`.
+    """
+    if isinstance(log_w, Tensor):
+        log_w = log_w.__getitem__
     log_p = torch.empty_like(z[:, 0])
-    if z.is_meta:  # shapes alone: there are no matrix products to count
-        return u, log_p
-    for rows in chunks.row_ranges(len(z), len(mean), budget(len(mean))):
+    if z.is_meta or not len(z):  # shapes alone: there are no matrix products to count
+        return torch.empty_like(z), log_p
+    tail, side = torch.empty_like(z), torch.empty_like(z)
+    is_right = torch.empty_like(log_p, dtype=torch.bool)
+    num_components, held = len(mean), chunks.held(z.device)
+    with full_precision(z):
+        factors = normal.component_factors(mean, log_std).float().T
+        scaled = torch.exp(-log_std) * normal.SQRT_HALF
+        book = _Book(mean, log_std, scaled, factors, log_std.amin())
+    # mps has no nonzero_static
+    chooses = flow.is_eager_cpu(z) or z.device.type == "mps" or num_components < near.FEWEST
+    turn = None if chooses else _turn(z, log_w, book, of_channel)
+    for outer in chunks.row_ranges(len(z), num_components, held):
+        weights = log_w(outer)
+        most = budget(num_components) if budget else held
         with full_precision(z):
-            tail, side, log_p[rows] = _tails(z[rows], log_w[rows], mean, log_std, of_channel)
-        u[rows] = side * normal.upper_quantile_of_log(torch.log(tail))
-        # a tail's side is a guess: up to 0.95, 1 - T is still exact; NaN is never in range
-        in_range = (tail >= math.exp(-near.ROOM)) & (tail <= 0.95)
-        rest = (~(in_range.all(-1) & torch.isfinite(log_p[rows]))).nonzero().squeeze(-1)
-        if len(rest):
-            rest += rows.start
-            wide = wide_dtype(z)
-            inputs = z[rest].to(wide), log_w[rest].to(wide), mean.to(wide), log_std.to(wide)
+            for inner in chunks.row_ranges(len(weights), num_components, most):
+                rows = slice(outer.start + inner.start, outer.start + inner.stop)
+                of_rows = _tails(z[rows], weights[inner], book, of_channel, turn)
+                tail[rows], side[rows], log_p[rows], is_right[rows] = of_rows
+    u = side * normal.upper_quantile_of_log(torch.log(tail))
+    # a tail's side is a guess: up to 0.95, 1 - T is still exact; NaN is never in range
+    is_right &= ((tail >= math.exp(-near.ROOM)) & (tail <= 0.95)).all(-1) & torch.isfinite(log_p)
+    rest = (~is_right).nonzero().squeeze(-1)
+    wide = wide_dtype(z)
+    for part in chunks.row_ranges(len(rest), 8 * num_components, held):
+        by_all = rest[part]
+        inputs = z[by_all].to(wide), log_w(by_all).to(wide), mean.to(wide), log_std.to(wide)
+        with full_precision(z):
             found, log_det = reference.rosenblatt(*inputs)
-            u[rest] = found.to(u.dtype)
-            log_p[rest] = (log_det + normal.standard_normal_log_prob(found)).to(u.dtype)
+        u[by_all] = found.to(u.dtype)
+        log_p[by_all] = (log_det + normal.standard_normal_log_prob(found)).to(u.dtype)
     return u, log_p - normal.standard_normal_log_prob(u)
 
 
+def _turn(z: Tensor, log_w: LogWeights, book: _Book, of_channel: Channel) -> _Turn:
+    """The first channel from which no tensor over pairs and channels is larger than one over rows
+    and components, by some rows from everywhere; no channel if there is none.
+    """
+    dim, counts = z.shape[1], list[Tensor]()
+    most = min(PROBED, chunks.rows_at_once(len(book.mean), chunks.held(z.device)))
+    probed = slice(None, None, -(-len(z) // most))
+    weights = log_w(probed)
+    with full_precision(z):
+        _tails(z[probed], weights, book, of_channel, counts=counts)
+    for i, count in enumerate(torch.stack(counts).tolist() if counts else [], 2):
+        if SPARE * count * (dim - i) <= weights.numel():
+            return _Turn(i, SPARE * count / len(weights))
+    return _Turn(dim, 0.0)
+
+
+def _first_pairs(alive: Tensor, log_alpha: Tensor, room: int) -> tuple[Pairs, Tensor, Tensor]:
+    """The first pairs of `alive` [n, K], their log-weights [room], and whether a row has all, [n].
+
+    The host does not wait: pairs that are too many have no weight. They are spread over the rows,
+    since a device adds to one row in turn.
+    """
+    found = torch.nonzero_static(alive, size=room, fill_value=-1)
+    is_pair = found[:, 0] >= 0
+    each = torch.arange(room, device=alive.device) % len(alive)
+    rows, components = torch.where(is_pair, found[:, 0], each), found[:, 1].clamp_(min=0)
+    share = torch.where(is_pair, log_alpha[rows, components], -math.inf)
+    fits = ~is_pair[-1] | (each[: len(alive)] < found[-1, 0])
+    return Pairs(rows, components, len(alive)), share, fits
+
+
 def _tails(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, of_channel: Channel
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tail masses beyond z and their sides (+1 upper, -1 lower), [N, d], and log p_mix(z), [N]."""
+    z: Tensor,
+    log_w: Tensor,
+    book: _Book,
+    of_channel: Channel,
+    turn: _Turn | None = None,
+    counts: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tail masses beyond z and their sides (+1 upper, -1 lower), [N, d], log p_mix(z), [N].
+
+    And where there was room for all pairs, [N]. Without a `turn` the pairs are counted after every
+    channel. With `counts` the numbers of components that are left are only collected.
+    """
     dim = z.shape[1]
+    mean, log_std, scaled, factors, log_smallest_std = book
     # the nearest component, up to the rounding of a product in float32
-    points = normal.point_factors(z).float()
-    best = (points @ normal.component_factors(mean, log_std).float().T).argmax(-1)
-    scaled = torch.exp(-log_std) * normal.SQRT_HALF
+    best = (normal.point_factors(z).float() @ factors).argmax(-1)
     # how far the log-weight of b falls in every channel, without log(2 pi) / 2
     falls = ((z - mean[best]) * scaled[best, None]).square().add_(log_std[best, None])
     fall = falls.sum(-1, keepdim=True)
     # how much further it falls after a channel than a sharpest component at its mean would
     channels_left = torch.arange(dim - 1, -1, -1, device=z.device)
-    rests = fall - falls.cumsum(-1) - channels_left * log_std.amin()
+    rests = fall - falls.cumsum(-1) - channels_left * log_smallest_std
     log_alpha = torch.log_softmax(log_w, -1)
     log_alpha_of_best = log_alpha.gather(-1, best[:, None])
-    log_p = log_alpha_of_best - fall - dim * normal.HALF_LOG_2PI  # of b alone
+    log_p = (log_alpha_of_best - fall).squeeze(-1) - dim * normal.HALF_LOG_2PI  # of b alone
     log_alpha -= log_alpha_of_best
-    tail, side = torch.empty_like(z), torch.empty_like(z)
+    fits = torch.ones_like(log_p, dtype=torch.bool)
+    tails, sides = list[Tensor](), list[Tensor]()
     for i in range(dim):
         now = log_alpha, z[:, i], mean[:, i], scaled, falls[:, i], log_std
-        tail[:, i], side[:, i], log_alpha = of_channel(*now)
-        if len(mean) >= near.FEWEST and 2 <= i < dim - 1:
-            alive = log_alpha >= -(rests[:, i, None] + near.reach(z.dtype, len(mean)))
-            # then no tensor over pairs and channels is larger than one over rows and components
-            if alive.sum() * (dim - i) <= alive.numel():
-                rows, components = alive.nonzero().unbind(-1)
-                pairs = Pairs(rows, components, len(z))
-                rest = slice(i + 1, dim)
-                tail[:, rest], side[:, rest], total = _tails_of_pairs(
-                    z[:, rest],
-                    log_alpha[rows, components],
-                    pairs,
-                    mean[:, rest],
-                    log_std,
-                    falls[:, rest],
-                )
-                break
+        tail, side, log_alpha = of_channel(*now)
+        tails.append(tail)
+        sides.append(side)
+        if len(mean) < near.FEWEST or not 2 <= i < dim - 1 or (turn and i != turn.channel):
+            continue
+        alive = log_alpha >= -(rests[:, i, None] + near.reach(z.dtype, len(mean)))
+        if counts is not None:
+            counts.append(alive.sum())
+            continue
+        if turn:
+            room = int(turn.pairs_per_row * (len(z) + near.MOST))
+            pairs, share, fits = _first_pairs(alive, log_alpha, room)
+        # then no tensor over pairs and channels is larger than one over rows and components
+        elif alive.sum() * (dim - i) <= alive.numel():
+            rows, components = alive.nonzero().unbind(-1)
+            pairs, share = Pairs(rows, components, len(z)), log_alpha[rows, components]
+        else:
+            continue
+        left = slice(i + 1, dim)
+        tail, side, total = _tails_of_pairs(
+            z[:, left], share, pairs, mean[:, left], log_std, falls[:, left]
+        )
+        tails += tail.unbind(-1)
+        sides += side.unbind(-1)
+        break
     else:
         total = exp_clamped(log_alpha).sum(-1)
-    return tail, side, torch.log(total) + log_p.squeeze(-1)
+    return torch.stack(tails, -1), torch.stack(sides, -1), torch.log(total) + log_p, fits
 
 
 def channel(
