@@ -12,6 +12,7 @@ import torch
 
 from helpers import TEXT8, save_run, tiny_ar, tiny_flow
 from pretend_device import pretend
+from tarflowlm.baseline import TokenLM
 from tarflowlm.chunks import written_rows
 from tarflowlm.errors import Progress
 from tarflowlm.evaluation.likelihood import evaluate
@@ -106,9 +107,10 @@ def test_a_process_of_several_leaves_the_first_gpu_alone(monkeypatch):
         assert torch.cuda.current_device() == 1
 
 
-def test_moving_a_model_chooses_its_maps():
-    lm = Pretrained(MODELS["flow"]().float(), TEXT8)
-    couplings = [module for module in lm.model.modules() if isinstance(module, Coupling)]
+@pytest.mark.parametrize("name", MODELS)
+def test_moving_a_model_chooses_its_maps(name):
+    lm = Pretrained(MODELS[name]().float(), TEXT8)
+    couplings = [one for one in lm.model.modules() if isinstance(one, Coupling | TokenLM)]
     with pretend("cuda"):
         lm.to("cuda")
         assert all(one.maps is COMPILED for one in couplings)

@@ -3,10 +3,12 @@
 import math
 import warnings
 from collections import Counter
+from functools import cache, partial
 
 import pytest
 import torch
 from numerics_cases import codebook_case
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,8 +177,19 @@ def test_a_padded_head_has_the_sums_shares_and_gradients_of_a_plain_one(
     torch.testing.assert_close(results(), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_map_is_compiled_once_for_every_number_of_rows(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(mixture, "compiled", cache(partial(torch.compile, backend=counter)))
+    for rows in (5, 7, 30):
+        u, log_w, mean, log_std = codebook_case(rows, 9, 1, 0, torch.float32)
+        mixture.fused(reference.mixture_cdf_inverse, u[:, 0], log_w, mean.T, log_std[None])
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("before", ["tf32", "ieee"])
 def test_full_precision_has_no_tf32(before):
+    """Also after the older call that Lightning recommends."""
+    torch.set_float32_matmul_precision("high")
     matmul = torch.backends.cuda.matmul
     kept = matmul.fp32_precision
     on_cuda = FakeTensor(FakeTensorMode(), torch.empty(1, device="meta"), torch.device("cuda:0"))
@@ -187,3 +200,6 @@ def test_full_precision_has_no_tf32(before):
         assert matmul.fp32_precision == before
     finally:
         matmul.fp32_precision = kept
+    assert torch.get_float32_matmul_precision() == "high"
+    assert matmul.allow_tf32
+    torch.set_float32_matmul_precision("highest")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.drafts import Drafter
@@ -59,7 +60,7 @@ class Checkpoint:
         place = pick_device(device)
         compiled = place.type == "cuda" and compilation_problem("cuda") is None
         for module in self.model.modules():
-            if isinstance(module, Coupling):
+            if isinstance(module, Coupling | TokenLM):
                 module.maps = COMPILED if compiled else REFERENCE
         self.model.to(place)
         return self

@@ -52,7 +52,10 @@ compiled = cache(torch.compile)
 
 
 def fused(function: Callable[..., Result], *tensors: Tensor) -> Result:
-    """function(*tensors), `compiled` at the first call."""
+    """function(*tensors), `compiled` at the first call, for any number of rows."""
+    for tensor in tensors:
+        if len(tensor) == len(tensors[0]):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     result: Result = compiled(function)(*tensors)
     return result
 
