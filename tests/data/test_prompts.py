@@ -130,8 +130,22 @@ def test_a_blank_behind_a_backslash_is_a_character():
         read_template(TEXT8, r"a \_ b")
 
 
+def test_a_blank_may_be_a_letter_of_the_alphabet():
+    """A text with underscores, such as a program, trains a model of letters that has them."""
+    tokenizer = CharTokenizer("_ abcdefghijklmnopqrstuvwxyz", "none")
+    for text, expected in (
+        (r"a\_b = _c", "a_b = ?c"),
+        ("the [...4] of", "the ???? of"),
+        (r"\_ the [...2] of", "_ the ?? of"),
+    ):
+        tokens = read_template(tokenizer, text.replace("=", "e")).tokens.tolist()
+        shown = "".join("?" if t == BLANK else tokenizer.alphabet[t] for t in tokens)
+        assert shown == expected.replace("=", "e")
+    assert (read_template(TEXT8, "th_ c_t", "t").tokens == BLANK).sum() == 2
+
+
 @pytest.mark.parametrize(
-    ("blank", "message"), [("a", "alphabet"), ("", "single"), ("__", "single"), ("?", "no blank")]
+    ("blank", "message"), [("", "--blank"), ("__", "--blank"), ("?", "no blank")]
 )
 def test_blank_that_cannot_be_one_is_refused(blank, message):
     with pytest.raises(UserError, match=message):

@@ -89,13 +89,11 @@ def read_template(
     [...] stands for 1 to LONGEST of them, [...12] for 1 to 12. `read` reads the pieces between the
     blanks. The model continues a piece before a blank, so the first token of a gap brings the space
     that was left to it. A blank counts as a letter: a comma next to it becomes a space. A backslash
-    before the character makes it plain text.
+    before the character makes it plain text, also where the model's alphabet has it.
     """
     _check(text, "template")
-    is_single = isinstance(blank, str) and len(blank) == 1
-    if not is_single or (tokenizer.kind == "char" and blank in tokenizer.symbols):
-        rule = "must be a single character that is not in the model's alphabet"
-        raise UserError(f"blank {blank!r}: {rule}")
+    if not isinstance(blank, str) or len(blank) != 1:
+        raise UserError(f"blank {blank!r}: give a single character, as --blank ☐")
     found = re.split(f"({_mark(blank)})", text)
     texts = [unescaped(piece, blank) for piece in found[::2]]
     marks = found[1::2]
@@ -140,7 +138,8 @@ def _check_marks(text: str, blank: str, marks: list[str], last: str) -> None:
     if "[..." in re.sub(GAP, "", text):
         flaw = "has a gap that cannot be read: write [...] or [...12]"
     elif not marks:
-        flaw = f"has no blank: mark tokens to fill in by {blank!r} or [...], or make it a prompt"
+        how = f"mark tokens to fill in by {blank!r} (or --blank) or [...]"
+        flaw = f"has no blank: {how}, or make it a prompt"
     elif any(re.fullmatch(r"\[\.\.\.0+\]", mark) for mark in marks):
         flaw = "has a gap of 0 tokens: give at least 1, as [...1]"
     elif marks[-1] != blank and not last.strip():
