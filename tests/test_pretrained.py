@@ -93,6 +93,16 @@ def test_a_model_of_one_s_own_loop_is_used_everywhere(run_json, tmp_path, build,
     assert run_json(*argv)["samples"][0]["text"] == text
     assert run_json("score", folder, "--text", text)["bits"] == lm.score(text).total
     assert run_json("info", folder)["preset"] == "own"
+    (tmp_path / "valid.txt").write_text("the king of the land\n" * 5)
+    found = lm.evaluate(tmp_path / "valid.txt", samples=2, seed=1)
+    argv = ["eval", folder, "--data", tmp_path / "valid.txt", "--samples", 2, "--seed", 1]
+    measured = run_json(*argv)
+    assert {name: measured[name] for name in found.to_json()} == found.to_json() | {
+        # JSON has no NaN
+        name: None
+        for name, value in found.to_json().items()
+        if value != value
+    }
     opened = Catalogue((str(folder),), "cpu")
     assert opened.load(opened.models[0]).tokenizer.kind == tokenizer.kind
 
@@ -160,6 +170,22 @@ def test_texts_are_read_as_the_training_text_was(loaded):
     for call in (loaded.write, loaded.score, loaded.encode):
         with pytest.raises(UserError, match="nothing is left"):
             call("日本")
+
+
+def test_a_text_itself_is_evaluated_as_its_file_is(tmp_path):
+    model = tiny_ar(vocab_size=257, context=16).float()
+    lm = tarflowlm.Pretrained(model, ByteTokenizer(has_end=True))
+    text = "Once there was a king.\r\nHe had a daughter.\n"
+    (tmp_path / "valid.txt").write_text(text, newline="")
+    of_file = lm.evaluate(str(tmp_path / "valid.txt"))
+    assert of_file == lm.evaluate(text) == lm.evaluate([text])
+    documents = lm.evaluate(["Once there was a king.", "He had a daughter."])
+    assert (documents.tokens, documents.characters) == (32, 31)
+    for data, said in (("no.txt", "'no.txt'"), ([], "0 texts"), (["\udc80"], "UTF-8"), (3, "3")):
+        with pytest.raises(UserError, match=said):
+            lm.evaluate(data)
+    with pytest.raises(UserError, match="split test"):
+        lm.evaluate([text], split="test")
 
 
 def test_version(run):

@@ -22,13 +22,14 @@ from tarflowlm.data import CharTokenizer, Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.scores import Scores, score_texts
+from tarflowlm.evaluation.likelihood import Likelihood
+from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, score_texts
 from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.model import LanguageModel
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.processes import pick_device
-from tarflowlm.requests import Edit, Score, Writing, as_texts, options_of, takes
+from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts, options_of, takes
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import check_type, checked
@@ -143,6 +144,15 @@ class Pretrained(Checkpoint):
         found = score_texts(request, self)
         return found[0] if isinstance(request.text, str) else found
 
+    @takes(Evaluation)
+    def evaluate(self, request: Evaluation) -> Likelihood:
+        """The likelihood of a text in windows, as `tarflowlm eval` measures it.
+
+        `data` is a file or a corpus, a text itself if it has a line end, or a list of texts. By
+        default it is the test split of the run's own text. `.bpc` are bits per character.
+        """
+        return evaluate_text(request, self, read_windows(request, self))
+
     @overload
     def encode(self, text: str) -> Tensor: ...
 
@@ -192,7 +202,7 @@ class Pretrained(Checkpoint):
         return (
             f"<{kind}: {self.model.num_parameters:,} parameters, context {self.config.context}, "
             f"{self.config.vocab_size:,} symbols; .write(prompt), .fill(template), .edit(text), "
-            ".score(text), .stream(prompt), .tune(data, out); or model, tokenizer = ...>"
+            ".score(text), .evaluate(data), .stream(prompt), .tune(data, out); or model, tokenizer = ...>"
         )
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -45,6 +46,7 @@ P = ParamSpec("P")
 Q = TypeVar("Q")
 R = TypeVar("R")
 S = TypeVar("S")
+Split = Literal["train", "valid", "test", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +322,29 @@ class Score(Request):
     """The text to score."""
     samples: Count = 8
     """Posterior samples averaged in the bound of a flow; the baseline is exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Request):
+    """A text whose likelihood is measured in windows."""
+
+    COMMAND = "eval"
+    data: Annotated[str | Path | Sequence[str] | None, arg("SOURCE", constructor=str)] = field(
+        default=None, kw_only=False
+    )
+    """Another text than the run's own: corpus name, file or prepared directory."""
+    split: Annotated[Split | None, arg("SPLIT", constructor=str)] = None
+    """Part of the text: train, valid or test, 90/5/5, or all of it. The default is test, or all of
+    a --data file that the model was not trained on.
+    """
+    samples: Count = 1
+    """Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO."""
+    windows: options.Count = None
+    """At most this many windows, evenly spaced; the default is all of them."""
+    stride: options.Count = None
+    """Tokens between window starts (default: the context). A smaller number lets windows overlap,
+    for the baseline and one-block flows.
+    """
 
 
 def as_texts(value: str | Sequence[str], name: str = "text") -> tuple[str, ...]:

@@ -126,6 +126,7 @@ LINES = [
     (["sample", "affine", "--temperature", "0.5"], ["temperature 0.5", "affine"]),
     (["sample", "ar", "--passes"], ["--passes", "baseline"]),
     (["sample", "no-such"], ["no-such", "english-small"]),
+    ([*EVAL, "--split", "foo"], ["split 'foo'", "choose one of train, valid, test, all"]),
     ([*EVAL, "--stride", "8"], ["stride 8", "2 blocks"]),
     (["eval", "patches-ar", "--stride", "3"], ["stride 3", "patch of 2"]),
     (["eval", "ar", "--latents"], ["baseline", "--latents"]),

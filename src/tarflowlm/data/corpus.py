@@ -19,7 +19,7 @@ import numpy as np
 
 from tarflowlm.config import DataConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.sources import SOURCE_NAMES, Source, resolve_source
+from tarflowlm.data.sources import SOURCE_NAMES, Source, Texts, resolve_source
 from tarflowlm.data.text import BLOCK, SPLITS, Piece, Split, text_pieces
 from tarflowlm.data.tokenizer import PIECE, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array
@@ -230,7 +230,7 @@ def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Sp
 
 
 def encode_text(
-    text: DataConfig,
+    text: DataConfig | Sequence[str],
     tokenizer: Tokenizer,
     split: Split | Literal["all"],
     *,
@@ -239,13 +239,18 @@ def encode_text(
     """Tokens of another text under a given tokenizer, which also normalises it; in memory.
 
     The `source` is the name of a corpus, a text file, or a directory that was prepared with this
-    very tokenizer. A split of a short text may be empty.
+    very tokenizer. A split of a short text may be empty. Texts themselves are documents if there
+    are several, and have no splits.
     """
     wanted = SPLITS if split == "all" else (split,)
-    if is_prepared(text.source):
+    source: Source
+    if not isinstance(text, DataConfig):
+        source = Texts(text, tokenizer.normalization, has_documents=len(text) > 1)
+    elif is_prepared(text.source):
         corpus = _opened(text, tokenizer)
         return np.concatenate([corpus.split(name) for name in wanted])
-    source = resolve_source(text, tokenizer.normalization, progress=progress)
+    else:
+        source = resolve_source(text, tokenizer.normalization, progress=progress)
     source.obtain()
     pieces = _pieces(source, tokenizer)
     if split == "all" and (tokenizer.end is None or not source.has_documents):

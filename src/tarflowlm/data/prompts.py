@@ -74,7 +74,7 @@ def read(
     UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or
     leaves nothing.
     """
-    _check(text, name)
+    check_text(text, name)
     how = normalize or tokenizer.normalization
     found = _normalized(tokenizer, text, how)
     _check_left(found, text, name, how)
@@ -91,7 +91,7 @@ def read_template(
     that was left to it. A blank counts as a letter: a comma next to it becomes a space. A backslash
     before the character makes it plain text, also where the model's alphabet has it.
     """
-    _check(text, "template")
+    check_text(text, "template")
     if not isinstance(blank, str) or len(blank) != 1:
         raise UserError(f"blank {blank!r}: give a single character, as --blank ☐")
     found = re.split(f"({_mark(blank)})", text)
@@ -175,7 +175,8 @@ def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
     return torch.from_numpy(tokenizer.encode(text))
 
 
-def _check(text: str, name: str) -> None:
+def check_text(text: str, name: str) -> None:
+    """UserError, which calls the text `name`, if it is no text, empty or not UTF-8."""
     check_type(text, name, str, "give a text, a str")
     if not text:
         raise UserError(f"the {name} is empty: give at least one character")

@@ -1,11 +1,16 @@
-"""The bits of every token of a text, and of many texts at once."""
+"""Texts under a model: the bits of every token, and the likelihood of a whole text.
 
+A text is a request's: a corpus or a file, or a text itself.
+"""
+
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -13,14 +18,19 @@ from torch import Generator, Tensor
 
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data.prompts import read
-from tarflowlm.data.windows import spans
-from tarflowlm.errors import SILENT, Progress
-from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.data import SOURCE_NAMES, Tokenizer, encode_text, look, prepare_corpus
+from tarflowlm.data.prompts import check_text, read
+from tarflowlm.data.sources import HUB, split_field
+from tarflowlm.data.windows import Array, sliding_windows, spans
+from tarflowlm.errors import SILENT, Progress, UserError, counted
+from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
-from tarflowlm.requests import Score, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.processes import ALONE, Processes
+from tarflowlm.requests import Evaluation, Score, Split, as_texts
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest
 from tarflowlm.schema import Count, Seed, checked
+
+log = logging.getLogger("tarflowlm")
 
 
 @dataclass(frozen=True, repr=False)
@@ -200,3 +210,122 @@ def _mean_nats(
         scored = nats.unflatten(1, rows.shape[:2])[..., givens[some.start] :]
         found.append(scored.flatten(2))
     return torch.cat(found, dim=2).transpose(0, 1)
+
+
+# the likelihood of a text in windows
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text in windows, as it is evaluated."""
+
+    source: str
+    """Its name."""
+    split: Split
+    tokens: Array
+    """All tokens of the split."""
+    windows: Tensor
+    """[W, T]."""
+    given: Tensor
+    """Tokens at the start of each that are context only, [W]."""
+    stride: int
+
+
+def evaluate_text(
+    request: Evaluation,
+    lm: Checkpoint,
+    text: Windows,
+    progress: Progress = SILENT,
+    processes: Processes = ALONE,
+) -> Likelihood:
+    """The likelihood of the text that `read_windows` has read for a request."""
+    return evaluate(
+        lm.model,
+        text.windows,
+        torch.from_numpy(lm.tokenizer.characters_per_token),
+        bytes_per_token=torch.from_numpy(lm.tokenizer.bytes_per_token),
+        given=text.given,
+        samples=request.samples,
+        seed=request.seed,
+        progress=progress,
+        processes=processes,
+    )
+
+
+def read_windows(request: Evaluation, lm: Checkpoint, progress: Progress = SILENT) -> Windows:
+    """The text to measure, the request's or the run's own, in windows.
+
+    A corpus keeps the split of training. UserError for the text of a shipped model, and for windows
+    that the model cannot take.
+    """
+    tokenizer = lm.tokenizer.with_normalization(request.normalize)
+    data = str(request.data) if isinstance(request.data, Path) else request.data
+    if isinstance(data, str | None) and "\n" not in (data or ""):
+        source, split, tokens = _read_source(data, request.split, lm, tokenizer, progress)
+    else:
+        texts = as_texts(data, "data")
+        for text in texts:
+            check_text(text, "text")
+        if not texts or request.split not in (None, "all"):
+            what = f"data of {counted(len(texts), 'text')}, split {request.split}"
+            raise UserError(f"{what}: give at least one text, and no split")
+        source, split = counted(len(texts), "text"), "all"
+        tokens = encode_text(texts, tokenizer, split, progress=progress)
+    context = lm.model.config.context
+    patch = lm.model.config.patch
+    if patch <= len(tokens) < context and split == "all":
+        context = len(tokens) - len(tokens) % patch
+        what = f"one window of {counted(context, 'token')}"
+        log.info("the text is shorter than the context: %s", what)
+    stride = context if request.stride is None else request.stride
+    windows, given = sliding_windows(tokens, context, stride, request.windows)
+    if stride % patch:
+        raise UserError(f"stride {stride}: must be a multiple of the patch of {patch} tokens")
+    if stride < context and lm.model.num_blocks > 1:
+        rule = f"windows slide for one block, and this model has {lm.model.num_blocks} blocks"
+        raise UserError(f"stride {stride}: {rule}; leave --stride out")
+    return Windows(source, split, tokens, windows, given, stride)
+
+
+def _read_source(
+    data: str | None,
+    split: Split | None,
+    lm: Checkpoint,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> tuple[str, Split, Array]:
+    """The source `data`, or the run's own, its split, and the tokens of that.
+
+    By default this is all of a file that the model was not trained on, else the test split.
+    """
+    ours = lm.run.data
+    source = ours.source if data is None else data
+    is_own = _path_of(source) == _path_of(ours.source)
+    is_named = source in SOURCE_NAMES or source.startswith(HUB)
+    if split is None:
+        is_other = data is not None and not is_named and not is_own and _path_of(source).is_file()
+        split = "all" if is_other else "test"
+    if data is None and not is_named and not _path_of(source).exists():
+        what = f"cannot find the training text {source} of {lm.directory.name}"
+        raise UserError(f"{what}: pass --data tales or --data FILE")
+    text = replace(ours, source=source, unwrap=ours.unwrap and is_own)
+    is_corpus = data is None or is_named or Path(source).is_dir()
+    if split == "all" or not is_corpus:
+        tokens = encode_text(text, tokenizer, split, progress=progress)
+        # before the work, so that an unreadable text costs one line
+        seen = look(text)
+        problem = seen.misfit(tokenizer)
+        if problem is not None:
+            log.info("%s", problem)
+        elif tokenizer.normalization == "text8":
+            seen.tell("text8", "english-small")
+        return source, split, tokens
+    corpus = prepare_corpus(text, tokenizer, progress=progress)
+    if data is None and corpus_digest(lm.directory) not in (None, corpus.fingerprint):
+        what = f"{source} has changed since training: its {split} split may hold text of that"
+        log.info("%s", what)
+    return source, split, corpus.split(split)
+
+
+def _path_of(source: str) -> Path:
+    return Path(split_field(source)[0]).resolve()
