@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
-from tarflowlm.cli.evaluate import Split
 from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.options import Count, Normalized, Number, Seeded, arg
+from tarflowlm.requests import Split
 
 if TYPE_CHECKING:
     from reproduction.quality import Quality
@@ -54,8 +54,8 @@ class Args(OfModel, Seeded, Normalized):
 def run(args: Args) -> None:
     from reproduction.judges import load_judge
     from reproduction.quality import SamplingConfig, measure_quality
-    from tarflowlm.cli.evaluate import read_text
     from tarflowlm.data import eval_windows
+    from tarflowlm.evaluation.scores import read_source
     from tarflowlm.processes import pick_device
     from tarflowlm.terminal.bars import Bars, print_json
 
@@ -81,7 +81,7 @@ def run(args: Args) -> None:
     judge = load_judge(args.judge, pick_device(args.device))
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     with Bars() as bars:
-        source, tokens = read_text(checkpoint, tokenizer, args.data, args.split, bars)
+        source, _, tokens = read_source(args.data, args.split, checkpoint, tokenizer, bars)
         found = measure_quality(
             checkpoint.model,
             tokenizer,

@@ -41,6 +41,32 @@ def test_write(loaded):
     assert loaded.decode(same.tokens[0]) == text
 
 
+def test_every_call_refuses_weights_that_are_not_finite(tmp_path):
+    lm = tarflowlm.Pretrained(tiny_flow(vocab_size=27, context=16).float(), TEXT8)
+    torch.nn.init.constant_(lm.model.prior.block(0).transformer.layers[0].down.weight, torch.nan)
+    calls = [
+        lambda: lm.write("the", num_tokens=8),
+        lambda: lm.fill("the _ of"),
+        lambda: list(lm.stream("the", num_tokens=8)),
+        lambda: lm.edit("the king"),
+        lambda: lm.score("the king"),
+        lambda: lm.evaluate("the king\n"),
+        lambda: lm.save_pretrained(tmp_path / "own"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="is not finite; the run diverged"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_list_of_templates_gives_the_texts_of_each(loaded):
+    templates = ["The ___ of", "a_c"]
+    texts = loaded.fill(templates, particles=2, seed=3)
+    assert texts == [loaded.fill(one, particles=2, seed=3) for one in templates]
+    assert len(loaded.fill(templates, particles=2, num=2)) == 4
+    assert loaded.fill([]) == []
+
+
 def test_write_fills_blanks(loaded):
     for options in (
         {"template": "The ___ of", "particles": 2},
@@ -87,6 +113,10 @@ def test_a_model_of_one_s_own_loop_is_used_everywhere(run_json, tmp_path, build,
     assert lm.to("cpu").device == torch.device("cpu")
     text = lm.write("the ", num_tokens=12, seed=1, temperature=1.0)
     folder = lm.save_pretrained(tmp_path / "own")
+    with pytest.raises(UserError, match="overwrite=True"):
+        lm.save_pretrained(folder)
+    assert lm.save_pretrained(folder, overwrite=True) == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
     again = tarflowlm.load(folder)
     assert again.write("the ", num_tokens=12, seed=1) == text
     argv = ["sample", folder, "--prompt", "the ", "--length", 12, "--seed", 1]

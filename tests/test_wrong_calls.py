@@ -56,6 +56,8 @@ REFUSED = [
     ('elbo(flow, "the cat")', ["'the cat'", "tokenizer.encode"]),
     ("elbo(flow, tokens[None] + 99)", ["0 to 26"]),
     ("elbo(flow, -tokens[None])", ["hold -", "0 to 26"]),
+    ("elbo(flow, tokens[None].byte())", ["torch.uint8", ".long()"]),
+    ("flow.prior(noise.half())", ["torch.float16", "float32"]),
     ("elbo(flow, tokens.repeat(25)[None])", ["300", "256", "score"]),
     ("elbo(flow, tokens[:0][None])", ["[1, 0]", "at least one"]),
     ("elbo(baseline, tokens[None])", ["baseline", "log_prob"]),

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 
@@ -87,6 +88,7 @@ Record = dict[str, str | int | float]
 """A line of metrics.jsonl."""
 
 
+@dataclass(eq=False)  # for its repr, which `help` shows as a default
 class Progress:
     """The calls that long work makes. Subclasses show them; this class shows nothing."""
 

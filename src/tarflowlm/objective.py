@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tarflowlm import chunks
 from tarflowlm.errors import UserError
-from tarflowlm.model import ElboTerms, LanguageModel, TarFlowLM, as_flow, check_tokens
+from tarflowlm.model import ElboTerms, LanguageModel, as_flow, check_tokens
 from tarflowlm.schema import Count, check_generator, check_type, checked
 
 
 def elbo(
-    model: TarFlowLM,
+    model: LanguageModel,
     tokens: Int[Tensor, "B T"],
     *,
     generator: torch.Generator | None = None,
@@ -24,7 +24,7 @@ def elbo(
     `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline.
 
     Example:
-        >>> from tarflowlm import FlowConfig
+        >>> from tarflowlm import FlowConfig, TarFlowLM
         >>> from tarflowlm.model import seeded
         >>> with seeded(0):
         ...     model = TarFlowLM(FlowConfig(vocab_size=27, context=8))
@@ -35,16 +35,16 @@ def elbo(
         >>> round(terms.nelbo.item() / 8, 2), round(math.log(27), 2)  # a new model knows nothing
         (3.3, 3.3)
     """
-    as_flow(model, "elbo of the discrete baseline: model.log_prob(tokens) is exact")
-    check_tokens(model, tokens)
+    flow = as_flow(model, "elbo of the discrete baseline: model.log_prob(tokens) is exact")
+    check_tokens(flow, tokens)
     check_generator(generator)
-    drawn = model.draw_noise(tokens, generator) if noise is None else noise
+    drawn = flow.draw_noise(tokens, generator) if noise is None else noise
     check_type(drawn, "noise", Tensor, "give a tensor [B, T, d]")
-    shape = [*tokens.shape, model.config.latent_dim]
-    if list(drawn.shape) != shape or drawn.dtype != model.codebook.mean.dtype:
+    shape = [*tokens.shape, flow.config.latent_dim]
+    if list(drawn.shape) != shape or drawn.dtype != flow.codebook.mean.dtype:
         what = f"noise of shape {list(drawn.shape)} and type {drawn.dtype}"
-        raise UserError(f"{what}: give {shape} and {model.codebook.mean.dtype}")
-    terms, _ = model.terms(tokens, drawn)
+        raise UserError(f"{what}: give {shape} and {flow.codebook.mean.dtype}")
+    terms, _ = flow.terms(tokens, drawn)
     return terms.of_texts()
 
 

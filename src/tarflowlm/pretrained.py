@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -25,16 +25,17 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, score_texts
 from tarflowlm.generation.texts import Samples, write_texts
-from tarflowlm.model import LanguageModel
+from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.processes import pick_device
 from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts, options_of, takes
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
-from tarflowlm.schema import check_type, checked
+from tarflowlm.schema import check_type
 from tarflowlm.sharing import push_to_hub, save_pretrained
 
+Model = TypeVar("Model", bound=LanguageModel, covariant=True)
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
 Several = list[str] | tuple[str, ...]
 OWN = Path(os.devnull, "own")
@@ -42,8 +43,8 @@ OWN = Path(os.devnull, "own")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pretrained(Checkpoint):
-    """A model in eval mode with its tokenizer, as `load` returns it.
+class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
+    """A model in eval mode with its tokenizer, as `load` returns it: a pair of both.
 
         model, tokenizer = tarflowlm.load("english-small")
         lm = Pretrained(model, tokenizer)  # also a model from a training loop of your own
@@ -52,10 +53,17 @@ class Pretrained(Checkpoint):
     of TEXT8 gets lower case and spelled digits.
     """
 
+    model: Model
     run: RunConfig = field(default=None)  # type: ignore[assignment]
     """The configuration of its training; a model of your own gets one of its shape."""
     info: dict[str, str] = field(default_factory=dict)
     directory: Path = OWN
+
+    def __new__(cls, model: Model, tokenizer: Tokenizer, *_rest: object, **_more: object) -> Self:
+        return super().__new__(cls, (model, tokenizer))
+
+    def __getnewargs__(self) -> tuple[Model, Tokenizer]:
+        return self.model, self.tokenizer  # of which `copy` makes another
 
     def __post_init__(self) -> None:
         check_type(self.model, "model", LanguageModel, "give a module of tarflowlm")
@@ -69,10 +77,6 @@ class Pretrained(Checkpoint):
             check_finite(self.model.state_dict(), "model")
             object.__setattr__(self, "run", _own_run(self.model, self.tokenizer))
             object.__setattr__(self, "info", {"blocks": str(self.model.num_blocks)})
-
-    def __iter__(self) -> Iterator[Any]:
-        """The model and its tokenizer."""
-        yield from (self.model, self.tokenizer)
 
     @property
     def config(self) -> LanguageModelConfig:
@@ -99,22 +103,18 @@ class Pretrained(Checkpoint):
         texts = write_texts(request, self)
         return texts[0] if is_one else texts
 
-    @takes(Writing)
-    def samples(self, request: Writing) -> list[str]:
-        """Like `write`, but always a list: `num` texts of every prompt, in order."""
-        return write_texts(request, self)
-
     @options_of(Writing)
-    def fill(self, template: str, **options: Any) -> str | Any:
+    def fill(self, template: str | Sequence[str], **options: Any) -> str | Any:
         """`template` with each of its blanks, marked by `blank`, filled with one token.
 
-        [...] stands for 1 to 8 tokens, [...12] for 1 to 12: as many as suit the text around them.
+        A list of templates gives a list with the texts of each. [...] stands for 1 to 8 tokens,
+        [...12] for 1 to 12: as many as suit the text around them.
         Options as in `write`; the template sets the length. By default the text after a blank
         weights 16 `particles`.
         """
-        request = Writing(template=checked(template, str, "template"), **options)
-        texts = write_texts(request, self)
-        return texts[0] if request.num is None else texts
+        requests = [Writing(template=one, **options) for one in as_texts(template, "template")]
+        texts = [text for request in requests for text in write_texts(request, self)]
+        return texts[0] if isinstance(template, str) and options.get("num") is None else texts
 
     @takes(Writing)
     def stream(self, request: Writing) -> Iterator[str]:
@@ -181,7 +181,7 @@ class Pretrained(Checkpoint):
         seed: int = 0,
         unwrap: bool = False,
         device: str = "auto",
-    ) -> "Pretrained":
+    ) -> "Pretrained[LanguageModel]":
         """Train the model further on a text, and return the result.
 
         This takes 10 minutes unless `minutes` or `steps` say otherwise. `unwrap` makes one line of
@@ -202,11 +202,25 @@ class Pretrained(Checkpoint):
         return (
             f"<{kind}: {self.model.num_parameters:,} parameters, context {self.config.context}, "
             f"{self.config.vocab_size:,} symbols; .write(prompt), .fill(template), .edit(text), "
-            ".score(text), .evaluate(data), .stream(prompt), .tune(data, out); or model, tokenizer = ...>"
+            ".score(text), .evaluate(data), .stream(prompt), .tune(data, out); or "
+            "model, tokenizer = ...>"
         )
 
 
-def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
+@overload
+def load(
+    directory: Literal["english-small", "english-mini", "english-passes"],
+    device: str | torch.device = ...,
+) -> Pretrained[TarFlowLM]: ...
+
+
+@overload
+def load(directory: str | Path, device: str | torch.device = ...) -> Pretrained[LanguageModel]: ...
+
+
+def load(
+    directory: str | Path, device: str | torch.device = "cpu"
+) -> Pretrained[TarFlowLM] | Pretrained[LanguageModel]:
     """The model, in eval mode, with its tokenizer.
 
     `directory` is a run directory, the name of a shipped model, or hf:OWNER/NAME; `device` one of
@@ -218,7 +232,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretraine
 
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu"
-) -> Pretrained:
+) -> Pretrained[LanguageModel]:
     """Load as `load` does; OWNER/NAME alone names a model of the hub if there is no such folder.
 
     `revision` is a branch, tag or commit of a model on the hub.
@@ -244,7 +258,7 @@ def train(
     seed: int | None = None,
     device: str = "auto",
     **values: Any,
-) -> Pretrained:
+) -> Pretrained[LanguageModel]:
     """Train a preset or a configuration in the directory `out`, and load the model.
 
     Repeated, the call continues a run that was stopped. `minutes` or `steps` set the length, `data`
@@ -262,14 +276,14 @@ def train(
     return _trained(config, out, device, None)
 
 
-def resume(out: str | Path, *, device: str = "auto") -> Pretrained:
+def resume(out: str | Path, *, device: str = "auto") -> Pretrained[LanguageModel]:
     """Continue the run in `out`, or load it if it is finished."""
     return _trained(None, out, device, None)
 
 
 def _trained(
     run: RunConfig | None, out: str | Path, device: str, parent: Checkpoint | None
-) -> Pretrained:
+) -> Pretrained[LanguageModel]:
     from tarflowlm.terminal.bars import ProgressReporter
     from tarflowlm.training import train as training
 

@@ -194,9 +194,12 @@ def check_integers(tokens: object, name: str, *shapes: str) -> None:
     check_type(tokens, name, torch.Tensor, wanted)
     assert isinstance(tokens, torch.Tensor)
     dimensions = [shape.count(",") + 1 for shape in shapes]
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    if tokens.dtype not in integers or tokens.dim() not in dimensions:
-        raise UserError(f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}: {wanted}")
+    # those by which PyTorch looks up embeddings; a uint8 tensor would index as a mask
+    is_wide = tokens.dtype in (torch.int64, torch.int32)
+    if not is_wide or tokens.dim() not in dimensions:
+        what = f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}"
+        narrow = "" if is_wide or tokens.is_floating_point() else "; .long() widens these"
+        raise UserError(f"{what}: {wanted}{narrow}")
 
 
 def check_generator(generator: object) -> None:

@@ -28,6 +28,7 @@ from tarflowlm.runs.checkpoint import (
     read_summary,
 )
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, hub_errors, read_card
+from tarflowlm.runs.records import is_export
 from tarflowlm.schema import check_type, flatten
 
 FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a
@@ -46,26 +47,37 @@ def save_pretrained(
     half: bool = False,
     licence: str | None = None,
     repository: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
     A README.md next to the weights becomes the card. `half` as in `export`, `licence` an identifier
-    of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to name.
+    of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to name. `overwrite`
+    replaces a saved model in the folder, but never a run with the log of its training.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
+    target = place = Path(folder)
+    if is_export(target):
+        if not overwrite:
+            raise UserError(f"{target} exists already: choose another, or pass overwrite=True")
+        place = target.with_name(f".{target.name}.new")
+        shutil.rmtree(place, ignore_errors=True)
     try:
-        folder = export(checkpoint, folder, half=half)
+        export(checkpoint, place, half=half)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another") from None
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another") from None
     try:
         # the samples on the card are drawn with the weights that are saved
-        saved = load_checkpoint(folder)
-        card = model_card(saved, checkpoint.directory, repository or folder.name, licence)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        saved = load_checkpoint(place)
+        card = model_card(saved, checkpoint.directory, repository or target.name, licence)
+        (place / CARD).write_text(card, encoding="utf-8")
+        if place != target:
+            shutil.rmtree(target)
+            place.rename(target)
     except BaseException:
-        shutil.rmtree(folder)
+        shutil.rmtree(place, ignore_errors=True)
         raise
-    return folder
+    return target
 
 
 def push_to_hub(

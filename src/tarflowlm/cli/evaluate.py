@@ -1,10 +1,8 @@
 """`tarflowlm eval`: the likelihood of a text, and on request the latents of every block."""
 
 import time
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.errors import counted
@@ -18,12 +16,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(OfModel):
+class Args(OfModel, Evaluation):
     """Measure the likelihood of a text; on request, the latents of every block."""
 
-    evaluation: Annotated[Evaluation, tyro.conf.arg(name="", help="")] = field(
-        default_factory=Evaluation
-    )
     latents: Flag = False
     """Also the geometry of the state after every block, and its share of the bound."""
 
@@ -35,7 +30,6 @@ def run(args: Args) -> None:
     from tarflowlm.model import as_flow
     from tarflowlm.processes import LONG, launched
 
-    request = args.evaluation
     with launched(args.device, LONG) as processes, Bars() as bars:
         with processes.first_alone():  # model and text may have to be downloaded
             lm = load_checkpoint(args.directory, processes.device)
@@ -44,16 +38,16 @@ def run(args: Args) -> None:
                 f"{directory} is the discrete baseline, which has no latents: leave --latents out"
             )
             flow = as_flow(lm.model, refusal) if args.latents else None
-            text = read_windows(request, lm, bars)
-        is_sampled = request.samples > 1 and not lm.model.is_exact
-        samples = f", {request.samples} samples each" if is_sampled else ""
+            text = read_windows(args, lm, bars)
+        is_sampled = args.samples > 1 and not lm.model.is_exact
+        samples = f", {args.samples} samples each" if is_sampled else ""
         count, context = text.windows.shape
         what = f"{counted(count, 'window')} of {counted(context, 'token')}{samples}"
         where = f"{text.source}, {text.split}"
         print_notice(f"evaluating {what}: {where}")
         bars.stage("evaluating, windows", count)
         start = time.perf_counter()
-        likelihood = evaluate_text(request, lm, text, bars, processes)
+        likelihood = evaluate_text(args, lm, text, bars, processes)
         reading: dict[str, object] = {
             "source": text.source,
             "split": text.split,
@@ -64,9 +58,9 @@ def run(args: Args) -> None:
         }
         states = None
         if flow is not None and processes.first:
-            windows = eval_windows(text.tokens, flow.config.context, request.windows)
+            windows = eval_windows(text.tokens, flow.config.context, args.windows)
             bars.stage("latents, windows", len(windows))
-            states = latent_report(flow, windows, seed=request.seed, progress=bars)
+            states = latent_report(flow, windows, seed=args.seed, progress=bars)
     if args.json:
         latents = {} if states is None else {"latents": [asdict(state) for state in states]}
         print_json(likelihood.to_json() | reading | latents)

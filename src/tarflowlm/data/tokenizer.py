@@ -170,7 +170,15 @@ class Tokenizer:
     @cached_property
     def symbols(self) -> list[str]:
         r"""[V]: every token as a printable string, with unprintable characters escaped (`\n`)."""
-        return [_printable(token) for token in self.token_bytes]
+        found = []
+        for token in self.token_bytes:
+            try:
+                text = token.decode("utf-8")
+                found.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+            except UnicodeDecodeError:
+                shown = (chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
+                found.append("".join(shown))
+        return found
 
     @cached_property
     def holds_spaces(self) -> bool:
@@ -338,11 +346,3 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _file(path: str | os.PathLike[str]) -> Path:
     return Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
-
-
-def _printable(token: bytes) -> str:
-    try:
-        text = token.decode("utf-8")
-    except UnicodeDecodeError:
-        return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -30,7 +30,7 @@ from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Edit, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, check_finite
 
 TEMPERATURE = 0.7
 """Temperature of new words where block 1 has weights of tokens, else 1."""
@@ -57,6 +57,7 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
     UserError for a baseline, and for a text that the model cannot read.
     """
     flow = as_flow(lm.model, "a discrete baseline has no latents to edit: give a flow")
+    check_finite(flow.state_dict(), "model")
     text = read(lm.tokenizer, request.text, normalize=request.normalize)
     length = len(text.tokens)
     context = flow.config.context

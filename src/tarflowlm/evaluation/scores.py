@@ -27,7 +27,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Evaluation, Score, Split, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest
+from tarflowlm.runs.checkpoint import Checkpoint, check_finite, corpus_digest
 from tarflowlm.schema import Count, Seed, checked
 
 log = logging.getLogger("tarflowlm")
@@ -98,6 +98,7 @@ class Scores:
 
 def score_texts(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> list[Scores]:
     """The bits of every text of a request, read like the model's training text."""
+    check_finite(lm.model.state_dict(), "model")
     texts = as_texts("" if request.text is None else request.text, "text")
     readings = [read(lm.tokenizer, text, normalize=request.normalize) for text in texts]
     tokens = [reading.tokens for reading in readings]
@@ -258,10 +259,11 @@ def read_windows(request: Evaluation, lm: Checkpoint, progress: Progress = SILEN
     A corpus keeps the split of training. UserError for the text of a shipped model, and for windows
     that the model cannot take.
     """
+    check_finite(lm.model.state_dict(), "model")
     tokenizer = lm.tokenizer.with_normalization(request.normalize)
     data = str(request.data) if isinstance(request.data, Path) else request.data
-    if isinstance(data, str | None) and "\n" not in (data or ""):
-        source, split, tokens = _read_source(data, request.split, lm, tokenizer, progress)
+    if data is None or (isinstance(data, str) and "\n" not in data):
+        source, split, tokens = read_source(data, request.split, lm, tokenizer, progress)
     else:
         texts = as_texts(data, "data")
         for text in texts:
@@ -287,7 +289,7 @@ def read_windows(request: Evaluation, lm: Checkpoint, progress: Progress = SILEN
     return Windows(source, split, tokens, windows, given, stride)
 
 
-def _read_source(
+def read_source(
     data: str | None,
     split: Split | None,
     lm: Checkpoint,
@@ -300,15 +302,14 @@ def _read_source(
     """
     ours = lm.run.data
     source = ours.source if data is None else data
-    is_own = _path_of(source) == _path_of(ours.source)
+    path, own = (Path(split_field(one)[0]).resolve() for one in (source, ours.source))
     is_named = source in SOURCE_NAMES or source.startswith(HUB)
     if split is None:
-        is_other = data is not None and not is_named and not is_own and _path_of(source).is_file()
-        split = "all" if is_other else "test"
-    if data is None and not is_named and not _path_of(source).exists():
+        split = "all" if not is_named and path.is_file() and path != own else "test"
+    if data is None and not is_named and not path.exists():
         what = f"cannot find the training text {source} of {lm.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
-    text = replace(ours, source=source, unwrap=ours.unwrap and is_own)
+    text = replace(ours, source=source, unwrap=ours.unwrap and path == own)
     is_corpus = data is None or is_named or Path(source).is_dir()
     if split == "all" or not is_corpus:
         tokens = encode_text(text, tokenizer, split, progress=progress)
@@ -325,7 +326,3 @@ def _read_source(
         what = f"{source} has changed since training: its {split} split may hold text of that"
         log.info("%s", what)
     return source, split, corpus.split(split)
-
-
-def _path_of(source: str) -> Path:
-    return Path(split_field(source)[0]).resolve()

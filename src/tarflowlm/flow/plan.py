@@ -59,9 +59,11 @@ class Order(nn.Module):
         self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
     def forward(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        if z.ndim != 3 or z.shape[-1] != len(self.channels):
+        is_wide = z.dtype in (torch.float32, torch.float64)
+        if z.ndim != 3 or z.shape[-1] != len(self.channels) or not is_wide:
             wanted = f"[B, N, {len(self.channels)}] after tokens are joined to positions"
-            raise UserError(f"latents of shape {list(z.shape)}: the block takes {wanted}")
+            what = f"latents of shape {list(z.shape)} and type {z.dtype}"
+            raise UserError(f"{what}: the block takes {wanted}, in float32 or wider")
         return self.positions(z[..., self.channels] if self.mixes else z)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:

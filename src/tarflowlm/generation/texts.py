@@ -19,7 +19,7 @@ from tarflowlm.generation.sampling import Generation, Meter, row_generators
 from tarflowlm.generation.write import write
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Writing, as_texts
-from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, check_finite
 
 EVERY = 8
 """Check every 8 tokens whether all samples have ended."""
@@ -44,6 +44,7 @@ class Samples:
     """The batches that this process writes: consecutive samples that are written together."""
 
     def __post_init__(self) -> None:
+        check_finite(self.lm.model.state_dict(), "model")
         stops = as_texts(self.request.stop, "stop")
         how = self.request.normalize
         read_stops = [read(self.lm.tokenizer, x, name="stop", normalize=how).text for x in stops]

@@ -200,7 +200,8 @@ def read_drafter(path: Path) -> Drafter | None:
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """UserError unless all weights of a model are finite."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        # the sum takes a tenth of the time
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not finite; the run diverged")
 
 
@@ -239,6 +240,7 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
     `half` stores the matrices of linear layers, and the ones between channels of a head, in
     bfloat16, which loading converts to float32. Paths in the configuration are cut to file names.
     """
+    check_finite(checkpoint.model.state_dict(), "model")
     data = checkpoint.run.data
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
