@@ -106,9 +106,13 @@ def test_files_of_a_folder_do_not_import_in_circles(package):
     graphlib.TopologicalSorter(graph).prepare()
 
 
+SERVED = {"studio": {"gradio"}, "serve": {"starlette"}}
+"""Optional packages at the top of files of an application."""
+
+
 def test_optional_packages_are_imported_where_used():
-    """At the top of a file stand the standard library and the core dependencies, in the studio
-    gradio as well.
+    """A file imports the standard library and the core dependencies at its top; what serves pages
+    also its own package.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     core = (
@@ -117,7 +121,7 @@ def test_optional_packages_are_imported_where_used():
         | {"tarflowlm", "tarflowlm_apps"}
     )
     for module, path in (MODULES | APPLICATIONS).items():
-        allowed = core | ({"gradio"} if module.startswith("studio") else set())
+        allowed = core | SERVED.get(module.split(".")[0], set())
         assert {name.split(".")[0] for name in imports(path, at_top=True)} <= allowed, module
 
 

@@ -58,7 +58,7 @@ SMALL = [
     "--device=cpu",
 ]
 """Makes a training tiny. The last of several values of an option counts."""
-ELSEWHERE = {"quickstart", "report", "studio", "harness"}
+ELSEWHERE = {"quickstart", "report", "studio", "serve", "harness"}
 """Commands that are slow, serve or fetch: tests of their own run them."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

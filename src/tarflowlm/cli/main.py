@@ -29,6 +29,7 @@ COMMANDS = {
     "edit": "tarflowlm.cli.edit",
     "report": "tarflowlm_apps.report.command",
     "studio": "tarflowlm_apps.studio.command",
+    "serve": "tarflowlm_apps.serve.command",
     "export": "tarflowlm.cli.export",
     "push": "tarflowlm.cli.push",
     "harness": "tarflowlm_apps.lm_eval.command",

@@ -2,25 +2,12 @@
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tarflowlm.errors import UserError
+from tarflowlm_apps.address import LOOPBACK
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.pieces import HEAD
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def check_address(host: str, port: int | None) -> None:
-    """UserError if nothing can be served at the host, or at its port if one is given."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port or 0), family=family).close()
-    except OSError as error:
-        where = host if port is None else f"{host}, port {port}"
-        raise UserError(f"cannot serve at {where} ({error.strerror}): choose another") from None
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 
 from tarflowlm.errors import UserError, check_package
+from tarflowlm_apps.address import listen
 from tarflowlm_apps.studio import job
 from tarflowlm_apps.studio.job import Job
-from tarflowlm_apps.studio.server import check_address
 
 
 def endless(job: Job) -> None:
@@ -79,10 +79,10 @@ def test_a_port_that_is_taken_and_a_host_elsewhere_are_named():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} .*: choose another"):
-            check_address("127.0.0.1", port)
-        check_address("127.0.0.1", None)
+            listen("127.0.0.1", port)
+        listen("127.0.0.1", None).close()
     with pytest.raises(UserError, match=r"cannot serve at 192\.0\.2\.1 "):
-        check_address("192.0.2.1", None)
+        listen("192.0.2.1", None)
 
 
 def test_missing_extra_is_named(monkeypatch):

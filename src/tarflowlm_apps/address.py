@@ -1,0 +1,54 @@
+"""Where an application serves: by default, at an address that this machine alone reaches."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from tarflowlm.cli.options import OnDevice
+from tarflowlm.errors import UserError
+from tarflowlm.options import Count, arg
+from tarflowlm.terminal.bars import print_notice
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(OnDevice):
+    """A command that serves."""
+
+    port: Count = None
+    """Port to serve at: by default 8000 for `serve`, the first free one from 7860 on for `studio`.
+    """
+    host: Annotated[str, arg("ADDRESS")] = "127.0.0.1"
+    """Address to serve at. The default is reached from this machine alone; 0.0.0.0 is reached from
+    everywhere.
+    """
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.port is not None and self.port > 65535:
+            yield "port", "must be from 1 to 65535"
+        if not self.host.strip():
+            yield "host", "give an address, as 127.0.0.1"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine is served."""
+        return self.host in LOOPBACK
+
+    def warn(self, what: str) -> None:
+        """Say who can use `what` is served, if it is not this machine alone."""
+        if not self.is_local:
+            print_notice(
+                f"anyone who can reach {self.host} can use this {what}, without a password"
+            )
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket at a host, and at its port if one is given. UserError if there can be none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port or 0), family=family)
+    except OSError as error:
+        where = host if port is None else f"{host}, port {port}"
+        raise UserError(f"cannot serve at {where} ({error.strerror}): choose another") from None

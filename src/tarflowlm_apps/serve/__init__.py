@@ -1,0 +1,1 @@
+"""Models behind the completions of the OpenAI interface (docs/serve.md)."""

@@ -1,0 +1,237 @@
+"""A request for completions, and its choices, in the words of the OpenAI interface."""
+
+import math
+import secrets
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Annotated, Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.data.prompts import TextStream, read
+from tarflowlm.data.windows import spans
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.scores import score
+from tarflowlm.generation.inversion import Returning
+from tarflowlm.generation.texts import Samples
+from tarflowlm.requests import Writing, as_texts
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.schema import Checked, Count, Range, Seed, Share, TopP, Whole
+
+MOST = 65_536  # tokens of all texts of a request, given and new ones
+EVERY = 16  # tokens between two looks whether the client still waits, unless it gets a stream
+BLANK = "\ue000"  # for private use: no text has it
+NO_PENALTY = Range(least=0, most=0, remedy="there are no penalties, leave it out")
+NOTHING = torch.zeros(0, dtype=torch.long)
+Part = dict[str, Any]
+"""The next text of a choice; the last part has its `finish_reason`."""
+Scored = tuple[str, float | None, dict[str, float | None]]
+"""A token, its log-probability in nats, and those of others; None for the start of a text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(Checked):
+    """The body of a request. A field that would have no effect is unknown here, and refused."""
+
+    EXCLUSIVE: ClassVar = {"suffix": ("stop", "echo", "logprobs")}
+
+    model: str
+    prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] = ""
+    suffix: str = ""
+    max_tokens: Whole = 16
+    temperature: Annotated[float, Range(least=0)] | None = None
+    top_p: TopP | None = None
+    top_k: Count | None = None
+    min_p: Share | None = None
+    n: Annotated[int, Range(least=1, most=128)] = 1
+    stop: str | Sequence[str] = ()
+    seed: Seed | None = None
+    stream: bool = False
+    stream_options: object = None
+    logprobs: Annotated[int, Range(least=0, most=20)] | None = None
+    echo: bool = False
+    presence_penalty: Annotated[float, NO_PENALTY] = 0.0
+    frequency_penalty: Annotated[float, NO_PENALTY] = 0.0
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if len(as_texts(self.stop)) > 16:
+            yield "stop", "give at most 16 texts"
+        if not self.prompt and not isinstance(self.prompt, str):
+            yield "prompt", "give at least one"
+        if self.suffix and not isinstance(self.prompt, str):
+            yield "suffix", "it needs one prompt, a text"
+
+    def writing(self, prompts: list[str]) -> Writing:
+        """The request for texts. A greedy one has temperature 0."""
+        gap = None
+        if self.suffix:
+            gap = f"{self.prompt}[...{self.max_tokens}]{self.suffix}"
+            if gap.count("[...") > 1:
+                raise UserError("prompt or suffix has '[...', the mark of a blank: change it")
+        is_greedy = self.temperature == 0
+        return Writing(
+            prompt=None if gap or prompts == [""] else prompts,
+            template=gap,
+            blank=BLANK if gap else "_",
+            max_new_tokens=None if gap else self.max_tokens,
+            temperature=None if is_greedy else self.temperature,
+            top_k=1 if is_greedy else self.top_k,
+            top_p=None if is_greedy else self.top_p,
+            min_p=None if is_greedy else self.min_p,
+            stop=self.stop,
+            num=self.n,
+            seed=secrets.randbelow(2**62) if self.seed is None else self.seed,
+        )
+
+
+class Row:
+    """A text that grows: what of it is new, and has not been sent yet."""
+
+    def __init__(self, samples: Samples, index: int, prompt: str) -> None:
+        self.index = index
+        tokenizer = samples.lm.tokenizer
+        reading = samples.plan(index).reading
+        pieces = [] if reading is None else reading.parts[::2] or [reading.tokens]
+        before, after = cast(list[Tensor], [*pieces, NOTHING, NOTHING][:2])
+        self.given = len(before) + len(after)
+        """Tokens of the prompt and the suffix."""
+        text = tokenizer.decode(before)
+        self.after = len(tokenizer.decode(after))
+        self.leaves_space = prompt.endswith(" ") and not text.endswith(" ")
+        """Whether a space at the end of the prompt is left to the first new token."""
+        self.start, self.sent = len(text), 0
+        end = samples.plan(index).end
+        self.stream = TextStream(tokenizer, samples.stops, start=self.start, end=end)
+
+    def add(self, tokens: Tensor) -> str:
+        """Read the next tokens; returns what can be sent."""
+        self.stream.add(tokens)
+        return self.new(self.stream.text[: self.stream.shown])
+
+    def new(self, text: str) -> str:
+        """The part of a text, as far as it is known, that has not been sent."""
+        space = self.leaves_space and text[self.start : self.start + 1] == " "
+        first = max(self.sent, self.start + space)
+        self.sent = len(text) - self.after
+        return text[first : self.sent]
+
+
+class Answer:
+    """The choices that answer a request: `n` for each prompt, in order.
+
+    UserError for what the model cannot do. `draws` are the posterior samples of a flow's scores.
+    """
+
+    def __init__(self, ask: Completion, lm: Checkpoint, draws: int) -> None:
+        self.ask, self.lm, self.draws = ask, lm, draws
+        self.tokenizer = lm.tokenizer
+        several = ask.prompt if isinstance(ask.prompt, tuple) else (ask.prompt,)
+        prompts = (ask.prompt,) if isinstance(several[0], int) else several
+        # the tokenizer of `export --causal-lm` puts the start of a text before it
+        self.starts = [one[:1] == (self.tokenizer.vocab_size,) for one in prompts]
+        self.given = [
+            self._tokens(one[start:]) for one, start in zip(prompts, self.starts, strict=True)
+        ]
+        total = ask.n * sum(len(tokens) + ask.max_tokens for tokens in self.given)
+        if total > MOST:
+            raise UserError(f"{total:,} tokens in all: ask for at most {MOST:,} in one request")
+        texts = [
+            one if isinstance(one, str) else self.tokenizer.decode(tokens)
+            for one, tokens in zip(prompts, self.given, strict=True)
+        ]
+        self.samples = Samples(ask.writing(texts), lm) if ask.max_tokens else None
+        self.prompts = texts
+        self.new = 0
+        """New tokens of finished choices."""
+
+    def _tokens(self, prompt: Any) -> Tensor:
+        if isinstance(prompt, str):
+            return read(self.tokenizer, prompt, name="prompt").tokens if prompt else NOTHING
+        self.tokenizer.decode(prompt)  # UserError for numbers that are no tokens
+        return torch.tensor(prompt, dtype=torch.long)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of the prompts, and of the finished choices."""
+        given = sum(map(len, self.given))
+        found = {"prompt_tokens": given, "completion_tokens": self.new}
+        return found | {"total_tokens": given + self.new}
+
+    def parts(self) -> Generator[list[Part], None, None]:
+        """The next parts of the choices; an empty list is a sign of life."""
+        rows = range(self.ask.n * len(self.given))
+        if self.ask.echo:
+            yield [part(row, self.tokenizer.decode(self.given[row // self.ask.n])) for row in rows]
+        if self.samples is None:
+            for row in rows:
+                yield [part(row, "", "length", self._logprobs(row, NOTHING, 0))]
+            return
+        for some in self.samples.own:
+            yield from self._written(self.samples, some)
+
+    def _written(self, samples: Samples, batch: range) -> Iterator[list[Part]]:
+        """Choices of one batch. Only the end of an infill tells what it is."""
+        rows = [Row(samples, index, self.prompts[index // self.ask.n]) for index in batch]
+        steps = Returning(samples.steps(batch, every=1 if self.ask.stream else EVERY))
+        is_shown = self.ask.stream and not self.ask.suffix
+        for tokens in steps:
+            pieces = []
+            if is_shown:
+                pieces = [(row.index, row.add(new)) for row, new in zip(rows, tokens, strict=True)]
+            yield [part(index, piece) for index, piece in pieces if piece]
+        for place, row in enumerate(rows):
+            stream = steps.value.streams[place]
+            text = row.new(steps.value.texts[place])
+            count = stream.length + stream.has_ended
+            tokens = steps.value.generation.tokens[place, :count].cpu()
+            self.new += count - row.given
+            stops = stream.has_stopped or bool(self.ask.suffix)
+            logprobs = self._logprobs(row.index, tokens, row.given)
+            yield [part(row.index, text, "stop" if stops else "length", logprobs)]
+
+    def _logprobs(self, row: int, tokens: Tensor, first: int) -> dict[str, Any] | None:
+        """Log-probabilities in nats: of the prompt with `echo`, and of `tokens` from `first` on."""
+        if self.ask.logprobs is None:
+            return None
+        place = row // self.ask.n
+        found: list[Scored] = []
+        if self.ask.echo:
+            found = [("", None, {})] * self.starts[place] + self._scored(self.given[place], 0)
+        found += self._scored(tokens, first)
+        names = [name for name, _, _ in found]
+        return {
+            "tokens": names,
+            "token_logprobs": [value for _, value, _ in found],
+            "top_logprobs": [others | {name: value} for name, value, others in found],
+            "text_offset": [0, *accumulate(map(len, names))][: len(names)],
+        }
+
+    def _scored(self, tokens: Tensor, first: int) -> list[Scored]:
+        """Tokens from `first` on: text, log-probability as in `score`, and the most probable."""
+        model, most = self.lm.model, self.ask.logprobs or 0
+        if len(tokens) <= first:
+            return []
+        names = [text.decode(errors="replace") for text in self.tokenizer.token_bytes]
+        bits = score(model, tokens, samples=self.draws, seed=self.ask.seed or 0).bits
+        others: list[dict[str, float | None]] = []
+        if most and isinstance(model, TokenLM):
+            P = model.config.patch
+            whole = F.pad(tokens, (0, -len(tokens) % P)).to(model.device)
+            for start, end in spans(len(whole), model.config.context, patch=P):
+                with torch.no_grad():
+                    log_p = model.logits(whole[None, start:end])[0].log_softmax(-1)
+                for likely in zip(*log_p[len(others) - start :].topk(most), strict=True):
+                    values, places = (one.tolist() for one in likely)
+                    others.append({names[i]: x for i, x in zip(places, values, strict=True)})
+        others += [{}] * (len(tokens) - len(others))
+        values = (-math.log(2) * bits).tolist()
+        return [(names[tokens[i]], values[i], others[i]) for i in range(first, len(tokens))]
+
+
+def part(index: int, text: str, reason: str | None = None, logprobs: object = None) -> Part:
+    """A choice, or a part of one, as it is sent."""
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

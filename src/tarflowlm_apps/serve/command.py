@@ -1,0 +1,47 @@
+"""`tarflowlm serve MODEL`: other programs write, fill in and score by the OpenAI interface."""
+
+from dataclasses import dataclass
+
+from tarflowlm import schema
+from tarflowlm.cli.options import OfModel, load_checkpoint
+from tarflowlm.errors import check_package
+from tarflowlm.terminal.bars import print_json
+from tarflowlm_apps.address import Serving, listen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(Serving, OfModel):
+    """Let other programs call a model: the completions of the OpenAI interface, on this machine."""
+
+    samples: schema.Count = 8
+    """Posterior samples averaged in the log-probabilities of a flow; the baseline is exact."""
+
+
+def run(args: Args) -> None:
+    from contextlib import suppress
+
+    check_package("starlette", "serve", "serve")
+    check_package("uvicorn", "serve", "serve")
+    import uvicorn
+
+    from tarflowlm_apps.serve.server import application
+
+    at = listen(args.host, args.port or 8000)
+    lm = load_checkpoint(args.directory, args.device)
+    named = str(args.directory or "")
+    name = named.removeprefix("hf:") if named.startswith("hf:") else lm.directory.resolve().name
+    args.warn("model")
+    settings = uvicorn.Config(
+        application(lm, name, args.samples, is_local=args.is_local),
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+    )
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{host}:{at.getsockname()[1]}/v1"
+    with suppress(KeyboardInterrupt):
+        if args.json:
+            print_json({"url": url, "model": name})
+        else:
+            print(f"{url} serves {name}; Ctrl-C ends it", flush=True)
+        uvicorn.Server(settings).run(sockets=[at])

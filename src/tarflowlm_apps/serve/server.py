@@ -1,0 +1,140 @@
+"""The routes: one request after the other is worked on, and whoever leaves costs nothing more."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tarflowlm.errors import UserError, first_line
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.schema import from_dict
+from tarflowlm_apps.serve.answers import Answer, Completion, Part
+
+BYTES = 4 << 20  # the longest body
+AT_ONCE = 8  # requests in the works; the model takes a step for one of them at a time
+
+
+def application(lm: Checkpoint, name: str, draws: int, *, is_local: bool) -> Starlette:
+    """The routes for a model called `name`; `draws` as in `Answer`.
+
+    With `is_local` only names of this machine are answered: a page elsewhere could let its own name
+    point here (DNS rebinding).
+    """
+    places, turn = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tarflowlm"}
+
+    async def completions(request: Request) -> Response:
+        ask = await read_body(request)
+        if ask.model != name:
+            raise unknown_model(ask.model)
+        async with turn:
+            answer = await run_in_threadpool(Answer, ask, lm, draws)
+        head: dict[str, Any] = {"id": f"cmpl-{time.time_ns():x}", "created": int(time.time())}
+        head |= {"object": "text_completion", "model": name}
+        if ask.stream:
+            return StreamingResponse(events(request, answer, head), media_type="text/event-stream")
+        whole: dict[int, Part] = {}
+        async with aclosing(worked(request, answer)) as parts:
+            async for part in parts:
+                before = whole.get(part["index"], {"text": ""})
+                whole[part["index"]] = part | {"text": before["text"] + part["text"]}
+        choices = [whole[index] for index in sorted(whole)]
+        return JSONResponse(head | {"choices": choices, "usage": answer.usage})
+
+    async def worked(request: Request, answer: Answer) -> AsyncGenerator[Part, None]:
+        """The parts of an answer, as long as its client is there."""
+        steps = answer.parts()
+        async with places:
+            try:
+                while not await request.is_disconnected():
+                    async with turn:
+                        parts = await run_in_threadpool(next, steps, None)
+                    if parts is None:
+                        return
+                    for part in parts:
+                        yield part
+            finally:
+                with suppress(ValueError):  # a thread that the end of the server leaves at work
+                    steps.close()
+
+    async def events(
+        request: Request, answer: Answer, head: dict[str, Any]
+    ) -> AsyncGenerator[str, None]:
+        try:
+            async with aclosing(worked(request, answer)) as parts:
+                async for part in parts:
+                    yield f"data: {json.dumps(head | {'choices': [part]})}\n\n"
+        except (UserError, RuntimeError, MemoryError) as error:
+            yield f"data: {json.dumps(described(error))}\n\n"
+        if answer.ask.stream_options:  # {"include_usage": true}, no other is known
+            yield f"data: {json.dumps(head | {'choices': [], 'usage': answer.usage})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def models(request: Request) -> Response:
+        asked = request.path_params.get("model")
+        if asked not in (None, name):
+            raise unknown_model(asked)
+        return JSONResponse(card if asked else {"object": "list", "data": [card]})
+
+    def unknown_model(asked: str) -> HTTPException:
+        return HTTPException(404, f"model {asked!r:.80}: this server has {name!r} alone, name that")
+
+    routes = [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", models),
+    ]
+    hosts = ["127.0.0.1", "localhost", "[::1]"] if is_local else ["*"]
+    kinds: tuple[type[Exception], ...] = (UserError, HTTPException, ClientDisconnect, Exception)
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers=dict.fromkeys(kinds, failed),
+    )
+
+
+async def read_body(request: Request) -> Completion:
+    """The request in a body of JSON, in which null stands for a default."""
+    if "json" not in request.headers.get("content-type", ""):
+        # pages of other origins may send other types without asking
+        raise HTTPException(415, "the body is no JSON: send Content-Type: application/json")
+    kept, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        kept += chunk if size <= BYTES else b""  # a longer one is read, so that its end is answered
+    if size > BYTES:
+        raise HTTPException(413, f"a body of {size:,} bytes: send at most {BYTES:,}")
+    try:
+        body = json.loads(kept)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the body is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError('the body is no JSON object: send {"model": ..., "prompt": ...}')
+    given = {name: value for name, value in body.items() if value is not None}
+    return from_dict(Completion, given, "")
+
+
+def failed(_request: Request, error: Exception) -> Response:
+    """The answer to a request that failed. One that is nobody's fault also goes to the log."""
+    status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
+    return JSONResponse(described(error, status), status)
+
+
+def described(error: BaseException, status: int = 500) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    said = str(getattr(error, "detail", "")) or first_line(error)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    code = "model_not_found" if status == 404 else None
+    message = said[:500].encode("utf-8", "backslashreplace").decode()
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,0 +1,246 @@
+"""The completions of the OpenAI interface: texts, streams, infills, scores and refusals."""
+
+import json
+import math
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+
+from tarflowlm_apps.serve.answers import Answer
+from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
+
+HOW = {"seed": 3, "temperature": 0.8, "top_p": 0.9, "n": 2}
+
+
+@pytest.mark.parametrize("name", ["twin", "flow", "passes", "pieces"])
+def test_texts_are_those_of_samples_streamed_or_not(name, request):
+    served = request.getfixturevalue(name)
+    prompts = ["the king of ", "a dog"]
+    how = HOW | {"max_tokens": 12}
+    num, options = how.pop("n"), how | {"max_new_tokens": how.pop("max_tokens")}
+    options.pop("max_tokens", None)
+    expected = served.lm.samples(prompts, num=num, **options)
+    found = served.ask(prompt=prompts, max_tokens=12, **HOW)
+    texts = [choice["text"] for choice in found["choices"]]
+    assert [prompts[row // num] + text for row, text in enumerate(texts)] == expected
+    assert [choice["finish_reason"] for choice in found["choices"]] == ["length"] * 4
+    assert found["usage"]["completion_tokens"] == 48
+    streamed = [""] * 4
+    for event in served.stream(prompt=prompts, max_tokens=12, **HOW):
+        for choice in event["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == texts
+
+
+def test_stops_echo_and_token_ids(pieces):
+    lm = pieces.lm
+    ids = lm.encode("The old king").tolist()
+    how = {"seed": 1, "max_tokens": 40}
+    (whole,) = pieces.texts(prompt=ids, echo=True, **how)
+    assert whole == lm.write("The old king", max_new_tokens=40, seed=1)
+    (cut,) = pieces.ask(prompt="The old king", stop=[" the"], **how)["choices"]
+    assert cut["text"] == whole.removeprefix("The old king").partition(" the")[0]
+    assert cut["finish_reason"] == "stop"
+    assert pieces.texts(prompt="The old king", temperature=0, **how) == pieces.texts(
+        prompt="The old king", top_k=1, **how
+    )
+    *_, last = pieces.stream(prompt="The old king", stream_options={"include_usage": True}, **how)
+    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 40, "total_tokens": 43}
+
+
+@pytest.mark.parametrize("name", ["flow", "pieces"])
+def test_a_suffix_asks_for_what_is_between(name, request):
+    served = request.getfixturevalue(name)
+    given = {"prompt": "the king of ", "suffix": " who lived in the forest"}
+    (middle,) = served.texts(**given, seed=2, max_tokens=6)
+    template = "the king of [...6] who lived in the forest"
+    assert given["prompt"] + middle + given["suffix"] == served.lm.fill(template, seed=2)
+    (event,) = served.stream(**given, seed=2, max_tokens=6)
+    assert (event["choices"][0]["text"], event["choices"][0]["finish_reason"]) == (middle, "stop")
+
+
+@pytest.mark.parametrize("name", ["twin", "flow", "pieces"])
+def test_log_probabilities_are_those_of_score(name, request):
+    served = request.getfixturevalue(name)
+    text = "the king of the land had three sons"
+    expected = served.lm.score(text, seed=4, samples=2)
+    (scored,) = served.ask(prompt=text, echo=True, logprobs=3, max_tokens=0, seed=4)["choices"]
+    found = scored["logprobs"]
+    bits = [-value / math.log(2) for value in found["token_logprobs"]]
+    assert bits == pytest.approx(expected.bits.tolist(), abs=1e-6)
+    assert scored["text"] == text == "".join(found["tokens"])
+    places = zip(found["tokens"], found["text_offset"], strict=True)
+    assert all(text[at : at + len(token)] == token for token, at in places)
+    for token, value, top in zip(
+        found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
+    ):
+        assert top[token] == value
+        assert len(top) in ((1,) if name == "flow" else (3, 4))
+    # new tokens continue the entries
+    how = {"max_tokens": 5, "seed": 4, "logprobs": 0, "echo": True}
+    (longer,) = served.ask(prompt=text, **how)["choices"]
+    assert longer["logprobs"]["token_logprobs"][: len(bits)] == found["token_logprobs"]
+    assert "".join(longer["logprobs"]["tokens"]) == longer["text"]
+
+
+WRONG = {
+    "no prompt": ({"prompt": []}, "prompt"),
+    "a number": ({"prompt": 3}, "prompt 3"),
+    "mixed": ({"prompt": ["a", 1]}, "prompt"),
+    "no token": ({"prompt": [1, 10**6]}, "tokens"),
+    "surrogate": ({"prompt": "a\ud800"}, "not UTF-8"),
+    "temperature": ({"temperature": "hot"}, "temperature 'hot'"),
+    "true": ({"max_tokens": True}, "max_tokens True"),
+    "too many": ({"n": 1000}, "n 1000"),
+    "too long": ({"max_tokens": 10**6}, "1,000,001 tokens in all"),
+    "unknown": ({"logit_bias": {}}, "logit_bias: unknown key"),
+    "penalty": ({"presence_penalty": 1.0}, "presence_penalty 1.0"),
+    "stops": ({"stop": ["x"] * 99}, "stop"),
+    "suffix": ({"suffix": "b", "stop": "c"}, "suffix with stop"),
+    "mark": ({"prompt": "a[...3]", "suffix": "b"}, "[..."),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_request_gets_one_line(case, twin):
+    fields, said = WRONG[case]
+    status, found = twin.post({"model": twin.name, "prompt": "a"} | fields)
+    assert status == 400
+    assert found["error"]["type"] == "invalid_request_error"
+    assert said in found["error"]["message"]
+    assert "\n" not in found["error"]["message"]
+
+
+def test_a_wrong_body_model_or_address_gets_one_line(twin):
+    body = {"model": "gpt-5", "prompt": "a"}
+    assert twin.post(body)[0] == 404
+    assert twin.post(body)[1]["error"]["code"] == "model_not_found"
+    for data in (b"{", b"[1]", b"[" * 100_000, b"\xff", b'{"prompt": NaN}'):
+        status, found = twin.post(data)
+        assert (status, found["error"]["type"]) == (400, "invalid_request_error")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status, found = twin.post(b'{"prompt": "' + b"x" * 10_000_000 + b'"}')
+    assert (status, "at most" in found["error"]["message"]) == (413, True)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KB
+    # a page of another origin cannot ask: a plain text needs no permission of its browser
+    assert twin.post({"model": twin.name}, kind="text/plain")[0] == 415
+    assert twin.post({}, "chat/completions")[0] == 404
+    assert twin.post({}, "models")[0] == 405
+
+
+def test_a_client_that_leaves_ends_its_work(twin, monkeypatch):
+    taken = []
+    parts = Answer.parts
+
+    def counted(self):
+        try:
+            for part in parts(self):
+                taken.append(part)
+                yield part
+        finally:
+            taken.append("end")
+
+    monkeypatch.setattr(Answer, "parts", counted)
+    for is_stream in (True, False):
+        taken.clear()
+        body = {"model": twin.name, "prompt": "a", "max_tokens": 50_000, "stream": is_stream}
+        data = json.dumps(body).encode()
+        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        with socket.create_connection(("127.0.0.1", twin.port)) as client:
+            client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + data)
+            while len(taken) < 3:
+                time.sleep(0.01)
+        waited = time.perf_counter()
+        while taken[-1] != "end":
+            assert time.perf_counter() - waited < 10
+            time.sleep(0.01)
+        assert len(taken) < 1000
+    assert twin.texts(prompt="a", max_tokens=2, seed=0)
+
+
+@pytest.mark.slow
+def test_a_hundred_at_once_are_all_answered_within_the_same_memory(twin):
+    one = partial(twin.texts, prompt="the king", max_tokens=8)
+    expected = [one(seed=seed) for seed in range(4)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with ThreadPoolExecutor(100) as pool:
+        found = list(pool.map(lambda row: one(seed=row % 4), range(100)))
+    assert found == expected * 25
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KB
+
+
+@pytest.mark.slow
+def test_the_official_client(twin):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=twin.url, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == [twin.name]
+    assert client.models.retrieve(twin.name).owned_by == "tarflowlm"
+    ask = partial(client.completions.create, model=twin.name, prompt="the king", seed=1)
+    found = ask(max_tokens=9, logprobs=2, temperature=0.7)
+    assert len(found.choices[0].logprobs.token_logprobs) == found.usage.completion_tokens == 9
+    texts = [event.choices[0].text for event in ask(max_tokens=9, temperature=0.7, stream=True)]
+    assert len(texts) > 2
+    assert "".join(texts) == found.choices[0].text
+    assert ask(suffix=" the forest", max_tokens=5).choices[0].finish_reason == "stop"
+    with pytest.raises(openai.NotFoundError, match="gpt-5"):
+        client.completions.create(model="gpt-5", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="top_p 2"):
+        ask(top_p=2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["twin", "flow", "pieces"])
+def test_lm_eval_gets_the_bits_of_score(name, request, tmp_path, monkeypatch):
+    if any(find_spec(package) is None for package in ("lm_eval", "tenacity", "transformers")):
+        pytest.skip("needs lm_eval with tenacity, and transformers")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    served = request.getfixturevalue(name)
+    model = LocalCompletionsAPI(
+        base_url=f"{served.url}/completions",
+        model=served.name,
+        tokenizer=str(save_causal_lm(served.lm, tmp_path / "exported")),
+        trust_remote_code=True,
+        batch_size=2,
+        seed=7,
+    )
+    # with the space before it that a normalised text has
+    start, end = " the king of the", " land was old"
+    score = partial(served.lm.score, seed=7, samples=2)
+    rolling = Instance("loglikelihood_rolling", {}, (start + end,), 0)
+    (nats,) = model.loglikelihood_rolling([rolling])
+    assert -nats / math.log(2) == pytest.approx(score(start + end).total, abs=1e-4)
+    pair = Instance("loglikelihood", {}, (start, end), 0)
+    ((nats, is_greedy),) = model.loglikelihood([pair])
+    bits = score(start + end).bits[len(served.lm.encode(start)) :].sum().item()
+    assert -nats / math.log(2) == pytest.approx(bits, abs=1e-4)
+    assert is_greedy is (name == "flow") or not is_greedy
+
+
+@pytest.mark.slow
+def test_the_command_says_where_and_what(refused):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        refused("serve", "english-mini-ar", "--port", port, names=[str(port), "choose another"])
+    refused("serve", "english-mini-ar", "--port", 70000, names=["--port 70000"])
+    command = [sys.executable, "-m", "tarflowlm", "serve", "english-mini-ar", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline().startswith(
+            f"http://127.0.0.1:{port}/v1 serves english-mini-ar"
+        )
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
