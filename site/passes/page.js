@@ -66,8 +66,8 @@ function beginPass(pass) {
   show(pass);
   const block = lastPass - pass + 1;
   say(pass === 1
-    ? `Block ${block} writes, and leaves gaps of noise.`
-    : `Block ${block} fills in the gaps of which it is sure.`);
+    ? `Block ${block} writes, and leaves noise where it expects an easy letter.`
+    : `Block ${block} fills in the gaps of which it is sure, most of them.`);
 }
 
 const count = (pass, kind) => run.screens[pass].filter((letter) => letter.kind === kind).length;
@@ -78,7 +78,8 @@ function endPass(pass) {
   if (pass === 1) {
     say(`Block ${lastPass} has written ${count(pass, "written")} letters and left ${gaps} gaps.`);
   } else {
-    const left = gaps ? `${gaps} stay open` : "none stays open";
+    const wrong = gaps === 1 ? "1 stays a gap, as it was" : `${gaps} stay gaps, as it was`;
+    const left = gaps ? `${wrong} not sure of the letter` : "no gap is left";
     say(`Block ${lastPass - pass + 1} has filled in ${count(pass, "filled")} letters; ${left}.`);
   }
   if (pass === lastPass) end();

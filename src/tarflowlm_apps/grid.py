@@ -8,10 +8,11 @@ from pathlib import Path
 from tarflowlm.terminal.texts import Kind, Row, Token
 
 LEGEND: dict[Kind, str] = {
-    "given": "given",
-    "final": "as in the final text",
-    "changed": "new in this row",
     "noise": "noise",
+    "given": "given",
+    "final": "written",
+    "changed": "filled in or changed by a later block",
+    "open": "noise that stays",
 }
 CSS = Path(__file__).with_name("grid.css").read_text(encoding="utf-8")
 """The style of `to_html`, light or dark; the page must include it."""
@@ -41,9 +42,10 @@ def spans(tokens: Sequence[Token]) -> str:
 
     def opening(token: Token) -> str:
         p = token.probability
-        # at least 0.3, so that every token stays readable
-        look = f' style="opacity:{0.3 + 0.7 * p:.1f}" title="p = {p:.2f}"'
-        return f'<span class="tl-{token.kind}"{look if p < 0.995 else ""}>'
+        # not fainter: every token has to be readable
+        is_told = p < 0.995 and token.kind != "noise"
+        look = f' title="p = {p:.2f}"' if is_told else ""
+        return f'<span class="tl-{token.kind}"{look}>'
 
     found = ""
     # neighbours that look alike share an element, so that a long text in many rows stays light

@@ -3,7 +3,7 @@
 import re
 
 from tarflowlm.terminal.texts import Row, Token
-from tarflowlm_apps.grid import spans, to_html
+from tarflowlm_apps.grid import LEGEND, spans, to_html
 
 HOSTILE = '<script>alert("1")</script>&amp;\'"'
 
@@ -17,7 +17,10 @@ def test_text_is_escaped_and_nothing_is_loaded():
 
 def test_legend_names_the_kinds_that_occur():
     html = to_html([Row("1", [Token("x", "noise")]), Row("2", [Token("x", "changed")])])
-    assert re.findall(r">([^<>]+)<", html.split("tl-row")[0]) == ["new in this row", "noise"]
+    assert re.findall(r">([^<>]+)<", html.split("tl-row")[0]) == [
+        LEGEND["noise"],
+        LEGEND["changed"],
+    ]
     assert "<span" not in to_html([])
 
 

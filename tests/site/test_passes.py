@@ -4,13 +4,14 @@ elsewhere, and works by keyboard.
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import tarflowlm
-from browser import BROWSER, OPTIONS, need_browser
+from browser import BROWSER, OPTIONS, PALE, need_browser
 from helpers import FILLS, tiny_flow
 from tarflowlm.data import CharTokenizer
 from tarflowlm.generation.sampling import Noise
@@ -88,7 +89,9 @@ def assert_same_tokens(page, lm, *, length: int, prompt: str, temperature: float
         assert found["text"] == lm.decode(expected[-1])
 
 
-@pytest.mark.parametrize("prompt", [pytest.param("", marks=pytest.mark.nightly), "in one nine "])
+@pytest.mark.parametrize(
+    "prompt", [pytest.param("", marks=pytest.mark.nightly), "once upon a time "]
+)
 def test_the_shipped_model_writes_as_in_python(open_page, shipped, prompt):
     page = open_page(shipped)
     page.get_by_role("button", name="Pause").click()
@@ -133,6 +136,27 @@ def test_a_visit_by_keyboard(open_page, shipped):
     page.get_by_role("button", name="Noise").press("Enter")
     assert page.locator(".noise").count() > 100
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_the_first_example_fills_every_gap(open_page, shipped):
+    page = open_page(shipped)
+    page.get_by_label("Speed").press("End")
+    page.get_by_role("button", name="Again").wait_for()
+    status = page.get_by_role("status").inner_text()
+    assert int(re.search(r"filled in (\d+)", status)[1]) >= 10
+    assert "no gap is left" in status
+    assert page.locator("#stage .gap").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_texts_can_be_read(open_page, shipped, scheme):
+    page = open_page(shipped)
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.get_by_label("Speed").press("End")
+    page.get_by_role("button", name="Again").wait_for()
+    for button in ("Noise", "Block 2 writes", "Block 1 fills in"):
+        page.get_by_role("button", name=button).press("Enter")
+        assert page.evaluate(PALE) == []
 
 
 def test_models_of_another_kind_are_refused(build, capsys, tmp_path):

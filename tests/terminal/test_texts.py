@@ -1,14 +1,24 @@
 """Texts as tokens of several kinds: symbols, kinds, passes; and on a terminal."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from helpers import tiny_ar
 from tarflowlm.data import ByteTokenizer
 from tarflowlm.generation import Generation
+from tarflowlm.generation.sampling import Evidence
 from tarflowlm.generation.texts import Written
 from tarflowlm.pretrained import Pretrained
-from tarflowlm.terminal.texts import pass_rows, print_samples, symbols, text_tokens, visible
+from tarflowlm.terminal.texts import (
+    pass_rows,
+    print_samples,
+    symbols,
+    text_tokens,
+    trust,
+    visible,
+)
 
 
 def encode(text: str) -> torch.Tensor:
@@ -34,7 +44,7 @@ def test_control_characters_are_visible():
 def test_noise_shows_no_boxes():
     tokens = torch.tensor([*b"a\x00\xe4b"])
     shown = text_tokens(tokens, ByteTokenizer(), {"noise": torch.ones(4, dtype=torch.bool)})
-    assert "".join(token.symbol for token in shown) == "a··b"
+    assert "".join(token.symbol for token in shown) == "····"
 
 
 def test_kinds_of_a_text():
@@ -53,10 +63,40 @@ def test_rows_of_passes():
         "after block 2",
         "after block 1",
     ]
-    assert rows[1].label == "after block 3: 1 of 3 changed"
-    assert [kinds(row.tokens) for row in rows] == ["nnn", "ncn", "nfc", "cfg"]
+    # given tokens are no change, and nothing is marked while a text is first written
+    assert [row.label.split(": ")[1] for row in rows[1:]] == [
+        "1 of 2 written, 1 still noise",
+        "0 of 2 changed, 1 still noise",
+        "1 of 2 changed",
+    ]
+    assert [kinds(row.tokens) for row in rows] == ["nnn", "nfn", "nfg", "cfg"]
+    assert "".join(token.symbol for token in rows[1].tokens) == "·a·"
     rows = pass_rows(passes, ByteTokenizer(), probabilities=[torch.tensor([0.25, 1, 1])] * 4)
     assert [token.probability for token in rows[0].tokens] == [0.25, 1, 1]
+
+
+def test_rows_of_passes_that_leave_noise():
+    """A letter that a pass leaves as noise is open, even where it was noise of the same letter."""
+    passes = [encode(text) for text in ("qxzw", "ctzs", "catz")]
+    noise = [torch.tensor(mask).bool() for mask in ([0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1])]
+    rows = pass_rows(passes, ByteTokenizer(), noise=noise)
+    assert [kinds(row.tokens) for row in rows] == ["nnnn", "ffnf", "fcco"]
+    assert rows[2].label == "after block 1: 2 of 4 changed, 1 still noise"
+    # an open letter is a letter of the text
+    assert "".join(token.symbol for token in rows[2].tokens) == "catz"
+
+
+def test_trust_is_told_in_one_way():
+    nan = torch.full((2,), torch.nan, dtype=torch.float64)
+    ess = torch.tensor([4.6, 12.0], dtype=torch.float64)
+    evidence = Evidence(nan, ess, nan, nan)
+    assert trust(evidence, slice(0, 2), 16) == (
+        "rests on about 4.6 to 12.0 independent candidates of 16"
+    )
+    one = slice(0, 1)
+    rough = "rests on about 4.6 independent candidates of 16, which is rough; raise particles"
+    assert trust(replace(evidence, pareto_k=nan + 1), one, 16) != rough
+    assert trust(replace(evidence, pareto_k=torch.ones(2)), one, 16) == rough
 
 
 def test_a_sample_gives_the_terminal_no_commands(capsys):

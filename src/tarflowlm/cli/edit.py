@@ -34,9 +34,9 @@ def run(args: Args) -> None:
         edited = edit(args.edit, lm, bars)
     if edited.reading.notice is not None:
         print_notice(edited.reading.notice)
-    advice = _advice(args.edit, edited.change)
+    found = advice(args.edit, edited.change)
     if not args.json:
-        print_edits(edited, lm.tokenizer, advice)
+        print_edits(edited, lm.tokenizer, found)
         return
     edits: list[dict[str, object]] = []
     for row, text in enumerate(edited.texts):
@@ -49,10 +49,10 @@ def run(args: Args) -> None:
         if edited.change.pareto_k:
             one["pareto_k"] = edited.change.pareto_k[row]
         edits.append(one)
-    print_json({"before": edited.reading.text, "edits": edits, "advice": advice})
+    print_json({"before": edited.reading.text, "edits": edits, "advice": found})
 
 
-def _advice(request: Edit, change: "Change") -> str | None:
+def advice(request: Edit, change: "Change") -> str | None:
     """A better option if the edits have lost the text or changed nothing, else None."""
     from tarflowlm.generation.particles import UNRELIABLE
 

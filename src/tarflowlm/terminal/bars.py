@@ -124,7 +124,7 @@ class _Numbers(ProgressColumn):
         return Text(f"{count}, {details}" if details else count)
 
 
-class Bars(errors.Progress):
+class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
     """The `Progress` of the command line, one stage of work after the other, as a context."""
 
     keep = False
@@ -161,9 +161,6 @@ class Bars(errors.Progress):
         self._task: TaskID | None = None
         if stage:
             self.stage(stage, total)
-
-    def __enter__(self) -> "Bars":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -18,12 +19,19 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.editing.edits import Edited
 from tarflowlm.errors import counted
 from tarflowlm.generation.particles import UNRELIABLE
+from tarflowlm.generation.sampling import Evidence
 from tarflowlm.generation.texts import Written
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.bars import print_notice
 
-Kind = Literal["given", "final", "changed", "noise"]
-STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}
+Kind = Literal["given", "final", "changed", "noise", "open"]
+STYLES: dict[Kind, str] = {
+    "given": "underline",
+    "final": "",
+    "changed": "green",
+    "noise": "dim",
+    "open": "dim",
+}
 END = "∎"
 """The sign for the end of a document."""
 
@@ -59,8 +67,8 @@ def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
     return [END if end else visible(text) for text, end in zip(found, ended, strict=True)]
 
 
-UNREADABLE = re.compile("[\ufffd\u2400-\u241f]")
-"""Parts of characters, and pictures of control characters, which many fonts show as boxes."""
+NOISE = "·"
+"""The sign for a token of noise: its letters mean nothing, and many fonts lack them."""
 PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n"}
 
 
@@ -84,8 +92,7 @@ def text_tokens(
     for place, symbol in enumerate(symbols(tokens, tokenizer)):
         kind: Kind = next((kind for kind, mask in kinds.items() if mask[place]), "final")
         p = 1.0 if probabilities is None else probabilities[place].item()
-        shown = UNREADABLE.sub("·", symbol) if kind == "noise" else symbol
-        found.append(Token(shown, kind, p))
+        found.append(Token(NOISE if kind == "noise" else symbol, kind, p))
     return found
 
 
@@ -94,28 +101,41 @@ def pass_rows(
     tokenizer: Tokenizer,
     *,
     given: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
     probabilities: Sequence[Tensor] | None = None,
 ) -> list[Row]:
     """One row for each of the `passes` [T] of a text, noise first.
 
-    Tokens where `given` [T] is true are marked in the last row. `probabilities` are [T] for every
-    pass.
+    Changes are marked once most of the text is there: what a later pass filled in is what it could
+    tell from the rest. `given` [T] is true where a token was given. `noise`, [T] for every pass, is
+    true where a state is noise; by default where a pass differs from the last one. Noise that the
+    last pass leaves is `open`. `probabilities` are [T] for every pass.
     """
-    rows: list[Row] = []
-    before = passes[0]
     last = len(passes) - 1
+    told = torch.zeros_like(passes[0], dtype=torch.bool) if given is None else given
+    unknown = [passes[0] == passes[0]]
+    unknown += noise[1:] if noise else [text != passes[-1] for text in passes[1:]]
+    rows: list[Row] = []
     for index, tokens in enumerate(passes):
-        changed = tokens != before
-        count = int(changed.sum())
-        noise = tokens != passes[-1] if index > 0 else ~changed
-        kinds: dict[Kind, Tensor] = {"changed": changed, "noise": noise}
-        if index == last and given is not None:
-            kinds = {"given": given, "changed": changed}
-        label = f"after block {last - index + 1}: {count} of {len(tokens)} changed"
+        label = "noise"
+        kinds: dict[Kind, Tensor] = {"noise": unknown[index]}
+        if index > 0:
+            # the latents of a given token may be noise on the way, too
+            left = unknown[index] & ~told
+            before = unknown[index - 1] & ~told
+            is_first = bool(before.sum() > 0.5 * (~told).sum())
+            changed = before | (tokens != passes[index - 1]) & ~told
+            changed = (~told if is_first else changed) & ~left
+            label = f"after block {last - index + 1}: {int(changed.sum())} of {int((~told).sum())}"
+            label += " written" if is_first else " changed"
+            if left.any():
+                label += f", {int(left.sum())} still noise"
+            kinds = {"given": told & ~unknown[index]}
+            kinds["open" if index == last else "noise"] = unknown[index]
+            if not is_first:
+                kinds["changed"] = changed
         p = None if probabilities is None else probabilities[index]
-        shown = text_tokens(tokens, tokenizer, kinds, p)
-        rows.append(Row(label if index > 0 else "noise", shown))
-        before = tokens
+        rows.append(Row(label, text_tokens(tokens, tokenizer, kinds, p)))
     return rows
 
 
@@ -158,13 +178,17 @@ def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> 
         evidence = generation.evidence
         if written.particles == 1 or evidence is None:
             continue
-        print_notice(
-            f"  effective sample size {evidence.ess[row]:.1f} of {written.particles} candidates; "
-            f"the given text has log p about {evidence.log_evidence[row]:.1f} nats"
-        )
-        k = evidence.pareto_k[row]
-        if k > UNRELIABLE:  # NaN is not
-            print_notice(f"  unreliable (Pareto k {k:.2f}): use more --particles")
+        print_notice(f"  {trust(evidence, slice(row, row + 1), written.particles)}")
+
+
+def trust(evidence: Evidence, rows: slice, particles: int) -> str:
+    """How many candidates the choice of a text rests on; the least and the most of several."""
+    ess, tails = evidence.ess[rows], evidence.pareto_k[rows]
+    counts = dict.fromkeys((f"{ess.min():.1f}", f"{ess.max():.1f}"))
+    words = f"rests on about {' to '.join(counts)} independent candidates of {particles}"
+    # tails of few particles are NaN, and tell nothing; 4 are few by any measure
+    is_rough = bool((tails > UNRELIABLE).any() or ess.min() < 4)
+    return f"{words}, which is rough; raise particles" if is_rough else words
 
 
 def samples_to_json(

@@ -70,6 +70,25 @@ class Catalogue:
         others = [other for other in self.models if self.fills_gaps(other)]
         return name if self.fills_gaps(name) or not others else others[0]
 
+    @property
+    def for_passes(self) -> str | None:
+        """The first model whose passes show how a text is written."""
+        return next((name for name in self.models if self.entry(name).run.model.fills_in), None)
+
+    @property
+    def choices(self) -> list[tuple[str, str]]:
+        """The models for a list: each with a few words about it, and its name."""
+        return [(self._label(name), name) for name in self.models]
+
+    def _label(self, name: str) -> str:
+        run = self.entries[name].run
+        parts = ["letters" if run.data.tokenizer.kind == "char" else "words"]
+        if run.model.fills_in:
+            parts.append("shows its passes")
+        if run.model.family == "ar":
+            parts.append("discrete, to compare")
+        return f"{name} ({', '.join(parts)})"
+
     def about(self, name: object) -> str:
         entry = self.entry(name)
         trained = f"Preset {entry.run.name}, trained on {Path(entry.run.data.source).name}."

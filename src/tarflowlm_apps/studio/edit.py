@@ -1,7 +1,10 @@
 """The views that edit: named words, or a share of the words or of a state."""
 
+import re
 from dataclasses import replace
 
+from tarflowlm.cli.edit import advice
+from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError, counted
@@ -35,7 +38,18 @@ def rewrite(
     if not pieces:
         raise UserError("name the words to rewrite, separated by commas")
     request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
+    _check_words(catalogue.load(model).tokenizer, request.text, pieces)
     yield from _edited(catalogue, model, request)
+
+
+def _check_words(tokenizer: Tokenizer, text: str, pieces: tuple[str, ...]) -> None:
+    """UserError for a piece that the text has only within a word, which would stay as it is."""
+    known = read(tokenizer, text).text
+    for piece in pieces:
+        own = re.escape(read(tokenizer, piece, name="piece").text.strip())
+        inside = re.search(rf"\w*{own}\w*", known)
+        if inside and not re.search(rf"(?<!\w){own}(?!\w)", known):
+            raise UserError(f"{piece!r} is part of a word: name the whole word, {inside[0]!r}")
 
 
 def change(
@@ -76,14 +90,22 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     )
     notice = found.reading.notice
     note = "the original" if notice is None else f"the original, {notice}"
-    cards = [card(stage(before), muted(note))]
+    # each edit measures the text with noise of its own
+    before_edits = found.bits_before.mean().item()
+    numbers = facts((f"≤ {before_edits:.2f}", "bits per character"), took(job.seconds))
+    cards = [card(stage(before), muted(note), numbers)]
     for row, tokens in enumerate(found.change.tokens.cpu()):
         changed = found.change.changed[row].cpu()
-        bits = f"bits per character, ≤ {found.bits_before[row]:.2f} before"
         numbers = facts(
             (f"{int(changed.sum())}", f"of {counted(len(changed), 'token')} changed"),
-            (f"≤ {found.bits[row]:.2f}", bits),
+            (f"≤ {found.bits[row]:.2f}", "bits per character"),
         )
         cards.append(card(stage(text_tokens(tokens, tokenizer, {"changed": changed})), numbers))
+    notes = [muted("Green: new. Fewer bits: the model finds the text likelier.")]
+    if request.level is not None and not found.change.changed.any():
+        notes.append(muted("No point has moved far enough to be read as another token."))
+    remedy = advice(request, found.change)
+    if remedy is not None:
+        notes.append(muted(f"{remedy[0].upper()}{remedy[1:]}."))
     command = request.command(catalogue.entry(model).command_name)
-    yield page(asked(command), *cards, card(facts(took(job.seconds))))
+    yield page(asked(command), *cards, *notes)

@@ -1,4 +1,4 @@
-"""Work for a visitor on a thread: followed to its end, or stopped once nobody waits for it."""
+"""Work for a visitor on a thread: in its turn, followed to its end, stopped once nobody waits."""
 
 import threading
 import time
@@ -6,15 +6,18 @@ from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, wait
 from typing import TypeVar
 
-from tarflowlm.errors import Progress, UserError
+from tarflowlm.errors import Progress, UserError, counted
 from tarflowlm_apps.studio.pieces import bar, card, muted, page
 
 R = TypeVar("R")
 
 SECONDS = 60.0  # longest time for a piece of work
 EVERY = 0.12  # seconds between two updates
-TURN = threading.Lock()
-"""Held while a model works: two at once would only slow each other down."""
+TURNS = threading.Condition()
+LINE: list["Job"] = []
+"""Those who wait for a model, first come, first served; the first one has it. Two at once would
+only slow each other down.
+"""
 
 
 class Job(Progress):
@@ -41,6 +44,13 @@ class Job(Progress):
             limit = f"{SECONDS:g} seconds, the limit of this page"
             raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
 
+    @property
+    def state(self) -> str:
+        """What this job does, or how many requests come before it."""
+        with TURNS:
+            before = LINE.index(self) if self in LINE else 0
+        return f"waiting: {counted(before, 'request')} before yours" if before else self.doing
+
     def follow(
         self,
         work: Callable[[], R],
@@ -58,22 +68,33 @@ class Job(Progress):
 
         def run() -> None:
             try:
-                with TURN:
-                    self._begun = time.perf_counter()
-                    self.advance(0)
-                    result = work()
-                    self.seconds = time.perf_counter() - self._begun
+                with TURNS:
+                    TURNS.wait_for(lambda: LINE[0] is self or not self._is_wanted)
+                self._begun = time.perf_counter()
+                self.advance(0)
+                result = work()
+                self.seconds = time.perf_counter() - self._begun
                 future.set_result(result)
             except BaseException as error:
                 future.set_exception(error)
+            finally:
+                with TURNS:
+                    LINE.remove(self)
+                    TURNS.notify_all()
 
+        # in line before the thread runs, so that the order is the order of requests
+        with TURNS:
+            LINE.append(self)
         threading.Thread(target=run, daemon=True).start()
         try:
             while not future.done():
-                words = self.doing if self.advanced else "waiting for its turn"
                 done = bar(self.advanced / self.total) if self.total else ""
-                yield around(card(text(), done, muted(words)))
-                wait([future], EVERY)
+                state = self.state
+                yield around(card(text(), done, muted(state)))
+                # a class that waits should not keep the page busy
+                wait([future], EVERY if state == self.doing else 4 * EVERY)
         finally:
-            self._is_wanted = False
+            with TURNS:
+                self._is_wanted = False
+                TURNS.notify_all()
         return future.result()

@@ -22,20 +22,23 @@ Event = Callable[..., Any]
 View = Callable[..., Pages]
 
 TITLE = "tarflowlm studio"
-WAITING = 16  # requests that may wait for their turn; further ones are refused
+WAITING = 64  # requests that may wait for their turn; further ones are refused
 REFRESH = 4.0  # seconds between two looks at the folders of runs
 DRAWN = 6  # runs that are drawn at first
+HIDDEN = "st-writer", "st-gap", "st-offer", "st-answer"
+"""Ids of the parts by which studio.js asks for other words."""
 
 EXAMPLES = (
-    ("Watch the passes", "english-passes", "the little girl ", 128),
-    ("Begin a tale", "english-small", "Once upon a time there was", 160),
-    ("Fill in blanks", "english-small", "The old _ sat by the _ and told the _ a story.", 96),
+    # a text in which block 1 fills in all of eight gaps
+    ("Watch the passes", "english-passes", "one day the king ", 128, 24),
+    ("Begin a tale", "english-small", "Once upon a time there was", 160, 0),
+    ("Fill in blanks", "english-small", "The old _ sat by the _ and told the _ a story.", 96, 0),
 )
-"""Label, model, text and length of each."""
-ONE_EACH = "Every _ is one token that the model chooses: a word, a part of one, or one letter"
+"""Label, model, text, length and seed of each."""
+ONE_EACH = "Put _ where the model should choose one token: a word, a part of one, or a letter"
 GAPS = "Once there was [...] who lived in the [...] forest."
 BLANKS = "the old ____ lived in the ______ by the sea"
-SENTENCE = "The fox ran into the wood and hid behind a great tree."
+SENTENCE = "The old woman gave the boy a golden apple."
 TALE = (
     "Once upon a time there was a king who had three sons, and the youngest of them was so kind "
     "that the birds sat on his hand."
@@ -45,7 +48,7 @@ TALE = (
 def build(catalogue: Catalogue) -> Component:
     """The page about the models and runs of `catalogue`."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
-        head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
+        head = f"{TITLE}<span>watch a small language model write</span>"
         gr.HTML(div("st", div("st-head", head)), apply_default_css=False)
         _write(catalogue, blocks.load)
         _infill(catalogue)
@@ -56,7 +59,7 @@ def build(catalogue: Catalogue) -> Component:
 
         def models() -> list[object]:
             catalogue.refresh()
-            return [gr.Dropdown(catalogue.models) for _ in lists]
+            return [gr.Dropdown(catalogue.choices) for _ in lists]
 
         _quick(blocks.load, models, None, lists)
     # nothing may bypass the queue
@@ -83,12 +86,12 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
     A click on a word of the result offers others in its place.
     """
 
-    def values_of(name: str, text: str, length: int) -> list[values.Value]:
-        return [name, [], text, length, catalogue.temperature(name), 1.0, 1, 0]
+    def values_of(name: str, text: str, length: int, seed: int = 0) -> list[values.Value]:
+        return [name, [], text, length, catalogue.temperature(name), 1.0, 1, seed]
 
     examples = {
-        label: partial(values_of, name, text, length)
-        for label, name, text, length in EXAMPLES
+        label: partial(values_of, name, text, length, seed)
+        for label, name, text, length, seed in EXAMPLES
         if name in catalogue.entries
     }
     with _form("Write", "The text appears here, then its passes.") as (out, _):
@@ -99,19 +102,31 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
             "Once upon a time",
             label="Start, or a text with blanks",
             placeholder="empty: from the title on · the old _ lived by the sea",
-            info=f"{ONE_EACH}. Shift+Enter writes; a click on a written word offers others.",
+            info=f"{ONE_EACH}. Enter writes, Shift+Enter begins a line. "
+            "Click a word of the result to see other words for it.",
             lines=2,
             max_lines=6,
         )
         ask = _buttons("Write")
-        with gr.Accordion("More", open=False):
+        with gr.Accordion("More: length, temperature, a second model", open=False):
             # a list of at most one can be emptied
             beside = gr.Dropdown(
-                catalogue.models, value=[], label="Beside it", multiselect=True, max_choices=1
+                catalogue.choices,
+                value=[],
+                label="Compare with a second model",
+                multiselect=True,
+                max_choices=1,
             )
             length = gr.Slider(8, values.TOKENS, 160, step=8, label="Length in tokens")
             temperature = _temperature(catalogue, model)
-            top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
+            top_p = gr.Slider(
+                0.1,
+                1.0,
+                1.0,
+                step=0.05,
+                label="Top-p",
+                info="Leaves out unlikely tokens: 0.9 keeps the likeliest that make up 90 %.",
+            )
             with gr.Row():
                 num = _number("Samples", 1)
                 seed = _number("Seed", 0)
@@ -119,18 +134,22 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
 
         def asked_for(visitor: gr.Request) -> list[values.Value]:
             first = [*examples.values(), partial(values_of, catalogue.models[0], "", 96)][0]
-            return values.from_address(dict(visitor.query_params), first(), catalogue.models)
+            asked = dict(visitor.query_params)
+            found = values.from_address(asked, first(), catalogue.models)
+            if asked.get("model", found[0]) != found[0]:
+                gr.Warning(f"This page has no model of the link's name: {found[0]} writes instead.")
+            return found
 
         events = [text.submit, _quick(arrival, asked_for, None, inputs).then]
         for button, example in zip(buttons, examples.values(), strict=True):
             events.append(_quick(button.click, example, None, inputs).then)
         _ask(ask, partial(write, catalogue), inputs, out, events)
-        # studio.js writes the text with a gap for the word, and clicks
-        gap = gr.Textbox(elem_id="st-gap", container=False, show_label=False)
-        click = gr.Button("offer", elem_id="st-offer")
-        few = [gr.State(4), gr.State(8)]
-        inputs = [model, gap, *few, temperature, seed]
-        _ask(ask._replace(go=click), partial(offer, catalogue), inputs, out, [])
+        # studio.js writes a model and a text with a gap for a word, clicks, and shows the answer
+        # at the word
+        gap = [gr.Textbox(elem_id=name, container=False, show_label=False) for name in HIDDEN[:2]]
+        click = gr.Button("offer", elem_id=HIDDEN[2])
+        answer = gr.HTML(elem_id=HIDDEN[3], apply_default_css=False)
+        _ask(ask._replace(go=click), partial(offer, catalogue), gap, answer, [])
 
 
 def _infill(catalogue: Catalogue) -> None:
@@ -139,20 +158,24 @@ def _infill(catalogue: Catalogue) -> None:
         text = gr.Textbox(
             GAPS if catalogue.fills_gaps(model.value) else BLANKS,
             label="Text with blanks",
-            info=f"{ONE_EACH}; [...] is several. All fit the text on both sides.",
+            info=f"{ONE_EACH}. [...] is a gap of one to eight tokens. "
+            "The model reads the text after it, too.",
             lines=3,
             max_lines=8,
         )
         ask = _buttons("Fill in")
-        with gr.Accordion("More", open=False):
-            tries = gr.Slider(1, values.TRIES, 6, step=1, label="Tries")
+        with gr.Accordion("More: tries, particles, temperature", open=False):
+            tries = gr.Slider(
+                1, values.TRIES, 6, step=1, label="Tries", info="Texts that are drawn and compared."
+            )
             particles = gr.Slider(
                 1,
                 values.PARTICLES,
                 16,
                 step=1,
                 label="Particles in each try",
-                info="Candidates that are weighted by the text after a blank. More fit better.",
+                info="Candidates from which a try chooses the one that suits the text after a "
+                "blank. More fit better, and take longer.",
             )
             temperature = _temperature(catalogue, model)
             seed = _number("Seed", 0)
@@ -165,23 +188,34 @@ def _edit(catalogue: Catalogue) -> None:
         model = _model(catalogue, of_words=True)
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
         num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
-        seed = _number("Seed", 0)
+        seed = _number("Seed", 2)
         with gr.Tab("Rewrite"):
             words = gr.Textbox(
-                "hid behind, tree",
+                "a golden apple",
                 label="Words to rewrite",
-                info="Separated by commas. The rest is kept.",
+                info="Whole words, separated by commas. The rest is kept.",
             )
             inputs = [model, text, words, num, seed]
             ask = _buttons("Rewrite")
             _ask(ask, partial(rewrite, catalogue), inputs, out, [words.submit], arrival)
         with gr.Tab("Words"):
-            share = _strength("Share of the words that are resampled.")
+            share = _strength("Share of the words that are resampled.", 0.2)
             inputs = [model, text, gr.State(WORDS), share, num, seed]
             _ask(_buttons("Resample"), partial(change, catalogue), inputs, out, [share.release])
-        with gr.Tab("Level"):
-            share = _strength("0 keeps the text, 1 forgets it.")
-            state = gr.Radio(KINDS[1:], value=KINDS[1], label="What is changed")
+        with gr.Tab("Level (for experts)"):
+            share = _strength(
+                "How far the points move: 0 keeps the text, 1 forgets it. Beyond a little the "
+                "text falls apart.",
+                0.05,
+            )
+            state = gr.Radio(
+                KINDS[1:],
+                value=KINDS[1],
+                label="What is changed",
+                info="The model reads every token as a point in space, the latents, and maps them "
+                "to noise. Points that are moved a little lie between the codes of tokens, and "
+                "may be read as others.",
+            )
             inputs = [model, text, state, share, num, seed]
             _ask(_buttons("Re-noise"), partial(change, catalogue), inputs, out, [share.release])
 
@@ -189,7 +223,7 @@ def _edit(catalogue: Catalogue) -> None:
 def _score(catalogue: Catalogue) -> None:
     with _form("Score", "The bits of every token appear here.") as (out, arrival):
         models = gr.Dropdown(
-            catalogue.models,
+            catalogue.choices,
             value=catalogue.pair,
             label="Models",
             multiselect=True,
@@ -240,7 +274,7 @@ def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
     names = catalogue.models
     of_kind = [name for name in names if catalogue.entry(name).run.data.tokenizer.kind == "bpe"]
     first = of_kind[0] if of_words and of_kind else names[0]
-    model = gr.Dropdown(names, value=first, label="Model", filterable=False)
+    model = gr.Dropdown(catalogue.choices, value=first, label="Model", filterable=False)
     line = gr.HTML(about(first), apply_default_css=False, padding=False)
     _quick(model.change, about, model, line)
     return model
@@ -249,7 +283,8 @@ def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
 def _temperature(catalogue: Catalogue, model: Component) -> Component:
     """A slider at the temperature that suits the model."""
     usual = catalogue.temperature(model.value)
-    slider = gr.Slider(0.1, 1.5, usual, step=0.05, label="Temperature")
+    words = "Lower is safer and repeats itself, higher surprises more."
+    slider = gr.Slider(0.1, 1.5, usual, step=0.05, label="Temperature", info=words)
     _quick(model.input, catalogue.temperature, model, slider)
     return slider
 
@@ -259,8 +294,8 @@ def _number(label: str, value: int) -> Component:
     return gr.Number(value, label=label, precision=0, min_width=110)
 
 
-def _strength(words: str) -> Component:
-    return gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info=words)
+def _strength(words: str, usual: float) -> Component:
+    return gr.Slider(0.0, 1.0, usual, step=0.01, label="Strength", info=words)
 
 
 class Buttons(NamedTuple):

@@ -1,6 +1,7 @@
 """Pieces of HTML that the views share; every text is escaped here or in `grid.py`."""
 
 import logging
+import re
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from html import escape
@@ -10,7 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from tarflowlm.data.tokenizer import Tokenizer
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
+from tarflowlm.flow.numerics import most_probable_component
+from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.model import TarFlowLM
 from tarflowlm.terminal.texts import END, Row, Token, pass_rows
 from tarflowlm_apps.grid import CSS, div, spans, to_html
@@ -54,9 +57,15 @@ def title(text: str) -> str:
     return div("st-title", escape(text))
 
 
-def notice(text: str) -> str:
+def notice(text: str, more: str = "") -> str:
+    """A message, and more in HTML."""
     text += "" if text.endswith((".", "!", "?")) else "."
-    return f'<div class="st-notice" role="alert">{escape(text)}</div>'
+    return f'<div class="st-notice" role="alert">{escape(text)}{more}</div>'
+
+
+def linked(words: str, link: str) -> str:
+    """A link that looks like a button."""
+    return f' <a class="st-link" href="{escape(link)}">{escape(words)}</a>'
 
 
 def muted(text: str) -> str:
@@ -71,15 +80,29 @@ def copying(text: str) -> str:
 
 def asked(command: Sequence[str], *, link: str = "") -> str:
     """The request above its result: the command that gives the same, and a link to this page."""
-    line = shlex.join(command)
+    line = " ".join(map(quoted, command))
     more = f'<a href="{escape(link)}">link</a>' if link else ""
     return div("st-asked", f"<code>{escape(line)}</code>", copying(line), more)
 
 
-def stage(tokens: Sequence[Token], calls: Sequence[int] = ()) -> str:
-    """A text in large type, with a button that copies it; `calls` as in `boxed`."""
+def quoted(word: str) -> str:
+    """A word of a command in double quotes where these are enough: Windows knows no others."""
+    if word == shlex.quote(word) or re.search(r'["$`\\!%]', word):
+        return shlex.quote(word)
+    return f'"{word}"'
+
+
+def stage(tokens: Sequence[Token], calls: Sequence[int] = (), *, model: str = "") -> str:
+    """A text in large type, with a button that copies it; `calls` as in `boxed`.
+
+    Its words can be exchanged if it names the model that wrote it.
+    """
     text = "".join(token.symbol for token in tokens).replace("↵\n", "\n").removesuffix(END)
-    return div("st-stage", boxed(tokens, calls)) + copying(text)
+    words = ""
+    if model:
+        keys = "Arrow keys choose a word, Enter shows other words for it"
+        words = f' tabindex="0" role="group" aria-label="{keys}" data-model="{escape(model)}"'
+    return f'<div class="st-stage"{words}>{boxed(tokens, calls)}</div>{copying(text)}'
 
 
 def unfinished(tokens: Sequence[Token], calls: Sequence[int] = ()) -> str:
@@ -116,6 +139,11 @@ def took(seconds: float) -> tuple[str, str]:
     return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s", "in all"
 
 
+def offers(gap: str, *parts: str) -> str:
+    """What the list at a word shows. Its `gap` names the model and the text around the word."""
+    return f'<div class="st" data-gap="{escape(gap)}">{"".join(parts)}</div>'
+
+
 def bar(share: float) -> str:
     """A bar that is filled up to `share`, from 0 to 1."""
     return div("st-bar", f'<i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i>')
@@ -138,6 +166,22 @@ def slider(rows: Sequence[Row], *, is_open: bool) -> str:
     return f"{div('st-slide', control)}<details{opened}>{below}</details>"
 
 
+def columns(shares: Sequence[float], unit: str) -> str:
+    """A small chart of shares, which add up to 1, of 1, 2, ... units."""
+    most = max(*shares, 1e-9)
+    bars = ""
+    for number, share in enumerate(shares, 1):
+        words = f"{counted(number, unit)}: {share:.0%}"
+        ground = f'<i style="height:{100 * share / most:.0f}%"></i>'
+        bars += f'<li title="{words}"><b>{share:.0%}</b>{ground}<span>{number}</span></li>'
+    return f'<ol class="st-columns" aria-label="shares by number of {unit}s">{bars}</ol>'
+
+
+def folded(words: str, *parts: str) -> str:
+    """Parts that open at a click."""
+    return f"<details><summary>{escape(words)}</summary>{''.join(parts)}</details>"
+
+
 def passes(
     model: TarFlowLM,
     tokenizer: Tokenizer,
@@ -146,7 +190,7 @@ def passes(
     *,
     given: Tensor | None = None,
 ) -> tuple[list[Row], bool]:
-    """The rows of a text, each token as opaque as p(x|h), and whether there is much to watch.
+    """The rows of a text, each token with p(x|h), and whether there is much to watch.
 
     `states` are h^(L), ..., h^(0), each [T, d], and `texts` are the decoded states, each [T]. If
     one block writes everything, there is nothing to watch.
@@ -155,7 +199,26 @@ def passes(
     for text, state in zip(texts, states, strict=True):
         p = model.codebook.log_posterior(state).exp()
         probabilities.append(p.gather(-1, text[:, None].to(p.device))[:, 0])
+    noise = None
+    if model.config.fills_in:
+        # such a stack tells of each vector whether it is noise
+        book = NoisyCodebook(model.codebook)
+        found = [most_probable_component(state, book.mean, book.log_std) for state in states]
+        noise = [(one == model.codebook.vocab_size).cpu() for one in found]
     shares = [(after != before).float().mean().item() for before, after in pairwise(texts)]
     # nobody sees a pass that changes fewer tokens
     is_watched = sum(share > 0.005 for share in shares) > 1
-    return pass_rows(texts, tokenizer, given=given, probabilities=probabilities), is_watched
+    on_host = [text.cpu() for text in texts]
+    rows = pass_rows(on_host, tokenizer, given=given, noise=noise, probabilities=probabilities)
+    return rows, is_watched
+
+
+def key(model: TarFlowLM) -> str:
+    """What the colours of passes teach, of a stack that fills in."""
+    if not model.config.fills_in:
+        return ""
+    return muted(
+        f"Block {model.num_blocks} writes, and leaves noise where it expects an easy letter, one "
+        "that follows from the letters before. Block 1 fills in those of which it is sure, in "
+        "green. It is not sure of all: there the noise stays, as a wrong letter."
+    )

@@ -19,11 +19,12 @@ from tarflowlm_apps.studio.job import Job
 
 MODELS = 2  # models that are compared
 GAP = 2.0  # bits between two models, or around the mean of a block, that have the full colour
-COLD, HOT = "var(--st-blue)", "var(--st-warm)"
+COLD, HOT = "var(--st-cold)", "var(--st-hot)"
 SCALE = (
-    '0<span class="st-scale" style="background:linear-gradient(90deg,transparent,'
-    f'color-mix(in srgb,{HOT} 75%,transparent))"></span>'
+    '<span class="st-nowrap">0<span class="st-scale" style="background:linear-gradient(90deg,'
+    f'transparent,color-mix(in srgb,{HOT} 75%,transparent))"></span>'
 )
+KEY = "The stronger the colour of a token, the more it surprised the model. Point at one or tap it."
 
 
 def compare(catalogue: Catalogue, names: object, text: object) -> pieces.Pages:
@@ -47,14 +48,15 @@ def compare(catalogue: Catalogue, names: object, text: object) -> pieces.Pages:
         command += ["--baseline", *others]
     # one scale for all, so that colours compare
     most = max(one.bits.abs().quantile(0.98).item() for one in found.values())
-    scale = f"{SCALE}{most:.1f} bits per token; point at one or tap it"
+    scale = f"{KEY} {SCALE}{most:.1f} bits</span>"
     yield pieces.page(
         pieces.asked(command),
+        div("st-muted", scale),
         div("st-pair", *(_card(name, one, request, most) for name, one in found.items())),
+        pieces.facts(pieces.took(seconds)),
         _difference(found),
-        *(_blocks(name, one) for name, one in found.items()),
         *watched,
-        pieces.card(div("st-muted", scale), pieces.facts(pieces.took(seconds))),
+        *(_blocks(name, one) for name, one in found.items()),
     )
 
 
@@ -67,7 +69,7 @@ def _read(name: str, request: Score, checkpoint: Checkpoint, job: Job) -> tuple[
 def _card(name: str, scored: Scores, request: Score, most: float) -> str:
     """The bits of every token under a model, and their sum."""
     sign = "≤ "
-    kind = f"a bound from {request.samples} posterior samples"
+    kind = f"at most: an upper bound from {request.samples} samples"
     if scored.exact:
         sign = ""
         kind = "exact"
@@ -94,7 +96,9 @@ def _difference(found: Mapping[str, Scores]) -> str:
     shown = heat(one, one.bits - other.bits, GAP)
     key = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more."
     return pieces.card(
-        pieces.title(f"{first} against {second}"), shown, pieces.muted(f"{key} Full: {GAP:g} bits.")
+        pieces.title(f"{first} against {second}"),
+        shown,
+        pieces.muted(f"{key} At {GAP:g} bits the colour is full."),
     )
 
 
@@ -108,13 +112,12 @@ def _blocks(name: str, scored: Scores) -> str:
         words = f"block {block}: {row.mean().item():+.2f} bits per token"
         most = max(GAP, row.std(correction=0).item() * 2)
         body = heat(scored, row.mean() - row, most)
-        opened = " open" if block == 1 else ""
-        rows += f"<details{opened}><summary>{words}</summary>{body}</details>"
+        rows += div("st-title", words) + body
     key = (
-        "log2 |det J| of each block around its mean. Blue: the block spreads this token's latents "
-        "more than others, which makes it likelier; orange: less."
+        "log2 |det J| of each block, around its mean over the text. Blue: the block made this "
+        "token likelier than it made others. Orange: less likely."
     )
-    return pieces.card(pieces.title(f"Blocks of {name}"), rows, pieces.muted(key))
+    return pieces.card(pieces.folded(f"For experts: the blocks of {name}", pieces.muted(key), rows))
 
 
 def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
@@ -128,13 +131,14 @@ def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
     rows, is_watched = pieces.passes(model, checkpoint.tokenizer, texts, states)
     if not is_watched:
         return ""
-    key = "The noise that the blocks make of this text, and each pass on the way back."
+    way = "The blocks turn this text into noise; from there each pass leads back to it."
     text = pieces.stage(text_tokens(tokens, checkpoint.tokenizer))
     return pieces.card(
         pieces.title(f"Passes of {name}"),
         text,
         pieces.slider(rows, is_open=True),
-        pieces.muted(key),
+        pieces.muted(way),
+        pieces.key(model),
     )
 
 

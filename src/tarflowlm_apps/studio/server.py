@@ -25,7 +25,7 @@ def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[st
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from tarflowlm_apps.studio.page import build
+    from tarflowlm_apps.studio.page import WAITING, build
 
     # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself
     # answers no other origin on localhost
@@ -43,6 +43,8 @@ def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[st
         footer_links=[],
         blocked_paths=["/"],
         max_file_size=1,
+        # each visitor who waits takes one
+        max_threads=2 * WAITING,
         head=HEAD,
         theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
         app_kwargs={"middleware": [trusted], "docs_url": None, "openapi_url": None},

@@ -16,7 +16,7 @@ PARTICLES = 64
 
 def number(value: object, name: str, least: int | float, most: int | float) -> float:
     if not isinstance(value, int | float) or not least <= value <= most:
-        raise UserError(f"{name}: give a number from {least:g} to {most:g}")
+        raise UserError(f"{name}: give a number from {least:,} to {most:,}")
     return float(value)
 
 

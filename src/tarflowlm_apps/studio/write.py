@@ -1,25 +1,33 @@
 """The views that draw: a text while it is written, and candidates for blanks with their weights."""
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
+from html import escape
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tarflowlm.data.prompts import BLANK, has_blanks, unescaped
-from tarflowlm.errors import counted
+from tarflowlm.data.prompts import BLANK, GAP, has_blanks, unescaped
+from tarflowlm.errors import UserError
 from tarflowlm.generation.inversion import Returning
 from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.terminal.texts import Token, text_tokens, visible
-from tarflowlm_apps.grid import div, spans
+from tarflowlm.terminal.texts import Token, text_tokens, trust, visible
+from tarflowlm_apps.grid import div
 from tarflowlm_apps.studio import pieces, values
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.job import Job
 
+T = TypeVar("T")
+
+MEASURES = "ess", "pareto_k"
+LOOSELY = "With one candidate this model mostly ignores the given text: fill it in under Infill."
 BOXES = "A box is one call of the model. Its tokens on blue were guessed, and the model agreed."
 
 
@@ -36,6 +44,13 @@ def write(
 ) -> pieces.Pages:
     """The text while it is written, then the samples and their passes. Two models have columns."""
     start = values.text(text)
+    other = beside[0] if isinstance(beside, list) and beside else beside or ""
+    rest = (other, start, length, temperature, top_p, num, seed)
+    able = catalogue.for_gaps(model)
+    if has_gap(start) and able != model:
+        more = pieces.linked(f"use {able}", values.to_address((able, *rest)))
+        yield pieces.page(pieces.notice(no_gaps(model), more))
+        return
     is_template = has_blanks(start)
     prompt = "" if is_template else unescaped(start, Writing.blank)
     cut = values.number(top_p, "top-p", 0.05, 1.0)
@@ -48,8 +63,7 @@ def write(
         num=values.whole(num, "samples", 1, values.SAMPLES),
         seed=values.seed(seed),
     )
-    other = beside[0] if isinstance(beside, list) and beside else beside or ""
-    link = values.to_address((model, other, start, length, temperature, top_p, num, seed))
+    link = values.to_address((model, *rest))
     columns: list[str] = []
 
     def shown(above: str, *cards: str) -> str:
@@ -62,6 +76,16 @@ def write(
         cards = yield from _samples(catalogue, name, request, partial(shown, above))
         columns.append(div("st-column", above, *cards))
     yield pieces.page(div("st-pair", *columns))
+
+
+def has_gap(text: str) -> bool:
+    """Whether a text has a gap of unknown length."""
+    return re.search(GAP, text) is not None
+
+
+def no_gaps(model: object) -> str:
+    """Why a model does not fill in a gap."""
+    return f"{model} cannot fill in [...], a gap of unknown length: write _ for every token"
 
 
 def _samples(
@@ -93,6 +117,10 @@ def _samples(
     found = yield from job.follow(work, so_far, around)
     generation = found.generation
     notes = [*samples.notices]
+    if samples.follows_loosely:
+        notes.append(LOOSELY)
+    if generation.evidence is not None and found.particles > 1:
+        notes.append(f"This text {trust(generation.evidence, slice(None), found.particles)}.")
     calls = [len(part) for part in parts]
     rate = f"{generation.tokens.numel() / job.seconds:,.0f}"
     facts = [pieces.took(job.seconds), (rate, "tokens per second")]
@@ -109,25 +137,29 @@ def _samples(
         shown = text_tokens(tokens, lm.tokenizer, {"given": mask})
         cards.append(
             pieces.card(
-                pieces.stage(shown, calls if is_drafted else ()),
+                pieces.stage(shown, calls if is_drafted else (), model=str(model)),
                 *map(pieces.muted, notes),
                 pieces.facts((f"{stream.length:,}", "tokens"), *facts),
-                _passes(lm, found, row, mask) if is_watched else "",
+                _passes(catalogue, lm, found, row, mask) if is_watched else "",
             )
         )
     return cards
 
 
-def _passes(lm: Checkpoint, written: Written, row: int, given: Tensor) -> str:
-    """The slider over the passes of a sample; empty without latents."""
+def _passes(catalogue: Catalogue, lm: Checkpoint, written: Written, row: int, given: Tensor) -> str:
+    """The slider over the passes of a sample; in words if they show nothing."""
     flow = as_flow(lm.model)
     length = written.streams[row].length
     states = [state[row, :length] for state in written.generation.states(flow)]
     if not states:
         return ""
     texts = [text[row, :length] for text in written.generation.passes(flow)]
-    rows, is_much = pieces.passes(flow, lm.tokenizer, texts, states, given=given)
-    return pieces.slider(rows, is_open=row == 0 and is_much)
+    rows, is_much = pieces.passes(flow, lm.tokenizer, texts, states, given=given[:length])
+    if is_much:
+        return pieces.slider(rows, is_open=row == 0) + pieces.key(flow)
+    name = catalogue.for_passes
+    other = f" Choose {name} to see two steps." if name else ""
+    return pieces.muted(f"In this model block 1 does all the writing, in one step.{other}")
 
 
 def _given(samples: Samples, written: Written | None = None, row: int = 0) -> Tensor:
@@ -158,8 +190,12 @@ def infill(
     weighted mean of their probabilities of a length is the mean over all particles.
     """
     checkpoint = catalogue.load(model)
+    template = values.text(text)
+    able = catalogue.for_gaps(model)
+    if has_gap(template) and able != model:
+        raise UserError(f"{no_gaps(model)}, or choose {able}")
     request = Writing(
-        template=values.text(text),
+        template=template,
         num=values.whole(tries, "tries", 1, values.TRIES),
         particles=values.whole(particles, "particles", 1, values.PARTICLES),
         temperature=values.number(temperature, "temperature", 0.1, 2.0),
@@ -172,56 +208,118 @@ def infill(
     job = Job("trying", samples.num_tokens)
     batches = yield from job.follow(lambda: list(samples.batches(job)), lambda: with_blanks)
     weights = _weights(batches)
-    shares: dict[str, float] = defaultdict(float)  # equal texts are one candidate
-    for shown, weight in zip(_fillings(samples, batches), weights.tolist(), strict=True):
-        shares[shown] += weight
     choices = ""
-    for shown in sorted(shares, key=shares.__getitem__, reverse=True):
-        choices += _choice(shares[shown], div("st-stage", shown))
-    effective = 1 / (weights**2).sum().item()  # from 1 to all of them
-    count = f"<b>About {effective:.1f} of {counted(len(weights), 'try', 'tries')} count.</b>"
-    trust = (
-        f"{count} More particles find more texts that fit.{pieces.bar(effective / len(weights))}"
-    )
+    for tokens, share in _shares(_fillings(samples, batches), weights):
+        choices += _choice(share, pieces.stage(tokens))
     numbers = pieces.facts((f"{plan.particles:,}", "particles per try"), pieces.took(job.seconds))
     yield pieces.page(
         pieces.asked(request.command(catalogue.entry(model).command_name)),
-        pieces.card(choices, *map(pieces.muted, samples.notices)),
-        *_lengths(batches, weights),
-        pieces.card(trust, numbers),
+        pieces.card(
+            pieces.muted("Underlined: your text. Green: what the model put in."),
+            choices,
+            *map(pieces.muted, samples.notices),
+            pieces.muted(_tries(weights) + _candidates(batches)),
+            *_lengths(batches, weights),
+            numbers,
+        ),
     )
 
 
-def offer(catalogue: Catalogue, model: object, *values: object) -> pieces.Pages:
-    """`infill` by the chosen model if it fills in gaps, else by one that does."""
-    yield from infill(catalogue, catalogue.for_gaps(model), *values)
+def offer(catalogue: Catalogue, writer: object, text: object) -> pieces.Pages:
+    """Words that fit where `text` has [...], the likeliest first, as buttons that studio.js reads.
+
+    They are by the model that wrote the text if it fills in gaps, else by one that does.
+    """
+    model = catalogue.for_gaps(writer)
+    lm = catalogue.load(model)
+    is_of_letters = lm.tokenizer.kind == "char"
+    template = values.text(text)
+    if template.endswith("[...]"):
+        if is_of_letters:
+            raise UserError("this word ends the text: choose one before it")
+        template = f"{template.removesuffix('[...]')}_"
+    longest = 12 if is_of_letters else 4
+    request = Writing(
+        template=template.replace("[...]", f"[...{longest}]"),
+        num=6,
+        particles=8,
+        temperature=catalogue.temperature(model),
+    )
+    samples = Samples(request, lm)
+    job = Job(f"{model} looks for words that fit", samples.num_tokens)
+    around = partial(pieces.offers, f"{writer}\n{values.text(text)}")
+    batches = yield from job.follow(lambda: list(samples.batches(job)), str, around)
+    weights = _weights(batches)
+    words = [
+        "".join(token.symbol for token in tokens if token.kind != "given").strip()
+        for tokens in _fillings(samples, batches)
+    ]
+    found = "".join(
+        f'<button type="button" class="st-word" data-word="{escape(word)}">'
+        f"{escape(word)} <b>{share:.0%}</b></button>"
+        for word, share in _shares(words, weights)
+        if word
+    )
+    yield around(
+        pieces.muted(f"{model} would also write:"),
+        div("st-words", found),
+        pieces.muted(_tries(weights)),
+    )
+
+
+def _shares(found: Iterable[T], weights: Tensor) -> list[tuple[T, float]]:
+    """Equal candidates are one, whose weights add up; the heaviest first."""
+    shares: dict[T, float] = defaultdict(float)
+    for one, weight in zip(found, weights.tolist(), strict=True):
+        shares[one] += weight
+    return sorted(shares.items(), key=lambda pair: -pair[1])
+
+
+def _tries(weights: Tensor) -> str:
+    """What shares rest on: the effective number of tries, from 1 to all of them."""
+    effective = 1 / (weights**2).sum().item()
+    return f"The shares rest on about {effective:.1f} independent tries of {len(weights)}."
+
+
+def _candidates(batches: list[Written]) -> str:
+    """What each try rests on; empty for tries of one candidate."""
+    particles = batches[0].particles
+    found = [batch.generation.evidence for batch in batches]
+    evidence = [one for one in found if one is not None]
+    if not evidence or particles == 1:
+        return ""
+    ess, tails = (torch.cat([getattr(one, name) for one in evidence]) for name in MEASURES)
+    every = replace(evidence[0], ess=ess, pareto_k=tails)
+    return f" Each try {trust(every, slice(None), particles)}."
 
 
 def _choice(share: float, words: str) -> str:
     """One of several possibilities, with its share."""
     return div(
-        "st-choice", div("st-share", f"<b>{100 * share:.0f} %</b>", pieces.bar(share)), words
+        "st-choice", div("st-share", f"<b>{share:.0%}</b>", pieces.bar(share)), div("", words)
     )
 
 
-def _fillings(samples: Samples, batches: list[Written]) -> Iterator[str]:
-    """Every try in HTML, with its new tokens marked."""
+def _fillings(samples: Samples, batches: list[Written]) -> Iterator[tuple[Token, ...]]:
+    """Every try, with its new tokens marked."""
     for batch in batches:
         for index, row in enumerate(batch.generation.tokens.cpu()):
             tokens = row[: batch.lengths[index]]
             mask = _given(samples, batch, index)
             shown = text_tokens(tokens, samples.lm.tokenizer, {"given": mask, "changed": ~mask})
-            yield spans(shown)
+            yield tuple(shown)
 
 
 def _lengths(batches: list[Written], weights: Tensor) -> Iterator[str]:
-    """A card for every gap of unknown length: how many tokens it may have."""
+    """How many tokens each gap of unknown length may have, folded."""
     found = [batch.generation.filled.lengths for batch in batches if batch.generation.filled]
+    charts = ""
     for number, tables in enumerate(zip(*found, strict=True), 1):
-        rows = ""
-        for length, share in enumerate((weights[:, None] * torch.cat(tables)).sum(0).tolist(), 1):
-            rows += _choice(share, counted(length, "token"))
-        yield pieces.card(pieces.title(f"Length of gap {number}"), rows)
+        shares = (weights[:, None] * torch.cat(tables)).sum(0).tolist()
+        charts += div("st-chart", pieces.title(f"Gap {number}"), pieces.columns(shares, "token"))
+    if charts:
+        words = "These are averages over all candidates of all tries, of which a few are shown."
+        yield pieces.folded("How long the gaps may be", pieces.muted(words), charts)
 
 
 def _weights(batches: list[Written]) -> Tensor:

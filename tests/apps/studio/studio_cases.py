@@ -19,4 +19,6 @@ def words(html: str) -> str:
 
 def stages(html: str, kind: str = "st-stage") -> list[str]:
     """The texts of the elements of a kind: of a stage, or of a row of passes."""
-    return [words(found) for found in re.findall(rf'class="{kind}">(.*?)</div>', html, re.DOTALL)]
+    return [
+        words(found) for found in re.findall(rf'class="{kind}"[^>]*>(.*?)</div>', html, re.DOTALL)
+    ]

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from browser import BROWSER, OPTIONS, need_browser
+from browser import BROWSER, OPTIONS, PALE, need_browser
 
 need_browser("gradio", "playwright")
 pytestmark = pytest.mark.slow
 
+SETTLED = 1000
+"""Milliseconds after which a request has closed its connection: to reload before is an error."""
 PWN = "document.title='pwned'"
 HOSTILE = f'the <script>{PWN}</script><img src=x onerror="{PWN}"> ${{{PWN}}}'
 
@@ -101,6 +103,14 @@ def use(page, tab: str, button: str, *, until: str = "in all", **texts: str) -> 
     return out.inner_text()
 
 
+def written(page, start: str):
+    """The stage with the text that the page has written from `start`."""
+    use(page, "Write", "Write", until=f'--prompt "{start}', Start=start)
+    view = page.locator(".st-view:visible").first
+    view.get_by_text("in all").first.wait_for()
+    return view.locator(".st-stage").first
+
+
 def arrive(page, tab, until):
     """Open a tab for the first time, which shows an example."""
     page.get_by_role("tab", name=tab, exact=True).click()
@@ -115,11 +125,8 @@ def test_every_view(open_page):
     page.locator(".st-view:visible").get_by_text("in all").wait_for()
     stage = page.locator(".st-view:visible .st-stage").first
     assert stage.inner_text().startswith("the people of")
-    stage.click(position={"x": 50, "y": 14})  # on the second word
-    page.locator(".st-view:visible").get_by_text("tries count").wait_for()
-    assert "[...4] of" in page.locator(".st-view:visible .st-asked").inner_text()
-    asked = "--template 'the ___ of'"
-    assert "tries count" in use(
+    asked = '--template "the ___ of"'
+    assert "independent tries" in use(
         page, "Infill", "Fill in", until=asked, Text_with_blanks="the ___ of"
     )
     arrive(page, "Edit", until="the original")
@@ -145,6 +152,129 @@ def test_every_view(open_page):
     # the last progress may come after the click, and is stopped anew
     view.get_by_role("button", name="copy").wait_for()
     assert page.title() == "tarflowlm studio"
+
+
+def test_a_word_is_exchanged_and_comes_back(open_page):
+    page = open_page()
+    view = page.locator(".st-view:visible").first
+    view.get_by_text("in all").first.wait_for()
+    stage = written(page, "the people of the land had")
+    before = stage.inner_text()
+    stage.click(position={"x": 50, "y": 14})  # on the second word
+    other = page.get_by_role("dialog").locator("[data-word]").first
+    other.wait_for()
+    word = other.get_attribute("data-word")
+    other.click()
+    assert stage.inner_text() == before.replace("people", word, 1)
+    copied = view.locator("[data-copy]").nth(1).get_attribute("data-copy")
+    assert copied.strip() == stage.inner_text().strip()
+    # the request stays, and no card takes its place
+    assert "of the land had" in view.locator(".st-asked").inner_text()
+    assert page.get_by_role("dialog").count() == 0
+    page.get_by_role("button", name="back to the text").click()
+    assert stage.inner_text() == before
+    # what is written next is not the text with the word
+    stage = written(page, "the house of the king")
+    assert stage.inner_text().startswith("the house of the king")
+    assert page.get_by_role("button", name="back to the text").count() == 0
+
+
+def test_every_tab_by_keyboard_alone(open_page):
+    """Enter does what the button says, arrows choose a word, Escape leaves its list."""
+    page = open_page()
+    view = page.locator(".st-view:visible").first
+    view.get_by_text("in all").first.wait_for()
+    press = page.keyboard.press
+
+    def tab_to(name: str) -> None:
+        page.get_by_role("tab", name="Write", exact=True).focus()
+        active = "document.activeElement.innerText"
+        for _ in range(9):
+            if page.evaluate(active) == name:
+                break
+            press("Tab")
+        assert page.evaluate(active) == name
+        press("Enter")
+
+    start = page.get_by_label("Start").first
+    start.focus()
+    press("Control+a")
+    page.keyboard.type("the king")
+    press("Shift+Enter")
+    page.keyboard.type("of")
+    assert start.input_value() == "the king\nof"
+    press("Enter")
+    view.get_by_text("the king of").first.wait_for()
+    view.get_by_text("in all").first.wait_for()
+    stage = view.locator(".st-stage").first
+    for _ in range(40):
+        press("Tab")
+        if page.evaluate("document.activeElement.className") == "st-stage":
+            break
+    before = stage.inner_text()
+    for _ in range(2):
+        press("ArrowRight")
+    assert page.evaluate("getSelection().toString()") == "king"
+    press("Enter")
+    dialog = page.get_by_role("dialog")
+    dialog.locator("[data-word]").first.wait_for()
+    press("Escape")
+    assert (dialog.count(), stage.inner_text()) == (0, before)
+    press("Enter")
+    dialog.locator("[data-word]:focus").wait_for()
+    word = dialog.locator("[data-word]").first.get_attribute("data-word")
+    press("Enter")
+    assert stage.inner_text() == before.replace("king", word, 1)
+    for tab in ("Infill", "Edit", "Score", "Runs"):
+        tab_to(tab)
+        shown = page.locator(".st-view:visible").first
+        shown.get_by_text("in all").first.wait_for() if tab != "Runs" else shown.wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_texts_can_be_read(open_page, scheme):
+    """Their contrast is at least 4.5, in every tab, with all that is folded, and at a word."""
+    page = open_page()
+    view = page.locator(".st-view:visible").first
+    view.get_by_text("in all").first.wait_for()
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.wait_for_timeout(SETTLED)
+    page.reload()
+    view.get_by_text("in all").first.wait_for()
+    view.locator(".st-stage").first.click(position={"x": 50, "y": 14})
+    page.get_by_role("dialog").locator("[data-word]").first.wait_for()
+    for tab in ("Write", "Infill", "Edit", "Score", "Runs"):
+        page.get_by_role("tab", name=tab, exact=True).click()
+        if tab != "Runs":
+            page.locator(".st-view:visible").get_by_text("in all").first.wait_for()
+        more = page.get_by_role("button", name="More").locator("visible=true")
+        if more.count():
+            more.click()
+        for name in ("Words", "Level") if tab == "Edit" else ():
+            page.get_by_role("tab", name=name).click()
+            assert page.evaluate(PALE) == [], name
+        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        assert page.evaluate(PALE) == [], tab
+    use(page, "Infill", "Fill in", Text_with_blanks="nothing", until="has no blank")
+    assert page.evaluate(PALE) == []
+
+
+def test_the_address_is_that_of_the_request(open_page, url):
+    page = open_page()
+    view = page.locator(".st-view:visible").first
+    view.get_by_text("in all").first.wait_for()
+    written(page, "the people of")
+    assert "text=the+people+of" in page.url
+    page.wait_for_timeout(SETTLED)
+    page.reload()
+    view.get_by_text("the people of").first.wait_for()
+    view.get_by_text("in all").first.wait_for()
+    page.wait_for_timeout(SETTLED)
+    # a link to a model that the page does not have says so
+    page.goto(f"{url}?model=nope&text=the")
+    page.get_by_text("no model of the link's name").wait_for()
+    view.get_by_text("in all").first.wait_for()
 
 
 @pytest.mark.nightly

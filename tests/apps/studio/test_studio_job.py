@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -71,6 +72,35 @@ def test_one_works_at_a_time():
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: list(Job("working").follow(work, str)), range(3)))
     assert most == [1, 1, 1]
+
+
+def test_those_who_wait_have_their_turn_in_order_and_know_it():
+    """One who leaves makes room; the time limit of the others begins with their turn."""
+    go, order = threading.Event(), []
+    jobs = [Job(f"{number}") for number in range(4)]
+
+    def work(number):
+        if number == 0:
+            go.wait(5)
+        order.append(number)
+
+    steps = [job.follow(partial(work, number), str) for number, job in enumerate(jobs)]
+    for one in steps:
+        next(one)
+    assert [job.state for job in jobs[:3]] == [
+        "0",
+        "waiting: 1 request before yours",
+        "waiting: 2 requests before yours",
+    ]
+    steps[1].close()
+    deadline = time.monotonic() + 5
+    while "1 request " not in jobs[2].state and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert jobs[3].state == "waiting: 2 requests before yours"
+    go.set()
+    for number in (0, 2, 3):
+        list(steps[number])
+    assert order == [0, 2, 3]
 
 
 def test_a_port_that_is_taken_and_a_host_elsewhere_are_named():

@@ -19,10 +19,10 @@ from tarflowlm.pretrained import Pretrained
 from tarflowlm.requests import Writing
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import KINDS, change, rewrite
-from tarflowlm_apps.studio.pieces import SHADES, STYLE, guarded
+from tarflowlm_apps.studio.pieces import SHADES, STYLE, guarded, quoted
 from tarflowlm_apps.studio.runs import runs
 from tarflowlm_apps.studio.score import compare
-from tarflowlm_apps.studio.values import from_address
+from tarflowlm_apps.studio.values import from_address, seed
 from tarflowlm_apps.studio.write import infill, offer, write
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -110,14 +110,15 @@ def test_an_escaped_blank_is_a_character(catalogue):
 def test_template_keeps_given_tokens(catalogue):
     html = shown(infill, catalogue, VALID[infill])
     assert {bool(re.fullmatch("the ... saw", text)) for text in stages(html)} == {True}
-    assert "count" in words(html)
+    assert "independent tries of 3" in words(html)
 
 
 def test_likely_lengths_of_a_gap_are_shown(catalogue):
     for name in ("flow", "baseline"):
         html = shown(infill, catalogue, [name, "the [...3] saw", 3, 2, 1.0, 0])
         assert {bool(re.fullmatch("the .{1,3} saw", text)) for text in stages(html)} == {True}
-        assert "Length of gap 1" in words(html)
+        assert "How long the gaps may be" in words(html)
+        assert len(re.findall(r"<li title", html)) == 3
         assert "[...3]" in words(html)
 
 
@@ -200,24 +201,79 @@ def test_the_request_is_above_its_result(catalogue, folder):
     given |= {"--num": "2", "--seed": "3"}
     assert dict(zip(options[::2], options[1::2], strict=True)) == given
     html = shown(compare, catalogue, VALID[compare])
-    asked = f"score {folder}/flow --text 'the cat saw' --baseline {folder}/baseline"
+    asked = f'score {folder}/flow --text "the cat saw" --baseline {folder}/baseline'
     assert words(html).startswith(f"tarflowlm {asked}")
     assert f'data-copy="tarflowlm score {folder}' in html
 
 
 def test_others_for_a_word_come_from_a_model_that_fills_gaps():
     catalogue = Catalogue()
-    text = "The little girl [...2] into the wood."
-    html = shown(offer, catalogue, ["english-passes", text, 2, 4, 1.0, 0])
-    assert words(html).startswith("tarflowlm sample english-small --template")
+    html = shown(offer, catalogue, ["english-passes", "The little girl [...] into the wood."])
+    assert words(html).startswith("english-small would also write:")
+    assert all(word and word == word.strip() for word in re.findall('data-word="(.*?)"', html))
+    # the last word of a text is one token
+    assert "data-word" in shown(offer, catalogue, ["english-small", "The little [...]"])
+    assert "st-notice" in shown(offer, catalogue, ["english-mini", "the little [...]"])
     assert catalogue.for_gaps("english-mini-ar") == "english-mini-ar"
 
 
 def test_passes_play_where_blocks_share_the_work():
+    """Elsewhere the page says that there is nothing to see, and which model shows something."""
     catalogue = Catalogue()
     for name, plays in (("english-passes", True), ("english-mini", False)):
         html = shown(write, catalogue, [name, "", "", 24, 0.8, 1.0, 1, 0])
         assert ("data-play" in html) is plays
+
+
+def test_the_first_example_fills_every_gap():
+    pytest.importorskip("gradio")
+    from tarflowlm_apps.studio.page import EXAMPLES
+
+    _, model, text, length, seed = EXAMPLES[0]
+    html = shown(write, Catalogue(), [model, "", text, length, 0.8, 1.0, 1, seed])
+    *_, first, last = re.findall(r"after block \d: [^<]+", html.split("st-rows")[1])
+    assert re.fullmatch(r"after block 2: \d+ of \d+ written, ([5-9]|\d\d) still noise", first)
+    assert re.fullmatch(r"after block 1: ([5-9]|\d\d) of \d+ changed", last)
+    # given letters are no change
+    assert text in stages(html, "tl-given")[-1] or 'tl-given">' + text in html
+
+
+def test_a_model_without_passes_names_one_with_them():
+    catalogue = Catalogue(["english-passes", "english-mini"])
+    assert catalogue.for_passes == "english-passes"
+    two_blocks = Catalogue()
+    html = shown(write, two_blocks, ["english-small", "", "Once upon", 24, 0.8, 1.0, 1, 0])
+    is_one_block = two_blocks.entry("english-small").run.model.num_blocks == 1
+    assert ("Choose english-passes to see two steps" in html) is not is_one_block
+
+
+def test_a_gap_that_a_model_cannot_fill_is_offered_to_one_that_can():
+    catalogue = Catalogue()
+    html = shown(
+        write, catalogue, ["english-passes", "", "the [...] of the king", 24, 0.8, 1, 1, 0]
+    )
+    (link,) = re.findall('href="([^"]+)"', html)
+    asked = dict(parse_qsl(unescape(link).removeprefix("?")))
+    assert (asked["model"], asked["text"]) == ("english-small", "the [...] of the king")
+    html = shown(infill, catalogue, ["english-passes", "the [...] of the king", 2, 2, 0.8, 0])
+    assert "or choose english-small" in words(html)
+
+
+def test_parts_of_words_are_not_rewritten(catalogue):
+    html = shown(rewrite, catalogue, ["flow", "the fox ran", "o", 1, 0])
+    assert "'o' is part of a word: name the whole word, 'fox'" in words(html)
+
+
+def test_words_of_a_command_are_quoted_for_all_shells():
+    texts = ["the cat", "the king's son", "a\nb", "--x"]
+    assert [quoted(text) for text in texts] == ['"the cat"', '"the king\'s son"', '"a\nb"', "--x"]
+    for text in (*texts, 'say "no"', "$HOME", "100 %", "a\\b", "", "`x`"):
+        assert shlex.split(quoted(text)) == [text]
+
+
+def test_numbers_are_written_out():
+    with pytest.raises(UserError, match="seed: give a number from 0 to 2,147,483,648"):
+        seed(2**40)
 
 
 @pytest.mark.parametrize("name", ["english-mini-ar", "english-mini"])
