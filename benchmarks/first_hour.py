@@ -29,10 +29,10 @@ from tarflowlm.runs.checkpoint import Checkpoint
 from training import training_step
 
 EXPECTED = {
-    "owt-ar stage 1": {"tokens/s": (180_000, 240_000), "waits": (0, 4), "GB": (15, 70)},
-    "owt-mixd stage 1": {"tokens/s": (215_000, 310_000), "waits": (0, 4), "GB": (15, 70)},
-    "owt-mixd stage 2": {"tokens/s": (120_000, 190_000), "waits": (0, 40), "GB": (15, 70)},
-    "owt-mixd stage 3": {"tokens/s": (120_000, 190_000), "waits": (0, 40), "GB": (15, 70)},
+    "owt-ar stage 1": {"tokens/s": (200_000, 400_000), "waits": (0, 0), "GB": (15, 70)},
+    "owt-mixd stage 1": {"tokens/s": (220_000, 420_000), "waits": (0, 12), "GB": (12, 60)},
+    "owt-mixd stage 2": {"tokens/s": (150_000, 260_000), "waits": (0, 16), "GB": (8, 40)},
+    "owt-mixd stage 3": {"tokens/s": (150_000, 260_000), "waits": (0, 16), "GB": (8, 40)},
     "owt-ar writes": {"tokens/s": (15_000, 42_000)},
     "owt-mixd writes": {"tokens/s": (400, 18_000)},
 }

@@ -17,14 +17,14 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from launches import PRESETS, launches
 from timing import show
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
-from torch.utils.checkpoint import checkpoint
 
 from tarflowlm import chunks, flow
 from tarflowlm.config import RunConfig
@@ -33,6 +33,7 @@ from tarflowlm.flow.codebook import typical_neighbour_distance
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import (
     COMPILED,
+    head_sums,
     mixture,
     mixture_log_prob,
     mixture_log_prob_from_features,
@@ -63,13 +64,16 @@ VIEWS = (
 )
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 COMPONENTS, CHANNELS, WIDTH = 50_257, 16, 768
-KINDS = ("ar", "affine", "mix1", "mixd")
-FLOPS, BYTES = 396e12, 2.8e12
-"""One H100, per second: 40 % of the dense bfloat16 peak, and most of the memory's 3.35 TB/s."""
+BYTES = 2.8e12
+"""Bytes per second of an H100's memory, of 3.35e12."""
+BEST, WORST = (445e12, 3.0e12, 4e-6), (300e12, 2.4e12, 10e-6)
+"""FLOP/s, 45 and 30 % of the dense bfloat16 peak; bytes per second; seconds of a launch."""
 OVERHEAD, WITHIN, ACROSS = 6e-3, 300e9, 40e9
-"""Seconds per step of launches, clipping, optimiser; bytes per second of a gradient average, in and
-across nodes.
+"""Seconds per step of clipping and optimiser; bytes per second of a gradient average, in and across
+nodes.
 """
+PART, SMALLER = 65_536, 12
+"""Tokens at once of the paper's presets, and how much smaller a loss is counted."""
 
 
 class Traffic(TorchDispatchMode):
@@ -158,57 +162,80 @@ def bytes_of_couplings(config: RunConfig, stage: int) -> float:
 
 
 def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, float]:
-    """Bytes per (token, component) of every kind of vocabulary-sized work."""
+    """Bytes per (token, component) of every kind of vocabulary-sized work.
+
+    The losses are those of a part of a step, with tokens, components, features and the sides of a
+    tile `SMALLER`. Maps of all components are counted by what twice as many tokens take more, since
+    a call does some work once.
+    """
     as_accelerator()
     generator, found = torch.Generator().manual_seed(0), {}
-    mean, weight = (torch.randn(COMPONENTS, n, generator=generator) for n in (CHANNELS, WIDTH))
-    features, noise = (torch.randn(args.tokens, n, generator=generator) for n in (WIDTH, CHANNELS))
-    log_w = features @ weight.mul_(3 * WIDTH**-0.5).T
-    tokens = torch.distributions.Categorical(logits=log_w).sample()
-    sigma = typical_neighbour_distance(mean) / separation
-    z, log_std = mean[tokens] + sigma * noise, torch.full((COMPONENTS,), math.log(sigma))
-    leaves = [
-        t.clone().requires_grad_()
-        for t in (z, features, weight, torch.zeros(COMPONENTS), mean, log_std)
-    ]
 
-    def loss() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            log_p = mixture_log_prob_from_features(*leaves, relative=True)
-        log_p.mean().backward()
+    def case(tokens: int, components: int) -> tuple[torch.Tensor, ...]:
+        width = WIDTH // SMALLER
+        mean, weight = (torch.randn(components, n, generator=generator) for n in (CHANNELS, width))
+        features, noise = (torch.randn(tokens, n, generator=generator) for n in (width, CHANNELS))
+        log_w = features @ weight.mul_(3 * width**-0.5).T
+        own = torch.distributions.Categorical(logits=log_w).sample()
+        sigma = typical_neighbour_distance(mean) / separation
+        log_std = torch.full((components,), math.log(sigma)).requires_grad_()
+        z = (mean[own] + sigma * noise).requires_grad_()
+        head = features.requires_grad_(), weight.requires_grad_(), torch.zeros(components)
+        return z, *head, mean.requires_grad_(), log_std, own, log_w.detach()
 
-    def cross_entropy() -> None:
-        def nll(x: Any, y: Any) -> Any:
-            return F.cross_entropy(F.linear(x, *leaves[2:4]).float(), y)
-
-        with torch.autocast("cpu", torch.bfloat16):
-            value = checkpoint(nll, leaves[1], tokens, use_reentrant=False)
-        value.backward()
-
-    work: dict[str, Callable[[], Any]] = {"loss of stage 1": loss, "cross-entropy": cross_entropy}
-    work["frozen map"] = torch.no_grad()(lambda: rosenblatt(z, log_w, mean, log_std, maps=COMPILED))
-    work["normaliser"] = torch.no_grad()(lambda: mixture_log_prob(z, None, mean, log_std))
-    work["normaliser, trained"] = lambda: (
-        mixture_log_prob(leaves[0], None, *leaves[4:]).sum().backward()
-    )
-    for name, call in work.items():
+    def counted(work: Callable[[], Any]) -> Counter[str]:
         traffic = Traffic()
         mixture.compiled = traffic.fused  # type: ignore[assignment]
         with traffic:
-            call()
-        found[name] = sum(traffic.bytes.values()) / args.tokens / COMPONENTS
-        for operation, size in traffic.bytes.most_common(args.top):
-            relative = size / args.tokens / COMPONENTS
-            print(f"{name}: {operation:20} {relative:8.1f} x {traffic.calls[operation]}")
-    return found
+            work()
+        return traffic.bytes
+
+    small = case(PART // SMALLER, COMPONENTS // SMALLER)
+    rows = torch.arange(PART // SMALLER)
+
+    def loss() -> None:
+        log_p = mixture_log_prob_from_features(*small[:6], relative=True, maps=COMPILED)
+        log_p.sum().backward()
+
+    def cross_entropy() -> None:
+        total, chosen = head_sums(*small[1:4], rows, small[6], maps=COMPILED)
+        (total - chosen).sum().backward()
+
+    held = chunks.HELD_ACCELERATOR
+    chunks.HELD_ACCELERATOR = chunks.HELD_CPU = held // SMALLER**2
+    for name, work in {"loss of stage 1": loss, "cross-entropy": cross_entropy}.items():
+        with torch.autocast("cpu", torch.bfloat16):
+            size = counted(work)
+        pairs = (PART // SMALLER) * (COMPONENTS // SMALLER)
+        found[name] = {key: n / pairs for key, n in size.items()}
+    chunks.HELD_ACCELERATOR = chunks.HELD_CPU = held
+    z, *_, mean, log_std, _, log_w = case(2 * args.tokens, COMPONENTS)
+    book = mean, log_std
+    maps: dict[str, Callable[[int], Any]] = {
+        "frozen map": torch.no_grad()(
+            lambda count: rosenblatt(z[:count], log_w[:count], *book, maps=COMPILED)
+        ),
+        "normaliser": torch.no_grad()(lambda count: mixture_log_prob(z[:count], None, *book)),
+        "normaliser, trained": lambda count: (
+            mixture_log_prob(z[:count], None, *book).sum().backward()
+        ),
+    }
+    for name, call in maps.items():
+        size = counted(partial(call, 2 * args.tokens))
+        size.subtract(counted(partial(call, args.tokens)))
+        found[name] = {key: n / args.tokens / COMPONENTS for key, n in size.items()}
+    for name, size in found.items():
+        for operation, each in Counter(size).most_common(args.top):
+            print(f"{name}: {operation:20} {each:8.1f}")
+    return {name: sum(size.values()) for name, size in found.items()}
 
 
 def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, Any]]:
     """A row for every stage of every preset of the paper's size, from bytes at the start of
     training and after it.
     """
-    rows = []
-    for name in (*(f"owt-{kind}" for kind in KINDS), *(f"text8-{kind}" for kind in KINDS)):
+    rows, counted = [], {row[""]: row for row in launches(PRESETS)}
+    for name in PRESETS:
         config = preset(name)
         vocabulary = COMPONENTS if name.startswith("owt") else 27
         config = replace(config, model=replace(config.model, vocab_size=vocabulary))
@@ -228,20 +255,29 @@ def hours(size: dict[str, float], trained: dict[str, float]) -> list[dict[str, A
             flops, traffic = training_flops(model, frozen=stage) / context, work * vocabulary
             if not name.endswith("-ar"):
                 traffic += bytes_of_couplings(config, stage)
-            row = {"": name if config.num_stages == 1 else f"{name} {stage + 1}"}
+            if vocabulary == COMPONENTS and not stage:
+                # the backward pass computes the logits again, if all components are taken
+                flops += 2 * vocabulary * config.model.trunk.width * (name[-2:] in ("ar", "xd"))
+            label = name if config.num_stages == 1 else f"{name} {stage + 1}"
+            row: dict[str, Any] = {"": label}
             row |= {"GFLOP per token": flops / 1e9, "MB per token": traffic / 1e6}
+            of_part, of_eighth = (counted[label][f"launches{n}"] for n in ("", " of an eighth"))
+            each = (of_part - of_eighth) / (PART * 7 / 8)
             for world in (1, 8, 64):
                 tokens = config.train.batch_size * context / world
-                work_seconds = tokens * (flops / FLOPS + traffic / BYTES)
-                # a gradient of 0.12 B float32 numbers is averaged during two thirds of the work
-                average = 0 if world == 1 else 2 * 4 * 0.12e9 / (WITHIN if world <= 8 else ACROSS)
-                seconds = work_seconds + OVERHEAD + max(0, average - 2 / 3 * work_seconds)
-                if world == 8:
-                    row |= {
-                        "ms: products": 1e3 * tokens * flops / FLOPS,
-                        "traffic": 1e3 * tokens * traffic / BYTES,
-                    }
-                row[f"hours on {world}"] = config.train.stage_steps[stage] * seconds / 3600
+                parts = math.ceil(tokens / PART)
+                number = parts * (of_part - each * PART) + each * tokens
+                found = []
+                for of_flops, of_bytes, of_launch in (BEST, WORST):
+                    work = tokens * (flops / of_flops + traffic / of_bytes)
+                    # a gradient of 0.12 B float32 numbers is averaged during two thirds of the work
+                    average = (
+                        0 if world == 1 else 2 * 4 * 0.12e9 / (WITHIN if world <= 8 else ACROSS)
+                    )
+                    seconds = max(work, number * of_launch) + OVERHEAD
+                    seconds += max(0, average - 2 / 3 * work)
+                    found.append(config.train.stage_steps[stage] * seconds / 3600)
+                row[f"hours on {world}"] = " to ".join(f"{x:.2g}" for x in found)
             rows.append(row)
     return rows
 
@@ -250,8 +286,6 @@ def nodes() -> list[dict[str, Any]]:
     """Operations (aten nodes) of all graphs that steps of `owt-mixd` compile, by sequences; the
     model is as deep, but small.
     """
-    from functools import partial
-
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -289,7 +323,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--tokens", type=int, default=2048)
+    options.add_argument("--tokens", type=int, default=334)
     options.add_argument("--separation", type=float, nargs="+", default=[12.0, 22.0])
     options.add_argument("--top", type=int, default=0, help="operations to list")
     options.add_argument("--hours", action="store_true", help="of the paper's presets")

@@ -39,6 +39,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
             "generation.py --count mini-mixd",
             ["mini-mixd, block 1, draw, call of 8", "mini-mixd, block 2, steps"],
         ),
+        ("launches.py mini-passes", ["mini-passes 1", "mini-passes 2"]),
         (
             "evaluation.py english-mini-ar english-mini --windows 1 --rounds 1 --data DATA",
             ["english-mini"],

@@ -37,8 +37,10 @@ LogWeights = Callable[[slice | Tensor], Tensor]
 """The log-weights [n, K] of rows, which are a slice or indices."""
 PROBED = 64
 """Rows that tell an accelerator, which cannot choose chunk by chunk, where to go over to pairs."""
-SPARE = 1.5
-"""Pairs for which there is room, over those of the probed rows."""
+SPARE, PAIR = 1.5, 20
+"""Pairs for which there is room, over those of the probed rows; and how many elements of a compiled
+channel move as many bytes as one pair.
+"""
 
 
 class _Book(NamedTuple):
@@ -112,8 +114,8 @@ def rosenblatt(
 
 
 def _turn(z: Tensor, log_w: LogWeights, book: _Book, of_channel: Channel) -> _Turn:
-    """The first channel from which no tensor over pairs and channels is larger than one over rows
-    and components, by some rows from everywhere; no channel if there is none.
+    """The first channel from which pairs take less memory and time than rows and components, by
+    some rows from everywhere; no channel if there is none.
     """
     dim, counts = z.shape[1], list[Tensor]()
     most = min(PROBED, chunks.rows_at_once(len(book.mean), chunks.held(z.device)))
@@ -122,7 +124,7 @@ def _turn(z: Tensor, log_w: LogWeights, book: _Book, of_channel: Channel) -> _Tu
     with full_precision(z):
         _tails(z[probed], weights, book, of_channel, counts=counts)
     for i, count in enumerate(torch.stack(counts).tolist() if counts else [], 2):
-        if SPARE * count * (dim - i) <= weights.numel():
+        if SPARE * count * max(dim - i, PAIR) <= weights.numel():
             return _Turn(i, SPARE * count / len(weights))
     return _Turn(dim, 0.0)
 
