@@ -1,4 +1,5 @@
-"""Take the pictures of the studio that the documents show: FOLDER/passes.png and FOLDER/studio.
+"""Take the pictures of the studio that the documents show: FOLDER/{infill,passes}.png and
+FOLDER/studio.
 
     python examples/draw_studio.py [FOLDER]    # docs
 
@@ -39,6 +40,8 @@ def take(page: Page, out: Path) -> None:
         page.get_by_role("tab", name=tab.capitalize(), exact=True).click()
         wait(words)
         save(page, out / "studio" / f"{tab}.png", full_page=True, scale="css")
+        if tab == "infill":
+            save(page.locator(".st-card:visible").first, out / "infill.png")
 
 
 def main(folder: str = "docs") -> None:

@@ -229,6 +229,8 @@ class ProgressReporter(Bars):
                 self._shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
             self._shown["valid"] = f"valid {record['bpc']:.3f}"
+            if "published" in record and self.is_wide:
+                self._shown["valid"] += f" (published: {record['published']:.2f} here)"
         self._step = int(record["step"])
         details = ", ".join(self._shown.values())
         assert self._task is not None

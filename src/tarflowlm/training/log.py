@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO, TypeVar
 
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import Progress, Record, check_package
+from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs import METRICS
 from tarflowlm.schema import to_dict
 from tarflowlm.training.optim import norms, trained_parameters
+from tarflowlm.training.resolve import settled
 
 NAMED = 8
 """The most parameters that a message names."""
@@ -99,6 +101,8 @@ class MetricsLog:
         self.reporter = reporter
         self.window = Window()
         self.trackers: dict[str, Tracker] = {}
+        self.published: dict[int, float] = {}
+        """Tokens -> validation of the published run."""
         self._file: TextIO | None = None
 
     def open(self, directory: Path, *, resume_at: int = 0, window: Window | None = None) -> None:
@@ -147,8 +151,10 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        self.reporter.record(record)
         split, step = record["split"], record["step"]
+        theirs = self.published.get(int(record.get("tokens", 0))) if split == "valid" else None
+        shown = record if theirs is None else record | {"published": theirs}
+        self.reporter.record(shown)
         numbers = {
             f"{split}/{name}": value
             for name, value in record.items()
@@ -164,7 +170,10 @@ class MetricsLog:
             self.attempt(name, end)
 
     def track(self, config: RunConfig, out: Path, *, resume_at: int) -> None:
-        """Open the trackers that `config` asks for; `resume_at` is the step of the checkpoint."""
+        """Open the trackers that `config` asks for, and find the published run to compare with.
+        `resume_at` is the step of the checkpoint.
+        """
+        self.published = published(config)
         for name in config.train.track:
             start = open_tensorboard if name == "tensorboard" else open_wandb
             if tracker := self.attempt(name, start, config, out, resume_at):
@@ -179,6 +188,23 @@ class MetricsLog:
             text = " ".join(str(error).split()) or type(error).__name__
             logger.warning("%s is dropped (%s); metrics.jsonl continues", name, text)
             return None
+
+
+def published(config: RunConfig) -> dict[int, float]:
+    """Tokens -> validation after them, in bits per character, of the published run of a preset.
+
+    Empty without one, and where `config` trains another model, text, length or schedule.
+    """
+    curves = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    if config.name not in curves or config.name not in PRESETS:
+        return {}
+    own = settled(preset(config.name))
+    model = replace(config.model, vocab_size=own.model.vocab_size)  # which the text decides
+    names = ("stage_steps", "minutes", "mode", "batch_size", "dropout", "ema")
+    learns = {name: getattr(config.train, name) for name in names}
+    same = replace(own, model=model, data=config.data, optim=config.optim, parent=config.parent)
+    is_same = replace(same, train=replace(own.train, **learns)) == own
+    return dict(curves[config.name]) if is_same else {}
 
 
 def open_tensorboard(_config: RunConfig, out: Path, resume_at: int) -> Tracker:

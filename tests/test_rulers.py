@@ -1,0 +1,120 @@
+"""The rulers of other fields: BLiMP and BrierLM."""
+
+import json
+import lzma
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflowlm.pretrained import load
+
+PAIRS = [
+    ("agreement", "morphology", "The old king was at home.", "The old king were at home."),
+    ("agreement", "morphology", "The boys were at home.", "The boys was at home."),
+    ("case", "syntax", "He saw the King.", "he saw the king"),
+]
+
+
+@pytest.fixture
+def ruler(monkeypatch):
+    """Imports a script of the folder `benchmarks` by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return import_module
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    lines = ["UID\tfield\tsentence_good\tsentence_bad", *("\t".join(pair) for pair in PAIRS)]
+    path = tmp_path / "pairs.tsv.xz"
+    path.write_bytes(lzma.compress("\n".join(lines).encode()))
+    return path
+
+
+def test_pairs_are_read_and_equal_values_are_wrong(ruler, table, tmp_path):
+    blimp = ruler("blimp")
+    pairs = blimp.read_pairs(table, None)
+    assert [tuple(pair) for pair in pairs] == PAIRS
+    assert len(blimp.read_pairs(table, 1)) == 2
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = ("UID", "field", "sentence_good", "sentence_bad")
+    rows = [json.dumps(dict(zip(names, pair, strict=True))) for pair in PAIRS]
+    (folder / "all.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert blimp.read_pairs(folder, None) == pairs
+    # a model of 27 letters reads both sentences of the last pair as the same text
+    (score,) = blimp.scores_of(load("english-mini-ar"), [1]).values()
+    assert blimp.verdicts(pairs, score)[-1] is False
+    (score,) = blimp.scores_of(load("english-small-ar"), [1]).values()
+    assert blimp.verdicts(pairs[:2], score) == [True, True]
+
+
+@pytest.mark.slow
+def test_a_flow_has_an_exact_value_and_bounds(ruler, table, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    blimp = ruler("blimp")
+    pairs = blimp.read_pairs(table, None)
+    texts = [text for pair in pairs for text in (pair.good, pair.bad)]
+    exact, one, many = blimp.scores_of(load("english-small"), [1, 4]).values()
+    values = torch.tensor([exact(texts), one(texts), many(texts)])
+    assert (values[2] >= values[1] - 0.5).all()
+    # block 1 with sharp codes is a language model: its bound is nearly tight
+    assert (values[0] - values[2]).abs().max() < 1.0
+    one_by_one = [exact([text])[0] for text in texts]
+    assert values[0].tolist() == pytest.approx(one_by_one, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_tasks_of_lm_eval_read_local_pairs(ruler, table, tmp_path, run_json, monkeypatch):
+    if find_spec("lm_eval") is None:
+        pytest.skip("needs lm_eval")
+    from functools import partial
+
+    from lm_eval.tasks import TaskManager
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)
+    blimp = ruler("blimp")
+    blimp.write_tasks(blimp.read_pairs(table, None), tmp_path / "tasks")
+    words = ["--tasks", "local_blimp", "--include_path", tmp_path / "tasks"]
+    found = run_json("harness", "english-small-ar", *words)
+    assert found["results"]["local_blimp_agreement"]["acc,none"] == 1.0
+    assert "acc,none" in found["results"]["local_blimp"]
+
+
+def test_two_samples_estimate_the_brier_score_without_bias(ruler):
+    brier = ruler("brier")
+    law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.multinomial(law, 80_000, replacement=True, generator=generator).view(2, -1, 2)
+    y = torch.zeros_like(x)
+    y[:, 1] = 1
+    found = brier.brier(x, other, y)
+    assert found[:, 0].mean() == pytest.approx(2 * 0.5 - law.square().sum().item(), abs=0.02)
+    both = 2 * 0.5 * 0.3 - law.square().sum().item() ** 2
+    assert found[:, 1].mean() == pytest.approx(both, abs=0.02)
+    # a model that always says the right words has 100, one that never does has 0
+    assert brier.brier_lm(brier.brier(y, y, y)).item() == pytest.approx(100)
+    assert brier.brier_lm(brier.brier(y + 1, y + 1, y)).item() == 0
+
+
+@pytest.mark.slow
+def test_brier_lm_of_shipped_models(ruler, monkeypatch, capsys):
+    brier = ruler("brier")
+    words = ["brier.py", "english-mini-ar", "english-mini", "--contexts", "32"]
+    monkeypatch.setattr("sys.argv", words)
+    brier.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| `english-mini-ar`",
+        "| `english-mini`",
+    ]
+    assert "<=" in lines[-1]
+    assert float(lines[-1].split(" | ")[-1].split(" ±")[0]) > 20
