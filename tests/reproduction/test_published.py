@@ -35,7 +35,9 @@ def test_the_shipped_curves_are_those_of_records_and_models(found):
     assert len(CURVES.read_bytes()) < 10_000
     for name, one in found.items():
         # the log of a run may have more points than its record
-        assert set(one.curve) <= set(map(tuple, shipped[name])), f"{name}: run python -m reproduction.published"
+        assert set(one.curve) <= set(map(tuple, shipped[name])), (
+            f"{name}: run python -m reproduction.published"
+        )
 
 
 def test_the_tables_of_the_documents_are_made_of_them(found):
