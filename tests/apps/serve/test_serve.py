@@ -14,6 +14,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from tarflowlm.generation.texts import write_texts
+from tarflowlm.requests import Writing
 from tarflowlm_apps.serve.answers import Answer
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
@@ -24,10 +26,10 @@ HOW = {"seed": 3, "temperature": 0.8, "top_p": 0.9, "n": 2}
 def test_texts_are_those_of_samples_streamed_or_not(name, request):
     served = request.getfixturevalue(name)
     prompts = ["the king of ", "a dog"]
-    how = HOW | {"max_tokens": 12}
-    num, options = how.pop("n"), how | {"max_new_tokens": how.pop("max_tokens")}
-    options.pop("max_tokens", None)
-    expected = served.lm.samples(prompts, num=num, **options)
+    num = HOW["n"]
+    options = {name: value for name, value in HOW.items() if name != "n"}
+    writing = Writing(prompt=prompts, num=num, max_new_tokens=12, **options)
+    expected = write_texts(writing, served.lm)
     found = served.ask(prompt=prompts, max_tokens=12, **HOW)
     texts = [choice["text"] for choice in found["choices"]]
     assert [prompts[row // num] + text for row, text in enumerate(texts)] == expected
