@@ -19,6 +19,7 @@ from tarflowlm.editing.edits import covered
 from tarflowlm.editing.redraw import Candidates, Span, collected, redraw
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
 from tarflowlm.flow.fills import complete
+from tarflowlm.model import as_flow
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def interpolate(source: Source, second: Encoded, *, level: int, weight: float) -
     anchor = second if weight == 1.0 else first
     state = anchor.states[level] if weight in (0.0, 1.0) else state.to(a)
     states = inverted_below(replace(source, text=anchor), level, state, "auto")
-    return compared(source, source.model.codebook.decode(states[-1]), states)
+    return compared(source, as_flow(source.model).codebook.decode(states[-1]), states)
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def counterfactual(source: Source, replacements: Int[Tensor, " T"]) -> Change:
     `replacements` holds the new tokens, and -1 elsewhere. Tokens before the first of them keep
     their latents; later tokens change where their new context changes them.
     """
-    model = source.model
+    model = as_flow(source.model)
     block = model.prior.block(0)
     text = source.text
     rows, length = text.tokens.shape
@@ -85,6 +86,7 @@ def blend(
     `spans[b]` are the spans that row b takes, and the spans of the first text that it keeps
     (`blended_spans`).
     """
+    model = as_flow(source.model)
     first = source.text
     assert first.length == second.length
     rows = []
@@ -94,7 +96,7 @@ def blend(
         mask = is_second.to(first.tokens.device)
         z = torch.where(mask[:, None], second.states[0][b], first.states[0][b])[None]
         tokens = torch.where(mask, second.tokens[b], first.tokens[b])[None]
-        row = replace(first, tokens=tokens, states=tuple(source.model.prior.states(z)[0]))
+        row = replace(first, tokens=tokens, states=tuple(model.prior.states(z)[0]))
         for span in runs(~(is_second | stays)[: first.length]):
             row = redraw(replace(source, text=row), span, candidates)
         rows.append(row)

@@ -94,8 +94,8 @@ REFUSED = [
     ("tarflowlm.score(baseline, tokens * 0 - 1)", ["hold -1"]),
     ('lm.edit("the king", weight=0.5)', ["weight", "unknown", "strength"]),
     (
-        'tarflowlm.Pretrained.edit(tarflowlm.load("english-mini-ar"), "the king")',
-        ["baseline", "flow"],
+        'tarflowlm.load("english-mini-ar").edit("the king", level=0)',
+        ["baseline", "level"],
     ),
     ('list(lm.stream("the", temperature=-1.0))', ["temperature -1.0", "at least"]),
     ('tarflowlm.train("mini-mixed", "x")', ["preset 'mini-mixed'", "mini-mixd"]),

@@ -129,8 +129,8 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         """The text with some words resampled given all others; with `num`, a list of edits.
 
         `strength` is the share of the words, `words` their number. `rewrite`, `replace` and `level`
-        ask for another edit. `tarflowlm edit --help` lists all options. UserError for a baseline,
-        and for options that have no effect.
+        ask for another edit. `tarflowlm edit --help` lists all options. UserError for options that
+        have no effect, and for a `level` of a baseline, which has no states.
         """
         texts = edit(request, self).texts
         return texts[0] if request.num is None else texts

@@ -268,15 +268,17 @@ class Edit(Tempered, Draws):
         tyro.conf.UseAppendAction,
         arg("PIECE", constructor=tuple[str, ...]),
     ] = ()
-    """Resample this piece of the text, a word or more, given everything else. May be given several
+    """Resample this piece of the text, whole words, given everything else. May be given several
     times.
     """
     everywhere: options.Flag = False
-    """With --rewrite: every occurrence, as whole words."""
+    """With --rewrite: every occurrence."""
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Put NEW in place of the first OLD, as a word if it is one, and keep the rest."""
+    """Put NEW in place of the first OLD, whole words. The words next to it may change, too, so that
+    the text reads well: see --around.
+    """
     around: Annotated[Whole, arg("INT")] = 1
-    """With --replace: words on each side that may change, too."""
+    """With --replace: words on each side that may change; 0 keeps all the rest."""
     level: Annotated[Whole | None, arg("INT")] = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is
     the noise. Adds noise by h -> sqrt(1 - s^2) h + s eps, with s the strength.

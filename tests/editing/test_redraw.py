@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import tarflowlm
-from helpers import mostly_nightly, tiny_flow
+from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.editing.redraw import (
     Candidates,
     informative_level,
     propose,
+    propose_tokens,
     redraw,
     rewrite,
     spaces_of,
@@ -177,6 +178,24 @@ def test_weighted_candidates_have_the_conditional_of_the_model(couplings):
         z[:, 1:3] = model.codebook.encode(pairs, noise)
         log_p = model.prior.log_prob(z) - model.codebook.log_normaliser(z[:, 1:3]).sum(1)
     expected = log_p.view(9, 400).logsumexp(1).softmax(0)
+    assert (found - expected).abs().sum() / 2 < 0.05, (found, expected)
+
+
+@pytest.mark.parametrize("span", [(1, 3), (2, 4)])
+def test_candidates_of_the_baseline_have_its_conditional(span):
+    model = tiny_ar(vocab_size=3, context=4)
+    text = encode(model, torch.tensor([[1, 2, 0, 1]]), generator())
+    with torch.no_grad():
+        _, tokens, log_w = propose_tokens(Source(model, text, generator(1)), span, Candidates(4000))
+        inside = slice(*span)
+        pairs = torch.tensor(list(product(range(3), repeat=2)))
+        every = text.tokens.repeat(9, 1)
+        every[:, inside] = pairs
+        expected = model.log_prob(every).softmax(0)
+    assert (tokens[:, : span[0]] == text.tokens[:, : span[0]]).all()
+    assert (tokens[:, span[1] :] == text.tokens[:, span[1] :]).all()
+    first, second = tokens[:, inside].T
+    found = torch.zeros(9).double().index_add(0, first * 3 + second, log_w.softmax(0))
     assert (found - expected).abs().sum() / 2 < 0.05, (found, expected)
 
 

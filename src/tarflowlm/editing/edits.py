@@ -54,20 +54,24 @@ class Edited:
 def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
     """The edits of a text.
 
-    UserError for a baseline, and for a text that the model cannot read.
+    UserError for a state of a baseline, and for a text that the model cannot read.
     """
-    flow = as_flow(lm.model, "a discrete baseline has no latents to edit: give a flow")
-    check_finite(flow.state_dict(), "model")
+    model = lm.model
+    check_finite(model.state_dict(), "model")
+    if request.level is not None:
+        as_flow(model, "a discrete baseline has no states to change: leave --level out")
+    if model.is_exact and model.config.patch > 1:
+        raise UserError(f"patch {model.config.patch}: a baseline edits one token per position")
     text = read(lm.tokenizer, request.text, normalize=request.normalize)
     length = len(text.tokens)
-    context = flow.config.context
+    context = model.config.context
     if length > context:
         what = f"the text has {length:,} tokens, more than the context of {context}"
         raise UserError(f"{what}: shorten it")
     generator = torch.Generator().manual_seed(request.seed)
-    # every edit starts from the same latents
-    encoded = encode(flow, text.tokens[None], generator).repeated(request.num_each)
-    source = Source(flow, encoded, generator, progress)
+    # every edit starts from the same latents, if there are any
+    encoded = encode(model, text.tokens[None], generator).repeated(request.num_each)
+    source = Source(model, encoded, generator, progress)
     edits = {
         "words": redraw_words,
         "rewrite": rewrite_pieces,
@@ -112,9 +116,9 @@ def rewrite_pieces(request: Edit, tokenizer: Tokenizer, source: Source) -> Chang
         _read_piece(request, tokenizer, piece, "piece")
         for piece in as_texts(request.rewrite, "rewrite")
     ]
-    spans = [find_piece(pieces, piece) for piece in named]
-    if request.everywhere:
-        spans = list({span for piece in named for span in find_all(pieces, piece)})
+    found = [find_all(pieces, piece) for piece in named]
+    spans = [span for each in found for span in (each if request.everywhere else each[:1])]
+    spans = list(dict.fromkeys(spans))
     candidates = _candidates(request, tokenizer, source)
     return rewrite(source, [sorted(spans)] * request.num_each, candidates)
 
@@ -125,7 +129,7 @@ def replace_piece(request: Edit, tokenizer: Tokenizer, source: Source) -> Change
     old = _read_piece(request, tokenizer, request.replace[0], "text to replace")
     new = _read_piece(request, tokenizer, request.replace[1], "replacement")
     pieces = _bytes_of(source.text, tokenizer)
-    start, stop = find_piece(pieces, old)
+    start, stop = find_all(pieces, old)[0]
     # keep everything else in these tokens: word pieces begin with a space
     held = b"".join(pieces[start:stop]).decode("utf-8", errors="replace")
     tokens = torch.from_numpy(tokenizer.encode(held.replace(old, new, 1)))
@@ -284,30 +288,23 @@ def covered(spans: Sequence[Span], length: int) -> Tensor:
     return found
 
 
-def find_piece(pieces: Sequence[bytes], piece: str) -> Span:
-    """The tokens that hold `piece`, where it first occurs as whole words, or else at all.
+def find_all(pieces: Sequence[bytes], piece: str) -> list[Span]:
+    """The tokens that hold each occurrence of `piece`; one that cuts a word does not count.
 
-    UserError for a piece that is empty or not in the text.
+    Words are cut between two letters of scripts with capitals, or digits, because other scripts may
+    write words without spaces. UserError for a piece that does not occur.
     """
-    found = find_all(pieces, piece) or find_all(pieces, piece, as_words=False)
-    if not found:
-        raise UserError(f"{piece!r} does not occur in the text: give a piece of it")
-    return found[0]
-
-
-def find_all(pieces: Sequence[bytes], piece: str, *, as_words: bool = True) -> list[Span]:
-    """The tokens that hold each occurrence of `piece`, as whole words or anywhere."""
-    if not piece:
-        return []
-    pattern = re.escape(piece)
-    if as_words:
-        pattern = rf"(?<!\w){pattern}(?!\w)"
     # tokens may hold parts of characters, so places are counted in bytes
     handler = "surrogateescape"
     text = b"".join(pieces).decode("utf-8", handler)
     ends = list(itertools.accumulate(len(part) for part in pieces))
-    places = [
-        [len(text[:at].encode("utf-8", handler)) for at in m.span()]
-        for m in re.finditer(pattern, text)
-    ]
-    return [(bisect_right(ends, start), bisect_left(ends, stop) + 1) for start, stop in places]
+    is_letter = [c.isdigit() or c.lower() != c.upper() for c in text]
+    cuts = {at for at, pair in enumerate(itertools.pairwise(is_letter), 1) if all(pair)}
+    places = [m.span() for m in re.finditer(re.escape(piece), text) if cuts.isdisjoint(m.span())]
+    if not piece or piece not in text:
+        raise UserError(f"{piece!r} does not occur in the text: give a piece of it")
+    if not places:
+        word = re.findall(rf"\w*{re.escape(piece)}\w*", text)[0]
+        raise UserError(f"{piece!r} is part of a word: give {word!r}")
+    found = [[len(text[:at].encode("utf-8", handler)) for at in place] for place in places]
+    return [(bisect_right(ends, start), bisect_left(ends, stop) + 1) for start, stop in found]

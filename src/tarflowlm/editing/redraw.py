@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tarflowlm.baseline import TokenLM
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
 from tarflowlm.errors import UserError
 from tarflowlm.flow.fills import complete
 from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.generation.gaps import Pieces
 from tarflowlm.generation.particles import pareto_k, resample, weight
-from tarflowlm.model import TarFlowLM
+from tarflowlm.generation.sampling import Noise, row_generators
+from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 from tarflowlm.requests import Sampling
 
 Span = tuple[int, int]
@@ -58,7 +61,7 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     For l = 0 the tokens around the span keep their latents. For l > 0 whole positions are drawn and
     the blocks below inverted, so tokens next to the span may change, too.
     """
-    model = source.model
+    model = as_flow(source.model)
     prior = model.prior
     level = candidates.level
     block = prior.block(level)
@@ -111,8 +114,27 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     return z, tokens, weight(log_w)
 
 
+def propose_tokens(source: Source, span: Span, candidates: Candidates) -> Proposed:
+    """As `propose`, for the baseline: R candidates given the text before the span.
+
+    They are weighted by the probability of the text after it, and have no latents.
+    """
+    model, text = source.model, source.text
+    R = candidates.number
+    noise = Noise(model, row_generators((0,), source.generator), R)
+    tokens = text.tokens.repeat(R, 1)
+    no_latents = noise.normal(tokens.shape[1])
+    adjust = Sampling(temperature=candidates.temperature).adjust(model.config.vocab_size)
+    rows = Pieces(model, tokens[..., None], tokens[..., None].clone(), span[0], adjust)
+    gumbel = noise.draws(tokens.shape[1])
+    for n in range(*span):
+        rows.draw(gumbel.at(slice(None), n)[:, 0], no_latents[:, n], None)
+    log_w = rows.add(text.tokens[0, span[1] :], tokens[:, span[1] :, None])
+    return no_latents, rows.tokens[..., 0], weight(log_w)
+
+
 @torch.no_grad()
-def informative_level(model: TarFlowLM, text: Encoded) -> int:
+def informative_level(model: LanguageModel, text: Encoded) -> int:
     """The state l whose block l + 1 knows most; 0 if block 1 has weights of tokens.
 
     A block knows its gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)). For
@@ -120,8 +142,9 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     """
     if model.config.has_token_weights:
         return 0
-    states, log_dets = model.prior.states(text.states[0])
-    book = model.codebook
+    flow = as_flow(model)
+    states, log_dets = flow.prior.states(text.states[0])
+    book = flow.codebook
     log_p = [standard_normal_log_prob(h) for h in states]
     log_p[0] = (book.log_normaliser(states[0]) - math.log(book.vocab_size)).sum(1)
     gains = [log_dets[i].sum(-1) + log_p[i + 1] - log_p[i] for i in range(model.num_blocks)]
@@ -202,11 +225,14 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
     if lead:
         # other tokens come before the text, with their means as latents
         before = torch.tensor([candidates.lead], device=text.tokens.device)
-        z = torch.cat((model.codebook.mean[before], text.states[0]), 1)
-        states = tuple(model.prior.states(z)[0])
+        states: tuple[Tensor, ...] = ()
+        if isinstance(model, TarFlowLM):
+            z = torch.cat((model.codebook.mean[before], text.states[0]), 1)
+            states = tuple(model.prior.states(z)[0])
         padded = Encoded(torch.cat((before, text.tokens), 1), lead + text.length, states)
         after = replace(source, text=padded)
-    z, tokens, log_w = propose(after, (span[0] + lead, span[1] + lead), candidates)
+    proposed = propose_tokens if model.is_exact else propose
+    z, tokens, log_w = proposed(after, (span[0] + lead, span[1] + lead), candidates)
     z, tokens = z[:, lead:], tokens[:, lead:]
     # the number, if one of the two is NaN
     k = float(np.fmax(text.pareto_k, pareto_k(log_w)))
@@ -214,7 +240,7 @@ def redraw(source: Source, span: Span, candidates: Candidates) -> Encoded:
         if (is_preferred & (log_w > -torch.inf)).any():
             log_w = torch.where(is_preferred, log_w, -torch.inf)
     chosen = resample(log_w, 1, source.generator).to(z.device)
-    states = tuple(model.prior.states(z[chosen])[0])
+    states = tuple(model.prior.states(z[chosen])[0]) if isinstance(model, TarFlowLM) else ()
     return replace(text, tokens=tokens[chosen], states=states, pareto_k=k)
 
 
@@ -236,15 +262,18 @@ def _preferences(
 
 
 @torch.no_grad()
-def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
+def token_costs(model: LanguageModel, text: Encoded) -> Float[Tensor, "B T"]:
     """-log p(x_t | z_<t) of every token in block 1, in nats: one sample of a bound (eq. 21).
 
-    Tokens of a position share the cost of the position equally.
+    For the baseline it is -log p(x_t | x_<t). Tokens of a position share its cost equally.
     """
-    patch = model.config.patch
+    if isinstance(model, TokenLM):
+        return -model.token_log_prob(text.tokens)
+    flow = as_flow(model)
+    patch = flow.config.patch
     z = text.states[0]
-    log_p = model.prior.block(0).log_prob(model.prior.patch(z)) / patch
-    normaliser = model.codebook.log_normaliser(z).unflatten(1, (-1, patch)).mean(2)
+    log_p = flow.prior.block(0).log_prob(flow.prior.patch(z)) / patch
+    normaliser = flow.codebook.log_normaliser(z).unflatten(1, (-1, patch)).mean(2)
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 
 

@@ -16,7 +16,7 @@ from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.sampling import row_generators
-from tarflowlm.model import TarFlowLM, check_tokens
+from tarflowlm.model import LanguageModel, as_flow, check_tokens
 
 SAMPLES = 8
 """Posterior samples of a bound."""
@@ -51,7 +51,7 @@ class Encoded:
     length: int
     """Tokens of the text itself, without the padding."""
     states: tuple[Tensor, ...]
-    """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
+    """h^(0) = z, ..., h^(L) = u, each [B, T, d]; none of a baseline."""
     pareto_k: float = math.nan
     """The largest tail index of the weights of redrawn spans; above 0.7 they are unreliable. NaN
     for fewer than 25 candidates.
@@ -69,7 +69,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -> Encoded:
+def encode(model: LanguageModel, tokens: Int[Tensor, "B T"], generator: Generator) -> Encoded:
     """Latents z ~ q(z|x) and states of texts; the model fills an incomplete last patch.
 
     Latents that decode to another token (Gaussians may overlap) become the mean of their own.
@@ -77,7 +77,10 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -
     """
     check_tokens(model, tokens)
     length = tokens.shape[1]
-    book = model.codebook
+    if model.is_exact:
+        return Encoded(tokens.to(model.device), length, ())
+    flow = as_flow(model)
+    book = flow.codebook
     missing = -length % model.config.patch
     if missing:
         filled = generate(
@@ -90,16 +93,16 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -
         )
         tokens = filled.tokens.cpu()
     tokens = tokens.to(book.mean.device)
-    z = book.encode(tokens, model.draw_noise(tokens, generator))
+    z = book.encode(tokens, flow.draw_noise(tokens, generator))
     z = torch.where((book.decode(z) == tokens)[..., None], z, book.mean[tokens])
-    return Encoded(tokens, length, tuple(model.prior.states(z)[0]))
+    return Encoded(tokens, length, tuple(flow.prior.states(z)[0]))
 
 
 @dataclass(frozen=True)
 class Source:
     """Texts to edit, their model and a source of noise. Each row is one edit with its own noise."""
 
-    model: TarFlowLM
+    model: LanguageModel
     text: Encoded
     generator: Generator
     progress: Progress = SILENT
@@ -136,7 +139,7 @@ def renoise(
     if where is not None:
         changed = torch.where(where.to(state.device)[:, None], changed, state)
     below = inverted_below(source, level, changed, decoder)
-    return compared(source, source.model.codebook.decode(below[-1]), below)
+    return compared(source, as_flow(source.model).codebook.decode(below[-1]), below)
 
 
 def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoder) -> list[Tensor]:
@@ -144,7 +147,7 @@ def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoder) 
     positions = state.shape[1] // source.model.config.patch
     source.progress.stage("editing, positions", level * positions)
     steps = stack_inversion(
-        source.model,
+        as_flow(source.model),
         state,
         decoder=decoder,
         level=level,
@@ -181,14 +184,14 @@ def compared(
 
 @torch.no_grad()
 def _bound(
-    model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator
+    model: LanguageModel, tokens: Int[Tensor, "B T"], generator: Generator
 ) -> Float[Tensor, " B"]:
     """The bound of texts of whole patches, in nats: a mean over SAMPLES posterior samples.
 
-    All texts get the same noise.
+    It is exact for a baseline. All texts get the same noise.
     """
     draws = []
-    for _ in range(SAMPLES):
+    for _ in range(1 if model.is_exact else SAMPLES):
         noise = model.draw_noise(tokens[:1], generator)
         draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
     return torch.stack(draws).mean(0)
