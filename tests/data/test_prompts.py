@@ -92,6 +92,11 @@ def test_space_at_the_end_of_a_prompt_is_left_to_the_next_token_where_tokens_hol
             whole = read(tokenizer, start.rstrip() + " cat").tokens.tolist()
             assert begun == whole[: len(begun)] or start == " "
             assert tokenizer.decode(begun) == (start.removesuffix(" ") or " ")
+            begins = read(tokenizer, start, goes_on=True).begins
+            assert (begins is not None) == (start in ("the ", " the "))
+            if begins is not None:
+                kept = [tokenizer.token_bytes[token] for token in begins.nonzero()[:, 0]]
+                assert kept == [token for token in tokenizer.token_bytes if token[:1] == b" "]
     assert TEXT8.decode(read(TEXT8, "the his ", goes_on=True).tokens.tolist()) == "the his "
 
 

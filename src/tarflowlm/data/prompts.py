@@ -43,6 +43,8 @@ class Reading:
     tokens: Tensor
     text: str
     given: str
+    begins: Tensor | None = None
+    """The tokens [V] that may follow a prompt: those with the space that was left to them."""
     parts: tuple[Tensor | Gap, ...] = ()
     """Pieces and gaps of a template. `tokens` has each gap at its longest, as BLANKs."""
 
@@ -69,7 +71,7 @@ def read(
     space at either end if and only if it was given with white space there. Without normalisation
     the text becomes lower case for an alphabet without upper case. `normalize` replaces the
     tokenizer's normalisation. `goes_on`: the model continues the text, so if tokens hold the space
-    before a word, a space at the end is left to the next token.
+    before a word, a space at the end is left to the next token, which must begin with it.
 
     UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or
     leaves nothing.
@@ -78,7 +80,10 @@ def read(
     how = normalize or tokenizer.normalization
     found = _normalized(tokenizer, text, how)
     _check_left(found, text, name, how)
-    return Reading(_encode(tokenizer, found, goes_on and found != " "), found, text)
+    tokens = _encode(tokenizer, found, goes_on and found != " ")
+    is_left = goes_on and found != " " and found.endswith(" ") and tokenizer.word_starts.any()
+    begins = torch.from_numpy(tokenizer.word_starts) if is_left else None
+    return Reading(tokens, found, text, begins)
 
 
 def read_template(
@@ -106,15 +111,15 @@ def read_template(
     parts: list[Tensor | Gap] = []
     for piece, mark in zip(pieces, marks, strict=False):
         begins = None
-        if piece.endswith(" ") and tokenizer.holds_spaces and mark != blank:
-            begins = torch.tensor([token.startswith(b" ") for token in tokenizer.token_bytes])
+        if piece.endswith(" ") and tokenizer.word_starts.any() and mark != blank:
+            begins = torch.from_numpy(tokenizer.word_starts)
         most = 1 if mark == blank else int(mark[4:-1] or LONGEST)
         parts += [_encode(tokenizer, piece, goes_on=True), Gap(most, begins=begins)]
     parts.append(_encode(tokenizer, pieces[-1]))
     tokens = [torch.full((part.most,), BLANK) if isinstance(part, Gap) else part for part in parts]
     shown = "".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True))
     given = unescaped(text, blank)
-    return Reading(torch.cat(tokens), shown, given, tuple(parts))
+    return Reading(torch.cat(tokens), shown, given, parts=tuple(parts))
 
 
 def has_blanks(text: str, blank: str = "_") -> bool:
@@ -170,7 +175,7 @@ def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
 
 
 def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
-    if goes_on and tokenizer.holds_spaces:
+    if goes_on and tokenizer.word_starts.any():
         text = text.removesuffix(" ")
     return torch.from_numpy(tokenizer.encode(text))
 

@@ -181,9 +181,10 @@ class Tokenizer:
         return found
 
     @cached_property
-    def holds_spaces(self) -> bool:
-        """Whether tokens hold the space before a word."""
-        return any(len(token) > 1 and token.startswith(b" ") for token in self.token_bytes)
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        """Bool [V]: the tokens that begin with a space; none if no token holds more than that."""
+        found = np.array([token.startswith(b" ") for token in self.token_bytes])
+        return found & any(len(token) > 1 and token[:1] == b" " for token in self.token_bytes)
 
     @property
     def is_lower_case(self) -> bool:

@@ -39,7 +39,7 @@ class Plan:
     """Tokens to write, given ones included."""
     particles: int
     adjust: Adjustment | None
-    """The effect of temperature, top-k, top-p and bans on the weights of tokens."""
+    """What temperature, top-k, top-p and bans do to weights of tokens."""
     sampling: Sampling
     way: Way
     """inversion: invert noise, after a prompt that is known exactly; filter: complete given tokens
@@ -52,7 +52,7 @@ class Plan:
     end: int | None = None
     """Once a sample draws this token, it repeats it to its end."""
     lead: int = 0
-    """Tokens at the start that are context, and are not shown."""
+    """Tokens at the start that are hidden context."""
     reading: Reading | None = None
     """The prompt or template, as the tokenizer reads it."""
 
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def together(self) -> tuple[object, ...]:
-        """Equal for plans whose texts can be written in one batch."""
+        """Equal for plans that can be written in one batch."""
         template = id(self.template) if self.way == "gaps" else 0
         return template, self.way, self.num_tokens, self.particles, self.prompt
 
@@ -97,7 +97,7 @@ def plan(
 ) -> Plan:
     """Decide how `model` writes `num_tokens` tokens of `template`, neighbours joined.
 
-    Unless it `continues`, tokens after the template are not constrained, for they are not shown.
+    Unless it `continues`, tokens after the template are free, for they are not shown.
     `banned` is a token that is not drawn where weights may change. UserError for what the model
     cannot do.
     """
@@ -116,8 +116,8 @@ def plan(
     if longest > num_tokens or is_whole:
         raise no_room(longest, num_tokens)
     if model.is_exact and sampling.decoder not in ("auto", "steps"):
-        what = f"decoder {sampling.decoder!r}"
-        raise UserError(f"{what}: a baseline has no blocks to invert, leave it out")
+        rule = "a baseline has no blocks to invert"
+        raise UserError(f"decoder {sampling.decoder}: {rule}, leave it out")
     if is_open:
         _check_open(model, num_tokens)
     elif num_tokens > config.context and (particles > 1 or not is_prompt):
@@ -130,8 +130,8 @@ def plan(
     is_exact = config.continues_exactly and is_prompt and num_given > 0 and not is_open
     is_exact &= is_long or num_given % config.patch == 0
     if is_exact and particles > 1:
-        what = f"particles {particles}: this model continues a prompt exactly"
-        raise UserError(f"{what}, leave them out")
+        rule = "this model continues a prompt exactly"
+        raise UserError(f"particles {particles}: {rule}, leave them out")
     is_free = not model.is_exact and num_given == 0 and particles == 1
     if continues or not is_open:
         shortest = num_given + sum(gap.least for gap in gaps)

@@ -130,6 +130,10 @@ class Drawn(TokenRows):
     alone, and that decides. So a text is the same by one call or by many, alone or beside others.
     """
 
+    begins: Tensor | None = None
+    """The tokens [V] that may be drawn at the position `first`, after given ones; None for all."""
+    first = -1
+
     def __init__(
         self,
         model: LanguageModel,
@@ -187,7 +191,7 @@ class Drawn(TokenRows):
 
     def prefill(self) -> Tensor | None:
         """Write the leading positions that are given in all rows at once; returns as `step`."""
-        num = num_leading(self.is_known.all(2).all(0))
+        self.first = num = num_leading(self.is_known.all(2).all(0))
         if num == 0:
             return None
         features = self.settle(self.values[:, :num])
@@ -295,6 +299,11 @@ class Drawn(TokenRows):
         value: Tensor | None = None
         for a in range(patch):
             log_w = walk.send(value)
+            if self.begins is not None and self.at == self.first and patch == 1:
+                log_w = log_w.clone()
+                barred = ~self.begins.to(log_w.device)
+                # the first of the next positions of every row
+                log_w[:: shape[1], barred] = torch.finfo(log_w.dtype).min
             if self.decides:
                 token, is_sure = _chosen(log_w, gumbel[:, a], self.adjust)
             else:
@@ -321,6 +330,8 @@ class Drawn(TokenRows):
                 continue
             features = self.source.states(self.values[row : row + 1, :place])[:, -1]
             log_w = next(self.law.log_weights(features))
+            if self.begins is not None and place == self.first:
+                log_w = log_w.masked_fill(~self.begins, torch.finfo(log_w.dtype).min)
             adjusted = log_w if self.adjust is None else self.adjust(log_w)
             self.tokens[here] = (adjusted + self.gumbel.at(row, place)).argmax(-1)
             self.values[here] = self.values_of(self.tokens[here], self.noise[here])

@@ -56,7 +56,9 @@ class Samples:
         # keys and values of a token in the block with most of them
         cached = max(2 * len(block.layers) * block.config.width for block in blocks)
         batches: list[range] = []
-        for _, group in groupby(range(self.total), key=lambda row: self.plan(row).together):
+        every = map(self.plan, range(self.total))
+        keys = [(one.together, one.reading and one.reading.begins is None) for one in every]
+        for _, group in groupby(range(self.total), key=keys.__getitem__):
             rows = list(group)
             one = self.plan(rows[0])
             length = min(one.num_tokens, model.config.context) * one.particles

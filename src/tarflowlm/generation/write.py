@@ -39,16 +39,16 @@ def write(
     """Write a batch of texts, with a plan and a generator for each; all plans have one `together`.
 
     The next tokens [num, n] of all samples are yielded as they become final, int64 on the CPU,
-    given tokens included: at least `every` of them, except for given tokens at the start and the
-    end of a window. With particles or sweeps of block 1 a text comes at the end of its window. The
-    generator returns the `Generation`; to stop a text, close it.
+    given ones included: at least `every` of them, but for given ones at the start and for the end
+    of a window. With particles or sweeps of block 1 a text comes at the end of its window. The
+    generator returns the `Generation`; closing it stops.
 
-    Samples of one particle can end: after the token `end` of the plan, every token is `end`.
+    Samples of one particle can end: after the plan's token `end`, every token is `end`.
     """
     keep_freed_memory()
     steps = _write(model, plans, generators, progress, every)
     while True:
-        # between two parts, the reader has its own settings of PyTorch
+        # between two parts the reader has settings of its own
         with torch.no_grad(), threads_for(len(plans) * plans[0].particles):
             try:
                 part = next(steps)
@@ -97,12 +97,12 @@ def _write(
         tokens[:, start:end] = windows[-1].tokens.cpu()
         shown = end
         after: Way = "inversion" if config.continues_exactly else "filter"
-        window = replace(window, plan=replace(plan, way=after))
+        window = replace(window, plan=replace(plan, way=after, reading=None))
     if len(windows) == 1 and bounds[0] == (0, T):
         return windows[0]
     return Generation(
         tokens.to(windows[0].tokens.device),
-        # no evidence if part of the prompt is in no window
+        # none if part of the prompt is in no window
         evidence=windows[0].evidence if bounds[0][0] == 0 else None,
         work=tuple(
             Work(work[0].decoder, sum(one.passes for one in work))
@@ -208,9 +208,9 @@ class Window:
         return Generation(tokens, evidence, tuple(work), latents=latents)
 
     def _completed(self, flow: TarFlowLM, given: Tensor) -> Parts:
-        """A particle filter through block 1 (docs/math.md, section 9)."""
+        """A particle filter through block 1 (docs/math.md, 9)."""
         num_tokens = given.shape[1]
-        spread = given.repeat_interleave(self.plan.particles, dim=0)
+        spread = given.repeat_interleave(self.plan.particles, 0)
         is_known = spread != BLANK
         decoder, adjust = self.plan.sampling.decoder, self.plan.adjust
         draws = draws_last(flow, decoder)
@@ -231,13 +231,15 @@ class Window:
     def _drawn(self, given: Tensor) -> Parts:
         """Tokens drawn from weights; given ones are kept."""
         plan = self.plan
-        spread = given.repeat_interleave(plan.particles, dim=0)
+        spread = given.repeat_interleave(plan.particles, 0)
         flow = self.model if isinstance(self.model, TarFlowLM) else None
         noise = self.noise.normal(given.shape[1])
         gumbel = self.noise.draws(given.shape[1])
         sampling = plan.sampling if plan.particles == 1 else None
         rows = Drawn(self.model, 0, noise, gumbel, spread, plan.adjust, sampling)
         rows.ended = self.ended
+        if plan.reading is not None:
+            rows.begins = plan.reading.begins
         weights = yield from self._read(particle_filter(rows, self.noise, self.progress))
         evidence = weights.evidence() if (given != BLANK).any() else None
         found = rows.values[weights.pick(), : rows.num_positions]
