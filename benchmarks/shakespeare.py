@@ -1,6 +1,7 @@
 """nanoGPT's line for a CPU beside our mini models: Tiny Shakespeare, the same time, one core.
 
     python benchmarks/shakespeare.py tinyshakespeare.txt
+    python benchmarks/shakespeare.py any_text.txt --tuned english-small english-small-ar
 
 The text is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt.
 nanoGPT's README trains `config/train_shakespeare_char.py` on a CPU with a context of 64, batches of
@@ -14,6 +15,9 @@ Our models train for as many seconds as its steps took. All train on the first n
 text and are measured on all of the last tenth, in windows of their own context without anything
 before them (nanoGPT's figure is the mean over 240 random windows). The flow's figure is a bound.
 Nothing is chosen by the last tenth.
+
+With --tuned nothing of this is done: trained models are measured on the last tenth, in bits per
+character, before and after `--minutes` of tuning on the rest (`tarflowlm train --from`).
 """
 
 import argparse
@@ -34,6 +38,7 @@ from tarflowlm.data.windows import Array
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate, sign_of
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.training.resolve import tuning
 from tarflowlm.training.train import train
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 4, 128, 4, 64, 12
@@ -139,6 +144,22 @@ def trained_likelihood(
     return evaluate(checkpoint.model, windows, lengths)
 
 
+def tuned_bits(name: str, source: str, last: str, minutes: float, seed: int) -> list[Likelihood]:
+    """The likelihood of the text `last` before and after tuning on the training split."""
+    parent = load_checkpoint(name)
+    run = tuning(parent, source, minutes=minutes, seed=seed)
+    run = replace(run, train=replace(run.train, keep="last"))
+    tokens = parent.tokenizer.encode(parent.tokenizer.prepare(last))
+    windows = eval_windows(tokens, parent.model.config.context)
+    lengths = torch.from_numpy(parent.tokenizer.characters_per_token)
+    before = evaluate(parent.model, windows, lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        train(run, out, device=torch.device("cpu"), parent=parent)
+        after = evaluate(load_checkpoint(out).model, windows, lengths)
+    return [before, after]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,9 +167,21 @@ def main() -> None:
     parser.add_argument("text", help="Tiny Shakespeare, or another text of few characters")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--ours", nargs="*", default=["mini-ar", "mini-mixd"])
+    parser.add_argument("--tuned", nargs="*", help="models to tune, instead of all else")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of tuning each")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if args.tuned:
+        words = Path(args.text).read_text(encoding="utf-8")
+        print("| model | bits per character of the last tenth | after tuning |")
+        print("| --- | --- | --- |")
+        for name in args.tuned:
+            last = words[len(words) * 9 // 10 :]
+            found = tuned_bits(name, args.text, last, args.minutes, args.seed)
+            cells = [f"{sign_of(one.bound)} {one.bpc:.4f}" for one in found]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        return
     data = suited(replace(preset("mini-ar").data, source=args.text))
     text = Path(args.text).read_text(encoding="utf-8")
     corpus = prepare_corpus(data)

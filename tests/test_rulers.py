@@ -118,3 +118,15 @@ def test_brier_lm_of_shipped_models(ruler, monkeypatch, capsys):
     ]
     assert "<=" in lines[-1]
     assert float(lines[-1].split(" | ")[-1].split(" ±")[0]) > 20
+
+
+@pytest.mark.slow
+def test_bits_before_and_after_tuning(ruler, tmp_path):
+    shakespeare = ruler("shakespeare")
+    text = "Hark, the good lady sings unto the moon, and all the court doth weep.\n" * 600
+    source = tmp_path / "text.txt"
+    source.write_text(text, encoding="utf-8")
+    last = text[len(text) * 9 // 10 :]
+    before, after = shakespeare.tuned_bits("english-small-ar", str(source), last, 0.05, 0)
+    assert after.bpc < before.bpc
+    assert before.characters == after.characters

@@ -4,11 +4,11 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -31,15 +31,17 @@ def application(lm: Checkpoint, name: str, draws: int, *, is_local: bool) -> Sta
     With `is_local` only names of this machine are answered: a page elsewhere could let its own name
     point here (DNS rebinding).
     """
-    places, turn = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
+    places = asyncio.Semaphore(AT_ONCE)
+    # one thread works, in turn: several would slow each other down, and each keep memory
+    worker = ThreadPoolExecutor(1)
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tarflowlm"}
 
     async def completions(request: Request) -> Response:
         ask = await read_body(request)
         if ask.model != name:
             raise unknown_model(ask.model)
-        async with turn:
-            answer = await run_in_threadpool(Answer, ask, lm, draws)
+        loop = asyncio.get_running_loop()
+        answer = await loop.run_in_executor(worker, Answer, ask, lm, draws)
         head: dict[str, Any] = {"id": f"cmpl-{time.time_ns():x}", "created": int(time.time())}
         head |= {"object": "text_completion", "model": name}
         if ask.stream:
@@ -54,19 +56,17 @@ def application(lm: Checkpoint, name: str, draws: int, *, is_local: bool) -> Sta
 
     async def worked(request: Request, answer: Answer) -> AsyncGenerator[Part, None]:
         """The parts of an answer, as long as its client is there."""
-        steps = answer.parts()
+        steps, loop = answer.parts(), asyncio.get_running_loop()
         async with places:
             try:
                 while not await request.is_disconnected():
-                    async with turn:
-                        parts = await run_in_threadpool(next, steps, None)
+                    parts = await loop.run_in_executor(worker, next, steps, None)
                     if parts is None:
                         return
                     for part in parts:
                         yield part
             finally:
-                with suppress(ValueError):  # a thread that the end of the server leaves at work
-                    steps.close()
+                worker.submit(steps.close)  # after the step that may still be at work
 
     async def events(
         request: Request, answer: Answer, head: dict[str, Any]
