@@ -23,6 +23,7 @@ from tarflowlm_apps.report.tables import signed
 AXES = ("tokens", "seconds")
 CURVES = "Faint: training batches; with markers: validation. Flows have upper bounds (≤)."
 """How to read `draw_bits`."""
+FEWEST = 4  # validations that make a curve
 
 
 def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] = AXES) -> None:
@@ -34,11 +35,15 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
     for axes, column in zip(panels, over, strict=True):
         for run in records:
             (line,) = axes.plot(run.valid[column], run.valid["bpc"], marker="o", markersize=3.5)
+            style = line.get_linestyle()
+            if len(run.valid["bpc"]) < FEWEST:
+                # a line between the start and the end would say that training was better all along
+                line.set(linestyle="none", markersize=5)
             axes.plot(
                 run.train[column],
                 run.train["bpc"],
                 color=line.get_color(),
-                linestyle=line.get_linestyle(),
+                linestyle=style,
                 linewidth=0.7,
                 alpha=0.45,
             )
@@ -112,7 +117,7 @@ def draw_gains(figure: Figure, states: Sequence[StateReport], to_bpc: float) -> 
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.grid(axis="y", visible=False)
-    axes.set_title("gain of each block, nats per token, and bits per character")
+    axes.set_title("saved by each block: nats per token, and bits per character")
     values = [f"{signed(gain)}\n{signed(to_bpc * gain)} bits" for gain in gains]
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(gains)), values)

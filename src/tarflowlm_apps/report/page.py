@@ -25,7 +25,7 @@ def section_html(
     body = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
     body += div("parts", *parts)
     if is_folded:
-        return f"<details><summary>{escape(title)}</summary>\n{body}</details>"
+        return f"<details>\n<summary>{escape(title)}</summary>\n{body}</details>\n"
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}</section>"
 
 

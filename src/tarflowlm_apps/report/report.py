@@ -23,10 +23,10 @@ from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.records import RunRecord, read_record
 from tarflowlm.terminal.texts import pass_rows
 from tarflowlm_apps.grid import div, to_html
-from tarflowlm_apps.report.figures import CURVES, draw_bits, draw_codebook, draw_gains
+from tarflowlm_apps.report.figures import AXES, CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm_apps.report.page import GENERATOR, page_html, picture_html, section_html
 from tarflowlm_apps.report.style import Figure, render
-from tarflowlm_apps.report.tables import config_table, summary_table, terms_table
+from tarflowlm_apps.report.tables import config_table, summary_table, terms_table, untrained
 
 NUM = 3  # samples
 LENGTH = 256  # the most tokens of each
@@ -35,9 +35,10 @@ NAMED = 64  # codes that are named
 
 SIGNS = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
 PASSES = (
-    "The first sample after every block, decoded with the codebook. Noise becomes latents block by "
-    "block, the last block first. Where only the last row is text, block 1 does the writing."
+    "The first sample after every block, the last block first. Where only the last row is text, "
+    "block 1 does the writing."
 )
+SAVED = "How many bits each block saves."
 BLOCKS = (
     "How much each block lowers the bound of the blocks under it with the standard normal on top, "
     "on {windows:,} validation windows ({tokens:,} tokens). Where blocks are trained jointly, only "
@@ -120,8 +121,10 @@ class _Writer:
         logged = [record for record in records if record.has_log]
         if logged:
             self.progress.stage("training curves")
-            draw = partial(draw_bits, records=logged)
-            curves = self._draw("bits", CURVES, draw, 6.0 + 0.18 * len(logged))
+            # of a single run, tokens and seconds would give the same picture twice
+            over = AXES if len(logged) > 1 else AXES[:1]
+            draw = partial(draw_bits, records=logged, over=over)
+            curves = self._draw("bits", CURVES, draw, 3.0 * len(over) + 0.18 * len(logged))
             sections.append(section_html("Training", parts=[curves]))
         sections += [self._section(record) for record in records]
         table = config_table(records)
@@ -146,6 +149,10 @@ class _Writer:
         step = checkpoint.info.get("step", "?")
         how = f"seed 0, temperature {checkpoint.run.temperature:g}, not selected"
         notes = [f"Step {step}. {NUM} samples of at most {length} tokens: {how}."]
+        idle = untrained(record)
+        if idle:
+            names = ", ".join(f"block {block}" for block in idle)
+            notes.append(f"Not trained, as the run had no time left: {names}.")
         if checkpoint.model.is_exact:
             notes.append(EXACT)
         else:
@@ -185,11 +192,14 @@ class _Writer:
             states = latent_report(flow, windows, progress=self.progress)
             characters = tokenizer.characters_per_token[windows.numpy()].sum()
             to_bpc = bits(windows.numel() / characters)
-            table = terms_table(states, to_bpc)
-            caption = BLOCKS.format(windows=len(windows), tokens=windows.numel())
+            how = BLOCKS.format(windows=len(windows), tokens=windows.numel())
+            terms = terms_table(states, to_bpc)
+            table = section_html(
+                "For experts: the terms of the bound", [how], [terms], is_folded=True
+            )
             draw = partial(draw_gains, states=states, to_bpc=to_bpc)
             height = 1.0 + 0.7 * flow.num_blocks
-            parts.append(self._draw(f"blocks-{slug(record)}", caption, draw, height))
+            parts.append(self._draw(f"blocks-{slug(record)}", SAVED, draw, height))
         caption = "The codebook on its first two principal components."
         if len(named) > NAMED:
             caption += f" The {NAMED} {chosen} tokens are named."

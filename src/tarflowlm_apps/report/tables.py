@@ -52,8 +52,12 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
     if record.valid_bpc is not None:
         column["validation, bits per character"] = f"{sign} {record.valid_bpc:.4f}"
     if done is not None:
-        stages = ", ".join(f"{bpc:.4f}" for bpc in done["stage_valid_bpc"])
-        column["validation after each stage"] = f"{sign} {stages}"
+        idle = untrained(record)
+        stages = [
+            "not trained (no time)" if block in idle else f"{bpc:.4f}"
+            for block, bpc in enumerate(done["stage_valid_bpc"], 1)
+        ]
+        column["validation after each stage"] = f"{sign} {', '.join(stages)}"
     column["preset, seed"] = f"{record.run.name}, {record.run.seed}"
     column["text"] = Path(record.run.data.source).name
     if record.has_log:
@@ -67,6 +71,14 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
             value = done[key]
             column[key.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else str(value)
     return column
+
+
+def untrained(record: RunRecord) -> list[int]:
+    """The blocks, from 1 on, for which a finished run had no time: they are as they started."""
+    train = record.run.train
+    if record.summary is None or train.mode != "progressive":
+        return []
+    return [block for block, steps in enumerate(train.stage_steps, 1) if steps == 0]
 
 
 def terms_table(states: Sequence[StateReport], to_bpc: float) -> str:

@@ -45,7 +45,8 @@ def _view(places: tuple[tuple[str, Path], ...], state: tuple[object, ...]) -> st
         words = "Choose a run to see its curve; `tarflowlm studio runs/mine` shows one of yours."
         return problems + card(muted(words))
     figures = ""
-    for axis in AXES:
+    # of a single run, tokens and seconds would give the same picture twice
+    for axis in AXES if len(records) > 1 else AXES[:1]:
         draw = partial(draw_bits, records=records, over=[axis])
         figure = render(draw, f"runs-{axis}", width=4.2, height=3.0 + 0.18 * len(records))
         figures += div("st-figure", figure)

@@ -1,9 +1,26 @@
-"""The projection of codes against another way to compute it."""
+"""The projection of codes against another way to compute it, and curves of few points."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tarflowlm_apps.report.figures import project
+from tarflowlm.runs.records import read_record
+from tarflowlm_apps.report.figures import draw_bits, project
+
+
+@pytest.mark.parametrize(("count", "style"), [(2, "None"), (4, "-")])
+def test_few_validations_are_markers(runs, count, style):
+    """A line from the start to the end would run far above the training curve."""
+    from matplotlib.figure import Figure
+
+    record = read_record(runs["joint"])
+    valid = {name: np.resize(column, count) for name, column in record.valid.items()}
+    figure = Figure()
+    draw_bits(figure, [replace(record, valid=valid)], over=["tokens"])
+    shown, training, *_ = figure.axes[0].lines
+    assert (shown.get_linestyle(), shown.get_marker()) == (style, "o")
+    assert training.get_linestyle() == "-"
 
 
 @pytest.fixture

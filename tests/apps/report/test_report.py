@@ -107,6 +107,19 @@ def test_report_has_figures_and_numbers(runs, tmp_path):
     assert shown == pytest.approx(expected, abs=2e-5)
 
 
+def test_blocks_without_time_are_named(runs, tmp_path, undrawn):
+    """A run of so many minutes writes the steps of its stages into its configuration."""
+    copy = shutil.copytree(runs["progressive"], tmp_path / "short")
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["train"]["stage_steps"] = [6, 4, 0]
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    text = parsed(write_report([copy])["page"]).text
+    assert "Not trained, as the run had no time left: block 3." in text
+    assert re.search(r"<= \d\.\d{4}, \d\.\d{4}, not trained \(no time\)", text)
+    whole = parsed(write_report([runs["progressive"]], tmp_path / "out")["page"]).text
+    assert "ot trained" not in whole
+
+
 def test_report_in_its_run_is_replaced(runs, tmp_path, undrawn):
     directory = shutil.copytree(runs["joint"], tmp_path / '<b>"x" & y')
     page = Path(write_report([directory])["page"])

@@ -167,12 +167,12 @@ def test_a_scored_text_is_watched_in_passes():
 @pytest.mark.slow
 def test_curves_follow_the_chosen_runs(catalogue, folder):
     both, one = (shown(runs, catalogue, [names]) for names in (["flow", "baseline"], ["flow"]))
-    assert both.count("<svg") == one.count("<svg") == 2
+    assert (both.count("<svg"), one.count("<svg")) == (2, 1)
     assert ("baseline" in words(both), "baseline" in words(one)) == (True, False)
     assert "finished" in words(both)
     more = Catalogue([str(folder), "english-mini"])
     html = shown(runs, more, [["flow", "english-mini"]])
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 1
 
 
 def test_catalogue_has_its_names_alone(catalogue, folder):
