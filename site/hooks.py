@@ -7,8 +7,10 @@ import json
 import posixpath
 import re
 import runpy
+from html import unescape
 from pathlib import Path, PurePosixPath
 
+from math_core import LatexToMathML
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -66,6 +68,17 @@ SHOWN = {".md", ".png", ".csv", ".html"}
 CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?(?=\))")
 """A relative link or picture."""
+BADGE = re.compile(r"\[!\[[^]]*\]\(https?:[^)]*\)\]\([^)]*\)\n*")
+"""A picture from elsewhere, which the site does not fetch."""
+BLOCK = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
+"""A block of code: its language, and its lines."""
+FORMULA = re.compile(
+    r'(<(?:span|div) class="arithmatex">)\s*\\([(\[])(.*?)\\[)\]]\s*(?=</)', re.DOTALL
+)
+"""A formula as arithmatex leaves it, \\( in a line \\) or \\[ on lines of its own \\]."""
+TAG = re.compile(r"\\tag\{([^}]*)\}")
+WIDE = 84  # characters of code that a page shows without scrolling
+CUT = 115  # samples are cut at about 140 characters, and at no less than this
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -88,7 +101,52 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if name == "index.md":
         page.meta["hide"] = ["navigation"]  # it has no neighbours
     source = PurePosixPath(ELSEWHERE.get(name, f"docs/{name}"))
+    if name == "samples.md":
+        markdown = uncut(markdown)
+    markdown = BADGE.sub("", comments_above(markdown))
     return indented_lists(relinked(markdown, source, PurePosixPath(name), config.repo_url))
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """The page with its formulas in MathML, which browsers set by themselves."""
+    return FORMULA.sub(lambda found: found[1] + mathml(found[3], found[2] == "["), html)
+
+
+def mathml(formula: str, is_display: bool) -> str:
+    """A formula of TeX, escaped for HTML, in MathML; its number follows it."""
+    # the line ends that GitHub reads
+    converter = LatexToMathML(macros={"cr": r"\\"}, fancy_error=False)
+    tex = unescape(formula)
+    number = TAG.search(tex)
+    found = converter.convert_with_local_state(TAG.sub("", tex), displaystyle=is_display)
+    # a selector of a style that many fonts lack, and show as a box
+    found = found.replace("\ufe00", "")
+    return found if number is None else f'{found}<span class="tag">({number[1]})</span>'
+
+
+def uncut(markdown: str) -> str:
+    """Samples as their lines were written: the page wraps them by itself."""
+
+    def joined(found: re.Match[str]) -> str:
+        return re.sub(rf"(?m)^(.{{{CUT},}})\n(?!```)", r"\1 ", found[0])
+
+    return BLOCK.sub(joined, markdown)
+
+
+def comments_above(markdown: str) -> str:
+    """Commands, in blocks without a language, with comments that are too far right above them."""
+
+    def moved(found: re.Match[str]) -> str:
+        if found[1]:
+            return found[0]
+        lines = []
+        for line in found[2].splitlines():
+            command, sign, comment = line.partition("  # ")
+            is_moved = sign and command.strip() and len(line) > WIDE
+            lines += [f"# {comment}", command.rstrip()] if is_moved else [line]
+        return "```bash\n" + "\n".join(lines) + "\n```"
+
+    return BLOCK.sub(moved, markdown)
 
 
 def relinked(markdown: str, source: PurePosixPath, page: PurePosixPath, repository: str) -> str:

@@ -42,13 +42,14 @@ PALE = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const dark = matchMedia('(prefers-color-scheme: dark)').matches;
+  const SHOWN = {visibilityProperty: true, opacityProperty: true};
   const found = new Set();
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; (node = walk.nextNode()); ) {
     const element = node.parentElement;
     const box = document.createRange();
     box.selectNodeContents(node);
-    if (!node.data.trim() || !element.checkVisibility({visibilityProperty: true})) continue;
+    if (!node.data.trim() || !element.checkVisibility(SHOWN)) continue;
     if (!box.getBoundingClientRect().width) continue;
     if (element.closest(':disabled, svg, style, script')) continue;
     let opacity = 1;

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import PurePosixPath
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from docs_cases import ROOT
 
 pytest.importorskip("mkdocstrings")
+pytest.importorskip("math_core")
 
 REPOSITORY = "https://x.org/a/b"
 
@@ -76,6 +78,40 @@ def test_a_link_to_nothing_is_refused(hooks):
 
 def test_lists_in_lists_are_indented(hooks):
     assert hooks.indented_lists("- a\n  - b\n    c\n") == "- a\n    - b\n    c\n"
+
+
+def test_formulas_need_no_network(hooks):
+    """All formulas of the documents become MathML at the build."""
+    html = hooks.on_page_content(
+        '<p><span class="arithmatex">\\(p(x) &lt; 1\\)</span></p>'
+        '<div class="arithmatex">\\[\n\\begin{aligned} a &amp;= b \\cr c \\end{aligned}'
+        " \\tag{9}\\]</div>"
+    )
+    assert html.count("<math") == 2
+    assert '</math><span class="tag">(9)</span></div>' in html
+    assert "\\" not in html
+    pages = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/*.md")]
+    for page in pages:
+        # every second part is code
+        text = "".join(hooks.CODE.split(page.read_text(encoding="utf-8"))[::2])
+        for formula in re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL):
+            assert "<math" in hooks.mathml(formula, True), page
+        for formula in re.findall(r"(?<!\$)\$([^$\n]+)\$", re.sub(r"(?s)\$\$.+?\$\$", "", text)):
+            assert "<math" in hooks.mathml(formula, False), page
+    for file in (ROOT / "site").rglob("*.*"):
+        if file.suffix in {".js", ".css", ".html"}:
+            assert not re.search(r"(src|href|url|import)\W+https?:(?!//github)", file.read_text())
+
+
+def test_blocks_of_code_fit_the_page(hooks):
+    long = f"tarflowlm train mini --out runs/{60 * 'x'}"
+    page = f"```python\na  # b\n```\ntext\n```\n{long}   # why\ntarflowlm info  # short\n```\n"
+    assert hooks.comments_above(page) == (
+        f"```python\na  # b\n```\ntext\n```bash\n# why\n{long}\ntarflowlm info  # short\n```\n"
+    )
+    line = "a word " * 19
+    cut = f"```text\nThe title\n{line}\nand the end\n```\n"
+    assert hooks.uncut(cut) == f"```text\nThe title\n{line} and the end\n```\n"
 
 
 def test_a_notebook_becomes_a_page(hooks):
