@@ -5,6 +5,11 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
+from torch import Tensor
+
+from tarflowlm.flow.numerics import most_probable_component
+from tarflowlm.flow.plan import NoisyCodebook
+from tarflowlm.model import TarFlowLM
 from tarflowlm.terminal.texts import Kind, Row, Token
 
 LEGEND: dict[Kind, str] = {
@@ -21,6 +26,18 @@ CSS = Path(__file__).with_name("grid.css").read_text(encoding="utf-8")
 def div(name: str, *parts: str) -> str:
     """Parts in HTML in an element of a class."""
     return f'<div class="{name}">{"".join(parts)}</div>'
+
+
+def noise_of(model: TarFlowLM, states: Sequence[Tensor]) -> list[Tensor] | None:
+    """Where each of the `states` [T, d] is noise, [T]; None unless the model can tell.
+
+    A stack that fills in reads a vector as the code of a token, or as noise.
+    """
+    if not model.config.fills_in:
+        return None
+    book = NoisyCodebook(model.codebook)
+    found = (most_probable_component(state, book.mean, book.log_std) for state in states)
+    return [(one == model.codebook.vocab_size).cpu() for one in found]
 
 
 def to_html(rows: Sequence[Row]) -> str:

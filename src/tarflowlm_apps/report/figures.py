@@ -117,7 +117,8 @@ def draw_gains(figure: Figure, states: Sequence[StateReport], to_bpc: float) -> 
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.grid(axis="y", visible=False)
-    axes.set_title("saved by each block: nats per token, and bits per character")
+    axes.set_title("saved by each block")
+    axes.set_xlabel("nats per token")
     values = [f"{signed(gain)}\n{signed(to_bpc * gain)} bits" for gain in gains]
     right = axes.secondary_yaxis("right")
     right.set_yticks(range(len(gains)), values)

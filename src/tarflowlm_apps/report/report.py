@@ -22,7 +22,7 @@ from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint
 from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.records import RunRecord, read_record
 from tarflowlm.terminal.texts import pass_rows
-from tarflowlm_apps.grid import div, to_html
+from tarflowlm_apps.grid import div, noise_of, to_html
 from tarflowlm_apps.report.figures import AXES, CURVES, draw_bits, draw_codebook, draw_gains
 from tarflowlm_apps.report.page import GENERATOR, page_html, picture_html, section_html
 from tarflowlm_apps.report.style import Figure, render
@@ -38,7 +38,7 @@ PASSES = (
     "The first sample after every block, the last block first. Where only the last row is text, "
     "block 1 does the writing."
 )
-SAVED = "How many bits each block saves."
+SAVED = "How much each block saves, in nats per token and in bits per character."
 BLOCKS = (
     "How much each block lowers the bound of the blocks under it with the standard normal on top, "
     "on {windows:,} validation windows ({tokens:,} tokens). Where blocks are trained jointly, only "
@@ -167,9 +167,11 @@ class _Writer:
         texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
         parts = [div("samples", texts)]
         if checkpoint.model.num_blocks > 1:
-            found = written.generation.passes(as_flow(checkpoint.model))
-            passes = [tokens[0, : written.lengths[0]] for tokens in found]
-            rows = to_html(pass_rows(passes, checkpoint.tokenizer))
+            flow = as_flow(checkpoint.model)
+            length = written.lengths[0]
+            passes = [text[0, :length].cpu() for text in written.generation.passes(flow)]
+            states = [state[0, :length] for state in written.generation.states(flow)]
+            rows = to_html(pass_rows(passes, checkpoint.tokenizer, noise=noise_of(flow, states)))
             parts.append(f"<figure>{rows}<figcaption>{PASSES}</figcaption></figure>\n")
         return parts
 

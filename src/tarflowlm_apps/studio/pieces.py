@@ -12,11 +12,9 @@ from torch import Tensor
 
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError, counted
-from tarflowlm.flow.numerics import most_probable_component
-from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.model import TarFlowLM
 from tarflowlm.terminal.texts import END, Row, Token, pass_rows
-from tarflowlm_apps.grid import CSS, div, spans, to_html
+from tarflowlm_apps.grid import CSS, div, noise_of, spans, to_html
 
 STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")
@@ -199,17 +197,13 @@ def passes(
     for text, state in zip(texts, states, strict=True):
         p = model.codebook.log_posterior(state).exp()
         probabilities.append(p.gather(-1, text[:, None].to(p.device))[:, 0])
-    noise = None
-    if model.config.fills_in:
-        # such a stack tells of each vector whether it is noise
-        book = NoisyCodebook(model.codebook)
-        found = [most_probable_component(state, book.mean, book.log_std) for state in states]
-        noise = [(one == model.codebook.vocab_size).cpu() for one in found]
     shares = [(after != before).float().mean().item() for before, after in pairwise(texts)]
     # nobody sees a pass that changes fewer tokens
     is_watched = sum(share > 0.005 for share in shares) > 1
     on_host = [text.cpu() for text in texts]
-    rows = pass_rows(on_host, tokenizer, given=given, noise=noise, probabilities=probabilities)
+    rows = pass_rows(
+        on_host, tokenizer, given=given, noise=noise_of(model, states), probabilities=probabilities
+    )
     return rows, is_watched
 
 
