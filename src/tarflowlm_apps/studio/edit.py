@@ -1,10 +1,8 @@
 """The views that edit: named words, or a share of the words or of a state."""
 
-import re
 from dataclasses import replace
 
 from tarflowlm.cli.edit import advice
-from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError, counted
@@ -38,18 +36,7 @@ def rewrite(
     if not pieces:
         raise UserError("name the words to rewrite, separated by commas")
     request = replace(_request(text, num, seed), rewrite=pieces, everywhere=True)
-    _check_words(catalogue.load(model).tokenizer, request.text, pieces)
     yield from _edited(catalogue, model, request)
-
-
-def _check_words(tokenizer: Tokenizer, text: str, pieces: tuple[str, ...]) -> None:
-    """UserError for a piece that the text has only within a word, which would stay as it is."""
-    known = read(tokenizer, text).text
-    for piece in pieces:
-        own = re.escape(read(tokenizer, piece, name="piece").text.strip())
-        inside = re.search(rf"\w*{own}\w*", known)
-        if inside and not re.search(rf"(?<!\w){own}(?!\w)", known):
-            raise UserError(f"{piece!r} is part of a word: name the whole word, {inside[0]!r}")
 
 
 def change(
@@ -92,13 +79,14 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     note = "the original" if notice is None else f"the original, {notice}"
     # each edit measures the text with noise of its own
     before_edits = found.bits_before.mean().item()
-    numbers = facts((f"≤ {before_edits:.2f}", "bits per character"), took(job.seconds))
+    sign = "" if checkpoint.model.is_exact else "≤ "
+    numbers = facts((f"{sign}{before_edits:.2f}", "bits per character"), took(job.seconds))
     cards = [card(stage(before), muted(note), numbers)]
     for row, tokens in enumerate(found.change.tokens.cpu()):
         changed = found.change.changed[row].cpu()
         numbers = facts(
             (f"{int(changed.sum())}", f"of {counted(len(changed), 'token')} changed"),
-            (f"≤ {found.bits[row]:.2f}", "bits per character"),
+            (f"{sign}{found.bits[row]:.2f}", "bits per character"),
         )
         cards.append(card(stage(text_tokens(tokens, tokenizer, {"changed": changed})), numbers))
     notes = [muted("Green: new. Fewer bits: the model finds the text likelier.")]

@@ -261,7 +261,11 @@ def test_a_gap_that_a_model_cannot_fill_is_offered_to_one_that_can():
 
 def test_parts_of_words_are_not_rewritten(catalogue):
     html = shown(rewrite, catalogue, ["flow", "the fox ran", "o", 1, 0])
-    assert "'o' is part of a word: name the whole word, 'fox'" in words(html)
+    assert "'o' is part of a word: give 'fox'" in words(html)
+    # a discrete model rewrites, too, and its bits are exact
+    html = shown(rewrite, catalogue, ["baseline", "the fox ran", "fox", 1, 0])
+    assert re.fullmatch("the ... ran", stages(html)[-1])
+    assert "≤" not in html
 
 
 def test_words_of_a_command_are_quoted_for_all_shells():
