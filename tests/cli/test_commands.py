@@ -113,7 +113,7 @@ def test_data_prepares_a_directory_that_eval_takes(
     )
     assert of_text["bpc"] == of_corpus["bpc"]
     assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table", *letters).out
-    refused("data", corpus, "--out", tmp_path / "again", names=["holds no text"])
+    refused("data", corpus, "--out", tmp_path / "again", names=["holds no .txt"])
 
 
 def test_a_text_shorter_than_the_context_is_evaluated_whole(run_json, model, tmp_path):
@@ -200,7 +200,9 @@ def test_eval_says_that_the_text_has_changed(run, run_json, corpus_file, tmp_pat
         assert "has changed since training" in run("eval", directory, *few).err
 
 
-def test_modules_of_one_s_own_are_imported(run_json, refused, corpus_file, tmp_path, monkeypatch):
+def test_modules_of_one_s_own_are_imported(
+    run, run_json, refused, corpus_file, tmp_path, monkeypatch
+):
     (tmp_path / "my_bends.py").write_text(
         "import tarflowlm\nfrom tarflowlm.flow.channelwise import AffineCoupling\n"
         "@tarflowlm.coupling('bent')\nclass Bent(AffineCoupling):\n    pass\n",
@@ -221,10 +223,18 @@ def test_modules_of_one_s_own_are_imported(run_json, refused, corpus_file, tmp_p
     argv += ["--model.blocks.1.coupling", "bent"]
     refused(*argv, names=["coupling 'bent': choose one of affine", "--import MODULE"])
     refused(*argv, "--import", "my_bend", names=["--import my_bend: No module named 'my_bend'"])
-    run_json(*argv, "--import", "my_bends")
-    assert run_json("info", tmp_path / "run", "--import", "my_bends")["blocks"][1] == "block 2 bent"
+    done = run(*argv, "--import", "my_bends")
+    assert f"next: tarflowlm sample {tmp_path / 'run'} --import my_bends" in done.err
+    with_it = run_json("info", tmp_path / "run", "--import", "my_bends")
+    assert with_it["blocks"][1] == "block 2 bent"
+    # without the module a run is shown, but not built
     monkeypatch.setattr(kinds_of(BlockConfig)["bent"], "coupling", "gone")
-    refused("info", tmp_path / "run", names=["coupling 'bent'"])
+    assert run_json("info", tmp_path / "run") == with_it
+    (row,) = run_json("runs", tmp_path)["runs"]
+    assert row["bpc"] > 0
+    for command in ("sample", "eval"):
+        names = ["'bent'", "my_bends", "--import my_bends"]
+        refused(command, tmp_path / "run", names=names)
 
 
 def test_eval_reports_the_latents_after_the_likelihood(run_json, run, models):

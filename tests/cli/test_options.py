@@ -34,6 +34,7 @@ OPTIONS = {
     "studio": "device host models no-browser port",
     "export": "causal-lm directory half json out",
     "push": "directory dry-run half json licence out private repository",
+    "serve": "device directory host json port samples",
     "harness": "directory json noise-seed normalize posterior-samples",
 }
 """Names of the fields of `Args`: words without dashes, options, and configurations."""

@@ -83,7 +83,7 @@ LINES = [
     (["train", "mini-mixd"], ["--out"]),
     (["train", "--from", "flow", "--data", "TEXT"], ["--out"]),
     (["train", "--from", "flow", "--out", "OUT"], ["--data"]),
-    (["train", "--resume", "OUT"], ["OUT"]),
+    (["train", "--resume", "OUT"], ["OUT", "made by `tarflowlm train`"]),
     (["train", "--resume", "english-small"], ["not a run directory", "train --from english-small"]),
     (["sample", ""], [". is not a run directory", "english-small"]),
     ([*TRAIN, "--seed", "-1"], ["seed -1"]),

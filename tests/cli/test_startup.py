@@ -71,6 +71,17 @@ def test_closed_outputs_are_no_error(words, status):
     assert (done.returncode, done.stderr) == (status, "")
 
 
+def test_after_an_error_the_process_leaves_at_once():
+    code = (
+        "import atexit, sys\nfrom tarflowlm.cli.main import main\nsys.argv[1:] = ['trian']\n"
+        "atexit.register(print, 'handled')\n"
+        "class Slow:\n    def __del__(self): print('dismantled')\nslow = Slow()\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "handled\n")
+    assert done.stderr.startswith("tarflowlm: command 'trian'")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [

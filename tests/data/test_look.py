@@ -48,6 +48,22 @@ def test_a_text_of_ones_own_keeps_every_character(text, kind, tmp_path, caplog):
     assert corpus.tokenizer.vocab_size == (len(set(text)) if kind == "char" else 256)
 
 
+def test_advice_for_english_is_given_for_english_alone(tmp_path, caplog):
+    file = tmp_path / "own.txt"
+    texts = {
+        "The king of the land went to a wood. ": True,
+        "ACGT": False,
+        "Es war einmal ein alter König, der hatte drei. ": False,
+    }
+    for text, is_english in texts.items():
+        caplog.clear()
+        file.write_text(text * 99)
+        with caplog.at_level("INFO"):
+            suited_to(str(file), OPEN)
+        assert "is short for a new model" in caplog.text
+        assert ("learns English faster" in caplog.text) == is_english
+
+
 def test_what_the_27_symbols_lack_is_told(tmp_path, caplog):
     file = tmp_path / "own.txt"
     with caplog.at_level("INFO"):

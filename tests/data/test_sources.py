@@ -41,9 +41,29 @@ def texts_of(source) -> dict[str, str]:
 def test_unknown_sources_are_refused(source):
     with pytest.raises(
         UserError,
-        match=r"give a text file, .* one of tales|folder . holds no text",
+        match=r"give a text file, .* one of tales|folder . holds no .txt",
     ):
         prepared(source, CHARS)
+
+
+def test_a_folder_of_other_texts_is_read_by_their_suffix(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / ".git").mkdir()
+    files = {"b.py": "b = 1\n", "inner/a.py": "a = 2\n", ".git/c.py": "c", "d.bin": "\x00"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    source = resolve_source(DataConfig(source=f"{tmp_path}#.py"))
+    assert list(source.blocks()) == ["b = 1\n", "a = 2\n"]
+    assert [key for key, _ in source.documents()] == ["b.py", "inner/a.py"]
+    assert source.has_documents
+    with pytest.raises(
+        UserError, match=r"no \.txt, .*: name the suffix of its texts, say .*#\.py$"
+    ):
+        prepared(str(tmp_path), CHARS)
+    with pytest.raises(UserError, match=r"holds no \.rs files"):
+        prepared(f"{tmp_path}#.rs", CHARS)
+    with pytest.raises(UserError, match="/dev/null is no regular file"):
+        prepared("/dev/null", CHARS)
 
 
 def test_folders_and_json_lines(tmp_path):
@@ -56,7 +76,8 @@ def test_folders_and_json_lines(tmp_path):
         "x\ny",
         "z",
     ]
-    with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl\.gz .* under 'title'"):
+    match = r"line 1 of .*a\.jsonl\.gz .* under 'title': .* a.jsonl.gz#text or a.jsonl.gz#body$"
+    with pytest.raises(UserError, match=match):
         prepared(f"{tmp_path / 'a.jsonl.gz'}#title", CHARS)
 
 

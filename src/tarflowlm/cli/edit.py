@@ -64,10 +64,11 @@ def advice(request: Edit, change: "Change") -> str | None:
             f"editing state {request.level} changes {changed:.0%} of the tokens: "
             "without --level only some words are resampled"
         )
-    unreliable = [k for k in change.pareto_k if k > UNRELIABLE]
-    if unreliable:
+    rough = [str(row) for row, k in enumerate(change.pareto_k, 1) if k > UNRELIABLE]
+    if rough:
+        which = f"edit {rough[0]}" if len(rough) == 1 else f"edits {', '.join(rough)}"
         return (
-            "few of the candidates count here, so the choice between them is unreliable "
-            f"(tail index {max(unreliable):.2f}): try shorter pieces or more --candidates"
+            f"{which}: the choice rests on few of the candidates, and is rough; "
+            "try shorter pieces or more --candidates"
         )
     return None

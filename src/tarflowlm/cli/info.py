@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tarflowlm.cli.options import Json, load_checkpoint
+from tarflowlm.cli.options import Json
 from tarflowlm.errors import UserError, counted, first_line
 from tarflowlm.options import Flag, arg
-from tarflowlm.runs import CONFIG
+from tarflowlm.runs import CONFIG, TOKENIZER, WEIGHTS
 from tarflowlm.runs.hub import (
     DEFAULT,
     FOLDER,
@@ -118,25 +118,32 @@ class Description:
 
 def describe(given: Path) -> Description:
     """Describe the model of a path or a name."""
+    from tarflowlm.data import load_tokenizer
     from tarflowlm.model_config import BaselineConfig
-    from tarflowlm.runs.checkpoint import read_summary
+    from tarflowlm.runs.checkpoint import locate, read_run, read_summary, read_weights
 
-    lm = load_checkpoint(given, "cpu")
-    config = lm.run.model
-    tokenizer = lm.tokenizer
-    test = (read_summary(lm.directory) or {}).get("test", {})
+    # not loaded, so that couplings of modules that are not imported can be shown
+    folder = locate(given)
+    run = read_run(folder, is_shown=True)
+    tensors, info = read_weights(folder / WEIGHTS)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    config = run.model
+    test = (read_summary(folder) or {}).get("test", {})
+    trained = int(info.get("blocks", config.num_blocks))
     if isinstance(config, BaselineConfig):
         layers = [config.layers]
     else:
-        layers = [block.layers for block in config.blocks[: lm.model.num_blocks]]
-    card = read_card(lm.directory)
-    sizes = {name: one.numel() for name, one in lm.model.named_parameters()}
-    counts = {name: int(lm.info[name]) for name in ("step", "tokens") if name in lm.info}
+        layers = [block.layers for block in config.blocks[:trained]]
+    card = read_card(folder)
+    # the weights may hold blocks that gained nothing, which the configuration leaves out
+    idle = tuple(f"prior.blocks.{block}." for block in range(len(layers), trained))
+    sizes = {name: one.numel() for name, one in tensors.items() if not name.startswith(idle)}
+    counts = {name: int(info[name]) for name in ("step", "tokens") if name in info}
     return Description(
-        name=given.as_posix() if is_reference(given) else lm.directory.resolve().name,
-        preset=lm.run.name,
+        name=given.as_posix() if is_reference(given) else folder.resolve().name,
+        preset=run.name,
         family=config.family,
-        blocks=[config.describe(block) for block in range(lm.model.num_blocks)],
+        blocks=[config.describe(block) for block in range(len(layers))],
         layers=layers,
         parameters=sum(sizes.values()),
         trunk_parameters=sum(n for name, n in sizes.items() if "transformer." in name),
@@ -146,13 +153,13 @@ def describe(given: Path) -> Description:
             f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols, "
             f"normalisation {tokenizer.normalization}"
         ),
-        source=lm.run.data.source,
+        source=run.data.source,
         steps=counts.get("step"),
         tokens=counts.get("tokens"),
-        seed=lm.run.seed,
+        seed=run.seed,
         bpc=test.get("bpc"),
-        bound="exact" if lm.model.is_exact else "elbo",
-        temperature=lm.run.temperature,
+        bound="exact" if isinstance(config, BaselineConfig) else "elbo",
+        temperature=run.temperature,
         purpose=purpose(card),
         card=card,
     )

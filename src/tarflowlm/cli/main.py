@@ -1,5 +1,6 @@
 """The command line `tarflowlm COMMAND`: its exit status (docs/reliability.md), threads, signals."""
 
+import atexit
 import contextlib
 import io
 import logging
@@ -45,8 +46,22 @@ module imports torch at its top.
 def main(
     argv: list[str] | None = None, *, dispatch: Callable[[list[str]], None] | None = None
 ) -> None:
-    """Entry point: run a command and exit. `dispatch` runs a program other than `tarflowlm`."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Entry point: run a command and exit. `dispatch` runs a program other than `tarflowlm`.
+
+    Without `argv` this is the whole process, which after an error leaves at once: Python would take
+    most of a second to dismantle torch.
+    """
+    if argv is None:
+        try:
+            main(sys.argv[1:], dispatch=dispatch)
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+            atexit._run_exitfuncs()
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.flush()
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
+        return
     silent = {name for name in ("stdout", "stderr") if getattr(sys, name) is None}  # closed
     if not is_first_process():
         silent.add("stdout")

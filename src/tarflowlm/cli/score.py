@@ -62,7 +62,7 @@ def run(args: Args) -> None:
     names = [lm.directory.name for lm in models]
     found: list[Scores] = []
     for name, lm in zip(names, models, strict=True):
-        with Bars(f"scoring with {name}, windows") as bars:
+        with Bars() as bars:
             found += score_texts(request, lm, bars)
         if found[-1].notice:
             print_notice(f"{name}: {found[-1].notice}")
@@ -93,7 +93,7 @@ def _score_lines(args: Args, source: str) -> None:
         own = tuple(texts[processes.rank :: processes.world])
         found: list[Scores] = []
         if own:
-            with Bars(f"scoring with {name}, windows") as bars:
+            with Bars() as bars:
                 found = score_texts(replace(args.score, text=own), lm, bars)
         lines = (_to_json(name, scored, args.score.samples) for scored in found)
         for index, line in enumerate(processes.in_turn(lines)):

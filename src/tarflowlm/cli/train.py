@@ -12,9 +12,11 @@ import tyro
 from tarflowlm.cli.options import Json, OnDevice, Training, load_checkpoint, parse
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
+from tarflowlm.files import read_json
 from tarflowlm.model_config import BlockConfig
 from tarflowlm.options import Count, Number, Seeded, arg
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
+from tarflowlm.runs import CONFIG
 from tarflowlm.schema import from_dict
 
 if TYPE_CHECKING:
@@ -161,7 +163,9 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
         ("parameters", f"{summary['parameters']:,}, {trunk}"),
     ]
     print_result(args.json, summary, summary["preset"], rows)
-    suggest("sample", out)
+    imports = read_json(out / CONFIG).get("imports", {})
+    words = [word for module in dict.fromkeys(imports.values()) for word in ("--import", module)]
+    suggest("sample", out, *words)
 
 
 def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":

@@ -67,8 +67,12 @@ class Look:
                 log.info("%s is read as a-z and space: %s; %s keeps them", source, lost, keeping)
             return
         if is_new and 0 < len(beginning) < SHORT:
-            faster = "`train --from english-small` learns English faster"
-            remedy = f"{faster}; else try --train.dropout 0.1"
+            words = beginning.lower().split()
+            known = sum(word in ("the", "and", "of", "to", "a", "in") for word in words)
+            remedy = "try --train.dropout 0.1"
+            # of English words these are a fifth
+            if known > 0.1 * len(words):
+                remedy = f"`train --from english-small` learns English faster; else {remedy}"
             log.info("%s is short for a new model: %s", source, remedy)
         if not self.text.unwrap and is_wrapped(beginning):
             log.info("the lines of %s are wrapped: --unwrap joins the lines of a paragraph", source)

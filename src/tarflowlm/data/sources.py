@@ -11,6 +11,7 @@ import os
 import urllib.request
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +111,7 @@ class TextFile(Source):
     """A text file, which is cut in three; or documents: the files of a folder in the order of their
     names, and the lines of .jsonl files. The text is read twice.
 
-    `field` holds the texts of .jsonl files.
+    `field` holds the texts of .jsonl files; if it begins with a dot, it is the suffix of the files.
     """
 
     def __init__(self, path: Path, field: str = "text") -> None:
@@ -125,7 +126,7 @@ class TextFile(Source):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return text_files(self.path)
+        return text_files(self.path, self.field if self.field.startswith(".") else "")
 
     def documents(self) -> Iterator[tuple[str, Iterable[str]]]:
         """The key of each document, the name of a file or a line itself, and its blocks."""
@@ -134,7 +135,7 @@ class TextFile(Source):
                 for text in json_texts(file, self.field):
                     yield text, [text]
             elif file == self.path or file.stat().st_size:
-                yield file.name, text_blocks(file)
+                yield file.relative_to(self.path).as_posix(), text_blocks(file)
 
     def blocks(self) -> Iterator[str]:
         """The text of all documents."""
@@ -389,13 +390,21 @@ def resolve_source(
         raise UserError(f"{source!r} is neither a file nor the name of a corpus: {remedy}")
     else:
         texts = TextFile(Path(path), field)
-        is_parquet = path.endswith(".parquet") or not texts.files
-        if named and not is_parquet and not any(map(is_json_lines, texts.files)):
+        is_folder = os.path.isdir(path)
+        by_suffix = is_folder and field.startswith(".")
+        is_parquet = path.endswith(".parquet") or (is_folder and not by_suffix and not texts.files)
+        if named and not is_parquet and not by_suffix and not any(map(is_json_lines, texts.files)):
             raise UserError(f"{source}: {path} has no fields, leave {FIELD}{named} out")
         found = Documents(source, Path(path), field) if is_parquet else texts
+        if not found.files and not is_folder:
+            raise UserError(f"{path} is no regular file: give a text file, or a folder of them")
         if not found.files:
-            remedy = "put .txt, .jsonl or .parquet files there"
-            raise UserError(f"the folder {path} holds no text: {remedy}")
+            others = Counter(file.suffix for file in Path(path).rglob("?*.*") if file.is_file())
+            others.pop("", None)
+            kind = next(iter(others.most_common(1)), (".py", 0))[0]
+            kinds = f"{field} files" if by_suffix else ".txt, .jsonl or .parquet files"
+            remedy = f"name the suffix of its texts, say {path}{FIELD}{kind}"
+            raise UserError(f"the folder {path} holds no {kinds}: {remedy}")
     found.normalization = normalization
     found.unwrap = text.unwrap
     found.progress = progress

@@ -21,18 +21,26 @@ from tarflowlm.errors import UserError
 
 BLOCK = 1 << 20  # characters read at once
 FIELD = "#"
-"""Between a .jsonl file and the name of the field with its texts, by default "text"."""
+"""Between a .jsonl file and the name of the field with its texts, by default "text"; or between a
+folder and the suffix of its texts, such as .py."""
 SEPARATOR = "<|endoftext|>"
 """The name of the token that ends every document and begins the next, as in GPT-2."""
 
 
-def text_files(path: Path) -> tuple[Path, ...]:
-    """The file `path`, or the texts in the folder `path`, compressed or not, sorted by name."""
+def text_files(path: Path, suffix: str = "") -> tuple[Path, ...]:
+    """The file `path`, or the texts in the folder `path`, compressed or not, sorted by name.
+
+    With a `suffix` these are all files below the folder that have it; hidden folders are left out.
+    """
     if not path.is_dir():
         return (path,) if path.is_file() else ()
-    texts = (
-        file for file in path.iterdir() if file.is_file() and _kind(file) in (".txt", ".jsonl")
-    )
+    if suffix:
+        below = [file for file in path.rglob(f"*{suffix}") if file.is_file()]
+        hidden = [any(part[0] == "." for part in file.relative_to(path).parts) for file in below]
+        texts = [file for file, is_hidden in zip(below, hidden, strict=True) if not is_hidden]
+    else:
+        files = filter(Path.is_file, path.iterdir())
+        texts = [file for file in files if _kind(file) in (".txt", ".jsonl")]
     return tuple(sorted(texts))
 
 
@@ -56,8 +64,10 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
                 text.encode()  # half of a surrogate pair is no text
             except (ValueError, LookupError, TypeError):
                 what = f"line {number} of {path} is not an object with a text under {field!r}"
-                remedy = f"name the field that has one, say {path.name}{FIELD}content"
-                raise UserError(f"{what}: {remedy}") from None
+                names = re.findall(r'"(\w+)": *"', line)  # of texts, if it is an object
+                known = [f"{path.name}{FIELD}{name}" for name in dict.fromkeys(names)]
+                remedy = f"name the field that has one: {' or '.join(known[:4])}"
+                raise UserError(f"{what}: {remedy if known else 'mend it'}") from None
             if text:
                 yield text
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -99,7 +100,8 @@ class Scores:
 def score_texts(request: Score, lm: Checkpoint, progress: Progress = SILENT) -> list[Scores]:
     """The bits of every text of a request, read like the model's training text."""
     check_finite(lm.model.state_dict(), "model")
-    texts = as_texts("" if request.text is None else request.text, "text")
+    # None is refused here, as any other value that is no text
+    texts = as_texts(cast(str | Sequence[str], request.text), "text")
     readings = [read(lm.tokenizer, text, normalize=request.normalize) for text in texts]
     tokens = [reading.tokens for reading in readings]
     found = scores(lm.model, tokens, samples=request.samples, seed=request.seed, progress=progress)
@@ -157,9 +159,16 @@ def scores(
     for tokens in texts:
         check_tokens(model, tokens, shape="[T]")
     draws = 1 if model.is_exact else samples
+    context, patch = model.config.context, model.config.patch
     of_length: dict[int, list[int]] = defaultdict(list)
     for index, tokens in enumerate(texts):
         of_length[len(tokens)].append(index)
+    windows = 0
+    for length, indices in of_length.items():
+        whole = length + -length % patch
+        parts = spans(whole, context, patch=patch, overlap=model.num_blocks == 1)
+        windows += draws * len(indices) * len(parts)
+    progress.stage("scoring, windows", windows)
     found: dict[int, Scores] = {}
     for length, indices in of_length.items():
         for some in chunks.row_ranges(len(indices), length, chunks.EVALUATED_TOKENS):

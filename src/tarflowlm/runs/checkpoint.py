@@ -21,7 +21,7 @@ from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_j
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import COMPILED, REFERENCE
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
-from tarflowlm.model_config import FlowConfig
+from tarflowlm.model_config import Affine, BlockConfig, FlowConfig
 from tarflowlm.processes import compilation_problem, pick_device
 from tarflowlm.runs import (
     BEST,
@@ -34,8 +34,8 @@ from tarflowlm.runs import (
     TOKENIZER,
     WEIGHTS,
 )
-from tarflowlm.runs.hub import check_model, fetch, folder_of, is_reference
-from tarflowlm.schema import from_dict, to_dict
+from tarflowlm.runs.hub import check_model, fetch, folder_of, is_reference, released
+from tarflowlm.schema import from_dict, kinds_of, to_dict
 
 Summary = dict[str, Any]
 """The content of summary.json."""
@@ -67,26 +67,55 @@ class Checkpoint:
 
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
-    """Write config.json and tokenizer.json of a run directory."""
-    write_json(directory / CONFIG, {"model_type": MODEL_TYPE} | to_dict(run))
+    """Write config.json and tokenizer.json of a run directory.
+
+    A coupling of a user's own comes with the name of its module, which is never imported from here.
+    """
+    kinds = {block.coupling: block.implementation for block in getattr(run.model, "blocks", ())}
+    own = {name: kind.__module__ for name, kind in kinds.items() if isinstance(kind, type)}
+    imports = {name: module for name, module in own.items() if module != "__main__"}
+    head = {"model_type": MODEL_TYPE} | ({"imports": imports} if imports else {})
+    write_json(directory / CONFIG, head | to_dict(run))
     tokenizer.save(directory / TOKENIZER)
 
 
-def read_run(directory: Path) -> RunConfig:
-    """The configuration of a run directory. UserError if it is none, or damaged."""
-    check_model(directory)
+def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
+    """The configuration of a run directory.
+
+    UserError if it is none, or damaged, or has a coupling whose module is not imported. A run that
+    `is_shown` is not built, so of such a coupling the name is enough.
+    """
     path = directory / CONFIG
     if not path.exists():
-        remedy = f"`tarflowlm train --from {directory}` trains that model further"
+        remedy = "give a directory made by `tarflowlm train`"
+        if str(directory) in released():
+            remedy = f"`tarflowlm train --from {directory}` trains that model further"
         raise UserError(f"{directory} is not a run directory: {remedy}")
     document = read_json(path)
     if not isinstance(document, dict) or document.pop("model_type", None) != MODEL_TYPE:
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")
+    imports = document.pop("imports", {})
+    missing = {name: imports[name] for name in imports if name not in kinds_of(BlockConfig)}
+    for name, module in missing.items():
+        if not is_shown:
+            what = f"{directory} has the coupling {name!r} of your module {module}"
+            raise UserError(f"{what}: import that first, or pass --import {module}")
+    names = {}
+    for index, block in enumerate(document["model"]["blocks"] if missing else ()):
+        if block["coupling"] in missing:
+            names[index] = block["coupling"]
+            block |= {"coupling": Affine.coupling}
+            for option in block.keys() - {"coupling", "layers"}:
+                del block[option]
     try:
-        return from_dict(RunConfig, document, where=str(path))
+        run = from_dict(RunConfig, document, where=str(path))
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
+    for index, name in names.items():
+        assert isinstance(run.model, FlowConfig)
+        object.__setattr__(run.model.blocks[index], "coupling", name)
+    return run
 
 
 def read_summary(directory: Path) -> Summary | None:
@@ -131,6 +160,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     A progressive run that was stopped early gives the blocks it had by then. UserError, naming the
     file, for a directory that is incomplete or damaged.
     """
+    check_model(directory)
     directory = locate(directory)
     run = read_run(directory)
     # first, since weights are written last: without weights the other files may be incomplete

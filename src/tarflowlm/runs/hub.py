@@ -119,7 +119,8 @@ def check_model(name: str | Path) -> None:
         known = released()
         lacks = f", as {CONFIG} is missing" if path.is_dir() else ""
         remedy = f"{guess(str(path), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
-        raise UserError(f"{path} is not a run directory{lacks}: {remedy}")
+        shown = path if str(name) else repr("")
+        raise UserError(f"{shown} is not a run directory{lacks}: {remedy}")
 
 
 def read_card(directory: Path) -> str:

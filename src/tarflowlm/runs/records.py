@@ -94,7 +94,7 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
 
     UserError if it is not a run directory, or if the training has not logged anything yet.
     """
-    run = read_run(directory)
+    run = read_run(directory, is_shown=True)
     path = directory / METRICS
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = []

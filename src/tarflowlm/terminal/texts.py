@@ -215,13 +215,14 @@ def samples_to_json(
 def print_edits(edited: Edited, tokenizer: Tokenizer, advice: str | None) -> None:
     """The text, each of its edits with the changes highlighted and a note, and the advice."""
     edit = edited.change
+    sign = "<=" if edit.states else "="
     if Console().is_terminal:
         show(styled(text_tokens(edit.before[0], tokenizer)), "text")
     for row, tokens in enumerate(edit.tokens):
         changed = edit.changed[row]
         note = (
             f"{int(changed.sum())} of {counted(len(changed), 'token')} changed; bits per character "
-            f"<= {edited.bits_before[row]:.3f} before, <= {edited.bits[row]:.3f} now "
+            f"{sign} {edited.bits_before[row]:.3f} before, {sign} {edited.bits[row]:.3f} now "
             "(fewer: likelier to the model)"
         )
         body = styled(text_tokens(tokens, tokenizer, {"changed": changed}))
