@@ -61,8 +61,7 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     assert (sample["text"][:4], sample["text"][7:]) == ("the ", " of nine")
     assert run_json(*argv, "a X", "--blank", "X")["samples"][0]["text"][:2] == "a "
     done = run(*argv, "the ___", "--particles", 4)
-    assert "of 4 candidates" in done.err
-    assert "log p about" in done.err
+    assert "candidates of 4" in done.err
 
 
 def test_gaps_have_any_length_and_the_likely_ones_are_told(run, run_json, models):
