@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 
-TABS = {"infill": "tries count", "edit": "tokens changed", "score": "bits per character"}
+TABS = {"infill": "independent tries", "edit": "tokens changed", "score": "bits per character"}
 """What a finished view shows, which appears when its tab is opened."""
 
 

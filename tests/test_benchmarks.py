@@ -157,3 +157,15 @@ def test_peers_have_our_shape_and_are_causal(peers):
         torch.testing.assert_close(logits, model.eval()(input_ids=tokens).logits)
         apart = (model(input_ids=changed).logits - logits).abs().amax((0, 2)) > 1e-6
         assert apart.nonzero().flatten().tolist() == list(range(9, 16))
+
+
+@pytest.mark.nightly
+def test_a_class_at_a_studio_gets_all_its_answers():
+    pytest.importorskip("gradio")
+    command = "studio.py english-mini --clients 3 --requests 2 --think 0 --bad 12"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=FOLDER, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 of 6 requests were answered with a result" in done.stdout
+    assert "a request after them: answered" in done.stdout
