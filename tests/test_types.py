@@ -68,3 +68,4 @@ def test_a_copy_is_a_pair_of_its_own_model() -> None:
     assert model is not lm.model
     assert len(other) == 2
     assert copy.copy(lm) == lm
+    assert hash(copy.copy(lm)) == hash(lm) != hash(other)

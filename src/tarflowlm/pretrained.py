@@ -77,6 +77,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
             check_finite(self.model.state_dict(), "model")
             object.__setattr__(self, "run", _own_run(self.model, self.tokenizer))
             object.__setattr__(self, "info", {"blocks": str(self.model.num_blocks)})
+        check_type(self.run, "run", RunConfig, "leave it out")
 
     @property
     def config(self) -> LanguageModelConfig:

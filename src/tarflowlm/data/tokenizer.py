@@ -112,8 +112,14 @@ class Tokenizer:
         return normalize_text8(text) if self.normalization == "text8" else text
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids [N] of normalised `text`. UserError for characters outside the vocabulary."""
+        """Token ids [N] of normalised `text`. UserError for characters that it does not know."""
         check_type(text, "text", str, "give a text, a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"character {error.start} of the text is not UTF-8: convert it"
+            ) from None
         return self.encode_each([text])
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -319,7 +319,7 @@ def read_source(
         what = f"cannot find the training text {source} of {lm.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
     text = replace(ours, source=source, unwrap=ours.unwrap and path == own)
-    is_corpus = data is None or is_named or Path(source).is_dir()
+    is_corpus = data is None or is_named or path.is_dir()
     if split == "all" or not is_corpus:
         tokens = encode_text(text, tokenizer, split, progress=progress)
         # before the work, so that an unreadable text costs one line

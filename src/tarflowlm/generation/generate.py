@@ -18,7 +18,7 @@ from tarflowlm.generation.write import write
 from tarflowlm.model import LanguageModel, as_flow, check_model
 from tarflowlm.requests import Sampling, options_of
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.schema import Length, check_generator, check_integers, checked
+from tarflowlm.schema import Length, check_generator, check_integers, check_type, checked
 
 Prompt = Tensor | Sequence[Tensor | Gap]
 """Given tokens with BLANK for each to draw; or pieces of them with gaps in between."""
@@ -97,6 +97,7 @@ def generate(
     """
     model = model.model if isinstance(model, Checkpoint) else model
     check_model(model)
+    check_type(progress, "progress", Progress, "give a tarflowlm.errors.Progress")
     streams = _row_streams(generator, num)
     plans = row_plans(
         model, prompt, len(streams), Sampling(**options), num_tokens=num_tokens, allowed=allowed

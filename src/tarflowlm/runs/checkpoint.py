@@ -43,7 +43,7 @@ CHECKSUM = "sha256"
 """Entry of the header of weights: the checksum of all tensors and their names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A trained model, in eval mode, with its tokenizer and configuration."""
 

@@ -183,7 +183,8 @@ def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> 
 
 def trust(evidence: Evidence, rows: slice, particles: int) -> str:
     """How many candidates the choice of a text rests on; the least and the most of several."""
-    ess, tails = evidence.ess[rows], evidence.pareto_k[rows]
+    # of gaps each length is a candidate
+    ess, tails = evidence.ess[rows].clamp(max=particles), evidence.pareto_k[rows]
     counts = dict.fromkeys((f"{ess.min():.1f}", f"{ess.max():.1f}"))
     words = f"rests on about {' to '.join(counts)} independent candidates of {particles}"
     # tails of few particles are NaN, and tell nothing; 4 are few by any measure

@@ -190,7 +190,7 @@ def is_begun(out: Path) -> bool:
         return (out / WEIGHTS).exists() or any((out / STATE).glob("[!.]*"))
     # hidden files are locks, or were left by a kill
     if out.exists() and (not out.is_dir() or any(out.glob("[!.]*"))):
-        raise UserError(f"{out} exists already and is not a run to continue: choose another --out")
+        raise UserError(f"{out} exists already and is no run to continue: choose another directory")
     return False
 
 
