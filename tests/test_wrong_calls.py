@@ -31,7 +31,7 @@ REFUSED = [
     ("generate(flow, num_tokens=8, progress=3)", ["progress 3", "Progress"]),
     ("tarflowlm.Pretrained(flow, tokenizer, run=3)", ["run 3", "leave it out"]),
     ("small.tokenizer.encode('a\\udc80')", ["character 1", "UTF-8"]),
-    ("tokenizer.encode('a\\udc80')", ["character 1", "UTF-8"]),
+    ("tokenizer.encode('a\\udc80')", ["alphabet of 27"]),
     ('generate(baseline, num_tokens=8, decoder="sweeps")', ["decoder sweeps", "leave it out"]),
     ("elbo(flow, tokens[None], noise=noise[..., :3])", ["[1, 12, 3]", "give [1, 12, 8]"]),
     ("elbo(flow, tokens[None], noise=noise.double())", ["float64", "give", "float32"]),

@@ -7,6 +7,7 @@ bytes are BPE without merges there; here they are looked up in a table, 13 times
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Sequence
 from copy import copy
@@ -114,12 +115,9 @@ class Tokenizer:
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [N] of normalised `text`. UserError for characters that it does not know."""
         check_type(text, "text", str, "give a text, a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"character {error.start} of the text is not UTF-8: convert it"
-            ) from None
+        found = re.search("[\ud800-\udfff]", text)
+        if found is not None and self.kind != "char":
+            raise UserError(f"character {found.start()} of the text is not UTF-8: convert it")
         return self.encode_each([text])
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
