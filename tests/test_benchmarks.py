@@ -87,6 +87,7 @@ def test_boosting_compares_a_block_with_tuning(tmp_path):
     assert all(float(row[4]) > 0 for row in rows[2:])
 
 
+@pytest.mark.nightly
 def test_the_first_hour_of_a_gpu_in_a_minute_on_a_cpu():
     argv = [sys.executable, str(FOLDER / "first_hour.py"), "--tiny", "--steps", "1"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

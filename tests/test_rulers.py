@@ -105,6 +105,7 @@ def test_two_samples_estimate_the_brier_score_without_bias(ruler):
     assert brier.brier_lm(brier.brier(y + 1, y + 1, y)).item() == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_brier_lm_of_shipped_models(ruler, monkeypatch, capsys):
     brier = ruler("brier")
@@ -120,6 +121,7 @@ def test_brier_lm_of_shipped_models(ruler, monkeypatch, capsys):
     assert float(lines[-1].split(" | ")[-1].split(" ±")[0]) > 20
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_bits_before_and_after_tuning(ruler, tmp_path):
     shakespeare = ruler("shakespeare")

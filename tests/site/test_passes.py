@@ -148,7 +148,7 @@ def test_the_first_example_fills_every_gap(open_page, shipped):
     assert page.locator("#stage .gap").count() == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.nightly)])
 def test_all_texts_can_be_read(open_page, shipped, scheme):
     page = open_page(shipped)
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")

@@ -231,7 +231,7 @@ def test_every_tab_by_keyboard_alone(open_page):
         shown.get_by_text("in all").first.wait_for() if tab != "Runs" else shown.wait_for()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.nightly)])
 def test_all_texts_can_be_read(open_page, scheme):
     """Their contrast is at least 4.5, in every tab, with all that is folded, and at a word."""
     page = open_page()
@@ -260,6 +260,7 @@ def test_all_texts_can_be_read(open_page, scheme):
     assert page.evaluate(PALE) == []
 
 
+@pytest.mark.nightly
 def test_the_address_is_that_of_the_request(open_page, url):
     page = open_page()
     view = page.locator(".st-view:visible").first

@@ -183,7 +183,8 @@ def rosenblatt(
     shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
     gradients = partial(_rosenblatt_gradients, maps)
 
-    u, log_det = differentiable(maps.rosenblatt, gradients, flat, weights, mean, log_std)
+    with flow.full_precision(z):
+        u, log_det = differentiable(maps.rosenblatt, gradients, flat, weights, mean, log_std)
     return u.view(*shape, flat.shape[-1]), log_det.view(shape)
 
 
