@@ -19,9 +19,7 @@ import torch
 from timing import show
 
 from tarflowlm import chunks
-from tarflowlm.baseline import TokenLM
-from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.numerics import COMPILED, mixture
+from tarflowlm.flow.numerics import choose_maps, mixture
 from tarflowlm.model import seeded
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset
@@ -84,9 +82,7 @@ def launches(names: Sequence[str]) -> list[dict[str, Any]]:
                 mixture.compiled = compiled  # type: ignore[assignment]
                 there = built.to("cuda")
                 bound = parallelise(there, train, frozen=stage)
-                for module in there.modules():
-                    if isinstance(module, Coupling | TokenLM):
-                        module.maps = COMPILED
+                choose_maps(there, compiled=True)
                 generator = torch.Generator(device="cuda").manual_seed(0)
                 for part, number in (("", FEW), (" of an eighth", FEW // 8)):
                     tokens = torch.randint(0, vocab_size, (number // 64, 64)).to("cuda")

@@ -1,12 +1,30 @@
-"""The options that requests and commands share. No torch here."""
+"""The options that requests and commands share, and functions that take them. No torch here."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import (
+    Annotated,
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    cast,
+    get_type_hints,
+)
 
 import tyro
 
 from tarflowlm import schema
+from tarflowlm.errors import unknown
+
+P = ParamSpec("P")
+Q = TypeVar("Q")
+R = TypeVar("R")
+S = TypeVar("S")
 
 
 def arg(
@@ -66,3 +84,58 @@ NAMES = {"num_tokens": "length", "stop_at_end": "no-stop"}
 def flag(field: str) -> str:
     """The option of a field."""
     return f"--{NAMES.get(field, field)}".replace("_", "-")
+
+
+def takes(
+    make: Callable[P, Q],
+) -> Callable[[Callable[[S, Q], R]], Callable[Concatenate[S, P], R]]:
+    """Turn a method that takes a request into one that takes the fields of the request.
+
+    `help` shows them, mypy checks them, and UserError names an unknown one.
+    """
+
+    def decorate(method: Callable[[S, Q], R]) -> Callable[Concatenate[S, P], R]:
+        @options_of(make)
+        @wraps(method)
+        def called(self: S, *args: P.args, **options: P.kwargs) -> R:
+            return method(self, make(*args, **options))
+
+        return cast(Callable[Concatenate[S, P], R], called)
+
+    return decorate
+
+
+def options_of(make: Callable[..., object]) -> Callable[[R], R]:
+    """Let the last parameter of a function, its options, be the parameters of `make`.
+
+    Those that the function has itself stay its own; if there are any, they replace the positional
+    one of `make`. `help` shows the options. UserError for other ones.
+    """
+
+    def decorate(function: R) -> R:
+        act = cast(Callable[..., object], function)
+        own = inspect.signature(act)
+        first = dict(list(own.parameters.items())[:-1])
+        known = inspect.signature(make).parameters
+        hints = get_type_hints(make)
+        others = [
+            one.replace(annotation=hints.get(name, one.annotation))
+            for name, one in known.items()
+            if name not in first and (one.kind is one.KEYWORD_ONLY or not known.keys() & first)
+        ]
+        shown = inspect.Signature(
+            sorted([*first.values(), *others], key=lambda one: one.kind),
+            return_annotation=own.return_annotation,
+        )
+
+        @wraps(act)
+        def called(*args: object, **options: object) -> object:
+            for name in options:
+                if name not in shown.parameters:
+                    raise unknown("option", name, [one for one in known if one in shown.parameters])
+            return act(*args, **options)
+
+        called.__signature__ = shown  # type: ignore[attr-defined]
+        return cast(R, called)
+
+    return decorate

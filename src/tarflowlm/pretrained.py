@@ -27,9 +27,10 @@ from tarflowlm.evaluation.scores import Scores, evaluate_text, read_windows, sco
 from tarflowlm.generation.texts import Samples, write_texts
 from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.model_config import BaselineConfig, FlowConfig, LanguageModelConfig
+from tarflowlm.options import options_of, takes
 from tarflowlm.presets import check_time, preset, with_fields, with_steps
 from tarflowlm.processes import pick_device
-from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts, options_of, takes
+from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import check_type

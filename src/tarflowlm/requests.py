@@ -4,29 +4,21 @@ The type of a field holds its range, and its docstring is the help of its option
 `generation.plan`, `editing` and `evaluation` decide how a request is answered.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import wraps
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
     ClassVar,
-    Concatenate,
     Literal,
-    ParamSpec,
-    TypeVar,
-    cast,
-    get_type_hints,
 )
 
 import tyro
 
 from tarflowlm import options
 from tarflowlm.config import Decoder, Pick
-from tarflowlm.errors import unknown
 from tarflowlm.options import Normalized, Seeded, arg
 from tarflowlm.schema import (
     Checked,
@@ -42,10 +34,6 @@ from tarflowlm.schema import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-P = ParamSpec("P")
-Q = TypeVar("Q")
-R = TypeVar("R")
-S = TypeVar("S")
 Split = Literal["train", "valid", "test", "all"]
 
 
@@ -353,58 +341,3 @@ def as_texts(value: str | Sequence[str], name: str = "text") -> tuple[str, ...]:
     """One text or several. UserError for anything else."""
     found = checked(value, str | Sequence[str], name)
     return (found,) if isinstance(found, str) else tuple(found)
-
-
-def takes(
-    make: Callable[P, Q],
-) -> Callable[[Callable[[S, Q], R]], Callable[Concatenate[S, P], R]]:
-    """Turn a method that takes a request into one that takes the fields of the request.
-
-    `help` shows them, mypy checks them, and UserError names an unknown one.
-    """
-
-    def decorate(method: Callable[[S, Q], R]) -> Callable[Concatenate[S, P], R]:
-        @options_of(make)
-        @wraps(method)
-        def called(self: S, *args: P.args, **options: P.kwargs) -> R:
-            return method(self, make(*args, **options))
-
-        return cast(Callable[Concatenate[S, P], R], called)
-
-    return decorate
-
-
-def options_of(make: Callable[..., object]) -> Callable[[R], R]:
-    """Let the last parameter of a function, its options, be the parameters of `make`.
-
-    Those that the function has itself stay its own; if there are any, they replace the positional
-    one of `make`. `help` shows the options. UserError for other ones.
-    """
-
-    def decorate(function: R) -> R:
-        act = cast(Callable[..., object], function)
-        own = inspect.signature(act)
-        first = dict(list(own.parameters.items())[:-1])
-        known = inspect.signature(make).parameters
-        hints = get_type_hints(make)
-        others = [
-            one.replace(annotation=hints.get(name, one.annotation))
-            for name, one in known.items()
-            if name not in first and (one.kind is one.KEYWORD_ONLY or not known.keys() & first)
-        ]
-        shown = inspect.Signature(
-            sorted([*first.values(), *others], key=lambda one: one.kind),
-            return_annotation=own.return_annotation,
-        )
-
-        @wraps(act)
-        def called(*args: object, **options: object) -> object:
-            for name in options:
-                if name not in shown.parameters:
-                    raise unknown("option", name, [one for one in known if one in shown.parameters])
-            return act(*args, **options)
-
-        called.__signature__ = shown  # type: ignore[attr-defined]
-        return cast(R, called)
-
-    return decorate

@@ -200,6 +200,7 @@ def _print_model(found: Description) -> None:
 
 def _compare(args: Args) -> None:
     """A table for every text, as bits per character compare within a text only."""
+    from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.runs.records import read_record
 
     rows = []
@@ -227,7 +228,14 @@ def _compare(args: Args) -> None:
         how += ", unwrapped" if unwrap else ""
         title = f"runs on {Path(source).name}{how}: bits per character (bpc) and more"
         columns = ["", "bpc", "tokens", "time", "state"]
-        print_table(title, list(map(_cells, group)), columns)
+        table = []
+        for row in group:
+            bits = "" if row["bpc"] is None else f"{sign_of(row['bound'])} {row['bpc']:.4f}"
+            bits += " v" if row["split"] == "valid" else ""
+            bits += " *" if row["best"] else ""
+            spent = str(timedelta(seconds=round(row["seconds"])))
+            table.append([row["name"], bits, f"{row['tokens'] / 1e6:.2f}M", spent, row["state"]])
+        print_table(title, table, columns)
     for row in broken:
         sys.stdout.write(f"{row['name']}: {row['state']}\n")
     if any(row["best"] for row in rows):
@@ -275,14 +283,3 @@ def _row(record: "RunRecord") -> dict[str, Any]:
         row |= {"bpc": done["test"]["bpc"], "split": "test"}
         row |= {"tokens": done["tokens"], "seconds": done["seconds"]}
     return row
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    from tarflowlm.evaluation.likelihood import sign_of
-
-    bits = "" if row["bpc"] is None else f"{sign_of(row['bound'])} {row['bpc']:.4f}"
-    bits += " v" if row["split"] == "valid" else ""
-    bits += " *" if row["best"] else ""
-    time = str(timedelta(seconds=round(row["seconds"])))
-    return [row["name"], bits, f"{row['tokens'] / 1e6:.2f}M", time, row["state"]]

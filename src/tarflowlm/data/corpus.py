@@ -17,10 +17,10 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-from tarflowlm.config import DataConfig
+from tarflowlm.config import DataConfig, Normalization
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.sources import SOURCE_NAMES, Source, Texts, resolve_source
-from tarflowlm.data.text import BLOCK, SPLITS, Piece, Split, text_pieces
+from tarflowlm.data.sources import SOURCE_NAMES, Placed, Source, resolve_source
+from tarflowlm.data.text import BLOCK, SPLITS, Piece, Split, plain_line_ends, text_pieces
 from tarflowlm.data.tokenizer import PIECE, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import Array
 from tarflowlm.errors import SILENT, Progress, UserError, first_line
@@ -227,6 +227,21 @@ def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Sp
         sync_file(folder / f"{split}.bin")
         splits[split]["sha256"] = digests[split].hexdigest()
     return splits
+
+
+@dataclass(eq=False)
+class Texts(Source):
+    """Texts in memory: documents."""
+
+    name = identity = "texts"
+    files = ()
+    texts: Sequence[str]
+    normalization: Normalization
+    has_documents: bool
+
+    def placed(self) -> Placed:
+        for text in self.texts:
+            yield "test", [plain_line_ends(text)]
 
 
 def encode_text(

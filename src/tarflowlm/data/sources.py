@@ -12,8 +12,7 @@ import urllib.request
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -169,21 +168,6 @@ class TextFile(Source):
             return super().pieces()
         total = self.count_characters()
         return cut_in_three(self.normalized(self.blocks()), total)
-
-
-@dataclass(eq=False)
-class Texts(Source):
-    """Texts in memory: documents."""
-
-    name = identity = "texts"
-    files = ()
-    texts: Sequence[str]
-    normalization: Normalization
-    has_documents: bool
-
-    def placed(self) -> Placed:
-        for text in self.texts:
-            yield "test", [plain_line_ends(text)]
 
 
 class Tales(Source):

@@ -35,9 +35,12 @@ def text_files(path: Path, suffix: str = "") -> tuple[Path, ...]:
     if not path.is_dir():
         return (path,) if path.is_file() else ()
     if suffix:
-        below = [file for file in path.rglob(f"*{suffix}") if file.is_file()]
-        hidden = [any(part[0] == "." for part in file.relative_to(path).parts) for file in below]
-        texts = [file for file, is_hidden in zip(below, hidden, strict=True) if not is_hidden]
+        below = filter(Path.is_file, path.rglob(f"*{suffix}"))
+        texts = [
+            file
+            for file in below
+            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
     else:
         files = filter(Path.is_file, path.iterdir())
         texts = [file for file in files if _kind(file) in (".txt", ".jsonl")]

@@ -115,7 +115,7 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
 
 
 def propose_tokens(source: Source, span: Span, candidates: Candidates) -> Proposed:
-    """As `propose`, for the baseline: R candidates given the text before the span.
+    """R candidates of the baseline for the span, given the text before it: its `propose`.
 
     They are weighted by the probability of the text after it, and have no latents.
     """

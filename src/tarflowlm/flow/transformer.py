@@ -193,7 +193,7 @@ class KVCache:
         self.length = 0
         """Positions that are cached, in the longest row."""
         self.lengths: Tensor | None = None
-        """Those of each row, [B], where rows differ."""
+        """The length of each row, [B], where rows differ."""
         self.written = 0
         """Positions that are finite in all rows: masked ones must be, too."""
 

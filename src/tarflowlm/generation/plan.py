@@ -39,7 +39,7 @@ class Plan:
     """Tokens to write, given ones included."""
     particles: int
     adjust: Adjustment | None
-    """What temperature, top-k, top-p and bans do to weights of tokens."""
+    """Changes log-weights by temperature, top-k, top-p and bans."""
     sampling: Sampling
     way: Way
     """inversion: invert noise, after a prompt that is known exactly; filter: complete given tokens

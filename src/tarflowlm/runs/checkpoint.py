@@ -12,14 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.drafts import Drafter
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
-from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.numerics import COMPILED, REFERENCE
+from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import Affine, BlockConfig, FlowConfig
 from tarflowlm.processes import compilation_problem, pick_device
@@ -59,9 +57,7 @@ class Checkpoint:
         """Move the model to a device of PyTorch, or auto, with the maps that are fastest there."""
         place = pick_device(device)
         compiled = place.type == "cuda" and compilation_problem("cuda") is None
-        for module in self.model.modules():
-            if isinstance(module, Coupling | TokenLM):
-                module.maps = COMPILED if compiled else REFERENCE
+        choose_maps(self.model, compiled=compiled)
         self.model.to(place)
         return self
 

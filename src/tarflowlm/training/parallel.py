@@ -23,10 +23,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.config import TrainConfig
 from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.numerics import COMPILED, REFERENCE
+from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import LanguageModel, seeded
 from tarflowlm.processes import ALONE, Processes, compilation_problem
@@ -64,9 +63,8 @@ def parallelise(
     Transformer layer, where layers of one shape share a graph, and the maps of every coupling and
     the loss of the baseline.
     """
+    choose_maps(model, compiled=compiled)
     for module in model.modules():
-        if isinstance(module, Coupling | TokenLM):
-            module.maps = COMPILED if compiled else REFERENCE
         if isinstance(module, Layer):
             is_trained = any(parameter.requires_grad for parameter in module.parameters())
             module.keeps_activations = not (train.checkpoint_activations and is_trained)

@@ -15,7 +15,7 @@ SECONDS = 60.0  # longest time for a piece of work
 EVERY = 0.12  # seconds between two updates
 TURNS = threading.Condition()
 LINE: list["Job"] = []
-"""Those who wait for a model, first come, first served; the first one has it. Two at once would
+"""The queue of a model, first come, first served; the first one has it. Two at once would
 only slow each other down.
 """
 
@@ -46,7 +46,7 @@ class Job(Progress):
 
     @property
     def state(self) -> str:
-        """What this job does, or how many requests come before it."""
+        """The state of this job, or how many requests come before it."""
         with TURNS:
             before = LINE.index(self) if self in LINE else 0
         return f"waiting: {counted(before, 'request')} before yours" if before else self.doing

@@ -138,7 +138,7 @@ def took(seconds: float) -> tuple[str, str]:
 
 
 def offers(gap: str, *parts: str) -> str:
-    """What the list at a word shows. Its `gap` names the model and the text around the word."""
+    """The content of the list at a word. Its `gap` names the model and the text around the word."""
     return f'<div class="st" data-gap="{escape(gap)}">{"".join(parts)}</div>'
 
 
@@ -208,7 +208,7 @@ def passes(
 
 
 def key(model: TarFlowLM) -> str:
-    """What the colours of passes teach, of a stack that fills in."""
+    """A lesson of the colours of passes, for a stack that fills in."""
     if not model.config.fills_in:
         return ""
     return muted(

@@ -276,13 +276,13 @@ def _shares(found: Iterable[T], weights: Tensor) -> list[tuple[T, float]]:
 
 
 def _tries(weights: Tensor) -> str:
-    """What shares rest on: the effective number of tries, from 1 to all of them."""
+    """The ground of shares: the effective number of tries, from 1 to all of them."""
     effective = 1 / (weights**2).sum().item()
     return f"The shares rest on about {effective:.1f} independent tries of {len(weights)}."
 
 
 def _candidates(batches: list[Written]) -> str:
-    """What each try rests on; empty for tries of one candidate."""
+    """The ground of each try; empty for tries of one candidate."""
     particles = batches[0].particles
     found = [batch.generation.evidence for batch in batches]
     evidence = [one for one in found if one is not None]

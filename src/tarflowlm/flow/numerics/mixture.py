@@ -20,7 +20,7 @@ from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
@@ -87,6 +87,13 @@ COMPILED = Maps(
     partial(sweep.rosenblatt, of_channel=partial(fused, sweep.channel)),
     partial(sweep.rosenblatt_inverse, scalar=partial(fused, reference.mixture_cdf_inverse)),
 )
+
+
+def choose_maps(model: nn.Module, *, compiled: bool) -> None:
+    """Give all parts of a model that have maps those for accelerators, `compiled` or not."""
+    for module in model.modules():
+        if isinstance(getattr(module, "maps", None), Maps):
+            module.maps = COMPILED if compiled else REFERENCE  # type: ignore[assignment]
 
 
 def maps_for(like: Tensor, on_accelerators: Maps = REFERENCE) -> Maps:
@@ -182,7 +189,6 @@ def rosenblatt(
         log_w = log_w(slice(None))
     shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
     gradients = partial(_rosenblatt_gradients, maps)
-
     with flow.full_precision(z):
         u, log_det = differentiable(maps.rosenblatt, gradients, flat, weights, mean, log_std)
     return u.view(*shape, flat.shape[-1]), log_det.view(shape)
