@@ -122,6 +122,15 @@ FILLING = FlowConfig(blocks=(MixD(certainty=0.9), MixD()), channel_mix=False)
             {"name": "x", "model": FILLING, "train": TrainConfig(mode="joint")},
             "train it progressively",
         ),
+        (
+            RunConfig,
+            {
+                "name": "x",
+                "model": FlowConfig(starts="last"),
+                "train": TrainConfig(stage_steps=(1,) * 3),
+            },
+            "model.starts 'last': a block that joins .* choose first",
+        ),
         (TrainConfig, {"stage_steps": ()}, "train.stage_steps"),
         (TrainConfig, {"stage_steps": (0, 10)}, "the first stage needs at least 1 step"),
         (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entry for 2 stages"),

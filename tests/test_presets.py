@@ -145,6 +145,17 @@ def block_1(name: str) -> tuple[TarFlowLM, Mix1Coupling]:
     return model, model.prior.block(0).coupling
 
 
+@pytest.mark.parametrize("name", ["mini-affine", "mini-mix1", "paper-mini-mix1"])
+@pytest.mark.parametrize("starts", ["first", "last"])
+def test_one_block_starts_by_reading_the_past(name, starts):
+    trunk = TransformerConfig(width=8, num_heads=2)
+    model = replace(preset(name).model, vocab_size=27, trunk=trunk, starts=starts).build()
+    heads = [block.coupling.head for block in model.prior.blocks]
+    # the others are near the identity, whatever the features
+    reads = [bool(head.weights[0].any()) for head in heads]
+    assert reads == [starts == "first", False, starts == "last"]
+
+
 @pytest.mark.parametrize("name", ["text8-mix1", "mini-mix1"])
 def test_a_plain_block_1_knows_nothing_of_the_codebook(name):
     model, coupling = block_1(name)

@@ -231,6 +231,10 @@ class RunConfig(Checked):
         if self.optim.optimizer == "muon" and self.train.parallel == "fsdp":
             rule = "needs whole matrices, which train.parallel fsdp shards: choose adamw"
             yield "optim.optimizer", rule
+        is_last = isinstance(self.model, FlowConfig) and self.model.starts == "last"
+        if is_last and self.train.mode == "progressive":
+            rule = "a block that joins a trained stack starts as the identity: choose first"
+            yield "model.starts", rule
         if self.train.mode == "joint" and self.model.fills_in:
             rule = "a block with certainty learns as the last one: train it progressively"
             yield "train.mode", rule

@@ -264,6 +264,10 @@ class FlowConfig(LanguageModelConfig):
     """Reorder channels to [even, odd] between blocks; None: only if P > 1, as in the paper."""
     alternate: bool = True
     """Let every second block run right to left, as in the paper."""
+    starts: Literal["first", "last"] = "first"
+    """The block that starts wide and reads the past a little; the others start as the identity.
+    Where blocks learn together, it becomes the language model (docs/math.md, section 4).
+    """
     input_map: Literal["two-paths", "linear"] = "two-paths"
     """Map of latents to inputs of a Transformer: linear, as in TarFlow, on which the paper builds,
     or ours, which adds a nonlinear path (docs/math.md, eq. 5).

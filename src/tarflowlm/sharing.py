@@ -72,8 +72,12 @@ def save_pretrained(
         card = model_card(saved, checkpoint.directory, repository or target.name, licence)
         (place / CARD).write_text(card, encoding="utf-8")
         if place != target:
-            shutil.rmtree(target)
+            # a kill between the renames loses neither model
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
             place.rename(target)
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise

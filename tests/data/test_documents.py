@@ -1,4 +1,4 @@
-"""Documents: each whole in one split and followed by its end, joined anew in every epoch."""
+"""Documents: each whole in one split, followed by its end, in another order in every epoch."""
 
 import json
 from itertools import pairwise

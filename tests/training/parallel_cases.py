@@ -1,4 +1,4 @@
-"""The work of the processes of test_parallel.py, which import this file anew."""
+"""The work of the processes of test_parallel.py, which import this file again."""
 
 import functools
 import gc

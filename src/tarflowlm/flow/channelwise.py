@@ -193,7 +193,7 @@ class Mix1Coupling(ChannelCoupling):
 
     @classmethod
     def build(cls, options: ChannelBlock, shape: BlockShape) -> Coupling:
-        spread = 0.95 if shape.is_first else 0.3
+        spread = 0.95 if shape.starts_wide else 0.3
         return cls(channels=shape.channels, spread=spread, **_arguments(options, shape))
 
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,8 +99,8 @@ class BlockShape:
     """Tokens P of a position."""
     latent_dim: int
     """Channels d of a token."""
-    is_first: bool
-    """Whether the block is next to the tokens."""
+    starts_wide: bool
+    """Whether the block starts wide and reads the past a little; otherwise as the identity."""
     components: Codebook | NoisyCodebook
     """The components of the latents that the block sees, which a tied coupling has."""
     head: HeadShape
@@ -114,19 +114,20 @@ class BlockShape:
 
 def block_shape(config: FlowConfig, index: int, codebook: Codebook) -> BlockShape:
     """The shape of block `index` (0-based) above the encoder's codebook."""
+    # a block that joins a trained stack must not harm it
+    starts_wide = index == (0 if config.starts == "first" else config.num_blocks - 1)
     head = HeadShape(
         width=config.trunk.width,
         hidden=config.head_hidden,
         features=config.head_features,
         linear_paths=config.head == "linear-paths",
         embed_bias=config.head == "paper",
-        # a new block must not harm the trained stack below it: it starts as the identity
-        noise=0.1 if index == 0 else 0.0,
+        noise=0.1 if starts_wide else 0.0,
     )
     return BlockShape(
         patch=config.patch,
         latent_dim=config.latent_dim,
-        is_first=index == 0,
+        starts_wide=starts_wide,
         # a block that fills in puts out noise, or unchanged latents
         components=NoisyCodebook(codebook) if config.fills_below(index) else codebook,
         head=head,

@@ -149,7 +149,7 @@ def test_every_view(open_page):
     page.get_by_role("button", name="Stop").locator("visible=true").click()
     view = page.locator(".st-view:visible")
     view.get_by_text("stopped").wait_for()
-    # the last progress may come after the click, and is stopped anew
+    # the last progress may come after the click, and is stopped again
     view.get_by_role("button", name="copy").wait_for()
     assert page.title() == "tarflowlm studio"
 
