@@ -9,6 +9,7 @@ A baseline has one value, which is exact. A flow has several: the exact one of b
 `tarflowlm export --causal-lm` writes it (if the model can be exported, and transformers is there),
 and its bound with each of the numbers of `--samples`; all sentences get the same noise. Equal
 values count as wrong. "flips" are pairs on which a bound decides otherwise than the exact value.
+`--peers FOLDER` adds the GPT-2 and the masked flow of peers.py, in the shape of the first model.
 
 The same by lm-eval's own tasks, from a local copy; it puts a space before each sentence, and counts
 equal values as right:
@@ -23,11 +24,13 @@ import json
 import lzma
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tarflowlm.errors import UserError
 from tarflowlm.pretrained import Pretrained, load
@@ -37,6 +40,7 @@ from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 Score = Callable[[Sequence[str]], list[float]]
 """log p of each of some texts, or a bound on it, in nats."""
 ROWS = 64  # texts at once, of one length
+TIMES = 64  # values of t in the bound of the masked flow
 
 
 class Pair(NamedTuple):
@@ -86,27 +90,47 @@ def exported(lm: Pretrained) -> Score:
     with tempfile.TemporaryDirectory() as folder:
         place = str(save_causal_lm(lm, Path(folder) / "exported"))
         model = transformers.AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
-    scorer = TextScorer(lm)
     start = lm.config.vocab_size
+
+    def nats(rows: Tensor) -> Tensor:
+        before = torch.full((len(rows), 1), start)
+        logits = model(torch.cat((before, rows[:, :-1]), 1)).logits
+        return -logits.log_softmax(-1).gather(-1, rows[..., None])[..., 0]
+
+    return by_length(lm, nats)
+
+
+def by_length(lm: Pretrained, nats: Callable[[Tensor], Tensor]) -> Score:
+    """Scores by the `nats` [B, T] of the tokens [B, T] of texts of one length."""
+    scorer = TextScorer(lm)
 
     @torch.no_grad()
     def score(texts: Sequence[str]) -> list[float]:
         found = [0.0] * len(texts)
         tokens = [scorer.encode(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda at: len(tokens[at]))
+        torch.manual_seed(0)  # of the masked flow
         while order:
             length = len(tokens[order[0]])
             same = [at for at in order[:ROWS] if len(tokens[at]) == length]
             order = order[len(same) :]
             rows = torch.stack([tokens[at] for at in same])
-            before = torch.full((len(rows), 1), start)
-            logits = model(torch.cat((before, rows[:, :-1]), 1)).logits
-            log_p = logits.log_softmax(-1).gather(-1, rows[..., None]).double().sum((1, 2))
-            for at, value in zip(same, log_p.tolist(), strict=True):
-                found[at] = value
+            for at, value in zip(same, nats(rows).double().sum(1).tolist(), strict=True):
+                found[at] = -value
         return found
 
     return score
+
+
+def scores_of_peers(folder: Path, lm: Pretrained) -> dict[str, dict[str, Score]]:
+    """The ways to score with the peers in `folder`, which have the tokens of the baseline `lm`."""
+    from peers import load_peers  # beside this file
+
+    found = {}
+    for name, peer in load_peers(folder, lm.config).items():
+        kind = "exact" if name == "gpt2" else f"bound of {TIMES} times"
+        found[name] = {kind: by_length(lm, partial(peer.nats, times=TIMES))}
+    return found
 
 
 def verdicts(pairs: Sequence[Pair], score: Score) -> list[bool]:
@@ -146,6 +170,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="run directories or shipped models")
     parser.add_argument("--pairs", type=int, help="only the first of each paradigm")
     parser.add_argument("--samples", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--peers", type=Path, help="weights of peers.py")
     parser.add_argument("--tasks", type=Path, help="write tasks of lm-eval to this folder instead")
     args = parser.parse_args()
     pairs = read_pairs(args.pairs_at, args.pairs)
@@ -156,9 +181,13 @@ def main() -> None:
     print(f"{len(pairs):,} pairs; accuracy")
     print(f"| model | value | all | {' | '.join(fields)} | flips |")
     print(f"| --- | --- |{' --- |' * (len(fields) + 2)}")
-    for name in args.models:
+    ways = {name: partial(scores_of, load(name), args.samples) for name in args.models}
+    if args.peers is not None:
+        of_peers = scores_of_peers(args.peers, load(args.models[0]))
+        ways |= {name: lambda way=way: way for name, way in of_peers.items()}
+    for name, scores in ways.items():
         first: list[bool] = []
-        for kind, score in scores_of(load(name), args.samples).items():
+        for kind, score in scores().items():
             right = verdicts(pairs, score)
             cells = [f"`{name}`", kind, f"{sum(right) / len(right):.4f}"]
             for field in fields:

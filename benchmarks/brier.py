@@ -2,6 +2,7 @@
 
     python benchmarks/brier.py english-small-ar english-small          # 4,096 contexts each
     python benchmarks/brier.py english-mini-ar english-mini --contexts 256
+    python benchmarks/brier.py english-mini-ar --peers runs/peers      # and the models of peers.py
 
 For a context whose next n tokens are y, and two independent samples x, x' of n tokens from the
 model at temperature 1,
@@ -17,16 +18,21 @@ bound, or the exact value, in bits per character, of the same contexts with thei
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tarflowlm.data import encode_text, eval_windows
-from tarflowlm.evaluation.likelihood import evaluate, sign_of
+from tarflowlm.evaluation.likelihood import bits, evaluate, sign_of
 from tarflowlm.generation import generate
-from tarflowlm.pretrained import load
+from tarflowlm.pretrained import Pretrained, load
 
+Draw = Callable[[Tensor], Tensor]
+"""From given tokens [C, T] to a sample of the next N, [C, N]."""
 N = 4  # the longest n-gram
 ROWS = 128  # contexts at once
 
@@ -48,43 +54,68 @@ def brier_lm(values: Float[Tensor, "... C n"]) -> Float[Tensor, "..."]:
     return 100 * values.mean(-2).clamp_min(0).log().mean(-1).exp()
 
 
+def of_model(lm: Pretrained, windows: Tensor, seed: int) -> tuple[Draw, str]:
+    """How a model goes on after given tokens, and its bits per character of the windows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(given: Tensor) -> Tensor:
+        length = given.shape[1] + N
+        return generate(
+            lm.model, num_tokens=length, num=len(given), prompt=given, generator=generator
+        ).tokens[:, -N:]
+
+    lengths = torch.from_numpy(lm.tokenizer.characters_per_token)
+    found = evaluate(lm.model, windows, lengths, seed=seed)
+    return draw, f"{sign_of(found.bound)} {found.bpc:.4f}"
+
+
+def of_peers(folder: Path, lm: Pretrained, windows: Tensor) -> dict[str, tuple[Draw, str]]:
+    """The same of the peers in `folder`, whose tokens are characters, as those of `lm`."""
+    from peers import EVAL_BATCH, TIMES, load_peers  # beside this file
+
+    found = {}
+    for name, peer in load_peers(folder, lm.config).items():
+        with torch.inference_mode():
+            nats = torch.cat([peer.nats(rows, TIMES) for rows in windows.split(EVAL_BATCH)])
+        sign = "=" if name == "gpt2" else "<="
+        found[name] = partial(peer.go_on, num=N), f"{sign} {bits(nats.mean().item()):.4f}"
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="+", help="run directories or shipped models")
+    parser.add_argument("--peers", type=Path, help="weights of peers.py, like the first model")
     parser.add_argument("--contexts", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)  # of the peers
+    generator = torch.Generator().manual_seed(args.seed)
     print("| model | bits per character | Brier-1 | Brier-2 | Brier-3 | Brier-4 | BrierLM |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in args.models:
         lm = load(name)
-        model, tokenizer = lm.model, lm.tokenizer
-        tokens = encode_text(lm.run.data, tokenizer, "test")
-        windows = eval_windows(tokens, model.config.context, args.contexts)
-        generator = torch.Generator().manual_seed(args.seed)
-        found = []
-        for some in windows.split(ROWS):
-            given, y = some[:, :-N], some[:, -N:]
-            drawn = generate(
-                model,
-                num_tokens=some.shape[1],
-                num=2 * len(some),
-                prompt=given.repeat(2, 1),
-                generator=generator,
-            ).tokens[:, -N:]
-            x, other = drawn.cpu().chunk(2)
-            found.append(brier(x, other, y))
-        values = torch.cat(found)
-        resampled = torch.randint(len(values), (1000, len(values)), generator=generator)
-        spread = torch.stack([brier_lm(values[rows]) for rows in resampled]).std().item()
-        lengths = torch.from_numpy(tokenizer.characters_per_token)
-        likelihood = evaluate(model, windows, lengths, seed=args.seed)
-        cells = [f"`{name}`", f"{sign_of(likelihood.bound)} {likelihood.bpc:.4f}"]
-        cells += [f"{100 * value:.2f}" for value in values.mean(0).tolist()]
-        print(f"| {' | '.join(cells)} | {brier_lm(values).item():.2f} ± {spread:.2f} |", flush=True)
+        tokens = encode_text(lm.run.data, lm.tokenizer, "test")
+        windows = eval_windows(tokens, lm.config.context, args.contexts)
+        contenders = {name: of_model(lm, windows, args.seed)}
+        if args.peers is not None and name == args.models[0]:
+            contenders |= of_peers(args.peers, lm, windows)
+        for contender, (draw, likelihood) in contenders.items():
+            found = []
+            for some in windows.split(ROWS):
+                given, y = some[:, :-N], some[:, -N:]
+                x, other = draw(given.repeat(2, 1)).cpu().chunk(2)
+                found.append(brier(x, other, y))
+            values = torch.cat(found)
+            resampled = torch.randint(len(values), (1000, len(values)), generator=generator)
+            spread = torch.stack([brier_lm(values[rows]) for rows in resampled]).std().item()
+            cells = [f"`{contender}`", likelihood]
+            cells += [f"{100 * value:.2f}" for value in values.mean(0).tolist()]
+            cells.append(f"{brier_lm(values).item():.2f} ± {spread:.2f}")
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -239,9 +239,12 @@ class Gpt2:
         )
 
     def sample(self, batch: int, length: int) -> Tensor:
-        return continued(self.model, torch.full((batch, 1), self.extra), length + 1, self.extra)[
-            :, 1:
-        ]
+        return self.go_on(torch.zeros(batch, 0, dtype=torch.int64), length)
+
+    def go_on(self, given: Tensor, num: int) -> Tensor:
+        """`num` tokens after the tokens `given` [B, T]."""
+        before = F.pad(given, (1, 0), value=self.extra)
+        return continued(self.model, before, num + 1, self.extra)[:, before.shape[1] :]
 
 
 class Masked:
@@ -280,8 +283,12 @@ class Masked:
             total = total + torch.where(x_t == self.extra, loss, 0.0) / times
         return total
 
-    @torch.inference_mode()
     def sample(self, batch: int, length: int, steps: int) -> Tensor:
+        return self.go_on(torch.zeros(batch, 0, dtype=torch.int64), length, steps)
+
+    @torch.inference_mode()
+    def go_on(self, given: Tensor, num: int, steps: int = DENOISING_STEPS[0]) -> Tensor:
+        """`num` tokens after the tokens `given` [B, T], which are not masked."""
         from flow_matching.solver import MixtureDiscreteEulerSolver
 
         def posterior(x: Tensor, t: Tensor) -> Tensor:
@@ -289,7 +296,25 @@ class Masked:
             return torch.where(x[..., None] == self.extra, self.logits(x).softmax(-1), known)
 
         solver = MixtureDiscreteEulerSolver(posterior, self.path, self.extra + 1)
-        return solver.sample(x_init=torch.full((batch, length), self.extra), step_size=1 / steps)
+        masked = F.pad(given, (0, num), value=self.extra)
+        return solver.sample(x_init=masked, step_size=1 / steps)[:, given.shape[1] :]
+
+
+PEERS: dict[str, type[Gpt2 | Masked]] = {"gpt2": Gpt2, "masked": Masked}
+
+
+def load_peers(folder: Path, config: Any) -> dict[str, Gpt2 | Masked]:
+    """The peers whose weights this script left in `folder`, in the shape of a `BaselineConfig`."""
+    found = {}
+    for name, kind in PEERS.items():
+        weights = folder / f"{name}.pt"
+        if weights.exists():
+            found[name] = peer = kind(config)
+            peer.model.load_state_dict(torch.load(weights, weights_only=True))
+            peer.model.eval()
+    if not found:
+        raise SystemExit(f"{folder} has no weights of peers: train them with benchmarks/peers.py")
+    return found
 
 
 def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
@@ -387,7 +412,7 @@ def main() -> None:
         "tokens/s |"
     )
     print("|" + " --- |" * 8)
-    for name, kind in {"gpt2": Gpt2, "masked": Masked}.items():
+    for name, kind in PEERS.items():
         weights = args.out / f"{name}.pt"
         with seeded(run.seed):
             peer = kind(config)

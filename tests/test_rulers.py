@@ -132,3 +132,30 @@ def test_bits_before_and_after_tuning(ruler, tmp_path):
     before, after = shakespeare.tuned_bits("english-small-ar", str(source), last, 0.05, 0)
     assert after.bpc < before.bpc
     assert before.characters == after.characters
+
+
+@pytest.mark.slow
+def test_the_models_of_peers_are_measured_beside_ours(ruler, table, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    peers, blimp, brier = ruler("peers"), ruler("blimp"), ruler("brier")
+    config = load("english-mini-ar").config
+    with pytest.raises(SystemExit, match="no weights of peers"):
+        peers.load_peers(tmp_path, config)
+    for name in ("gpt2", "masked") if find_spec("flow_matching") else ("gpt2",):
+        torch.manual_seed(0)
+        torch.save(peers.PEERS[name](config).model.state_dict(), tmp_path / f"{name}.pt")
+    found = peers.load_peers(tmp_path, config)
+    given = torch.randint(27, (3, 5))
+    for peer in found.values():
+        after = peer.go_on(given, 4)
+        assert after.shape == (3, 4)
+        assert after.max() < 27
+    pairs = blimp.read_pairs(table, None)[:2]
+    (score,) = blimp.scores_of_peers(tmp_path, load("english-mini-ar"))["gpt2"].values()
+    texts = [pair.good for pair in pairs]
+    assert score(texts) == pytest.approx([score([text])[0] for text in texts], abs=1e-3)
+    words = ["brier.py", "english-mini-ar", "--peers", str(tmp_path), "--contexts", "2"]
+    monkeypatch.setattr("sys.argv", words)
+    brier.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == ["english-mini-ar", *found]
