@@ -1,16 +1,21 @@
-"""Samples of models of `tales`: the share of real words by temperature, and of texts that end.
+"""Samples of models of `tales` by temperature and top-p: known words, bits, and texts that end.
 
-    python examples/spelled_words.py english-small english-small-ar
+    python examples/spelled_words.py english-small english-small-ar          # ten minutes
 
-This prints one line per model and temperature. A word is a run of letters; it counts as real if it
-occurs in `tales` at least three times in any case. The last word of a sample may be cut and is left
-out. A text has ended if the model wrote the end of a document within 1,024 tokens.
+A word is a run of letters; it is known if it occurs in the training part of `tales` at least three
+times in any case. The last word of a sample may be cut and is left out. The first row has the words
+of the test part. Different 4-grams of words fall where samples repeat themselves. A text has ended
+if the model wrote the end of a document within 1,024 tokens.
+
+The default of a model is the highest temperature, and then the highest top-p, whose samples have at
+least as large a share of known words as the test part.
 """
 
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import tarflowlm
 from tarflowlm.data.sources import Tales
@@ -21,34 +26,56 @@ from tarflowlm.runs.checkpoint import Checkpoint
 SAMPLES = 32
 LONG = 1024
 """Tokens within which a text may end."""
-TEMPERATURES = (1.0, 0.8, 0.6)
+TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6)
+TOP_P = (1.0, 0.95, 0.9, 0.8)
 LEAST = 3
+SHORT = 180
+"""Words of a text whose 4-grams are counted: more have more in common."""
 WORD = re.compile(r"[^\W\d_]+")
 
 
-def written(lm: Checkpoint, num_tokens: int | None, temperature: float) -> Iterator[Written]:
+def words_of(text: str) -> list[str]:
+    return [word.lower() for word in WORD.findall(text)]
+
+
+def written(
+    lm: Checkpoint, num_tokens: int | None, temperature: float | None, top_p: float | None = None
+) -> Iterator[Written]:
     """The batches of SAMPLES texts without a prompt."""
-    request = Writing(num=SAMPLES, num_tokens=num_tokens, temperature=temperature, seed=0)
+    request = Writing(
+        num=SAMPLES, num_tokens=num_tokens, temperature=temperature, top_p=top_p, seed=0
+    )
     return Samples(request, lm).batches()
 
 
+def row(name: str, setting: str, texts: Sequence[list[str]], known: set[str]) -> str:
+    """A row of the table, from the words of some texts."""
+    words = [word for text in texts for word in text]
+    few = [text[:SHORT] for text in texts[:SAMPLES]]
+    grams = [tuple(text[at : at + 4]) for text in few for at in range(len(text) - 3)]
+    share = sum(word in known for word in words) / len(words)
+    return f"| {name} | {setting} | {share:.1%} | {len(set(grams)) / len(grams):.1%} |"
+
+
 def main(*names: str) -> None:
-    """Prints the shares for the models `names`."""
-    counts: Counter[str] = Counter()
-    for document in Tales().documents():
-        counts.update(word.lower() for word in WORD.findall(document))
+    """Prints a table, with the rows of every model in the order in which the rule goes."""
+    parts: dict[str, list[list[str]]] = {}
+    for split, blocks in Tales().placed():
+        parts.setdefault(split, []).append(words_of("".join(blocks)))
+    counts = Counter(word for text in parts["train"] for word in text)
     known = {word for word, count in counts.items() if count >= LEAST}
-    print(f"{len(known):,} words occur at least {LEAST} times in tales")
+    print("| model | temperature, top-p | known words | different 4-grams |\n|" + " --- |" * 4)
+    print(row("test part of `tales`", "", parts["test"], known))
     for name in names:
         lm = tarflowlm.load(name)
-        for temperature in TEMPERATURES:
-            texts = [text for batch in written(lm, None, temperature) for text in batch.texts]
-            words = [word.lower() for text in texts for word in WORD.findall(text)[:-1]]
-            share = sum(word in known for word in words) / len(words)
-            print(f"{name}, temperature {temperature}: {share:.1%} of {len(words):,} words")
-        streams = [one for batch in written(lm, LONG, lm.run.temperature) for one in batch.streams]
+        for temperature, top_p in product(TEMPERATURES, TOP_P):
+            batches = written(lm, None, temperature, top_p)
+            texts = [words_of(text)[:-1] for batch in batches for text in batch.texts]
+            setting = f"{temperature:g}, {top_p:g}"
+            print(row(f"`{name}`", setting, texts, known), flush=True)
+        streams = [one for batch in written(lm, LONG, None) for one in batch.streams]
         ended = sum(stream.has_ended for stream in streams)
-        print(f"{name}, temperature {lm.run.temperature}: {ended} of {SAMPLES} texts end by {LONG}")
+        print(f"\n{name} at its default: {ended} of {SAMPLES} texts end within {LONG} tokens\n")
 
 
 if __name__ == "__main__":
