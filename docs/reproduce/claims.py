@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the package
 
+from reproduction import cipher  # noqa: E402
 from reproduction.directions import ALTERNATING, ONE_WAY  # noqa: E402
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
 from reproduction.lengths import RATIO, TOKENS  # noqa: E402
@@ -390,36 +391,34 @@ def recovered() -> Iterator[Claim]:
 
 
 def upper_blocks() -> Claim:
-    """The reader's own head, in the place of block 1's, adds if it has fewer bits than block 1 by more
-    than SURE in every seed. A trained map adds if it does by as much beyond that head, and where it
-    reads the noise beyond block 1.
+    """Seen if every seed saves more than SURE: over block 1; over a new model of block 2's five layers;
+    by a map of the noise, at either rate, over block 1.
     """
-    maps: dict[str, Rows] = {}
-    for row in rows_of("cipher"):
-        if row["block 2"]:
-            name = f"{row['block 2']}, {row['reads']}, {row['model'].replace(', 1 layer', '')}"
-            row["of the head"] = row["bpc of the model"] - row["bpc of its head"]
-            maps.setdefault(name, []).append(row)
-    of_text = [rows for rows in maps.values() if rows[0]["reads"] == "text"]
-    of_noise = [rows for rows in maps.values() if rows[0]["reads"] == "noise"]
-    by_head = all(row["of the head"] > SURE for rows in of_text for row in rows)
-    beyond = any(all(row["gain"] > row["of the head"] + SURE for row in rows) for rows in of_text)
-    by_noise = any(all(row["gain"] > SURE for row in rows) for rows in of_noise)
-    here = f"{verdict(by_head)} if the head of a block 2 that reads the text takes the place of block 1's; "
-    here += f"{verdict(beyond)} that a trained map adds to that; {verdict(by_noise)} for a map that reads the noise; "
-    here += f"{NOT_TESTABLE} whether five layers alone do as well"
+    rows = rows_of("cipher")
+    of_mixd, of_ar = (cipher.ON_MIXD, cipher.HEAD), (cipher.ON_AR, cipher.HEAD)
 
-    heads = [
-        f"{name.split(', ')[-1]} {listed([row['of the head'] for row in rows])} "
-        f"({listed([row['recovered by its head'] for row in rows], 2)})"
-        for name, rows in maps.items()
-        if name.startswith("redone") and "d = 1" not in name
-    ]
-    numbers = "bits off block 1 (share of what six layers take off): by the head, without training a map, "
-    numbers += f"{'; '.join(heads)}; trained maps are in the table"
+    def off(*pairs: tuple[cipher.Named, cipher.Named]) -> list[list[float]]:
+        return [cipher.saved(rows, one, other) for one, other in pairs]
+
+    def sure(values: list[float]) -> bool:
+        return all(value > SURE for value in values)
+
+    over_block_1 = off((of_mixd, (cipher.ON_MIXD, None)), (of_ar, (cipher.ON_AR, None)))
+    over_new = off((of_mixd, (cipher.FIVE_MIXD, None)), (of_ar, (cipher.FIVE_AR, None)))
+    block_1: cipher.Named = (cipher.ON_MIXD, None)
+    by_noise = off(*(((cipher.ON_MIXD, arm), block_1) for arm in (cipher.NOISE, cipher.FAST_NOISE)))
+    [by_text] = off(((cipher.ON_MIXD, cipher.TEXT), block_1))
+    here = f"{verdict(all(map(sure, over_block_1)))} if it reads the text; "
+    here += f"{verdict(all(map(sure, over_new)))} that this is more than a new model of as many layers has; "
+    here += f"{verdict(any(map(sure, by_noise)))} if it reads the noise"
+    numbers = f"bits off block 1, by the head of a block that reads the text: Mix-d {listed(over_block_1[0])}, "
+    numbers += (
+        f"AR {listed(over_block_1[1])}; off new models of five layers {listed(over_new[0])}, "
+    )
+    numbers += f"{listed(over_new[1])}; by Mix-1 that reads the noise, at two rates {listed(by_noise[0])}, "
+    numbers += f"{listed(by_noise[1])}, and the text {listed(by_text)}"
     claim = "a block above a frozen block 1 of tied Mix-d adds to it (question of our own)"
-    differs = "block 1 of one layer, reader of five, left to right, 1,300 steps each; no control of five layers "
-    differs += "alone; d = 1, of one seed, is in the table"
+    differs = "block 1 of one layer, block 2 of five, left to right, 1,300 steps each"
     return Claim(claim, here, numbers, differs, "cipher")
 
 
