@@ -71,7 +71,8 @@ def bits(name: str) -> dict[str, list[float]]:
 
 
 def listed(values: list[float], digits: int = 3) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in values)
+    # without "-0.000"
+    return ", ".join(f"{round(value, digits) + 0.0:.{digits}f}" for value in values)
 
 
 def said(names: list[str]) -> str:
