@@ -36,7 +36,7 @@ FIELDS = {
     """,
     model_config.FlowConfig: """
         alternate blocks channel_mix context head head_hidden input_map latent_dim patch
-        reads_tokens separation trunk vocab_size
+        reads_tokens separation starts trunk vocab_size
     """,
     config.OptimConfig: """
         beta2 codebook_lr_scale decay eps grad_clip lr optimizer warmup weight_decay
