@@ -179,6 +179,7 @@ def test_a_word_is_exchanged_and_comes_back(open_page):
     assert page.get_by_role("button", name="back to the text").count() == 0
 
 
+@pytest.mark.nightly
 def test_every_tab_by_keyboard_alone(open_page):
     """Enter does what the button says, arrows choose a word, Escape leaves its list."""
     page = open_page()
@@ -231,7 +232,8 @@ def test_every_tab_by_keyboard_alone(open_page):
         shown.get_by_text("in all").first.wait_for() if tab != "Runs" else shown.wait_for()
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_texts_can_be_read(open_page, scheme):
     """Their contrast is at least 4.5, in every tab, with all that is folded, and at a word."""
     page = open_page()
