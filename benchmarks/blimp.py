@@ -23,7 +23,7 @@ import csv
 import json
 import lzma
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,9 +128,19 @@ def scores_of_peers(folder: Path, lm: Pretrained) -> dict[str, dict[str, Score]]
 
     found = {}
     for name, peer in load_peers(folder, lm.config).items():
-        kind = "exact" if name == "gpt2" else f"bound of {TIMES} times"
+        kind = "exact" if peer.is_exact else f"bound of {TIMES} times"
         found[name] = {kind: by_length(lm, partial(peer.nats, times=TIMES))}
     return found
+
+
+def contenders(
+    names: Sequence[str], samples: Sequence[int], peers: Path | None
+) -> Iterator[tuple[str, dict[str, Score]]]:
+    """Each model with its scores, one after the other, and then the peers of the first."""
+    for name in names:
+        yield name, scores_of(load(name), samples)
+    if peers is not None:
+        yield from scores_of_peers(peers, load(names[0])).items()
 
 
 def verdicts(pairs: Sequence[Pair], score: Score) -> list[bool]:
@@ -173,6 +183,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="weights of peers.py")
     parser.add_argument("--tasks", type=Path, help="write tasks of lm-eval to this folder instead")
     args = parser.parse_args()
+    if args.peers is not None and not args.models:
+        parser.error("--peers: name the baseline first whose tokens and shape they have")
     pairs = read_pairs(args.pairs_at, args.pairs)
     if args.tasks is not None:
         write_tasks(pairs, args.tasks)
@@ -181,13 +193,9 @@ def main() -> None:
     print(f"{len(pairs):,} pairs; accuracy")
     print(f"| model | value | all | {' | '.join(fields)} | flips |")
     print(f"| --- | --- |{' --- |' * (len(fields) + 2)}")
-    ways = {name: partial(scores_of, load(name), args.samples) for name in args.models}
-    if args.peers is not None:
-        of_peers = scores_of_peers(args.peers, load(args.models[0]))
-        ways |= {name: lambda way=way: way for name, way in of_peers.items()}
-    for name, scores in ways.items():
+    for name, scores in contenders(args.models, args.samples, args.peers):
         first: list[bool] = []
-        for kind, score in scores().items():
+        for kind, score in scores.items():
             right = verdicts(pairs, score)
             cells = [f"`{name}`", kind, f"{sum(right) / len(right):.4f}"]
             for field in fields:

@@ -71,14 +71,13 @@ def of_model(lm: Pretrained, windows: Tensor, seed: int) -> tuple[Draw, str]:
 
 def of_peers(folder: Path, lm: Pretrained, windows: Tensor) -> dict[str, tuple[Draw, str]]:
     """The same of the peers in `folder`, whose tokens are characters, as those of `lm`."""
-    from peers import EVAL_BATCH, TIMES, load_peers  # beside this file
+    from peers import load_peers  # beside this file
 
     found = {}
     for name, peer in load_peers(folder, lm.config).items():
-        with torch.inference_mode():
-            nats = torch.cat([peer.nats(rows, TIMES) for rows in windows.split(EVAL_BATCH)])
-        sign = "=" if name == "gpt2" else "<="
-        found[name] = partial(peer.go_on, num=N), f"{sign} {bits(nats.mean().item()):.4f}"
+        nats = peer.nats_of_windows(windows).mean().item()
+        sign = "=" if peer.is_exact else "<="
+        found[name] = partial(peer.go_on, num=N), f"{sign} {bits(nats):.4f}"
     return found
 
 

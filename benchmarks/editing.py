@@ -151,10 +151,7 @@ def main() -> None:
         "flow": Flow(flow),
     }
     if args.masked is not None:
-        peer = Masked(baseline.config)
-        peer.model.load_state_dict(torch.load(args.masked, weights_only=True))
-        peer.model.eval()
-        editors["masked flow"] = MaskedFlow(peer)
+        editors["masked flow"] = MaskedFlow(Masked(baseline.config).load(args.masked))
 
     generator = torch.Generator().manual_seed(args.seed)
     spans = []

@@ -22,12 +22,13 @@ import argparse
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -217,8 +218,42 @@ def writers(lm: Any, assistant: str | None, length: int) -> dict[str, tuple[nn.M
 # --- the comparison: both peers have one token more than ours, `extra`, which they never write
 
 
-class Gpt2:
+class Peer(ABC):
+    """A model of tokens [B, T] by others."""
+
+    is_exact: bool
+    """Whether `nats` is the likelihood itself; otherwise it is a bound."""
+    model: nn.Module
+
+    def load(self, weights: Path) -> Self:
+        """Take the weights that this script left in a file."""
+        self.model.load_state_dict(torch.load(weights, weights_only=True))
+        self.model.eval()
+        return self
+
+    @abstractmethod
+    def nats(self, tokens: Tensor, times: int = 1) -> Tensor:
+        """The negative log-likelihood of each token [B, T], or a bound on it."""
+
+    @abstractmethod
+    def go_on(self, given: Tensor, num: int, **options: Any) -> Tensor:
+        """`num` tokens after the tokens `given` [B, T]."""
+
+    def sample(self, batch: int, length: int, **options: Any) -> Tensor:
+        return self.go_on(torch.zeros(batch, 0, dtype=torch.int64), length, **options)
+
+    @torch.inference_mode()
+    def nats_of_windows(self, windows: Tensor) -> Tensor:
+        """`nats` in the mean over each window [B]."""
+        return torch.cat(
+            [self.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)]
+        )
+
+
+class Gpt2(Peer):
     """Predicts each token from a start token and the tokens before it."""
+
+    is_exact = True
 
     def __init__(self, config: Any) -> None:
         self.model, self.extra = (
@@ -227,7 +262,6 @@ class Gpt2:
         )
 
     def nats(self, tokens: Tensor, times: int = 1) -> Tensor:
-        """The negative log-likelihood of each token [B, T]."""
         start = torch.full_like(tokens[:, :1], self.extra)
         logits = (
             self.model(input_ids=torch.cat([start, tokens[:, :-1]], 1))
@@ -238,17 +272,15 @@ class Gpt2:
             tokens.shape
         )
 
-    def sample(self, batch: int, length: int) -> Tensor:
-        return self.go_on(torch.zeros(batch, 0, dtype=torch.int64), length)
-
     def go_on(self, given: Tensor, num: int) -> Tensor:
-        """`num` tokens after the tokens `given` [B, T]."""
         before = F.pad(given, (1, 0), value=self.extra)
         return continued(self.model, before, num + 1, self.extra)[:, before.shape[1] :]
 
 
-class Masked:
+class Masked(Peer):
     """Tokens are masked at random times; the model guesses all masked ones at once."""
+
+    is_exact = False
 
     def __init__(self, config: Any) -> None:
         from flow_matching.loss import MixturePathGeneralizedKL
@@ -283,12 +315,8 @@ class Masked:
             total = total + torch.where(x_t == self.extra, loss, 0.0) / times
         return total
 
-    def sample(self, batch: int, length: int, steps: int) -> Tensor:
-        return self.go_on(torch.zeros(batch, 0, dtype=torch.int64), length, steps)
-
     @torch.inference_mode()
     def go_on(self, given: Tensor, num: int, steps: int = DENOISING_STEPS[0]) -> Tensor:
-        """`num` tokens after the tokens `given` [B, T], which are not masked."""
         from flow_matching.solver import MixtureDiscreteEulerSolver
 
         def posterior(x: Tensor, t: Tensor) -> Tensor:
@@ -300,24 +328,19 @@ class Masked:
         return solver.sample(x_init=masked, step_size=1 / steps)[:, given.shape[1] :]
 
 
-PEERS: dict[str, type[Gpt2 | Masked]] = {"gpt2": Gpt2, "masked": Masked}
+PEERS: dict[str, type[Peer]] = {"gpt2": Gpt2, "masked": Masked}
 
 
-def load_peers(folder: Path, config: Any) -> dict[str, Gpt2 | Masked]:
+def load_peers(folder: Path, config: Any) -> dict[str, Peer]:
     """The peers whose weights this script left in `folder`, in the shape of a `BaselineConfig`."""
-    found = {}
-    for name, kind in PEERS.items():
-        weights = folder / f"{name}.pt"
-        if weights.exists():
-            found[name] = peer = kind(config)
-            peer.model.load_state_dict(torch.load(weights, weights_only=True))
-            peer.model.eval()
+    files = {name: folder / f"{name}.pt" for name in PEERS}
+    found = {name: PEERS[name](config).load(at) for name, at in files.items() if at.exists()}
     if not found:
         raise SystemExit(f"{folder} has no weights of peers: train them with benchmarks/peers.py")
     return found
 
 
-def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
+def train(peer: Peer, corpus: Corpus, run: Any) -> None:
     """Train like `tarflowlm train`: Muon for the matrices of the layers, AdamW for everything
     else.
     """
@@ -414,21 +437,17 @@ def main() -> None:
     print("|" + " --- |" * 8)
     for name, kind in PEERS.items():
         weights = args.out / f"{name}.pt"
-        with seeded(run.seed):
-            peer = kind(config)
-            if weights.exists():
-                peer.model.load_state_dict(torch.load(weights, weights_only=True))
-            else:
+        if not weights.exists():
+            with seeded(run.seed):
+                peer = kind(config)
                 train(peer, corpus, run)
-                torch.save(peer.model.state_dict(), weights)
-        peer.model.eval()
-        with seeded(run.seed), torch.inference_mode():
-            nats = torch.cat(
-                [peer.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)]
-            )
+            torch.save(peer.model.state_dict(), weights)
+    for name, peer in load_peers(args.out, config).items():
+        with seeded(run.seed):
+            nats = peer.nats_of_windows(windows)
         bpc = f"{bits(nats.mean().item()):.4f} ± {bits(nats.std().item()) / len(nats) ** 0.5:.4f}"
         draws = {name: peer.sample}
-        if isinstance(peer, Masked):
+        if not peer.is_exact:
             bpc, draws = (
                 f"<= {bpc}",
                 {f"{name}, {n} steps": partial(peer.sample, steps=n) for n in DENOISING_STEPS},

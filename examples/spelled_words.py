@@ -1,4 +1,4 @@
-"""Samples of models of `tales` by temperature and top-p: known words, bits, and texts that end.
+"""Samples of models of `tales` by temperature and top-p: known words, repetitions, and ends.
 
     python examples/spelled_words.py english-small english-small-ar          # ten minutes
 

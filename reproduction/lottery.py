@@ -8,14 +8,7 @@ import numpy as np
 from reproduction import measures
 from reproduction.lengths import lengthened
 from reproduction.plots import plot_models
-from reproduction.recipe import (
-    Finished,
-    Recipe,
-    Row,
-    Training,
-    trainings,
-    variant,
-)
+from reproduction.recipe import Finished, Recipe, Row, Training, trainings, variant
 from reproduction.settings import Settings
 
 SHIPPED = "Mix-1"
