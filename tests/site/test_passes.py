@@ -101,6 +101,7 @@ def test_the_shipped_model_writes_as_in_python(open_page, shipped, prompt):
         assert page.evaluate("text => readPrompt(text)", text) == lm.encode(text).tolist()
 
 
+@pytest.mark.nightly
 def test_other_models_write_as_in_python(build, open_page, tmp_path):
     # three blocks in float32 that read no tokens and convolve no inputs
     model = tiny_flow(context=24, alternate=False, seed=3, scale=0.6, **FILLS).float().eval()
@@ -112,6 +113,7 @@ def test_other_models_write_as_in_python(build, open_page, tmp_path):
         assert_same_tokens(page, lm, length=24, prompt=prompt, temperature=1.0)
 
 
+@pytest.mark.nightly
 def test_a_visit_by_keyboard(open_page, shipped):
     page = open_page(shipped)
     page.get_by_label("Beginning").fill("The 2 ")
@@ -148,7 +150,8 @@ def test_the_first_example_fills_every_gap(open_page, shipped):
     assert page.locator("#stage .gap").count() == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_texts_can_be_read(open_page, shipped, scheme):
     page = open_page(shipped)
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from training_cases import Killed, Killer, tiny_baseline, tiny_run
 
-from helpers import metrics_of, randomise
+from helpers import metrics_of, mostly_nightly, randomise
 from pretend_device import PretendDevice, pretend
 from tarflowlm import chunks
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig
@@ -111,7 +111,7 @@ def on_cpu(run: RunConfig, out: Path) -> list[float]:
 FEW = {"stage_steps": (2, 2, 2), "keep": "last", "evaluate_every": 9, "checkpoint_every": 9}
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("kind", mostly_nightly(["cuda", "mps"], "cuda"))
 def test_a_run_has_the_log_of_a_cpu(kind, corpus_file, tmp_path):
     run = tiny_run(corpus_file, tokens_at_once=16, ema=0.9, checkpoint_activations=True, **FEW)
     run = replace(run, train=replace(run.train, stage_steps=(2, 1, 1)))
@@ -141,6 +141,8 @@ def test_blocks_that_fill_in_are_counted(corpus_file, tmp_path):
     assert all(line["mfu"] > 0 for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_half_precision_follows_the_rules_of_cuda(corpus_file, tmp_path):
     """Compiled layers run eagerly here, by the code that would be compiled."""
     for make in (tiny_run, tiny_baseline):

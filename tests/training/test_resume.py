@@ -113,7 +113,8 @@ def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, part)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", ["last", pytest.param("best", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("keep", ["last", "best"])
 def test_run_whose_block_leaves_resumes_to_the_same_bits(tmp_path, corpus_file, keep):
     """Block 2 has no step; block 3, which takes its place, goes astray: with best weights it
     leaves as well.
