@@ -17,10 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tarflowlm
-from tarflowlm.cli.evaluate import read_text
-from tarflowlm.data import eval_windows
-from tarflowlm.errors import SILENT
 from tarflowlm.evaluation.likelihood import evaluate
+from tarflowlm.evaluation.scores import read_windows
+from tarflowlm.requests import Evaluation
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
 
@@ -39,8 +38,7 @@ def exact_nats(folder: Path, windows: torch.Tensor, start: int) -> float:
 def main(name: str, data: str, limit: str = "0") -> None:
     """Prints the three values for the model `name` on the text `data`."""
     lm = tarflowlm.load(name)
-    _, tokens = read_text(lm, lm.tokenizer, data, "test", SILENT)
-    windows = eval_windows(tokens, lm.config.context, int(limit) or None)
+    windows = read_windows(Evaluation(data, windows=int(limit) or None), lm).windows
     per_token = torch.from_numpy(lm.tokenizer.characters_per_token)
     characters = per_token[windows].sum().item()
     with tempfile.TemporaryDirectory() as place:

@@ -34,11 +34,22 @@ def test_examples_print_what_they_show(module, name):
     assert runner.failures == 0
 
 
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
 @pytest.fixture
 def example(monkeypatch):
     """Imports a script of the folder `examples` by its name."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    monkeypatch.syspath_prepend(FOLDER)
     return import_module
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.py"))])
+def test_what_a_script_imports_is_there(example, name):
+    try:
+        example(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is missing")
 
 
 def small_model(separation: float | None):
