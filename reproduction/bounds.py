@@ -18,10 +18,10 @@ from tarflowlm_apps.report.style import Figure
 
 LENGTH_OF = {"affine": "2", "Mix-1": "1", "Mix-d": "2"}
 """The length of each family's training, a name of `lengths.LENGTHS`."""
-SAMPLES_OF = {"affine": 4096, "Mix-1": 4096, "Mix-d": 64}
+SAMPLES_OF = {"affine": 4096, "Mix-1": 1024, "Mix-d": 64}
 """Most posterior samples. Those of Mix-d have nearly equal weights."""
 FACTOR = 4  # from one number of samples to the next
-WINDOWS = 32
+WINDOWS = 16
 NORMAL = "bpc if log w is normal"
 
 

@@ -22,9 +22,7 @@ class CodedConfig(BaselineConfig):
     table: Annotated[float, Range(least=0)] = 1.0
     """Factor of the embedding table E, and so also of its rate; 0: no table."""
     code_dim: Whole = 0
-    """Channels d of a code, which is a mean of a flow's codebook; 0: no codes."""
-    learns_codes: bool = False
-    """Learn the codes, at the rate of a codebook; False: they stay where a flow's start."""
+    """Channels d of a code, a mean of a flow's codebook that does not move; 0: no codes."""
 
 
 class CodedInput(nn.Module):
@@ -37,8 +35,7 @@ class CodedInput(nn.Module):
         self.codebook: Codebook | None = None
         if config.code_dim:
             self.codebook = Codebook(config.vocab_size, config.code_dim)
-            self.codebook.mean.requires_grad_(config.learns_codes)
-            self.codebook.log_std.requires_grad = False
+            self.codebook.requires_grad_(False)
             self.map = InputMap(config.code_dim, config.trunk.width)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import log
 from statistics import mean
@@ -15,7 +15,7 @@ from reproduction.settings import Settings, as_flow_config
 from reproduction.tables import PAPER_LIKELIHOOD
 from tarflowlm.config import RunConfig
 from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
-from tarflowlm.presets import MINI_TRUNK, MIXD_OPTIM, preset, with_blocks, with_steps
+from tarflowlm.presets import MINI_TRUNK, preset, with_blocks, with_steps
 
 Text = Literal["letters", "pieces"]
 PRESETS: dict[Text, tuple[str, str]] = {
@@ -29,8 +29,6 @@ CHOSEN_ON = 512
 """Windows of the validation split after a short training, on which inputs are compared."""
 TESTED_ON = 1024
 """Windows of the test split after a short training in letters."""
-SEED_0 = ("learnt", "both")
-"""Inputs of which a long training needs one seed."""
 OVER_AR, VALID = "over AR", "valid bpc"
 READ = ("d", "input map", "reads tokens")
 """Columns of block 1 alone."""
@@ -73,8 +71,8 @@ class Cell:
     reads: str
     run: RunConfig
     steps: int
-    seeds: int | None = field(default=None)
-    """Seeds that it needs; None: those of the recipe."""
+    seeds: int
+    """Seeds at least."""
 
     @property
     def label(self) -> str:
@@ -89,16 +87,11 @@ def inputs(place: Place) -> dict[str, tuple[str, dict[str, Any]]]:
         "table": ("embedding table", {}),
         "fixed": (f"fixed codes, d = {d}", {"table": 0.0, "code_dim": d}),
         "third": ("table / 3", {"table": 1 / 3}),
-        "triple": ("table * 3", {"table": 3.0}),
-        "learnt": (
-            f"learnt codes, d = {d}",
-            {"table": 0.0, "code_dim": d, "learns_codes": True},
-        ),
         "both": (f"table and fixed codes, d = {d}", {"code_dim": d}),
     }
 
 
-def baseline(place: Place, kind: str, steps: int) -> Cell:
+def baseline(place: Place, kind: str, steps: int, seeds: int = 1) -> Cell:
     """The baseline with an input."""
     run = preset(PRESETS[place.text][0])
     assert isinstance(run.model, BaselineConfig)
@@ -109,15 +102,13 @@ def baseline(place: Place, kind: str, steps: int) -> Cell:
         run = replace(run, name=f"ar-{place.name}-{kind}-x{steps}")
     if fields:
         model = CodedConfig(context=model.context, trunk=model.trunk, layers=model.layers, **fields)
-        # learnt codes move as fast as a codebook that block 1 is tied to
-        rate = MIXD_OPTIM.codebook_lr_scale
-        run = replace(run, optim=replace(run.optim, codebook_lr_scale=rate))
     run = in_steps(place, replace(run, model=model), steps)
-    seeds = 1 if kind in SEED_0 and steps == LONG[place.text] else None
     return Cell(place=place, model="AR", reads=reads, run=run, steps=steps, seeds=seeds)
 
 
-def block_1(place: Place, d: int, *, linear: bool, tokens: bool, steps: int) -> Cell:
+def block_1(
+    place: Place, d: int, steps: int, *, linear: bool = False, tokens: bool = False, seeds: int = 1
+) -> Cell:
     """The Mix-d block of a flow alone: a model of its own."""
     run = with_blocks(preset(PRESETS[place.text][1]), (0,))
     config = as_flow_config(run.model)
@@ -133,7 +124,7 @@ def block_1(place: Place, d: int, *, linear: bool, tokens: bool, steps: int) -> 
     run = replace(run, name=f"mixd-{place.name}-d{d}{suffix}-x{steps}", model=model)
     reads = f"latents{' and tokens' * tokens}, d = {d}, {model.input_map}"
     run = in_steps(place, run, steps)
-    return Cell(place=place, model="block 1", reads=reads, run=run, steps=steps)
+    return Cell(place=place, model="block 1", reads=reads, run=run, steps=steps, seeds=seeds)
 
 
 def in_steps(place: Place, run: RunConfig, steps: int) -> RunConfig:
@@ -148,51 +139,57 @@ def in_steps(place: Place, run: RunConfig, steps: int) -> RunConfig:
 
 
 def yardsticks() -> list[Cell]:
-    """The baseline with every input, the cheapest and most telling first."""
-    cells = [
-        baseline(place, kind, SHORT[place.text])
-        for place in (SHIPPED, NO_TAPS, PIECES)
-        for kind in inputs(place)
-        if (place, kind) != (PIECES, "triple")
+    """The baseline with other inputs."""
+    short, long = SHORT["letters"], LONG["letters"]
+    return [
+        baseline(SHIPPED, "table", short, seeds=2),
+        baseline(SHIPPED, "fixed", short, seeds=2),
+        baseline(SHIPPED, "third", short),
+        baseline(SHIPPED, "both", short),
+        baseline(SHIPPED, "table", long, seeds=2),
+        baseline(SHIPPED, "fixed", long),
+        baseline(PIECES, "table", SHORT["pieces"]),
+        baseline(PIECES, "both", SHORT["pieces"]),
+        *plain_baselines(),
     ]
-    long = ("table", "fixed", *SEED_0)
-    cells += [baseline(SHIPPED, kind, LONG["letters"]) for kind in long]
-    cells += [baseline(PIECES, kind, LONG["pieces"]) for kind in ("table", "both")]
-    cells += [baseline(NO_TAPS, kind, LONG["letters"]) for kind in ("table", "fixed")]
-    return cells
+
+
+def plain_baselines() -> list[Cell]:
+    """Without convolution, with the two inputs that block 1 is compared with."""
+    lengths = ((SHORT["letters"], 2), (LONG["letters"], 1))
+    return [
+        baseline(NO_TAPS, kind, steps, seeds)
+        for steps, seeds in lengths
+        for kind in ("table", "fixed")
+    ]
 
 
 def first_blocks() -> list[Cell]:
-    """Block 1 with every input, beside the baselines of its places."""
+    """Block 1 with each input, and the baselines of its places and of more layers."""
     short, long = SHORT["letters"], LONG["letters"]
-    # an input without a nonlinear path, then one, and one that reads tokens
-    corners = ((5, True, False), (8, False, False), (8, False, True), (16, True, False))
-    grid = [(d, linear, tokens) for d in (5, 8, 16) for linear in (1, 0) for tokens in (0, 1)]
-    grid.sort(key=lambda one: one not in corners)
-    on_pieces = ((16, False, True), (16, False, False), (16, True, False))
-    places = (
-        (NO_TAPS, short, grid),
-        (PIECES, SHORT["pieces"], on_pieces),
-        (SHALLOW, short, corners),
-        (NO_TAPS, long, corners),
-    )
-    cells = [baseline(SHIPPED, "table", steps) for steps in (short, long)]
-    cells.append(baseline(SHALLOW, "table", long))
-    for place, steps, variants in places:
-        kinds = ("table", "fixed") if place != SHALLOW else ("table",)
-        cells += [baseline(place, kind, steps) for kind in kinds]
-        cells += [
-            block_1(place, d, linear=bool(linear), tokens=bool(tokens), steps=steps)
-            for d, linear, tokens in variants
-        ]
-    return cells
+    return [
+        *plain_baselines(),
+        block_1(NO_TAPS, 5, short, linear=True, seeds=2),
+        block_1(NO_TAPS, 8, short, seeds=2),
+        block_1(NO_TAPS, 8, short, tokens=True, seeds=2),
+        block_1(NO_TAPS, 16, short, linear=True, seeds=2),
+        block_1(NO_TAPS, 5, long, linear=True),
+        block_1(NO_TAPS, 8, long),
+        block_1(NO_TAPS, 8, long, tokens=True),
+        baseline(SHALLOW, "table", short),
+        block_1(SHALLOW, 5, short, linear=True),
+        block_1(SHALLOW, 8, short, tokens=True),
+        baseline(SHALLOW, "table", long),
+        baseline(SHIPPED, "table", short, seeds=2),
+        baseline(SHIPPED, "table", long, seeds=2),
+    ]
 
 
 def plan(settings: Settings, cells: Callable[[], list[Cell]]) -> list[Training]:
     """The trainings of the cells."""
     found = []
     for cell in cells():
-        seeds = cell.seeds or settings.seeds
+        seeds = max(settings.seeds, cell.seeds)
         found += trainings(replace(settings, seeds=seeds), {cell.label: cell.run})
     return found
 
@@ -312,7 +309,6 @@ YARDSTICK = Recipe(
     plan=partial(plan, cells=yardsticks),
     measure=partial(measure, cells=yardsticks),
     table=compared,
-    seeds=2,
 )
 
 INPUTS = Recipe(
@@ -330,5 +326,4 @@ INPUTS = Recipe(
     plan=partial(plan, cells=first_blocks),
     measure=partial(measure, cells=first_blocks),
     table=explained,
-    seeds=2,
 )
