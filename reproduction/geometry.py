@@ -278,7 +278,7 @@ FIG7 = Recipe(
     claim=(
         "The paper: across the layers the mean norm decreases, the cosine increases, the movement"
         " of the centroid diminishes, and the participation ratio drops at the right-to-left "
-        f"block and then rises. {measures.SEEDS_OF_MIX1}"
+        "block and then rises."
     ),
     plan=plan_fig7,
     measure=measure_fig7,

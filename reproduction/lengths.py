@@ -11,9 +11,9 @@ from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm_apps.report.style import Figure
 
-LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0, "4": 4.0}
+LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0}
 """Multiples of the steps of a preset."""
-GREATEST = {"AR": "4", "affine": "4", "Mix-1": "1", "Mix-d": "4"}
+GREATEST = {"AR": "2", "affine": "2", "Mix-1": "1", "Mix-d": "1"}
 """The greatest length of each family."""
 TOKENS = "tokens of block 1"
 RATIO = "over AR"

@@ -12,17 +12,17 @@ from reproduction.recipe import Finished, Recipe, Row, Training, trainings, vari
 from reproduction.settings import Settings
 
 SHIPPED = "Mix-1"
-LAST_STARTS = "Mix-1, the last block starts"
+FIRST_STARTS = "Mix-1, the first block starts"
 WRITER = "language model"
 
 
 def plan_lottery(settings: Settings) -> list[Training]:
-    """Mix-1 as it ships, and with its last block as the one that starts wide."""
+    """Mix-1 as it ships, and with the start of a stack that grows block by block."""
     run = settings.preset("mix1", "text8")
     if settings.scale == "mini":
         run = lengthened(run, "1/4")
-    other = variant(run, "last-starts", starts="last")
-    return trainings(settings, {SHIPPED: run, LAST_STARTS: other})
+    other = variant(run, "first-starts", starts="first")
+    return trainings(settings, {SHIPPED: run, FIRST_STARTS: other})
 
 
 def measure_lottery(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -45,8 +45,8 @@ LOTTERY = Recipe(
     claim=(
         "In three Mix-1 blocks of 1, 1 and 4 layers, which are trained together, one block becomes "
         "the language model: it takes most off the KL divergence. Which, and what does it cost if "
-        "it is not the deep one? As shipped, block 1 starts as a wide mixture that reads the "
-        "features a little, the others as the identity. In the second model block 3 starts so. (A "
+        "it is not the deep one? As shipped, block 3 starts as a wide mixture that reads the "
+        "features a little, the others as the identity. In the second model block 1 starts so. (A "
         "quarter of the steps of the preset.)"
     ),
     plan=plan_lottery,

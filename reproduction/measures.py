@@ -29,8 +29,6 @@ AVERAGED = 5  # lines of metrics.jsonl averaged in a point of a curve
 POINTS = 12  # evenly spaced points of a curve
 LATENT_WINDOWS = 256  # windows of text whose states are measured
 SHORT_WINDOWS = 1024  # test windows of `shortened` runs
-SEEDS_OF_MIX1 = "Seed 1 of mini Mix-1 has 7 % more bits ([table2](table2.md))."
-"""A warning on pages that show one seed of Mix-1."""
 
 
 def first_columns(done: Finished) -> Row:

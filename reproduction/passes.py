@@ -1,7 +1,7 @@
 """Figure 6 of the paper, and the question it raises: can one model refine a text and fit it well?
 
 fig6 decodes a sample after every block, marks its edits, and has a judge read it. In frontier each
-stack is a point: its bits per character, and the judge's bits of its text before the last pass.
+stack is a line: the judge's bits after every pass, beside the bits per character of the stack.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from tarflowlm.terminal.texts import Row as TextRow
 from tarflowlm.terminal.texts import Token, symbols
 from tarflowlm_apps.grid import to_html
 from tarflowlm_apps.report.page import page_html, section_html
-from tarflowlm_apps.report.style import COLOURS, Figure, log_scale
+from tarflowlm_apps.report.style import Figure, log_scale
 
 LENGTH = 128  # tokens per sample
 SAMPLES = 48  # samples of each model; the first is shown
@@ -174,7 +174,7 @@ FIG6 = Recipe(
         "The paper: every intermediate state decodes to text, which each pass refines from coarse"
         " to fine. Its panels show the decoded text before and after every block, with the edits "
         "highlighted. (Refining is more than becoming final: a judge, a baseline of another "
-        f"seed, reads the text after every pass. {measures.SEEDS_OF_MIX1})"
+        "seed, reads the text after every pass.)"
     ),
     plan=plan_fig6,
     measure=measure_fig6,
@@ -229,19 +229,17 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
 
 
 def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
-    """Every flow as a point: its bits, and the judge's bits before the last pass."""
+    """The judge's bits after every pass, from the noise on; labelled with the bits of the model."""
     axes = figure.subplots()
-    before = f"{JUDGED} after block 2"
+    most = 0
     for row in rows:
-        if row.get(before) is not None and not row["seed"]:
-            point = row[before], row["over the baseline"]
-            axes.plot(*point, "o", color=COLOURS[0], markersize=5)
-            axes.annotate(row["model"], point, xytext=(6, 4), textcoords="offset points")
-    axes.set(
-        xlabel="judge's bits per character before the last pass",
-        ylabel="test bits over the baseline's",
-    )
-    axes.margins(x=0.15)
+        bits = [value for name, value in row.items() if name.startswith(JUDGED) and value]
+        if bits and not row["seed"]:
+            label = f"{row['model']}: {row['over the baseline']:.3f}"
+            axes.plot(range(len(bits)), bits, "o-", markersize=4, label=label)
+            most = max(most, len(bits))
+    axes.set(xlabel="passes", ylabel="judge's bits per character", xticks=range(most))
+    axes.legend(title="test bits over the baseline's", loc="lower left")
     log_scale(axes)
 
 
@@ -250,8 +248,8 @@ FRONTIER = Recipe(
     title="Passes and the bound",
     claim=(
         "The paper shows passes that refine a text, and a good bound. Can one model have both? A "
-        "judge, a baseline of another seed, reads the samples after every pass: passes "
-        f"refine where its bits fall. {measures.SEEDS_OF_MIX1} (frontier.csv has the numbers.)"
+        "judge, a baseline of another seed, reads the samples after every pass: a pass refines "
+        "where its bits fall. (frontier.csv has the numbers.)"
     ),
     plan=plan_frontier,
     measure=measure_frontier,

@@ -7,7 +7,6 @@ from typing import Any
 
 from reproduction.judges import Judge
 from reproduction.measures import (
-    SEEDS_OF_MIX1,
     first_columns,
     judge_of,
     judge_training,
@@ -198,7 +197,7 @@ TABLE6 = Recipe(
     title="Sample quality",
     claim=(
         "The paper: on OpenWebText, judged by GPT-2 Large, Mix-d comes close to the baseline and "
-        f"to real text in perplexity, MAUVE and entropy; Mix-1 less so. {SEEDS_OF_MIX1}"
+        "to real text in perplexity, MAUVE and entropy; Mix-1 less so."
     ),
     plan=plan_table6,
     measure=measure_table6,

@@ -83,7 +83,13 @@ def _mini_ar(name: str) -> RunConfig:
 def _mini_joint(name: str, block: BlockConfig) -> RunConfig:
     """Three blocks with layers in the proportions of the paper's 2, 2, 8."""
     blocks = (block, block, replace(block, layers=4))
-    model = FlowConfig(trunk=MINI_TRUNK, blocks=blocks, channel_mix=None)
+    model = FlowConfig(
+        trunk=MINI_TRUNK,
+        blocks=blocks,
+        channel_mix=None,
+        # otherwise the seed decides which block of Mix-1 becomes the language model (docs/log.md)
+        starts="last" if isinstance(block, Mix1) else "first",
+    )
     train = replace(MINI_TRAIN, mode="joint")
     return RunConfig(name=name, model=model, train=train, optim=PLAIN_OPTIM)
 
@@ -168,6 +174,7 @@ def _paper_flow(name: str) -> RunConfig:
         head="paper",
         input_map="linear",
         channel_mix=None,
+        starts="last" if kind == "mix1" else "first",
     )
     own = MIXD_OPTIM if kind == "mixd" else PLAIN_OPTIM
     optim = own
