@@ -26,21 +26,20 @@ TOLERANCE = 1e-9
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory, corpus_file) -> Path:
+def out(once, corpus_file) -> Path:
     """The directories that the processes wrote. They are started once, since importing torch takes
     the longest.
     """
-    return written(tmp_path_factory, corpus_file, cases.COMMON)
+    return once("parallel", lambda folder: write(folder, corpus_file, cases.COMMON))
 
 
 @pytest.fixture(scope="module")
-def rare(tmp_path_factory, corpus_file) -> Path:
+def rare(once, corpus_file) -> Path:
     """The same of models with compiled layers, patches, one channel, and in bfloat16."""
-    return written(tmp_path_factory, corpus_file, cases.RARE)
+    return once("parallel-rare", lambda folder: write(folder, corpus_file, cases.RARE))
 
 
-def written(tmp_path_factory, corpus_file: Path, names: tuple[str, ...]) -> Path:
-    directory = tmp_path_factory.mktemp("parallel")
+def write(directory: Path, corpus_file: Path, names: tuple[str, ...]) -> None:
     ports = free_port(), free_port()
     # which imports PyTorch once for all of them, with what they use of it
     preload = [cases.__name__, "torch._dynamo", "torch.distributed.fsdp"]
@@ -51,7 +50,6 @@ def written(tmp_path_factory, corpus_file: Path, names: tuple[str, ...]) -> Path
         nprocs=4,
         start_method="forkserver",
     )
-    return directory
 
 
 @pytest.fixture(scope="module")
