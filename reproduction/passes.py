@@ -239,7 +239,12 @@ def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
             axes.plot(range(len(bits)), bits, "o-", markersize=4, label=label)
             most = max(most, len(bits))
     axes.set(xlabel="passes", ylabel="judge's bits per character", xticks=range(most))
-    axes.legend(title="test bits over the baseline's", loc="lower left")
+    axes.legend(
+        title="test bits over the baseline's",
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.15),
+        ncols=2,
+    )
     log_scale(axes)
 
 

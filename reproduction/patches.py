@@ -249,8 +249,9 @@ IN_PATCH = Recipe(
         "blocks and channel mixing recover what binds them. Bounds, and what figure 5 measures, "
         "in a stack of 1, 1 and 4 layers, whose last block writes first: where it sees all "
         "channels of the patch, nothing is left to recover. Last, Mix-d, whose block 1 writes "
-        "last. (Blocks above block 1 do not see the prefix. By seed another block of Mix-1 is the "
-        "language model: it takes most off the KL divergence.)"
+        "last. (Blocks above block 1 do not see the prefix. These stacks were trained with block 1 "
+        "as the start, by which the seed decides which block is the language model: it takes most "
+        "off the KL divergence.)"
     ),
     plan=plan_in_patch,
     measure=measure_in_patch,

@@ -23,6 +23,7 @@ from reproduction import cipher  # noqa: E402
 from reproduction.directions import ALTERNATING, ONE_WAY  # noqa: E402
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
 from reproduction.lengths import RATIO, TOKENS  # noqa: E402
+from reproduction.lottery import FIRST_STARTS  # noqa: E402
 from reproduction.measures import JUDGED  # noqa: E402
 
 BEGIN, END = "<!-- verdicts -->", "<!-- end of verdicts -->"
@@ -100,6 +101,14 @@ def writer(row: dict[str, Any]) -> int:
     return nats.index(max(nats)) + 1
 
 
+def of_the_start() -> list[str]:
+    """The families whose blocks all take something off in some trainings of lottery, and not in
+    others, which differ by the start and the seed.
+    """
+    all_work = {min(nats_of(row)) > 0 for row in rows_of("lottery")}
+    return ["Mix-1"] * (len(all_work) > 1)
+
+
 def of_all_seeds() -> Rows:
     """The rows of the length of training that has several seeds."""
     rows = rows_of("lengths")
@@ -137,9 +146,9 @@ def flows_above_the_baseline() -> Claim:
 
 
 def ratios_over_length() -> Claim:
-    """A ratio is settled if doubling the training to its greatest length changes it by less than
-    0.005, for the bound and for the weighted bound. Seed 0 alone has every length: not testable
-    where the seeds of the one that has several differ by more.
+    """A ratio is settled if doubling the training to the greatest length of its family changes it
+    by less than 0.005, for the bound and for the weighted bound, and not if it changes by more than
+    that and the difference between seeds, which one length has. Otherwise it is not decided.
     """
     curves: dict[str, dict[str, list[float]]] = {}
     of_seeds: dict[str, list[float]] = {}
@@ -154,15 +163,16 @@ def ratios_over_length() -> Claim:
                 ratios.append(row[column])
     holds, fails, open_ = list[str](), list[str](), list[str]()
     for model, columns in curves.items():
-        is_settled = all(abs(ratios[-1] - ratios[-2]) < 0.005 for ratios in columns.values())
-        agree = max(of_seeds[model]) - min(of_seeds[model]) < 0.005
-        (open_ if not agree else holds if is_settled else fails).append(model)
+        changes = [abs(ratios[-1] - ratios[-2]) for ratios in columns.values()]
+        least = 0.005 + max(of_seeds[model]) - min(of_seeds[model])
+        moves = all(change > least for change in changes)
+        (holds if max(changes) < 0.005 else fails if moves else open_).append(model)
     parts = [f"{model} {listed(columns[RATIO])}" for model, columns in sorted(curves.items())]
     lengths = listed(sorted({row[TOKENS] / 1e6 for row in rows}), 1)
-    numbers = f"times the baseline after {lengths} million characters: {'; '.join(parts)}"
+    numbers = f"times the baseline after {lengths} million characters, as far as trained: {'; '.join(parts)}"
     claim = "are these ratios those of longer training? (question of our own)"
     here = f"settled: {said(holds) or 'none'}; not yet: {said(fails) or 'none'}"
-    here += f"; {NOT_TESTABLE}: {said(open_)}" * bool(open_)
+    here += f"; not decided: {said(open_)}" * bool(open_)
     differs = f"the other lengths have seed 0 alone; at {shared / 1e6:.1f} seed 1 has {', '.join(f'{m} {of_seeds[m][-1]:.3f}' for m in sorted(curves))}"
     return Claim(claim, here, numbers, differs, "lengths")
 
@@ -185,11 +195,12 @@ def additions() -> Claim:
             (holds if gains[name][0] > SURE else fails).append(name)
     numbers = f"{'; '.join(f'{name} {listed(values)}' for name, values in found.items())}; gains "
     numbers += "; ".join(
-        f"{name} {least:.2f} to {most:.2f}" for name, (least, most) in gains.items()
+        f"{name} {least:.3f} to {most:.3f}" for name, (least, most) in gains.items()
     )
     single = [name.removeprefix("+ ") for name, values in found.items() if len(values) == 1]
     differs = "27 letters where the paper has OpenWebText; "
     differs += f"one seed of {said(single)}; " * bool(single)
+    differs += "Mix-1 starts with its last block as the language model; "
     differs += "Mix-d also reads tokens, has its layers in block 1 and half the rate"
     claim = "each addition improves the model, channel-wise a little and Mix-1 greatly (figure 2; progressive "
     claim += "training is the next row)"
@@ -231,26 +242,38 @@ def mix1_against_affine() -> Claim:
     )
     numbers += f"validation after {valid[0].split()[-1]} steps and later {min(ahead):.2f} to {max(ahead):.2f} bits ahead"
     claim = "Mix-1 far better than affine, in training and validation (figures 3 and 8)"
-    differs = "two seeds of Mix-1, one of affine; three blocks of 1, 1, 4 layers for six of two"
+    differs = "two seeds of Mix-1, which starts with its last block as the language model, one of affine; three "
+    differs += "blocks of 1, 1, 4 layers for six of two"
     return Claim(claim, verdict(holds) if learns else NOT_TESTABLE, numbers, differs, "fig3")
 
 
 def components() -> Iterator[Claim]:
-    """Not testable above the entropy of pairs. Else K = 1 is far worse by 0.1 bits, and all others
-    agree within 0.05.
+    """Not testable above the entropy of pairs, nor where the differences are not greater than those
+    between the seeds of this start. Else K = 1 is far worse by 0.1 bits, and all others agree
+    within 0.05.
     """
     found = {int(row["K"]): row["test bpc"] for row in rows_of("fig4")}
     first, *others = (found[k] for k in sorted(found))
     numbers = "; ".join(f"K = {k}: {found[k]:.3f}" for k in sorted(found))
+    seeds = [row["test bpc"] for row in rows_of("lottery") if row["model"] == FIRST_STARTS]
+    spread = max(seeds) - min(seeds)
     differs = (
-        "27 tokens, one seed; which block became the language model is not on record; pairs of "
+        f"27 tokens, one seed; block 1 starts, by which seeds differ by up to {spread:.2f} bits "
     )
-    differs += f"neighbours have {PAIRS} bits"
-    for claim, holds in (
-        ("K = 1 far worse than K above 1 (figure 4)", first > max(others) + 0.1),
-        ("all K above 1 work equally well (figure 4)", max(others) - min(others) < 0.05),
+    differs += f"([lottery](lottery.md)); pairs of neighbours have {PAIRS} bits"
+    for claim, holds, by in (
+        (
+            "K = 1 far worse than K above 1 (figure 4)",
+            first > max(others) + 0.1,
+            first - max(others),
+        ),
+        (
+            "all K above 1 work equally well (figure 4)",
+            max(others) - min(others) < 0.05,
+            max(others) - min(others),
+        ),
     ):
-        here = verdict(holds) if min(others) < PAIRS else NOT_TESTABLE
+        here = verdict(holds) if min(others) < PAIRS and by > spread else NOT_TESTABLE
         yield Claim(claim, here, numbers, differs, "fig4")
         numbers = differs = "as above"
     claim = "a thousandth of the tokens suffices as K (64 of 50,257, section 4)"
@@ -260,8 +283,8 @@ def components() -> Iterator[Claim]:
 def two_tokens() -> Claim:
     """A model of two tokens keeps its quality if the perplexity of its continuations, over its own
     family's with one token and in the mean over the prefixes, is below 1.1 by two standard errors,
-    and not if it is as much above; it breaks down if the smallest ratio is above 2. Not testable in
-    Mix-1 of alternating directions, of which the blocks above block 1 do not see the prefix.
+    and not if it is as much above; it breaks down if the smallest ratio is above 2. Mix-1 of
+    alternating directions is judged without a prefix, which the blocks above block 1 do not see.
     """
     of_model: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
@@ -269,23 +292,24 @@ def two_tokens() -> Claim:
         of_model.setdefault(row["model"], []).append(row["perplexity"])
         errors.setdefault(row["model"], []).append(row["perplexity ±"] / row["perplexity"])
     of_model.pop("real text")
-    one_token = ("AR", "Mix-1", f"Mix-1, {ONE_WAY}", "Mix-d")
-    families = {}
-    for name in of_model:
-        if name not in one_token:
-            one_way = f", {ONE_WAY}" if name.endswith(ONE_WAY) else ""
-            families[name] = name.removeprefix("two-token ").split(",")[0] + one_way
+    families = {
+        name: name.removeprefix("two-token ").split(",")[0]
+        for name in of_model
+        if name not in ("AR", "Mix-1", "Mix-d")
+    }
     ratios = {
         name: [x / one for x, one in zip(of_model[name], of_model[family], strict=True)]
         for name, family in families.items()
     }
     holds, fails, open_, means = list[str](), list[str](), list[str](), list[str]()
-    for name, values in ratios.items():
-        both = zip(values, errors[name], errors[families[name]], strict=True)
+    for name, all_values in ratios.items():
+        # prefix 0 is the first
+        values = all_values[:1] if families[name] == "Mix-1" else all_values
+        both = zip(values, errors[name], errors[families[name]], strict=False)
         error = sum(x**2 * (a**2 + b**2) for x, a, b in both) ** 0.5 / len(values)
         mean = sum(values) / len(values)
         means.append(f"{name} {mean:.2f} ± {error:.2f}")
-        if families[name] in ("AR", "Mix-1"):
+        if families[name] == "AR":
             continue
         if mean + 2 * error < 1.1:
             holds.append(name)
@@ -293,13 +317,13 @@ def two_tokens() -> Claim:
             fails.append(name)
         else:
             open_.append(name)
-    here = where(holds, fails, ["Mix-1"]) + f"; not decided in {said(open_)}" * bool(open_)
+    here = where(holds, fails) + f"; not decided in {said(open_)}" * bool(open_)
     breaks_down = min(ratios["two-token AR"]) > 2
     here += f"; {verdict(breaks_down)} that the two-token baseline breaks down"
     numbers = (
         "perplexity of the continuation over the same family's with one token, in the mean of the "
     )
-    numbers += f"prefixes: {'; '.join(means)}"
+    numbers += f"prefixes, of Mix-1 without one: {'; '.join(means)}"
     claim = "patch 2: the flow keeps its quality, the two-token baseline breaks down (figure 5)"
     differs = "one seed, 32 texts of 256 characters; a judge of our own; in alternating Mix-1 the blocks above "
     differs += "block 1, one of them its language model, do not see the prefix"
@@ -309,7 +333,9 @@ def two_tokens() -> Claim:
 def refining() -> Claim:
     """Seen where the judge's bits fall after every pass by more than two standard errors of the
     fall, and every pass edits fewer tokens than the one before; in part where only the bits fall.
+    Not testable where the work of the blocks depends on the start.
     """
+    open_ = of_the_start()
     texts: dict[str, Rows] = {}
     for row in rows_of("fig6"):
         texts.setdefault(row["model"], []).append(row)
@@ -319,22 +345,30 @@ def refining() -> Claim:
         edits = [row["tokens edited"] for row in passes]
         refines = all(row["fall"] > 2 * row["fall ±"] for row in passes)
         narrows = all(after < before for before, after in pairwise(edits))
-        (fails if not refines else holds if narrows else halves).append(model)
+        if model not in open_:
+            (fails if not refines else holds if narrows else halves).append(model)
         shares = ", ".join(f"{share:.1%}" for share in edits)
         numbers.append(f"{model} {listed([row[JUDGED] for row in states], 2)}, edits {shares}")
     joined = "judge's bits in the noise and after every pass: " + "; ".join(numbers)
     claim = "passes refine the text from coarse to fine (figure 6)"
-    differs = "48 samples of 128 characters, seed 0"
-    here = f"{where(holds, fails)}; in {said(halves)} every pass improves the text, but edits do not get fewer"
+    differs = (
+        "48 samples of 128 characters, seed 0; the other start of Mix-1 had passes that refine "
+    )
+    differs += "([below](#where-results-differ-from-the-paper-and-why))"
+    here = f"{where(holds, fails, open_)}; in {said(halves)} every pass improves the text, but edits do not get fewer"
     return Claim(claim, here, joined, differs, "fig6")
 
 
 def bidirectional() -> Claim:
     """Seen in a model if the worst training with alternating directions, of all seeds and machines,
-    is ahead of the best one without by more than SURE.
+    is ahead of the best one without by more than SURE. Not testable where the language model is not
+    one block in all of them, or is a block whose direction stays.
     """
     found = bits("directions")
-    holds, fails, numbers = list[str](), list[str](), list[str]()
+    writers: dict[str, set[int]] = {}
+    for row in rows_of("directions"):
+        writers.setdefault(row["model"].rpartition(", ")[0], set()).add(writer(row))
+    holds, fails, open_, numbers = list[str](), list[str](), list[str](), list[str]()
     for name, both in found.items():
         label, _, kind = name.rpartition(", ")
         if kind == ALTERNATING:
@@ -343,14 +377,18 @@ def bidirectional() -> Claim:
                 both + more[ALTERNATING],
                 found[f"{label}, {ONE_WAY}"] + more[ONE_WAY],
             )
-            (holds if max(all_ways) < min(one_way) - SURE else fails).append(label)
+            is_tested = writers[label] == {2}
+            is_ahead = max(all_ways) < min(one_way) - SURE
+            (open_ if not is_tested else holds if is_ahead else fails).append(label)
             off = [one - two for one, two in zip(one_way, all_ways, strict=True)]
             numbers.append(f"{label} {listed(off)}")
     claim = "alternating directions give context from both sides (section 3.3): they fit better"
     differs = "a quarter of the steps for affine and Mix-1; affine with seeds 0, 1, then these on another machine "
     differs += "([log](../log.md#2026-11-29-both-directions))"
+    differs += "; the language model of Mix-1, block 3, runs left to right in both; that of affine, left to right, is "
+    differs += "another block by seed"
     joined = f"bits that alternating directions take off: {'; '.join(numbers)}"
-    return Claim(claim, where(holds, fails), joined, differs, "directions")
+    return Claim(claim, where(holds, fails, open_), joined, differs, "directions")
 
 
 def recovered() -> Iterator[Claim]:
@@ -389,8 +427,8 @@ def recovered() -> Iterator[Claim]:
 
 
 def upper_blocks() -> Claim:
-    """Seen if every seed saves more than SURE: over block 1; over a new model of block 2's five layers;
-    by a map of the noise, at either rate, over block 1.
+    """Seen if every seed saves more than SURE: over block 1; by reading the text alone over a new
+    baseline of block 2's five layers; by a map of the noise, at either rate, over block 1.
     """
     rows = rows_of("cipher")
     of_mixd, of_ar = (cipher.ON_MIXD, cipher.HEAD), (cipher.ON_AR, cipher.HEAD)
@@ -402,18 +440,17 @@ def upper_blocks() -> Claim:
         return all(value > SURE for value in values)
 
     over_block_1 = off((of_mixd, (cipher.ON_MIXD, None)), (of_ar, (cipher.ON_AR, None)))
-    over_new = off((of_mixd, (cipher.FIVE_MIXD, None)), (of_ar, (cipher.FIVE_AR, None)))
+    alone = (cipher.ON_MIXD, cipher.ALONE)
+    over_new = off((alone, (cipher.FIVE_AR, None)), (alone, (cipher.FIVE_MIXD, None)))
     block_1: cipher.Named = (cipher.ON_MIXD, None)
     by_noise = off(*(((cipher.ON_MIXD, arm), block_1) for arm in (cipher.NOISE, cipher.FAST_NOISE)))
     [by_text] = off(((cipher.ON_MIXD, cipher.TEXT), block_1))
     here = f"{verdict(all(map(sure, over_block_1)))} if it reads the text; "
-    here += f"{verdict(all(map(sure, over_new)))} that this is more than a new model of as many layers has; "
+    here += f"{verdict(sure(over_new[0]))} that this is more than a new baseline of as many layers has; "
     here += f"{verdict(any(map(sure, by_noise)))} if it reads the noise"
     numbers = f"bits off block 1, by the head of a block that reads the text: Mix-d {listed(over_block_1[0])}, "
-    numbers += (
-        f"AR {listed(over_block_1[1])}; off new models of five layers {listed(over_new[0])}, "
-    )
-    numbers += f"{listed(over_new[1])}; by Mix-1 that reads the noise, at two rates {listed(by_noise[0])}, "
+    numbers += f"AR {listed(over_block_1[1])}; by one that reads the text alone, off new models of five layers: "
+    numbers += f"AR {listed(over_new[0])}, Mix-d {listed(over_new[1])}; by Mix-1 that reads the noise, at two rates {listed(by_noise[0])}, "
     numbers += f"{listed(by_noise[1])}, and the text {listed(by_text)}"
     claim = "a block above a frozen block 1 of tied Mix-d adds to it (question of our own)"
     differs = "block 1 of one layer, block 2 of five, left to right, 1,300 steps each"
@@ -449,16 +486,10 @@ def geometry() -> Claim:
 def work_of_blocks() -> Iterator[Claim]:
     """A block works if it takes more off the KL divergence than two standard errors and a
     thousandth of a nat. Appendix C holds if no block leaves its output further from the prior than
-    its input, by more than these. Not testable where the seeds of directions, at a quarter of the
-    steps, disagree: another block became the language model.
+    its input, by more than these. Not testable where the work of the blocks depends on the start.
     """
     working, idle, normal, away, gains, divergences = ([] for _ in range(6))
-    all_work: dict[str, list[bool]] = {}
-    for row in rows_of("directions"):
-        label, _, kind = row["model"].rpartition(", ")
-        if kind == ALTERNATING:
-            all_work.setdefault(label, []).append(min(nats_of(row)) > 0)
-    open_ = [label for label, seeds in all_work.items() if len(set(seeds)) > 1]
+    open_ = of_the_start()
     for (model, reading), states in states_of().items():
         if reading == UP:
             errors = [row["kl_gain ±"] / row["sequences"] ** 0.5 for row in states[1:]]
@@ -473,13 +504,10 @@ def work_of_blocks() -> Iterator[Claim]:
             gains.append(f"{model} {listed([gain for gain, _ in taken], 4)}")
             divergences.append(f"{model} {listed(kl, 2)}")
     numbers = f"nats per token that blocks 1, 2, 3 take off the KL divergence: {'; '.join(gains)}"
-    lottery = "seed 0"
-    if open_:
-        lottery += f"; by seed all blocks of {said(open_)} do, at a quarter of the steps ([directions](directions.md))"
-    claim, differs = (
-        "every block does part of the work",
-        f"{lottery}; the paper shows no KL per block",
-    )
+    differs = "seed 0; the gain of one block of a joint stack may be negative although it helps those above; "
+    differs += "with the other start all blocks of Mix-1 take something off in three of four seeds ([lottery](lottery.md))"
+    claim = "every block does part of the work"
+    differs += "; the paper shows no KL per block"
     yield Claim(claim, where(working, idle, open_), numbers, differs, "fig7")
     numbers = f"nats per token from the prior before block 1 and after blocks 1, 2, 3: {'; '.join(divergences)}"
     claim = "every layer drives its output towards the prior (appendix C, [eq. 10b](../math.md))"
@@ -507,7 +535,7 @@ def operations() -> Claim:
 def quality() -> Iterator[Claim]:
     """Close: within 5 % of the perplexity of the baseline, or of real text, and 0.05 of the MAUVE of
     the baseline. Behind: by more than two standard errors of the difference in perplexity; by more
-    than 0.02 in MAUVE.
+    than 0.05 in MAUVE.
     """
     found = {row["model"]: row for row in rows_of("table6")}
     ar, mixd, mix1 = found["AR"], found["Mix-d"], found["Mix-1"]
@@ -516,13 +544,13 @@ def quality() -> Iterator[Claim]:
     is_like_text = mixd["perplexity"] < 1.05 * found["real text"]["perplexity"]
     error = sum((row.get("perplexity ±") or 0.0) ** 2 for row in (mixd, mix1)) ** 0.5
     by_perplexity = mix1["perplexity"] > mixd["perplexity"] + 2 * error
-    by_mauve = mix1["MAUVE"] < mixd["MAUVE"] - 0.02
+    by_mauve = mix1["MAUVE"] < mixd["MAUVE"] - 0.05
     values = {
         key: [row[key] for row in found.values() if row[key]]
         for key in ("perplexity", "MAUVE", "entropy")
     }
     numbers = f"{', '.join(found)}: " + "; ".join(f"{key} {listed(x)}" for key, x in values.items())
-    differs = "500 samples of 256 characters, seed 0; our judge for GPT-2 Large"
+    differs = "500 samples of 256 characters, seed 0; our judge for GPT-2 Large, for Mix-1 one from another machine"
     claim = "sample quality: Mix-d comes close to the baseline and to real text (table 6)"
     here = f"to the baseline {verdict(is_like_ar)}; to real text {verdict(is_like_text)}"
     yield Claim(claim, here, numbers, differs, "table6")
