@@ -101,7 +101,7 @@ def writer(row: dict[str, Any]) -> int:
     return nats.index(max(nats)) + 1
 
 
-def of_the_start() -> list[str]:
+def depends_on_the_start() -> list[str]:
     """The families whose blocks all take something off in some trainings of lottery, and not in
     others, which differ by the start and the seed.
     """
@@ -261,19 +261,12 @@ def components() -> Iterator[Claim]:
         f"27 tokens, one seed; block 1 starts, by which seeds differ by up to {spread:.2f} bits "
     )
     differs += f"([lottery](lottery.md)); pairs of neighbours have {PAIRS} bits"
-    for claim, holds, by in (
-        (
-            "K = 1 far worse than K above 1 (figure 4)",
-            first > max(others) + 0.1,
-            first - max(others),
-        ),
-        (
-            "all K above 1 work equally well (figure 4)",
-            max(others) - min(others) < 0.05,
-            max(others) - min(others),
-        ),
+    worse, apart = first - max(others), max(others) - min(others)
+    for claim, gap, holds in (
+        ("K = 1 far worse than K above 1 (figure 4)", worse, worse > 0.1),
+        ("all K above 1 work equally well (figure 4)", apart, apart < 0.05),
     ):
-        here = verdict(holds) if min(others) < PAIRS and by > spread else NOT_TESTABLE
+        here = verdict(holds) if min(others) < PAIRS and gap > spread else NOT_TESTABLE
         yield Claim(claim, here, numbers, differs, "fig4")
         numbers = differs = "as above"
     claim = "a thousandth of the tokens suffices as K (64 of 50,257, section 4)"
@@ -335,7 +328,7 @@ def refining() -> Claim:
     fall, and every pass edits fewer tokens than the one before; in part where only the bits fall.
     Not testable where the work of the blocks depends on the start.
     """
-    open_ = of_the_start()
+    open_ = depends_on_the_start()
     texts: dict[str, Rows] = {}
     for row in rows_of("fig6"):
         texts.setdefault(row["model"], []).append(row)
@@ -489,7 +482,7 @@ def work_of_blocks() -> Iterator[Claim]:
     its input, by more than these. Not testable where the work of the blocks depends on the start.
     """
     working, idle, normal, away, gains, divergences = ([] for _ in range(6))
-    open_ = of_the_start()
+    open_ = depends_on_the_start()
     for (model, reading), states in states_of().items():
         if reading == UP:
             errors = [row["kl_gain ±"] / row["sequences"] ** 0.5 for row in states[1:]]
