@@ -320,8 +320,7 @@ INPUTS = Recipe(
         "not said; in TarFlow, by a linear map. What does each way cost? (Block 1 is a model by "
         "itself here, over a baseline of as many layers: without convolution the better of two on "
         "the validation split, with an embedding table or with fixed codes "
-        "([yardstick](yardstick.md)). Means over seeds. In letters 650 steps are short and 2,600 "
-        "long; with pieces 260 are short.)"
+        "([yardstick](yardstick.md)). Means over seeds. 650 steps are short and 2,600 long.)"
     ),
     plan=partial(plan, cells=first_blocks),
     measure=partial(measure, cells=first_blocks),
