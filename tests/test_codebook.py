@@ -115,3 +115,4 @@ def test_sigma_starts_at_the_stated_share_of_the_distance_between_neighbours():
         book = Codebook(27, 5, separation=8.0)
     distance = typical_neighbour_distance(book.mean.detach())
     torch.testing.assert_close(book.log_std.exp(), torch.full((27,), distance / 8.0))
+    assert typical_neighbour_distance(torch.linspace(-2, 2, 50_257)[:, None]) > 7e-5

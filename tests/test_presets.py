@@ -6,12 +6,13 @@ from functools import cache
 import pytest
 import torch
 
+from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import FlowConfig, TransformerConfig
-from tarflowlm.presets import PRESETS, preset
+from tarflowlm.presets import PRESETS, preset, with_fields
 
 CORPORA = ("text8", "owt")
 VOCAB, CHANNELS, COMPONENTS = (
@@ -168,3 +169,9 @@ def test_a_plain_block_1_knows_nothing_of_the_codebook(name):
     assert not head.biases[0].any()
     assert head.evidence is None if name == "text8-mix1" else not head.evidence.any()
     assert torch.equal(head.scale, torch.ones(3))
+
+
+def test_a_coupling_is_a_field_of_a_block_alone():
+    assert with_fields(preset("mini-mixd"), {"model.blocks.1.coupling": "affine"})
+    with pytest.raises(UserError, match=r"^model\.coupling: unknown key"):
+        with_fields(preset("mini-mixd"), {"model.coupling": "mix1"})

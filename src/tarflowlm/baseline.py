@@ -29,7 +29,7 @@ class TokenLM(LanguageModel, Conditioner):
     is_exact = True
     config: BaselineConfig
     maps: numerics.Maps = numerics.REFERENCE
-    """Whether the loss is compiled where the model is on an accelerator."""
+    """The maps of the loss where the model is on an accelerator."""
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
@@ -104,7 +104,7 @@ class TokenLM(LanguageModel, Conditioner):
     ) -> Float[Tensor, "B T"]:
         """log p(x_t | x_<t) of every token, in nats, from the features of the positions."""
         inputs = self.token_features(features, self._in_patch(tokens)).flatten(0, 2)
-        targets = tokens.flatten()
+        targets = tokens.flatten().long()
         if self.config.vocab_size < FEWEST:
             logits = widen(self.head(inputs))
             return -F.cross_entropy(logits, targets, reduction="none").view(tokens.shape)

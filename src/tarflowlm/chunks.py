@@ -25,9 +25,9 @@ HELD_CPU = 2**22
 HELD_ACCELERATOR = 2**26
 """The same on an accelerator: 256 MiB fill it, and a large vocabulary takes some gigabytes."""
 KEPT = 2**24
-"""Largest softmax to keep for the backward, in elements, 64 MiB: a larger one is recomputed."""
+"""Largest result to keep for the backward, in elements, 64 MiB: a larger one is computed again."""
 LOGITS = 2**27
-"""Elements of the baseline's logits that are held at once: 512 MiB of float32."""
+"""The same for logits of a vocabulary, which cost more to compute: 512 MiB of float32."""
 
 BOUND_TOKENS_CPU = 2048
 """Tokens whose bounds a CPU computes together: an activation of 4 D channels stays in the cache."""

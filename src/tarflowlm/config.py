@@ -37,7 +37,8 @@ def check_alphabet(alphabet: str) -> None:
     check_type(alphabet, "alphabet", str, "give its characters, a str")
     repeats = len(set(alphabet)) < len(alphabet)
     if len(alphabet) < 2 or repeats or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
-        raise UserError(f"alphabet {alphabet!r:.80}: list two characters or more, each once")
+        remedy = "list two characters or more, each once, and no surrogates"
+        raise UserError(f"alphabet {alphabet!r:.80}: {remedy}")
 
 
 Kind = Literal["char", "byte", "bpe"]
@@ -111,7 +112,6 @@ class DataConfig(Checked):
     """Join the lines of every paragraph, for a text of your own that is wrapped by hand."""
 
 
-TrackerName = Literal["tensorboard", "wandb"]
 MODEL_TYPE = "tarflowlm"
 """First key of config.json, by which `transformers` knows whose model it is (docs/hub.md)."""
 
@@ -138,7 +138,7 @@ class OptimConfig(Checked):
     grad_clip: Positive = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     warmup: Share = 0.03
-    """Share of a stage, in steps or time, in which the rate rises linearly."""
+    """Share of a stage's steps in which the rate rises linearly."""
     decay: Share = 0.4
     """Share of a stage's steps in which the rate falls linearly to zero; constant in between."""
 
@@ -194,7 +194,7 @@ class TrainConfig(Checked):
     """Evenly spaced sequences of the test split in the final evaluation; 0 is all of it."""
     checkpoint_every: Count = 500
     """Steps between checkpoints; every stage ends with one."""
-    track: tuple[TrackerName, ...] = ()
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers that also receive the lines of metrics.jsonl (extra `track`)."""
 
     def rules(self) -> Iterator[tuple[str, str]]:

@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         """
 
     def train_only(self, block: int) -> None:
-        """Make only block `block` (0-based) trainable; 0 includes the codebook."""
+        """Make only block `block` (0-based) trainable; 0 leaves all trainable."""
         if block > 0:
             self.requires_grad_(False)
             as_flow(self).prior.block(block).requires_grad_(True)
@@ -298,8 +298,7 @@ class TarFlowLM(LanguageModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)
             log_normaliser = self.codebook.log_normaliser(z)
-        first, *rest = self.prior.log_prob_parts(z, frozen=frozen)
-        nats = log_normaliser - self._by_token(sum(rest, start=first))
+        nats = log_normaliser - self._by_token(self.prior.log_prob_by_position(z, frozen=frozen))
         return nats if per_token else nats.sum(-1)
 
     def _by_token(self, x: Float[Tensor, "B N"]) -> Float[Tensor, "B T"]:

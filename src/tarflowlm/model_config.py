@@ -53,7 +53,7 @@ class LanguageModelConfig(Checked):
     vocab_size: Whole = 0
     """Token types V; 0 takes it from the tokenizer."""
     context: Annotated[int, Range(least=2)] = 256
-    """Tokens T per training sequence; generated sequences are at most as long."""
+    """Tokens T per training sequence; longer texts are written in windows of as many."""
     patch: Count = 1
     """Tokens P per position; P divides the context."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)

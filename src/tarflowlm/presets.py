@@ -176,10 +176,9 @@ def _paper_flow(name: str) -> RunConfig:
         channel_mix=None,
         starts="last" if kind == "mix1" else "first",
     )
-    own = MIXD_OPTIM if kind == "mixd" else PLAIN_OPTIM
-    optim = own
+    optim = MIXD_OPTIM if kind == "mixd" else PLAIN_OPTIM
     if not is_mini:
-        optim = replace(baseline.optim, codebook_lr_scale=own.codebook_lr_scale)
+        optim = replace(baseline.optim, codebook_lr_scale=optim.codebook_lr_scale)
     train = replace(baseline.train, mode="joint")
     if kind == "mixd":
         steps = train.num_steps
@@ -302,9 +301,10 @@ def with_fields(run: RunConfig, values: Mapping[str, object]) -> RunConfig:
         *parents, last = [int(key) if key.isdigit() else key for key in name.split(".")]
         try:
             place = reduce(operator.getitem, parents, changed)
-            # drop the options of the old coupling
-            for key in set(place) - {"layers"} if last == BlockConfig.KEY else ():
-                del place[key]
+            if last == BlockConfig.KEY and last in place:
+                # without the options of the old coupling
+                for key in set(place) - {"layers"}:
+                    del place[key]
             place[last] = to_dict(value)
         except (LookupError, TypeError):
             listed = "`tarflowlm train PRESET --help` lists them"

@@ -184,3 +184,10 @@ def test_nan_stays_in_its_row_and_leading_shapes_are_free():
     back = rosenblatt_inverse(u, log_w.view(2, 3, 5), mean, log_std)
     assert back.isnan().any(-1).flatten().tolist() == [i == 2 for i in range(6)]
     torch.testing.assert_close(back[0, 0], z[0])
+
+
+@pytest.mark.parametrize("rows", [(), (0,)])
+def test_no_rows(rows):
+    _, log_w, mean, log_std = codebook_case(1, 5, 3, 7)
+    u = torch.empty(0, 3, dtype=mean.dtype)
+    assert rosenblatt_inverse(u, log_w[0].expand(*rows, 5), mean, log_std).shape == (0, 3)

@@ -9,7 +9,7 @@ per token, C = P d, D width, K components, G groups of C / G channels.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ def full_precision(like: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of `like`, and on CUDA without TF32."""
     if like.is_cuda:
         return _without_tf32()
-    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+    kind = "cpu" if like.is_meta else like.device.type
+    # entering none is faster
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tarflowlm.flow.couplings import (
     Inverter,
     Latents,
     OneFeature,
+    each,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.plan import BlockShape
@@ -98,10 +99,7 @@ class ChannelCoupling(Coupling):
     def conditionals(
         self, features: OneFeature, weights: HeadWeights | None = None
     ) -> Conditionals:
-        walk = self.head.walk(features, weights)
-        z = None
-        for _ in range(self.head.groups):
-            z = yield self._conditional(walk.send(z))
+        return each(self.head.walk(features, weights), self.head.groups, self._conditional)
 
     def _conditional(self, parameters: list[Tensor]) -> Conditional:
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,8 @@ def typical_neighbour_distance(points: Tensor) -> float:
     if len(points) < 2 or points.is_meta:
         return 2.0
     sample = points[:1024]
-    distance = torch.cdist(sample, points)
+    # numbers may be so near one another that the products of cdist would cancel
+    distance = (sample - points.T).abs() if points.shape[1] == 1 else torch.cdist(sample, points)
     distance[torch.arange(len(sample)), torch.arange(len(sample))] = math.inf
     return distance.min(-1).values.median().item()
 

@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import REFERENCE, Maps, log_standard_normal
 from tarflowlm.flow.plan import BlockShape
 
@@ -19,11 +20,14 @@ OneLatent = Float[Tensor, "B C"]
 OneFeature = Float[Tensor, "B D"]
 Gumbel = Float[Tensor, "B G K"]
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
 
 Inverter = Callable[..., Tensor]
-"""`Coupling.invert` with a copy of the weights that the network had when it was made."""
+"""`Coupling.invert`, which may read a copy of the weights that the network had when it was made."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,15 @@ class Conditional:
 
 Conditionals = Generator[Conditional, Tensor | None, None]
 """Yields the conditional of each group of a position; the caller sends back the value z_g."""
+
+
+def each(
+    walk: Generator[Item, Tensor | None, None], num: int, make: Callable[[Item], Made]
+) -> Generator[Made, Tensor | None, None]:
+    """make(item) of the first `num` items of `walk`, which gets what the caller sends."""
+    z = None
+    for _ in range(num):
+        z = yield make(walk.send(z))
 
 
 class Coupling(nn.Module):
@@ -102,9 +115,10 @@ class Coupling(nn.Module):
         gumbel: Gumbel | None,
     ) -> OneLatent:
         z: list[Tensor] = []
-        for g, u_g in enumerate(u.split(self.group, -1)):
-            conditional = conditionals.send(z[-1] if z else None)
-            z.append(conditional.inverse(u_g, adjust, None if gumbel is None else gumbel[:, g]))
+        with full_precision(u):
+            for g, u_g in enumerate(u.split(self.group, -1)):
+                conditional = conditionals.send(z[-1] if z else None)
+                z.append(conditional.inverse(u_g, adjust, None if gumbel is None else gumbel[:, g]))
         return torch.cat(z, -1)
 
     def inverter(self) -> Inverter:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tarflowlm.flow import full_precision
 from tarflowlm.flow.couplings import (
     AdjustWeights,
     ByPosition,
@@ -89,20 +90,21 @@ def complete(
     noise: list[Tensor] = []
     log_p = u.new_zeros(is_known.shape)
     groups = zip(u.split(coupling.group, -1), known.split(coupling.group, -1), strict=True)
-    for g, (u_g, known_g) in enumerate(groups):
-        conditional = conditionals.send(z[-1] if z else None)
-        token = g * coupling.group * P // channels
-        z_g = known_g
-        if not every[token]:
-            gumbel_g = None if gumbel is None else gumbel[:, g]
-            z_g = conditional.inverse(u_g, adjust, gumbel_g)
-        if some[token]:
-            given_u, log_det = conditional.forward(known_g)
-            density = log_det + standard_normal_log_prob(given_u)
-            here = mask[:, token, None]
-            z_g = torch.where(here, known_g, z_g)
-            u_g = torch.where(here, given_u, u_g)
-            log_p[:, token] += torch.where(here[:, 0], density, 0.0)
-        z.append(z_g)
-        noise.append(u_g)
+    with full_precision(u):
+        for g, (u_g, known_g) in enumerate(groups):
+            conditional = conditionals.send(z[-1] if z else None)
+            token = g * coupling.group * P // channels
+            z_g = known_g
+            if not every[token]:
+                gumbel_g = None if gumbel is None else gumbel[:, g]
+                z_g = conditional.inverse(u_g, adjust, gumbel_g)
+            if some[token]:
+                given_u, log_det = conditional.forward(known_g)
+                density = log_det + standard_normal_log_prob(given_u)
+                here = mask[:, token, None]
+                z_g = torch.where(here, known_g, z_g)
+                u_g = torch.where(here, given_u, u_g)
+                log_p[:, token] += torch.where(here[:, 0], density, 0.0)
+            z.append(z_g)
+            noise.append(u_g)
     return torch.cat(z, -1), torch.cat(noise, -1), log_p

@@ -24,6 +24,7 @@ from tarflowlm.flow.couplings import (
     Latents,
     OneFeature,
     OneLatent,
+    each,
 )
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.plan import BlockShape, NoisyCodebook
@@ -114,15 +115,10 @@ class MixDCoupling(Coupling):
     def log_weights(self, features: OneFeature) -> Generator[Tensor, Tensor | None, None]:
         """Yields log w [B, K] of every token in turn; the caller sends its latents [B, d]."""
         walk = self.token_features.walk(features)
-        z = None
-        for _ in range(self.patch):
-            z = yield widen(self.weight_head(walk.send(z)))
+        return each(walk, self.patch, lambda c: widen(self.weight_head(c)))
 
     def conditionals(self, features: OneFeature) -> Conditionals:
-        walk = self.log_weights(features)
-        z = None
-        for _ in range(self.patch):
-            z = yield self.conditional(walk.send(z))
+        return each(self.log_weights(features), self.patch, self.conditional)
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)

@@ -147,22 +147,22 @@ class Prior(nn.Module):
 
     def log_prob(self, z: Float[Tensor, "B T d"], *, above: int = 0) -> Float[Tensor, " B"]:
         """log p(z), in nats; with `above` z is the state h^(above), under the blocks above it."""
-        first, *rest = (part.sum(-1) for part in self.log_prob_parts(z, above=above))
-        return sum(rest, start=first)
+        return self.log_prob_by_position(z, above=above).sum(-1)
 
-    def log_prob_parts(
+    def log_prob_by_position(
         self, z: Float[Tensor, "B T d"], *, above: int = 0, frozen: int = 0
-    ) -> list[Float[Tensor, "B N"]]:
-        """log|det J_l| of all blocks but the last, and its density (docs/math.md, eqs. 4 and 6).
+    ) -> Float[Tensor, "B N"]:
+        """The part of every position in log p(z), in nats (docs/math.md, eqs. 4 and 6).
 
-        By position, in nats. The first `frozen` blocks run without a graph.
+        It is the sum of log|det J_l| over all blocks but the last, and of the density of that. The
+        first `frozen` blocks run without a graph.
         """
         h = self.patch(z)
         if above == len(self.blocks):
-            return [log_standard_normal(h).sum(-1)]
-        parts: list[Tensor] = []
+            return log_standard_normal(h).sum(-1)
+        log_dets = h.new_zeros(h.shape[:2])
         for index in range(above, len(self.blocks) - 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
                 h, log_det = self.block(index)(h)
-            parts.append(log_det)
-        return [*parts, self.block(-1).log_prob(h)]
+            log_dets = log_dets + log_det
+        return log_dets + self.block(-1).log_prob(h)

@@ -385,4 +385,6 @@ class Conditioner(nn.Module):
 
         `first`: begin at the first position of the sequence; then there is one more than in `past`.
         """
-        return cache.extend(self._inputs(cache.embed, past, first))
+        with full_precision(past):
+            inputs = self._inputs(cache.embed, past, first)
+        return cache.extend(inputs)

@@ -9,7 +9,7 @@ factors come last:
 
     Q(a) = erfc(a sqrt(1/2)) / 2,        N(a; 0, 1) = exp(-(a sqrt(1/2))^2) / sqrt(2 pi)
 
-Inverses take a fixed number of steps inside an exact bracket. Bisection shrinks the bracket of
+Inverses stay inside an exact bracket. Bisection, as often as the rows need it, shrinks that of
 docs/math.md, eq. 20, to the scale of the narrowest component. Then Newton steps finish. Everything
 is mirrored to u >= 0 as in `reference`. For a handful of mixtures, as in sampling one position at a
 time, `few_rows` is tried first.
@@ -253,7 +253,9 @@ def _gradients(
     of_mean.mul_(share)
     share.mul_(spread(grad_log_p))
     of_log_std = diff.mul_(of_mean).sub_(share)
-    of_log_w = share.sub_(weight.mul_(less if noise else spread(grad_log_p)))
+    # not in place: rows that share their weights have a single row of them
+    of_weight = torch.mul(weight, less if noise else spread(grad_log_p), out=space(6, n))
+    of_log_w = share.sub_(of_weight)
     of_params = (space.orient(g) for g in (of_log_w, of_mean, of_log_std))
     return (-of_mean.sum(axis), *of_params), size
 

@@ -110,7 +110,7 @@ def rosenblatt_inverse(
             found[row] = z
         else:
             left.append(row)
-    return torch.tensor(found, dtype=u.dtype), left
+    return torch.tensor(found, dtype=u.dtype).view_as(u), left
 
 
 def _row(

@@ -96,7 +96,7 @@ def choose_maps(model: nn.Module, *, compiled: bool) -> None:
             module.maps = COMPILED if compiled else REFERENCE  # type: ignore[assignment]
 
 
-def maps_for(like: Tensor, on_accelerators: Maps = REFERENCE) -> Maps:
+def maps_for(like: Tensor, on_accelerators: Maps) -> Maps:
     """The maps of tensors `like` this one."""
     return CPU if flow.is_eager_cpu(like) else on_accelerators
 
@@ -128,8 +128,8 @@ def mixture_cdf_inverse(
 ) -> Tensor:
     r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20).
 
-    Shapes, formats and errors: as `mixture_cdf`. Gradients are implicit (eq. 20a). The number of
-    steps is fixed, and nothing is clamped. NaN gives NaN, u = +-inf gives z = +-inf.
+    Shapes, formats and errors: as `mixture_cdf`. Gradients are implicit (eq. 20a). Nothing is
+    clamped. NaN gives NaN, u = +-inf gives z = +-inf.
     """
     shape, flat_u, params = flatten(u, log_w, mean, log_std)
     maps = maps_for(u, maps)
@@ -207,7 +207,7 @@ def rosenblatt_inverse(
         z = reference.rosenblatt_inverse(flat, weights, mean, log_std, mixture_cdf_inverse)
     else:
         z = maps_for(u, maps).rosenblatt_inverse(flat, weights, mean, log_std)
-    return z.view(*shape, -1)
+    return z.view(*shape, u.shape[-1])
 
 
 # --- derivatives
@@ -309,7 +309,7 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     counts = {p.shape[-1] for p in params}
     num_components = max(counts)
     if num_components == 0 or len(counts) > 1:
-        raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
+        raise ValueError(f"components {sorted(counts)}: give all parameters as many, at least 1")
     if z.ndim == 1 and all(p.shape == (len(z), num_components) for p in params):
         # unchanged: a sampler's step has few rows, so every view would cost time
         return z.shape, z, list(params)
@@ -332,8 +332,9 @@ def flatten_vectors(
     ValueError unless mean [K, d] and log_std [K] fit.
     """
     check_codebook(z, mean, log_std)
-    if log_w.shape[-1] != mean.shape[0]:
-        raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
+    if log_w.shape[-1] != mean.shape[0] or log_w.dtype != mean.dtype:
+        found = f"log_w of {log_w.shape[-1]} components and {log_w.dtype}"
+        raise ValueError(f"{found}: the codebook has {mean.shape[0]} and {mean.dtype}")
     if z.ndim == 2 and log_w.shape[:-1] == z.shape[:-1]:
         return z.shape[:1], z, log_w  # unchanged
     shape = torch.broadcast_shapes(z.shape[:-1], log_w.shape[:-1])
