@@ -205,10 +205,31 @@ def test_a_typed_space_is_kept_and_a_longer_text_begins_alike(build):
         longer = lm.write(start, num=9, max_new_tokens=6, **how)
         assert [a.startswith(b) for a, b in zip(longer, texts, strict=True)] == [True] * 9
         assert "".join(lm.stream(start, max_new_tokens=3, **how)) == texts[0]
-        mixed = lm.write(["the old cat", start], max_new_tokens=3, **how)
+        mixed = lm.write(["the old cat", start, f"a story of {start}"], max_new_tokens=3, **how)
         assert mixed[1].startswith(start)
+        assert mixed[2].startswith(f"a story of {start}")
+    for options in ({"without": "z"}, {"contains": "king"}, {"particles": 2}):
+        text = lm.write(start, num_tokens=12, seed=1, **options)
+        assert text.startswith(start)
     # beyond a window
     assert lm.write(start * 4, num_tokens=24, seed=1).startswith(start * 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ({"couplings": ("mixd",), "latent_dim": 8}, {"decoder": "sweeps"}),
+        ({"couplings": ("mixd", "affine"), "latent_dim": 8}, {}),
+        ({"couplings": ("mix1",), "latent_dim": 8}, {"particles": 3}),
+        ({"couplings": ("mixd",), "latent_dim": 8, "patch": 2}, {}),
+    ],
+)
+def test_a_typed_space_that_no_drawn_token_can_take_is_a_token_of_the_prompt(model, options):
+    tokenizer = load_tokenizer(FOLDER / "english-small")
+    flow = tiny_flow(vocab_size=tokenizer.vocab_size, context=16, log_std=-6.0, **model).float()
+    lm = tarflowlm.Pretrained(flow, tokenizer)
+    texts = lm.write("the old cat ", num=9, num_tokens=12, seed=1, **options)
+    assert [text.startswith("the old cat ") for text in texts] == [True] * 9
 
 
 def test_score(loaded):

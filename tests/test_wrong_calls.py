@@ -36,7 +36,7 @@ REFUSED = [
     ("elbo(flow, tokens[None], noise=noise[..., :3])", ["[1, 12, 3]", "give [1, 12, 8]"]),
     ("elbo(flow, tokens[None], noise=noise.double())", ["float64", "give", "float32"]),
     ("elbo(flow, tokens[None], noise=5)", ["noise 5", "[B, T, d]"]),
-    ("flow.codebook.encode(tokens, noise[0, :, :3])", ["[12, 3]", "d = 8"]),
+    ("flow.codebook.encode(tokens, noise[0, :, :3])", ["[12, 3]", "give [12, 8]"]),
     ("flow.prior(noise[..., :3])", ["[1, 12, 3]", "[B, N, 8]"]),
     ("flow.prior.inverse(noise[0])", ["[12, 8]"]),
     ("baseline.log_prob(tokens[None] + 99)", ["0 to 26"]),

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -161,7 +160,7 @@ def held(path: Path, timeout: float = -1) -> Iterator[None]:
     try:
         lock.acquire()
     except OSError as error:
-        if error.errno not in (ENOSYS, ENOLCK, EOPNOTSUPP):
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         logger.warning("%s: no locks on this file system; let only one process write", path.parent)
     try:

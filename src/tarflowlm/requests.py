@@ -84,7 +84,7 @@ class Tempered(Checked):
 
     temperature: Annotated[Temperature | None, arg("FLOAT")] = None
     """Raise the probabilities of tokens to the power 1 / temperature. The default is the model's
-    own, and 0.7 for edits.
+    own, and 0.7 for edits by models that have weights of tokens.
     """
 
 
@@ -124,7 +124,7 @@ class Adjustment:
     It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the fewest of
     the largest whose probabilities add up to `top_p`, then all of at least `min_p` times the
     largest probability (Nguyen et al. 2024). Dropped tokens, and the `banned` one, get the lowest
-    finite log-weight: probability zero.
+    log-weight of the format, or -inf: probability zero.
     """
 
     def __init__(self, options: Sampling, vocab_size: int, banned: int | None) -> None:
@@ -285,6 +285,8 @@ class Edit(Tempered, Draws):
     """With --level: how to invert a block, see `tarflowlm sample --help`."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
+        if "" in as_texts(self.rewrite):
+            yield "rewrite", "give at least one character"
         # a state takes both: noise of a strength, at a number of words
         if self.level is None and self.words is not None and self.strength != 0.1:
             yield "words", "leave it or the strength out"

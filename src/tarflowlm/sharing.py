@@ -59,7 +59,8 @@ def save_pretrained(
     target = place = Path(folder)
     if is_export(target):
         if not overwrite:
-            raise UserError(f"{target} exists already: choose another, or pass overwrite=True")
+            remedy = "remove it, choose another, or in Python pass overwrite=True"
+            raise UserError(f"{target} exists already: {remedy}")
         place = target.with_name(f".{target.name}.new")
         shutil.rmtree(place, ignore_errors=True)
     try:

@@ -3,6 +3,7 @@
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,18 +80,33 @@ def test_a_set_of_the_hub_is_fetched_once(folder, tmp_path, monkeypatch):
     ours = prepared(str(folder), BYTES, tmp_path / "ours")
     asked = []
 
-    def snapshot_download(name, *, repo_type, allow_patterns, local_dir):
+    def snapshot_download(name, *, repo_type, revision, allow_patterns, local_dir):
+        assert revision == "abc"
         asked.append((name, repo_type, allow_patterns))
         local_dir.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(local_dir)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    info = SimpleNamespace(sha="abc")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name: info)
     name = "hf:HuggingFaceFW/fineweb-edu/sample/10BT#text"
     for out in ("first", "second"):
         found = prepared(name, BYTES, tmp_path / out)
         assert found.fingerprint == ours.fingerprint
     assert asked == [("HuggingFaceFW/fineweb-edu", "dataset", "sample/10BT/*.parquet")]
     assert (sources_dir() / "HuggingFaceFW--fineweb-edu--sample--10BT").is_dir()
+
+
+def test_a_set_without_parquet_is_refused_each_time(tmp_path, monkeypatch):
+    info = SimpleNamespace(sha="abc")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name: info)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda *names, local_dir, **how: local_dir.mkdir(parents=True, exist_ok=True),
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"cannot fetch hf:a/b \(.*\*\.parquet"):
+            prepared("hf:a/b", BYTES, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["hf:nobody/nothing", "hf:", "hf:/", "hf:one"])

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,10 +213,13 @@ def test_openwebtext_is_fetched_once(in_parts, tmp_path, monkeypatch):
     expected = prepared("openwebtext", CHARS, tmp_path / "ours").fingerprint
     folder.rename(tmp_path / "theirs")
 
-    def snapshot_download(name, *, repo_type, allow_patterns, local_dir):
+    def snapshot_download(name, *, repo_type, revision, allow_patterns, local_dir):
+        assert revision == "abc"
         (tmp_path / "theirs").rename(local_dir / "plain_text")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    info = SimpleNamespace(sha="abc")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name: info)
     folder.with_name("openwebtext.partial").mkdir()
     for name in ("first", "second"):
         assert prepared("openwebtext", CHARS, tmp_path / name).fingerprint == expected

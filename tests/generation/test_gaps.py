@@ -1,6 +1,7 @@
 """Gaps of unknown length and constraints: particles give what enumeration gives."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from enumeration import V, probabilities, texts
 from torch import Tensor
 
 from helpers import tiny_ar, tiny_flow
+from tarflowlm.data import CharTokenizer
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate, write
 from tarflowlm.generation.inversion import finish
 from tarflowlm.generation.plan import plan
 from tarflowlm.generation.sampling import BLANK, row_generators
-from tarflowlm.requests import Sampling
+from tarflowlm.generation.texts import Samples
+from tarflowlm.pretrained import Pretrained
+from tarflowlm.requests import Sampling, Writing
 
 FLOW = {"vocab_size": V, "latent_dim": 1, "seed": 3}
 # codes that overlap: the estimate is one of the text, not of its latents
@@ -129,6 +133,29 @@ def test_texts_follow_their_probabilities_given_a_constraint(make, case):
     code = (found.tokens * V ** torch.arange(2).flip(0)).sum(-1)
     observed = torch.bincount(code, minlength=V**2).double() / 300
     assert (observed - joint / joint.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [None, " ab"])
+def test_words_that_a_text_must_contain_are_whole(prompt):
+    """Neither the start of a longer word, nor one of the prompt that goes on."""
+    model = tiny_ar(context=6, **AR)
+    lm = Pretrained(model, CharTokenizer(" ab", "none"))
+    request = Writing(
+        prompt=prompt, contains="a", num_tokens=6, num=300, particles=32, temperature=1.0
+    )
+    batches = list(Samples(request, lm).batches())
+    evidence = torch.cat([one.generation.evidence.log_evidence.exp() for one in batches])
+    drawn = [text for one in batches for text in one.texts]
+    joint = probabilities(model)
+    every = [lm.tokenizer.decode(text.tolist()) for text in texts(6)]
+    begun = torch.tensor([text.startswith(prompt or "") for text in every])
+    fits = begun & torch.tensor([re.search(r" a(?!\w)", text) is not None for text in every])
+    wanted = joint.double() * fits
+    error = evidence.std().item() / math.sqrt(300)
+    assert evidence.mean().item() == pytest.approx(wanted.sum().item(), abs=4 * error)
+    share = torch.tensor([drawn.count(text) / 300 for text in every])
+    assert (share - wanted / wanted.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
 
 
 @pytest.mark.slow

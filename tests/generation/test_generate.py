@@ -171,7 +171,7 @@ def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, option
         ({"num_tokens": 0}, "length 0: must be at least 1"),
         (
             {"prompt": torch.arange(5).repeat(2)[:8]},
-            "the prompt has 8 tokens, which leaves no room in 8",
+            "the given text has 8 tokens, which leaves no room in 8",
         ),
         (
             {"prompt": torch.zeros(3, dtype=torch.long), "num_tokens": 2},
@@ -179,7 +179,7 @@ def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, option
         ),
         ({"prompt": torch.tensor([1, 5])}, r"the prompt \[1, 5\] has tokens outside of 0 to 4"),
         ({"prompt": torch.tensor([-2])}, "tokens outside of 0 to 4"),
-        ({"prompt": torch.full((9,), -1)}, "the prompt has 9 tokens"),
+        ({"prompt": torch.full((9,), -1)}, "the given text has 9 tokens"),
         ({"particles": 0}, "particles 0"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"top_k": 0}, "top_k 0"),

@@ -106,7 +106,7 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
         ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
         (
             {"prompt": torch.zeros(9, dtype=torch.long)},
-            "the prompt has 9 tokens, which leaves no room in 9",
+            "the given text has 9 tokens, which leaves no room in 9",
         ),
     ],
 )

@@ -43,6 +43,10 @@ def test_seconds_add_up_over_stages(directory):
     record = read_record(directory)
     assert record.train["seconds"][-1] == pytest.approx(6 * 32 / 100 + 4 * 32 / 300 + 4 * 32 / 50)
     assert len(record.valid["seconds"]) == 0
+    # the first step of a compiled run has no time
+    lines[0]["tokens_per_second"] = 0.0
+    (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert read_record(directory).train["seconds"][0] == 0
 
 
 def test_incomplete_lines_and_an_empty_summary_are_left_out(directory):

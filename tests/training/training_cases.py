@@ -102,7 +102,7 @@ class Killer(Progress):
             self.action()
 
 
-def cut(run: RunConfig, out: Path, at: int, **options: Any) -> None:
+def cut(run: RunConfig | None, out: Path, at: int, **options: Any) -> None:
     """Train until event `at`, where the run dies."""
     with pytest.raises(Killed):
         go(run, out, Killer(at), **options)

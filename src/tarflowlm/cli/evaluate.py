@@ -58,7 +58,7 @@ def run(args: Args) -> None:
         }
         states = None
         if flow is not None and processes.first:
-            windows = eval_windows(text.tokens, flow.config.context, args.windows)
+            windows = eval_windows(text.tokens, context, args.windows)
             bars.stage("latents, windows", len(windows))
             states = latent_report(flow, windows, seed=args.seed, progress=bars)
     if args.json:

@@ -85,8 +85,9 @@ def _samples(args: Args, processes: "Processes") -> "Samples":
         writing = replace(writing, prompt=_read_prompts(args.prompts, writing, lm))
     samples = Samples(writing, lm, past_end=args.passes, processes=processes)
     context = lm.model.config.context
-    if args.passes and (lm.model.is_exact or samples.plans[0].num_tokens > context):
-        length = samples.plans[0].num_tokens - samples.plans[0].lead
+    longest = max(samples.plans, key=lambda plan: plan.num_tokens)
+    if args.passes and (lm.model.is_exact or longest.num_tokens > context):
+        length = longest.num_tokens - longest.lead
         what = "this is a baseline" if lm.model.is_exact else f"length {length} is more"
         raise UserError(f"--passes needs a flow, and at most its context of {context}: {what}")
     if samples.follows_loosely:

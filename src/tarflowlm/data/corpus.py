@@ -86,12 +86,14 @@ class Corpus:
 
 def is_prepared(source: str) -> bool:
     """Whether `source` is the directory of a corpus, and not the name of one."""
-    return source not in SOURCE_NAMES and os.path.isfile(os.path.join(source, META))
+    return source not in SOURCE_NAMES and os.path.isfile(
+        os.path.join(os.path.expanduser(source), META)
+    )
 
 
 def open_corpus(path: str | os.PathLike[str]) -> Corpus:
     """The corpus in directory `path`. UserError if a file is missing, truncated or foreign."""
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     try:
         meta: Meta = json.loads((folder / META).read_text(encoding="utf-8"))
         if meta["plan"][0] != VERSION:
@@ -123,7 +125,9 @@ def prepare_corpus(
     it. A `source` that is itself a prepared directory is opened in its place. UserError if a
     directory holds something else, or was prepared with another tokenizer.
     """
-    if out is None and is_prepared(text.source):
+    if is_prepared(text.source):
+        if out is not None:
+            raise UserError(f"{text.source} is prepared already: give its text")
         return _opened(text, tokenizer)
     config = text.tokenizer if tokenizer is None else None
     source = resolve_source(text, (tokenizer or text.tokenizer).normalization, progress=progress)
@@ -133,7 +137,7 @@ def prepare_corpus(
     key = asdict(text.tokenizer) if tokenizer is None else tokenizer.fingerprint
     plan = [VERSION, source.identity, source.state(), source.unwrap, key]
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode("ascii")).hexdigest()
-    cached = cache_root() / "corpora" / f"{Path(source.identity).name}-{digest[:16]}"
+    cached = cache_root() / "corpora" / f"{Path(source.identity).name[:50]}-{digest[:16]}"
     target = cached if out is None else Path(out).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with waiting_lock(target):

@@ -71,7 +71,7 @@ def read(
     space at either end if and only if it was given with white space there. Without normalisation
     the text becomes lower case for an alphabet without upper case. `normalize` replaces the
     tokenizer's normalisation. `goes_on`: the model continues the text, so if tokens hold the space
-    before a word, a space at the end is left to the next token, which must begin with it.
+    before a word, a space at the end is left to the next token, one of the reading's `begins`.
 
     UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or
     leaves nothing.
@@ -80,10 +80,9 @@ def read(
     how = normalize or tokenizer.normalization
     found = _normalized(tokenizer, text, how)
     _check_left(found, text, name, how)
-    tokens = _encode(tokenizer, found, goes_on and found != " ")
-    is_left = goes_on and found != " " and found.endswith(" ") and tokenizer.word_starts.any()
-    begins = torch.from_numpy(tokenizer.word_starts) if is_left else None
-    return Reading(tokens, found, text, begins)
+    begins = _with_space(tokenizer, found) if goes_on and found != " " else None
+    tokens = tokenizer.encode(found if begins is None else found[:-1])
+    return Reading(torch.from_numpy(tokens), found, text, begins)
 
 
 def read_template(
@@ -110,21 +109,21 @@ def read_template(
     _check_left("".join(pieces), "".join(texts), "template", how)
     parts: list[Tensor | Gap] = []
     for piece, mark in zip(pieces, marks, strict=False):
-        begins = None
-        if piece.endswith(" ") and tokenizer.word_starts.any() and mark != blank:
-            begins = torch.from_numpy(tokenizer.word_starts)
+        begins = _with_space(tokenizer, piece)
+        known = tokenizer.encode(piece if begins is None else piece[:-1])
         most = 1 if mark == blank else int(mark[4:-1] or LONGEST)
-        parts += [_encode(tokenizer, piece, goes_on=True), Gap(most, begins=begins)]
-    parts.append(_encode(tokenizer, pieces[-1]))
+        gap = Gap(most, begins=None if mark == blank else begins)
+        parts += [torch.from_numpy(known), gap]
+    parts.append(torch.from_numpy(tokenizer.encode(pieces[-1])))
     tokens = [torch.full((part.most,), BLANK) if isinstance(part, Gap) else part for part in parts]
     shown = "".join(piece + mark for piece, mark in zip(pieces, [*marks, ""], strict=True))
     given = unescaped(text, blank)
     return Reading(torch.cat(tokens), shown, given, parts=tuple(parts))
 
 
-def has_blanks(text: str, blank: str = "_") -> bool:
+def has_blanks(text: str) -> bool:
     """Whether a text is a template."""
-    return re.search(_mark(blank), text) is not None
+    return re.search(_mark("_"), text) is not None
 
 
 def _mark(blank: str) -> str:
@@ -159,7 +158,9 @@ def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
     A token that holds part of a character is left out with every letter that shares a byte with it.
     UserError if no token with a letter or digit is left.
     """
-    banned = {*letters.lower(), *letters.upper()}
+    # some letters have no capital, and become several
+    banned = {x for letter in letters for x in (letter, letter.lower(), letter.upper())}
+    banned = {x for x in banned if len(x) == 1}
     parts = {byte for byte in "".join(banned).encode() if byte > 127}
     free: list[bool] = []
     has_letters = False
@@ -174,10 +175,18 @@ def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
     return torch.tensor(free)
 
 
-def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
-    if goes_on and tokenizer.word_starts.any():
-        text = text.removesuffix(" ")
-    return torch.from_numpy(tokenizer.encode(text))
+def tokens_after_word(tokenizer: Tokenizer) -> Tensor | None:
+    """A mask [V] of the tokens that cannot continue a word; None if all can."""
+    texts = (token.decode("utf-8", errors="replace") for token in tokenizer.token_bytes)
+    # a token that begins inside a character may continue a word
+    mask = torch.tensor([re.match("[\\w\ufffd]", text) is None for text in texts])
+    return mask if mask.any() else None
+
+
+def _with_space(tokenizer: Tokenizer, text: str) -> Tensor | None:
+    """A mask [V] of the tokens that can take the space at the end of a text; None without them."""
+    can = text.endswith(" ") and tokenizer.word_starts.any()
+    return torch.from_numpy(tokenizer.word_starts) if can else None
 
 
 def check_text(text: str, name: str) -> None:
@@ -249,13 +258,14 @@ class TextStream:
         if self.has_stopped:
             return ""
         places = tokens.tolist()
-        if self.end in places:
+        is_last = self.end in places
+        if is_last:
             places = places[: places.index(self.end)]
-            self.has_ended = True
         self.length += len(places)
         piece = self._extend(self._decoder.decode(b"".join(self._bytes[i] for i in places)))
-        if self.has_ended:
+        if is_last and not self.has_stopped:
             piece += self.close()
+            self.has_ended = not self.has_stopped
             self.has_stopped = True
         return piece
 

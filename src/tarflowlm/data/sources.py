@@ -40,7 +40,7 @@ from tarflowlm.data.text import (
     unwrapped,
 )
 from tarflowlm.errors import SILENT, Progress, UserError, check_package, first_line
-from tarflowlm.files import cache_root, replacing
+from tarflowlm.files import cache_root, replacing, waiting_lock
 
 HUB = "hf:"
 """Prefix of the OWNER/NAME of a set of the hub."""
@@ -54,7 +54,7 @@ class Source(ABC):
     name: str
     """The name that the user gave."""
     identity: str
-    """A registered name, or the absolute path of a file."""
+    """A registered name, a set of the hub, or an absolute path, with #FIELD where it names one."""
     normalization: Normalization = "none"
     unwrap: bool = False
     """Whether the lines of paragraphs are joined."""
@@ -271,14 +271,23 @@ class Documents(Source):
         # another name until it is complete; the client continues a download that a kill left there
         incomplete = self.folder.with_name(f"{self.folder.name}.partial")
         owner, name, *inner = self.repository.split("/")
+        files = "/".join([*inner, "*.parquet"])
         try:
-            huggingface_hub.snapshot_download(
-                f"{owner}/{name}",
-                repo_type="dataset",
-                allow_patterns="/".join([*inner, "*.parquet"]),
-                local_dir=incomplete,
-            )
-            incomplete.rename(self.folder)
+            with waiting_lock(self.folder):
+                if self.files:
+                    return  # another process had the lock
+                # with a commit, the client checks that all of its files are there
+                commit = huggingface_hub.HfApi().dataset_info(f"{owner}/{name}").sha
+                huggingface_hub.snapshot_download(
+                    f"{owner}/{name}",
+                    repo_type="dataset",
+                    revision=commit,
+                    allow_patterns=files,
+                    local_dir=incomplete,
+                )
+                if not any(incomplete.rglob("*.parquet")):
+                    raise ValueError(f"it has no {files}")
+                incomplete.rename(self.folder)
         except Exception as error:  # hub, network and library errors share no base class
             what = f"cannot fetch {self.name} ({first_line(error)})"
             remedy = f"run this again, or put the hub's {self.repository} into {self.folder}"

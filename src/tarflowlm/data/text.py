@@ -65,7 +65,7 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
             try:
                 text = plain_line_ends("" + json.loads(line)[field])
                 text.encode()  # half of a surrogate pair is no text
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 what = f"line {number} of {path} is not an object with a text under {field!r}"
                 names = re.findall(r'"(\w+)": *"', line)  # of texts, if it is an object
                 known = [f"{path.name}{FIELD}{name}" for name in dict.fromkeys(names)]
@@ -251,8 +251,8 @@ def fair_shares(places: set[float], characters: int) -> tuple[float, float]:
     Validation and test get 5 % each, or about `LARGEST` characters. With 3 to `FEW` documents,
     whose `places` are known, this is rounded to whole documents, at least one.
     """
-    if len(SPLITS) <= len(places) <= FEW:
-        each = max(1, round(len(places) / 20))
-        return sorted(places)[-2 * each], sorted(places)[-each]
     held = min(5.0, 100 * LARGEST / characters)
+    if len(SPLITS) <= len(places) <= FEW:
+        each = max(1, round(len(places) * held / 100))
+        return sorted(places)[-2 * each], sorted(places)[-each]
     return 100 - 2 * held, 100 - held

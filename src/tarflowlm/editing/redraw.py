@@ -44,7 +44,7 @@ class Candidates:
     the white space at the ends of the span are preferred.
     """
     may_repeat: bool = False
-    """False: a candidate that repeats the old tokens is taken only if all do."""
+    """False: a candidate that repeats the old tokens is taken only if all with their spaces do."""
     lead: tuple[int, ...] = ()
     """Tokens put before a text whose first span is drawn, so that the span begins a word."""
 
@@ -172,9 +172,9 @@ def rewrite(
 ) -> Change:
     """Redraw the spans of every text, one after the other given everything else.
 
-    `spans[b]` are the spans of row b. If all candidates of a span repeat it, some of the `spare`
-    spans are tried instead, but none at either end of the text. `before` are the texts to compare
-    with, by default the same; `aligned` as in `compared`. The progress advances once per span.
+    `spans[b]` are the spans of row b. If a span stays as it was, some of the `spare` spans are
+    tried instead, but none at either end of the text. `before` are the texts to compare with, by
+    default the same; `aligned` as in `compared`. The progress advances once per span.
     """
     source.progress.stage("redrawing, pieces", sum(map(len, spans)))
     length = source.text.length

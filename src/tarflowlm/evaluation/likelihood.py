@@ -68,7 +68,8 @@ class Likelihood:
     @property
     def bpc(self) -> float:
         """Bits per character of the text."""
-        return bits(self.nats_per_token) * self.tokens / self.characters
+        total = bits(self.nats_per_token) * self.tokens
+        return total / self.characters if self.characters else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -163,17 +163,15 @@ def scores(
     of_length: dict[int, list[int]] = defaultdict(list)
     for index, tokens in enumerate(texts):
         of_length[len(tokens)].append(index)
-    windows = 0
-    for length, indices in of_length.items():
-        whole = length + -length % patch
-        parts = spans(whole, context, patch=patch, overlap=model.num_blocks == 1)
-        windows += draws * len(indices) * len(parts)
-    progress.stage("scoring, windows", windows)
+    overlap = model.num_blocks == 1
+    bounds = {n: spans(n + -n % patch, context, patch=patch, overlap=overlap) for n in of_length}
+    windows = sum(len(indices) * len(bounds[n]) for n, indices in of_length.items())
+    progress.stage("scoring, windows", draws * windows)
     found: dict[int, Scores] = {}
     for length, indices in of_length.items():
         for some in chunks.row_ranges(len(indices), length, chunks.EVALUATED_TOKENS):
             rows = torch.stack([texts[index] for index in indices[some]])
-            nats = _mean_nats(model, rows, draws, seed, progress)
+            nats = _mean_nats(model, rows, bounds[length], draws, seed, progress)
             for index, of_text in zip(indices[some], nats, strict=True):
                 shares, beyond = bits(of_text).tensor_split([length], dim=1)
                 blocks = None
@@ -186,7 +184,12 @@ def scores(
 
 
 def _mean_nats(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], draws: int, seed: int, progress: Progress
+    model: LanguageModel,
+    tokens: Int[Tensor, "B T"],
+    windows: list[tuple[int, int]],
+    draws: int,
+    seed: int,
+    progress: Progress,
 ) -> Float[Tensor, "B rows T_filled"]:
     """Nats of every token, and for a flow every block's log-determinant at it.
 
@@ -195,9 +198,6 @@ def _mean_nats(
     patch = model.config.patch
     filler = tokens.repeat(1, patch)[:, : -tokens.shape[1] % patch]
     whole = torch.cat((tokens, filler), dim=1).to(model.device)
-    windows = spans(
-        whole.shape[1], model.config.context, patch=patch, overlap=model.num_blocks == 1
-    )
     givens = [0, *(end - start for (_, end), (start, _) in pairwise(windows))]
     shapes = [(end - start, given) for (start, end), given in zip(windows, givens, strict=True)]
     generators = [Generator(device=model.device).manual_seed(seed) for _ in tokens]

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision, numerics
 from tarflowlm.flow.couplings import (
     AdjustWeights,
@@ -23,7 +22,6 @@ from tarflowlm.flow.couplings import (
     Inverter,
     Latents,
     OneFeature,
-    each,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.plan import BlockShape
@@ -99,7 +97,10 @@ class ChannelCoupling(Coupling):
     def conditionals(
         self, features: OneFeature, weights: HeadWeights | None = None
     ) -> Conditionals:
-        return each(self.head.walk(features, weights), self.head.groups, self._conditional)
+        walk = self.head.walk(features, weights)
+        z = None
+        for _ in range(self.head.groups):
+            z = yield self._conditional(walk.send(z))
 
     def _conditional(self, parameters: list[Tensor]) -> Conditional:
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +133,6 @@ class AffineCoupling(ChannelCoupling):
 
     def __init__(self, *, channels: int, head: HeadShape, group: int = 1) -> None:
         super().__init__()
-        if channels % group:
-            raise UserError(f"group {group}: must divide the {channels} channels")
         self.group = group
         self.head = AutoregressiveHead(
             head,
@@ -176,8 +175,6 @@ class Mix1Coupling(ChannelCoupling):
         self, *, channels: int, components: int, head: HeadShape, spread: float = 0.3
     ) -> None:
         super().__init__()
-        if components < 1:
-            raise UserError(f"components {components}: must be at least 1")
         self.head = AutoregressiveHead(
             head, groups=channels, channels=1, outputs=(components,) * 3, log_std_last=True
         )

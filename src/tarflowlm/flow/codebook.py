@@ -70,9 +70,6 @@ class Codebook(nn.Module):
     ) -> None:
         """`mean` is given, with any sigma, where weights are about to be loaded."""
         super().__init__()
-        if vocab_size < 1 or dim < 1 or not 0 < separation < math.inf:
-            what = f"vocab_size {vocab_size}, dim {dim}, separation {separation}"
-            raise UserError(f"{what}: give sizes of at least 1 and a separation above 0")
         log_std = 0.0
         if mean is None:
             mean = spread_means(vocab_size, dim)
@@ -93,7 +90,7 @@ class Codebook(nn.Module):
         """
         if noise.shape != (*tokens.shape, self.mean.shape[1]):
             found = f"noise {list(noise.shape)} for tokens {list(tokens.shape)}"
-            raise UserError(f"{found}: give d = {self.mean.shape[1]} numbers for each token")
+            raise UserError(f"{found}: give {[*tokens.shape, self.mean.shape[1]]}")
         flat = tokens.flatten()  # index_select has a much faster backward than indexing
         std = self.log_std.index_select(0, flat).exp().view(*tokens.shape, 1)
         return self.mean.index_select(0, flat).view_as(noise) + std * noise

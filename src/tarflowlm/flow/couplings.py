@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,9 +19,6 @@ ByPosition = Float[Tensor, "B N"]
 OneLatent = Float[Tensor, "B C"]
 OneFeature = Float[Tensor, "B D"]
 Gumbel = Float[Tensor, "B G K"]
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
@@ -44,15 +41,6 @@ class Conditional:
 
 Conditionals = Generator[Conditional, Tensor | None, None]
 """Yields the conditional of each group of a position; the caller sends back the value z_g."""
-
-
-def each(
-    walk: Generator[Item, Tensor | None, None], num: int, make: Callable[[Item], Made]
-) -> Generator[Made, Tensor | None, None]:
-    """make(item) of the first `num` items of `walk`, which gets what the caller sends."""
-    z = None
-    for _ in range(num):
-        z = yield make(walk.send(z))
 
 
 class Coupling(nn.Module):

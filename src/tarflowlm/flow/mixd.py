@@ -24,7 +24,6 @@ from tarflowlm.flow.couplings import (
     Latents,
     OneFeature,
     OneLatent,
-    each,
 )
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.plan import BlockShape, NoisyCodebook
@@ -115,25 +114,32 @@ class MixDCoupling(Coupling):
     def log_weights(self, features: OneFeature) -> Generator[Tensor, Tensor | None, None]:
         """Yields log w [B, K] of every token in turn; the caller sends its latents [B, d]."""
         walk = self.token_features.walk(features)
-        return each(walk, self.patch, lambda c: widen(self.weight_head(c)))
+        z = None
+        for _ in range(self.patch):
+            z = yield widen(self.weight_head(walk.send(z)))
 
     def conditionals(self, features: OneFeature) -> Conditionals:
-        return each(self.log_weights(features), self.patch, self.conditional)
+        walk = self.log_weights(features)
+        z = None
+        for _ in range(self.patch):
+            z = yield self.conditional(walk.send(z))
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)
         tokens = z.reshape(-1, self.latent_dim)
         some = torch.is_grad_enabled() or not self.is_tied
         rows = self._held_rows(z) if some else len(tokens)
-        mapped = chunks.in_parts(self._map, rows, tokens, token_features)
+        mapped = chunks.in_parts(
+            lambda z, c: self.conditional(lambda at: widen(self.weight_head(c[at]))).forward(z),
+            rows,
+            tokens,
+            token_features,
+        )
         u, log_det = (torch.cat(parts) for parts in zip(*mapped, strict=True))
         return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
 
     def _held_rows(self, like: Tensor) -> int:
         return chunks.rows_at_once(self.weight_head.out_features, chunks.held(like.device))
-
-    def _map(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.conditional(lambda rows: widen(self.weight_head(features[rows]))).forward(z)
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return self.token_log_prob(z, features).sum(-1)

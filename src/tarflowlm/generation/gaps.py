@@ -57,7 +57,8 @@ class Pieces(TokenRows):
     def draw(self, gumbel: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """Write one token by numbers [B, V] and noise [B, d], among those in `mask` [V] or [B, V].
 
-        Returns the log-weight [B] of the draw, in nats: the log-probability of the mask.
+        Returns the log-weight [B] of the draw, in nats: the log-probability of the mask, and for a
+        flow the other factor of its draw (docs/math.md, eq. 23).
         """
         features = self.features(self.at, self.at + 1)[:, 0]
         log_w = next(self.law.log_weights(features))
@@ -135,7 +136,8 @@ class GapFilter:
         if not self.plan.continues:
             self.allowed = None
         # masks and upper blocks weight the rest of the text, too; else one particle can write it
-        is_weighed = self.allowed is not None or self.model.num_blocks > 1
+        masks = self.allowed, self.plan.begins
+        is_weighed = any(mask is not None for mask in masks) or self.model.num_blocks > 1
         if is_weighed:
             self._finish()
         if self.flow is not None and self.flow.num_blocks > 1:
@@ -233,10 +235,13 @@ class GapFilter:
                 rows.at = end + gap.least + place
                 score = gained[:, gap.least + place] + weight(rows.add(piece, values[own]))
                 if gap.once:
-                    # the piece must not occur earlier
-                    places = rows.tokens[:, : rows.at, 0].unfold(1, len(piece), 1)
-                    is_second = (places == piece.to(places)).all(-1)[:, :-1].any(1)
-                    score[is_second.cpu()] = -torch.inf
+                    # the piece must not begin before, but in the text before the gap
+                    text = rows.tokens[:, max(0, end - len(piece) + 1) : rows.at, 0].cpu()
+                    found = (text.unfold(1, len(piece), 1) == piece).all(-1)[:, :-1]
+                    if self.plan.begins is not None:
+                        # a word that goes on is another one
+                        found &= self.plan.begins[text[:, len(piece) :]]
+                    score[found.any(1)] = -torch.inf
                 scores[own, place] = score
         log_w = self.log_w[:, None] + scores
         self.candidates = log_w.view(len(self.weights.log_w), -1)
@@ -324,4 +329,5 @@ class GapFilter:
         numbers = self.noise.normal(num_tokens), self.noise.draws(num_tokens, index=0)
         for own, rows in self._groups():
             left = num_tokens - rows.at
-            self._draw(own, rows, Gap(most=left, least=left), numbers)
+            rest = Gap(most=left, least=left, begins=self.plan.begins)
+            self._draw(own, rows, rest, numbers)

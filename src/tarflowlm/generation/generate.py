@@ -78,9 +78,9 @@ def generate(
     (docs/math.md, eq. 23).
 
     `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
-    block 1 tied to the codebook, to the power 1 / tau; `top_k` and `top_p` truncate them. Other
-    flows refuse. In a stack that fills in (eq. 9a) they change the weights of all blocks, or with
-    several particles the weights of block 1 alone.
+    block 1 tied to the codebook, to the power 1 / tau; `top_k`, `top_p` and `min_p` truncate them.
+    Other flows refuse. In a stack that fills in (eq. 9a) they change the weights of all blocks, or
+    with several particles the weights of block 1 alone.
 
     `num_tokens` may exceed the trained context (eq. 18b), with one particle and no blanks between
     given tokens.
@@ -179,7 +179,7 @@ def _parts(model: LanguageModel, prompt: object) -> list[Tensor | Gap]:
                 raise UserError(f"gap of {part.least} to {part.most} tokens: give least <= most")
             found.append(part)
             continue
-        check_integers(part, "prompt", "[T]", "[num, T]")
+        check_integers(part, "prompt", "[T]")
         tokens = cast(Tensor, part)
         vocab_size = model.config.vocab_size
         if ((tokens < BLANK) | (tokens >= vocab_size)).any():

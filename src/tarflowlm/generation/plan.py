@@ -5,7 +5,7 @@
     template with `_`           [tokens, Gap(1, 1), tokens]
     template with `[...]`       [tokens, Gap(1 to 8), tokens]
 
-`plan` decides; nothing below it checks, nothing above it decides.
+`plan` decides the way for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,6 +55,8 @@ class Plan:
     """Tokens at the start that are hidden context."""
     reading: Reading | None = None
     """The prompt or template, as the tokenizer reads it."""
+    begins: Tensor | None = None
+    """The tokens [V] that may come first after the last piece; None for all."""
 
     @property
     def pieces(self) -> list[Tensor]:
@@ -205,8 +207,8 @@ def checked_mask(mask: object, model: LanguageModel) -> Tensor:
 
 
 def no_room(length: int, num_tokens: int) -> UserError:
-    """The error for a prompt that fills the length."""
+    """The error for given tokens that fill the length."""
     return UserError(
-        f"the prompt has {counted(length, 'token')}, which leaves no room in {num_tokens}: "
+        f"the given text has {counted(length, 'token')}, which leaves no room in {num_tokens}: "
         "shorten it, or raise the length"
     )

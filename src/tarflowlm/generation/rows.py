@@ -18,7 +18,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.drafts import Guesser
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Conditioner
-from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel, drop_finished, num_leading
+from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel, drop_finished
 from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.requests import Adjustment, Sampling
 
@@ -131,8 +131,9 @@ class Drawn(TokenRows):
     """
 
     begins: Tensor | None = None
-    """The tokens [V] that may be drawn at the position `first`, after given ones; None for all."""
-    first = -1
+    """The tokens [V] that may be drawn at the position `first`; None for all."""
+    first: Tensor
+    """The number [B] of leading positions that are given."""
 
     def __init__(
         self,
@@ -191,7 +192,8 @@ class Drawn(TokenRows):
 
     def prefill(self) -> Tensor | None:
         """Write the leading positions that are given in all rows at once; returns as `step`."""
-        self.first = num = num_leading(self.is_known.all(2).all(0))
+        self.first = self.is_known.all(2).long().cumprod(1).sum(1)
+        num = int(self.first.min())
         if num == 0:
             return None
         features = self.settle(self.values[:, :num])
@@ -299,11 +301,7 @@ class Drawn(TokenRows):
         value: Tensor | None = None
         for a in range(patch):
             log_w = walk.send(value)
-            if self.begins is not None and self.at == self.first and patch == 1:
-                log_w = log_w.clone()
-                barred = ~self.begins.to(log_w.device)
-                # the first of the next positions of every row
-                log_w[:: shape[1], barred] = torch.finfo(log_w.dtype).min
+            log_w = self._begun(log_w, self.rows, self.next[self.rows], shape[1])
             if self.decides:
                 token, is_sure = _chosen(log_w, gumbel[:, a], self.adjust)
             else:
@@ -318,6 +316,18 @@ class Drawn(TokenRows):
         tokens = torch.stack(found, -1).unflatten(0, shape)
         return tokens, None if is_sure is None else is_sure.unflatten(0, shape)
 
+    def _begun(self, log_w: Tensor, rows: Tensor | slice, at: Tensor, count: int) -> Tensor:
+        """Log-weights [b count, K] of these rows from their places `at` [b], without those tokens
+        after the given ones that are not among `begins`.
+        """
+        if self.begins is None:
+            return log_w
+        is_first = (at[:, None] + torch.arange(count) == self.first[rows, None]).flatten()
+        if not is_first.any():
+            return log_w
+        here, barred = _moved((is_first, ~self.begins), log_w.device)
+        return log_w.masked_fill(here[:, None] & barred, torch.finfo(log_w.dtype).min)
+
     def _decide(self, right: Tensor, sure: Tensor) -> None:
         """Decide the first token of each row that is not sure, if it is final; changes `right`.
 
@@ -330,8 +340,7 @@ class Drawn(TokenRows):
                 continue
             features = self.source.states(self.values[row : row + 1, :place])[:, -1]
             log_w = next(self.law.log_weights(features))
-            if self.begins is not None and place == self.first:
-                log_w = log_w.masked_fill(~self.begins, torch.finfo(log_w.dtype).min)
+            log_w = self._begun(log_w, slice(row, row + 1), torch.tensor([place]), 1)
             adjusted = log_w if self.adjust is None else self.adjust(log_w)
             self.tokens[here] = (adjusted + self.gumbel.at(row, place)).argmax(-1)
             self.values[here] = self.values_of(self.tokens[here], self.noise[here])

@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.data.prompts import Gap, Reading, TextStream, read, read_template, tokens_without
+from tarflowlm.data.prompts import (
+    Gap,
+    Reading,
+    TextStream,
+    read,
+    read_template,
+    tokens_after_word,
+    tokens_without,
+)
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.generation.inversion import Returning, finish
 from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
 from tarflowlm.generation.sampling import Generation, Meter, row_generators
 from tarflowlm.generation.write import write
+from tarflowlm.model import as_flow
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite
@@ -57,7 +66,7 @@ class Samples:
         cached = max(2 * len(block.layers) * block.config.width for block in blocks)
         batches: list[range] = []
         every = map(self.plan, range(self.total))
-        keys = [(one.together, one.reading and one.reading.begins is None) for one in every]
+        keys = [(one.together, one.begins is None) for one in every]
         for _, group in groupby(range(self.total), key=keys.__getitem__):
             rows = list(group)
             one = self.plan(rows[0])
@@ -145,7 +154,8 @@ class Samples:
         generators = row_generators(rows, torch.Generator().manual_seed(self.request.seed))
         steps = Returning(write(self.lm.model, plans, generators, progress, every))
         streams = list(map(self._stream, rows))
-        hidden = plans[0].lead
+        one = plans[0]
+        hidden = one.lead
         parts: list[Tensor] = []
         for part in steps:
             part = part[:, hidden:]
@@ -154,26 +164,26 @@ class Samples:
                 continue
             parts.append(part)
             yield part
-            if plans[0].way == "gaps":
+            if one.way == "gaps":
                 continue  # all tokens come in one part, and only the result tells where texts end
             for stream, tokens in zip(streams, part, strict=True):
                 stream.add(tokens)
-            if all(stream.has_stopped for stream in streams) and not self.past_end:
+            # particles come in one part, with their evidence
+            over = one.particles == 1 and all(stream.has_stopped for stream in streams)
+            if over and not self.past_end:
                 generation = Generation(torch.cat(parts, 1))
                 break
         else:
-            generation = steps.value.drop_context(plans[0].lead)
+            generation = steps.value.drop_context(one.lead)
         if generation.filled is not None:
             # a template ends with its last piece
             ends = generation.filled.ends.tolist()
-            for one, end, stream, tokens in zip(
-                plans, ends, streams, generation.tokens, strict=True
-            ):
+            for end, stream, tokens in zip(ends, streams, generation.tokens, strict=True):
                 stream.add(tokens if one.continues else tokens[:end])
         for stream in streams:
             stream.close()
         texts = [stream.text for stream in streams]
-        return Written(rows, texts, generation, streams, plans[0].particles)
+        return Written(rows, texts, generation, streams, one.particles)
 
     def _stream(self, row: int) -> TextStream:
         """A reader of the tokens of a sample, which looks for stops after its prompt."""
@@ -207,7 +217,7 @@ class Written:
 
 def write_texts(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
     """The texts: `num` of every prompt, in order."""
-    if request.prompt is not None and not request.prompt and not isinstance(request.prompt, str):
+    if request.prompt == ():
         return []
     samples = Samples(request, lm)
     progress.stage("sampling, tokens", samples.num_tokens)
@@ -222,8 +232,12 @@ def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan
     """
     how = request.normalize
     prompts = as_texts(request.prompt or (), "prompt")
+    # only where tokens are drawn by their weights can the next one be made to begin with a space
+    draws = lm.model.is_exact or as_flow(lm.model).is_language_model
+    goes_on = draws and lm.model.config.patch == 1 and request.decoder != "sweeps"
     readings = [
-        read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=True) for prompt in prompts
+        read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=goes_on)
+        for prompt in prompts
     ]
     if request.template is not None:
         readings = [read_template(lm.tokenizer, request.template, request.blank, normalize=how)]
@@ -251,8 +265,8 @@ def _of_reading(
     if request.without:
         allowed = tokens_without(tokenizer, request.without)
     # an end of document before a free sample, so that it begins a new document; it is hidden
-    begins = reading is None and tokenizer.end is not None
-    lead = torch.tensor([tokenizer.end] if begins else []).long()
+    is_new = reading is None and tokenizer.end is not None
+    lead = torch.tensor([tokenizer.end] if is_new else []).long()
     count = 0 if reading is None else len(reading.tokens)
     is_one_window = past_end or allowed is not None or words is not None
     shown = _length(request, count, lm.model.config.context, len(lead), is_one_window)
@@ -263,12 +277,15 @@ def _of_reading(
             notice = "" if reading.notice is None else f"; {reading.notice}"
             raise UserError(f"{no_room(count, shown)}{notice}")
     text = "" if reading is None else f" {reading.text}"
-    if words is not None and not re.search(rf"{re.escape(words.text)}(?!\w)", text):
+    begins = None if reading is None else reading.begins
+    is_added = words is not None and not re.search(rf"{re.escape(words.text)}(?!\w)", text)
+    if words is not None and is_added:
         room = shown - count - len(words.tokens)
         if room < 0:
             what = f"contains {request.contains!r}: with the prompt it has {-room} tokens more"
             raise UserError(f"{what} than the length of {shown}: raise the length")
-        template += [Gap(room, least=0, once=True), words.tokens]
+        template += [Gap(room, least=0, begins=begins, once=True), words.tokens]
+        begins = tokens_after_word(tokenizer)
     usual = lm.run.temperature if request.temperature is None else request.temperature
     found = plan(
         lm.model,
@@ -277,12 +294,12 @@ def _of_reading(
         num_tokens=len(lead) + shown,
         allowed=allowed,
         # tokens between given pieces belong to the same document
-        banned=tokenizer.end if is_template or words is not None else None,
+        banned=tokenizer.end if is_template or is_added else None,
         end=None if is_template or past_end or not request.stop_at_end else tokenizer.end,
         lead=len(lead),
         continues=not is_template or request.num_tokens is not None,
     )
-    return replace(found, reading=reading)
+    return replace(found, reading=reading, begins=begins)
 
 
 def _length(request: Writing, count: int, context: int, lead: int, is_one_window: bool) -> int:

@@ -40,8 +40,8 @@ def write(
 
     The next tokens [num, n] of all samples are yielded as they become final, int64 on the CPU,
     given ones included: at least `every` of them, but for given ones at the start and for the end
-    of a window. With particles or sweeps of block 1 a text comes at the end of its window. The
-    generator returns the `Generation`; closing it stops.
+    of a window. With particles, gaps or sweeps of block 1, and where noise of block 1 is inverted,
+    a text comes at the end of its window. The generator returns the `Generation`; closing it stops.
 
     Samples of one particle can end: after the plan's token `end`, every token is `end`.
     """
@@ -97,7 +97,7 @@ def _write(
         tokens[:, start:end] = windows[-1].tokens.cpu()
         shown = end
         after: Way = "inversion" if config.continues_exactly else "filter"
-        window = replace(window, plan=replace(plan, way=after, reading=None))
+        window = replace(window, plan=replace(plan, way=after, begins=None))
     if len(windows) == 1 and bounds[0] == (0, T):
         return windows[0]
     return Generation(
@@ -238,8 +238,7 @@ class Window:
         sampling = plan.sampling if plan.particles == 1 else None
         rows = Drawn(self.model, 0, noise, gumbel, spread, plan.adjust, sampling)
         rows.ended = self.ended
-        if plan.reading is not None:
-            rows.begins = plan.reading.begins
+        rows.begins = plan.begins
         weights = yield from self._read(particle_filter(rows, self.noise, self.progress))
         evidence = weights.evidence() if (given != BLANK).any() else None
         found = rows.values[weights.pick(), : rows.num_positions]

@@ -234,7 +234,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def undamaged_state(directory: Path) -> Path | None:
     """The newest undamaged training state of a run directory."""
     states = sorted((directory / STATE).glob("step-*"), reverse=True)
-    return next((state for state in states if is_whole(state, COUNTERS)), None)
+    return next((state for state in states if is_whole(state)), None)
 
 
 def corpus_digest(directory: Path) -> str | None:
@@ -266,11 +266,11 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
     `half` stores the matrices of linear layers, and the ones between channels of a head, in
     bfloat16, which loading converts to float32. Paths in the configuration are cut to file names.
     """
-    check_finite(checkpoint.model.state_dict(), "model")
+    weights = checkpoint.model.state_dict()
+    check_finite(weights, "model")
     data = checkpoint.run.data
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
-    weights = checkpoint.model.state_dict()
     for name, weight in weights.items():
         is_matrix = (name.endswith(".weight") and weight.ndim == 2) or name.endswith(".cross")
         # weights that came in bfloat16 lose nothing
@@ -306,7 +306,7 @@ def write_weights(path: Path, weights: dict[str, Tensor], info: dict[str, str]) 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file and its header. UserError if its checksum, if any, does not fit."""
     if not path.is_file():
-        raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
+        raise UserError(f"{path} is missing: {path.parent} holds no trained weights")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -334,11 +334,10 @@ def write_manifest(folder: Path, names: Iterable[str]) -> None:
     write_json(folder / MANIFEST, {name: sha256_of(folder / name) for name in sorted(names)})
 
 
-def is_whole(folder: Path, needed: str) -> bool:
-    """Whether `folder` has a manifest that lists `needed`, and all listed files are undamaged."""
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` has a manifest, and all files that it lists are undamaged."""
     try:
         listed = read_json(folder / MANIFEST)
-        is_undamaged = all(sha256_of(folder / name) == sha for name, sha in listed.items())
-        return needed in listed and is_undamaged
+        return bool(listed) and all(sha256_of(folder / x) == sha for x, sha in listed.items())
     except (UserError, OSError, AttributeError):
         return False

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line, guess
+from tarflowlm.files import read_json
 from tarflowlm.runs import CARD, CONFIG, DRAFT, TOKENIZER, WEIGHTS
 
 PREFIX = "hf:"
@@ -33,8 +34,6 @@ def fetch(name: str | Path) -> Path:
     if match is None:
         raise UserError(f"{name}: name a model of the hub as hf:OWNER/NAME[@REVISION]")
     import huggingface_hub
-
-    from tarflowlm.files import read_json
 
     repository, revision = match.groups()
     with hub_errors(name):

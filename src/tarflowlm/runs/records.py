@@ -66,7 +66,7 @@ class RunRecord:
 
     @property
     def valid_bpc(self) -> float | None:
-        """Validation bits per character of the saved weights."""
+        """Validation bits per character: of the saved weights, or before the end the last ones."""
         if self.summary is not None:
             return float(self.summary["stage_valid_bpc"][-1])
         return float(self.valid["bpc"][-1]) if len(self.valid["bpc"]) > 0 else None
@@ -109,7 +109,9 @@ def read_record(directory: Path, name: str = "") -> RunRecord:
     except (TypeError, LookupError, ValueError):
         raise UserError(f"{path} is damaged: restore it, or remove it for a run without") from None
     train, valid = columns
-    seconds = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
+    steps, speed = np.diff(train["tokens"], prepend=0), train["tokens_per_second"]
+    # the first step of a compiled run is not timed
+    seconds = np.cumsum(np.divide(steps, speed, out=np.zeros_like(speed), where=speed > 0))
     train["seconds"] = seconds
     valid["seconds"] = np.interp(valid["step"], [0, *train["step"]], [0, *seconds])
     if len(seconds) == 0 and not is_export(directory):

@@ -226,7 +226,8 @@ def load_tensors(run: Run, state: State, folder: Path) -> None:
         load(tensors, checkpoint_id=folder, no_dist=run.group is None)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{folder} does not fit this run ({reason}): restore its own") from None
+        what = f"{folder} does not fit this run ({reason})"
+        raise UserError(f"{what}: restore the run's own state") from None
     set_state_dict(
         state.model,
         state.optimizers,
@@ -249,7 +250,7 @@ def newest_state(directory: Path) -> Path:
     newest = undamaged_state(directory)
     if newest is None:
         rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
-        raise UserError(f"{directory} has no state to resume from{rest}: choose another --out")
+        raise UserError(f"{directory} has no state to resume from{rest}: start a new run")
     for state in states[states.index(newest) + 1 :]:
         aside = state.with_name(f"damaged-{state.name}")
         shutil.rmtree(aside, ignore_errors=True)

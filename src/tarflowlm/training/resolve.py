@@ -214,7 +214,7 @@ def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[Non
     """
 
     def remedy() -> str:
-        if (out / ASKED).exists():
+        if is_begun(out):
             return f"continue with `{resume_command(out)}`"
         return "start it again"
 

@@ -31,7 +31,6 @@ from tarflowlm.training.checkpoint import (
     averaged,
     finite_weights,
     load_tensors,
-    save,
     save_best,
     stop,
     submit_run,
@@ -73,7 +72,7 @@ def load_state(run: Run, present: RunConfig, folder: Path) -> State:
     for name, value in flatten(present).items():
         if not name.startswith(("model.blocks", "train.")) and theirs.get(name) != value:
             what = f"it has {name} {theirs.get(name)}, not {value}"
-            raise UserError(f"{folder} does not fit this run ({what}): restore its own")
+            raise UserError(f"{folder} does not fit this run ({what}): restore the run's own state")
     if saved["corpus"] != run.corpus.fingerprint:
         what = f"{config.data.source} is not the text that {run.out} was trained on"
         raise UserError(f"{what}: restore that text to resume")
@@ -82,6 +81,9 @@ def load_state(run: Run, present: RunConfig, folder: Path) -> State:
     state = built_state(run, config, counters)
     load_tensors(run, state, folder)
     state.sampler.load_state_dict(saved["sampler"])
+    if run.processes.first:
+        # if its weights were damaged, it is finished only once they are whole again
+        (run.out / SUMMARY).unlink(missing_ok=True)
     # the configuration first: this state may have more blocks than the one that was written last
     submit_run(run, config)
     submit_weights(run, run.out, finite_weights(run, state))
@@ -269,8 +271,6 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
             run, state.config, counters, state.model
         )
     begin_stage(run, state)
-    # a stage with a time limit may end at an evaluation, some steps after its last checkpoint
-    save(run, state)
     wait(run)
 
 
@@ -392,7 +392,7 @@ def finish(run: Run, state: State) -> Summary:
         "machine": platform.machine(),
     }
     if run.processes.first:
-        write_json(run.out / SUMMARY, summary)
         for directory in (run.out, run.out / BEST) if minutes else ():
             write_run(directory, config, run.corpus.tokenizer)
+        write_json(run.out / SUMMARY, summary)  # last: it says that the run is finished
     return summary

@@ -77,8 +77,7 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     )
     notice = found.reading.notice
     note = "the original" if notice is None else f"the original, {notice}"
-    # each edit measures the text with noise of its own
-    before_edits = found.bits_before.mean().item()
+    before_edits = found.bits_before[0].item()
     sign = "" if checkpoint.model.is_exact else "≤ "
     numbers = facts((f"{sign}{before_edits:.2f}", "bits per character"), took(job.seconds))
     cards = [card(stage(before), muted(note), numbers)]
