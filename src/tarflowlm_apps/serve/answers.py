@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any, ClassVar, cast
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data.prompts import TextStream, read
+from tarflowlm.data.prompts import Gap, TextStream, read
 from tarflowlm.data.windows import spans
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import score
@@ -64,6 +64,17 @@ class Completion(Checked):
             yield "prompt", "give at least one"
         if self.suffix and not isinstance(self.prompt, str):
             yield "suffix", "it needs one prompt, a text"
+        if not isinstance(self.stream_options, Mapping | None):
+            yield "stream_options", 'give {"include_usage": true}'
+        if self.suffix and self.max_tokens > 9999:
+            yield "max_tokens", "give at most 9999 with a suffix"
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the last event of a stream counts tokens."""
+        return isinstance(self.stream_options, Mapping) and bool(
+            self.stream_options.get("include_usage")
+        )
 
     def writing(self, prompts: list[str]) -> Writing:
         """The request for texts. A greedy one has temperature 0."""
@@ -72,9 +83,10 @@ class Completion(Checked):
             gap = f"{self.prompt}[...{self.max_tokens}]{self.suffix}"
             if gap.count("[...") > 1:
                 raise UserError("prompt or suffix has '[...', the mark of a blank: change it")
+        is_free = not any(prompts)
         is_greedy = self.temperature == 0
         return Writing(
-            prompt=None if gap or prompts == [""] else prompts,
+            prompt=None if gap or is_free else prompts,
             template=gap,
             blank=BLANK if gap else "_",
             max_new_tokens=None if gap else self.max_tokens,
@@ -83,7 +95,7 @@ class Completion(Checked):
             top_p=None if is_greedy else self.top_p,
             min_p=None if is_greedy else self.min_p,
             stop=self.stop,
-            num=self.n,
+            num=self.n * len(prompts) if is_free else self.n,
             seed=secrets.randbelow(2**62) if self.seed is None else self.seed,
         )
 
@@ -91,17 +103,18 @@ class Completion(Checked):
 class Row:
     """A text that grows: what of it is new, and has not been sent yet."""
 
-    def __init__(self, samples: Samples, index: int, prompt: str) -> None:
+    def __init__(self, samples: Samples, index: int) -> None:
         self.index = index
         tokenizer = samples.lm.tokenizer
         reading = samples.plan(index).reading
         pieces = [] if reading is None else reading.parts[::2] or [reading.tokens]
+        begun = [] if reading is None else [reading, *reading.parts[1::2]]
         before, after = cast(list[Tensor], [*pieces, NOTHING, NOTHING][:2])
         self.given = len(before) + len(after)
         """Tokens of the prompt and the suffix."""
         text = tokenizer.decode(before)
         self.after = len(tokenizer.decode(after))
-        self.leaves_space = prompt.endswith(" ") and not text.endswith(" ")
+        self.leaves_space = any(cast(Gap, x).begins is not None for x in begun)
         """Whether a space at the end of the prompt is left to the first new token."""
         self.start, self.sent = len(text), 0
         end = samples.plan(index).end
@@ -144,7 +157,6 @@ class Answer:
             for one, tokens in zip(prompts, self.given, strict=True)
         ]
         self.samples = Samples(ask.writing(texts), lm) if ask.max_tokens else None
-        self.prompts = texts
         self.new = 0
         """New tokens of finished choices."""
 
@@ -168,15 +180,17 @@ class Answer:
             yield [part(row, self.tokenizer.decode(self.given[row // self.ask.n])) for row in rows]
         if self.samples is None:
             for row in rows:
-                yield [part(row, "", "length", self._logprobs(row, NOTHING, 0))]
+                given = self.given[row // self.ask.n]
+                yield [part(row, "", "length", self._logprobs(row, given, len(given)))]
             return
         for some in self.samples.own:
             yield from self._written(self.samples, some)
 
     def _written(self, samples: Samples, batch: range) -> Iterator[list[Part]]:
         """Choices of one batch. Only the end of an infill tells what it is."""
-        rows = [Row(samples, index, self.prompts[index // self.ask.n]) for index in batch]
-        steps = Returning(samples.steps(batch, every=1 if self.ask.stream else EVERY))
+        rows = [Row(samples, index) for index in batch]
+        every = 1 if self.ask.stream or samples.stops else EVERY
+        steps = Returning(samples.steps(batch, every=every))
         is_shown = self.ask.stream and not self.ask.suffix
         for tokens in steps:
             pieces = []
@@ -184,24 +198,29 @@ class Answer:
                 pieces = [(row.index, row.add(new)) for row, new in zip(rows, tokens, strict=True)]
             yield [part(index, piece) for index, piece in pieces if piece]
         for place, row in enumerate(rows):
-            stream = steps.value.streams[place]
-            text = row.new(steps.value.texts[place])
+            stream, text = steps.value.streams[place], steps.value.texts[place]
             count = stream.length + stream.has_ended
+            if stream.has_stopped and not stream.has_ended:
+                count = self._count(steps.value.generation.tokens[place], text)
             tokens = steps.value.generation.tokens[place, :count].cpu()
             self.new += count - row.given
             stops = stream.has_stopped or bool(self.ask.suffix)
             logprobs = self._logprobs(row.index, tokens, row.given)
-            yield [part(row.index, text, "stop" if stops else "length", logprobs)]
+            yield [part(row.index, row.new(text), "stop" if stops else "length", logprobs)]
+
+    def _count(self, tokens: Tensor, text: str) -> int:
+        """The number of tokens that a text needs, which a stop has cut."""
+        ends = accumulate(len(self.tokenizer.token_bytes[token]) for token in tokens.tolist())
+        size = len(text.encode())
+        return sum(end < size for end in ends) + (size > 0)
 
     def _logprobs(self, row: int, tokens: Tensor, first: int) -> dict[str, Any] | None:
-        """Log-probabilities in nats: of the prompt with `echo`, and of `tokens` from `first` on."""
+        """Log-probabilities in nats of `tokens` from `first` on, with `echo` of all."""
         if self.ask.logprobs is None:
             return None
-        place = row // self.ask.n
-        found: list[Scored] = []
-        if self.ask.echo:
-            found = [("", None, {})] * self.starts[place] + self._scored(self.given[place], 0)
-        found += self._scored(tokens, first)
+        is_started = self.ask.echo and self.starts[row // self.ask.n]
+        found: list[Scored] = [("", None, {})] * is_started
+        found += self._scored(tokens, 0 if self.ask.echo else first)
         names = [name for name, _, _ in found]
         return {
             "tokens": names,

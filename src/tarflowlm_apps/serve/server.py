@@ -22,6 +22,7 @@ from tarflowlm.schema import from_dict
 from tarflowlm_apps.serve.answers import Answer, Completion, Part
 
 BYTES = 4 << 20  # the longest body
+MODEL = "model"  # the first word of an error about the name of a model
 AT_ONCE = 8  # requests in the works; the model takes a step for one of them at a time
 
 
@@ -77,7 +78,7 @@ def application(lm: Checkpoint, name: str, draws: int, *, is_local: bool) -> Sta
                     yield f"data: {json.dumps(head | {'choices': [part]})}\n\n"
         except (UserError, RuntimeError, MemoryError) as error:
             yield f"data: {json.dumps(described(error))}\n\n"
-        if answer.ask.stream_options:  # {"include_usage": true}, no other is known
+        if answer.ask.wants_usage:
             yield f"data: {json.dumps(head | {'choices': [], 'usage': answer.usage})}\n\n"
         yield "data: [DONE]\n\n"
 
@@ -88,7 +89,8 @@ def application(lm: Checkpoint, name: str, draws: int, *, is_local: bool) -> Sta
         return JSONResponse(card if asked else {"object": "list", "data": [card]})
 
     def unknown_model(asked: str) -> HTTPException:
-        return HTTPException(404, f"model {asked!r:.80}: this server has {name!r} alone, name that")
+        what = f"{MODEL} {asked!r:.80}"
+        return HTTPException(404, f"{what}: this server has {name!r} alone, name that")
 
     routes = [
         Route("/v1/completions", completions, methods=["POST"]),
@@ -135,6 +137,6 @@ def described(error: BaseException, status: int = 500) -> dict[str, Any]:
     """An error in OpenAI's form."""
     said = str(getattr(error, "detail", "")) or first_line(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    code = "model_not_found" if status == 404 else None
+    code = "model_not_found" if status == 404 and said.startswith(MODEL) else None
     message = said[:500].encode("utf-8", "backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
