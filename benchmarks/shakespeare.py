@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tarflowlm.config import TokenizerConfig
+from tarflowlm.config import DataConfig
 from tarflowlm.data import eval_windows, prepare_corpus, suited
 from tarflowlm.data.windows import Array
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate, sign_of
@@ -125,14 +125,14 @@ def nanogpt_nats(model: NanoGPT, text: Tensor) -> float:
 
 
 def trained_likelihood(
-    name: str, source: str, tokenizer: TokenizerConfig, seconds: float, seed: int, last: Array
+    name: str, data: DataConfig, seconds: float, seed: int, last: Array
 ) -> Likelihood:
     """The likelihood of the tokens `last` under a mini model trained for these `seconds`."""
     run = preset(name)
     run = replace(
         run,
         seed=seed,
-        data=replace(run.data, source=source, tokenizer=tokenizer),
+        data=data,
         train=replace(run.train, minutes=seconds / 60, keep="last"),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +195,7 @@ def main() -> None:
     print("| --- | --- | --- |")
     print(f"| nanogpt | {nanogpt_nats(model, last):.4f} | {seconds:.0f} |", flush=True)
     for name in args.ours:
-        found = trained_likelihood(name, args.text, tokenizer, seconds, args.seed, last.numpy())
+        found = trained_likelihood(name, data, seconds, args.seed, last.numpy())
         nats = f"{sign_of(found.bound)} {found.nats_per_token:.4f}"
         print(f"| {name} | {nats} | {seconds:.0f} |", flush=True)
 

@@ -63,6 +63,10 @@ def run(args: Args) -> None:
         raise unknown("recipe", args.name, (*RECIPES, ALL))
     records = Records(args.out)
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
+    if args.scale == "paper":
+        recipes = [recipe for recipe in recipes if not recipe.mini_only]
+        if not recipes:
+            raise UserError(f"{args.name} with --scale paper: it has models of mini size alone")
     recipes = _with_texts(args, recipes, records)
     plans = {recipe.name: recipe.trainings(args) for recipe in recipes}
     # recipes share trainings
@@ -121,7 +125,7 @@ def _with_texts(args: Args, recipes: "Sequence[Recipe]", records: "Records") -> 
 def _check_packages(recipes: "Sequence[Recipe]") -> None:
     """Raise UserError where a recipe needs an optional package that is missing."""
     for recipe in recipes:
-        needed = {"mauve": "quality"} if recipe.name == "table6" else {}
+        needed = {"mauve": "quality"} if recipe.name in ("table6", "patches") else {}
         if recipe.draw is not None:
             needed["matplotlib"] = "plots"
         for module, extra in needed.items():

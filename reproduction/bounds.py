@@ -45,6 +45,7 @@ def measure_bounds(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
         row |= {"test bpc": done.record.summary["test"]["bpc"]}
         if done.training.label in SAMPLES_OF:
             found = done.measured("iw-S", partial(_weights, done))
+            row |= {name: found[name] for name in ("skewness", "kurtosis")}
             row |= {tables.SPREAD: found["sd"]}
             row |= {f"iw-{size} bpc": row["test bpc"] - off for size, off in found["off"]}
             row[NORMAL] = row["test bpc"] - found["half of the variance"]
@@ -120,6 +121,5 @@ BOUNDS = Recipe(
     ),
     plan=plan_bounds,
     measure=measure_bounds,
-    table=lambda rows: [*rows],
     draw=draw_bounds,
 )

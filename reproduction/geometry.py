@@ -14,6 +14,7 @@ from reproduction.recipe import Finished, Recipe, Row, Training, no_table, train
 from reproduction.results import markdown_table
 from reproduction.running import GPT2_SIZE
 from reproduction.settings import Settings, as_flow_config
+from reproduction.tables import FAMILIES
 from tarflowlm.evaluation.blocks import Spread, state_metrics
 from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig, Mix1, TransformerConfig
@@ -59,11 +60,8 @@ _OPERATIONS = (
 
 def plan_fig7(settings: Settings) -> list[Training]:
     """Affine, Mix-1 and Mix-d."""
-    runs = {
-        "affine": settings.preset("affine", "owt"),
-        "Mix-1": settings.preset("mix1", "owt"),
-        "Mix-d": settings.preset("mixd", "owt"),
-    }
+    runs = {label: settings.preset(kind, "owt") for label, kind in FAMILIES.items()}
+    del runs["AR"]
     return trainings(settings, runs)
 
 

@@ -299,6 +299,7 @@ def explained(rows: Sequence[Row]) -> list[Row]:
 
 YARDSTICK = Recipe(
     name="yardstick",
+    mini_only=True,
     title="The baseline's input",
     claim=(
         "Is an embedding table the baseline's best input? Codes are means of a flow's codebook and "
@@ -313,6 +314,7 @@ YARDSTICK = Recipe(
 
 INPUTS = Recipe(
     name="inputs",
+    mini_only=True,
     title="Where 5.7 % come from",
     claim=(
         "The paper: Mix-d has 5.7 % more bits than the baseline on TEXT8, with d = 5, and 8.9 % "

@@ -98,18 +98,18 @@ class Judge(ABC):
         texts: Sequence[str],
         progress: Progress = SILENT,
         *,
-        after: Sequence[str] | None = None,
+        before: Sequence[str] | None = None,
     ) -> JudgedTexts:
         """Score all texts and take the features of each. `progress` advances by texts.
 
-        `after` has a context for each text, which the judge reads without scoring it. UserError for
-        texts without tokens or with unknown characters.
+        `before` has a context for each text, which the judge reads without scoring it. UserError
+        for texts without tokens or with unknown characters.
         """
         chunks: list[_Chunk] = []
         first: list[int] = []  # index of the first chunk of every text
         for index, text in enumerate(texts):
             first.append(len(chunks))
-            chunks += self._cut(index, text, after[index] if after else "")
+            chunks += self._cut(index, text, before[index] if before else "")
         nats = torch.zeros(len(texts), dtype=torch.float64)
         count = 0
         features = []
@@ -131,9 +131,9 @@ class Judge(ABC):
             progress.advance(sum(start <= index < start + batch for index in first))
         return JudgedTexts(nats, count, torch.cat(features)[first])
 
-    def _cut(self, index: int, text: str, after: str) -> list[_Chunk]:
+    def _cut(self, index: int, text: str, context: str) -> list[_Chunk]:
         """The chunks of a text and the context before it."""
-        before = list(self.encode(after)) if after else []
+        before = list(self.encode(context)) if context else []
         ids = list(self.encode(text))
         if not ids:
             raise UserError(

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from reproduction.judges import PAPER_JUDGES, Judge, load_judge
 from reproduction.recipe import RUN_DETAILS, Finished, Row, Training, without
-from reproduction.settings import Settings, as_flow_config
+from reproduction.settings import Settings
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.likelihood import Likelihood, bits, evaluate, sign_of
 from tarflowlm.generation import Generation, generate
 from tarflowlm.model import as_flow
-from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.records import RunRecord, read_record
@@ -50,20 +49,6 @@ def summary_row(done: Finished) -> Row:
         "tokens seen": summary["tokens"],
         "seconds": summary["seconds"],
     }
-
-
-def summaries_by(
-    _settings: Settings,
-    finished: Sequence[Finished],
-    *,
-    column: str,
-    value: Callable[[FlowConfig], int],
-) -> list[Row]:
-    """`summary_row` of flows with a number of their configuration as the first column."""
-    return [
-        {column: value(as_flow_config(done.training.run.model)), **summary_row(done)}
-        for done in finished
-    ]
 
 
 def likelihood_on(

@@ -15,6 +15,7 @@ from reproduction.measures import JUDGED
 from reproduction.recipe import Finished, Recipe, Row, Training, no_table, trainings, without
 from reproduction.results import write
 from reproduction.settings import Settings
+from reproduction.tables import FAMILIES, PAPER_LIKELIHOOD
 from tarflowlm.model import as_flow
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.presets import preset
@@ -28,7 +29,6 @@ LENGTH = 128  # tokens per sample
 SAMPLES = 48  # samples of each model; the first is shown
 FILLING = "Mix-d that fills in what it is sure of"
 """Label of `mini-passes`."""
-LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
 
 def edited_spans(symbols: Sequence[str], is_edited: Sequence[bool]) -> list[list[int]]:
@@ -47,19 +47,16 @@ def edited_spans(symbols: Sequence[str], is_edited: Sequence[bool]) -> list[list
 
 def plan_fig6(settings: Settings) -> list[Training]:
     """Flows with a plain start, Mix-d, and the judge; at paper scale the flows of both corpora."""
+    labels = "Mix-1", "affine", "Mix-d"
     if settings.scale == "paper":
         runs = {
-            f"{LABELS[kind]}, {title}": preset(f"{corpus}-{kind}")
-            for corpus, title in (("text8", "TEXT8"), ("owt", "OpenWebText"))
-            for kind in LABELS
+            f"{label}, {corpus}": settings.preset(FAMILIES[label], corpus)
+            for corpus in PAPER_LIKELIHOOD
+            for label in labels
         }
         return trainings(settings, runs)
-    runs = {
-        "Mix-1": preset("mini-mix1"),
-        "affine": preset("mini-affine"),
-        "Mix-d": preset("mini-mixd"),
-        FILLING: preset("mini-passes"),
-    }
+    runs = {label: settings.preset(FAMILIES[label], "text8") for label in labels}
+    runs[FILLING] = preset("mini-passes")
     return trainings(settings, runs) + measures.judge_training(settings)
 
 
@@ -188,21 +185,10 @@ def plan_frontier(settings: Settings) -> list[Training]:
 
     At paper scale, the families.
     """
-    if settings.scale == "paper":
-        runs = {
-            "AR": settings.preset("ar", "text8"),
-            "Mix-d": settings.preset("mixd", "text8"),
-            "Mix-1": settings.preset("mix1", "text8"),
-            "affine": settings.preset("affine", "text8"),
-        }
-        return trainings(settings, runs)
-    runs = {
-        "AR": preset("mini-ar"),
-        "Mix-d": preset("mini-mixd"),
-        "affine": preset("mini-affine"),
-        "Mix-1": preset("mini-mix1"),
-        FILLING: preset("mini-passes"),
-    }
+    labels = "AR", "Mix-d", "affine", "Mix-1"
+    runs = {label: settings.preset(FAMILIES[label], "text8") for label in labels}
+    if settings.scale == "mini":
+        runs[FILLING] = preset("mini-passes")
     return trainings(settings, runs) + measures.judge_training(settings)
 
 
@@ -212,11 +198,15 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
     That is the judge's bits, the share of final tokens, and how far each block lowers the KL.
     """
     judge, models = measures.judge_of(settings, finished)
-    baseline = measures.summary_row(models[0])["test bpc"]
+    baselines = {
+        row["seed"]: row["test bpc"]
+        for row in map(measures.summary_row, models)
+        if row["model"] == "AR"
+    }
     rows = []
     for done in models:
         row = measures.summary_row(done)
-        row["over the baseline"] = row["test bpc"] / baseline
+        row["over the baseline"] = row["test bpc"] / baselines[row["seed"]]
         if isinstance(done.training.run.model, FlowConfig):
             for state in judged_passes(done, judge):
                 after = state["state"].removesuffix(" inverted")

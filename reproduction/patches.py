@@ -20,7 +20,7 @@ from reproduction.recipe import (
     variant,
     without,
 )
-from reproduction.settings import Settings, as_flow_config
+from reproduction.settings import Corpus, Settings, as_flow_config
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.model_config import InPatch, Mix1, MixD
@@ -44,19 +44,19 @@ def plan_fig5(settings: Settings) -> list[Training]:
         "Mix-1": mix1,
         "Mix-d": settings.preset("mixd", "owt"),
         HEAD: variant(mix1, "p2", patch=2),
-        "Mix-d, in-patch weights": two_tokens(settings, "autoregressive"),
-        "Mix-d, independent weights": two_tokens(settings, "independent"),
+        TOGETHER: two_tokens(settings, "autoregressive", "owt"),
+        APART: two_tokens(settings, "independent", "owt"),
         "two-token AR": variant(foil, "p2", patch=2, in_patch="independent"),
     }
     return trainings(settings, runs) + measures.judge_training(settings)
 
 
-def two_tokens(settings: Settings, in_patch: InPatch) -> RunConfig:
+def two_tokens(settings: Settings, in_patch: InPatch, corpus: Corpus) -> RunConfig:
     """Mix-d with two tokens per position, whose weights see the earlier token, or not."""
     if settings.scale == "mini":
         run = preset("mini-mixd-p2")
     else:
-        run = variant(settings.preset("mixd", "owt"), "p2", patch=2)
+        run = variant(settings.preset("mixd", corpus), "p2", patch=2)
     if in_patch == "autoregressive":
         return run
     first, *others = as_flow_config(run.model).blocks
@@ -108,7 +108,7 @@ def _continued(
 ) -> Row:
     before = [decode(row) for row in tokens[:, :prefix].tolist()]
     after = [decode(row) for row in tokens[:, prefix:].tolist()]
-    judged = judge.read(after, after=before)
+    judged = judge.read(after, before=before)
     return {
         "prefix": prefix,
         "perplexity": judged.perplexity,
@@ -193,8 +193,8 @@ def plan_in_patch(settings: Settings) -> list[Training]:
     if settings.scale == "mini":
         found = {label: variant(r, "quarter") for label, r in found.items()}
     found = {label: measures.shortened(settings, r, HALF_STEPS // 2) for label, r in found.items()}
-    found[TOGETHER] = two_tokens(settings, "autoregressive")
-    found[APART] = two_tokens(settings, "independent")
+    found[TOGETHER] = two_tokens(settings, "autoregressive", "text8")
+    found[APART] = two_tokens(settings, "independent", "text8")
     return trainings(settings, found) + measures.judge_training(settings)
 
 
@@ -219,7 +219,7 @@ FIG5 = Recipe(
         "lengths; a baseline that predicts two tokens at once breaks down. (It does not say which"
         " coupling the flow has. Its patch models have a head over all channels of a patch, as "
         "Mix-1 has here. Its figure 1 has the tokens of a patch "
-        "independent in the first blocks. The judge scores the continuation alone. The first four "
+        "independent in the first blocks. The judge scores the continuation alone. The first three "
         "models have one token per position. In Mix-1, whose directions alternate, the blocks "
         "above block 1 do not see the prefix: prefix 0 is its test.)"
     ),

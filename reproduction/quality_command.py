@@ -2,12 +2,11 @@
 
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.config import Decoder
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, check_package
 from tarflowlm.options import Count, Normalized, Number, Seeded, arg
 from tarflowlm.requests import Split
 
@@ -76,8 +75,7 @@ def run(args: Args) -> None:
             f"length {length}: must be between 1 and the trained context of {context} tokens"
         )
     # find a missing package or judge before anything that takes time
-    if find_spec("mauve") is None:
-        raise UserError("MAUVE needs mauve-text: pip install -e '.[quality]'")
+    check_package("mauve", "quality", "MAUVE")
     judge = load_judge(args.judge, pick_device(args.device))
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     with Bars() as bars:

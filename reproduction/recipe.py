@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from reproduction.records import Record, Records
-from reproduction.settings import Settings, as_flow_config
+from reproduction.settings import Settings
 from tarflowlm.config import DataConfig, RunConfig
 from tarflowlm.data import encode_text, prepare_corpus
 from tarflowlm.data.windows import Array
@@ -61,13 +61,6 @@ def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Trainin
 def variant(run: RunConfig, suffix: str, **changes: Any) -> RunConfig:
     """The run with `suffix` added to its name and these fields of its model changed."""
     return replace(run, name=f"{run.name}-{suffix}", model=replace(run.model, **changes))
-
-
-def each_block(run: RunConfig, **changes: Any) -> RunConfig:
-    """The run of a flow with these fields changed in each of its blocks."""
-    model = as_flow_config(run.model)
-    blocks = tuple(replace(block, **changes) for block in model.blocks)
-    return replace(run, model=replace(model, blocks=blocks))
 
 
 @dataclass(frozen=True)
@@ -132,6 +125,8 @@ class Recipe:
     """Gets a text that is no corpus by name; UserError where it cannot be had."""
     clear: tuple[str, ...] = ()
     """Labels of trainings that need no further seed: far apart, or slow."""
+    mini_only: bool = False
+    """Whether it has no models of the paper's size."""
 
     def trainings(self, settings: Settings) -> list[Training]:
         """The plan with at least `seeds` seeds, except for the labels in `clear`."""

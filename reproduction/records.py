@@ -17,7 +17,7 @@ import torch
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json, replacing, sha256_of
+from tarflowlm.files import read_json, replacing, sha256_of, waiting_lock
 from tarflowlm.runs import CONFIG, SUMMARY, WEIGHTS
 from tarflowlm.schema import flatten, from_dict, to_dict
 from tarflowlm.training.resolve import settled
@@ -51,12 +51,16 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / RECORDS
+        self._by_name = self._read()
+
+    def _read(self) -> dict[str, Record]:
+        """The records in the file, by their names."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         try:
             records = [Record(**json.loads(line)) for line in lines]
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.path} is damaged ({error}): restore or remove it") from None
-        self._by_name = {record.name: record for record in records}
+        return {record.name: record for record in records}
 
     def __iter__(self) -> Iterator[Record]:
         """All records, by their names."""
@@ -110,9 +114,14 @@ class Records:
         return record.measured[what]
 
     def save(self) -> None:
-        lines = [json.dumps(asdict(record)) for record in self]
-        with replacing(self.path) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        """Write the records, beside those that another command has written since."""
+        with waiting_lock(self.path):
+            for name, theirs in self._read().items():
+                ours = self._by_name.setdefault(name, theirs)
+                ours.measured = theirs.measured | ours.measured
+            lines = [json.dumps(asdict(record)) for record in self]
+            with replacing(self.path) as temporary:
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def portable(run: RunConfig) -> RunConfig:

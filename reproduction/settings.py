@@ -13,6 +13,7 @@ from tarflowlm.presets import preset, with_steps
 
 Scale = Literal["mini", "paper"]
 Kind = Literal["ar", "affine", "mix1", "mixd"]
+Corpus = Literal["text8", "owt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Settings(OnDevice):
     precision: Annotated[Precision | None, arg()] = None
     """Precision of matrix products in training; densities are in float32 either way."""
 
-    def preset(self, kind: Kind, corpus: Literal["text8", "owt"]) -> RunConfig:
+    def preset(self, kind: Kind, corpus: Corpus) -> RunConfig:
         """The preset of a kind of model: the mini one, or the paper's on `corpus`."""
         if self.scale == "mini":
             return preset(f"mini-{kind}")

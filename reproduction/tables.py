@@ -21,14 +21,14 @@ from reproduction.quality import (
     measure_quality,
 )
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings, without
-from reproduction.settings import Kind, Settings
+from reproduction.settings import Corpus, Kind, Settings
 from tarflowlm.data import eval_windows
 from tarflowlm.presets import preset
 
 FAMILIES: dict[str, Kind] = {"AR": "ar", "affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
 DEEPER = "Mix-d with two layers more"
 """Label of `mini-mixd-deep`, our variant at mini scale."""
-PAPER_LIKELIHOOD = {
+PAPER_LIKELIHOOD: dict[Corpus, dict[str, float]] = {
     "text8": {"AR": 1.23, "affine": 1.54, "Mix-1": 1.37, "Mix-d": 1.30},
     "owt": {"AR": 17.54, "affine": 148.21, "Mix-1": 27.11, "Mix-d": 22.64},
 }
@@ -61,7 +61,7 @@ def plan_table2(settings: Settings) -> list[Training]:
         kinds = FAMILIES | {DEEPER: "mixd-deep"}
         return trainings(settings, {label: preset(f"mini-{kinds[label]}") for label in kinds})
     runs = {
-        f"{label}, {corpus}": preset(f"{corpus}-{kind}")
+        f"{label}, {corpus}": settings.preset(kind, corpus)
         for corpus in PAPER_LIKELIHOOD
         for label, kind in FAMILIES.items()
     }
@@ -75,12 +75,12 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
         row = summary_row(done) | weighted_bound(done)
         if settings.second_text is not None:
             row |= _second_bound(done, settings.second_text)
-        corpora = list(PAPER_LIKELIHOOD)
-        if settings.scale == "paper":
-            corpora = [done.training.run.name.split("-")[0]]
-        # the family; a deeper model belongs to none
+        # the family, to which a deeper model does not belong; and at paper scale the corpus
         label = done.training.label.split(",")[0]
-        row |= {f"paper, {corpus}": PAPER_LIKELIHOOD[corpus].get(label) for corpus in corpora}
+        corpus = done.training.run.name.split("-")[0]
+        for name, published in PAPER_LIKELIHOOD.items():
+            if settings.scale == "mini" or name == corpus:
+                row[f"paper, {name}"] = published.get(label)
         rows.append(row)
     return rows
 

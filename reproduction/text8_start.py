@@ -52,6 +52,7 @@ def plan_text8_start(settings: Settings) -> list[Training]:
         run = settings.preset(kind, "text8")
         if settings.scale == "mini":
             run = lengthened(run, "1/2")
+        if settings.scale == "mini" and settings.data is None:
             letters = TokenizerConfig(normalize="none")
             text = DataConfig(source=str(text_path()), tokenizer=letters)
             run = replace(run, name=f"{run.name}-text8-start", data=text)

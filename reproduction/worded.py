@@ -79,6 +79,7 @@ def measure_worded(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
 
 WORDED = Recipe(
     name="paper-mini",
+    mini_only=True,
     title="The families as the paper words them",
     claim=(
         "How do the families of [table 2](table2.md) compare if models have what the paper names "

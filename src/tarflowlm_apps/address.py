@@ -44,6 +44,15 @@ class Serving(OnDevice):
             )
 
 
+def names_of(host: str) -> list[str]:
+    """The names under which an application at `host` answers.
+
+    If it serves this machine alone, no others: a page elsewhere could let its own name point here
+    (DNS rebinding).
+    """
+    return [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+
+
 def listen(host: str, port: int | None) -> socket.socket:
     """A socket at a host, and at its port if one is given. UserError if there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

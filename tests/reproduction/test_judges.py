@@ -132,11 +132,11 @@ def test_texts_do_not_influence_each_other(judge):
 def test_what_comes_before_is_read_and_not_scored(judge):
     start, rest = "bad cab", [" dad", " cab dad bad" * 20]
     assert len(judge.encode(start + rest[1])) > judge.context
-    found = judge.read(rest, after=[start] * 2)
+    found = judge.read(rest, before=[start] * 2)
     whole, before = (judge.read(texts) for texts in ([start + text for text in rest], [start] * 2))
     torch.testing.assert_close(found.by_text, whole.by_text - before.by_text, rtol=1e-5, atol=1e-4)
     assert found.tokens == whole.tokens - before.tokens
-    assert judge.read(rest, after=["", ""]).nats == judge.read(rest).nats
+    assert judge.read(rest, before=["", ""]).nats == judge.read(rest).nats
 
 
 def test_chunks_begin_afresh(judge):

@@ -96,6 +96,9 @@ def test_the_recipe_of_mdlm_is_one_for_all_models(corpus):
     assert {round(run.optim.warmup * run.train.stage_steps[0]) for run in runs} == {2500}
     assert len({replace(run.optim, codebook_lr_scale=1.0, warmup=0.0) for run in runs}) == 1
     assert {run.train.tokens_at_once for run in runs} == {65_536}
+    for name in RECIPES.keys() - OF_ONE_SCALE - {"cipher"}:
+        plan = RECIPES[name].plan(settings)
+        assert [t.name for t in plan if "adamw" not in t.name] == []
 
 
 @pytest.mark.parametrize(("settings", "layers"), [(MINI, 6), (PAPER, 12)])
@@ -199,6 +202,12 @@ def test_records_are_found_again_elsewhere_and_by_later_code(tmp_path):
     other = replace(here, data=replace(text, source=str(tmp_path / "other.txt")))
     with pytest.raises(UserError, match=r"data.source other.txt: tiny-s0 in .* has words.txt"):
         Records(tmp_path).find("tiny-s0", other)
+    # two commands that measure at once lose nothing of each other
+    for one in [Records(tmp_path), Records(tmp_path)]:
+        [record] = one
+        one.measured(record, f"by {id(one)}", lambda: 1)
+    [record] = Records(tmp_path)
+    assert len(record.measured) == 2
 
 
 def test_files_of_one_name_are_told_apart_where_they_are_at_hand(tmp_path):
@@ -308,6 +317,7 @@ def test_wrong_requests_are_named(refused, tmp_path):
     refused("fig2", "--second-text", "a.txt", names=["--second-text a.txt", "table2"])
     refused("table2", "--scale", "paper", "--data", "a.txt", names=["--data a.txt", "paper"])
     refused(*argv, "fig3", "--steps", "0", names=["steps 0"])
+    refused(*argv, "inputs", "--scale", "paper", names=["inputs with --scale paper"])
     for recipe, option in (
         ("fig3", "--data"),
         ("table2", "--second-text"),

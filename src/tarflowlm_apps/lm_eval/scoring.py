@@ -109,7 +109,7 @@ class TextScorer:
             some = list(islice(scored, len(parts)))
             value = math.fsum(value for value, _ in some)
             # a flow cannot tell which continuation is the greedy one
-            is_greedy = (self.model.is_exact or bool(some)) and all(best for _, best in some)
+            is_greedy = self.model.is_exact and all(best for _, best in some)
             found.append((value, is_greedy))
         return found
 

@@ -92,7 +92,7 @@ def write_report(
         records[slug(record)] = record
     if out is None:
         # a model of the package or the hub lies elsewhere than its name says
-        if len(directories) != 1 or locate(directories[0]) != directories[0]:
+        if len(directories) != 1 or record.directory != directories[0]:
             raise UserError("only a single run of yours has a place for its report: add --out DIR")
         out = directories[0] / "report"
     page = out / "index.html"

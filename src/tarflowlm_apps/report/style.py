@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MUTED = "#68707a"
 PAPER = "#fefefe"
 SMALL = 8.0
+LOCK = threading.Lock()
 
 VARIABLES = {
     "#1b1f24": "--ink",
@@ -50,7 +52,8 @@ def render(
     from matplotlib import style
     from matplotlib.figure import Figure as New
 
-    with style.context("tarflowlm_apps.report.figures"), warnings.catch_warnings():
+    # the settings of matplotlib belong to the whole process
+    with LOCK, style.context("tarflowlm_apps.report.figures"), warnings.catch_warnings():
         # symbols of a vocabulary may be missing from the font; they show as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = New(figsize=(width, height))

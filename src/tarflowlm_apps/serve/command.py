@@ -6,7 +6,7 @@ from tarflowlm import schema
 from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.errors import check_package
 from tarflowlm.terminal.bars import print_json
-from tarflowlm_apps.address import Serving, listen
+from tarflowlm_apps.address import Serving, listen, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def run(args: Args) -> None:
     name = named.removeprefix("hf:") if named.startswith("hf:") else lm.directory.resolve().name
     args.warn("model")
     settings = uvicorn.Config(
-        application(lm, name, args.samples, is_local=args.is_local),
+        application(lm, name, args.samples, names_of(args.host)),
         log_level="warning",
         lifespan="off",
         timeout_graceful_shutdown=1,

@@ -26,12 +26,8 @@ MODEL = "model"  # the first word of an error about the name of a model
 AT_ONCE = 8  # requests in the works; the model takes a step for one of them at a time
 
 
-def application(lm: Checkpoint, name: str, draws: int, *, is_local: bool) -> Starlette:
-    """The routes for a model called `name`; `draws` as in `Answer`.
-
-    With `is_local` only names of this machine are answered: a page elsewhere could let its own name
-    point here (DNS rebinding).
-    """
+def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Starlette:
+    """The routes for a model called `name`, under these `hosts`; `draws` as in `Answer`."""
     places = asyncio.Semaphore(AT_ONCE)
     # one thread works, in turn: several would slow each other down, and each keep memory
     worker = ThreadPoolExecutor(1)
@@ -97,7 +93,6 @@ def application(lm: Checkpoint, name: str, draws: int, *, is_local: bool) -> Sta
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", models),
     ]
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if is_local else ["*"]
     kinds: tuple[type[Exception], ...] = (UserError, HTTPException, ClientDisconnect, Exception)
     return Starlette(
         routes=routes,

@@ -52,7 +52,7 @@ def change(
     levels = {WORDS: None, LATENTS: 0, NOISE: catalogue.load(model).model.num_blocks}
     request = replace(
         _request(text, num, seed),
-        level=levels[values.choice(kind, KINDS)],
+        level=levels.get(str(kind)),
         strength=values.number(strength, "strength", 0.0, 1.0),
     )
     yield from _edited(catalogue, model, request)

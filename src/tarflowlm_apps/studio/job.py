@@ -15,8 +15,8 @@ SECONDS = 60.0  # longest time for a piece of work
 EVERY = 0.12  # seconds between two updates
 TURNS = threading.Condition()
 LINE: list["Job"] = []
-"""The queue of a model, first come, first served; the first one has it. Two at once would
-only slow each other down.
+"""The queue of all requests, first come, first served: the first one is worked on. Two at once
+would only slow each other down.
 """
 
 

@@ -149,7 +149,7 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         gap = [gr.Textbox(elem_id=name, container=False, show_label=False) for name in HIDDEN[:2]]
         click = gr.Button("offer", elem_id=HIDDEN[2])
         answer = gr.HTML(elem_id=HIDDEN[3], apply_default_css=False)
-        _ask(ask._replace(go=click), partial(offer, catalogue), gap, answer, [])
+        _ask(ask._replace(go=click, last={}), partial(offer, catalogue), gap, answer, [])
 
 
 def _infill(catalogue: Catalogue) -> None:
@@ -201,7 +201,8 @@ def _edit(catalogue: Catalogue) -> None:
         with gr.Tab("Words"):
             share = _strength("Share of the words that are resampled.", 0.2)
             inputs = [model, text, gr.State(WORDS), share, num, seed]
-            _ask(_buttons("Resample"), partial(change, catalogue), inputs, out, [share.release])
+            other = _buttons("Resample")._replace(last=ask.last)
+            _ask(other, partial(change, catalogue), inputs, out, [share.release])
         with gr.Tab("Level (for experts)"):
             share = _strength(
                 "How far the points move: 0 keeps the text, 1 forgets it. Beyond a little the "
@@ -217,7 +218,8 @@ def _edit(catalogue: Catalogue) -> None:
                 "may be read as others.",
             )
             inputs = [model, text, state, share, num, seed]
-            _ask(_buttons("Re-noise"), partial(change, catalogue), inputs, out, [share.release])
+            other = _buttons("Re-noise")._replace(last=ask.last)
+            _ask(other, partial(change, catalogue), inputs, out, [share.release])
 
 
 def _score(catalogue: Catalogue) -> None:
@@ -304,7 +306,7 @@ class Buttons(NamedTuple):
     go: Component
     stop: Component
     last: dict[str | None, object]
-    """The last request of every visitor."""
+    """The last request of every visitor, for one output."""
 
 
 def _buttons(words: str) -> Buttons:

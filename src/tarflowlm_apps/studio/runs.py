@@ -24,7 +24,7 @@ def runs(catalogue: Catalogue, names: object) -> Pages:
         place = catalogue.entry(name).place
         places[str(name)] = place
         state.append(is_written(place))
-        state += [file.stat().st_size for file in place.glob("*.json*")]
+        state += [file.stat().st_size for file in place.glob("[!.]*.json*")]
     yield page(_view(tuple(places.items()), tuple(state)))
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tarflowlm_apps.address import LOOPBACK
+from tarflowlm_apps.address import LOOPBACK, names_of
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.pieces import HEAD
 
@@ -27,10 +27,8 @@ def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[st
 
     from tarflowlm_apps.studio.page import WAITING, build
 
-    # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself
-    # answers no other origin on localhost
-    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
-    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    # gradio itself answers no other origin on localhost
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))
     blocks = build(catalogue)
     _, url, _ = blocks.launch(
         server_name=host,

@@ -31,11 +31,6 @@ def seed(value: object) -> int:
     return whole(value, "seed", 0, 2**31)
 
 
-def choice(value: object, allowed: Sequence[str]) -> str:
-    """One of the allowed words; the first one instead of any other value."""
-    return value if isinstance(value, str) and value in allowed else allowed[0]
-
-
 def text(value: object) -> str:
     """A text that is not too long; empty for None."""
     if not isinstance(value, str | None) or len(value or "") > CHARACTERS:

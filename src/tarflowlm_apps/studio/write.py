@@ -46,11 +46,14 @@ def write(
     start = values.text(text)
     other = beside[0] if isinstance(beside, list) and beside else beside or ""
     rest = (other, start, length, temperature, top_p, num, seed)
-    able = catalogue.for_gaps(model)
-    if has_gap(start) and able != model:
-        more = pieces.linked(f"use {able}", values.to_address((able, *rest)))
-        yield pieces.page(pieces.notice(no_gaps(model), more))
-        return
+    names = (model, other) if other not in ("", model) else (model,)
+    for name in names if has_gap(start) else ():
+        able = catalogue.for_gaps(name)
+        if able != name:
+            instead = (able, *rest) if name == model else (model, able, *rest[1:])
+            more = pieces.linked(f"use {able}", values.to_address(instead))
+            yield pieces.page(pieces.notice(no_gaps(name), more))
+            return
     is_template = has_blanks(start)
     prompt = "" if is_template else unescaped(start, Writing.blank)
     cut = values.number(top_p, "top-p", 0.05, 1.0)
@@ -69,7 +72,7 @@ def write(
     def shown(above: str, *cards: str) -> str:
         return pieces.page(div("st-pair", *columns, div("st-column", above, *cards)))
 
-    for name in (model, other) if other not in ("", model) else (model,):
+    for name in names:
         command = request.command(catalogue.entry(name).command_name)
         # one link is enough for both
         above = pieces.asked(command, link="" if columns else link)
@@ -122,18 +125,18 @@ def _samples(
     if generation.evidence is not None and found.particles > 1:
         notes.append(f"This text {trust(generation.evidence, slice(None), found.particles)}.")
     calls = [len(part) for part in parts]
-    rate = f"{generation.tokens.numel() / job.seconds:,.0f}"
-    facts = [pieces.took(job.seconds), (rate, "tokens per second")]
+    masks = [_given(samples, found, row) for row in range(len(found.streams))]
+    drawn = generation.tokens.numel() - sum(int(mask.sum()) for mask in masks)
+    facts = [pieces.took(job.seconds), (f"{drawn / job.seconds:,.0f}", "tokens per second")]
     if is_drafted:
         notes.append(BOXES)
         # what is given comes first
         own = calls[bool(given[0]) :]
         facts.append((f"{sum(own) / len(own):.1f}", "tokens per call"))
     cards = []
-    for row, stream in enumerate(found.streams):
+    for row, (stream, mask) in enumerate(zip(found.streams, masks, strict=True)):
         # include the end of the document, which is shown as a mark
         tokens = generation.tokens[row, : stream.length + stream.has_ended]
-        mask = _given(samples, found, row)
         shown = text_tokens(tokens, lm.tokenizer, {"given": mask})
         cards.append(
             pieces.card(
@@ -191,6 +194,8 @@ def infill(
     """
     checkpoint = catalogue.load(model)
     template = values.text(text)
+    if not has_blanks(template):
+        raise UserError("the text has no blank: write _ for a token, or [...] for a gap")
     able = catalogue.for_gaps(model)
     if has_gap(template) and able != model:
         raise UserError(f"{no_gaps(model)}, or choose {able}")

@@ -59,10 +59,11 @@ class Served:
 
 @contextmanager
 def serving(lm: tarflowlm.Pretrained, name: str):
+    from tarflowlm_apps.address import names_of
     from tarflowlm_apps.serve.server import application
 
     at = socket.create_server(("127.0.0.1", 0))
-    app = application(lm, name, 2, is_local=True)
+    app = application(lm, name, 2, names_of("127.0.0.1"))
     how = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(how)
     thread = threading.Thread(target=server.run, args=([at],), daemon=True)
