@@ -13,7 +13,7 @@ from tarflowlm_apps.report.style import Figure
 
 LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0, "2": 2.0}
 """Multiples of the steps of a preset."""
-GREATEST = {"AR": "2", "affine": "2", "Mix-1": "1", "Mix-d": "1"}
+GREATEST = {"AR": "2", "affine": "2", "Mix-1": "1", "Mix-d": "2"}
 """The greatest length of each family."""
 TOKENS = "tokens of block 1"
 RATIO = "over AR"
