@@ -208,7 +208,7 @@ class Writing(Sampling, Draws):
     without: Annotated[str, arg("LETTERS")] = ""
     """Draw no token with these letters, small or capital. Given text may have them."""
     contains: options.Text = None
-    """Words that must appear after the prompt, unless it has them."""
+    """Whole words that must appear after the prompt, unless it has them."""
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The tokens that may be drawn, as `generate` takes them."""
     num_tokens: Annotated[Length | None, arg("INT", name=options.NAMES["num_tokens"])] = None
