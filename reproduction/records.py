@@ -118,7 +118,8 @@ class Records:
         with waiting_lock(self.path):
             for name, theirs in self._read().items():
                 ours = self._by_name.setdefault(name, theirs)
-                ours.measured = theirs.measured | ours.measured
+                if ours.hashes == theirs.hashes:
+                    ours.measured = theirs.measured | ours.measured
             lines = [json.dumps(asdict(record)) for record in self]
             with replacing(self.path) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -9,6 +9,9 @@ import tarflowlm
 from helpers import TEXT8, tiny_ar, tiny_flow
 from tarflowlm.data import ByteTokenizer, load_tokenizer
 from tarflowlm.errors import UserError
+from tarflowlm.generation.rows import Drawn
+from tarflowlm.generation.texts import Samples
+from tarflowlm.requests import Writing
 from tarflowlm.runs.hub import FOLDER
 from tarflowlm_apps.studio.catalogue import Catalogue
 
@@ -211,6 +214,13 @@ def test_a_typed_space_is_kept_and_a_longer_text_begins_alike(build):
     for options in ({"without": "z"}, {"contains": "king"}, {"particles": 2}):
         text = lm.write(start, num_tokens=12, seed=1, **options)
         assert text.startswith(start)
+    # the evidence counts it, and a stop does not take that away
+    weighed, plain = (
+        next(Samples(Writing(prompt=text, particles=4, num_tokens=12, stop=" "), lm).batches())
+        for text in (start, start.rstrip())
+    )
+    found = [one.generation.evidence.log_evidence.item() for one in (weighed, plain)]
+    assert found[0] < found[1] - 0.3
     # beyond a window
     assert lm.write(start * 4, num_tokens=24, seed=1).startswith(start * 4)
 
@@ -222,6 +232,8 @@ def test_a_typed_space_is_kept_and_a_longer_text_begins_alike(build):
         ({"couplings": ("mixd", "affine"), "latent_dim": 8}, {}),
         ({"couplings": ("mix1",), "latent_dim": 8}, {"particles": 3}),
         ({"couplings": ("mixd",), "latent_dim": 8, "patch": 2}, {}),
+        ({"couplings": ("mixd", "affine"), "latent_dim": 8}, {"contains": "king"}),
+        ({"couplings": ("mixd",), "latent_dim": 8}, {"decoder": "sweeps", "without": "z"}),
     ],
 )
 def test_a_typed_space_that_no_drawn_token_can_take_is_a_token_of_the_prompt(model, options):
@@ -230,6 +242,18 @@ def test_a_typed_space_that_no_drawn_token_can_take_is_a_token_of_the_prompt(mod
     lm = tarflowlm.Pretrained(flow, tokenizer)
     texts = lm.write("the old cat ", num=9, num_tokens=12, seed=1, **options)
     assert [text.startswith("the old cat ") for text in texts] == [True] * 9
+    if {"contains", "without"} & set(options):  # a weighed token takes it
+        assert not any(text.startswith("the old cat  ") for text in texts)
+
+
+def test_the_tokens_after_a_prompt_are_barred_on_any_device():
+    rows = Drawn.__new__(Drawn)
+    rows.begins, rows.first = torch.tensor([True, False]), torch.tensor([1, 4])
+    for device in ("cpu", "meta"):
+        found = rows._begun(torch.zeros(6, 2, device=device), slice(None), torch.tensor([0, 3]), 3)
+        assert found.device.type == device
+        if device == "cpu":
+            assert (found < 0).tolist() == [[False, row in (1, 4)] for row in range(6)]
 
 
 def test_score(loaded):

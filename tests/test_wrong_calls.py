@@ -85,6 +85,7 @@ REFUSED = [
     ('lm.stream("a", num=2)', ["num 2", "one text"]),
     ("lm.stream(5)", ["prompt 5", "a text"]),
     ('lm.decode(["a"])', ["<U1 [1]", "0 to 26"]),
+    ('lm.edit("a b", rewrite="")', ["rewrite ''", "character"]),
     ('lm.write("a", contains=" ")', ["contains ' '", "words"]),
     ('lm.fill("a_", blank="")', ["blank ''", "single character"]),
     ('small.write("日本\\udc80")', ["UTF-8"]),

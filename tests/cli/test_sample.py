@@ -54,6 +54,13 @@ def test_passes_go_from_noise_to_text(run_json, run, model):
     assert all(label in shown for label in ("noise", "after block 2", "after block 1"))
 
 
+def test_passes_of_a_prompt_beyond_the_context_are_refused(refused, model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n" + "ab " * 8 + "\n", encoding="utf-8")
+    argv = ["sample", model, "--prompts", prompts, "--passes", "--max-new-tokens", 8]
+    refused(*argv, names=["--passes", "context"])
+
+
 def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     argv = ["sample", model, "--template"]
     sample = run_json(*argv, "The ___ of, 9")["samples"][0]
@@ -82,6 +89,10 @@ def test_constraints_are_kept(texts, models):
         for text in texts(*argv, "--contains", "Ab"):
             assert " ab" in text
             assert len(text) == 12
+        # a word at the end of the prompt may not go on
+        argv[-3] = "at ab"
+        for text in texts(*argv, "--contains", "ab"):
+            assert re.match(r"at ab\b", text)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from helpers import prepared
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.sources import resolve_source, sources_dir
-from tarflowlm.data.text import SPLITS, cut_in_three, split_of_document
+from tarflowlm.data.text import SPLITS, cut_in_three, fair_shares, split_of_document
 from tarflowlm.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -132,6 +132,10 @@ def test_splits_of_large_texts_are_capped(folder, tmp_path, monkeypatch):
     assert sizes == [940, 30, 30]
     assert [len(piece.text) for piece in cut_in_three([text[:600]], 600)] == [540, 30, 30]
     assert [len(piece.text) for piece in cut_in_three([text[:599]], 599)] == [539, 30, 30]
+    # so are those of a few documents
+    places = {float(place) for place in range(100)}
+    assert fair_shares(places, 300) == (90.0, 95.0)
+    assert fair_shares(places, 3000) == (98.0, 99.0)
     monkeypatch.setattr("tarflowlm.data.text.LARGEST", 300)
     split = resolve_source(DataConfig(source=str(folder))).splitter()
     found = [split(str(number)) for number in range(4000)]

@@ -211,3 +211,6 @@ def test_tokens_without_letters_have_none_of_them_in_either_case():
             tokens_without(TEXT8, letters)
     # half of a character might be completed to a letter that is left out
     assert not tokens_without(ByteTokenizer(), "é")[0xC3]
+    # a letter without a capital bans none of the letters that its capital would have
+    letters = CharTokenizer("sSß", "none")
+    assert tokens_without(letters, "ß").tolist() == [True, True, False]

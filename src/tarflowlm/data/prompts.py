@@ -30,7 +30,7 @@ class Gap:
     begins: Tensor | None = None
     """The tokens [V] that may come first; None for all."""
     once: bool = False
-    """Whether the given tokens after the gap must not occur earlier."""
+    """Whether the given tokens after the gap must not occur in it, but in a longer word."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ class ChannelCoupling(Coupling):
 
         The latents of u are the only fixed point.
         """
-        mapped, log_slope = self.channels(z, features)
+        with full_precision(z):
+            mapped, log_slope = self.channels(z, features)
         residual = u - mapped
         return torch.addcmul(z, residual, torch.exp(-log_slope)), residual
 

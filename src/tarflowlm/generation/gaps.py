@@ -235,11 +235,10 @@ class GapFilter:
                 rows.at = end + gap.least + place
                 score = gained[:, gap.least + place] + weight(rows.add(piece, values[own]))
                 if gap.once:
-                    # the piece must not begin before, but in the text before the gap
+                    # the piece must not end within the gap, unless a word goes on there
                     text = rows.tokens[:, max(0, end - len(piece) + 1) : rows.at, 0].cpu()
                     found = (text.unfold(1, len(piece), 1) == piece).all(-1)[:, :-1]
                     if self.plan.begins is not None:
-                        # a word that goes on is another one
                         found &= self.plan.begins[text[:, len(piece) :]]
                     score[found.any(1)] = -torch.inf
                 scores[own, place] = score

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress
+from tarflowlm.flow import full_precision
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.stack import FlowBlock
@@ -268,7 +269,8 @@ class _Inversion:
         if not end:
             return
         h, u = self.h[:, :end], self.noise[:, :end]
-        again, _ = self.block.coupling(h, self.block.features(h))
+        with full_precision(h):
+            again, _ = self.block.coupling(h, self.block.features(h))
         off = largest_change(u, again).amax(0)[start:]
         # NaN counts as bad
         first_bad = start + num_leading(off <= RESIDUAL[off.dtype])

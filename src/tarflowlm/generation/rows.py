@@ -325,8 +325,8 @@ class Drawn(TokenRows):
         is_first = (at[:, None] + torch.arange(count) == self.first[rows, None]).flatten()
         if not is_first.any():
             return log_w
-        here, barred = _moved((is_first, ~self.begins), log_w.device)
-        return log_w.masked_fill(here[:, None] & barred, torch.finfo(log_w.dtype).min)
+        barred = (is_first[:, None] & ~self.begins).to(log_w.device)
+        return log_w.masked_fill(barred, torch.finfo(log_w.dtype).min)
 
     def _decide(self, right: Tensor, sure: Tensor) -> None:
         """Decide the first token of each row that is not sure, if it is final; changes `right`.

@@ -232,23 +232,29 @@ def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan
     """
     how = request.normalize
     prompts = as_texts(request.prompt or (), "prompt")
-    # only where tokens are drawn by their weights can the next one be made to begin with a space
+    is_constrained = request.without or request.contains or request.allowed is not None
     draws = lm.model.is_exact or as_flow(lm.model).is_language_model
-    goes_on = draws and lm.model.config.patch == 1 and request.decoder != "sweeps"
+    draws &= request.decoder != "sweeps"
+    # only where tokens are drawn by their weights can the next one be made to begin with a space
+    goes_on = lm.model.config.patch == 1 and (draws or bool(is_constrained))
     readings = [
         read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=goes_on)
         for prompt in prompts
     ]
     if request.template is not None:
         readings = [read_template(lm.tokenizer, request.template, request.blank, normalize=how)]
-    is_constrained = request.without or request.contains or request.allowed is not None
     if request.particles is not None and not readings and not is_constrained:
         what = f"particles {request.particles}: nothing is given by which to weight them"
         raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
-    words = None
+    words = after = None
     if request.contains is not None:
         words = read(lm.tokenizer, f" {request.contains}", name="contains", normalize=how)
-    return [_of_reading(request, lm, one, words, past_end) for one in (*readings,) or (None,)]
+        after = tokens_after_word(lm.tokenizer)
+    weighs = not draws or (request.particles or 1) > 1
+    return [
+        _of_reading(request, lm, one, words, after, past_end, weighs)
+        for one in (*readings,) or (None,)
+    ]
 
 
 def _of_reading(
@@ -256,9 +262,15 @@ def _of_reading(
     lm: Checkpoint,
     reading: Reading | None,
     words: Reading | None,
+    after: Tensor | None,
     past_end: bool,
+    weighs: bool,
 ) -> Plan:
-    """The plan of a prompt, a template or a free text; `words` are added unless it has them."""
+    """The plan of a prompt, a template or a free text; `words` are added unless it has them.
+
+    `after` are the tokens that may follow words. `weighs`: tokens that must begin a word, or end
+    one, weigh a candidate.
+    """
     tokenizer = lm.tokenizer
     is_template = request.template is not None
     allowed = cast(Allowed | None, request.allowed)
@@ -285,7 +297,11 @@ def _of_reading(
             what = f"contains {request.contains!r}: with the prompt it has {-room} tokens more"
             raise UserError(f"{what} than the length of {shown}: raise the length")
         template += [Gap(room, least=0, begins=begins, once=True), words.tokens]
-        begins = tokens_after_word(tokenizer)
+        begins = after
+    elif words is not None and begins is None and text.endswith(words.text):
+        begins = after
+    if begins is not None and not is_added and weighs:
+        template.append(Gap(shown - count, least=shown - count, begins=begins))
     usual = lm.run.temperature if request.temperature is None else request.temperature
     found = plan(
         lm.model,

@@ -250,7 +250,8 @@ def newest_state(directory: Path) -> Path:
     newest = undamaged_state(directory)
     if newest is None:
         rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
-        raise UserError(f"{directory} has no state to resume from{rest}: start a new run")
+        remedy = "start a run in another directory"
+        raise UserError(f"{directory} has no state to resume from{rest}: {remedy}")
     for state in states[states.index(newest) + 1 :]:
         aside = state.with_name(f"damaged-{state.name}")
         shutil.rmtree(aside, ignore_errors=True)

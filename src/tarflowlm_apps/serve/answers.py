@@ -157,6 +157,10 @@ class Answer:
             for one, tokens in zip(prompts, self.given, strict=True)
         ]
         self.samples = Samples(ask.writing(texts), lm) if ask.max_tokens else None
+        self.num_given = sum(map(len, self.given))
+        if self.samples is not None:
+            firsts = range(0, self.samples.total, ask.n)
+            self.num_given = sum(Row(self.samples, index).given for index in firsts)
         self.new = 0
         """New tokens of finished choices."""
 
@@ -169,9 +173,8 @@ class Answer:
     @property
     def usage(self) -> dict[str, int]:
         """Tokens of the prompts, and of the finished choices."""
-        given = sum(map(len, self.given))
-        found = {"prompt_tokens": given, "completion_tokens": self.new}
-        return found | {"total_tokens": given + self.new}
+        found = {"prompt_tokens": self.num_given, "completion_tokens": self.new}
+        return found | {"total_tokens": self.num_given + self.new}
 
     def parts(self) -> Generator[list[Part], None, None]:
         """The next parts of the choices; an empty list is a sign of life."""
@@ -201,11 +204,11 @@ class Answer:
             stream, text = steps.value.streams[place], steps.value.texts[place]
             count = stream.length + stream.has_ended
             if stream.has_stopped and not stream.has_ended:
-                count = self._count(steps.value.generation.tokens[place], text)
+                count = min(count, self._count(steps.value.generation.tokens[place], text))
             tokens = steps.value.generation.tokens[place, :count].cpu()
             self.new += count - row.given
             stops = stream.has_stopped or bool(self.ask.suffix)
-            logprobs = self._logprobs(row.index, tokens, row.given)
+            logprobs = self._logprobs(row.index, tokens, row.given, row.leaves_space)
             yield [part(row.index, row.new(text), "stop" if stops else "length", logprobs)]
 
     def _count(self, tokens: Tensor, text: str) -> int:
@@ -214,7 +217,9 @@ class Answer:
         size = len(text.encode())
         return sum(end < size for end in ends) + (size > 0)
 
-    def _logprobs(self, row: int, tokens: Tensor, first: int) -> dict[str, Any] | None:
+    def _logprobs(
+        self, row: int, tokens: Tensor, first: int, leaves_space: bool = False
+    ) -> dict[str, Any] | None:
         """Log-probabilities in nats of `tokens` from `first` on, with `echo` of all."""
         if self.ask.logprobs is None:
             return None
@@ -222,11 +227,13 @@ class Answer:
         found: list[Scored] = [("", None, {})] * is_started
         found += self._scored(tokens, 0 if self.ask.echo else first)
         names = [name for name, _, _ in found]
+        # a space of the first token that belongs to the prompt is not in the text
+        space = leaves_space and not self.ask.echo
         return {
             "tokens": names,
             "token_logprobs": [value for _, value, _ in found],
             "top_logprobs": [others | {name: value} for name, value, others in found],
-            "text_offset": [0, *accumulate(map(len, names))][: len(names)],
+            "text_offset": [max(0, at - space) for at in (0, *accumulate(map(len, names)))][:-1],
         }
 
     def _scored(self, tokens: Tensor, first: int) -> list[Scored]:
