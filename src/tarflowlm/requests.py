@@ -281,7 +281,7 @@ class Edit(Tempered, Draws):
     """Words to resample: random ones, or the most unlikely ones."""
     candidates: Annotated[Count, arg("INT")] = 32
     """Candidates for every resampled piece, weighted by the rest of the text."""
-    decoder: Annotated[Literal["auto", "steps", "sweeps"], arg()] = "auto"
+    decoder: Annotated[Decoder, arg()] = "auto"
     """With --level: how to invert a block, see `tarflowlm sample --help`."""
 
     def rules(self) -> Iterator[tuple[str, str]]:

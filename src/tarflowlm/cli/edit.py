@@ -43,7 +43,7 @@ def run(args: Args) -> None:
         one: dict[str, object] = {
             "text": text,
             "changed": edited.change.changed[row].tolist(),
-            "bpc_before": edited.bits_before[row].item(),
+            "bpc_before": edited.bits_before,
             "bpc": edited.bits[row].item(),
         }
         if edited.change.pareto_k:

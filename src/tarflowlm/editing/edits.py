@@ -45,10 +45,10 @@ class Edited:
     change: Change
     texts: list[str]
     """The new texts."""
-    bits_before: Tensor
-    """Bits per character before each edit, at most: [num]."""
+    bits_before: float
+    """Bits per character before the edits, at most."""
     bits: Tensor
-    """The same after each edit."""
+    """The same after each edit, [num]."""
 
 
 def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
@@ -88,7 +88,7 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
         reading=text,
         change=change,
         texts=[lm.tokenizer.decode(tokens) for tokens in change.tokens.tolist()],
-        bits_before=per_character(change.bound_before, change.before),
+        bits_before=per_character(change.bound_before[:1], change.before[:1]).item(),
         bits=per_character(change.bound, change.tokens),
     )
 

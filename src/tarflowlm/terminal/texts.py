@@ -223,7 +223,7 @@ def print_edits(edited: Edited, tokenizer: Tokenizer, advice: str | None) -> Non
         changed = edit.changed[row]
         note = (
             f"{int(changed.sum())} of {counted(len(changed), 'token')} changed; bits per character "
-            f"{sign} {edited.bits_before[row]:.3f} before, {sign} {edited.bits[row]:.3f} now "
+            f"{sign} {edited.bits_before:.3f} before, {sign} {edited.bits[row]:.3f} now "
             "(fewer: likelier to the model)"
         )
         body = styled(text_tokens(tokens, tokenizer, {"changed": changed}))

@@ -77,9 +77,8 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
     )
     notice = found.reading.notice
     note = "the original" if notice is None else f"the original, {notice}"
-    before_edits = found.bits_before[0].item()
     sign = "" if checkpoint.model.is_exact else "≤ "
-    numbers = facts((f"{sign}{before_edits:.2f}", "bits per character"), took(job.seconds))
+    numbers = facts((f"{sign}{found.bits_before:.2f}", "bits per character"), took(job.seconds))
     cards = [card(stage(before), muted(note), numbers)]
     for row, tokens in enumerate(found.change.tokens.cpu()):
         changed = found.change.changed[row].cpu()
