@@ -113,7 +113,7 @@ def test_data_prepares_a_directory_that_eval_takes(
     )
     assert of_text["bpc"] == of_corpus["bpc"]
     assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table", *letters).out
-    refused("data", corpus, "--out", tmp_path / "again", names=["holds no .txt"])
+    refused("data", corpus, "--out", tmp_path / "again", names=["is prepared already"])
 
 
 def test_a_text_shorter_than_the_context_is_evaluated_whole(run_json, model, tmp_path):

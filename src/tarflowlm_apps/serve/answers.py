@@ -225,7 +225,15 @@ class Answer:
             return None
         is_started = self.ask.echo and self.starts[row // self.ask.n]
         found: list[Scored] = [("", None, {})] * is_started
-        found += self._scored(tokens, 0 if self.ask.echo else first)
+        whole = self._scored(tokens)
+        if self.ask.echo and 0 < first < len(tokens):
+            given = self._scored(tokens[:first])
+            # the prompt has its own score, and all together that of the whole text
+            name, value, others = whole[first]
+            rest = math.fsum(v or 0.0 for _, v, _ in whole[:first])
+            value = (value or 0.0) + rest - math.fsum(v or 0.0 for _, v, _ in given)
+            whole[: first + 1] = [*given, (name, value, others)]
+        found += whole if self.ask.echo else whole[first:]
         names = [name for name, _, _ in found]
         # a space of the first token that belongs to the prompt is not in the text
         space = leaves_space and not self.ask.echo
@@ -236,10 +244,10 @@ class Answer:
             "text_offset": [max(0, at - space) for at in (0, *accumulate(map(len, names)))][:-1],
         }
 
-    def _scored(self, tokens: Tensor, first: int) -> list[Scored]:
-        """Tokens from `first` on: text, log-probability as in `score`, and the most probable."""
+    def _scored(self, tokens: Tensor) -> list[Scored]:
+        """The text of every token, its log-probability as in `score`, and the most probable."""
         model, most = self.lm.model, self.ask.logprobs or 0
-        if len(tokens) <= first:
+        if not len(tokens):
             return []
         names = [text.decode(errors="replace") for text in self.tokenizer.token_bytes]
         bits = score(model, tokens, samples=self.draws, seed=self.ask.seed or 0).bits
@@ -255,7 +263,7 @@ class Answer:
                     others.append({names[i]: x for i, x in zip(places, values, strict=True)})
         others += [{}] * (len(tokens) - len(others))
         values = (-math.log(2) * bits).tolist()
-        return [(names[tokens[i]], values[i], others[i]) for i in range(first, len(tokens))]
+        return [(names[tokens[i]], values[i], others[i]) for i in range(len(tokens))]
 
 
 def part(index: int, text: str, reason: str | None = None, logprobs: object = None) -> Part:
