@@ -301,7 +301,8 @@ class Drawn(TokenRows):
         value: Tensor | None = None
         for a in range(patch):
             log_w = walk.send(value)
-            log_w = self._begun(log_w, self.rows, self.next[self.rows], shape[1])
+            if self.begins is not None:
+                log_w = self._begun(log_w, self.rows, self.next[self.rows], shape[1])
             if self.decides:
                 token, is_sure = _chosen(log_w, gumbel[:, a], self.adjust)
             else:
