@@ -214,6 +214,9 @@ def test_a_typed_space_is_kept_and_a_longer_text_begins_alike(build):
     for options in ({"without": "z"}, {"contains": "king"}, {"particles": 2}):
         text = lm.write(start, num_tokens=12, seed=1, **options)
         assert text.startswith(start)
+    both = lm.write(["the cat", "the cat and "], contains="cat", num_tokens=8, num=5, seed=3)
+    assert all(text.startswith("the cat and ") for text in both[5:])
+    assert lm.write(start, stop=" ", max_new_tokens=3).startswith(start)
     # the evidence counts it, and a stop does not take that away
     weighed, plain = (
         next(Samples(Writing(prompt=text, particles=4, num_tokens=12, stop=" "), lm).batches())

@@ -318,8 +318,9 @@ def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     Its stages keep their proportions. UserError for fewer steps than stages.
     """
     stages = run.train.stage_steps
-    if num_steps < len(stages):
-        raise UserError(f"steps {num_steps}: must be at least {len(stages)}, one for each stage")
+    least = sum(map(bool, stages))
+    if num_steps < least:
+        raise UserError(f"steps {num_steps}: must be at least {least}, one for each stage")
     # a stage without steps adds no block
     scaled = [max(1, round(s * num_steps / sum(stages))) if s else 0 for s in stages]
     while sum(scaled) != num_steps:

@@ -110,7 +110,7 @@ class Processes:
     def rows_each(self, train: TrainConfig) -> int:
         """Sequences of a global batch for each process. UserError if they do not divide evenly."""
         if train.batch_size % self.world:
-            rule = f"use a multiple of {self.world}, for {self.world} processes"
+            rule = f"use a multiple of {self.world}, or fewer than {self.world} processes"
             raise UserError(f"train.batch_size {train.batch_size}: {rule}")
         return train.batch_size // self.world
 

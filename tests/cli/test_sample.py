@@ -89,6 +89,8 @@ def test_constraints_are_kept(texts, models):
         for text in texts(*argv, "--contains", "Ab"):
             assert " ab" in text
             assert len(text) == 12
+        # a line end is in no text
+        assert texts(*argv, "--stop", "\n") == texts(*argv)
         # a word at the end of the prompt may not go on
         argv[-3] = "at ab"
         for text in texts(*argv, "--contains", "ab"):

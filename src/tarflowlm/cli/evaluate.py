@@ -83,10 +83,13 @@ def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object
         ("bound", found.bound),
     ]
     if found.gap is not None:
-        errors = f"{found.elbo_stderr:.4f}, {found.elbo_sampling_stderr:.5f} of it from sampling"
-        rows.append(("ELBO, nats per token", f"<= {found.elbo:.4f} (standard error {errors})"))
-        gap = f"{found.gap:.5f} nats per token (standard error {found.gap_stderr:.5f})"
-        rows.append(("gap to the ELBO", gap))
+        errors = of_gap = ""
+        if found.windows > 1:
+            sampling = f"{found.elbo_sampling_stderr:.5f} of it from sampling"
+            errors = f" (standard error {found.elbo_stderr:.4f}, {sampling})"
+            of_gap = f" (standard error {found.gap_stderr:.5f})"
+        rows.append(("ELBO, nats per token", f"<= {found.elbo:.4f}{errors}"))
+        rows.append(("gap to the ELBO", f"{found.gap:.5f} nats per token{of_gap}"))
     scored = f"{found.tokens:,} of {reading['text_tokens']:,} tokens"
     rows.append(("text", f"{scored}, {found.characters:,} characters"))
     windows = f"{found.windows:,} of {reading['context']} tokens, stride {reading['stride']}"

@@ -203,10 +203,12 @@ def _candidates(request: Edit, tokenizer: Tokenizer, source: Source) -> Candidat
     if tokenizer.end is not None:
         marks = [tokenizer.end]
     has_room = config.patch == 1 and source.text.length < config.context
+    level = informative_level(source.model, source.text.row(0))
     return Candidates(
         number=request.candidates,
         temperature=temperature,
-        level=informative_level(source.model, source.text.row(0)),
+        level=level,
+        banned=tokenizer.end if config.has_token_weights and level == 0 else None,
         spaces=spaces_of(table),
         lead=tuple(marks[:1]) if has_room else (),
     )

@@ -45,6 +45,8 @@ class Candidates:
     """
     may_repeat: bool = False
     """False: a candidate that repeats the old tokens is taken only if all with their spaces do."""
+    banned: int | None = None
+    """A token that is not drawn: the end of a document."""
     lead: tuple[int, ...] = ()
     """Tokens put before a text whose first span is drawn, so that the span begins a word."""
 
@@ -88,7 +90,8 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
         block.features_of(one, known[:, : first - 1], first=True)
         cache.take(one, torch.zeros(R, dtype=torch.long, device=h.device))
     invert = block.coupling.inverter()
-    adjust = Sampling(temperature=candidates.temperature).adjust(model.config.vocab_size)
+    tempered = Sampling(temperature=candidates.temperature)
+    adjust = tempered.adjust(model.config.vocab_size, candidates.banned)
     log_w = h.new_zeros(R)
     for n in range(first, end):
         features = block.features_at(cache, h[:, n - 1] if n else None, R)
@@ -124,7 +127,8 @@ def propose_tokens(source: Source, span: Span, candidates: Candidates) -> Propos
     noise = Noise(model, row_generators((0,), source.generator), R)
     tokens = text.tokens.repeat(R, 1)
     no_latents = noise.normal(tokens.shape[1])
-    adjust = Sampling(temperature=candidates.temperature).adjust(model.config.vocab_size)
+    tempered = Sampling(temperature=candidates.temperature)
+    adjust = tempered.adjust(model.config.vocab_size, candidates.banned)
     rows = Pieces(model, tokens[..., None], tokens[..., None].clone(), span[0], adjust)
     gumbel = noise.draws(tokens.shape[1])
     for n in range(*span):

@@ -76,7 +76,8 @@ class Plan:
     def together(self) -> tuple[object, ...]:
         """Equal for plans that can be written in one batch."""
         template = id(self.template) if self.way == "gaps" else 0
-        return template, self.way, self.num_tokens, self.particles, self.prompt
+        begins = None if self.begins is None else hash(self.begins.numpy().tobytes())
+        return template, self.way, self.num_tokens, self.particles, self.prompt, begins
 
     @property
     def given(self) -> Tensor:

@@ -56,8 +56,10 @@ class Samples:
         check_finite(self.lm.model.state_dict(), "model")
         stops = as_texts(self.request.stop, "stop")
         how = self.request.normalize
-        read_stops = [read(self.lm.tokenizer, x, name="stop", normalize=how).text for x in stops]
-        object.__setattr__(self, "stops", tuple(read_stops))
+        read_stops = [(x, read(self.lm.tokenizer, x, name="stop", normalize=how)) for x in stops]
+        # a line end is in no text of letters, where it reads as a space
+        kept = [found.text for x, found in read_stops if found.text != " " or x == " "]
+        object.__setattr__(self, "stops", tuple(kept))
         object.__setattr__(self, "plans", plans(self.request, self.lm, self.past_end))
         rank, world = self.processes.rank, self.processes.world
         model = self.lm.model
@@ -66,7 +68,7 @@ class Samples:
         cached = max(2 * len(block.layers) * block.config.width for block in blocks)
         batches: list[range] = []
         every = map(self.plan, range(self.total))
-        keys = [(one.together, one.begins is None) for one in every]
+        keys = [one.together for one in every]
         for _, group in groupby(range(self.total), key=keys.__getitem__):
             rows = list(group)
             one = self.plan(rows[0])
@@ -191,7 +193,9 @@ class Samples:
         one = self.plan(row)
         start = 0
         if self.request.template is None and one.reading is not None:
-            start = len(tokenizer.decode(one.reading.tokens.tolist()))
+            # with a space that is left to the first new token
+            left = one.reading.begins is not None
+            start = len(tokenizer.decode(one.reading.tokens.tolist())) + left
         return TextStream(tokenizer, self.stops, start=start, end=one.end)
 
 
@@ -248,7 +252,8 @@ def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan
         raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
     words = after = None
     if request.contains is not None:
-        words = read(lm.tokenizer, f" {request.contains}", name="contains", normalize=how)
+        wanted = f" {request.contains.strip()}"
+        words = read(lm.tokenizer, wanted, name="contains", normalize=how)
         after = tokens_after_word(lm.tokenizer)
     weighs = not draws or (request.particles or 1) > 1
     return [
@@ -288,9 +293,10 @@ def _of_reading(
         if not is_template and count >= shown:
             notice = "" if reading.notice is None else f"; {reading.notice}"
             raise UserError(f"{no_room(count, shown)}{notice}")
-    text = "" if reading is None else f" {reading.text}"
+    text = "" if reading is None else reading.text
     begins = None if reading is None else reading.begins
-    is_added = words is not None and not re.search(rf"{re.escape(words.text)}(?!\w)", text)
+    whole = "" if words is None else rf"(?<!\w){re.escape(words.text.strip())}"
+    is_added = words is not None and not re.search(rf"{whole}(?!\w)", text)
     if words is not None and is_added:
         room = shown - count - len(words.tokens)
         if room < 0:
@@ -298,7 +304,7 @@ def _of_reading(
             raise UserError(f"{what} than the length of {shown}: raise the length")
         template += [Gap(room, least=0, begins=begins, once=True), words.tokens]
         begins = after
-    elif words is not None and begins is None and text.endswith(words.text):
+    elif words is not None and begins is None and re.search(rf"{whole}\Z", text):
         begins = after
     if begins is not None and not is_added and weighs:
         template.append(Gap(shown - count, least=shown - count, begins=begins))
@@ -320,9 +326,9 @@ def _of_reading(
 
 def _length(request: Writing, count: int, context: int, lead: int, is_one_window: bool) -> int:
     """Tokens of a text without its lead; `count` are in its prompt or template."""
+    asked = request.num_tokens
     if request.max_new_tokens is not None:
-        return count + request.max_new_tokens
-    if request.num_tokens is not None:
-        is_whole = is_one_window and request.num_tokens == context > 1
-        return request.num_tokens - (lead if is_whole else 0)
+        asked = count + request.max_new_tokens
+    if asked is not None:
+        return asked - (lead if is_one_window and asked == context > 1 else 0)
     return count if request.template is not None else max(1, context - lead)

@@ -172,7 +172,12 @@ def write_state(
         # in this thread the first GPU is the current one: PyTorch would take memory there
         torch.cuda.set_device(run.device)
     try:
-        save_shards(tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
+        try:
+            save_shards(
+                tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None
+            )
+        except CheckpointException as error:  # no Exception, so that nobody would catch it
+            raise next(failure for failure, _ in error.failures.values()) from error
         if run.processes.first:
             write_json(temporary / COUNTERS, saved)
             # network file systems list the files of other machines late

@@ -85,9 +85,13 @@ def tuning(
         raise UserError(f"{problem}: train a new model on it: {remedy}")
     seen.tell(parent.tokenizer.normalization, "english-small")
     run = with_blocks(parent.run, range(parent.model.num_blocks))
+    # a stage that had no time in the parent's training gets as much as the shortest
+    least = min(count for count in run.train.stage_steps if count)
+    shares = tuple(count or least for count in run.train.stage_steps)
     weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
     train = replace(
         run.train,
+        stage_steps=shares,
         minutes=minutes or TUNING_MINUTES,
         keep="best",
         evaluate_every=100,

@@ -167,11 +167,16 @@ def validate(run: Run, state: State) -> Likelihood:
     """Evaluate on the validation windows, log the bound, and save the weights if they are the best
     of the stage. Collective.
     """
-    counters, start = state.counters, seconds(run, state)
-    config = state.config
+    counters, config = state.counters, state.config
     windows = eval_windows(
         run.corpus.split("valid"), config.model.context, config.train.evaluate_windows
     )
+    start = seconds(run, state)
+    if run.compiles and not state.has_validated:
+        # the first evaluation compiles layers, which is not training time
+        evaluate(run, state, windows)
+        state.began += seconds(run, state) - start
+        state.has_validated = True
     result = evaluate(run, state, windows)
     run.log.write(
         {
@@ -270,6 +275,7 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
         state.bound, state.optimizers, state.copies = enter_stage(
             run, state.config, counters, state.model
         )
+        state.has_validated = False
     begin_stage(run, state)
     wait(run)
 

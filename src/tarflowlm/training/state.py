@@ -113,6 +113,8 @@ class State:
     generator: Generator  # of the noise
     began: float
     """When the run began, on the clock of `time.monotonic`, less pauses and compilation."""
+    has_validated: bool = False
+    """Whether this process has evaluated the model in this stage, which may compile it."""
 
 
 def seconds(run: Run, state: State) -> float:
