@@ -188,8 +188,7 @@ def plan_in_patch(settings: Settings) -> list[Training]:
             if isinstance(block, Mix1)
         )
         suffix = f"p2-{name.replace(',', '').replace(' ', '-')}"
-        fields = {"patch": 2, "blocks": blocks, "channel_mix": is_mixed, "starts": "first"}
-        found[f"Mix-1, {name}"] = variant(run, suffix, **fields)
+        found[f"Mix-1, {name}"] = variant(run, suffix, patch=2, blocks=blocks, channel_mix=is_mixed)
     if settings.scale == "mini":
         found = {label: variant(r, "quarter") for label, r in found.items()}
     found = {label: measures.shortened(settings, r, HALF_STEPS // 2) for label, r in found.items()}
@@ -249,9 +248,8 @@ IN_PATCH = Recipe(
         "blocks and channel mixing recover what binds them. Bounds, and what figure 5 measures, "
         "in a stack of 1, 1 and 4 layers, whose last block writes first: where it sees all "
         "channels of the patch, nothing is left to recover. Last, Mix-d, whose block 1 writes "
-        "last. (Blocks above block 1 do not see the prefix. These stacks were trained with block 1 "
-        "as the start, by which the seed decides which block is the language model: it takes most "
-        "off the KL divergence.)"
+        "last. (Blocks above block 1 do not see the prefix. The block that takes most off the KL "
+        "divergence is the language model.)"
     ),
     plan=plan_in_patch,
     measure=measure_in_patch,
