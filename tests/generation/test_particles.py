@@ -191,3 +191,21 @@ def test_weights_count_particles_and_refuse_what_is_not_a_number():
     assert effective(weights.log_w).tolist() == pytest.approx([4.0, 4.0])
     torch.testing.assert_close(weights.evidence().log_evidence, expected)
     assert weights.draws.tolist() == [1, 0]
+
+
+def test_a_sample_does_not_depend_on_the_prompts_of_the_others():
+    model = tiny_flow(couplings=("mixd",))
+    short, long = [0, BLANK, BLANK, BLANK, BLANK], [0, 1, 2, 3, 4]
+    for seed in range(20):
+        found = [
+            generate(
+                model,
+                num_tokens=8,
+                num=2,
+                prompt=torch.tensor([first, long]),
+                particles=6,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            for first in (short, long)
+        ]
+        assert torch.equal(*(one.tokens[1] for one in found))

@@ -200,6 +200,8 @@ def particle_filter(
     """
     weights = Weights(noise)
     num, particles = weights.log_w.shape
+    # a sample alone is resampled after its prompt
+    prompts = rows.is_known.all(2).long().cumprod(1).sum(1).view(num, particles)[:, 0]
     weights.add(rows.prefill())
     progress.advance(rows.at)
     while rows.at < rows.num_positions:
@@ -211,7 +213,8 @@ def particle_filter(
             continue
         if rows.at == rows.num_positions:
             break
-        uneven: list[int] = is_uneven(weights.log_w).nonzero().flatten().tolist()
+        is_due = is_uneven(weights.log_w) & (prompts < rows.at)
+        uneven: list[int] = is_due.nonzero().flatten().tolist()
         if not uneven:
             continue
         order = torch.arange(num * particles).view(num, particles)
