@@ -11,9 +11,9 @@ from reproduction.lengths import lengthened, measure_lengths
 from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
 from reproduction.settings import Settings
 from tarflowlm.config import DataConfig, TokenizerConfig
-from tarflowlm.data.sources import Text8, sources_dir
+from tarflowlm.data.sources import Text8
 from tarflowlm.errors import UserError
-from tarflowlm.files import replacing
+from tarflowlm.files import replacing, sources_dir
 
 CHARACTERS = 3_000_000
 SHA256 = "3d70b4c8ba7ef3dccce164db77b68be402fbbcff3b1323d2e675007da1ba8a91"

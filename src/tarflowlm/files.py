@@ -25,6 +25,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("TARFLOWLM_CACHE") or "~/.cache/tarflowlm").expanduser()
 
 
+def sources_dir() -> Path:
+    """The folder of downloaded raw corpora."""
+    return cache_root() / "sources"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success that file replaces `path`.

@@ -22,6 +22,7 @@ from tarflowlm.data.text import (
     BLOCK,
     FEW,
     FIELD,
+    HUB,
     SEPARATOR,
     Piece,
     Split,
@@ -33,6 +34,7 @@ from tarflowlm.data.text import (
     place_of_document,
     plain_line_ends,
     read_text,
+    split_field,
     split_of_document,
     text_blocks,
     text_files,
@@ -40,10 +42,8 @@ from tarflowlm.data.text import (
     unwrapped,
 )
 from tarflowlm.errors import SILENT, Progress, UserError, check_package, first_line
-from tarflowlm.files import cache_root, replacing, waiting_lock
+from tarflowlm.files import replacing, sources_dir, waiting_lock
 
-HUB = "hf:"
-"""Prefix of the OWNER/NAME of a set of the hub."""
 Placed = Iterator[tuple[Split, Iterable[str]]]
 """Documents: the split and the text of each, in blocks."""
 
@@ -355,13 +355,6 @@ _REGISTRY: dict[str, Callable[[], Source]] = {
 SOURCE_NAMES = tuple(_REGISTRY)
 
 
-def split_field(source: str) -> tuple[str, str]:
-    """The path of a text and the field that `source` names; a path may have the sign itself."""
-    whole = os.path.expanduser(source)
-    path, _, field = (whole, "", "") if os.path.exists(whole) else whole.partition(FIELD)
-    return path, field
-
-
 def resolve_source(
     text: DataConfig, normalization: Normalization = "none", *, progress: Progress = SILENT
 ) -> Source:
@@ -402,8 +395,3 @@ def resolve_source(
     found.unwrap = text.unwrap
     found.progress = progress
     return found
-
-
-def sources_dir() -> Path:
-    """The folder of downloaded raw corpora."""
-    return cache_root() / "sources"

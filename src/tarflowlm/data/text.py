@@ -23,6 +23,8 @@ BLOCK = 1 << 20  # characters read at once
 FIELD = "#"
 """Between a .jsonl file and the name of the field with its texts, by default "text"; or between a
 folder and the suffix of its texts, such as .py."""
+HUB = "hf:"
+"""Prefix of the OWNER/NAME of a set of the hub."""
 SEPARATOR = "<|endoftext|>"
 """The name of the token that ends every document and begins the next, as in GPT-2."""
 
@@ -73,6 +75,13 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
                 raise UserError(f"{what}: {remedy if known else 'mend it'}") from None
             if text:
                 yield text
+
+
+def split_field(source: str) -> tuple[str, str]:
+    """The path of a text and the field that `source` names; a path may have the sign itself."""
+    whole = os.path.expanduser(source)
+    path, _, field = (whole, "", "") if os.path.exists(whole) else whole.partition(FIELD)
+    return path, field
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -37,7 +37,7 @@ def typical_neighbour_distance(points: Tensor) -> float:
     if len(points) < 2 or points.is_meta:
         return 2.0
     sample = points[:1024]
-    # numbers may be so near one another that the products of cdist would cancel
+    # in one dimension the products of cdist may cancel
     distance = (sample - points.T).abs() if points.shape[1] == 1 else torch.cdist(sample, points)
     distance[torch.arange(len(sample)), torch.arange(len(sample))] = math.inf
     return distance.min(-1).values.median().item()
@@ -70,6 +70,9 @@ class Codebook(nn.Module):
     ) -> None:
         """`mean` is given, with any sigma, where weights are about to be loaded."""
         super().__init__()
+        if vocab_size < 1 or dim < 1 or not 0 < separation < math.inf:
+            what = f"vocab_size {vocab_size}, dim {dim}, separation {separation}"
+            raise UserError(f"{what}: give sizes of at least 1 and a separation above 0")
         log_std = 0.0
         if mean is None:
             mean = spread_means(vocab_size, dim)

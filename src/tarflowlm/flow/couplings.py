@@ -24,7 +24,7 @@ AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
 
 Inverter = Callable[..., Tensor]
-"""`Coupling.invert`, which may read a copy of the weights that the network had when it was made."""
+"""`Coupling.invert`, maybe with a copy of the weights that the network then had."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Patch(nn.Module):
 
     def __init__(self, patch: int) -> None:
         super().__init__()
+        if patch < 1:
+            raise UserError(f"patch {patch}: must be at least 1")
         self.patch = patch
 
     def forward(self, z: Float[Tensor, "B T d"]) -> Float[Tensor, "B N C"]:

@@ -154,8 +154,8 @@ class Prior(nn.Module):
     ) -> Float[Tensor, "B N"]:
         """The part of every position in log p(z), in nats (docs/math.md, eqs. 4 and 6).
 
-        It is the sum of log|det J_l| over all blocks but the last, and of the density of that. The
-        first `frozen` blocks run without a graph.
+        That is log|det J_l| of all blocks but the last, and its density. The first `frozen` blocks
+        run without a graph.
         """
         h = self.patch(z)
         if above == len(self.blocks):

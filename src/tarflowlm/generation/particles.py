@@ -18,7 +18,7 @@ from tarflowlm.flow.fills import complete
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
 from tarflowlm.generation.inversion import finish, stack_inversion
 from tarflowlm.generation.rows import Drawn, Rows
-from tarflowlm.generation.sampling import Evidence, Gumbel, Noise, Work, drop_finished, num_leading
+from tarflowlm.generation.sampling import Evidence, Gumbel, Noise, Work, drop_finished
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.requests import Adjustment
 
@@ -145,9 +145,9 @@ class Completed(Rows):
         self.invert = self.block.coupling.inverter()
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
 
-    def prefill(self) -> Tensor | None:
+    def prefill(self, first: Tensor) -> Tensor | None:
         """As `Drawn.prefill`."""
-        num = num_leading(self.is_known.all(2).all(0))
+        num = int(first.min())
         if num == 0:
             return None
         z = self.known[:, :num]
@@ -201,8 +201,9 @@ def particle_filter(
     weights = Weights(noise)
     num, particles = weights.log_w.shape
     # a sample alone is resampled after its prompt
-    prompts = rows.is_known.all(2).long().cumprod(1).sum(1).view(num, particles)[:, 0]
-    weights.add(rows.prefill())
+    first = rows.is_known.all(2).long().cumprod(1).sum(1)
+    prompts = first.view(num, particles)[:, 0]
+    weights.add(rows.prefill(first))
     progress.advance(rows.at)
     while rows.at < rows.num_positions:
         before = rows.at

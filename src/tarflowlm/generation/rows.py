@@ -190,10 +190,13 @@ class Drawn(TokenRows):
         self.at = int(needed.min()) if len(needed) else self.num_positions
         self.is_even = bool((self.next[self.rows] == self.at).all())
 
-    def prefill(self) -> Tensor | None:
-        """Write the leading positions that are given in all rows at once; returns as `step`."""
-        self.first = self.is_known.all(2).long().cumprod(1).sum(1)
-        num = int(self.first.min())
+    def prefill(self, first: Tensor) -> Tensor | None:
+        """Write at once the leading positions that are given in all rows; returns as `step`.
+
+        The first `first` [B] positions of each are given.
+        """
+        self.first = first
+        num = int(first.min())
         if num == 0:
             return None
         features = self.settle(self.values[:, :num])
@@ -321,8 +324,7 @@ class Drawn(TokenRows):
         """Log-weights [b count, K] of these rows from their places `at` [b], without those tokens
         after the given ones that are not among `begins`.
         """
-        if self.begins is None:
-            return log_w
+        assert self.begins is not None
         is_first = (at[:, None] + torch.arange(count) == self.first[rows, None]).flatten()
         if not is_first.any():
             return log_w
@@ -341,7 +343,8 @@ class Drawn(TokenRows):
                 continue
             features = self.source.states(self.values[row : row + 1, :place])[:, -1]
             log_w = next(self.law.log_weights(features))
-            log_w = self._begun(log_w, slice(row, row + 1), torch.tensor([place]), 1)
+            if self.begins is not None:
+                log_w = self._begun(log_w, slice(row, row + 1), torch.tensor([place]), 1)
             adjusted = log_w if self.adjust is None else self.adjust(log_w)
             self.tokens[here] = (adjusted + self.gumbel.at(row, place)).argmax(-1)
             self.values[here] = self.values_of(self.tokens[here], self.noise[here])

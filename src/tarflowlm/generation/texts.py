@@ -67,8 +67,7 @@ class Samples:
         # keys and values of a token in the block with most of them
         cached = max(2 * len(block.layers) * block.config.width for block in blocks)
         batches: list[range] = []
-        every = map(self.plan, range(self.total))
-        keys = [one.together for one in every]
+        keys = [key for one in self.plans for key in [one.together] * self.request.num_each]
         for _, group in groupby(range(self.total), key=keys.__getitem__):
             rows = list(group)
             one = self.plan(rows[0])
@@ -250,15 +249,13 @@ def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan
     if request.particles is not None and not readings and not is_constrained:
         what = f"particles {request.particles}: nothing is given by which to weight them"
         raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
-    words = after = None
+    words = None
     if request.contains is not None:
         wanted = f" {request.contains.strip()}"
         words = read(lm.tokenizer, wanted, name="contains", normalize=how)
-        after = tokens_after_word(lm.tokenizer)
-    weighs = not draws or (request.particles or 1) > 1
+        words = replace(words, begins=tokens_after_word(lm.tokenizer))
     return [
-        _of_reading(request, lm, one, words, after, past_end, weighs)
-        for one in (*readings,) or (None,)
+        _of_reading(request, lm, one, words, past_end, draws) for one in (*readings,) or (None,)
     ]
 
 
@@ -267,14 +264,12 @@ def _of_reading(
     lm: Checkpoint,
     reading: Reading | None,
     words: Reading | None,
-    after: Tensor | None,
     past_end: bool,
-    weighs: bool,
+    draws: bool,
 ) -> Plan:
     """The plan of a prompt, a template or a free text; `words` are added unless it has them.
 
-    `after` are the tokens that may follow words. `weighs`: tokens that must begin a word, or end
-    one, weigh a candidate.
+    `draws`: whether tokens are drawn by their weights where nothing is constrained.
     """
     tokenizer = lm.tokenizer
     is_template = request.template is not None
@@ -303,10 +298,11 @@ def _of_reading(
             what = f"contains {request.contains!r}: with the prompt it has {-room} tokens more"
             raise UserError(f"{what} than the length of {shown}: raise the length")
         template += [Gap(room, least=0, begins=begins, once=True), words.tokens]
-        begins = after
+        begins = words.begins
     elif words is not None and begins is None and re.search(rf"{whole}\Z", text):
-        begins = after
-    if begins is not None and not is_added and weighs:
+        begins = words.begins
+    # the probability of such tokens weighs particles, and is all that stacks can be told
+    if begins is not None and not is_added and (not draws or (request.particles or 1) > 1):
         template.append(Gap(shown - count, least=shown - count, begins=begins))
     usual = lm.run.temperature if request.temperature is None else request.temperature
     found = plan(

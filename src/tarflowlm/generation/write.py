@@ -40,8 +40,8 @@ def write(
 
     The next tokens [num, n] of all samples are yielded as they become final, int64 on the CPU,
     given ones included: at least `every` of them, but for given ones at the start and for the end
-    of a window. With particles, gaps or sweeps of block 1, and where noise of block 1 is inverted,
-    a text comes at the end of its window. The generator returns the `Generation`; closing it stops.
+    of a window. With particles, gaps, sweeps or inverted noise in block 1 a text comes at the end
+    of its window. The generator returns the `Generation`; closing it stops.
 
     Samples of one particle can end: after the plan's token `end`, every token is `end`.
     """

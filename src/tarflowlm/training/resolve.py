@@ -24,7 +24,7 @@ from tarflowlm.data import (
     prepare_corpus,
     suited,
 )
-from tarflowlm.data.sources import HUB
+from tarflowlm.data.text import HUB
 from tarflowlm.errors import Progress, UserError, check_package
 from tarflowlm.files import (
     TEMPORARY,

@@ -172,11 +172,11 @@ def validate(run: Run, state: State) -> Likelihood:
         run.corpus.split("valid"), config.model.context, config.train.evaluate_windows
     )
     start = seconds(run, state)
-    if run.compiles and not state.has_validated:
+    if run.compiles and state.validated is not state.bound:
         # the first evaluation compiles layers, which is not training time
         evaluate(run, state, windows)
         state.began += seconds(run, state) - start
-        state.has_validated = True
+        state.validated = state.bound
     result = evaluate(run, state, windows)
     run.log.write(
         {
@@ -259,7 +259,7 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
     if is_idle:
         why = "gained nothing" if counters.stage_step else "has no time"
         what = "leaves the model" if leaves else "stays as it started"
-        logger.info("%s %s: the block %s", describe_stage(state), why, what)
+        logger.info("%s %s: the block %s", state.stage_name, why, what)
     if leaves:
         drop_block(run, state)
     else:
@@ -275,7 +275,6 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
         state.bound, state.optimizers, state.copies = enter_stage(
             run, state.config, counters, state.model
         )
-        state.has_validated = False
     begin_stage(run, state)
     wait(run)
 
@@ -296,16 +295,6 @@ def drop_block(run: Run, state: State) -> None:
     for folder in (run.out, run.out / BEST):
         submit_weights(run, folder, weights)
     submit_run(run, state.config)
-
-
-def describe_stage(state: State) -> str:
-    """The stage in words, such as "stage 2/3: block 2 mix1"."""
-    model, counters = state.config.model, state.counters
-    count = state.config.num_stages + counters.idle
-    if count > 1:
-        number = counters.stage + counters.idle + 1
-        return f"stage {number}/{count}: {model.describe(counters.stage)}"
-    return model.describe(0) if model.num_blocks == 1 else "all blocks"
 
 
 def laws(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor] | None:

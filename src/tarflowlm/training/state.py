@@ -113,8 +113,18 @@ class State:
     generator: Generator  # of the noise
     began: float
     """When the run began, on the clock of `time.monotonic`, less pauses and compilation."""
-    has_validated: bool = False
-    """Whether this process has evaluated the model in this stage, which may compile it."""
+    validated: nn.Module | None = None
+    """The `bound` that this process has evaluated, which may compile it."""
+
+    @property
+    def stage_name(self) -> str:
+        """The stage in words, such as "stage 2/3: block 2 mix1"."""
+        model, counters = self.config.model, self.counters
+        count = self.config.num_stages + counters.idle
+        if count > 1:
+            number = counters.stage + counters.idle + 1
+            return f"stage {number}/{count}: {model.describe(counters.stage)}"
+        return model.describe(0) if model.num_blocks == 1 else "all blocks"
 
 
 def seconds(run: Run, state: State) -> float:

@@ -36,7 +36,6 @@ from tarflowlm.training.resolve import (
     write_start,
 )
 from tarflowlm.training.stages import (
-    describe_stage,
     finish,
     leave_stage,
     load_state,
@@ -133,7 +132,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
     pending = PendingLosses()
     may_compile = run.compiles
     done, total = counters.progress(train)
-    run.log.reporter.stage(describe_stage(state), total, done)
+    run.log.reporter.stage(state.stage_name, total, done)
 
     while True:
         # Evaluate. This comes after the checkpoint of the step, so that a kill during a long

@@ -157,10 +157,8 @@ class Answer:
             for one, tokens in zip(prompts, self.given, strict=True)
         ]
         self.samples = Samples(ask.writing(texts), lm) if ask.max_tokens else None
-        self.num_given = sum(map(len, self.given))
-        if self.samples is not None:
-            firsts = range(0, self.samples.total, ask.n)
-            self.num_given = sum(Row(self.samples, index).given for index in firsts)
+        self.num_given = 0 if ask.max_tokens else sum(map(len, self.given))
+        """Given tokens of the prompts of finished choices."""
         self.new = 0
         """New tokens of finished choices."""
 
@@ -207,6 +205,7 @@ class Answer:
                 count = min(count, self._count(steps.value.generation.tokens[place], text))
             tokens = steps.value.generation.tokens[place, :count].cpu()
             self.new += count - row.given
+            self.num_given += row.given * (row.index % self.ask.n == 0)
             stops = stream.has_stopped or bool(self.ask.suffix)
             logprobs = self._logprobs(row.index, tokens, row.given, row.leaves_space)
             yield [part(row.index, row.new(text), "stop" if stops else "length", logprobs)]

@@ -22,7 +22,6 @@ from tarflowlm.schema import from_dict
 from tarflowlm_apps.serve.answers import Answer, Completion, Part
 
 BYTES = 4 << 20  # the longest body
-MODEL = "model"  # the first word of an error about the name of a model
 AT_ONCE = 8  # requests in the works; the model takes a step for one of them at a time
 
 
@@ -36,7 +35,7 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
     async def completions(request: Request) -> Response:
         ask = await read_body(request)
         if ask.model != name:
-            raise unknown_model(ask.model)
+            return unknown_model(ask.model)
         loop = asyncio.get_running_loop()
         answer = await loop.run_in_executor(worker, Answer, ask, lm, draws)
         head: dict[str, Any] = {"id": f"cmpl-{time.time_ns():x}", "created": int(time.time())}
@@ -81,12 +80,12 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
     async def models(request: Request) -> Response:
         asked = request.path_params.get("model")
         if asked not in (None, name):
-            raise unknown_model(asked)
+            return unknown_model(asked)
         return JSONResponse(card if asked else {"object": "list", "data": [card]})
 
-    def unknown_model(asked: str) -> HTTPException:
-        what = f"{MODEL} {asked!r:.80}"
-        return HTTPException(404, f"{what}: this server has {name!r} alone, name that")
+    def unknown_model(asked: str) -> Response:
+        error = UserError(f"model {asked!r:.80}: this server has {name!r} alone, name that")
+        return JSONResponse(described(error, 404, "model_not_found"), 404)
 
     routes = [
         Route("/v1/completions", completions, methods=["POST"]),
@@ -128,10 +127,9 @@ def failed(_request: Request, error: Exception) -> Response:
     return JSONResponse(described(error, status), status)
 
 
-def described(error: BaseException, status: int = 500) -> dict[str, Any]:
+def described(error: BaseException, status: int = 500, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
     said = str(getattr(error, "detail", "")) or first_line(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    code = "model_not_found" if status == 404 and said.startswith(MODEL) else None
     message = said[:500].encode("utf-8", "backslashreplace").decode()
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
