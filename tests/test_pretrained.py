@@ -282,7 +282,8 @@ def test_a_text_itself_is_evaluated_as_its_file_is(tmp_path):
     assert of_file == lm.evaluate(text) == lm.evaluate([text])
     documents = lm.evaluate(["Once there was a king.", "He had a daughter."])
     assert (documents.tokens, documents.characters) == (32, 31)
-    for data, said in (("no.txt", "'no.txt'"), ([], "0 texts"), (["\udc80"], "UTF-8"), (3, "3")):
+    wrong = {"no.txt": "'no.txt'", "one line " * 50: "neither", "a\0": "neither", 3: "3"}
+    for data, said in (*wrong.items(), ([], "0 texts"), (["\udc80"], "UTF-8")):
         with pytest.raises(UserError, match=said):
             lm.evaluate(data)
     with pytest.raises(UserError, match="split test"):

@@ -241,7 +241,8 @@ def from_pretrained(
     """
     check_type(name, "model", (str, os.PathLike), _PLACES)
     text = Path(name).as_posix()
-    if not Path(name).exists() and re.fullmatch(REPOSITORY, text):
+    # os.path: False, not OSError, for impossible names
+    if not os.path.exists(name) and re.fullmatch(REPOSITORY, text):
         name = PREFIX + text
     if revision is not None:
         if not is_reference(name):
@@ -290,8 +291,7 @@ def _trained(
     from tarflowlm.training import train as training
 
     check_type(out, "out", (str, os.PathLike), "give the directory to write")
-    reporter = ProgressReporter()
-    with reporter:
+    with ProgressReporter() as reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
 

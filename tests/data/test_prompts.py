@@ -69,6 +69,7 @@ def test_text_of_a_model_without_normalisation_stays_as_it_is(text):
 
 def test_alphabet_without_upper_case_gets_lower_case_and_counts_what_it_lacks():
     assert read(LOWER, "The Cat").text == "the cat"
+    assert read(TEXT8_BPE.with_normalization("none"), "The Cat").text == "the cat"
     assert read_template(LOWER, "The _at").text == "the _at"
     with pytest.raises(
         UnknownCharacters, match=r"^2 of 12 characters \(1 kinds: 'ü' x2\) are not in"
@@ -209,6 +210,8 @@ def test_tokens_without_letters_have_none_of_them_in_either_case():
     for letters in (TEXT8_ALPHABET, "abcdefghijklmnopqrstuvwxyz"):
         with pytest.raises(UserError, match="no letters are left"):
             tokens_without(TEXT8, letters)
+    with pytest.raises(UserError, match="option without is not UTF-8"):
+        tokens_without(TEXT8, "e\udcff")
     # half of a character might be completed to a letter that is left out
     assert not tokens_without(ByteTokenizer(), "é")[0xC3]
     # a letter without a capital bans none of the letters that its capital would have

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tarflowlm.data.prompts import TextStream, first_stop
+from tarflowlm.data.prompts import TextStream
 from tarflowlm.data.tokenizer import ByteTokenizer
 
 
@@ -33,7 +33,6 @@ def test_a_text_ends_before_the_first_stop_after_its_start(stops, start, expecte
     shown, stream = streamed("one two two three", stops, start=start)
     assert shown == stream.text == expected
     assert stream.has_stopped == (expected != "one two two three")
-    assert first_stop("one two two three", stops, start) == len(expected)
 
 
 def test_text_that_cannot_begin_a_stop_is_shown_at_once():

@@ -37,6 +37,9 @@ def test_units_of_an_exact_likelihood(windows):
     assert (result.characters, result.bytes) == (56, 112)
     assert result.bits_per_byte == pytest.approx(result.bpc / 2)
     assert replace(result, nats_per_token=1000.0).to_json()["ppl"] == math.inf
+    # ends of documents alone
+    nothing = evaluate(model, windows, 0 * ONE_EACH, bytes_per_token=0 * ONE_EACH).to_json()
+    assert nothing["bpc"] == nothing["bits_per_byte"] == math.inf
 
 
 def test_several_samples_give_elbo_and_gap(windows):

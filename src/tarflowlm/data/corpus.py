@@ -1,7 +1,6 @@
 """Prepared corpora: meta.json, the tokenizer, and the tokens of each split in one file.
 
-The pieces of a text are encoded one by one and appended to the file of their split. A directory is
-called `.<name>.partial` until it is complete; a preparation that was killed starts again.
+The pieces of a text are encoded one by one and appended to the file of their split.
 """
 
 import hashlib
@@ -148,9 +147,9 @@ def prepare_corpus(
         shutil.rmtree(target, ignore_errors=True)
         with new_folder(target) as folder:
             if tokenizer is None:
-                training_text = _training_text(source)
-                documents = source.has_documents
-                tokenizer = build_tokenizer(text.tokenizer, training_text, has_documents=documents)
+                tokenizer = build_tokenizer(
+                    text.tokenizer, _training_text(source), has_documents=source.has_documents
+                )
             tokenizer.save(folder)
             meta: Meta = {
                 "source": source.name,
@@ -167,12 +166,15 @@ def _opened(text: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     """The corpus in a directory. UserError if it was prepared with another tokenizer."""
     corpus = open_corpus(text.source)
     config = text.tokenizer
-    # without asking the hub again
-    is_same = tokenizer is None and asdict(config) == corpus.meta["tokenizer_config"]
-    suitable = [] if tokenizer is None else [tokenizer]
-    if tokenizer is None and not is_same and not config.needs_training:
+    if tokenizer is not None:
+        suitable = [tokenizer]
+    elif asdict(config) == corpus.meta["tokenizer_config"]:
+        return corpus  # without asking the hub again
+    elif config.needs_training:
+        suitable = []
+    else:
         suitable = [build_tokenizer(config, has_documents=have) for have in (False, True)]
-    if not is_same and corpus.tokenizer.fingerprint not in [one.fingerprint for one in suitable]:
+    if corpus.tokenizer.fingerprint not in [one.fingerprint for one in suitable]:
         what = f"{text.source} was prepared with another tokenizer"
         raise UserError(f"{what}: give the text itself, or leave the tokenizer to the directory")
     return corpus

@@ -1,6 +1,7 @@
 """A look at a text of the user's own: a tokenizer that keeps it, and the losses of a given one."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -56,14 +57,12 @@ class Look:
         """
         source, beginning = self.text.source, self.beginning
         if normalization == "text8":
-            marks = Counter("".join(beginning.split()))
-            total = marks.total()
-            for letter in filter(str.isascii, list(marks)):
-                if letter.isalnum():
-                    del marks[letter]
+            text = "".join(beginning.split())
+            marks = Counter(re.sub("[a-zA-Z0-9]", "", text))
             if marks:
                 most = " ".join(mark for mark, _ in marks.most_common(5))
-                lost = f"{marks.total() / total:.1%} of the characters become spaces, {most} first"
+                share = marks.total() / len(text)
+                lost = f"{share:.1%} of the characters become spaces, {most} first"
                 log.info("%s is read as a-z and space: %s; %s keeps them", source, lost, keeping)
             return
         if is_new and 0 < len(beginning) < SHORT:

@@ -158,6 +158,7 @@ def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
     A token that holds part of a character is left out with every letter that shares a byte with it.
     UserError if no token with a letter or digit is left.
     """
+    check_text(letters, "option without")
     # some letters have no capital, and become several
     banned = {x for letter in letters for x in (letter, letter.lower(), letter.upper())}
     banned = {x for x in banned if len(x) == 1}
@@ -215,7 +216,8 @@ def _normalized(
     before_blank: bool = False,
 ) -> str:
     if how == "none" or not text:
-        return text.lower() if tokenizer.is_lower_case else text
+        has_capitals = tokenizer.alphabet != tokenizer.alphabet.lower()
+        return text if has_capitals and tokenizer.normalization == "none" else text.lower()
     words = normalize_text8(text).strip()
     # a blank counts as a letter, so as within a text everything else next to it becomes a space
     starts_apart = text[0].isspace() or (after_blank and text[0] not in ascii_letters)
@@ -226,12 +228,6 @@ def _normalized(
 
 
 # from tokens to text
-
-
-def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
-    """Where the first complete one of `stops` begins, from `start` on; else the text's length."""
-    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
-    return min(found, default=(0, len(text)))[1]
 
 
 class TextStream:
@@ -278,7 +274,11 @@ class TextStream:
     def _extend(self, piece: str, *, is_last: bool = False) -> str:
         self.text += piece
         # no character that was shown can belong to a stop
-        at = first_stop(self.text, self.stops, max(self.start, self.shown))
+        start = max(self.start, self.shown)
+        begins = {stop: self.text.find(stop, start) for stop in self.stops}
+        # the text ends where the stop begins that is complete first
+        complete = [(at + len(stop), at) for stop, at in begins.items() if at >= 0]
+        _, at = min(complete, default=(0, len(self.text)))
         self.has_stopped = at < len(self.text)
         self.text = self.text[:at]
         ready = at

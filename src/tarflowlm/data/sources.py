@@ -28,8 +28,8 @@ from tarflowlm.data.text import (
     Split,
     cut_in_three,
     fair_shares,
-    is_json_lines,
     json_texts,
+    kind_of,
     normalize_text8,
     place_of_document,
     plain_line_ends,
@@ -37,7 +37,6 @@ from tarflowlm.data.text import (
     split_field,
     split_of_document,
     text_blocks,
-    text_files,
     text_pieces,
     unwrapped,
 )
@@ -55,6 +54,13 @@ class Source(ABC):
     """The name that the user gave."""
     identity: str
     """A registered name, a set of the hub, or an absolute path, with #FIELD where it names one."""
+    path: Path
+    """A file, or a folder of files."""
+    suffix: str = ""
+    """The suffix of the files at any depth of the folder, hidden folders left out. Empty: the texts
+    in the folder itself are read."""
+    is_fixed: bool = False
+    """Whether the name alone tells the text. Its files may not be on this machine yet."""
     normalization: Normalization = "none"
     unwrap: bool = False
     """Whether the lines of paragraphs are joined."""
@@ -65,13 +71,22 @@ class Source(ABC):
     """Follows a document that is not normalised where no token can end it."""
 
     @property
-    @abstractmethod
     def files(self) -> tuple[Path, ...]:
-        """The files that are on this machine."""
+        """The files that are on this machine, sorted by name."""
+        path = self.path
+        if not path.is_dir():
+            return (path,) if path.is_file() else ()
+        if self.suffix:
+            below = [file.relative_to(path) for file in path.rglob(f"*{self.suffix}")]
+            found = [path / file for file in below if "." not in {part[0] for part in file.parts}]
+        else:
+            found = [file for file in path.iterdir() if kind_of(file) in (".txt", ".jsonl")]
+        return tuple(sorted(filter(Path.is_file, found)))
 
     def state(self) -> list[list[str | int]]:
         """Sizes and times that tell a changed text from this one."""
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
+        files = () if self.is_fixed else self.files
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
     def obtain(self) -> None:  # noqa: B027
         """Download and check the files that `pieces` needs."""
@@ -119,18 +134,16 @@ class TextFile(Source):
         more = "" if field == "text" else FIELD + field
         self.name = f"{path}{more}"
         self.identity = f"{self.path}{more}"
-        self.has_documents = len(self.files) > 1 or any(map(is_json_lines, self.files))
+        self.suffix = field if field.startswith(".") else ""
+        self.has_fields = any(kind_of(file) == ".jsonl" for file in self.files)
+        self.has_documents = len(self.files) > 1 or self.has_fields
         self._total = 0
         self._places: set[float] = set()
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return text_files(self.path, self.field if self.field.startswith(".") else "")
 
     def documents(self) -> Iterator[tuple[str, Iterable[str]]]:
         """The key of each document, the name of a file or a line itself, and its blocks."""
         for file in self.files:
-            if is_json_lines(file):
+            if kind_of(file) == ".jsonl":
                 for text in json_texts(file, self.field):
                     yield text, [text]
             elif file == self.path or file.stat().st_size:
@@ -181,18 +194,14 @@ class Tales(Source):
 
     name = identity = "tales"
     separator = SEPARATOR
-    file: ClassVar = Path(__file__).parent / "tales" / "tales.txt.xz"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.file,)
+    path = Path(__file__).parent / "tales" / "tales.txt.xz"
 
     def state(self) -> list[list[str | int]]:
-        return [[self.file.name, self.file.stat().st_size]]
+        return [[self.path.name, self.path.stat().st_size]]
 
     def documents(self) -> list[str]:
         """The documents, without the line that ends each."""
-        return read_text(self.file).split(f"\n{SEPARATOR}\n")[:-1]
+        return read_text(self.path).split(f"\n{SEPARATOR}\n")[:-1]
 
     def placed(self) -> Placed:
         for document in self.documents():
@@ -207,15 +216,13 @@ class Text8(TextFile):
     normalisation is applied.
     """
 
+    is_fixed = True
     url: ClassVar = "http://mattmahoney.net/dc/text8.zip"
     md5: ClassVar = "3bea1919949baf155f99411df5fada7e"
 
     def __init__(self) -> None:
         super().__init__(sources_dir() / "text8")
         self.name = self.identity = "text8"
-
-    def state(self) -> list[list[str | int]]:
-        return []  # there is only one text8
 
     def obtain(self) -> None:
         if not self.path.is_file():
@@ -246,21 +253,15 @@ class Documents(Source):
     """
 
     separator = SEPARATOR
+    suffix = ".parquet"
 
-    def __init__(self, name: str, folder: Path, field: str = "text", repository: str = "") -> None:
+    def __init__(self, name: str, path: Path, field: str = "text", repository: str = "") -> None:
         self.name = name
-        self.identity = name if repository else f"{folder.resolve()}{FIELD}{field}"
-        self.folder = folder
+        self.identity = name if repository else f"{path.resolve()}{FIELD}{field}"
+        self.path = path
         self.field = field
         self.repository = repository
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        is_file = self.folder.is_file()
-        return (self.folder,) if is_file else tuple(sorted(self.folder.rglob("*.parquet")))
-
-    def state(self) -> list[list[str | int]]:
-        return [] if self.repository else super().state()  # its files may not be here yet
+        self.is_fixed = bool(repository)
 
     def obtain(self) -> None:
         check_package("pyarrow", "data", self.name)
@@ -269,11 +270,11 @@ class Documents(Source):
         import huggingface_hub
 
         # another name until it is complete; the client continues a download that a kill left there
-        incomplete = self.folder.with_name(f"{self.folder.name}.partial")
+        incomplete = self.path.with_name(f"{self.path.name}.partial")
         owner, name, *inner = self.repository.split("/")
         files = "/".join([*inner, "*.parquet"])
         try:
-            with waiting_lock(self.folder):
+            with waiting_lock(self.path):
                 if self.files:
                     return  # another process had the lock
                 # with a commit, the client checks that all of its files are there
@@ -287,16 +288,16 @@ class Documents(Source):
                 )
                 if not any(incomplete.rglob("*.parquet")):
                     raise ValueError(f"it has no {files}")
-                incomplete.rename(self.folder)
+                incomplete.rename(self.path)
         except Exception as error:  # hub, network and library errors share no base class
             what = f"cannot fetch {self.name} ({first_line(error)})"
-            remedy = f"run this again, or put the hub's {self.repository} into {self.folder}"
+            remedy = f"run this again, or put the hub's {self.repository} into {self.path}"
             raise UserError(f"{what}: {remedy}") from None
 
     def placed(self) -> Placed:
         from pyarrow import parquet
 
-        path = self.folder
+        path = self.path
         try:
             split = self.splitter()
             for path in self.files:
@@ -379,7 +380,7 @@ def resolve_source(
         is_folder = os.path.isdir(path)
         by_suffix = is_folder and field.startswith(".")
         is_parquet = path.endswith(".parquet") or (is_folder and not by_suffix and not texts.files)
-        if named and not is_parquet and not by_suffix and not any(map(is_json_lines, texts.files)):
+        if named and not is_parquet and not by_suffix and not texts.has_fields:
             raise UserError(f"{source}: {path} has no fields, leave {FIELD}{named} out")
         found = Documents(source, Path(path), field) if is_parquet else texts
         if not found.files and not is_folder:

@@ -29,33 +29,9 @@ SEPARATOR = "<|endoftext|>"
 """The name of the token that ends every document and begins the next, as in GPT-2."""
 
 
-def text_files(path: Path, suffix: str = "") -> tuple[Path, ...]:
-    """The file `path`, or the texts in the folder `path`, compressed or not, sorted by name.
-
-    With a `suffix` these are all files below the folder that have it; hidden folders are left out.
-    """
-    if not path.is_dir():
-        return (path,) if path.is_file() else ()
-    if suffix:
-        below = filter(Path.is_file, path.rglob(f"*{suffix}"))
-        texts = [
-            file
-            for file in below
-            if not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-    else:
-        files = filter(Path.is_file, path.iterdir())
-        texts = [file for file in files if _kind(file) in (".txt", ".jsonl")]
-    return tuple(sorted(texts))
-
-
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """The suffix of a text, compressed or not: in a .jsonl file each line is a document."""
     return Path(path.stem if path.suffix.lower() in (".gz", ".xz") else path.name).suffix.lower()
-
-
-def is_json_lines(path: Path) -> bool:
-    """Whether each line of a file is a document."""
-    return _kind(path) == ".jsonl"
 
 
 def json_texts(path: Path, field: str) -> Iterator[str]:

@@ -173,27 +173,15 @@ class Tokenizer:
 
     @cached_property
     def symbols(self) -> list[str]:
-        r"""[V]: every token as a printable string, with unprintable characters escaped (`\n`)."""
-        found = []
-        for token in self.token_bytes:
-            try:
-                text = token.decode("utf-8")
-                found.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
-            except UnicodeDecodeError:
-                shown = (chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
-                found.append("".join(shown))
-        return found
+        r"""[V]: every token as a printable string, with all else escaped (`\n`, `\xe2`)."""
+        texts = (token.decode("utf-8", errors="backslashreplace") for token in self.token_bytes)
+        return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) for text in texts]
 
     @cached_property
     def word_starts(self) -> npt.NDArray[np.bool_]:
         """Bool [V]: the tokens that begin with a space; none if no token holds more than that."""
         found = np.array([token.startswith(b" ") for token in self.token_bytes])
         return found & any(len(token) > 1 and token[:1] == b" " for token in self.token_bytes)
-
-    @property
-    def is_lower_case(self) -> bool:
-        """Whether its tokens or its normalisation leave no upper-case letters."""
-        return self.normalization != "none"
 
     def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
         """This tokenizer, its end of documents too, with another normalisation; itself for None."""
@@ -255,10 +243,6 @@ class CharTokenizer(Tokenizer):
         if np.min(ids, initial=0) < 0:
             raise UnknownCharacters(text, self.alphabet)
         return ids
-
-    @property
-    def is_lower_case(self) -> bool:
-        return self.alphabet == self.alphabet.lower()
 
 
 class ByteTokenizer(Tokenizer):

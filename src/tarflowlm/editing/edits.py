@@ -302,7 +302,9 @@ def find_all(pieces: Sequence[bytes], piece: str) -> list[Span]:
     ends = list(itertools.accumulate(len(part) for part in pieces))
     is_letter = [c.isdigit() or c.lower() != c.upper() for c in text]
     cuts = {at for at, pair in enumerate(itertools.pairwise(is_letter), 1) if all(pair)}
-    places = [m.span() for m in re.finditer(re.escape(piece), text) if cuts.isdisjoint(m.span())]
+    # a look-ahead also finds an occurrence that begins inside one that cuts a word
+    starts = [found.start() for found in re.finditer(f"(?={re.escape(piece)})", text)]
+    places = [(at, at + len(piece)) for at in starts if cuts.isdisjoint((at, at + len(piece)))]
     if not piece or piece not in text:
         raise UserError(f"{piece!r} does not occur in the text: give a piece of it")
     if not places:

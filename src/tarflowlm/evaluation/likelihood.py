@@ -28,7 +28,7 @@ def bits(nats: Nats) -> Nats:
 
 
 def sign_of(bound: str) -> str:
-    """The sign before a number with this `bound`: = for "exact", <= for the others."""
+    """The sign before a number with this `bound`."""
     return "=" if bound == "exact" else "<="
 
 
@@ -73,7 +73,9 @@ class Likelihood:
 
     @property
     def bits_per_byte(self) -> float | None:
-        return None if self.bytes is None else bits(self.nats_per_token) * self.tokens / self.bytes
+        if not self.bytes:
+            return None if self.bytes is None else math.inf
+        return bits(self.nats_per_token) * self.tokens / self.bytes
 
     @property
     def gap(self) -> float | None:
@@ -141,20 +143,18 @@ def log_weights(
 ) -> Float[Tensor, "S W"]:
     """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU.
 
-    The `processes` share the batches; each gets the log-weights of all.
+    The `processes` share the batches, and each gets all log-weights.
     """
     check_tokens(model, windows, name="windows")
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked(seed, Seed, "seed"))
     heads = [0] * len(windows) if given is None else given.tolist()
     draws = 1 if model.is_exact else checked(samples, Count, "samples")
+    rows = chunks.rows_at_once(windows.shape[1], chunks.EVALUATED_TOKENS)
 
     def own() -> Iterator[Tensor]:
         # one batch has one number of given tokens
-        batches = chunks.equal_ranges(
-            heads, chunks.rows_at_once(windows.shape[1], chunks.EVALUATED_TOKENS)
-        )
-        for number, some in enumerate(batches):
+        for number, some in enumerate(chunks.equal_ranges(heads, rows)):
             tokens = windows[some].to(model.device)
             if number % processes.world != processes.rank:
                 # draw the noise of other batches, too: then own noise is as in a single process

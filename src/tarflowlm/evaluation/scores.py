@@ -5,6 +5,7 @@ A text is a request's: a corpus or a file, or a text itself.
 
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -311,15 +312,18 @@ def read_source(
     """
     ours = lm.run.data
     source = ours.source if data is None else data
-    path, own = (Path(split_field(one)[0]).resolve() for one in (source, ours.source))
+    path, own = (split_field(one)[0] for one in (source, ours.source))
+    # os.path: False, not an error, for impossible names
+    has_both = os.path.exists(path) and os.path.exists(own)
+    is_own = source == ours.source or (has_both and os.path.samefile(path, own))
     is_named = source in SOURCE_NAMES or source.startswith(HUB)
     if split is None:
-        split = "all" if not is_named and path.is_file() and path != own else "test"
-    if data is None and not is_named and not path.exists():
+        split = "all" if not is_named and os.path.isfile(path) and not is_own else "test"
+    if data is None and not is_named and not os.path.exists(path):
         what = f"cannot find the training text {source} of {lm.directory.name}"
         raise UserError(f"{what}: pass --data tales or --data FILE")
-    text = replace(ours, source=source, unwrap=ours.unwrap and path == own)
-    is_corpus = data is None or is_named or path.is_dir()
+    text = replace(ours, source=source, unwrap=ours.unwrap and is_own)
+    is_corpus = data is None or is_named or os.path.isdir(path)
     if split == "all" or not is_corpus:
         tokens = encode_text(text, tokenizer, split, progress=progress)
         # before the work, so that an unreadable text costs one line
