@@ -132,6 +132,10 @@ def test_prepared_directory_is_opened_where_it_is(text_file, words, tmp_path):
     for other in (BYTES, ByteTokenizer(), BPE):
         with pytest.raises(UserError, match="was prepared with another tokenizer"):
             prepared(out, other)
+    # no configuration describes a tokenizer that was given
+    given = prepared(str(text_file), ByteTokenizer(), tmp_path / "given")
+    left_open = prepared(str(given.path), TokenizerConfig(normalize="auto"))
+    assert left_open.fingerprint == given.fingerprint
     text_file.unlink()  # the tokens do not need it
     prepared(out, CHARS)
 

@@ -168,8 +168,8 @@ def _opened(text: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     config = text.tokenizer
     if tokenizer is not None:
         suitable = [tokenizer]
-    elif asdict(config) == corpus.meta["tokenizer_config"]:
-        return corpus  # without asking the hub again
+    elif config.normalize == "auto" or asdict(config) == corpus.meta["tokenizer_config"]:
+        return corpus  # left to the directory, or the same: without asking the hub again
     elif config.needs_training:
         suitable = []
     else:
