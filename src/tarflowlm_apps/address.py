@@ -31,14 +31,9 @@ class Serving(OnDevice):
         if not self.host.strip():
             yield "host", "give an address, as 127.0.0.1"
 
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine is served."""
-        return self.host in LOOPBACK
-
     def warn(self, what: str) -> None:
         """Say who can use `what` is served, if it is not this machine alone."""
-        if not self.is_local:
+        if self.host not in LOOPBACK:
             print_notice(
                 f"anyone who can reach {self.host} can use this {what}, without a password"
             )

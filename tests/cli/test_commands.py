@@ -16,6 +16,7 @@ from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
 from tarflowlm.config import DataConfig, TokenizerConfig
+from tarflowlm.data import ByteTokenizer
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.scores import score
 from tarflowlm.files import writer_lock
@@ -404,6 +405,14 @@ def test_edits_of_word_pieces(run_json, refused, tmp_path):
     replaced = run_json(*argv, "--replace", "king", "zzz", "--around", 0)["edits"][0]["text"]
     assert replaced == text.replace("king", "zzz")
     refused(*argv, "--replace", "dog", "queen", names=["'dog' does not occur"])
+
+
+def test_an_edit_is_plain_text_elsewhere_than_on_a_terminal(run, tmp_path):
+    model = tiny_flow(couplings=("mixd",), vocab_size=256, context=32)
+    argv = ["edit", save_run(tmp_path / "bytes", model, tokenizer=ByteTokenizer()), "--text"]
+    text = "the king\nof\tthe land"
+    assert run(*argv, text, "--strength", 0, "--num", 2).out == f"{text}\n\n{text}\n"
+    assert run(*argv, "a\x1b[2J", "--strength", 0).out == "a\ufffd[2J\n"
 
 
 def test_characters_outside_the_output_encoding_are_replaced(monkeypatch):

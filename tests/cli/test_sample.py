@@ -7,8 +7,9 @@ import signal
 
 import pytest
 
+from helpers import save_run, tiny_flow
 from tarflowlm import chunks
-from tarflowlm.data import TEXT8_ALPHABET
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.generation import texts as samples
 
 MODELS = ("ar", "patches")
@@ -51,6 +52,20 @@ def test_passes_go_from_noise_to_text(run_json, run, model):
     assert sample["passes"][-1] == sample["text"]
     shown = run("sample", model, "--length", 8, "--passes").out
     assert all(label in shown for label in ("noise", "after block 2", "after block 1"))
+
+
+def test_texts_with_passes_end_with_their_document(run_json, tmp_path):
+    tokenizer = CharTokenizer("abc ", "none", has_end=True)
+    model = save_run(tmp_path / "ends", tiny_flow(vocab_size=5, context=32), tokenizer=tokenizer)
+    argv = ["sample", model, "--prompt", "a b", "--length", 30, "--num", 4]
+    plain, passes = (run_json(*argv, *more)["samples"] for more in ([], ["--passes"]))
+    assert any(one["ended"] for one in plain)
+    for one, other in zip(plain, passes, strict=True):
+        assert (one["text"], one["ended"]) == (other["text"], other["ended"])
+        assert other["passes"][-1] == other["text"]
+    (whole,) = run_json(*argv[:-1], 1, "--passes", "--no-stop")["samples"]
+    assert not whole["ended"]
+    assert len(whole["text"]) >= 30
 
 
 def test_passes_of_a_prompt_beyond_the_context_are_refused(refused, model, tmp_path):

@@ -12,6 +12,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES, fetch
+from tarflowlm_apps.studio.catalogue import Catalogue
 
 errors = pytest.importorskip("huggingface_hub.errors")
 # the client's HTTP library, by the error that its own is based on
@@ -153,6 +154,10 @@ def test_dry_run_uploads_nothing_and_lists_everything(
 
 
 def test_models_of_the_hub_are_used_but_not_written_to(shared, run_json, refused):
-    assert run_json("score", "hf:ada/tiny", "--text", "abc")["characters"] == 3
+    # the folder in the cache has another name
+    found = run_json("score", "hf:ada/tiny", "--text", "abc", "--baseline", "hf:ada/tiny")
+    assert found["characters"] == 3
+    assert found["model"] == found["baseline"]["model"] == "hf:ada/tiny"
     assert run_json("info", "hf:ada/tiny")["name"] == "hf:ada/tiny"
+    assert Catalogue(["hf:ada/tiny"]).models == ["hf:ada/tiny"]
     refused("report", "hf:ada/tiny", names=["run of yours", "--out"])

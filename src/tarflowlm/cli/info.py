@@ -20,10 +20,10 @@ from tarflowlm.runs.hub import (
     FOLDER,
     check_model,
     folder_of,
-    is_reference,
     purpose,
     read_card,
     released,
+    shown_name,
 )
 from tarflowlm.terminal.bars import print_json, print_notice, print_result, print_table
 
@@ -140,7 +140,7 @@ def describe(given: Path) -> Description:
     sizes = {name: one.numel() for name, one in tensors.items() if not name.startswith(idle)}
     counts = {name: int(info[name]) for name in ("step", "tokens") if name in info}
     return Description(
-        name=given.as_posix() if is_reference(given) else folder.resolve().name,
+        name=shown_name(given, folder),
         preset=run.name,
         family=config.family,
         blocks=[config.describe(block) for block in range(len(layers))],

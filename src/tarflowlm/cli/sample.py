@@ -129,7 +129,7 @@ def _write(args: Args, samples: "Samples", out: TextIO | None) -> None:
         with Bars("sampling, tokens", samples.num_tokens) as bars:
             for written in samples.processes.in_turn(samples.batches(bars)):
                 # rich would print below a running bar, on stderr
-                bars.close()
+                bars.progress.stop()
                 if out is not None:
                     out.writelines(map(json_line, _objects(args, samples, written)))
                 elif args.json:

@@ -12,6 +12,7 @@ from tarflowlm.cli.options import OfModel, load_checkpoint, read_lines, read_sou
 from tarflowlm.errors import UserError
 from tarflowlm.options import File, arg
 from tarflowlm.requests import Score
+from tarflowlm.runs.hub import shown_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,10 +57,9 @@ def run(args: Args) -> None:
     text = args.score.text if args.file is None else read_source(args.file)
     request = replace(args.score, text=text)
     # load both before the first is used, so that a missing model costs no time
-    models = [load_checkpoint(args.directory, args.device)]
-    if args.baseline is not None:
-        models.append(load_checkpoint(args.baseline, args.device))
-    names = [lm.directory.name for lm in models]
+    given = [args.directory] if args.baseline is None else [args.directory, args.baseline]
+    models = [load_checkpoint(directory, args.device) for directory in given]
+    names = [shown_name(one, lm.directory) for one, lm in zip(given, models, strict=True)]
     found: list[Scores] = []
     for name, lm in zip(names, models, strict=True):
         with Bars() as bars:
@@ -89,7 +89,7 @@ def _score_lines(args: Args, source: str) -> None:
     with launched(args.device, LONG) as processes:
         with processes.first_alone():  # it may have to be downloaded
             lm = load_checkpoint(args.directory, processes.device)
-        name = lm.directory.name
+        name = shown_name(args.directory, lm.directory)
         own = tuple(texts[processes.rank :: processes.world])
         found: list[Scores] = []
         if own:

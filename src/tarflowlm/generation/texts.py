@@ -39,7 +39,8 @@ class Samples:
     """The samples that a request asks for: `num` of every plan, in order.
 
     `past_end`: keep writing after a document ends, because the view of passes needs the whole
-    window. UserError for texts that the model cannot read, and for options without effect.
+    window. The texts still end there. UserError for texts that the model cannot read, and for
+    options without effect.
     """
 
     request: Writing
@@ -195,7 +196,10 @@ class Samples:
             # with a space that is left to the first new token
             left = one.reading.begins is not None
             start = len(tokenizer.decode(one.reading.tokens.tolist())) + left
-        return TextStream(tokenizer, self.stops, start=start, end=one.end)
+        # not the plan's: with `past_end` the writing continues, but the text ends
+        may_end = self.request.template is None and self.request.stop_at_end
+        end = tokenizer.end if may_end else None
+        return TextStream(tokenizer, self.stops, start=start, end=end)
 
 
 @dataclass(frozen=True)

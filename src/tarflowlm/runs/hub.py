@@ -108,6 +108,13 @@ def folder_of(name: str | Path) -> Path:
     return FOLDER / path if not is_run and str(path) in released() else path
 
 
+def shown_name(name: str | Path | None, folder: Path) -> str:
+    """How to call the model in `folder` that was asked for by `name`, or is the default."""
+    # folders in the hub's cache are named after commits
+    given = Path(name or "").as_posix()
+    return given if is_reference(given) else folder.resolve().name
+
+
 def check_model(name: str | Path) -> None:
     """UserError unless it names a model: a run directory, a released model or one of the hub.
 

@@ -115,7 +115,7 @@ class _Numbers(ProgressColumn):
                 count += f" of {task.total:,.0f}"
         if task.total:
             count += f" ({int(task.percentage)} %)"
-        details = task.fields["details"]
+        details = ", ".join(task.fields["details"].values())
         if not details and task.speed:
             rate = task.speed
             details = f"{rate:.1f}/s" if rate < 10 else f"{rate:,.0f}/s"
@@ -163,7 +163,7 @@ class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
             self.stage(stage, total)
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self.progress.stop()
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a part called `name`.
@@ -175,7 +175,7 @@ class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
             self.progress.update(self._task, total=self.progress.tasks[-1].completed)
         elif self._task is not None:
             self.progress.remove_task(self._task)
-        self._task = self.progress.add_task(name, total=total, completed=done, count="", details="")
+        self._task = self.progress.add_task(name, total=total, completed=done, count="", details={})
         self._due = self.clock() + 3.0  # the first line of a stage in a log file, and ...
 
     def advance(self, count: int = 1) -> None:
@@ -198,10 +198,6 @@ class Bars(errors.Progress, contextlib.AbstractContextManager["Bars", None]):
             line += f", {timedelta(seconds=seconds)} left"
         print_notice(line)
 
-    def close(self) -> None:
-        """Take the bar away. A later stage shows another one."""
-        self.progress.stop()
-
 
 class ProgressReporter(Bars):
     """The parts of a training run: share done, bits per character, speed and the time left."""
@@ -209,30 +205,25 @@ class ProgressReporter(Bars):
     keep = True
     _step = 0
 
-    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part of the run, without numbers at first."""
-        self._shown: dict[str, str] = {}
-        super().stage(name, total, done)
-
     def advance(self, count: int = 1) -> None:
         """One more step is done, which is `count` units of the stage."""
         self._step += 1
-        if self._task is not None and self._shown:
+        if self._task is not None and self.progress.tasks[-1].fields["details"]:
             self.progress.update(self._task, count=f"step {self._step:,}")
         super().advance(count)
 
     def record(self, record: errors.Record) -> None:
         """Show the numbers of a line of metrics.jsonl."""
-        if record["split"] == "train":
-            self._shown["train"] = f"train {record['bpc']:.3f} bpc"
-            if self.is_wide:
-                self._shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
-        elif record["split"] == "valid":
-            self._shown["valid"] = f"valid {record['bpc']:.3f}"
-            if "published" in record and self.is_wide:
-                self._shown["valid"] += f" (published: {record['published']:.2f} here)"
-        self._step = int(record["step"])
-        details = ", ".join(self._shown.values())
         assert self._task is not None
-        self.progress.update(self._task, count=f"step {self._step:,}", details=details)
+        shown = dict(self.progress.tasks[-1].fields["details"])
+        if record["split"] == "train":
+            shown["train"] = f"train {record['bpc']:.3f} bpc"
+            if self.is_wide:
+                shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
+        elif record["split"] == "valid":
+            shown["valid"] = f"valid {record['bpc']:.3f}"
+            if "published" in record and self.is_wide:
+                shown["valid"] += f" (published: {record['published']:.2f} here)"
+        self._step = int(record["step"])
+        self.progress.update(self._task, count=f"step {self._step:,}", details=shown)
         self._show()

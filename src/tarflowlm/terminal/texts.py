@@ -217,7 +217,8 @@ def print_edits(edited: Edited, tokenizer: Tokenizer, advice: str | None) -> Non
     """The text, each of its edits with the changes highlighted and a note, and the advice."""
     edit = edited.change
     sign = "<=" if edit.states else "="
-    if Console().is_terminal:
+    is_terminal = Console().is_terminal
+    if is_terminal:
         show(styled(text_tokens(edit.before[0], tokenizer)), "text")
     for row, tokens in enumerate(edit.tokens):
         changed = edit.changed[row]
@@ -226,7 +227,9 @@ def print_edits(edited: Edited, tokenizer: Tokenizer, advice: str | None) -> Non
             f"{sign} {edited.bits_before:.3f} before, {sign} {edited.bits[row]:.3f} now "
             "(fewer: likelier to the model)"
         )
-        body = styled(text_tokens(tokens, tokenizer, {"changed": changed}))
+        body = Text(printable(edited.texts[row]))
+        if is_terminal:
+            body = styled(text_tokens(tokens, tokenizer, {"changed": changed}))
         show(body, f"edit {row + 1}", note, is_first=row == 0)
     if advice is not None:
         print_notice(advice)

@@ -19,7 +19,7 @@ from tarflowlm.generation.texts import Samples
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
 from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, load_checkpoint, locate
-from tarflowlm.runs.hub import is_reference
+from tarflowlm.runs.hub import shown_name
 from tarflowlm.runs.records import RunRecord, read_record
 from tarflowlm.terminal.texts import pass_rows
 from tarflowlm_apps.grid import div, noise_of, to_html
@@ -83,9 +83,8 @@ def write_report(
     check_package("matplotlib", "plots", "report")
     records: dict[str, RunRecord] = {}
     for directory in directories:
-        # folders in the hub's cache are named after commits
-        name = directory.as_posix() if is_reference(directory) else ""
-        record = read_record(locate(directory), name)
+        folder = locate(directory)
+        record = read_record(folder, shown_name(directory, folder))
         if slug(record) in records:
             what = f"two runs have the same name {record.name!r}"
             raise UserError(f"{what}: give each run once, or rename one of the directories")
@@ -163,8 +162,10 @@ class _Writer:
         request = Writing(num=NUM, num_tokens=length)
         samples = Samples(request, checkpoint, past_end=True)
         self.progress.stage(f"samples of {record.name}, tokens", samples.num_tokens)
-        (written,) = samples.batches(self.progress)
-        texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in written.texts)
+        # a large model may need several batches
+        written, *others = samples.batches(self.progress)
+        every = [text for batch in (written, *others) for text in batch.texts]
+        texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in every)
         parts = [div("samples", texts)]
         if checkpoint.model.num_blocks > 1:
             flow = as_flow(checkpoint.model)

@@ -1,5 +1,6 @@
 """A request for completions, and its choices, in the words of the OpenAI interface."""
 
+import codecs
 import math
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -81,8 +82,9 @@ class Completion(Checked):
         gap = None
         if self.suffix:
             gap = f"{self.prompt}[...{self.max_tokens}]{self.suffix}"
-            if gap.count("[...") > 1:
-                raise UserError("prompt or suffix has '[...', the mark of a blank: change it")
+            if gap.count("[...") > 1 or BLANK in gap:
+                marks = f"'[...' or {BLANK!a}, a mark of a blank"
+                raise UserError(f"prompt or suffix has {marks}: change it")
         is_free = not any(prompts)
         is_greedy = self.temperature == 0
         return Writing(
@@ -232,15 +234,20 @@ class Answer:
             rest = math.fsum(v or 0.0 for _, v, _ in whole[:first])
             value = (value or 0.0) + rest - math.fsum(v or 0.0 for _, v, _ in given)
             whole[: first + 1] = [*given, (name, value, others)]
-        found += whole if self.ask.echo else whole[first:]
-        names = [name for name, _, _ in found]
+        shown = slice(0 if self.ask.echo else first, None)
+        found += whole[shown]
         # a space of the first token that belongs to the prompt is not in the text
         space = leaves_space and not self.ask.echo
+        # tokens may hold parts of characters, whose names are longer than the text
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        parts = (self.tokenizer.token_bytes[token] for token in tokens[shown].tolist())
+        ends = accumulate((len(decoder.decode(part)) for part in parts), initial=0)
+        offsets = [0] * is_started + [max(0, end - space) for end in ends][:-1]
         return {
-            "tokens": names,
+            "tokens": [name for name, _, _ in found],
             "token_logprobs": [value for _, value, _ in found],
             "top_logprobs": [others | {name: value} for name, value, others in found],
-            "text_offset": [max(0, at - space) for at in (0, *accumulate(map(len, names)))][:-1],
+            "text_offset": offsets,
         }
 
     def _scored(self, tokens: Tensor) -> list[Scored]:

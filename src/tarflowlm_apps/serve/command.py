@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tarflowlm import schema
 from tarflowlm.cli.options import OfModel, load_checkpoint
 from tarflowlm.errors import check_package
+from tarflowlm.runs.hub import PREFIX, shown_name
 from tarflowlm.terminal.bars import print_json
 from tarflowlm_apps.address import Serving, listen, names_of
 
@@ -28,8 +29,7 @@ def run(args: Args) -> None:
 
     at = listen(args.host, args.port or 8000)
     lm = load_checkpoint(args.directory, args.device)
-    named = str(args.directory or "")
-    name = named.removeprefix("hf:") if named.startswith("hf:") else lm.directory.resolve().name
+    name = shown_name(args.directory, lm.directory).removeprefix(PREFIX)
     args.warn("model")
     settings = uvicorn.Config(
         application(lm, name, args.samples, names_of(args.host)),

@@ -35,7 +35,7 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
     async def completions(request: Request) -> Response:
         ask = await read_body(request)
         if ask.model != name:
-            return unknown_model(ask.model)
+            return unknown_model(request, ask.model)
         loop = asyncio.get_running_loop()
         answer = await loop.run_in_executor(worker, Answer, ask, lm, draws)
         head: dict[str, Any] = {"id": f"cmpl-{time.time_ns():x}", "created": int(time.time())}
@@ -72,7 +72,7 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
                 async for part in parts:
                     yield f"data: {json.dumps(head | {'choices': [part]})}\n\n"
         except (UserError, RuntimeError, MemoryError) as error:
-            yield f"data: {json.dumps(described(error))}\n\n"
+            yield f"data: {failed(request, error).body.decode()}\n\n"
         if answer.ask.wants_usage:
             yield f"data: {json.dumps(head | {'choices': [], 'usage': answer.usage})}\n\n"
         yield "data: [DONE]\n\n"
@@ -80,12 +80,12 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
     async def models(request: Request) -> Response:
         asked = request.path_params.get("model")
         if asked not in (None, name):
-            return unknown_model(asked)
+            return unknown_model(request, asked)
         return JSONResponse(card if asked else {"object": "list", "data": [card]})
 
-    def unknown_model(asked: str) -> Response:
-        error = UserError(f"model {asked!r:.80}: this server has {name!r} alone, name that")
-        return JSONResponse(described(error, 404, "model_not_found"), 404)
+    def unknown_model(request: Request, asked: str) -> Response:
+        said = f"model {asked!r:.80}: this server has {name!r} alone, name that"
+        return failed(request, HTTPException(404, said), "model_not_found")
 
     routes = [
         Route("/v1/completions", completions, methods=["POST"]),
@@ -121,15 +121,11 @@ async def read_body(request: Request) -> Completion:
     return from_dict(Completion, given, "")
 
 
-def failed(_request: Request, error: Exception) -> Response:
-    """The answer to a request that failed. One that is nobody's fault also goes to the log."""
+def failed(_request: Request, error: Exception, code: str | None = None) -> JSONResponse:
+    """An error in OpenAI's form. One that is nobody's fault also goes to the log."""
     status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
-    return JSONResponse(described(error, status), status)
-
-
-def described(error: BaseException, status: int = 500, code: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's form."""
     said = str(getattr(error, "detail", "")) or first_line(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
     message = said[:500].encode("utf-8", "backslashreplace").decode()
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    found = {"message": message, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": found}, status)

@@ -11,7 +11,7 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs import CONFIG, METRICS, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint, locate, read_run
-from tarflowlm.runs.hub import DEFAULT, purpose, read_card, released
+from tarflowlm.runs.hub import DEFAULT, purpose, read_card, released, shown_name
 from tarflowlm.runs.records import find_runs
 
 
@@ -78,16 +78,16 @@ class Catalogue:
     @property
     def choices(self) -> list[tuple[str, str]]:
         """The models for a list: each with a few words about it, and its name."""
-        return [(self._label(name), name) for name in self.models]
-
-    def _label(self, name: str) -> str:
-        run = self.entries[name].run
-        parts = ["letters" if run.data.tokenizer.kind == "char" else "words"]
-        if run.model.fills_in:
-            parts.append("shows its passes")
-        if run.model.family == "ar":
-            parts.append("discrete, to compare")
-        return f"{name} ({', '.join(parts)})"
+        found = []
+        for name in self.models:
+            run = self.entries[name].run
+            about = ["letters" if run.data.tokenizer.kind == "char" else "words"]
+            if run.model.fills_in:
+                about.append("shows its passes")
+            if run.model.family == "ar":
+                about.append("discrete, to compare")
+            found.append((f"{name} ({', '.join(about)})", name))
+        return found
 
     def about(self, name: object) -> str:
         entry = self.entry(name)
@@ -140,7 +140,8 @@ def _collect(folders: dict[str, Path]) -> dict[str, Entry]:
             if place not in known:
                 known.add(place)
                 command_name = given if path == folder else str(path)
+                name = shown_name(given, path)
                 # a second run of the same name is shown by its path
-                name = command_name if place.name in entries else place.name
+                name = command_name if name in entries else name
                 entries[name] = Entry(path, command_name, read_run(path))
     return entries

@@ -25,8 +25,6 @@ TITLE = "tarflowlm studio"
 WAITING = 64  # requests that may wait for their turn; further ones are refused
 REFRESH = 4.0  # seconds between two looks at the folders of runs
 DRAWN = 6  # runs that are drawn at first
-HIDDEN = "st-writer", "st-gap", "st-offer", "st-answer"
-"""Ids of the parts by which studio.js asks for other words."""
 
 EXAMPLES = (
     # a text in which block 1 fills in all of eight gaps
@@ -146,10 +144,11 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
         _ask(ask, partial(write, catalogue), inputs, out, events)
         # studio.js writes a model and a text with a gap for a word, clicks, and shows the answer
         # at the word
-        gap = [gr.Textbox(elem_id=name, container=False, show_label=False) for name in HIDDEN[:2]]
-        click = gr.Button("offer", elem_id=HIDDEN[2])
-        answer = gr.HTML(elem_id=HIDDEN[3], apply_default_css=False)
-        _ask(ask._replace(go=click, last={}), partial(offer, catalogue), gap, answer, [])
+        writer = gr.Textbox(elem_id="st-writer", container=False, show_label=False)
+        gap = gr.Textbox(elem_id="st-gap", container=False, show_label=False)
+        click = gr.Button("offer", elem_id="st-offer")
+        answer = gr.HTML(elem_id="st-answer", apply_default_css=False)
+        _ask(ask._replace(go=click, last={}), partial(offer, catalogue), [writer, gap], answer, [])
 
 
 def _infill(catalogue: Catalogue) -> None:
@@ -243,11 +242,14 @@ def _runs(catalogue: Catalogue, arrival: Event) -> None:
             chosen = gr.CheckboxGroup(names, value=names[:DRAWN], label="Runs")
         out = gr.HTML(apply_default_css=False)
 
-    def look(names: object) -> tuple[object, object, str]:
+    def look(names: list[str]) -> tuple[object, object, str]:
         catalogue.refresh()
         found = catalogue.runs
-        *_, shown = guarded(runs)(catalogue, names)
-        return gr.Row(visible=bool(found)), gr.CheckboxGroup(found), shown
+        left = [name for name in names if name in found]
+        *_, shown = guarded(runs)(catalogue, left)
+        # a run may have been removed; else the choice stays with the visitor, who may be clicking
+        boxes = gr.CheckboxGroup(found) if left == names else gr.CheckboxGroup(found, value=left)
+        return gr.Row(visible=bool(found)), boxes, shown
 
     for event in (arrival, gr.Timer(REFRESH).tick, chosen.change):
         _quick(event, look, [chosen], [row, chosen, out])
@@ -327,13 +329,10 @@ def _ask(
 
     The `arrival` of a visitor who has asked for nothing yet calls it, too.
     """
-    handle = newest(guarded(view), ask.last)
-    handles = [(event, handle) for event in (ask.go.click, *events)]
-    if arrival is not None:
-        handles.append((arrival, greeting(handle, ask.last)))
-    for event, answer in handles:
+    calls = [ask.go.click, *events] if arrival is None else [ask.go.click, *events, arrival]
+    for event in calls:
         started = event(
-            answer,
+            newest(guarded(view), ask.last, greets=event is arrival),
             inputs,
             out,
             trigger_mode="multiple",
@@ -345,22 +344,16 @@ def _ask(
         ask.stop.click(None, None, None, cancels=[started], api_visibility="private")
 
 
-def greeting(handle: View, last: dict[str | None, object]) -> View:
-    """The handler for visitors without a `last` request."""
+def newest(view: View, last: dict[str | None, object], *, greets: bool = False) -> View:
+    """The view as a handler of events: a visitor's next request ends the `last` one.
 
-    def answer(visitor: gr.Request, *given: object) -> Pages:
-        if visitor.session_hash in last:
-            yield gr.skip()
-        else:
-            yield from handle(visitor, *given)
-
-    return answer
-
-
-def newest(view: View, last: dict[str | None, object]) -> View:
-    """The view as a handler of events: a visitor's next request ends the `last` one."""
+    One that `greets` answers only those who have asked for nothing yet.
+    """
 
     def handle(visitor: gr.Request, *given: object) -> Pages:
+        if greets and visitor.session_hash in last:
+            yield gr.skip()
+            return
         last[visitor.session_hash] = mine = object()
         with closing(view(*given)) as pages:
             for html in pages:

@@ -55,15 +55,11 @@ def title(text: str) -> str:
     return div("st-title", escape(text))
 
 
-def notice(text: str, more: str = "") -> str:
-    """A message, and more in HTML."""
+def notice(text: str, words: str = "", link: str = "") -> str:
+    """A message, and a remedy in `words` that follow a link, if there is one."""
     text += "" if text.endswith((".", "!", "?")) else "."
+    more = f' <a class="st-link" href="{escape(link)}">{escape(words)}</a>' if link else ""
     return f'<div class="st-notice" role="alert">{escape(text)}{more}</div>'
-
-
-def linked(words: str, link: str) -> str:
-    """A link that looks like a button."""
-    return f' <a class="st-link" href="{escape(link)}">{escape(words)}</a>'
 
 
 def muted(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tarflowlm.data.prompts import BLANK, GAP, has_blanks, unescaped
+from tarflowlm.data.prompts import BLANK, GAP, has_blanks, read_template, unescaped
 from tarflowlm.errors import UserError
 from tarflowlm.generation.inversion import Returning
 from tarflowlm.generation.texts import Samples, Written
@@ -51,8 +51,8 @@ def write(
         able = catalogue.for_gaps(name)
         if able != name:
             instead = (able, *rest) if name == model else (model, able, *rest[1:])
-            more = pieces.linked(f"use {able}", values.to_address(instead))
-            yield pieces.page(pieces.notice(no_gaps(name), more))
+            link = values.to_address(instead)
+            yield pieces.page(pieces.notice(no_gaps(name), f"use {able}", link))
             return
     is_template = has_blanks(start)
     prompt = "" if is_template else unescaped(start, Writing.blank)
@@ -122,8 +122,6 @@ def _samples(
     notes = [*samples.notices]
     if samples.follows_loosely:
         notes.append(LOOSELY)
-    if generation.evidence is not None and found.particles > 1:
-        notes.append(f"This text {trust(generation.evidence, slice(None), found.particles)}.")
     calls = [len(part) for part in parts]
     masks = [_given(samples, found, row) for row in range(len(found.streams))]
     drawn = generation.tokens.numel() - sum(int(mask.sum()) for mask in masks)
@@ -138,10 +136,14 @@ def _samples(
         # include the end of the document, which is shown as a mark
         tokens = generation.tokens[row, : stream.length + stream.has_ended]
         shown = text_tokens(tokens, lm.tokenizer, {"given": mask})
+        rests = []
+        if generation.evidence is not None and found.particles > 1:
+            ground = trust(generation.evidence, slice(row, row + 1), found.particles)
+            rests = [f"This text {ground}."]
         cards.append(
             pieces.card(
                 pieces.stage(shown, calls if is_drafted else (), model=str(model)),
-                *map(pieces.muted, notes),
+                *map(pieces.muted, [*notes, *rests]),
                 pieces.facts((f"{stream.length:,}", "tokens"), *facts),
                 _passes(catalogue, lm, found, row, mask) if is_watched else "",
             )
@@ -154,7 +156,7 @@ def _passes(catalogue: Catalogue, lm: Checkpoint, written: Written, row: int, gi
     flow = as_flow(lm.model)
     length = written.streams[row].length
     states = [state[row, :length] for state in written.generation.states(flow)]
-    if not states:
+    if not states or not length:
         return ""
     texts = [text[row, :length] for text in written.generation.passes(flow)]
     rows, is_much = pieces.passes(flow, lm.tokenizer, texts, states, given=given[:length])
@@ -215,7 +217,8 @@ def infill(
     weights = _weights(batches)
     choices = ""
     for tokens, share in _shares(_fillings(samples, batches), weights):
-        choices += _choice(share, pieces.stage(tokens))
+        number = div("st-share", f"<b>{share:.0%}</b>", pieces.bar(share))
+        choices += div("st-choice", number, div("", pieces.stage(tokens)))
     numbers = pieces.facts((f"{plan.particles:,}", "particles per try"), pieces.took(job.seconds))
     yield pieces.page(
         pieces.asked(request.command(catalogue.entry(model).command_name)),
@@ -238,14 +241,20 @@ def offer(catalogue: Catalogue, writer: object, text: object) -> pieces.Pages:
     model = catalogue.for_gaps(writer)
     lm = catalogue.load(model)
     is_of_letters = lm.tokenizer.kind == "char"
-    template = values.text(text)
-    if template.endswith("[...]"):
-        if is_of_letters:
-            raise UserError("this word ends the text: choose one before it")
-        template = f"{template.removesuffix('[...]')}_"
-    longest = 12 if is_of_letters else 4
+    before, _, after = values.text(text).partition("[...]")
+    if is_of_letters and not after:
+        raise UserError("this word ends the text: choose one before it")
+    gap = f"[...{12 if is_of_letters else 4}]" if after else "_"
+    # the words next to the gap count most: those far from it leave, until the rest fits
+    while before or after:
+        if len(read_template(lm.tokenizer, before + gap + after).tokens) <= lm.model.config.context:
+            break
+        if len(before) > 2 * len(after):
+            before = re.sub(r"^\S*\s", "", before[len(before) // 4 + 1 :])
+        else:
+            after = re.sub(r"(?<=\S)\s\S*$", "", after[: 3 * len(after) // 4])
     request = Writing(
-        template=template.replace("[...]", f"[...{longest}]"),
+        template=before + gap + after,
         num=6,
         particles=8,
         temperature=catalogue.temperature(model),
@@ -296,13 +305,6 @@ def _candidates(batches: list[Written]) -> str:
     ess, tails = (torch.cat([getattr(one, name) for one in evidence]) for name in MEASURES)
     every = replace(evidence[0], ess=ess, pareto_k=tails)
     return f" Each try {trust(every, slice(None), particles)}."
-
-
-def _choice(share: float, words: str) -> str:
-    """One of several possibilities, with its share."""
-    return div(
-        "st-choice", div("st-share", f"<b>{share:.0%}</b>", pieces.bar(share)), div("", words)
-    )
 
 
 def _fillings(samples: Samples, batches: list[Written]) -> Iterator[tuple[Token, ...]]:

@@ -12,6 +12,7 @@ import torch
 
 import tarflowlm
 from helpers import metrics_of
+from tarflowlm import chunks
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import export, load_checkpoint, read_run
@@ -181,7 +182,9 @@ def test_report_of_a_tuned_model_reads_the_text_with_its_tokenizer(
     assert (tmp_path / "tuned" / "report" / "blocks-tuned.png").exists()
 
 
-def test_samples_are_the_model_s(runs, tmp_path, undrawn):
+def test_samples_are_the_model_s(runs, tmp_path, undrawn, monkeypatch):
+    # in batches of two
+    monkeypatch.setattr(chunks, "WRITTEN_TOKENS", 32)
     text = parsed(write_report([runs["joint"], runs["baseline"]], tmp_path / "out")["page"]).text
     for name in ("joint", "baseline"):
         assert all(one in text for one in tarflowlm.load(runs[name]).write(num=3, num_tokens=16))

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from tarflowlm.errors import UserError
 from tarflowlm.generation.texts import write_texts
 from tarflowlm.requests import Writing
 from tarflowlm_apps.serve.answers import Answer
@@ -117,6 +118,27 @@ def test_log_probabilities_of_a_text_that_goes_on_add_up_to_its_score(name, prom
     assert bits == pytest.approx(total, rel=1e-4)
 
 
+def test_places_of_tokens_that_hold_parts_of_characters(pieces):
+    text = "the café of the old ☕ king"
+    (found,) = pieces.ask(prompt=text, echo=True, logprobs=0, max_tokens=0)["choices"]
+    tokens, places = (found["logprobs"][name] for name in ("tokens", "text_offset"))
+    assert len("".join(tokens)) > len(text)
+    whole = [(token, at) for token, at in zip(tokens, places, strict=True) if "\ufffd" not in token]
+    assert whole[-1][0].endswith("ng")
+    assert all(text[at : at + len(token)] == token for token, at in whole)
+
+
+def test_an_error_in_a_stream_has_the_type_that_it_has_elsewhere(twin, monkeypatch):
+    def parts(self):
+        yield []
+        raise UserError("the text is wrong: mend it")
+
+    monkeypatch.setattr(Answer, "parts", parts)
+    status, found = twin.post({"model": twin.name, "prompt": "a"})
+    assert (status, found["error"]["type"]) == (400, "invalid_request_error")
+    assert twin.stream(prompt="a") == [found]
+
+
 WRONG = {
     "no prompt": ({"prompt": []}, "prompt"),
     "a number": ({"prompt": 3}, "prompt 3"),
@@ -134,6 +156,7 @@ WRONG = {
     "long suffix": ({"suffix": "b", "max_tokens": 10_000}, "at most 9999 with a suffix"),
     "usage": ({"stream_options": True}, "include_usage"),
     "mark": ({"prompt": "a[...3]", "suffix": "b"}, "[..."),
+    "private mark": ({"prompt": "a\ue000", "suffix": "b"}, "a mark of a blank"),
 }
 
 

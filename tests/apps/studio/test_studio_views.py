@@ -12,11 +12,14 @@ import pytest
 import torch
 from studio_cases import shown, stages, words
 
+from helpers import mostly_slow, save_run, tiny_flow
+from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.texts import Samples
 from tarflowlm.pretrained import Pretrained
 from tarflowlm.requests import Writing
+from tarflowlm.terminal.texts import trust
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import KINDS, change, rewrite
 from tarflowlm_apps.studio.pieces import SHADES, STYLE, guarded, quoted
@@ -97,6 +100,27 @@ def test_normalised_text_is_shown(catalogue):
     html = words(shown(write, catalogue, ["flow", "", "The 9 Cats, ", 20, 1.0, 1.0, 1, 0]))
     assert "the nine cats " in html
     assert "read as: the nine cats" in html
+
+
+def test_each_text_says_what_it_rests_on(catalogue):
+    html = shown(write, catalogue, ["flow", "", "the ___ saw", 24, 1.0, 1.0, 2, 0])
+    request = Writing(template="the ___ saw", temperature=1.0, num=2, seed=0)
+    (written,) = Samples(request, catalogue.load("flow"), past_end=True).batches()
+    rests = [trust(written.generation.evidence, slice(row, row + 1), 16) for row in range(2)]
+    assert rests[0] != rests[1]
+    assert re.findall(r"This text ([^<]+)\.<", html) == rests
+
+
+def test_a_text_of_a_stack_ends_with_its_document(tmp_path):
+    tokenizer = CharTokenizer("abc ", "none", has_end=True)
+    save_run(tmp_path / "stack", tiny_flow(vocab_size=5, context=32), tokenizer=tokenizer)
+    catalogue = Catalogue([str(tmp_path)])
+    values = ["stack", "", "a b", 30, 1.0, 1.0, 3, 0]
+    html = shown(write, catalogue, values)
+    lm = Pretrained(**vars(catalogue.load("stack")))
+    texts = lm.write("a b", num_tokens=30, temperature=1.0, num=3, seed=0)
+    assert [text.removesuffix("∎") for text in stages(html)] == texts
+    assert any(text.endswith("∎") for text in stages(html))
 
 
 def test_an_escaped_blank_is_a_character(catalogue):
@@ -217,6 +241,23 @@ def test_others_for_a_word_come_from_a_model_that_fills_gaps():
     assert catalogue.for_gaps("english-mini-ar") == "english-mini-ar"
 
 
+NEAR = {
+    "letters": ("flow", "the cat saw a mat ", " and the old men"),
+    # each letter of another script takes several tokens
+    "tokens": ("english-small", 12 * "девочка пошла в лес ", 20 * " и там"),
+}
+
+
+@pytest.mark.parametrize("case", mostly_slow(NEAR, "letters"))
+def test_others_for_a_word_of_a_long_text_come_from_the_words_near_it(folder, case):
+    name, before, after = NEAR[case]
+    html = shown(offer, Catalogue([str(folder), "english-small"]), [name, f"{before}[...]{after}"])
+    assert "st-notice" not in html
+    assert "data-word" in html
+    # studio.js finds the word by what it has asked for
+    assert f'data-gap="{name}\n{before}[...]{after}"' in html
+
+
 def test_passes_play_where_blocks_share_the_work():
     """Elsewhere the page says that there is nothing to see, and which model shows something."""
     catalogue = Catalogue()
@@ -309,6 +350,23 @@ def test_a_run_that_begins_later_is_found(folder, tmp_path):
     (tmp_path / "first" / "config.json").write_text("{", encoding="utf-8")
     catalogue.refresh()
     assert catalogue.runs == ["first", "second"]
+
+
+def test_a_run_that_is_removed_is_chosen_no_more(folder, tmp_path):
+    pytest.importorskip("gradio")
+    from tarflowlm_apps.studio.page import build
+
+    for name in ("flow", "baseline"):
+        shutil.copytree(folder / name, tmp_path / name)
+    blocks = build(Catalogue([str(tmp_path)]))
+    look = next(one.fn for one in blocks.fns.values() if getattr(one.fn, "__name__", "") == "look")
+    _, boxes, _ = look(["flow", "baseline"])
+    # the choice is the visitor's, who may be clicking
+    assert "value" not in boxes.constructor_args
+    shutil.rmtree(tmp_path / "flow")
+    _, boxes, html = look(["flow", "baseline"])
+    assert boxes.constructor_args["value"] == ["baseline"]
+    assert "st-notice" not in html
 
 
 def test_a_link_brings_its_request_back(catalogue):
