@@ -141,7 +141,8 @@ FIG4 = Recipe(
     claim=(
         "The paper, without a head over channels (the parameters of a channel depend on the "
         "positions before): one component is far worse than any K above 1, and all of those work;"
-        " on OpenWebText 64 do as well as all 50,257. (Here `model.starts` is first.)"
+        " on OpenWebText 64 do as well as all 50,257. (Here `model.starts` is first, and the bits "
+        "are bounds.)"
     ),
     plan=plan_fig4,
     measure=measure_fig4,

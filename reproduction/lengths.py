@@ -106,7 +106,7 @@ LENGTHS_RECIPE = Recipe(
         "The paper, at one length: Mix-d 1.06, Mix-1 1.11 and affine 1.25 times the bits of the "
         "baseline on TEXT8. Are these where the ratios go with more training? (Every length has "
         f"its own schedule. iw-{tables.SAMPLES} is a tighter bound, over {tables.WINDOWS} windows. "
-        "Seed 0 alone has the other lengths.)"
+        "One length has seeds 0 and 1, every other length seed 0 alone.)"
     ),
     plan=plan_lengths,
     measure=measure_lengths,

@@ -46,8 +46,8 @@ LOTTERY = Recipe(
         "In three Mix-1 blocks of 1, 1 and 4 layers, which are trained together, one block becomes "
         "the language model: it takes most off the KL divergence. Which, and what does it cost if "
         "it is not the deep one? As shipped, block 3 starts as a wide mixture that reads the "
-        "features a little, the others as the identity. In the second model block 1 starts so. (A "
-        "quarter of the steps of the preset.)"
+        "features a little, and the other blocks start as the identity. In the second model block "
+        "1 starts as that mixture. (A quarter of the steps of the preset.)"
     ),
     plan=plan_lottery,
     measure=measure_lottery,

@@ -220,7 +220,7 @@ FIG5 = Recipe(
         "Mix-1 has here. Its figure 1 has the tokens of a patch "
         "independent in the first blocks. The judge scores the continuation alone. The first three "
         "models have one token per position. In Mix-1, whose directions alternate, the blocks "
-        "above block 1 do not see the prefix: prefix 0 is its test.)"
+        "above block 1 do not see the prefix, so only prefix 0 tests it.)"
     ),
     plan=plan_fig5,
     measure=measure_fig5,

@@ -73,9 +73,9 @@ TEXT8_START = Recipe(
     claim=(
         "The paper: on TEXT8 Mix-d has 1.057, Mix-1 1.114 and affine 1.252 times the bits of the "
         f"baseline. (Here the text is the first {CHARACTERS:,} characters of TEXT8, 3 % of it, all "
-        "inside the part on which others train. The first 90 % of these are for training, which "
-        "sees them once, the last 5 % for the test. So ratios compare with the paper's, bits with "
-        "nobody's.)"
+        "inside the usual training part. The first 90 % of these are for training, which sees them "
+        "once, the last 5 % for the test. So the ratios compare with the paper's, the bits with no "
+        "published figure.)"
     ),
     plan=plan_text8_start,
     measure=measure_text8_start,

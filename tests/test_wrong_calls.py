@@ -93,6 +93,7 @@ REFUSED = [
     ('lm.score("")', ["at least one"]),
     ("lm.score(None)", ["text None", "give"]),
     ('tarflowlm.load("")', ["'' is not a run directory"]),
+    ('tarflowlm.load("x" * 300)', ["xxx is not a run directory"]),
     ('tarflowlm.from_pretrained("x" * 300, revision="a")', ["revision 'a'", "not on the hub"]),
     ("tarflowlm.score(lm, tokens)", ["of type Pretrained", "pass lm.model"]),
     ("tarflowlm.score(baseline, tokens[:0])", ["at least one token"]),

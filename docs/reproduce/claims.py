@@ -5,7 +5,7 @@ python docs/reproduce/claims.py --check    only compare: exit status 1 where it 
 
 A verdict is a rule on numbers, which its function states. It is of all seeds and machines on record,
 and "not testable" where it depends on which block became the language model. Differences below SURE
-bits per character are none. Claims of which no recipe has the numbers are in the second table,
+bits per character are none. Claims for which no recipe has the numbers are in the second table,
 which is written by hand.
 """
 
@@ -399,10 +399,10 @@ def bidirectional() -> Claim:
             off = [one - two for one, two in zip(one_way, all_ways, strict=True)]
             numbers.append(f"{label} {listed(off)}")
     claim = "alternating directions give context from both sides (section 3.3): they fit better"
-    differs = "a quarter of the steps for affine and Mix-1; affine with seeds 0, 1, then these on another machine "
+    differs = "a quarter of the steps for affine and Mix-1; affine with seeds 0, 1 on one machine, then on another "
     differs += "([log](../log.md#2026-11-29-both-directions))"
-    differs += "; the language model of Mix-1, block 3, runs left to right in both; that of affine, left to right, is "
-    differs += "another block by seed"
+    differs += "; in Mix-1 the language model, block 3, runs left to right either way; in affine blocks that all run "
+    differs += "left to right the seed decides which one it is"
     joined = f"bits that alternating directions take off: {'; '.join(numbers)}"
     return Claim(claim, where(holds, fails, open_), joined, differs, "directions")
 
@@ -433,7 +433,8 @@ def recovered() -> Iterator[Claim]:
     claim = "mixed channels recover it (figure 1)"
     by_mixing = [a - m for _, _, a, m in seeds]
     shares = [(a - m) / (a - t) for t, _, a, m in seeds]
-    numbers = f"bits that mixing takes off apart in all blocks: {listed(by_mixing)}, of what that costs {listed(shares, 2)}"
+    numbers = f"bits that mixing takes off the model with tokens apart in all blocks: {listed(by_mixing)}; "
+    numbers += f"as shares of what that costs: {listed(shares, 2)}"
     holds = all(gain > SURE for gain in by_mixing)
     here = verdict(holds) + ", in part" * holds
     moved = [a != m for a, m in zip(blocks[names[2]], blocks[names[3]], strict=True)]
@@ -466,8 +467,8 @@ def upper_blocks() -> Claim:
     here += f"{verdict(any(map(sure, by_noise)))} if it reads the noise"
     numbers = f"bits off block 1, by the head of a block that reads the text: Mix-d {listed(over_block_1[0])}, "
     numbers += f"AR {listed(over_block_1[1])}; by one that reads the text alone, off new models of five layers: "
-    numbers += f"AR {listed(over_new[0])}, Mix-d {listed(over_new[1])}; by Mix-1 that reads the noise, at two rates {listed(by_noise[0])}, "
-    numbers += f"{listed(by_noise[1])}, and the text {listed(by_text)}"
+    numbers += f"AR {listed(over_new[0])}, Mix-d {listed(over_new[1])}; by Mix-1 that reads the noise, at two rates, {listed(by_noise[0])}, "
+    numbers += f"{listed(by_noise[1])}; by Mix-1 that reads the text {listed(by_text)}"
     claim = "a block above a frozen block 1 of tied Mix-d adds to it (question of our own)"
     differs = "block 1 of one layer, block 2 of five, left to right, 1,300 steps each"
     return Claim(claim, here, numbers, differs, "cipher")
@@ -541,11 +542,9 @@ def operations() -> Claim:
         for column in ("operations", "with three heads")
     )
     verdicts = [verdict(ratios[1] < 0.6 and ratios[2] < 0.4) for ratios in (one, three)]
-    here = f"{verdicts[0]} on paper, counted with one head as there; {verdicts[1]} at P = 4 with the heads of three blocks"
-    numbers = f"of the baseline's at P = 1, 2, 4: {listed(one, 2)}; with three heads {listed(three, 2)}; trainings of "
-    numbers += (
-        "Mix-d here are [1.58 and 2.09 times](../reproduce.md#training-speed-and-scaling) as fast"
-    )
+    here = f"{verdicts[0]} by counting, with one head as in the paper; {verdicts[1]} at P = 4 with the heads of three blocks"
+    numbers = f"of the baseline's at P = 1, 2, 4: {listed(one, 2)}; with three heads {listed(three, 2)}; stage 1 of "
+    numbers += "Mix-d at P = 2, 4 is [1.58 and 2.09 times](../reproduce.md#training-speed-and-scaling) as fast as the baseline"
     claim = "patches save operations (figure 7, right)"
     return Claim(claim, here, numbers, "speeds of a CPU", "fig7")
 
@@ -568,12 +567,12 @@ def quality() -> Iterator[Claim]:
         for key in ("perplexity", "MAUVE", "entropy")
     }
     numbers = f"{', '.join(found)}: " + "; ".join(f"{key} {listed(x)}" for key, x in values.items())
-    differs = "500 samples of 256 characters, seed 0; our judge for GPT-2 Large, for Mix-1 one from another machine"
+    differs = "500 samples of 256 characters, seed 0; a judge of ours in place of GPT-2 Large, for Mix-1 one trained on another machine"
     claim = "sample quality: Mix-d comes close to the baseline and to real text (table 6)"
     here = f"to the baseline {verdict(is_like_ar)}; to real text {verdict(is_like_text)}"
     yield Claim(claim, here, numbers, differs, "table6")
     here = f"by perplexity {verdict(by_perplexity)}; by MAUVE {verdict(by_mauve)}"
-    yield Claim("Mix-1 is behind Mix-d in quality (table 6)", here, *["as above"] * 2, "table6")
+    yield Claim("Mix-1 has less quality than Mix-d (table 6)", here, *["as above"] * 2, "table6")
 
 
 CLAIMS: tuple[Callable[[], Any], ...] = (

@@ -70,9 +70,9 @@ def test_a_run_of_a_preset_sees_the_published_one_and_a_changed_run_does_not(tmp
     line = {"split": "valid", "step": 500, "tokens": 1_024_000, "bpc": 2.1}
     log.write(line)
     details = reporter.progress.tasks[-1].fields["details"]
-    assert details == "valid 2.100 (published: 2.02 here)"
+    assert details["valid"] == "valid 2.100 (published: 2.02 here)"
     log.write(line | {"step": 600, "tokens": 1_228_800})
-    assert reporter.progress.tasks[-1].fields["details"] == "valid 2.100"
+    assert reporter.progress.tasks[-1].fields["details"]["valid"] == "valid 2.100"
     log.close()
     assert metrics_of(tmp_path)[0] == line  # the file of the run has only its own numbers
 

@@ -4,6 +4,7 @@ Only the files of a model are fetched, by exact name: nothing that could be unpi
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ def folder_of(name: str | Path) -> Path:
     Only a run directory hides the released model of its name.
     """
     path = Path(name)
-    is_run = (path / CONFIG).exists()
+    # os.path: False, not OSError, for impossible names
+    is_run = os.path.exists(path / CONFIG)
     return FOLDER / path if not is_run and str(path) in released() else path
 
 
@@ -121,9 +123,9 @@ def check_model(name: str | Path) -> None:
     It imports no torch, and does not ask the hub.
     """
     path = Path(name)
-    if not is_reference(path) and not (folder_of(path) / CONFIG).exists():
+    if not is_reference(path) and not os.path.exists(folder_of(path) / CONFIG):
         known = released()
-        lacks = f", as {CONFIG} is missing" if path.is_dir() else ""
+        lacks = f", as {CONFIG} is missing" if os.path.isdir(path) else ""
         remedy = f"{guess(str(path), known)}give one, hf:OWNER/NAME, or {', '.join(known)}"
         shown = path if str(name) else repr("")
         raise UserError(f"{shown} is not a run directory{lacks}: {remedy}")
