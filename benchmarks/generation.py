@@ -158,13 +158,13 @@ def inverted_call(model: Any, index: int, draws: bool, num: int) -> Any:
     block, context = model.prior.block(index), model.config.context
     channels = len(block.order.channels)
     cache = block.allocate_cache(num, context, half=draws)
-    block.features_of(cache, torch.zeros(num, context // 2 - 1, channels), first=True)
+    block.features_of(cache, torch.zeros(num, context // 2 - 1, channels))
     invert = block.coupling.inverter()
     h, u = torch.randn(2, num, channels)
     numbers = None
     if draws:
         numbers = torch.randn(num, channels // block.coupling.group, block.coupling.choices)
-    return lambda: invert(u, block.features_at(cache, h, num), None, numbers)
+    return lambda: invert(u, block.features_at(cache, h), None, numbers)
 
 
 def calls(model: Any) -> dict[str, tuple[int, Any]]:

@@ -103,7 +103,7 @@ class Coder:
         value = None
         if before is not None:
             value = (torch.tensor(before)[None] * self.width).to(self.dtype)
-        logits = self.head(self.model.conditioner.features_at(cache, value, 1))
+        logits = self.head(self.model.conditioner.features_at(cache, value))
         return Table(logits[0].double().softmax(-1).numpy())
 
     def posteriors(self, cells: Cells, weights: Table) -> tuple[Table, Table]:

@@ -65,7 +65,7 @@ def counterfactual(source: Source, replacements: Int[Tensor, " T"]) -> Change:
     stays = (is_new | (is_new.cumsum(0) == 0)).view(-1, model.config.patch)
     cache = block.allocate_cache(rows, h.shape[1])
     for n in range(h.shape[1]):
-        features = block.features_at(cache, h[:, n - 1] if n else None, rows)
+        features = block.features_at(cache, h[:, n - 1] if n else None)
         is_known = stays[n].expand(rows, -1)
         h[:, n] = complete(block.coupling, u[:, n], features, h[:, n], is_known)[0]
     z = model.prior.patch.inverse(h)

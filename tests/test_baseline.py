@@ -59,7 +59,7 @@ def test_cached_features_equal_the_parallel_pass(lm, tokens):
     expected = lm.logits(tokens).view(3, T // P, P, V)
     cache, previous = lm.allocate_cache(3, T // P), None
     for n, patch in enumerate(tokens.split(P, dim=1)):
-        walk, token = lm.log_weights(lm.features_at(cache, previous, 3)), None
+        walk, token = lm.log_weights(lm.features_at(cache, previous)), None
         for place in range(P):
             logits = walk.send(token)
             torch.testing.assert_close(logits, expected[:, n, place], rtol=1e-10, atol=1e-10)

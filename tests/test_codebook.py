@@ -9,6 +9,7 @@ import torch
 from torch.distributions import Independent, Normal
 
 from helpers import normal, randomise
+from tarflowlm.errors import UserError
 from tarflowlm.flow.codebook import Codebook, spread_means, typical_neighbour_distance
 from tarflowlm.model import seeded
 
@@ -116,3 +117,10 @@ def test_sigma_starts_at_the_stated_share_of_the_distance_between_neighbours():
     distance = typical_neighbour_distance(book.mean.detach())
     torch.testing.assert_close(book.log_std.exp(), torch.full((27,), distance / 8.0))
     assert typical_neighbour_distance(torch.linspace(-2, 2, 50_257)[:, None]) > 7e-5
+
+
+def test_impossible_codebooks_are_refused_by_name():
+    for sizes, separation in (((0, 4), 12.0), ((5, 0), 12.0), ((5, 4), 0.0), ((5, 4), math.inf)):
+        what = f"vocab_size {sizes[0]}, dim {sizes[1]}, separation {separation}"
+        with pytest.raises(UserError, match=what):
+            Codebook(*sizes, separation=separation)

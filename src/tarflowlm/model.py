@@ -133,10 +133,10 @@ def check_tokens(
     context = model.config.context
     if shape != "[T]" and tokens.shape[1] > context:
         raise UserError(f"{size} exceed the context of {context}: use tarflowlm.score")
-    outside = (tokens < 0) | (tokens >= model.config.vocab_size)
-    if tokens.device.type == "cpu" and outside.any():
-        last = model.config.vocab_size - 1
-        raise UserError(f"{name} hold {tokens[outside][0].item()}: give tokens of 0 to {last}")
+    last = model.config.vocab_size - 1
+    # an accelerator would have to be waited for
+    if tokens.device.type == "cpu" and (wrong := tokens[(tokens < 0) | (tokens > last)]).numel():
+        raise UserError(f"{name} hold {wrong[0].item()}: give tokens of 0 to {last}")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class ElboTerms:
     @property
     def log_prior(self) -> Tensor:
         """log p(z) = base + sum_l log_dets[l] (docs/math.md, eq. 4)."""
-        return self.base + sum(self.log_dets, start=torch.zeros_like(self.base))
+        return sum(self.log_dets, start=self.base)
 
     @property
     def nelbo(self) -> Tensor:

@@ -42,8 +42,7 @@ def elbo(
     check_type(drawn, "noise", Tensor, "give a tensor [B, T, d]")
     if drawn.dtype != flow.codebook.mean.dtype:
         raise UserError(f"noise of type {drawn.dtype}: give {flow.codebook.mean.dtype}")
-    terms, _ = flow.terms(tokens, drawn)
-    return terms.of_texts()
+    return flow.terms(tokens, drawn)[0].of_texts()
 
 
 def conditional_bound(

@@ -325,7 +325,7 @@ def test_mixd_starts_with_equal_weights_and_the_tied_codebook_is_not_registered_
         width=WIDTH, patch=1, latent_dim=2, components=0, tied=book, in_patch=True
     )
     assert coupling.components is book
-    assert not any(name.startswith(("own", "_tied")) for name, _ in coupling.named_parameters())
+    assert not any(name.startswith(("own", "_book")) for name, _ in coupling.named_parameters())
     features = torch.randn(1, 1, WIDTH)
     z = torch.randn(1, 1, 2)
     expected = numerics.log_component_densities(z, book.mean, book.log_std).logsumexp(
@@ -370,3 +370,14 @@ def test_a_name_is_taken_once():
     for name in ("mixd", "sinh-arcsinh"):
         with pytest.raises(UserError, match=f"coupling '{name}' exists already"):
             registering(name)(AffineCoupling)
+
+
+def test_impossible_sizes_are_refused_by_name():
+    for group in (-1, 0, 3):
+        with pytest.raises(UserError, match=f"group {group}: must divide the {C} channels"):
+            affine(group)
+    for components in (-1, 0):
+        with pytest.raises(UserError, match=f"components {components}: must be at least 1"):
+            mix1(components)
+    with pytest.raises(UserError, match="vocab_size 0, dim 4"):
+        mixd(1, False, components=0)

@@ -39,6 +39,8 @@ def test_every_value_is_kept_once(make):
 def test_patch_refuses_what_it_cannot_divide():
     with pytest.raises(UserError, match="patch 4 does not divide the 6 tokens"):
         Patch(4)(torch.zeros(1, 6, 2))
+    with pytest.raises(UserError, match="patch 0: must be at least 1"):
+        Patch(0)
 
 
 def test_mixing_puts_even_channels_before_odd_ones():

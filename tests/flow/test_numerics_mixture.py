@@ -318,6 +318,8 @@ def test_second_derivatives_are_refused_and_errors_name_the_value():
         mixture_cdf(z.double(), *params)
     with pytest.raises(ValueError, match=r"\[3, 4\]"):
         mixture_cdf(z, params[0], params[1], torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"\[0, 3\]"):
+        mixture_cdf(z, params[0], params[1], torch.zeros(()))
 
 
 @pytest.mark.slow

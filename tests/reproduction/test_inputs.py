@@ -40,8 +40,8 @@ def test_a_coded_baseline_trains_its_input_and_samples_from_a_cache(kind):
     assert "input.codebook.mean" not in trained
     assert ("input.map.lift.weight" in trained) == (kind != "third")
     cache = model.allocate_cache(1, 4)
-    features = [model.features_at(cache, None, 1)]
-    features += [model.features_at(cache, tokens[:, t : t + 1], 1) for t in range(3)]
+    features = [model.features_at(cache, None)]
+    features += [model.features_at(cache, tokens[:, t : t + 1]) for t in range(3)]
     torch.testing.assert_close(model.head(torch.stack(features, 1)), model.logits(tokens))
     one, two = (generate(model, num_tokens=8, num=2, generator=seed()) for _ in range(2))
     assert torch.equal(one.tokens, two.tokens)

@@ -109,9 +109,9 @@ def test_features_of_a_baseline_are_those_of_sampling(baseline_run):
     model = judge.model
     cache = model.allocate_cache(1, 12)
     with torch.no_grad():
-        features = model.features_at(cache, None, 1)
+        features = model.features_at(cache, None)
         for token in TOKENIZER.encode("bad cab"):
-            features = model.features_at(cache, torch.tensor([[token]]), 1)
+            features = model.features_at(cache, torch.tensor([[token]]))
     torch.testing.assert_close(judge.read(["bad cab"]).features, features, rtol=1e-4, atol=1e-5)
 
 

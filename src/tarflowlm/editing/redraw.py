@@ -87,14 +87,14 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     if first:
         # all candidates share the text before the span
         one = block.allocate_cache(1, first)
-        block.features_of(one, known[:, : first - 1], first=True)
+        block.features_of(one, known[:, : first - 1])
         cache.take(one, torch.zeros(R, dtype=torch.long, device=h.device))
     invert = block.coupling.inverter()
     tempered = Sampling(temperature=candidates.temperature)
     adjust = tempered.adjust(model.config.vocab_size, candidates.banned)
     log_w = h.new_zeros(R)
     for n in range(first, end):
-        features = block.features_at(cache, h[:, n - 1] if n else None, R)
+        features = block.features_at(cache, h[:, n - 1] if n else None)
         if not stays[n].any():
             h[:, n] = invert(u[:, n], features, adjust)
             continue
@@ -103,7 +103,7 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
         )
         log_w = log_w + log_p.sum(-1)
     if end < N:
-        features = block.features_of(cache, h[:, end - 1 : -1], first=False)
+        features = block.features_of(cache, h[:, end - 1 : -1])
         u[:, end:], log_det = block.coupling(h[:, end:], features)
         log_w = log_w + log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
     if level + 1 < model.num_blocks:

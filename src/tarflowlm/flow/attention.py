@@ -18,15 +18,12 @@ from tarflowlm.flow import full_precision, is_eager_cpu, widen
 from tarflowlm.flow.numerics.mixture import first_derivatives_only
 from tarflowlm.model_config import TransformerConfig
 
-ROTARY_BASE = 10_000.0
-"""The longest wavelength of rotary positions, over 2 pi."""
-
 
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [N, H, E] of angles position * base^(-2 i / E) (Su et al. 2021)."""
+    """cos and signed sin [N, H, E] of angles position * 10_000^(-2 i / E) (Su et al. 2021)."""
     even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     exponent = even / head_width
-    angle = positions.float()[:, None, None] * torch.exp(-math.log(ROTARY_BASE) * exponent)
+    angle = positions.float()[:, None, None] * torch.exp(-math.log(10_000.0) * exponent)
     # repeated for every head, so that the product with a batch reads contiguous memory
     cos, sin = (part.expand(-1, num_heads, -1) for part in (angle.cos(), angle.sin()))
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

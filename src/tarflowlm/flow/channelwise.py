@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision, numerics
 from tarflowlm.flow.couplings import (
     AdjustWeights,
@@ -71,13 +71,11 @@ class ChannelCoupling(Coupling):
     def channels(self, z: Latents, features: Features) -> tuple[Latents, Latents]:
         """Noise u, and log du_i/dz_i of every channel, in nats."""
         parameters = self.head(features, z)
+        groups = z.unflatten(-1, (-1, self.group)).permute(2, 0, 1, 3).contiguous()  # [G, B, N, m]
         with full_precision(z):
-            u, log_slope = self.to_noise(self._groups(z), *parameters)
+            u, log_slope = self.to_noise(groups, *parameters)
         u, log_slope = (x.permute(1, 2, 0, 3).flatten(2) for x in (u, log_slope))
         return u, log_slope
-
-    def _groups(self, z: Latents) -> Float[Tensor, "G B N m"]:
-        return z.unflatten(-1, (-1, self.group)).permute(2, 0, 1, 3).contiguous()
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         u, log_slope = self.channels(z, features)
@@ -134,6 +132,8 @@ class AffineCoupling(ChannelCoupling):
 
     def __init__(self, *, channels: int, head: HeadShape, group: int = 1) -> None:
         super().__init__()
+        if group < 1 or channels % group:
+            raise UserError(f"group {group}: must divide the {channels} channels")
         self.group = group
         self.head = AutoregressiveHead(
             head,
@@ -176,13 +176,15 @@ class Mix1Coupling(ChannelCoupling):
         self, *, channels: int, components: int, head: HeadShape, spread: float = 0.3
     ) -> None:
         super().__init__()
+        if components < 1:
+            raise UserError(f"components {components}: must be at least 1")
         self.head = AutoregressiveHead(
             head, groups=channels, channels=1, outputs=(components,) * 3, log_std_last=True
         )
         self.choices = components
         quantiles = (torch.arange(components, dtype=torch.float64) + 0.5) / components
         means = spread * torch.special.ndtri(quantiles)
-        variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
+        variance = (1.0 - means.square().mean()).clamp_min(components**-2)
         with torch.no_grad():
             self.head.biases[1].copy_(means.float().expand(channels, -1))
             self.head.biases[2].fill_(0.5 * variance.log())
@@ -207,6 +209,6 @@ class Mix1Coupling(ChannelCoupling):
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         parameters = self.head(features, z)
-        values = self._groups(z)[..., 0]
+        channels = z.permute(2, 0, 1).contiguous()
         with full_precision(z):
-            return numerics.mixture_log_density(values, *parameters, maps=self.maps).sum(0)
+            return numerics.mixture_log_density(channels, *parameters, maps=self.maps).sum(0)

@@ -91,9 +91,10 @@ class Codebook(nn.Module):
 
         UserError for noise of another shape.
         """
-        if noise.shape != (*tokens.shape, self.mean.shape[1]):
+        wanted = [*tokens.shape, self.mean.shape[1]]
+        if list(noise.shape) != wanted:
             found = f"noise {list(noise.shape)} for tokens {list(tokens.shape)}"
-            raise UserError(f"{found}: give {[*tokens.shape, self.mean.shape[1]]}")
+            raise UserError(f"{found}: give {wanted}")
         flat = tokens.flatten()  # index_select has a much faster backward than indexing
         std = self.log_std.index_select(0, flat).exp().view(*tokens.shape, 1)
         return self.mean.index_select(0, flat).view_as(noise) + std * noise
@@ -103,8 +104,7 @@ class Codebook(nn.Module):
     ) -> Float[Tensor, "*batch"]:
         """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise)."""
         log_std = self.log_std.index_select(0, tokens.flatten()).view_as(tokens)
-        per_channel = log_std + 0.5 * math.log(2 * math.pi)
-        return -0.5 * noise.square().sum(-1) - noise.shape[-1] * per_channel
+        return numerics.log_standard_normal(noise).sum(-1) - noise.shape[-1] * log_std
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats."""
@@ -117,9 +117,8 @@ class Codebook(nn.Module):
 
         Near zero it is a small difference of large numbers, so both are in float64 where possible.
         """
-        wide = wide_dtype(z)
         flat = tokens.flatten()
-        z_wide, mean, log_std = z.to(wide), self.mean.to(wide), self.log_std.to(wide)
+        z_wide, mean, log_std = (x.to(wide_dtype(z)) for x in (z, self.mean, self.log_std))
         # at z, not at the noise it was drawn with: z has been rounded since
         rows = z_wide.reshape(-1, z.shape[-1])
         own_mean, own_log_std = mean.index_select(0, flat), log_std.index_select(0, flat)

@@ -10,12 +10,9 @@ from torch import Tensor
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.couplings import (
     AdjustWeights,
-    ByPosition,
     Conditional,
     Coupling,
-    Features,
     Gumbel,
-    Latents,
     OneFeature,
     OneLatent,
 )
@@ -31,6 +28,8 @@ class FillsIn(MixDCoupling):
 
     The choice depends on the latents before z_t, so the map stays a flow. Ours, not in the paper.
     """
+
+    log_prob = Coupling.log_prob  # the mixture alone is not the density
 
     def __init__(self, mixd: MixDCoupling, certainty: float) -> None:
         """With the network of `mixd`, under the same names."""
@@ -61,9 +60,6 @@ class FillsIn(MixDCoupling):
             return u.index_copy(0, sure, mixture.inverse(u[sure], adjust, chosen))
 
         return Conditional(forward, inverse)
-
-    def log_prob(self, z: Latents, features: Features) -> ByPosition:
-        return Coupling.log_prob(self, z, features)
 
 
 def complete(

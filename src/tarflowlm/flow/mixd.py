@@ -1,6 +1,6 @@
 """The Mix-d coupling: per token a mixture over one shared codebook, with predicted weights.
 
-A [tokens, V] tensor would outgrow a training step: weights are held for some (`chunks.held`).
+A [tokens, V] tensor would outgrow a training step, so weights come for some tokens at a time.
 """
 
 from collections.abc import Generator
@@ -64,18 +64,18 @@ class MixDCoupling(Coupling):
     ) -> None:
         super().__init__()
         self.patch = patch
-        self.latent_dim = latent_dim
-        self.group = latent_dim
+        self.latent_dim = self.group = latent_dim
         self.token_features = TokenFeatures(
             width=width, patch=patch, latent_dim=latent_dim, in_patch=in_patch
         )
-        self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
+        book = Codebook(components, latent_dim, separation=2.0) if tied is None else tied
+        self.own = book if tied is None else None
         # in a tuple, so that the encoder's parameters are not registered a second time
-        self._tied = (tied,)
+        self._book = (book,)
         self.is_tied = isinstance(tied, Codebook)
         """Whether every token is a mixture of the encoder's codebook alone."""
-        self.weight_head = nn.Linear(width, self.components.vocab_size)
-        self.choices = self.components.vocab_size
+        self.choices = book.vocab_size
+        self.weight_head = nn.Linear(width, self.choices)
         nn.init.zeros_(self.weight_head.weight)
         nn.init.zeros_(self.weight_head.bias)
 
@@ -93,9 +93,7 @@ class MixDCoupling(Coupling):
     @property
     def components(self) -> Codebook | NoisyCodebook:
         """The codebook of the mixture."""
-        components = self._tied[0] if self.own is None else self.own
-        assert components is not None
-        return components
+        return self._book[0]
 
     def conditional(self, log_w: Float[Tensor, "rows K"] | numerics.LogWeights) -> Conditional:
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
@@ -127,8 +125,9 @@ class MixDCoupling(Coupling):
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
         token_features = self.token_features(features, z).flatten(0, -2)
         tokens = z.reshape(-1, self.latent_dim)
-        some = torch.is_grad_enabled() or not self.is_tied
-        rows = self._held_rows(z) if some else len(tokens)
+        rows = chunks.rows_at_once(self.choices, chunks.held(z.device))
+        if self.is_tied and not torch.is_grad_enabled():
+            rows = len(tokens)  # `rosenblatt` itself asks for the weights of some
         mapped = chunks.in_parts(
             lambda z, c: self.conditional(lambda at: widen(self.weight_head(c[at]))).forward(z),
             rows,
@@ -137,9 +136,6 @@ class MixDCoupling(Coupling):
         )
         u, log_det = (torch.cat(parts) for parts in zip(*mapped, strict=True))
         return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
-
-    def _held_rows(self, like: Tensor) -> int:
-        return chunks.rows_at_once(self.weight_head.out_features, chunks.held(like.device))
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return self.token_log_prob(z, features).sum(-1)
@@ -169,7 +165,7 @@ class MixDCoupling(Coupling):
         adjust: AdjustWeights | None = None,
         gumbel: Gumbel | None = None,
     ) -> OneLatent:
-        rows = self._held_rows(u)
+        rows = chunks.rows_at_once(self.choices, chunks.held(u.device))
         numbers = repeat(None) if gumbel is None else gumbel.split(rows)
         parts = zip(u.split(rows), features.split(rows), numbers, strict=False)
         invert = super().invert

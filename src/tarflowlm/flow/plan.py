@@ -102,7 +102,7 @@ class BlockShape:
     starts_wide: bool
     """Whether the block starts wide and reads the past a little; otherwise as the identity."""
     components: Codebook | NoisyCodebook
-    """The components of the latents that the block sees, which a tied coupling has."""
+    """The components of the latents that the block sees; a tied coupling shares them."""
     head: HeadShape
     """The shape of a head whose groups are channels."""
 

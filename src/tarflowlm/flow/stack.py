@@ -90,7 +90,7 @@ class FlowBlock(Conditioner):
         invert = self.coupling.inverter()
         h: list[Tensor] = []
         for u_n in self.order(u).unbind(1):
-            features = self.features_at(cache, h[-1] if h else None, len(u))
+            features = self.features_at(cache, h[-1] if h else None)
             h.append(invert(u_n, features, None))
         return self.order.inverse(torch.stack(h, dim=1))
 

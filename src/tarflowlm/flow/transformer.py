@@ -105,26 +105,18 @@ class LayerWeights:
     complex number, whose rotation is one product. Scores do not depend on the order.
     """
 
-    qkv: Tensor
-    out: Tensor
-    up: Tensor
-    down: Tensor
-
     def __init__(self, layer: Layer, like: Tensor) -> None:
         attention, E = layer.attention, layer.attention.head_width
         order = torch.arange(E, device=like.device).view(2, -1).T.flatten()
         rows = torch.arange(len(attention.qkv.weight), device=like.device).view(3, -1, E)
         rows[:2] = rows[:2, :, order]
-        matrices = {
-            "qkv": attention.qkv.weight.detach()[rows.flatten()],
-            "out": attention.out.weight,
-            "up": layer.up.weight,
-            "down": layer.down.weight,
-        }
-        for name, weight in matrices.items():
-            by_inputs = weight.detach().T.to(like)
-            copies = like.device.type == "cpu" and weight.numel() <= LARGEST_COPY
-            setattr(self, name, by_inputs.contiguous() if copies else by_inputs)
+        qkv = attention.qkv.weight[rows.flatten()]
+        matrices = qkv, attention.out.weight, layer.up.weight, layer.down.weight
+        longest = LARGEST_COPY if like.device.type == "cpu" else 0
+        self.qkv, self.out, self.up, self.down = (
+            x.contiguous() if x.numel() <= longest else x
+            for x in (weight.detach().T.to(like) for weight in matrices)
+        )
         self.parts = self.qkv.unflatten(1, (3, -1)).transpose(0, 1)  # [3, D, D]
         self.attention_norm = layer.attention_norm.weight.detach().to(like)
         self.mlp_norm = layer.mlp_norm.weight.detach().to(like)
@@ -367,24 +359,20 @@ class Conditioner(nn.Module):
         cache.embed = self.embedder()
         return cache
 
-    def features_at(
-        self, cache: KVCache, previous: Tensor | None, batch: int
-    ) -> Float[Tensor, "B D"]:
+    def features_at(self, cache: KVCache, previous: Tensor | None) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, from the latents [B, C] or tokens [B, P] before it.
 
         None at the start of the sequence.
         """
         if previous is None:
-            return cache.extend(self.start.expand(batch, 1, -1))[:, 0]
-        return self.features_of(cache, previous[:, None], first=False)[:, 0]
+            return cache.extend(self.start.expand(len(cache.inputs), 1, -1))[:, 0]
+        return self.features_of(cache, previous[:, None])[:, 0]
 
-    def features_of(
-        self, cache: KVCache, past: Tensor, *, first: bool
-    ) -> Float[Tensor, "B next D"]:
+    def features_of(self, cache: KVCache, past: Tensor) -> Float[Tensor, "B next D"]:
         """Features of the positions after the cached ones, from `past` before them.
 
-        `first`: begin at the first position of the sequence; then there is one more than in `past`.
+        An empty cache begins at the first position, so there is one position more than in `past`.
         """
         with full_precision(past):
-            inputs = self._inputs(cache.embed, past, first)
+            inputs = self._inputs(cache.embed, past, first=cache.length == 0)
         return cache.extend(inputs)

@@ -93,7 +93,7 @@ def block_inversion(
     if settled is not None and settled.shape[1]:
         work.h[:, : settled.shape[1]] = settled
         work.advance(settled.shape[1])
-        block.features_of(work.cache, settled[:, :-1], first=True)
+        block.features_of(work.cache, settled[:, :-1])
     if gumbel is not None or adjust is not None:
         decoder = "steps"
     elif decoder == "auto":
@@ -147,7 +147,7 @@ class _Inversion:
             if ended is not None:
                 rows = drop_finished(rows, ended, self.cache)
             previous = self.h[rows, self.at - 1] if self.at else None
-            features = self.block.features_at(self.cache, previous, len(self.h))
+            features = self.block.features_at(self.cache, previous)
             here = rows, self.at
             gumbel = None if self.gumbel is None else self.gumbel.at(*here)
             self.h[here] = invert(self.noise[here], features, self.adjust, gumbel)
@@ -162,7 +162,7 @@ class _Inversion:
         cache.rewind(self.at)
         self.passes += 1
         past = self.h[rows, max(self.at - 1, 0) : end - 1]
-        return self.block.features_of(cache, past, first=self.at == 0)
+        return self.block.features_of(cache, past)
 
     def is_near_identity(self) -> bool:
         """Whether a few sweeps are enough.
@@ -225,7 +225,7 @@ class _Inversion:
                 cache.keep(left)
         if cache is not self.cache and 0 < self.at < self.num_positions:
             self.cache.rewind(0)
-            self.block.features_of(self.cache, self.h[:, : self.at - 1], first=True)
+            self.block.features_of(self.cache, self.h[:, : self.at - 1])
         return self.at >= end
 
     def _sweep_once(self, end: int) -> float:

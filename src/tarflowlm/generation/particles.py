@@ -166,7 +166,7 @@ class Completed(Rows):
         here = self.rows, n
         previous = self.values[self.rows, n - 1] if n else None
         noise, is_known = self.noise[here], self.is_known[here]
-        features = self.block.features_at(self.cache, previous, len(noise))
+        features = self.block.features_at(self.cache, previous)
         gumbel = None if self.gumbel is None else self.gumbel.at(*here)
         self.at += 1
         self.passes += 1

@@ -65,7 +65,7 @@ class Rows:
         """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
         self.cache.rewind(start)
         past = self.values[:, max(start - 1, 0) : end - 1]
-        return self.source.features_of(self.cache, past, first=start == 0)
+        return self.source.features_of(self.cache, past)
 
     def select(self, order: Tensor) -> None:
         """Replace every row b by row order[b]; `order` is on the device."""
@@ -232,7 +232,7 @@ class Drawn(TokenRows):
         else:
             self.cache.rewind(int(self.next[self.rows].max()), at[:, 0])
         past = _places(self.there, at - 1, count + 1) if self.at else ahead
-        features = self.source.features_of(self.cache, self.values[past], first=self.at == 0)
+        features = self.source.features_of(self.cache, self.values[past])
         self.passes += 1
         tokens, is_sure = self._draw(features, here, is_known)
         right = torch.zeros(len(tokens), dtype=torch.long)

@@ -16,7 +16,7 @@ time, `few_rows` is tried first.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,12 +31,7 @@ from tarflowlm.flow.numerics.normal import (
     upper_quantile,
     upper_tail,
 )
-from tarflowlm.flow.numerics.reference import (
-    STEPS,
-    Gradients,
-    Params,
-    bayes_update,
-)
+from tarflowlm.flow.numerics.reference import STEPS, Gradients, Params, bayes_update
 
 BISECTIONS = 30
 """The most of one search. `reference` takes rows whose bracket is too wide for them."""
@@ -57,11 +52,6 @@ def budget(elements_per_row: int) -> int:
     return max(chunks.CACHED * torch.get_num_threads(), 16 * elements_per_row)
 
 
-def cached_chunks(rows: int, num_components: int) -> Iterator[slice]:
-    """Row ranges whose buffers stay in the cache."""
-    return chunks.row_ranges(rows, num_components, budget(num_components))
-
-
 def take_rows(params: Params, rows: slice | Tensor | list[int]) -> Params:
     """Rows of [N, K] parameters; a [1, K] one is shared by all rows."""
     return tuple(p if len(p) == 1 else p[rows] for p in params)
@@ -78,8 +68,9 @@ class Workspace:
         # measured: the turn is between 8 and 27
         self.axis = 0 if num_components < 20 else 1
         self._num_components = num_components
-        size = budget(num_components)
-        self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
+        self.size = budget(num_components)
+        """Elements of a buffer, for which a chunk has to be small enough."""
+        self._buffers = [torch.empty(self.size, dtype=dtype) for _ in range(num_buffers)]
         self.one = torch.ones((), dtype=dtype)
         self.zero = torch.zeros((), dtype=dtype)
 
@@ -167,7 +158,7 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     tail, density, side = (torch.empty_like(z) for _ in range(3))
     space = Workspace(4, num_components, z.dtype)
     axis, spread = space.axis, space.spread
-    for rows in cached_chunks(len(z), num_components):
+    for rows in chunks.row_ranges(len(z), num_components, space.size):
         weight, total, mean, inv_std = load(take_rows(params, rows), space)
         a, other = space(2, len(z[rows])), space(3, len(z[rows]))
         torch.sub(spread(z[rows]), mean, out=a).mul_(inv_std)
@@ -188,7 +179,7 @@ def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
     num_components = params[1].shape[-1]
     density = torch.empty_like(z)
     space = Workspace(3, num_components, z.dtype)
-    for rows in cached_chunks(len(z), num_components):
+    for rows in chunks.row_ranges(len(z), num_components, space.size):
         weight, total, mean, inv_std = load(take_rows(params, rows), space)
         a = torch.sub(space.spread(z[rows]), mean, out=space(2, len(z[rows])))
         clamp_(a.mul_(inv_std).mul_(SQRT_HALF))
@@ -208,7 +199,7 @@ def mixture_backward(
     num_components = mean.shape[-1]
     out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))
     space = Workspace(7, num_components, z.dtype)
-    for rows in cached_chunks(len(z), num_components):
+    for rows in chunks.row_ranges(len(z), num_components, space.size):
         part = take_rows(params, rows)
         cotangents = grad_log_p[rows], *(t[rows] for t in noise)
         grads, size = _gradients(z[rows], part, *cotangents, space=space)
@@ -276,7 +267,7 @@ def by_bisection(u: Tensor, *params: Tensor) -> Tensor:
     num_components = params[1].shape[-1]
     z, size = torch.empty_like(u), torch.empty_like(u)
     space = Workspace(5, num_components, u.dtype)
-    for rows in cached_chunks(len(u), num_components):
+    for rows in chunks.row_ranges(len(u), num_components, space.size):
         z[rows], size[rows] = _solve(u[rows], take_rows(params, rows), space)
     with_wider(by_bisection, reference.mixture_cdf_inverse, (z,), size, u, params)
     return z

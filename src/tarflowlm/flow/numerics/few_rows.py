@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_
+from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_, upper_tail
 
 # These decide which results are exact.
 
@@ -265,7 +265,7 @@ def _newton_steps(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple
     u_ = u.double().view(-1, 1, 1)
     side = torch.copysign(std.new_ones(()), u_)
     y = u_.abs()
-    tail = torch.erfc(y * SQRT_HALF).mul_(0.5)
+    tail = upper_tail(y)
     # the upper tail comes first
     center, order = (side * mean.unsqueeze(1)).sort(-1, descending=True)
     weight = weight.unsqueeze(1).gather(-1, order)

@@ -1,15 +1,4 @@
-r"""The public maps of mixtures: any leading shape, closed-form derivatives.
-
-Scalar mixtures have u = Phi^-1(F(z)) with its log-derivative, the inverse, and log F':
-
-    F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
-
-Mix-d goes channel by channel, with weights updated by Bayes' rule (docs/math.md, eq. 9):
-
-    alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
-    alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
-
-Differs from the paper's algorithm 1: the weights are logarithms.
+"""The public maps of mixtures: any leading shape, closed-form derivatives.
 
 A CPU takes the implementations in `CPU`, in linear space. An accelerator takes the given `maps`:
 `REFERENCE` in log space, or `COMPILED`, which are the same by torch.compile.
@@ -65,10 +54,7 @@ CPU = Maps(
     cpu.mixture_cdf_inverse,
     cpu.mixture_log_density,
     cpu.mixture_backward,
-    # measured: a sweep is fastest in chunks four times as large as the cache
-    partial(
-        sweep.rosenblatt, of_channel=sweep.channel_in_place, budget=lambda k: 4 * cpu.budget(k)
-    ),
+    sweep.rosenblatt,
     cpu.rosenblatt_inverse,
 )
 REFERENCE = Maps(
@@ -76,8 +62,8 @@ REFERENCE = Maps(
     reference.mixture_cdf_inverse,
     reference.mixture_log_density,
     reference.mixture_backward,
-    partial(sweep.rosenblatt, of_channel=sweep.channel_in_place),
-    partial(sweep.rosenblatt_inverse, scalar=reference.mixture_cdf_inverse),
+    sweep.rosenblatt,
+    sweep.rosenblatt_inverse,
 )
 COMPILED = Maps(
     partial(fused, reference.mixture_cdf),
@@ -110,6 +96,7 @@ def mixture_cdf(
     r"""Mixture-CDF map, elementwise (docs/math.md, eq. 8).
 
         u = Phi^-1(F(z)),   log_det = log du/dz = log F'(z) - log N(u; 0, 1)
+        F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det
     [...], nats. All float32, or all float64. Exact in both tails: |u| is limited by the range of
@@ -168,9 +155,13 @@ def rosenblatt(
     *,
     maps: Maps = REFERENCE,
 ) -> tuple[Tensor, Tensor]:
-    r"""Mixture-Rosenblatt map (docs/math.md, eq. 9).
+    r"""Mixture-Rosenblatt map, channel by channel with Bayes' rule (docs/math.md, eq. 9).
 
-        u ~ N(0, I)  iff  z ~ sum_k w_k N(mu_k, s_k^2 I)
+        alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
+        alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
+
+    u ~ N(0, I) if and only if z ~ p_mix = sum_k w_k N(mu_k, s_k^2 I). Differs from the paper's
+    algorithm 1: the weights are logarithms.
 
     Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; u [..., d], log_det
     [...], nats. Float32 or float64; exact in both tails of every channel. NaN in a row gives NaN
@@ -220,9 +211,8 @@ def first_derivatives_only() -> None:
     second derivative would lack the terms that depend on z or the parameters.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the mixture maps of tarflowlm.flow.numerics have first derivatives only"
-        )
+        who = "attention in training and the mixture maps of tarflowlm.flow.numerics"
+        raise RuntimeError(f"{who} have first derivatives only")
 
 
 class _Differentiable(Function):
@@ -306,7 +296,7 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     if any(p.dtype != z.dtype for p in params) or z.dtype not in (torch.float32, torch.float64):
         found = [t.dtype for t in (z, *params)]
         raise ValueError(f"z and parameters must all be float32, or float64, got {found}")
-    counts = {p.shape[-1] for p in params}
+    counts = {p.shape[-1] if p.ndim else 0 for p in params}
     num_components = max(counts)
     if num_components == 0 or len(counts) > 1:
         raise ValueError(f"components {sorted(counts)}: give all parameters as many, at least 1")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tarflowlm import chunks, flow
 from tarflowlm.flow import full_precision, wide_dtype
-from tarflowlm.flow.numerics import near, normal, reference
+from tarflowlm.flow.numerics import cpu, near, normal, reference
 from tarflowlm.flow.numerics.near import Pairs
 from tarflowlm.flow.numerics.normal import clamp_, exp_clamped
 
@@ -60,20 +60,48 @@ class _Turn(NamedTuple):
     pairs_per_row: float
 
 
+def channel(
+    log_alpha: Tensor, z: Tensor, mean: Tensor, scaled: Tensor, fall: Tensor, log_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A `Channel` for a compiler: sums, no products."""
+    alpha = torch.exp(log_alpha)
+    total = alpha.sum(-1)
+    # the tail beyond z, seen from the mixture's mean, is usually the smaller one
+    side = torch.where(z * total < (alpha * mean).sum(-1), -1.0, 1.0).to(z.dtype)
+    a = (z[:, None] - mean) * scaled
+    tail = 0.5 * (alpha * torch.erfc(side[:, None] * a)).sum(-1) / total
+    return tail, side, log_alpha - a * a + (fall[:, None] - log_std)
+
+
+def channel_in_place(
+    log_alpha: Tensor, z: Tensor, mean: Tensor, scaled: Tensor, fall: Tensor, log_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`channel` with few tensors [N, K] and few passes over them; overwrites log_alpha."""
+    ones = torch.ones_like(log_std)
+    alpha = exp_clamped(log_alpha)
+    total, first = (alpha @ torch.stack((ones, mean), -1)).unbind(-1)
+    side = torch.where(z * total < first, -1.0, 1.0).to(z.dtype)
+    sign = side[:, None]
+    a = torch.addcmul(sign * z[:, None], sign, mean, value=-1.0).mul_(scaled)
+    log_alpha.addcmul_(a, a, value=-1.0)
+    # fall - log_std, a number of the row and one of the component, is added as one product
+    rows = torch.stack((fall, torch.ones_like(total)), -1)
+    log_alpha.addmm_(rows, torch.stack((ones, -log_std)))
+    return 0.5 * alpha.mul_(clamp_(a).erfc_()).sum(-1) / total, side, log_alpha
+
+
 @torch.no_grad()
 def rosenblatt(
     z: Tensor,
     log_w: Tensor | LogWeights,
     mean: Tensor,
     log_std: Tensor,
-    *,
-    of_channel: Channel,
-    budget: Callable[[int], int] | None = None,
+    of_channel: Channel = channel_in_place,
 ) -> tuple[Tensor, Tensor]:
     """u [N, d] and log_det [N], as `reference.rosenblatt`.
 
-    Chunks have `chunks.held` elements, for which weights are asked, and parts of them `budget`(K).
-    The host waits for an accelerator twice, not in every chunk, but on `mps`.
+    Weights are asked for in chunks of `chunks.held` elements, which a CPU divides further. The host
+    waits for an accelerator twice, not in every chunk, but on `mps`.
     """
     if isinstance(log_w, Tensor):
         log_w = log_w.__getitem__
@@ -83,16 +111,18 @@ def rosenblatt(
     tail, side = torch.empty_like(z), torch.empty_like(z)
     is_right = torch.empty_like(log_p, dtype=torch.bool)
     num_components, held = len(mean), chunks.held(z.device)
+    on_cpu = flow.is_eager_cpu(z)
+    # measured: a sweep is fastest in chunks four times as large as the cache
+    most = 4 * cpu.budget(num_components) if on_cpu else held
     with full_precision(z):
         factors = normal.component_factors(mean, log_std).float().T
         scaled = torch.exp(-log_std) * normal.SQRT_HALF
         book = _Book(mean, log_std, scaled, factors, log_std.amin())
     # mps has no nonzero_static
-    chooses = flow.is_eager_cpu(z) or z.device.type == "mps" or num_components < near.FEWEST
+    chooses = on_cpu or z.device.type == "mps" or num_components < near.FEWEST
     turn = None if chooses else _turn(z, log_w, book, of_channel)
     for outer in chunks.row_ranges(len(z), num_components, held):
         weights = log_w(outer)
-        most = budget(num_components) if budget else held
         with full_precision(z):
             for inner in chunks.row_ranges(len(weights), num_components, most):
                 rows = slice(outer.start + inner.start, outer.start + inner.stop)
@@ -114,8 +144,9 @@ def rosenblatt(
 
 
 def _turn(z: Tensor, log_w: LogWeights, book: _Book, of_channel: Channel) -> _Turn:
-    """The first channel from which pairs take less memory and time than rows and components, by
-    some rows from everywhere; no channel if there is none.
+    """The first channel from which pairs take less memory and time than rows and components.
+
+    It is found on `PROBED` rows from all parts of z. There may be none.
     """
     dim, counts = z.shape[1], list[Tensor]()
     most = min(PROBED, chunks.rows_at_once(len(book.mean), chunks.held(z.device)))
@@ -152,10 +183,10 @@ def _tails(
     turn: _Turn | None = None,
     counts: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tail masses beyond z and their sides (+1 upper, -1 lower), [N, d], log p_mix(z), [N].
+    """Tail masses beyond z and their sides (+1 upper, -1 lower), [N, d], and log p_mix(z), [N].
 
-    And where there was room for all pairs, [N]. Without a `turn` the pairs are counted after every
-    channel. With `counts` the numbers of components that are left are only collected.
+    The last result tells where there was room for all pairs, [N]. Without a `turn` the pairs are
+    counted after every channel. With `counts` these numbers are only collected.
     """
     dim = z.shape[1]
     mean, log_std, scaled, factors, log_smallest_std = book
@@ -205,36 +236,6 @@ def _tails(
     return torch.stack(tails, -1), torch.stack(sides, -1), torch.log(total) + log_p, fits
 
 
-def channel(
-    log_alpha: Tensor, z: Tensor, mean: Tensor, scaled: Tensor, fall: Tensor, log_std: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A `Channel` for a compiler: sums, no products."""
-    alpha = torch.exp(log_alpha)
-    total = alpha.sum(-1)
-    # the tail beyond z, seen from the mixture's mean, is usually the smaller one
-    side = torch.where(z * total < (alpha * mean).sum(-1), -1.0, 1.0).to(z.dtype)
-    a = (z[:, None] - mean) * scaled
-    tail = 0.5 * (alpha * torch.erfc(side[:, None] * a)).sum(-1) / total
-    return tail, side, log_alpha - a * a + (fall[:, None] - log_std)
-
-
-def channel_in_place(
-    log_alpha: Tensor, z: Tensor, mean: Tensor, scaled: Tensor, fall: Tensor, log_std: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`channel` with few tensors [N, K] and few passes over them; overwrites log_alpha."""
-    ones = torch.ones_like(log_std)
-    alpha = exp_clamped(log_alpha)
-    total, first = (alpha @ torch.stack((ones, mean), -1)).unbind(-1)
-    side = torch.where(z * total < first, -1.0, 1.0).to(z.dtype)
-    sign = side[:, None]
-    a = torch.addcmul(sign * z[:, None], sign, mean, value=-1.0).mul_(scaled)
-    log_alpha.addcmul_(a, a, value=-1.0)
-    # fall - log_std, a number of the row and one of the component, is added as one product
-    rows = torch.stack((fall, torch.ones_like(total)), -1)
-    log_alpha.addmm_(rows, torch.stack((ones, -log_std)))
-    return 0.5 * alpha.mul_(clamp_(a).erfc_()).sum(-1) / total, side, log_alpha
-
-
 def _tails_of_pairs(
     z: Tensor, log_alpha: Tensor, pairs: Pairs, mean: Tensor, log_std: Tensor, falls: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +262,11 @@ def _tails_of_pairs(
 
 @torch.no_grad()
 def rosenblatt_inverse(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, scalar: Callable[..., Tensor]
+    u: Tensor,
+    log_w: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    scalar: Callable[..., Tensor] = reference.mixture_cdf_inverse,
 ) -> Tensor:
     """z [N, d], as `reference.rosenblatt_inverse`, from a few components where these are enough."""
     book = mean, log_std, scalar
