@@ -8,28 +8,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    ClassVar,
-    Literal,
-)
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
 from tarflowlm import options
 from tarflowlm.config import Decoder, Pick
 from tarflowlm.options import Normalized, Seeded, arg
-from tarflowlm.schema import (
-    Checked,
-    Count,
-    Length,
-    Share,
-    Temperature,
-    TopP,
-    Whole,
-    checked,
-)
+from tarflowlm.schema import Checked, Count, Length, Share, Temperature, TopP, Whole, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +96,7 @@ class Sampling(Tempered):
     def adjust(self, vocab_size: int, banned: int | None = None) -> "Adjustment | None":
         """What these options and a `banned` token do to log-weights; None for nothing."""
         found = Adjustment(self, vocab_size, banned)
-        is_same = found.is_plain and banned is None
-        return None if is_same else found
+        return None if found.is_plain and banned is None else found
 
 
 ADJUSTMENTS = {one.name for one in fields(Sampling)} - {"particles", "decoder"}

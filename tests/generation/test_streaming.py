@@ -2,6 +2,8 @@
 are among all.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,8 @@ def steps_of(
 ) -> Parts:
     """A text piece by piece, with the streams of `sample`."""
     progress = how.pop("progress", SILENT)
-    plans = row_plans(model, prompt, num, Sampling(**how), num_tokens=num_tokens, end=end)
+    plans = row_plans(model, prompt, num, Sampling(**how), num_tokens=num_tokens)
+    plans = [replace(plan, end=end) for plan in plans]
     return write(model, plans, streams(range(num)), progress, every)
 
 

@@ -89,10 +89,6 @@ class Pieces(TokenRows):
         mixed = (log_w + log_p).logsumexp(-1) - (allowed + log_p).logsumexp(-1)
         return inside.argmax(-1), mixed + inside.logsumexp(-1)
 
-    def select(self, order: Tensor) -> None:
-        super().select(order)
-        self.tokens = self.tokens[order]
-
 
 class GapFilter:
     """The particles of several samples of one plan."""
@@ -107,7 +103,9 @@ class GapFilter:
         self.gaps = plan.gaps
         self.allowed = plan.allowed
         self.weights = Weights(noise)
-        B = self.weights.log_w.numel()
+        self.log_w = self.weights.log_w.view(-1)
+        """The log-weight of every row [B], changed in place."""
+        B = len(self.log_w)
         self.tokens = torch.zeros(B, plan.num_tokens, dtype=torch.long, device=self.model.device)
         self.values = self.tokens[..., None].clone()
         if self.flow is not None:
@@ -116,11 +114,6 @@ class GapFilter:
         self.lengths = torch.zeros(B, len(self.gaps), dtype=torch.long)
         self.ends = torch.zeros(B, dtype=torch.long)
         self.candidates: Tensor | None = None
-
-    @property
-    def log_w(self) -> Tensor:
-        """The log-weight of every row [B], to be changed in place."""
-        return self.weights.log_w.view(-1)
 
     def write(self) -> Generation:
         """The samples, all at once. UserError if no particle of a sample fits."""
@@ -310,7 +303,9 @@ class GapFilter:
             chosen, kept = self.weights.chosen(b, self.log_w[own[mine]], len(mine))
             order[mine] = mine[chosen]
             self.log_w[own[mine]] = kept
-        rows.select(order.to(rows.values.device))
+        there = order.to(rows.values.device)
+        rows.select(there)
+        rows.tokens = rows.tokens[there]
         self.lengths[own] = self.lengths[own[order]]
 
     def _shares(self, log_w: Tensor, lengths: Tensor) -> list[Tensor]:

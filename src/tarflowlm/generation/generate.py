@@ -114,30 +114,29 @@ def row_plans(
     *,
     num_tokens: int,
     allowed: Allowed | None = None,
-    end: int | None = None,
 ) -> list[Plan]:
     """A plan for each of `num` rows of a batch, from the one `prompt` or its row of [num, T].
 
     UserError for rows that cannot be written together.
     """
-
-    def of(row: Prompt | None) -> Plan:
-        parts = _parts(model, row)
-        return plan(model, parts, sampling, num_tokens=num_tokens, allowed=allowed, end=end)
-
-    if not isinstance(prompt, Tensor) or prompt.dim() < 2:
-        return [of(prompt)] * num
-    check_integers(prompt, "prompt", "[T]", "[num, T]")
-    if len(prompt) not in (1, num):
-        raise UserError(f"{len(prompt)} prompts for {num} samples: give one, or one per sample")
-    found = [of(row) for row in prompt]
-    if (prompt == prompt[:1]).all():
-        return found[:1] * num
+    rows: list[Prompt | None] = [prompt]
+    if isinstance(prompt, Tensor) and prompt.dim() > 1:
+        check_integers(prompt, "prompt", "[T]", "[num, T]")
+        if len(prompt) not in (1, num):
+            raise UserError(f"{len(prompt)} prompts for {num} samples: give one, or one per sample")
+        # equal rows have one plan
+        rows = list(prompt[:1] if (prompt == prompt[:1]).all() else prompt)
+    found = [
+        plan(model, _parts(model, row), sampling, num_tokens=num_tokens, allowed=allowed)
+        for row in rows
+    ]
+    if len(found) == 1:
+        return found * num
     particles = max(one.particles for one in found)
     lengths = [len(one.pieces[0]) for one in found]
     if found[0].way == "gaps":
         what = "gaps of unknown length and constraints take one for all samples"
-        raise UserError(f"{len(prompt)} prompts: {what}, call it for each")
+        raise UserError(f"{num} prompts: {what}, call it for each")
     if model.config.continues_exactly and particles == 1 and min(lengths) < max(lengths):
         what = f"prompts of {min(lengths)} to {max(lengths)} tokens"
         raise UserError(

@@ -16,11 +16,11 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.channelwise import ChannelCoupling
+from tarflowlm.flow.couplings import Inverter
 from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.stack import FlowBlock
-from tarflowlm.flow.transformer import KVCache
-from tarflowlm.generation.rows import Drawn
-from tarflowlm.generation.sampling import BLANK, Gumbel, Work, drop_finished, num_leading
+from tarflowlm.generation.rows import Drawn, Rows
+from tarflowlm.generation.sampling import BLANK, Gumbel, Work, num_leading
 from tarflowlm.model import TarFlowLM
 from tarflowlm.requests import Adjustment, Sampling
 
@@ -78,7 +78,7 @@ def block_inversion(
 ) -> Generator[Tensor, None, tuple[Tensor, Work]]:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C], in the order of the tokens.
 
-    "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to
+    "steps": position by position, exact. "sweeps": in parallel (`Inverted.sweep`), equal up to
     rounding; the result is mapped forward again, and inverted by steps from the first position
     whose noise does not come back. "auto": sweeps for a block near the identity, else steps. With
     `adjust` there is no forward map to check against, so the block takes steps. With `gumbel`
@@ -89,80 +89,77 @@ def block_inversion(
     in the block's order; the results of sweeps are final only at the end. Rows that the reader
     marks in `ended` [B] take no further steps.
     """
-    work = _Inversion(block, u, adjust, gumbel, progress)
+    # an inverse needs the same features as the forward map; drawing does not
+    half = gumbel is not None and u.is_cuda and u.dtype == torch.float32
+    rows = Inverted(block, block.order(u), adjust, gumbel, progress, half=half)
+    rows.ended = ended
     if settled is not None and settled.shape[1]:
-        work.h[:, : settled.shape[1]] = settled
-        work.advance(settled.shape[1])
-        block.features_of(work.cache, settled[:, :-1])
+        rows.settle(settled)
+        progress.advance(rows.at)
     if gumbel is not None or adjust is not None:
         decoder = "steps"
     elif decoder == "auto":
-        decoder = "sweeps" if work.is_near_identity() else "steps"
+        decoder = "sweeps" if rows.is_near_identity() else "steps"
     if decoder == "sweeps":
-        work.sweep()
-        work.rewind_to_bad()
-    yield from work.step(ended)
-    return block.order.inverse(work.h), Work(decoder if gumbel is None else "draw", work.passes)
+        rows.sweep()
+    while rows.at < rows.num_positions:
+        rows.step()
+        rows.progress.advance()
+        yield rows.values[:, : rows.at]
+    latents = block.order.inverse(rows.values)
+    return latents, Work(decoder if gumbel is None else "draw", rows.passes)
 
 
-class _Inversion:
-    """An inversion, in the block's order. Positions before `at` are final."""
+class Inverted(Rows):
+    """Rows whose `noise` [B, N, C] a block turns into latents, in its own order."""
+
+    invert: Inverter | None = None
+    """The coupling's inverse; sweeps need none."""
 
     def __init__(
         self,
         block: FlowBlock,
-        u: Tensor,
+        noise: Tensor,
         adjust: Adjustment | None = None,
         gumbel: Gumbel | None = None,
         progress: Progress = SILENT,
+        *,
+        half: bool = False,
     ) -> None:
+        """With `gumbel` numbers latents are drawn, and `noise` is not their noise."""
         self.block = block
-        self.adjust = adjust
-        self.progress = progress
+        self.noise = noise
+        self.values = noise.clone()
+        self.num_positions = noise.shape[1]
         self.gumbel = gumbel
-        self.tolerance = TOLERANCE[u.dtype]
-        self.noise = block.order(u)
-        self.num_positions = u.shape[1]
-        self.h = self.noise.clone()
-        # an inverse needs the same features as the forward map; drawing does not
-        half = gumbel is not None and u.is_cuda and u.dtype == torch.float32
-        self.cache = block.allocate_cache(len(u), self.num_positions, half=half)
-        self.at = 0
-        self.passes = 0
-        self.swept = (self.num_positions, 0)
-        """The range of positions that sweeps with exact inverses made final."""
+        self.progress = progress
+        self.tolerance = TOLERANCE[noise.dtype]
+        super().__init__(block, (len(noise), self.num_positions), adjust, half=half)
+
+    def next_position(self) -> tuple[tuple[Tensor | slice, int], Tensor, Tensor | None]:
+        """Go on by one position: its index, features [b, D] and Gumbel numbers [b, G, K]."""
+        if self.ended is not None:
+            self.drop(self.ended)
+        here = self.there, self.at
+        self.cache.rewind(self.at)
+        previous = self.values[self.there, self.at - 1] if self.at else None
+        features = self.block.features_at(self.cache, previous)
+        self.at += 1
+        self.passes += 1
+        return here, features, None if self.gumbel is None else self.gumbel.at(*here)
+
+    def step(self) -> Tensor | None:
+        """Write the next position; None for no given tokens, as in `Drawn.step`."""
+        here, features, gumbel = self.next_position()
+        if self.invert is None:
+            self.invert = self.block.coupling.inverter()
+        self.values[here] = self.invert(self.noise[here], features, self.adjust, gumbel)
+        return None
 
     def advance(self, num: int) -> None:
+        """Sweeps made `num` more positions final."""
         self.at += num
         self.progress.advance(num)
-
-    def step(self, ended: Tensor | None) -> Iterator[Tensor]:
-        """Invert position by position, up to the last one; yields the final latents [B, at, C]."""
-        if self.at == self.num_positions:
-            return
-        self.cache.rewind(self.at)
-        invert = self.block.coupling.inverter()
-        rows: Tensor | slice = slice(None)
-        while self.at < self.num_positions:
-            if ended is not None:
-                rows = drop_finished(rows, ended, self.cache)
-            previous = self.h[rows, self.at - 1] if self.at else None
-            features = self.block.features_at(self.cache, previous)
-            here = rows, self.at
-            gumbel = None if self.gumbel is None else self.gumbel.at(*here)
-            self.h[here] = invert(self.noise[here], features, self.adjust, gumbel)
-            self.passes += 1
-            self.advance(1)
-            yield self.h[:, : self.at]
-
-    def _open_features(
-        self, end: int, cache: KVCache, rows: Tensor | slice = slice(None)
-    ) -> Tensor:
-        """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
-        cache.rewind(self.at)
-        self.passes += 1
-        past = self.h[rows, max(self.at - 1, 0) : end - 1]
-        return self.block.features_of(cache, past)
 
     def is_near_identity(self) -> bool:
         """Whether a few sweeps are enough.
@@ -173,12 +170,13 @@ class _Inversion:
         """
         coupling = self.block.coupling
         if isinstance(coupling, FillsIn):
-            return len(self.h) <= FEW_SEQUENCES
+            return len(self.values) <= FEW_SEQUENCES
         end = self.at + SHORTEST_NEWTON
         if not isinstance(coupling, ChannelCoupling) or end > self.num_positions:
             return False
         noise = self.noise[:, self.at : end]
-        new, _ = coupling.newton_step(noise, noise, self._open_features(end, self.cache))
+        new, _ = coupling.newton_step(noise, noise, self.features(self.at, end))
+        self.passes += 1
         # NaN counts as far
         if not largest_change(new, noise).max() < CONTRACTION:
             return False
@@ -196,13 +194,14 @@ class _Inversion:
         last: float | None = None
         at = self.at
         end = min(self.num_positions, at + LONGEST_SEGMENT)
-        guess = self.h[:, at:end].clone()
+        guess = self.values[:, at:end].clone()
         cache = self.cache
-        rows = torch.arange(len(self.h), device=self.h.device)
+        self.there = torch.arange(len(guess), device=guess.device)
         while self.at < end:
-            old = self.h[rows, self.at : end]
-            noise = self.noise[rows, self.at : end]
-            new, residual = coupling.newton_step(old, noise, self._open_features(end, cache, rows))
+            here = self.there, slice(self.at, end)
+            old, noise = self.values[here], self.noise[here]
+            new, residual = coupling.newton_step(old, noise, self.features(self.at, end))
+            self.passes += 1
             off = (residual.abs() / (1 + noise.abs())).amax(2)
             # one copy to the host per step
             change, off = torch.stack((largest_change(new, old), off)).cpu()
@@ -212,37 +211,23 @@ class _Inversion:
             ahead = largest / (last - largest) if contracts and last is not None else 1.0
             last = largest
             settled = (change * ahead <= self.tolerance) & (off <= RESIDUAL[off.dtype])
-            self.h[rows, self.at : end] = new
+            self.values[here] = new
             self.advance(num_leading(settled.all(0)))
             if self.at < end and not contracts:
-                self.h[:, self.at : end] = guess[:, self.at - at :]
+                self.values[:, self.at : end] = guess[:, self.at - at :]
                 break
             done = settled.all(1)
             if done.any():
-                left = (~done).nonzero()[:, 0].to(rows.device)
-                rows = rows[left]
-                cache = copy(cache)
-                cache.keep(left)
-        if cache is not self.cache and 0 < self.at < self.num_positions:
-            self.cache.rewind(0)
-            self.block.features_of(self.cache, self.h[:, : self.at - 1])
+                left = (~done).nonzero()[:, 0].to(self.there.device)
+                self.there = self.there[left]
+                self.cache = copy(self.cache)
+                self.cache.keep(left)
+        self.there = slice(None)
+        if self.cache is not cache:
+            self.cache = cache
+            if 0 < self.at < self.num_positions:
+                self.features(0, self.at)
         return self.at >= end
-
-    def _sweep_once(self, end: int) -> float:
-        """One sweep over positions `at` to `end` - 1: the largest change."""
-        at = self.at
-        B, _, C = self.h.shape
-        features = self._open_features(end, self.cache)
-        noise = self.noise[:, at:end].flatten(0, 1)
-        new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
-        change = largest_change(new, self.h[:, at:end]).amax(0)
-        self.h[:, at:end] = new
-        converged = (change <= self.tolerance).long().cumprod(0).sum()
-        # one copy to the host per sweep; NaN counts as not converged
-        final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
-        self.advance(min(int(final) + 1, end - at))
-        self.swept = (min(at, self.swept[0]), self.at)
-        return float(largest)
 
     def sweep(self) -> None:
         """Gauss-Seidel-Jacobi sweeps over segments, as long as their changes shrink.
@@ -252,29 +237,39 @@ class _Inversion:
         does what is left.
         """
         limit = self.num_positions
-        takes_newton = isinstance(self.block.coupling, ChannelCoupling)
+        coupling = self.block.coupling
+        takes_newton = isinstance(coupling, ChannelCoupling)
         while limit - self.at >= SHORTEST_NEWTON and takes_newton:
             takes_newton = self.newton()
-        segment, last = LONGEST_SEGMENT, math.inf
+        first, segment, last = self.at, LONGEST_SEGMENT, math.inf
         while self.at < limit and segment:
-            largest = self._sweep_once(min(limit, self.at + segment))
+            end = min(limit, self.at + segment)
+            old, noise = (x[:, self.at : end] for x in (self.values, self.noise))
+            features = self.features(self.at, end)
+            self.passes += 1
+            new = coupling.invert(noise.flatten(0, 1), features.flatten(0, 1)).view_as(old)
+            change = largest_change(new, old).amax(0)
+            converged = (change <= self.tolerance).long().cumprod(0).sum()
+            old[:] = new
+            # one copy to the host per sweep; NaN counts as not converged
+            final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
+            self.advance(min(int(final) + 1, len(change)))
             # NaN counts as no convergence
             if not largest < CONTRACTION * last:
                 segment = min(segment, limit - self.at) // 2
             last = largest
+        if first < self.at:
+            self._rewind_to_bad(first)
 
-    def rewind_to_bad(self) -> None:
-        """Go back to the first swept position whose latents do not map back to their noise."""
-        start, end = self.swept
-        if not end:
-            return
-        h, u = self.h[:, :end], self.noise[:, :end]
+    def _rewind_to_bad(self, first: int) -> None:
+        """Go back to the first position from `first` on whose latents do not map to their noise."""
+        h, u = self.values[:, : self.at], self.noise[:, : self.at]
         with full_precision(h):
             again, _ = self.block.coupling(h, self.block.features(h))
-        off = largest_change(u, again).amax(0)[start:]
+        off = largest_change(u, again).amax(0)[first:]
         # NaN counts as bad
-        first_bad = start + num_leading(off <= RESIDUAL[off.dtype])
-        if first_bad < end:
+        first_bad = first + num_leading(off <= RESIDUAL[off.dtype])
+        if first_bad < self.at:
             self.at = first_bad
             self.progress = SILENT
 
@@ -360,4 +355,4 @@ def draws_last(model: TarFlowLM, decoder: Decoder) -> bool:
     block = model.prior.block(-1)
     shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
     probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
-    return not _Inversion(block, probe).is_near_identity()
+    return not Inverted(block, probe).is_near_identity()

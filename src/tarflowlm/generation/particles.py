@@ -6,7 +6,7 @@ exact in the limit of many. With R = 1 the other tokens are drawn from left to r
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
@@ -16,9 +16,9 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow.fills import complete
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
-from tarflowlm.generation.inversion import finish, stack_inversion
-from tarflowlm.generation.rows import Drawn, Rows
-from tarflowlm.generation.sampling import Evidence, Gumbel, Noise, Work, drop_finished
+from tarflowlm.generation.inversion import Inverted, finish, stack_inversion
+from tarflowlm.generation.rows import Drawn
+from tarflowlm.generation.sampling import Evidence, Gumbel, Noise, Work
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.requests import Adjustment
 
@@ -101,14 +101,7 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
 
 
-Redraw = Callable[[list[int], Tensor, Tensor, int], Tensor | None]
-"""Fresh noise [rows, T, ...] for all particles of some samples, where they need it. Arguments: the
-indices of the samples, the rows, the rows whose texts they continue, and the first position that
-needs noise.
-"""
-
-
-class Completed(Rows):
+class Completed(Inverted):
     """The pass of a flow through block 1: noise to latents, and back for given tokens (eq. 21).
 
     A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`, and the log-probability
@@ -124,25 +117,17 @@ class Completed(Rows):
         adjust: Adjustment | None,
         gumbel: Gumbel | None = None,
     ) -> None:
-        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU.
-
-        With `gumbel` numbers the other tokens are drawn, and `noise` is not their noise.
-        """
-        self.gumbel = gumbel
-        self.block = model.prior.block(0)
+        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU; `gumbel` as in `Inverted`."""
         self.patch = model.prior.patch
-        reorders = self.block.order.reverse or self.block.order.mixes
+        block = model.prior.block(0)
+        reorders = block.order.reverse or block.order.mixes
         assert not reorders, "given latents need the order of the tokens"
-        self.noise = self.patch(noise).clone()
+        super().__init__(block, self.patch(noise).clone(), adjust, gumbel)
         self.known = self.patch(known)
-        self.values = torch.zeros_like(self.noise)
-        self.num_positions = self.noise.shape[1]
-        super().__init__(model, self.block, (len(noise), self.num_positions), adjust)
         self.is_known = is_known.unflatten(1, (-1, model.config.patch))
         # read on the host once, so that a position without given tokens costs nothing for them
         self.some_known = self.is_known.any(2).any(0).tolist()
         mask = self.is_known.to(noise.device)
-        self.invert = self.block.coupling.inverter()
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
 
     def prefill(self, first: Tensor) -> Tensor | None:
@@ -151,34 +136,23 @@ class Completed(Rows):
         if num == 0:
             return None
         z = self.known[:, :num]
-        self.values[:, :num] = z
-        self.at = num
-        u, log_det = self.block.coupling(z, self.features(0, num))
+        u, log_det = self.block.coupling(z, self.settle(z))
         self.noise[:, :num] = u
         log_p = log_det.sum(-1) + standard_normal_log_prob(u)
         return log_p - self.log_normaliser[:, :num].sum((1, 2))
 
     def step(self) -> Tensor | None:
         """As `Drawn.step`, always one position."""
-        if self.ended is not None:
-            self.rows = drop_finished(self.rows, self.ended, self.cache)
         n = self.at
-        here = self.rows, n
-        previous = self.values[self.rows, n - 1] if n else None
-        noise, is_known = self.noise[here], self.is_known[here]
-        features = self.block.features_at(self.cache, previous)
-        gumbel = None if self.gumbel is None else self.gumbel.at(*here)
-        self.at += 1
-        self.passes += 1
         if not self.some_known[n]:
-            self.values[here] = self.invert(noise, features, self.adjust, gumbel)
-            return None
+            return super().step()
+        here, features, gumbel = self.next_position()
+        known, is_known = self.known[here], self.is_known[self.rows, n]
         self.values[here], self.noise[here], log_p = complete(
-            self.block.coupling, noise, features, self.known[here], is_known, self.adjust, gumbel
+            self.block.coupling, self.noise[here], features, known, is_known, self.adjust, gumbel
         )
-        found = (log_p - self.log_normaliser[here]).sum(-1)
-        every = found.new_zeros(len(self.values))
-        every[self.rows] = found
+        every = log_p.new_zeros(len(self.values))
+        every[self.there] = (log_p - self.log_normaliser[here]).sum(-1)
         return every
 
     def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
@@ -190,13 +164,13 @@ class Completed(Rows):
 
 
 def particle_filter(
-    rows: Drawn | Completed, noise: Noise, progress: Progress, redraw: Redraw | None = None
+    rows: Drawn | Completed, noise: Noise, progress: Progress, source: "UpperBlocks | None" = None
 ) -> Generator[Tensor, None, Weights]:
     """Run `rows` to their end, and return their weights.
 
-    The particles of a sample are resampled when their effective number falls below a share of R;
-    then `redraw` gives them fresh noise. A single particle is final after every position, so the
-    generator yields its values so far. `progress` advances once per position.
+    Rows that are resampled get fresh noise from the `source`. A single particle is final after
+    every position, so the generator yields its values so far. `progress` advances once per
+    position.
     """
     weights = Weights(noise)
     num, particles = weights.log_w.shape
@@ -225,7 +199,7 @@ def particle_filter(
             order[b] = order[b, chosen]
         device = rows.values.device
         own, order = own.to(device), order.flatten().to(device)
-        fresh = redraw and redraw(uneven, own, order[own], rows.at)
+        fresh = None if source is None else source.redraw(uneven, own, order[own], rows.at)
         rows.resample(order, own, fresh)
     return weights
 
@@ -257,7 +231,7 @@ class UpperBlocks:
         self.single = self.model.num_blocks == 1
         self.is_known = is_known.to(self.model.device)
         self.draw, self.work = self._draw(noise, progress)
-        self.log_p = self._log_p(self.draw)
+        self.log_p = self.model.prior.log_prob(self.draw, above=1)
         # sum over finished draws of log rho(h'_unused | h'_used) - log p_{>1}(h'), per row
         self.correction = torch.zeros_like(self.log_p)
         # first token for which the present draw of a row is used
@@ -279,9 +253,6 @@ class UpperBlocks:
         states, work = finish(steps)
         return states[-1], work
 
-    def _log_p(self, h: Tensor) -> Tensor:
-        return h.new_zeros(len(h)) if self.single else self.model.prior.log_prob(h, above=1)
-
     def _account_for_draw(self, rows: Tensor, at: int) -> None:
         """Add log rho(h'_unused | h'_used) - log p_{>1}(h') for draws that were used up to `at`."""
         if self.single:
@@ -298,13 +269,16 @@ class UpperBlocks:
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
     def redraw(self, samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
-        """Fresh draws h' [rows, T, d] (see `Redraw`); rows get the factors of their `parents`."""
+        """Fresh draws h' [rows, T, d] for the rows `own`, which are all particles of the `samples`.
+
+        They go on from the position `at` of their `parents`, whose factors they get.
+        """
         self._account_for_draw(own, at)
         self.correction[own] = self.correction[parents]
         generators = [self.noise.generators[b] for b in samples]
         fresh, _ = self._draw(replace(self.noise, generators=generators), SILENT)
         self.draw[own] = fresh
-        self.log_p[own] = self._log_p(fresh)
+        self.log_p[own] = self.model.prior.log_prob(fresh, above=1)
         self.since[own] = at * self.model.config.patch
         return fresh
 
@@ -314,7 +288,7 @@ class UpperBlocks:
             return torch.zeros_like(self.log_p)
         self._account_for_draw(torch.arange(len(h)), h.shape[1])
         known = (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
-        return self._log_p(h) - known + self.correction
+        return self.model.prior.log_prob(h, above=1) - known + self.correction
 
 
 def pareto_k(log_w: Tensor) -> float:

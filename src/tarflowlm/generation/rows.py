@@ -18,7 +18,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.drafts import Guesser
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Conditioner
-from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel, drop_finished
+from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel
 from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.requests import Adjustment, Sampling
 
@@ -41,13 +41,14 @@ class Rows:
     ended: Tensor | None = None
     """Which rows need no more positions, [B]."""
     rows: Tensor | slice = slice(None)
-    """The rows whose next position is written."""
+    """The rows in the cache, whose next position is written; on the CPU."""
+    there: Tensor | slice = slice(None)
+    """The `rows` on the device."""
     passes = 0
     """Calls of the Transformer, but for leading given positions."""
 
     def __init__(
         self,
-        model: LanguageModel,
         source: Conditioner,
         size: tuple[int, int],
         adjust: Adjustment | None,
@@ -55,17 +56,30 @@ class Rows:
         half: bool = False,
     ) -> None:
         """With `size` = B, N."""
-        self.model = model
         self.source = source
         self.adjust = adjust
         self.at = 0
         self.cache = source.allocate_cache(*size, half=half)
 
     def features(self, start: int, end: int) -> Tensor:
-        """Features [B, n, D] of the positions from `start` up to `end`, where the cache ends."""
+        """Features [b, n, D] of the positions from `start` up to `end`, where the cache ends."""
         self.cache.rewind(start)
-        past = self.values[:, max(start - 1, 0) : end - 1]
+        past = self.values[self.there, max(start - 1, 0) : end - 1]
         return self.source.features_of(self.cache, past)
+
+    def settle(self, values: Tensor) -> Tensor:
+        """Begin after the `values` [B, n, ...] of the first positions: their features [B, n, D]."""
+        self.at = values.shape[1]
+        self.values[:, : self.at] = values
+        return self.features(0, self.at)
+
+    def drop(self, over: Tensor) -> None:
+        """Leave out the rows that are `over` [B], once these are a quarter of all."""
+        goes_on = ~over[self.rows]
+        if 0 < goes_on.sum() <= 0.75 * len(goes_on):
+            self.cache.keep(goes_on.nonzero()[:, 0])
+            self.rows = torch.arange(len(over))[self.rows][goes_on]
+            self.there = self.rows.to(self.values.device)
 
     def select(self, order: Tensor) -> None:
         """Replace every row b by row order[b]; `order` is on the device."""
@@ -89,6 +103,7 @@ class TokenRows(Rows):
         half: bool = False,
     ) -> None:
         """Block `index` of a flow, in the order of the tokens, is a Mix-d block."""
+        self.model = model
         self.tokens = tokens
         source = model.conditioner
         self.law: TokenLM | MixDCoupling
@@ -99,7 +114,7 @@ class TokenRows(Rows):
             self.mean, self.std = book.mean, book.log_std.exp()
         else:
             self.law = cast(TokenLM, model)
-        super().__init__(model, source, (len(tokens), tokens.shape[1]), adjust, half=half)
+        super().__init__(source, (len(tokens), tokens.shape[1]), adjust, half=half)
 
     def values_of(self, tokens: Tensor, noise: Tensor) -> Tensor:
         """Values [..., C] of tokens [..., P] with noise [..., P, d]."""
@@ -177,11 +192,9 @@ class Drawn(TokenRows):
         self.decides = P == 1 and model.device.type == "cpu"
         """Whether near ties are decided by the text of the row alone."""
         self.next = torch.zeros(len(given), dtype=torch.long)
-        """The next position of every row."""
+        """The next position of every row, on the CPU."""
         self.is_even = True
         """Whether the next position is the same in all rows that need one."""
-        self.there: Tensor | slice = self.rows
-        """The `rows` on the device; `next` and `rows` are on the CPU."""
 
     def _advance(self, count: Tensor) -> None:
         """Go on by `count` [b] positions, at most to the end."""
@@ -203,11 +216,8 @@ class Drawn(TokenRows):
         return self.log_prob(features, (slice(None), slice(num))).sum((1, 2))
 
     def settle(self, values: Tensor) -> Tensor:
-        """Begin after the `values` [B, n, ...] of the first positions: their features [B, n, D]."""
-        num = values.shape[1]
-        self.values[:, :num] = values
-        features = self.features(0, num)
-        self._advance(torch.tensor(num))
+        features = super().settle(values)
+        self._advance(torch.tensor(self.at))
         return features
 
     def step(self) -> Tensor | None:
@@ -217,10 +227,7 @@ class Drawn(TokenRows):
         """
         if self.ended is not None or not self.is_even:
             over = self.next >= self.num_positions
-            over = over if self.ended is None else over | self.ended
-            rows = drop_finished(self.rows, over, self.cache)
-            if isinstance(rows, Tensor) and rows is not self.rows:
-                self.rows, self.there = rows, rows.to(self.tokens.device)
+            self.drop(over if self.ended is None else over | self.ended)
         start: int | Tensor = self.at if self.is_even else self.next[self.rows][:, None]
         at, guesses, is_known = self._guesses(start)
         count = guesses.shape[1]

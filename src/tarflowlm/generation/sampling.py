@@ -14,7 +14,6 @@ from torch import Generator, Tensor
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.drafts import Guesser
 from tarflowlm.errors import Progress
-from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 
 
@@ -42,8 +41,7 @@ class Noise:
 
         d = 0 for the baseline.
         """
-        flow = self.model if isinstance(self.model, TarFlowLM) else None
-        channels = 0 if flow is None else flow.config.latent_dim
+        channels = self.model.config.latent_dim if isinstance(self.model, TarFlowLM) else 0
         # of a whole context, so that a longer text begins with the same numbers
         shape = self.particles, max(num_tokens, self.model.config.context), channels
         noise = torch.cat([torch.randn(*shape, generator=g) for g in self.generators])
@@ -208,15 +206,6 @@ class Meter(Progress):
         before = self.num_tokens * self.passed // self.positions
         self.passed = min(self.positions, self.passed + count)
         self.progress.advance(self.num_tokens * self.passed // self.positions - before)
-
-
-def drop_finished(rows: Tensor | slice, ended: Tensor, cache: KVCache) -> Tensor | slice:
-    """The `rows` of a cache, without those that `ended` [B] once these are a quarter of them."""
-    continues = ~ended[rows]
-    if not 0 < continues.sum() <= 0.75 * len(continues):
-        return rows
-    cache.keep(continues.nonzero()[:, 0])
-    return torch.arange(len(ended))[rows][continues]
 
 
 def num_leading(mask: Tensor) -> int:

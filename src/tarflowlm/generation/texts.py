@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import cast
 
@@ -34,7 +34,6 @@ EVERY = 8
 """Check every 8 tokens whether all samples have ended."""
 
 
-@dataclass(frozen=True)
 class Samples:
     """The samples that a request asks for: `num` of every plan, in order.
 
@@ -43,53 +42,45 @@ class Samples:
     options without effect.
     """
 
-    request: Writing
-    lm: Checkpoint
-    past_end: bool = False
-    processes: Processes = ALONE
-    """The processes that share the batches; `processes.in_turn` collects these."""
-    plans: list[Plan] = field(init=False)
-    stops: tuple[str, ...] = field(init=False)
-    own: list[range] = field(init=False)
-    """The batches that this process writes: consecutive samples that are written together."""
-
-    def __post_init__(self) -> None:
-        check_finite(self.lm.model.state_dict(), "model")
-        stops = as_texts(self.request.stop, "stop")
-        how = self.request.normalize
-        read_stops = [(x, read(self.lm.tokenizer, x, name="stop", normalize=how)) for x in stops]
+    def __init__(
+        self,
+        request: Writing,
+        lm: Checkpoint,
+        past_end: bool = False,
+        processes: Processes = ALONE,
+    ) -> None:
+        """The `processes` share the batches; `processes.in_turn` collects these."""
+        self.request, self.lm, self.past_end, self.processes = request, lm, past_end, processes
+        model = lm.model
+        check_finite(model.state_dict(), "model")
+        read_stops = [
+            (stop, read(lm.tokenizer, stop, name="stop", normalize=request.normalize).text)
+            for stop in as_texts(request.stop, "stop")
+        ]
         # a line end is in no text of letters, where it reads as a space
-        kept = [found.text for x, found in read_stops if found.text != " " or x == " "]
-        object.__setattr__(self, "stops", tuple(kept))
-        object.__setattr__(self, "plans", plans(self.request, self.lm, self.past_end))
-        rank, world = self.processes.rank, self.processes.world
-        model = self.lm.model
+        self.stops = [text for stop, text in read_stops if text != " " or stop == " "]
+        self.plans = plans(request, lm, past_end)
+        self.total = request.num_each * len(self.plans)
+        """Number of samples."""
         blocks = [m for m in model.modules() if isinstance(m, Transformer)]
         # keys and values of a token in the block with most of them
         cached = max(2 * len(block.layers) * block.config.width for block in blocks)
         batches: list[range] = []
-        keys = [key for one in self.plans for key in [one.together] * self.request.num_each]
-        for _, group in groupby(range(self.total), key=keys.__getitem__):
+        keys = [one.together for one in self.plans]
+        for _, group in groupby(range(self.total), key=lambda row: keys[row // request.num_each]):
             rows = list(group)
             one = self.plan(rows[0])
             length = min(one.num_tokens, model.config.context) * one.particles
             choices = model.config.vocab_size * one.particles
             fitting = chunks.written_rows(length, model.device, cached=cached, choices=choices)
             # all processes make the same batches, which fit into the least memory
-            size = min(*self.processes.in_turn([fitting]), -(-len(rows) // world))
+            size = min(*processes.in_turn([fitting]), -(-len(rows) // processes.world))
             starts = range(rows[0], rows[-1] + 1, size)
             batches += [range(start, min(start + size, rows[-1] + 1)) for start in starts]
-        object.__setattr__(self, "own", batches[rank::world])
-
-    @property
-    def total(self) -> int:
-        """Number of samples."""
-        return self.request.num_each * len(self.plans)
-
-    @property
-    def num_tokens(self) -> int:
+        self.own = batches[processes.rank :: processes.world]
+        """The batches that this process writes: consecutive samples that are written together."""
+        self.num_tokens = sum(len(rows) * self.plan(rows[0]).num_tokens for rows in self.own)
         """Tokens of all samples of this process, as `progress` counts them."""
-        return sum(len(rows) * self.plan(rows[0]).num_tokens for rows in self.own)
 
     @property
     def notices(self) -> list[str]:
@@ -100,9 +91,8 @@ class Samples:
     @property
     def follows_loosely(self) -> bool:
         """Whether the model mostly ignores the given text with a single candidate."""
-        config = self.lm.model.config
-        is_exact = config.has_token_weights or self.plans[0].way == "inversion"
         first = self.plans[0]
+        is_exact = self.lm.model.config.has_token_weights or first.way == "inversion"
         return first.reading is not None and first.particles == 1 and not is_exact
 
     def plan(self, row: int) -> Plan:
@@ -237,13 +227,16 @@ def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan
     `past_end` as in `Samples`. UserError for texts that the model cannot read, and for options
     without effect.
     """
+    if request.without:
+        allowed = tokens_without(lm.tokenizer, request.without)
+        request = replace(request, without="", allowed=allowed)
     how = request.normalize
     prompts = as_texts(request.prompt or (), "prompt")
-    is_constrained = request.without or request.contains or request.allowed is not None
+    is_constrained = request.contains is not None or request.allowed is not None
     draws = lm.model.is_exact or as_flow(lm.model).is_language_model
     draws &= request.decoder != "sweeps"
     # only where tokens are drawn by their weights can the next one be made to begin with a space
-    goes_on = lm.model.config.patch == 1 and (draws or bool(is_constrained))
+    goes_on = lm.model.config.patch == 1 and (draws or is_constrained)
     readings = [
         read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=goes_on)
         for prompt in prompts
@@ -278,8 +271,6 @@ def _of_reading(
     tokenizer = lm.tokenizer
     is_template = request.template is not None
     allowed = cast(Allowed | None, request.allowed)
-    if request.without:
-        allowed = tokens_without(tokenizer, request.without)
     # an end of document before a free sample, so that it begins a new document; it is hidden
     is_new = reading is None and tokenizer.end is not None
     lead = torch.tensor([tokenizer.end] if is_new else []).long()

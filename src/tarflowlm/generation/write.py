@@ -220,7 +220,7 @@ class Window:
         gumbel = self.noise.draws(num_tokens) if draws and source.single else None
         rows = Completed(flow, source.draw, known, is_known, adjust, gumbel)
         rows.ended = self.ended
-        steps = particle_filter(rows, self.noise, self.progress, source.redraw)
+        steps = particle_filter(rows, self.noise, self.progress, source)
         weights = yield from self._read(steps)
         weights.add(source.log_factor(flow.prior.patch.inverse(rows.noise)))
         z = flow.prior.patch.inverse(rows.values)[weights.pick()]
@@ -232,7 +232,6 @@ class Window:
         """Tokens drawn from weights; given ones are kept."""
         plan = self.plan
         spread = given.repeat_interleave(plan.particles, 0)
-        flow = self.model if isinstance(self.model, TarFlowLM) else None
         noise = self.noise.normal(given.shape[1])
         gumbel = self.noise.draws(given.shape[1])
         sampling = plan.sampling if plan.particles == 1 else None
@@ -242,8 +241,8 @@ class Window:
         weights = yield from self._read(particle_filter(rows, self.noise, self.progress))
         evidence = weights.evidence() if (given != BLANK).any() else None
         found = rows.values[weights.pick(), : rows.num_positions]
-        if flow is None:
+        if not isinstance(self.model, TarFlowLM):
             return Generation(found.flatten(1), evidence)
-        z = flow.prior.patch.inverse(found)
+        z = self.model.prior.patch.inverse(found)
         work = (Work("draw", rows.passes),)
-        return Generation(flow.codebook.decode(z), evidence, work, latents=(z,))
+        return Generation(self.model.codebook.decode(z), evidence, work, latents=(z,))
