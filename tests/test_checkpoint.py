@@ -21,6 +21,7 @@ from tarflowlm.runs.checkpoint import (
     is_whole,
     load_checkpoint,
     read_summary,
+    resume_command,
     write_manifest,
     write_run,
     write_weights,
@@ -167,6 +168,19 @@ def test_summary_is_read_where_there_is_one(directory):
     summary = {"test": test, "tokens": 3, "seconds": 1.0, "stage_valid_bpc": [2.0]}
     (directory / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert read_summary(directory)["test"]["bpc"] == 2.0
+
+
+def test_resume_command_imports_the_modules_of_the_run(directory):
+    plain = f"tarflowlm train --resume {directory}"
+    assert resume_command(directory) == plain
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    own = {"imports": {"bent": "my.bends", "curved": "my.bends", "odd": "odds"}}
+    (directory / "config.json").write_text(json.dumps(config | own), encoding="utf-8")
+    assert resume_command(directory) == f"{plain} --import my.bends --import odds"
+    # the command is a part of messages about damaged runs
+    for text in ("[]", "{"):
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        assert resume_command(directory) == plain
 
 
 ALTERED = {

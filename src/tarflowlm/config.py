@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tarflowlm.errors import UserError, counted
 from tarflowlm.model_config import BaselineConfig, FlowConfig
-from tarflowlm.schema import Checked, Count, Positive, Range, Seed, Share, Whole, check_type
+from tarflowlm.schema import Below1, Checked, Count, Positive, Range, Seed, Share, Whole, check_type
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `processes.pick_device` resolves auto."""
@@ -21,8 +21,6 @@ way; also how a block is inverted.
 
 Pick = Literal["random", "unlikely"]
 """Words that an edit resamples: random ones, or the ones that cost most in block 1."""
-
-Below1 = Annotated[float, Range(least=0, below=1)]
 
 Precision = Literal["float32", "bfloat16"]
 

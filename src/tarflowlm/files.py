@@ -4,10 +4,11 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -71,6 +72,20 @@ def sha256_of(path: Path) -> str:
     """The sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def for_json(item: object) -> Any:
+    """A value with None instead of every number that is not finite, for which JSON has no word."""
+    if isinstance(item, float) and not math.isfinite(item):
+        return None
+    if isinstance(item, dict):
+        return {key: for_json(inner) for key, inner in item.items()}
+    return [for_json(inner) for inner in item] if isinstance(item, (list, tuple)) else item
+
+
+def json_line(value: Mapping[str, object]) -> str:
+    """One JSON object as a line."""
+    return json.dumps(for_json(value), ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:

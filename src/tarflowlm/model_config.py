@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from tarflowlm.errors import UserError
-from tarflowlm.schema import Checked, Count, Positive, Range, Whole, kinds_of
+from tarflowlm.schema import Below1, Checked, Count, Positive, Range, Whole, kinds_of
 
 Coupling = TypeVar("Coupling")
 
@@ -190,7 +190,7 @@ class MixD(BlockConfig):
     implementation = "tarflowlm.flow.mixd:MixDCoupling"
     components: Whole = 0
     """Mixture components K; 0 ties them to the encoder's codebook."""
-    certainty: Annotated[float, Range(least=0, below=1)] = 0.0
+    certainty: Below1 = 0.0
     """Below other blocks: apply this block only where its largest token weight exceeds this, and
     pass other latents through (docs/math.md, eq. 9a). 0: act on all tokens.
     """

@@ -56,6 +56,7 @@ Seed = Annotated[int, Range(least=0, below=2**62)]
 """Generators keep the seeds of this range distinct."""
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(least=0, most=1)]
+Below1 = Annotated[float, Range(least=0, below=1)]
 Length = Annotated[int, Range(least=1, most=10_000_000)]
 """Tokens of a text that is written, or a number of texts."""
 Temperature = Annotated[float, Range(least=1e-30, remedy="top_k 1 takes the most probable token")]

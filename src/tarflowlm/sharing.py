@@ -4,7 +4,6 @@ A card describes the model and its training, and shows samples.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, counted
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.generation.texts import write_texts
 from tarflowlm.presets import PRESETS, preset
@@ -183,8 +182,9 @@ def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterato
     yield "model", f"preset `{run.name}`: {blocks}; {size}"
     symbols = f"{tokenizer.vocab_size:,} ({tokenizer.kind})"
     yield "symbols", f"{symbols}, normalisation {tokenizer.normalization}"
-    units = {"step": "steps", "tokens": "tokens"}
-    counts = [f"{int(n):,} {units[key]}" for key, n in checkpoint.info.items() if key in units]
+    info = checkpoint.info
+    units = {"step": "step", "tokens": "token"}
+    counts = [counted(int(info[key]), unit) for key, unit in units.items() if key in info]
     yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
     if run.parent:
         parent, _, weights = run.parent.partition("@")
@@ -202,9 +202,9 @@ def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterato
     if test:
         sign = sign_of(test["bound"])
         nats = f"{test['nats_per_token']:.4f} nats per token"
-        if math.isfinite(test["stderr"]):  # one window alone has none
+        if test["windows"] > 1:
             nats += f" (standard error {test['stderr']:.4f})"
-        windows = f"{test['windows']:,} windows of the test split ({test['bound']})"
+        windows = f"{counted(test['windows'], 'window')} of the test split ({test['bound']})"
         result = f"{sign} {test['bpc']:.4f} bits per character, {sign} {nats}, over {windows}"
     yield "test", result
     yield "licence", licence or "not stated by its owner"

@@ -21,11 +21,11 @@ def test_stage_has_its_share_of_the_time_left(stage, start, seconds):
     """
     train = TrainConfig(stage_steps=(8, 1, 1), minutes=100.0)
     counters = Counters(step=10**6, stage=stage, stage_start=start, evaluation=1e-6, stage_step=1)
-    measure_pace(train, counters, lambda: start + seconds / 2, 10)
+    measure_pace(train, counters, start + seconds / 2, 10)
     assert counters.share == pytest.approx(0.5)
     assert (counters.progress(train), counters.stage_is_over) == ((500, 1000), False)
     counters.stage_step = 2
-    measure_pace(train, counters, lambda: start + seconds + 1, 10)
+    measure_pace(train, counters, start + seconds + 1, 10)
     assert counters.stage_is_over
 
 
@@ -33,10 +33,10 @@ def test_a_later_stage_without_time_for_its_steps_is_left_out():
     train = TrainConfig(stage_steps=(8, 1, 1), minutes=100.0)
     # 20 seconds a step: a tenth of the 5,100 seconds is too little
     counters = Counters(step=10, stage_step=10, evaluation=1e-6)
-    measure_pace(train, counters, lambda: 200.0, 10)
+    measure_pace(train, counters, 200.0, 10)
     assert counters.share == pytest.approx(200 / 5100)
     counters = Counters(step=250, stage=1, stage_start=5000.0, evaluation=1e-6)
-    measure_pace(train, counters, lambda: 5000.0, 10)
+    measure_pace(train, counters, 5000.0, 10)
     assert counters.stage_is_over
 
 

@@ -430,6 +430,19 @@ def test_two_writers_exclude_each_other(tmp_path, corpus_file):
     assert all("is being written by" in message for message in refused)
 
 
+@pytest.mark.parametrize("at", [3, 13])
+def test_run_that_is_moved_away_ends_and_resumes_elsewhere(tmp_path, whole, monkeypatch, at):
+    """Before its first state, or after one; the folder is not made again."""
+    monkeypatch.setattr(training, "ThreadPoolExecutor", AtOnce)
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    with pytest.raises(UserError, match=f"{out} was moved or removed .*--resume"):
+        go(whole[0], out, Killer(at, lambda: out.rename(moved)))
+    assert not out.exists()
+    assert bool(names(moved)) == (at > 3)
+    go(whole[0], moved)
+    assert_same_run(moved, whole[1])
+
+
 @pytest.mark.parametrize("name", ["mine.txt", "config.json"])
 def test_foreign_directory_is_left_alone(tmp_path, name, corpus_file):
     (tmp_path / name).write_text("{}", encoding="utf-8")

@@ -16,7 +16,9 @@ from helpers import metrics_of
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import TarFlowLM, seeded
-from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.checkpoint import load_checkpoint, read_summary
+from tarflowlm.runs.records import read_record
+from tarflowlm.sharing import model_card
 from tarflowlm.training import optim
 from tarflowlm.training.parallel import parallelise
 from tarflowlm.training.train import accumulate_gradients
@@ -109,6 +111,24 @@ def test_metrics_lines_have_the_documented_keys(finished):
     assert [line["step"] for line in valid if line["block"] == 2] == [3, 4, 5]
     kept = [min(line["bpc"] for line in valid if line["block"] == block) for block in (1, 2, 3)]
     assert kept == summary["stage_valid_bpc"]
+
+
+def test_one_window_has_no_standard_error_and_json_no_nan(tmp_path, corpus_file):
+    config = tiny_run(
+        corpus_file, mode="joint", stage_steps=(2,), evaluate_windows=1, test_windows=1
+    )
+    out = tmp_path / "run"
+    summary = go(config, out)
+    texts = [(out / name).read_text(encoding="utf-8") for name in ("metrics.jsonl", "summary.json")]
+    assert not any("NaN" in text for text in texts)
+    assert summary["test"]["stderr"] is summary["test"]["elbo_stderr"] is None
+    assert read_summary(out) == summary
+    assert read_record(out).summary == summary
+    card = model_card(load_checkpoint(out), out, "mine", None)
+    # in this order, whatever the order of the weights' header
+    assert "2 steps, 64 tokens, seed 0" in card
+    assert "over 1 window of the test split" in card
+    assert "standard error" not in card
 
 
 def test_reporter_follows_stages_and_test_split(finished):

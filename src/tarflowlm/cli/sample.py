@@ -118,7 +118,8 @@ def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str,
 
 def _write(args: Args, samples: "Samples", out: TextIO | None) -> None:
     """Write all samples. An interrupt keeps the finished ones, and tells their number."""
-    from tarflowlm.terminal.bars import Bars, json_line, print_json
+    from tarflowlm.files import json_line
+    from tarflowlm.terminal.bars import Bars, print_json
     from tarflowlm.terminal.texts import print_samples
 
     start = time.perf_counter()

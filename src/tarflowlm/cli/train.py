@@ -12,11 +12,9 @@ import tyro
 from tarflowlm.cli.options import Json, OnDevice, Training, load_checkpoint, parse
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json
 from tarflowlm.model_config import BlockConfig
 from tarflowlm.options import Count, Number, Seeded, arg
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
-from tarflowlm.runs import CONFIG
 from tarflowlm.schema import from_dict
 
 if TYPE_CHECKING:
@@ -146,6 +144,7 @@ def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[st
 
 def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.runs.checkpoint import import_words
     from tarflowlm.terminal.bars import print_result, suggest
 
     out = args.resume if isinstance(args, ResumeArgs) else args.out
@@ -163,9 +162,7 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
         ("parameters", f"{summary['parameters']:,}, {trunk}"),
     ]
     print_result(args.json, summary, summary["preset"], rows)
-    imports = read_json(out / CONFIG).get("imports", {})
-    words = [word for module in dict.fromkeys(imports.values()) for word in ("--import", module)]
-    suggest("sample", out, *words)
+    suggest("sample", out, *import_words(out))
 
 
 def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":

@@ -43,7 +43,7 @@ class Likelihood:
     """exact (the baseline), elbo, or iw-S: the importance-weighted bound from S samples."""
     nats_per_token: float
     stderr: float
-    """Over the windows; NaN for one window."""
+    """Over the windows; NaN for one window, which is null in JSON."""
     samples: int
     """Posterior samples per window."""
     windows: int

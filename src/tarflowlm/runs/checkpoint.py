@@ -3,6 +3,7 @@
 import hashlib
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -129,6 +130,15 @@ def read_summary(directory: Path) -> Summary | None:
     return found
 
 
+def finished_summary(directory: Path) -> Summary | None:
+    """The results of a run, or None if it is not finished or its weights must be restored."""
+    try:
+        read_weights(directory / WEIGHTS)
+    except UserError:
+        return None
+    return read_summary(directory)
+
+
 def locate(directory: str | Path) -> Path:
     """The folder of a model: a path, the name of a released model (`folder_of`), or hf:OWNER/NAME.
 
@@ -191,8 +201,9 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         raise UserError(f"{what}: restore both files from one run") from None
     check_finite(tensors, str(directory / WEIGHTS))
     drafter = read_drafter(directory / DRAFT)
-    flow = model if isinstance(model, TarFlowLM) else None
-    choices = config.vocab_size if flow is None else flow.prior.block(-1).coupling.choices
+    choices = config.vocab_size
+    if isinstance(model, TarFlowLM):
+        choices = model.prior.block(-1).coupling.choices
     # one of a model with more blocks guesses other symbols
     if drafter is not None and int(drafter.sizes[0]) == choices:
         model.drafter = drafter
@@ -246,18 +257,18 @@ def corpus_digest(directory: Path) -> str | None:
     return None if state is None else read_json(state / COUNTERS).get("corpus")
 
 
-def has_whole_weights(directory: Path) -> bool:
-    """Whether a run directory has weights that are not damaged."""
-    try:
-        read_weights(directory / WEIGHTS)
-    except UserError:
-        return False
-    return True
+def import_words(directory: Path) -> list[str]:
+    """The words of a command, --import MODULE, for the modules whose couplings a run has."""
+    modules: list[str] = []
+    with suppress(UserError, AttributeError):  # a message may tell of a damaged run
+        modules += read_json(directory / CONFIG).get("imports", {}).values()
+    return [word for module in dict.fromkeys(modules) for word in ("--import", module)]
 
 
 def resume_command(directory: Path) -> str:
     """The command that continues the run in a directory."""
-    return f"tarflowlm train --resume {shlex.quote(str(directory))}"
+    words = ["--resume", str(directory), *import_words(directory)]
+    return f"tarflowlm train {shlex.join(words)}"
 
 
 def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Path:

@@ -1,9 +1,7 @@
 """Tables, JSON and notices, and the progress of long work: a bar on a terminal, else lines."""
 
 import contextlib
-import json
 import logging
-import math
 import shlex
 import sys
 import time
@@ -25,22 +23,7 @@ from rich.text import Text
 
 from tarflowlm import errors
 from tarflowlm.errors import is_first_process
-
-
-def json_line(value: Mapping[str, object]) -> str:
-    """One JSON object as a line; non-finite numbers become null, as strict parsers require."""
-    return json.dumps(_plain(value), ensure_ascii=False) + "\n"
-
-
-def _plain(item: object) -> object:
-    """A value with None instead of every number that is not finite."""
-    if isinstance(item, float) and not math.isfinite(item):
-        return None
-    if isinstance(item, dict):
-        return {key: _plain(inner) for key, inner in item.items()}
-    if isinstance(item, (list, tuple)):
-        return [_plain(inner) for inner in item]
-    return item
+from tarflowlm.files import json_line
 
 
 def print_json(value: Mapping[str, object]) -> None:

@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.utils._pytree import tree_map_only
 
-from tarflowlm.config import RunConfig
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs import BEST, COUNTERS, STATE, TOKENIZER, WEIGHTS
@@ -79,7 +78,7 @@ def save_best(run: Run, state: State) -> None:
         write_run(best, state.config, run.corpus.tokenizer)
     present = state.copies.get("average") or trained_parameters(state.model)
     assign(state.copies.get("best", {}), present)
-    submit_weights(run, best, finite_weights(run, state))
+    submit_weights(run, state, best)
 
 
 def wait(run: Run, *, until_done: bool = True) -> None:
@@ -133,21 +132,20 @@ def finite_weights(run: Run, state: State) -> tuple[dict[str, Tensor], dict[str,
     return weights, {name: str(count) for name, count in counts.items()}
 
 
-def submit_weights(
-    run: Run, directory: Path, weights: tuple[dict[str, Tensor], dict[str, str]]
-) -> None:
-    """Let the thread write model.safetensors, from `finite_weights`."""
+def submit_weights(run: Run, state: State, *folders: Path) -> None:
+    """Let the thread write the `finite_weights` to the folders. Collective."""
+    weights = finite_weights(run, state)
     if run.processes.first:
-        run.writes.append(run.writer.submit(write_weights, directory / WEIGHTS, *weights))
+        for folder in folders:
+            run.writes.append(run.writer.submit(write_weights, folder / WEIGHTS, *weights))
 
 
-def submit_run(run: Run, config: RunConfig) -> None:
+def submit_run(run: Run, state: State) -> None:
     """Let the thread write config.json of the run, and of its best weights if there are any."""
     if run.processes.first:
-        for directory in (run.out, run.out / BEST):
-            if directory.exists():
-                work = run.writer.submit(write_run, directory, config, run.corpus.tokenizer)
-                run.writes.append(work)
+        for folder in filter(Path.exists, (run.out, run.out / BEST)):
+            work = run.writer.submit(write_run, folder, state.config, run.corpus.tokenizer)
+            run.writes.append(work)
 
 
 # the training state
@@ -172,12 +170,11 @@ def write_state(
         # in this thread the first GPU is the current one: PyTorch would take memory there
         torch.cuda.set_device(run.device)
     try:
-        try:
-            save_shards(
-                tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None
-            )
-        except CheckpointException as error:  # no Exception, so that nobody would catch it
-            raise next(failure for failure, _ in error.failures.values()) from error
+        if run.processes.first:
+            # not its parents, which PyTorch would make again if the run was moved away
+            temporary.mkdir(exist_ok=True)
+        run.processes.wait(group)
+        save_shards(tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
         if run.processes.first:
             write_json(temporary / COUNTERS, saved)
             # network file systems list the files of other machines late
@@ -189,8 +186,10 @@ def write_state(
             sync_folder(temporary)
             temporary.rename(root / name)
             sync_folder(root)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
+        if isinstance(error, CheckpointException):  # no Exception, so that nobody would catch it
+            raise next(failure for failure, _ in error.failures.values()) from error
         raise
     if run.processes.first:
         # renamed first, so that no partial state is ever visible

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import Progress, Record, check_package
+from tarflowlm.files import json_line
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs import METRICS
 from tarflowlm.schema import to_dict
@@ -91,19 +92,19 @@ class Window:
     waited: float = 0.0  # seconds of these spent waiting for the next batch
 
 
+@dataclass(eq=False)
 class MetricsLog:
     """Appends records to metrics.jsonl, flushed, and passes them to the reporter and the trackers.
 
     Until it is opened, records go to the reporter alone.
     """
 
-    def __init__(self, reporter: Progress) -> None:
-        self.reporter = reporter
-        self.window = Window()
-        self.trackers: dict[str, Tracker] = {}
-        self.published: dict[int, float] = {}
-        """Tokens -> validation of the published run."""
-        self._file: TextIO | None = None
+    reporter: Progress
+    window: Window = field(default_factory=Window)
+    trackers: dict[str, Tracker] = field(default_factory=dict)
+    published: dict[int, float] = field(default_factory=dict)
+    """Tokens -> validation of the published run."""
+    file: TextIO | None = None
 
     def open(self, directory: Path, *, resume_at: int = 0, window: Window | None = None) -> None:
         """Continue the file in `directory` at a saved `position`, with the `window` that was open
@@ -115,14 +116,14 @@ class MetricsLog:
             # a power failure may also have lost a part of the earlier lines
             kept = path.read_bytes()[:resume_at]
             os.truncate(path, kept.rfind(b"\n") + 1)
-        self._file = path.open("a", encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
 
     def position(self) -> int:
         """Bytes written so far; returns once they are on disk."""
-        if self._file is None:
+        if self.file is None:
             return 0
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
 
     def step(
         self, read: list[tuple[float, float]], *, tokens: int, seconds: float, waited: float
@@ -148,9 +149,9 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Add a line, with at least a `split` and a `step`."""
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if self.file is not None:
+            self.file.write(json_line(record))
+            self.file.flush()
         split, step = record["split"], record["step"]
         theirs = self.published.get(int(record.get("tokens", 0))) if split == "valid" else None
         shown = record if theirs is None else record | {"published": theirs}
@@ -164,8 +165,8 @@ class MetricsLog:
             self.attempt(name, send, numbers, step)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self.file is not None:
+            self.file.close()
         for name, (_, end) in [*self.trackers.items()]:
             self.attempt(name, end)
 

@@ -26,16 +26,10 @@ from tarflowlm.data import (
 )
 from tarflowlm.data.text import HUB
 from tarflowlm.errors import Progress, UserError, check_package
-from tarflowlm.files import (
-    TEMPORARY,
-    full_disk_as_user_error,
-    read_json,
-    write_json,
-    writer_lock,
-)
+from tarflowlm.files import TEMPORARY, full_disk_as_user_error, read_json, write_json, writer_lock
 from tarflowlm.presets import check_time, with_blocks, with_steps
 from tarflowlm.processes import Processes
-from tarflowlm.runs import ASKED, BEST, PARENT, STATE, TOKENIZER, WEIGHTS
+from tarflowlm.runs import ASKED, BEST, CONFIG, PARENT, STATE, TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import (
     Checkpoint,
     checksum,
@@ -46,11 +40,6 @@ from tarflowlm.runs.checkpoint import (
 )
 from tarflowlm.schema import checked, flatten, from_dict, to_dict
 from tarflowlm.training.optim import with_precision
-
-TUNING_RATE = 0.5
-"""Peak learning rate of tuning, as a multiple of the rate of the model's own training."""
-TUNING_MINUTES = 10.0
-"""Length of a tuning run if nothing else is asked for."""
 
 logger = logging.getLogger("tarflowlm")
 
@@ -76,7 +65,7 @@ def tuning(
     rate that is not above 0.
     """
     check_time(minutes, steps)
-    lr = TUNING_RATE * parent.run.optim.lr if lr is None else checked(lr, float, "lr")
+    lr = parent.run.optim.lr / 2 if lr is None else checked(lr, float, "lr")
     text = replace(parent.run.data, source=data, unwrap=unwrap)
     seen = look(text)
     problem = seen.misfit(parent.tokenizer)
@@ -92,7 +81,7 @@ def tuning(
     train = replace(
         run.train,
         stage_steps=shares,
-        minutes=minutes or TUNING_MINUTES,
+        minutes=minutes or 10.0,
         keep="best",
         evaluate_every=100,
         test_windows=0,
@@ -214,7 +203,7 @@ def check_same(asked: RunConfig, out: Path) -> None:
 def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[None]:
     """A context in which the first process is the only writer of `out`, which was `begun` before.
 
-    A full disk is a UserError, and an interrupt says how to continue.
+    A full disk and a folder that vanishes are UserErrors, and an interrupt says how to continue.
     """
 
     def remedy() -> str:
@@ -240,6 +229,11 @@ def only_writer(out: Path, processes: Processes, *, begun: bool) -> Iterator[Non
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(remedy()) from None
+        except FileNotFoundError:
+            if (out / CONFIG).exists():
+                raise
+            what = f"{out} was moved or removed while the run was writing to it"
+            raise UserError(f"{what}: continue with `tarflowlm train --resume PLACE`") from None
 
 
 def write_start(

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 from jaxtyping import Int
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from tarflowlm import chunks
 from tarflowlm.baseline import TokenLM
@@ -19,7 +19,7 @@ from tarflowlm.data import WindowSampler, eval_windows
 from tarflowlm.drafts import make_drafter
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import Likelihood, bits, summarise
-from tarflowlm.files import read_json, write_json
+from tarflowlm.files import for_json, read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import component_finder
 from tarflowlm.model import LanguageModel, as_flow, seeded
@@ -29,7 +29,6 @@ from tarflowlm.runs.checkpoint import Summary, read_weights, write_drafter, writ
 from tarflowlm.schema import flatten, from_dict
 from tarflowlm.training.checkpoint import (
     averaged,
-    finite_weights,
     load_tensors,
     save_best,
     stop,
@@ -42,9 +41,6 @@ from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_pre
 from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.parallel import first_blocks, parallelise, reshard
 from tarflowlm.training.state import Counters, Run, State, num_test_windows, seconds, update_pace
-
-Trained = tuple[nn.Module, list[torch.optim.Optimizer], dict[str, dict[str, Tensor]]]
-"""The `bound`, `optimizers` and `copies` of a `State`, which a stage trains with."""
 
 logger = logging.getLogger("tarflowlm")
 
@@ -85,8 +81,8 @@ def load_state(run: Run, present: RunConfig, folder: Path) -> State:
         # if its weights were damaged, it is finished only once they are whole again
         (run.out / SUMMARY).unlink(missing_ok=True)
     # the configuration first: this state may have more blocks than the one that was written last
-    submit_run(run, config)
-    submit_weights(run, run.out, finite_weights(run, state))
+    submit_run(run, state)
+    submit_weights(run, state, run.out)
     if run.processes.first:
         run.log.open(run.out, resume_at=saved["metrics"], window=Window(**saved["window"]))
         run.log.track(config, run.out, resume_at=counters.step)
@@ -98,14 +94,10 @@ def built_state(run: Run, config: RunConfig, counters: Counters) -> State:
     with seeded(config.seed):
         model = config.model_of_stage(0).build()
     model.config = config.model
-    bound, optimizers, copies = enter_stage(run, config, counters, model)
-    return State(
+    state = State(
         config=config,
         counters=counters,
         model=model,
-        bound=bound,
-        optimizers=optimizers,
-        copies=copies,
         sampler=WindowSampler(
             run.corpus.split("train"),
             window=config.model.context,
@@ -118,12 +110,15 @@ def built_state(run: Run, config: RunConfig, counters: Counters) -> State:
         generator=torch.Generator(device=run.device).manual_seed(config.seed),
         began=time.monotonic() - counters.total,
     )
+    enter_stage(run, state)
+    return state
 
 
-def enter_stage(run: Run, config: RunConfig, counters: Counters, model: LanguageModel) -> Trained:
-    """Append the blocks of the stage to `model`, freeze the others, and build optimisers. If the
+def enter_stage(run: Run, state: State) -> None:
+    """Append the blocks of the stage to the model, freeze the others, and build optimisers. If the
     run is over, take the last stage. Collective.
     """
+    config, counters, model = state.config, state.counters, state.model
     stage = min(counters.stage, config.num_stages - 1)
     while model.num_blocks < config.model_of_stage(stage).num_blocks:
         with seeded(config.seed + 1000 * (model.num_blocks + counters.idle)):
@@ -138,14 +133,16 @@ def enter_stage(run: Run, config: RunConfig, counters: Counters, model: Language
         # FSDP2 moves shards one by one: the whole model need not fit on the device
         model.to(run.device)
     model.train_only(stage)
-    bound = parallelise(model, config.train, run.processes, frozen=stage, compiled=run.compiles)
+    state.bound = parallelise(
+        model, config.train, run.processes, frozen=stage, compiled=run.compiles
+    )
     precision = run.processes.from_first(muon_precision(config.optim, model, run.device))
-    copies = {}
+    state.optimizers = build_optimizers(config.optim, model, precision)
+    state.copies = {}
     if config.train.ema:
-        copies["average"] = copy_of(trained(model))
+        state.copies["average"] = copy_of(trained(model))
     if config.train.keep == "best":
-        copies["best"] = copy_of(trained(model))
-    return bound, build_optimizers(config.optim, model, precision), copies
+        state.copies["best"] = copy_of(trained(model))
 
 
 def begin_stage(run: Run, state: State) -> None:
@@ -264,7 +261,7 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
         drop_block(run, state)
     else:
         if final:
-            submit_weights(run, run.out, finite_weights(run, state))
+            submit_weights(run, state, run.out)
         kept = counters.lowest if config.train.keep == "best" else end.nats_per_token
         counters.valid_bpc.append(bits(kept) * end.tokens / end.characters)
         counters.stage_steps.append(counters.stage_step)
@@ -272,9 +269,7 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
     if leaves or counters.stage < config.num_stages:
         if run.processes.shards(config.train):
             state.model = first_blocks(state.model, state.model.num_blocks)
-        state.bound, state.optimizers, state.copies = enter_stage(
-            run, state.config, counters, state.model
-        )
+        enter_stage(run, state)
     begin_stage(run, state)
     wait(run)
 
@@ -291,10 +286,8 @@ def drop_block(run: Run, state: State) -> None:
     state.model.config = state.config.model
     state.copies = {}
     # The configuration comes last, because one of more blocks can load fewer.
-    weights = finite_weights(run, state)
-    for folder in (run.out, run.out / BEST):
-        submit_weights(run, folder, weights)
-    submit_run(run, state.config)
+    submit_weights(run, state, run.out, run.out / BEST)
+    submit_run(run, state)
 
 
 def laws(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -321,18 +314,16 @@ def laws(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
     return find(h), coupling.weight_head(block.features(h))
 
 
+@torch.no_grad()
 def draft(run: Run, state: State) -> None:
     """Make a drafter, if the model draws tokens, in some hundredths of the time of the training."""
-    text, context = run.corpus.split("train"), state.config.model.context
-    model: LanguageModel = state.model.eval()
-    device = run.device
-    with torch.no_grad():
-        drafter = make_drafter(
-            lambda windows: laws(model, windows.to(device)),
-            text,
-            context,
-            state.counters.tokens // 8,
-        )
+    model = state.model.eval()
+    drafter = make_drafter(
+        lambda windows: laws(model, windows.to(run.device)),
+        run.corpus.split("train"),
+        state.config.model.context,
+        state.counters.tokens // 8,
+    )
     for folder in (run.out, run.out / BEST):
         if drafter is None:
             # that of an earlier model would guess worse
@@ -378,7 +369,7 @@ def finish(run: Run, state: State) -> Summary:
         "minutes": minutes,
         "parameters": sum(sizes.values()),
         "trunk_parameters": sum(n for name, n in sizes.items() if "transformer." in name),
-        "test": test.to_json(),
+        "test": for_json(test.to_json()),
         "source": config.data.source,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

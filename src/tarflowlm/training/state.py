@@ -103,16 +103,18 @@ class State:
     config: RunConfig  # with the blocks of all stages; one that gained nothing leaves it
     counters: Counters
     model: LanguageModel  # with the blocks of the stages so far
-    bound: nn.Module  # its negative bound as DDP or FSDP2 wrap it for the stage
-    optimizers: list[torch.optim.Optimizer]
-    copies: dict[str, dict[str, Tensor]]
-    """Copies of the trained weights by parameter: the "average", and the "best" by validation, each
-    only if the configuration asks for it.
-    """
     sampler: WindowSampler  # the place in the text
     generator: Generator  # of the noise
     began: float
     """When the run began, on the clock of `time.monotonic`, less pauses and compilation."""
+
+    # made by `enter_stage`
+    bound: nn.Module = field(init=False)  # the model's negative bound as DDP or FSDP2 wrap it
+    optimizers: list[torch.optim.Optimizer] = field(init=False)
+    copies: dict[str, dict[str, Tensor]] = field(init=False)
+    """Copies of the trained weights by parameter: the "average", and the "best" by validation, each
+    only if the configuration asks for it.
+    """
     validated: nn.Module | None = None
     """The `bound` that this process has evaluated, which may compile it."""
 
@@ -134,8 +136,14 @@ def seconds(run: Run, state: State) -> float:
 
 def update_pace(run: Run, state: State) -> None:
     """Let the counters say how much of the stage is done. Collective."""
-    windows = num_test_windows(run.corpus, state.config)
-    measure_pace(state.config.train, state.counters, lambda: seconds(run, state), windows)
+    train, counters = state.config.train, state.counters
+    if train.minutes:
+        windows = num_test_windows(run.corpus, state.config)
+        measure_pace(train, counters, seconds(run, state), windows)
+    else:
+        steps = train.stage_steps[counters.stage]
+        counters.expected_steps = steps
+        counters.share = counters.stage_step / steps if steps else 1.0
 
 
 def num_test_windows(corpus: Corpus, config: RunConfig) -> int:
@@ -154,21 +162,13 @@ def is_time_to_save(run: Run, state: State) -> bool:
     return train.minutes > 0 and seconds(run, state) - counters.total > 60.0
 
 
-def measure_pace(
-    train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int
-) -> None:
-    """Update `share` and `expected_steps` of the counters. `clock` gives seconds since the start.
+def measure_pace(train: TrainConfig, counters: Counters, now: float, test_windows: int) -> None:
+    """Update the counters of a run with a time limit, which began `now` seconds ago.
 
-    Under a time limit, `train.stage_steps` are the shares of the stages in the remaining time. Time
-    is reserved for the evaluation that ends every remaining stage, and for the `test_windows` at
-    the end of the run.
+    `train.stage_steps` are the shares of the stages in the remaining time. Time is reserved for the
+    evaluation that ends every remaining stage, and for the `test_windows` at the end of the run.
     """
     step = counters.stage_step
-    if not train.minutes:
-        counters.expected_steps = train.stage_steps[counters.stage]
-        counters.share = step / counters.expected_steps if counters.expected_steps else 1.0
-        return
-    now = clock()
     passed = now - counters.stage_start
     limit = 60 * train.minutes
     test = TEST_SHARE * limit

@@ -23,7 +23,7 @@ from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.model import LanguageModel
 from tarflowlm.processes import ALONE, Processes, keep_freed_memory
-from tarflowlm.runs.checkpoint import Checkpoint, Summary, has_whole_weights, read_summary
+from tarflowlm.runs.checkpoint import Checkpoint, Summary, finished_summary
 from tarflowlm.training import optim, parallel
 from tarflowlm.training.checkpoint import newest_state, save, stop, wait
 from tarflowlm.training.log import MetricsLog, PendingLosses, PendingStep
@@ -35,13 +35,7 @@ from tarflowlm.training.resolve import (
     resolve,
     write_start,
 )
-from tarflowlm.training.stages import (
-    finish,
-    leave_stage,
-    load_state,
-    new_state,
-    validate,
-)
+from tarflowlm.training.stages import finish, leave_stage, load_state, new_state, validate
 from tarflowlm.training.state import Run, State, is_time_to_save, update_pace
 
 STEPS_BETWEEN_READS = {"cuda": 16}
@@ -79,8 +73,7 @@ def train(
     begun = processes.from_first(processes.first and is_begun(out))
     if begun and asked is not None:
         check_same(asked, out)
-    is_whole = begun and processes.first and has_whole_weights(out)
-    summary = processes.from_first(read_summary(out) if is_whole else None)
+    summary = processes.from_first(finished_summary(out) if processes.first and begun else None)
     if summary is not None:
         logger.info("%s is finished", out)
         return summary

@@ -47,7 +47,9 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
     if done is not None:
         test = done["test"]
         column["test, bits per character"] = f"{sign} {test['bpc']:.4f} ({test['bound']})"
-        nats = f"{sign} {test['nats_per_token']:.4f} ± {test['stderr']:.4f}"
+        nats = f"{sign} {test['nats_per_token']:.4f}"
+        if test["stderr"] is not None:  # one window has none
+            nats += f" ± {test['stderr']:.4f}"
         column["test, nats per token, standard error"] = nats
     if record.valid_bpc is not None:
         column["validation, bits per character"] = f"{sign} {record.valid_bpc:.4f}"

@@ -121,6 +121,18 @@ def test_blocks_without_time_are_named(runs, tmp_path, undrawn):
     assert "ot trained" not in whole
 
 
+def test_one_test_window_has_no_standard_error(runs, tmp_path, undrawn):
+    copy = shutil.copytree(runs["joint"], tmp_path / "short")
+    summary = json.loads((copy / "summary.json").read_text(encoding="utf-8"))
+    summary["test"]["stderr"] = None
+    (copy / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    nats = f"<= {summary['test']['nats_per_token']:.4f}"
+    assert f"{nats} ±" in parsed(write_report([runs["joint"]], tmp_path / "out")["page"]).text
+    text = parsed(write_report([copy])["page"]).text
+    assert nats in text
+    assert f"{nats} ±" not in text
+
+
 def test_report_in_its_run_is_replaced(runs, tmp_path, undrawn):
     directory = shutil.copytree(runs["joint"], tmp_path / '<b>"x" & y')
     page = Path(write_report([directory])["page"])
