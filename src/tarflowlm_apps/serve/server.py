@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,8 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
                 async for part in parts:
                     yield f"data: {json.dumps(head | {'choices': [part]})}\n\n"
         except (UserError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, UserError):
+                logging.getLogger("uvicorn.error").error("a stream ended early", exc_info=error)
             yield f"data: {failed(request, error).body.decode()}\n\n"
         if answer.ask.wants_usage:
             yield f"data: {json.dumps(head | {'choices': [], 'usage': answer.usage})}\n\n"

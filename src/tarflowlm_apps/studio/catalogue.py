@@ -36,8 +36,8 @@ class Catalogue:
 
     def refresh(self) -> None:
         """Look at the folders again: runs may have begun there."""
-        with suppress(UserError):
-            self.entries = _collect(self.folders)
+        with suppress(UserError, OSError):
+            self.entries = _collect(self.folders, self.entries)
 
     @property
     def models(self) -> list[str]:
@@ -123,10 +123,11 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
     return load_checkpoint(place, device)
 
 
-def _collect(folders: dict[str, Path]) -> dict[str, Entry]:
+def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> dict[str, Entry]:
     """The entries by the names that the page shows, each run once.
 
-    UserError for a name without a run, and for a run that cannot be read.
+    A run that cannot be read keeps the entry that it had when it was `seen`. UserError for a name
+    without a run, and at the first look for a run that cannot be read.
     """
     entries: dict[str, Entry] = {}
     known = set()
@@ -137,11 +138,18 @@ def _collect(folders: dict[str, Path]) -> dict[str, Entry]:
             raise UserError(f"{given!r} holds no run, and is not one of {models}: check the path")
         for path in found:
             place = path.resolve()
-            if place not in known:
-                known.add(place)
-                command_name = given if path == folder else str(path)
-                name = shown_name(given, path)
-                # a second run of the same name is shown by its path
-                name = command_name if name in entries else name
+            if place in known:
+                continue
+            known.add(place)
+            command_name = given if path == folder else str(path)
+            name = shown_name(given, path)
+            # a second run of the same name is shown by its path
+            name = command_name if name in entries else name
+            try:
                 entries[name] = Entry(path, command_name, read_run(path))
+            except UserError:
+                if seen is None:
+                    raise
+                if name in seen:
+                    entries[name] = seen[name]
     return entries

@@ -20,12 +20,15 @@ def runs(catalogue: Catalogue, names: object) -> Pages:
     """Curves and numbers of the runs `names`, over tokens and seconds of training."""
     places = {}
     state: list[object] = []
-    for name in names[:MOST] if isinstance(names, list) else ():
+    chosen = names if isinstance(names, list) else []
+    for name in chosen[:MOST]:
         place = catalogue.entry(name).place
         places[str(name)] = place
         state.append(is_written(place))
         state += [file.stat().st_size for file in place.glob("[!.]*.json*")]
-    yield page(_view(tuple(places.items()), tuple(state)))
+    left = f"The first {MOST} of {len(chosen)} runs are shown: choose fewer to see others."
+    more = card(muted(left)) if len(chosen) > MOST else ""
+    yield page(_view(tuple(places.items()), tuple(state)), more)
 
 
 @lru_cache(maxsize=8)

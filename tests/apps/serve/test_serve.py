@@ -1,6 +1,7 @@
 """The completions of the OpenAI interface: texts, streams, infills, scores and refusals."""
 
 import json
+import logging
 import math
 import resource
 import signal
@@ -137,6 +138,19 @@ def test_an_error_in_a_stream_has_the_type_that_it_has_elsewhere(twin, monkeypat
     status, found = twin.post({"model": twin.name, "prompt": "a"})
     assert (status, found["error"]["type"]) == (400, "invalid_request_error")
     assert twin.stream(prompt="a") == [found]
+
+
+def test_an_error_of_the_server_in_a_stream_is_also_in_its_log(twin, monkeypatch, caplog):
+    def parts(self):
+        yield []
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(Answer, "parts", parts)
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+    with caplog.at_level("ERROR", "uvicorn.error"):
+        (found,) = twin.stream(prompt="a")
+    assert found["error"]["type"] == "server_error"
+    assert "no memory is left" in caplog.text
 
 
 WRONG = {

@@ -197,6 +197,7 @@ def test_curves_follow_the_chosen_runs(catalogue, folder):
     more = Catalogue([str(folder), "english-mini"])
     html = shown(runs, more, [["flow", "english-mini"]])
     assert html.count("<svg") == 1
+    assert "first 12 of 13 runs" in words(shown(runs, catalogue, [["flow"] * 13]))
 
 
 def test_catalogue_has_its_names_alone(catalogue, folder):
@@ -348,8 +349,9 @@ def test_a_run_that_begins_later_is_found(folder, tmp_path):
     assert catalogue.entry("second").command_name == str(tmp_path / "more" / "second")
     # a run that cannot be read takes none of the others away
     (tmp_path / "first" / "config.json").write_text("{", encoding="utf-8")
+    shutil.copytree(folder / "baseline", tmp_path / "third")
     catalogue.refresh()
-    assert catalogue.runs == ["first", "second"]
+    assert catalogue.runs == ["first", "second", "third"]
 
 
 def test_a_run_that_is_removed_is_chosen_no_more(folder, tmp_path):
