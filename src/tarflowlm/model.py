@@ -166,7 +166,7 @@ class ElboTerms:
     @property
     def log_prior(self) -> Tensor:
         """log p(z) = base + sum_l log_dets[l] (docs/math.md, eq. 4)."""
-        return sum(self.log_dets, start=self.base)
+        return self.base + sum(self.log_dets, start=torch.zeros_like(self.base))
 
     @property
     def nelbo(self) -> Tensor:

@@ -221,6 +221,11 @@ class Writing(Sampling, Draws):
         if self.contains is not None and not self.contains.strip():
             yield "contains", "give some words, or leave it out"
 
+    @property
+    def may_end(self) -> bool:
+        """Whether a text ends with its document."""
+        return self.template is None and self.stop_at_end
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(Tempered, Draws):

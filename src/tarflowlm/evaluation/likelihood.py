@@ -43,7 +43,7 @@ class Likelihood:
     """exact (the baseline), elbo, or iw-S: the importance-weighted bound from S samples."""
     nats_per_token: float
     stderr: float
-    """Over the windows; NaN for one window, which is null in JSON."""
+    """Over the windows; NaN for one window."""
     samples: int
     """Posterior samples per window."""
     windows: int
@@ -86,7 +86,9 @@ class Likelihood:
 
     def to_json(self) -> dict[str, str | int | float | None]:
         derived = ("ppl", "bpc", "bits_per_byte", "gap")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        found = asdict(self) | {name: getattr(self, name) for name in derived}
+        # NaN is no JSON, and equals nothing
+        return {name: value if value == value else None for name, value in found.items()}
 
 
 def evaluate(

@@ -104,7 +104,8 @@ class Codebook(nn.Module):
     ) -> Float[Tensor, "*batch"]:
         """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise)."""
         log_std = self.log_std.index_select(0, tokens.flatten()).view_as(tokens)
-        return numerics.log_standard_normal(noise).sum(-1) - noise.shape[-1] * log_std
+        per_channel = log_std + 0.5 * math.log(2 * math.pi)
+        return -0.5 * noise.square().sum(-1) - noise.shape[-1] * per_channel
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats."""

@@ -104,7 +104,7 @@ class GapFilter:
         self.allowed = plan.allowed
         self.weights = Weights(noise)
         self.log_w = self.weights.log_w.view(-1)
-        """The log-weight of every row [B], changed in place."""
+        """The log-weight of every row [B], a view of those of `weights`, to be changed in place."""
         B = len(self.log_w)
         self.tokens = torch.zeros(B, plan.num_tokens, dtype=torch.long, device=self.model.device)
         self.values = self.tokens[..., None].clone()
@@ -303,9 +303,9 @@ class GapFilter:
             chosen, kept = self.weights.chosen(b, self.log_w[own[mine]], len(mine))
             order[mine] = mine[chosen]
             self.log_w[own[mine]] = kept
-        there = order.to(rows.values.device)
-        rows.select(there)
-        rows.tokens = rows.tokens[there]
+        on_device = order.to(rows.values.device)
+        rows.select(on_device)
+        rows.tokens = rows.tokens[on_device]
         self.lengths[own] = self.lengths[own[order]]
 
     def _shares(self, log_w: Tensor, lengths: Tensor) -> list[Tensor]:

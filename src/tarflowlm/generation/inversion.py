@@ -149,7 +149,7 @@ class Inverted(Rows):
         return here, features, None if self.gumbel is None else self.gumbel.at(*here)
 
     def step(self) -> Tensor | None:
-        """Write the next position; None for no given tokens, as in `Drawn.step`."""
+        """Write the next position. Returns None, as `Drawn.step` where no tokens are given."""
         here, features, gumbel = self.next_position()
         if self.invert is None:
             self.invert = self.block.coupling.inverter()
@@ -355,4 +355,4 @@ def draws_last(model: TarFlowLM, decoder: Decoder) -> bool:
     block = model.prior.block(-1)
     shape = (PROBED, SHORTEST_NEWTON, len(block.order.channels))
     probe = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(block.start)
-    return not Inverted(block, probe).is_near_identity()
+    return not Inverted(block, block.order(probe)).is_near_identity()

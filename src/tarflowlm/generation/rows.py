@@ -2,7 +2,7 @@
 
 `TokenRows` draw tokens from weights: the baseline's, or those of a Mix-d block. `Drawn` ones have
 all their numbers from the start; where the next tokens are guessed, one call checks several.
-Where tokens are given to a flow, `particles.Completed` rows turn noise into latents instead.
+`inversion.Inverted` rows turn noise into latents, `particles.Completed` where tokens are given.
 
 Shape legend: B rows (samples or particles), b rows that need more, T tokens, P patch, N = T / P
 positions, d channels per token (0 for the baseline), C = P d, D width, K choices.
@@ -43,7 +43,7 @@ class Rows:
     rows: Tensor | slice = slice(None)
     """The rows in the cache, whose next position is written; on the CPU."""
     there: Tensor | slice = slice(None)
-    """The `rows` on the device."""
+    """The rows in the cache, on the device."""
     passes = 0
     """Calls of the Transformer, but for leading given positions."""
 
@@ -74,7 +74,7 @@ class Rows:
         return self.features(0, self.at)
 
     def drop(self, over: Tensor) -> None:
-        """Leave out the rows that are `over` [B], once these are a quarter of all."""
+        """Leave out the rows that are `over` [B], once these are a quarter of the present ones."""
         goes_on = ~over[self.rows]
         if 0 < goes_on.sum() <= 0.75 * len(goes_on):
             self.cache.keep(goes_on.nonzero()[:, 0])
@@ -82,7 +82,7 @@ class Rows:
             self.there = self.rows.to(self.values.device)
 
     def select(self, order: Tensor) -> None:
-        """Replace every row b by row order[b]; `order` is on the device."""
+        """Replace the values and the cache of every row b by those of row order[b]."""
         self.values = self.values[order]
         self.cache.take(self.cache, order)
 

@@ -186,9 +186,8 @@ class Samples:
             # with a space that is left to the first new token
             left = one.reading.begins is not None
             start = len(tokenizer.decode(one.reading.tokens.tolist())) + left
-        # not the plan's: with `past_end` the writing continues, but the text ends
-        may_end = self.request.template is None and self.request.stop_at_end
-        end = tokenizer.end if may_end else None
+        # with `past_end` the writing continues, but the text ends
+        end = tokenizer.end if self.request.may_end else None
         return TextStream(tokenizer, self.stops, start=start, end=end)
 
 
@@ -308,7 +307,7 @@ def _of_reading(
         allowed=allowed,
         # tokens between given pieces belong to the same document
         banned=tokenizer.end if is_template or is_added else None,
-        end=None if is_template or past_end or not request.stop_at_end else tokenizer.end,
+        end=tokenizer.end if request.may_end and not past_end else None,
         lead=len(lead),
         continues=not is_template or request.num_tokens is not None,
     )

@@ -259,10 +259,11 @@ def corpus_digest(directory: Path) -> str | None:
 
 def import_words(directory: Path) -> list[str]:
     """The words of a command, --import MODULE, for the modules whose couplings a run has."""
-    modules: list[str] = []
-    with suppress(UserError, AttributeError):  # a message may tell of a damaged run
-        modules += read_json(directory / CONFIG).get("imports", {}).values()
-    return [word for module in dict.fromkeys(modules) for word in ("--import", module)]
+    words: list[str] = []
+    with suppress(UserError, AttributeError, TypeError):  # a message may tell of a damaged run
+        for module in sorted({*read_json(directory / CONFIG).get("imports", {}).values()}):
+            words += ["--import", str(module)]
+    return words
 
 
 def resume_command(directory: Path) -> str:

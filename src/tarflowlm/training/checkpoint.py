@@ -170,10 +170,9 @@ def write_state(
         # in this thread the first GPU is the current one: PyTorch would take memory there
         torch.cuda.set_device(run.device)
     try:
-        if run.processes.first:
-            # not its parents, which PyTorch would make again if the run was moved away
-            temporary.mkdir(exist_ok=True)
-        run.processes.wait(group)
+        # not the run's folder, which PyTorch would make again if it was moved away
+        root.mkdir(exist_ok=True)
+        temporary.mkdir(exist_ok=True)
         save_shards(tensors, checkpoint_id=temporary, process_group=group, no_dist=group is None)
         if run.processes.first:
             write_json(temporary / COUNTERS, saved)

@@ -104,7 +104,7 @@ class MetricsLog:
     trackers: dict[str, Tracker] = field(default_factory=dict)
     published: dict[int, float] = field(default_factory=dict)
     """Tokens -> validation of the published run."""
-    file: TextIO | None = None
+    _file: TextIO | None = field(default=None, init=False)
 
     def open(self, directory: Path, *, resume_at: int = 0, window: Window | None = None) -> None:
         """Continue the file in `directory` at a saved `position`, with the `window` that was open
@@ -116,14 +116,14 @@ class MetricsLog:
             # a power failure may also have lost a part of the earlier lines
             kept = path.read_bytes()[:resume_at]
             os.truncate(path, kept.rfind(b"\n") + 1)
-        self.file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def position(self) -> int:
         """Bytes written so far; returns once they are on disk."""
-        if self.file is None:
+        if self._file is None:
             return 0
-        os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def step(
         self, read: list[tuple[float, float]], *, tokens: int, seconds: float, waited: float
@@ -149,9 +149,9 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Add a line, with at least a `split` and a `step`."""
-        if self.file is not None:
-            self.file.write(json_line(record))
-            self.file.flush()
+        if self._file is not None:
+            self._file.write(json_line(record))
+            self._file.flush()
         split, step = record["split"], record["step"]
         theirs = self.published.get(int(record.get("tokens", 0))) if split == "valid" else None
         shown = record if theirs is None else record | {"published": theirs}
@@ -165,8 +165,8 @@ class MetricsLog:
             self.attempt(name, send, numbers, step)
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        if self._file is not None:
+            self._file.close()
         for name, (_, end) in [*self.trackers.items()]:
             self.attempt(name, end)
 

@@ -19,7 +19,7 @@ from tarflowlm.data import WindowSampler, eval_windows
 from tarflowlm.drafts import make_drafter
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import Likelihood, bits, summarise
-from tarflowlm.files import for_json, read_json, write_json
+from tarflowlm.files import read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import component_finder
 from tarflowlm.model import LanguageModel, as_flow, seeded
@@ -108,9 +108,9 @@ def built_state(run: Run, config: RunConfig, counters: Counters) -> State:
             end=run.corpus.tokenizer.end,
         ),
         generator=torch.Generator(device=run.device).manual_seed(config.seed),
-        began=time.monotonic() - counters.total,
     )
     enter_stage(run, state)
+    state.began = time.monotonic() - counters.total
     return state
 
 
@@ -369,7 +369,7 @@ def finish(run: Run, state: State) -> Summary:
         "minutes": minutes,
         "parameters": sum(sizes.values()),
         "trunk_parameters": sum(n for name, n in sizes.items() if "transformer." in name),
-        "test": for_json(test.to_json()),
+        "test": test.to_json(),
         "source": config.data.source,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -48,7 +48,7 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
         test = done["test"]
         column["test, bits per character"] = f"{sign} {test['bpc']:.4f} ({test['bound']})"
         nats = f"{sign} {test['nats_per_token']:.4f}"
-        if test["stderr"] is not None:  # one window has none
+        if test["windows"] > 1:
             nats += f" ± {test['stderr']:.4f}"
         column["test, nats per token, standard error"] = nats
     if record.valid_bpc is not None:

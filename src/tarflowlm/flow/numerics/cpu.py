@@ -69,7 +69,7 @@ class Workspace:
         self.axis = 0 if num_components < 20 else 1
         self._num_components = num_components
         self.size = budget(num_components)
-        """Elements of a buffer, for which a chunk has to be small enough."""
+        """Elements of a buffer: the most that a chunk may have."""
         self._buffers = [torch.empty(self.size, dtype=dtype) for _ in range(num_buffers)]
         self.one = torch.ones((), dtype=dtype)
         self.zero = torch.zeros((), dtype=dtype)
