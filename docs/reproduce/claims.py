@@ -572,7 +572,12 @@ def quality() -> Iterator[Claim]:
     here = f"to the baseline {verdict(is_like_ar)}; to real text {verdict(is_like_text)}"
     yield Claim(claim, here, numbers, differs, "table6")
     here = f"by perplexity {verdict(by_perplexity)}; by MAUVE {verdict(by_mauve)}"
-    yield Claim("Mix-1 has less quality than Mix-d (table 6)", here, *["as above"] * 2, "table6")
+    yield Claim(
+        "samples of Mix-1 are worse than those of Mix-d (table 6)",
+        here,
+        *["as above"] * 2,
+        "table6",
+    )
 
 
 CLAIMS: tuple[Callable[[], Any], ...] = (

@@ -189,6 +189,7 @@ def test_pieces_are_whole_words():
     assert find_all(text, "fox") == [(25, 28)]
     assert find_all([b"the", b" ki", b"ng", b" of"], "king") == [(1, 3)]
     assert find_all(characters("into to to"), "to to") == [(5, 10)]
+    assert find_all(characters("---"), "--") == [(0, 2)]
     # Chinese has no spaces between words
     assert find_all(characters("\u9f8d\u738b\u4f86\u4e86"), "\u738b") == [(1, 2)]
     for piece in ("", "queen"):

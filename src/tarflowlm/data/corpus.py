@@ -163,7 +163,10 @@ def prepare_corpus(
 
 
 def _opened(text: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
-    """The corpus in a directory. UserError if it was prepared with another tokenizer."""
+    """The corpus in a directory, whose tokenizer it has if the normalisation is left open (auto).
+
+    UserError if it was prepared with another tokenizer.
+    """
     corpus = open_corpus(text.source)
     config = text.tokenizer
     if tokenizer is not None:

@@ -304,7 +304,11 @@ def find_all(pieces: Sequence[bytes], piece: str) -> list[Span]:
     cuts = {at for at, pair in enumerate(itertools.pairwise(is_letter), 1) if all(pair)}
     # a look-ahead also finds an occurrence that begins inside one that cuts a word
     starts = [found.start() for found in re.finditer(f"(?={re.escape(piece)})", text)]
-    places = [(at, at + len(piece)) for at in starts if cuts.isdisjoint((at, at + len(piece)))]
+    places: list[tuple[int, int]] = []
+    for at in starts:
+        place = at, at + len(piece)
+        if cuts.isdisjoint(place) and (not places or at >= places[-1][1]):
+            places.append(place)
     if not piece or piece not in text:
         raise UserError(f"{piece!r} does not occur in the text: give a piece of it")
     if not places:

@@ -150,6 +150,5 @@ def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> 
             except UserError:
                 if seen is None:
                     raise
-                if name in seen:
-                    entries[name] = seen[name]
+                entries |= {key: one for key, one in seen.items() if one.place == path}
     return entries

@@ -250,9 +250,9 @@ def offer(catalogue: Catalogue, writer: object, text: object) -> pieces.Pages:
         if len(read_template(lm.tokenizer, before + gap + after).tokens) <= lm.model.config.context:
             break
         if len(before) > 2 * len(after):
-            before = re.sub(r"^\S*\s", "", before[len(before) // 4 + 1 :])
+            before = re.sub(r"^(\S*\s|_)", "", before[len(before) // 4 + 1 :])
         else:
-            after = re.sub(r"(?<=\S)\s\S*$", "", after[: 3 * len(after) // 4])
+            after = re.sub(r"(?<=\S)\s\S*$|\\$", "", after[: 3 * len(after) // 4])
     request = Writing(
         template=before + gap + after,
         num=6,
