@@ -58,15 +58,14 @@ def launches(names: Sequence[str]) -> list[dict[str, Any]]:
         return call
 
     rows = []
-    # the presets of a large vocabulary come last, since they change the size of a chunk
     for name in names:
         config = preset(name)
-        vocab_size = 27
+        vocab_size, share = 27, 1.0
         if name.startswith("owt"):
             vocab_size = 1024
             share = vocab_size * FEW / 50_257 / 65_536
-            chunks.HELD_ACCELERATOR = int(HELD * share)
-            chunks.LOGITS = int(LOGITS * share)
+        chunks.HELD_ACCELERATOR = int(HELD * share)
+        chunks.LOGITS = int(LOGITS * share)
         trunk = replace(config.model.trunk, width=16, num_heads=2)
         model = replace(config.model, vocab_size=vocab_size, context=64, trunk=trunk)
         if isinstance(model, FlowConfig):

@@ -40,11 +40,12 @@ from reproduction.judges import load_judge
 from reproduction.quality import compare_texts
 from tarflowlm.data import Corpus, WindowSampler, eval_windows, prepare_corpus
 from tarflowlm.evaluation.likelihood import bits, evaluate
+from tarflowlm.files import read_json, replacing, write_json
 from tarflowlm.generation import generate
 from tarflowlm.model import seeded
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training.optim import Muon, build_optimizers, schedule
+from tarflowlm.training.optim import Muon, build_optimizers, schedule, with_precision
 
 BATCH, EVAL_BATCH = 64, 32
 TIMES = 4  # values of t per window in the bound of the masked flow, one from each quarter of [0, 1]
@@ -126,12 +127,13 @@ def training_steps(run: Any, device: torch.device) -> dict[str, Callable[[Tensor
     """
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> None:
-        # without a start vector, nothing predicts the first token
-        loss = F.cross_entropy(
-            model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-        )
+        # without a start vector, nothing predicts the first token; products are as precise as ours
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits.float(), tokens[:, 1:].flatten())
         descend(loss, model, optimizers, run.optim.grad_clip)
 
+    half = with_precision(run.train, device).precision == "bfloat16"
     models = {
         "GPT-2": gpt2(run.model).to(device).train(),
         "Llama": llama(run.model).to(device).train(),
@@ -194,9 +196,12 @@ def writers(lm: Any, assistant: str | None, length: int) -> dict[str, tuple[nn.M
             path = save_causal_lm(one, Path(folder) / "model")
             return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
+    device = lm.model.device
+
     def write(model: Any, options: dict[str, Any]) -> Tensor:
         # an exported model has a start token after those of the vocabulary
-        found = model.generate(torch.tensor([[model.config.bos_token_id]]), **options)
+        start = torch.tensor([[model.config.bos_token_id]], device=device)
+        found = model.generate(start, **options)
         assert found.shape == (1, length + 1)
         return found
 
@@ -205,11 +210,11 @@ def writers(lm: Any, assistant: str | None, length: int) -> dict[str, tuple[nn.M
     found["exported, generate"] = ours, {}
     found["exported, prompt look-up"] = ours, {"prompt_lookup_num_tokens": 10}
     if assistant is not None:
-        small = exported(load_checkpoint(assistant)).eval()
+        small = exported(load_checkpoint(assistant)).eval().to(device)
         found["exported, assisted"] = ours, {"assistant_model": small}
     config = GenerationConfig(do_sample=True, top_k=0, max_length=length + 1, pad_token_id=V - 1)
     for model, _ in found.values():
-        model.eval().generation_config = config
+        model.eval().to(device).generation_config = config
     return {
         name: (model, partial(write, model, options)) for name, (model, options) in found.items()
     }
@@ -430,6 +435,11 @@ def main() -> None:
     )
     config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
+    how = {"data": args.data, "steps": run.train.num_steps, "precision": args.precision}
+    options = args.out / "options.json"
+    if options.exists() and read_json(options) != how:
+        sys.exit(f"{args.out} holds peers that were trained with other options: give another --out")
+    write_json(options, how)
     print(
         "| model | parameters | bits per character | perplexity | MAUVE | entropy | of words | "
         "tokens/s |"
@@ -441,7 +451,8 @@ def main() -> None:
             with seeded(run.seed):
                 peer = kind(config)
                 train(peer, corpus, run)
-            torch.save(peer.model.state_dict(), weights)
+            with replacing(weights) as temporary:
+                torch.save(peer.model.state_dict(), temporary)
     for name, peer in load_peers(args.out, config).items():
         with seeded(run.seed):
             nats = peer.nats_of_windows(windows)

@@ -183,6 +183,8 @@ def main() -> None:
         try:
             assert studio.stdout is not None
             url = studio.stdout.readline().strip()
+            if not url:
+                sys.exit("the studio has not started")
             before = peak_memory(studio.pid)
             answers: list[Answer] = []
             rest = (arguments.requests, arguments.think, answers)

@@ -54,7 +54,10 @@ def main(folder: str = "docs") -> None:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
             view = {"width": 1280, "height": 800}
             page = browser.new_page(viewport=view, device_scale_factor=2, reduced_motion="reduce")
-            page.goto(str(studio.stdout and studio.stdout.readline().strip()))
+            url = studio.stdout.readline().strip() if studio.stdout else ""
+            if not url:
+                sys.exit("the studio has not started")
+            page.goto(url)
             take(page, Path(folder))
             browser.close()
         finally:

@@ -81,7 +81,7 @@ def run(args: Args) -> None:
         _print_plan(args, title, estimate(args, plan))
         return
     # find missing packages and runs of another configuration before anything that takes hours
-    _check_packages(recipes)
+    _check_packages(recipes, args.scale)
     for training in plan:
         state_of(args, training)
     results = []
@@ -122,12 +122,14 @@ def _with_texts(args: Args, recipes: "Sequence[Recipe]", records: "Records") -> 
     return found
 
 
-def _check_packages(recipes: "Sequence[Recipe]") -> None:
+def _check_packages(recipes: "Sequence[Recipe]", scale: str) -> None:
     """Raise UserError where a recipe needs an optional package that is missing."""
     for recipe in recipes:
         needed = {"mauve": "quality"} if recipe.name in ("table6", "patches") else {}
         if recipe.draw is not None:
             needed["matplotlib"] = "plots"
+        if scale == "paper":
+            needed["transformers"] = "quality"  # for the judge, GPT-2 Large
         for module, extra in needed.items():
             check_package(module, extra, recipe.name)
 

@@ -1,5 +1,6 @@
 """How far importance weights tighten the bound of each family: iw-S over S."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -7,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from reproduction import tables
-from reproduction.lengths import RATIO, TOKENS, lengthened, tokens_of
+from reproduction.lengths import RATIO, TOKENS, length_of, lengthened, tokens_of
 from reproduction.measures import first_columns
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings
@@ -48,18 +49,22 @@ def measure_bounds(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
             row |= {name: found[name] for name in ("skewness", "kurtosis")}
             row |= {tables.SPREAD: found["sd"]}
             row |= {f"iw-{size} bpc": row["test bpc"] - off for size, off in found["off"]}
+            row["±"] = found["±"]
             row[NORMAL] = row["test bpc"] - found["half of the variance"]
         rows.append(row)
-    baselines = {row[TOKENS]: row["test bpc"] for row in rows if row["model"] == "AR"}
-    for row in rows:
+    pairs = [*zip(map(length_of, finished), rows, strict=True)]
+    baselines = {length: row["test bpc"] for length, row in pairs if row["model"] == "AR"}
+    for length, row in pairs:
         best = [value for name, value in row.items() if name.startswith("iw-")][-1:]
-        row[RATIO] = (best or [row["test bpc"]])[0] / baselines[row[TOKENS]]
-        row[f"{RATIO} if normal"] = row.get(NORMAL, row["test bpc"]) / baselines[row[TOKENS]]
+        row[RATIO] = (best or [row["test bpc"]])[0] / baselines[length]
+        row[f"{RATIO} if normal"] = row.get(NORMAL, row["test bpc"]) / baselines[length]
     return rows
 
 
 def _weights(done: Finished) -> Row:
-    """Bits per character that iw-S takes off, by S; the spread and the shape of log w."""
+    """Bits per character that iw-S takes off, by S, and for the largest S their standard error over
+    the windows; the spread and the shape of log w.
+    """
     checkpoint = done.load()
     windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, WINDOWS)
     samples = SAMPLES_OF[done.training.label]
@@ -72,11 +77,13 @@ def _weights(done: Finished) -> Row:
 
     sizes = [FACTOR**power for power in range(32) if FACTOR**power <= samples]
     bound = -log_w.mean(0)
-    off = [(size, per_character(bound - _tightened(log_w, size))) for size in sizes]
+    taken = {size: bound - _tightened(log_w, size) for size in sizes}
+    error = taken[sizes[-1]].std() * math.sqrt(len(windows))
     variance = log_w.var(0)
     shape = (log_w - log_w.mean(0)) / variance.sqrt()
     return {
-        "off": off,
+        "off": [(size, per_character(nats)) for size, nats in taken.items()],
+        "±": per_character(error),
         "sd": variance.mean().sqrt().item(),
         "half of the variance": per_character(variance / 2),
         "skewness": shape.pow(3).mean().item(),

@@ -91,8 +91,6 @@ def shallow(settings: Settings, layers: int) -> RunConfig:
     one = with_blocks(run, [0])
     model = replace(as_flow_config(one.model), blocks=(block,), channel_mix=None)
     one = replace(one, name=f"{run.name}-one-l{layers}", model=model)
-    if settings.scale == "paper":
-        return one
     one = measures.shortened(settings, one, HALF_STEPS)
     return replace(one, train=replace(one.train, evaluate_every=HALF_STEPS // 3))
 
@@ -126,7 +124,7 @@ def _layers(run: RunConfig) -> int:
 
 def boosted(done: Finished, arms: Sequence[Arm], steps: int) -> list[Row]:
     """Train a block 2 on the run's model, in the ways of the arms, and measure it after each."""
-    checkpoint = done.load()
+    checkpoint = replace(done, device=torch.device("cpu")).load()
     run = checkpoint.run
     corpus = prepare_corpus(run.data, checkpoint.tokenizer)
     windows = eval_windows(corpus.split("test"), run.model.context, measures.SHORT_WINDOWS)
@@ -240,6 +238,7 @@ def draw_cipher(figure: Figure, rows: Sequence[Row]) -> None:
 
 CIPHER = Recipe(
     name="cipher",
+    mini_only=True,
     title="A block above a tied Mix-d block, against one model",
     claim=(
         "Block 1 is a frozen tied Mix-d block of one layer, or a frozen baseline of one. Its noise "

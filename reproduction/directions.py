@@ -91,9 +91,10 @@ DIRECTIONS = Recipe(
     title="Alternating directions",
     claim=(
         "The paper: blocks of alternating direction give bi-directional context. Do they fit a "
-        "text better, or write a better one, than blocks that all run left to right? (A quarter "
-        "of the presets' steps for affine and Mix-1. The judge reads the samples of the whole "
-        "stack. The one direction of the stack that fills in was chosen, on another text.)"
+        "text better, or write a better one, than blocks that all run left to right? (At mini "
+        "size a quarter of the presets' steps for affine and Mix-1. The judge reads the samples of "
+        "the whole stack. The one direction of the stack that fills in was chosen, on another "
+        "text.)"
     ),
     plan=plan_directions,
     measure=measure_directions,

@@ -1,7 +1,6 @@
-"""Two edits toward a second text and a counterfactual, which `tarflowlm edit` leaves out.
+"""Two edits toward a second text, which `tarflowlm edit` leaves out.
 
-They keep less of a text than resampling some of its words: docs/math.md, section 10, has the
-numbers, `examples/measure_edits.py` measures them.
+They keep less of a text than resampling some of its words (`examples/measure_edits.py`).
 
     first, second = (encode(model, x[None], generator) for x in tokens)  # of equal length
     edit = interpolate(Source(model, first, generator), second, level=1, weight=0.5)
@@ -12,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from tarflowlm.editing.edits import covered
 from tarflowlm.editing.redraw import Candidates, Span, collected, redraw
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
-from tarflowlm.flow.fills import complete
 from tarflowlm.model import as_flow
 
 
@@ -42,36 +39,6 @@ def interpolate(source: Source, second: Encoded, *, level: int, weight: float) -
     state = anchor.states[level] if weight in (0.0, 1.0) else state.to(a)
     states = inverted_below(replace(source, text=anchor), level, state, "auto")
     return compared(source, as_flow(source.model).codebook.decode(states[-1]), states)
-
-
-@torch.no_grad()
-def counterfactual(source: Source, replacements: Int[Tensor, " T"]) -> Change:
-    """Replace some tokens, and regenerate the later tokens from their own noise h^(1).
-
-    `replacements` holds the new tokens, and -1 elsewhere. Tokens before the first of them keep
-    their latents; later tokens change where their new context changes them.
-    """
-    model = as_flow(source.model)
-    block = model.prior.block(0)
-    text = source.text
-    rows, length = text.tokens.shape
-    wanted = torch.full((length,), -1)
-    wanted[: text.length] = replacements
-    is_new = wanted >= 0
-    tokens = torch.where(is_new.to(text.tokens.device), wanted.to(text.tokens), text.tokens)
-    drawn = model.codebook.encode(tokens, model.draw_noise(tokens, source.generator))
-    z = torch.where(is_new.to(drawn.device)[:, None], drawn, text.states[0])
-    h, u = map(model.prior.patch, (z, text.states[1]))
-    stays = (is_new | (is_new.cumsum(0) == 0)).view(-1, model.config.patch)
-    cache = block.allocate_cache(rows, h.shape[1])
-    for n in range(h.shape[1]):
-        features = block.features_at(cache, h[:, n - 1] if n else None)
-        is_known = stays[n].expand(rows, -1)
-        h[:, n] = complete(block.coupling, u[:, n], features, h[:, n], is_known)[0]
-    z = model.prior.patch.inverse(h)
-    found = model.codebook.decode(z)
-    tokens = torch.where(is_new.to(z.device), tokens, found)
-    return compared(source, tokens, model.prior.states(z)[0][::-1])
 
 
 @torch.no_grad()

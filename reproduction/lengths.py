@@ -43,6 +43,11 @@ def lengthened(run: RunConfig, name: str) -> RunConfig:
     return replace(run, name=name, train=replace(run.train, stage_steps=steps))
 
 
+def length_of(done: Finished) -> str:
+    """What the name of a run says of its length; empty for that of the preset."""
+    return done.training.run.name.partition("-x")[2]
+
+
 def tokens_of(done: Finished) -> int:
     """The tokens that block 1 was trained on."""
     run = done.training.run
@@ -57,10 +62,11 @@ def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[R
         row[TOKENS] = tokens_of(done)
         row |= tables.weighted_bound(done)
         rows.append(row)
-    baselines = {(row[TOKENS], row["seed"]): row for row in rows if row["model"] == "AR"}
+    keys = [(length_of(done), done.training.run.seed) for done in finished]
+    baselines = {key: row for key, row in zip(keys, rows, strict=True) if row["model"] == "AR"}
     weighted = f"iw-{tables.SAMPLES}"
-    for row in rows:
-        baseline = baselines[row[TOKENS], row["seed"]]
+    for key, row in zip(keys, rows, strict=True):
+        baseline = baselines[key]
         row[RATIO] = row["test bpc"] / baseline["test bpc"]
         row[f"{weighted} {RATIO}"] = row[f"{weighted} bpc"] / baseline[f"{weighted} bpc"]
     return rows

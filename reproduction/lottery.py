@@ -18,9 +18,7 @@ WRITER = "language model"
 
 def plan_lottery(settings: Settings) -> list[Training]:
     """Mix-1 as it ships, and with the start of a stack that grows block by block."""
-    run = settings.preset("mix1", "text8")
-    if settings.scale == "mini":
-        run = lengthened(run, "1/4")
+    run = lengthened(settings.preset("mix1", "text8"), "1/4")
     other = variant(run, "first-starts", starts="first")
     return trainings(settings, {SHIPPED: run, FIRST_STARTS: other})
 
@@ -41,6 +39,7 @@ def measure_lottery(_settings: Settings, finished: Sequence[Finished]) -> list[R
 
 LOTTERY = Recipe(
     name="lottery",
+    mini_only=True,
     title="Which block becomes the language model",
     claim=(
         "In three Mix-1 blocks of 1, 1 and 4 layers, which are trained together, one block becomes "

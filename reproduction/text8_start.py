@@ -31,8 +31,8 @@ def obtain(settings: Settings) -> None:
     UserError where neither can be had, or the file holds another text.
     """
     path = text_path()
-    if settings.scale == "paper" or settings.data is not None:
-        return  # other texts
+    if settings.data is not None:
+        return  # another text
     if not path.exists():
         text8 = Text8()
         try:
@@ -46,13 +46,11 @@ def obtain(settings: Settings) -> None:
 
 
 def plan_text8_start(settings: Settings) -> list[Training]:
-    """Every family at half of its steps, one pass over the text; at paper scale all of TEXT8."""
+    """Every family at half of its steps, one pass over the text."""
     runs = {}
     for label, kind in tables.FAMILIES.items():
-        run = settings.preset(kind, "text8")
-        if settings.scale == "mini":
-            run = lengthened(run, "1/2")
-        if settings.scale == "mini" and settings.data is None:
+        run = lengthened(settings.preset(kind, "text8"), "1/2")
+        if settings.data is None:
             letters = TokenizerConfig(normalize="none")
             text = DataConfig(source=str(text_path()), tokenizer=letters)
             run = replace(run, name=f"{run.name}-text8-start", data=text)
@@ -69,6 +67,7 @@ def measure_text8_start(settings: Settings, finished: Sequence[Finished]) -> lis
 
 TEXT8_START = Recipe(
     name="text8-start",
+    mini_only=True,
     title="On the start of TEXT8",
     claim=(
         "The paper: on TEXT8 Mix-d has 1.057, Mix-1 1.114 and affine 1.252 times the bits of the "

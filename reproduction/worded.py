@@ -88,7 +88,7 @@ WORDED = Recipe(
         "Mix-d, where the paper does not say them, 4, 1, 1; K = 27 for Mix-1, 2 above Mix-d, whose "
         "stages end where the bound stalls. Initialisation and optimiser are ours. "
         f"{STEPS:,} steps a stage at most; slow: a rate of {SLOW}. The validation bits after each "
-        "block are in the table. AR has a second row, with the input of a flow.)"
+        "block are in the table. AR has a second row, whose input is a map of fixed codes, d = 8.)"
     ),
     plan=plan_worded,
     measure=measure_worded,

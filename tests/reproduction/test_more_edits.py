@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from helpers import mostly_nightly, tiny_flow
-from reproduction.edits import blend, blended_spans, counterfactual, interpolate
+from reproduction.edits import blend, blended_spans, interpolate
 from tarflowlm.editing.edits import words_of
 from tarflowlm.editing.redraw import Candidates
 from tarflowlm.editing.states import Source, encode
@@ -47,19 +47,6 @@ def test_interpolation_has_its_ends_and_its_arc(model):
         expected = slerp(first.states[level], second.states[level], 0.3)
         torch.testing.assert_close(middle.states[0], expected[:, :7], rtol=1e-6, atol=1e-6)
     assert torch.equal(middle.changed, middle.tokens != TEXT[:1])
-
-
-def test_a_counterfactual_keeps_the_noise_of_the_rest(model):
-    text = encode(model, TEXT, generator())
-    replacements = torch.tensor([-1, -1, -1, 0, -1, -1, -1])
-    edit = counterfactual(Source(model, text, generator(4)), replacements)
-    assert (edit.tokens[:, 3] == 0).all()
-    assert not edit.changed[:, : 3 - 3 % model.config.patch].any()
-    kept = torch.tensor([True] * 3 + [False] + [True] * 3)
-    # the noise of block 1
-    torch.testing.assert_close(
-        edit.states[-2][:, kept], text.states[1][:, :7][:, kept], rtol=1e-6, atol=1e-6
-    )
 
 
 @pytest.mark.slow
