@@ -7,6 +7,7 @@ MODEL is english-mini, JUDGE english-mini-ar; ROWS limits the table to rows whos
 Texts go to stderr.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,9 @@ def main(
     source: str, name: str = "english-mini", judge_name: str = "english-mini-ar", rows: str = ""
 ) -> None:
     model, tokenizer = tarflowlm.load(name)
-    judge, _ = tarflowlm.load(judge_name)
+    judge, reads = tarflowlm.load(judge_name)
+    if tokenizer.kind != "char" or tokenizer.fingerprint != reads.fingerprint:
+        sys.exit(f"{name} and {judge_name}: give two models of the same letters")
     spaces = spaces_of(tokenizer.token_bytes)
     # as `tarflowlm edit` does
     usual = TEMPERATURE if model.config.has_token_weights else 1.0
@@ -165,7 +168,7 @@ def mask(rows: Sequence) -> torch.Tensor:
 def bits(model: LanguageModel, tokens: torch.Tensor) -> float:
     log_p = log_importance_weights(model, tokens, samples=8, generator=generator(3)).mean(0)
     nats = -log_p.sum().item()
-    return nats / tokens.numel() / 0.6931471805599453
+    return nats / tokens.numel() / math.log(2)
 
 
 def generator(seed: int = 0) -> torch.Generator:
