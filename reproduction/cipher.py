@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
 from reproduction import measures
 from reproduction.ablations import HALF_STEPS
 from reproduction.boosting import (
