@@ -66,7 +66,7 @@ def peers(args: Namespace, lm: Any, batch: int) -> dict[str, Contender]:
     if find_spec("transformers") is None:
         print("no transformers, so no peers", file=sys.stderr)
         return {}
-    from peers import samplers, writers
+    from shapes import samplers, writers
 
     device, length, found = lm.model.device, args.length or lm.model.config.context, {}
     for name, sample in samplers(lm.model.config, device).items():

@@ -95,7 +95,7 @@ def build(args: Namespace) -> dict[str, Contender]:
             }
             found[label] = Contender(partial(step, tokens), tokens.numel(), info)
     if args.peers:
-        from peers import training_steps
+        from shapes import training_steps
 
         config = configuration(args.presets[0], args)
         tokens = random_tokens(config)

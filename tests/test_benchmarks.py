@@ -128,15 +128,15 @@ def test_benchmarks_start_from_any_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def peers(monkeypatch):
+def shapes(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(FOLDER)
-    import peers
+    import shapes
 
-    return peers
+    return shapes
 
 
-def test_peers_have_our_shape_and_are_causal(peers):
+def test_peers_have_our_shape_and_are_causal(shapes):
     trunk = TransformerConfig(width=24, num_heads=2, mlp_ratio=2)
     config = BaselineConfig(vocab_size=5, context=16, trunk=trunk, layers=2)
 
@@ -146,13 +146,13 @@ def test_peers_have_our_shape_and_are_causal(peers):
         )
 
     ours = matrices(TokenLM(config), "transformer.layers.")
-    assert matrices(peers.gpt2(config), "transformer.h.") == ours
-    assert 0.9 * ours < matrices(peers.llama(config), "model.layers.") <= ours
+    assert matrices(shapes.gpt2(config), "transformer.h.") == ours
+    assert 0.9 * ours < matrices(shapes.llama(config), "model.layers.") <= ours
     torch.manual_seed(0)
     tokens = torch.randint(5, (2, 16))
     changed = tokens.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 5
-    for make in (peers.gpt2, peers.llama):
+    for make in (shapes.gpt2, shapes.llama):
         model = make(config).train()
         logits = model(input_ids=tokens).logits
         torch.testing.assert_close(logits, model.eval()(input_ids=tokens).logits)
