@@ -43,6 +43,9 @@ class Args(Settings, Json):
         if self.data is not None and self.scale == "paper":
             reason = "with --scale paper, which keeps the paper's texts"
             raise UserError(f"--data {self.data} has no effect {reason}")
+        if self.recipe != "muon" and self.scale == "mini":
+            reason = "with --scale mini, whose presets keep their optimiser"
+            raise UserError(f"--recipe {self.recipe} has no effect {reason}: leave it out")
         if self.second_text is not None and self.name not in ("table2", ALL):
             reason = f"on {self.name}: only table2 measures it"
             raise UserError(f"--second-text {self.second_text} has no effect {reason}")
@@ -69,6 +72,11 @@ def run(args: Args) -> None:
             raise UserError(f"{args.name} with --scale paper: it has models of mini size alone")
     recipes = _with_texts(args, recipes, records)
     plans = {recipe.name: recipe.trainings(args) for recipe in recipes}
+    if args.judge_data != Args.judge_data and not any(
+        training.label == "judge" for found in plans.values() for training in found
+    ):
+        reason = f"on {args.name}, which trains no judge: leave it out"
+        raise UserError(f"--judge-data {args.judge_data} has no effect {reason}")
     # recipes share trainings
     plan = list({training.name: training for p in plans.values() for training in p}.values())
     # what is on record needs no text

@@ -103,19 +103,24 @@ def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
 
     The mini scale times whole batches. The paper scale times one short sequence and scales it up,
     which overstates the optimiser, because its time does not grow with the batch. Trainings of the
-    same shape are timed once.
+    same shape are timed once. Those on record have the time that they took.
     """
+    records = Records(settings.out)
     known: dict[RunConfig, float] = {}
     planned: list[Planned] = []
     for training in plan:
         run = training.run
         state = state_of(settings, training)
+        tokens = run.train.num_steps * run.train.batch_size * run.model.context
+        record = records.find(training.name, run)
+        if record is not None:
+            planned.append(Planned(training, state, tokens, record.summary["seconds"]))
+            continue
         shape = replace(run, seed=0, name="")
         if shape not in known:
             done = f"{len(planned) + 1} of {len(plan)} trainings"
             logger.info("timing a few steps of %s, %s", training.name, done)
             known[shape] = _seconds(run, settings)
-        tokens = run.train.num_steps * run.train.batch_size * run.model.context
         planned.append(Planned(training, state, tokens, known[shape]))
     return planned
 

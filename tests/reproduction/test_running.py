@@ -317,6 +317,8 @@ def test_wrong_requests_are_named(refused, tmp_path):
     refused("fig2", "--second-text", "a.txt", names=["--second-text a.txt", "table2"])
     refused("table2", "--scale", "paper", "--data", "a.txt", names=["--data a.txt", "paper"])
     refused(*argv, "fig3", "--steps", "0", names=["steps 0"])
+    refused("fig3", "--recipe", "mdlm", names=["--recipe mdlm", "--scale mini"])
+    refused(*argv, "fig3", "--judge-data", "a.txt", names=["--judge-data a.txt", "no judge"])
     refused(*argv, "inputs", "--scale", "paper", names=["inputs with --scale paper"])
     for recipe, option in (
         ("fig3", "--data"),
