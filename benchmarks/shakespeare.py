@@ -12,9 +12,10 @@ gradients clipped at 1, a warmup of 100 steps to 1e-3 and a cosine to 1e-4. Its 
 on a clone of nanoGPT gives the figure of the original.
 
 Our models train for as many seconds as its steps took. All train on the first nine tenths of the
-text and are measured on all of the last tenth, in windows of their own context without anything
-before them (nanoGPT's figure is the mean over 240 random windows). The flow's figure is a bound.
-Nothing is chosen by the last tenth.
+text and are measured on all of the last tenth, in windows of their own context; before those of
+nanoGPT stands one letter that is not scored. (nanoGPT's own figure is the mean over 240 random
+windows.) The flow's figure is a bound. Nothing is chosen by the last tenth but whether a block that
+gained nothing there leaves the model.
 
 With --tuned nothing of this is done: trained models are measured on the last tenth, in bits per
 character, before and after `--minutes` of tuning on the rest (`tarflowlm train --from`).
