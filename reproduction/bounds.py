@@ -52,7 +52,7 @@ def measure_bounds(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
             row["±"] = found["±"]
             row[NORMAL] = row["test bpc"] - found["half of the variance"]
         rows.append(row)
-    pairs = [*zip(map(length_of, finished), rows, strict=True)]
+    pairs = [(length_of(done.training), row) for done, row in zip(finished, rows, strict=True)]
     baselines = {length: row["test bpc"] for length, row in pairs if row["model"] == "AR"}
     for length, row in pairs:
         best = [value for name, value in row.items() if name.startswith("iw-")][-1:]

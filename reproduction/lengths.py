@@ -43,9 +43,9 @@ def lengthened(run: RunConfig, name: str) -> RunConfig:
     return replace(run, name=name, train=replace(run.train, stage_steps=steps))
 
 
-def length_of(done: Finished) -> str:
+def length_of(training: Training) -> str:
     """What the name of a run says of its length; empty for that of the preset."""
-    return done.training.run.name.partition("-x")[2]
+    return training.run.name.partition("-x")[2]
 
 
 def tokens_of(done: Finished) -> int:
@@ -62,7 +62,7 @@ def measure_lengths(_settings: Settings, finished: Sequence[Finished]) -> list[R
         row[TOKENS] = tokens_of(done)
         row |= tables.weighted_bound(done)
         rows.append(row)
-    keys = [(length_of(done), done.training.run.seed) for done in finished]
+    keys = [(length_of(done.training), done.training.run.seed) for done in finished]
     baselines = {key: row for key, row in zip(keys, rows, strict=True) if row["model"] == "AR"}
     weighted = f"iw-{tables.SAMPLES}"
     for key, row in zip(keys, rows, strict=True):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from docs_cases import ROOT
 from helpers import FLOW
 from reproduction import ablations, passes, patches
+from reproduction.lengths import length_of
 from reproduction.measures import gains, summary_row, with_curves
 from reproduction.recipe import Recipe, trainings
 from reproduction.recipes import RECIPES
@@ -26,8 +27,8 @@ from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model_config import FlowConfig
 from tarflowlm.schema import to_dict
 
-OF_ONE_SCALE = {"yardstick", "inputs", "paper-mini"}
-"""Experiments of ours with small models at either scale."""
+OF_ONE_SCALE = {name for name, recipe in RECIPES.items() if recipe.mini_only}
+"""Experiments of ours with small models alone."""
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
 
 
@@ -96,9 +97,17 @@ def test_the_recipe_of_mdlm_is_one_for_all_models(corpus):
     assert {round(run.optim.warmup * run.train.stage_steps[0]) for run in runs} == {2500}
     assert len({replace(run.optim, codebook_lr_scale=1.0, warmup=0.0) for run in runs}) == 1
     assert {run.train.tokens_at_once for run in runs} == {65_536}
-    for name in RECIPES.keys() - OF_ONE_SCALE - {"cipher"}:
+    for name in RECIPES.keys() - OF_ONE_SCALE:
         plan = RECIPES[name].plan(settings)
         assert [t.name for t in plan if "adamw" not in t.name] == []
+
+
+@pytest.mark.parametrize("name", ["lengths", "bounds", "text8-start"])
+def test_every_length_has_a_baseline_with_any_number_of_steps(name):
+    for steps in (None, 100):
+        plan = RECIPES[name].trainings(replace(MINI, steps=steps))
+        keys = {(length_of(one), one.run.seed) for one in plan}
+        assert keys == {(length_of(one), one.run.seed) for one in plan if one.label == "AR"}
 
 
 @pytest.mark.parametrize(("settings", "layers"), [(MINI, 6), (PAPER, 12)])
