@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from pretend_device import pretend
 
 KINDS = ("ar", "affine", "mix1", "mixd")
-# those of a large vocabulary come last, since they change the size of a chunk
 PRESETS = [f"{text}-{kind}" for text in ("text8", "owt") for kind in KINDS]
 FEW = 1_024
 """Tokens that stand for the 65,536 of a part of a step."""

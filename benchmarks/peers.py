@@ -266,7 +266,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     how = {"data": args.data, "steps": run.train.num_steps, "precision": args.precision}
     options = args.out / "options.json"
-    if options.exists() and read_json(options) != how:
+    has_weights = any(args.out.glob("*.pt"))
+    if has_weights and not (options.exists() and read_json(options) == how):
         sys.exit(f"{args.out} holds peers that were trained with other options: give another --out")
     write_json(options, how)
     print(

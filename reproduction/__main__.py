@@ -89,7 +89,7 @@ def run(args: Args) -> None:
         _print_plan(args, title, estimate(args, plan))
         return
     # find missing packages and runs of another configuration before anything that takes hours
-    _check_packages(recipes, args.scale)
+    _check_packages(recipes, args)
     for training in plan:
         state_of(args, training)
     results = []
@@ -130,14 +130,15 @@ def _with_texts(args: Args, recipes: "Sequence[Recipe]", records: "Records") -> 
     return found
 
 
-def _check_packages(recipes: "Sequence[Recipe]", scale: str) -> None:
+def _check_packages(recipes: "Sequence[Recipe]", args: Args) -> None:
     """Raise UserError where a recipe needs an optional package that is missing."""
     for recipe in recipes:
         needed = {"mauve": "quality"} if recipe.name in ("table6", "patches") else {}
         if recipe.draw is not None:
             needed["matplotlib"] = "plots"
-        if scale == "paper":
-            needed["transformers"] = "quality"  # for the judge, GPT-2 Large
+        mini = recipe.plan(replace(args, scale="mini"))
+        if args.scale == "paper" and any(training.label == "judge" for training in mini):
+            needed["transformers"] = "quality"  # there GPT-2 Large is the judge
         for module, extra in needed.items():
             check_package(module, extra, recipe.name)
 

@@ -123,8 +123,9 @@ BOUNDS = Recipe(
     claim=(
         "A flow's bits are a bound. How much of its distance to the baseline is the gap of the "
         "bound? The paper gives the ELBO. (Importance weights, docs/math.md, eq. 13, over "
-        f"{WINDOWS} windows; what they take off is subtracted from the bound of the whole test. If "
-        "log w is normal, the gap is half of its variance. Seed 0.)"
+        f"{WINDOWS} windows; what they take off is subtracted from the bound of the whole test; ± "
+        "is the standard error of what the most samples take off. If log w is normal, the gap is "
+        "half of its variance. Seed 0.)"
     ),
     plan=plan_bounds,
     measure=measure_bounds,

@@ -95,7 +95,7 @@ class Planned:
     training: Training
     state: State
     tokens: int
-    seconds: float  # rough estimate for the whole training on this machine
+    seconds: float  # of the whole training, by its record or roughly estimated on this machine
 
 
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:

@@ -210,7 +210,7 @@ def test_tokens_without_letters_have_none_of_them_in_either_case():
     for letters in (TEXT8_ALPHABET, "abcdefghijklmnopqrstuvwxyz"):
         with pytest.raises(UserError, match="no letters are left"):
             tokens_without(TEXT8, letters)
-    with pytest.raises(UserError, match="text of without is not UTF-8"):
+    with pytest.raises(UserError, match="text of `without` is not UTF-8"):
         tokens_without(TEXT8, "e\udcff")
     # half of a character might be completed to a letter that is left out
     assert not tokens_without(ByteTokenizer(), "é")[0xC3]

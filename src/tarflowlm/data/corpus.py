@@ -163,9 +163,9 @@ def prepare_corpus(
 
 
 def _opened(text: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
-    """The corpus in a directory, whose tokenizer it has if the normalisation is left open (auto).
+    """The corpus in a directory. UserError if it was prepared with another tokenizer.
 
-    UserError if it was prepared with another tokenizer.
+    A configuration that leaves the normalisation open (auto) takes the directory's tokenizer.
     """
     corpus = open_corpus(text.source)
     config = text.tokenizer

@@ -158,7 +158,7 @@ def tokens_without(tokenizer: Tokenizer, letters: str) -> Tensor:
     A token that holds part of a character is left out with every letter that shares a byte with it.
     UserError if no token with a letter or digit is left.
     """
-    check_text(letters, "text of without")
+    check_text(letters, "text of `without`")
     # some letters have no capital, and become several
     banned = {x for letter in letters for x in (letter, letter.lower(), letter.upper())}
     banned = {x for x in banned if len(x) == 1}

@@ -87,7 +87,7 @@ class Likelihood:
     def to_json(self) -> dict[str, str | int | float | None]:
         derived = ("ppl", "bpc", "bits_per_byte", "gap")
         found = asdict(self) | {name: getattr(self, name) for name in derived}
-        # NaN is no JSON, and equals nothing
+        # NaN, the standard error of one window, is no JSON; it equals nothing
         return {name: value if value == value else None for name, value in found.items()}
 
 

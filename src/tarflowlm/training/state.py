@@ -106,9 +106,10 @@ class State:
     sampler: WindowSampler  # the place in the text
     generator: Generator  # of the noise
 
-    # set when the first stage is entered
+    # set by `built_state`
     began: float = field(init=False)
     """When the run began, on the clock of `time.monotonic`, less pauses and compilation."""
+    # made by `enter_stage`
     bound: nn.Module = field(init=False)  # the model's negative bound as DDP or FSDP2 wrap it
     optimizers: list[torch.optim.Optimizer] = field(init=False)
     copies: dict[str, dict[str, Tensor]] = field(init=False)

@@ -150,5 +150,7 @@ def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> 
             except UserError:
                 if seen is None:
                     raise
-                entries |= {key: one for key, one in seen.items() if one.place == path}
+                for old, entry in seen.items():
+                    if entry.place == path:
+                        entries.setdefault(old, entry)
     return entries
