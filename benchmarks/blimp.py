@@ -22,20 +22,19 @@ import argparse
 import csv
 import json
 import lzma
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import shapes  # beside this file
 import torch
 from torch import Tensor
 
 from tarflowlm.errors import UserError
 from tarflowlm.pretrained import Pretrained, load
 from tarflowlm_apps.lm_eval.scoring import TextScorer
-from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
 Score = Callable[[Sequence[str]], list[float]]
 """log p of each of some texts, or a bound on it, in nats."""
@@ -85,12 +84,7 @@ def scores_of(lm: Pretrained, samples: Sequence[int]) -> dict[str, Score]:
 
 def exported(lm: Pretrained) -> Score:
     """Exact log p of block 1, as transformers computes it of the exported model."""
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        place = str(save_causal_lm(lm, Path(folder) / "exported"))
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
-    start = lm.config.vocab_size
+    model, start = shapes.exported(lm), lm.config.vocab_size
 
     def nats(rows: Tensor) -> Tensor:
         before = torch.full((len(rows), 1), start)

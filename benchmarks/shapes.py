@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training.optim import build_optimizers, with_precision
+from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
 
 def gpt2(config: Any) -> nn.Module:
@@ -143,21 +145,21 @@ def continued(model: nn.Module, first: Tensor, length: int, vocab_size: int) -> 
     return torch.cat(drawn, 1)
 
 
+def exported(lm: Any) -> Any:
+    """Block 1 of `lm` as a model of transformers. It begins with the token after the vocabulary."""
+    from transformers import AutoModelForCausalLM
+
+    with TemporaryDirectory() as folder:
+        path = save_causal_lm(lm, Path(folder) / "model")
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+
+
 def writers(lm: Any, assistant: str | None, length: int) -> dict[str, tuple[nn.Module, Any]]:
     """Name -> a model, and a function that writes a text of `length` tokens with it, by `generate`
     of transformers: a GPT-2 in the shape of `lm`, with random weights, and `lm` exported. The run
     `assistant`, exported, guesses for the latter.
     """
-    from tempfile import TemporaryDirectory
-
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
-
-    def exported(one: Any) -> nn.Module:
-        with TemporaryDirectory() as folder:
-            path = save_causal_lm(one, Path(folder) / "model")
-            return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    from transformers import GenerationConfig
 
     device = lm.model.device
 

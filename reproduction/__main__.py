@@ -91,7 +91,7 @@ def run(args: Args) -> None:
     # find missing packages and runs of another configuration before anything that takes hours
     _check_packages(recipes, args)
     for training in plan:
-        state_of(args, training)
+        state_of(args, training, records)
     results = []
     for recipe in recipes:
         reporter = ProgressReporter()
@@ -136,9 +136,10 @@ def _check_packages(recipes: "Sequence[Recipe]", args: Args) -> None:
         needed = {"mauve": "quality"} if recipe.name in ("table6", "patches") else {}
         if recipe.draw is not None:
             needed["matplotlib"] = "plots"
-        mini = recipe.plan(replace(args, scale="mini"))
-        if args.scale == "paper" and any(training.label == "judge" for training in mini):
-            needed["transformers"] = "quality"  # there GPT-2 Large is the judge
+        if args.scale == "paper":
+            mini = recipe.plan(replace(args, scale="mini"))
+            if any(training.label == "judge" for training in mini):
+                needed["transformers"] = "quality"  # there GPT-2 Large is the judge
         for module, extra in needed.items():
             check_package(module, extra, recipe.name)
 

@@ -38,12 +38,12 @@ GPT2_SIZE = 50_257
 """Tokens of GPT-2's vocabulary, known here so that a plan needs no network."""
 
 
-def state_of(settings: Settings, training: Training) -> State:
-    """State of a training on disk.
+def state_of(settings: Settings, training: Training, records: Records) -> State:
+    """State of a training on disk, or in the `records`.
 
     Raises UserError if its record or its directory belongs to another configuration.
     """
-    if Records(settings.out).find(training.name, training.run) is not None:
+    if records.find(training.name, training.run) is not None:
         return "finished"
     directory = training.directory(settings)
     if not is_begun(directory):
@@ -64,7 +64,7 @@ def finish(
     finished = []
     for training in plan:
         directory = training.directory(settings)
-        if state_of(settings, training) == "finished":
+        if state_of(settings, training, records) == "finished":
             logger.info("%s is done", training.name)
         else:
             train_run(
@@ -110,7 +110,7 @@ def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
     planned: list[Planned] = []
     for training in plan:
         run = training.run
-        state = state_of(settings, training)
+        state = state_of(settings, training, records)
         tokens = run.train.num_steps * run.train.batch_size * run.model.context
         record = records.find(training.name, run)
         if record is not None:

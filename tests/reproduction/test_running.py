@@ -163,9 +163,14 @@ def test_trainings_are_resumed_and_done_once(settings, tmp_path):
     plan = TINY_RECIPE.plan(settings)
     with pytest.raises(EOFError):
         finish(settings, plan, StopAt5())
-    assert [state_of(settings, training) for training in plan] == ["stopped", "new"]
+    assert [state_of(settings, training, Records(settings.out)) for training in plan] == [
+        "stopped",
+        "new",
+    ]
     done = finish(settings, plan, SILENT)
-    assert [state_of(settings, training) for training in plan] == ["finished"] * 2
+    assert [state_of(settings, training, Records(settings.out)) for training in plan] == [
+        "finished"
+    ] * 2
     whole = finish(replace(settings, out=tmp_path / "whole"), plan, SILENT)
     weights = [load_file(d.directory / "model.safetensors") for d in (*done, *whole)]
     for resumed, straight in zip(weights[:2], weights[2:], strict=True):

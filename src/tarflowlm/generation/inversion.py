@@ -113,6 +113,7 @@ def block_inversion(
 class Inverted(Rows):
     """Rows whose `noise` [B, N, C] a block turns into latents, in its own order."""
 
+    source: FlowBlock
     invert: Inverter | None = None
     """The coupling's inverse; sweeps need none."""
 
@@ -127,7 +128,6 @@ class Inverted(Rows):
         half: bool = False,
     ) -> None:
         """With `gumbel` numbers latents are drawn, and `noise` is not their noise."""
-        self.block = block
         self.noise = noise
         self.values = noise.clone()
         self.num_positions = noise.shape[1]
@@ -143,7 +143,7 @@ class Inverted(Rows):
         here = self.there, self.at
         self.cache.rewind(self.at)
         previous = self.values[self.there, self.at - 1] if self.at else None
-        features = self.block.features_at(self.cache, previous)
+        features = self.source.features_at(self.cache, previous)
         self.at += 1
         self.passes += 1
         return here, features, None if self.gumbel is None else self.gumbel.at(*here)
@@ -152,7 +152,7 @@ class Inverted(Rows):
         """Write the next position. Returns None, as `Drawn.step` where no tokens are given."""
         here, features, gumbel = self.next_position()
         if self.invert is None:
-            self.invert = self.block.coupling.inverter()
+            self.invert = self.source.coupling.inverter()
         self.values[here] = self.invert(self.noise[here], features, self.adjust, gumbel)
         return None
 
@@ -168,7 +168,7 @@ class Inverted(Rows):
         final. If they do not, a few positions are enough to show it. No clock is read, so the same
         noise takes the same path on every machine.
         """
-        coupling = self.block.coupling
+        coupling = self.source.coupling
         if isinstance(coupling, FillsIn):
             return len(self.values) <= FEW_SEQUENCES
         end = self.at + SHORTEST_NEWTON
@@ -190,7 +190,7 @@ class Inverted(Rows):
         rows take no further steps. A step that fails to shrink the changes is the last one, and the
         open positions get back their guess.
         """
-        coupling = cast(ChannelCoupling, self.block.coupling)
+        coupling = cast(ChannelCoupling, self.source.coupling)
         last: float | None = None
         at = self.at
         end = min(self.num_positions, at + LONGEST_SEGMENT)
@@ -237,7 +237,7 @@ class Inverted(Rows):
         does what is left.
         """
         limit = self.num_positions
-        coupling = self.block.coupling
+        coupling = self.source.coupling
         takes_newton = isinstance(coupling, ChannelCoupling)
         while limit - self.at >= SHORTEST_NEWTON and takes_newton:
             takes_newton = self.newton()
@@ -265,7 +265,7 @@ class Inverted(Rows):
         """Go back to the first position from `first` on whose latents do not map to their noise."""
         h, u = self.values[:, : self.at], self.noise[:, : self.at]
         with full_precision(h):
-            again, _ = self.block.coupling(h, self.block.features(h))
+            again, _ = self.source.coupling(h, self.source.features(h))
         off = largest_change(u, again).amax(0)[first:]
         # NaN counts as bad
         first_bad = first + num_leading(off <= RESIDUAL[off.dtype])

@@ -136,7 +136,7 @@ class Completed(Inverted):
         if num == 0:
             return None
         z = self.known[:, :num]
-        u, log_det = self.block.coupling(z, self.settle(z))
+        u, log_det = self.source.coupling(z, self.settle(z))
         self.noise[:, :num] = u
         log_p = log_det.sum(-1) + standard_normal_log_prob(u)
         return log_p - self.log_normaliser[:, :num].sum((1, 2))
@@ -149,7 +149,7 @@ class Completed(Inverted):
         here, features, gumbel = self.next_position()
         known, is_known = self.known[here], self.is_known[self.rows, n]
         self.values[here], self.noise[here], log_p = complete(
-            self.block.coupling, self.noise[here], features, known, is_known, self.adjust, gumbel
+            self.source.coupling, self.noise[here], features, known, is_known, self.adjust, gumbel
         )
         every = log_p.new_zeros(len(self.values))
         every[self.there] = (log_p - self.log_normaliser[here]).sum(-1)
