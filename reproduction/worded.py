@@ -5,10 +5,12 @@ from dataclasses import replace
 from functools import partial
 
 from reproduction import tables
-from reproduction.inputs import Place, baseline, of_seed
+from reproduction.inputs import VALID, Place, baseline, of_seed
+from reproduction.lengths import RATIO
 from reproduction.measures import SHORT_WINDOWS, gains, summary_row
 from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
 from reproduction.settings import Settings, as_flow_config
+from reproduction.text8_start import PAPER
 from tarflowlm.config import RunConfig
 from tarflowlm.model_config import BaselineConfig
 from tarflowlm.presets import preset, with_steps
@@ -62,18 +64,19 @@ def measure_worded(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
         row = summary_row(done) | tables.weighted_bound(done)
         stages = done.record.summary["stage_valid_bpc"]
         if len(stages) > 1:
-            row |= {f"valid bpc, {count} blocks": bpc for count, bpc in enumerate(stages, 1)}
+            row |= {f"{VALID}, {count} blocks": bpc for count, bpc in enumerate(stages, 1)}
         if not isinstance(done.training.run.model, BaselineConfig):
             row |= gains(done)
         rows.append(row)
     own = [row for row in rows if row["model"] == "AR"]
     theirs = tables.PAPER_LIKELIHOOD["text8"]
+    weighted = f"iw-{tables.SAMPLES}"
     for row in rows:
-        row["over AR"] = row["test bpc"] / of_seed(own, row)["test bpc"]
-        weighted = f"iw-{tables.SAMPLES} bpc"
-        row["iw over AR"] = row[weighted] / of_seed(own, row)[weighted]
+        row[RATIO] = row["test bpc"] / of_seed(own, row)["test bpc"]
+        baseline = of_seed(own, row)[f"{weighted} bpc"]
+        row[f"{weighted} {RATIO}"] = row[f"{weighted} bpc"] / baseline
         label = row["model"].partition(",")[0]
-        row["paper, text8, over AR"] = theirs[label] / theirs["AR"]
+        row[PAPER] = theirs[label] / theirs["AR"]
     return rows
 
 
