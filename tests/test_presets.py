@@ -168,7 +168,6 @@ def test_a_plain_block_1_knows_nothing_of_the_codebook(name):
     assert torch.equal(head.biases[1], other.prior.block(0).coupling.head.biases[1])
     assert not head.biases[0].any()
     assert head.evidence is None if name == "text8-mix1" else not head.evidence.any()
-    assert torch.equal(head.scale, torch.ones(3))
 
 
 def test_a_coupling_is_a_field_of_a_block_alone():

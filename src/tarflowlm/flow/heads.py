@@ -56,7 +56,7 @@ class HeadShape:
 class AutoregressiveHead(nn.Module):
     r"""Masked autoregressive MLP over the G groups of channels of a position.
 
-        output_g = scale * ( weights_g gelu( context_g c + sum_{j<g} cross_gj e_j ) + biases_g )
+        output_g = weights_g gelu( context_g c + sum_{j<g} cross_gj e_j ) + biases_g
         e_g      = gelu( embed_g [z_g, elu(z_g), elu(-z_g)] )
         output_g += shared c + sum_{j<g} evidence_gj z_j    (first output, with linear paths)
 
@@ -66,11 +66,10 @@ class AutoregressiveHead(nn.Module):
     additive in log-weights, which a small MLP learns slowly.
 
     `outputs` lists the width O of each output. The first takes the linear paths: log-weights, or
-    means in Affine. `scale` holds one fixed factor per output. `log_std_last` bounds the last.
+    means in Affine. `log_std_last` bounds the last.
     """
 
     mask: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -110,7 +109,6 @@ class AutoregressiveHead(nn.Module):
             self.shared = nn.Linear(shape.width, outputs[0], bias=False)
             self.evidence = nn.Parameter(torch.zeros(groups, known, channels, outputs[0]))
             nn.init.zeros_(self.shared.weight)
-        self.register_buffer("scale", torch.ones(len(outputs)))
         # [to, from] of groups
         token = torch.zeros(groups) if shape.tokens is None else shape.tokens
         sees = torch.ones(groups, groups).tril(-1) * (token[:, None] == token)
@@ -140,12 +138,11 @@ class AutoregressiveHead(nn.Module):
             cross = self.masked_cross().reshape(self.groups * self.hidden, -1)
             hidden = torch.addmm(hidden, embedded.transpose(0, 1).flatten(1), cross.T)
         # the outputs of all groups [G, rows, O], in one product
-        scaled = [w * scale for w, scale in zip(self.weights, self.scale, strict=True)]
         active = F.gelu(hidden.view(-1, self.groups, self.hidden).transpose(0, 1))
-        parts = (active @ torch.cat(scaled, -1)).split([w.shape[-1] for w in scaled], -1)
+        sizes = [bias.shape[-1] for bias in self.biases]
+        parts = (active @ torch.cat([*self.weights], -1)).split(sizes, -1)
         outputs = [
-            widen(part) + bias[:, None] * scale
-            for part, bias, scale in zip(parts, self.biases, self.scale, strict=True)
+            widen(part) + bias[:, None] for part, bias in zip(parts, self.biases, strict=True)
         ]
         if self.log_std_last:
             outputs[-1] = bounded_log_std(outputs[-1])
@@ -185,13 +182,13 @@ class AutoregressiveHead(nn.Module):
 
 
 class HeadWeights:
-    """The present weights of a head as `walk` reads them: [inputs, outputs], by group, scaled."""
+    """The present weights of a head as `walk` reads them: [inputs, outputs], by group."""
 
     def __init__(self, head: AutoregressiveHead) -> None:
-        outputs = zip(head.weights, head.biases, head.scale, strict=True)
-        scaled = [zip((w * s).unbind(), (b * s).unbind(), strict=True) for w, b, s in outputs]
+        outputs = zip(head.weights, head.biases, strict=True)
         # for every group one ([M, O], [O]) per output
-        self.outputs = list(zip(*scaled, strict=True))
+        by_group = [zip(w.unbind(), b.unbind(), strict=True) for w, b in outputs]
+        self.outputs = list(zip(*by_group, strict=True))
         self.embed = head.embed.unbind()
         # for every group, from the groups before it: [g A, M] and [g C/G, O]
         groups = range(head.groups)
