@@ -64,7 +64,7 @@ def measure_worded(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
         row = summary_row(done) | tables.weighted_bound(done)
         stages = done.record.summary["stage_valid_bpc"]
         if len(stages) > 1:
-            row |= {f"{VALID}, {count} blocks": bpc for count, bpc in enumerate(stages, 1)}
+            row |= {f"{VALID} after block {number}": bpc for number, bpc in enumerate(stages, 1)}
         if not isinstance(done.training.run.model, BaselineConfig):
             row |= gains(done)
         rows.append(row)
@@ -86,12 +86,12 @@ WORDED = Recipe(
     title="The families as the paper words them",
     claim=(
         "How do the families of [table 2](table2.md) compare if models have what the paper names "
-        "and nothing else, and do blocks above Mix-d then gain anything? (d = 5, a linear input "
-        "map, block 1 reads latents alone, the paper's head, no convolution; layers 1, 1, 4, for "
-        "Mix-d, where the paper does not say them, 4, 1, 1; K = 27 for Mix-1, 2 above Mix-d, whose "
-        "stages end where the bound stalls. Initialisation and optimiser are ours. "
-        f"{STEPS:,} steps a stage at most; slow: a rate of {SLOW}. The validation bits after each "
-        "block are in the table. AR has a second row, whose input is a map of fixed codes, d = 8.)"
+        "and nothing else, and do blocks above Mix-d then gain anything? (Models have d = 5, "
+        "a linear input map, the paper's head and no convolution, and block 1 reads latents alone. "
+        "Blocks have 1, 1 and 4 layers, and in Mix-d, for which the paper gives none, 4, 1 and 1 "
+        "unless a row says otherwise. Mix-1 has 27 components, and 2 above Mix-d, where every "
+        f"stage ends once the bound stalls. A stage has {STEPS:,} steps at most; slow is a rate of "
+        f"{SLOW}. Initialisation and optimiser are ours. The second AR reads fixed codes, d = 8.)"
     ),
     plan=plan_worded,
     measure=measure_worded,
