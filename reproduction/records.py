@@ -8,7 +8,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,7 +120,7 @@ class Records:
                 ours = self._by_name.setdefault(name, theirs)
                 if ours.hashes == theirs.hashes:
                     ours.measured = theirs.measured | ours.measured
-            lines = [json.dumps(asdict(record)) for record in self]
+            lines = [json.dumps(vars(record)) for record in self]
             with replacing(self.path) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -18,9 +18,9 @@ from tarflowlm.objective import elbo
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY, BATCH, LENGTH, DIM = 50_257, 4, 64, 4
+VOCABULARY, BATCH, LENGTH, DIM = 50_257, 2, 64, 4
 HELD = chunks.HELD_CPU
-"""Elements that may be held, a third of tokens x vocabulary."""
+"""Elements that may be held, two thirds of tokens x vocabulary."""
 
 
 class Largest(TorchDispatchMode):
@@ -91,11 +91,9 @@ def test_stage_1(first, tokens, noise):
 )
 def test_the_block_above(model, tokens, noise, frozen):
     def step():
-        # half of them is enough, and the backward of the whole map is slow
-        half = tokens[:2], noise[:2]
-        model.bound(half[0], half[1], frozen=frozen).mean().backward()
+        model.bound(tokens, noise, frozen=frozen).mean().backward()
 
-    assert largest(step) <= HELD < 2 * LENGTH * VOCABULARY
+    assert largest(step) <= HELD
 
 
 @pytest.mark.parametrize("frozen", [1, 0], ids=["stage 2", "joint"])

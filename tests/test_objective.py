@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import normal, stack, tiny_ar, tiny_flow
+from helpers import mostly_nightly, normal, stack, tiny_ar, tiny_flow
 from tarflowlm import chunks
 from tarflowlm.baseline import IN_PATCH_CHANNELS, TokenLM
 from tarflowlm.flow.numerics import log_component_densities
@@ -271,7 +271,7 @@ def enumerate_texts(name: str, points: int) -> Enumerated:
     return Enumerated(tiny_flow(couplings=couplings, **fields), reach, points)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=mostly_nightly(CASES, "mixd", "mix1", "mixd-mix1"))
 def enumerated(request) -> Enumerated:
     return enumerate_texts(request.param, points=361)
 

@@ -73,7 +73,7 @@ def test_as_many_words_are_redrawn_as_asked(lm):
 
 @pytest.mark.slow
 def test_a_redrawn_word_keeps_the_spaces_around_it(lm):
-    for number in range(1, 5):
+    for number in (1, 4):
         for text in edited(lm, words=number, candidates=60):
             assert len(text.split(" ")) >= 6 - number
             assert not text.startswith(" ")

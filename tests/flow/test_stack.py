@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from helpers import FILLS, TRUNK, normal, tiny_flow
+from helpers import FILLS, TRUNK, mostly_nightly, normal, tiny_flow
 from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, Prior
@@ -53,7 +53,11 @@ STACKS = {
 }
 
 
-@pytest.fixture(params=STACKS, scope="module")
+WITHIN = {"affine", "mix1-K1", "mixd-tied", "mix1-P4", "mixd-P4-independent", "mixd-P4-in-patch"}
+"""Single blocks and whole windows as one position: in other stacks, or in test_couplings.py."""
+
+
+@pytest.fixture(params=mostly_nightly(STACKS, *(STACKS.keys() - WITHIN)), scope="module")
 def model(request):
     model = tiny_flow(seed=4, **STACKS[request.param])
     if request.param == "no-blocks":

@@ -47,14 +47,17 @@ BY_MODEL = {
 CASES = {
     f"{name} {request_}": (name, request_) for name, some in BY_MODEL.items() for request_ in some
 }
-LONG = {"mixd-mix1 window", "fills sweeps", "fills window"}
-ON_MPS = {"free", "prompt", "gap", "mask"}
+LONG = {
+    "mixd-mix1 window",
+    "mixd-mix1 blanks",
+    *(f"fills {name}" for name in BY_MODEL["fills"][1:]),
+}
 
 
 @pytest.mark.parametrize("case", mostly_nightly(CASES, *CASES.keys() - LONG))
 def test_a_text_is_that_of_a_cpu(case):
     name, request_ = CASES[case]
-    for kind in ("cuda", "mps")[: 1 + (request_ in ON_MPS)]:
+    for kind in ("cuda", "mps")[: 1 + (request_ == "free")]:
         model = MODELS[name]().eval()
         if kind == "mps":
             model.float()

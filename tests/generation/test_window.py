@@ -34,9 +34,8 @@ def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", [None, [2, 0, 1]])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7, "top_k": 3}], ids=["plain", "adjusted"]
+    ("prompt", "options"), [(None, {}), ([2, 0, 1], {"temperature": 0.7, "top_k": 3})]
 )
 def test_every_window_is_what_generate_writes_after_the_last_one(prompt, options, model):
     """The first window is a text of the context; the next has the kept half as its prompt, and the

@@ -32,7 +32,7 @@ from training_cases import (
     tiny_run,
 )
 
-from helpers import flip
+from helpers import flip, mostly_nightly
 from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
@@ -172,7 +172,7 @@ def test_an_evaluation_comes_after_a_state_of_its_step(tmp_path, corpus_file, mo
     [
         (9, signal.SIGTERM),
         pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(14, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(14, signal.SIGINT, marks=[pytest.mark.slow, pytest.mark.nightly]),
         pytest.param("test", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
@@ -310,7 +310,7 @@ def test_state_of_another_kind_of_device_goes_on_repeatably(tmp_path, stopped, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["flipped", "no-manifest", "missing"])
+@pytest.mark.parametrize("damage", mostly_nightly(["flipped", "no-manifest", "missing"], "flipped"))
 def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, caplog, damage):
     newest = stopped / "state" / "step-00000006"
     (tensors,) = newest.glob("*.distcp")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from studio_cases import shown, stages, words
 
-from helpers import mostly_slow, save_run, tiny_flow
+from helpers import mostly_nightly, save_run, tiny_flow
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
@@ -249,7 +249,7 @@ NEAR = {
 }
 
 
-@pytest.mark.parametrize("case", mostly_slow(NEAR, "letters"))
+@pytest.mark.parametrize("case", mostly_nightly(NEAR, "letters"))
 def test_others_for_a_word_of_a_long_text_come_from_the_words_near_it(folder, case):
     name, before, after = NEAR[case]
     html = shown(offer, Catalogue([str(folder), "english-small"]), [name, f"{before}[...]{after}"])
