@@ -14,7 +14,7 @@ from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings, as_flow_config
 from reproduction.tables import PAPER_LIKELIHOOD
 from tarflowlm.config import RunConfig
-from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig
+from tarflowlm.model_config import BaselineConfig, TransformerConfig
 from tarflowlm.presets import MINI_TRUNK, preset, with_blocks, with_steps
 
 Text = Literal["letters", "pieces"]
@@ -30,10 +30,8 @@ CHOSEN_ON = 512
 TESTED_ON = 1024
 """Windows of the test split after a short training in letters."""
 OVER_AR, VALID = "over AR", "valid bpc"
-READ = ("d", "input map", "reads tokens")
-"""Columns of block 1 alone."""
-ORDER = ("tokens", "convolution", *READ)
-"""The table's rows are in the order of these columns."""
+SHAPE = ("tokens", "layers", "convolution", "reads")
+"""Columns that name a model and a place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +120,7 @@ def block_1(
     )
     suffix = "-linear" * linear + "-tokens" * tokens
     run = replace(run, name=f"mixd-{place.name}-d{d}{suffix}-x{steps}", model=model)
-    reads = f"latents{' and tokens' * tokens}, d = {d}, {model.input_map}"
+    reads = f"latents{' and tokens' * tokens}, d = {d}, {'linear' if linear else 'non-linear'} map"
     run = in_steps(place, run, steps)
     return Cell(place=place, model="block 1", reads=reads, run=run, steps=steps, seeds=seeds)
 
@@ -207,7 +205,7 @@ def measure(
         cell = known[done.training.label]
         found = summary_row(done)
         where = cell.place.columns() | {"steps": cell.steps, "reads": cell.reads}
-        row = {"model": cell.label, "is": cell.model} | where | what_it_reads(cell.run) | found
+        row = {"model": cell.label, "is": cell.model} | where | found
         row[VALID] = done.record.summary["stage_valid_bpc"][-1]
         bits[cell.model, cell.place, cell.steps, cell.reads].append(row)
         rows.append(row)
@@ -227,14 +225,6 @@ def measure(
     return rows
 
 
-def what_it_reads(run: RunConfig) -> Row:
-    """The columns READ of block 1."""
-    if not isinstance(run.model, FlowConfig):
-        return {}
-    reads_tokens = "yes" if run.model.reads_tokens else "no"
-    return dict(zip(READ, (run.model.latent_dim, run.model.input_map, reads_tokens), strict=True))
-
-
 def of_seed(rows: Sequence[Row], like: Row) -> Row:
     """The row of the same seed, or else of seed 0."""
     return next((row for row in rows if row["seed"] == like["seed"]), rows[0])
@@ -250,7 +240,7 @@ def averaged(rows: Sequence[Row]) -> list[list[Row]]:
 
 def compared(rows: Sequence[Row]) -> list[Row]:
     """The table of the baseline's inputs: means over seeds, and every seed's test bits."""
-    columns = ("tokens", "layers", "convolution", "steps", "reads")
+    columns = (*SHAPE, "steps")
     ratios = (f"{VALID} over the table", "test bpc over the table")
     return [
         {name: own[0][name] for name in columns}
@@ -262,7 +252,7 @@ def compared(rows: Sequence[Row]) -> list[Row]:
 
 
 def explained(rows: Sequence[Row]) -> list[Row]:
-    """Where 5.7 % come from: what each input of block 1 adds to the best baseline of its place.
+    """What each input of block 1 adds to the best baseline of its place.
 
     Below them what fewer layers add to a baseline, and the paper's two gaps.
     """
@@ -270,7 +260,7 @@ def explained(rows: Sequence[Row]) -> list[Row]:
     tests: dict[tuple[int, str], float] = {}
     for own in averaged(rows):
         first = own[0]
-        shape = {name: first.get(name) for name in ("tokens", "layers", "convolution", *READ)}
+        shape = {name: first[name] for name in SHAPE}
         is_long = first["steps"] == LONG[first["tokens"]]
         length = f"{OVER_AR}, long" if is_long else f"{OVER_AR}, short"
         if first["is"] == "block 1":
@@ -278,21 +268,19 @@ def explained(rows: Sequence[Row]) -> list[Row]:
             found.setdefault(tuple(shape.values()), shape)[length] = ratio
         elif first["convolution"] == "yes":
             tests[first["layers"], length] = mean(row["test bpc"] for row in own)
-    lines = sorted(found.values(), key=lambda row: [row[name] for name in ORDER])
-    depth = SHALLOW.columns() | {"d": "a baseline of four layers over one of six"}
+    lines = sorted(found.values(), key=lambda row: (row["convolution"], row[f"{OVER_AR}, short"]))
+    depth = SHALLOW.columns() | {"reads": "a baseline of four layers over one of six"}
     for (layers, length), value in tests.items():
         if layers == SHALLOW.layers:
             depth[length] = value / tests[SHIPPED.layers, length]
     text8, owt = PAPER_LIKELIHOOD["text8"], PAPER_LIKELIHOOD["owt"]
     gap, wide_gap = text8["Mix-d"] / text8["AR"], log(owt["Mix-d"]) / log(owt["AR"])
     published = [
-        {"tokens": "letters", "layers": 12, "d": "5, the paper on TEXT8", f"{OVER_AR}, long": gap},
-        {
-            "tokens": "pieces",
-            "layers": 12,
-            "d": "16, the paper on OpenWebText",
-            f"{OVER_AR}, long": wide_gap,
-        },
+        {"tokens": tokens, "layers": 12, "reads": reads, f"{OVER_AR}, long": ratio}
+        for tokens, reads, ratio in (
+            ("letters", "latents, d = 5, the paper on TEXT8", gap),
+            ("pieces", "latents, d = 16, the paper on OpenWebText", wide_gap),
+        )
     ]
     return [*lines, depth, *published]
 
@@ -315,7 +303,7 @@ YARDSTICK = Recipe(
 INPUTS = Recipe(
     name="inputs",
     mini_only=True,
-    title="Where 5.7 % come from",
+    title="What the input of block 1 costs",
     claim=(
         "The paper: Mix-d has 5.7 % more bits than the baseline on TEXT8, with d = 5, and 8.9 % "
         "more nats on OpenWebText, with d = 16. Its block 1 reads latents alone; how they enter is "

@@ -65,7 +65,7 @@ def test_ratios_are_to_the_best_input_of_the_same_place_length_and_seed():
     assert [row["test bpc over the table"] for row in rows] == [1, 1, 2, 3 / 2, 3, 2]
     assert [row["valid bpc over the table"] for row in rows[::2]] == [1, 0.5, 1.5]
     [line, *_, text8, owt] = inputs.explained(rows)
-    assert (line["d"], line["input map"], line["reads tokens"]) == (5, "linear", "no")
+    assert line["reads"] == "latents, d = 5, linear map"
     assert line["over AR, short"] == pytest.approx(17 / 12)
     published = [row["over AR, long"] for row in (text8, owt)]
     assert published == pytest.approx([1.057, 1.089], abs=5e-4)
