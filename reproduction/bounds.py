@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from reproduction import tables
+from reproduction.lengths import RATIO
 from reproduction.measures import first_columns
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings
@@ -22,7 +23,6 @@ SAMPLES_OF = {"affine": 4096, "Mix-1": 1024, "Mix-d": 64}
 """Most posterior samples. Those of Mix-d have nearly equal weights."""
 FACTOR = 4  # from one number of samples to the next
 WINDOWS = 64
-RATIO = "over AR"
 NORMAL = "bpc if log w is normal"
 
 

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from reproduction.coded import CodedConfig
+from reproduction.lengths import RATIO
 from reproduction.measures import summary_row
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings, as_flow_config
@@ -29,7 +30,7 @@ CHOSEN_ON = 512
 """Windows of the validation split after a short training, on which inputs are compared."""
 TESTED_ON = 1024
 """Windows of the test split after a short training in letters."""
-OVER_AR, VALID = "over AR", "valid bpc"
+VALID = "valid bpc"
 SHAPE = ("tokens", "layers", "convolution", "reads")
 """Columns that name a model and a place."""
 
@@ -221,7 +222,7 @@ def measure(
         for column in (VALID, "test bpc"):
             tables = others[inputs(cell.place)["table"][0]]
             row[f"{column} over the table"] = row[column] / of_seed(tables, row)[column]
-            row[f"{column} {OVER_AR}"] = row[column] / of_seed(others[best], row)[column]
+            row[f"{column} {RATIO}"] = row[column] / of_seed(others[best], row)[column]
     return rows
 
 
@@ -262,13 +263,13 @@ def explained(rows: Sequence[Row]) -> list[Row]:
         first = own[0]
         shape = {name: first[name] for name in SHAPE}
         is_long = first["steps"] == LONG[first["tokens"]]
-        length = f"{OVER_AR}, long" if is_long else f"{OVER_AR}, short"
+        length = f"{RATIO}, long" if is_long else f"{RATIO}, short"
         if first["is"] == "block 1":
-            ratio = mean(row[f"test bpc {OVER_AR}"] for row in own)
+            ratio = mean(row[f"test bpc {RATIO}"] for row in own)
             found.setdefault(tuple(shape.values()), shape)[length] = ratio
         elif first["convolution"] == "yes":
             tests[first["layers"], length] = mean(row["test bpc"] for row in own)
-    lines = sorted(found.values(), key=lambda row: (row["convolution"], row[f"{OVER_AR}, short"]))
+    lines = sorted(found.values(), key=lambda row: (row["convolution"], row[f"{RATIO}, short"]))
     depth = SHALLOW.columns() | {"reads": "a baseline of four layers over one of six"}
     for (layers, length), value in tests.items():
         if layers == SHALLOW.layers:
@@ -276,7 +277,7 @@ def explained(rows: Sequence[Row]) -> list[Row]:
     text8, owt = PAPER_LIKELIHOOD["text8"], PAPER_LIKELIHOOD["owt"]
     gap, wide_gap = text8["Mix-d"] / text8["AR"], log(owt["Mix-d"]) / log(owt["AR"])
     published = [
-        {"tokens": tokens, "layers": 12, "reads": reads, f"{OVER_AR}, long": ratio}
+        {"tokens": tokens, "layers": 12, "reads": reads, f"{RATIO}, long": ratio}
         for tokens, reads, ratio in (
             ("letters", "latents, d = 5, the paper on TEXT8", gap),
             ("pieces", "latents, d = 16, the paper on OpenWebText", wide_gap),

@@ -95,8 +95,8 @@ RELEASED = [
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_generate_and_have_a_card(name):
     model, tokenizer = load(name)
-    tokens = generate(model, num_tokens=40, generator=torch.Generator().manual_seed(0)).tokens[0]
-    assert len(tokens) == 40
+    tokens = generate(model, num_tokens=64, generator=torch.Generator().manual_seed(0)).tokens[0]
+    assert len(tokens) == 64
     # of a character model these are 64 characters
     assert len(tokenizer.decode(tokens)) == tokenizer.characters_per_token[tokens].sum()
     card = (FOLDER / name / "README.md").read_text(encoding="utf-8")

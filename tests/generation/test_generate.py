@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import FILLS, normal, tiny_ar, tiny_flow
+from helpers import FILLS, mostly_nightly, normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.generation import Generation, generate
@@ -57,7 +57,7 @@ def test_rows_do_not_depend_on_how_many_there_are(model, prompt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 2, 7, 8])
+@pytest.mark.parametrize("length", mostly_nightly([1, 2, 3, 5, 7, 8], 1, 2, 7, 8))
 def test_any_length_will_do(model, length):
     """Patches need not divide it."""
     result = sample(model, num_tokens=length)
@@ -120,7 +120,17 @@ class Count(Progress):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("length", "num_given"), [(1, 0), (8, 0), (8, 3), (9, 0), (20, 3), (20, 11)]
+    ("length", "num_given"),
+    [
+        (1, 0),
+        (8, 0),
+        (8, 3),
+        (9, 0),
+        (20, 3),
+        (20, 11),
+        pytest.param(5, 0, marks=pytest.mark.nightly),
+        pytest.param(20, 0, marks=pytest.mark.nightly),
+    ],
 )
 def test_progress_counts_the_tokens_of_all_samples(model, length, num_given):
     progress = Count()

@@ -144,7 +144,10 @@ def test_tokens_behind_a_cache_need_those_before_them(tmp_path):
     with pytest.raises(ValueError, match="inputs_embeds"):
         exported(ids[:, -1:], **{name: first[name]})
     last = exported(inputs_embeds=exported.mix(ids)[:, -1:], **{name: first[name]})
-    torch.testing.assert_close(last.logits[:, -1], whole, rtol=1e-6, atol=1e-5)
+    V = SIZE["vocab_size"]
+    torch.testing.assert_close(last.logits[:, -1, :V], whole[:, :V], rtol=0, atol=1e-5)
+    # those of tokens that never come are large: their rounding is, too
+    torch.testing.assert_close(last.logits[:, -1, V:], whole[:, V:], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.slow
