@@ -14,16 +14,13 @@ from reproduction.measures import summary_row
 from reproduction.recipe import Finished, Recipe, Row, Training, trainings
 from reproduction.settings import Settings, as_flow_config
 from reproduction.tables import PAPER_LIKELIHOOD
-from tarflowlm.config import RunConfig
+from tarflowlm.config import OptimConfig, RunConfig
 from tarflowlm.model_config import BaselineConfig, TransformerConfig
 from tarflowlm.presets import MINI_TRUNK, preset, with_blocks, with_steps
 
 Text = Literal["letters", "pieces"]
-PRESETS: dict[Text, tuple[str, str]] = {
-    "letters": ("mini-ar", "mini-mixd"),
-    "pieces": ("english-small-ar", "english-small"),
-}
-"""The baseline, and the flow, on each kind of tokens."""
+BASELINES: dict[Text, str] = {"letters": "mini-ar", "pieces": "english-small-ar"}
+"""The preset of the baseline on each kind of tokens."""
 SHORT, LONG = {"letters": 650, "pieces": 260}, {"letters": 2600, "pieces": 1300}
 """Steps."""
 CHOSEN_ON = 512
@@ -92,8 +89,12 @@ def inputs(place: Place) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def baseline(place: Place, kind: str, steps: int, seeds: int = 1) -> Cell:
     """The baseline with an input."""
-    run = preset(PRESETS[place.text][0])
+    run = preset(BASELINES[place.text])
     assert isinstance(run.model, BaselineConfig)
+    if place.text == "pieces":
+        # without the decay and the windows that pay in many passes
+        train = replace(run.train, batch_size=16)
+        run = replace(run, model=replace(run.model, context=256), train=train, optim=OptimConfig())
     reads, fields = inputs(place)[kind]
     model = replace(run.model, layers=place.layers, trunk=place.trunk(run.model.trunk))
     if model != run.model or fields or steps != run.train.num_steps:
@@ -109,7 +110,7 @@ def block_1(
     place: Place, d: int, steps: int, *, linear: bool = False, tokens: bool = False, seeds: int = 1
 ) -> Cell:
     """The Mix-d block of a flow alone: a model of its own."""
-    run = with_blocks(preset(PRESETS[place.text][1]), (0,))
+    run = with_blocks(preset("mini-mixd"), (0,))
     config = as_flow_config(run.model)
     model = replace(
         config,
