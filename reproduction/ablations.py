@@ -109,8 +109,8 @@ FIG2 = Recipe(
         "The paper: every addition improves the model: base (one affine map for all channels of a"
         " token), + channel-wise affine (a minor gain), + Mix-1 (a great one), + Mix-d, + "
         "progressive training. (Block 1 sees the same tokens in all of them; progressive training"
-        " adds a few steps for the other blocks. At mini scale + Mix-d is no ablation: it also "
-        "reads tokens, has its layers in block 1, and half the rate.)"
+        " adds steps for the other blocks, 600 at mini scale. There + Mix-d is no ablation: it "
+        "also reads tokens, has its layers in block 1, and half the rate.)"
     ),
     plan=plan_fig2,
     measure=measures.with_curves,
