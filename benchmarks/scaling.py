@@ -72,7 +72,8 @@ def _time(args: Namespace, processes: Processes) -> dict[tuple[str, str], float]
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for index in range(args.rounds + 1):
         for key, step in steps.items():
-            processes.wait()
+            if processes.world > 1:
+                torch.distributed.barrier()
             start = time.perf_counter()
             step()
             if index:  # the first round warms up

@@ -45,8 +45,9 @@ from torch import Tensor
 
 import tarflowlm
 from tarflowlm import Pretrained, TarFlowLM, UserError
+from tarflowlm.baseline import TokenLM
 from tarflowlm.data.prompts import read
-from tarflowlm.flow.transformer import KVCache
+from tarflowlm.flow.transformer import Conditioner, KVCache
 from tarflowlm.model import LanguageModel
 
 CELLS, REACH = 4, 8  # cells of the grid in the least sigma; sigmas from a code to its last cell
@@ -66,7 +67,9 @@ class Coder:
     def __init__(self, model: LanguageModel, *, latents: bool) -> None:
         self.model = model
         if isinstance(model, TarFlowLM):
-            coupling = model.prior.block(0).coupling
+            block = model.prior.block(0)
+            coupling = block.coupling
+            self.conditioner: Conditioner = block
             if model.config.patch > 1 or not getattr(coupling, "is_tied", False):
                 raise UserError("block 1: must be a tied Mix-d with one token a position")
             self.head, self.dtype = coupling.weight_head, model.codebook.mean.dtype
@@ -74,6 +77,8 @@ class Coder:
             std = model.codebook.log_std.double().exp()
             self.width = std.min() / CELLS
         else:
+            assert isinstance(model, TokenLM)
+            self.conditioner = model
             self.head, self.dtype = model.head, torch.long
             mean = torch.arange(model.config.vocab_size)[:, None]
             std, self.width = torch.ones(len(mean)), 1
@@ -103,7 +108,7 @@ class Coder:
         value = None
         if before is not None:
             value = (torch.tensor(before)[None] * self.width).to(self.dtype)
-        logits = self.head(self.model.conditioner.features_at(cache, value))
+        logits = self.head(self.conditioner.features_at(cache, value))
         return Table(logits[0].double().softmax(-1).numpy())
 
     def posteriors(self, cells: Cells, weights: Table) -> tuple[Table, Table]:
@@ -117,7 +122,7 @@ class Coder:
 
     def push(self, stack: Stack, tokens: list[int]) -> None:
         """Code a window, its first token last."""
-        cache = self.model.conditioner.allocate_cache(1, len(tokens))
+        cache = self.conditioner.allocate_cache(1, len(tokens))
         drawn = [self.draw(stack, token) for token in tokens]
         tables = [self.weights(cache, before) for before in (None, *drawn[:-1])]
         for token, cells, weights in reversed(list(zip(tokens, drawn, tables, strict=True))):
@@ -130,7 +135,7 @@ class Coder:
 
     def pop(self, stack: Stack, length: int) -> list[int]:
         """Undo `push`."""
-        cache = self.model.conditioner.allocate_cache(1, length)
+        cache = self.conditioner.allocate_cache(1, length)
         found: list[tuple[int, Cells]] = []
         for _ in range(length):
             weights = self.weights(cache, found[-1][1] if found else None)

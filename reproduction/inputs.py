@@ -90,11 +90,11 @@ def inputs(place: Place) -> dict[str, tuple[str, dict[str, Any]]]:
 def baseline(place: Place, kind: str, steps: int, seeds: int = 1) -> Cell:
     """The baseline with an input."""
     run = preset(BASELINES[place.text])
-    assert isinstance(run.model, BaselineConfig)
     if place.text == "pieces":
         # without the decay and the windows that pay in many passes
         train = replace(run.train, batch_size=16)
         run = replace(run, model=replace(run.model, context=256), train=train, optim=OptimConfig())
+    assert isinstance(run.model, BaselineConfig)
     reads, fields = inputs(place)[kind]
     model = replace(run.model, layers=place.layers, trunk=place.trunk(run.model.trunk))
     if model != run.model or fields or steps != run.train.num_steps:

@@ -50,10 +50,6 @@ class TokenLM(LanguageModel, Conditioner):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    @property
-    def conditioner(self) -> Conditioner:
-        return self
-
     def embedder(self) -> Embedder:
         def embed(past: Tensor) -> Tensor:
             patches = past.flatten(1).unflatten(1, (-1, self.config.patch))

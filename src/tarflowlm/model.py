@@ -22,7 +22,6 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.plan import Order, block_shape
 from tarflowlm.flow.stack import FlowBlock, Prior
-from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model_config import FlowConfig, LanguageModelConfig, MixD
 from tarflowlm.schema import check_integers, check_type
 
@@ -30,8 +29,7 @@ from tarflowlm.schema import check_integers, check_type
 class LanguageModel(nn.Module):
     """A model p(x) of token sequences x [B, T], exact or through a bound; P must divide T.
 
-    It is trained and scored by `draw_noise` and `bound`, and writes position by position through
-    its `conditioner`.
+    It is trained and scored by `draw_noise` and `bound`.
     """
 
     config: LanguageModelConfig
@@ -50,11 +48,6 @@ class LanguageModel(nn.Module):
     def num_blocks(self) -> int:
         """Flow blocks built so far."""
         return 1
-
-    @property
-    @abstractmethod
-    def conditioner(self) -> Conditioner:
-        """The Transformer next to the tokens, in block 1."""
 
     @property
     def num_parameters(self) -> int:
@@ -203,10 +196,6 @@ class TarFlowLM(LanguageModel):
     @property
     def num_blocks(self) -> int:
         return len(self.prior.blocks)
-
-    @property
-    def conditioner(self) -> FlowBlock:
-        return self.prior.block(0)
 
     def append_block(self) -> FlowBlock:
         """Build the next block. A block with `certainty` below it then only fills in (eq. 9a)."""

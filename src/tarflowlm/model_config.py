@@ -5,7 +5,7 @@ No torch here: the command line reads configurations without it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from tarflowlm.errors import UserError
@@ -50,6 +50,8 @@ class LanguageModelConfig(Checked):
     """The kind of model, as written to config.json."""
     model: ClassVar[str]
     """module:class of the model."""
+    bound: ClassVar[str]
+    """What an evaluation gives: exact values, or upper bounds (elbo)."""
     vocab_size: Whole = 0
     """Token types V; 0 takes it from the tokenizer."""
     context: Annotated[int, Range(least=2)] = 256
@@ -93,13 +95,7 @@ class LanguageModelConfig(Checked):
 
     def build(self) -> Any:
         """A new model, initialised from PyTorch's global generator (`model.seeded`)."""
-        return imported(self.model)(self)
-
-
-def imported(path: str) -> Any:
-    """The object that "module:name" names."""
-    module, name = path.split(":")
-    return getattr(import_module(module), name)
+        return resolve_name(self.model)(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +104,7 @@ class BaselineConfig(LanguageModelConfig):
 
     family: ClassVar[str] = "ar"
     model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
+    bound: ClassVar[str] = "exact"
     in_patch: InPatch = "independent"
     """Tokens of a patch: independent (as in the paper), or each given the tokens before it."""
     layers: Count = 6
@@ -138,7 +135,7 @@ class BlockConfig(Checked):
     def build(self, shape: Any) -> Any:
         """The coupling for a block of this `flow.plan.BlockShape`."""
         kind = self.implementation
-        return (imported(kind) if isinstance(kind, str) else kind).build(self, shape)
+        return (resolve_name(kind) if isinstance(kind, str) else kind).build(self, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +241,7 @@ class FlowConfig(LanguageModelConfig):
 
     family: ClassVar[str] = "flow"
     model: ClassVar[str] = "tarflowlm.model:TarFlowLM"
+    bound: ClassVar[str] = "elbo"
     latent_dim: Count = 8
     """Latent channels d per token."""
     separation: Positive = 12.0

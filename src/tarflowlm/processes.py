@@ -154,22 +154,17 @@ class Processes:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wait(self, group: dist.ProcessGroup | None = None) -> None:
-        """Wait until all processes have called it."""
-        if self.world > 1:
-            dist.barrier(group=group)
-
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """A context that the first process passes before the others, which find its files."""
         group: Any = dist.new_group(backend="gloo", timeout=LONG) if self.world > 1 else None
-        if not self.first:
-            self.wait(group)
+        if group is not None and not self.first:
+            dist.barrier(group)
         try:
             yield
         finally:
-            if self.first:
-                self.wait(group)
+            if group is not None and self.first:
+                dist.barrier(group)
 
 
 ALONE = Processes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tarflowlm.flow.numerics import most_probable_component
+from tarflowlm.flow.numerics import component_finder
 from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.model import TarFlowLM
 from tarflowlm.terminal.texts import Kind, Row, Token
@@ -36,8 +36,8 @@ def noise_of(model: TarFlowLM, states: Sequence[Tensor]) -> list[Tensor] | None:
     if not model.config.fills_in:
         return None
     book = NoisyCodebook(model.codebook)
-    found = (most_probable_component(state, book.mean, book.log_std) for state in states)
-    return [(one == model.codebook.vocab_size).cpu() for one in found]
+    find = component_finder(book.mean, book.log_std)
+    return [(find(state) == model.codebook.vocab_size).cpu() for state in states]
 
 
 def to_html(rows: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ import torch
 from numerics_cases import codebook_case
 
 from tarflowlm import chunks
-from tarflowlm.flow.numerics import mixture_log_prob, most_probable_component, near
+from tarflowlm.flow.numerics import component_finder, mixture_log_prob, near
 from tarflowlm.flow.numerics.near import near_components
 from tarflowlm.flow.numerics.normal import log_component_densities
 from tarflowlm.flow.numerics.vocabulary import mixture_log_prob_from_features
@@ -147,14 +147,15 @@ def test_the_most_probable_component(dtype, budget):
     mean, log_std = mean[:20].repeat(2, 1), log_std[:20].repeat(2)
     z[7, 1] = math.nan
     z[8] = 0.0  # where products are exact
-    found = most_probable_component(z, mean, log_std)
+    find = component_finder(mean, log_std)
+    found = find(z)
     density = log_component_densities(z.double(), mean.double(), log_std.double())
     below = density.amax(-1) - density.gather(-1, found[:, None])[:, 0]
     assert below.nan_to_num().max() <= 1e-12
     assert found[7] == 0
     assert found[8] == density[8].argmax() < 20
-    assert torch.equal(most_probable_component(z.view(5, 10, 3), mean, log_std), found.view(5, 10))
-    assert most_probable_component(z[:0], mean, log_std).shape == (0,)
+    assert torch.equal(find(z.view(5, 10, 3)), found.view(5, 10))
+    assert find(z[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

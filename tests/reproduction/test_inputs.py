@@ -1,7 +1,6 @@
 """The baseline with codes, and ratios to the best baseline of a place."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from reproduction.settings import Settings
 from tarflowlm import generate
 from tarflowlm.config import RunConfig
 from tarflowlm.presets import preset
-from tarflowlm.runs.records import RunRecord
 from tarflowlm.schema import from_dict, to_dict
 
 KINDS = {
@@ -30,7 +28,7 @@ def test_a_coded_baseline_trains_its_input_and_samples_from_a_cache(kind):
     config = CodedConfig(vocab_size=5, context=8, trunk=TRUNK, layers=1, **KINDS[kind])
     run = replace(preset("mini-ar"), model=config)
     assert from_dict(RunConfig, to_dict(run)) == run
-    assert RunRecord("", Path(), run, {}, {}, None).bound == "exact"
+    assert run.model.bound == "exact"
     model = config.build()
     torch.nn.init.normal_(model.head.weight)
     tokens = torch.tensor([[0, 3, 1, 4]])

@@ -19,7 +19,7 @@ def directory(runs, tmp_path):
 
 def test_finished_run(runs):
     record = read_record(runs["progressive"])
-    assert (record.name, record.status, record.bound, record.notes) == (
+    assert (record.name, record.status, record.run.model.bound, record.notes) == (
         "progressive",
         "finished",
         "elbo",
@@ -32,7 +32,7 @@ def test_finished_run(runs):
     ends = np.flatnonzero(np.diff(block))
     assert block[ends + 1].tolist() == [2, 3]
     assert record.train["tokens"][ends].tolist() == [192, 320]
-    assert read_record(runs["baseline"]).bound == "exact"
+    assert read_record(runs["baseline"]).run.model.bound == "exact"
 
 
 def test_seconds_add_up_over_stages(directory):

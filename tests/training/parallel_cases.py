@@ -144,7 +144,8 @@ def train_all(processes: Processes, source: str, out: Path, names: tuple[str, ..
             interrupted = replace(run, train=replace(run.train, checkpoint_every=4))
             train(interrupted, out / f"cut-{mode}", reporter=Stopper(), **options)
         except Stop:
-            processes.wait()
+            if processes.world > 1:
+                torch.distributed.barrier()
         if processes.first:
             shutil.copytree(out / f"cut-{mode}", out / f"cut-{mode}-4")
             shutil.copytree(out / f"cut-{mode}", out / f"cut-{mode}-1")

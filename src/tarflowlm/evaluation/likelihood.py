@@ -193,7 +193,7 @@ def summarise(
     elbo = -log_w.mean(0)
     nats, stderr = _per_token(weighted, tokens)
     elbo_nats, elbo_stderr = (None, None) if model.is_exact else _per_token(elbo, tokens)
-    bound = "exact" if model.is_exact else "elbo"
+    bound = model.config.bound
     sampling_stderr = gap_stderr = None
     if len(log_w) > 1:
         bound = f"iw-{len(log_w)}"

@@ -135,4 +135,4 @@ class Codebook(nn.Module):
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The most probable token of every latent vector."""
-        return numerics.most_probable_component(z, self.mean, self.log_std)
+        return numerics.component_finder(self.mean, self.log_std)(z)

@@ -15,7 +15,6 @@ from tarflowlm import flow
 from tarflowlm.flow import full_precision, widen
 
 LARGEST_LOG_STD = 8.0
-ROOM = 4.0
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def bounded_log_std(x: Tensor) -> Tensor:
         if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:
             return x
     inside = x.clamp(-LARGEST_LOG_STD, LARGEST_LOG_STD)
-    return inside + ROOM * torch.tanh((x - inside) / ROOM)
+    return inside + 4.0 * torch.tanh((x - inside) / 4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +113,10 @@ class AutoregressiveHead(nn.Module):
         sees = torch.ones(groups, groups).tril(-1) * (token[:, None] == token)
         self.register_buffer("mask", sees[:, :known].contiguous(), persistent=False)
 
-    def masked_cross(self) -> Float[Tensor, "G M known A"]:
-        """`cross`, with zeros between groups that do not see each other."""
-        return self.cross * self.mask[:, None, :, None]
-
-    def masked_evidence(self) -> Float[Tensor, "G known channels O"] | None:
-        """`evidence`, masked likewise."""
-        return None if self.evidence is None else self.evidence * self.mask[:, :, None, None]
+    def masked(self) -> tuple[Float[Tensor, "G M known A"], Tensor | None]:
+        """`cross` and `evidence` [G, known, C/G, O] without what groups must not see."""
+        evidence = None if self.evidence is None else self.evidence * self.mask[:, :, None, None]
+        return self.cross * self.mask[:, None, :, None], evidence
 
     def embedded(self, values: Tensor, embed: Tensor, groups: int | slice) -> Tensor:
         """e = gelu(embed [z, elu(z), elu(-z)] + bias) of these groups, z [..., rows, C/G]."""
@@ -132,10 +128,11 @@ class AutoregressiveHead(nn.Module):
         """Parameters of all groups, each given the earlier groups of z: [G, B, N, O] each."""
         B, N, _ = z.shape
         hidden = self.context(features).reshape(B * N, -1)
+        cross, evidence = self.masked()
         if self.num_known:
             values = z.reshape(B * N, self.groups, self.channels).transpose(0, 1)[:-1]
             embedded = self.embedded(values, self.embed, slice(None))
-            cross = self.masked_cross().reshape(self.groups * self.hidden, -1)
+            cross = cross.reshape(self.groups * self.hidden, -1)
             hidden = torch.addmm(hidden, embedded.transpose(0, 1).flatten(1), cross.T)
         # the outputs of all groups [G, rows, O], in one product
         active = F.gelu(hidden.view(-1, self.groups, self.hidden).transpose(0, 1))
@@ -147,7 +144,6 @@ class AutoregressiveHead(nn.Module):
         if self.log_std_last:
             outputs[-1] = bounded_log_std(outputs[-1])
         first, *rest = outputs
-        evidence = self.masked_evidence()
         if self.shared is not None and evidence is not None:
             first = first + widen(self.shared(features)).view(1, B * N, -1)
             if self.num_known:
@@ -192,7 +188,7 @@ class HeadWeights:
         self.embed = head.embed.unbind()
         # for every group, from the groups before it: [g A, M] and [g C/G, O]
         groups = range(head.groups)
-        cross, evidence = head.masked_cross(), head.masked_evidence()
+        cross, evidence = head.masked()
         self.cross = [cross[g, :, :g].flatten(1).T.contiguous() for g in groups]
         self.evidence = [] if evidence is None else [evidence[g, :g].flatten(0, 1) for g in groups]
 

@@ -42,22 +42,21 @@ PROBED = 8
 """Sequences of noise on which `draws_last` finds out whether sweeps cost less than drawing."""
 
 R = TypeVar("R")
-Y = TypeVar("Y")
 
 
-class Returning(Generic[Y, R]):
+class Returning(Generic[R]):
     """Iterates over a generator, and keeps its return value as `value`."""
 
     value: R
 
-    def __init__(self, steps: Generator[Y, None, R]) -> None:
+    def __init__(self, steps: Generator[Tensor, None, R]) -> None:
         self.steps = steps
 
-    def __iter__(self) -> Iterator[Y]:
+    def __iter__(self) -> Iterator[Tensor]:
         self.value = yield from self.steps
 
 
-def finish(steps: Generator[object, None, R]) -> R:
+def finish(steps: Generator[Tensor, None, R]) -> R:
     """Run a generator to its end, and return its return value."""
     returning = Returning(steps)
     for _ in returning:

@@ -105,15 +105,15 @@ class TokenRows(Rows):
         """Block `index` of a flow, in the order of the tokens, is a Mix-d block."""
         self.model = model
         self.tokens = tokens
-        source = model.conditioner
         self.law: TokenLM | MixDCoupling
+        source: Conditioner
         if isinstance(model, TarFlowLM):
             source = model.prior.block(index)
             self.law = cast(MixDCoupling, source.coupling)
             book = self.law.components
             self.mean, self.std = book.mean, book.log_std.exp()
         else:
-            self.law = cast(TokenLM, model)
+            source = self.law = cast(TokenLM, model)
         super().__init__(source, (len(tokens), tokens.shape[1]), adjust, half=half)
 
     def values_of(self, tokens: Tensor, noise: Tensor) -> Tensor:

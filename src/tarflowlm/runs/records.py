@@ -11,7 +11,6 @@ import numpy.typing as npt
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import is_written
-from tarflowlm.model_config import BaselineConfig
 from tarflowlm.runs import CONFIG, METRICS, WEIGHTS
 from tarflowlm.runs.checkpoint import Summary, read_run, read_summary, resume_command
 
@@ -58,11 +57,6 @@ class RunRecord:
     """None until the run is finished."""
     notes: list[str] = field(default_factory=list)
     """Remarks of a reader about missing pieces."""
-
-    @property
-    def bound(self) -> str:
-        """The kind of the numbers: exact, or the upper bound elbo."""
-        return "exact" if isinstance(self.run.model, BaselineConfig) else "elbo"
 
     @property
     def valid_bpc(self) -> float | None:

@@ -46,39 +46,33 @@ class PendingStep(NamedTuple):
     norms: Tensor  # of their gradients
 
 
-class PendingLosses(list[PendingStep]):
-    """The steps whose numbers the host has not read yet, because it would wait for the device."""
+def read_losses(
+    pending: list[PendingStep], model: nn.Module, step: int
+) -> list[tuple[float, float]]:
+    """Losses and gradient norms of the steps, which leave the list; one transfer from the device.
 
-    def read(self, model: nn.Module, step: int) -> list[tuple[float, float]]:
-        """Losses and gradient norms of the steps, with one transfer from the device.
-
-        FloatingPointError for the first one that is not finite; `step` is the newest step that has
-        changed the weights of `model`. Collective.
-        """
-        rows = torch.stack([each.numbers for each in self]).tolist() if self else []
-        for pending, (loss, norm) in zip(self, rows, strict=True):
-            if not math.isfinite(loss + norm):
-                raise not_finite(pending, loss, model, step)
-        self.clear()
-        return [(loss, norm) for loss, norm in rows]
-
-
-def not_finite(pending: PendingStep, loss: float, model: nn.Module, step: int) -> Exception:
-    """The error for a step: the gradients that are not finite, and the parameters, if they have not
-    changed since that step. Collective.
+    FloatingPointError for the first one that is not finite. It names the gradients that are not,
+    and such parameters, if they have not changed since: `step` is the newest step that has changed
+    the weights of `model`. Collective.
     """
-    culprits = {"gradients": dict(zip(pending.names, pending.norms.tolist(), strict=True))}
-    if pending.step > step:
-        weights = trained_parameters(model)
-        culprits["parameters"] = dict(zip(weights, norms(weights).tolist(), strict=True))
-    found = [f"the loss is {loss:.4g}"]
-    for kind, sizes in culprits.items():
-        if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
-            found.append(f"{len(broken)} {kind} are not finite: {', '.join(broken[:NAMED])}")
-    remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
-    if step == 0:
-        remedy = "lower optim.lr, or check the values of model, which has learnt nothing yet"
-    return FloatingPointError(f"the run ended at step {pending.step}: {'; '.join(found)}; {remedy}")
+    rows = torch.stack([each.numbers for each in pending]).tolist() if pending else []
+    for each, (loss, norm) in zip(pending, rows, strict=True):
+        if math.isfinite(loss + norm):
+            continue
+        culprits = {"gradients": dict(zip(each.names, each.norms.tolist(), strict=True))}
+        if each.step > step:
+            weights = trained_parameters(model)
+            culprits["parameters"] = dict(zip(weights, norms(weights).tolist(), strict=True))
+        found = [f"the loss is {loss:.4g}"]
+        for kind, sizes in culprits.items():
+            if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
+                found.append(f"{len(broken)} {kind} are not finite: {', '.join(broken[:NAMED])}")
+        remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
+        if step == 0:
+            remedy = "lower optim.lr, or check the values of model, which has learnt nothing yet"
+        raise FloatingPointError(f"the run ended at step {each.step}: {'; '.join(found)}; {remedy}")
+    pending.clear()
+    return [(loss, norm) for loss, norm in rows]
 
 
 @dataclass

@@ -26,7 +26,7 @@ from tarflowlm.processes import ALONE, Processes, keep_freed_memory
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, finished_summary
 from tarflowlm.training import optim, parallel
 from tarflowlm.training.checkpoint import newest_state, save, stop, wait
-from tarflowlm.training.log import MetricsLog, PendingLosses, PendingStep
+from tarflowlm.training.log import MetricsLog, PendingStep, read_losses
 from tarflowlm.training.resolve import (
     announce,
     check_same,
@@ -122,7 +122,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
     config, counters, model = state.config, state.counters, state.model
     train = config.train
     every = STEPS_BETWEEN_READS.get(run.device.type, 1)
-    pending = PendingLosses()
+    pending = list[PendingStep]()
     may_compile = run.compiles
     done, total = counters.progress(train)
     run.log.reporter.stage(state.stage_name, total, done)
@@ -158,7 +158,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
         # changes. A GPU is read only every 16 steps: weights may be bad by then, but are not saved.
         numbers = torch.stack((loss, norm))
         pending.append(PendingStep(counters.step + 1, numbers, [*trained], norms))
-        read = pending.read(model, counters.step) if len(pending) >= every else []
+        read = read_losses(pending, model, counters.step) if len(pending) >= every else []
 
         # Change the weights.
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
@@ -170,7 +170,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
         optim.update_average(state.copies, model, counters.stage_step, train.ema)
         if may_compile:
             # the first step of a stage compiles layers, which is not training time
-            read += pending.read(model, counters.step)
+            read += read_losses(pending, model, counters.step)
             state.began += time.perf_counter() - start
             start, num_tokens, waited, may_compile = time.perf_counter(), 0, 0.0, False
 
@@ -183,7 +183,7 @@ def train_stage(run: Run, state: State) -> Likelihood:
         log_is_due = counters.evaluation_is_due or counters.step % train.log_every == 0
         save_is_due = counters.evaluation_is_due or is_time_to_save(run, state)
         if log_is_due or save_is_due or why is not None:
-            read += pending.read(model, counters.step)
+            read += read_losses(pending, model, counters.step)
 
         # Report, log, save.
         before, (done, _) = done, counters.progress(train)

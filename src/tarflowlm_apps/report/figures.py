@@ -48,7 +48,7 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
                 alpha=0.45,
             )
             bpc = run.train["bpc"][-1] if run.valid_bpc is None else run.valid_bpc
-            sign = sign_of(run.bound).replace("<=", "≤")
+            sign = sign_of(run.run.model.bound).replace("<=", "≤")
             line.set_label(f"{literal(run.name)} {sign} {bpc:.3f}")
         axes.set_ylabel("bits per character")
         _count_on_x(axes, records, column)

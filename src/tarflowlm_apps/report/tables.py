@@ -41,7 +41,7 @@ def _table(records: Sequence[RunRecord], rows: Sequence[Sequence[str]]) -> str:
 
 def _summary_of(record: RunRecord) -> dict[str, str]:
     """The column of a run, with its known values alone."""
-    sign = sign_of(record.bound)
+    sign = sign_of(record.run.model.bound)
     column = {"status": record.status}
     done = record.summary
     if done is not None:

@@ -33,7 +33,6 @@ from tarflowlm.flow.numerics.vocabulary import (
     head_sums,
     mixture_log_prob,
     mixture_log_prob_from_features,
-    most_probable_component,
 )
 
 __all__ = [
@@ -52,7 +51,6 @@ __all__ = [
     "mixture_log_density",
     "mixture_log_prob",
     "mixture_log_prob_from_features",
-    "most_probable_component",
     "rosenblatt",
     "rosenblatt_inverse",
     "standard_normal_log_prob",

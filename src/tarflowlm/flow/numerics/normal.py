@@ -69,11 +69,6 @@ def log_upper_tail(a: Tensor) -> Tensor:
     return torch.where(a > 1.0, torch.log(0.5 * far) - 0.5 * a * a, torch.log1p(-0.5 * near))
 
 
-def upper_quantile(q: Tensor) -> Tensor:
-    """x with Q(x) = q, elementwise; the relative precision of a small q is kept."""
-    return torch.special.ndtri(q).neg_()
-
-
 def upper_quantile_of_log(log_q: Tensor) -> Tensor:
     """x with Q(x) = exp(log_q), elementwise, for log_q <= 0, however small; -inf gives inf.
 

@@ -119,21 +119,13 @@ def mixture_log_prob_from_features(
     return log_p.view(shape)
 
 
-@torch.no_grad()
-def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """argmax_k N(z; mu_k, s_k^2 I): the decoder's mode (docs/math.md, eq. 2).
+def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor]:
+    """Finds argmax_k N(z; mu_k, s_k^2 I), the decoder's mode (docs/math.md, eq. 2).
 
     The first of equal components; any of components that differ by a rounding in float64.
-    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0. ValueError if
-    shapes do not fit.
+    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0.
     """
-    check_codebook(z, mean, log_std)
-    return component_finder(mean, log_std)(z)
-
-
-@torch.no_grad()
-def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor]:
-    """`most_probable_component` for many calls, with the work on the components done once."""
+    mean, log_std = mean.detach(), log_std.detach()
     factors = None if wide_dtype(mean) == torch.float32 else component_factors(mean, log_std).T
 
     def find(z: Tensor) -> Tensor:
