@@ -20,6 +20,7 @@ from tarflowlm.runs import WEIGHTS
 from tarflowlm.runs.checkpoint import (
     is_whole,
     load_checkpoint,
+    read_run,
     read_summary,
     resume_command,
     write_manifest,
@@ -164,10 +165,18 @@ def test_damaged_folder_is_not_whole(tmp_path, damage):
 
 def test_summary_is_read_where_there_is_one(directory):
     assert read_summary(directory) is None
-    test = dict.fromkeys(("bpc", "bound", "nats_per_token", "stderr"), 2.0)
+    test = dict.fromkeys(("bpc", "bound", "nats_per_token", "stderr", "windows"), 2.0)
     summary = {"test": test, "tokens": 3, "seconds": 1.0, "stage_valid_bpc": [2.0]}
     (directory / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert read_summary(directory)["test"]["bpc"] == 2.0
+
+
+def test_imports_of_another_kind_are_named(directory):
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    wrong = json.dumps(config | {"imports": ["my.bends"]})
+    (directory / "config.json").write_text(wrong, encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json is not the configuration"):
+        read_run(directory)
 
 
 def test_resume_command_imports_the_modules_of_the_run(directory):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 
-from tarflowlm.errors import UserError, counted
+from tarflowlm.errors import UserError, counted, first_line
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.generation.texts import write_texts
 from tarflowlm.presets import PRESETS, preset
@@ -55,11 +55,14 @@ def save_pretrained(
     replaces a saved model in the folder, but never a run with the log of its training.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
+    if licence is not None and not re.fullmatch(r"[a-z0-9.-]+", licence):
+        raise UserError(f"licence {licence!r}: give an identifier of the hub, such as apache-2.0")
     target = place = Path(folder)
     if is_export(target):
         if not overwrite:
             remedy = "remove it, choose another, or in Python pass overwrite=True"
             raise UserError(f"{target} exists already: {remedy}")
+        target = target.resolve()  # "." has no name
         place = target.with_name(f".{target.name}.new")
         shutil.rmtree(place, ignore_errors=True)
     try:
@@ -110,13 +113,18 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
         api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(repository).private:
             raise UserError(f"{repository} exists and is public: name another")
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            # that of an earlier model; a file that is uploaded stays
-            delete_patterns=DRAFT,
-            commit_message="Upload a model made with tarflowlm",
-        )
+        try:
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                # that of an earlier model; a file that is uploaded stays
+                delete_patterns=DRAFT,
+                commit_message="Upload a model made with tarflowlm",
+            )
+        except ValueError as error:
+            # the hub refuses a head of the card that it cannot read
+            what = f"{repository} is made, but nothing is uploaded: {first_line(error)}"
+            raise UserError(f"{what} Mend the head of {CARD}, or the licence") from None
     return f"{constants.ENDPOINT}/{repository}"
 
 

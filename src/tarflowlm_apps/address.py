@@ -53,6 +53,7 @@ def listen(host: str, port: int | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port or 0), family=family)
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:
         where = host if port is None else f"{host}, port {port}"
-        raise UserError(f"cannot serve at {where} ({error.strerror}): choose another") from None
+        reason = getattr(error, "strerror", None) or "no name of a host"
+        raise UserError(f"cannot serve at {where} ({reason}): choose another") from None

@@ -208,6 +208,11 @@ def test_a_file_without_texts_costs_one_line(refused, model, tmp_path):
     refused("score", model, "--texts", tmp_path / "spaces.txt", names=["spaces.txt", "no text"])
 
 
+def test_a_line_that_cannot_be_scored_is_named(refused, model, tmp_path):
+    (tmp_path / "lines.txt").write_text("the cat\n\n…\n", encoding="utf-8")
+    refused("score", model, "--texts", tmp_path / "lines.txt", names=["line 3 of", "lines.txt"])
+
+
 @pytest.mark.parametrize(
     ("content", "name"),
     [(b"", "is empty"), (b"\xff\xfe\x00\x01" * 50, "not UTF-8"), (b"a few words", "longer text")],

@@ -126,6 +126,8 @@ def test_card_describes_the_model(finished, tmp_path):
     assert (plain / "README.md").read_text(encoding="utf-8") == card
     with pytest.raises(UserError, match=r"licence 'mit': .*README\.md has a head"):
         tarflowlm.load(folder).save_pretrained(tmp_path / "third", licence="mit")
+    with pytest.raises(UserError, match="give an identifier of the hub"):
+        tarflowlm.load(finished).save_pretrained(tmp_path / "third", licence="Apache 2.0")
     assert not (tmp_path / "third").exists()
 
 

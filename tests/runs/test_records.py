@@ -72,7 +72,9 @@ def test_a_damaged_log_is_named(directory, line):
 
 
 def test_a_damaged_summary_is_named(directory):
-    for text in ("[1]", "5", '{"tokens": 3}', '{"test": []}'):
+    whole = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    without = json.dumps(whole | {"stage_valid_bpc": []})
+    for text in ("[1]", "5", '{"tokens": 3}', '{"test": []}', without):
         (directory / "summary.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=r"summary\.json is damaged.*train --resume"):
             read_record(directory)

@@ -249,14 +249,19 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
     from tarflowlm.runs.records import DEPTH, find_runs, is_export
 
     found: dict[str, Path] = {}
+    known = set()
     for folder in directories:
         below = [path for path in find_runs(folder) if not is_export(path)]
         if not below:
             remedy = "give a directory made by `tarflowlm train`"
             raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
         for path in below:
+            place = path.resolve()
+            if place in known:
+                continue
+            known.add(place)
             name = folder.resolve().name if path == folder else str(path.relative_to(folder))
-            found[str(path) if name in found else name] = path
+            found[next(one for one in (name, str(path), str(place)) if one not in found)] = path
     return found
 
 

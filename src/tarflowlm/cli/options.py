@@ -53,8 +53,10 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
             raise error from None
         title, _, body = box.getvalue().partition("\n")
         if "Value error" in title or "Invalid choice" in title:
-            lines = [line.strip("│─ ") for line in body.splitlines()]
-            said = " ".join(lines[: lines.index("")]).rstrip(".")  # up to its first rule
+            lines = [line.strip("│─| ") for line in body.splitlines()]
+            # between its first rules, which may be ASCII
+            lines = ["" if set(line) <= {"-"} else line for line in lines]
+            said = "\n".join(lines).strip().partition("\n\n")[0].replace("\n", " ").rstrip(".")
             raise UserError(f"{_plainly(said)}; see {prog} --help") from None
         sys.stderr.write(box.getvalue())
         raise

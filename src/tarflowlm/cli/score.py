@@ -79,25 +79,32 @@ def run(args: Args) -> None:
 
 def _score_lines(args: Args, source: str) -> None:
     """A JSON object for every line of a file; under torchrun the processes share the lines."""
+    from tarflowlm.data.prompts import read
     from tarflowlm.evaluation.scores import score_texts
     from tarflowlm.processes import LONG, launched
     from tarflowlm.terminal.bars import Bars, print_json
 
-    texts = [line for _, line in read_lines(source)]
-    if not texts:
+    lines = read_lines(source)
+    if not lines:
         raise UserError(f"{source} holds no text: write one per line")
     with launched(args.device, LONG) as processes:
         with processes.first_alone():  # it may have to be downloaded
             lm = load_checkpoint(args.directory, processes.device)
         name = shown_name(args.directory, lm.directory)
-        own = tuple(texts[processes.rank :: processes.world])
+        for number, line in lines:
+            try:
+                read(lm.tokenizer, line, normalize=args.score.normalize)
+            except UserError as error:
+                error.args = (f"line {number} of {source}: {error}",)
+                raise
+        own = tuple(line for _, line in lines[processes.rank :: processes.world])
         found: list[Scores] = []
         if own:
             with Bars() as bars:
                 found = score_texts(replace(args.score, text=own), lm, bars)
-        lines = (_to_json(name, scored, args.score.samples) for scored in found)
-        for index, line in enumerate(processes.in_turn(lines)):
-            print_json({"index": index} | line)
+        results = (_to_json(name, scored, args.score.samples) for scored in found)
+        for index, result in enumerate(processes.in_turn(results)):
+            print_json({"index": index} | result)
 
 
 def _to_json(name: str, scored: "Scores", samples: int) -> dict[str, object]:

@@ -48,8 +48,12 @@ class Samples:
         lm: Checkpoint,
         past_end: bool = False,
         processes: Processes = ALONE,
+        prompts: Sequence[Reading] | None = None,
     ) -> None:
-        """The `processes` share the batches; `processes.in_turn` collects these."""
+        """The `processes` share the batches; `processes.in_turn` collects these.
+
+        `prompts` stand for those of the request, where their tokens are given.
+        """
         self.request, self.lm, self.past_end, self.processes = request, lm, past_end, processes
         model = lm.model
         check_finite(model.state_dict(), "model")
@@ -59,7 +63,7 @@ class Samples:
         ]
         # a line end is in no text of letters, where it reads as a space
         self.stops = [text for stop, text in read_stops if text != " " or stop == " "]
-        self.plans = plans(request, lm, past_end)
+        self.plans = plans(request, lm, past_end, prompts)
         self.total = request.num_each * len(self.plans)
         """Number of samples."""
         blocks = [m for m in model.modules() if isinstance(m, Transformer)]
@@ -220,11 +224,16 @@ def write_texts(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -
     return [text for batch in samples.batches(progress) for text in batch.texts]
 
 
-def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan]:
+def plans(
+    request: Writing,
+    lm: Checkpoint,
+    past_end: bool = False,
+    given: Sequence[Reading] | None = None,
+) -> list[Plan]:
     """A plan for every prompt, for the template, or for free samples.
 
-    `past_end` as in `Samples`. UserError for texts that the model cannot read, and for options
-    without effect.
+    `past_end` and the `given` prompts as in `Samples`. UserError for texts that the model cannot
+    read, and for options without effect.
     """
     if request.without:
         allowed = tokens_without(lm.tokenizer, request.without)
@@ -236,7 +245,7 @@ def plans(request: Writing, lm: Checkpoint, past_end: bool = False) -> list[Plan
     draws &= request.decoder != "sweeps"
     # only where tokens are drawn by their weights can the next one be made to begin with a space
     goes_on = lm.model.config.patch == 1 and (draws or is_constrained)
-    readings = [
+    readings = given or [
         read(lm.tokenizer, prompt, name="prompt", normalize=how, goes_on=goes_on)
         for prompt in prompts
     ]

@@ -89,9 +89,9 @@ def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
             remedy = f"`tarflowlm train --from {directory}` trains that model further"
         raise UserError(f"{directory} is not a run directory: {remedy}")
     document = read_json(path)
-    if not isinstance(document, dict) or document.pop("model_type", None) != MODEL_TYPE:
+    is_run = isinstance(document, dict) and document.pop("model_type", None) == MODEL_TYPE
+    if not is_run or not isinstance(imports := document.pop("imports", {}), dict):
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")
-    imports = document.pop("imports", {})
     missing = {name: imports[name] for name in imports if name not in kinds_of(BlockConfig)}
     for name, module in missing.items():
         if not is_shown:
@@ -122,9 +122,9 @@ def read_summary(directory: Path) -> Summary | None:
     fields = found if isinstance(found, dict) else {}
     test = fields.get("test")
     # the numbers that commands show
-    numbers = {"bpc", "bound", "nats_per_token", "stderr"}
+    numbers = {"bpc", "bound", "nats_per_token", "stderr", "windows"}
     has_test = isinstance(test, dict) and test.keys() >= numbers
-    has_all = has_test and fields.keys() >= {"tokens", "seconds", "stage_valid_bpc"}
+    has_all = has_test and fields.keys() >= {"tokens", "seconds"} and fields.get("stage_valid_bpc")
     if found is not None and not has_all:
         raise UserError(f"{path} is damaged: remove it; `{resume_command(directory)}`")
     return found

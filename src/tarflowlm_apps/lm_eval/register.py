@@ -1,5 +1,6 @@
 """The model `tarflowlm` of lm-evaluation-harness, and the harness's command line with it."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,12 @@ def register() -> None:
         def loglikelihood(self, requests: Requests) -> list[tuple[float, bool]]:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
             with Bars("log-likelihoods", len(pairs)) as progress:
-                return self.scorer.conditional(pairs, progress)
+                found = self.scorer.conditional(pairs, progress)
+            # a choice of which normalisation leaves nothing cannot be the answer
+            return [
+                (-math.inf, False) if pair.given == len(pair.tokens) and request.args[1] else one
+                for request, pair, one in zip(requests, pairs, found, strict=True)
+            ]
 
         def loglikelihood_rolling(self, requests: Requests) -> list[float]:
             texts = [request.args[0] for request in requests]
@@ -121,7 +127,7 @@ def register() -> None:
 
 
 def how_to_continue(options: dict[str, Any]) -> Writing:
-    """The generation options of a task, as a request without a text. `num_tokens` counts new ones.
+    """The generation options of a task, as a request without a text.
 
     Greedy without do_sample or at temperature 0, as everywhere in lm-eval.
     """
@@ -129,7 +135,7 @@ def how_to_continue(options: dict[str, Any]) -> Writing:
     temperature = float(options.get("temperature", 1.0))
     is_greedy = not options.get("do_sample", False) or temperature == 0.0
     return Writing(
-        num_tokens=int(options.get("max_gen_toks", 256)),
+        max_new_tokens=int(options.get("max_gen_toks", 256)),
         temperature=1.0 if is_greedy else temperature,
         top_k=1 if is_greedy else options.get("top_k") or None,
         top_p=None if is_greedy else options.get("top_p"),

@@ -23,7 +23,7 @@ from tarflowlm.data.prompts import read
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import log_weights
 from tarflowlm.generation.sampling import num_leading
-from tarflowlm.generation.texts import write_texts
+from tarflowlm.generation.texts import Samples
 from tarflowlm.objective import conditional_bound, importance_weighted
 from tarflowlm.requests import Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -116,19 +116,18 @@ class TextScorer:
     def complete(
         self, requests: Sequence[tuple[str, Writing]], progress: Progress = SILENT
     ) -> list[str]:
-        """Text of `num_tokens` that follows each context, drawn with the scorer's seed."""
+        """Text that follows each context, drawn with the scorer's seed."""
         found = []
         for context, how in requests:
-            prompt = self.encode(context, goes_on=True).tolist()
             writing = replace(
                 how,
-                prompt=context if prompt else None,
-                num_tokens=len(prompt) + (how.num_tokens or 0),
+                prompt=context if self._reads(context) else None,
                 stop=self._stops(as_texts(how.stop, "until")),
                 seed=self.seed,
             )
-            (text,) = write_texts(writing, self.lm)
-            found.append(text[len(self.tokenizer.decode(prompt)) :])
+            (written,) = Samples(writing, self.lm).batches()
+            # where the prompt ends, with a space that was left to the first new token
+            found.append(written.texts[0][written.streams[0].start :])
             progress.advance()
         return found
 

@@ -99,6 +99,9 @@ def write_report(
     if not is_new and not (page.is_file() and GENERATOR in page.read_text("utf-8", "replace")):
         raise UserError(f"{out} exists and holds no report: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        # so that an interrupted report can be written again
+        page.write_text(f"{GENERATOR}unfinished", encoding="utf-8")
     writer = _Writer(out, device, progress)
     with replacing(page) as temporary:
         temporary.write_text(writer.page(list(records.values())), encoding="utf-8")

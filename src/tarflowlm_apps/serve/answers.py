@@ -4,6 +4,8 @@ import codecs
 import math
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Annotated, Any, ClassVar, cast
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data.prompts import Gap, TextStream, read
+from tarflowlm.data.prompts import Gap, Reading, TextStream, read
 from tarflowlm.data.windows import spans
-from tarflowlm.errors import UserError
+from tarflowlm.errors import Progress, UserError
 from tarflowlm.evaluation.scores import score
 from tarflowlm.generation.inversion import Returning
 from tarflowlm.generation.texts import Samples
@@ -67,8 +69,10 @@ class Completion(Checked):
             yield "suffix", "it needs one prompt, a text"
         if not isinstance(self.stream_options, Mapping | None):
             yield "stream_options", 'give {"include_usage": true}'
-        if self.suffix and self.max_tokens > 9999:
-            yield "max_tokens", "give at most 9999 with a suffix"
+        if self.suffix and not self.suffix.strip():
+            yield "suffix", "it is white space: give a text, or leave it out"
+        if self.suffix and not 1 <= self.max_tokens <= 9999:
+            yield "max_tokens", "give 1 to 9999 with a suffix"
 
     @property
     def wants_usage(self) -> bool:
@@ -135,6 +139,16 @@ class Row:
         return text[first : self.sent]
 
 
+class Waiting(Progress):
+    """Work that ends where it advances, by CancelledError, once nobody waits for it."""
+
+    is_over = False
+
+    def advance(self, count: int = 1) -> None:
+        if self.is_over:
+            raise CancelledError
+
+
 class Answer:
     """The choices that answer a request: `n` for each prompt, in order.
 
@@ -158,17 +172,36 @@ class Answer:
             one if isinstance(one, str) else self.tokenizer.decode(tokens)
             for one, tokens in zip(prompts, self.given, strict=True)
         ]
-        self.samples = Samples(ask.writing(texts), lm) if ask.max_tokens else None
+        self.samples: Samples | None = None
+        if ask.max_tokens:
+            if any(texts) and not all(texts):
+                where = f"prompt {texts.index('') + 1} of {len(texts)}"
+                raise UserError(f"{where} is empty: give it a text, or send it alone")
+            readings = None
+            if any(texts) and not isinstance(prompts[0], str):
+                readings = [
+                    Reading(self._within(tokens), text, text)
+                    for tokens, text in zip(self.given, texts, strict=True)
+                ]
+            self.samples = Samples(ask.writing(texts), lm, prompts=readings)
         self.num_given = 0 if ask.max_tokens else sum(map(len, self.given))
         """Given tokens of the prompts of finished choices."""
         self.new = 0
         """New tokens of finished choices."""
+        self.progress = Waiting()
 
     def _tokens(self, prompt: Any) -> Tensor:
         if isinstance(prompt, str):
             return read(self.tokenizer, prompt, name="prompt").tokens if prompt else NOTHING
         self.tokenizer.decode(prompt)  # UserError for numbers that are no tokens
         return torch.tensor(prompt, dtype=torch.long)
+
+    def _within(self, tokens: Tensor) -> Tensor:
+        """The tokens of a prompt to continue, which must not end a document."""
+        if self.tokenizer.end in tokens.tolist():
+            rule = "send the tokens after it, or max_tokens 0"
+            raise UserError(f"prompt: token {self.tokenizer.end} ends a document, {rule}")
+        return tokens
 
     @property
     def usage(self) -> dict[str, int]:
@@ -178,6 +211,10 @@ class Answer:
 
     def parts(self) -> Generator[list[Part], None, None]:
         """The next parts of the choices; an empty list is a sign of life."""
+        with suppress(CancelledError):
+            yield from self._parts()
+
+    def _parts(self) -> Iterator[list[Part]]:
         rows = range(self.ask.n * len(self.given))
         if self.ask.echo:
             yield [part(row, self.tokenizer.decode(self.given[row // self.ask.n])) for row in rows]
@@ -193,7 +230,7 @@ class Answer:
         """Choices of one batch. Only the end of an infill tells what it is."""
         rows = [Row(samples, index) for index in batch]
         every = 1 if self.ask.stream or samples.stops else EVERY
-        steps = Returning(samples.steps(batch, every=every))
+        steps = Returning(samples.steps(batch, self.progress, every=every))
         is_shown = self.ask.stream and not self.ask.suffix
         for tokens in steps:
             pieces = []
@@ -256,7 +293,8 @@ class Answer:
         if not len(tokens):
             return []
         names = [text.decode(errors="replace") for text in self.tokenizer.token_bytes]
-        bits = score(model, tokens, samples=self.draws, seed=self.ask.seed or 0).bits
+        seed = self.ask.seed or 0
+        scored = score(model, tokens, samples=self.draws, seed=seed, progress=self.progress)
         others: list[dict[str, float | None]] = []
         if most and isinstance(model, TokenLM):
             P = model.config.patch
@@ -268,7 +306,7 @@ class Answer:
                     values, places = (one.tolist() for one in likely)
                     others.append({names[i]: x for i, x in zip(places, values, strict=True)})
         others += [{}] * (len(tokens) - len(others))
-        values = (-math.log(2) * bits).tolist()
+        values = (-math.log(2) * scored.bits).tolist()
         return [(names[tokens[i]], values[i], others[i]) for i in range(len(tokens))]
 
 

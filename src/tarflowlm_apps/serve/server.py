@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,6 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from tarflowlm.schema import from_dict
 from tarflowlm_apps.serve.answers import Answer, Completion, Part
 
 BYTES = 4 << 20  # the longest body
+LOOK = 0.5  # seconds between two looks whether a client still waits for a long step
 AT_ONCE = 8  # requests in the works; the model takes a step for one of them at a time
 
 
@@ -57,12 +59,16 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
         async with places:
             try:
                 while not await request.is_disconnected():
-                    parts = await loop.run_in_executor(worker, next, steps, None)
-                    if parts is None:
+                    step = loop.run_in_executor(worker, next, steps, None)
+                    while not (await asyncio.wait([step], timeout=LOOK))[0]:
+                        if await request.is_disconnected():
+                            return
+                    if (parts := step.result()) is None:
                         return
                     for part in parts:
                         yield part
             finally:
+                answer.progress.is_over = True
                 worker.submit(steps.close)  # after the step that may still be at work
 
     async def events(
@@ -98,9 +104,20 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
     kinds: tuple[type[Exception], ...] = (UserError, HTTPException, ClientDisconnect, Exception)
     return Starlette(
         routes=routes,
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=[Middleware(Ending), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers=dict.fromkeys(kinds, failed),
     )
+
+
+class Ending:
+    """A request that the end of the server cancels ends without a traceback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(asyncio.CancelledError):
+            await self.app(scope, receive, send)
 
 
 async def read_body(request: Request) -> Completion:

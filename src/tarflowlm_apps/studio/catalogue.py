@@ -1,5 +1,6 @@
 """The models and runs that a visitor can reach, by short names."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,14 +127,16 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
 def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> dict[str, Entry]:
     """The entries by the names that the page shows, each run once.
 
-    A run that cannot be read keeps the entry that it had when it was `seen`. UserError for a name
-    without a run, and at the first look for a run that cannot be read.
+    A run that was `seen` keeps its name, and its entry while it cannot be read. UserError at the
+    first look for a name without a run, and for a run that is named and cannot be read; in a folder
+    such a run is left out.
     """
     entries: dict[str, Entry] = {}
+    names = {entry.place: name for name, entry in (seen or {}).items()}
     known = set()
     for given, folder in folders.items():
         found = [path for path in find_runs(folder) if (path / CONFIG).is_file()]
-        if not found:
+        if not found and seen is None:
             models = ", ".join(released())
             raise UserError(f"{given!r} holds no run, and is not one of {models}: check the path")
         for path in found:
@@ -142,15 +145,17 @@ def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> 
                 continue
             known.add(place)
             command_name = given if path == folder else str(path)
-            name = shown_name(given, path)
+            taken = entries.keys() | (seen or {}).keys()
             # a second run of the same name is shown by its path
-            name = command_name if name in entries else name
+            choices = (shown_name(given, path), command_name, str(place))
+            name = names.get(path) or next(name for name in choices if name not in taken)
             try:
                 entries[name] = Entry(path, command_name, read_run(path))
-            except UserError:
-                if seen is None:
+            except UserError as error:
+                if path in names and seen is not None:
+                    entries[name] = seen[name]
+                elif path == folder:
                     raise
-                for old, entry in seen.items():
-                    if entry.place == path:
-                        entries.setdefault(old, entry)
+                else:
+                    logging.getLogger("tarflowlm").warning("left out: %s", error)
     return entries

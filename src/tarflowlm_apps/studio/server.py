@@ -31,7 +31,7 @@ def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[st
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))
     blocks = build(catalogue)
     _, url, _ = blocks.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         share=False,
         ssr_mode=False,

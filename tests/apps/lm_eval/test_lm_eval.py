@@ -192,5 +192,5 @@ def test_generation_options_are_read():
         "max_gen_toks": 3,
     }
     how = how_to_continue(options)
-    assert (how.stop, how.temperature, how.num_tokens) == (("a", "b"), 0.5, 3)
+    assert (how.stop, how.temperature, how.max_new_tokens) == (("a", "b"), 0.5, 3)
     assert (how.top_k, how.top_p) == (None, 0.9)

@@ -79,7 +79,7 @@ def test_baseline_obeys_the_chain_rule_and_finds_greedy_tokens(scorer, patch):
     pieces = [Piece(tokens, 0), Piece(tokens[:7], 0), Piece(tokens, 7)]
     whole, first, second = (value for value, _ in s.conditional(pieces))
     assert first + second == pytest.approx(whole)
-    (text,) = s.complete([(TEXT[:6], Writing(num_tokens=4, top_k=1))])
+    (text,) = s.complete([(TEXT[:6], Writing(max_new_tokens=4, top_k=1))])
     assert s.conditional([Piece(s.encode(TEXT[:6] + text), 6)])[0][1]
     assert not s.conditional([Piece(s.encode(TEXT[:6] + text[:3] + "zq"[text[3] == "z"]), 6)])[0][1]
 
@@ -141,23 +141,27 @@ def test_context_and_continuation_are_normalised_together(
 @pytest.mark.parametrize("kind", ["ar", "two"])
 def test_continuations_equal_generate(scorer, kind):
     s = scorer(kind)
-    how = Writing(num_tokens=5, top_k=1)
+    how = Writing(max_new_tokens=5, top_k=1)
     prompt = s.encode("the q")
     found = generate(
         s.model, num_tokens=10, prompt=prompt, top_k=1, generator=torch.Generator().manual_seed(0)
     )
     text = TOKENIZER.decode(found.tokens[0, 5:])
     progress = Count()
-    asked = [("The q", how), ("Long before this ", Writing(num_tokens=20, top_k=1)), ("The q", how)]
+    asked = [
+        ("The q", how),
+        ("Long before this ", Writing(max_new_tokens=20, top_k=1)),
+        ("The q", how),
+    ]
     first, long, third = s.complete(asked, progress)
     assert first == text
     assert len(long) == 20
     assert progress.done == 3
     assert third == first
-    stop = Writing(num_tokens=5, top_k=1, stop=("\n", text[2]))
+    stop = Writing(max_new_tokens=5, top_k=1, stop=("\n", text[2]))
     assert s.complete([("The q", stop)]) == [text[: text.index(text[2])]]
     # a stop is read as the texts are; a line end means nothing to this model
-    shouted = Writing(num_tokens=5, top_k=1, stop=("\n", text[2:4].upper()))
+    shouted = Writing(max_new_tokens=5, top_k=1, stop=("\n", text[2:4].upper()))
     assert s.complete([("The q", shouted)]) == [text[: text.index(text[2:4])]]
 
 
@@ -200,3 +204,10 @@ def test_a_token_in_which_both_texts_meet_is_scored():
     (nats, _), (empty, is_greedy) = scorer.conditional([pair, nothing])
     assert nats < 0.0
     assert (empty, is_greedy) == (0.0, False)
+
+
+def test_a_continuation_begins_after_the_space_of_its_context():
+    scorer = TextScorer(load("english-small-ar"))
+    how = Writing(max_new_tokens=4, top_k=1)
+    found = scorer.complete([("The old", how), ("The old ", how)])
+    assert found[0] == f" {found[1]}"

@@ -145,6 +145,14 @@ def test_report_in_its_run_is_replaced(runs, tmp_path, undrawn):
     assert (page.parent / "codebook-_b_x_y.png").exists()
 
 
+def test_an_interrupted_report_is_written_again(runs, tmp_path, undrawn, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "page_html", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_report([runs["joint"]], tmp_path / "out")
+    assert parsed(Path(write_report([runs["joint"]], tmp_path / "out")["page"])).text
+
+
 def test_missing_pieces_are_noted(runs, tmp_path, undrawn):
     young = shutil.copytree(
         runs["progressive"], tmp_path / "young", ignore=shutil.ignore_patterns("summary.json")

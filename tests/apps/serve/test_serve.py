@@ -69,6 +69,22 @@ def test_stops_echo_and_token_ids(pieces):
     assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 40, "total_tokens": 43}
 
 
+def test_token_ids_are_continued_as_they_are(pieces):
+    """Also where the text that they spell has fewer tokens."""
+    lm = pieces.lm
+    ids = [int(lm.encode(letter)[0]) for letter in "The"]
+    assert len(lm.encode("The")) == 1
+    ask = {"prompt": ids, "echo": True, "logprobs": 0}
+    found = [pieces.ask(**ask, max_tokens=num) for num in (0, 2)]
+    scored, written = (answer["choices"][0]["logprobs"] for answer in found)
+    assert (scored["tokens"], written["tokens"][:3]) == (["T", "h", "e"],) * 2
+    assert scored["token_logprobs"] == pytest.approx(written["token_logprobs"][:3])
+    assert [answer["usage"]["prompt_tokens"] for answer in found] == [3, 3]
+    end = lm.tokenizer.end
+    status, refused = pieces.post({"model": pieces.name, "prompt": [*ids, end], "max_tokens": 2})
+    assert (status, f"token {end} ends a document" in refused["error"]["message"]) == (400, True)
+
+
 @pytest.mark.parametrize("name", ["flow", "pieces"])
 def test_a_suffix_asks_for_what_is_between(name, request):
     served = request.getfixturevalue(name)
@@ -167,7 +183,10 @@ WRONG = {
     "penalty": ({"presence_penalty": 1.0}, "presence_penalty 1.0"),
     "stops": ({"stop": ["x"] * 99}, "stop"),
     "suffix": ({"suffix": "b", "stop": "c"}, "suffix with stop"),
-    "long suffix": ({"suffix": "b", "max_tokens": 10_000}, "at most 9999 with a suffix"),
+    "long suffix": ({"suffix": "b", "max_tokens": 10_000}, "give 1 to 9999 with a suffix"),
+    "unread suffix": ({"suffix": "b", "max_tokens": 0}, "give 1 to 9999 with a suffix"),
+    "empty suffix": ({"suffix": " "}, "suffix"),
+    "empty prompt": ({"prompt": ["", "a"]}, "prompt 1 of 2 is empty"),
     "usage": ({"stream_options": True}, "include_usage"),
     "mark": ({"prompt": "a[...3]", "suffix": "b"}, "[..."),
     "private mark": ({"prompt": "a\ue000", "suffix": "b"}, "a mark of a blank"),

@@ -216,6 +216,28 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
     ]
 
 
+def test_runs_of_one_name_are_all_in_the_catalogue(folder, tmp_path):
+    for place in ("b/x", "c/x", "x"):
+        shutil.copytree(folder / "flow", tmp_path / place)
+    inner = tmp_path / "c"
+    catalogue = Catalogue([str(tmp_path / "x"), str(tmp_path)])
+    names = {entry.place: name for name, entry in catalogue.entries.items()}
+    assert len(names) == 3
+    # a new run takes no name of another one, and a folder that lost its runs stops no other
+    shutil.copytree(folder / "flow", tmp_path / "a" / "x")
+    shutil.rmtree(tmp_path / "x")
+    # a model of another library is none of ours
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    catalogue.refresh()
+    found = {entry.place: name for name, entry in catalogue.entries.items()}
+    assert found[inner / "x"] == names[inner / "x"]
+    assert set(found) == {tmp_path / place / "x" for place in "abc"}
+    assert set(Catalogue([str(tmp_path)]).entries) == {"x", f"{tmp_path}/b/x", f"{inner}/x"}
+    with pytest.raises(UserError, match="configuration of a run"):
+        Catalogue([str(tmp_path / "other")])
+
+
 def test_the_request_is_above_its_result(catalogue, folder):
     html = shown(write, catalogue, ["flow", "", "the 'cat", 12, 0.8, 1.0, 2, 3])
     assert words(html).startswith("tarflowlm sample")
