@@ -30,7 +30,7 @@ from tarflowlm_apps.report.style import SMALL, Figure, log_scale
 PREFIXES = (0, 16, 64, 128)  # tokens of real text before a continuation
 SIZES = (2, 4, 8)  # tokens per position, next to one
 SHOWN_QUALITY = ("perplexity", "perplexity ±", "MAUVE", "entropy")
-HEAD = "Mix-1, head over the patch"
+HEAD = "head over the patch"
 TOGETHER, APART = "Mix-d, in-patch weights", "Mix-d, independent weights"
 PROMPTS = 32  # continuations of each model and prefix
 
@@ -39,11 +39,14 @@ def plan_fig5(settings: Settings) -> list[Training]:
     """Flows of both couplings and the baseline at patch sizes 1 and 2, and the judge."""
     foil = settings.preset("ar", "owt")
     mix1 = settings.preset("mix1", "owt")
+    one_way = variant(mix1, "one-way", alternate=False)
     runs = {
         "AR": foil,
         "Mix-1": mix1,
+        "Mix-1, left to right": one_way,
         "Mix-d": settings.preset("mixd", "owt"),
-        HEAD: variant(mix1, "p2", patch=2),
+        f"Mix-1, {HEAD}": variant(mix1, "p2", patch=2),
+        f"Mix-1, left to right, {HEAD}": variant(one_way, "p2", patch=2),
         TOGETHER: two_tokens(settings, "autoregressive", "owt"),
         APART: two_tokens(settings, "independent", "owt"),
         "two-token AR": variant(foil, "p2", patch=2, in_patch="independent"),
@@ -146,7 +149,8 @@ def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
         xlabel="tokens of real text before the continuation",
         ylabel="perplexity of the continuation",
     )
-    figure.legend(loc="outside lower center", ncols=3, fontsize=SMALL)
+    # long enough to show dashes
+    figure.legend(loc="outside lower center", ncols=3, fontsize=SMALL, handlelength=4)
 
 
 def plan_patches(settings: Settings) -> list[Training]:
@@ -219,9 +223,10 @@ FIG5 = Recipe(
         "lengths; a baseline that predicts two tokens at once breaks down. (It does not say which"
         " coupling the flow has. Its patch models have a head over all channels of a patch, as "
         "Mix-1 has here. Its figure 1 has the tokens of a patch "
-        "independent in the first blocks. The judge scores the continuation alone. The first three "
-        "models have one token per position. In Mix-1, whose directions alternate, the blocks "
-        "above block 1 do not see the prefix, so only prefix 0 tests it.)"
+        "independent in the first blocks. The judge scores the continuation alone. The first four "
+        "models have one token per position. Where the directions of Mix-1 alternate, the blocks "
+        "above block 1 do not see the prefix, so only prefix 0 tests it; from left to right every "
+        "block sees it.)"
     ),
     plan=plan_fig5,
     measure=measure_fig5,

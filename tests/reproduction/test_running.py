@@ -69,9 +69,13 @@ def test_fig4_is_without_the_channels_before(settings):
 @pytest.mark.parametrize("settings", [MINI, PAPER])
 def test_fig5_sets_two_tokens_per_position_next_to_one(settings):
     plan = [training for training in patches.plan_fig5(settings) if training.label != "judge"]
-    assert [training.label for training in plan[:3]] == ["AR", "Mix-1", "Mix-d"]
-    assert [training.run.model.patch for training in plan] == [1] * 3 + [2] * 4
-    runs = {training.label: training.run for training in plan[3:]}
+    one_token = ["AR", "Mix-1", "Mix-1, left to right", "Mix-d"]
+    assert [training.label for training in plan[:4]] == one_token
+    assert [training.run.model.patch for training in plan] == [1] * 4 + [2] * 5
+    runs = {training.label: training.run for training in plan[4:]}
+    one_way = runs["Mix-1, left to right, head over the patch"].model
+    assert one_way == replace(plan[2].run.model, patch=2)
+    assert (one_way.alternate, plan[1].run.model.alternate) == (False, True)
     mix1, one_token = runs["Mix-1, head over the patch"], settings.preset("mix1", "owt")
     assert replace(mix1, name=one_token.name, model=replace(mix1.model, patch=1)) == one_token
     with torch.device("meta"):
