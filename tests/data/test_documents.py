@@ -97,7 +97,7 @@ def test_no_split_of_few_documents_is_empty(count, start, tmp_path):
 def test_two_documents_are_too_few(tmp_path):
     file = tmp_path / "two.jsonl"
     file.write_text('{"text": "one"}\n{"text": "two"}\n{"text": "two"}')
-    with pytest.raises(UserError, match="more documents"):
+    with pytest.raises(UserError, match="more different documents"):
         prepared(str(file), BYTES, tmp_path / "out")
     tokens = encoded(str(file), prepare(tmp_path).tokenizer, "all")
     assert len(tokens) == 3 * 4

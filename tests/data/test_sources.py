@@ -47,6 +47,28 @@ def test_unknown_sources_are_refused(source):
         prepared(source, CHARS)
 
 
+def test_lines_without_a_text(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"text": null, "title": "b"}\n', encoding="utf-8")
+    assert list(resolve_source(DataConfig(source=str(file))).blocks()) == ["a"]
+    file.write_text('{"text": "a\\ud800", "title": "b"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 1 of .*: mend it"):
+        list(resolve_source(DataConfig(source=str(file))).blocks())
+    # by its suffix, in any folder
+    inner = tmp_path / "C#" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "b.jsonl").write_text('{"text": "b"}\n', encoding="utf-8")
+    source = resolve_source(DataConfig(source=f"{tmp_path}/C##.jsonl"))
+    assert list(source.blocks()) == ["b"]
+
+
+def test_a_folder_of_texts_and_tables_is_no_text(tmp_path):
+    for name in ("README.txt", "d.parquet"):
+        (tmp_path / name).write_text("a", encoding="utf-8")
+    with pytest.raises(UserError, match=r"parquet files beside texts: .*#\.txt"):
+        resolve_source(DataConfig(source=str(tmp_path)))
+
+
 def test_a_folder_of_other_texts_is_read_by_their_suffix(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / ".git").mkdir()

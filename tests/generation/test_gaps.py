@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,27 @@ def test_words_that_a_text_must_contain_are_whole(prompt, where):
     assert evidence.mean().item() == pytest.approx(wanted.sum().item(), abs=4 * error + 1e-7)
     share = torch.tensor([drawn.count(text) / 300 for text in every])
     assert (share - wanted / wanted.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
+
+
+def test_a_text_may_end_once_it_contains_the_words():
+    lm = Pretrained(tiny_ar(vocab_size=4, context=8), CharTokenizer(" ab", "none", has_end=True))
+    request = Writing(contains="a", num_tokens=8, num=60, temperature=1.0)
+    found = [
+        (text, length)
+        for one in Samples(request, lm).batches()
+        for text, length in zip(one.texts, one.lengths, strict=True)
+    ]
+    assert all("a" in text.split() for text, _ in found)
+    # the context of 8 also holds the end of the document before it
+    assert {length < 7 for _, length in found} == {True, False}
+
+
+def test_a_usual_temperature_is_of_models_that_draw_tokens():
+    lm = Pretrained(tiny_flow(couplings=("mix1",), vocab_size=3), CharTokenizer(" ab", "none"))
+    lm = replace(lm, run=replace(lm.run, temperature=0.8))
+    assert next(Samples(Writing(num_tokens=4), lm).batches()).texts
+    with pytest.raises(UserError, match=r"temperature 0\.8: block 1 mix1 has no weights"):
+        Samples(Writing(num_tokens=4, temperature=0.8), lm)
 
 
 @pytest.mark.slow

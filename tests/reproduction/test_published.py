@@ -18,7 +18,7 @@ from reproduction.published import (
     table,
 )
 from tarflowlm.errors import UserError
-from tarflowlm.presets import preset
+from tarflowlm.presets import preset, with_blocks
 from tarflowlm.terminal.bars import ProgressReporter
 from tarflowlm.training.log import MetricsLog, published
 from tarflowlm.training.resolve import settled
@@ -84,3 +84,12 @@ def test_a_finished_run_gives_its_log(runs, tmp_path):
     assert len(one.curve) > 1
     with pytest.raises(UserError, match="not a run"):
         of_run(tmp_path)
+
+
+def test_runs_of_other_stages_have_no_published_curve():
+    """Also a run that a block has left."""
+    own = settled(preset("mini-mixd"))
+    assert published(own)
+    assert published(with_blocks(own, (0, 1))) == {}
+    joint = replace(own.train, mode="joint", stage_steps=(7,))
+    assert published(replace(own, train=joint, model=replace(own.model, starts="last"))) == {}

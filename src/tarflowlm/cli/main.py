@@ -98,9 +98,10 @@ def main(
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in words):
             raise
         remedy = "choose a smaller model, context, batch size, or number of samples or particles"
-        if argv[:1] == ["train"]:
+        # the run of another model or of a directory has its own
+        if argv[:1] == ["train"] and not {"--from", "--resume"} & set(argv):
             same = "halve --train.tokens-at-once (at first 16384) or add"
-            same = f"{same} --train.checkpoint-activations True, which change no result"
+            same = f"{same} --train.checkpoint-activations, which change no result"
             remedy = f"{same}; or {remedy}"
         _end(2, f"out of memory: {remedy}", everywhere=True)
     except Stopped as stopped:

@@ -125,7 +125,7 @@ def prepare_corpus(
     directory holds something else, or was prepared with another tokenizer.
     """
     if is_prepared(text.source):
-        if out is not None:
+        if out is not None or text.unwrap:
             raise UserError(f"{text.source} is prepared already: give its text")
         return _opened(text, tokenizer)
     config = text.tokenizer if tokenizer is None else None
@@ -232,7 +232,7 @@ def _write_splits(source: Source, tokenizer: Tokenizer, folder: Path) -> dict[Sp
     for split in SPLITS:
         if not splits[split]["tokens"]:
             what = f"{source.name} is too short: its {split} split holds no text"
-            raise UserError(f"{what}: give a longer one, or more documents")
+            raise UserError(f"{what}: give a longer one, or more different documents")
         sync_file(folder / f"{split}.bin")
         splits[split]["sha256"] = digests[split].hexdigest()
     return splits
@@ -309,8 +309,11 @@ def _encoded(
 
 
 def _pieces(source: Source, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The pieces of a text, with a separator between documents that no token ends."""
+    """The pieces of a text, with a separator between documents that no token ends, if the alphabet
+    has it.
+    """
     is_apart = tokenizer.end is not None or tokenizer.normalization == "text8"
+    is_apart |= tokenizer.kind == "char" and not set(source.separator) <= set(tokenizer.alphabet)
     for piece in source.pieces():
         is_open = piece.ends and source.has_documents and not is_apart
         yield piece._replace(text=piece.text + source.separator) if is_open else piece

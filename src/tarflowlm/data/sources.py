@@ -130,7 +130,7 @@ class TextFile(Source):
 
     def __init__(self, path: Path, field: str = "text") -> None:
         self.path = path.resolve()
-        self.field = field
+        self.field = "text" if field.startswith(".") else field
         more = "" if field == "text" else FIELD + field
         self.name = f"{path}{more}"
         self.identity = f"{self.path}{more}"
@@ -383,6 +383,9 @@ def resolve_source(
         if named and not is_parquet and not by_suffix and not texts.has_fields:
             raise UserError(f"{source}: {path} has no fields, leave {FIELD}{named} out")
         found = Documents(source, Path(path), field) if is_parquet else texts
+        if is_folder and not by_suffix and texts.files and Documents("", Path(path), field).files:
+            rule = f"name the suffix of its texts, say {path}{FIELD}.txt, or one of those"
+            raise UserError(f"the folder {path} holds .parquet files beside texts: {rule}")
         if not found.files and not is_folder:
             raise UserError(f"{path} is no regular file: give a text file, or a folder of them")
         if not found.files:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from io import BufferedIOBase, TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO, get_args
+from typing import Any, Literal, NamedTuple, TextIO, get_args
 
 from tarflowlm.config import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
@@ -40,12 +40,19 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            entry: Any = None
             try:
-                text = plain_line_ends("" + json.loads(line)[field])
+                entry = json.loads(line)
+                found = entry[field]
+                if found is None:
+                    continue
+                text = plain_line_ends("" + found)
                 text.encode()  # half of a surrogate pair is no text
             except (ValueError, LookupError, TypeError, RecursionError):
                 what = f"line {number} of {path} is not an object with a text under {field!r}"
-                names = re.findall(r'"(\w+)": *"', line)  # of texts, if it is an object
+                names = []
+                if isinstance(entry, dict) and field not in entry:
+                    names = [name for name, value in entry.items() if isinstance(value, str)]
                 known = [f"{path.name}{FIELD}{name}" for name in dict.fromkeys(names)]
                 remedy = f"name the field that has one: {' or '.join(known[:4])}"
                 raise UserError(f"{what}: {remedy if known else 'mend it'}") from None
@@ -56,7 +63,9 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
 def split_field(source: str) -> tuple[str, str]:
     """The path of a text and the field that `source` names; a path may have the sign itself."""
     whole = os.path.expanduser(source)
-    path, _, field = (whole, "", "") if os.path.exists(whole) else whole.partition(FIELD)
+    if FIELD not in whole or os.path.exists(whole):
+        return whole, ""
+    path, _, field = whole.rpartition(FIELD)
     return path, field
 
 

@@ -9,6 +9,7 @@ Shape legend: R particles, B = num R rows, T tokens, S tokens of a piece, G gaps
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -322,6 +323,10 @@ class GapFilter:
         num_tokens = self.tokens.shape[1]
         numbers = self.noise.normal(num_tokens), self.noise.draws(num_tokens, index=0)
         for own, rows in self._groups():
+            if self.plan.end is not None and rows.adjust is not None:
+                # only before given text must a document go on
+                rows.adjust = copy(rows.adjust)
+                rows.adjust.banned = None
             left = num_tokens - rows.at
             rest = Gap(most=left, least=left, begins=self.plan.begins)
             self._draw(own, rows, rest, numbers)

@@ -83,6 +83,7 @@ def tuning(
         stage_steps=shares,
         minutes=minutes or 10.0,
         keep="best",
+        patience=0,
         evaluate_every=100,
         test_windows=0,
         precision="auto",
