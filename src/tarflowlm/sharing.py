@@ -123,8 +123,8 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
             )
         except ValueError as error:
             # the hub refuses a head of the card that it cannot read
-            what = f"{repository} is made, but nothing is uploaded: {first_line(error)}"
-            raise UserError(f"{what} Mend the head of {CARD}, or the licence") from None
+            what = f"{repository} exists now, but the hub refuses {CARD} ({first_line(error)})"
+            raise UserError(f"{what}: mend its head, or the licence, and push again") from None
     return f"{constants.ENDPOINT}/{repository}"
 
 

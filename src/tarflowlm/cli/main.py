@@ -88,6 +88,7 @@ def main(
         sys.exit(141)  # 128 plus the number of SIGPIPE
     except (UserError, FloatingPointError) as error:
         helps = isinstance(error, UnknownCharacters) and set(TEXT8_ALPHABET) <= set(error.alphabet)
+        helps &= "--from" not in argv
         _end(2, f"{error}{', or pass --normalize text8' if helps else ''}")
     except OSError as error:
         place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"

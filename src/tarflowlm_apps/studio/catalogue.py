@@ -154,8 +154,8 @@ def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> 
             except UserError as error:
                 if path in names and seen is not None:
                     entries[name] = seen[name]
-                elif path == folder:
+                elif seen is None and path == folder:
                     raise
-                else:
+                elif seen is None:
                     logging.getLogger("tarflowlm").warning("left out: %s", error)
     return entries
