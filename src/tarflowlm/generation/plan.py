@@ -186,14 +186,10 @@ def _check_open(model: LanguageModel, num_tokens: int) -> None:
         raise UserError(f"length {num_tokens}: {rule} {most}; shorten the text or its gaps")
 
 
-def may_adjust(model: LanguageModel) -> bool:
-    """Whether the model draws tokens by weights, which temperature and the like change."""
-    return model.config.has_token_weights or model.config.fills_in
-
-
 def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> Adjustment | None:
-    adjust = sampling.adjust(model.config.vocab_size, banned if may_adjust(model) else None)
-    if adjust is not None and not may_adjust(model):
+    may_adjust = model.config.has_token_weights or model.config.fills_in
+    adjust = sampling.adjust(model.config.vocab_size, banned if may_adjust else None)
+    if adjust is not None and not may_adjust:
         names = sorted(sampling.given() & ADJUSTMENTS)
         asked = ", ".join(f"{name} {getattr(sampling, name)}" for name in names)
         raise UserError(

@@ -22,7 +22,7 @@ from tarflowlm.data.prompts import (
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.generation.inversion import Returning, finish
-from tarflowlm.generation.plan import Allowed, Plan, may_adjust, no_room, plan
+from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
 from tarflowlm.generation.sampling import Generation, Meter, row_generators
 from tarflowlm.generation.write import write
 from tarflowlm.model import as_flow
@@ -307,8 +307,9 @@ def _of_reading(
     # the probability of such tokens weighs particles, and is all that stacks can be told
     if begins is not None and not is_added and (not draws or (request.particles or 1) > 1):
         template.append(Gap(shown - count, least=shown - count, begins=begins))
+    config = lm.model.config
     usual = request.temperature
-    if usual is None and may_adjust(lm.model):
+    if usual is None and (config.has_token_weights or config.fills_in):
         usual = lm.run.temperature
     found = plan(
         lm.model,
