@@ -1,10 +1,11 @@
 """How far importance weights tighten the bound of each family: iw-S over S."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from reproduction import tables
@@ -22,7 +23,8 @@ SEED = 2
 SAMPLES_OF = {"affine": 4096, "Mix-1": 1024, "Mix-d": 64}
 """Most posterior samples. Those of Mix-d have nearly equal weights."""
 FACTOR = 4  # from one number of samples to the next
-WINDOWS = 64
+WINDOWS, PART = 64, 8
+"""Windows, and how many of them are put on record at once: 4,096 samples take hours."""
 NORMAL = "bpc if log w is normal"
 
 
@@ -43,7 +45,10 @@ def measure_bounds(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
     for done in finished:
         row = first_columns(done) | {"test bpc": done.record.summary["test"]["bpc"]}
         if done.training.label in SAMPLES_OF:
-            found = done.measured("iw-S", partial(_weights, done))
+            found = _of_parts(
+                done.measured(f"log w from window {start}", partial(_part, done, start))
+                for start in range(0, WINDOWS, PART)
+            )
             row |= {name: found[name] for name in ("skewness", "kurtosis")}
             row |= {tables.SPREAD: found["sd"]}
             row |= {f"iw-{size} bpc": row["test bpc"] - off for size, off in found["off"]}
@@ -59,33 +64,52 @@ def measure_bounds(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
     return rows
 
 
-def _weights(done: Finished) -> Row:
+def _part(done: Finished, start: int) -> Row:
+    """Nats that iw-S takes off each of some windows, by S, and the shape of their log w."""
+    checkpoint = done.load()
+    context = checkpoint.run.model.context
+    windows = eval_windows(done.tokens(checkpoint), context, WINDOWS)[start : start + PART]
+    samples = SAMPLES_OF[done.training.label]
+    progress = done.stage(f"{samples:,} samples from window {start}, windows", len(windows))
+    log_w = log_weights(checkpoint.model, windows, samples=samples, seed=start, progress=progress)
+    sizes = [FACTOR**power for power in range(32) if FACTOR**power <= samples]
+    bound = -log_w.mean(0)
+    variance = log_w.var(0)
+    shape = (log_w - log_w.mean(0)) / variance.sqrt()
+    return {
+        "characters": int(checkpoint.tokenizer.characters_per_token[windows.numpy()].sum()),
+        "off": [(size, (bound - _tightened(log_w, size)).tolist()) for size in sizes],
+        "variance": variance.tolist(),
+        "skewness": shape.pow(3).mean(0).tolist(),
+        "kurtosis": shape.pow(4).mean(0).tolist(),
+    }
+
+
+def _of_parts(each: Iterable[Row]) -> Row:
     """Bits per character that iw-S takes off, by S, and for the largest S their standard error over
     the windows; the spread and the shape of log w.
     """
-    checkpoint = done.load()
-    windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, WINDOWS)
-    samples = SAMPLES_OF[done.training.label]
-    progress = done.stage(f"weights of {samples:,} samples, windows", len(windows))
-    log_w = log_weights(checkpoint.model, windows, samples=samples, seed=0, progress=progress)
-    characters = checkpoint.tokenizer.characters_per_token[windows.numpy()].sum()
+    parts = [*each]
+    characters = sum(part["characters"] for part in parts)
+
+    def together(name: str) -> Tensor:
+        return torch.tensor([value for part in parts for value in part[name]]).double()
 
     def per_character(nats: Tensor) -> float:
         return bits(nats.sum().item()) / characters
 
-    sizes = [FACTOR**power for power in range(32) if FACTOR**power <= samples]
-    bound = -log_w.mean(0)
-    taken = {size: bound - _tightened(log_w, size) for size in sizes}
-    error = taken[sizes[-1]].std() * math.sqrt(len(windows))
-    variance = log_w.var(0)
-    shape = (log_w - log_w.mean(0)) / variance.sqrt()
+    off = [
+        (size, torch.tensor([nats for part in parts for nats in part["off"][place][1]]).double())
+        for place, (size, _) in enumerate(parts[0]["off"])
+    ]
+    last, variance = off[-1][1], together("variance")
     return {
-        "off": [(size, per_character(nats)) for size, nats in taken.items()],
-        "±": per_character(error),
+        "off": [(size, per_character(nats)) for size, nats in off],
+        "±": per_character(last.std() * math.sqrt(len(last))),
         "sd": variance.mean().sqrt().item(),
         "half of the variance": per_character(variance / 2),
-        "skewness": shape.pow(3).mean().item(),
-        "kurtosis": shape.pow(4).mean().item(),
+        "skewness": together("skewness").mean().item(),
+        "kurtosis": together("kurtosis").mean().item(),
     }
 
 
