@@ -1,6 +1,6 @@
 """Time per token of the bound that `tarflowlm eval` computes, as a ratio to the first model.
 
-python benchmarks/evaluation.py english-mini-ar english-mini --data english
+python benchmarks/evaluation.py english-mini-ar english-mini --data tales
 """
 
 from argparse import Namespace
