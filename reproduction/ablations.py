@@ -117,7 +117,7 @@ FIG2 = Recipe(
     table=measures.without_curves,
     draw=plot_curves,
     seeds=2,
-    clear=("base", "+ channel-wise"),
+    clear=("+ channel-wise",),
 )
 
 FIG3 = Recipe(

@@ -268,3 +268,14 @@ def test_missing_directory_is_refused(tmp_path):
     for path in (tmp_path / "missing", tmp_path / "file"):
         with pytest.raises(UserError, match="is not a run directory"):
             load_checkpoint(path)
+
+
+def test_a_loaded_model_and_its_texts_do_not_depend_on_the_default_type():
+    lm = tarflowlm.load("english-mini")
+    text = lm.write("the", num_tokens=12, seed=5)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert lm.write("the", num_tokens=12, seed=5) == text
+        assert tarflowlm.load("english-mini").write("the", num_tokens=12, seed=5) == text
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -222,6 +222,8 @@ def coupling(
         if known and getattr(known.implementation, "__qualname__", "") != kind.__qualname__:
             raise UserError(f"coupling {name!r} exists already: choose another name")
         own = {"coupling": name, "implementation": kind}
+        # where pickle finds it
+        own |= {"__module__": kind.__module__, "__qualname__": f"{kind.__qualname__}.options"}
         # the class keeps it alive, since a class knows its subclasses only weakly
         kind.options = type(options.__name__, (options,), own)  # type: ignore[attr-defined]
         return kind

@@ -110,7 +110,8 @@ class Source:
     def normal(self, *shape: int) -> Tensor:
         """Standard normal noise."""
         generator = self.generator
-        noise = torch.randn(*shape, generator=generator, device=generator.device)
+        device = generator.device
+        noise = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
         return noise.to(self.text.states[0])
 
 

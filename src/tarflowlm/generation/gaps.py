@@ -323,7 +323,7 @@ class GapFilter:
         num_tokens = self.tokens.shape[1]
         numbers = self.noise.normal(num_tokens), self.noise.draws(num_tokens, index=0)
         for own, rows in self._groups():
-            if self.plan.end is not None and rows.adjust is not None:
+            if rows.adjust is not None:
                 # only before given text must a document go on
                 rows.adjust = copy(rows.adjust)
                 rows.adjust.banned = None

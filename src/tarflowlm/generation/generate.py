@@ -137,7 +137,10 @@ def row_plans(
     if found[0].way == "gaps":
         what = "gaps of unknown length and constraints take one for all samples"
         raise UserError(f"{num} prompts: {what}, call it for each")
-    if model.config.continues_exactly and particles == 1 and min(lengths) < max(lengths):
+    is_exact = model.config.continues_exactly and particles == 1
+    # beyond the context the windows of a text depend on its prompt
+    moves = num_tokens > model.config.context and len({one.prompt for one in found}) > 1
+    if (is_exact and min(lengths) < max(lengths)) or moves:
         what = f"prompts of {min(lengths)} to {max(lengths)} tokens"
         raise UserError(
             f"{what}: this model takes prompts of one length at a time, call it for each length"

@@ -44,7 +44,9 @@ class Noise:
         channels = self.model.config.latent_dim if isinstance(self.model, TarFlowLM) else 0
         # of a whole context, so that a longer text begins with the same numbers
         shape = self.particles, max(num_tokens, self.model.config.context), channels
-        noise = torch.cat([torch.randn(*shape, generator=g) for g in self.generators])
+        noise = torch.cat(
+            [torch.randn(*shape, generator=g, dtype=torch.float32) for g in self.generators]
+        )
         return noise[:, :num_tokens].to(next(self.model.parameters()))
 
     def draws(self, num_tokens: int, index: int = -1) -> "Gumbel":

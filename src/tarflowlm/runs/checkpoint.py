@@ -186,7 +186,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         if isinstance(config, FlowConfig):
             means = tensors.get("codebook.mean", torch.empty(0))
             fits = means.shape == (config.vocab_size, config.latent_dim)
-            given = means.float().clone() if fits else None
+            given = means.to(torch.get_default_dtype()).clone() if fits else None
             model: LanguageModel = TarFlowLM(config, means=given)
         else:
             model = config.build()

@@ -5,6 +5,7 @@ The start vector embeds an extra token. The head W x + b becomes (W - mean(W) + 
 because a layer-normalised x has the mean zero.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.data import Tokenizer as OurTokenizer
 from tarflowlm.data.text import SEPARATOR
+from tarflowlm.data.tokenizer import Document
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling
@@ -24,6 +27,7 @@ from tarflowlm.runs import TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint, write_weights
 
 START, PAD = "<|start|>", "<|pad|>"
+EDGE = "\x02"
 TEMPLATE = Path(__file__).with_name("template")
 """Shared by all checkpoints; names.json: weights of a layer, and modules of Persimmon."""
 
@@ -38,7 +42,9 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
     shape = checkpoint.model.config
     trunk = shape.trunk
     V = shape.vocab_size
-    library = Tokenizer.from_str(checkpoint.tokenizer.to_json())
+    document = json.loads(checkpoint.tokenizer.to_json())
+    document["normalizer"] = _normalizer(checkpoint.tokenizer, document["normalizer"])
+    library = Tokenizer.from_str(json.dumps(document))
     library.add_special_tokens([START, PAD])
     library.post_processor = TemplateProcessing(single=f"{START} $A", special_tokens=[(START, V)])
     end = START if library.token_to_id(SEPARATOR) is None else SEPARATOR
@@ -67,6 +73,26 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
         library.save(str(folder / TOKENIZER))
         write_weights(folder / WEIGHTS, _weights(embedding, block, head), {"format": "pt"})
     return out
+
+
+def _normalizer(tokenizer: OurTokenizer, given: Document | None) -> Document | None:
+    """What reads a text as `data.prompts.read` does, in the terms of `tokenizers`.
+
+    `given` reads training text: in text8 it begins with a space. A text that a user gives has a
+    space at either end only if there is white space; a control character keeps its place.
+    """
+    if given is None:
+        has_capitals = tokenizer.alphabet != tokenizer.alphabet.lower()
+        return None if has_capitals else {"type": "Lowercase"}
+    keeps = [_replaces(end, EDGE) for end in (r"^\s+", r"\s+$")]
+    *before, _letters, _strip, _space = given["normalizers"]
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    after = [_replaces(f"[^a-z{EDGE}]+", " "), strip, _replaces(f" ?{EDGE} ?", " ")]
+    return {"type": "Sequence", "normalizers": [*keeps, *before, *after]}
+
+
+def _replaces(pattern: str, content: str) -> Document:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
 def _token_model(checkpoint: Checkpoint) -> tuple[Tensor, Conditioner, nn.Linear]:

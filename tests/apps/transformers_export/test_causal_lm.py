@@ -114,7 +114,7 @@ def test_a_shipped_model(tmp_path, run_json):
         drawn.append(exported.generate(ids, max_new_tokens=12))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    assert tokenizer.decode(drawn[0][0], skip_special_tokens=True).startswith(f" {text}")
+    assert tokenizer.decode(drawn[0][0], skip_special_tokens=True).startswith(text)
 
 
 @pytest.mark.slow
@@ -158,11 +158,12 @@ def test_texts_become_the_same_tokens(name, tmp_path):
     lm = tarflowlm.load(name)
     folder = save_causal_lm(lm, tmp_path / "exported")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    text = "The people  of 12 \U0001f600 caf\u00e9s,\n\nand so on."
-    ids = tokenizer(text).input_ids
-    ours = lm.tokenizer.encode(lm.tokenizer.prepare(text)).tolist()
-    assert ids == [lm.config.vocab_size, *ours]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == lm.decode(ours)
+    people = "The people  of 12 \U0001f600 caf\u00e9s,\n\nand so on."
+    for text in (people, " Once upon a ", '"Hi," 12 said. ', "3 cats", "\n\na"):
+        ids = tokenizer(text).input_ids
+        ours = lm.encode(text).tolist()
+        assert ids == [lm.config.vocab_size, *ours]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == lm.decode(ours)
     assert tokenizer.model_max_length == lm.config.context
 
 
