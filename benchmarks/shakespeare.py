@@ -23,6 +23,7 @@ character, before and after `--minutes` of tuning on the rest (`tarflowlm train 
 
 import argparse
 import math
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflowlm.config import DataConfig
-from tarflowlm.data import eval_windows, prepare_corpus, suited
+from tarflowlm.data import eval_windows, prepare_corpus, read_text, suited
 from tarflowlm.data.windows import Array
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate, sign_of
 from tarflowlm.presets import preset
@@ -174,7 +175,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if args.tuned:
-        words = Path(args.text).read_text(encoding="utf-8")
+        words = read_text(args.text)
         print("| model | bits per character of the last tenth | after tuning |")
         print("| --- | --- | --- |")
         for name in args.tuned:
@@ -184,8 +185,10 @@ def main() -> None:
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
         return
     data = suited(replace(preset("mini-ar").data, source=args.text))
-    text = Path(args.text).read_text(encoding="utf-8")
+    text = read_text(args.text)
     corpus = prepare_corpus(data)
+    if corpus.tokenizer.kind != "char":
+        sys.exit(f"{args.text} has more than 256 different characters: give another text")
     tokens = np.asarray(corpus.tokenizer.encode(text), dtype=np.int64)
     end = len(tokens) * 9 // 10
     # the splits of tarflowlm do not cut a paragraph, and may end a little earlier

@@ -154,8 +154,10 @@ def peak_memory(pid: int) -> float:
 def report(answers: list[Answer], asked: int) -> None:
     """A line for every kind of request, and one for all."""
     print(f"{'request':10}{'answers':>9}{'work, median':>14}{'wait, median':>14}{'wait, most':>12}")
-    kinds = {kind: [one for one in answers if one.kind == kind] for kind in KINDS}
-    for name, some in {**kinds, "all": answers}.items():
+    # an answer without a result has done no work
+    whole = [one for one in answers if one.is_whole]
+    kinds = {kind: [one for one in whole if one.kind == kind] for kind in KINDS}
+    for name, some in {**kinds, "all": whole}.items():
         if not some:
             continue
         work = statistics.median(one.work for one in some)
@@ -164,8 +166,7 @@ def report(answers: list[Answer], asked: int) -> None:
             f"{name:10}{len(some):9}{work:12.1f} s{statistics.median(waits):12.1f} s"
             f"{max(waits):10.1f} s"
         )
-    whole = sum(one.is_whole for one in answers)
-    print(f"{whole} of {asked} requests were answered with a result")
+    print(f"{len(whole)} of {asked} requests were answered with a result")
 
 
 def main() -> None:

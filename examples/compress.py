@@ -78,6 +78,8 @@ class Coder:
             self.width = std.min() / CELLS
         else:
             assert isinstance(model, TokenLM)
+            if latents:
+                raise UserError("latents: a baseline has none, give a flow")
             self.conditioner = model
             self.head, self.dtype = model.head, torch.long
             mean = torch.arange(model.config.vocab_size)[:, None]
@@ -163,9 +165,10 @@ class Coder:
         length = int.from_bytes(file[:4], "little")
         stack = Stack(int.from_bytes(file[4:], "little"))
         tokens: list[int] = []
-        while len(tokens) < length:
+        # an empty stack decodes into anything
+        while len(tokens) < length and stack.state >= TOTAL:
             tokens += self.pop(stack, min(self.model.config.context, length - len(tokens)))
-        if stack.state != self.loan(length):
+        if len(tokens) < length or stack.state != self.loan(length):
             raise UserError("the file is damaged, or was made by another model or machine")
         return tokens
 
@@ -210,18 +213,22 @@ def compare(lm: Pretrained, text: str) -> None:
 
 
 def main(action: str, name: str, source: str, target: str = "", latents: str = "") -> None:
+    if action not in ("compare", "compress", "decompress"):
+        raise UserError(f"{action!r}: give compress, decompress or compare")
+    if action != "compare" and not target:
+        raise UserError(f"{action}: add the file to write")
+    if latents not in ("", "latents"):
+        raise UserError(f"{latents!r}: give latents, or leave it out")
     torch.set_num_threads(1)
-    lm = tarflowlm.load(name)
     given = Path(source).read_bytes()
+    lm = tarflowlm.load(name)
     coder = Coder(lm.model, latents=latents == "latents")
     if action == "compare":
         compare(lm, given.decode())
     elif action == "compress":
         Path(target).write_bytes(coder.encode(lm.encode(given.decode())))
-    elif action == "decompress":
-        Path(target).write_bytes(lm.decode(coder.decode(given)).encode())
     else:
-        raise UserError(f"{action!r}: give compress, decompress or compare")
+        Path(target).write_bytes(lm.decode(coder.decode(given)).encode())
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def main(folder: str = ".", *names: str) -> None:
         figure.supxlabel(SAID, size=9.5, color=MUTED, x=0.01, ha="left")
 
     picture = Path(folder) / "drafts.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
     render(draw, picture.stem, picture.parent, width=8, height=3.4)
     Image.open(picture).convert("RGB").quantize(24).save(picture, optimize=True)
 

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import tarflowlm
+from tarflowlm.model import as_flow
 
 # the sample of `tarflowlm sample english-passes --length 96 --passes --seed 0`
 LENGTH = 96
@@ -23,7 +24,8 @@ INK, ACCENT, PALE = "#1d2a3a", "#e07a5f", "#dbe2ea"
 
 
 def main(name: str = "english-passes", out: str = "passes.png") -> None:
-    model, tokenizer = tarflowlm.load(name)
+    lm, tokenizer = tarflowlm.load(name)
+    model = as_flow(lm)
     generator = torch.Generator().manual_seed(SEED)
     result = tarflowlm.generate(
         model, num_tokens=LENGTH, temperature=TEMPERATURE, generator=generator

@@ -66,8 +66,9 @@ def jobs(folder: Path, presets: list[str], shipped: list[str]) -> Iterator[tuple
     for model in (*presets, *shipped):
         target = model if model in shipped else str(folder / model)
         for use in USES:
-            if ("--passes" in use or use.startswith("edit")) and model.endswith("-ar"):
-                continue  # the baseline has no latents
+            of_latents = use.startswith("edit") or "--passes" in use or "sweeps" in use
+            if of_latents and model.endswith("-ar"):
+                continue  # the baseline has none
             if "0.8" in use and model in ("mini-mix1", "mini-affine"):
                 continue  # only Mix-d has probabilities of tokens
             command, *words = [word.replace("_", " ") for word in use.split()]

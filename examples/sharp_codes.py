@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import tarflowlm
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.evaluation.scores import read_windows
+from tarflowlm.model import as_flow
 from tarflowlm.requests import Evaluation
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
@@ -38,6 +39,7 @@ def exact_nats(folder: Path, windows: torch.Tensor, start: int) -> float:
 def main(name: str, data: str, limit: str = "0") -> None:
     """Prints the three values for the model `name` on the text `data`."""
     lm = tarflowlm.load(name)
+    as_flow(lm.model)  # UserError for a baseline, which has no bounds
     windows = read_windows(Evaluation(data, windows=int(limit) or None), lm).windows
     per_token = torch.from_numpy(lm.tokenizer.characters_per_token)
     characters = per_token[windows].sum().item()
