@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import tarflowlm
 from helpers import tiny_ar, tiny_flow
+from tarflowlm.data.prompts import read
 from tarflowlm.errors import UserError
 from tarflowlm_apps.lm_eval.register import how_to_continue, meaning, register
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
@@ -132,7 +133,7 @@ def test_an_exported_model_needs_no_model_of_ours(folder, monkeypatch):
         batch_size=2,
         bootstrap_iters=0,
     )["results"]
-    tokens = torch.from_numpy(lm.tokenizer.encode(lm.tokenizer.prepare(text)))
+    tokens = read(lm.tokenizer, text).tokens
     block = lm.model.prior.block(0)
     log_w = block.coupling.weight_head(block.features(lm.model.codebook.mean[tokens][None]))[0]
     bits = F.cross_entropy(log_w, tokens, reduction="sum").item() / math.log(2)
