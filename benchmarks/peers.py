@@ -258,6 +258,11 @@ def main() -> None:
     run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
     run = replace(run, train=replace(run.train, precision=args.precision))
     corpus, judge = prepare_corpus(replace(run.data, source=args.data)), load_judge(args.judge)
+    # before any training
+    ours = {directory: load_checkpoint(directory) for directory in args.ours}
+    for directory, lm in ours.items():
+        if lm.tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+            sys.exit(f"{directory} has other tokens than {args.data}: give models of these")
     windows, text = (
         eval_windows(corpus.split("test"), run.model.context, num)
         for num in (args.windows, args.num)
@@ -296,8 +301,8 @@ def main() -> None:
         for label, draw in draws.items():
             with seeded(run.seed):
                 real = measure(label, bpc, peer.model, draw, text, corpus.tokenizer, judge)
-    for directory in args.ours:
-        model, generator = load_checkpoint(directory).model, torch.Generator().manual_seed(run.seed)
+    for directory, lm in ours.items():
+        model, generator = lm.model, torch.Generator().manual_seed(run.seed)
         found = evaluate(model, windows, torch.from_numpy(corpus.tokenizer.characters_per_token))
 
         def draw(
