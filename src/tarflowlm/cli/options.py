@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -204,6 +204,21 @@ def read_lines(source: str) -> list[tuple[int, str]]:
     """The lines of `read_source` that are not empty, with their numbers."""
     lines = enumerate(read_source(source).split("\n"), 1)
     return [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
+
+
+def check_lines(
+    lines: Iterable[tuple[int, str]], source: str, check: Callable[[str], object]
+) -> tuple[str, ...]:
+    """The texts of `read_lines`. UserError, which names the line, for one that `check` refuses."""
+    texts = []
+    for number, text in lines:
+        try:
+            check(text)
+        except UserError as error:
+            error.args = (f"line {number} of {source}: {error}",)
+            raise
+        texts.append(text)
+    return tuple(texts)
 
 
 def read_source(source: str) -> str:

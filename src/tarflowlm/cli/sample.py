@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 
 import tyro
 
-from tarflowlm.cli.options import OfModel, load_checkpoint, read_lines
+from tarflowlm.cli.options import OfModel, check_lines, load_checkpoint, read_lines
 from tarflowlm.errors import UserError, counted
 from tarflowlm.options import File, Flag, arg
 from tarflowlm.requests import Writing
@@ -19,7 +19,6 @@ from tarflowlm.requests import Writing
 if TYPE_CHECKING:
     from tarflowlm.generation.texts import Samples, Written
     from tarflowlm.processes import Processes
-    from tarflowlm.runs.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +74,20 @@ def run(args: Args) -> None:
 
 def _samples(args: Args, processes: "Processes") -> "Samples":
     """The samples that the command asks for, with texts as the model reads them."""
-    from tarflowlm.generation.texts import Samples
+    from tarflowlm.generation.texts import Samples, plans
     from tarflowlm.terminal.bars import print_notice
 
     writing = args.writing
     with processes.first_alone():  # it may have to be downloaded
         lm = load_checkpoint(args.directory, processes.device)
     if args.prompts is not None:
-        writing = replace(writing, prompt=_read_prompts(args.prompts, writing, lm))
+        lines = read_lines(args.prompts)
+        if not lines:
+            raise UserError(f"prompts {args.prompts}: holds no prompt; write one per line")
+        prompts = check_lines(
+            lines, args.prompts, lambda prompt: plans(replace(args.writing, prompt=prompt), lm)
+        )
+        writing = replace(writing, prompt=prompts)
     samples = Samples(writing, lm, past_end=args.passes, processes=processes)
     context = lm.model.config.context
     longest = max(samples.plans, key=lambda plan: plan.num_tokens)
@@ -97,23 +102,6 @@ def _samples(args: Args, processes: "Processes") -> "Samples":
     for notice in samples.notices:
         print_notice(notice)
     return samples
-
-
-def _read_prompts(source: str, writing: Writing, lm: "Checkpoint") -> tuple[str, ...]:
-    """The prompts of a file. UserError, which names the line, for one that cannot be continued."""
-    from tarflowlm.generation.texts import plans
-
-    prompts = []
-    for number, prompt in read_lines(source):
-        try:
-            plans(replace(writing, prompt=prompt), lm)
-        except UserError as error:
-            error.args = (f"line {number} of {source}: {error}",)
-            raise
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"prompts {source}: holds no prompt; write one per line")
-    return tuple(prompts)
 
 
 def _write(args: Args, samples: "Samples", out: TextIO | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from tarflowlm.cli.options import OfModel, load_checkpoint, read_lines, read_source
+from tarflowlm.cli.options import OfModel, check_lines, load_checkpoint, read_lines, read_source
 from tarflowlm.errors import UserError
 from tarflowlm.options import File, arg
 from tarflowlm.requests import Score
@@ -91,13 +91,9 @@ def _score_lines(args: Args, source: str) -> None:
         with processes.first_alone():  # it may have to be downloaded
             lm = load_checkpoint(args.directory, processes.device)
         name = shown_name(args.directory, lm.directory)
-        for number, line in lines:
-            try:
-                read(lm.tokenizer, line, normalize=args.score.normalize)
-            except UserError as error:
-                error.args = (f"line {number} of {source}: {error}",)
-                raise
-        own = tuple(line for _, line in lines[processes.rank :: processes.world])
+        how = args.score.normalize
+        texts = check_lines(lines, source, lambda text: read(lm.tokenizer, text, normalize=how))
+        own = texts[processes.rank :: processes.world]
         found: list[Scores] = []
         if own:
             with Bars() as bars:

@@ -363,9 +363,8 @@ def resolve_source(
     source = text.source
     path, named = split_field(source)
     field = named or "text"
-    found: Source
     if source in _REGISTRY:
-        found = _REGISTRY[source]()
+        found: Source = _REGISTRY[source]()
     elif path.startswith(HUB):
         repository = path.removeprefix(HUB)
         if "/" not in repository:

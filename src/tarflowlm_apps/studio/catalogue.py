@@ -132,11 +132,12 @@ def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> 
     such a run is left out.
     """
     entries: dict[str, Entry] = {}
-    names = {entry.place: name for name, entry in (seen or {}).items()}
+    is_first, seen = seen is None, seen or {}
+    names = {entry.place: name for name, entry in seen.items()}
     known = set()
     for given, folder in folders.items():
         found = [path for path in find_runs(folder) if (path / CONFIG).is_file()]
-        if not found and seen is None:
+        if not found and is_first:
             models = ", ".join(released())
             raise UserError(f"{given!r} holds no run, and is not one of {models}: check the path")
         for path in found:
@@ -145,17 +146,17 @@ def _collect(folders: dict[str, Path], seen: dict[str, Entry] | None = None) -> 
                 continue
             known.add(place)
             command_name = given if path == folder else str(path)
-            taken = entries.keys() | (seen or {}).keys()
+            taken = entries.keys() | seen.keys()
             # a second run of the same name is shown by its path
             choices = (shown_name(given, path), command_name, str(place))
             name = names.get(path) or next(name for name in choices if name not in taken)
             try:
                 entries[name] = Entry(path, command_name, read_run(path))
             except UserError as error:
-                if path in names and seen is not None:
+                if path in names:
                     entries[name] = seen[name]
-                elif seen is None and path == folder:
+                elif is_first and path == folder:
                     raise
-                elif seen is None:
+                elif is_first:
                     logging.getLogger("tarflowlm").warning("left out: %s", error)
     return entries

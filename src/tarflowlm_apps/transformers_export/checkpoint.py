@@ -76,7 +76,7 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 def _normalizer(tokenizer: OurTokenizer, given: Document | None) -> Document | None:
-    """What reads a text as `data.prompts.read` does, in the terms of `tokenizers`.
+    """A normaliser that reads a text as `data.prompts.read` does, in the terms of `tokenizers`.
 
     `given` reads training text: in text8 it begins with a space. A text that a user gives has a
     space at either end only if there is white space; a control character keeps its place.
@@ -85,8 +85,7 @@ def _normalizer(tokenizer: OurTokenizer, given: Document | None) -> Document | N
         has_capitals = tokenizer.alphabet != tokenizer.alphabet.lower()
         return None if has_capitals else {"type": "Lowercase"}
     keeps = [_replaces(end, EDGE) for end in (r"^\s+", r"\s+$")]
-    *before, _letters, _strip, _space = given["normalizers"]
-    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    *before, _letters, strip, _space = given["normalizers"]
     after = [_replaces(f"[^a-z{EDGE}]+", " "), strip, _replaces(f" ?{EDGE} ?", " ")]
     return {"type": "Sequence", "normalizers": [*keeps, *before, *after]}
 
