@@ -120,7 +120,7 @@ def _tightened(log_w: Tensor, size: int) -> Tensor:
 
 
 def draw_bounds(figure: Figure, rows: Sequence[Row]) -> None:
-    """The ratio to the baseline over the number of samples; dotted the limit if log w is normal."""
+    """The ratio to the baseline over the number of samples, and the limit if log w is normal."""
     axes = figure.subplots()
     flows = [row for row in rows if row["model"] != "AR"]
     for index, row in enumerate(flows):
@@ -142,6 +142,7 @@ def draw_bounds(figure: Figure, rows: Sequence[Row]) -> None:
         )
         axes.axhline(row[f"{RATIO} if normal"], linestyle=":", color=f"C{index}", linewidth=0.8)
     axes.set_xscale("log", base=FACTOR)
+    axes.plot([], [], ":", color="gray", label="limit if log w is normal")
     axes.set(xlabel="samples S", ylabel="iw-S over the baseline's bits")
     axes.legend()
 

@@ -146,6 +146,35 @@ def flows_above_the_baseline() -> Claim:
     return Claim(claim, f"{verdict(holds)}, by bounds", numbers, differs, "table2")
 
 
+def gaps_of_bounds() -> Claim:
+    """The share of a family's distance to the baseline that importance weights take off its bound,
+    at least; of all its gap where the limit for a normal log w is within SURE.
+    """
+    rows = {row["model"]: row for row in rows_of("bounds")}
+    baseline = rows.pop("AR")["test bpc"]
+    here, numbers = list[str](), list[str]()
+    for model, row in rows.items():
+        size, best = [
+            (int(name[3:].removesuffix(" bpc")), value)
+            for name, value in row.items()
+            if name.startswith("iw-") and value
+        ][-1]
+        limit = row["bpc if log w is normal"]
+        share = (row["test bpc"] - best) / (row["test bpc"] - baseline)
+        least = "at least " * (best > limit + SURE)
+        here.append(f"{model} {least}{share:.0%}")
+        numbers.append(
+            f"{model} {row['test bpc'] / baseline:.3f}, {best / baseline:.3f} (iw-{size:,}), {limit / baseline:.3f}"
+        )
+    claim = "how much of a flow's distance to the baseline is the gap of its bound? (question of our own)"
+    differs = "seed 2, 64 windows; log w of affine has a kurtosis of "
+    differs += (
+        f"{rows['affine']['kurtosis']:.2f} and a skewness of {rows['affine']['skewness']:.2f}"
+    )
+    joined = f"times the baseline by the bound, by the most samples, and in the limit if log w is normal: {'; '.join(numbers)}"
+    return Claim(claim, "; ".join(here), joined, differs, "bounds")
+
+
 def above_the_next(page: str) -> tuple[bool, str]:
     """Whether every seed of every family is above every seed of the next better one by SURE; and
     the ratios to the baseline.
@@ -641,6 +670,7 @@ def quality() -> Iterator[Claim]:
 CLAIMS: tuple[Callable[[], Any], ...] = (
     order_of_families,
     flows_above_the_baseline,
+    gaps_of_bounds,
     on_its_text,
     as_worded,
     inputs,
