@@ -54,7 +54,7 @@ def read_pairs(place: Path, most: int | None) -> list[Pair]:
     if place.is_dir():
         files = sorted(place.glob("*.jsonl"))
         lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        rows = [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines if line.strip()]
     else:
         opened = lzma.open if place.suffix == ".xz" else open
         with opened(place, "rt", encoding="utf-8", newline="") as text:
@@ -179,6 +179,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.peers is not None and not args.models:
         parser.error("--peers: name the baseline first whose tokens and shape they have")
+    if args.pairs is not None and args.pairs < 1:
+        parser.error(f"--pairs {args.pairs}: give at least 1")
     pairs = read_pairs(args.pairs_at, args.pairs)
     if args.tasks is not None:
         write_tasks(pairs, args.tasks)

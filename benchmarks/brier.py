@@ -97,6 +97,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in args.models:
         lm = load(name)
+        if lm.config.context <= N:
+            raise SystemExit(f"{name} has a context of {lm.config.context}: give one above {N}")
         tokens = encode_text(lm.run.data, lm.tokenizer, "test")
         windows = eval_windows(tokens, lm.config.context, args.contexts)
         contenders = {name: of_model(lm, windows, args.seed)}

@@ -259,6 +259,8 @@ def main() -> None:
     run = replace(run, train=replace(run.train, precision=args.precision))
     corpus, judge = prepare_corpus(replace(run.data, source=args.data)), load_judge(args.judge)
     # before any training
+    import flow_matching  # noqa: F401
+
     ours = {directory: load_checkpoint(directory) for directory in args.ours}
     for directory, lm in ours.items():
         if lm.tokenizer.fingerprint != corpus.tokenizer.fingerprint:

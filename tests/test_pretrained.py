@@ -98,6 +98,20 @@ def test_fill_edit_and_stream(loaded):
     assert loaded.edit(text, level=0, strength=0.0) == text
 
 
+def test_a_loaded_model_that_is_trained_further_is_saved_as_one_of_its_own(tmp_path):
+    lm = tarflowlm.load("english-mini-ar")
+    same = lm.save_pretrained(tmp_path / "same")
+    assert (same / "summary.json").exists()
+    torch.nn.init.zeros_(next(lm.model.parameters()))
+    changed = lm.save_pretrained(tmp_path / "changed")
+    assert not (changed / "summary.json").exists()
+    assert "1.6480" in (same / "README.md").read_text(encoding="utf-8")
+    card = (changed / "README.md").read_text(encoding="utf-8")
+    assert "not recorded" in card
+    assert "1.6480" not in card
+    assert tarflowlm.load(changed).info.get("steps") is None
+
+
 def test_scores_show_themselves_in_a_notebook(loaded):
     scores = loaded.score("The King", samples=2)
     html = scores._repr_html_()

@@ -41,6 +41,12 @@ REFUSED = [
     ("flow.prior.inverse(noise[0])", ["[12, 8]"]),
     ("baseline.log_prob(tokens[None] + 99)", ["0 to 26"]),
     ("evaluate(flow, tokens[None], one_each[:5])", ["[5]", "27 tokens"]),
+    ("evaluate(flow, tokens[None], one_each, given=[0])", ["given [0]", "[W]"]),
+    (
+        "evaluate(flow, tokens[None], one_each, given=tokens[:2])",
+        ["given of shape [2]", "give [1]"],
+    ),
+    ("lm.evaluate(['!!!'])", ["nothing is left", "a-z"]),
     ("evaluate(flow, tokens[None], None)", ["characters_per_token None", "[V]"]),
     ("tarflowlm.Pretrained(diverged, tokenizer)", ["codebook.mean is not finite"]),
     ("generate(flow, num_tokens=8.5)", ["length 8.5", "integer"]),

@@ -18,13 +18,14 @@ from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.generation.texts import write_texts
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.requests import Writing
-from tarflowlm.runs import CARD, DRAFT
+from tarflowlm.runs import CARD, DRAFT, WEIGHTS
 from tarflowlm.runs.checkpoint import (
     Checkpoint,
     corpus_digest,
     export,
     load_checkpoint,
     read_summary,
+    read_weights,
 )
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, hub_errors, read_card
 from tarflowlm.runs.records import is_export
@@ -50,9 +51,11 @@ def save_pretrained(
 ) -> Path:
     """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
-    A README.md next to the weights becomes the card. `half` as in `export`, `licence` an identifier
-    of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to name. `overwrite`
-    replaces a saved model in the folder, but never a run with the log of its training.
+    A README.md next to the weights becomes the card. Weights that have changed since they were
+    loaded get neither the card nor the figures of their directory. `half` as in `export`,
+    `licence` an identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to
+    name. `overwrite` replaces a saved model in the folder, but never a run with the log of its
+    training.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
     if licence is not None and not re.fullmatch(r"[a-z0-9.-]+", licence):
@@ -65,6 +68,18 @@ def save_pretrained(
         target = target.resolve()  # "." has no name
         place = target.with_name(f".{target.name}.new")
         shutil.rmtree(place, ignore_errors=True)
+    stored = checkpoint.directory / WEIGHTS
+    if stored.is_file():
+        tensors, _ = read_weights(stored)
+        weights = checkpoint.model.state_dict()
+        unchanged = all(
+            name in tensors and weight.cpu().equal(tensors[name].to(weight.dtype))
+            for name, weight in weights.items()
+        )
+        if not unchanged:
+            run = replace(checkpoint.run, data=replace(checkpoint.run.data, source="own"))
+            info = {"blocks": str(checkpoint.model.num_blocks)}
+            checkpoint = replace(checkpoint, run=run, info=info, directory=place)
     try:
         export(checkpoint, place, half=half)
     except OSError as error:

@@ -135,6 +135,18 @@ def test_gradients_in_the_far_tail_are_those_of_the_logarithms(dtype):
         )
 
 
+@pytest.mark.parametrize("of", [0, 1], ids=["u", "log-det"])
+def test_gradients_of_weights_keep_their_precision_in_float32(of):
+    z = torch.tensor([1e3, -3e3, 1e4, -1e5])
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        log_w = torch.tensor([[0.0, 0.5]], dtype=dtype).repeat(4, 1).requires_grad_()
+        params = torch.tensor([0.0, 1.0], dtype=dtype), torch.tensor([0.3, 0.2], dtype=dtype)
+        value = mixture_cdf(z.to(dtype), log_w, *params)[of].sum()
+        found.append(torch.autograd.grad(value, log_w)[0].double())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     data=st.lists(

@@ -84,6 +84,12 @@ def test_log_det_is_the_autograd_one(model, latents):
     )
 
 
+def test_no_sequences_give_no_noise(model):
+    u, log_det = model.prior(normal(0, T, d))
+    assert (u.shape, log_det.shape) == ((0, T, d), (0,))
+    assert model.prior.log_prob(normal(0, T, d)).shape == (0,)
+
+
 @pytest.mark.slow
 def test_round_trips(model, latents):
     u = normal(8, T, d, seed=5)

@@ -224,6 +224,24 @@ def test_a_block_that_gained_nothing_leaves_the_model(tmp_path, corpus_file, cap
 
 
 @pytest.mark.slow
+def test_a_block_that_ends_worse_than_the_model_without_it_leaves(tmp_path, corpus_file):
+    """Mix-d does not start as the identity: training lowers the bound, but not far enough."""
+    config = tiny_run(
+        corpus_file,
+        couplings=("mixd", "mixd"),
+        stage_steps=(3, 2),
+        evaluate_every=1,
+        keep_idle=False,
+    )
+    config = replace(config, model=replace(config.model, channel_mix=False))
+    summary = go(config, tmp_path / "run")
+    assert len(summary["stage_valid_bpc"]) == 1
+    valid = [line for line in metrics_of(tmp_path / "run") if line["split"] == "valid"]
+    first, *later = (line["bpc"] for line in valid if line["block"] == 2)
+    assert first > min(later) > summary["stage_valid_bpc"][0]
+
+
+@pytest.mark.slow
 def test_a_model_without_its_idle_blocks_is_the_one_of_its_first_stage(tmp_path, corpus_file):
     """Which continues prompts exactly, as a model of one block does."""
     go(idle_run(corpus_file, stage_steps=(3, 0, 0)), tmp_path / "run")

@@ -23,7 +23,7 @@ class Args(Copying):
 
 
 def run(args: Args) -> None:
-    from tarflowlm.runs.checkpoint import export, load_checkpoint
+    from tarflowlm.runs.checkpoint import export, import_words, load_checkpoint
 
     checkpoint = load_checkpoint(args.directory)
     if args.causal_lm:
@@ -37,4 +37,4 @@ def run(args: Args) -> None:
         args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")]
     )
     if not args.causal_lm:
-        suggest("sample", out)
+        suggest("sample", out, *import_words(out))

@@ -17,7 +17,7 @@ from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
 from tarflowlm.processes import ALONE, Processes, keep_freed_memory
-from tarflowlm.schema import Count, Seed, check_type, checked
+from tarflowlm.schema import Count, Seed, check_integers, check_type, checked
 
 Nats = TypeVar("Nats", float, Tensor)
 
@@ -118,6 +118,10 @@ def evaluate(
     if characters_per_token.shape != (vocab_size,):
         what = f"characters_per_token of shape {list(characters_per_token.shape)}"
         raise UserError(f"{what}: give one number for each of the {vocab_size} tokens")
+    if given is not None:
+        check_integers(given, "given", "[W]")
+        if len(given) != len(windows):
+            raise UserError(f"given of shape [{len(given)}]: give [{len(windows)}]")
     log_w = log_weights(
         model,
         windows,

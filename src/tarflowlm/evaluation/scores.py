@@ -283,10 +283,12 @@ def read_windows(request: Evaluation, lm: Checkpoint, progress: Progress = SILEN
             raise UserError(f"{what}: give at least one text, and no split")
         source, split = counted(len(texts), "text"), "all"
         tokens = encode_text(texts, tokenizer, split, progress=progress)
+        if not len(tokens):
+            raise UserError("nothing is left of the text once normalised: give some letters a-z")
     context = lm.model.config.context
     patch = lm.model.config.patch
-    if patch <= len(tokens) < context and split == "all":
-        context = len(tokens) - len(tokens) % patch
+    if len(tokens) < context and split == "all":
+        context = max(patch, len(tokens) - len(tokens) % patch)
         what = f"one window of {counted(context, 'token')}"
         log.info("the text is shorter than the context: %s", what)
     stride = context if request.stride is None else request.stride

@@ -127,7 +127,7 @@ class AutoregressiveHead(nn.Module):
     def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> list[Tensor]:
         """Parameters of all groups, each given the earlier groups of z: [G, B, N, O] each."""
         B, N, _ = z.shape
-        hidden = self.context(features).reshape(B * N, -1)
+        hidden = self.context(features).flatten(0, 1)
         cross, evidence = self.masked()
         if self.num_known:
             values = z.reshape(B * N, self.groups, self.channels).transpose(0, 1)[:-1]
@@ -145,13 +145,13 @@ class AutoregressiveHead(nn.Module):
             outputs[-1] = bounded_log_std(outputs[-1])
         first, *rest = outputs
         if self.shared is not None and evidence is not None:
-            first = first + widen(self.shared(features)).view(1, B * N, -1)
+            first = first + widen(self.shared(features)).flatten(0, 1)
             if self.num_known:
                 # sums reach the hundreds where components are narrow: too large for half precision
                 with full_precision(z):
-                    known = z.reshape(B * N, -1)[:, : -self.channels]
+                    known = z.flatten(0, 1)[:, : -self.channels]
                     first = first + known @ evidence.flatten(1, 2)
-        return [out.view(self.groups, B, N, -1) for out in (first, *rest)]
+        return [out.unflatten(1, (B, N)) for out in (first, *rest)]
 
     def walk(
         self, features: Float[Tensor, "B D"], weights: "HeadWeights | None" = None

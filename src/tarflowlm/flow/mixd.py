@@ -135,7 +135,7 @@ class MixDCoupling(Coupling):
             token_features,
         )
         u, log_det = (torch.cat(parts) for parts in zip(*mapped, strict=True))
-        return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
+        return u.reshape(z.shape), log_det.view(*z.shape[:2], self.patch).sum(-1)
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         return self.token_log_prob(z, features).sum(-1)

@@ -251,19 +251,23 @@ def leave_stage(run: Run, state: State, end: Likelihood) -> None:
     if final:
         assign(trained(state.model), final)
         assign(state.copies.get("average", {}), final)
-    is_idle = counters.stage > 0 and not counters.lowest_at
+    kept = counters.lowest if config.train.keep == "best" else end.nats_per_token
+    bpc = bits(kept) * end.tokens / end.characters
+    # a coupling that does not start as the identity may end worse than the model without it
+    is_worse = counters.stage > 0 and config.train.keep == "best" and bpc > counters.valid_bpc[-1]
+    is_idle = counters.stage > 0 and (is_worse or not counters.lowest_at)
     leaves = is_idle and not (config.train.keep_idle or config.parent)
     if is_idle:
         why = "gained nothing" if counters.stage_step else "has no time"
-        what = "leaves the model" if leaves else "stays as it started"
+        stays = "stays" if counters.lowest_at else "stays as it started"
+        what = "leaves the model" if leaves else stays
         logger.info("%s %s: the block %s", state.stage_name, why, what)
     if leaves:
         drop_block(run, state)
     else:
         if final:
             submit_weights(run, state, run.out)
-        kept = counters.lowest if config.train.keep == "best" else end.nats_per_token
-        counters.valid_bpc.append(bits(kept) * end.tokens / end.characters)
+        counters.valid_bpc.append(bpc)
         counters.stage_steps.append(counters.stage_step)
         counters.stage += 1
     if leaves or counters.stage < config.num_stages:

@@ -6,6 +6,7 @@ a branch would stop the device, and in the far tails on a CPU. The fast paths ar
 a_k = (z - m_k) / s_k is a standardised value; for the other letters see `tarflowlm.flow.numerics`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tarflowlm.flow.numerics.normal import (
     HALF_LOG_2PI,
+    SQRT_HALF,
     log_standard_normal,
     log_upper_tail,
     standard_normal_log_prob,
@@ -81,9 +83,9 @@ def mixture_backward(
     if noise:
         u, log_det, grad_u = (t[:, None] for t in noise)
         log_tail, side = (t[:, None] for t in smaller_tail(a, log_w))
-        log_base = log_standard_normal(u)
-        tail_ratio = torch.exp(log_tail - log_base)
-        mass_ratio = torch.exp(log_w + log_upper_tail(side * a) - log_base)
+        # T / N(u; 0, 1), in which the rounding of u does not grow
+        tail_ratio = math.sqrt(0.5 * math.pi) * torch.special.erfcx(u.abs() * SQRT_HALF)
+        mass_ratio = tail_ratio * torch.exp(log_w + log_upper_tail(side * a) - log_tail)
         of_mean = of_mean - grad_u * torch.exp(log_det)
         of_log_w = of_log_w + side * grad_u * (weight * tail_ratio - mass_ratio)
     of_mean = of_mean * share
