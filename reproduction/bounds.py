@@ -119,18 +119,19 @@ def _tightened(log_w: Tensor, size: int) -> Tensor:
     return sum((importance_weighted(group) for group in groups), start=0 * log_w[0]) / len(groups)
 
 
+def curve(row: Row) -> list[tuple[int, float]]:
+    """The numbers of samples in a row, and the bits per character with each."""
+    sizes = {name: name.removeprefix("iw-").removesuffix(" bpc") for name in row if "iw-" in name}
+    return [(int(size), row[name]) for name, size in sizes.items() if row[name] is not None]
+
+
 def draw_bounds(figure: Figure, rows: Sequence[Row]) -> None:
     """The ratio to the baseline over the number of samples, and the limit if log w is normal."""
     axes = figure.subplots()
     flows = [row for row in rows if row["model"] != "AR"]
     for index, row in enumerate(flows):
-        points = [
-            (int(name.split()[0].removeprefix("iw-")), value)
-            for name, value in row.items()
-            if name.startswith("iw-")
-        ]
         baseline = row[NORMAL] / row[f"{RATIO} if normal"]
-        sizes, values = zip(*points, strict=True)
+        sizes, values = zip(*curve(row), strict=True)
         ratios = [value / baseline for value in values]
         axes.plot(
             sizes,

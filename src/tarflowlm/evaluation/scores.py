@@ -289,8 +289,9 @@ def read_windows(request: Evaluation, lm: Checkpoint, progress: Progress = SILEN
     patch = lm.model.config.patch
     if len(tokens) < context and split == "all":
         context = max(patch, len(tokens) - len(tokens) % patch)
-        what = f"one window of {counted(context, 'token')}"
-        log.info("the text is shorter than the context: %s", what)
+        if len(tokens) >= patch:
+            what = f"one window of {counted(context, 'token')}"
+            log.info("the text is shorter than the context: %s", what)
     stride = context if request.stride is None else request.stride
     windows, given = sliding_windows(tokens, context, stride, request.windows)
     if stride % patch:
