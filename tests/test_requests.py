@@ -36,6 +36,13 @@ def test_a_stream_stops_where_its_stop_is_read(flow):
     assert flow.write("The King", num_tokens=26, seed=3, stop=stop.upper()) == shown
 
 
+def test_a_stop_and_words_that_are_read_differently_are_named(flow):
+    samples = Samples(Writing("at", contains="Café", num_tokens=20), flow)
+    assert samples.notices == ["contains read as: caf"]
+    samples = Samples(Writing("At", stop=("at", "Once"), num_tokens=20), flow)
+    assert samples.notices == ["read as: at", "stop read as: once"]
+
+
 def test_the_command_of_a_text_that_looks_like_an_option():
     request = Writing(prompt="-hello", stop=("--", "b"))
     expected = ["--prompt=-hello", "--stop=--", "--stop", "b"]

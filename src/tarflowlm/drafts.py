@@ -119,7 +119,8 @@ class Guesser:
         self.drafter = drafter
         self.length = drafter.length
         """Tokens of the past that matter."""
-        self.temperature = np.float32(temperature)
+        # all tokens are as likely long before a number is too large for float32
+        self.temperature = np.float32(min(temperature, 1e30))
         self.range = math.inf if top_p is None or top_p >= 1 else -math.log(1 - top_p)
         """How far below the largest log q a token may be: about what top-p keeps."""
 

@@ -186,14 +186,15 @@ class Writing(Sampling, Draws):
     """Text to continue. Exact for one block; an approximation for more, see --particles."""
     template: options.Text = None
     """Text with a blank for every token to fill in: "the ____ of ____". With word pieces, a blank
-    includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12.
+    includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12. With --length
+    the text goes on after it; its document ends only where the template has a [...].
     """
     blank: Annotated[str, arg("CHARACTER")] = "_"
     """Character that marks a blank in the template; a backslash before it makes it plain text."""
     without: Annotated[str, arg("LETTERS")] = ""
     """Draw no token with these letters, small or capital. Given text may have them."""
     contains: options.Text = None
-    """Whole words that must appear after the prompt, unless it has them."""
+    """Whole words that must appear after the prompt, after a space, unless it has them."""
     allowed: Annotated[object, tyro.conf.Fixed, tyro.conf.Suppress] = None
     """The tokens that may be drawn, as `generate` takes them."""
     num_tokens: Annotated[Length | None, arg("INT", name=options.NAMES["num_tokens"])] = None
@@ -223,8 +224,9 @@ class Writing(Sampling, Draws):
 
     @property
     def may_end(self) -> bool:
-        """Whether a text ends with its document."""
-        return self.template is None and self.stop_at_end
+        """Whether a text ends with its document: not within a template."""
+        goes_on = self.template is None or self.num_tokens is not None
+        return goes_on and self.stop_at_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +254,8 @@ class Edit(Tempered, Draws):
     everywhere: options.Flag = False
     """With --rewrite: every occurrence."""
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """Put NEW in place of the first OLD, whole words. The words next to it may change, too, so that
-    the text reads well: see --around.
+    """Put NEW in place of the first OLD, whole words, once per edit. The words next to it may
+    change, too, so that the text reads well: see --around.
     """
     around: Annotated[Whole, arg("INT")] = 1
     """With --replace: words on each side that may change; 0 keeps all the rest."""

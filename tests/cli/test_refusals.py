@@ -136,6 +136,8 @@ LINES = [
     ([*EDIT, "--words", "1", "--strength", "0.5"], ["words", "strength"]),
     ([*EDIT, "--replace", "king", "lord", "--rewrite", "king"], ["rewrite", "replace"]),
     ([*EDIT, "--rewrite", "queen"], ["'queen'"]),
+    ([*EDIT, "--rewrite", " "], ["piece ' ' is white space"]),
+    ([*EDIT, "--replace", "king", " "], ["replacement ' ' is white space"]),
     ([*EDIT, "--level", "7"], ["level 7"]),
     (["edit", "ar", "--text", "abc", "--level", "0"], ["baseline", "leave --level out"]),
     (["edit", "patches-ar", "--text", "the king"], ["patch 2"]),

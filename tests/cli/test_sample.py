@@ -81,6 +81,8 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     assert (sample["template"], len(sample["text"])) == ("The ___ of, 9", 15)
     assert (sample["text"][:4], sample["text"][7:]) == ("the ", " of nine")
     assert run_json(*argv, "a X", "--blank", "X")["samples"][0]["text"][:2] == "a "
+    prompt = run_json("sample", model, "--prompt", "at ", "--length", 5)["samples"][0]
+    assert prompt["prompt"] == "at "
     done = run(*argv, "the ___", "--particles", 4)
     assert "candidates of 4" in done.err
 

@@ -5,6 +5,7 @@ import torch
 
 import tarflowlm
 from helpers import tiny_ar, tiny_flow
+from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
 from tarflowlm.editing.edits import (
@@ -69,6 +70,15 @@ def test_as_many_words_are_redrawn_as_asked(lm):
         for text in edited(lm, candidates=4, **options):
             assert list(lm.tokenizer.encode(text)) != list(tokens)
     assert edited(lm, strength=0.0) == [TEXT] * 2
+
+
+@pytest.mark.parametrize("options", [{"words": 2}, {"level": 1, "strength": 0.5}])
+def test_an_edit_does_not_depend_on_how_many_there_are(options):
+    model = tiny_flow(vocab_size=27, context=32, couplings=("mixd", "mix1"), log_std=-4.0)
+    lm = tarflowlm.Pretrained(model, CharTokenizer(TEXT8_ALPHABET))
+    one, two = (edit(Edit(text=TEXT, num=num, **options), lm).texts for num in (1, 2))
+    assert one == two[:1]
+    assert two[0] != two[1]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from helpers import mostly_nightly, tiny_flow
 from tarflowlm.editing.states import Source, encode, renoise
 from tarflowlm.errors import UserError
+from tarflowlm.generation.sampling import row_generators
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
 
@@ -75,7 +76,9 @@ def test_strength_one_forgets_the_state_and_less_keeps_more(model):
 def test_renoising_follows_its_formula_and_comes_down_the_stack(model):
     text = encode(model, TEXT, generator())
     edit = renoise(Source(model, text, generator(2)), level=1, strength=0.6)
-    eps = torch.randn(*text.states[1].shape, generator=generator(2)).to(text.states[1])
+    streams = row_generators(range(len(text.states[1])), generator(2))
+    eps = [torch.randn(text.states[1].shape[1:], generator=g) for g in streams]
+    eps = torch.stack(eps).to(text.states[1])
     expected = 0.8 * text.states[1] + 0.6 * eps
     torch.testing.assert_close(edit.states[0], expected[:, :7])
     with torch.no_grad():

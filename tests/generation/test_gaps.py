@@ -164,17 +164,21 @@ def test_words_that_a_text_must_contain_are_whole(prompt, where):
     assert (share - wanted / wanted.sum()).abs().max() < 4 * math.sqrt(0.25 / 300)
 
 
-def test_a_text_may_end_once_it_contains_the_words():
+def test_a_text_may_end_after_its_constraint_and_its_gaps():
     lm = Pretrained(tiny_ar(vocab_size=4, context=8), CharTokenizer(" ab", "none", has_end=True))
-    request = Writing(contains="a", num_tokens=8, num=60, temperature=1.0)
-    found = [
-        (text, length)
-        for one in Samples(request, lm).batches()
-        for text, length in zip(one.texts, one.lengths, strict=True)
-    ]
-    assert all("a" in text.split() for text, _ in found)
+
+    def found(request: Writing) -> tuple[list[str], list[int]]:
+        batches = list(Samples(request, lm).batches())
+        drawn = [text for one in batches for text in one.texts]
+        return drawn, [length for one in batches for length in one.lengths]
+
+    drawn, lengths = found(Writing(contains="a", num_tokens=8, num=60, temperature=1.0))
+    assert all("a" in text.split() for text in drawn)
     # the context of 8 also holds the end of the document before it
-    assert {length < 7 for _, length in found} == {True, False}
+    assert {length < 7 for length in lengths} == {True, False}
+    drawn, lengths = found(Writing(template="a[...2]b", num_tokens=8, num=60, temperature=1.0))
+    assert all(re.match(r"a.{1,2}b", text) for text in drawn)
+    assert {length < 8 for length in lengths} == {True, False}
 
 
 def test_a_usual_temperature_is_of_models_that_draw_tokens():

@@ -94,9 +94,13 @@ def test_trust_is_told_in_one_way():
         "rests on about 4.6 to 12.0 independent candidates of 16"
     )
     one = slice(0, 1)
-    rough = "rests on about 4.6 independent candidates of 16, which is rough; raise particles"
-    assert trust(replace(evidence, pareto_k=nan + 1), one, 16) != rough
-    assert trust(replace(evidence, pareto_k=torch.ones(2)), one, 16) == rough
+    told = "rests on about 4.6 independent candidates of 16"
+    assert trust(evidence, one, 16) == told
+    few = "but a few far outweigh the rest, which is rough; raise particles"
+    assert trust(replace(evidence, pareto_k=torch.ones(2)), one, 16) == f"{told}, {few}"
+    few = "rests on about 3.9 independent candidates of 16, which is rough; raise particles"
+    assert trust(replace(evidence, ess=ess - 0.74), one, 16) == few
+    assert "rough" not in trust(replace(evidence, ess=ess - 0.64), one, 16)
 
 
 def test_a_sample_gives_the_terminal_no_commands(capsys):

@@ -153,5 +153,5 @@ def _objects(args: Args, samples: "Samples", written: "Written") -> list[dict[st
         if samples.request.template is not None:
             one["template"] = samples.request.template
         elif reading is not None:
-            one["prompt"] = samples.lm.tokenizer.decode(reading.tokens.tolist())
+            one["prompt"] = reading.text
     return objects

@@ -28,6 +28,7 @@ from tarflowlm.editing.redraw import (
 from tarflowlm.editing.states import Change, Encoded, Source, encode, renoise
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.generation.sampling import row_generators
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Edit, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite
@@ -104,7 +105,10 @@ def redraw_words(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
     count = request.words
     if count is None:
         count = num_words(request.strength, places)
-    picked = [_picked(request, places, count, source) for _ in range(request.num_each)]
+    # numbered: the words of an edit do not depend on how many there are
+    generators = row_generators(range(request.num_each), source.generator)
+    rows = [replace(source, generator=generator) for generator in generators]
+    picked = [_picked(request, places, count, row) for row in rows]
     spans = [merge_words(chosen, places) for chosen in picked]
     return rewrite(source, spans, _candidates(request, tokenizer, source), spare=places)
 
@@ -174,7 +178,10 @@ def renoise_state(request: Edit, tokenizer: Tokenizer, source: Source) -> Change
 
 
 def _read_piece(request: Edit, tokenizer: Tokenizer, text: str, name: str) -> str:
-    return read(tokenizer, text, name=name, normalize=request.normalize).text.strip()
+    piece = read(tokenizer, text, name=name, normalize=request.normalize).text.strip()
+    if not piece:
+        raise UserError(f"the {name} {text!r} is white space: give at least one character")
+    return piece
 
 
 def _bytes_of(text: Encoded, tokenizer: Tokenizer) -> list[bytes]:

@@ -100,7 +100,9 @@ def encode(model: LanguageModel, tokens: Int[Tensor, "B T"], generator: Generato
 
 @dataclass(frozen=True)
 class Source:
-    """Texts to edit, their model and a source of noise. Each row is one edit with its own noise."""
+    """Texts to edit, their model and a source of noise. Each row is one edit with its own noise,
+    which does not depend on the number of edits.
+    """
 
     model: LanguageModel
     text: Encoded
@@ -136,7 +138,10 @@ def renoise(
         what = f"level {level}: the model has states 0 (the latents) to {last} (the noise)"
         raise UserError(what)
     state = states[level]
-    changed = (1 - strength**2) ** 0.5 * state + strength * source.normal(*state.shape)
+    generators = row_generators(range(len(state)), source.generator)
+    rows = [replace(source, generator=generator) for generator in generators]
+    noise = torch.cat([row.normal(1, *state.shape[1:]) for row in rows])
+    changed = (1 - strength**2) ** 0.5 * state + strength * noise
     if where is not None:
         changed = torch.where(where.to(state.device)[:, None], changed, state)
     below = inverted_below(source, level, changed, decoder)

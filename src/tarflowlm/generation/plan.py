@@ -117,14 +117,14 @@ def plan(
     particles = sampling.particles or (1 if is_prompt and not is_open else PARTICLES)
     is_whole = num_given == num_tokens and (is_open or particles == 1)
     if longest > num_tokens or is_whole:
-        raise no_room(longest, num_tokens)
+        raise no_room(longest - lead, num_tokens - lead)
     if model.is_exact and sampling.decoder not in ("auto", "steps"):
         rule = "a baseline has no blocks to invert"
         raise UserError(f"decoder {sampling.decoder}: {rule}, leave it out")
     if is_open:
-        _check_open(model, num_tokens)
+        _check_open(model, num_tokens, lead)
     elif num_tokens > config.context and (particles > 1 or not is_prompt):
-        what = f"length {num_tokens}, particles {particles}: beyond the trained context of"
+        what = f"length {num_tokens - lead}, particles {particles}: beyond the trained context of"
         remedy = "take 1 particle, and a prompt without blanks in it"
         raise UserError(f"{what} {config.context} tokens, {remedy}")
     is_long = num_given >= config.context
@@ -173,8 +173,8 @@ def _is_open(gap: Gap) -> bool:
     return gap.least < gap.most or gap.begins is not None or gap.once
 
 
-def _check_open(model: LanguageModel, num_tokens: int) -> None:
-    """UserError where a model does not take gaps of unknown length and constraints."""
+def _check_open(model: LanguageModel, num_tokens: int, lead: int) -> None:
+    """UserError where a model takes no open gaps and constraints."""
     config = model.config
     rule = "gaps of unknown length and constraints take"
     if config.patch > 1 or not config.has_token_weights:
@@ -183,7 +183,7 @@ def _check_open(model: LanguageModel, num_tokens: int) -> None:
         raise UserError(f"{found}: {rule} {needed}; use another model, such as english-small")
     if num_tokens > config.context:
         most = f"at most the context of {config.context} tokens"
-        raise UserError(f"length {num_tokens}: {rule} {most}; shorten the text or its gaps")
+        raise UserError(f"length {num_tokens - lead}: {rule} {most}; shorten the text or its gaps")
 
 
 def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> Adjustment | None:

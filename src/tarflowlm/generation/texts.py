@@ -57,12 +57,13 @@ class Samples:
         self.request, self.lm, self.past_end, self.processes = request, lm, past_end, processes
         model = lm.model
         check_finite(model.state_dict(), "model")
-        read_stops = [
-            (stop, read(lm.tokenizer, stop, name="stop", normalize=request.normalize).text)
+        stops = [
+            read(lm.tokenizer, stop, name="stop", normalize=request.normalize)
             for stop in as_texts(request.stop, "stop")
         ]
         # a line end is in no text of letters, where it reads as a space
-        self.stops = [text for stop, text in read_stops if text != " " or stop == " "]
+        self.read_stops = [stop for stop in stops if stop.text != " " or stop.given == " "]
+        self.stops = [stop.text for stop in self.read_stops]
         self.plans = plans(request, lm, past_end, prompts)
         self.total = request.num_each * len(self.plans)
         """Number of samples."""
@@ -89,8 +90,15 @@ class Samples:
     @property
     def notices(self) -> list[str]:
         """A line for every text that the model reads differently from how it was given."""
-        found = dict.fromkeys(one.reading.notice for one in self.plans if one.reading)
-        return [notice for notice in found if notice is not None]
+        named = [("", one.reading) for one in self.plans if one.reading]
+        named += [("stop ", stop) for stop in self.read_stops]
+        if self.request.contains is not None:
+            words = self.request.contains.strip()
+            named.append(
+                ("contains ", read(self.lm.tokenizer, words, normalize=self.request.normalize))
+            )
+        found = (f"{name}{one.notice}" for name, one in named if one.notice is not None)
+        return list(dict.fromkeys(found))
 
     @property
     def follows_loosely(self) -> bool:

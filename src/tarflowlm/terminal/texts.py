@@ -187,15 +187,18 @@ def trust(evidence: Evidence, rows: slice, particles: int) -> str:
     ess, tails = evidence.ess[rows].clamp(max=particles), evidence.pareto_k[rows]
     counts = dict.fromkeys((f"{ess.min():.1f}", f"{ess.max():.1f}"))
     words = f"rests on about {' to '.join(counts)} independent candidates of {particles}"
-    # tails of few particles are NaN, and tell nothing; 4 are few by any measure
-    is_rough = bool((tails > UNRELIABLE).any() or ess.min() < 4)
-    return f"{words}, which is rough; raise particles" if is_rough else words
+    # 4 are few by any measure; tails of few particles are NaN, and tell nothing
+    if round(ess.min().item(), 1) < 4:
+        return f"{words}, which is rough; raise particles"
+    if (tails > UNRELIABLE).any():
+        return f"{words}, but a few far outweigh the rest, which is rough; raise particles"
+    return words
 
 
 def samples_to_json(
     written: Written, lm: Checkpoint, *, passes: bool = False
 ) -> list[dict[str, object]]:
-    """One object per sample: its text, on request its passes, and weights if text was given."""
+    """One object per sample: its text, on request its passes, and how far candidates agree."""
     generation = written.generation
     shown = generation.passes(lm.model) if passes else ()
     samples: list[dict[str, object]] = []
@@ -204,7 +207,7 @@ def samples_to_json(
         if passes:
             cut = [one[row, : written.lengths[row]] for one in shown]
             sample["passes"] = [lm.tokenizer.decode(tokens.tolist()) for tokens in cut]
-        if generation.evidence is not None:
+        if generation.evidence is not None and written.particles > 1:
             for name in ("log_evidence", "ess", "draws", "pareto_k"):
                 sample[name] = getattr(generation.evidence, name)[row].item()
         if generation.filled is not None and generation.filled.lengths:
