@@ -76,6 +76,11 @@ class LanguageModelConfig(Checked):
         return True
 
     @property
+    def takes_temperature(self) -> bool:
+        """Whether samplers can change the weights of some tokens."""
+        return self.has_token_weights or self.fills_in
+
+    @property
     def continues_exactly(self) -> bool:
         """Whether the states of a prompt are known in all blocks before the rest is written."""
         return False

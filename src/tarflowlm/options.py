@@ -64,7 +64,7 @@ class Seeded(schema.Checked):
 class Normalized(schema.Checked):
     """The option `normalize`."""
 
-    normalize: Annotated[Literal["text8"] | None, arg("text8")] = None
+    normalize: Annotated[Literal["text8"] | None, arg("text8", constructor=Literal["text8"])] = None
     """Normalise the text first, whatever the model's training text was."""
 
 

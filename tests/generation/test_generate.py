@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from helpers import FILLS, mostly_nightly, normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
+from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.inversion import finish, stack_inversion
@@ -141,6 +142,14 @@ def test_progress_counts_the_tokens_of_all_samples(model, length, num_given):
         progress=progress,
     )
     assert progress.count == 3 * length
+
+
+def test_progress_of_gaps_counts_all_tokens():
+    progress = Count()
+    one, two = torch.tensor([1]), torch.tensor([2])
+    prompt = [one, Gap(most=2), two, Gap(most=2), one]
+    sample(tiny_ar(context=8), num_tokens=8, prompt=prompt, progress=progress)
+    assert progress.count == 3 * 8
 
 
 def test_top_k_of_one_is_the_most_probable_text_of_the_baseline():

@@ -157,6 +157,8 @@ class GapFilter:
         self.noise = replace(self.noise, particles=1)
         if not is_weighed:
             self._finish()
+        # candidates of several lengths advanced by given tokens alone
+        self.progress.advance(self.plan.num_tokens)
         posteriors = []
         for gap, all_of, old, new in zip(self.gaps, candidates, before, after, strict=True):
             if gap.least < gap.most and not gap.once:

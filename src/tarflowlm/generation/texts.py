@@ -315,9 +315,8 @@ def _of_reading(
     # the probability of such tokens weighs particles, and is all that stacks can be told
     if begins is not None and not is_added and (not draws or (request.particles or 1) > 1):
         template.append(Gap(shown - count, least=shown - count, begins=begins))
-    config = lm.model.config
     usual = request.temperature
-    if usual is None and (config.has_token_weights or config.fills_in):
+    if usual is None and lm.model.config.takes_temperature:
         usual = lm.run.temperature
     found = plan(
         lm.model,
