@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tarflowlm
 from helpers import stack
 from tarflowlm import flow, processes
 from tarflowlm.config import TrainConfig
@@ -41,6 +42,11 @@ def test_auto_leaves_out_apple_gpus_where_nobody_has_measured(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     assert processes.pick_device() == torch.device("cpu")
     assert processes.pick_device("mps") == torch.device("mps")
+
+
+def test_another_default_device_than_the_cpu_is_named():
+    with torch.device("meta"), pytest.raises(UserError, match="default device is meta: set it"):
+        tarflowlm.load("english-mini")
 
 
 class Operators(TorchDispatchMode):

@@ -28,9 +28,13 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     """A device of PyTorch, such as "cuda:1". UserError if it is missing.
 
     auto takes cuda, then cpu. It never takes mps, because the numerics have not run there yet.
+    UserError for another default device than the CPU, where generators and tokens are.
     """
     wanted = "give auto, cpu or another device; the numbers stay in float32"
     check_type(name, "device", (str, torch.device), wanted)
+    if torch.get_default_device().type != "cpu":
+        what = f"PyTorch's default device is {torch.get_default_device()}"
+        raise UserError(f"{what}: set it to cpu, and name the device where a model is loaded")
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [*(kind for kind, found in is_there.items() if found), "cpu"]
     usual = "cuda" if is_there["cuda"] else "cpu"

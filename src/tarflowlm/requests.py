@@ -183,7 +183,9 @@ class Writing(Sampling, Draws):
     prompt: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = field(
         default=None, kw_only=False
     )
-    """Text to continue. Exact for one block; an approximation for more, see --particles."""
+    """Text to continue: exactly where all blocks run left to right, else by an approximation, see
+    --particles.
+    """
     template: options.Text = None
     """Text with a blank for every token to fill in: "the ____ of ____". With word pieces, a blank
     includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12. With --length
