@@ -6,7 +6,14 @@ import pytest
 
 from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.prompts import BLANK, LONGEST, read, read_template, tokens_without
+from tarflowlm.data.prompts import (
+    BLANK,
+    LONGEST,
+    read,
+    read_stop,
+    read_template,
+    tokens_without,
+)
 from tarflowlm.errors import UnknownCharacters, UserError
 from tarflowlm.runs.hub import FOLDER
 
@@ -200,6 +207,24 @@ def test_given_text_around_gaps_comes_out_unchanged(tokenizer):
 def test_gaps_that_mean_nothing_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         read_template(SMALL, text)
+
+
+def test_a_gap_before_what_normalisation_drops_is_refused():
+    with pytest.raises(UserError, match="ends in a gap"):
+        read_template(TEXT8, "the king of[...6].")
+
+
+def test_a_stop_that_loses_its_punctuation_is_a_whole_word():
+    given = ["Question:", "Q:", "The end", " the", "ab\n"]
+    assert [read_stop(TEXT8, stop).text for stop in given] == [
+        " question ",
+        " q ",
+        "the end",
+        " the",
+        "ab ",
+    ]
+    assert read_stop(LOWER, "Q:", normalize="text8").text == " q "
+    assert read_stop(SMALL, "Q:").text == "Q:"
 
 
 def test_tokens_without_letters_have_none_of_them_in_either_case():

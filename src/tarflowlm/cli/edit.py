@@ -34,7 +34,7 @@ def run(args: Args) -> None:
         edited = edit(args.edit, lm, bars)
     if edited.reading.notice is not None:
         print_notice(edited.reading.notice)
-    found = advice(args.edit, edited.change)
+    found = "; ".join(advice(args.edit, edited.change) or ()) or None
     if not args.json:
         print_edits(edited, lm.tokenizer, found)
         return
@@ -52,23 +52,19 @@ def run(args: Args) -> None:
     print_json({"before": edited.reading.text, "edits": edits, "advice": found})
 
 
-def advice(request: Edit, change: "Change") -> str | None:
-    """A better option if the edits have lost the text or changed nothing, else None."""
+def advice(request: Edit, change: "Change") -> tuple[str, str] | None:
+    """What the edits lack, and an option that helps; None for good ones."""
     from tarflowlm.generation.particles import UNRELIABLE
 
     changed = change.changed.float().mean().item()
     if request.kind == "rewrite" and changed == 0:
-        return "all candidates equal the text: more --candidates may find others"
+        return "all candidates equal the text", "more --candidates may find others"
     if request.level is not None and changed > MUCH_CHANGED:
-        return (
-            f"editing state {request.level} changes {changed:.0%} of the tokens: "
-            "without --level only some words are resampled"
-        )
+        what = f"editing state {request.level} changes {changed:.0%} of the tokens"
+        return what, "without --level only some words are resampled"
     rough = [str(row) for row, k in enumerate(change.pareto_k, 1) if k > UNRELIABLE]
     if rough:
         which = f"edit {rough[0]}" if len(rough) == 1 else f"edits {', '.join(rough)}"
-        return (
-            f"{which}: the choice rests on few of the candidates, and is rough; "
-            "try shorter pieces or more --candidates"
-        )
+        what = f"{which}: the choice rests on few of the candidates, and is rough"
+        return what, "try shorter pieces or more --candidates"
     return None

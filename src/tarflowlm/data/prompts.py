@@ -3,7 +3,7 @@
 import codecs
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_letters
 
 import torch
@@ -85,6 +85,16 @@ def read(
     return Reading(torch.from_numpy(tokens), found, text, begins)
 
 
+def read_stop(
+    tokenizer: Tokenizer, text: str, *, normalize: Normalization | None = None
+) -> Reading:
+    """Read a text before which samples end. One that loses its punctuation is a whole word."""
+    found = read(tokenizer, text, name="stop", normalize=normalize)
+    how = normalize or tokenizer.normalization
+    is_word = how != "none" and normalize_text8(text).strip() != text.strip().lower()
+    return replace(found, text=f" {found.text.strip()} ") if is_word else found
+
+
 def read_template(
     tokenizer: Tokenizer, text: str, blank: str = "_", *, normalize: Normalization | None = None
 ) -> Reading:
@@ -101,11 +111,11 @@ def read_template(
     found = re.split(f"({_mark(blank)})", text)
     texts = [unescaped(piece, blank) for piece in found[::2]]
     marks = found[1::2]
-    _check_marks(text, blank, marks, texts[-1])
     how = normalize or tokenizer.normalization
     pieces = [
         _normalized(tokenizer, piece, how, i > 0, i < len(marks)) for i, piece in enumerate(texts)
     ]
+    _check_marks(text, blank, marks, pieces[-1])
     _check_left("".join(pieces), "".join(texts), "template", how)
     parts: list[Tensor | Gap] = []
     for piece, mark in zip(pieces, marks, strict=False):

@@ -15,6 +15,7 @@ from tarflowlm.data.prompts import (
     Reading,
     TextStream,
     read,
+    read_stop,
     read_template,
     tokens_after_word,
     tokens_without,
@@ -58,7 +59,7 @@ class Samples:
         model = lm.model
         check_finite(model.state_dict(), "model")
         stops = [
-            read(lm.tokenizer, stop, name="stop", normalize=request.normalize)
+            read_stop(lm.tokenizer, stop, normalize=request.normalize)
             for stop in as_texts(request.stop, "stop")
         ]
         # a line end is in no text of letters, where it reads as a space

@@ -181,7 +181,7 @@ def print_samples(written: Written, lm: Checkpoint, *, passes: bool = False) -> 
         print_notice(f"  {trust(evidence, slice(row, row + 1), written.particles)}")
 
 
-def trust(evidence: Evidence, rows: slice, particles: int) -> str:
+def trust(evidence: Evidence, rows: slice, particles: int, remedy: str = "raise particles") -> str:
     """How many candidates the choice of a text rests on; the least and the most of several."""
     # of gaps each length is a candidate
     ess, tails = evidence.ess[rows].clamp(max=particles), evidence.pareto_k[rows]
@@ -189,9 +189,9 @@ def trust(evidence: Evidence, rows: slice, particles: int) -> str:
     words = f"rests on about {' to '.join(counts)} independent candidates of {particles}"
     # 4 are few by any measure; tails of few particles are NaN, and tell nothing
     if round(ess.min().item(), 1) < 4:
-        return f"{words}, which is rough; raise particles"
+        return f"{words}, which is rough; {remedy}"
     if (tails > UNRELIABLE).any():
-        return f"{words}, but a few far outweigh the rest, which is rough; raise particles"
+        return f"{words}, but a few far outweigh the rest, which is rough; {remedy}"
     return words
 
 

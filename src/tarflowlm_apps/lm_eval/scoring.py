@@ -136,19 +136,15 @@ class TextScorer:
         return bool(self.tokenizer.prepare(text).strip())
 
     def _stops(self, until: Sequence[str]) -> tuple[str, ...]:
-        """The stops that the model can write; text8 drops line ends and markup.
-
-        A stop that loses its punctuation counts as a whole word.
-        """
+        """The stops that the model can write; text8 drops line ends and markup."""
         found = []
         is_plain = self.tokenizer.normalization == "none"
         for stop in until:
-            kept = self.tokenizer.prepare(stop)
-            if kept == stop or (self._reads(stop) and (is_plain or not set(stop) & set("<>|"))):
+            is_kept = self.tokenizer.prepare(stop) == stop
+            if is_kept or (self._reads(stop) and (is_plain or not set(stop) & set("<>|"))):
                 with suppress(UserError):  # for characters that the model does not have
-                    text = read(self.tokenizer, stop).text
-                    is_whole = is_plain or kept.strip() == stop.strip().lower()
-                    found.append(text if is_whole else f" {text.strip()} ")
+                    read(self.tokenizer, stop)
+                    found.append(stop)
         return tuple(found)
 
     def pieces(self, tokens: Int[Tensor, " n"], given: int) -> list[Piece]:

@@ -65,7 +65,8 @@ class Completion(Checked):
             yield "stop", "give at most 16 texts"
         if not self.prompt and not isinstance(self.prompt, str):
             yield "prompt", "give at least one"
-        if self.suffix and not isinstance(self.prompt, str):
+        one = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        if self.suffix and not (len(one) == 1 and isinstance(one[0], str)):
             yield "suffix", "it needs one prompt, a text"
         if not isinstance(self.stream_options, Mapping | None):
             yield "stream_options", 'give {"include_usage": true}'
@@ -85,7 +86,7 @@ class Completion(Checked):
         """The request for texts. A greedy one has temperature 0."""
         gap = None
         if self.suffix:
-            gap = f"{self.prompt}[...{self.max_tokens}]{self.suffix}"
+            gap = f"{prompts[0]}[...{self.max_tokens}]{self.suffix}"
             if gap.count("[...") > 1 or BLANK in gap:
                 marks = f"'[...' or {BLANK!a}, a mark of a blank"
                 raise UserError(f"prompt or suffix has {marks}: change it")
@@ -204,6 +205,12 @@ class Answer:
         return tokens
 
     @property
+    def notices(self) -> dict[str, list[str]]:
+        """How texts are read, where this is not how they were given."""
+        found = self.samples.notices if self.samples else []
+        return {"notices": found} if found else {}
+
+    @property
     def usage(self) -> dict[str, int]:
         """Tokens of the prompts, and of the finished choices."""
         found = {"prompt_tokens": self.num_given, "completion_tokens": self.new}
@@ -292,7 +299,7 @@ class Answer:
         model, most = self.lm.model, self.ask.logprobs or 0
         if not len(tokens):
             return []
-        names = [text.decode(errors="replace") for text in self.tokenizer.token_bytes]
+        names = list(map(name_of, self.tokenizer.token_bytes))
         seed = self.ask.seed or 0
         scored = score(model, tokens, samples=self.draws, seed=seed, progress=self.progress)
         others: list[dict[str, float | None]] = []
@@ -308,6 +315,14 @@ class Answer:
         others += [{}] * (len(tokens) - len(others))
         values = (-math.log(2) * scored.bits).tolist()
         return [(names[tokens[i]], values[i], others[i]) for i in range(len(tokens))]
+
+
+def name_of(token: bytes) -> str:
+    """The text of a token, or its bytes if it holds a part of a character."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 def part(index: int, text: str, reason: str | None = None, logprobs: object = None) -> Part:

@@ -50,8 +50,8 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
             async for part in parts:
                 before = whole.get(part["index"], {"text": ""})
                 whole[part["index"]] = part | {"text": before["text"] + part["text"]}
-        choices = [whole[index] for index in sorted(whole)]
-        return JSONResponse(head | {"choices": choices, "usage": answer.usage})
+        head["choices"] = [whole[index] for index in sorted(whole)]
+        return JSONResponse(head | {"usage": answer.usage} | answer.notices)
 
     async def worked(request: Request, answer: Answer) -> AsyncGenerator[Part, None]:
         """The parts of an answer, as long as its client is there."""
@@ -78,7 +78,7 @@ def application(lm: Checkpoint, name: str, draws: int, hosts: list[str]) -> Star
             async with aclosing(worked(request, answer)) as parts:
                 async for part in parts:
                     yield f"data: {json.dumps(head | {'choices': [part]})}\n\n"
-        except (UserError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not isinstance(error, UserError):
                 logging.getLogger("uvicorn.error").error("a stream ended early", exc_info=error)
             yield f"data: {failed(request, error).body.decode()}\n\n"
@@ -145,6 +145,8 @@ def failed(_request: Request, error: Exception, code: str | None = None) -> JSON
     """An error in OpenAI's form. One that is nobody's fault also goes to the log."""
     status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
     said = str(getattr(error, "detail", "")) or first_line(error)
+    if said == "Not Found":
+        said = "there are /v1/completions and /v1/models here: ask for one of them"
     kind = "invalid_request_error" if status < 500 else "server_error"
     message = said[:500].encode("utf-8", "backslashreplace").decode()
     found = {"message": message, "type": kind, "param": None, "code": code}

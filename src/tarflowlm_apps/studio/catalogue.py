@@ -101,6 +101,8 @@ class Catalogue:
 
     def entry(self, name: object) -> Entry:
         """The entry of a name. UserError for any other value."""
+        if not name:
+            raise UserError("choose a model from the list")
         if not isinstance(name, str) or name not in self.entries:
             raise UserError("this page has no model of that name: choose one from the list")
         return self.entries[name]

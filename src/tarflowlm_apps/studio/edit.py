@@ -86,12 +86,13 @@ def _edited(catalogue: Catalogue, model: object, request: Edit) -> Pages:
             (f"{int(changed.sum())}", f"of {counted(len(changed), 'token')} changed"),
             (f"{sign}{found.bits[row]:.2f}", "bits per character"),
         )
-        cards.append(card(stage(text_tokens(tokens, tokenizer, {"changed": changed})), numbers))
+        shown = stage(text_tokens(tokens, tokenizer, {"changed": changed}))
+        cards.append(card(muted(f"edit {row + 1}"), shown, numbers))
     notes = [muted("Green: new. Fewer bits: the model finds the text likelier.")]
     if request.level is not None and not found.change.changed.any():
         notes.append(muted("No point has moved far enough to be read as another token."))
-    remedy = advice(request, found.change)
-    if remedy is not None:
-        notes.append(muted(f"{remedy[0].upper()}{remedy[1:]}."))
+    lack = advice(request, found.change)
+    if lack is not None:
+        notes.append(muted(f"{lack[0][0].upper()}{lack[0][1:]}."))
     command = request.command(catalogue.entry(model).command_name)
     yield page(asked(command), *cards, *notes)

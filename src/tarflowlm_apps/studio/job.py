@@ -4,10 +4,11 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, wait
+from html import escape
 from typing import TypeVar
 
 from tarflowlm.errors import Progress, UserError, counted
-from tarflowlm_apps.studio.pieces import bar, card, muted, page
+from tarflowlm_apps.studio.pieces import bar, card, page
 
 R = TypeVar("R")
 
@@ -42,7 +43,7 @@ class Job(Progress):
             raise CancelledError
         if time.perf_counter() - self._begun > SECONDS:
             limit = f"{SECONDS:g} seconds, the limit of this page"
-            raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
+            raise UserError(f"stopped after {limit}: ask for less at once")
 
     @property
     def state(self) -> str:
@@ -90,7 +91,8 @@ class Job(Progress):
             while not future.done():
                 done = bar(self.advanced / self.total) if self.total else ""
                 state = self.state
-                yield around(card(text(), done, muted(state)))
+                at = f'<p class="st-muted st-state">{escape(state)}</p>'
+                yield around(card(text(), done, at))
                 # a class that waits should not keep the page busy
                 wait([future], EVERY if state == self.doing else 4 * EVERY)
         finally:

@@ -188,6 +188,9 @@ def _edit(catalogue: Catalogue) -> None:
         text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
         num = gr.Slider(1, values.SAMPLES, 3, step=1, label="Edits")
         seed = _number("Seed", 2)
+        # one output, whichever tab has asked for it
+        stop = gr.Button("Stop", min_width=80, elem_classes="st-stop", render=False)
+        last: dict[str | None, object] = {}
         with gr.Tab("Rewrite"):
             words = gr.Textbox(
                 "a golden apple",
@@ -195,13 +198,13 @@ def _edit(catalogue: Catalogue) -> None:
                 info="Whole words, separated by commas. The rest is kept.",
             )
             inputs = [model, text, words, num, seed]
-            ask = _buttons("Rewrite")
+            ask = Buttons(gr.Button("Rewrite", variant="primary"), stop, last)
             _ask(ask, partial(rewrite, catalogue), inputs, out, [words.submit], arrival)
         with gr.Tab("Words"):
             share = _strength("Share of the words that are resampled.", 0.2)
             inputs = [model, text, gr.State(WORDS), share, num, seed]
-            other = _buttons("Resample")._replace(last=ask.last)
-            _ask(other, partial(change, catalogue), inputs, out, [share.release])
+            ask = Buttons(gr.Button("Resample", variant="primary"), stop, last)
+            _ask(ask, partial(change, catalogue), inputs, out, [share.release])
         with gr.Tab("Level (for experts)"):
             share = _strength(
                 "How far the points move: 0 keeps the text, 1 forgets it. Beyond a little the "
@@ -217,8 +220,9 @@ def _edit(catalogue: Catalogue) -> None:
                 "may be read as others.",
             )
             inputs = [model, text, state, share, num, seed]
-            other = _buttons("Re-noise")._replace(last=ask.last)
-            _ask(other, partial(change, catalogue), inputs, out, [share.release])
+            ask = Buttons(gr.Button("Re-noise", variant="primary"), stop, last)
+            _ask(ask, partial(change, catalogue), inputs, out, [share.release])
+        stop.render()
 
 
 def _score(catalogue: Catalogue) -> None:

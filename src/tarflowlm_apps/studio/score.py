@@ -24,7 +24,10 @@ SCALE = (
     '<span class="st-nowrap">0<span class="st-scale" style="background:linear-gradient(90deg,'
     f'transparent,color-mix(in srgb,{HOT} 75%,transparent))"></span>'
 )
-KEY = "The stronger the colour of a token, the more it surprised the model. Point at one or tap it."
+KEY = (
+    "The stronger the colour of a token, the more it surprised the model. Point at one, tap it, or "
+    "use the arrow keys."
+)
 
 
 def compare(catalogue: Catalogue, names: object, text: object) -> pieces.Pages:
@@ -143,5 +146,7 @@ def _passes(name: str, tokens: Tensor, checkpoint: Checkpoint) -> str:
 
 
 def heat(scored: Scores, bits: Tensor, most: float) -> str:
-    # the line below is for fingers, which cannot point
-    return div("st-heat", scored.heat(bits, most, HOT, COLD)) + pieces.muted("")
+    shown = scored.heat(bits, most, HOT, COLD)
+    how = 'tabindex="0" role="group" aria-label="Bits of tokens: arrow keys tell them one by one"'
+    # the line below is for fingers and keys, which cannot point
+    return f'<div class="st-heat" {how}>{shown}</div><p class="st-muted" aria-live="polite"></p>'

@@ -19,7 +19,7 @@ def serving(catalogue: Catalogue, *, host: str, port: int | None) -> Iterator[st
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # gradio requests its own page to see whether it is up: never through a proxy
     for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK, host)))
     logging.getLogger("httpx").setLevel(logging.WARNING)
     import gradio as gr
     from starlette.middleware import Middleware

@@ -139,8 +139,20 @@ const choose = (stage, place) => {
   selection.addRange(range);
   stage.chosen = place[0];
 };
+const tell = (token) => {  // what a pointer would be told
+  token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
+};
 document.addEventListener('keydown', (event) => {
   const {target, key} = event, stage = target.matches && target.matches('.st-stage[data-model]') && target;
+  const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[key];
+  if (step && target.matches && target.matches('.st-heat')) {
+    const tokens = [...target.children], at = tokens.findIndex((token) => token.matches('.st-at'));
+    event.preventDefault();
+    if (at >= 0) tokens[at].classList.remove('st-at');
+    const next = tokens[Math.max(0, Math.min(at + step, tokens.length - 1))];
+    next.classList.add('st-at');
+    return tell(next);
+  }
   if (key === 'Escape' && asking) { event.preventDefault(); return fold(true); }
   if (target.matches && target.matches('.st-words button') && /^Arrow(Up|Down)$/.test(key)) {
     event.preventDefault();
@@ -148,7 +160,6 @@ document.addEventListener('keydown', (event) => {
     return next && next.focus();
   }
   if (stage) {
-    const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[key];
     const places = words(stage), at = places.findIndex(([start]) => start === stage.chosen);
     if (step && places.length) {
       event.preventDefault();
@@ -177,15 +188,28 @@ document.addEventListener('keypress', (event) => {  // by which gradio submits
 // --- the rest
 
 const visible = () => [...document.querySelectorAll('.st-view')].find((view) => view.offsetParent);
+let stops = [];
 const stopped = () => {  // what was written stays, and says so
-  const view = visible(), bar = view && view.querySelector('.st-bar + .st-muted');
-  if (!bar) return;
-  bar.textContent = 'stopped';
-  const stage = bar.parentElement.querySelector('.st-stage'), copy = document.createElement('button');
-  copy.dataset.copy = stage.textContent.replace(/↵\n/g, '\n');
+  const view = visible(), state = view && view.querySelector('.st-state');
+  if (!state) return;
+  const written = state.previousElementSibling && state.previousElementSibling.matches('.st-bar');
+  state.textContent = 'stopped';
+  state.classList.remove('st-state');
+  const stage = state.parentElement.querySelector('.st-stage'), copy = document.createElement('button');
+  copy.dataset.copy = stage ? stage.textContent.replace(/↵\n/g, '\n') : '';
   copy.textContent = 'copy';
-  stage.after(copy);
+  if (stage && written) stage.after(copy);
   view.querySelectorAll('.st-caret, .st-bar').forEach((part) => part.remove());
+};
+const copyText = (text) => {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = document.createElement('textarea');  // the clipboard of pages that are not https
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand('copy');
+  area.remove();
+  return Promise.resolve();
 };
 document.addEventListener('click', (event) => {
   const {target} = event, stage = target.closest('.st-stage[data-model]'), other = target.closest('[data-word]');
@@ -198,10 +222,11 @@ document.addEventListener('click', (event) => {
     if (place) offer(stage, place);
   }
   // the last progress may come later than the click
-  if (target.closest('.st-stop')) [300, 1500, 4000, 10000].forEach((wait) => setTimeout(stopped, wait));
+  if (target.closest('button.primary, .st-stop')) stops.forEach(clearTimeout);
+  if (target.closest('.st-stop')) stops = [300, 1500, 4000, 10000].map((wait) => setTimeout(stopped, wait));
   const copied = target.closest('[data-copy]'), token = target.closest('.st-heat span');
-  if (copied) navigator.clipboard.writeText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
-  if (token) token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
+  if (copied) copyText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
+  if (token) tell(token);
   if (window.innerWidth <= 640 && target.closest('button.primary, button.sm'))
     // once more when the result has made the page longer
     [50, 1500].forEach((wait) => setTimeout(() => visible().scrollIntoView({behavior: 'smooth'}), wait));

@@ -27,7 +27,8 @@ from tarflowlm_apps.studio.job import Job
 T = TypeVar("T")
 
 MEASURES = "ess", "pareto_k"
-LOOSELY = "With one candidate this model mostly ignores the given text: fill it in under Infill."
+LOOSELY = "With one candidate this model mostly ignores the given text: see Infill for blanks."
+MORE = "Infill can take more particles"
 BOXES = "A box is one call of the model. Its tokens on blue were guessed, and the model agreed."
 
 
@@ -138,7 +139,7 @@ def _samples(
         shown = text_tokens(tokens, lm.tokenizer, {"given": mask})
         rests = []
         if generation.evidence is not None and found.particles > 1:
-            ground = trust(generation.evidence, slice(row, row + 1), found.particles)
+            ground = trust(generation.evidence, slice(row, row + 1), found.particles, MORE)
             rests = [f"This text {ground}."]
         cards.append(
             pieces.card(
@@ -156,8 +157,11 @@ def _passes(catalogue: Catalogue, lm: Checkpoint, written: Written, row: int, gi
     flow = as_flow(lm.model)
     length = written.streams[row].length
     states = [state[row, :length] for state in written.generation.states(flow)]
-    if not states or not length:
+    if not length:
         return ""
+    if not states:
+        most = f"at most {flow.config.context} tokens"
+        return pieces.muted(f"Passes are shown for texts of {most}: choose a shorter length.")
     texts = [text[row, :length] for text in written.generation.passes(flow)]
     rows, is_much = pieces.passes(flow, lm.tokenizer, texts, states, given=given[:length])
     if is_much:

@@ -2,6 +2,7 @@
 host.
 """
 
+import re
 import shutil
 import signal
 import subprocess
@@ -134,6 +135,9 @@ def test_every_view(open_page):
         page.get_by_role("tab", name=kind).click()
         use(page, "Edit", button, until="tokens changed")
     arrive(page, "Score", until="english-mini against baseline")
+    page.locator(".st-view:visible .st-heat").first.press("ArrowRight")
+    told = page.locator(".st-view:visible .st-heat + p").first.inner_text()
+    assert re.fullmatch(r". ?: .* bits", told), told
     page.get_by_role("tab", name="Runs").click()
     page.locator(".st-view:visible svg").first.wait_for()
     page.get_by_label("baseline").uncheck()
