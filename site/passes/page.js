@@ -72,15 +72,19 @@ function beginPass(pass) {
 
 const count = (pass, kind) => run.screens[pass].filter((letter) => letter.kind === kind).length;
 
+const counted = (number, name) => `${number} ${name}${number === 1 ? "" : "s"}`;
+
 function endPass(pass) {
   run.due = -REST * speed();
   const gaps = count(pass, "gap");
   if (pass === 1) {
-    say(`Block ${lastPass} has written ${count(pass, "written")} letters and left ${gaps} gaps.`);
+    const written = counted(count(pass, "written"), "letter");
+    say(`Block ${lastPass} has written ${written} and left ${counted(gaps, "gap")}.`);
   } else {
     const wrong = gaps === 1 ? "1 stays a gap, as it was" : `${gaps} stay gaps, as it was`;
     const left = gaps ? `${wrong} not sure of the letter` : "no gap is left";
-    say(`Block ${lastPass - pass + 1} has filled in ${count(pass, "filled")} letters; ${left}.`);
+    const filled = counted(count(pass, "filled"), "letter");
+    say(`Block ${lastPass - pass + 1} has filled in ${filled}; ${left}.`);
   }
   if (pass === lastPass) end();
 }
@@ -170,6 +174,9 @@ function setUp() {
     button.addEventListener("click", () => {
       play(false);
       show(pass);
+      // the letters themselves are hidden from screen readers
+      if (pass) say(`${name}: ${run.screens[pass].map((one) => one.kind === "gap" ? "_" : one.symbol).join("").trim()}`);
+      else say("Noise: its letters mean nothing.");
     });
     find("passes").append(button);
   });

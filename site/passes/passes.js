@@ -349,8 +349,8 @@ function readPrompt(text) {
     words = text.replace(/<\|endoftext\|>|[^\x00-\x7f]/g, " ").toLowerCase();
     words = words.replace(/[0-9]/g, (digit) => ` ${DIGITS[digit]} `);
     words = words.replace(/[^a-z]+/g, " ").trim();
-    if (/^\s/.test(text)) words = ` ${words}`;
-    if (/\s$/.test(text)) words = `${words} `;
+    const begins = /^\s/.test(text) ? " " : "", ends = /\s$/.test(text) ? " " : "";
+    words = words ? begins + words + ends : begins && ends;
   }
   return Array.from(words, (symbol) => model.symbols.indexOf(symbol)).filter((token) => token >= 0);
 }

@@ -52,6 +52,7 @@ def _view(places: tuple[tuple[str, Path], ...], state: tuple[object, ...]) -> st
     for axis in AXES if len(records) > 1 else AXES[:1]:
         draw = partial(draw_bits, records=records, over=[axis])
         figure = render(draw, f"runs-{axis}", width=4.2, height=3.0 + 0.18 * len(records))
-        figures += div("st-figure", figure)
+        label = f'role="img" aria-label="bits per character over {axis}"'
+        figures += div("st-figure", figure.replace("<svg ", f"<svg {label} ", 1))
     drawn = card(div("st-pair", figures), muted(CURVES))
     return problems + drawn + card(summary_table(records))
