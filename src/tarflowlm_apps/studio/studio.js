@@ -140,7 +140,7 @@ const choose = (stage, place) => {
   stage.chosen = place[0];
 };
 const tell = (token) => {  // what a pointer would be told
-  token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
+  token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent.trim() || 'space'}: ${token.title}`;
 };
 document.addEventListener('keydown', (event) => {
   const {target, key} = event, stage = target.matches && target.matches('.st-stage[data-model]') && target;
