@@ -14,7 +14,7 @@ import tarflowlm
 from helpers import FLOW, TRUNK, flip, stack
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, command
 from tarflowlm.model_config import BaselineConfig, FlowConfig, Mix1, MixD
 from tarflowlm.runs import WEIGHTS
 from tarflowlm.runs.checkpoint import (
@@ -177,6 +177,14 @@ def test_imports_of_another_kind_are_named(directory):
     (directory / "config.json").write_text(wrong, encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json is not the configuration"):
         read_run(directory)
+
+
+def test_commands_are_for_the_shell_of_the_system(monkeypatch):
+    words = ["--resume", r"runs\mine", "a b", "pyarrow>=15"]
+    assert command(words) == r"--resume 'runs\mine' 'a b' 'pyarrow>=15'"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        assert command(words) == r'--resume runs\mine "a b" "pyarrow>=15"'
 
 
 def test_resume_command_imports_the_modules_of_the_run(directory):

@@ -3,17 +3,29 @@
 import errno
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tarflowlm.errors import UserError
-from tarflowlm.files import LOCK, is_written, waiting_lock, writer_lock
+from tarflowlm.files import LOCK, cache_root, is_written, waiting_lock, writer_lock
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """No lock is in the user's cache."""
     monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def test_without_a_home_the_cache_has_to_be_named(monkeypatch):
+    monkeypatch.delenv("TARFLOWLM_CACHE")
+
+    def expanduser(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    with pytest.raises(UserError, match="there is no home directory; set TARFLOWLM_CACHE"):
+        cache_root()
 
 
 def test_writer_lock_refuses_a_second_writer(tmp_path):

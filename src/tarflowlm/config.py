@@ -140,6 +140,10 @@ class OptimConfig(Checked):
     decay: Share = 0.4
     """Share of a stage's steps in which the rate falls linearly to zero; constant in between."""
 
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if self.warmup + self.decay > 1:
+            yield "warmup", f"with decay {self.decay} it is more than the stage: lower one of them"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked):

@@ -51,7 +51,15 @@ def check_package(name: str, extra: str, who: str = "this") -> None:
     halves = [package.partition(";") for package in every]
     named = re.compile(rf"extra == \W{extra}\b")
     packages = [package.strip() for package, _, when in halves if named.search(when)]
-    raise UserError(f"{who} needs the package {name}: pip install {shlex.join(packages or [name])}")
+    raise UserError(f"{who} needs the package {name}: pip install {command(packages or [name])}")
+
+
+def command(words: Iterable[str]) -> str:
+    """Words for the shell of this system; that of Windows has double quotes alone."""
+    if os.name != "nt":
+        return shlex.join(words)
+    plain = re.compile(r"[\w.:/\\=@-]+")
+    return " ".join(word if plain.fullmatch(word) else f'"{word}"' for word in words)
 
 
 class UnknownCharacters(UserError):

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,9 +21,16 @@ TEMPORARY = ".tmp"
 """Suffix of the files that `replacing` writes to; the one writer of a folder removes old ones."""
 
 
+OTHER_CACHE = "set TARFLOWLM_CACHE to a folder that you can write to"
+
+
 def cache_root() -> Path:
     """The user's cache: $TARFLOWLM_CACHE, or ~/.cache/tarflowlm."""
-    return Path(os.environ.get("TARFLOWLM_CACHE") or "~/.cache/tarflowlm").expanduser()
+    place = Path(os.environ.get("TARFLOWLM_CACHE") or "~/.cache/tarflowlm")
+    try:
+        return place.expanduser()
+    except RuntimeError:
+        raise UserError(f"{place}: there is no home directory; {OTHER_CACHE}") from None
 
 
 def sources_dir() -> Path:
@@ -194,9 +201,12 @@ def waiting_lock(path: Path) -> AbstractContextManager[None]:
 
     It is for files that several processes of one user may write at once, such as a corpus.
     """
-    name = hashlib.sha256(str(path.resolve()).encode("utf-8")).hexdigest()[:24]
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
     folder = cache_root() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(PermissionError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the cache {cache_root()} cannot be written to: {OTHER_CACHE}")
     return held(folder / name)
 
 

@@ -104,6 +104,15 @@ def test_cache_is_used_and_told_apart_by_tokenizer(text_file):
     assert prepared(str(text_file), BPE).tokenizer.vocab_size == 40
 
 
+def test_a_cache_that_cannot_be_written_to_is_read(text_file, tmp_path, monkeypatch):
+    first = prepared(str(text_file), CHARS)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert prepared(str(text_file), CHARS).path == first.path
+    with pytest.raises(UserError, match="cannot be written to: set TARFLOWLM_CACHE"):
+        prepared(str(text_file), BPE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["words.txt"]
+
+
 def test_changed_source_is_another_entry(text_file, words):
     first = prepared(str(text_file), CHARS)
     before = np.asarray(first.split("valid")).copy()

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import os
 import zipfile
 from types import SimpleNamespace
 
@@ -87,6 +88,18 @@ def test_a_folder_of_other_texts_is_read_by_their_suffix(tmp_path):
         prepared(f"{tmp_path}#.rs", CHARS)
     with pytest.raises(UserError, match="/dev/null is no regular file"):
         prepared("/dev/null", CHARS)
+
+
+def test_hidden_files_are_left_out_and_names_that_are_not_utf8_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "._a.txt").write_bytes(b"\xff\xfe")
+    assert list(resolve_source(DataConfig(source=str(tmp_path))).blocks()) == ["a"]
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("b", encoding="utf-8")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    with pytest.raises(UserError, match=r"caf.udce9\.txt' is not UTF-8: rename it"):
+        resolve_source(DataConfig(source=str(tmp_path)))
 
 
 def test_folders_and_json_lines(tmp_path):

@@ -67,6 +67,12 @@ def test_flipped_byte_is_refused_and_the_remedy_works(shared, refused):
     tarflowlm.load("hf:ada/tiny")
 
 
+def test_a_model_without_one_of_its_files_is_refused(shared, refused):
+    (shared.repository("ada/tiny") / "model.safetensors").unlink()
+    names = ["hf:ada/tiny", "its model.safetensors is not on the hub", "connection"]
+    refused("sample", "hf:ada/tiny", names=names)
+
+
 def test_models_of_other_kinds_are_refused_before_their_weights(hub, refused):
     other = hub.repository("ada/other")
     other.mkdir(parents=True)

@@ -34,9 +34,11 @@ from training_cases import (
 
 from helpers import flip, mostly_nightly
 from tarflowlm.cli.signals import stop_on_signals
+from tarflowlm.config import TokenizerConfig
+from tarflowlm.data.bpe import train_bpe
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
-from tarflowlm.training import checkpoint
+from tarflowlm.training import checkpoint, parallel
 from tarflowlm.training import train as training
 from tarflowlm.training.checkpoint import newest_state
 from tarflowlm.training.train import train
@@ -273,6 +275,28 @@ def test_joint_and_baseline_runs_resume(tmp_path, family, corpus_file):
     cut(config, tmp_path / "cut", 8)
     resume(tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_without_the_file_of_its_tokenizer(tmp_path, corpus_file):
+    text = corpus_file.read_text(encoding="utf-8")
+    train_bpe([text], 280, alphabet=None, normalization="none").save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    pieces = TokenizerConfig(kind="bpe", source=str(file), normalize="none")
+    config = tiny_baseline(corpus_file)
+    config = replace(config, data=replace(config.data, tokenizer=pieces))
+    go(config, tmp_path / "whole")
+    cut(config, tmp_path / "cut", 8)
+    file.unlink()
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_compilation_that_is_asked_for_and_fails_is_refused(tmp_path, corpus_file, monkeypatch):
+    monkeypatch.setattr(parallel, "compilation_problem", lambda _: "there is no compiler")
+    with pytest.raises(UserError, match=r"compile True: .*\(there is no compiler\); leave it out"):
+        go(tiny_baseline(corpus_file, compile=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

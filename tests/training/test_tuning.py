@@ -54,6 +54,13 @@ def test_tuning_begins_with_the_parent(name, runs, other_text, tmp_path):
     assert child.run.model == parent.run.model
 
 
+def test_tuning_asks_no_tracker_and_no_compiler_of_the_parent(runs, other_text):
+    parent = load_checkpoint(runs["progressive"])
+    theirs = replace(parent.run.train, track=("wandb",), compile=True)
+    run = tuning(replace(parent, run=replace(parent.run, train=theirs)), other_text)
+    assert (run.train.track, run.train.compile) == ((), None)
+
+
 @pytest.mark.slow
 def test_tuning_learns_the_text_and_a_kill_changes_nothing(runs, other_text, tmp_path):
     parent, counter = load_checkpoint(runs["progressive"]), Killer()

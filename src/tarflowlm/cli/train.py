@@ -24,6 +24,16 @@ USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
 tarflowlm train --resume DIR"""
 
+HIDING = (
+    ("--data", "--data.source"),
+    ("--unwrap", "--data.unwrap"),
+    ("--normalize", "--data.tokenizer.normalize"),
+    ("--minutes", "--train.minutes"),
+    ("--steps", "--train.minutes"),
+    ("--checkpoint-every", "--train.checkpoint-every"),
+)
+"""Short options, and the fields that they replace."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args(Training):
@@ -87,7 +97,10 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         rows = [(name, one.help) for name, one in PRESETS.items()]
         print_table(USAGE, rows)
         raise SystemExit
-    given = {word.partition("=")[0] for word in argv}
+    given = {word.partition("=")[0].replace("_", "-") for word in argv}
+    for short, long in HIDING:
+        if {short, long} <= given:
+            raise UserError(f"{short} with {long}: leave one of them out")
     if argv and not argv[0].startswith("-"):
         if "--from" in given:
             remedy = "the model brings its own shape; leave the preset out"

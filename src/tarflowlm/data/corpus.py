@@ -138,8 +138,12 @@ def prepare_corpus(
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode("ascii")).hexdigest()
     cached = cache_root() / "corpora" / f"{Path(source.identity).name[:50]}-{digest[:16]}"
     target = cached if out is None else Path(out).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    # without the lock, too: a cache that is there already may be another user's
+    found = _found(target, plan, is_own=out is not None, level=logging.DEBUG)
+    if found is not None:
+        return found
     with waiting_lock(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         found = _found(target, plan, is_own=out is not None)
         if found is not None:
             return found
@@ -178,12 +182,14 @@ def _opened(text: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
     else:
         suitable = [build_tokenizer(config, has_documents=have) for have in (False, True)]
     if corpus.tokenizer.fingerprint not in [one.fingerprint for one in suitable]:
-        what = f"{text.source} was prepared with another tokenizer"
-        raise UserError(f"{what}: give the text itself, or leave the tokenizer to the directory")
+        what = f"{text.source} was prepared with another tokenizer: give the text itself"
+        raise UserError(what if tokenizer else f"{what}, or data.tokenizer.normalize auto")
     return corpus
 
 
-def _found(target: Path, plan: list[object], *, is_own: bool) -> Corpus | None:
+def _found(
+    target: Path, plan: list[object], *, is_own: bool, level: int = logging.WARNING
+) -> Corpus | None:
     """The corpus of this plan in `target`; None if it still has to be prepared.
 
     UserError if a directory of the user's own holds something else.
@@ -194,7 +200,7 @@ def _found(target: Path, plan: list[object], *, is_own: bool) -> Corpus | None:
             if corpus.meta["plan"] == plan:
                 return corpus
         except UserError as error:
-            log.warning("%s", error)
+            log.log(level, "%s", error)
     if is_own and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         what = f"{target} holds something else than this text so encoded"
         raise UserError(f"{what}: remove it or choose another --out")

@@ -120,7 +120,7 @@ def suited(text: DataConfig) -> DataConfig:
             "bpe": f"{wanted.vocab_size or 'the'} pieces of words",
         }
         log.info("%s is read unchanged; its symbols are %s", source, symbols[wanted.kind])
-    look(text).tell(wanted.normalization, "normalize none", is_new=True)
+    look(text).tell(wanted.normalization, "data.tokenizer.normalize none", is_new=True)
     return replace(text, tokenizer=wanted)
 
 

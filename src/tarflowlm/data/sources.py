@@ -57,8 +57,7 @@ class Source(ABC):
     path: Path
     """A file, or a folder of files."""
     suffix: str = ""
-    """The suffix of the files at any depth of the folder, hidden folders left out. Empty: the texts
-    in the folder itself are read."""
+    """The suffix of the files at any depth of the folder; if empty, only its own texts are read."""
     is_fixed: bool = False
     """Whether the name alone tells the text. Its files may not be on this machine yet."""
     normalization: Normalization = "none"
@@ -73,14 +72,13 @@ class Source(ABC):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that are on this machine, sorted by name."""
-        path = self.path
-        if not path.is_dir():
+        if not (path := self.path).is_dir():
             return (path,) if path.is_file() else ()
         if self.suffix:
             below = [file.relative_to(path) for file in path.rglob(f"*{self.suffix}")]
             found = [path / file for file in below if "." not in {part[0] for part in file.parts}]
         else:
-            found = [file for file in path.iterdir() if kind_of(file) in (".txt", ".jsonl")]
+            found = [file for file in path.glob("[!.]*") if kind_of(file) in (".txt", ".jsonl")]
         return tuple(sorted(filter(Path.is_file, found)))
 
     def state(self) -> list[list[str | int]]:
@@ -388,12 +386,14 @@ def resolve_source(
         if not found.files and not is_folder:
             raise UserError(f"{path} is no regular file: give a text file, or a folder of them")
         if not found.files:
-            others = Counter(file.suffix for file in Path(path).rglob("?*.*") if file.is_file())
-            others.pop("", None)
+            others = Counter(file.suffix for file in Path(path).rglob("?*.?*") if file.is_file())
             kind = next(iter(others.most_common(1)), (".py", 0))[0]
             kinds = f"{field} files" if by_suffix else ".txt, .jsonl or .parquet files"
             remedy = f"name the suffix of its texts, say {path}{FIELD}{kind}"
             raise UserError(f"the folder {path} holds no {kinds}: {remedy}")
+        for file in (Path(path).resolve(), *found.files):
+            if os.fsencode(file) != str(file).encode(errors="ignore"):
+                raise UserError(f"the name {str(file)!a} is not UTF-8: rename it")
     found.normalization = normalization
     found.unwrap = text.unwrap
     found.progress = progress

@@ -1,7 +1,6 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json, never unpickled."""
 
 import hashlib
-import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -16,7 +15,7 @@ from torch import Tensor
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.drafts import Drafter
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, command
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.model import LanguageModel, TarFlowLM, seeded
@@ -269,7 +268,7 @@ def import_words(directory: Path) -> list[str]:
 def resume_command(directory: Path) -> str:
     """The command that continues the run in a directory."""
     words = ["--resume", str(directory), *import_words(directory)]
-    return f"tarflowlm train {shlex.join(words)}"
+    return f"tarflowlm train {command(words)}"
 
 
 def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Path:

@@ -44,7 +44,12 @@ def fetch(name: str | Path) -> Path:
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
             raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
-        return Path(get(allow_patterns=[*FILES, DRAFT, CARD]))
+        folder = Path(get(allow_patterns=[*FILES, DRAFT, CARD]))
+    for file in FILES:
+        if not (folder / file).exists():
+            what = f"{name}: its {file} is not on the hub, or the connection is down"
+            raise UserError(f"{what}; run this again later")
+    return folder
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +43,7 @@ def print_notice(text: str) -> None:
 
 def suggest(*words: object) -> None:
     """A notice that suggests the next command."""
-    print_notice(f"next: tarflowlm {shlex.join(map(str, words))}")
+    print_notice(f"next: tarflowlm {errors.command(map(str, words))}")
 
 
 class NoticeHandler(logging.Handler):

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tarflowlm.config import TrainConfig
+from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import choose_maps
 from tarflowlm.flow.transformer import Layer
@@ -114,13 +115,15 @@ def seeded_dropout(
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
     """Whether layers are compiled: `train.compile`, or by default in bfloat16 on a GPU.
 
-    If compilation does not work, this gives a warning.
+    If compilation does not work, this gives a warning, or is a UserError for those who ask for it.
     """
-    if train.compile is not None:
-        return train.compile
-    if train.precision != "bfloat16" or device.type != "cuda":
+    by_default = train.precision == "bfloat16" and device.type == "cuda"
+    if not (by_default if train.compile is None else train.compile):
         return False
     problem = compilation_problem(device.type)
+    if problem and train.compile:
+        what = f"train.compile True: torch.compile does not work here ({problem})"
+        raise UserError(f"{what}; leave it out")
     if problem and processes.first:
         text = f"torch.compile does not work here ({problem}): training without it"
         warnings.warn(text, stacklevel=3)

@@ -87,6 +87,9 @@ def tuning(
         evaluate_every=100,
         test_windows=0,
         precision="auto",
+        # the user's own choices, not those of whoever trained the parent
+        compile=None,
+        track=(),
     )
     run = replace(
         run,
@@ -149,7 +152,7 @@ def resolve(
     tokenizer: Tokenizer | None = None
     if parent is not None:
         tokenizer = parent.tokenizer
-    elif config.parent:
+    elif config.parent or (asked is None and config.data.tokenizer.source):
         tokenizer = load_tokenizer(out / TOKENIZER)
     with processes.first_alone():
         corpus = prepare_corpus(config.data, tokenizer, progress=progress)

@@ -79,13 +79,13 @@ def train(
         return summary
 
     config, corpus = resolve(asked if not begun else None, out, parent, device, processes, reporter)
+    compiles = parallel.compiles(config.train, processes, device)
     with only_writer(out, processes, begun=begun):
         folder = processes.from_first(newest_state(out) if processes.first and begun else None)
         if processes.first and folder is None:
             write_start(out, asked, config, corpus, parent)
         announce(config, out)
         keep_freed_memory()
-        compiles = parallel.compiles(config.train, processes, device)
         group = dist.new_group(backend="gloo") if processes.world > 1 else None
         assert not isinstance(group, int), "every process is a member of the group"
         with (
