@@ -222,8 +222,8 @@ def writer_lock(directory: Path) -> Iterator[None]:
         raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
 
 
-def is_written(directory: Path) -> bool:
-    """Whether a process holds the `writer_lock` of a directory."""
+def is_written(directory: Path) -> bool | None:
+    """Whether a process holds the `writer_lock` of a directory; None where nobody can tell."""
     if not (directory / LOCK).exists():
         return False
     try:
@@ -231,5 +231,5 @@ def is_written(directory: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # the folder is read-only, so nobody is writing, or it has no locks
-        return False
+    except OSError:  # it is read-only here, another user's, or has no locks
+        return None

@@ -79,8 +79,8 @@ class RunRecord:
         step, total = int(self.train["step"][-1]), self.run.train.num_steps
         # unknown before the end of a run with a time limit, or one that a block has left
         steps = "" if self.run.train.minutes or step > total else f" of {total:,}"
-        state = "training now" if is_written(self.directory) else "stopped"
-        return f"{state}, step {step:,}{steps}"
+        states = {True: "training now", False: "stopped", None: "unfinished"}
+        return f"{states[is_written(self.directory)]}, step {step:,}{steps}"
 
 
 def read_record(directory: Path, name: str = "") -> RunRecord:
