@@ -189,7 +189,7 @@ class Writing(Sampling, Draws):
     template: options.Text = None
     """Text with a blank for every token to fill in: "the ____ of ____". With word pieces, a blank
     includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12. With --length
-    the text goes on after it; its document ends only where the template has a [...].
+    the text goes on after it, and ends before that only if the template has a [...].
     """
     blank: Annotated[str, arg("CHARACTER")] = "_"
     """Character that marks a blank in the template; a backslash before it makes it plain text."""

@@ -24,7 +24,7 @@ USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
 tarflowlm train --resume DIR"""
 
-HIDING = (
+SHORT = (
     ("--data", "--data.source"),
     ("--unwrap", "--data.unwrap"),
     ("--normalize", "--data.tokenizer.normalize"),
@@ -98,7 +98,7 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         print_table(USAGE, rows)
         raise SystemExit
     given = {word.partition("=")[0].replace("_", "-") for word in argv}
-    for short, long in HIDING:
+    for short, long in SHORT:
         if {short, long} <= given:
             raise UserError(f"{short} with {long}: leave one of them out")
     if argv and not argv[0].startswith("-"):
