@@ -305,6 +305,18 @@ def test_a_text_itself_is_evaluated_as_its_file_is(tmp_path):
         lm.evaluate([text], split="test")
 
 
+def test_a_text_of_less_than_a_patch_is_refused():
+    model = tiny_flow(vocab_size=256, context=16, patch=2).float()
+    lm = tarflowlm.Pretrained(model, ByteTokenizer())
+    with pytest.raises(UserError, match=r"1 token, fewer than a patch of 2: use a longer text$"):
+        lm.evaluate(["a"])
+
+
+def test_a_stack_whose_last_block_starts_can_be_one_s_own():
+    model = tiny_flow(vocab_size=27, couplings=("mix1", "mix1"), starts="last").float()
+    assert tarflowlm.Pretrained(model, TEXT8).run.train.mode == "joint"
+
+
 def test_version(run):
     assert tarflowlm.__version__ == metadata.version("tarflowlm")
     assert run("--version").out == f"tarflowlm {tarflowlm.__version__}\n"

@@ -305,9 +305,8 @@ def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:
         source="own" if tokenizer.kind == "bpe" else "",
         normalize=tokenizer.normalization,
     )
-    return RunConfig(
-        name="own",
-        model=model.config,
-        data=DataConfig(source="own", tokenizer=how),
-        train=TrainConfig(stage_steps=(1000,) * model.num_blocks),
-    )
+    train = TrainConfig(stage_steps=(1000,) * model.num_blocks)
+    if isinstance(model.config, FlowConfig) and model.config.starts == "last":
+        train = TrainConfig(mode="joint")
+    data = DataConfig(source="own", tokenizer=how)
+    return RunConfig(name="own", model=model.config, data=data, train=train)

@@ -324,6 +324,7 @@ def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     assert run_json("info", tmp_path) == compared
     rows = {row["name"]: row for row in compared["runs"]}
     assert list(rows)[-1] == "broken"
+    assert len({tuple(row) for row in rows.values()}) == 1
     assert rows["a/finished"]["split"] == "test"
     assert (rows["stopped"]["split"], rows["stopped"]["tokens"]) == ("valid", 6 * 4 * 32)
     states = {name: row["state"] for name, row in rows.items()}

@@ -11,7 +11,7 @@ from tarflowlm.cli.main import main
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.runs.hub import FILES, fetch
+from tarflowlm.runs.hub import FILES, fetch, purpose
 from tarflowlm_apps.studio.catalogue import Catalogue
 
 errors = pytest.importorskip("huggingface_hub.errors")
@@ -127,6 +127,7 @@ def test_card_describes_the_model(finished, tmp_path):
     ):
         assert part in card
     assert str(tmp_path) not in card
+    assert purpose(card).endswith("(<=).")
     # a card that is there is kept
     plain = tarflowlm.load(folder).save_pretrained(tmp_path / "again")
     assert (plain / "README.md").read_text(encoding="utf-8") == card

@@ -220,7 +220,8 @@ def _compare(args: Args) -> None:
             # a test, if there is one, says more than a validation
             next((row for row in known if row["split"] == "test"), known[0])["best"] = True
     if args.json:
-        print_json({"runs": rows + broken})
+        empty: dict[str, Any] = dict.fromkeys(rows[0]) if rows else {}
+        print_json({"runs": rows + [empty | row for row in broken]})
         return
     for group in groups:
         source, normalize, unwrap = text(group[0])

@@ -232,7 +232,7 @@ def read_source(source: str) -> str:
     if sys.stdin is None:
         raise UserError("standard input is closed: give the text as an option, or in a file")
     try:
-        return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n")
+        return sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         what = f"standard input is not UTF-8 text ({error.reason})"
         raise UserError(f"{what}: convert it to UTF-8") from None

@@ -34,7 +34,9 @@ class Args(OfModel):
     file: File = None
     """A file with the text, or - for standard input, instead of --text."""
     texts: File = None
-    """Or a file with one text per line, for a JSON object per line."""
+    """Or a file with one text per line, for a JSON object per line. Empty lines are skipped, and
+    have no number.
+    """
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with."""
     score: Annotated[Score, tyro.conf.arg(name="", help="")] = field(default_factory=Score)

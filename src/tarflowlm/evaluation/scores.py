@@ -288,10 +288,12 @@ def read_windows(request: Evaluation, lm: Checkpoint, progress: Progress = SILEN
     context = lm.model.config.context
     patch = lm.model.config.patch
     if len(tokens) < context and split == "all":
-        context = max(patch, len(tokens) - len(tokens) % patch)
-        if len(tokens) >= patch:
-            what = f"one window of {counted(context, 'token')}"
-            log.info("the text is shorter than the context: %s", what)
+        context = len(tokens) - len(tokens) % patch
+        if not context:
+            what = f"the text has {counted(len(tokens), 'token')}, fewer than a patch of {patch}"
+            raise UserError(f"{what}: use a longer text")
+        what = f"one window of {counted(context, 'token')}"
+        log.info("the text is shorter than the context: %s", what)
     stride = context if request.stride is None else request.stride
     windows, given = sliding_windows(tokens, context, stride, request.windows)
     if stride % patch:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line, guess
 from tarflowlm.files import read_json
-from tarflowlm.runs import CARD, CONFIG, DRAFT, TOKENIZER, WEIGHTS
+from tarflowlm.runs import CARD, CONFIG, DRAFT, SUMMARY, TOKENIZER, WEIGHTS
 
 PREFIX = "hf:"
 FILES = (CONFIG, TOKENIZER, WEIGHTS)
@@ -44,7 +44,7 @@ def fetch(name: str | Path) -> Path:
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
             raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
-        folder = Path(get(allow_patterns=[*FILES, DRAFT, CARD]))
+        folder = Path(get(allow_patterns=[*FILES, DRAFT, CARD, SUMMARY]))
     for file in FILES:
         if not (folder / file).exists():
             what = f"{name}: its {file} is not on the hub, or the connection is down"
@@ -143,6 +143,6 @@ def read_card(directory: Path) -> str:
 
 
 def purpose(card: str) -> str:
-    """The purpose of a model: the line after the title of its card, or nothing."""
-    found = re.search(r"^# .*\n+(.+)", card, re.MULTILINE)
-    return "" if found is None else found[1]
+    """The purpose of a model: the paragraph after the title of its card, or nothing."""
+    found = re.search(r"^# .*\n+((?:.+\n?)+)", card, re.MULTILINE)
+    return "" if found is None else " ".join(found[1].split())

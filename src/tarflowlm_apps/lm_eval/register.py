@@ -129,15 +129,21 @@ def register() -> None:
 def how_to_continue(options: dict[str, Any]) -> Writing:
     """The generation options of a task, as a request without a text.
 
-    Greedy without do_sample or at temperature 0, as everywhere in lm-eval.
+    As everywhere in lm-eval they are greedy at temperature 0, and unless `do_sample` or a
+    temperature asks for samples.
     """
     until = options.get("until") or ()
     temperature = float(options.get("temperature", 1.0))
-    is_greedy = not options.get("do_sample", False) or temperature == 0.0
+    samples = options.get("do_sample")
+    samples = "temperature" in options if samples is None else samples
+    is_greedy = not samples or temperature == 0.0
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    lengths = [int(options[name]) for name in names if options.get(name) is not None]
     return Writing(
-        max_new_tokens=int(options.get("max_gen_toks", 256)),
+        max_new_tokens=next(iter(lengths), 256),
         temperature=1.0 if is_greedy else temperature,
         top_k=1 if is_greedy else options.get("top_k") or None,
         top_p=None if is_greedy else options.get("top_p"),
+        min_p=None if is_greedy else options.get("min_p"),
         stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
     )

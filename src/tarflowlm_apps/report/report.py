@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 
-from tarflowlm.data import Corpus, eval_windows, prepare_corpus
+from tarflowlm.data import eval_windows, prepare_corpus
 from tarflowlm.errors import SILENT, Progress, UserError, check_package
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.evaluation.likelihood import bits
@@ -187,10 +188,8 @@ class _Writer:
         chosen = "first"
         parts = []
         table = ""
-        corpus = _corpus(record, checkpoint)
-        if corpus is not None:
-            length = flow.config.context
-            windows = eval_windows(corpus.split("valid"), length, record.run.train.evaluate_windows)
+        windows = _windows(record, checkpoint)
+        if windows is not None:
             counts = windows.flatten().bincount(minlength=tokenizer.vocab_size)
             named = counts.argsort(descending=True, stable=True).tolist()
             chosen = "most frequent"
@@ -218,11 +217,12 @@ class _Writer:
         return [*parts, self._draw(f"codebook-{slug(record)}", caption, draw, 4.6), table]
 
 
-def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
-    """The run's text in the tokens of its model; None, with a note, if it cannot be read."""
-    source = record.run.data.source
+def _windows(record: RunRecord, checkpoint: Checkpoint) -> Tensor | None:
+    """The validation windows of the run's text; None, with a note, if it cannot be used."""
+    source, length = record.run.data.source, checkpoint.model.config.context
     try:
         corpus = prepare_corpus(record.run.data, checkpoint.tokenizer)
+        windows = eval_windows(corpus.split("valid"), length, record.run.train.evaluate_windows)
     except (UserError, OSError) as error:
         missing = "The gain of each block is not shown, because the run's corpus cannot be used"
         record.notes.append(f"{missing}: {error}.")
@@ -231,4 +231,4 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
         record.notes.append(
             f"{source} has changed since training: its validation split may hold some of that."
         )
-    return corpus
+    return windows

@@ -69,7 +69,7 @@ def _summary_of(record: RunRecord) -> dict[str, str]:
         column["training, seconds"] = f"{train['seconds'][-1]:,.0f}"
         column["tokens per second, median"] = f"{np.median(train['tokens_per_second']):,.0f}"
     if done is not None:
-        for key in MACHINE:
+        for key in filter(done.__contains__, MACHINE):
             value = done[key]
             column[key.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else str(value)
     return column

@@ -185,6 +185,9 @@ def test_bounds_are_called_bounds():
 
 def test_generation_options_are_read():
     assert how_to_continue({"until": "x", "temperature": 0.0, "do_sample": True}).top_k == 1
+    assert how_to_continue({"temperature": 0.7, "do_sample": False}).top_k == 1
+    how = how_to_continue({"temperature": 0.7, "max_new_tokens": 5, "min_p": 0.1})
+    assert (how.temperature, how.top_k, how.max_new_tokens, how.min_p) == (0.7, None, 5, 0.1)
     options = {
         "until": ["a", "", "b"],
         "do_sample": True,

@@ -182,6 +182,20 @@ def test_text_that_changed_since_training_is_noted(runs, tmp_path, corpus_file, 
     assert (copy / "report" / "blocks-copy.png").exists()
 
 
+def test_a_text_that_is_too_short_now_is_noted(runs, tmp_path, corpus_file, undrawn):
+    copy = shutil.copytree(runs["joint"], tmp_path / "copy")
+    text = tmp_path / "short.txt"
+    text.write_text("the king of the land had a daughter", encoding="utf-8")
+    config = (copy / "config.json").read_text(encoding="utf-8")
+    source = json.dumps(str(corpus_file))
+    (copy / "config.json").write_text(config.replace(source, json.dumps(str(text))))
+    summary = json.loads((copy / "summary.json").read_text(encoding="utf-8"))
+    del summary["parameters"]
+    (copy / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (found,) = write_report([copy])["runs"]
+    assert "corpus cannot be used" in found["notes"][0]
+
+
 @pytest.mark.slow
 def test_report_of_a_tuned_model_reads_the_text_with_its_tokenizer(
     runs, tmp_path, corpus_file, undrawn
