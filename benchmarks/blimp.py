@@ -131,10 +131,11 @@ def contenders(
     names: Sequence[str], samples: Sequence[int], peers: Path | None
 ) -> Iterator[tuple[str, dict[str, Score]]]:
     """Each model with its scores, one after the other, and then the peers of the first."""
+    # before hours of work, so that what they lack is known at once
+    others = {} if peers is None else scores_of_peers(peers, load(names[0]))
     for name in names:
         yield name, scores_of(load(name), samples)
-    if peers is not None:
-        yield from scores_of_peers(peers, load(names[0])).items()
+    yield from others.items()
 
 
 def verdicts(pairs: Sequence[Pair], score: Score) -> list[bool]:

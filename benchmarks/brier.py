@@ -1,6 +1,6 @@
 """BrierLM (Shao et al. 2025, arXiv 2510.27688): a score of two samples, without likelihoods.
 
-    python benchmarks/brier.py english-small-ar english-small          # 4,096 contexts each
+    python benchmarks/brier.py english-small-ar english-small          # 4,096 contexts
     python benchmarks/brier.py english-mini-ar english-mini --contexts 256
     python benchmarks/brier.py english-mini-ar --peers runs/peers      # and the models of peers.py
 
@@ -11,7 +11,8 @@ model at temperature 1,
 
 which is largest for the true law, and at most 1. BrierLM is 100 times the geometric mean of
 Brier-1 to Brier-4. The contexts are evenly spaced in the test split, each as long as the trained
-context allows. The standard error is that of 1,000 bootstraps of the contexts.
+context allows, so they overlap, but the tokens after them do not. The standard error is that of
+1,000 bootstraps of the contexts.
 
 n-grams are of a model's own tokens: compare models with the same tokenizer. Beside it stands the
 bound, or the exact value, in bits per character, of the same contexts with their next tokens.
@@ -26,7 +27,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tarflowlm.data import encode_text, eval_windows
+from tarflowlm.data import encode_text
+from tarflowlm.data.windows import sliding_windows
 from tarflowlm.evaluation.likelihood import bits, evaluate, sign_of
 from tarflowlm.generation import generate
 from tarflowlm.pretrained import Pretrained, load
@@ -100,7 +102,10 @@ def main() -> None:
         if lm.config.context <= N:
             raise SystemExit(f"{name} has a context of {lm.config.context}: give one above {N}")
         tokens = encode_text(lm.run.data, lm.tokenizer, "test")
-        windows = eval_windows(tokens, lm.config.context, args.contexts)
+        # a window ends every few tokens, but the scored tokens of two never overlap
+        most = len(tokens) - lm.config.context
+        stride = min(max(N, most // args.contexts), lm.config.context)
+        windows = sliding_windows(tokens, lm.config.context, stride, args.contexts)[0]
         contenders = {name: of_model(lm, windows, args.seed)}
         if args.peers is not None and name == args.models[0]:
             contenders |= of_peers(args.peers, lm, windows)

@@ -1,7 +1,7 @@
 """A tenth of the words of real texts redrawn: by a flow, by a baseline, by a masked flow.
 
-    python benchmarks/editing.py --flow runs/mini-mixd-s0 --baseline runs/mini-ar-s0
-    --judge runs/judge --masked runs/peers/masked.pt
+    python benchmarks/editing.py --flow runs/mini-mixd-s0 --baseline runs/mini-ar-s0 \\
+        --judge runs/judge --masked runs/peers/masked.pt
 
 The flow and the baseline draw CANDIDATES for a word given the text before it, and choose one by the
 probability of the text after it: `tarflowlm.editing.redraw` with eq. 24 of docs/math.md, and for

@@ -135,7 +135,7 @@ def trained_likelihood(
         run,
         seed=seed,
         data=data,
-        train=replace(run.train, minutes=seconds / 60, keep="last"),
+        train=replace(run.train, minutes=seconds / 60, keep="last", precision="float32"),
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

@@ -3,12 +3,13 @@
     python examples/spelled_words.py english-small english-small-ar          # ten minutes
 
 A word is a run of letters; it is known if it occurs in the training part of `tales` at least three
-times in any case. The last word of a sample may be cut and is left out. The first row has the words
-of the test part. Different 4-grams of words fall where samples repeat themselves. A text has ended
-if the model wrote the end of a document within 1,024 tokens.
+times in any case. The last word of a sample may be cut and is left out. The first rows have the
+words of the validation and test parts. Different 4-grams of words fall where samples repeat
+themselves, and rise where they are short. A text has ended if the model wrote the end of a document
+within 1,024 tokens.
 
-The default of a model is the highest temperature, and then the highest top-p, whose samples have at
-least as large a share of known words as the test part.
+The default of a model is the highest temperature whose samples, without top-p, have at least as
+large a share of known words as the validation part, after reading twelve samples of each setting.
 """
 
 import re
@@ -65,7 +66,8 @@ def main(*names: str) -> None:
     counts = Counter(word for text in parts["train"] for word in text)
     known = {word for word, count in counts.items() if count >= LEAST}
     print("| model | temperature, top-p | known words | different 4-grams |\n|" + " --- |" * 4)
-    print(row("test part of `tales`", "", parts["test"], known))
+    for split in ("valid", "test"):
+        print(row(f"{split} part of `tales`", "", parts[split], known))
     for name in names:
         lm = tarflowlm.load(name)
         for temperature, top_p in product(TEMPERATURES, TOP_P):

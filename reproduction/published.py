@@ -122,7 +122,10 @@ ENTRIES = {
         "english-small": "english-small",
         "english-small-ar": "english-small-ar",
     },
-    "letters, unlimited": {"mini-ar-s1": "mini-ar --seed 1", "mini-mixd-deep-s0": "mini-mixd-deep"},
+    "letters, unlimited": {
+        "mini-ar-x2-s0": "mini-ar --steps 5200",
+        "mini-mixd-x2-s0": "mini-mixd --steps 6400",
+    },
 }
 """Tracks of the leaderboard -> a record or a shipped model, and the words of its command."""
 
