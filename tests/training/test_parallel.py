@@ -16,6 +16,7 @@ from training_cases import free_port, go, resume
 
 from helpers import metrics_of
 from tarflowlm.config import TrainConfig
+from tarflowlm.errors import UserError
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
@@ -156,6 +157,7 @@ def test_without_a_compiler_training_goes_on_with_a_warning(monkeypatch):
         assert not parallel.compiles(train, ALONE, gpu)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # other processes do not repeat it, and an explicit choice holds
+        # other processes do not repeat it
         assert not parallel.compiles(train, Processes(1, 2), gpu)
-        assert parallel.compiles(replace(train, compile=True), ALONE, gpu)
+        with pytest.raises(UserError, match=r"compile True: .*no Python\.h for cuda\); leave it"):
+            parallel.compiles(replace(train, compile=True), ALONE, gpu)
