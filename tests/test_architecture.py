@@ -143,7 +143,7 @@ def test_git_keeps_the_whole_package():
     assert done.stdout == ""
 
 
-MOST = {"functions": 978, "files": 96, "constants": 175, "lines with Any": 45}
+MOST = {"functions": 977, "files": 96, "constants": 175, "lines with Any": 45}
 """Doors of the core: a reader opens each of them once."""
 
 

@@ -48,6 +48,7 @@ File = Annotated[str | None, arg("FILE")]
 Out = Annotated[Path | None, arg("PATH")]
 Count = Annotated[schema.Count | None, arg("INT")]
 Number = Annotated[float | None, arg("FLOAT")]
+Normalize = Annotated[Literal["text8"] | None, arg("text8", constructor=Literal["text8"])]
 Flag = Annotated[bool, arg()]
 Unwrap = Annotated[bool, arg(help="Join the lines of every paragraph of your own text.")]
 
@@ -64,7 +65,7 @@ class Seeded(schema.Checked):
 class Normalized(schema.Checked):
     """The option `normalize`."""
 
-    normalize: Annotated[Literal["text8"] | None, arg("text8", constructor=Literal["text8"])] = None
+    normalize: Normalize = None
     """Normalise the text first, whatever the model's training text was."""
 
 

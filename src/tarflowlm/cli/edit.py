@@ -53,7 +53,7 @@ def run(args: Args) -> None:
 
 
 def advice(request: Edit, change: "Change") -> tuple[str, str] | None:
-    """What the edits lack, and an option that helps; None for good ones."""
+    """The flaw of the edits, and an option that helps; None for good ones."""
     from tarflowlm.generation.particles import UNRELIABLE
 
     changed = change.changed.float().mean().item()

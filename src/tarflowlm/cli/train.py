@@ -5,7 +5,7 @@ import gc
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,7 +13,7 @@ from tarflowlm.cli.options import Json, OnDevice, Training, load_checkpoint, par
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BlockConfig
-from tarflowlm.options import Count, Number, Seeded, arg
+from tarflowlm.options import Count, Normalize, Number, Seeded, arg, flag
 from tarflowlm.presets import FOR_CPU, PRESETS, preset, with_fields, with_steps
 from tarflowlm.schema import from_dict
 
@@ -24,22 +24,21 @@ USAGE = """tarflowlm train PRESET --out DIR [--help for its fields]
 tarflowlm train --from MODEL --data TEXT --out DIR
 tarflowlm train --resume DIR"""
 
-SHORT = (
-    ("--data", "--data.source"),
-    ("--unwrap", "--data.unwrap"),
-    ("--normalize", "--data.tokenizer.normalize"),
-    ("--minutes", "--train.minutes"),
-    ("--steps", "--train.minutes"),
-    ("--checkpoint-every", "--train.checkpoint-every"),
-)
-"""Short options, and the fields that they replace."""
+SHORT = {
+    "data": "data.source",
+    "unwrap": "data.unwrap",
+    "normalize": "data.tokenizer.normalize",
+    "minutes": "train.minutes",
+    "checkpoint_every": "train.checkpoint_every",
+}
+"""Short options -> the fields of the run that they set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(Training):
     """Train a preset, with any field of its configuration overridden, or continue a run."""
 
-    normalize: Annotated[Literal["text8"] | None, arg("text8")] = None
+    normalize: Normalize = None
     """Read your own text in a-z and single spaces, too."""
     checkpoint_every: Count = None
     """Steps between checkpoints."""
@@ -53,14 +52,10 @@ class Args(Training):
     def configured(self) -> RunConfig:
         """The run, with the short options moved into its fields."""
         assert self.run is not None
-        short = {
-            "data.source": self.data,
-            "data.unwrap": self.unwrap or None,
-            "data.tokenizer.normalize": self.normalize,
-            "train.minutes": self.minutes,
-            "train.checkpoint_every": self.checkpoint_every,
+        # a flag that is False, and an option that is None, were not given
+        given = {
+            long: getattr(self, short) for short, long in SHORT.items() if getattr(self, short)
         }
-        given = {name: value for name, value in short.items() if value is not None}
         # not read again without need: blocks of other couplings may still lack options
         run = with_fields(self.run, given) if given else self.run
         return run if self.steps is None else with_steps(run, self.steps)
@@ -98,9 +93,9 @@ def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
         print_table(USAGE, rows)
         raise SystemExit
     given = {word.partition("=")[0].replace("_", "-") for word in argv}
-    for short, long in SHORT:
-        if {short, long} <= given:
-            raise UserError(f"{short} with {long}: leave one of them out")
+    for short, long in (*SHORT.items(), ("steps", "train.minutes")):
+        if {flag(short), flag(long)} <= given:
+            raise UserError(f"{flag(short)} with {flag(long)}: leave one of them out")
     if argv and not argv[0].startswith("-"):
         if "--from" in given:
             remedy = "the model brings its own shape; leave the preset out"

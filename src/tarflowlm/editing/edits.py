@@ -106,9 +106,10 @@ def redraw_words(request: Edit, tokenizer: Tokenizer, source: Source) -> Change:
     if count is None:
         count = num_words(request.strength, places)
     # numbered: the words of an edit do not depend on how many there are
-    generators = row_generators(range(request.num_each), source.generator)
-    rows = [replace(source, generator=generator) for generator in generators]
-    picked = [_picked(request, places, count, row) for row in rows]
+    picked = [
+        _picked(request, places, count, replace(source, generator=generator))
+        for generator in row_generators(range(request.num_each), source.generator)
+    ]
     spans = [merge_words(chosen, places) for chosen in picked]
     return rewrite(source, spans, _candidates(request, tokenizer, source), spare=places)
 

@@ -138,10 +138,11 @@ def renoise(
         what = f"level {level}: the model has states 0 (the latents) to {last} (the noise)"
         raise UserError(what)
     state = states[level]
-    generators = row_generators(range(len(state)), source.generator)
-    rows = [replace(source, generator=generator) for generator in generators]
-    noise = torch.cat([row.normal(1, *state.shape[1:]) for row in rows])
-    changed = (1 - strength**2) ** 0.5 * state + strength * noise
+    noise = [
+        replace(source, generator=generator).normal(1, *state.shape[1:])
+        for generator in row_generators(range(len(state)), source.generator)
+    ]
+    changed = (1 - strength**2) ** 0.5 * state + strength * torch.cat(noise)
     if where is not None:
         changed = torch.where(where.to(state.device)[:, None], changed, state)
     below = inverted_below(source, level, changed, decoder)

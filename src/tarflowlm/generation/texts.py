@@ -63,9 +63,17 @@ class Samples:
             for stop in as_texts(request.stop, "stop")
         ]
         # a line end is in no text of letters, where it reads as a space
-        self.read_stops = [stop for stop in stops if stop.text != " " or stop.given == " "]
-        self.stops = [stop.text for stop in self.read_stops]
+        stops = [stop for stop in stops if stop.text != " " or stop.given == " "]
+        self.stops = [stop.text for stop in stops]
         self.plans = plans(request, lm, past_end, prompts)
+        named = [("", one.reading) for one in self.plans if one.reading]
+        named += [("stop ", stop) for stop in stops]
+        if request.contains is not None:
+            words = request.contains.strip()
+            named.append(("contains ", read(lm.tokenizer, words, normalize=request.normalize)))
+        notices = dict.fromkeys(f"{name}{one.notice}" for name, one in named if one.notice)
+        self.notices = list(notices)
+        """A line for every text that the model reads differently from how it was given."""
         self.total = request.num_each * len(self.plans)
         """Number of samples."""
         blocks = [m for m in model.modules() if isinstance(m, Transformer)]
@@ -87,19 +95,6 @@ class Samples:
         """The batches that this process writes: consecutive samples that are written together."""
         self.num_tokens = sum(len(rows) * self.plan(rows[0]).num_tokens for rows in self.own)
         """Tokens of all samples of this process, as `progress` counts them."""
-
-    @property
-    def notices(self) -> list[str]:
-        """A line for every text that the model reads differently from how it was given."""
-        named = [("", one.reading) for one in self.plans if one.reading]
-        named += [("stop ", stop) for stop in self.read_stops]
-        if self.request.contains is not None:
-            words = self.request.contains.strip()
-            named.append(
-                ("contains ", read(self.lm.tokenizer, words, normalize=self.request.normalize))
-            )
-        found = (f"{name}{one.notice}" for name, one in named if one.notice is not None)
-        return list(dict.fromkeys(found))
 
     @property
     def follows_loosely(self) -> bool:

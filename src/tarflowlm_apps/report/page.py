@@ -29,10 +29,15 @@ def section_html(
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}</section>"
 
 
+def labelled(svg: str, words: str) -> str:
+    """A picture that screen readers call by these words."""
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
+
+
 def picture_html(name: str, svg: str, caption: str) -> str:
     """A figure with its caption; its name becomes the id."""
+    svg = labelled(svg, caption)
     caption = escape(caption)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{caption}" ', 1)
     text = f"<figcaption>{caption}</figcaption>"
     return f'<figure class="picture" id="{name}">\n{svg}{text}\n</figure>\n'
 

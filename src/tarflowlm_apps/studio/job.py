@@ -4,11 +4,10 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, wait
-from html import escape
 from typing import TypeVar
 
 from tarflowlm.errors import Progress, UserError, counted
-from tarflowlm_apps.studio.pieces import bar, card, page
+from tarflowlm_apps.studio.pieces import bar, card, muted, page
 
 R = TypeVar("R")
 
@@ -91,8 +90,7 @@ class Job(Progress):
             while not future.done():
                 done = bar(self.advanced / self.total) if self.total else ""
                 state = self.state
-                at = f'<p class="st-muted st-state">{escape(state)}</p>'
-                yield around(card(text(), done, at))
+                yield around(card(text(), done, muted(state, "st-muted st-state")))
                 # a class that waits should not keep the page busy
                 wait([future], EVERY if state == self.doing else 4 * EVERY)
         finally:

@@ -62,9 +62,9 @@ def notice(text: str, words: str = "", link: str = "") -> str:
     return f'<div class="st-notice" role="alert">{escape(text)}{more}</div>'
 
 
-def muted(text: str) -> str:
-    """A line in small type."""
-    return f'<p class="st-muted">{escape(text)}</p>'
+def muted(text: str, name: str = "st-muted") -> str:
+    """A line in small type, of a class."""
+    return f'<p class="{name}">{escape(text)}</p>'
 
 
 def copying(text: str) -> str:

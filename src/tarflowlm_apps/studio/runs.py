@@ -8,6 +8,7 @@ from tarflowlm.files import is_written
 from tarflowlm.runs.records import read_record
 from tarflowlm_apps.grid import div
 from tarflowlm_apps.report.figures import AXES, CURVES, draw_bits
+from tarflowlm_apps.report.page import labelled
 from tarflowlm_apps.report.style import render
 from tarflowlm_apps.report.tables import summary_table
 from tarflowlm_apps.studio.catalogue import Catalogue
@@ -52,7 +53,6 @@ def _view(places: tuple[tuple[str, Path], ...], state: tuple[object, ...]) -> st
     for axis in AXES if len(records) > 1 else AXES[:1]:
         draw = partial(draw_bits, records=records, over=[axis])
         figure = render(draw, f"runs-{axis}", width=4.2, height=3.0 + 0.18 * len(records))
-        label = f'role="img" aria-label="bits per character over {axis}"'
-        figures += div("st-figure", figure.replace("<svg ", f"<svg {label} ", 1))
+        figures += div("st-figure", labelled(figure, f"bits per character over {axis}"))
     drawn = card(div("st-pair", figures), muted(CURVES))
     return problems + drawn + card(summary_table(records))

@@ -195,10 +195,13 @@ const stopped = () => {  // what was written stays, and says so
   const written = state.previousElementSibling && state.previousElementSibling.matches('.st-bar');
   state.textContent = 'stopped';
   state.classList.remove('st-state');
-  const stage = state.parentElement.querySelector('.st-stage'), copy = document.createElement('button');
-  copy.dataset.copy = stage ? stage.textContent.replace(/↵\n/g, '\n') : '';
-  copy.textContent = 'copy';
-  if (stage && written) stage.after(copy);
+  const stage = state.parentElement.querySelector('.st-stage');
+  if (stage && written) {
+    const copy = document.createElement('button');
+    copy.dataset.copy = stage.textContent.replace(/↵\n/g, '\n');
+    copy.textContent = 'copy';
+    stage.after(copy);
+  }
   view.querySelectorAll('.st-caret, .st-bar').forEach((part) => part.remove());
 };
 const copyText = (text) => {
