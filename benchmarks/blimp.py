@@ -39,7 +39,7 @@ from tarflowlm_apps.lm_eval.scoring import TextScorer
 Score = Callable[[Sequence[str]], list[float]]
 """log p of each of some texts, or a bound on it, in nats."""
 ROWS = 64  # texts at once, of one length
-TIMES = 64  # values of t in the bound of the masked flow
+ORDERS = 4  # of the tokens, in the bound of the masked flow
 
 
 class Pair(NamedTuple):
@@ -118,12 +118,15 @@ def by_length(lm: Pretrained, nats: Callable[[Tensor], Tensor]) -> Score:
 
 def scores_of_peers(folder: Path, lm: Pretrained) -> dict[str, dict[str, Score]]:
     """The ways to score with the peers in `folder`, which have the tokens of the baseline `lm`."""
-    from peers import load_peers  # beside this file
+    from peers import Masked, load_peers  # beside this file
 
     found = {}
     for name, peer in load_peers(folder, lm.config).items():
-        kind = "exact" if peer.is_exact else f"bound of {TIMES} times"
-        found[name] = {kind: by_length(lm, partial(peer.nats, times=TIMES))}
+        if isinstance(peer, Masked):
+            bound = by_length(lm, partial(peer.nats_in_order, orders=ORDERS))
+            found[name] = {f"bound of {ORDERS} orders": bound}
+        else:
+            found[name] = {"exact": by_length(lm, peer.nats)}
     return found
 
 

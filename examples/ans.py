@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-TOTAL = 1 << 24
-"""The sum of the frequencies of all symbols."""
+TOTAL = 1 << 32
+"""The sum of the frequencies of all symbols: of a thousand cells of a Gaussian nearly all have the
+least frequency, and must stay improbable together.
+"""
 
 
 class Table:

@@ -8,8 +8,8 @@ words of the validation and test parts. Different 4-grams of words fall where sa
 themselves, and rise where they are short. A text has ended if the model wrote the end of a document
 within 1,024 tokens.
 
-The default of a model is the highest temperature whose samples, without top-p, have at least as
-large a share of known words as the validation part, after reading twelve samples of each setting.
+The default of a model is the setting that read best, of those whose samples have at least as large
+shares of known words and of different 4-grams as the validation part (docs/samples.md).
 """
 
 import re

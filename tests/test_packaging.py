@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
         "tarflowlm_apps",
         wheel.name.split("-py3")[0] + ".dist-info",
     }
-    assert wheel.stat().st_size < 27e6
+    assert wheel.stat().st_size < 26e6
 
 
 @pytest.mark.slow

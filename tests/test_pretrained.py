@@ -1,5 +1,7 @@
 """The object that `load` returns, and the version."""
 
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 
 import pytest
@@ -43,6 +45,19 @@ def test_write(loaded):
     how = {"temperature": loaded.run.temperature, "generator": generator}
     same = tarflowlm.generate(loaded, num_tokens=12, prompt=prompt, **how)
     assert loaded.decode(same.tokens[0]) == text
+
+
+def test_the_usual_top_p_is_of_texts_without_blanks_at_the_usual_temperature(loaded):
+    lm = replace(loaded, run=replace(loaded.run, temperature=0.9, top_p=0.5))
+    write = partial(lm.write, num_tokens=24, num=2, seed=3)
+    assert write() == write(temperature=0.9, top_p=0.5)
+    assert write(top_p=0.8) == write(temperature=0.9, top_p=0.8)
+    assert write(temperature=0.9) == loaded.write(
+        num_tokens=24, num=2, seed=3, temperature=0.9, top_p=1.0
+    )
+    assert write() != write(temperature=0.9)
+    for options in ({"template": "the [...] of"}, {"contains": "king", "num_tokens": 12}):
+        assert lm.write(**options) == lm.write(**options, temperature=0.9)
 
 
 def test_every_call_refuses_weights_that_are_not_finite(tmp_path):
@@ -203,8 +218,8 @@ def test_spaces_belong_to_the_token_after_them():
     small = tarflowlm.load("english-small")
     apart, joined = (small.fill(text) for text in ("The _ of the _ tree", "The_ of the_ tree"))
     assert apart == joined
-    assert small.write("The king", num_tokens=6).startswith("The king,")
-    assert small.write("The king ", num_tokens=6).startswith("The king ")
+    assert small.write("The king", num_tokens=6, seed=7).startswith("The king,")
+    assert small.write("The king ", num_tokens=6, seed=7).startswith("The king ")
     assert small.write(" ", num_tokens=2).startswith(" ")
 
 

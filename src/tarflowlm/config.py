@@ -9,7 +9,18 @@ from typing import Annotated, ClassVar, Literal
 
 from tarflowlm.errors import UserError, counted
 from tarflowlm.model_config import BaselineConfig, FlowConfig
-from tarflowlm.schema import Below1, Checked, Count, Positive, Range, Seed, Share, Whole, check_type
+from tarflowlm.schema import (
+    Below1,
+    Checked,
+    Count,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    TopP,
+    Whole,
+    check_type,
+)
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `processes.pick_device` resolves auto."""
@@ -224,6 +235,8 @@ class RunConfig(Checked):
     """NAME@SHA256 of the weights that `train --from` begins with; empty for new ones."""
     temperature: Positive = 1.0
     """Temperature of samples, unless another is given."""
+    top_p: TopP = 1.0
+    """Top-p of samples without blanks, unless a temperature or another top-p is given."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         given = len(self.train.stage_steps)

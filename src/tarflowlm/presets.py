@@ -53,15 +53,23 @@ def _quickstart(name: str) -> RunConfig:
 
 def _english_small(name: str) -> RunConfig:
     trunk = TransformerConfig(width=192, num_heads=3)
-    blocks = (MixD(layers=6), Mix1())
     pieces = TokenizerConfig(kind="bpe", vocab_size=2048, normalize="none")
     return RunConfig(
         name=name,
-        model=FlowConfig(latent_dim=16, trunk=trunk, blocks=blocks, reads_tokens=True),
+        model=FlowConfig(
+            context=512,
+            latent_dim=16,
+            trunk=trunk,
+            blocks=(MixD(layers=7),),
+            reads_tokens=True,
+        ),
         data=DataConfig(tokenizer=pieces),
-        train=TrainConfig(stage_steps=(96, 4), minutes=110.0, batch_size=16),
-        optim=MIXD_OPTIM,
-        temperature=CALM,
+        train=TrainConfig(stage_steps=(13000,), batch_size=8),
+        # eight passes over the text (docs/log.md)
+        optim=replace(MIXD_OPTIM, weight_decay=0.5),
+        # docs/samples.md has the rule
+        temperature=0.9,
+        top_p=0.9,
     )
 
 
@@ -69,9 +77,8 @@ def _english_small_ar(name: str) -> RunConfig:
     flow = _english_small(name)
     return replace(
         flow,
-        model=BaselineConfig(trunk=flow.model.trunk, layers=7),
-        train=replace(flow.train, stage_steps=(100,)),
-        optim=OptimConfig(),
+        model=BaselineConfig(context=512, trunk=flow.model.trunk, layers=7),
+        optim=OptimConfig(weight_decay=flow.optim.weight_decay),
     )
 
 

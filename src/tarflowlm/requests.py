@@ -81,7 +81,9 @@ class Sampling(Tempered):
     top_k: Annotated[Count | None, arg("INT")] = None
     """Keep the k most probable tokens."""
     top_p: Annotated[TopP | None, arg("FLOAT")] = None
-    """Keep the fewest tokens that together have at least this probability."""
+    """Keep the fewest tokens that together have at least this probability. The default is the
+    model's own, if the temperature is, too, and the text has no blanks.
+    """
     min_p: Annotated[Share | None, arg("FLOAT")] = None
     """Keep the tokens whose probability is at least this times the largest one."""
     particles: Annotated[Count | None, arg("INT")] = None

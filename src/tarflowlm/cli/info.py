@@ -99,6 +99,7 @@ class Description:
     bpc: float | None
     bound: str
     temperature: float
+    top_p: float
     purpose: str
     card: str
 
@@ -135,9 +136,7 @@ def describe(given: Path) -> Description:
     else:
         layers = [block.layers for block in config.blocks[:trained]]
     card = read_card(folder)
-    # the weights may hold blocks that gained nothing, which the configuration leaves out
-    idle = tuple(f"prior.blocks.{block}." for block in range(len(layers), trained))
-    sizes = {name: one.numel() for name, one in tensors.items() if not name.startswith(idle)}
+    sizes = {name: one.numel() for name, one in tensors.items()}
     counts = {name: int(info[name]) for name in ("step", "tokens") if name in info}
     return Description(
         name=shown_name(given, folder),
@@ -160,6 +159,7 @@ def describe(given: Path) -> Description:
         bpc=test.get("bpc"),
         bound=config.bound,
         temperature=run.temperature,
+        top_p=run.top_p,
         purpose=purpose(card),
         card=card,
     )
@@ -186,7 +186,7 @@ def _print_model(found: Description) -> None:
         ("context", f"{found.context} tokens{patch}"),
         ("tokenizer", found.tokenizer),
         ("trained on", ", ".join(trained)),
-        ("temperature", f"{found.temperature:g} by default"),
+        ("samples", f"temperature {found.temperature:g}, top-p {found.top_p:g} by default"),
     ]
     print_table(found.name, rows)
     if found.card:

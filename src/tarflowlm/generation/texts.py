@@ -311,13 +311,15 @@ def _of_reading(
     # the probability of such tokens weighs particles, and is all that stacks can be told
     if begins is not None and not is_added and (not draws or (request.particles or 1) > 1):
         template.append(Gap(shown - count, least=shown - count, begins=begins))
-    usual = request.temperature
-    if usual is None and lm.model.config.takes_temperature:
-        usual = lm.run.temperature
+    if request.temperature is None and lm.model.config.takes_temperature:
+        # the text after a blank may be improbable: top-p would leave nothing that leads to it
+        usual = None if is_template or is_added or lm.run.top_p == 1 else lm.run.top_p
+        top_p = usual if request.top_p is None else request.top_p
+        request = replace(request, temperature=lm.run.temperature, top_p=top_p)
     found = plan(
         lm.model,
         template,
-        replace(request, temperature=usual),
+        request,
         num_tokens=len(lead) + shown,
         allowed=allowed,
         # tokens between given pieces belong to the same document

@@ -189,9 +189,6 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
             model: LanguageModel = TarFlowLM(config, means=given)
         else:
             model = config.build()
-    # a block that gained nothing can leave the configuration alone
-    left = tuple(f"prior.blocks.{block}." for block in range(model.num_blocks, int(blocks or 0)))
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left)}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -150,7 +150,8 @@ class _Writer:
         length = min(LENGTH, checkpoint.model.config.context)
         parts = self._samples(record, checkpoint, length)
         step = checkpoint.info.get("step", "?")
-        how = f"seed 0, temperature {checkpoint.run.temperature:g}, not selected"
+        run = checkpoint.run
+        how = f"seed 0, temperature {run.temperature:g}, top-p {run.top_p:g}, not selected"
         notes = [f"Step {step}. {NUM} samples of at most {length} tokens: {how}."]
         idle = untrained(record)
         if idle:

@@ -99,6 +99,10 @@ class Catalogue:
         """The temperature that suits a model."""
         return self.entry(name).run.temperature
 
+    def top_p(self, name: object) -> float:
+        """The top-p that suits a model, in a text without blanks."""
+        return self.entry(name).run.top_p
+
     def entry(self, name: object) -> Entry:
         """The entry of a name. UserError for any other value."""
         if not name:

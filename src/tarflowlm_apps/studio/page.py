@@ -85,7 +85,8 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
     """
 
     def values_of(name: str, text: str, length: int, seed: int = 0) -> list[values.Value]:
-        return [name, [], text, length, catalogue.temperature(name), 1.0, 1, seed]
+        usual = catalogue.temperature(name), catalogue.top_p(name)
+        return [name, [], text, length, *usual, 1, seed]
 
     examples = {
         label: partial(values_of, name, text, length, seed)
@@ -117,14 +118,10 @@ def _write(catalogue: Catalogue, arrival: Event) -> None:
             )
             length = gr.Slider(8, values.TOKENS, 160, step=8, label="Length in tokens")
             temperature = _temperature(catalogue, model)
-            top_p = gr.Slider(
-                0.1,
-                1.0,
-                1.0,
-                step=0.05,
-                label="Top-p",
-                info="Leaves out unlikely tokens: 0.9 keeps the likeliest that make up 90 %.",
+            words = (
+                "0.9 keeps the likeliest tokens that make up 90 %. A text with blanks keeps all."
             )
+            top_p = _usual(catalogue.top_p, model, 1.0, "Top-p", words)
             with gr.Row():
                 num = _number("Samples", 1)
                 seed = _number("Seed", 0)
@@ -289,11 +286,16 @@ def _model(catalogue: Catalogue, *, of_words: bool = False) -> Component:
 
 
 def _temperature(catalogue: Catalogue, model: Component) -> Component:
-    """A slider at the temperature that suits the model."""
-    usual = catalogue.temperature(model.value)
     words = "Lower is safer and repeats itself, higher surprises more."
-    slider = gr.Slider(0.1, 1.5, usual, step=0.05, label="Temperature", info=words)
-    _quick(model.input, catalogue.temperature, model, slider)
+    return _usual(catalogue.temperature, model, 1.5, "Temperature", words)
+
+
+def _usual(
+    usual: Callable[[object], float], model: Component, most: float, label: str, words: str
+) -> Component:
+    """A slider at the value that suits the model."""
+    slider = gr.Slider(0.1, most, usual(model.value), step=0.05, label=label, info=words)
+    _quick(model.input, usual, model, slider)
     return slider
 
 

@@ -63,7 +63,7 @@ def write(
         template=start if is_template else None,
         num_tokens=None if is_template else values.whole(length, "length", 1, values.TOKENS),
         temperature=values.number(temperature, "temperature", 0.1, 2.0),
-        top_p=None if cut == 1.0 else cut,
+        top_p=None if cut == 1.0 or is_template else cut,
         num=values.whole(num, "samples", 1, values.SAMPLES),
         seed=values.seed(seed),
     )

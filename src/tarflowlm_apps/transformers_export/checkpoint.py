@@ -58,6 +58,7 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
         "num_attention_heads": trunk.num_heads,
         "max_position_embeddings": shape.context,
     }
+    usual = {"temperature": checkpoint.run.temperature, "top_p": checkpoint.run.top_p}
     with new_folder(out) as folder:
         if trunk.input_taps:
             code = "modeling_tarflowlm.py"
@@ -65,7 +66,7 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
             config |= read_json(TEMPLATE / "config_of_taps.json") | {"input_taps": trunk.input_taps}
         files = {
             "config.json": config,
-            "generation_config.json": ids | {"temperature": checkpoint.run.temperature},
+            "generation_config.json": ids | usual,
             "tokenizer_config.json": special | {"model_max_length": shape.context},
         }
         for name, values in files.items():
