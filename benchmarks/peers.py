@@ -159,7 +159,7 @@ class Masked(Peer):
 
     @torch.inference_mode()
     def nats_in_order(self, tokens: Tensor, orders: int = 1) -> Tensor:
-        """The bound of `nats` by random orders of each row: few have less noise than many t."""
+        """The bound of `nats` by random orders of each row. A few have less noise than many t."""
         total = torch.zeros(tokens.shape)
         for _ in range(orders):
             x = torch.full_like(tokens, self.extra)

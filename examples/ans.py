@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 TOTAL = 1 << 32
-"""The sum of the frequencies of all symbols: of a thousand cells of a Gaussian nearly all have the
-least frequency, and must stay improbable together.
+"""The sum of the frequencies of all symbols. It is large, because nearly all of the thousand cells
+or more of a Gaussian have the least frequency, and together they must stay improbable.
 """
 
 

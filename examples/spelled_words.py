@@ -28,7 +28,7 @@ SAMPLES = 32
 LONG = 1024
 """Tokens within which a text may end."""
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6)
-TOP_P = (1.0, 0.95, 0.9, 0.8)
+TOP_P = (1.0, 0.9, 0.8)
 LEAST = 3
 SHORT = 180
 """Words of a text whose 4-grams are counted: more have more in common."""

@@ -150,6 +150,9 @@ def test_the_models_of_peers_are_measured_beside_ours(ruler, table, tmp_path, ca
         after = peer.go_on(given, 4)
         assert after.shape == (3, 4)
         assert after.max() < 27
+    if masked := found.get("masked"):
+        bound, same = masked.nats_in_order(given, 8).mean(), masked.nats(given, 64).mean()
+        assert bound.item() == pytest.approx(same.item(), rel=0.3)
     pairs = blimp.read_pairs(table, None)[:2]
     (score,) = blimp.scores_of_peers(tmp_path, load("english-mini-ar"))["gpt2"].values()
     texts = [pair.good for pair in pairs]

@@ -57,6 +57,7 @@ def build(lm: Pretrained, name: str) -> str:
                 "noise": config.fills_below(index),
             }
         )
+    assert lm.run.top_p == 1, "the page has no top-p"
     description = {
         "name": Path(name).name,
         "parameters": lm.model.num_parameters,

@@ -236,7 +236,7 @@ class RunConfig(Checked):
     temperature: Positive = 1.0
     """Temperature of samples, unless another is given."""
     top_p: TopP = 1.0
-    """Top-p of samples without blanks, unless a temperature or another top-p is given."""
+    """Top-p of samples without blanks or constraints, unless it or a temperature is given."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         given = len(self.train.stage_steps)

@@ -33,7 +33,7 @@ MIXD_OPTIM = OptimConfig(codebook_lr_scale=0.5)
 PLAIN_OPTIM = OptimConfig(lr=1.2e-2, codebook_lr_scale=1.0)
 """Twice the usual rate, which is better on validation for both families (docs/log.md)."""
 CALM = 0.8
-"""Temperature of samples of small models that have token weights."""
+"""Temperature of samples of letters, and of the model of `quickstart`."""
 
 
 def _quickstart(name: str) -> RunConfig:
@@ -212,11 +212,11 @@ PRESETS = {
         _quickstart,
     ),
     "english-small": Preset(
-        "Fairy tales with capitals and signs, that begin and end: two hours of one fast CPU core.",
+        "Fairy tales with capitals and signs, that begin and end: five hours of one fast CPU core.",
         _english_small,
     ),
     "english-small-ar": Preset(
-        "The discrete twin of `english-small`, with as many Transformer layers, trained as long.",
+        "The discrete twin of `english-small`, with as many Transformer layers and steps.",
         _english_small_ar,
     ),
     "mini-ar": Preset("The discrete baseline at CPU size.", _mini_ar),

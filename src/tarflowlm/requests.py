@@ -82,7 +82,7 @@ class Sampling(Tempered):
     """Keep the k most probable tokens."""
     top_p: Annotated[TopP | None, arg("FLOAT")] = None
     """Keep the fewest tokens that together have at least this probability. The default is the
-    model's own, if the temperature is, too, and the text has no blanks.
+    model's own, unless a temperature, a template or a constraint is given; then it is 1.
     """
     min_p: Annotated[Share | None, arg("FLOAT")] = None
     """Keep the tokens whose probability is at least this times the largest one."""

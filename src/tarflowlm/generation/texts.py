@@ -312,10 +312,12 @@ def _of_reading(
     if begins is not None and not is_added and (not draws or (request.particles or 1) > 1):
         template.append(Gap(shown - count, least=shown - count, begins=begins))
     if request.temperature is None and lm.model.config.takes_temperature:
-        # the text after a blank may be improbable: top-p would leave nothing that leads to it
-        usual = None if is_template or is_added or lm.run.top_p == 1 else lm.run.top_p
-        top_p = usual if request.top_p is None else request.top_p
-        request = replace(request, temperature=lm.run.temperature, top_p=top_p)
+        usual, top_p = lm.run, request.top_p
+        # a constraint may need improbable tokens, all of which top-p could drop
+        is_free = allowed is None and not is_template and all(map(torch.is_tensor, template))
+        if top_p is None and is_free and usual.top_p < 1:
+            top_p = usual.top_p
+        request = replace(request, temperature=usual.temperature, top_p=top_p)
     found = plan(
         lm.model,
         template,

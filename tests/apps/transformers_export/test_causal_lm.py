@@ -107,6 +107,7 @@ def test_a_shipped_model(tmp_path, run_json):
     # by default it draws as our samplers do, without top_k
     how = exported.generation_config
     assert (how.do_sample, how.temperature, how.top_k) == (True, lm.run.temperature, 0)
+    assert how.top_p == lm.run.top_p
     ids = tokenizer(text, return_tensors="pt").input_ids
     drawn = []
     for seed in (0, 0, 1):
