@@ -94,7 +94,7 @@ class Coder:
         """The stack before a text: bits that both sides know, enough to draw a window's latents."""
         p = self.gaussians[self.std.argmax()].frequency / TOTAL
         channels = min(length, self.model.config.context) * self.codes.shape[1]
-        count = 32 + math.ceil(-channels * (p * np.log2(p)).sum())
+        count = TOTAL.bit_length() - 1 + math.ceil(-channels * (p * np.log2(p)).sum())
         return 1 << count | Random(0).getrandbits(count)
 
     def draw(self, stack: Stack, token: int) -> Cells:

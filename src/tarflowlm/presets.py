@@ -77,7 +77,7 @@ def _english_small_ar(name: str) -> RunConfig:
     flow = _english_small(name)
     return replace(
         flow,
-        model=BaselineConfig(context=512, trunk=flow.model.trunk, layers=7),
+        model=BaselineConfig(context=flow.model.context, trunk=flow.model.trunk, layers=7),
         optim=OptimConfig(weight_decay=flow.optim.weight_decay),
     )
 

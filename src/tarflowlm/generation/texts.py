@@ -312,12 +312,11 @@ def _of_reading(
     if begins is not None and not is_added and (not draws or (request.particles or 1) > 1):
         template.append(Gap(shown - count, least=shown - count, begins=begins))
     if request.temperature is None and lm.model.config.takes_temperature:
-        usual, top_p = lm.run, request.top_p
+        request = replace(request, temperature=lm.run.temperature)
         # a constraint may need improbable tokens, all of which top-p could drop
         is_free = allowed is None and not is_template and all(map(torch.is_tensor, template))
-        if top_p is None and is_free and usual.top_p < 1:
-            top_p = usual.top_p
-        request = replace(request, temperature=usual.temperature, top_p=top_p)
+        if request.top_p is None and is_free:
+            request = replace(request, top_p=lm.run.top_p)
     found = plan(
         lm.model,
         template,
