@@ -47,7 +47,8 @@ import tarflowlm
 from tarflowlm import Pretrained, TarFlowLM, UserError
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data.prompts import read
-from tarflowlm.flow.transformer import Conditioner, KVCache
+from tarflowlm.flow.cache import KVCache
+from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.model import LanguageModel
 
 CELLS, REACH = 4, 8  # cells of the grid in the least sigma; sigmas from a code to its last cell

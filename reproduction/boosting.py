@@ -31,9 +31,10 @@ from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.conditioner import InputMap
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.transformer import InputMap, Transformer
+from tarflowlm.flow.transformer import Transformer
 from tarflowlm.model import LanguageModel, as_flow, seeded
 from tarflowlm.model_config import FlowConfig, TransformerConfig
 from tarflowlm.training.optim import build_optimizers, norms, schedule, take_step

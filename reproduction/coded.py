@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.transformer import Embedder, InputMap
+from tarflowlm.flow.conditioner import InputMap
+from tarflowlm.flow.transformer import Embedder
 from tarflowlm.model_config import BaselineConfig
 from tarflowlm.schema import Range, Whole
 

@@ -9,9 +9,10 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics, widen
+from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.numerics.near import FEWEST
-from tarflowlm.flow.transformer import Conditioner, Embedder, Transformer
+from tarflowlm.flow.transformer import Embedder, Transformer
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.model_config import BaselineConfig
 

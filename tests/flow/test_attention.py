@@ -7,15 +7,14 @@ import torch
 
 from helpers import TRUNK, normal, randomise
 from tarflowlm import chunks
-from tarflowlm.flow.attention import Attention, KeptAttention, rotary_tables, rotate_
+from tarflowlm.flow.attention import KeptAttention, rotate, rotations
+from tarflowlm.flow.transformer import Layer
 
 
 def test_attention_sees_distances_not_places():
     """Scores of rotated queries and keys depend on the difference of their positions alone."""
-    tables = rotary_tables(torch.arange(20), 1, 4)
-    q, k = (
-        rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1)
-    )
+    turns = rotations(torch.arange(20), 4)
+    q, k = (rotate(normal(1, 1, 1, 4, seed=s).repeat(20, 1, 1, 1), turns)[:, 0, 0] for s in (0, 1))
     scores = q @ k.T
     for distance in (0, 1, 5):
         along = scores.diagonal(-distance)
@@ -23,31 +22,37 @@ def test_attention_sees_distances_not_places():
     assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
 
 
-def test_rotation_turns_channel_pairs():
-    x = normal(2, 20, 3, 6)
-    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, 6))
+def test_rotation_turns_neighbouring_channels():
+    x = normal(20, 2, 3, 6)
+    turned = rotate(x, rotations(torch.arange(20), 6))
     wavelengths = 10_000.0 ** (torch.arange(3, dtype=torch.float64) / 3)
-    angle = (torch.arange(20)[:, None] / wavelengths)[:, None]
-    expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(
-        turned, torch.cat((expected.real, expected.imag), -1), rtol=1e-5, atol=1e-5
-    )
+    angle = (torch.arange(20)[:, None] / wavelengths)[:, None, None]
+    pairs = torch.complex(x[..., 0::2].contiguous(), x[..., 1::2].contiguous())
+    expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+    torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiler_gets_the_same_rotation_without_complex_numbers(monkeypatch):
+    x, turns = normal(20, 2, 3, 6), rotations(torch.arange(20), 6)
+    expected = rotate(x, turns)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, turns), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_attention_that_keeps_its_weights_equals_that_of_pytorch(dtype, monkeypatch):
     monkeypatch.setattr(KeptAttention, "ROWS", 4)
-    attention = randomise(Attention(replace(TRUNK, num_heads=2)))
-    x = normal(3, 10, 8).requires_grad_()
+    layer = randomise(Layer(replace(TRUNK, num_heads=2)))
+    x = normal(30, 8).requires_grad_()
     if dtype != torch.float64:
-        attention, x = attention.float(), x.detach().float().requires_grad_()
-    leaves = [x, *attention.parameters()]
-    tables = rotary_tables(torch.arange(10), 2, 4)
+        layer, x = layer.float(), x.detach().float().requires_grad_()
+    leaves = [x, *layer.parameters()]
+    turns = rotations(torch.arange(10), 4).repeat(3, 1, 1, 1)
     found = []
     for kept in (chunks.KEPT, 0):
         monkeypatch.setattr(chunks, "KEPT", kept)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            y = attention(x, tables)
+            y = layer(x, turns, 3)
         found.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
     close = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
     for ours, theirs in zip(*found, strict=True):

@@ -9,7 +9,8 @@ import torch
 from torch.autograd.functional import jacobian
 
 from helpers import TRUNK, normal, randomise
-from tarflowlm.flow.transformer import KVCache, Transformer, convolve
+from tarflowlm.flow.cache import KVCache
+from tarflowlm.flow.transformer import Transformer, convolve
 from tarflowlm.model import seeded
 
 T = 7

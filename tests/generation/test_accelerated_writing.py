@@ -11,8 +11,8 @@ from test_drafts import Fixed, written
 from helpers import FILLS, TRUNK, mostly_nightly, tiny_ar, tiny_flow
 from pretend_device import pretend
 from tarflowlm.data.prompts import Gap
+from tarflowlm.flow.cache import KVCache
 from tarflowlm.flow.numerics import reference
-from tarflowlm.flow.transformer import KVCache
 from tarflowlm.generation import sampling
 
 pytestmark = pytest.mark.usefixtures("short_search")

@@ -12,7 +12,7 @@ from test_sequential import assert_frequencies, discrete_probabilities
 
 from helpers import FILLS, mostly_nightly, mostly_slow, tiny_ar, tiny_flow
 from tarflowlm.drafts import Guesser, make_drafter
-from tarflowlm.flow.transformer import KVCache
+from tarflowlm.flow.cache import KVCache
 from tarflowlm.generation import Generation, generate, rows
 from tarflowlm.generation.plan import plan
 from tarflowlm.generation.sampling import row_generators

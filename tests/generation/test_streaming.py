@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.flow.transformer import KVCache
+from tarflowlm.flow.cache import KVCache
 from tarflowlm.generation import Generation, generate, write
 from tarflowlm.generation.generate import row_plans
 from tarflowlm.generation.inversion import Returning

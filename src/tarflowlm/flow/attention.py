@@ -1,4 +1,4 @@
-"""Causal attention with rotary positions and layer-normalised queries and keys.
+"""Causal attention over a whole sequence, and rotary positions.
 
 H heads have the width E = D / H.
 """
@@ -9,33 +9,35 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction as Context
 
 from tarflowlm import chunks
 from tarflowlm.flow import full_precision, is_eager_cpu, widen
 from tarflowlm.flow.numerics.mixture import first_derivatives_only
-from tarflowlm.model_config import TransformerConfig
 
 
-def rotary_tables(positions: Tensor, num_heads: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [N, H, E] of angles position * 10_000^(-2 i / E) (Su et al. 2021)."""
+def rotations(positions: Tensor, head_width: int) -> Tensor:
+    """e^(i angle) for the angles position * 10_000^(-2 j / E) (Su et al. 2021), [N, 1, 1, E/2].
+
+    The axes of length 1 are those of heads, and of queries and keys.
+    """
     even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     exponent = even / head_width
-    angle = positions.float()[:, None, None] * torch.exp(-math.log(10_000.0) * exponent)
-    # repeated for every head, so that the product with a batch reads contiguous memory
-    cos, sin = (part.expand(-1, num_heads, -1) for part in (angle.cos(), angle.sin()))
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    angle = positions.float()[:, None, None, None] * torch.exp(-math.log(10_000.0) * exponent)
+    return torch.complex(angle.cos(), angle.sin())
 
 
-def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate, in place, channel pairs (x, y) = (i, i + E/2) by the angle of their position.
-
-    They become (x cos - y sin, x sin + y cos).
-    """
-    swapped = x_BNHE.roll(x_BNHE.shape[-1] // 2, dims=-1)
-    return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the neighbouring channels (2 j, 2 j + 1) of x [..., E] by `turns` [..., E/2]."""
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling():  # which does not fuse complex numbers
+        (a, b), cos, sin = pairs.unbind(-1), turns.real.to(x.dtype), turns.imag.to(x.dtype)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    numbers = torch.view_as_complex(pairs)
+    return torch.view_as_real(numbers * turns.to(numbers.dtype)).flatten(-2)
 
 
 class KeptAttention(Function):
@@ -87,59 +89,19 @@ class KeptAttention(Function):
 kept_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = KeptAttention.apply
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention with layer-normalised queries and keys."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.head_width = config.head_width
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.query_scale = nn.Parameter(torch.ones(self.head_width))
-        self.key_scale = nn.Parameter(torch.ones(self.head_width))
-
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        B, N, D = x.shape
-        if (
-            torch.is_grad_enabled()
-            and is_eager_cpu(x)
-            and B * self.num_heads * N * N <= chunks.KEPT
-        ):
-            return self._forward_in_training(x, tables)
-        # three products, so that normalising and gradients need no copies
-        parts = (F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
-        q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
-        q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables)
-        k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        if x.device.type == "cpu":  # where attention is slower in bfloat16
-            q, k, v = widen(q), widen(k), widen(v)
-        with full_precision(x) if x.device.type == "cpu" else nullcontext():
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(B, N, D))
-
-    def _forward_in_training(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """`forward` on a CPU, with attention by `KeptAttention`.
-
-        The channels of queries and keys are reordered, which their scores do not show: pairs become
-        neighbours, and so complex numbers, which rotate in one pass instead of four.
-        """
-        B, N, D = x.shape
-        H, E = self.num_heads, self.head_width
-        cos, sin = tables
-        turn = torch.complex(cos[:, 0, : E // 2], sin[:, 0, E // 2 :])[:, None]
-        *weights, value = self.qkv.weight.chunk(3)
-        scales = (self.query_scale, E**-0.5), (self.key_scale, 1.0)
-        rotated = list[Tensor]()
-        for weight, (scale, factor) in zip(weights, scales, strict=True):
-            weight = weight.unflatten(0, (H, 2, E // 2)).transpose(1, 2).flatten(0, 2)
-            part = widen(F.linear(x, weight)).view(B, N, H, E)
-            scale = scale.view(2, -1).T.flatten().to(part.dtype) * factor
-            normal = F.layer_norm(part, (E,), scale)
-            pairs = torch.view_as_complex(normal.unflatten(-1, (E // 2, 2)))
-            rotated.append(torch.view_as_real(pairs * turn.to(pairs.dtype)).flatten(-2))
-        parts = (*rotated, widen(F.linear(x, value)).view(B, N, H, E))
-        with full_precision(x):
-            y = kept_attention(*(part.transpose(1, 2).reshape(-1, N, E) for part in parts))
-        return self.out(y.view(B, H, N, E).transpose(1, 2).reshape(B, N, D))
+def attend_causally(
+    q: Float[Tensor, "R H E"], k: Float[Tensor, "R H E"], v: Float[Tensor, "R H E"], *, batch: int
+) -> Float[Tensor, "R D"]:
+    """Attention of each position to those up to it, with scores q k^T."""
+    on_cpu = q.device.type == "cpu"
+    if on_cpu:  # where attention is slower in bfloat16
+        v = widen(v)
+    # [B, H, N, E]
+    q, k, v = (part.unflatten(0, (batch, -1)).transpose(1, 2) for part in (q, k, v))
+    with full_precision(q) if on_cpu else nullcontext():
+        is_small = q.shape[:3].numel() * q.shape[2] <= chunks.KEPT
+        if torch.is_grad_enabled() and is_eager_cpu(q) and is_small:
+            y = kept_attention(*(part.flatten(0, 1) for part in (q, k, v)))
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    return y.view(q.shape).transpose(1, 2).flatten(0, 1).flatten(1)

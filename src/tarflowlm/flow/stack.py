@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.conditioner import Conditioner, InputMap
 from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents
 from tarflowlm.flow.numerics import component_finder, log_standard_normal
 from tarflowlm.flow.plan import NoisyCodebook, Order, Patch
-from tarflowlm.flow.transformer import Conditioner, Embedder, InputMap, Transformer
+from tarflowlm.flow.transformer import Embedder, Transformer
 from tarflowlm.model_config import TransformerConfig
 
 

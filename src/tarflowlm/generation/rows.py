@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.drafts import Guesser
+from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.generation.sampling import BLANK, ROOM, Gumbel
 from tarflowlm.model import LanguageModel, TarFlowLM
 from tarflowlm.requests import Adjustment, Sampling

@@ -20,8 +20,8 @@ from tarflowlm.data.text import SEPARATOR
 from tarflowlm.data.tokenizer import Document
 from tarflowlm.errors import UserError
 from tarflowlm.files import new_folder, read_json, write_json
+from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.transformer import Conditioner
 from tarflowlm.model import as_flow
 from tarflowlm.runs import TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint, write_weights
