@@ -112,8 +112,8 @@ class DataConfig(Checked):
     """Text and tokens."""
 
     source: str = "tales"
-    """tales, text8, openwebtext, a text file or a folder of them, hf:OWNER/NAME, or
-    a directory made by `tarflowlm data`.
+    """tales, stories, text8, openwebtext, a text file or a folder of them, hf:OWNER/NAME, or a
+    directory made by `tarflowlm data`.
     """
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(normalize="auto"))
     """How text becomes tokens."""

@@ -12,7 +12,7 @@ from tarflowlm.errors import is_first_process
 from tarflowlm.options import Unwrap, arg
 
 SOURCES = (
-    "tales (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
+    "tales or stories (built in), text8, openwebtext, a text or .jsonl file (FILE#FIELD), "
     "also as .gz or .xz, a folder of these or of .parquet, or hf:OWNER/NAME#FIELD."
 )
 

@@ -1,4 +1,4 @@
-"""Sources of text by name: tales, text8, OpenWebText, sets of the hub, and paths.
+"""Sources of text by name: tales, stories, text8, OpenWebText, sets of the hub, and paths.
 
 A source yields its normalised text in pieces, each with its split; `data.corpus` encodes them.
 """
@@ -24,6 +24,7 @@ from tarflowlm.data.text import (
     FIELD,
     HUB,
     SEPARATOR,
+    SPLITS,
     Piece,
     Split,
     cut_in_three,
@@ -181,8 +182,41 @@ class TextFile(Source):
         return cut_in_three(self.normalized(self.blocks()), total)
 
 
-class Tales(Source):
-    """Fairy tales and children's stories in English, in the public domain; shipped in the package.
+class BuiltIn(Source):
+    """Documents in English, shipped in the package, in the folder of their `name`; its `README.md`
+    tells what they are.
+
+    A line `<|endoftext|>` stands between the documents of a file; a paragraph is a line.
+    """
+
+    separator = SEPARATOR
+    suffix = ".txt.xz"
+
+    def __init__(self) -> None:
+        self.identity = self.name
+        self.path = Path(__file__).parent / self.name
+
+    def state(self) -> list[list[str | int]]:
+        # an installation gives files new times
+        return [[file.name, file.stat().st_size] for file in self.files]
+
+    @abstractmethod
+    def split_of(self, file: Path, document: str) -> Split:
+        """The split of a document in a file."""
+
+    def documents(self) -> list[str]:
+        """The documents of all files, without the lines between them."""
+        return [document for _, blocks in self.placed() for document in blocks]
+
+    def placed(self) -> Placed:
+        for file in self.files:
+            text = read_text(file).removesuffix(f"{SEPARATOR}\n").removesuffix("\n")
+            for document in text.split(f"\n{SEPARATOR}\n"):
+                yield self.split_of(file, document), [document]
+
+
+class Tales(BuiltIn):
+    """Fairy tales and children's stories in English, in the public domain.
 
     2,783 documents, 25 million characters, each a tale, a short story or a chapter, whose first
     line is its title. The hash of that line gives the split, so one tale in several translations
@@ -190,21 +224,25 @@ class Tales(Source):
     `data/tales/books.tsv` names every book.
     """
 
-    name = identity = "tales"
-    separator = SEPARATOR
-    path = Path(__file__).parent / "tales" / "tales.txt.xz"
+    name = "tales"
 
-    def state(self) -> list[list[str | int]]:
-        return [[self.path.name, self.path.stat().st_size]]
+    def split_of(self, file: Path, document: str) -> Split:
+        return split_of_document(document.partition("\n")[0])
 
-    def documents(self) -> list[str]:
-        """The documents, without the line that ends each."""
-        return read_text(self.path).split(f"\n{SEPARATOR}\n")[:-1]
 
-    def placed(self) -> Placed:
-        for document in self.documents():
-            title = document.partition("\n")[0]
-            yield split_of_document(title), [document]
+class Stories(BuiltIn):
+    """Short stories in the words of a four-year-old: about 2 % of TinyStories (Eldan and Li 2023),
+    under the licence CDLA-Sharing-1.0.
+
+    48,731 documents, 39 million characters, in one file for each split: the stories of validation
+    and test come from the validation part of TinyStories. A figure on them is not one on
+    TinyStories.
+    """
+
+    name = "stories"
+
+    def split_of(self, file: Path, document: str) -> Split:
+        return next(split for split in SPLITS if file.name == f"{self.name}_{split}{self.suffix}")
 
 
 class Text8(TextFile):
@@ -348,6 +386,7 @@ class OpenWebText(Documents):
 
 _REGISTRY: dict[str, Callable[[], Source]] = {
     "tales": Tales,
+    "stories": Stories,
     "text8": Text8,
     "openwebtext": OpenWebText,
 }
