@@ -1,4 +1,4 @@
-"""Sources of text: tales, text8 from a server or the disk, OpenWebText from parquet
+"""Sources of text: tales and stories, text8 from a server or the disk, OpenWebText from parquet
 files, text files.
 """
 
@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import zipfile
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from tarflowlm.data import (
 )
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.sources import SEPARATOR, OpenWebText, Text8, resolve_source, sources_dir
-from tarflowlm.data.text import SPLITS, split_of_document
+from tarflowlm.data.text import SPLITS, read_text, split_of_document
 from tarflowlm.errors import UserError
 
 CHARS = TokenizerConfig()
@@ -153,6 +154,71 @@ def test_tales_in_letters_are_one_text():
     pieces = [piece.text for piece in resolve_source(DataConfig(source="tales"), "text8").pieces()]
     assert set("".join(pieces)) <= set(TEXT8_ALPHABET)
     assert all(piece.startswith(" ") and not piece.endswith(" ") for piece in pieces)
+
+
+# stories
+
+
+def described(page: str) -> dict[str, list[str]]:
+    """The rows of the page's table, by split: stories, characters, words, bytes and sha256."""
+    rows = re.findall(r"^\| `stories_(\w+)\.txt\.xz` \| (.*) \|$", page, re.MULTILINE)
+    return {split: row.replace(",", "").replace("`", "").split(" | ") for split, row in rows}
+
+
+@pytest.mark.slow
+def test_stories_are_the_text_that_their_page_describes():
+    stories = resolve_source(DataConfig(source="stories"))
+    rows = described((stories.path / "README.md").read_text(encoding="utf-8"))
+    found = {split: [] for split in SPLITS}
+    for split, [document] in stories.placed():
+        found[split].append(document)
+    assert {split: len(documents) for split, documents in found.items()} == {
+        "train": 44_282,
+        "valid": 1_112,
+        "test": 3_337,
+    }
+    for split, documents in found.items():
+        whole = (f"\n{SEPARATOR}\n".join(documents) + "\n").encode()
+        words = sum(len(document.split()) for document in documents)
+        counts = [len(documents), sum(map(len, documents)), words, len(whole)]
+        assert rows[split] == [*map(str, counts), hashlib.sha256(whole).hexdigest()]
+    whole = [document for documents in found.values() for document in documents]
+    assert len(set(whole)) == len(whole)
+    assert sorted(stories.documents()) == sorted(whole)
+    assert len(set("".join(whole)) - {"\n"}) == 85
+
+
+def test_stories_keep_the_splits_that_they_came_with():
+    stories = resolve_source(DataConfig(source="stories"))
+    assert {file.name: stories.split_of(file, "") for file in stories.files} == {
+        f"stories_{split}.txt.xz": split for split in SPLITS
+    }
+    assert [size for _, size in stories.state()] == [file.stat().st_size for file in stories.files]
+    page = (stories.path / "README.md").read_text(encoding="utf-8")
+    assert "CDLA-Sharing-1.0" in page
+    assert "arXiv 2305.07759" in page
+    licence = (stories.path / "LICENSE").read_text(encoding="utf-8")
+    assert licence.startswith("Community Data License Agreement - Sharing - Version 1.0")
+    assert all(f"Section {number}. " in licence for number in range(1, 8))
+
+
+@pytest.mark.slow
+def test_stories_are_prepared_offline_and_each_ends(no_network, tmp_path):
+    config = TokenizerConfig(kind="byte", normalize="none")
+    corpus = prepared("stories", config, tmp_path / "out")
+    for file in resolve_source(DataConfig(source="stories")).files:
+        split = file.name.removesuffix(".txt.xz").removeprefix("stories_")
+        ids = np.asarray(corpus.split(split))
+        # an end is decoded as an empty line, and no story has one
+        ended = read_text(file).replace(f"\n{SEPARATOR}\n", "\n\n") + "\n"
+        assert corpus.tokenizer.decode(ids) == ended
+        assert ids[-1] == corpus.tokenizer.end
+        stories = ended.split("\n\n")[:-1]
+        assert np.count_nonzero(ids == corpus.tokenizer.end) == len(stories)
+        assert corpus.num_characters(split) == sum(map(len, stories))
+    # runs know their training text by it
+    fingerprint = "9c44c1efcfae00c71319a179b9c23c5b943b5112b8886002c8159f650d3638ca"
+    assert corpus.fingerprint == fingerprint
 
 
 # text8
