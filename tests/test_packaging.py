@@ -47,7 +47,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
+def test_the_wheel_holds_the_models_and_texts_and_nothing_of_the_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "tarflowlm/py.typed" in names
     reports = ("grid.css", "report/page.css", "report/figures.mplstyle")
@@ -63,7 +63,12 @@ def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
         "tarflowlm_apps",
         wheel.name.split("-py3")[0] + ".dist-info",
     }
-    assert wheel.stat().st_size < 26e6
+    texts = ("tales/tales.txt.xz", "stories/README.md", "stories/LICENSE")
+    texts += tuple(f"stories/stories_{split}.txt.xz" for split in ("train", "valid", "test"))
+    assert {f"tarflowlm/data/{text}" for text in texts} <= set(names)
+    licences = {name.partition("/licenses/")[2] for name in names if "/licenses/" in name}
+    assert licences == {"LICENSE", "src/tarflowlm/data/stories/LICENSE"}
+    assert wheel.stat().st_size < 36e6
 
 
 @pytest.mark.slow
@@ -116,7 +121,7 @@ def test_the_citation_names_the_software_and_the_paper():
     assert citation["cff-version"] == "1.2.0"
     assert citation["authors"] == PROJECT["authors"]
     assert citation["version"] == PROJECT["version"]
-    assert citation["license"] == PROJECT["license"]
+    assert citation["license"] == PROJECT["license"].split(" AND ")[0]  # that of the software
     assert citation["repository-code"] == PROJECT["urls"]["Homepage"]
     (paper,) = citation["references"]
     assert paper["url"].endswith("/2507.00425")
