@@ -3,6 +3,7 @@ ours.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,41 @@ def test_benchmarks_start_from_any_folder(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     began = {line for line in done.stdout.splitlines() if line.startswith("began ")}
     assert began == {f"began {path.stem}" for path in FOLDER.glob("*.py")}
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of house.py beside a package whose one file has something to count."""
+    for name in ("src/tarflowlm/cli", "src/tarflowlm_apps", "docs", "benchmarks"):
+        (tmp_path / name).mkdir(parents=True)
+    core = tmp_path / "src" / "tarflowlm"
+    for name in ("__init__", "config", "model_config", "requests", "options", "cli/options"):
+        (core / f"{name}.py").write_text("", encoding="utf-8")
+    (core / "config.py").write_text(
+        "A, B = 1, 2\n@dataclass\nclass C:\n    KEY: ClassVar[str]\n    field: int\n"
+        "    def one(self):\n        async def two(): ...\n",
+        encoding="utf-8",
+    )
+    (core / "cli" / "__init__.py").write_text("", encoding="utf-8")
+    tour = "# Tour\n\n## The spine\n\n1. [`config`](../src/tarflowlm/config.py): it.\n\n## End\n"
+    (tmp_path / "docs" / "tour.md").write_text(tour, encoding="utf-8")
+    shutil.copy(FOLDER / "house.py", tmp_path / "benchmarks")
+    return tmp_path / "benchmarks" / "house.py"
+
+
+def test_the_house_is_counted_beside_its_note(house):
+    def printed(*words):
+        argv = [sys.executable, str(house), *words]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        return {line[:20].strip(): line[20:].split() for line in done.stdout.splitlines()}
+
+    first = printed("--note")
+    # files, KB, functions and constants
+    assert [word for word in first["spine"] if "(" not in word] == ["1", "0.1", "2", "2"]
+    assert printed()["spine"] == ["1", "0.1", "2", "2"]
+    assert printed()["fields and options"] == ["1"]
+    (house.parent / "more.py").write_text("X = 1\n", encoding="utf-8")
+    assert printed()["benchmarks"][-1] == "(+1)"
 
 
 @pytest.fixture
