@@ -64,6 +64,28 @@ def test_lines_without_a_text(tmp_path):
     assert list(source.blocks()) == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ('{"body": "Once"}', "#body"),
+        ('{"id": 3, "a": "x", "my-text": "Once"}', "#a or .*#my-text"),
+        ('{"full text": "Once"}', "#full text"),
+        # a value, not a name
+        ('{"kind": "text", "body": "Once"}', "#kind or .*#body"),
+        # texts, but of no field of the line
+        ('{"meta": {"title": "Once"}, "n": 3}', "mend it"),
+        ('["body", "Once"]', "mend it"),
+        ('{"text": 3, "body": "Once"}', "mend it"),
+        ('{"body": "Once"', "mend it"),
+    ],
+)
+def test_a_line_without_a_text_names_the_fields_that_have_one(tmp_path, line, remedy):
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"under 'text': .*{remedy}$"):
+        list(resolve_source(DataConfig(source=str(file))).blocks())
+
+
 def test_a_folder_of_texts_and_tables_is_no_text(tmp_path):
     for name in ("README.txt", "d.parquet"):
         (tmp_path / name).write_text("a", encoding="utf-8")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from io import BufferedIOBase, TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO, get_args
+from typing import Any, Literal, NamedTuple, TextIO, get_args
 
 from tarflowlm.config import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
@@ -40,8 +40,10 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            entry: Any = None
             try:
-                found = json.loads(line)[field]
+                entry = json.loads(line)
+                found = entry[field]
                 if found is None:
                     continue
                 text = plain_line_ends("" + found)
@@ -49,9 +51,9 @@ def json_texts(path: Path, field: str) -> Iterator[str]:
             except (ValueError, LookupError, TypeError, RecursionError):
                 what = f"line {number} of {path} is not an object with a text under {field!r}"
                 names = []
-                if f'"{field}"' not in line:
-                    names = re.findall(r'"(\w+)": *"', line)  # of texts, if it is an object
-                known = [f"{path.name}{FIELD}{name}" for name in dict.fromkeys(names)]
+                if isinstance(entry, dict) and field not in entry:
+                    names = [name for name, value in entry.items() if isinstance(value, str)]
+                known = [f"{path.name}{FIELD}{name}" for name in names]
                 remedy = f"name the field that has one: {' or '.join(known[:4])}"
                 raise UserError(f"{what}: {remedy if known else 'mend it'}") from None
             if text:
