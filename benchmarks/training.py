@@ -27,7 +27,7 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     from tarflowlm.training.train import accumulate_gradients
 
     seeded = find("seeded", "model", "language_model")
-    find("keep_freed_memory", "processes", "device")()  # as training does
+    find("keep_freed_memory", "processes", "device")()  # as commands do
     train = optim.with_precision(config.train, device)
     with seeded(config.seed):
         model = config.model_of_stage(stage).build()

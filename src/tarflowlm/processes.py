@@ -73,11 +73,12 @@ def threads_for(rows: int) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory, which saves up to a third of the time of sampling, and
-    up to a twentieth of that of training.
+    """Let the C library keep what this process frees, as commands do, which saves up to a third of
+    the time of sampling, and up to a twentieth of that of training.
 
-    glibc would give the end of its heap back once 64 MiB are free there, and unmap a large block
-    unless one of that size, up to 32 MiB, was freed before. Others have no such function.
+    From then on the process holds the most memory that it ever needed. glibc would give the end of
+    its heap back once 64 MiB are free there, and unmap a large block unless one of that size, up to
+    32 MiB, was freed before. Others have no such function.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     is_chosen = any(name.startswith("MALLOC_") for name in os.environ)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -139,7 +140,11 @@ def _dispatch(argv: list[str]) -> None:
 
 
 def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
-    """Read the words of a command and run it."""
+    """Read the words of a command and run it.
+
+    What holds for a whole process is chosen here, so that a program which imports the package has
+    its own choices: threads, freed memory, and warnings of PyTorch.
+    """
     with exit_on_interrupt():
         from tarflowlm.cli.options import parse
         from tarflowlm.terminal.bars import NoticeHandler
@@ -147,7 +152,11 @@ def run_command(command: ModuleType, argv: list[str], prog: str) -> None:
     args = command.read(argv) if hasattr(command, "read") else parse(command.Args, argv, prog)
     settle_threads()
     with exit_on_interrupt():
-        import torch  # noqa: F401  (it takes seconds)
+        # it takes seconds, since it imports torch
+        from tarflowlm.processes import keep_freed_memory
+    keep_freed_memory()
+    # at every save and load of a training state by a single process
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     logger = logging.getLogger("tarflowlm")
     if not logger.handlers:
         logger.addHandler(NoticeHandler())

@@ -16,7 +16,7 @@ from tarflowlm import chunks
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.objective import importance_weighted, log_importance_weights
-from tarflowlm.processes import ALONE, Processes, keep_freed_memory
+from tarflowlm.processes import ALONE, Processes
 from tarflowlm.schema import Count, Seed, check_integers, check_type, checked
 
 Nats = TypeVar("Nats", float, Tensor)
@@ -152,7 +152,6 @@ def log_weights(
     The `processes` share the batches, and each gets all log-weights.
     """
     check_tokens(model, windows, name="windows")
-    keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked(seed, Seed, "seed"))
     heads = [0] * len(windows) if given is None else given.tolist()
     draws = 1 if model.is_exact else checked(samples, Count, "samples")

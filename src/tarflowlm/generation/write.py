@@ -22,7 +22,7 @@ from tarflowlm.generation.plan import Plan, Way
 from tarflowlm.generation.rows import Drawn
 from tarflowlm.generation.sampling import BLANK, Generation, Meter, Noise, Work, num_leading
 from tarflowlm.model import LanguageModel, TarFlowLM
-from tarflowlm.processes import keep_freed_memory, threads_for
+from tarflowlm.processes import threads_for
 
 R = TypeVar("R")
 Parts = Generator[Tensor, None, Generation]
@@ -45,7 +45,6 @@ def write(
 
     Samples of one particle can end: after the plan's token `end`, every token is `end`.
     """
-    keep_freed_memory()
     steps = _write(model, plans, generators, progress, every)
     while True:
         # between two parts the reader has settings of its own

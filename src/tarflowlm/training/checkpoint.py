@@ -7,7 +7,6 @@ undamaged one. Unlike weights, states are trusted data: reading one may unpickle
 
 import logging
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,9 +40,6 @@ from tarflowlm.training.state import Run, State, seconds
 
 KEPT = 2
 """Number of training states that are kept: the newest one, and one more in case it is damaged."""
-
-# a warning for every save and load of a single process
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 logger = logging.getLogger("tarflowlm")
 

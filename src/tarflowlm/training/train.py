@@ -22,7 +22,7 @@ from tarflowlm.errors import SILENT, Progress, Record
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.model import LanguageModel
-from tarflowlm.processes import ALONE, Processes, keep_freed_memory
+from tarflowlm.processes import ALONE, Processes
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, finished_summary
 from tarflowlm.training import optim, parallel
 from tarflowlm.training.checkpoint import newest_state, save, stop, wait
@@ -85,7 +85,6 @@ def train(
         if processes.first and folder is None:
             write_start(out, asked, config, corpus, parent)
         announce(config, out)
-        keep_freed_memory()
         group = dist.new_group(backend="gloo") if processes.world > 1 else None
         assert not isinstance(group, int), "every process is a member of the group"
         with (
