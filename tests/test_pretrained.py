@@ -81,9 +81,19 @@ def test_every_call_refuses_weights_that_are_not_finite(tmp_path):
 def test_a_list_of_templates_gives_the_texts_of_each(loaded):
     templates = ["The ___ of", "a_c"]
     texts = loaded.fill(templates, particles=2, seed=3)
-    assert texts == [loaded.fill(one, particles=2, seed=3) for one in templates]
+    assert texts[0] == loaded.fill(templates[0], particles=2, seed=3)
+    assert [len(text) for text in texts] == [10, 3]
     assert len(loaded.fill(templates, particles=2, num=2)) == 4
     assert loaded.fill([]) == []
+
+
+@pytest.mark.parametrize("template", ["The ___ of ___", "The [...4] of"])
+def test_every_template_of_a_list_has_numbers_of_its_own(template):
+    lm = tarflowlm.load("english-mini-ar")
+    texts = lm.fill([template] * 3, particles=2, seed=3)
+    assert len(set(texts)) == 3
+    # as samples of one template have
+    assert texts == lm.fill(template, particles=2, seed=3, num=3)
 
 
 def test_write_fills_blanks(loaded):

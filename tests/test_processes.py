@@ -173,7 +173,8 @@ def test_only_a_command_keeps_what_its_process_frees(work, is_kept):
 def test_importing_the_package_leaves_warnings_as_they_are():
     code = (
         "import warnings, torch.distributed.checkpoint\nbefore = [*warnings.filters]\n"
-        "import tarflowlm.training.checkpoint, tarflowlm.cli.main\nassert warnings.filters == before"
+        "import tarflowlm.training.checkpoint, tarflowlm.cli.main\n"
+        "assert warnings.filters == before"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

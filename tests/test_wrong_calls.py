@@ -88,6 +88,7 @@ REFUSED = [
     ('lm.write("a", allowed="abc")', ["allowed 'abc'", "[27]"]),
     ('lm.write("a", allowed=[1, 2])', ["allowed [1, 2]", "[27]"]),
     ('lm.stream(["a", "b"])', ["prompt ('a', 'b')", "one text"]),
+    ('lm.stream(template=["a_", "b_"])', ["template ('a_', 'b_')", "one text"]),
     ('lm.stream("a", num=2)', ["num 2", "one text"]),
     ("lm.stream(5)", ["prompt 5", "a text"]),
     ('lm.decode(["a"])', ["<U1 [1]", "0 to 26"]),

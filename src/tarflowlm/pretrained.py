@@ -115,14 +115,16 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         Options as in `write`; the template sets the length. By default the text after a blank
         weights 16 `particles`.
         """
-        requests = [Writing(template=one, **options) for one in as_texts(template, "template")]
-        texts = [text for request in requests for text in write_texts(request, self)]
+        check_type(template, "template", (str, Sequence), "give a text, or a list of texts")
+        texts = write_texts(Writing(template=template, **options), self)
         return texts[0] if isinstance(template, str) and options.get("num") is None else texts
 
     @takes(Writing)
     def stream(self, request: Writing) -> Iterator[str]:
         """The text of `write`, with its options, piece by piece as its tokens become final."""
-        check_type(request.prompt, "prompt", (str, type(None)), "give one text, a str")
+        for name in ("prompt", "template"):
+            given = getattr(request, name)
+            check_type(given, name, (str, type(None)), "give one text, a str")
         if request.num is not None:
             raise UserError(f"num {request.num}: a stream is one text, leave it out")
         return Samples(request, self).pieces()

@@ -188,7 +188,7 @@ class Writing(Sampling, Draws):
     """Text to continue: exactly where all blocks run left to right, else by an approximation, see
     --particles.
     """
-    template: options.Text = None
+    template: Annotated[str | Sequence[str] | None, arg("TEXT", constructor=str)] = None
     """Text with a blank for every token to fill in: "the ____ of ____". With word pieces, a blank
     includes the space before it. [...] stands for 1 to 8 tokens, [...12] for 1 to 12. With --length
     the text goes on after it, and ends before that only if the template has a [...].

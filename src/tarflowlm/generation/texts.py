@@ -220,8 +220,8 @@ class Written:
 
 
 def write_texts(request: Writing, lm: Checkpoint, progress: Progress = SILENT) -> list[str]:
-    """The texts: `num` of every prompt, in order."""
-    if request.prompt == ():
+    """The texts: `num` of every prompt or template, in order."""
+    if () in (request.prompt, request.template):
         return []
     samples = Samples(request, lm)
     progress.stage("sampling, tokens", samples.num_tokens)
@@ -234,7 +234,7 @@ def plans(
     past_end: bool = False,
     given: Sequence[Reading] | None = None,
 ) -> list[Plan]:
-    """A plan for every prompt, for the template, or for free samples.
+    """A plan for every prompt, for every template, or for free samples.
 
     `past_end` and the `given` prompts as in `Samples`. UserError for texts that the model cannot
     read, and for options without effect.
@@ -254,7 +254,10 @@ def plans(
         for prompt in prompts
     ]
     if request.template is not None:
-        readings = [read_template(lm.tokenizer, request.template, request.blank, normalize=how)]
+        readings = [
+            read_template(lm.tokenizer, template, request.blank, normalize=how)
+            for template in as_texts(request.template, "template")
+        ]
     if request.particles is not None and not readings and not is_constrained:
         what = f"particles {request.particles}: nothing is given by which to weight them"
         raise UserError(f"{what}; leave them out, or add a prompt, a template or a constraint")
