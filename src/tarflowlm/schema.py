@@ -294,7 +294,8 @@ class Checked:
             value = getattr(self, one.name)
             if isinstance(value, Checked):
                 found |= value.given()
-            elif value != one.default:
+            # arrays compare element by element
+            elif value is not one.default and (one.default is None or value != one.default):
                 found.add(one.name)
         return found
 

@@ -244,6 +244,17 @@ def never_the_first(model):
     return lambda tokens: mask if len(tokens) == 0 else ~mask | mask
 
 
+def test_a_mask_may_be_an_array():
+    model = OPEN["ar"]()
+    for mask in (FIRST_TWO, lambda tokens: FIRST_TWO):
+        array = (lambda tokens: FIRST_TWO.numpy()) if callable(mask) else mask.numpy()
+        texts = [
+            generate(model, num_tokens=4, num=2, allowed=one, generator=generator()).tokens
+            for one in (mask, array)
+        ]
+        assert torch.equal(*texts)
+
+
 def test_what_no_particle_fits_and_models_without_weights_are_refused():
     model = OPEN["ar"]()
     free = torch.ones(V, dtype=torch.bool)
@@ -261,6 +272,8 @@ def test_what_no_particle_fits_and_models_without_weights_are_refused():
         ),
         (model, {"prompt": [Gap(most=1, least=2), torch.tensor([1])]}, "least <= most"),
         (model, {"allowed": free.long()}, "boolean mask of shape"),
+        (model, {"allowed": free.long().numpy()}, "boolean mask of shape"),
+        (model, {"allowed": free[1:].numpy()}, "boolean mask of shape"),
         (model, {"allowed": lambda tokens: tokens}, "boolean mask of shape"),
         (model, {"allowed": free, "num_tokens": 9}, "at most the context of 4"),
         (model, {"prompt": [Gap(most=4), torch.tensor([1])]}, "leaves no room"),

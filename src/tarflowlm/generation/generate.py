@@ -72,10 +72,10 @@ def generate(
 
     A list of pieces [S] with a `Gap` between them leaves open how many tokens the gap has: every
     number is weighted by its evidence, under a uniform prior. `allowed` is a mask [V] of the tokens
-    that may be drawn, or a function to it from the tokens [n] so far. Particles are weighted by the
-    probability of the allowed tokens, so a ban also acts on earlier choices. Both are exact in the
-    limit of many particles. They need a block 1 with weights of tokens, and one token per position
-    (docs/math.md, eq. 23).
+    that may be drawn, a tensor or a NumPy array, or a function to it from the tokens [n] so far.
+    Particles are weighted by the probability of the allowed tokens, so a ban also acts on earlier
+    choices. Both are exact in the limit of many particles. They need a block 1 with weights of
+    tokens, and one token per position (docs/math.md, eq. 23).
 
     `temperature` tau raises the probabilities of tokens in the baseline, or the weights of a Mix-d
     block 1 tied to the codebook, to the power 1 / tau; `top_k`, `top_p` and `min_p` truncate them.

@@ -10,9 +10,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflowlm.data.prompts import BLANK, Gap, Reading
@@ -24,8 +26,10 @@ from tarflowlm.schema import Length, checked
 PARTICLES = 16
 """Particles by default where given tokens follow a gap, or draws are constrained."""
 
-Allowed = Tensor | Callable[[Tensor], Tensor]
-"""A mask [V] of the tokens that may be drawn, or a function to it from the tokens [n] so far."""
+Mask = Tensor | NDArray[Any]
+"""True for the tokens [V] that may be drawn."""
+Allowed = Mask | Callable[[Tensor], Mask]
+"""A mask, or a function to it from the tokens [n] so far."""
 Way = Literal["inversion", "filter", "gaps"]
 
 
@@ -47,7 +51,7 @@ class Plan:
     """
     prompt: int = 0
     """Tokens of a prompt that is known exactly or fills a window: equal for all rows of a batch."""
-    allowed: Allowed | None = None
+    allowed: Tensor | Callable[[Tensor], Mask] | None = None
     """The tokens that may be drawn; a function gets the text without its lead."""
     end: int | None = None
     """Once a sample draws this token, it repeats it to its end."""
@@ -200,8 +204,10 @@ def _adjust(model: LanguageModel, sampling: Sampling, banned: int | None) -> Adj
 
 
 def checked_mask(mask: object, model: LanguageModel) -> Tensor:
-    """UserError unless `mask` is a boolean tensor [V]."""
+    """A boolean tensor or array [V] as a tensor. UserError for anything else."""
     V = model.config.vocab_size
+    if isinstance(mask, np.ndarray) and mask.dtype == bool:
+        mask = torch.tensor(mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
         raise UserError(f"allowed {mask!r:.60}: give a boolean mask of shape [{V}]")
     return mask.cpu()
