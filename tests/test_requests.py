@@ -7,12 +7,14 @@ import torch
 
 import tarflowlm
 from helpers import mostly_nightly, tiny_flow
+from tarflowlm.cli.main import command_module
+from tarflowlm.cli.options import parse
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.editing.edits import edit
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import score_texts
 from tarflowlm.generation.texts import Samples, write_texts
-from tarflowlm.requests import Edit, Score, Writing
+from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
 
 TEXT = "The King of the land gave 3 laws to the people"
 
@@ -47,6 +49,59 @@ def test_the_command_of_a_text_that_looks_like_an_option():
     request = Writing(prompt="-hello", stop=("--", "b"))
     expected = ["--prompt=-hello", "--stop=--", "--stop", "b"]
     assert request.command("m") == ["tarflowlm", "sample", "m", *expected]
+
+
+def test_an_array_is_a_mask_of_a_request(flow):
+    mask = torch.ones(27, dtype=torch.bool)
+    mask[5] = False
+    options = {"num_tokens": 12, "particles": 4, "seed": 1}
+    assert Writing(allowed=mask.numpy()).given() == {"allowed"}
+    assert flow.write("The", allowed=mask.numpy(), **options) == flow.write(
+        "The", allowed=mask, **options
+    )
+
+
+PARSED = {
+    "one of a list": Writing(prompt=("a b",), num_tokens=8),
+    "several stops": Writing(prompt="a", stop=("b c", "-d"), stop_at_end=False),
+    "dashes": Writing(template="- _", blank="_", temperature=0.5),
+    "replace": Edit(text="a b", replace=("a", "b c")),
+    "rewrite": Edit(text="-a b", rewrite=("-a", "b")),
+    "score": Score(text="a b", samples=2),
+    "evaluation": Evaluation(data="a b\nc", split="all"),
+}
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_the_command_of_a_request_is_read_as_the_request(name):
+    request = PARSED[name]
+    _, command, *words = request.command("english-mini")
+    args = parse(command_module(command).Args, words, command)
+    found = args if isinstance(request, Evaluation) else getattr(args, KINDS[type(request)])
+    assert all(
+        as_texts(theirs) == as_texts(ours) if isinstance(ours, tuple) else theirs == ours
+        for theirs, ours in ((getattr(found, one), getattr(request, one)) for one in vars(request))
+    )
+
+
+KINDS = {Writing: "writing", Edit: "edit", Score: "score"}
+"""The field of the arguments of a command with its request."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        (Writing, {"prompt": ("a b", "c")}, "prompt of 2 texts .*of each"),
+        (Writing, {"template": ("_b", "c_")}, "template of 2 texts .*of each"),
+        (Writing, {"prompt": ()}, "prompt of 0 texts"),
+        (Score, {"text": ("a", "b")}, "text of 2 texts .*of each"),
+        (Evaluation, {"data": ("a", "b")}, "data of 2 texts .*of each"),
+        (Writing, {"allowed": torch.ones(27, dtype=torch.bool)}, "allowed .*leave it out"),
+    ],
+)
+def test_what_no_command_says_is_refused(kind, given, words):
+    with pytest.raises(UserError, match=words):
+        kind(**given).command("m")
 
 
 def test_words_that_the_prompt_holds_ask_for_no_particles(flow):

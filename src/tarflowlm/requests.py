@@ -14,6 +14,7 @@ import tyro
 
 from tarflowlm import options
 from tarflowlm.config import Decoder, Pick
+from tarflowlm.errors import UserError
 from tarflowlm.options import Normalized, Seeded, arg
 from tarflowlm.schema import Checked, Count, Length, Share, Temperature, TopP, Whole, checked
 
@@ -28,26 +29,38 @@ class Request(Seeded, Normalized):
     """Plain data that holds everything on which the result depends."""
 
     COMMAND: ClassVar[str]
+    REPEATED: ClassVar = ("stop", "rewrite")
+    """Fields whose option may be given several times."""
 
     def command(self, name: str) -> list[str]:
-        """The shell command that gives the same with the model called `name`."""
+        """The shell command that gives the same with the model called `name`.
+
+        UserError for what has no option: several texts at once, and a mask of tokens.
+        """
         words = ["tarflowlm", self.COMMAND, name]
         # fields of the class itself before the fields of its bases
+        given = self.given()
         owners = [vars(kind).get("__annotations__", {}) for kind in type(self).__mro__]
         for one in (one for names in owners for one in fields(self) if one.name in names):
-            value = getattr(self, one.name)
-            if value == one.default:
+            if one.name not in given:
                 continue
+            value = getattr(self, one.name)
             option = options.flag(one.name)
-            many = isinstance(value, (tuple, list))
             if isinstance(value, bool):
                 words.append(option)
-            elif many and one.name not in ("stop", "rewrite"):
+                continue
+            if one.name == "replace":
                 words += [option, *value]
-            else:
-                for text in value if many else [str(value)]:
-                    # a text that begins with a dash would be read as an option
-                    words += [f"{option}={text}"] if text.startswith("-") else [option, text]
+                continue
+            if one.name == "allowed":
+                raise UserError("allowed has no option of a command: leave it out")
+            texts = value if isinstance(value, tuple) else (str(value),)
+            if len(texts) != 1 and one.name not in self.REPEATED:
+                what = f"{one.name} of {len(texts)} texts has no option of a command"
+                raise UserError(f"{what}: ask for the command of each")
+            for text in texts:
+                # a text that begins with a dash would be read as an option
+                words += [f"{option}={text}"] if text.startswith("-") else [option, text]
         return words
 
 
