@@ -10,7 +10,9 @@ from torch import Tensor
 
 from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.errors import SILENT, Progress
+from tarflowlm.flow import numerics
 from tarflowlm.flow.cache import KVCache
+from tarflowlm.flow.numerics import component_finder
 from tarflowlm.generation import Generation, generate, write
 from tarflowlm.generation.generate import row_plans
 from tarflowlm.generation.inversion import Returning
@@ -217,3 +219,20 @@ def test_samples_that_have_ended_leave_the_batch(length, prompt, model, monkeypa
     assert torch.equal(parts, whole.masked_fill(is_over, end))
     assert torch.equal(steps.value.tokens, parts)
     assert steps.value.latents == ()
+
+
+def test_a_stream_makes_the_table_of_the_codebook_once(monkeypatch):
+    model = tiny_flow(couplings=("mixd",))
+    made = []
+
+    def counted(*arguments):
+        made.append(1)
+        return component_finder(*arguments)
+
+    monkeypatch.setattr(numerics, "component_finder", counted)
+    numbers = []
+    for num_tokens in (3, 8):
+        made.clear()
+        assert len(yielded(model, num_tokens=num_tokens)) == num_tokens
+        numbers.append(len(made))
+    assert numbers[0] == numbers[1]

@@ -1,6 +1,7 @@
 """The Gaussian codebook: the encoder q(z|x) and the decoder p(x|z), which share its parameters."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -135,4 +136,8 @@ class Codebook(nn.Module):
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The most probable token of every latent vector."""
-        return numerics.component_finder(self.mean, self.log_std)(z)
+        return self.finder()(z)
+
+    def finder(self) -> Callable[[Tensor], Tensor]:
+        """`decode` for many calls while the parameters stay as they are, which share one table."""
+        return numerics.component_finder(self.mean, self.log_std)

@@ -162,14 +162,16 @@ class Window:
     def _read(self, steps: Generator[Tensor, None, R]) -> Generator[Tensor, None, R]:
         """Run `steps`, which yield final values of the first positions; yields their tokens."""
         patch = self.model.config.patch
+        flow = self.model if isinstance(self.model, TarFlowLM) else None
+        # few vectors at a time, for which a table of the codebook would take longest to make
+        decode = None if flow is None else flow.codebook.finder()
         returning = Returning(steps)
         for values in returning:
             if values.shape[1] * patch >= self.shown + self.every:
                 first = self.shown // patch
                 tokens = values[:, first:].flatten(1)
-                if isinstance(self.model, TarFlowLM):
-                    z = self.model.prior.patch.inverse(values[:, first:])
-                    tokens = self.model.codebook.decode(z)
+                if flow is not None and decode is not None:
+                    tokens = decode(flow.prior.patch.inverse(values[:, first:]))
                 yield self._next(tokens[:, self.shown - first * patch :])
         return returning.value
 
