@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.errors import Stopped, UserError
-from tarflowlm.runs.checkpoint import load_checkpoint, read_run
+from tarflowlm.runs.checkpoint import load_checkpoint, read_run, write_manifest
 from tarflowlm.training import checkpoint, parallel
 from tarflowlm.training import train as training
 from tarflowlm.training.checkpoint import newest_state
@@ -398,6 +399,33 @@ def test_run_without_an_undamaged_state_is_left_alone(stopped):
     with pytest.raises(UserError, match="all of step-00000005, step-00000006 are damaged"):
         resume(stopped)
     assert sorted(stopped.rglob("*")) == before
+
+
+def with_counters(out: Path, part: str, change: Callable[[dict], object]) -> None:
+    """Change what the newest state counts, as another version would have written it."""
+    folder = newest_state(out)
+    saved = json.loads((folder / "counters.json").read_text(encoding="utf-8"))
+    change(saved[part])
+    (folder / "counters.json").write_text(json.dumps(saved), encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    write_manifest(folder, set(manifest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["counters", "window"])
+def test_a_state_with_a_count_that_this_version_does_not_know_is_refused(stopped, part):
+    with_counters(stopped, part, lambda counts: counts.update(elapsed=1.0))
+    match = rf"counters.json: {part}.elapsed .*version of tarflowlm that wrote it"
+    with pytest.raises(UserError, match=match):
+        resume(stopped)
+
+
+@pytest.mark.slow
+def test_a_count_that_a_state_lacks_has_its_default(stopped, whole):
+    # no stage has left this run
+    with_counters(stopped, "counters", lambda counts: counts.pop("idle"))
+    resume(stopped)
+    assert_same_run(stopped, whole[1])
 
 
 @pytest.mark.slow

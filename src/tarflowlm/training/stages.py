@@ -4,9 +4,9 @@ import logging
 import math
 import platform
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Int
@@ -42,6 +42,8 @@ from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.parallel import first_blocks, parallelise, reshard
 from tarflowlm.training.state import Counters, Run, State, num_test_windows, seconds, update_pace
 
+T = TypeVar("T")
+
 logger = logging.getLogger("tarflowlm")
 
 
@@ -72,7 +74,8 @@ def load_state(run: Run, present: RunConfig, folder: Path) -> State:
     if saved["corpus"] != run.corpus.fingerprint:
         what = f"{config.data.source} is not the text that {run.out} was trained on"
         raise UserError(f"{what}: restore that text to resume")
-    counters = Counters(**saved["counters"])
+    counters = restored(Counters, saved, "counters", folder)
+    window = restored(Window, saved, "window", folder)
     logger.info("resuming %s at step %d", run.out, counters.step)
     state = built_state(run, config, counters)
     load_tensors(run, state, folder)
@@ -84,9 +87,22 @@ def load_state(run: Run, present: RunConfig, folder: Path) -> State:
     submit_run(run, state)
     submit_weights(run, state, run.out)
     if run.processes.first:
-        run.log.open(run.out, resume_at=saved["metrics"], window=Window(**saved["window"]))
+        run.log.open(run.out, resume_at=saved["metrics"], window=window)
         run.log.track(config, run.out, resume_at=counters.step)
     return state
+
+
+def restored(kind: type[T], saved: dict[str, Any], part: str, folder: Path) -> T:
+    """A dataclass from its `part` of counters.json in `folder`; what is missing has its default.
+
+    UserError for a count that it does not know. A manifest covers the file, so types are trusted.
+    """
+    known = {one.name for one in fields(cast(Any, kind))}
+    for name in saved[part]:
+        if name not in known:
+            what = f"{folder / COUNTERS}: {part}.{name} is of another version"
+            raise UserError(f"{what}; resume with the version of tarflowlm that wrote it")
+    return kind(**saved[part])
 
 
 def built_state(run: Run, config: RunConfig, counters: Counters) -> State:
