@@ -12,7 +12,12 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 
 
 class Hub:
-    """Repositories are folders root/OWNER/NAME; what was downloaded is copied below root/cache."""
+    """Repositories are folders root/OWNER/NAME; what was downloaded is copied below root/cache,
+    into a folder with the name of its commit.
+    """
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    """That of every revision."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -26,7 +31,7 @@ class Hub:
     def snapshot_download(self, name, *, allow_patterns, revision) -> str:
         if self.error is not None:
             raise self.error
-        out = self.root / "cache" / name
+        out = self.root / "cache" / name / self.commit
         out.mkdir(parents=True, exist_ok=True)
         for path in self.repository(name).iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):

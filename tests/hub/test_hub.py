@@ -14,6 +14,7 @@ from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES, fetch, purpose
 from tarflowlm_apps.studio.catalogue import Catalogue
 
+huggingface_hub = pytest.importorskip("huggingface_hub")
 errors = pytest.importorskip("huggingface_hub.errors")
 # the client's HTTP library, by the error that its own is based on
 http = import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
@@ -52,6 +53,13 @@ def test_only_the_files_of_a_model_are_fetched(shared):
         (shared.repository("ada/tiny") / name).write_text("x", encoding="utf-8")
     folder = fetch("hf:ada/tiny")
     assert {path.name for path in folder.iterdir()} <= {*FILES, "README.md"}
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_all_files_are_of_one_commit_whatever_is_pushed_meanwhile(shared, revision):
+    fetch("hf:ada/tiny" if revision is None else f"hf:ada/tiny@{revision}")
+    asked = [call.kwargs["revision"] for call in huggingface_hub.snapshot_download.call_args_list]
+    assert asked == [revision, shared.commit]
 
 
 def test_flipped_byte_is_refused_and_the_remedy_works(shared, refused):

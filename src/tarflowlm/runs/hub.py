@@ -38,13 +38,15 @@ def fetch(name: str | Path) -> Path:
 
     repository, revision = match.groups()
     with hub_errors(name):
-        get = partial(huggingface_hub.snapshot_download, repository, revision=revision)
+        get = partial(huggingface_hub.snapshot_download, repository)
         # first, so that a large model of another kind is not downloaded in vain
-        config = Path(get(allow_patterns=[CONFIG])) / CONFIG
+        config = Path(get(revision=revision, allow_patterns=[CONFIG])) / CONFIG
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
             raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
-        folder = Path(get(allow_patterns=[*FILES, DRAFT, CARD, SUMMARY]))
+        # of the same commit, after which the folder is named, whatever was pushed meanwhile
+        commit = config.parent.name
+        folder = Path(get(revision=commit, allow_patterns=[*FILES, DRAFT, CARD, SUMMARY]))
     for file in FILES:
         if not (folder / file).exists():
             what = f"{name}: its {file} is not on the hub, or the connection is down"
