@@ -36,16 +36,23 @@ LISTED = 0.2
 """A context lists tokens of so many occurrences, as a share of the gain for which it is kept."""
 FEW = 256
 """Symbols at most of a model that has a drafter."""
-ASKED, LEAST = 200_000, 16
-"""Tokens at most whose laws a drafter is made of, and windows at least."""
+ASKED = 200_000
+"""Most tokens whose laws a drafter is made of."""
+LEAST = 16
+"""Fewest windows of them."""
 BYTES = 600_000
 """Size at most of a drafter."""
-DOUBT, SHARPNESS = 0.45, 1.1
-"""A guess is wrong with a probability of about DOUBT exp(-SHARPNESS margin)."""
-USEFUL, USEFUL_OF_ROW = 0.2, 0.01
-"""The smallest probability of use for which another position of a call pays, and more of it for
-every row: several rows share the fixed cost of a call. Good to a factor of two.
+DOUBT = 0.45
+"""The probability that a guess is wrong whose score is not above the next one's."""
+SHARPNESS = 1.1
+"""A guess whose score is m above the next one's is wrong with probability DOUBT exp(-SHARPNESS m).
 """
+USEFUL = 0.2
+"""The smallest probability of use for which another position of a call pays. This and the next one
+are good to a factor of two.
+"""
+USEFUL_OF_ROW = 0.01
+"""What every row adds to it: several rows share the fixed cost of a call."""
 
 
 @dataclass(frozen=True, eq=False)

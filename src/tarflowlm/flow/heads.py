@@ -15,6 +15,9 @@ from tarflowlm import flow
 from tarflowlm.flow import full_precision, widen
 
 LARGEST_LOG_STD = 8.0
+"""Log-scales up to here are as the head gives them."""
+ROOM = 4.0
+"""Beyond, they grow by at most this."""
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ def bounded_log_std(x: Tensor) -> Tensor:
         if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:
             return x
     inside = x.clamp(-LARGEST_LOG_STD, LARGEST_LOG_STD)
-    return inside + 4.0 * torch.tanh((x - inside) / 4.0)
+    return inside + ROOM * torch.tanh((x - inside) / ROOM)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,10 @@ is one that is lost in rounding, in float64: components may be narrower than an 
 """
 _SMALLEST_TAIL = 1e-285
 """Rows beyond, at 36 sigma, are left out: there linear space ends."""
-_SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
-"""The range in which Q^-1 is finite."""
+_SMALLEST_SHARE = 1e-300
+"""Q^-1 is finite from here on."""
+_LARGEST_SHARE = 1.0 - 1e-16
+"""Q^-1 is finite up to here."""
 
 # These only decide which way is the fastest. They were measured, and are right to a factor of two.
 
@@ -57,8 +59,10 @@ ONE_BY_ONE = 320
 """Visits of one step in all rows, N (K + `_CALL`), up to which scalar mixtures go one by one."""
 PATIENCE = 12_000
 """Visits from which Mix-d rows give up once the general path promises to be faster."""
-MOST_ROWS, MOST_COMPONENTS = 128, 256
-"""Sizes beyond which a handful of Mix-d rows is not even tried."""
+MOST_ROWS = 128
+"""More Mix-d rows are no handful, and not even tried."""
+MOST_COMPONENTS = 256
+"""Nor are rows of Mix-d with more components."""
 
 _quantile = NormalDist().inv_cdf
 

@@ -37,10 +37,10 @@ LogWeights = Callable[[slice | Tensor], Tensor]
 """The log-weights [n, K] of rows, which are a slice or indices."""
 PROBED = 64
 """Rows that tell an accelerator, which cannot choose chunk by chunk, where to go over to pairs."""
-SPARE, PAIR = 1.5, 20
-"""Pairs for which there is room, over those of the probed rows; and how many elements of a compiled
-channel move as many bytes as one pair.
-"""
+SPARE = 1.5
+"""Pairs for which there is room, over those of the probed rows."""
+PAIR = 20
+"""A pair moves as many bytes as this many elements of a compiled channel."""
 
 
 class _Book(NamedTuple):
