@@ -28,6 +28,7 @@ from tarflowlm.flow.numerics.normal import (
     SQRT_HALF,
     clamp_,
     log_standard_normal,
+    upper_quantile,
     upper_tail,
 )
 from tarflowlm.flow.numerics.reference import STEPS, Gradients, Params, bayes_update
@@ -167,7 +168,7 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         torch.sum(other, axis, out=density[rows]).div_(total)
         torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
     size = torch.minimum(tail.mul_(0.5), density.mul_(INV_SQRT_2PI))
-    u = torch.special.ndtri(tail).neg_().mul_(side)
+    u = upper_quantile(tail).mul_(side)
     log_det = density.log_().sub_(log_standard_normal(u))
     with_wider(mixture_cdf, reference.mixture_cdf, (u, log_det), size, z, params)
     return u, log_det
@@ -307,7 +308,7 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> tuple[Tensor, Tensor]
         clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
         density = density_into(a, other, space).mul_(weight).mul_(inv_std).sum(axis)
         mass = a.erfc_().mul_(weight).sum(axis)
-        here = torch.special.ndtri(mass.div_(total).mul_(0.5)).neg_()
+        here = upper_quantile(mass.div_(total).mul_(0.5))
         # not by mass: a step never leaves the bracket because the two are rounded differently
         torch.lt(here, y, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)

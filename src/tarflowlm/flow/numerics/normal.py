@@ -57,6 +57,11 @@ def upper_tail(a: Tensor) -> Tensor:
     return torch.erfc(a * SQRT_HALF).mul_(0.5)
 
 
+def upper_quantile(q: Tensor) -> Tensor:
+    """Q^-1(q), elementwise; the relative precision of a small q is kept."""
+    return torch.special.ndtri(q).neg_()
+
+
 def log_upper_tail(a: Tensor) -> Tensor:
     """log Q(a), elementwise, for any a, to a few ulps.
 
