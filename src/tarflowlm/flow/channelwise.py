@@ -19,9 +19,11 @@ from tarflowlm.flow.couplings import (
     Conditionals,
     Coupling,
     Features,
+    Gumbel,
     Inverter,
     Latents,
     OneFeature,
+    OneLatent,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 from tarflowlm.flow.plan import BlockShape
@@ -116,9 +118,16 @@ class ChannelCoupling(Coupling):
 
     def inverter(self) -> Inverter:
         weights = HeadWeights(self.head)
-        return lambda u, features, adjust=None, gumbel=None: self._walk(
-            self.conditionals(features, weights), u, adjust, gumbel
-        )
+
+        def invert(
+            u: OneLatent,
+            features: OneFeature,
+            adjust: AdjustWeights | None = None,
+            gumbel: Gumbel | None = None,
+        ) -> OneLatent:
+            return self._walk(self.conditionals(features, weights), u, adjust, gumbel)
+
+        return invert
 
 
 class AffineCoupling(ChannelCoupling):

@@ -99,6 +99,9 @@ class MixDCoupling(Coupling):
         """The map of tokens [rows, d] whose mixtures have these log-weights, in full precision."""
         book = mean, log_std = self.components.mean, self.components.log_std
 
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            return numerics.rosenblatt(z, log_w, *book, maps=self.maps)
+
         def inverse(u: Tensor, adjust: AdjustWeights | None, gumbel: Tensor | None) -> Tensor:
             assert isinstance(log_w, Tensor)
             weights = log_w if adjust is None else adjust(log_w)
@@ -107,7 +110,7 @@ class MixDCoupling(Coupling):
             k = (weights + gumbel).argmax(-1)
             return torch.addcmul(mean[k], log_std[k, None].exp(), u)
 
-        return Conditional(lambda z: numerics.rosenblatt(z, log_w, *book, maps=self.maps), inverse)
+        return Conditional(forward, inverse)
 
     def log_weights(self, features: OneFeature) -> Generator[Tensor, Tensor | None, None]:
         """Yields log w [B, K] of every token in turn; the caller sends its latents [B, d]."""
@@ -123,17 +126,18 @@ class MixDCoupling(Coupling):
             z = yield self.conditional(walk.send(z))
 
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:
+        def of_rows(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+            def log_w(at: slice | Tensor) -> Tensor:
+                return widen(self.weight_head(c[at]))
+
+            return self.conditional(log_w).forward(z)
+
         token_features = self.token_features(features, z).flatten(0, -2)
         tokens = z.reshape(-1, self.latent_dim)
         rows = chunks.rows_at_once(self.choices, chunks.held(z.device))
         if self.is_tied and not torch.is_grad_enabled():
             rows = len(tokens)  # `rosenblatt` itself asks for the weights of some
-        mapped = chunks.in_parts(
-            lambda z, c: self.conditional(lambda at: widen(self.weight_head(c[at]))).forward(z),
-            rows,
-            tokens,
-            token_features,
-        )
+        mapped = chunks.in_parts(of_rows, rows, tokens, token_features)
         u, log_det = (torch.cat(parts) for parts in zip(*mapped, strict=True))
         return u.reshape(z.shape), log_det.view(*z.shape[:2], self.patch).sum(-1)
 

@@ -113,7 +113,8 @@ class TokenRows(Rows):
             book = self.law.components
             self.mean, self.std = book.mean, book.log_std.exp()
         else:
-            source = self.law = cast(TokenLM, model)
+            assert isinstance(model, TokenLM)
+            source = self.law = model
         super().__init__(source, (len(tokens), tokens.shape[1]), adjust, half=half)
 
     def values_of(self, tokens: Tensor, noise: Tensor) -> Tensor:

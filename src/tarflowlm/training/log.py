@@ -244,4 +244,7 @@ def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
             # as failed, if an exception is on its way
             run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
-    return lambda numbers, step: run.log(numbers, step=step), end
+    def record(numbers: dict[str, int | float], step: int) -> None:
+        run.log(numbers, step=step)
+
+    return record, end

@@ -6,9 +6,9 @@
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -46,6 +46,12 @@ StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 logger = logging.getLogger("tarflowlm")
 
 
+@contextmanager
+def no_stop_requests() -> Iterator[Callable[[], None]]:
+    """A context in which nothing asks a run to stop."""
+    yield lambda: None
+
+
 def train(
     asked: RunConfig | None,
     out: Path,
@@ -53,7 +59,7 @@ def train(
     device: torch.device,
     reporter: Progress = SILENT,
     processes: Processes = ALONE,
-    stop_requests: StopRequests = lambda: nullcontext(lambda: None),
+    stop_requests: StopRequests = no_stop_requests,
     parent: Checkpoint | None = None,
 ) -> Summary:
     """Train the run that is `asked` for in the directory `out`, or continue the one there.

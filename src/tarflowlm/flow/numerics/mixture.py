@@ -36,8 +36,10 @@ class Maps(NamedTuple):
     rosenblatt_inverse: Callable[..., Tensor]
 
 
-compiled = cache(torch.compile)
-"""A function by torch.compile, which keeps intermediate results out of memory."""
+@cache
+def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` by torch.compile, which keeps intermediate results out of memory."""
+    return torch.compile(function)
 
 
 def fused(function: Callable[..., Result], *tensors: Tensor) -> Result:
@@ -138,12 +140,12 @@ def mixture_log_density(
     """
     shape, flat_z, params = flatten(z, log_w, mean, log_std)
     maps = maps_for(z, maps)
-    (log_p,) = differentiable(
-        maps.mixture_log_density,
-        lambda *saved: maps.mixture_backward(*saved[:4], saved[-1]),
-        flat_z,
-        *params,
-    )
+
+    def gradients(*saved: Tensor) -> Gradients:
+        # the inputs, log p itself, which is not needed, and its gradient
+        return maps.mixture_backward(*saved[:4], saved[-1])
+
+    (log_p,) = differentiable(maps.mixture_log_density, gradients, flat_z, *params)
     return log_p.view(shape)
 
 

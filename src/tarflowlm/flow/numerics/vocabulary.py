@@ -148,16 +148,12 @@ def component_finder(mean: Tensor, log_std: Tensor) -> Callable[[Tensor], Tensor
 
 def _log_densities(pairs: Pairs, z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N_k(z_n) of all pairs, [M], in the wide format."""
-    return _by_chunks(
-        lambda rows, components: log_own_density(
-            z.index_select(0, rows),
-            mean.index_select(0, components),
-            log_std.index_select(0, components),
-        ),
-        mean.shape[1] + 2,
-        pairs.rows,
-        pairs.components,
-    )
+
+    def of_pairs(rows: Tensor, components: Tensor) -> Tensor:
+        own_mean, own_log_std = (x.index_select(0, components) for x in (mean, log_std))
+        return log_own_density(z.index_select(0, rows), own_mean, own_log_std)
+
+    return _by_chunks(of_pairs, mean.shape[1] + 2, pairs.rows, pairs.components)
 
 
 def _by_chunks(function: Callable[..., Tensor], per_row: int, *rows: Tensor) -> Tensor:
