@@ -53,7 +53,7 @@ FIELDS = {
         precision stage_steps test_windows tokens_at_once track
     """,
     model_config.TransformerConfig: """
-        input_taps mlp_ratio num_heads width
+        input_taps layer mlp_ratio num_heads width
     """,
 }
 

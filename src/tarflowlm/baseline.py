@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics, widen
 from tarflowlm.flow.conditioner import Conditioner
-from tarflowlm.flow.heads import TokenFeatures
+from tarflowlm.flow.heads import TokenFeatures, token_head
 from tarflowlm.flow.numerics.near import FEWEST
 from tarflowlm.flow.transformer import Embedder, Transformer
 from tarflowlm.model import LanguageModel, check_tokens
@@ -47,9 +47,7 @@ class TokenLM(LanguageModel, Conditioner):
         self.in_patch_embedding: nn.Embedding | None = None
         if P > 1 and in_patch:
             self.in_patch_embedding = nn.Embedding(config.vocab_size, IN_PATCH_CHANNELS)
-        self.head = nn.Linear(width, config.vocab_size)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = token_head(width, config.vocab_size, has_bias=not config.trunk.is_gated)
 
     def embedder(self) -> Embedder:
         def embed(past: Tensor) -> Tensor:

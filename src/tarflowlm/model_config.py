@@ -27,6 +27,10 @@ class TransformerConfig(Checked):
     """Attention heads H; the width must be a multiple of 2 H."""
     mlp_ratio: Count = 4
     """Hidden width of the MLP, as a multiple of the width."""
+    layer: Literal["gpt", "qwen3"] = "gpt"
+    """gpt: an MLP with GELU, and a head with a bias. qwen3: a gated MLP of as many weights (SwiGLU;
+    Shazeer 2020), and no bias: the layers of Qwen3, which other programs run (docs/hub.md).
+    """
     input_taps: Whole = 0
     """Positions that a causal convolution mixes into an input, channel by channel; 0: none."""
 
@@ -38,6 +42,17 @@ class TransformerConfig(Checked):
     @property
     def head_width(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate, and the head no bias."""
+        return self.layer == "qwen3"
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP, M; with a gate about two thirds, a multiple of 32."""
+        hidden = self.mlp_ratio * self.width
+        return 32 * max(1, round(hidden / 48)) if self.is_gated else hidden
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,21 +6,62 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from helpers import TRUNK, normal, randomise
+from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.cache import KVCache
-from tarflowlm.flow.transformer import Transformer, convolve
+from tarflowlm.flow.transformer import Layer, Transformer, convolve
 from tarflowlm.model import seeded
 
 T = 7
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
-@pytest.fixture(scope="module", params=[0, 1, 3, 9], ids=lambda taps: f"{taps} taps")
+SHAPES = {
+    **{f"{taps} taps": replace(TRUNK, input_taps=taps) for taps in (0, 1, 3, 9)},
+    "qwen3": replace(TRUNK, layer="qwen3"),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
 def transformer(request) -> Transformer:
     with seeded(0):
-        return randomise(Transformer(replace(TRUNK, input_taps=request.param), 2))
+        return randomise(Transformer(request.param, 2))
+
+
+def by_hand(x: Tensor, layer: Layer) -> Tensor:
+    """The layer on one sequence [N, D], in PyTorch's own words."""
+    D = x.shape[-1]
+    weights, E = layer.attention, len(layer.attention.key_scale)
+    normal = F.layer_norm(x, (D,), layer.attention_norm.weight)
+    q, k, v = (part.unflatten(-1, (-1, E)) for part in weights.qkv(normal).chunk(3, -1))
+    q, k = F.layer_norm(q, (E,), weights.query_scale), F.layer_norm(k, (E,), weights.key_scale)
+    angle = torch.arange(len(x))[:, None] / 10_000 ** (torch.arange(0, E, 2) / E)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+
+    def rotated(part: Tensor) -> Tensor:
+        a, b = part.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+    scores = torch.einsum("nhe,mhe->hnm", rotated(q), rotated(k)) / E**0.5
+    future = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    share = scores.masked_fill(future, -torch.inf).softmax(-1)
+    x = x + weights.out(torch.einsum("hnm,mhe->nhe", share, v).flatten(1))
+    normal = F.layer_norm(x, (D,), layer.mlp_norm.weight)
+    up = layer.up(normal)
+    return x + layer.down(F.gelu(up) if layer.gate is None else F.silu(layer.gate(normal)) * up)
+
+
+@pytest.mark.parametrize("layer", ["gpt", "qwen3"])
+def test_a_layer_is_the_formula(layer):
+    with seeded(0):
+        layer = randomise(Layer(replace(TRUNK, num_heads=2, layer=layer)))
+    x = normal(T, 8)
+    turns = rotations(torch.arange(T), 4)
+    torch.testing.assert_close(layer(x, turns, 1), by_hand(x, layer), rtol=1e-6, atol=1e-6)
 
 
 def test_convolution_is_that_of_torch():

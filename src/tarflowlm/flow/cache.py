@@ -23,7 +23,7 @@ def present_weights(of: Layer, like: Tensor) -> LayerWeights:
         is_copied = like.device.type == "cpu" and x.numel() <= LARGEST_COPY
         return x.contiguous() if is_copied else x
 
-    return LayerWeights(*map(copied, of.weights()))
+    return LayerWeights(*(None if x is None else copied(x) for x in of.weights()))  # type: ignore[arg-type]
 
 
 class KVCache:

@@ -196,6 +196,21 @@ class HeadWeights:
         self.evidence = [] if evidence is None else [evidence[g, :g].flatten(0, 1) for g in groups]
 
 
+def token_head(width: int, choices: int, *, has_bias: bool) -> nn.Linear:
+    """The map of features [..., D] to log-weights of tokens [..., choices], at first zero.
+
+    Without a bias its bias is zero for good, and neither trained nor saved.
+    """
+    head = nn.Linear(width, choices)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if not has_bias:
+        zeros = head.bias.detach()
+        del head.bias
+        head.register_buffer("bias", zeros, persistent=False)
+    return head
+
+
 class TokenFeatures(nn.Module):
     """Features c_na of every token of a patch: [B, N, D] -> [B, N, P, D] (docs/math.md, eq. 16).
 

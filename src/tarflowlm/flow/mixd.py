@@ -8,7 +8,7 @@ from itertools import repeat
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tarflowlm import chunks
 from tarflowlm.flow import numerics, widen
@@ -25,7 +25,7 @@ from tarflowlm.flow.couplings import (
     OneFeature,
     OneLatent,
 )
-from tarflowlm.flow.heads import TokenFeatures
+from tarflowlm.flow.heads import TokenFeatures, token_head
 from tarflowlm.flow.plan import BlockShape, NoisyCodebook
 from tarflowlm.model_config import MixD
 
@@ -61,6 +61,7 @@ class MixDCoupling(Coupling):
         components: int,
         in_patch: bool,
         tied: Codebook | NoisyCodebook | None,
+        has_bias: bool = True,
     ) -> None:
         super().__init__()
         self.patch = patch
@@ -75,9 +76,7 @@ class MixDCoupling(Coupling):
         self.is_tied = isinstance(tied, Codebook)
         """Whether every token is a mixture of the encoder's codebook alone."""
         self.choices = book.vocab_size
-        self.weight_head = nn.Linear(width, self.choices)
-        nn.init.zeros_(self.weight_head.weight)
-        nn.init.zeros_(self.weight_head.bias)
+        self.weight_head = token_head(width, self.choices, has_bias=has_bias)
 
     @classmethod
     def build(cls, options: MixD, shape: BlockShape) -> "MixDCoupling":
@@ -88,6 +87,7 @@ class MixDCoupling(Coupling):
             components=options.components,
             in_patch=options.in_patch == "autoregressive",
             tied=shape.components if options.is_tied else None,
+            has_bias=shape.has_bias,
         )
 
     @property

@@ -105,6 +105,8 @@ class BlockShape:
     """The components of the latents that the block sees; a tied coupling shares them."""
     head: HeadShape
     """The shape of a head whose groups are channels."""
+    has_bias: bool = True
+    """Whether the head of a mixture over tokens has a bias."""
 
     @property
     def channels(self) -> int:
@@ -131,4 +133,5 @@ def block_shape(config: FlowConfig, index: int, codebook: Codebook) -> BlockShap
         # a block that fills in puts out noise, or unchanged latents
         components=NoisyCodebook(codebook) if config.fills_below(index) else codebook,
         head=head,
+        has_bias=not config.trunk.is_gated,
     )

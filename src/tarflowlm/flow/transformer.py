@@ -45,6 +45,8 @@ class LayerWeights(NamedTuple):
     """[D, D]"""
     mlp_norm: Tensor
     """[D]"""
+    gate: Tensor | None
+    """[D, M], of an MLP that has a gate."""
     up: Tensor
     """[D, M]"""
     down: Tensor
@@ -67,7 +69,9 @@ def layer(
     v = torch.mm(normal, w.values).view(len(x), -1, E)
     x = x + F.dropout(torch.mm(attend(q, k, v), w.out), dropout)
     normal = F.layer_norm(x, (D,), w.mlp_norm.to(x.dtype))
-    return x + F.dropout(torch.mm(F.gelu(torch.mm(normal, w.up)), w.down), dropout)
+    inner = torch.mm(normal, w.up)
+    inner = F.gelu(inner) if w.gate is None else F.silu(torch.mm(normal, w.gate)) * inner
+    return x + F.dropout(torch.mm(inner, w.down), dropout)
 
 
 class Attention(nn.Module):
@@ -94,8 +98,10 @@ class Layer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.width, bias=False)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.width, bias=False)
-        self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
-        self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
+        gate = nn.Linear(config.width, config.hidden, bias=False) if config.is_gated else None
+        self.gate = gate
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def weights(self) -> LayerWeights:
         attention = self.attention
@@ -110,6 +116,7 @@ class Layer(nn.Module):
             values=values.T,
             out=attention.out.weight.T,
             mlp_norm=self.mlp_norm.weight,
+            gate=None if self.gate is None else self.gate.weight.T,
             up=self.up.weight.T,
             down=self.down.weight.T,
         )
