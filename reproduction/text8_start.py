@@ -74,7 +74,8 @@ TEXT8_START = Recipe(
         f"baseline. (Here the text is the first {CHARACTERS:,} characters of TEXT8, 3 % of it, all "
         "inside the usual training part. The first 90 % of these are for training, which sees them "
         "once, the last 5 % for the test. So the ratios compare with the paper's, the bits with no "
-        "published figure.)"
+        f"published figure. What iw-16 takes off over {tables.WINDOWS} windows is subtracted from "
+        "the bound of the test.)"
     ),
     plan=plan_text8_start,
     measure=measure_text8_start,

@@ -152,7 +152,12 @@ def test_bounds_tighten(settings):
     rows = {row["model"]: row for row in bounds.measure_bounds(settings, finished)}
     for label, most in (("affine", 16), ("Mix-d", 4)):
         row = rows[label]
-        assert row["iw-1 bpc"] == row["test bpc"] > row["iw-4 bpc"] > row[bounds.NORMAL]
+        assert row["iw-1 bpc"] == row["test bpc"] > row["iw-4 bpc"]
+        half, *others = (row[name] for name in bounds.TERMS)
+        assert half == pytest.approx(row[tables.SPREAD] ** 2 / 2)
+        # the limit is left out where the series does not begin to converge
+        assert (bounds.NORMAL in row) == (sum(map(abs, others)) < bounds.SMALL * half)
+        assert row["iw-4 bpc"] > row.get(bounds.NORMAL, -math.inf)
         assert row["over AR"] == row[f"iw-{most} bpc"] / rows["AR"]["test bpc"]
     weighted = tables.weighted_bound(finished[-1])
     # two estimates from a few windows
