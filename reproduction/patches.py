@@ -254,9 +254,9 @@ IN_PATCH = Recipe(
         "blocks and channel mixing recover what binds them. Bounds, and what figure 5 measures, "
         "in a stack of 1, 1 and 4 layers, whose last block writes first: where it sees all "
         "channels of the patch, nothing is left to recover. Last, Mix-d, whose block 1 writes "
-        "last. (Blocks above block 1 do not see the prefix. The block that takes most off the KL "
-        "divergence is the language model. At mini size Mix-1 has a quarter of the steps and 1,024 "
-        "test windows, Mix-d all steps and 4,096.)"
+        "last. (Blocks above block 1 do not see the prefix. The block that does most of the work "
+        "([lottery](lottery.md)) is the language model. At mini size Mix-1 has a quarter of the "
+        "steps and 1,024 test windows, Mix-d all steps and 4,096.)"
     ),
     plan=plan_in_patch,
     measure=measure_in_patch,

@@ -286,7 +286,7 @@ class FlowConfig(LanguageModelConfig):
     """Let every second block run right to left, as in the paper."""
     starts: Literal["first", "last"] = "first"
     """The block that starts wide and reads the past a little; the others start as the identity.
-    Where blocks learn together, it becomes the language model (docs/math.md, section 4).
+    Where blocks learn together, it often becomes the language model (docs/math.md, section 4).
     """
     input_map: Literal["two-paths", "linear"] = "two-paths"
     """Map of latents to inputs of a Transformer: linear, as in TarFlow, on which the paper builds,

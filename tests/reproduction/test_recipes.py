@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from docs_cases import ROOT
-from reproduction import ablations, bounds, cipher, geometry, measures, passes, patches, tables
+from reproduction import (
+    ablations,
+    bounds,
+    cipher,
+    geometry,
+    lottery,
+    measures,
+    passes,
+    patches,
+    tables,
+)
 from reproduction.recipe import Finished, Training
 from reproduction.recipes import RECIPES
 from reproduction.records import Records
@@ -162,6 +172,17 @@ def test_bounds_tighten(settings):
     weighted = tables.weighted_bound(finished[-1])
     # two estimates from a few windows
     assert 0.1 < weighted[tables.SPREAD] / rows["Mix-d"][tables.SPREAD] < 10
+
+
+def test_work_of_a_block_is_what_it_adds_below_the_frequencies_of_the_letters():
+    """The second block makes narrow codes normal, the third knows more than pairs of letters."""
+    uniform, pairs = math.log2(27), 3.2
+    nats = [20 * math.log(2), (12 - uniform) * math.log(2), (uniform - pairs) * math.log(2)]
+    assert lottery.bits_after_blocks(pairs, nats) == pytest.approx([12.0, uniform, pairs])
+    assert lottery.work(pairs, nats) == pytest.approx([0.0, 0.0, lottery.COUNTING - pairs])
+    # two blocks that know something share the work
+    shares = lottery.work(2.0, [5.0, 1.5 * math.log(2), 0.5 * math.log(2)])
+    assert shares == pytest.approx([lottery.COUNTING - 4.0, 1.5, 0.5])
 
 
 @pytest.mark.slow
