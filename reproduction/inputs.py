@@ -28,6 +28,9 @@ CHOSEN_ON = 512
 TESTED_ON = 1024
 """Windows of the test split after a short training in letters."""
 VALID = "valid bpc"
+OVER_TABLE = "over the table"
+SHOWN = {OVER_TABLE: "over AR with a table", RATIO: "over the best AR"}
+"""Ratios in the CSV -> in the table of `explained`."""
 SHAPE = ("tokens", "layers", "convolution", "reads")
 """Columns that name a model and a place."""
 
@@ -225,7 +228,7 @@ def measure(
         row["best AR"] = best
         for column in (VALID, "test bpc"):
             tables = others[inputs(cell.place)["table"][0]]
-            row[f"{column} over the table"] = row[column] / of_seed(tables, row)[column]
+            row[f"{column} {OVER_TABLE}"] = row[column] / of_seed(tables, row)[column]
             row[f"{column} {RATIO}"] = row[column] / of_seed(others[best], row)[column]
     return rows
 
@@ -246,7 +249,7 @@ def averaged(rows: Sequence[Row]) -> list[list[Row]]:
 def compared(rows: Sequence[Row]) -> list[Row]:
     """The table of the baseline's inputs: means over seeds, and every seed's test bits."""
     columns = (*SHAPE, "steps")
-    ratios = (f"{VALID} over the table", "test bpc over the table")
+    ratios = (f"{VALID} {OVER_TABLE}", f"test bpc {OVER_TABLE}")
     return [
         {name: own[0][name] for name in columns}
         | {VALID: mean(row[VALID] for row in own)}
@@ -257,7 +260,8 @@ def compared(rows: Sequence[Row]) -> list[Row]:
 
 
 def explained(rows: Sequence[Row]) -> list[Row]:
-    """What each input of block 1 adds to the best baseline of its place.
+    """What each input of block 1 adds to the baseline with a table, as the paper's, and to the best
+    one of its place.
 
     Below them what fewer layers add to a baseline, and the paper's two gaps.
     """
@@ -266,14 +270,17 @@ def explained(rows: Sequence[Row]) -> list[Row]:
     for own in averaged(rows):
         first = own[0]
         shape = {name: first[name] for name in SHAPE}
-        is_long = first["steps"] == LONG[first["tokens"]]
-        length = f"{RATIO}, long" if is_long else f"{RATIO}, short"
+        length = "long" if first["steps"] == LONG[first["tokens"]] else "short"
         if first["is"] == "block 1":
-            ratio = mean(row[f"test bpc {RATIO}"] for row in own)
-            found.setdefault(tuple(shape.values()), shape)[length] = ratio
+            line = found.setdefault(tuple(shape.values()), shape)
+            for over in (OVER_TABLE, RATIO):
+                line[f"{SHOWN[over]}, {length}"] = mean(row[f"test bpc {over}"] for row in own)
         elif first["convolution"] == "yes":
-            tests[first["layers"], length] = mean(row["test bpc"] for row in own)
-    lines = sorted(found.values(), key=lambda row: (row["convolution"], row[f"{RATIO}, short"]))
+            tests[first["layers"], f"{SHOWN[OVER_TABLE]}, {length}"] = mean(
+                row["test bpc"] for row in own
+            )
+    order = f"{SHOWN[RATIO]}, short"
+    lines = sorted(found.values(), key=lambda row: (row["convolution"], row[order]))
     depth = SHALLOW.columns() | {"reads": "a baseline of four layers over one of six"}
     for (layers, length), value in tests.items():
         if layers == SHALLOW.layers:
@@ -281,7 +288,7 @@ def explained(rows: Sequence[Row]) -> list[Row]:
     text8, owt = PAPER_LIKELIHOOD["text8"], PAPER_LIKELIHOOD["owt"]
     gap, wide_gap = text8["Mix-d"] / text8["AR"], log(owt["Mix-d"]) / log(owt["AR"])
     published = [
-        {"tokens": tokens, "layers": 12, "reads": reads, f"{RATIO}, long": ratio}
+        {"tokens": tokens, "layers": 12, "reads": reads, f"{SHOWN[OVER_TABLE]}, long": ratio}
         for tokens, reads, ratio in (
             ("letters", "latents, d = 5, the paper on TEXT8", gap),
             ("pieces", "latents, d = 16, the paper on OpenWebText", wide_gap),
@@ -314,11 +321,12 @@ INPUTS = Recipe(
         "The paper: Mix-d has 5.7 % more bits than the baseline on TEXT8, with d = 5, and 8.9 % "
         "more nats on OpenWebText, with d = 16. Its block 1 reads latents alone; how they enter is "
         "not said; in TarFlow, by a linear map. What does each way cost? (Block 1 is a model by "
-        "itself here, over a baseline of as many layers: without convolution the better of two on "
-        "the validation split, with an embedding table or with fixed codes "
-        "([yardstick](yardstick.md)). 650 steps are short and 2,600 long. Means over seeds 0 and 1 "
-        "after 650 steps without convolution; the other flows and baselines of four layers have "
-        "seed 0 alone.)"
+        "itself here, over a baseline of as many layers. The paper's kind of baseline has an "
+        "embedding table. The best that we found is, without convolution, one with fixed codes, "
+        "chosen on the validation split ([yardstick](yardstick.md)). 650 steps are short and 2,600 "
+        "long. Means over seeds 0 and 1 after 650 steps without convolution; the other flows and "
+        "baselines of four layers have seed 0 alone. After 2,600 steps the ratio of the two "
+        "baselines is 0.992 on the test and 0.997 on the validation split.)"
     ),
     plan=partial(plan, cells=first_blocks),
     measure=partial(measure, cells=first_blocks),
