@@ -52,10 +52,11 @@ goes the paper's way as a whole, and at no layer the other way, by more than
 {SURE:g} standard errors of the mean over sequences. KL divergences of posterior and prior are in
 nats per token, of texts.
 """
-_OPERATIONS = (
-    "The last panel: operations of a flow with one input map and head, as the paper counts, and of "
-    "a Transformer LM, over a text of 1,024 tokens. A stack of three blocks has three heads.\n"
-)
+_OPERATIONS = """## Operations
+
+Those of a flow over those of a Transformer LM of the same size, over a text of 1,024 tokens: with
+one input map and head, as the paper counts (the last panel), and with the heads of three blocks.
+"""
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
@@ -216,7 +217,22 @@ def directions_table(rows: Sequence[Row], _folder: Path) -> str:
         gains = [f"{state['kl_gain']:.4f}" for state in readings[UP][1:]]
         row["KL lowered by blocks 1, 2, ..."] = ", ".join(gains)
         table.append(row)
-    return f"{_DIRECTIONS}\n{markdown_table(table)}\n{_OPERATIONS}"
+    return f"{_DIRECTIONS}\n{markdown_table(table)}"
+
+
+def operations_table(rows: Sequence[Row]) -> str:
+    """Markdown: the operations of a flow over those of a Transformer LM, by size and patch."""
+    table: dict[str, Row] = {}
+    for row in rows:
+        if "size" in row:
+            line = table.setdefault(row["size"], {"size": row["size"]})
+            for column, heads in (("operations", "one head"), ("with three heads", "three heads")):
+                line[f"P = {row['patch']}, {heads}"] = row[column] / row["of the LM"]
+    return f"{_OPERATIONS}\n{markdown_table([*table.values()])}"
+
+
+def _tables(rows: Sequence[Row], folder: Path) -> str:
+    return f"{directions_table(rows, folder)}\n{operations_table(rows)}"
 
 
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
@@ -281,7 +297,7 @@ FIG7 = Recipe(
     plan=plan_fig7,
     measure=measure_fig7,
     table=no_table,
-    below=directions_table,
+    below=_tables,
     draw=draw_fig7,
     size=(11.5, 5.0),
 )
