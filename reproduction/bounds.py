@@ -171,10 +171,10 @@ BOUNDS = Recipe(
         "A flow's bits are a bound. How much of its distance to the baseline is the gap of the "
         "bound? The paper gives the ELBO. (Importance weights, docs/math.md, eq. 13, over "
         f"{WINDOWS} windows; what they take off is subtracted from the bound of the whole test; ± "
-        "is the standard error of what the most samples take off. The gap is the sum over n >= 2 of "
-        "the cumulants k_n / n! of log w. Where the terms of skewness and kurtosis are small beside "
-        "half of the variance, that half is the gap, as for a normal log w. For affine they are as "
-        "large, and these samples do not tell the limit.)"
+        "is the standard error of what the most samples take off. The gap is the sum over n >= 2 "
+        "of the cumulants k_n / n! of log w. Where the terms of skewness and kurtosis are small "
+        "beside half of the variance, that half is the gap, as for a normal log w. For affine they "
+        "are as large, and these samples do not tell the limit.)"
     ),
     plan=plan_bounds,
     measure=measure_bounds,

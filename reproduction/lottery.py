@@ -69,13 +69,14 @@ LOTTERY = Recipe(
     title="Which blocks do the work",
     claim=(
         "Three Mix-1 blocks of 1, 1 and 4 layers are trained together. Which of them knows the "
-        "language, and what does it cost if it is not the deep one? As shipped, block 3 starts as a "
-        "wide mixture that reads the features a little, and the other blocks start as the identity. "
-        "In the second model block 1 starts as that mixture. (Most of the KL divergence that a "
-        "block takes off only makes the narrow codes normal, which needs no knowledge of language. "
-        "So the work of a block is what it adds to the bits per letter that a stack has below the "
-        f"frequencies of the letters, {COUNTING}. A prior that ends after a block has the bits of "
-        "the stack and what the blocks above take off. A quarter of the steps of the preset.)"
+        "language, and what does it cost if it is not the deep one? As shipped, block 3 starts as "
+        "a wide mixture that reads the features a little, and the other blocks start as the "
+        "identity. In the second model block 1 starts as that mixture. (Most of the KL divergence "
+        "that a block takes off only makes the narrow codes normal, which needs no knowledge of "
+        "language. So the work of a block is what it adds to the bits per letter that a stack has "
+        f"below the frequencies of the letters, {COUNTING}. A prior that ends after a block has "
+        "the bits of the stack and what the blocks above take off. A quarter of the steps of the "
+        "preset.)"
     ),
     plan=plan_lottery,
     measure=measure_lottery,

@@ -89,10 +89,10 @@ WORDED = Recipe(
         "paper's head and no convolution, and block 1 reads latents alone. Blocks have 1, 1 and 4 "
         "layers, and in Mix-d, for which the paper gives none, 4, 1 and 1 unless a row says "
         "otherwise. Mix-1 has 27 components, and 2 above Mix-d, where a stage ends once the bound "
-        f"stalls, and after {STEPS:,} steps at the latest. Block 1 had not stalled by then. Slow is "
-        f"a rate of {SLOW}. Optimiser (Muon), rotary positions, normalised queries and keys, the "
-        "starts of blocks and codes, and the last block of Mix-1 as the one that starts, are ours. "
-        "The second AR reads fixed codes, d = 8. What iw-16 takes off over "
+        f"stalls, and after {STEPS:,} steps at the latest. Block 1 had not stalled by then. Slow "
+        f"is a rate of {SLOW}. Optimiser (Muon), rotary positions, normalised queries and keys, "
+        "the starts of blocks and codes, and the last block of Mix-1 as the one that starts, are "
+        "ours. The second AR reads fixed codes, d = 8. What iw-16 takes off over "
         f"{tables.WINDOWS} windows is subtracted from the bound of the test.)"
     ),
     plan=plan_worded,
