@@ -9,7 +9,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from reproduction import measures
+from reproduction import figures, measures
 from reproduction.judges import Judge
 from reproduction.measures import JUDGED
 from reproduction.recipe import Finished, Recipe, Row, Training, no_table, trainings, without
@@ -156,9 +156,23 @@ def _tokens(row: Row, final: str) -> Iterator[Token]:
             yield Token(here, "final")
 
 
+CONTROL = "fig6-control"
+"""The table of `reproduction.written_back` among the figures."""
+_CONTROL = """## A control
+
+Pass 2 of the model that fills in writes the letters that eq. 9a made noise, so it improves the text
+by construction. `python -m reproduction.written_back` takes samples of a baseline, puts noise where
+block 1 of that model is sure of a letter, and writes the letters back. Bits and edits fall as they
+do in the model. So these curves do not tell refining from filling gaps.
+"""
+
+
 def _link_page(rows: Sequence[Row], folder: Path) -> str:
     write(folder / "fig6.html", page_fig6(rows))
-    return "As a page: [fig6.html](fig6.html).\n"
+    link = "As a page: [fig6.html](fig6.html).\n"
+    if FILLING not in {row["model"] for row in rows}:
+        return link
+    return f"{link}\n{_CONTROL}\n{figures.markdown(CONTROL)}"
 
 
 CSV_ALONE = ("text", "block", "direction", "edits", "tokens", "edited", "fall", "fall ±")
@@ -243,8 +257,9 @@ FRONTIER = Recipe(
     title="Passes and the bound",
     claim=(
         "The paper shows passes that refine a text, and a good bound. Can one model have both? A "
-        "judge, a baseline of another seed, reads the samples after every pass: a pass refines "
-        "where its bits fall. (frontier.csv has the numbers.)"
+        "judge, a baseline of another seed, reads the samples after every pass: where its bits "
+        "fall, a pass refines the text or fills gaps, which [figure 6](fig6.md) cannot tell apart. "
+        "(frontier.csv has the numbers.)"
     ),
     plan=plan_frontier,
     measure=measure_frontier,
