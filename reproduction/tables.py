@@ -110,8 +110,7 @@ def tightened(row: Row) -> float:
 
     Those windows have other bits than the whole test, by up to 1 %.
     """
-    bound, weighted = (row[column] for column in WINDOWED)
-    return row["test bpc"] - (bound - weighted)
+    return row["test bpc"] - row[f"{WINDOWS} windows: bpc"] + row[f"iw-{SAMPLES} bpc"]
 
 
 def _second_bound(done: Finished, text: str) -> Row:

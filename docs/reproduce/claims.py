@@ -751,7 +751,7 @@ def quality() -> Iterator[Claim]:
         for key in ("perplexity", "MAUVE", "entropy")
     }
     numbers = f"{', '.join(found)}: " + "; ".join(f"{key} {listed(x)}" for key, x in values.items())
-    differs = "500 samples of 256 characters, seed 0; a judge of ours in place of GPT-2 Large, for Mix-1 one trained on another machine"
+    differs = "500 samples of 256 characters, seed 0; a judge of the baseline's family in place of GPT-2 Large, for Mix-1 one trained on another machine"
     claim = "sample quality: Mix-d comes close to the baseline and to real text (table 6)"
     here = f"to the baseline {verdict(is_like_ar)}; to real text {verdict(is_like_text)}"
     yield Claim(claim, here, numbers, differs, "table6")
