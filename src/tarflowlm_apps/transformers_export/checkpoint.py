@@ -25,6 +25,7 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.model import as_flow
 from tarflowlm.runs import TOKENIZER, WEIGHTS
 from tarflowlm.runs.checkpoint import Checkpoint, write_weights
+from tarflowlm_apps.transformers_export.qwen3 import save_qwen3
 
 START, PAD = "<|start|>", "<|pad|>"
 EDGE = "\x02"
@@ -39,6 +40,8 @@ def save_causal_lm(checkpoint: Checkpoint, out: Path) -> Path:
     UserError for patches, and where block 1 is no tied Mix-d that acts on all tokens.
     """
     embedding, block, head = _token_model(checkpoint)
+    if checkpoint.model.config.trunk.is_gated:
+        return save_qwen3(checkpoint, out, embedding, block, head)
     shape = checkpoint.model.config
     trunk = shape.trunk
     V = shape.vocab_size
