@@ -73,6 +73,39 @@ def _english_small(name: str) -> RunConfig:
     )
 
 
+def _stories(name: str) -> RunConfig:
+    trunk = TransformerConfig(width=192, num_heads=3, layer="qwen3")
+    pieces = TokenizerConfig(kind="bpe", vocab_size=4096, normalize="none")
+    model = FlowConfig(
+        # a story has 200 pieces on average
+        context=512,
+        latent_dim=16,
+        trunk=trunk,
+        blocks=(MixD(layers=7),),
+        reads_tokens=True,
+    )
+    return RunConfig(
+        name=name,
+        model=model,
+        data=DataConfig(source="stories", tokenizer=pieces),
+        train=TrainConfig(stage_steps=(20_000,), batch_size=8),
+        optim=replace(MIXD_OPTIM, weight_decay=0.1),
+        temperature=0.9,
+        top_p=0.9,
+    )
+
+
+def _stories_ar(name: str) -> RunConfig:
+    flow = _stories(name)
+    assert isinstance(flow.model, FlowConfig)
+    layers = flow.model.blocks[0].layers
+    return replace(
+        flow,
+        model=BaselineConfig(context=flow.model.context, trunk=flow.model.trunk, layers=layers),
+        optim=replace(flow.optim, codebook_lr_scale=OptimConfig().codebook_lr_scale),
+    )
+
+
 def _english_small_ar(name: str) -> RunConfig:
     flow = _english_small(name)
     return replace(
@@ -210,6 +243,13 @@ PRESETS = {
         "A few minutes on two CPU cores: a Mix-d block and two Mix-1 blocks on the built-in "
         "corpus.",
         _quickstart,
+    ),
+    "stories": Preset(
+        "Short stories in the words of a four-year-old: eight hours of one fast CPU core.",
+        _stories,
+    ),
+    "stories-ar": Preset(
+        "The discrete twin of `stories`, with as many Transformer layers and steps.", _stories_ar
     ),
     "english-small": Preset(
         "Fairy tales with capitals and signs, that begin and end: five hours of one fast CPU core.",
