@@ -61,7 +61,7 @@ def test_a_layer_is_the_formula(layer):
         layer = randomise(Layer(replace(TRUNK, num_heads=2, layer=layer)))
     x = normal(T, 8)
     turns = rotations(torch.arange(T), 4)
-    torch.testing.assert_close(layer(x, turns, 1), by_hand(x, layer), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer(x, turns, T), by_hand(x, layer), rtol=1e-6, atol=1e-6)
 
 
 def test_convolution_is_that_of_torch():

@@ -32,7 +32,7 @@ def rotations(positions: Tensor, head_width: int) -> Tensor:
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the neighbouring channels (2 j, 2 j + 1) of x [..., E] by `turns` [..., E/2]."""
-    pairs = x.view(*x.shape[:-1], -1, 2)
+    pairs = x.view(*x.shape[:-1], x.shape[-1] // 2, 2)
     if torch.compiler.is_compiling():  # which does not fuse complex numbers
         (a, b), cos, sin = pairs.unbind(-1), turns.real.to(x.dtype), turns.imag.to(x.dtype)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
@@ -90,14 +90,14 @@ kept_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = KeptAttention.apply
 
 
 def attend_causally(
-    q: Float[Tensor, "R H E"], k: Float[Tensor, "R H E"], v: Float[Tensor, "R H E"], *, batch: int
+    q: Float[Tensor, "R H E"], k: Float[Tensor, "R H E"], v: Float[Tensor, "R H E"], *, length: int
 ) -> Float[Tensor, "R D"]:
-    """Attention of each position to those up to it, with scores q k^T."""
+    """Attention of each position to those up to it, with scores q k^T, in sequences of `length`."""
     on_cpu = q.device.type == "cpu"
     if on_cpu:  # where attention is slower in bfloat16
         v = widen(v)
     # [B, H, N, E]
-    q, k, v = (part.unflatten(0, (batch, -1)).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (q, k, v))
     with full_precision(q) if on_cpu else nullcontext():
         is_small = q.shape[:3].numel() * q.shape[2] <= chunks.KEPT
         if torch.is_grad_enabled() and is_eager_cpu(q) and is_small:

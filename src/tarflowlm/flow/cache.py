@@ -149,7 +149,8 @@ class Past(NamedTuple):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the rows q, k, v [B N, H, E] to all positions up to them: [B N, D]."""
         B = self.stored.shape[1]
-        q, k, v = (part.to(self.stored.dtype).unflatten(0, (B, -1)) for part in (q, k, v))
+        new = B, len(q) // max(B, 1)
+        q, k, v = (part.to(self.stored.dtype).unflatten(0, new) for part in (q, k, v))
         keys, values = self.stored.unbind()
         is_even = isinstance(self.where, slice)
         rows = slice(None) if is_even else torch.arange(B, device=q.device)[:, None]
@@ -166,5 +167,5 @@ class Past(NamedTuple):
         past = self.stored
         past[0, :, :, -1], past[1, :, :, -1] = k, v
         keys, values = past.flatten(1, 2).unbind()
-        scores = torch.bmm(q.to(past.dtype).reshape(len(keys), 1, -1), keys.mT)
-        return torch.bmm(scores.softmax(-1), values).view(len(q), -1)
+        scores = torch.bmm(q.to(past.dtype).reshape(len(keys), 1, keys.shape[-1]), keys.mT)
+        return torch.bmm(scores.softmax(-1), values).view(len(q), q.shape[1:].numel())

@@ -64,9 +64,9 @@ def layer(
     D, E = x.shape[-1], w.scale.shape[-1]
     # FSDP2 may gather weights in bfloat16, while x stays wide
     normal = F.layer_norm(x, (D,), w.attention_norm.to(x.dtype))
-    both = widen(torch.mm(normal, w.queries_and_keys)).view(len(x), 2, -1, E)
+    both = widen(torch.mm(normal, w.queries_and_keys)).view(len(x), 2, D // E, E)
     q, k = rotate(F.layer_norm(both, (E,)) * w.scale, turns).unbind(1)
-    v = torch.mm(normal, w.values).view(len(x), -1, E)
+    v = torch.mm(normal, w.values).view(len(x), D // E, E)
     x = x + F.dropout(torch.mm(attend(q, k, v), w.out), dropout)
     normal = F.layer_norm(x, (D,), w.mlp_norm.to(x.dtype))
     inner = torch.mm(normal, w.up)
@@ -121,17 +121,22 @@ class Layer(nn.Module):
             down=self.down.weight.T,
         )
 
-    def forward(self, x: Tensor, turns: Tensor, batch: int) -> Tensor:
-        """x [B N, D] for `batch` B."""
+    def forward(self, x: Tensor, turns: Tensor, length: int) -> Tensor:
+        """x [B N, D] for `length` N."""
         if self.keeps_activations:
-            return self._compute(x, turns, batch)
+            return self._compute(x, turns, length)
         return checkpoint(
-            self._compute, x, turns, batch, use_reentrant=False, preserve_rng_state=self.dropout > 0
+            self._compute,
+            x,
+            turns,
+            length,
+            use_reentrant=False,
+            preserve_rng_state=self.dropout > 0,
         )
 
-    def _compute(self, x: Tensor, turns: Tensor, batch: int) -> Tensor:
+    def _compute(self, x: Tensor, turns: Tensor, length: int) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        attend = partial(attend_causally, batch=batch)
+        attend = partial(attend_causally, length=length)
         return layer(x, self.weights(), turns, attend, dropout)
 
 
@@ -171,5 +176,5 @@ class Transformer(nn.Module):
         x = x if self.input_taps is None else convolve(x, self.input_taps)
         rows = x.flatten(0, 1)
         for one in self.layers:
-            rows = one(rows, turns, B)
+            rows = one(rows, turns, N)
         return self.norm(rows).unflatten(0, (B, N))
