@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 from tarflowlm.cli.options import Copying
 from tarflowlm.options import Flag, arg
-from tarflowlm.terminal.bars import print_result, suggest
+from tarflowlm.terminal.bars import print_notice, print_result, suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ def run(args: Args) -> None:
         # the core starts an application by name
         application = import_module("tarflowlm_apps.transformers_export.checkpoint")
         out = application.save_causal_lm(checkpoint, args.out)
+        if checkpoint.model.config.trunk.is_gated and find_spec("gguf") is None:
+            print_notice("without model.gguf, for llama.cpp: pip install 'tarflowlm[export]'")
     else:
         out = export(checkpoint, args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.iterdir())
