@@ -26,8 +26,8 @@ def test_presets_survive_json(name):
 
 
 def changed(path: str, value: object) -> dict:
-    """The quickstart preset as JSON values with one of them replaced; `...` removes it."""
-    data = copy.deepcopy(to_dict(preset("quickstart")))
+    """The preset mini-mixd as JSON values with one of them replaced; `...` removes it."""
+    data = copy.deepcopy(to_dict(preset("mini-mixd")))
     *parents, last = path.split(".")
     inner = reduce(dict.__getitem__, parents, data)
     if value is ...:
@@ -75,7 +75,7 @@ def changed(path: str, value: object) -> dict:
         ("data.source", None, "config.data.source None .*: give a text"),
         ("train.precision", "float16", "config.train.precision 'float16': choose one of"),
         # contradictions, by the configurations themselves
-        ("model.patch", 3, "patch 3: does not divide context 128"),
+        ("model.patch", 3, "patch 3: does not divide context 256"),
         ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entry for 3 stages"),
         ("model.blocks", [], "model.blocks .*: needs at least one block"),
     ],

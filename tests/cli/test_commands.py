@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from helpers import save_run, tiny_flow
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
-from tarflowlm.config import DataConfig, TokenizerConfig
 from tarflowlm.data import ByteTokenizer
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.scores import score
@@ -87,8 +85,9 @@ def test_train_writes_a_complete_run_directory(run_json, trained, corpus_file, t
 
 
 def test_options_of_train_reach_the_configuration():
-    stages = read(["quickstart", "--out", "x", "--steps", "20"]).configured().train
-    assert (stages.minutes, stages.stage_steps) == (0.0, (17, 2, 1))
+    stages = read(["mini-mixd", "--out", "x", "--steps", "20"]).configured().train
+    assert stages.stage_steps == (16, 2, 2)
+    assert read(["quickstart", "--out", "x", "--steps", "20"]).configured().train.minutes == 0.0
     assert read(["quickstart", "--out", "x", "--minutes", "0.5"]).configured().train.minutes == 0.5
     changed = read(["mini-mixd", "--out", "x", "--model.blocks.1.no-sees-channels"]).configured()
     assert [block.sees_channels for block in changed.model.blocks[1:]] == [False, True]
@@ -137,12 +136,19 @@ def test_a_trained_run_is_evaluated_scored_sampled_and_edited(run_json, trained,
     assert len(edit["text"]) == len("the cat sat")
 
 
+TINY_QUICKSTART = [
+    *("--model.context", "64", "--model.trunk.width", "32", "--model.blocks.0.layers", "1"),
+    *("--train.batch-size", "4", "--train.evaluate-windows", "4", "--train.test-windows", "20"),
+]
+
+
 @pytest.mark.slow
-def test_quickstart_trains_evaluates_and_samples(run_json, run, corpus_file, tmp_path, monkeypatch):
-    small = read(["quickstart", "--out", "x", *TINY[:8], "--train.test-windows", "40"]).configured()
-    # tales take half a minute to prepare
-    letters = DataConfig(source=str(corpus_file), tokenizer=TokenizerConfig())
-    monkeypatch.setattr(quickstart, "preset", lambda name: replace(small, data=letters))
+def test_quickstart_trains_evaluates_and_samples(run_json, run, tmp_path, monkeypatch):
+    argv = ["quickstart", "--out", "x", *TINY_QUICKSTART, "--data.tokenizer.vocab-size", "280"]
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time, there was a dog who liked to run. One day it ran. " * 200)
+    small = read([*argv, "--data", str(text)]).configured()
+    monkeypatch.setattr(quickstart, "preset", lambda name: small)
     measured = quickstart.baselines_on
     monkeypatch.setattr(quickstart, "baselines_on", lambda text: (time.sleep(1), measured(text))[1])
     result = run_json("quickstart", "--out", tmp_path / "run", "--minutes", "0.03")
@@ -150,27 +156,30 @@ def test_quickstart_trains_evaluates_and_samples(run_json, run, corpus_file, tmp
     # the other figures take of the same time
     assert asked["train"]["minutes"] < 0.03 - 1 / 60
     assert {"bpc", "bz2_bpc", "trigram_bpc", "unigram_bpc"} <= result.keys()
-    assert (len(result["samples"]), result["bound"]) == (2, "elbo")
+    assert (len(result["samples"]), result["bound"]) == (3, "elbo")
+    assert result["filled"][0]["text"].startswith("Once upon a time, there was a ")
+    assert result["valid_bpc"][0] > result["valid_bpc"][-1]
     assert run("sample", tmp_path / "run", "--length", 4).status == 0
+
+
+def test_a_sparkline_has_a_bar_for_every_value():
+    assert quickstart.sparkline([3.0, 1.0, 2.0]) == "\u2588\u2581\u2585"
+    assert quickstart.sparkline([1.0]) == "\u2581"
 
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_quickstart_learns_tales(run_json, tmp_path, monkeypatch):
-    small = read(["quickstart", "--out", "x", *TINY[:8], "--train.test-windows", "40"]).configured()
+def test_quickstart_learns_stories(run_json, tmp_path, monkeypatch):
+    small = read(["quickstart", "--out", "x", *TINY_QUICKSTART]).configured()
     monkeypatch.setattr(quickstart, "preset", lambda name: small)
     result = run_json(
-        "quickstart", "--out", tmp_path / "run", "--minutes", "0.03", "--device", "cpu"
+        "quickstart", "--out", tmp_path / "run", "--minutes", "0.1", "--device", "cpu"
     )
     # a few seconds teach a model little; the others are known of this text
-    assert 1.8 < result["bpc"] < 3.0
-    assert 1.3 < result["bz2_bpc"] < result["trigram_bpc"] < 2.9
-    assert 3.9 < result["unigram_bpc"] < 4.3
-    assert (len(result["samples"]), result["bound"], result["out"]) == (
-        2,
-        "elbo",
-        str(tmp_path / "run"),
-    )
+    assert 1.2 < result["bpc"] < 3.2
+    assert 1.5 < result["bz2_bpc"] < result["trigram_bpc"] < 2.5
+    assert 4.3 < result["unigram_bpc"] < 4.5
+    assert (len(result["samples"]), result["out"]) == (3, str(tmp_path / "run"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["test"]["bpc"] == result["bpc"]
 

@@ -46,7 +46,7 @@ TRAIN_KEYS = {
     "tokens_per_second",
     "data_share",
 }
-VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
+VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr", "text"}
 
 
 class Watcher(Progress):

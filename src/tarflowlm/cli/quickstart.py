@@ -1,9 +1,11 @@
-"""`tarflowlm quickstart`: train, evaluate and sample a small TarFlowLM in a few minutes."""
+"""`tarflowlm quickstart`: in a few minutes, a small TarFlowLM that writes short stories."""
 
 import bz2
+import json
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -12,17 +14,28 @@ from tarflowlm.cli.options import Json, OnDevice
 from tarflowlm.errors import UserError
 from tarflowlm.options import Seeded, arg
 from tarflowlm.presets import preset
+from tarflowlm.runs import METRICS
 from tarflowlm.schema import Positive
-from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table, suggest
+from tarflowlm.terminal.bars import (
+    Bars,
+    ProgressReporter,
+    print_json,
+    print_notice,
+    print_table,
+    suggest,
+)
 
+TEMPLATE = "Once upon a time, there was a [...] who liked to [...]. One day"
+"""The text that the model fills in."""
+BARS = "▁▂▃▄▅▆▇█"
 TRAINING_SHARE = 0.94
 """Share of --minutes until the end of training; the rest is for sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args(Json, OnDevice, Seeded):
-    """Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few
-    minutes.
+    """Train a small model on short stories, on any CPU, in a few minutes; it writes three, and
+    fills in a fourth.
     """
 
     out: Annotated[Path, arg("PATH")] = Path("runs/quickstart")
@@ -62,32 +75,47 @@ def run(args: Args) -> None:
             reporter=reporter,
             stop_requests=stop_on_signals,
         )
-    request = Writing(num=2, num_tokens=config.model.context, seed=args.seed)
-    samples = Samples(request, load_checkpoint(args.out, device))
-    with Bars("sampling, tokens", samples.num_tokens) as bars:
-        (written,) = samples.batches(bars)
+    lm = load_checkpoint(args.out, device)
+    free = Samples(Writing(num=3, num_tokens=config.model.context, seed=args.seed), lm)
+    gaps = Samples(Writing(template=TEMPLATE, seed=args.seed), lm)
+    with Bars("writing, tokens", free.num_tokens + gaps.num_tokens) as bars:
+        (stories,), (filled,) = free.batches(bars), gaps.batches(bars)
     test = summary["test"]
+    metrics = (args.out / METRICS).read_text(encoding="utf-8").splitlines()
+    curve = [line["bpc"] for line in map(json.loads, metrics) if line["split"] == "valid"]
     found = {
         "bpc": test["bpc"],
         "bound": test["bound"],
         "seconds": time.perf_counter() - start,
-        "samples": samples_to_json(written, samples.lm),
+        "samples": samples_to_json(stories, lm),
+        "filled": samples_to_json(filled, lm),
+        "valid_bpc": curve,
         "out": str(args.out),
         "test_tokens": test["tokens"],
         **baselines,
     }
-    print_samples(written, samples.lm)
+    print_samples(stories, lm)
+    print_notice(f"\n{TEMPLATE}")
+    print_samples(filled, lm)
     rows = [
-        ("this model, test text", f"<= {test['bpc']:.3f} bits per character"),
-        ("bz2", f"{baselines['bz2_bpc']:.3f}"),
-        ("trigrams of characters", f"{baselines['trigram_bpc']:.3f}"),
+        ("unseen stories", f"<= {test['bpc']:.3f} bits per character; fewer are better"),
+        ("bz2 on them", f"{baselines['bz2_bpc']:.3f}"),
+        ("counting three letters", f"{baselines['trigram_bpc']:.3f}"),
+        ("while it learnt", f"{curve[0]:.3f} {sparkline(curve)} {curve[-1]:.3f}"),
         ("time", f"{found['seconds']:.0f} s in total"),
         ("run directory", str(args.out)),
     ]
     print_table("quickstart", rows)
-    suggest("sample", args.out, "--prompt", "once upon a time ")
+    suggest("sample", args.out, "--prompt", "Once upon a time")
     if args.json:
         print_json(found)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A bar for each value, the lowest of them the smallest."""
+    low, high = min(values), max(values)
+    scale = (len(BARS) - 1) / max(high - low, 1e-9)
+    return "".join(BARS[round((value - low) * scale)] for value in values)
 
 
 def baselines_on(text: str) -> dict[str, float]:

@@ -206,6 +206,20 @@ class ProgressReporter(Bars):
             shown["valid"] = f"valid {record['bpc']:.3f}"
             if "published" in record and self.is_wide:
                 shown["valid"] += f" (published: {record['published']:.2f} here)"
+            if "text" in record:
+                self._quote(str(record["text"]))
         self._step = int(record["step"])
         self.progress.update(self._task, count=f"step {self._step:,}", details=shown)
         self._show()
+
+    def _quote(self, text: str) -> None:
+        """A line of what the model writes so far, above the bar."""
+        # a terminal takes control characters for commands
+        shown = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+        line = Text(f"  {shown}", style="dim")
+        if self.is_live:
+            line.truncate(self.console.width, overflow="ellipsis")
+            self.progress.console.print(line)
+        else:
+            line.truncate(100, overflow="ellipsis")
+            print_notice(line.plain)

@@ -17,7 +17,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.config import RunConfig
 from tarflowlm.data import WindowSampler, eval_windows
 from tarflowlm.drafts import make_drafter
-from tarflowlm.errors import SILENT, Progress, UserError
+from tarflowlm.errors import SILENT, Progress, Record, UserError
 from tarflowlm.evaluation.likelihood import Likelihood, bits, summarise
 from tarflowlm.files import read_json, write_json
 from tarflowlm.flow.mixd import MixDCoupling
@@ -40,6 +40,7 @@ from tarflowlm.training.log import Window
 from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
 from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.parallel import first_blocks, parallelise, reshard
+from tarflowlm.training.sample import text_so_far
 from tarflowlm.training.state import Counters, Run, State, num_test_windows, seconds, update_pace
 
 T = TypeVar("T")
@@ -177,8 +178,8 @@ def begin_stage(run: Run, state: State) -> None:
 
 
 def validate(run: Run, state: State) -> Likelihood:
-    """Evaluate on the validation windows, log the bound, and save the weights if they are the best
-    of the stage. Collective.
+    """Evaluate on the validation windows, log the bound and a text, and save the weights if they
+    are the best of the stage. Collective.
     """
     counters, config = state.counters, state.config
     windows = eval_windows(
@@ -191,15 +192,17 @@ def validate(run: Run, state: State) -> Likelihood:
         state.began += seconds(run, state) - start
         state.validated = state.bound
     result = evaluate(run, state, windows)
-    run.log.write(
-        {
-            "split": "valid",
-            **counters.place(),
-            "nats_per_token": result.nats_per_token,
-            "bpc": result.bpc,
-            "stderr": result.stderr,
-        }
-    )
+    evaluated = seconds(run, state)
+    record: Record = {
+        "split": "valid",
+        **counters.place(),
+        "nats_per_token": result.nats_per_token,
+        "bpc": result.bpc,
+        "stderr": result.stderr,
+    }
+    if text := text_so_far(run, state):
+        record["text"] = text
+    run.log.write(record)
     counters.stalled += 1
     if result.nats_per_token < counters.lowest:
         counters.lowest = result.nats_per_token
@@ -208,7 +211,7 @@ def validate(run: Run, state: State) -> Likelihood:
         save_best(run, state)
     counters.evaluation_is_due = False
     counters.evaluation = seconds(run, state) - start
-    counters.per_window = counters.evaluation / len(windows)
+    counters.per_window = (evaluated - start) / len(windows)
     update_pace(run, state)
     return result
 
