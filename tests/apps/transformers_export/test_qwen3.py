@@ -68,6 +68,32 @@ def test_logits_are_those_of_the_model(exported, gguf):
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
+@torch.no_grad()
+def test_llama_cpp_has_the_same_probabilities(exported):
+    """Where it is installed: `pip install xllamacpp`."""
+    llama = pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    checkpoint, folder = exported
+    options = llama.CommonParams()
+    options.model.path = str(folder / GGUF)
+    options.n_ctx, options.n_parallel, options.n_gpu_layers = 256, 1, 0
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    server = llama.Server(options)
+    num_compared = 0
+    for length in range(4, 40):
+        prompt = {"prompt": TEXT[:length], "temperature": 0.0, "n_predict": 1, "n_probs": 10}
+        choices = server.handle_completions(prompt).get("choices", [{}])
+        if not choices[0].get("logprobs"):
+            continue  # it drew a part of a character, which it holds back
+        tokens = [*checkpoint.tokenizer.encode(TEXT[:length]), 0]
+        expected = expected_logits(checkpoint.model, torch.tensor([tokens]))[0, -1].log_softmax(-1)
+        for one in choices[0]["logprobs"]["content"][0]["top_logprobs"]:
+            assert one["logprob"] == pytest.approx(float(expected[one["id"]]), abs=0.02)
+        num_compared += 1
+    assert num_compared
+
+
 def test_texts_become_the_same_tokens(exported):
     import transformers
 
