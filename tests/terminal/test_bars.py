@@ -95,3 +95,26 @@ def test_notices_are_lines_and_are_lost_where_nobody_reads(lines, monkeypatch):
 
     monkeypatch.setattr("sys.stderr", Closed())
     print_notice("evaluating")
+
+
+VALID = {"split": "valid", "step": 40, "bpc": 2.5, "text": "Once\nupon \x1b[31ma time " * 9}
+
+
+def test_a_text_of_a_run_is_one_line_in_a_log(capsys, clock):
+    with ProgressReporter(console=Console(file=io.StringIO()), clock=clock) as reporter:
+        reporter.stage("block 1 mixd", 100)
+        reporter.record(VALID)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("  Once upon \ufffd[31ma time Once upon")
+    assert len(line) == 100
+
+
+def test_a_text_of_a_run_is_one_line_above_the_bar(clock):
+    file = Terminal()
+    console = Console(file=file, width=60, force_terminal=True, color_system=None)
+    with ProgressReporter(console=console, clock=clock) as reporter:
+        reporter.stage("block 1 mixd", 100)
+        reporter.record(VALID)
+    shown = [line for line in file.getvalue().splitlines() if "Once upon" in line]
+    assert len(shown) == 1
+    assert "\x1b[31m" not in file.getvalue()
