@@ -79,45 +79,25 @@ def _english_small(name: str) -> RunConfig:
 
 
 def _stories(name: str) -> RunConfig:
-    trunk = TransformerConfig(width=192, num_heads=3, layer="qwen3")
-    pieces = TokenizerConfig(kind="bpe", vocab_size=4096, normalize="none")
-    model = FlowConfig(
-        # a story has 200 pieces on average
-        context=512,
-        latent_dim=16,
-        trunk=trunk,
-        blocks=(MixD(layers=7),),
-        reads_tokens=True,
-    )
-    return RunConfig(
-        name=name,
-        model=model,
+    small = _english_small(name)
+    trunk = replace(small.model.trunk, layer="qwen3")
+    pieces = replace(small.data.tokenizer, vocab_size=4096)
+    return replace(
+        small,
+        model=replace(small.model, trunk=trunk),
         data=DataConfig(source="stories", tokenizer=pieces),
-        train=TrainConfig(stage_steps=(20_000,), batch_size=8),
-        optim=replace(MIXD_OPTIM, weight_decay=0.1),
-        temperature=0.9,
-        top_p=0.9,
+        train=replace(small.train, stage_steps=(20_000,)),
+        optim=replace(small.optim, weight_decay=0.1),
     )
 
 
-def _stories_ar(name: str) -> RunConfig:
-    flow = _stories(name)
-    assert isinstance(flow.model, FlowConfig)
-    layers = flow.model.blocks[0].layers
-    return replace(
-        flow,
-        model=BaselineConfig(context=flow.model.context, trunk=flow.model.trunk, layers=layers),
-        optim=replace(flow.optim, codebook_lr_scale=OptimConfig().codebook_lr_scale),
-    )
-
-
-def _english_small_ar(name: str) -> RunConfig:
-    flow = _english_small(name)
-    return replace(
-        flow,
-        model=BaselineConfig(context=flow.model.context, trunk=flow.model.trunk, layers=7),
-        optim=OptimConfig(weight_decay=flow.optim.weight_decay),
-    )
+def _twin(name: str, *, flow: Callable[[str], RunConfig]) -> RunConfig:
+    """The baseline with the Transformer, the text and the training of a flow of one block."""
+    run = flow(name)
+    assert isinstance(run.model, FlowConfig)
+    (block,) = run.model.blocks
+    model = BaselineConfig(context=run.model.context, trunk=run.model.trunk, layers=block.layers)
+    return replace(run, model=model, optim=OptimConfig(weight_decay=run.optim.weight_decay))
 
 
 def _mini_ar(name: str) -> RunConfig:
@@ -253,7 +233,8 @@ PRESETS = {
         _stories,
     ),
     "stories-ar": Preset(
-        "The discrete twin of `stories`, with as many Transformer layers and steps.", _stories_ar
+        "The discrete twin of `stories`, with as many Transformer layers and steps.",
+        partial(_twin, flow=_stories),
     ),
     "english-small": Preset(
         "Fairy tales with capitals and signs, that begin and end: five hours of one fast CPU core.",
@@ -261,7 +242,7 @@ PRESETS = {
     ),
     "english-small-ar": Preset(
         "The discrete twin of `english-small`, with as many Transformer layers and steps.",
-        _english_small_ar,
+        partial(_twin, flow=_english_small),
     ),
     "mini-ar": Preset("The discrete baseline at CPU size.", _mini_ar),
     "mini-affine": Preset(
