@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from tarflowlm.data import Tokenizer
@@ -47,8 +49,6 @@ GGUF_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 """Names of a layer's weights in a GGUF, by those of `transformers`."""
-
-
 GGUF = "model.gguf"
 
 
@@ -88,8 +88,8 @@ def save_qwen3(
         "dtype": "float32",
     }
     usual = {"temperature": checkpoint.run.temperature, "top_p": checkpoint.run.top_p}
-    names = {one["id"]: one["content"] for one in document["added_tokens"]}
-    special = {"bos_token": START, "eos_token": names[end], "pad_token": names[end]}
+    named = SEPARATOR if SEPARATOR in added else START
+    special = {"bos_token": START, "eos_token": named, "pad_token": named}
     weights = weights_of(embedding, start, block, head)
     with new_folder(out) as folder:
         write_json(folder / "config.json", config)
@@ -182,19 +182,11 @@ def tokenizer_with_start(tokenizer: Tokenizer, name: str) -> tuple[Document, int
         raise UserError(f"{name} reads {tokenizer.kind}s: export a model of byte-level word pieces")
     start = vocabulary.pop(NEVER)
     document["model"]["vocab"] = vocabulary | {START: start}
-    token = {"content": START, "single_word": False, "lstrip": False, "rstrip": False}
-    token |= {"id": start, "normalized": False, "special": True}
-    document["added_tokens"] = sorted([*document["added_tokens"], token], key=lambda one: one["id"])
-    document["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": START, "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {START: {"id": START, "ids": [start], "tokens": [START]}},
-    }
-    return document, start
+    library = tokenizers.Tokenizer.from_str(json.dumps(document))
+    library.add_special_tokens([START])
+    special = [(START, start)]
+    library.post_processor = TemplateProcessing(single=f"{START} $A", special_tokens=special)
+    return json.loads(library.to_str()), start
 
 
 def weights_of(
