@@ -1,7 +1,6 @@
 """`tarflowlm quickstart`: in a few minutes, a small TarFlowLM that writes short stories."""
 
 import bz2
-import json
 import math
 import time
 from collections import Counter
@@ -14,7 +13,6 @@ from tarflowlm.cli.options import Json, OnDevice
 from tarflowlm.errors import UserError
 from tarflowlm.options import Seeded, arg
 from tarflowlm.presets import preset
-from tarflowlm.runs import METRICS
 from tarflowlm.schema import Positive
 from tarflowlm.terminal.bars import (
     Bars,
@@ -51,6 +49,7 @@ def run(args: Args) -> None:
     from tarflowlm.processes import pick_device
     from tarflowlm.requests import Writing
     from tarflowlm.runs.checkpoint import load_checkpoint
+    from tarflowlm.runs.records import read_record
     from tarflowlm.terminal.texts import print_samples, samples_to_json
     from tarflowlm.training.resolve import is_begun
     from tarflowlm.training.train import train
@@ -81,8 +80,7 @@ def run(args: Args) -> None:
     with Bars("writing, tokens", free.num_tokens + gaps.num_tokens) as bars:
         (stories,), (filled,) = free.batches(bars), gaps.batches(bars)
     test = summary["test"]
-    metrics = (args.out / METRICS).read_text(encoding="utf-8").splitlines()
-    curve = [line["bpc"] for line in map(json.loads, metrics) if line["split"] == "valid"]
+    curve = read_record(args.out).valid["bpc"].tolist()
     found = {
         "bpc": test["bpc"],
         "bound": test["bound"],

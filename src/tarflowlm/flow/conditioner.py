@@ -1,4 +1,4 @@
-"""What a flow block and the baseline share: a Transformer that reads what is before a position."""
+"""A Transformer that reads what is before a position, as flow blocks and the baseline do."""
 
 from abc import abstractmethod
 

@@ -1,4 +1,4 @@
-"""What a run writes while it learns."""
+"""A text that a run writes while it learns."""
 
 from contextlib import suppress
 
