@@ -40,6 +40,7 @@ RUN = [ROOT / "README.md", ROOT / "docs" / "commands.md", ROOT / "docs" / "tour.
 """Documents whose commands are run, in their order; of the others only names and options are
 checked.
 """
+CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def nightly_if_long(document: Path) -> object:
@@ -166,6 +167,9 @@ def test_commands_run(document, place):
             assert words == ["tarflowlm"], line
         elif program == "python":
             assert words[:2] == ["-m", "reproduction"], line
+        elif program == "pytest":
+            # what a reader is told to run is what CI runs
+            assert line.replace('"not nightly"', '"$tests"') in CI, line
         else:
             assert program == "tarflowlm", line
             if words[0] not in ELSEWHERE:
