@@ -1,64 +1,79 @@
-"""Tokens per second of trained models by decoder, as a ratio to the steps of the first model.
+"""Tokens per second of trained models, by plain and compiled steps, as ratios to the first model.
 
     python benchmarks/generation.py english-mini-ar english-mini       # batches of 1 and 16
     python benchmarks/generation.py english-mini-ar --peers            # and models of transformers
     tarflowlm train mini-ar --model.layers 1 --model.trunk.width 64 --minutes 2 --out runs/assistant
     python benchmarks/generation.py english-mini-ar --peers --assistant runs/assistant
-    python benchmarks/generation.py english-mini --compare 100         # do decoders agree?
+    python benchmarks/generation.py english-mini --compare 100         # do both write the same?
     python benchmarks/generation.py --count owt-ar owt-mix1 owt-mixd   # launches and bytes on a GPU
 
-"steps" writes one position a call of a block's Transformer. "auto" writes several where a drafter
-guesses the next tokens, and takes sweeps where these cost less. Both draw by the same numbers, so
-they should write the same tokens; --compare counts those that differ. With --count nothing is
-timed: a CPU runs one call in every block by the operations of an accelerator, at the vocabulary of
-OpenWebText, as if each block were the last one. With --peers the first model, exported, is also
-written by `generate` of transformers, at batch 1: plainly, with prompt look-up, and with a small
-model that guesses.
+Steps are those of `tarflowlm.compiled`, or calls of PyTorch. Both draw by the same numbers, so they
+should write the same tokens; --compare counts those that differ, also between a text alone and in a
+batch. With --count nothing is timed: a CPU runs one call in every block by the operations of an
+accelerator, at the vocabulary of OpenWebText, as if each block were the last one. With --peers the
+first model, exported, is also written at batch 1 by `generate` of transformers: plainly, with
+prompt look-up, and with a small model that guesses.
 """
 
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from functools import partial, wraps
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 from timing import Contender, find, parser, run, show
 
-DECODERS = ("steps", "auto")
-COMPARED = {"1": {}, "0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9}}
-"""Options of the texts whose tokens are compared, by temperature."""
-CALLS = (1, 8)
-"""Positions of a call, for --count: all but one are guessed."""
+SETTINGS = {"": {}, ", 0.9 and top-p 0.9": {"temperature": 0.9, "top_p": 0.9}}
 
 
 def build(args: Namespace) -> dict[str, Contender]:
-    """A contender for every model, decoder and batch, and the peers of the first model."""
+    """A contender for every model, setting, batch and kind of step, and the peers of the first
+    model.
+    """
     import torch
 
     from tarflowlm.generation import generate
 
-    load, cache = find("load_checkpoint", "runs.checkpoint"), find("KVCache", "flow.transformer")
+    load = find("load_checkpoint", "runs.checkpoint")
     device, found = torch.device(args.device), {}
     models = {name: load(name, device).model for name in args.models}
+    compiled = compiled_steps()
 
-    def draw(model: Any, decoder: str, num: int, seed: int = 0, **options: Any) -> Any:
+    def draw(model: Any, num: int, seed: int = 0, *, plain: bool = False, **options: Any) -> Any:
         length, generator = args.length or model.config.context, torch.Generator().manual_seed(seed)
-        options |= {"num": num, "decoder": decoder, "generator": generator}
-        return generate(model, num_tokens=length, **options).tokens
+        options |= {"num": num, "decoder": args.decoder, "generator": generator}
+        with patch.object(compiled, "is_due", lambda _: False) if plain else nullcontext():
+            return generate(model, num_tokens=length, **options).tokens
 
-    for batch in args.batches:
-        for name, model in models.items():
-            for decoder in DECODERS:
-                length = args.length or model.config.context
-                call = partial(draw, model, decoder, batch)
-                info = {"batch": batch, "a call": length / calls_of(call, cache, "extend")}
-                found[f"{name}, {decoder}, batch {batch}"] = Contender(call, batch * length, info)
-        if args.peers:
-            found |= peers(args, load(args.models[0], device), batch)
+    # another checkout has no choice
+    plain = [False] if compiled is None else [False, True]
+    for batch, (name, model), (setting, options), is_plain in product(
+        args.batches, models.items(), SETTINGS.items(), plain
+    ):
+        length = args.length or model.config.context
+        label = f"{name}{setting}, batch {batch}{', plain' * is_plain}"
+        call = partial(draw, model, batch, plain=is_plain, **options)
+        found[label] = Contender(call, batch * length, {"batch": batch})
+    for batch in args.batches if args.peers else ():
+        found |= peers(args, load(args.models[0], device), batch)
     for name, model in models.items() if args.compare else ():
-        differing = differences(partial(draw, model), args.compare, args.batches[0])
-        found[f"{name}, auto, batch {args.batches[0]}"].info |= differing
+        info = differences(partial(draw, model), args.compare, args.batches[-1])
+        found[f"{name}, batch {args.batches[0]}"].info |= info
     return found
+
+
+def compiled_steps() -> Any:
+    """The module of compiled functions, which are ready then, or None in an older checkout."""
+    try:
+        compiled = import_module("tarflowlm.compiled")
+    except ImportError:
+        return None
+    compiled.prepare()
+    return compiled
 
 
 def peers(args: Namespace, lm: Any, batch: int) -> dict[str, Contender]:
@@ -99,26 +114,23 @@ def calls_of(function: Any, owner: Any, name: str) -> int:
 
 
 def differences(draw: Any, num: int, batch: int) -> dict[str, str]:
-    """How many tokens of `num` samples, drawn in batches, differ between the decoders."""
-    refused = find("UserError", "errors")
+    """How many tokens of `num` samples differ between a batch, each alone, and plain steps."""
     found = {}
-    for label, options in COMPARED.items():
-        differing = total = 0
-        try:
-            for start in range(0, num, batch):
-                size = min(batch, num - start)
-                steps, auto = (draw(way, size, start + 1, **options) for way in DECODERS)
-                differing += int((steps != auto).sum())
-                total += steps.numel()
-        except refused:
-            # a model without weights of tokens has no temperature
-            continue
-        found[f"differ at {label}"] = f"{differing} of {total}"
+    for setting, options in SETTINGS.items():
+        alone = plain = total = 0
+        for seed in range(num // batch):
+            tokens = draw(batch, seed, **options)
+            total += tokens.numel()
+            plain += int((tokens != draw(batch, seed, plain=True, **options)).sum())
+            # the first row of a batch has the numbers of a sample alone
+            alone += int((tokens[:1] != draw(1, seed, **options)).sum())
+        found[f"differ alone{setting}"] = f"{alone} of {total // batch}"
+        found[f"differ from plain{setting}"] = f"{plain} of {total}"
     return found
 
 
-def drawn_call(model: Any, index: int, count: int, num: int) -> Any:
-    """A call that draws `count` positions of `num` texts: of the baseline, or in a block."""
+def drawn_call(model: Any, index: int, num: int) -> Any:
+    """A call that draws a position of `num` texts: of the baseline, or in a block."""
     import torch
 
     from tarflowlm.data.prompts import BLANK
@@ -130,25 +142,11 @@ def drawn_call(model: Any, index: int, count: int, num: int) -> Any:
     noise = torch.randn(num, context, model.config.latent_dim if is_flow else 0)
     gumbel = Gumbel(torch.arange(num), context, (1, choices))
     rows = Drawn(model, index, noise, gumbel, torch.full((num, context), BLANK), None)
-    rows.guesser = Zeros(count - 1) if count > 1 else None
-    # as an accelerator: in half precision, and without the decision of near ties
-    rows.decides = False
+    # as an accelerator, in half precision
     rows.cache = rows.source.allocate_cache(num, rows.values.shape[1], half=is_flow)
     rows.cache.stored.zero_()
     rows.settle(rows.values[:, : context // 2])
     return rows.step
-
-
-class Zeros:
-    """Guesses token 0: what is computed does not depend on who is right."""
-
-    length = 1
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def guess(self, past: Any, numbers: Any) -> Any:
-        return numbers.argmax(-1) * 0
 
 
 def inverted_call(model: Any, index: int, draws: bool, num: int) -> Any:
@@ -167,26 +165,23 @@ def inverted_call(model: Any, index: int, draws: bool, num: int) -> Any:
     return lambda: invert(u, block.features_at(cache, h), None, numbers)
 
 
-def calls(model: Any) -> dict[str, tuple[int, Any]]:
-    """Label -> the positions of a call, and a function from the number of texts to the call."""
-    found: dict[str, tuple[int, Any]] = {}
+def calls(model: Any) -> dict[str, Any]:
+    """Label -> a function from the number of texts to a call."""
+    found: dict[str, Any] = {}
     for index in range(model.num_blocks):
         label = "" if model.is_exact else f"block {index + 1}, "
         if not model.is_exact:
-            found[f"{label}steps"] = 1, partial(inverted_call, model, index, False)
+            found[f"{label}steps"] = partial(inverted_call, model, index, False)
         if model.is_exact or model.draws_tokens(index):
-            for count in CALLS:
-                call = partial(drawn_call, model, index, count)
-                found[f"{label}draw, call of {count}"] = count, call
+            found[f"{label}draw"] = partial(drawn_call, model, index)
         else:
-            found[f"{label}draw, call of 1"] = 1, partial(inverted_call, model, index, True)
+            found[f"{label}draw"] = partial(inverted_call, model, index, True)
     return found
 
 
 def count(args: Namespace) -> list[dict[str, Any]]:
-    """A row for every block and call of presets, in the middle of the context: launches, for each
-    token if all guesses are right; bytes, once for all rows and per row; and the ceiling of an H100
-    with 64 rows.
+    """A row for every block and call of presets, in the middle of the context: launches; bytes,
+    once for all rows and per row; and the ceiling of an H100 with 64 rows.
     """
     from dataclasses import replace
 
@@ -202,7 +197,7 @@ def count(args: Namespace) -> list[dict[str, Any]]:
     for name in args.count:
         with seeded(0):
             model: Any = replace(preset(name).model, vocab_size=COMPONENTS).build()
-        for label, (positions, build_call) in calls(model).items():
+        for label, build_call in calls(model).items():
             sizes = []
             for num in (1, 2):
                 with torch.no_grad():
@@ -214,8 +209,8 @@ def count(args: Namespace) -> list[dict[str, Any]]:
             shared = sizes[0] - each
             seconds = max(5e-6 * launches, (shared + 64 * each) / BYTES)
             row = {"": f"{name}, {label}", "launches": launches}
-            row |= {"launches a token": launches / positions, "MB shared": shared / 1e6}
-            row |= {"MB of a row": each / 1e6, "tokens/s, 64 rows": 64 * positions / seconds}
+            row |= {"MB shared": shared / 1e6, "MB of a row": each / 1e6}
+            row["tokens/s, 64 rows"] = 64 / seconds
             rows.append(row)
     return rows
 
@@ -237,11 +232,12 @@ def main() -> None:
         type=int,
         default=0,
         metavar="N",
-        help="count tokens of N samples that differ from steps",
+        help="count tokens of N samples that differ",
     )
     options.add_argument(
         "--peers", action="store_true", help="beside a GPT-2 and a Llama of the first model's shape"
     )
+    options.add_argument("--decoder", default="auto", help="steps, for the steps of a checkout")
     options.add_argument("--assistant", help="a run that guesses for the first model, exported")
     args = options.parse_args()
     if args.count:

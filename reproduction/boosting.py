@@ -31,8 +31,8 @@ from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.conditioner import InputMap
 from tarflowlm.flow.heads import HeadShape
+from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.model import LanguageModel, as_flow, seeded

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import widen
+from tarflowlm.flow.cache import Cache
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.conditioner import InputMap
+from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.transformer import Embedder
 from tarflowlm.model_config import BaselineConfig
 from tarflowlm.schema import Range, Whole
@@ -61,5 +62,5 @@ class CodedLM(TokenLM):
         self.input = CodedInput(config, self.embedding)
         del self.embedding
 
-    def embedder(self) -> Embedder:
+    def embedder(self, cache: Cache | None = None) -> Embedder:
         return lambda past: widen(self.input(past.flatten(1)))

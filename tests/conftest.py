@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from helpers import FLOW, TRUNK, save_run, tiny_flow
+from tarflowlm import compiled
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.flow.numerics import reference
 from tarflowlm.model_config import BaselineConfig
@@ -33,7 +34,27 @@ def private_cache(tmp_path_factory):
     """No test reads or fills the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # commands compile nothing beside their work
+        patch.setattr(compiled, "start", lambda: None)
+        patch.setattr("tarflowlm_apps.address.Serving.compile_steps", lambda args: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def compiled_functions(tmp_path_factory) -> Path:
+    """A folder with the compiled functions, which all processes share."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "compiled"
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{place}.lock"):
+        patch.setattr(compiled, "folder", lambda: place)
+        assert compiled.prepare()
+    return place
+
+
+@pytest.fixture
+def compiled_steps(compiled_functions, monkeypatch):
+    """Texts are written by compiled steps."""
+    monkeypatch.setattr(compiled, "folder", lambda: compiled_functions)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ MODULES = modules_below(CORE)
 APPLICATIONS = modules_below(APPS)
 
 LAYERS = """
-    errors chunks drafts | files schema | model_config | config | options presets |
+    errors chunks | files schema | compiled | model_config | config | options presets |
     flow data | processes | model | baseline | objective | runs |
     requests | generation | evaluation | editing | sharing | training |
     terminal | pretrained | __init__ | cli | __main__
@@ -103,8 +103,8 @@ def test_files_of_a_folder_do_not_import_in_circles(package):
     graphlib.TopologicalSorter(graph).prepare()
 
 
-SERVED = {"studio": {"gradio"}, "serve": {"starlette"}}
-"""Optional packages at the top of files of an application."""
+OPTIONAL = {"studio": {"gradio"}, "serve": {"starlette"}, "compiled": {"numba"}}
+"""Optional packages at the top of files of a folder, which is imported where used."""
 
 
 def test_optional_packages_are_imported_where_used():
@@ -118,7 +118,7 @@ def test_optional_packages_are_imported_where_used():
         | {"tarflowlm", "tarflowlm_apps"}
     )
     for module, path in (MODULES | APPLICATIONS).items():
-        allowed = core | SERVED.get(module.split(".")[0], set())
+        allowed = core | OPTIONAL.get(module.split(".")[0], set())
         assert {name.split(".")[0] for name in imports(path, at_top=True)} <= allowed, module
 
 
@@ -158,7 +158,7 @@ SPINE = [
 
 
 def test_the_spine_names_no_fast_path():
-    fast = re.compile(r"flow\.numerics\.(cpu|few_rows|sweep|near)\b|COMPILED|is_eager_cpu")
+    fast = re.compile(r"compiled|flow\.numerics\.(cpu|few_rows|sweep|near)\b|COMPILED|is_eager_cpu")
     wrong = [
         f"{name} imports {other}"
         for name in SPINE

@@ -11,7 +11,6 @@ import tarflowlm
 from helpers import TEXT8, tiny_ar, tiny_flow
 from tarflowlm.data import ByteTokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.generation.rows import Drawn
 from tarflowlm.generation.texts import Samples
 from tarflowlm.requests import Writing
 from tarflowlm.runs.hub import FOLDER
@@ -287,16 +286,6 @@ def test_a_typed_space_that_no_drawn_token_can_take_is_a_token_of_the_prompt(mod
     assert [text.startswith("the old cat ") for text in texts] == [True] * 9
     if {"contains", "without"} & set(options):  # a weighed token takes it
         assert not any(text.startswith("the old cat  ") for text in texts)
-
-
-def test_the_tokens_after_a_prompt_are_barred_on_any_device():
-    rows = Drawn.__new__(Drawn)
-    rows.begins, rows.first = torch.tensor([True, False]), torch.tensor([1, 4])
-    for device in ("cpu", "meta"):
-        found = rows._begun(torch.zeros(6, 2, device=device), slice(None), torch.tensor([0, 3]), 3)
-        assert found.device.type == device
-        if device == "cpu":
-            assert (found < 0).tolist() == [[False, row in (1, 4)] for row in range(6)]
 
 
 def test_score(loaded):

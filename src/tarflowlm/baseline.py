@@ -9,8 +9,9 @@ from torch import Generator, Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics, widen
+from tarflowlm.flow.cache import Cache
 from tarflowlm.flow.conditioner import Conditioner
-from tarflowlm.flow.heads import TokenFeatures, token_head
+from tarflowlm.flow.heads import Linear, TokenFeatures, map_linearly, token_head
 from tarflowlm.flow.numerics.near import FEWEST
 from tarflowlm.flow.transformer import Embedder, Transformer
 from tarflowlm.model import LanguageModel, check_tokens
@@ -49,10 +50,13 @@ class TokenLM(LanguageModel, Conditioner):
             self.in_patch_embedding = nn.Embedding(config.vocab_size, IN_PATCH_CHANNELS)
         self.head = token_head(width, config.vocab_size, has_bias=not config.trunk.is_gated)
 
-    def embedder(self) -> Embedder:
+    def embedder(self, cache: Cache | None = None) -> Embedder:
         def embed(past: Tensor) -> Tensor:
             patches = past.flatten(1).unflatten(1, (-1, self.config.patch))
-            return widen(self.join(self.embedding(patches).flatten(2)))
+            x = self.embedding(patches).flatten(2)
+            if cache is None or not isinstance(self.join, nn.Linear):
+                return widen(self.join(x))
+            return cache.linear(self.join, x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
         return embed
 
@@ -75,13 +79,13 @@ class TokenLM(LanguageModel, Conditioner):
         return self.states(tokens[:, :-patch])
 
     def log_weights(
-        self, features: Float[Tensor, "B D"]
+        self, features: Float[Tensor, "B D"], linear: Linear = map_linearly
     ) -> Generates[Float[Tensor, "B V"], Tensor | None, None]:
         """Yields the logits of each token of a position; the caller sends the token [B, 1]."""
-        walk = self.token_features.walk(features)
+        walk = self.token_features.walk(features, linear)
         z: Tensor | None = None
         for _ in range(self.config.patch):
-            token = yield widen(self.head(walk.send(z)))
+            token = yield linear(self.head, walk.send(z))
             if token is not None and self.in_patch_embedding is not None:
                 z = self.in_patch_embedding(token[:, 0])
 

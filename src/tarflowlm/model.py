@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from tarflowlm.drafts import Drafter
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
@@ -33,8 +32,6 @@ class LanguageModel(nn.Module):
     """
 
     config: LanguageModelConfig
-    drafter: Drafter | None = None
-    """Guesses the next tokens of texts, which are then written several a call."""
     is_exact: ClassVar[bool]
     """True: `bound` is -log p(x) itself. False: it is a random upper bound."""
 

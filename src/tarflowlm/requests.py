@@ -104,8 +104,8 @@ class Sampling(Tempered):
     many. The default is 16 under a constraint and with text after a blank, else 1.
     """
     decoder: Annotated[Decoder, arg()] = "auto"
-    """steps: one token at a time; auto: the same text, several tokens at a time where that pays;
-    sweeps: invert noise in all blocks, in parallel.
+    """steps: one token at a time; sweeps: invert noise in all blocks, in parallel; auto: sweeps in
+    the blocks where they cost less.
     """
 
     def adjust(self, vocab_size: int, banned: int | None = None) -> "Adjustment | None":
@@ -139,44 +139,37 @@ class Adjustment:
         """What makes each limit drop fewer tokens."""
         self.is_plain = self.temperature == 1.0 and not self.remedies
         """Whether only the banned token is dropped."""
+        self.limits = (
+            -1 if banned is None else banned,
+            self.temperature,
+            self.top_k or vocab_size,
+            self.top_p or 1.0,
+            self.min_p or 0.0,
+        )
+        """All of it, as `compiled.draw.Limits`."""
 
     def __call__(self, log_w: "Tensor") -> "Tensor":
-        return self.limit(self.temper(log_w))
-
-    def temper(self, log_w: "Tensor") -> "Tensor":
-        """The first step: the temperature, and the banned token."""
-        import torch
-
-        if self.banned is not None:
-            index = torch.tensor([self.banned], device=log_w.device)
-            log_w = log_w.index_fill(-1, index, torch.finfo(log_w.dtype).min)
-        if self.is_plain:
-            return log_w
-        return torch.log_softmax(log_w / self.temperature, dim=-1)
-
-    def limit(self, log_w: "Tensor", slack: float = 0.0) -> "Tensor":
-        """The other steps. A `slack` above 0 also keeps tokens that miss a limit by at most the
-        slack, in nats or in probability; one below 0 drops those that meet it by less.
-        """
         import torch
 
         lowest = torch.finfo(log_w.dtype).min
+        if self.banned is not None:
+            index = torch.tensor([self.banned], device=log_w.device)
+            log_w = log_w.index_fill(-1, index, lowest)
+        if self.is_plain:
+            return log_w
+        log_w = torch.log_softmax(log_w / self.temperature, dim=-1)
         if self.top_k is not None:
-            largest = log_w.topk(self.top_k + 1, dim=-1)
             # by index, so that ties do not keep more
-            is_dropped = torch.ones_like(log_w, dtype=torch.bool)
-            is_dropped = is_dropped.scatter(-1, largest.indices[..., : self.top_k], False)
-            if slack:
-                nearest = largest.values[..., self.top_k - 1 if slack > 0 else self.top_k, None]
-                is_dropped = log_w < nearest - slack
+            kept = log_w.topk(self.top_k, dim=-1).indices
+            is_dropped = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, kept, False)
             log_w = log_w.masked_fill(is_dropped, lowest)
         if self.top_p is not None:
             ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
             # a token is kept when the mass before it has not reached the share
-            is_after = ordered.cumsum(-1) - ordered >= self.top_p + slack
+            is_after = ordered.cumsum(-1) - ordered >= self.top_p
             log_w = log_w.masked_fill(is_after.scatter(-1, order, is_after), lowest)
         if self.min_p is not None:
-            least = log_w.amax(-1, True) + math.log(self.min_p) - slack
+            least = log_w.amax(-1, True) + math.log(self.min_p)
             log_w = log_w.masked_fill(log_w < least, lowest)
         return log_w
 

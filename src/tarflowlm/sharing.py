@@ -18,7 +18,7 @@ from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.generation.texts import write_texts
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.requests import Writing
-from tarflowlm.runs import CARD, DRAFT, WEIGHTS
+from tarflowlm.runs import CARD, WEIGHTS
 from tarflowlm.runs.checkpoint import (
     Checkpoint,
     corpus_digest,
@@ -132,8 +132,6 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
             api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
-                # that of an earlier model; a file that is uploaded stays
-                delete_patterns=DRAFT,
                 commit_message="Upload a model made with tarflowlm",
             )
         except ValueError as error:

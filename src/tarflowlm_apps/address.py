@@ -1,10 +1,12 @@
 """Where an application serves: by default, at an address that this machine alone reaches."""
 
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
+from tarflowlm import compiled
 from tarflowlm.cli.options import OnDevice
 from tarflowlm.errors import UserError
 from tarflowlm.options import Count, arg
@@ -30,6 +32,13 @@ class Serving(OnDevice):
             yield "port", "must be from 1 to 65535"
         if not self.host.strip():
             yield "host", "give an address, as 127.0.0.1"
+
+    def compile_steps(self) -> None:
+        """Let steps be compiled beside the start, or say what is missing."""
+        if compiled.is_installed():
+            threading.Thread(target=compiled.prepare, daemon=True).start()
+        else:
+            print_notice(compiled.MISSING)
 
     def warn(self, what: str) -> None:
         """Say who can use `what` is served, if it is not this machine alone."""

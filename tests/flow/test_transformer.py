@@ -146,35 +146,3 @@ def test_autocast_does_not_reach_the_cache(transformer):
     with torch.autocast("cpu", torch.bfloat16):
         parts = [cache.extend(part) for part in x.split([4, 2, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), transformer(x), **CLOSE)
-
-
-def test_rows_of_different_lengths_are_as_each_alone(transformer):
-    """Whatever was written after a row's length, or is in memory that was never written."""
-    lengths, end = torch.tensor([2, 5, 1, 4]), 14
-    x, wrong = normal(4, end, 8), normal(4, 5, 8, seed=1)
-    expected = transformer(x)
-    cache = KVCache(transformer, 4, end, x)
-    cache.stored.fill_(torch.nan)
-    cache.extend(torch.cat((x[:, :1], wrong[:, :4]), 1))
-    # rows grow by 1, 4, 0 and 3 positions, of which guesses were some
-    cache.rewind(1)
-    cache.extend(x[:, 1:5])
-    rows = torch.arange(4)
-    for count in (1, 3, 2, 1):
-        cache.rewind(int(lengths.max()), lengths)
-        at = lengths[:, None] + torch.arange(count)
-        found = cache.extend(x[rows[:, None], at])
-        torch.testing.assert_close(found, expected[rows[:, None], at], **CLOSE)
-        assert torch.equal(cache.lengths, lengths + count)
-        # not all that was written is kept, and the second time one row less
-        lengths = lengths + torch.tensor([1, count, 0, 1])[rows]
-        if count == 3:
-            cache.rewind(int(lengths.max()), lengths)
-            kept = torch.tensor([3, 0, 2])
-            cache.keep(kept)
-            rows, lengths = rows[kept], lengths[kept]
-            assert torch.equal(cache.lengths, lengths)
-    # again with one length: the least, from where the rows are written once more
-    least = int(lengths.min())
-    cache.rewind(least)
-    torch.testing.assert_close(cache.extend(x[rows, least:]), expected[rows, least:], **CLOSE)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, TextIO
 
 import tyro
 
+from tarflowlm import compiled
 from tarflowlm.cli.options import OfModel, check_lines, load_checkpoint, read_lines
 from tarflowlm.errors import UserError, counted
 from tarflowlm.options import File, Flag, arg
@@ -70,6 +71,9 @@ def run(args: Args) -> None:
         path = args.out if processes.first else None
         with interrupts, nullcontext() if path is None else new_lines(path) as out:
             _write(args, samples, out)
+        if processes.world == 1 and sys.stderr.isatty():
+            # for the next text; whoever pipes texts asked for no other process
+            compiled.start()
 
 
 def _samples(args: Args, processes: "Processes") -> "Samples":
@@ -99,6 +103,8 @@ def _samples(args: Args, processes: "Processes") -> "Samples":
         print_notice(
             "with one candidate this model mostly ignores the given text; try --particles 64"
         )
+    if samples.num_tokens >= compiled.LONG and not compiled.is_installed():
+        print_notice(compiled.MISSING)
     for notice in samples.notices:
         print_notice(notice)
     return samples

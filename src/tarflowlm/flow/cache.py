@@ -1,14 +1,19 @@
 """The KV cache: a Transformer that goes on after the positions that it has read."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflowlm.flow import full_precision, widen
 from tarflowlm.flow.attention import rotations
+from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.heads import map_linearly
+from tarflowlm.flow.inputs import InputMap
+from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.flow.transformer import Embedder, Layer, LayerWeights, Transformer, layer
 
 LARGEST_COPY = 2**20
@@ -26,18 +31,62 @@ def present_weights(of: Layer, like: Tensor) -> LayerWeights:
     return LayerWeights(*(None if x is None else copied(x) for x in of.weights()))  # type: ignore[arg-type]
 
 
-class KVCache:
-    """A Transformer with its present weights, and the keys and values of past positions.
+class Cache(ABC):
+    """A Transformer with its present weights, and what it keeps of past positions of B sequences.
 
-    For `batch` rows of `capacity` positions, with the dtype and device of `like`; without a graph.
+    All sequences have the same length.
     """
 
     embed: Embedder
     """Set by `Conditioner.allocate_cache`."""
+    batch: int
+    """The number B of sequences."""
+    length = 0
+    """Positions that are cached."""
+    is_compiled = False
+    """Whether steps are compiled, see `flow.compiled_cache`."""
+
+    def rewind(self, length: int) -> None:
+        """Go back to this length."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def linear(self, of: nn.Linear, x: Tensor) -> Tensor:
+        """The map `of` rows x [R, D], as steps compute products."""
+        return map_linearly(of, x)
+
+    def embedder(
+        self,
+        source: InputMap,
+        codebook: Codebook | NoisyCodebook | None,
+        embedding: nn.Embedding | None,
+    ) -> Embedder | None:
+        """The embedder of a block that has these parts; None: the block has one of its own."""
+        return None
+
+    @abstractmethod
+    def take(self, source: "Cache", rows: Tensor) -> None:
+        """Replace every row b, in place, by row rows[b] of `source`."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Continue with these rows alone."""
+
+    @abstractmethod
+    def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Features of N positions with inputs x, which follow the cached ones."""
+
+
+class KVCache(Cache):
+    """The keys and values of past positions, with the dtype and device of `like`.
+
+    For `batch` rows of `capacity` positions; without a graph.
+    """
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
         config = transformer.config
         taps = transformer.input_taps
+        self.batch = batch
         self.weights = [present_weights(one, like) for one in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach().to(like)
         # taps [K, D], the oldest position first, and inputs after K - 1 zeros
@@ -50,40 +99,24 @@ class KVCache:
         )
         turns = rotations(torch.arange(capacity, device=like.device), config.head_width)
         self.turns = turns.to(widen(like).dtype.to_complex())
-        self.length = 0
-        """Positions that are cached, in the longest row."""
-        self.lengths: Tensor | None = None
-        """The length of each row, [B], where rows differ."""
-        self.written = 0
-        """Positions that are finite in all rows: masked ones must be, too."""
 
-    def rewind(self, length: int, lengths: Tensor | None = None) -> None:
-        """Go back to this length, or to `lengths` [B], of which it is the largest."""
-        assert 0 <= length <= self.length
-        self.length, self.lengths = length, lengths
-
-    def take(self, source: "KVCache", rows: Tensor) -> None:
-        """Replace every row b, in place, by row rows[b] of `source`."""
-        assert source.lengths is None
-        self.length, self.lengths = source.length, None
-        self.written = max(self.written, self.length)
+    def take(self, source: Cache, rows: Tensor) -> None:
+        assert isinstance(source, KVCache)
+        self.length = source.length
         window = self.before + self.length
         self.inputs[:, :window] = source.inputs[rows, :window]
         for stored, given in zip(self.stored, source.stored, strict=True):
             stored[:, :, :, : self.length] = given[:, rows, :, : self.length]
 
     def keep(self, rows: Tensor) -> None:
-        """Continue with these rows alone, in the same memory: a copy beside it might not fit."""
-        num, rows = len(rows), rows.to(self.stored.device)
+        # in the same memory: a copy beside it might not fit
+        self.batch, rows = len(rows), rows.to(self.stored.device)
         self.inputs = self.inputs[rows]
         for stored in self.stored:
-            stored[:, :num] = stored[:, rows]
-        self.stored = self.stored[:, :, :num]
-        if self.lengths is not None:
-            self.lengths = self.lengths[rows]
+            stored[:, : self.batch] = stored[:, rows]
+        self.stored = self.stored[:, :, : self.batch]
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Features of N positions with inputs x, which follow the cached ones."""
         if torch.is_autocast_enabled(x.device.type):
             with full_precision(x):
                 return self.extend(x)
@@ -92,21 +125,13 @@ class KVCache:
                 h = x.to(self.norm.dtype)
             else:
                 # as in `convolve`
-                if self.lengths is None:
-                    end = self.length + self.before + x.shape[1]
-                    window = self.inputs[:, self.length : end]
-                    window[:, self.before :] = x
-                else:
-                    rows = torch.arange(len(x), device=x.device)[:, None]
-                    places = torch.arange(self.before + x.shape[1], device=x.device)
-                    places = self.lengths[:, None] + places
-                    self.inputs[rows, places[:, self.before :]] = x.to(self.inputs.dtype)
-                    window = self.inputs[rows, places]
+                end = self.length + self.before + x.shape[1]
+                window = self.inputs[:, self.length : end]
+                window[:, self.before :] = x
                 windows = window.unfold(1, self.before + 1, 1).transpose(2, 3)  # [B, N, K, D]
                 h = (windows * self.taps).sum(-2)
             h = self._layers(h)
         self.length += x.shape[1]
-        self.lengths = None if self.lengths is None else self.lengths + x.shape[1]
         # outside of inference mode, because the features may enter a graph
         return torch.layer_norm(h, (x.shape[-1],), self.norm).view(x.shape).to(x.dtype)
 
@@ -115,24 +140,13 @@ class KVCache:
         B, N, _ = x.shape
         start, end = self.length, self.length + N
         assert end <= len(self.turns), "the cache is full"
-        turns, mask, at = self.turns[start:end], None, None
-        if self.lengths is not None:
-            # rows of different lengths
-            self.stored[..., self.written : end, :].zero_()
-            at = self.lengths[:, None] + torch.arange(N, device=x.device)
-            turns = self.turns[at.flatten()]
-            later = torch.arange(end, device=x.device) > at[:, None, :, None]
-            mask = x.new_zeros(later.shape).masked_fill_(later, -torch.inf)
-        elif N > 1:
-            turns = turns.repeat(B, 1, 1, 1)
-            if start:
-                mask = x.new_full((N, end), -torch.inf).triu_(start + 1)
-        self.written = max(self.written, end)
+        turns = self.turns[start:end] if N == 1 else self.turns[start:end].repeat(B, 1, 1, 1)
+        mask = x.new_full((N, end), -torch.inf).triu_(start + 1) if start and N > 1 else None
         rows = x.flatten(0, 1)
         # the kernel of the CPU for attention computes fast, but starts slowly
-        is_step = N == 1 and at is None and x.device.type == "cpu"
+        is_step = N == 1 and x.device.type == "cpu"
         for w, stored in zip(self.weights, self.stored.unbind(), strict=True):
-            past = Past(stored[..., :end, :], slice(start, end) if at is None else at, mask)
+            past = Past(stored[..., :end, :], start, mask)
             rows = layer(rows, w, turns, past.attend_one if is_step else past.attend)
         return rows
 
@@ -141,10 +155,10 @@ class Past(NamedTuple):
     """The keys and values of one layer, [2, B, H, n, E], with room for those of new positions."""
 
     stored: Tensor
-    where: slice | Tensor
-    """The places of new positions, or [B, N] where sequences differ in length."""
+    start: int
+    """The first new position."""
     mask: Tensor | None
-    """Minus infinity where a new position must not look, [(B 1) N n]; None: after itself."""
+    """Minus infinity where a new position must not look, [N, n]; None: after itself."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the rows q, k, v [B N, H, E] to all positions up to them: [B N, D]."""
@@ -152,10 +166,8 @@ class Past(NamedTuple):
         new = B, len(q) // max(B, 1)
         q, k, v = (part.to(self.stored.dtype).unflatten(0, new) for part in (q, k, v))
         keys, values = self.stored.unbind()
-        is_even = isinstance(self.where, slice)
-        rows = slice(None) if is_even else torch.arange(B, device=q.device)[:, None]
-        keys.transpose(1, 2)[rows, self.where] = k
-        values.transpose(1, 2)[rows, self.where] = v
+        keys[:, :, self.start :] = k.transpose(1, 2)
+        values[:, :, self.start :] = v.transpose(1, 2)
         is_causal = self.mask is None and q.shape[1] > 1
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, self.mask, is_causal=is_causal, scale=1.0

@@ -3,7 +3,7 @@
 Every group has M hidden units, A channels of its embedding, and O outputs.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -196,6 +196,15 @@ class HeadWeights:
         self.evidence = [] if evidence is None else [evidence[g, :g].flatten(0, 1) for g in groups]
 
 
+Linear = Callable[[nn.Linear, Tensor], Tensor]
+"""A linear map of rows [R, D], in float32 or wider."""
+
+
+def map_linearly(of: nn.Linear, x: Tensor) -> Tensor:
+    """The map `of` rows x; a `Cache` may have a compiled one."""
+    return widen(of(x))
+
+
 def token_head(width: int, choices: int, *, has_bias: bool) -> nn.Linear:
     """The map of features [..., D] to log-weights of tokens [..., choices], at first zero.
 
@@ -244,12 +253,14 @@ class TokenFeatures(nn.Module):
             return places
         return places + self.head(features, z)[0].permute(1, 2, 0, 3)
 
-    def walk(self, features: Float[Tensor, "B D"]) -> Generator[Tensor, Tensor | None, None]:
+    def walk(
+        self, features: Float[Tensor, "B D"], linear: Linear = map_linearly
+    ) -> Generator[Tensor, Tensor | None, None]:
         """Yields the features [B, D] of each token in turn; the caller sends its latents [B, d]."""
         if self.place is None:
             yield features
             return
         inner = None if self.head is None else self.head.walk(features)
         z = None
-        for place in self.place(features).view(len(features), self.patch, -1).unbind(1):
+        for place in linear(self.place, features).view(len(features), self.patch, -1).unbind(1):
             z = yield place if inner is None else place + inner.send(z)[0]

@@ -25,7 +25,7 @@ from tarflowlm.flow.couplings import (
     OneFeature,
     OneLatent,
 )
-from tarflowlm.flow.heads import TokenFeatures, token_head
+from tarflowlm.flow.heads import Linear, TokenFeatures, map_linearly, token_head
 from tarflowlm.flow.plan import BlockShape, NoisyCodebook
 from tarflowlm.model_config import MixD
 
@@ -112,12 +112,14 @@ class MixDCoupling(Coupling):
 
         return Conditional(forward, inverse)
 
-    def log_weights(self, features: OneFeature) -> Generator[Tensor, Tensor | None, None]:
+    def log_weights(
+        self, features: OneFeature, linear: Linear = map_linearly
+    ) -> Generator[Tensor, Tensor | None, None]:
         """Yields log w [B, K] of every token in turn; the caller sends its latents [B, d]."""
-        walk = self.token_features.walk(features)
+        walk = self.token_features.walk(features, linear)
         z = None
         for _ in range(self.patch):
-            z = yield widen(self.weight_head(walk.send(z)))
+            z = yield linear(self.weight_head, walk.send(z))
 
     def conditionals(self, features: OneFeature) -> Conditionals:
         walk = self.log_weights(features)

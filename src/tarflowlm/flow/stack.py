@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.flow import widen
+from tarflowlm.flow.cache import Cache
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.conditioner import Conditioner, InputMap
+from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents
+from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.numerics import component_finder, log_standard_normal
 from tarflowlm.flow.plan import NoisyCodebook, Order, Patch
 from tarflowlm.flow.transformer import Embedder, Transformer
@@ -55,9 +57,12 @@ class FlowBlock(Conditioner):
             self.register_buffer("places", places, persistent=False)
             self.token_embedding = nn.Embedding(len(places) * codebook.vocab_size, trunk.width)
 
-    def embedder(self) -> Embedder:
+    def embedder(self, cache: Cache | None = None) -> Embedder:
         codebook = self._codebook[0]
         embedding = self.token_embedding
+        own = None if cache is None else cache.embedder(self.input, codebook, embedding)
+        if own is not None:
+            return own
         if codebook is None or embedding is None:
             return lambda past: widen(self.input(past))
         dim = codebook.mean.shape[1]

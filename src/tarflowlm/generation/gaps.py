@@ -62,7 +62,7 @@ class Pieces(TokenRows):
         flow the other factor of its draw (docs/math.md, eq. 23).
         """
         features = self.features(self.at, self.at + 1)[:, 0]
-        log_w = next(self.law.log_weights(features))
+        log_w = next(self.law.log_weights(features, self.cache.linear))
         log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
         # tokens that the adjustment dropped
         log_w = log_w.masked_fill(log_w < torch.finfo(log_w.dtype).min / 2, -torch.inf)

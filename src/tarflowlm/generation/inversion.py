@@ -22,7 +22,7 @@ from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation.rows import Drawn, Rows
 from tarflowlm.generation.sampling import BLANK, Gumbel, Work, num_leading
 from tarflowlm.model import TarFlowLM
-from tarflowlm.requests import Adjustment, Sampling
+from tarflowlm.requests import Adjustment
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when it changes by at most this times 1 + |h|: a few rounding errors."""
@@ -288,15 +288,14 @@ def stack_inversion(
     adjust: Adjustment | None = None,
     known: Sequence[Tensor] = (),
     gumbel: Gumbel | None = None,
-    sampling: Sampling | None = None,
     ended: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Generator[Tensor, None, tuple[list[Tensor], list[Work]]]:
     """Invert blocks l = `level` (L by default), ..., above + 1; yields the steps of block 1.
 
     Returned are the states h^(l) = noise, ..., h^(above), each [B, T, d], and the `Work` for each
-    block, l first. With `gumbel` numbers block L is drawn, with guesses as in `Drawn`; then `noise`
-    is not h^(L). `adjust` is for block 1, and in a stack that fills in (eq. 9a) for all blocks.
+    block, l first. With `gumbel` numbers block L is drawn; then `noise` is not h^(L). `adjust` is
+    for block 1, and in a stack that fills in (eq. 9a) for all blocks.
     `known` has the states of texts, h^(0) first; in a stack that runs left to right, states of
     their first tokens are enough.
     Each block copies the positions before the first whose noise differs. `ended` is for block 1.
@@ -316,7 +315,7 @@ def stack_inversion(
         drawn = gumbel if index + 1 == model.num_blocks else None
         if drawn is not None and model.draws_tokens(index):
             blank = torch.full(states[-1].shape[:2], BLANK)
-            rows = Drawn(model, index, states[-1], drawn, blank, adjusts, sampling)
+            rows = Drawn(model, index, states[-1], drawn, blank, adjusts)
             if settled is not None and settled.shape[1]:
                 rows.settle(settled)
                 progress.advance(rows.at)

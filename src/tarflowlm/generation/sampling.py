@@ -6,15 +6,16 @@ Shape legend: B rows, T tokens, N positions, d channels per token.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from tarflowlm.data.prompts import BLANK as BLANK
-from tarflowlm.drafts import Guesser
 from tarflowlm.errors import Progress
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
+from tarflowlm.requests import Adjustment
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -62,11 +63,9 @@ class Noise:
         return Gumbel(all_seeds, places, (groups, block.coupling.choices))
 
 
-Index = Tensor | slice | int
+Index = Tensor | slice
 GAMMA = -7046029254386353131
 """The odd number next to 2^64 over the golden ratio, as a signed integer."""
-ROOM = Guesser.most + 1
-"""Places beyond the end that guesses may reach."""
 TABLE = 2**20
 """Most Gumbel numbers that are made at once: for more, a place's are made when it is drawn."""
 
@@ -81,24 +80,43 @@ class Gumbel:
     def __init__(self, seeds: Tensor, places: int, choices: tuple[int, int]) -> None:
         """`seeds` [B]; G groups with K choices each."""
         self.seeds = seeds
+        self.places = places
         self.choices = choices
         self.steps = GAMMA * torch.arange(math.prod(choices), device=seeds.device)
-        self.table: Tensor | None = None
-        if len(seeds) * places * len(self.steps) <= TABLE:
-            # guesses may go beyond the end
-            all_places = torch.arange(places + ROOM, device=seeds.device).expand(len(seeds), -1)
-            self.table = self._made(seeds[:, None], all_places)
 
-    def at(self, rows: Index, places: Index) -> Tensor:
-        """The numbers [..., G, K] of these rows and places, indexed as in a tensor [B, N, G, K]."""
+    @cached_property
+    def table(self) -> Tensor | None:
+        """The numbers of all places, if they are few."""
+        if len(self.seeds) * self.places * len(self.steps) > TABLE:
+            return None
+        return self._made(self.seeds[:, None], torch.arange(self.places, device=self.seeds.device))
+
+    def at(self, rows: Index, place: int) -> Tensor:
+        """The numbers [b, G, K] of these rows at a place."""
         if self.table is not None:
-            return self.table[rows, places]
-        if isinstance(places, slice):
-            places = torch.arange(places.start, places.stop, device=self.seeds.device)
-        seeds = self.seeds[rows]
-        if isinstance(places, Tensor) and seeds.dim() == 1:
-            seeds = seeds[:, None]
-        return self._made(seeds, torch.as_tensor(places, device=seeds.device))
+            return self.table[rows, place]
+        return self._made(self.seeds[rows], torch.tensor(place, device=self.seeds.device))
+
+    def draw(
+        self,
+        log_w: Tensor,
+        adjust: Adjustment | None,
+        rows: Index,
+        place: int,
+        group: int,
+        *,
+        is_compiled: bool = False,
+    ) -> Tensor:
+        """A choice [b] of each of these rows at a place, from log-weights [b, K] of its group."""
+        if is_compiled:
+            from tarflowlm.compiled.draw import Limits, draw
+
+            K = self.choices[1]
+            limits = Limits(-1, 1.0, K, 1.0, 0.0) if adjust is None else Limits(*adjust.limits)
+            copy, seeds = log_w.contiguous().clone(), self.seeds[rows].contiguous()
+            return torch.from_numpy(draw(copy.numpy(), limits, seeds.numpy(), place, group * K))
+        adjusted = log_w if adjust is None else adjust(log_w)
+        return (adjusted + self.at(rows, place)[:, group]).argmax(-1)
 
     def _made(self, seeds: Tensor, places: Tensor) -> Tensor:
         # the numbers of a place are a stream with a seed of its own

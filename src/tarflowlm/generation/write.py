@@ -199,7 +199,6 @@ class Window:
             adjust=self.plan.adjust,
             known=known,
             gumbel=gumbel,
-            sampling=self.plan.sampling,
             ended=self.ended,
             progress=self.progress,
         )
@@ -235,8 +234,7 @@ class Window:
         spread = given.repeat_interleave(plan.particles, 0)
         noise = self.noise.normal(given.shape[1])
         gumbel = self.noise.draws(given.shape[1])
-        sampling = plan.sampling if plan.particles == 1 else None
-        rows = Drawn(self.model, 0, noise, gumbel, spread, plan.adjust, sampling)
+        rows = Drawn(self.model, 0, noise, gumbel, spread, plan.adjust)
         rows.ended = self.ended
         rows.begins = plan.begins
         weights = yield from self._read(particle_filter(rows, self.noise, self.progress))

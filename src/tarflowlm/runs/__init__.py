@@ -3,7 +3,6 @@
 CONFIG      the configuration, with all that text, device and time have decided
 TOKENIZER   the tokenizer, whole
 WEIGHTS     the newest weights, with their checksum. These three are a model
-DRAFT       guesses the model's tokens (`drafts`), so that it writes several at once; may be missing
 CARD        the model card, if there is one
 ASKED       the configuration that was asked for
 METRICS     the log, a line of JSON for each record
@@ -19,7 +18,6 @@ A writer holds `files.LOCK`.
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
-DRAFT = "draft.safetensors"
 CARD = "README.md"
 ASKED = "asked.json"
 METRICS = "metrics.jsonl"

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tarflowlm.config import MODEL_TYPE, RunConfig
 from tarflowlm.data import Tokenizer, load_tokenizer
-from tarflowlm.drafts import Drafter
 from tarflowlm.errors import UserError, command
 from tarflowlm.files import new_folder, read_json, replacing, sha256_of, write_json
 from tarflowlm.flow.numerics import choose_maps
@@ -25,7 +24,6 @@ from tarflowlm.runs import (
     BEST,
     CONFIG,
     COUNTERS,
-    DRAFT,
     MANIFEST,
     STATE,
     SUMMARY,
@@ -196,38 +194,7 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
         what = f"{directory / WEIGHTS} does not fit {CONFIG}: {problem:.200}"
         raise UserError(f"{what}: restore both files from one run") from None
     check_finite(tensors, str(directory / WEIGHTS))
-    drafter = read_drafter(directory / DRAFT)
-    choices = config.vocab_size
-    if isinstance(model, TarFlowLM):
-        choices = model.prior.block(-1).coupling.choices
-    # one of a model with more blocks guesses other symbols
-    if drafter is not None and int(drafter.sizes[0]) == choices:
-        model.drafter = drafter
     return Checkpoint(model.eval(), tokenizer, run, info, directory).to(device)
-
-
-def write_drafter(path: Path, drafter: Drafter) -> None:
-    """Write a drafter, as weights are written."""
-    write_weights(path, {one.name: getattr(drafter, one.name) for one in fields(drafter)}, {})
-
-
-def read_drafter(path: Path) -> Drafter | None:
-    """The drafter of a file, if there is one. UserError if it is damaged."""
-    if not path.is_file():
-        return None
-    remedy = "remove it, and texts are written token by token"
-    try:
-        tables, _ = read_weights(path)
-        drafter = Drafter(**tables)
-    except (UserError, TypeError) as error:
-        problem = error if isinstance(error, UserError) else f"{path} is damaged"
-        raise UserError(f"{problem}: {remedy}") from None
-    rows, listed = len(drafter.rest), len(drafter.levels)
-    sizes = len(drafter.codes), len(drafter.sizes), int(drafter.sizes.sum())
-    agree = listed > 0 and (*sizes, len(drafter.tokens)) == (rows, rows, listed, listed)
-    if not agree or not 1 < int(drafter.sizes[0]) > int(drafter.tokens.max()):
-        raise UserError(f"{path} is damaged: {remedy}")
-    return drafter
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -287,8 +254,6 @@ def export(checkpoint: Checkpoint, out: str | Path, *, half: bool = False) -> Pa
     with new_folder(Path(out)) as folder:
         write_run(folder, replace(checkpoint.run, data=data), checkpoint.tokenizer)
         write_weights(folder / WEIGHTS, weights, checkpoint.info)
-        if checkpoint.model.drafter is not None:
-            write_drafter(folder / DRAFT, checkpoint.model.drafter)
         summary = read_summary(checkpoint.directory)
         if summary is not None:
             write_json(folder / SUMMARY, summary | {"source": data.source})

@@ -14,7 +14,7 @@ from pathlib import Path
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line, guess
 from tarflowlm.files import read_json
-from tarflowlm.runs import CARD, CONFIG, DRAFT, SUMMARY, TOKENIZER, WEIGHTS
+from tarflowlm.runs import CARD, CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 
 PREFIX = "hf:"
 FILES = (CONFIG, TOKENIZER, WEIGHTS)
@@ -46,7 +46,7 @@ def fetch(name: str | Path) -> Path:
             raise UserError(f"{name} is not a model of tarflowlm: give one of `tarflowlm push`")
         # of the same commit, after which the folder is named, whatever was pushed meanwhile
         commit = config.parent.name
-        folder = Path(get(revision=commit, allow_patterns=[*FILES, DRAFT, CARD, SUMMARY]))
+        folder = Path(get(revision=commit, allow_patterns=[*FILES, CARD, SUMMARY]))
     for file in FILES:
         if not (folder / file).exists():
             what = f"{name}: its {file} is not on the hub, or the connection is down"

@@ -13,19 +13,15 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 
 from tarflowlm import chunks
-from tarflowlm.baseline import TokenLM
 from tarflowlm.config import RunConfig
 from tarflowlm.data import WindowSampler, eval_windows
-from tarflowlm.drafts import make_drafter
 from tarflowlm.errors import SILENT, Progress, Record, UserError
 from tarflowlm.evaluation.likelihood import Likelihood, bits, summarise
 from tarflowlm.files import read_json, write_json
-from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import component_finder
-from tarflowlm.model import LanguageModel, as_flow, seeded
+from tarflowlm.model import as_flow, seeded
 from tarflowlm.presets import with_blocks
-from tarflowlm.runs import BEST, COUNTERS, DRAFT, PARENT, SUMMARY
-from tarflowlm.runs.checkpoint import Summary, read_weights, write_drafter, write_run
+from tarflowlm.runs import BEST, COUNTERS, PARENT, SUMMARY
+from tarflowlm.runs.checkpoint import Summary, read_weights, write_run
 from tarflowlm.schema import flatten, from_dict
 from tarflowlm.training.checkpoint import (
     averaged,
@@ -313,54 +309,10 @@ def drop_block(run: Run, state: State) -> None:
     submit_run(run, state)
 
 
-def laws(model: LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What a model draws in texts [B, T], and the log-weights [B, T, K] of each token.
-
-    Components of block L in a stack that fills in. None if single tokens are not drawn from left to
-    right.
-    """
-    if model.config.patch > 1:
-        return None
-    if isinstance(model, TokenLM):
-        return tokens, model.logits(tokens)
-    flow = as_flow(model)
-    last = flow.num_blocks - 1
-    if not flow.draws_tokens(last) or not (flow.is_language_model or flow.config.fills_in):
-        return None
-    block = flow.prior.block(last)
-    coupling = cast(MixDCoupling, block.coupling)
-    h = flow.codebook.encode(tokens, flow.draw_noise(tokens, Generator().manual_seed(0)))
-    # one token is a position; the map of block L itself is not needed
-    for index in range(last):
-        h, _ = flow.prior.block(index)(h)
-    find = component_finder(coupling.components.mean, coupling.components.log_std)
-    return find(h), coupling.weight_head(block.features(h))
-
-
-@torch.no_grad()
-def draft(run: Run, state: State) -> None:
-    """Make a drafter, if the model draws tokens, in some hundredths of the time of the training."""
-    model = state.model.eval()
-    drafter = make_drafter(
-        lambda windows: laws(model, windows.to(run.device)),
-        run.corpus.split("train"),
-        state.config.model.context,
-        state.counters.tokens // 8,
-    )
-    for folder in (run.out, run.out / BEST):
-        if drafter is None:
-            # that of an earlier model would guess worse
-            (folder / DRAFT).unlink(missing_ok=True)
-        elif folder.is_dir():
-            write_drafter(folder / DRAFT, drafter)
-
-
 def finish(run: Run, state: State) -> Summary:
     """Evaluate the test split, and write the summary. Collective."""
     config, counters = state.config, state.counters
     minutes = config.train.minutes
-    if run.processes.first and not run.processes.shards(config.train):
-        draft(run, state)
     if minutes:
         # take the steps of the run instead, and the test windows that the time left allows, at
         # least 32

@@ -29,6 +29,7 @@ def run(args: Args) -> None:
 
     at = listen(args.host, args.port or 8000)
     lm = load_checkpoint(args.directory, args.device)
+    args.compile_steps()
     name = shown_name(args.directory, lm.directory).removeprefix(PREFIX)
     args.warn("model")
     settings = uvicorn.Config(

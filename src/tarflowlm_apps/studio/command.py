@@ -35,6 +35,7 @@ def run(args: Args) -> None:
     listen(args.host, args.port).close()
     catalogue = Catalogue(args.models, str(pick_device(args.device)))
     args.warn("page")
+    args.compile_steps()
     print_notice("starting, which takes some seconds ...")
     with serving(catalogue, host=args.host, port=args.port) as url, suppress(KeyboardInterrupt):
         print(url, flush=True)

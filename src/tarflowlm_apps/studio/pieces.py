@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from html import escape
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -20,8 +20,6 @@ STYLE = Path(__file__).with_name("studio.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("studio.js").read_text(encoding="utf-8")
 HEAD = f"<style>{STYLE}</style><script>{SCRIPT}</script>"
 LOG = logging.getLogger("tarflowlm_apps.studio")
-SHADES = 2, 4, 8
-"""The ground of a call is darker from these numbers of tokens on, as the style has it."""
 
 Pages = Generator[str, None, None]
 """The output of a view: pages of HTML, the last one with its result."""
@@ -86,8 +84,8 @@ def quoted(word: str) -> str:
     return f'"{word}"'
 
 
-def stage(tokens: Sequence[Token], calls: Sequence[int] = (), *, model: str = "") -> str:
-    """A text in large type, with a button that copies it; `calls` as in `boxed`.
+def stage(tokens: Sequence[Token], *, model: str = "") -> str:
+    """A text in large type, with a button that copies it.
 
     Its words can be exchanged if it names the model that wrote it.
     """
@@ -96,31 +94,12 @@ def stage(tokens: Sequence[Token], calls: Sequence[int] = (), *, model: str = ""
     if model:
         keys = "Arrow keys choose a word, Enter shows other words for it"
         words = f' tabindex="0" role="group" aria-label="{keys}" data-model="{escape(model)}"'
-    return f'<div class="st-stage"{words}>{boxed(tokens, calls)}</div>{copying(text)}'
+    return f'<div class="st-stage"{words}>{spans(tokens)}</div>{copying(text)}'
 
 
-def unfinished(tokens: Sequence[Token], calls: Sequence[int] = ()) -> str:
-    """A text that is being written, with a caret; `calls` as in `boxed`."""
-    return div("st-stage", boxed(tokens, calls), '<span class="st-caret"></span>')
-
-
-def boxed(tokens: Sequence[Token], calls: Sequence[int]) -> str:
-    """A text as HTML, with a box around the tokens of each call of the model, in order.
-
-    All but the last token of a call were guessed. Given tokens are in no box, nor are those after
-    the last call.
-    """
-    found = ""
-    rest = iter(tokens)
-    for count in calls:
-        part = list(islice(rest, count))
-        if all(token.kind == "given" for token in part):
-            found += spans(part)
-            continue
-        shade = max((least for least in SHADES if len(part) >= least), default=1)
-        guessed = f'<span class="st-call-{shade}">{spans(part[:-1])}</span>'
-        found += f'<span class="st-call">{guessed}{spans(part[-1:])}</span>'
-    return found + spans(list(rest))
+def unfinished(tokens: Sequence[Token]) -> str:
+    """A text that is being written, with a caret."""
+    return div("st-stage", spans(tokens), '<span class="st-caret"></span>')
 
 
 def facts(*pairs: tuple[str, str]) -> str:

@@ -29,7 +29,6 @@ T = TypeVar("T")
 MEASURES = "ess", "pareto_k"
 LOOSELY = "With one candidate this model mostly ignores the given text: see Infill for blanks."
 MORE = "Infill can take more particles"
-BOXES = "A box is one call of the model. Its tokens on blue were guessed, and the model agreed."
 
 
 def write(
@@ -100,8 +99,6 @@ def _samples(
     is_watched = lm.model.num_blocks > 1
     samples = Samples(request, lm, past_end=is_watched)
     given = _given(samples)
-    is_drafted = lm.model.drafter is not None and not is_watched
-    is_drafted &= samples.total == samples.plans[0].particles == 1
     parts: list[list[int]] = []
 
     def work() -> Written:
@@ -115,7 +112,7 @@ def _samples(
         written = parts.copy()
         tokens = torch.tensor([token for part in written for token in part]).long()
         shown = text_tokens(tokens, lm.tokenizer, {"given": given})
-        return pieces.unfinished(shown, list(map(len, written)) if is_drafted else ())
+        return pieces.unfinished(shown)
 
     job = Job("writing", samples.num_tokens)
     found = yield from job.follow(work, so_far, around)
@@ -123,15 +120,9 @@ def _samples(
     notes = [*samples.notices]
     if samples.follows_loosely:
         notes.append(LOOSELY)
-    calls = [len(part) for part in parts]
     masks = [_given(samples, found, row) for row in range(len(found.streams))]
     drawn = generation.tokens.numel() - sum(int(mask.sum()) for mask in masks)
     facts = [pieces.took(job.seconds), (f"{drawn / job.seconds:,.0f}", "tokens per second")]
-    if is_drafted:
-        notes.append(BOXES)
-        # what is given comes first
-        own = calls[bool(given[0]) :]
-        facts.append((f"{sum(own) / len(own):.1f}", "tokens per call"))
     cards = []
     for row, (stream, mask) in enumerate(zip(found.streams, masks, strict=True)):
         # include the end of the document, which is shown as a mark
@@ -143,7 +134,7 @@ def _samples(
             rests = [f"This text {ground}."]
         cards.append(
             pieces.card(
-                pieces.stage(shown, calls if is_drafted else (), model=str(model)),
+                pieces.stage(shown, model=str(model)),
                 *map(pieces.muted, [*notes, *rests]),
                 pieces.facts((f"{stream.length:,}", "tokens"), *facts),
                 _passes(catalogue, lm, found, row, mask) if is_watched else "",

@@ -2,8 +2,6 @@
 `generate`.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -12,11 +10,9 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.errors import Progress
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
-from tarflowlm.generation.rows import Drawn
 from tarflowlm.objective import conditional_bound
 from tarflowlm.pretrained import Pretrained, load
 from tarflowlm.requests import Writing
-from tarflowlm_apps.lm_eval.register import how_to_continue
 from tarflowlm_apps.lm_eval.scoring import Piece, TextScorer
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"
@@ -163,26 +159,6 @@ def test_continuations_equal_generate(scorer, kind):
     # a stop is read as the texts are; a line end means nothing to this model
     shouted = Writing(max_new_tokens=5, top_k=1, stop=("\n", text[2:4].upper()))
     assert s.complete([("The q", shouted)]) == [text[: text.index(text[2:4])]]
-
-
-@pytest.mark.parametrize("name", ["english-mini-ar", "english-mini"])
-def test_continuations_are_drafted_and_equal_those_by_steps(name, monkeypatch):
-    """Greedy ones, and those that are drawn up to a stop."""
-    scorer, steps, calls = TextScorer(load(name), seed=1), Drawn.step, []
-    monkeypatch.setattr(Drawn, "step", lambda rows: (calls.append(rows), steps(rows))[1])
-    tasks = [
-        {"max_gen_toks": 80},
-        {"max_gen_toks": 80, "do_sample": True, "temperature": 0.8, "until": [" and "]},
-    ]
-    for how in map(how_to_continue, tasks):
-        found, counts = [], []
-        for decoder in ("auto", "steps"):
-            calls.clear()
-            found += scorer.complete([("The king went ", replace(how, decoder=decoder))])
-            counts.append(len(calls))
-        assert how.decoder == "auto"
-        assert found[0] == found[1]
-        assert counts[0] < counts[1] / 2
 
 
 def test_stops_of_tasks_are_those_that_a_model_can_write(scorer):

@@ -22,7 +22,7 @@ from tarflowlm.requests import Writing
 from tarflowlm.terminal.texts import trust
 from tarflowlm_apps.studio.catalogue import Catalogue
 from tarflowlm_apps.studio.edit import KINDS, change, rewrite
-from tarflowlm_apps.studio.pieces import SHADES, STYLE, guarded, quoted
+from tarflowlm_apps.studio.pieces import guarded, quoted
 from tarflowlm_apps.studio.runs import runs
 from tarflowlm_apps.studio.score import compare
 from tarflowlm_apps.studio.values import from_address, seed
@@ -345,23 +345,6 @@ def test_words_of_a_command_are_quoted_for_all_shells():
 def test_numbers_are_written_out():
     with pytest.raises(UserError, match="seed: give a number from 0 to 2,147,483,648"):
         seed(2**40)
-
-
-@pytest.mark.parametrize("name", ["english-mini-ar", "english-mini"])
-def test_a_box_holds_the_tokens_of_a_call(name):
-    """Of one sample, after its prompt; the boxes are those of the calls."""
-    catalogue = Catalogue()
-    samples = Samples(Writing(prompt="the little girl ", num_tokens=80), catalogue.load(name))
-    prompt, *calls = samples.pieces()
-    pages = list(write(catalogue, name, "", prompt, 80, 0.8, 1.0, 1, 0))
-    assert set(re.findall(r"st-call-(\d+)", STYLE)) == set(map(str, SHADES))
-    boxes = re.findall(r'<span class="st-call">(.*?</span>.*?</span>)</span>', pages[-1])
-    assert [words(box) for box in boxes] == [call for call in calls if call]
-    assert stages(pages[-1]) == [prompt + "".join(calls)]
-    assert f"{64 / len(boxes):.1f} tokens per call" in words(pages[-1])
-    # several samples share their calls, and a stack of blocks has no calls of its own
-    for other, num in ((name, 2), ("english-passes", 1)):
-        assert "st-call" not in shown(write, catalogue, [other, "", prompt, 24, 0.8, 1.0, num, 0])
 
 
 def test_a_run_that_begins_later_is_found(folder, tmp_path):

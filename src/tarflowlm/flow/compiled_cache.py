@@ -1,0 +1,166 @@
+"""The KV cache of a Transformer whose steps are compiled (`tarflowlm.compiled`)."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tarflowlm import compiled
+from tarflowlm.flow.attention import rotations
+from tarflowlm.flow.cache import Cache
+from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.inputs import InputMap
+from tarflowlm.flow.plan import NoisyCodebook
+from tarflowlm.flow.transformer import Embedder, LayerWeights, Transformer
+
+if TYPE_CHECKING:
+    from tarflowlm.compiled.step import Floats, InputArrays, LayerArrays
+
+Packed = TypeVar("Packed")
+AT_ONCE = 64
+"""Rows that go through the layers together, so that their activations stay in the cache."""
+
+
+def serves(like: Tensor, num_tokens: int) -> bool:
+    """Whether a text of so many tokens is written by compiled steps, with weights as `like`."""
+    is_plain = like.device.type == "cpu" and like.dtype == torch.float32
+    return is_plain and not torch.compiler.is_compiling() and compiled.is_due(num_tokens)
+
+
+def packed(module: nn.Module, pack: Callable[[], Packed]) -> Packed:
+    """The weights of a module as `pack` returns them, which it does once for the same weights."""
+    state = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_inference() for tensor in state):  # which do not count their changes
+        return pack()
+    key = [(tensor.data_ptr(), tensor._version) for tensor in state]
+    kept: tuple[object, Packed] | None = vars(module).get("_packed")
+    if kept is None or kept[0] != key:
+        kept = key, pack()
+        vars(module)["_packed"] = kept
+    return kept[1]
+
+
+def array(x: Tensor) -> "Floats":
+    """A contiguous copy."""
+    return x.detach().clone(memory_format=torch.contiguous_format).numpy()
+
+
+def layer_arrays(transformer: Transformer) -> "LayerArrays":
+    from tarflowlm.compiled.step import LayerArrays
+
+    taps = transformer.input_taps
+    every: list[LayerWeights] = [one.weights() for one in transformer.layers]  # type: ignore[operator]
+
+    def stacked(*names: str) -> "Floats":
+        """The weights of all layers, those of several names side by side."""
+        parts = [[getattr(w, name) for name in names] for w in every]
+        return array(torch.stack([torch.cat([x for x in p if x is not None], -1) for p in parts]))
+
+    return LayerArrays(
+        taps=array(transformer.norm.weight[:0, None] if taps is None else taps.flip(0)),
+        attention_norm=stacked("attention_norm"),
+        qkv=stacked("queries_and_keys", "values"),
+        scale=stacked("scale")[:, :, 0].copy(),
+        out=stacked("out"),
+        mlp_norm=stacked("mlp_norm"),
+        up=stacked("gate", "up"),
+        down=stacked("down"),
+        norm=array(transformer.norm.weight),
+    )
+
+
+def input_arrays(
+    source: InputMap, codebook: Codebook | NoisyCodebook | None, embedding: nn.Embedding | None
+) -> "InputArrays":
+    """The weights of an `InputMap`, and of the embedding of tokens beside it, if there is one."""
+    from tarflowlm.compiled.step import InputArrays
+
+    nothing = source.linear.weight[:0]
+    mean, log_std = nothing.T, nothing[:, 0]
+    if codebook is not None and embedding is not None:
+        mean, log_std = codebook.mean, codebook.log_std
+    return InputArrays(
+        linear=array(source.linear.weight.T),
+        linear_bias=array(source.linear.bias),
+        lift=array(nothing.T if source.is_linear else source.lift.weight.T),
+        lift_bias=array(nothing[:, 0] if source.is_linear else source.lift.bias),
+        out=array(nothing if source.is_linear else source.out.weight.T),
+        embedding=array(source.linear.weight.T[:0] if embedding is None else embedding.weight),
+        mean=array(mean.T),
+        precision=array(-0.5 * torch.exp(-2 * log_std)),
+        log_scale=array(-mean.shape[1] * log_std),
+    )
+
+
+class CompiledCache(Cache):
+    """The keys and values of `batch` rows of `capacity` positions, float32 on the CPU."""
+
+    is_compiled = True
+
+    def __init__(self, transformer: Transformer, batch: int, capacity: int) -> None:
+        config = transformer.config
+        self.transformer = transformer
+        self.weights = packed(transformer, lambda: layer_arrays(transformer))
+        turns = rotations(torch.arange(capacity), config.head_width)[:, 0, 0]
+        self.turns = array(torch.view_as_real(turns))
+        self.before = max(config.input_taps - 1, 0)
+        width = config.width if config.input_taps else 0
+        self.inputs = torch.zeros(batch, self.before + capacity, width)
+        shape = len(self.weights.out), batch, config.num_heads, capacity, config.head_width
+        self.stored = torch.empty(2, *shape)
+        self.texts = torch.arange(batch)
+        """Where the rows are stored."""
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return len(self.texts)
+
+    def take(self, source: Cache, rows: Tensor) -> None:
+        assert isinstance(source, CompiledCache)
+        self.length = source.length
+        end, origin = self.length, source.texts[rows]
+        self.inputs[self.texts, : self.before + end] = source.inputs[origin, : self.before + end]
+        self.stored[:, :, self.texts, :, :end] = source.stored[:, :, origin, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        self.texts = self.texts[rows]
+
+    def embedder(
+        self,
+        source: InputMap,
+        codebook: Codebook | NoisyCodebook | None,
+        embedding: nn.Embedding | None,
+    ) -> Embedder:
+        from tarflowlm.compiled.step import map_inputs
+
+        weights = input_arrays(source, codebook, embedding)
+
+        def embed(past: Tensor) -> Tensor:
+            rows = past.detach().flatten(0, 1).contiguous().numpy()
+            return torch.from_numpy(map_inputs(rows, weights)).unflatten(0, past.shape[:2])
+
+        return embed
+
+    def linear(self, of: nn.Linear, x: Tensor) -> Tensor:
+        from tarflowlm.compiled.step import linear
+
+        weight = packed(of, lambda: array(of.weight.T))
+        y = torch.zeros(len(x), len(of.weight)) if of.bias is None else of.bias.repeat(len(x), 1)
+        linear(x.contiguous().numpy(), weight, y.detach().numpy())
+        return y
+
+    def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        from tarflowlm.compiled.step import layers
+
+        assert self.length + x.shape[1] <= len(self.turns), "the cache is full"
+        keys, values = self.stored.numpy()
+        inputs, texts = self.inputs.numpy(), self.texts.numpy()
+        features: list[Tensor] = []
+        for part in x.detach().split(max(1, AT_ONCE // max(1, len(x))), 1):
+            rows = part.flatten(0, 1).clone().numpy()
+            found = layers(rows, self.weights, self.turns, inputs, keys, values, texts, self.length)
+            features.append(torch.from_numpy(found).view(part.shape))
+            self.length += part.shape[1]
+        return features[0] if len(features) == 1 else torch.cat(features, 1)
