@@ -12,8 +12,9 @@ from helpers import FILLS, TRUNK, mostly_slow, randomise, tiny_ar, tiny_flow
 from tarflowlm import compiled
 from tarflowlm.data.prompts import Gap
 from tarflowlm.flow.cache import Cache, KVCache
-from tarflowlm.flow.compiled_cache import CompiledCache, packed
+from tarflowlm.flow.compiled_cache import CompiledCache
 from tarflowlm.flow.conditioner import Conditioner
+from tarflowlm.flow.packing import packed
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.generation import generate
 from tarflowlm.generation.plan import plan
@@ -319,7 +320,7 @@ def test_short_texts_do_not_compile(monkeypatch, tmp_path):
 
 def test_other_weights_take_plain_steps():
     like = torch.zeros(3)
-    from tarflowlm.flow.compiled_cache import serves
+    from tarflowlm.flow.packing import serves
 
     assert serves(like, 1)
     assert not serves(like.double(), 1)

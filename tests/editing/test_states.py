@@ -102,7 +102,7 @@ def test_bounds_are_means_of_the_negative_elbo():
     text = encode(model, TEXT, generator())
     edit = renoise(Source(model, text, generator(1)), level=1, strength=1.0)
     with torch.no_grad():
-        for tokens, found in ((TEXT, edit.bound_before), (edit.tokens, edit.bound)):
+        for tokens, found in ((TEXT, edit.bounds[0]), (edit.tokens, edit.bounds[1])):
             expected = torch.stack(
                 [elbo(model, tokens, generator=generator(s)).nelbo for s in range(20)]
             ).mean(0)

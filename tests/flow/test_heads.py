@@ -2,6 +2,7 @@
 pass.
 """
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 
 from helpers import normal, randomise
+from tarflowlm import compiled
 from tarflowlm.flow.heads import (
     LARGEST_LOG_STD,
     AutoregressiveHead,
@@ -133,6 +135,27 @@ def test_walking_equals_the_parallel_pass(head):
         for walked, out in zip(walk.send(z_g), parallel, strict=True):
             torch.testing.assert_close(walked, out[g, :, 0], rtol=1e-12, atol=1e-12)
         z_g = known[g]
+
+
+def test_walking_by_compiled_functions_equals_it_alone_and_beside_others(head, request):
+    pytest.importorskip("numba")
+    request.getfixturevalue("compiled_steps")
+    assert compiled.is_due(1)
+    head = copy.deepcopy(head).float()
+    B, C = 3, head.groups * head.channels
+    features, z = normal(B, WIDTH, seed=1).float(), normal(B, C).float()
+    with torch.no_grad():
+        parallel = head(features[:, None], z[:, None])
+        weights = HeadWeights(head)
+        assert weights.arrays is not None
+        walk, alone, z_g = head.walk(features, weights), head.walk(features[1:2], weights), None
+        for g in range(head.groups):
+            outputs = walk.send(z_g)
+            own = alone.send(z_g if z_g is None else z_g[1:2])
+            for walked, single, out in zip(outputs, own, parallel, strict=True):
+                torch.testing.assert_close(walked, out[g, :, 0], rtol=1e-5, atol=1e-5)
+                assert torch.equal(single, walked[1:2])
+            z_g = z[:, head.channels * g : head.channels * (g + 1)]
 
 
 @pytest.mark.parametrize("in_patch", [True, False], ids=["autoregressive", "independent"])

@@ -8,10 +8,9 @@ import pytest
 import torch
 from numerics_cases import codebook_case, nasty_mixtures, wide_noise
 
-from tarflowlm import flow
+from tarflowlm import compiled, flow
 from tarflowlm.flow.numerics import (
     cpu,
-    few_rows,
     mixture_cdf,
     mixture_log_prob,
     reference,
@@ -106,18 +105,18 @@ def assert_gradients(found, expected, bound):
 
 @pytest.mark.parametrize("components", COMPONENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_solvers(dtype, components, monkeypatch):
+def test_all_solvers(dtype, components, request):
     """In noise, and beyond what an ulp of z is worth: where F is flat, many z are right."""
     u, _, exact, params = scalar_case(components, dtype)
     slope = reference.mixture_cdf(exact, *double(*params))[1].exp()
     found = {"many": cpu.by_bisection(u, *params)}
-    for solver, one_by_one in (("together", 0), ("one by one", 1e9)):
-        monkeypatch.setattr(few_rows, "ONE_BY_ONE", one_by_one)
-        few, left = few_rows.mixture_cdf_inverse(u, *params)
-        is_solved = torch.ones(len(u), dtype=torch.bool)
-        is_solved[left] = False
-        assert is_solved.double().mean() > 0.99
-        found[solver] = torch.where(is_solved, few, found["many"])
+    if dtype == torch.float32 and compiled.is_installed():
+        request.getfixturevalue("compiled_steps")
+        from tarflowlm.compiled.invert import invert_mixtures
+
+        z = torch.from_numpy(invert_mixtures(*(x.contiguous().numpy() for x in (u, *params))))
+        assert z.isfinite().double().mean() > 0.99
+        found["one by one"] = torch.where(z.isfinite(), z, found["many"])
     eps = torch.finfo(dtype).eps
     for solver, z in found.items():
         error = ((z - exact).abs() - 2 * eps * exact.abs()).clamp(min=0) * slope

@@ -75,6 +75,11 @@ def prepare() -> bool:
     return True
 
 
+def is_loaded() -> bool:
+    """Whether all functions are loaded, because a text was written by them."""
+    return prepare.cache_info().currsize > 0 and prepare()
+
+
 def start() -> None:
     """Compile in a process that goes on when this one has ended, unless all is ready."""
     if is_installed() and not (folder() / READY).exists():

@@ -3,6 +3,8 @@
 import numpy as np
 
 from tarflowlm.compiled.draw import Limits, draw
+from tarflowlm.compiled.head import HeadArrays, embed_group, group_outputs
+from tarflowlm.compiled.invert import invert_mixtures, invert_vectors
 from tarflowlm.compiled.step import Floats, InputArrays, LayerArrays, layers, linear, map_inputs
 
 
@@ -41,5 +43,20 @@ def call_all() -> None:
     linear(zeros(1, 2), zeros(2, 1), zeros(1, 1))
     map_inputs(zeros(1, 1), inputs)
     draw(zeros(1, 1), limits, texts, 0, 0)
-    for function in (layers, linear, map_inputs, draw):
+    head = HeadArrays(
+        context=zeros(1, 1),
+        shared=zeros(1, 1),
+        cross=zeros(1, 1, 1),
+        embed=zeros(1, 3, 1),
+        embed_bias=zeros(1, 1),
+        weights=zeros(1, 1, 1),
+        biases=zeros(1, 1),
+        evidence=zeros(1, 1, 1),
+    )
+    group_outputs(0, head, zeros(1, 1), zeros(1, 1), zeros(1, 1), zeros(1, 1))
+    embed_group(0, head, zeros(1, 1), zeros(1, 1), zeros(1, 1))
+    invert_mixtures(zeros(1), zeros(1, 1), zeros(1, 1), zeros(1, 1))
+    invert_vectors(zeros(1, 1), zeros(1, 1), zeros(1, 1), zeros(1))
+    functions = layers, linear, map_inputs, draw
+    for function in (*functions, group_outputs, embed_group, invert_mixtures, invert_vectors):
         function.disable_compile()

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,10 +47,21 @@ class Edited:
     change: Change
     texts: list[str]
     """The new texts."""
-    bits_before: float
-    """Bits per character before the edits, at most."""
-    bits: Tensor
-    """The same after each edit, [num]."""
+    characters: Tensor
+    """Of every token, [V]."""
+
+    @cached_property
+    def bits_before(self) -> float:
+        """Bits per character before the edits, at most."""
+        return self._bits(self.change.bounds[0][:1], self.change.before[:1]).item()
+
+    @cached_property
+    def bits(self) -> Tensor:
+        """The same after each edit, [num]."""
+        return self._bits(self.change.bounds[1], self.change.tokens)
+
+    def _bits(self, nats: Tensor, tokens: Tensor) -> Tensor:
+        return bits(nats.cpu()) / self.characters[tokens.cpu()].sum(-1).clamp_min(1)
 
 
 def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
@@ -80,17 +92,11 @@ def edit(request: Edit, lm: Checkpoint, progress: Progress = SILENT) -> Edited:
         "level": renoise_state,
     }
     change = edits[request.kind](request, lm.tokenizer, source)
-    counts = torch.from_numpy(lm.tokenizer.characters_per_token)
-
-    def per_character(nats: Tensor, tokens: Tensor) -> Tensor:
-        return bits(nats.cpu()) / counts[tokens.cpu()].sum(-1).clamp_min(1)
-
     return Edited(
         reading=text,
         change=change,
         texts=[lm.tokenizer.decode(tokens) for tokens in change.tokens.tolist()],
-        bits_before=per_character(change.bound_before[:1], change.before[:1]).item(),
-        bits=per_character(change.bound, change.tokens),
+        characters=torch.from_numpy(lm.tokenizer.characters_per_token),
     )
 
 

@@ -4,13 +4,15 @@ The flow is invertible, so every changed state is a text (docs/math.md, section 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tarflowlm import chunks
 from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation import generate
@@ -32,14 +34,19 @@ class Change:
     """Tokens after the edit, [B, T'], with T' = T unless words of another length were put in."""
     changed: Tensor
     """Which of these are new, [B, T']."""
-    bound_before: Tensor
-    """The bound before the edit, [B], in nats: a mean over SAMPLES posterior samples."""
-    bound: Tensor
-    """The same after the edit, with the same noise."""
+    measure: Callable[[], tuple[Tensor, Tensor]]
+    """Computes the `bounds`, which takes longer than most edits."""
     states: tuple[Tensor, ...]
     """States of the new text, from the edited one down to h^(0), each [B, T', d]."""
     pareto_k: tuple[float, ...] = ()
     """`Encoded.pareto_k` of every text if spans were redrawn, else empty."""
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The bounds before and after the edit, [B] each, in nats: means over SAMPLES posterior
+        samples, with the same noise.
+        """
+        return self.measure()
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,7 @@ def compared(
         old,
         new,
         changed=new != aligned,
-        bound_before=_bound(model, text.tokens, noise),
-        bound=_bound(model, tokens, same_noise),
+        measure=lambda: (_bound(model, text.tokens, noise), _bound(model, tokens, same_noise)),
         states=tuple(h[:, :length] for h in states),
     )
 
@@ -197,8 +203,11 @@ def _bound(
 
     It is exact for a baseline. All texts get the same noise.
     """
-    draws = []
-    for _ in range(1 if model.is_exact else SAMPLES):
-        noise = model.draw_noise(tokens[:1], generator)
-        draws.append(model.bound(tokens, noise.expand(*tokens.shape, -1)))
-    return torch.stack(draws).mean(0)
+    if model.is_exact:
+        return model.bound(tokens, model.draw_noise(tokens))
+    noise = torch.cat([model.draw_noise(tokens[:1], generator) for _ in range(SAMPLES)])
+    # every text with every noise
+    texts = tokens.repeat_interleave(SAMPLES, 0)
+    rows = chunks.bound_rows(tokens.shape[1], tokens.device)
+    draws = chunks.in_parts(model.bound, rows, texts, noise.repeat(len(tokens), 1, 1))
+    return torch.cat(draws).view(-1, SAMPLES).mean(1)

@@ -1,50 +1,24 @@
 """The KV cache of a Transformer whose steps are compiled (`tarflowlm.compiled`)."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm import compiled
 from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.cache import Cache
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.inputs import InputMap
+from tarflowlm.flow.packing import array, packed
 from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.flow.transformer import Embedder, LayerWeights, Transformer
 
 if TYPE_CHECKING:
     from tarflowlm.compiled.step import Floats, InputArrays, LayerArrays
 
-Packed = TypeVar("Packed")
 AT_ONCE = 64
 """Rows that go through the layers together, so that their activations stay in the cache."""
-
-
-def serves(like: Tensor, num_tokens: int) -> bool:
-    """Whether a text of so many tokens is written by compiled steps, with weights as `like`."""
-    is_plain = like.device.type == "cpu" and like.dtype == torch.float32
-    return is_plain and not torch.compiler.is_compiling() and compiled.is_due(num_tokens)
-
-
-def packed(module: nn.Module, pack: Callable[[], Packed]) -> Packed:
-    """The weights of a module as `pack` returns them, which it does once for the same weights."""
-    state = [*module.parameters(), *module.buffers()]
-    if any(tensor.is_inference() for tensor in state):  # which do not count their changes
-        return pack()
-    key = [(tensor.data_ptr(), tensor._version) for tensor in state]
-    kept: tuple[object, Packed] | None = vars(module).get("_packed")
-    if kept is None or kept[0] != key:
-        kept = key, pack()
-        vars(module)["_packed"] = kept
-    return kept[1]
-
-
-def array(x: Tensor) -> "Floats":
-    """A contiguous copy."""
-    return x.detach().clone(memory_format=torch.contiguous_format).numpy()
 
 
 def layer_arrays(transformer: Transformer) -> "LayerArrays":

@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow import compiled_cache, full_precision
+from tarflowlm.flow import full_precision
 from tarflowlm.flow.cache import Cache, KVCache
+from tarflowlm.flow.compiled_cache import CompiledCache
+from tarflowlm.flow.packing import serves
 from tarflowlm.flow.transformer import Embedder, Transformer
 
 
@@ -38,8 +40,8 @@ class Conditioner(nn.Module):
         """An empty KV cache for `num_positions` positions; `half`: in bfloat16."""
         like = self.start.bfloat16() if half else self.start
         cache: Cache
-        if compiled_cache.serves(like, batch * num_positions):
-            cache = compiled_cache.CompiledCache(self.transformer, batch, num_positions)
+        if serves(like, batch * num_positions):
+            cache = CompiledCache(self.transformer, batch, num_positions)
         else:
             cache = KVCache(self.transformer, batch, num_positions, like)
         cache.embed = self.embedder(cache)

@@ -5,7 +5,9 @@ Every group has M hidden units, A channels of its embedding, and O outputs.
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 
 from tarflowlm import flow
 from tarflowlm.flow import full_precision, widen
+from tarflowlm.flow.packing import array, is_loaded, packed
+
+if TYPE_CHECKING:
+    from tarflowlm.compiled.head import HeadArrays
 
 LARGEST_LOG_STD = 8.0
 """Log-scales up to here are as the head gives them."""
@@ -161,6 +167,9 @@ class AutoregressiveHead(nn.Module):
     ) -> Generator[list[Tensor], Tensor | None, None]:
         """Yields the parameters [B, O] of each group in turn; the caller sends z_g [B, C/G]."""
         weights = HeadWeights(self) if weights is None else weights
+        if weights.arrays is not None and not features.requires_grad:
+            yield from self._walk_compiled(features, weights.arrays)
+            return
         shared = None if self.shared is None else self.shared(features)
         values = embedded = features[:, :0]
         for g, hidden in enumerate(self.context(features).split(self.hidden, -1)):
@@ -179,11 +188,63 @@ class AutoregressiveHead(nn.Module):
                 own = self.embedded(z, weights.embed[g], g)
                 embedded = torch.cat((embedded, own), -1)
 
+    def _walk_compiled(
+        self, features: Tensor, weights: "HeadArrays"
+    ) -> Generator[list[Tensor], Tensor | None, None]:
+        """`walk` by compiled functions."""
+        from tarflowlm.compiled.head import embed_group, group_outputs
+        from tarflowlm.compiled.step import linear
+
+        rows = len(features)
+        c = features.contiguous().numpy()
+        hidden = self.context.bias.detach().repeat(rows, 1).numpy()
+        linear(c, weights.context, hidden)
+        shared = np.zeros((rows, weights.shared.shape[1]), np.float32)
+        linear(c, weights.shared, shared)
+        embedded = np.empty((rows, weights.cross.shape[1]), np.float32)
+        values = np.empty((rows, self.groups * self.channels), np.float32)
+        sizes = [bias.shape[-1] for bias in self.biases]
+        for g in range(self.groups):
+            found = group_outputs(g, weights, hidden, shared, embedded, values)
+            outputs = list(torch.from_numpy(found).split(sizes, -1))
+            if self.log_std_last:
+                outputs[-1] = bounded_log_std(outputs[-1])
+            z = yield outputs
+            assert z is not None
+            if g < self.num_known:
+                embed_group(g, weights, z.contiguous().numpy(), embedded, values)
+
+    def _arrays(self) -> "HeadArrays":
+        from tarflowlm.compiled.head import HeadArrays
+
+        cross, evidence = self.masked()
+        known, A = self.embed.shape[0], self.embed.shape[2]
+        width = self.context.weight.shape[1]
+        bias = self.embed_bias
+        return HeadArrays(
+            context=array(self.context.weight.T),
+            shared=array(torch.empty(width, 0) if self.shared is None else self.shared.weight.T),
+            cross=array(cross.flatten(2).mT),
+            embed=array(self.embed),
+            embed_bias=array(torch.zeros(known, A) if bias is None else bias),
+            weights=array(torch.cat([*self.weights], -1)),
+            biases=array(torch.cat([*self.biases], -1)),
+            evidence=array(
+                torch.empty(self.groups, 0, 0) if evidence is None else evidence.flatten(1, 2)
+            ),
+        )
+
 
 class HeadWeights:
     """The present weights of a head as `walk` reads them: [inputs, outputs], by group."""
 
+    arrays: "HeadArrays | None" = None
+    """The same for compiled functions, where they are used."""
+
     def __init__(self, head: AutoregressiveHead) -> None:
+        if is_loaded(head.context.weight):
+            self.arrays = packed(head, head._arrays)
+            return
         outputs = zip(head.weights, head.biases, strict=True)
         # for every group one ([M, O], [O]) per output
         by_group = [zip(w.unbind(), b.unbind(), strict=True) for w, b in outputs]

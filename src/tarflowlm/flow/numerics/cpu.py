@@ -11,8 +11,8 @@ factors come last:
 
 Inverses stay inside an exact bracket. Bisection, as often as the rows need it, shrinks that of
 docs/math.md, eq. 20, to the scale of the narrowest component. Then Newton steps finish. Everything
-is mirrored to u >= 0 as in `reference`. For a handful of mixtures, as in sampling one position at a
-time, `few_rows` is tried first.
+is mirrored to u >= 0 as in `reference`. Where functions are compiled, `compiled.invert` takes the
+rows that it can.
 """
 
 import math
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from tarflowlm import chunks
-from tarflowlm.flow.numerics import few_rows, reference
+from tarflowlm.flow import packing
+from tarflowlm.flow.numerics import reference
 from tarflowlm.flow.numerics.normal import (
     INV_SQRT_2PI,
     SQRT_HALF,
@@ -253,11 +254,13 @@ def _gradients(
 
 def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
     """z [N], as `reference.mixture_cdf_inverse` of log_w, mean, log_std."""
-    # measured: up to some 200 rows of 27 components the other way is faster
-    if len(u) * (params[1].shape[-1] + 8) > 6000:
+    if not packing.is_loaded(u):
         return by_bisection(u, *params)
-    z, left = few_rows.mixture_cdf_inverse(u, *params)
-    if left:
+    from tarflowlm.compiled.invert import invert_mixtures
+
+    z = torch.from_numpy(invert_mixtures(*(x.detach().contiguous().numpy() for x in (u, *params))))
+    left = z.isnan().nonzero()[:, 0]
+    if len(left):
         z[left] = by_bisection(u[left], *take_rows(params, left))
     return z
 
@@ -325,10 +328,14 @@ def _solve(u: Tensor, params: Params, space: Workspace) -> tuple[Tensor, Tensor]
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N, d], as `reference.rosenblatt_inverse`."""
-    if len(u) > few_rows.MOST_ROWS or len(mean) > few_rows.MOST_COMPONENTS:
+    if not packing.is_loaded(u):
         return by_channels(u, log_w, mean, log_std)
-    z, left = few_rows.rosenblatt_inverse(u, log_w, mean, log_std)
-    if left:
+    from tarflowlm.compiled.invert import invert_vectors
+
+    given = (u, log_w, mean, log_std)
+    z = torch.from_numpy(invert_vectors(*(x.detach().contiguous().numpy() for x in given)))
+    left = z.isnan().any(1).nonzero()[:, 0]
+    if len(left):
         z[left] = by_channels(u[left], log_w[left], mean, log_std)
     return z
 

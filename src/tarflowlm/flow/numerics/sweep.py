@@ -287,8 +287,8 @@ def by_heaviest(
 ) -> tuple[Tensor, Tensor]:
     """z [N, d] of the K / n heaviest components from channel i on, for every i: n of `CUTS`.
 
-    Returns also where z is right, [N]: where the bound on the others' mass, as in `few_rows`, is
-    lost in the rounding of every tail.
+    Returns also where z is right, [N]: where the bound on the others' mass, as in
+    `compiled.invert`, is lost in the rounding of every tail.
     """
     log_smallest_std = log_std.amin()
     columns = mean.T[:, None]  # [d, 1, K], later [d, N, k]
