@@ -197,6 +197,9 @@ def test_full_precision_has_no_tf32(before):
         matmul.fp32_precision = before
         with warnings.catch_warnings(action="ignore"), full_precision(on_cuda):
             assert matmul.fp32_precision == "ieee"
+            with full_precision(on_cuda):
+                assert matmul.fp32_precision == "ieee"
+            assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == before
     finally:
         matmul.fp32_precision = kept

@@ -18,6 +18,8 @@ class HeadArrays(NamedTuple):
 
     context: Floats
     """[D, G M]."""
+    context_bias: Floats
+    """[G M]."""
     shared: Floats
     """[D, O_1], or [D, 0] without linear paths."""
     cross: Floats

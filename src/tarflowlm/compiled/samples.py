@@ -5,7 +5,7 @@ import numpy as np
 from tarflowlm.compiled.draw import Limits, draw
 from tarflowlm.compiled.head import HeadArrays, embed_group, group_outputs
 from tarflowlm.compiled.invert import invert_mixtures, invert_vectors
-from tarflowlm.compiled.step import Floats, InputArrays, LayerArrays, layers, linear, map_inputs
+from tarflowlm.compiled.step import Floats, InputArrays, LayerArrays, affine, layers, map_inputs
 
 
 def zeros(*shape: int) -> Floats:
@@ -40,11 +40,12 @@ def call_all() -> None:
     texts = np.zeros(1, np.int64)
     past = zeros(1, 1, 1, 1, 2)
     layers(zeros(1, 2), weights, zeros(1, 1, 2), zeros(1, 0, 2), past, past.copy(), texts, 0)
-    linear(zeros(1, 2), zeros(2, 1), zeros(1, 1))
+    affine(zeros(1, 2), zeros(2, 1), zeros(1))
     map_inputs(zeros(1, 1), inputs)
     draw(zeros(1, 1), limits, texts, 0, 0)
     head = HeadArrays(
         context=zeros(1, 1),
+        context_bias=zeros(1),
         shared=zeros(1, 1),
         cross=zeros(1, 1, 1),
         embed=zeros(1, 3, 1),
@@ -57,6 +58,6 @@ def call_all() -> None:
     embed_group(0, head, zeros(1, 1), zeros(1, 1), zeros(1, 1))
     invert_mixtures(zeros(1), zeros(1, 1), zeros(1, 1), zeros(1, 1))
     invert_vectors(zeros(1, 1), zeros(1, 1), zeros(1, 1), zeros(1))
-    functions = layers, linear, map_inputs, draw
+    functions = layers, affine, map_inputs, draw
     for function in (*functions, group_outputs, embed_group, invert_mixtures, invert_vectors):
         function.disable_compile()

@@ -81,6 +81,17 @@ def linear(x: Floats, weight: Floats, y: Floats) -> None:
                 y[r, i] += x[r, j] * weight[j, i]
 
 
+@njit(fastmath=CHAIN, error_model="numpy", cache=True, nogil=True)
+def affine(x: Floats, weight: Floats, bias: Floats) -> Floats:
+    """x @ weight + bias, [R, n]."""
+    y = np.empty((len(x), len(bias)), np.float32)
+    for r in range(len(x)):
+        for i in range(len(bias)):
+            y[r, i] = bias[i]
+    linear(x, weight, y)
+    return y
+
+
 @njit(fastmath=BY_ROW, error_model="numpy", cache=True, nogil=True)
 def normalise(x: Floats, scale: Floats, y: Floats) -> None:
     """y = layer_norm(x) * scale, along one row."""
@@ -294,18 +305,10 @@ def nearest(z: Floats, w: InputArrays, density: Floats) -> int:
 def map_inputs(z: Floats, w: InputArrays) -> Floats:
     """Inputs [R, D] of a Transformer from latents z [R, C], as `InputMap` and its block."""
     rows, D = len(z), w.linear.shape[1]
-    x = np.empty((rows, D), np.float32)
-    for r in range(rows):
-        for i in range(D):
-            x[r, i] = w.linear_bias[i]
-    linear(z, w.linear, x)
+    x = affine(z, w.linear, w.linear_bias)
     if w.lift.shape[1]:
-        lifted = np.empty((rows, D), np.float32)
+        lifted = affine(z, w.lift, w.lift_bias)
         room, powers = np.empty(D, np.float32), np.empty(D, np.int32)
-        for r in range(rows):
-            for i in range(D):
-                lifted[r, i] = w.lift_bias[i]
-        linear(z, w.lift, lifted)
         for r in range(rows):
             gelu(lifted[r], room, powers)
         linear(lifted, w.out, x)

@@ -8,8 +8,8 @@ Shape legend of this folder: B batch, T tokens, P tokens per patch, N = T / P po
 per token, C = P d, D width, K components, G groups of C / G channels.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,19 +36,38 @@ def is_eager_cpu(like: Tensor) -> bool:
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of `like`, and on CUDA without TF32."""
     if like.is_cuda:
-        return _without_tf32()
+        return _WithoutTF32()
     kind = "cpu" if like.is_meta else like.device.type
     # entering none is faster
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = before
+class _WithoutTF32(AbstractContextManager[None]):
+    """A context without TF32 and autocast on CUDA.
+
+    TF32 is a setting of the process: of several threads the first one turns it off, if it is on,
+    and the last one turns it on again.
+    """
+
+    lock = threading.Lock()
+    inside = 0
+    before = ""
+
+    def __enter__(self) -> None:
+        matmul, kind = torch.backends.cuda.matmul, type(self)
+        with self.lock:
+            if kind.inside == 0:
+                kind.before = matmul.fp32_precision
+                if kind.before == "tf32":
+                    matmul.fp32_precision = "ieee"
+            kind.inside += 1
+        self.autocast = torch.autocast("cuda", enabled=False)
+        self.autocast.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        kind = type(self)
+        self.autocast.__exit__(*error)
+        with self.lock:
+            kind.inside -= 1
+            if kind.inside == 0 and kind.before == "tf32":
+                torch.backends.cuda.matmul.fp32_precision = kind.before

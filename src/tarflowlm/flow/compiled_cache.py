@@ -1,5 +1,8 @@
 """The KV cache of a Transformer whose steps are compiled (`tarflowlm.compiled`)."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64
 """Rows that go through the layers together, so that their activations stay in the cache."""
+OF_A_THREAD = 8
+"""The fewest rows for which another thread is worth starting."""
 
 
 def layer_arrays(transformer: Transformer) -> "LayerArrays":
@@ -84,6 +89,8 @@ class CompiledCache(Cache):
         self.inputs = torch.zeros(batch, self.before + capacity, width)
         shape = len(self.weights.out), batch, config.num_heads, capacity, config.head_width
         self.stored = torch.empty(2, *shape)
+        self.maps: dict[nn.Linear, tuple["Floats", "Floats"]] = {}
+        """The weights of linear maps beside the Transformer, as they are when first used."""
         self.texts = torch.arange(batch)
         """Where the rows are stored."""
 
@@ -118,12 +125,13 @@ class CompiledCache(Cache):
         return embed
 
     def linear(self, of: nn.Linear, x: Tensor) -> Tensor:
-        from tarflowlm.compiled.step import linear
+        from tarflowlm.compiled.step import affine
 
-        weight = packed(of, lambda: array(of.weight.T))
-        y = torch.zeros(len(x), len(of.weight)) if of.bias is None else of.bias.repeat(len(x), 1)
-        linear(x.contiguous().numpy(), weight, y.detach().numpy())
-        return y
+        if of not in self.maps:
+            bias = torch.zeros(len(of.weight)) if of.bias is None else of.bias
+            self.maps[of] = packed(of, lambda: (array(of.weight.T), array(bias)))
+        rows, weights = x.detach().contiguous().numpy(), self.maps[of]
+        return self._in_threads(lambda part: affine(rows[part], *weights), len(rows))
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         from tarflowlm.compiled.step import layers
@@ -133,8 +141,26 @@ class CompiledCache(Cache):
         inputs, texts = self.inputs.numpy(), self.texts.numpy()
         features: list[Tensor] = []
         for part in x.detach().split(max(1, AT_ONCE // max(1, len(x))), 1):
-            rows = part.flatten(0, 1).clone().numpy()
-            found = layers(rows, self.weights, self.turns, inputs, keys, values, texts, self.length)
-            features.append(torch.from_numpy(found).view(part.shape))
+            rows = part.clone(memory_format=torch.contiguous_format).numpy()
+
+            def run(some: slice, rows: "Floats" = rows) -> "Floats":
+                own = rows[some].reshape(-1, rows.shape[2])
+                past = inputs, keys, values, texts[some], self.length
+                return layers(own, self.weights, self.turns, *past)
+
+            features.append(self._in_threads(run, len(rows)).view(part.shape))
             self.length += part.shape[1]
         return features[0] if len(features) == 1 else torch.cat(features, 1)
+
+    def _in_threads(self, run: Callable[[slice], "Floats"], rows: int) -> Tensor:
+        """The results of `run` for all rows, of which every thread takes some."""
+        threads = min(torch.get_num_threads(), rows // OF_A_THREAD)
+        if threads < 2:
+            return torch.from_numpy(run(slice(rows)))
+        bounds = [rows * i // threads for i in range(threads + 1)]
+        parts = self.pool.map(run, map(slice, bounds[:-1], bounds[1:]))
+        return torch.cat([torch.from_numpy(part) for part in parts])
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(torch.get_num_threads())

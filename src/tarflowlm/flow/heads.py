@@ -193,14 +193,11 @@ class AutoregressiveHead(nn.Module):
     ) -> Generator[list[Tensor], Tensor | None, None]:
         """`walk` by compiled functions."""
         from tarflowlm.compiled.head import embed_group, group_outputs
-        from tarflowlm.compiled.step import linear
+        from tarflowlm.compiled.step import affine
 
-        rows = len(features)
-        c = features.contiguous().numpy()
-        hidden = self.context.bias.detach().repeat(rows, 1).numpy()
-        linear(c, weights.context, hidden)
-        shared = np.zeros((rows, weights.shared.shape[1]), np.float32)
-        linear(c, weights.shared, shared)
+        rows, c = len(features), features.contiguous().numpy()
+        hidden = affine(c, weights.context, weights.context_bias)
+        shared = affine(c, weights.shared, np.zeros(weights.shared.shape[1], np.float32))
         embedded = np.empty((rows, weights.cross.shape[1]), np.float32)
         values = np.empty((rows, self.groups * self.channels), np.float32)
         sizes = [bias.shape[-1] for bias in self.biases]
@@ -223,6 +220,7 @@ class AutoregressiveHead(nn.Module):
         bias = self.embed_bias
         return HeadArrays(
             context=array(self.context.weight.T),
+            context_bias=array(self.context.bias),
             shared=array(torch.empty(width, 0) if self.shared is None else self.shared.weight.T),
             cross=array(cross.flatten(2).mT),
             embed=array(self.embed),

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
@@ -16,13 +16,15 @@ from rich.text import Text
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.editing.edits import Edited
 from tarflowlm.errors import counted
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.generation.sampling import Evidence
 from tarflowlm.generation.texts import Written
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.terminal.bars import print_notice
+
+if TYPE_CHECKING:  # a written text needs no edits
+    from tarflowlm.editing.edits import Edited
 
 Kind = Literal["given", "final", "changed", "noise", "open"]
 STYLES: dict[Kind, str] = {
@@ -216,7 +218,7 @@ def samples_to_json(
     return samples
 
 
-def print_edits(edited: Edited, tokenizer: Tokenizer, advice: str | None) -> None:
+def print_edits(edited: "Edited", tokenizer: Tokenizer, advice: str | None) -> None:
     """The text, each of its edits with the changes highlighted and a note, and the advice."""
     edit = edited.change
     sign = "<=" if edit.states else "="
