@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from timing import Contender, find, parser, run, show
@@ -37,7 +38,9 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     alone = parallel.ALONE
     compiled = parallel.compiles(train, alone, device)
     bound = parallel.parallelise(model, train, *processes, frozen=stage, compiled=compiled)
-    precision = optim.muon_precision(config.optim, model, device)
+    # older checkouts take the optimiser and the model, too
+    needed = len(signature(optim.muon_precision).parameters)
+    precision = optim.muon_precision(*(config.optim, model, device)[-needed:])
     optimizers = optim.build_optimizers(config.optim, model, precision)
     generator = torch.Generator(device=device).manual_seed(0)
 

@@ -166,7 +166,7 @@ def seconds_per_step(
     model.train_only(stage)
     train = with_precision(run.train, device)
     bound = parallelise(model, train, frozen=stage)
-    optimizers = build_optimizers(run.optim, model, muon_precision(run.optim, model, device))
+    optimizers = build_optimizers(run.optim, model, muon_precision(device))
     generator = torch.Generator(device=device).manual_seed(0)
     durations = []
     for _ in range(num_steps):

@@ -43,8 +43,9 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 class KeptAttention(Function):
     """Causal attention of q, k, v [B, N, E] with scores q k^T, which keeps its weights.
 
-    PyTorch's kernel computes them again in the backward pass, and on a CPU takes half as long again
-    for both passes. It is better where weights are many, or no gradient is wanted.
+    Products are in the format of v, the softmax in that of q. PyTorch's kernel computes the weights
+    again in the backward pass, and on a CPU takes half as long again for both passes. It is better
+    where weights are many, or no gradient is wanted.
     """
 
     ROWS = 64
@@ -52,16 +53,18 @@ class KeptAttention(Function):
 
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y, weights = torch.empty_like(v), list[Tensor]()
+        wide, y, weights = q.dtype, torch.empty_like(v), list[Tensor]()
         future = q.new_full((KeptAttention.ROWS,) * 2, -math.inf).triu(1)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         for rows in chunks.row_ranges(q.shape[1], 1, KeptAttention.ROWS):
             size, past = rows.stop - rows.start, slice(rows.stop)
-            weight = torch.bmm(q[:, rows], k[:, past].mT)
+            weight = torch.bmm(q[:, rows], k[:, past].mT).to(wide)
             weight[:, :, rows] += future[:size, :size]
-            torch.softmax(weight, -1, out=weight)
+            weight = torch.softmax(weight, -1, out=weight).to(v.dtype)
             y[:, rows] = torch.bmm(weight, v[:, past])
             weights.append(weight)
         ctx.save_for_backward(q, k, v, *weights)
+        ctx.wide = wide  # type: ignore[attr-defined]
         return y
 
     @staticmethod
@@ -69,13 +72,16 @@ class KeptAttention(Function):
         first_derivatives_only()
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         q, k, v, *weights = saved
+        wide: torch.dtype = ctx.wide  # type: ignore[attr-defined]
         of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
         every = zip(chunks.row_ranges(q.shape[1], 1, KeptAttention.ROWS), weights, strict=True)
         # the last rows see all positions: the others add to their gradients
         for rows, weight in reversed(list(every)):
             past = slice(rows.stop)
-            of_score = torch.bmm(of_y[:, rows], v[:, past].mT)
-            torch._softmax_backward_data(of_score, weight, -1, q.dtype, grad_input=of_score)
+            of_weight = torch.bmm(of_y[:, rows], v[:, past].mT).to(wide)
+            of_score = torch._softmax_backward_data(of_weight, weight.to(wide), -1, wide).to(
+                v.dtype
+            )
             of_q[:, rows] = torch.bmm(of_score, k[:, past])
             pairs = (of_k, of_score.mT, q[:, rows]), (of_v, weight.mT, of_y[:, rows])
             for total, left, right in pairs:
@@ -83,7 +89,7 @@ class KeptAttention(Function):
                     torch.bmm(left, right, out=total)
                 else:
                     total[:, past] += torch.bmm(left, right)
-        return of_q, of_k, of_v
+        return of_q.to(wide), of_k.to(wide), of_v
 
 
 kept_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = KeptAttention.apply
@@ -94,13 +100,14 @@ def attend_causally(
 ) -> Float[Tensor, "R D"]:
     """Attention of each position to those up to it, with scores q k^T, in sequences of `length`."""
     on_cpu = q.device.type == "cpu"
-    if on_cpu:  # where attention is slower in bfloat16
+    is_small = len(q) // length * q.shape[1] * length**2 <= chunks.KEPT
+    is_kept = torch.is_grad_enabled() and is_eager_cpu(q) and is_small
+    if on_cpu and not is_kept:  # where PyTorch's kernel is slower in bfloat16
         v = widen(v)
     # [B, H, N, E]
     q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (q, k, v))
     with full_precision(q) if on_cpu else nullcontext():
-        is_small = q.shape[:3].numel() * q.shape[2] <= chunks.KEPT
-        if torch.is_grad_enabled() and is_eager_cpu(q) and is_small:
+        if is_kept:
             y = kept_attention(*(part.flatten(0, 1) for part in (q, k, v)))
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)

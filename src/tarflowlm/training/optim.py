@@ -18,8 +18,6 @@ TAPS_SCALE = 3.0
 """Learning rate of a convolution's weights, as a multiple of the rest."""
 MUON = ("transformer.layers.", "token_features.")
 """Modules whose matrices Muon optimises."""
-LARGE = 512 * 512
-"""Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
 
 # of Muon
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -147,16 +145,9 @@ def with_precision(train: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(train, precision="bfloat16" if has_bfloat16(device) else "float32")
 
 
-def muon_precision(config: OptimConfig, model: nn.Module, device: torch.device) -> Precision:
-    """The faster precision for Muon's matrices in `model`, by a fixed rule, so that results are
-    reproducible: bfloat16 on GPUs that support it, and for large matrices on CPUs with AMX tiles;
-    else float32.
-    """
-    if not has_bfloat16(device):
-        return "float32"
-    matrices = muon_matrices(config, model).values()
-    is_large = any(p.numel() >= LARGE for p in matrices) and torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if is_large or device.type == "cuda" else "float32"
+def muon_precision(device: torch.device) -> Precision:
+    """The faster precision for Muon's matrices on `device`: bfloat16 if it is native."""
+    return "bfloat16" if has_bfloat16(device) else "float32"
 
 
 # copies of weights

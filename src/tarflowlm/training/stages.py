@@ -149,7 +149,7 @@ def enter_stage(run: Run, state: State) -> None:
     state.bound = parallelise(
         model, config.train, run.processes, frozen=stage, compiled=run.compiles
     )
-    precision = run.processes.from_first(muon_precision(config.optim, model, run.device))
+    precision = run.processes.from_first(muon_precision(run.device))
     state.optimizers = build_optimizers(config.optim, model, precision)
     state.copies = {}
     if config.train.ema:
