@@ -1,5 +1,8 @@
 """Compiled functions compute what the plain ones do, and a row has the same bits in any company."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +29,8 @@ from tarflowlm.requests import Sampling
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("compiled_steps")
 
+START = compiled.start
+"""Before the tests replace it."""
 T = 11
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SHAPES = {
@@ -333,3 +338,40 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "folder", lambda: tmp_path / "file" / "below")
     assert not compiled.is_due(1)
     assert not compiled.prepare.__wrapped__()
+
+
+def test_threads_share_a_batch(transformer, monkeypatch):
+    x = normal(16, T, transformer.config.width)
+    expected = CompiledCache(transformer, 16, T).extend(x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for rows in (16, 24):
+        cache = CompiledCache(transformer, rows, T)
+        found = [cache.extend(part) for part in x.repeat(2, 1, 1)[:rows].split([3, 8], 1)]
+        assert torch.equal(torch.cat(found, 1)[:16], expected)
+
+
+def test_a_process_compiles_unless_all_is_ready(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(compiled, "start", START)
+    monkeypatch.setattr(compiled.subprocess, "Popen", lambda words, **how: started.append(words))
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
+    compiled.start()
+    assert started == [[sys.executable, "-m", "tarflowlm.compiled"]]
+    (tmp_path / compiled.READY).touch()
+    compiled.start()
+    monkeypatch.setattr(compiled, "is_installed", lambda: False)
+    compiled.start()
+    assert len(started) == 1
+
+
+@pytest.mark.slow
+def test_another_process_finds_what_one_has_compiled(tmp_path):
+    environment = os.environ | {"TARFLOWLM_CACHE": str(tmp_path)}
+    ask = "from tarflowlm import compiled; print(compiled.is_due(1))"
+    commands = {"before": ["-c", ask], "": ["-m", "tarflowlm.compiled"], "after": ["-c", ask]}
+    for when, command in commands.items():
+        said = {"before": "False\n", "": "", "after": "True\n"}[when]
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == said

@@ -54,7 +54,7 @@ def test_attention_that_keeps_its_weights_equals_that_of_pytorch(dtype, monkeypa
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = layer(x, turns, 10)
         found.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
-    close = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    close = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.2}[dtype]
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
 

@@ -48,9 +48,7 @@ class Hub:
     def repo_info(self, name, **_options) -> SimpleNamespace:
         return SimpleNamespace(private=name in self.private)
 
-    def upload_folder(self, *, repo_id, folder_path, delete_patterns, **_options) -> None:
-        for path in self.repository(repo_id).glob(delete_patterns):
-            path.unlink()
+    def upload_folder(self, *, repo_id, folder_path, **_options) -> None:
         shutil.copytree(folder_path, self.repository(repo_id), dirs_exist_ok=True)
 
 

@@ -1,6 +1,7 @@
 """The KV cache: a Transformer that goes on after the positions that it has read."""
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,22 +14,24 @@ from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.heads import map_linearly
 from tarflowlm.flow.inputs import InputMap
+from tarflowlm.flow.packing import packed
 from tarflowlm.flow.plan import NoisyCodebook
-from tarflowlm.flow.transformer import Embedder, Layer, LayerWeights, Transformer, layer
+from tarflowlm.flow.transformer import Embedder, LayerWeights, Transformer, layer
 
 LARGEST_COPY = 2**20
 """Elements of a matrix that the CPU keeps transposed, to multiply one row up to twice as fast."""
 
 
-def present_weights(of: Layer, like: Tensor) -> LayerWeights:
-    """Copies of the weights of a layer, matrices in the format of `like`."""
+def present_weights(transformer: Transformer, like: Tensor) -> list[LayerWeights]:
+    """Copies of the weights of all layers, matrices in the format of `like`."""
 
     def copied(x: Tensor) -> Tensor:
         x = x.detach().to(like if x.ndim == 2 else widen(like))
         is_copied = like.device.type == "cpu" and x.numel() <= LARGEST_COPY
         return x.contiguous() if is_copied else x
 
-    return LayerWeights(*(None if x is None else copied(x) for x in of.weights()))  # type: ignore[arg-type]
+    every: list[LayerWeights] = [one.weights() for one in transformer.layers]  # type: ignore[operator]
+    return [LayerWeights(*(None if x is None else copied(x) for x in w)) for w in every]  # type: ignore[arg-type]
 
 
 class Cache(ABC):
@@ -87,7 +90,10 @@ class KVCache(Cache):
         config = transformer.config
         taps = transformer.input_taps
         self.batch = batch
-        self.weights = [present_weights(one, like) for one in transformer.layers]  # type: ignore[arg-type]
+        pack = partial(present_weights, transformer, like)
+        # an accelerator has no room for copies that stay
+        on_cpu = like.device.type == "cpu"
+        self.weights = packed(transformer, pack, like.dtype) if on_cpu else pack()
         self.norm = transformer.norm.weight.detach().to(like)
         # taps [K, D], the oldest position first, and inputs after K - 1 zeros
         self.taps = None if taps is None else taps.detach().flip(0).to(like)
