@@ -1,7 +1,6 @@
 """The KV cache: a Transformer that goes on after the positions that it has read."""
 
 from abc import ABC, abstractmethod
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,24 +13,18 @@ from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.heads import map_linearly
 from tarflowlm.flow.inputs import InputMap
-from tarflowlm.flow.packing import packed
 from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.flow.transformer import Embedder, LayerWeights, Transformer, layer
 
-LARGEST_COPY = 2**20
-"""Elements of a matrix that the CPU keeps transposed, to multiply one row up to twice as fast."""
-
 
 def present_weights(transformer: Transformer, like: Tensor) -> list[LayerWeights]:
-    """Copies of the weights of all layers, matrices in the format of `like`."""
+    """The weights of all layers, matrices in the format of `like`."""
 
-    def copied(x: Tensor) -> Tensor:
-        x = x.detach().to(like if x.ndim == 2 else widen(like))
-        is_copied = like.device.type == "cpu" and x.numel() <= LARGEST_COPY
-        return x.contiguous() if is_copied else x
+    def cast(x: Tensor) -> Tensor:
+        return x.detach().to(like if x.ndim == 2 else widen(like))
 
     every: list[LayerWeights] = [one.weights() for one in transformer.layers]  # type: ignore[operator]
-    return [LayerWeights(*(None if x is None else copied(x) for x in w)) for w in every]  # type: ignore[arg-type]
+    return [LayerWeights(*(None if x is None else cast(x) for x in w)) for w in every]  # type: ignore[arg-type]
 
 
 class Cache(ABC):
@@ -90,10 +83,7 @@ class KVCache(Cache):
         config = transformer.config
         taps = transformer.input_taps
         self.batch = batch
-        pack = partial(present_weights, transformer, like)
-        # an accelerator has no room for copies that stay
-        on_cpu = like.device.type == "cpu"
-        self.weights = packed(transformer, pack, like.dtype) if on_cpu else pack()
+        self.weights = present_weights(transformer, like)
         self.norm = transformer.norm.weight.detach().to(like)
         # taps [K, D], the oldest position first, and inputs after K - 1 zeros
         self.taps = None if taps is None else taps.detach().flip(0).to(like)
@@ -149,11 +139,9 @@ class KVCache(Cache):
         turns = self.turns[start:end] if N == 1 else self.turns[start:end].repeat(B, 1, 1, 1)
         mask = x.new_full((N, end), -torch.inf).triu_(start + 1) if start and N > 1 else None
         rows = x.flatten(0, 1)
-        # the kernel of the CPU for attention computes fast, but starts slowly
-        is_step = N == 1 and x.device.type == "cpu"
         for w, stored in zip(self.weights, self.stored.unbind(), strict=True):
             past = Past(stored[..., :end, :], start, mask)
-            rows = layer(rows, w, turns, past.attend_one if is_step else past.attend)
+            rows = layer(rows, w, turns, past.attend)
         return rows
 
 
@@ -179,11 +167,3 @@ class Past(NamedTuple):
             q.transpose(1, 2), keys, values, self.mask, is_causal=is_causal, scale=1.0
         )
         return y.transpose(1, 2).flatten(2).flatten(0, 1)
-
-    def attend_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`attend` for one new position of every sequence, without a mask, in few operations."""
-        past = self.stored
-        past[0, :, :, -1], past[1, :, :, -1] = k, v
-        keys, values = past.flatten(1, 2).unbind()
-        scores = torch.bmm(q.to(past.dtype).reshape(len(keys), 1, keys.shape[-1]), keys.mT)
-        return torch.bmm(scores.softmax(-1), values).view(len(q), q.shape[1:].numel())

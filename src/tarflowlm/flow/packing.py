@@ -30,19 +30,17 @@ def is_loaded(like: Tensor) -> bool:
     return compiled.is_loaded() and suits(like)
 
 
-def packed(module: nn.Module, pack: Callable[[], Packed], kind: object = None) -> Packed:
-    """The weights of a module as `pack` returns them, which it does once for the same weights.
-
-    A `kind` tells several ways to pack a module apart.
-    """
+def packed(module: nn.Module, pack: Callable[[], Packed]) -> Packed:
+    """The weights of a module as `pack` returns them, which it does once for the same weights."""
     state = [*module.parameters(), *module.buffers()]
     if any(tensor.is_inference() for tensor in state):  # which do not count their changes
         return pack()
     key = [(tensor.data_ptr(), tensor._version) for tensor in state]
-    kinds: dict[object, tuple[object, Packed]] = vars(module).setdefault("_packed", {})
-    if kind not in kinds or kinds[kind][0] != key:
-        kinds[kind] = key, pack()
-    return kinds[kind][1]
+    kept: tuple[object, Packed] | None = vars(module).get("_packed")
+    if kept is None or kept[0] != key:
+        kept = key, pack()
+        vars(module)["_packed"] = kept
+    return kept[1]
 
 
 def array(x: Tensor) -> "Floats":
