@@ -87,7 +87,7 @@ def _stories(name: str) -> RunConfig:
         model=replace(small.model, trunk=trunk),
         data=DataConfig(source="stories", tokenizer=pieces),
         train=replace(small.train, stage_steps=(20_000,)),
-        # less than three passes forget, so hardly any (docs/log.md)
+        # eight passes over so many stories want hardly any (docs/log.md)
         optim=replace(small.optim, weight_decay=0.0125),
     )
 
