@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.generation import generate
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import export, load_checkpoint, locate
@@ -113,3 +114,33 @@ def test_releases_are_small():
     for name, size in sizes.items():
         assert size < (9e6 if name.startswith("english-small") else 5e6), name
     assert sum(sizes.values()) <= 25e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_compiled_steps_are_those_of_the_plain_pass(name, request):
+    """Log-weights to 1e-5 of the largest, and the same bits position by position."""
+    pytest.importorskip("numba")
+    request.getfixturevalue("compiled_steps")
+    model = load(name).model
+    sources: list[Conditioner] = [model] if model.is_exact else list(model.prior.blocks)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (2, 40), generator=generator)
+    past = tokens
+    if not model.is_exact:
+        noise = torch.randn(*tokens.shape, model.config.latent_dim, generator=generator)
+        past = model.codebook.encode(tokens, noise)
+    for source in sources:
+        with torch.no_grad():
+            plain = source.states(past)
+            cache = source.allocate_cache(2, 41)
+            assert cache.is_compiled
+            found = source.features_of(cache, past)
+            head = source.head if model.is_exact else source.coupling.weight_head
+            of_plain = head(plain.flatten(0, 1))
+            log_w = cache.linear(head, found.flatten(0, 1))
+            assert (log_w - of_plain).abs().max() < 1e-5 * of_plain.abs().max()
+            again = source.allocate_cache(1, 41)
+            past_of = past[1:].unflatten(1, (40, -1)) if model.is_exact else past[1:]
+            steps = [source.features_at(again, past_of[:, n - 1] if n else None) for n in range(41)]
+            assert torch.equal(torch.stack(steps, 1)[0], found[1])
