@@ -302,6 +302,15 @@ def test_texts_are_read_as_the_training_text_was(loaded):
             call("日本")
 
 
+def test_products_of_an_evaluation_may_be_in_bfloat16(loaded):
+    text = "There was once a king, and he had a daughter.\n" * 20
+    exact, narrow = (loaded.evaluate(text, precision=p) for p in ("float32", "bfloat16"))
+    assert exact == loaded.evaluate(text)
+    assert 0 < abs(narrow.nats_per_token - exact.nats_per_token) < 0.01
+    with pytest.raises(UserError, match="precision 'float16'"):
+        loaded.evaluate(text, precision="float16")
+
+
 def test_a_text_itself_is_evaluated_as_its_file_is(tmp_path):
     model = tiny_ar(vocab_size=257, context=16).float()
     lm = tarflowlm.Pretrained(model, ByteTokenizer(has_end=True))

@@ -37,7 +37,7 @@ EVAL = {
     "tokens",
     "characters",
 }
-EVAL |= {"windows", "source", "split", "context", "stride", "text_tokens", "seconds"}
+EVAL |= {"windows", "source", "split", "context", "precision", "stride", "text_tokens", "seconds"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ OPTIONS = {
     "quickstart": "device json minutes out seed",
     "data": "json out source tokenizer unwrap",
     "train": "checkpoint-every data device json minutes normalize out run steps unwrap",
-    "eval": ("data device directory json latents normalize samples seed split stride windows"),
+    "eval": (
+        "data device directory json latents normalize precision samples seed split stride windows"
+    ),
     "score": "baseline device directory file json normalize samples seed text texts",
     "sample": (
         "blank contains decoder device directory json length max-new-tokens min-p no-stop "

@@ -52,6 +52,7 @@ def run(args: Args) -> None:
             "source": text.source,
             "split": text.split,
             "context": context,
+            "precision": args.precision,
             "stride": text.stride,
             "text_tokens": len(text.tokens),
             "seconds": time.perf_counter() - start,
@@ -94,6 +95,8 @@ def _print_likelihood(title: str, found: "Likelihood", reading: dict[str, object
     rows.append(("text", f"{scored}, {found.characters:,} characters"))
     windows = f"{found.windows:,} of {reading['context']} tokens, stride {reading['stride']}"
     rows.append(("windows", windows))
+    if reading["precision"] != "float32":
+        rows.append(("precision", str(reading["precision"])))
     rows.append(("seconds", f"{reading['seconds']:.1f}"))
     print_table(title, rows)
 

@@ -250,17 +250,19 @@ def evaluate_text(
     processes: Processes = ALONE,
 ) -> Likelihood:
     """The likelihood of the text that `read_windows` has read for a request."""
-    return evaluate(
-        lm.model,
-        text.windows,
-        torch.from_numpy(lm.tokenizer.characters_per_token),
-        bytes_per_token=torch.from_numpy(lm.tokenizer.bytes_per_token),
-        given=text.given,
-        samples=request.samples,
-        seed=request.seed,
-        progress=progress,
-        processes=processes,
-    )
+    narrow = request.precision == "bfloat16"
+    with torch.autocast(lm.model.device.type, torch.bfloat16, enabled=narrow):
+        return evaluate(
+            lm.model,
+            text.windows,
+            torch.from_numpy(lm.tokenizer.characters_per_token),
+            bytes_per_token=torch.from_numpy(lm.tokenizer.bytes_per_token),
+            given=text.given,
+            samples=request.samples,
+            seed=request.seed,
+            progress=progress,
+            processes=processes,
+        )
 
 
 def read_windows(request: Evaluation, lm: Checkpoint, progress: Progress = SILENT) -> Windows:
