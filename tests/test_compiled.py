@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import helpers
 from helpers import FILLS, TRUNK, mostly_slow, randomise, tiny_ar, tiny_flow
 from tarflowlm import compiled
 from tarflowlm.data.prompts import Gap
@@ -42,7 +43,7 @@ SHAPES = {
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return helpers.normal(*shape, seed=seed).float()
 
 
 # functions

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from tarflowlm.compiled.step import CHAIN, Floats, gelu, linear
+from tarflowlm.compiled.step import CHAIN, Floats, affine, gelu, linear
 
 
 class HeadArrays(NamedTuple):
@@ -29,7 +29,7 @@ class HeadArrays(NamedTuple):
     embed_bias: Floats
     """[K, A]."""
     weights: Floats
-    """Of all outputs, [G, M, O]."""
+    """The maps to all outputs, [G, M, O]."""
     biases: Floats
     """[G, O]."""
     evidence: Floats
@@ -45,26 +45,22 @@ def group_outputs(
     `hidden` [R, G M] and `shared` [R, O_1] come from the features, `embedded` [R, K A] and `values`
     [R, G m] from the groups before g.
     """
-    rows = len(hidden)
-    _, seen, M = w.cross.shape
-    known = seen // w.embed.shape[2] if w.embed.shape[2] else 0
+    rows, M = len(hidden), w.cross.shape[2]
+    known, inputs, A = w.embed.shape
     before = min(g, known)
     active = np.empty((rows, M), np.float32)
     room, powers = np.empty(M, np.float32), np.empty(M, np.int32)
-    out = np.empty((rows, w.biases.shape[1]), np.float32)
     for r in range(rows):
         for i in range(M):
             active[r, i] = hidden[r, g * M + i]
-        for i in range(out.shape[1]):
-            out[r, i] = w.biases[g, i]
-    linear(embedded, w.cross[g, : before * w.embed.shape[2]], active)
+    linear(embedded, w.cross[g, : before * A], active)
     for r in range(rows):
         gelu(active[r], room, powers)
-    linear(active, w.weights[g], out)
+    out = affine(active, w.weights[g], w.biases[g])
     first = w.evidence.shape[2]
     if first:
         part = shared.copy()
-        linear(values, w.evidence[g, : before * (w.evidence.shape[1] // max(known, 1))], part)
+        linear(values, w.evidence[g, : before * (inputs // 3)], part)
         for r in range(rows):
             for i in range(first):
                 out[r, i] += part[r, i]
@@ -77,7 +73,6 @@ def embed_group(g: int, w: HeadArrays, z: Floats, embedded: Floats, values: Floa
     rows, m = z.shape
     A = w.embed.shape[2]
     inputs = np.empty((rows, 3 * m), np.float32)
-    own = np.empty((rows, A), np.float32)
     room, powers = np.empty(A, np.float32), np.empty(A, np.int32)
     for r in range(rows):
         for i in range(m):
@@ -86,9 +81,7 @@ def embed_group(g: int, w: HeadArrays, z: Floats, embedded: Floats, values: Floa
             inputs[r, i] = z[r, i]
             inputs[r, m + i] = z[r, i] if z[r, i] > 0 else below
             inputs[r, 2 * m + i] = -z[r, i] if z[r, i] < 0 else below
-        for i in range(A):
-            own[r, i] = w.embed_bias[g, i]
-    linear(inputs, w.embed[g], own)
+    own = affine(inputs, w.embed[g], w.embed_bias[g])
     for r in range(rows):
         gelu(own[r], room, powers)
         for i in range(A):

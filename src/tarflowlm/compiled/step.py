@@ -29,7 +29,7 @@ class LayerArrays(NamedTuple):
     """The weights of all layers of a Transformer, [layers, ...] as in `LayerWeights`."""
 
     taps: Floats
-    """Of the inputs, the oldest first: [K, D], maybe empty."""
+    """The taps of the inputs, the oldest first: [K, D], maybe empty."""
     attention_norm: Floats
     qkv: Floats
     """Queries and keys, then values: [layers, D, 3 D]."""
@@ -56,7 +56,7 @@ class InputArrays(NamedTuple):
     embedding: Floats
     """[P V, D], or [0, D]."""
     mean: Floats
-    """Of the components of latents, [d, V]."""
+    """The means of the components of latents, [d, V]."""
     precision: Floats
     """-1 / (2 s_k^2), [V]."""
     log_scale: Floats

@@ -48,7 +48,7 @@ class Edited:
     texts: list[str]
     """The new texts."""
     characters: Tensor
-    """Of every token, [V]."""
+    """The characters of every token, [V]."""
 
     @cached_property
     def bits_before(self) -> float:

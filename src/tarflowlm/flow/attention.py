@@ -79,9 +79,8 @@ class KeptAttention(Function):
         for rows, weight in reversed(list(every)):
             past = slice(rows.stop)
             of_weight = torch.bmm(of_y[:, rows], v[:, past].mT).to(wide)
-            of_score = torch._softmax_backward_data(of_weight, weight.to(wide), -1, wide).to(
-                v.dtype
-            )
+            of_score = torch._softmax_backward_data(of_weight, weight.to(wide), -1, wide)
+            of_score = of_score.to(v.dtype)
             of_q[:, rows] = torch.bmm(of_score, k[:, past])
             pairs = (of_k, of_score.mT, q[:, rows]), (of_v, weight.mT, of_y[:, rows])
             for total, left, right in pairs:

@@ -23,8 +23,10 @@ def present_weights(transformer: Transformer, like: Tensor) -> list[LayerWeights
     def cast(x: Tensor) -> Tensor:
         return x.detach().to(like if x.ndim == 2 else widen(like))
 
-    every: list[LayerWeights] = [one.weights() for one in transformer.layers]  # type: ignore[operator]
-    return [LayerWeights(*(None if x is None else cast(x) for x in w)) for w in every]  # type: ignore[arg-type]
+    return [
+        LayerWeights(*(None if x is None else cast(x) for x in w))  # type: ignore[arg-type]
+        for w in transformer.weights()
+    ]
 
 
 class Cache(ABC):

@@ -15,7 +15,7 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.packing import array, packed
 from tarflowlm.flow.plan import NoisyCodebook
-from tarflowlm.flow.transformer import Embedder, LayerWeights, Transformer
+from tarflowlm.flow.transformer import Embedder, Transformer
 
 if TYPE_CHECKING:
     from tarflowlm.compiled.step import Floats, InputArrays, LayerArrays
@@ -30,7 +30,7 @@ def layer_arrays(transformer: Transformer) -> "LayerArrays":
     from tarflowlm.compiled.step import LayerArrays
 
     taps = transformer.input_taps
-    every: list[LayerWeights] = [one.weights() for one in transformer.layers]  # type: ignore[operator]
+    every = transformer.weights()
 
     def stacked(*names: str) -> "Floats":
         """The weights of all layers, those of several names side by side."""
@@ -80,7 +80,6 @@ class CompiledCache(Cache):
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int) -> None:
         config = transformer.config
-        self.transformer = transformer
         self.weights = packed(transformer, lambda: layer_arrays(transformer))
         turns = rotations(torch.arange(capacity), config.head_width)[:, 0, 0]
         self.turns = array(torch.view_as_real(turns))
@@ -91,12 +90,9 @@ class CompiledCache(Cache):
         self.stored = torch.empty(2, *shape)
         self.maps: dict[nn.Linear, tuple["Floats", "Floats"]] = {}
         """The weights of linear maps beside the Transformer, as they are when first used."""
+        self.batch = batch
         self.texts = torch.arange(batch)
         """Where the rows are stored."""
-
-    @property
-    def batch(self) -> int:  # type: ignore[override]
-        return len(self.texts)
 
     def take(self, source: Cache, rows: Tensor) -> None:
         assert isinstance(source, CompiledCache)
@@ -106,7 +102,7 @@ class CompiledCache(Cache):
         self.stored[:, :, self.texts, :, :end] = source.stored[:, :, origin, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        self.texts = self.texts[rows]
+        self.batch, self.texts = len(rows), self.texts[rows]
 
     def embedder(
         self,
@@ -119,7 +115,7 @@ class CompiledCache(Cache):
         weights = input_arrays(source, codebook, embedding)
 
         def embed(past: Tensor) -> Tensor:
-            rows = past.detach().flatten(0, 1).contiguous().numpy()
+            rows = array(past.flatten(0, 1))
             return torch.from_numpy(map_inputs(rows, weights)).unflatten(0, past.shape[:2])
 
         return embed
@@ -130,7 +126,7 @@ class CompiledCache(Cache):
         if of not in self.maps:
             bias = torch.zeros(len(of.weight)) if of.bias is None else of.bias
             self.maps[of] = packed(of, lambda: (array(of.weight.T), array(bias)))
-        rows, weights = x.detach().contiguous().numpy(), self.maps[of]
+        rows, weights = array(x), self.maps[of]
         return self._in_threads(lambda part: affine(rows[part], *weights), len(rows))
 
     def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:

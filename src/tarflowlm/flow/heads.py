@@ -195,7 +195,7 @@ class AutoregressiveHead(nn.Module):
         from tarflowlm.compiled.head import embed_group, group_outputs
         from tarflowlm.compiled.step import affine
 
-        rows, c = len(features), features.contiguous().numpy()
+        rows, c = len(features), array(features)
         hidden = affine(c, weights.context, weights.context_bias)
         shared = affine(c, weights.shared, np.zeros(weights.shared.shape[1], np.float32))
         embedded = np.empty((rows, weights.cross.shape[1]), np.float32)
@@ -209,7 +209,7 @@ class AutoregressiveHead(nn.Module):
             z = yield outputs
             assert z is not None
             if g < self.num_known:
-                embed_group(g, weights, z.contiguous().numpy(), embedded, values)
+                embed_group(g, weights, array(z), embedded, values)
 
     def _arrays(self) -> "HeadArrays":
         from tarflowlm.compiled.head import HeadArrays

@@ -44,5 +44,5 @@ def packed(module: nn.Module, pack: Callable[[], Packed]) -> Packed:
 
 
 def array(x: Tensor) -> "Floats":
-    """A contiguous copy."""
-    return x.detach().clone(memory_format=torch.contiguous_format).numpy()
+    """The numbers of x in the order of its axes, copied only where they lie otherwise."""
+    return x.detach().contiguous().numpy()

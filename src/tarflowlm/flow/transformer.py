@@ -169,6 +169,10 @@ class Transformer(nn.Module):
                 writes = name.endswith(("attention.out", "down"))
                 nn.init.normal_(module.weight, std=0.0 if writes else module.in_features**-0.5)
 
+    def weights(self) -> list[LayerWeights]:
+        """The weights of all layers."""
+        return [one.weights() for one in self.layers]  # type: ignore[operator]
+
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         B, N, _ = x.shape
         turns = rotations(torch.arange(N, device=x.device), self.config.head_width)

@@ -180,7 +180,6 @@ class Drawn(TokenRows):
         if self.ended is not None:
             self.drop(self.ended)
         n = self.at
-        here = self.there, slice(n, n + 1)
         features = self.features(n, n + 1)
         self.passes += 1
         is_known = self.is_known[self.rows, n].to(features.device) if self.some_known[n] else None
@@ -190,6 +189,7 @@ class Drawn(TokenRows):
         self.at += 1
         if is_known is None:
             return None
+        here = self.there, slice(n, n + 1)
         found = torch.where(is_known, self.log_prob(features, here)[:, 0], 0.0).sum(1)
         log_p = found.new_zeros(len(self.tokens))
         log_p[self.there] = found

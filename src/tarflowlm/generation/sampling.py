@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import Progress
+from tarflowlm.flow.packing import array
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 from tarflowlm.requests import Adjustment
 
@@ -113,8 +114,8 @@ class Gumbel:
 
             K = self.choices[1]
             limits = Limits(-1, 1.0, K, 1.0, 0.0) if adjust is None else Limits(*adjust.limits)
-            copy, seeds = log_w.contiguous().clone(), self.seeds[rows].contiguous()
-            return torch.from_numpy(draw(copy.numpy(), limits, seeds.numpy(), place, group * K))
+            own, seeds = array(log_w.clone()), self.seeds[rows].contiguous().numpy()
+            return torch.from_numpy(draw(own, limits, seeds, place, group * K))
         adjusted = log_w if adjust is None else adjust(log_w)
         return (adjusted + self.at(rows, place)[:, group]).argmax(-1)
 

@@ -258,7 +258,7 @@ def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
         return by_bisection(u, *params)
     from tarflowlm.compiled.invert import invert_mixtures
 
-    z = torch.from_numpy(invert_mixtures(*(x.detach().contiguous().numpy() for x in (u, *params))))
+    z = torch.from_numpy(invert_mixtures(*map(packing.array, (u, *params))))
     left = z.isnan().nonzero()[:, 0]
     if len(left):
         z[left] = by_bisection(u[left], *take_rows(params, left))
@@ -332,8 +332,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
         return by_channels(u, log_w, mean, log_std)
     from tarflowlm.compiled.invert import invert_vectors
 
-    given = (u, log_w, mean, log_std)
-    z = torch.from_numpy(invert_vectors(*(x.detach().contiguous().numpy() for x in given)))
+    z = torch.from_numpy(invert_vectors(*map(packing.array, (u, log_w, mean, log_std))))
     left = z.isnan().any(1).nonzero()[:, 0]
     if len(left):
         z[left] = by_channels(u[left], log_w[left], mean, log_std)
