@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.functional import jacobian
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import TRUNK, normal, randomise
 from tarflowlm.flow.attention import rotations
@@ -84,18 +85,49 @@ def test_a_new_trunk_passes_its_input_through():
     torch.testing.assert_close(new(x), torch.nn.functional.layer_norm(x, (8,)))
 
 
+@pytest.fixture(params=[False, True], ids=["cpu", "accelerator"])
+def allocate(request):
+    """Caches as on a CPU and as on an accelerator, where steps attend to a power of two."""
+
+    def build(*args) -> KVCache:
+        cache = KVCache(*args)
+        cache.has_sizes = request.param
+        return cache
+
+    return build
+
+
 @pytest.mark.parametrize("chunks", [[1] * T, [3, 4], [1, 5, 1], [T], [4, 1, 1, 1]], ids=str)
-def test_cached_equals_uncached(transformer, chunks):
+def test_cached_equals_uncached(transformer, chunks, allocate):
     x = normal(3, T, 8)
-    cache = KVCache(transformer, 3, T, x)
+    cache = allocate(transformer, 3, T, x)
     steps = [cache.extend(part) for part in x.split(chunks, dim=1)]
     assert cache.length == T
     torch.testing.assert_close(torch.cat(steps, 1), transformer(x), **CLOSE)
 
 
-def test_a_rewound_cache_forgets(transformer):
+def test_on_an_accelerator_steps_differ_by_numbers_alone(transformer):
+    x = normal(3, 150, 8)
+    cache = KVCache(transformer, 3, 150, x)
+    cache.has_sizes = True
+
+    def program(places: Tensor, seen: int) -> str:
+        def step(x: Tensor, places: Tensor) -> Tensor:
+            return cache.pass_on(x, places, seen, is_first=False)
+
+        return make_fx(step)(x[:, places], places.clone()).code
+
+    before = cache.extend(x[:, :60])
+    steps = torch.cat([before, *(cache.extend(part) for part in x[:, 60:].split(1, 1))], 1)
+    torch.testing.assert_close(steps, transformer(x), **CLOSE)
+    first, *others = (program(torch.tensor([place]), 64) for place in (3, 7, 63))
+    assert others == [first, first]
+    assert program(torch.tensor([7]), 128) != first
+
+
+def test_a_rewound_cache_forgets(transformer, allocate):
     x, wrong = normal(2, T, 8), normal(2, 4, 8, seed=1)
-    cache = KVCache(transformer, 2, T, x)
+    cache = allocate(transformer, 2, T, x)
     cache.extend(x[:, :3])
     cache.extend(wrong)
     cache.rewind(3)
@@ -106,9 +138,9 @@ def test_a_rewound_cache_forgets(transformer):
     torch.testing.assert_close(cache.extend(x), transformer(x), **CLOSE)
 
 
-def test_selected_rows_are_copies(transformer):
+def test_selected_rows_are_copies(transformer, allocate):
     x = normal(3, T, 8)
-    cache = KVCache(transformer, 3, T, x)
+    cache = allocate(transformer, 3, T, x)
     cache.extend(x[:, :4])
     rows = torch.tensor([2, 2, 0])
     cache.take(cache, rows)
@@ -130,9 +162,9 @@ def test_a_cache_in_half_precision_returns_wide_features(transformer):
     torch.testing.assert_close(steps, transformer(x), rtol=0.1, atol=0.1)
 
 
-def test_what_a_rewound_cache_forgot_does_not_come_back(transformer):
+def test_what_a_rewound_cache_forgot_does_not_come_back(transformer, allocate):
     x = normal(3, T, 8)
-    cache = KVCache(transformer, 3, T, x)
+    cache = allocate(transformer, 3, T, x)
     cache.extend(x[:, :2])
     cache.extend(torch.full_like(x[:, 2:], torch.nan))
     cache.rewind(2)

@@ -75,10 +75,19 @@ class Cache(ABC):
         """Features of N positions with inputs x, which follow the cached ones."""
 
 
+BUCKET = 64
+"""The fewest positions that a step on an accelerator attends to."""
+
+
 class KVCache(Cache):
     """The keys and values of past positions, with the dtype and device of `like`.
 
     For `batch` rows of `capacity` positions; without a graph.
+
+    On an accelerator a step attends to 64, 128, 256, ... stored positions, those after its own
+    masked, and its place is a number on the device. So the steps of a text differ by their numbers
+    alone, but for the few at which it outgrows a size: the kernels of a step could be recorded once
+    and launched together. A CPU attends to as many positions as there are.
     """
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
@@ -92,11 +101,20 @@ class KVCache(Cache):
         self.before = max(config.input_taps - 1, 0)
         width = 0 if taps is None else config.width
         self.inputs = like.new_zeros(batch, self.before + capacity, width)
-        self.stored = like.new_empty(
+        self.has_sizes = like.device.type != "cpu"
+        """Whether steps attend to a power of two of positions."""
+        # zeros, because a masked position still enters products
+        self.stored = like.new_zeros(
             len(self.weights), 2, batch, config.num_heads, capacity, config.head_width
         )
-        turns = rotations(torch.arange(capacity, device=like.device), config.head_width)
+        self.positions = torch.arange(capacity, device=like.device)
+        turns = rotations(self.positions, config.head_width)
         self.turns = turns.to(widen(like).dtype.to_complex())
+
+    def rewind(self, length: int) -> None:
+        if self.has_sizes:  # what steps multiply by zero has to be finite
+            self.stored[..., length : self.length, :] = 0.0
+        super().rewind(length)
 
     def take(self, source: Cache, rows: Tensor) -> None:
         assert isinstance(source, KVCache)
@@ -118,32 +136,38 @@ class KVCache(Cache):
         if torch.is_autocast_enabled(x.device.type):
             with full_precision(x):
                 return self.extend(x)
+        start, end = self.length, self.length + x.shape[1]
+        assert end <= len(self.positions), "the cache is full"
+        seen = end
+        if self.has_sizes and x.shape[1] == 1:
+            seen = min(max(BUCKET, 2 ** (end - 1).bit_length()), len(self.positions))
         with torch.inference_mode():
-            if self.taps is None:
-                h = x.to(self.norm.dtype)
-            else:
-                # as in `convolve`
-                end = self.length + self.before + x.shape[1]
-                window = self.inputs[:, self.length : end]
-                window[:, self.before :] = x
-                windows = window.unfold(1, self.before + 1, 1).transpose(2, 3)  # [B, N, K, D]
-                h = (windows * self.taps).sum(-2)
-            h = self._layers(h)
-        self.length += x.shape[1]
+            h = self.pass_on(x, self.positions[start:end], seen, is_first=start == 0)
+        self.length = end
         # outside of inference mode, because the features may enter a graph
         return torch.layer_norm(h, (x.shape[-1],), self.norm).view(x.shape).to(x.dtype)
 
-    def _layers(self, x: Tensor) -> Tensor:
-        """All but the final norm: [B, N, D] -> [B N, D]."""
+    def pass_on(self, x: Tensor, places: Tensor, seen: int, *, is_first: bool) -> Tensor:
+        """All but the final norm, [B, N, D] -> [B N, D], for the positions `places` [N].
+
+        They attend to stored positions up to themselves, of which none is behind the first `seen`.
+        """
         B, N, _ = x.shape
-        start, end = self.length, self.length + N
-        assert end <= len(self.turns), "the cache is full"
-        turns = self.turns[start:end] if N == 1 else self.turns[start:end].repeat(B, 1, 1, 1)
-        mask = x.new_full((N, end), -torch.inf).triu_(start + 1) if start and N > 1 else None
-        rows = x.flatten(0, 1)
+        if self.taps is None:
+            h = x.to(self.norm.dtype)
+        else:
+            # as in `convolve`
+            self.inputs.index_copy_(1, places + self.before, x.to(self.inputs.dtype))
+            windows = self.inputs.unfold(1, self.before + 1, 1)[:, places]  # [B, N, D, K]
+            h = (windows.transpose(2, 3) * self.taps).sum(-2)
+        turns = self.turns[places] if N == 1 else self.turns[places].repeat(B, 1, 1, 1)
+        mask = None
+        if not is_first and N > 1 or self.has_sizes and N == 1:
+            is_later = self.positions[:seen] > places[:, None]
+            mask = h.new_zeros(N, seen).masked_fill_(is_later, -torch.inf)
+        rows = h.flatten(0, 1)
         for w, stored in zip(self.weights, self.stored.unbind(), strict=True):
-            past = Past(stored[..., :end, :], start, mask)
-            rows = layer(rows, w, turns, past.attend)
+            rows = layer(rows, w, turns, Past(stored, places, seen, mask).attend)
         return rows
 
 
@@ -151,19 +175,21 @@ class Past(NamedTuple):
     """The keys and values of one layer, [2, B, H, n, E], with room for those of new positions."""
 
     stored: Tensor
-    start: int
-    """The first new position."""
+    places: Tensor
+    """The new positions."""
+    seen: int
+    """They attend to positions below this."""
     mask: Tensor | None
-    """Minus infinity where a new position must not look, [N, n]; None: after itself."""
+    """Minus infinity where a new position must not look, [N, seen]; None: after itself."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the rows q, k, v [B N, H, E] to all positions up to them: [B N, D]."""
-        B = self.stored.shape[1]
-        new = B, len(q) // max(B, 1)
+        new = self.stored.shape[1], len(self.places)
         q, k, v = (part.to(self.stored.dtype).unflatten(0, new) for part in (q, k, v))
         keys, values = self.stored.unbind()
-        keys[:, :, self.start :] = k.transpose(1, 2)
-        values[:, :, self.start :] = v.transpose(1, 2)
+        keys.index_copy_(2, self.places, k.transpose(1, 2))
+        values.index_copy_(2, self.places, v.transpose(1, 2))
+        keys, values = keys[:, :, : self.seen], values[:, :, : self.seen]
         is_causal = self.mask is None and q.shape[1] > 1
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, self.mask, is_causal=is_causal, scale=1.0
