@@ -134,14 +134,14 @@ def drawn_call(model: Any, index: int, num: int) -> Any:
     import torch
 
     from tarflowlm.data.prompts import BLANK
-    from tarflowlm.generation.rows import Drawn
+    from tarflowlm.generation.decoder import Drawing
     from tarflowlm.generation.sampling import Gumbel
 
     context, is_flow = model.config.context, not model.is_exact
     choices = model.prior.block(index).coupling.choices if is_flow else model.config.vocab_size
     noise = torch.randn(num, context, model.config.latent_dim if is_flow else 0)
     gumbel = Gumbel(torch.arange(num), context, (1, choices))
-    rows = Drawn(model, index, noise, gumbel, torch.full((num, context), BLANK), None)
+    rows = Drawing(model, index, noise, gumbel, torch.full((num, context), BLANK), None)
     # as an accelerator, in half precision
     rows.cache = rows.source.allocate_cache(num, rows.values.shape[1], half=is_flow)
     rows.cache.stored.zero_()

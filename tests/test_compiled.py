@@ -22,7 +22,7 @@ from tarflowlm.flow.transformer import Transformer
 from tarflowlm.generation import generate
 from tarflowlm.generation.plan import plan
 from tarflowlm.generation.sampling import Gumbel, row_generators
-from tarflowlm.generation.write import write
+from tarflowlm.generation.write import Writer
 from tarflowlm.model import LanguageModel, seeded
 from tarflowlm.requests import Sampling
 
@@ -297,7 +297,7 @@ def test_texts_that_end_and_stream_are_the_same(name):
     def text(end: int, every: int, num: int) -> Tensor:
         plans = [plan(model, [], Sampling(temperature=0.9), num_tokens=14, end=end)] * num
         streams = row_generators(range(num), torch.Generator().manual_seed(end))
-        return torch.cat(list(write(model, plans, streams, every=every)), 1)
+        return torch.cat(list(Writer(model, plans, streams, every=every)), 1)
 
     for end, every, num in ((0, 1, 5), (2, 4, 5), (3, 3, 1)):
         steps = text(end, 1, num)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helpers import FILLS, mostly_slow, tiny_flow
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.inversion import finish, stack_inversion
+from tarflowlm.generation.inverse import invert_stack
 from tarflowlm.model import TarFlowLM
 
 NUM = 3000
@@ -62,7 +62,7 @@ def test_the_noise_of_what_is_drawn_is_standard_normal_and_inverts_to_it(name):
     assert_standard_normal(states[0].flatten(1))
     few = [h[:50] for h in states]
     with torch.no_grad():
-        states, _ = finish(stack_inversion(model, few[0]))
+        states, _ = invert_stack(model, few[0])
     for ours, theirs in zip(few, states, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 

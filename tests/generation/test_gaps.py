@@ -14,7 +14,6 @@ from tarflowlm.data import CharTokenizer
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate, write
-from tarflowlm.generation.inversion import finish
 from tarflowlm.generation.plan import plan
 from tarflowlm.generation.sampling import BLANK, row_generators
 from tarflowlm.generation.texts import Samples
@@ -206,7 +205,7 @@ def test_a_constraint_counts_up_to_the_end_of_a_template(make):
         allowed=FIRST_TWO,
         continues=False,
     )
-    found = finish(write(model, [one] * 60, row_generators(range(60), generator())))
+    found = write(model, [one] * 60, row_generators(range(60), generator()))
     share = found.evidence.log_evidence.exp()[:, None] * found.filled.lengths[0] * 3
     error = share.std(0) / math.sqrt(len(share))
     assert ((share.mean(0) - wanted).abs() < 4 * error + 2e-3).all()

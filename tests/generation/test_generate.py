@@ -9,7 +9,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.inversion import finish, stack_inversion
+from tarflowlm.generation.inverse import invert_stack
 from tarflowlm.model import TarFlowLM
 
 
@@ -81,9 +81,9 @@ def test_a_stack_that_runs_left_to_right_continues_a_prompt_exactly():
     """
     model, num = tiny_flow(**FILLS, alternate=False, log_std=-4.0), 3
     with torch.no_grad():
-        states, _ = finish(stack_inversion(model, normal(4, 8, 2)))
+        states, _ = invert_stack(model, normal(4, 8, 2))
         known = [h[:, :num] for h in reversed(states)]
-        again, _ = finish(stack_inversion(model, states[0], known=known))
+        again, _ = invert_stack(model, states[0], known=known)
     for h, same in zip(states, again, strict=True):
         torch.testing.assert_close(same, h)
     prompt = torch.tensor([1, 0, 4])

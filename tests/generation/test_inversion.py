@@ -6,12 +6,10 @@ import time
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers import normal, stack, tiny_flow
-from tarflowlm.generation import generate, inversion
-from tarflowlm.generation.inversion import block_inversion, finish, stack_inversion
-from tarflowlm.generation.sampling import Work
+from tarflowlm.generation import generate, sweeps
+from tarflowlm.generation.inverse import invert_block, invert_stack
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.model_config import FlowConfig
 
@@ -24,11 +22,6 @@ STACKS = [
     ("mixd",),
     ("affine", "mix1"),
 ]
-
-
-@torch.no_grad()
-def invert_block(*args, **options) -> tuple[Tensor, Work]:
-    return finish(block_inversion(*args, **options))
 
 
 @pytest.mark.parametrize(
@@ -46,17 +39,17 @@ def invert_block(*args, **options) -> tuple[Tensor, Work]:
 )
 def test_sweeps_give_what_steps_give(couplings, patch, segment, monkeypatch):
     """Strongly coupled random blocks of both directions, longer than the first segment."""
-    monkeypatch.setattr(inversion, "LONGEST_SEGMENT", segment)
+    monkeypatch.setattr(sweeps, "LONGEST_SEGMENT", segment)
     model = tiny_flow(couplings=couplings, patch=patch, context=128)
     positions = 128 // patch
     noise = normal(3, positions, 2 * patch)
     for block in model.prior.blocks:
         by_steps, steps = invert_block(block, noise, decoder="steps")
-        by_sweeps, sweeps = invert_block(block, noise, decoder="sweeps")
+        by_sweeps, swept = invert_block(block, noise, decoder="sweeps")
         chosen, _ = invert_block(block, noise, decoder="auto")
         assert steps.passes == positions
         # a few Newton steps that lead nowhere, then sweeps that finish a position each
-        assert 1 <= sweeps.passes <= positions + 16
+        assert 1 <= swept.passes <= positions + 16
         torch.testing.assert_close(by_steps, by_sweeps, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(by_steps, chosen, rtol=1e-8, atol=1e-8)
 
@@ -92,7 +85,7 @@ def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, no_clock):
         for batch in (1, 12):
             noise = normal(batch, 256, 2).to(dtype)
             with torch.no_grad():
-                found, work = finish(stack_inversion(model, noise, decoder=decoder))
+                found, work = invert_stack(model, noise, decoder=decoder)
                 again = model.prior(found[-1])[0]
             assert all(w.decoder == "sweeps" and w.passes <= most for w in work)
             torch.testing.assert_close(again, noise, rtol=tolerance, atol=tolerance)
@@ -154,7 +147,7 @@ def test_a_position_that_sweeps_got_wrong_is_inverted_again(monkeypatch):
     """Sweeps that call everything settled at once leave a wrong answer; the way back to the noise
     shows it.
     """
-    monkeypatch.setitem(inversion.TOLERANCE, torch.float64, 1e9)
+    monkeypatch.setitem(sweeps.TOLERANCE, torch.float64, 1e9)
     block = tiny_flow(couplings=("mix1",), context=64).prior.blocks[0]
     u = normal(2, 64, 2)
     with torch.no_grad():

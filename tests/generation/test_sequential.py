@@ -12,8 +12,8 @@ from torch import Tensor
 from helpers import normal, tiny_ar, tiny_flow
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import finish, stack_inversion
-from tarflowlm.generation.rows import Drawn
+from tarflowlm.generation.decoder import Drawing
+from tarflowlm.generation.inverse import invert_stack
 from tarflowlm.generation.sampling import Gumbel, Noise, row_generators
 from tarflowlm.model import TarFlowLM
 from tarflowlm.requests import Sampling
@@ -51,7 +51,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_inverting_the_stack_gives_the_states_of_forward(patch):
     model = tiny_flow(couplings=("mixd", "mix1", "affine"), patch=patch)
     with torch.no_grad():
-        found, _ = finish(stack_inversion(model, normal(3, 8, 2)))
+        found, _ = invert_stack(model, normal(3, 8, 2))
         states, _ = model.prior.states(found[-1])
     assert len(found) == 4
     for ours, theirs in zip(found, reversed(states), strict=True):
@@ -76,7 +76,7 @@ def test_the_baseline_takes_the_largest_sum_of_logit_and_number(prompt, fields):
             tokens[:, t] = (lm.logits(tokens)[:, t] + numbers[:, t]).argmax(-1)
         is_known = (torch.arange(8) < len(given)).expand(3, 8)
         empty = torch.zeros(3, 8, 0)
-        passage = Drawn(lm, 0, empty, gumbel, tokens.where(is_known, -1), None)
+        passage = Drawing(lm, 0, empty, gumbel, tokens.where(is_known, -1), None)
         steps = [passage.step() for _ in range(passage.num_positions)]
         expected = lm.logits(tokens).log_softmax(-1).gather(-1, tokens[..., None])[:, : len(given)]
     assert torch.equal(passage.values.flatten(1), tokens)
@@ -125,10 +125,10 @@ def test_temperature_is_a_power_of_the_weights(temperature):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     power = discrete_probabilities(model, 1, 4) ** (1 / temperature)
     with torch.no_grad():
-        steps = stack_inversion(
+        states, _ = invert_stack(
             model, normal(NUM, 1, 2), adjust=Sampling(temperature=temperature).adjust(4)
         )
-        z = finish(steps)[0][-1]
+        z = states[-1]
     assert_frequencies(model.codebook.decode(z), power / power.sum(), 4)
     drawn = generate(
         model,

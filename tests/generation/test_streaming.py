@@ -2,22 +2,24 @@
 are among all.
 """
 
+import inspect
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import tarflowlm
 from helpers import mostly_nightly, tiny_ar, tiny_flow
 from tarflowlm.errors import SILENT, Progress
 from tarflowlm.flow import numerics
 from tarflowlm.flow.cache import KVCache
 from tarflowlm.flow.numerics import component_finder
-from tarflowlm.generation import Generation, generate, write
+from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.generate import row_plans
-from tarflowlm.generation.inversion import Returning
-from tarflowlm.generation.sampling import row_generators
-from tarflowlm.generation.write import Parts
+from tarflowlm.generation.sampling import Gumbel, row_generators
+from tarflowlm.generation.write import Writer
 from tarflowlm.model import LanguageModel
 from tarflowlm.requests import Sampling
 
@@ -48,29 +50,23 @@ def streams(rows) -> list[torch.Generator]:
 
 def steps_of(
     model: LanguageModel, num_tokens: int, num: int = 2, *, prompt=None, every=1, end=None, **how
-) -> Parts:
+) -> Writer:
     """A text piece by piece, with the streams of `sample`."""
     progress = how.pop("progress", SILENT)
     plans = row_plans(model, prompt, num, Sampling(**how), num_tokens=num_tokens)
     plans = [replace(plan, end=end) for plan in plans]
-    return write(model, plans, streams(range(num)), progress, every)
+    return Writer(model, plans, streams(range(num)), progress, every)
 
 
 def yielded(model: LanguageModel, **options) -> list[Tensor]:
     """The parts of a text, which together are what `generate` writes, as is what they return."""
-    steps = steps_of(model, **options)
-    parts: list[Tensor] = []
-    while True:
-        try:
-            parts.append(next(steps))
-        except StopIteration as end:
-            returned = end.value
-            break
+    writer = steps_of(model, **options)
+    parts = list(writer)
     assert all(part.dtype == torch.int64 and part.shape[1] for part in parts)
     options.pop("every", None)
     tokens = sample(model, **options).tokens
     assert torch.equal(torch.cat(parts, 1), tokens)
-    assert torch.equal(returned.tokens, tokens)
+    assert torch.equal(writer.result.tokens, tokens)
     return parts
 
 
@@ -135,7 +131,7 @@ def test_one_row_is_written_by_one_thread_and_the_reader_keeps_its_own(num):
         sample(model, num_tokens=8, num=num, progress=threads)
         assert threads.seen == {1 if num == 1 else 3}
         assert torch.get_num_threads() == 3
-        steps = steps_of(model, num_tokens=8, num=num, progress=threads)
+        steps = iter(steps_of(model, num_tokens=8, num=num, progress=threads))
         next(steps)
         assert torch.get_num_threads() == 3
         assert torch.is_grad_enabled()
@@ -148,7 +144,7 @@ def test_one_row_is_written_by_one_thread_and_the_reader_keeps_its_own(num):
 
 def test_a_closed_text_is_not_written_further(model):
     threads = Threads()
-    steps = steps_of(model, num_tokens=30, decoder="steps", progress=threads)
+    steps = iter(steps_of(model, num_tokens=30, decoder="steps", progress=threads))
     next(steps)
     steps.close()
     threads.seen.clear()
@@ -209,7 +205,7 @@ def test_samples_that_have_ended_leave_the_batch(length, prompt, model, monkeypa
     options = {"num_tokens": length, "num": 16, "prompt": prompt, "decoder": "steps"}
     whole = sample(model, **options).tokens
     without, computed = computed, 0
-    steps = Returning(steps_of(model, end=end, **options))
+    steps = steps_of(model, end=end, **options)
     parts = torch.cat(list(steps), 1)
     assert computed < without or model.config.patch == 4
     drawn = torch.full_like(whole, -1) if prompt is None else prompt.expand(16, -1)
@@ -217,8 +213,8 @@ def test_samples_that_have_ended_leave_the_batch(length, prompt, model, monkeypa
     is_over = ((whole == end) & is_drawn).cumsum(1) > 0
     assert is_over.any()
     assert torch.equal(parts, whole.masked_fill(is_over, end))
-    assert torch.equal(steps.value.tokens, parts)
-    assert steps.value.latents == ()
+    assert torch.equal(steps.result.tokens, parts)
+    assert steps.result.latents == ()
 
 
 def test_a_stream_makes_the_table_of_the_codebook_once(monkeypatch):
@@ -236,3 +232,17 @@ def test_a_stream_makes_the_table_of_the_codebook_once(monkeypatch):
         assert len(yielded(model, num_tokens=num_tokens)) == num_tokens
         numbers.append(len(made))
     assert numbers[0] == numbers[1]
+
+
+def test_whoever_stops_where_a_token_is_drawn_sees_five_frames(monkeypatch):
+    found: list[list[str]] = []
+    draw = Gumbel.draw
+
+    def watched(*arguments, **options) -> Tensor:
+        frames = inspect.stack()[1:]
+        found.append([f.function for f in frames if f"src{os.sep}tarflowlm{os.sep}" in f.filename])
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(Gumbel, "draw", watched)
+    list(tarflowlm.load("english-mini").stream("once", num_tokens=6))
+    assert found[0] == ["step", "step", "__iter__", "__iter__", "pieces"]

@@ -16,11 +16,11 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.editing.states import Change, Encoded, Source, compared, inverted_below
 from tarflowlm.errors import UserError
-from tarflowlm.flow.fills import complete
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.gaps import Pieces
+from tarflowlm.generation.decoder import Drawing
+from tarflowlm.generation.inversion import Inversion
 from tarflowlm.generation.particles import pareto_k, resample, weight
-from tarflowlm.generation.sampling import Noise, row_generators
+from tarflowlm.generation.sampling import BLANK, Noise, row_generators
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 from tarflowlm.requests import Sampling
 
@@ -83,34 +83,16 @@ def propose(source: Source, span: Span, candidates: Candidates) -> Proposed:
     else:
         u[:, first:end] = prior.patch(source.normal(R, N * patch, C // patch))[:, first:end]
         stays.view(-1)[slice(*span)] = False
-    cache = block.allocate_cache(R, N)
-    if first:
-        # all candidates share the text before the span
-        one = block.allocate_cache(1, first)
-        block.features_of(one, known[:, : first - 1])
-        cache.take(one, torch.zeros(R, dtype=torch.long, device=h.device))
-    invert = block.coupling.inverter()
     tempered = Sampling(temperature=candidates.temperature)
     adjust = tempered.adjust(model.config.vocab_size, candidates.banned)
-    log_w = h.new_zeros(R)
-    for n in range(first, end):
-        features = block.features_at(cache, h[:, n - 1] if n else None)
-        if not stays[n].any():
-            h[:, n] = invert(u[:, n], features, adjust)
-            continue
-        h[:, n], u[:, n], log_p = complete(
-            block.coupling, u[:, n], features, h[:, n], stays[n].expand(R, -1), adjust
-        )
-        log_w = log_w + log_p.sum(-1)
-    if end < N:
-        features = block.features_of(cache, h[:, end - 1 : -1])
-        u[:, end:], log_det = block.coupling(h[:, end:], features)
-        log_w = log_w + log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
+    rows = Inversion(block, u, adjust, known=h, is_known=stays.expand(R, -1, -1))
+    log_w = _redrawn(rows, known[:, :first], end)
+    h, u = rows.values, rows.noise
     if level + 1 < model.num_blocks:
         noise = prior.patch.inverse(block.order.inverse(u))
         log_w = log_w + prior.log_prob(noise, above=level + 1) - standard_normal_log_prob(u)
-    rows = Source(model, text.repeated(R), source.generator)
-    z = inverted_below(rows, level, prior.patch.inverse(block.order.inverse(h)), "auto")[-1]
+    texts = Source(model, text.repeated(R), source.generator)
+    z = inverted_below(texts, level, prior.patch.inverse(block.order.inverse(h)), "auto")[-1]
     tokens = model.codebook.decode(z)
     if level == 0:
         tokens = torch.where(stays.view(-1).to(z.device), text.tokens, tokens)
@@ -129,12 +111,23 @@ def propose_tokens(source: Source, span: Span, candidates: Candidates) -> Propos
     no_latents = noise.normal(tokens.shape[1])
     tempered = Sampling(temperature=candidates.temperature)
     adjust = tempered.adjust(model.config.vocab_size, candidates.banned)
-    rows = Pieces(model, tokens[..., None], tokens[..., None].clone(), span[0], adjust)
-    gumbel = noise.draws(tokens.shape[1])
-    for n in range(*span):
-        rows.draw(gumbel.at(slice(None), n)[:, 0], no_latents[:, n], None)
-    log_w = rows.add(text.tokens[0, span[1] :], tokens[:, span[1] :, None])
-    return no_latents, rows.tokens[..., 0], weight(log_w)
+    given = tokens.cpu()
+    given[:, slice(*span)] = BLANK
+    rows = Drawing(model, 0, no_latents, noise.draws(tokens.shape[1]), given, adjust)
+    log_w = _redrawn(rows, rows.values[:1, : span[0]], span[1])
+    return no_latents, rows.values.flatten(1), weight(log_w)
+
+
+def _redrawn(rows: Drawing | Inversion, before: Tensor, end: int) -> Tensor:
+    """Write positions up to `end` after the values `before` [1, n, ...] of all rows, and read the
+    rest: log p [R] of all given tokens from there on, in nats.
+    """
+    rows.settle_alike(before)
+    log_w = torch.zeros(len(rows.values), device=rows.values.device)
+    while rows.at < end:
+        if (log_p := rows.step()) is not None:
+            log_w = log_w + log_p
+    return log_w + rows.read(rows.num_positions) if rows.is_open else log_w
 
 
 @torch.no_grad()

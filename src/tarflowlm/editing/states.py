@@ -16,7 +16,7 @@ from tarflowlm import chunks
 from tarflowlm.config import Decoder
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import finish, stack_inversion
+from tarflowlm.generation.inverse import invert_stack
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.model import LanguageModel, as_flow, check_tokens
 
@@ -160,7 +160,7 @@ def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoder) 
     """The states h^(level) = `state`, ..., h^(0), each [B, T, d]."""
     positions = state.shape[1] // source.model.config.patch
     source.progress.stage("editing, positions", level * positions)
-    steps = stack_inversion(
+    states, _ = invert_stack(
         as_flow(source.model),
         state,
         decoder=decoder,
@@ -168,7 +168,7 @@ def inverted_below(source: Source, level: int, state: Tensor, decoder: Decoder) 
         known=source.text.states,
         progress=source.progress,
     )
-    return finish(steps)[0]
+    return states
 
 
 def compared(

@@ -162,7 +162,7 @@ class KVCache(Cache):
             h = (windows.transpose(2, 3) * self.taps).sum(-2)
         turns = self.turns[places] if N == 1 else self.turns[places].repeat(B, 1, 1, 1)
         mask = None
-        if not is_first and N > 1 or self.has_sizes and N == 1:
+        if (not is_first and N > 1) or (self.has_sizes and N == 1):
             is_later = self.positions[:seen] > places[:, None]
             mask = h.new_zeros(N, seen).masked_fill_(is_later, -torch.inf)
         rows = h.flatten(0, 1)

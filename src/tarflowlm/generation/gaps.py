@@ -18,16 +18,16 @@ from torch import Tensor
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.generation.decoder import TokenDecoder
 from tarflowlm.generation.particles import Weights, weight
 from tarflowlm.generation.plan import Plan, checked_mask
-from tarflowlm.generation.rows import TokenRows
 from tarflowlm.generation.sampling import GapLengths, Generation, Gumbel, Noise
 from tarflowlm.model import LanguageModel, TarFlowLM, as_flow
 from tarflowlm.requests import Adjustment
 
 
-class Pieces(TokenRows):
-    """Rows that grow by single tokens and by pieces, one token per position."""
+class Pieces(TokenDecoder):
+    """Texts that grow by single tokens and by pieces, one token per position."""
 
     def __init__(
         self,
@@ -38,22 +38,19 @@ class Pieces(TokenRows):
         adjust: Adjustment | None,
     ) -> None:
         """The first `at` of `tokens` [B, T, 1] and of their `values` [B, T, C] are written."""
-        super().__init__(model, 0, tokens, adjust)
-        self.values = values
-        self.at = at
+        super().__init__(model, 0, tokens, values)
+        self.adjust = adjust
         if at:
-            self.features(0, at)
+            self.settle(values[:, :at])
 
     def add(self, tokens: Tensor, values: Tensor) -> Tensor:
         """Write a piece, tokens [S] with values [B, S, C]: its log-probability [B], in nats."""
-        start = self.at
-        self.at += len(tokens)
-        if start == self.at:
+        if not len(tokens):
             return torch.zeros(len(values))
-        here = slice(None), slice(start, self.at)
+        here = slice(None), slice(self.at, self.at + len(tokens))
         self.tokens[here] = tokens[:, None].to(self.tokens)
         self.values[here] = values
-        return self.log_prob(self.features(start, self.at), here).sum((1, 2))
+        return self.read(self.at + len(tokens))
 
     def draw(self, gumbel: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """Write one token by numbers [B, V] and noise [B, d], among those in `mask` [V] or [B, V].
@@ -61,7 +58,7 @@ class Pieces(TokenRows):
         Returns the log-weight [B] of the draw, in nats: the log-probability of the mask, and for a
         flow the other factor of its draw (docs/math.md, eq. 23).
         """
-        features = self.features(self.at, self.at + 1)[:, 0]
+        features, _ = self.next_features()
         log_w = next(self.law.log_weights(features, self.cache.linear))
         log_w = (log_w if self.adjust is None else self.adjust(log_w)).log_softmax(-1)
         # tokens that the adjustment dropped
@@ -306,9 +303,7 @@ class GapFilter:
             chosen, kept = self.weights.chosen(b, self.log_w[own[mine]], len(mine))
             order[mine] = mine[chosen]
             self.log_w[own[mine]] = kept
-        on_device = order.to(rows.values.device)
-        rows.select(on_device)
-        rows.tokens = rows.tokens[on_device]
+        rows.take(order.to(rows.values.device))
         self.lengths[own] = self.lengths[own[order]]
 
     def _shares(self, log_w: Tensor, lengths: Tensor) -> list[Tensor]:

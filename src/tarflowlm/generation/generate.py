@@ -11,7 +11,6 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data.prompts import Gap
 from tarflowlm.errors import SILENT, Progress, UserError
-from tarflowlm.generation.inversion import finish
 from tarflowlm.generation.plan import Allowed, Plan, plan
 from tarflowlm.generation.sampling import BLANK, Generation, row_generators
 from tarflowlm.generation.write import write
@@ -103,7 +102,7 @@ def generate(
     plans = row_plans(
         model, prompt, len(streams), Sampling(**options), num_tokens=num_tokens, allowed=allowed
     )
-    return finish(write(model, plans, streams, progress, every=num_tokens))
+    return write(model, plans, streams, progress)
 
 
 def row_plans(

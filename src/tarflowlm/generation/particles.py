@@ -6,19 +6,18 @@ exact in the limit of many. With R = 1 the other tokens are drawn from left to r
 """
 
 import math
-from collections.abc import Generator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tarflowlm.config import Decoder
+from tarflowlm import config
 from tarflowlm.errors import SILENT, Progress
-from tarflowlm.flow.fills import complete
-from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
-from tarflowlm.generation.inversion import Inverted, finish, stack_inversion
-from tarflowlm.generation.rows import Drawn
-from tarflowlm.generation.sampling import Evidence, Gumbel, Noise, Work
+from tarflowlm.flow.numerics import log_standard_normal
+from tarflowlm.generation.decoder import Drawing
+from tarflowlm.generation.inverse import invert_stack
+from tarflowlm.generation.inversion import Inversion
+from tarflowlm.generation.sampling import BLANK, Evidence, Gumbel, Noise, Work
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.requests import Adjustment
 
@@ -101,97 +100,34 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
 
 
-class Completed(Inverted):
-    """The pass of a flow through block 1: noise to latents, and back for given tokens (eq. 21).
-
-    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`, and the log-probability
-    log p(z_t | z_<t) - log sum_j N_j(z_t).
-    """
+class ParticleFilter:
+    """R particles per sample, through block 1 or the baseline; they agree on given tokens."""
 
     def __init__(
-        self,
-        model: TarFlowLM,
-        noise: Tensor,
-        known: Tensor,
-        is_known: Tensor,
-        adjust: Adjustment | None,
-        gumbel: Gumbel | None = None,
+        self, rows: Drawing | Inversion, noise: Noise, upper: "UpperBlocks | None" = None
     ) -> None:
-        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU; `gumbel` as in `Inverted`."""
-        self.patch = model.prior.patch
-        block = model.prior.block(0)
-        reorders = block.order.reverse or block.order.mixes
-        assert not reorders, "given latents need the order of the tokens"
-        super().__init__(block, self.patch(noise).clone(), adjust, gumbel)
-        self.known = self.patch(known)
-        self.is_known = is_known.unflatten(1, (-1, model.config.patch))
-        # read on the host once, so that a position without given tokens costs nothing for them
-        self.some_known = self.is_known.any(2).any(0).tolist()
-        mask = self.is_known.to(noise.device)
-        self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
+        """Reads the leading positions that are given in all rows.
 
-    def prefill(self, first: Tensor) -> Tensor | None:
-        """As `Drawn.prefill`."""
-        num = int(first.min())
-        if num == 0:
-            return None
-        z = self.known[:, :num]
-        u, log_det = self.source.coupling(z, self.settle(z))
-        self.noise[:, :num] = u
-        log_p = log_det.sum(-1) + standard_normal_log_prob(u)
-        return log_p - self.log_normaliser[:, :num].sum((1, 2))
+        Rows that are resampled get fresh noise from the `upper` blocks.
+        """
+        self.rows, self.upper = rows, upper
+        self.weights = Weights(noise)
+        # a sample alone is resampled after its prompt
+        self.prompts = rows.first.view(self.weights.log_w.shape)[:, 0]
+        if first := int(rows.first.min()):
+            self.weights.add(rows.read(first))
 
-    def step(self) -> Tensor | None:
-        """As `Drawn.step`, always one position."""
-        n = self.at
-        if not self.some_known[n]:
-            return super().step()
-        here, features, gumbel = self.next_position()
-        known, is_known = self.known[here], self.is_known[self.rows, n]
-        self.values[here], self.noise[here], log_p = complete(
-            self.source.coupling, self.noise[here], features, known, is_known, self.adjust, gumbel
-        )
-        every = log_p.new_zeros(len(self.values))
-        every[self.there] = (log_p - self.log_normaliser[here]).sum(-1)
-        return every
-
-    def resample(self, order: Tensor, renewed: Tensor, noise: Tensor | None) -> None:
-        """As `Drawn.resample`; `renewed` rows get fresh `noise` [rows, T, ...]."""
-        self.select(order)
-        self.noise = self.noise[order]
-        if noise is not None:
-            self.noise[renewed, self.at :] = self.patch(noise)[:, self.at :].to(self.noise)
-
-
-def particle_filter(
-    rows: Drawn | Completed, noise: Noise, progress: Progress, source: "UpperBlocks | None" = None
-) -> Generator[Tensor, None, Weights]:
-    """Run `rows` to their end, and return their weights.
-
-    Rows that are resampled get fresh noise from the `source`. A single particle is final after
-    every position, so the generator yields its values so far. `progress` advances once per
-    position.
-    """
-    weights = Weights(noise)
-    num, particles = weights.log_w.shape
-    # a sample alone is resampled after its prompt
-    first = rows.is_known.all(2).long().cumprod(1).sum(1)
-    prompts = first.view(num, particles)[:, 0]
-    weights.add(rows.prefill(first))
-    progress.advance(rows.at)
-    while rows.at < rows.num_positions:
-        before = rows.at
+    def step(self) -> None:
+        """Write the next position, and resample where weights are uneven."""
+        rows, weights = self.rows, self.weights
         weights.add(rows.step())
-        progress.advance(rows.at - before)
-        if particles == 1:
-            yield rows.values[:, : rows.at]
-            continue
-        if rows.at == rows.num_positions:
-            break
-        is_due = is_uneven(weights.log_w) & (prompts < rows.at)
+        num, particles = weights.log_w.shape
+        if particles == 1 or not rows.is_open:
+            return
+        is_due = is_uneven(weights.log_w) & (self.prompts < rows.at)
         uneven: list[int] = is_due.nonzero().flatten().tolist()
         if not uneven:
-            continue
+            return
         order = torch.arange(num * particles).view(num, particles)
         own = order[uneven].flatten()
         for b in uneven:
@@ -199,9 +135,10 @@ def particle_filter(
             order[b] = order[b, chosen]
         device = rows.values.device
         own, order = own.to(device), order.flatten().to(device)
-        fresh = None if source is None else source.redraw(uneven, own, order[own], rows.at)
-        rows.resample(order, own, fresh)
-    return weights
+        rows.take(order)
+        if self.upper is not None and isinstance(rows, Inversion):
+            fresh = self.upper.redraw(uneven, own, order[own], rows.at)
+            rows.noise[own, rows.at :] = fresh[:, rows.at :].to(rows.noise)
 
 
 class UpperBlocks:
@@ -216,7 +153,7 @@ class UpperBlocks:
         self,
         noise: Noise,
         is_known: Tensor,
-        decoder: Decoder,
+        decoder: config.Decoder,
         draws: bool,
         adjust: Adjustment | None,
         progress: Progress,
@@ -241,7 +178,7 @@ class UpperBlocks:
         u = noise.normal(self.is_known.shape[1])
         if self.single:
             return u, []
-        steps = stack_inversion(
+        states, work = invert_stack(
             self.model,
             u,
             decoder=self.decoder,
@@ -250,7 +187,6 @@ class UpperBlocks:
             gumbel=noise.draws(u.shape[1]) if self.draws else None,
             progress=progress,
         )
-        states, work = finish(steps)
         return states[-1], work
 
     def _account_for_draw(self, rows: Tensor, at: int) -> None:
@@ -269,7 +205,7 @@ class UpperBlocks:
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
     def redraw(self, samples: list[int], own: Tensor, parents: Tensor, at: int) -> Tensor:
-        """Fresh draws h' [rows, T, d] for the rows `own`, which are all particles of the `samples`.
+        """Fresh draws h' [rows, N, C] for the rows `own`, which are all particles of the `samples`.
 
         They go on from the position `at` of their `parents`, whose factors they get.
         """
@@ -280,7 +216,7 @@ class UpperBlocks:
         self.draw[own] = fresh
         self.log_p[own] = self.model.prior.log_prob(fresh, above=1)
         self.since[own] = at * self.model.config.patch
-        return fresh
+        return self.model.prior.patch(fresh)
 
     def log_factor(self, h: Tensor) -> Tensor:
         """The log of the factor, [num R], in nats, given the final noise h* [num R, T, d]."""
@@ -289,6 +225,31 @@ class UpperBlocks:
         self._account_for_draw(torch.arange(len(h)), h.shape[1])
         known = (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
         return self.model.prior.log_prob(h, above=1) - known + self.correction
+
+
+def completing(
+    model: TarFlowLM,
+    noise: Tensor,
+    given: Tensor,
+    eps: Tensor,
+    adjust: Adjustment | None,
+    gumbel: Gumbel | None,
+) -> Inversion:
+    """Block 1 from `noise` [B, T, d], in which given tokens keep the latents that `eps` gives them.
+
+    Tokens `given` [B, T], on the CPU, are BLANK elsewhere; `gumbel` as in `Inversion`.
+    """
+    block, patch = model.prior.block(0), model.prior.patch
+    reorders = block.order.reverse or block.order.mixes
+    assert not reorders, "given latents need the order of the tokens"
+    known = model.codebook.encode(given.clamp_min(0).to(eps.device), eps)
+    is_known = (given != BLANK).unflatten(1, (-1, model.config.patch))
+    rows = Inversion(
+        block, patch(noise).clone(), adjust, gumbel, known=patch(known), is_known=is_known
+    )
+    mask = is_known.to(noise.device)
+    rows.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
+    return rows
 
 
 def pareto_k(log_w: Tensor) -> float:

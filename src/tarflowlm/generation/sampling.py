@@ -149,10 +149,13 @@ class Evidence:
     """How often the particles of each sample were resampled, [num]."""
 
 
+Way = Literal["steps", "sweeps", "draw"]
+
+
 class Work(NamedTuple):
     """How the latents of a block were computed."""
 
-    decoder: Literal["steps", "sweeps", "draw"]
+    decoder: Way
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
 

@@ -1,7 +1,7 @@
 """Requests become texts: a plan for every prompt, and samples in batches."""
 
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import cast
@@ -22,10 +22,9 @@ from tarflowlm.data.prompts import (
 )
 from tarflowlm.errors import SILENT, Progress, UserError
 from tarflowlm.flow.transformer import Transformer
-from tarflowlm.generation.inversion import Returning, finish
 from tarflowlm.generation.plan import Allowed, Plan, no_room, plan
 from tarflowlm.generation.sampling import Generation, Meter, row_generators
-from tarflowlm.generation.write import write
+from tarflowlm.generation.write import Writer
 from tarflowlm.model import as_flow
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.requests import Writing, as_texts
@@ -122,7 +121,7 @@ class Samples:
             # decode in batches unless a stop must be found
             every = 1 if self.stops else one.num_tokens if one.end is None else EVERY
             try:
-                found = finish(self.steps(rows, meter, every=every))
+                found = self.batch(rows, meter, every=every).finish()
             except torch.OutOfMemoryError:
                 if len(rows) == 1 or self.processes.world > 1:
                     raise
@@ -134,30 +133,55 @@ class Samples:
 
     def pieces(self, row: int = 0) -> Iterator[str]:
         """The text of one sample, piece by piece as its tokens become final, up to its stop."""
+        batch = self.batch(range(row, row + 1))
         if self.plan(row).way == "gaps":
-            yield finish(self.steps(range(row, row + 1))).texts[0]
+            yield batch.finish().texts[0]
             return
-        stream = self._stream(row)
-        for tokens in self.steps(range(row, row + 1)):
+        stream = self.stream(row)
+        for tokens in batch:
             yield stream.add(tokens[0])
         yield stream.close()
 
-    def steps(
-        self, rows: range, progress: Progress = SILENT, *, every: int = 1
-    ) -> Generator[Tensor, None, "Written"]:
-        """The samples `rows` in one batch: yields their next final tokens [num, n].
-
-        It ends early once every sample has met a stop or its end. `every` as in `write`.
-        """
+    def batch(self, rows: range, progress: Progress = SILENT, *, every: int = 1) -> "Batch":
+        """The samples `rows`, which are written together; `every` as in `Writer`."""
         plans = [self.plan(row) for row in rows]
         # numbered over all batches: a sample does not depend on the others
         generators = row_generators(rows, torch.Generator().manual_seed(self.request.seed))
-        steps = Returning(write(self.lm.model, plans, generators, progress, every))
-        streams = list(map(self._stream, rows))
-        one = plans[0]
+        return Batch(self, rows, Writer(self.lm.model, plans, generators, progress, every))
+
+    def stream(self, row: int) -> TextStream:
+        """A reader of the tokens of a sample, which looks for stops after its prompt."""
+        tokenizer = self.lm.tokenizer
+        one = self.plan(row)
+        start = 0
+        if self.request.template is None and one.reading is not None:
+            # with a space that is left to the first new token
+            left = one.reading.begins is not None
+            start = len(tokenizer.decode(one.reading.tokens.tolist())) + left
+        # with `past_end` the writing continues, but the text ends
+        end = tokenizer.end if self.request.may_end else None
+        return TextStream(tokenizer, self.stops, start=start, end=end)
+
+
+class Batch:
+    """Some samples that are written together.
+
+    Iterating yields their next final tokens [num, n], and ends early once every sample has met a
+    stop or its end. Then they are `written`.
+    """
+
+    written: "Written"
+
+    def __init__(self, samples: Samples, rows: range, writer: Writer) -> None:
+        self.samples, self.rows, self.writer = samples, rows, writer
+
+    def __iter__(self) -> Iterator[Tensor]:
+        samples = self.samples
+        streams = list(map(samples.stream, self.rows))
+        one = samples.plan(self.rows[0])
         hidden = one.lead
         parts: list[Tensor] = []
-        for part in steps:
+        for part in self.writer:
             part = part[:, hidden:]
             hidden = 0
             if not part.shape[1]:
@@ -170,11 +194,11 @@ class Samples:
                 stream.add(tokens)
             # particles come in one part, with their evidence
             over = one.particles == 1 and all(stream.has_stopped for stream in streams)
-            if over and not self.past_end:
+            if over and not samples.past_end:
                 generation = Generation(torch.cat(parts, 1))
                 break
         else:
-            generation = steps.value.drop_context(one.lead)
+            generation = self.writer.result.drop_context(one.lead)
         if generation.filled is not None:
             # a template ends with its last piece
             ends = generation.filled.ends.tolist()
@@ -183,20 +207,13 @@ class Samples:
         for stream in streams:
             stream.close()
         texts = [stream.text for stream in streams]
-        return Written(rows, texts, generation, streams, one.particles)
+        self.written = Written(self.rows, texts, generation, streams, one.particles)
 
-    def _stream(self, row: int) -> TextStream:
-        """A reader of the tokens of a sample, which looks for stops after its prompt."""
-        tokenizer = self.lm.tokenizer
-        one = self.plan(row)
-        start = 0
-        if self.request.template is None and one.reading is not None:
-            # with a space that is left to the first new token
-            left = one.reading.begins is not None
-            start = len(tokenizer.decode(one.reading.tokens.tolist())) + left
-        # with `past_end` the writing continues, but the text ends
-        end = tokenizer.end if self.request.may_end else None
-        return TextStream(tokenizer, self.stops, start=start, end=end)
+    def finish(self) -> "Written":
+        """Write all that is left."""
+        for _ in self:
+            pass
+        return self.written
 
 
 @dataclass(frozen=True)

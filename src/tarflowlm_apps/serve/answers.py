@@ -19,7 +19,6 @@ from tarflowlm.data.prompts import Gap, Reading, TextStream, read
 from tarflowlm.data.windows import spans
 from tarflowlm.errors import Progress, UserError
 from tarflowlm.evaluation.scores import score
-from tarflowlm.generation.inversion import Returning
 from tarflowlm.generation.texts import Samples
 from tarflowlm.requests import Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -237,7 +236,7 @@ class Answer:
         """Choices of one batch. Only the end of an infill tells what it is."""
         rows = [Row(samples, index) for index in batch]
         every = 1 if self.ask.stream or samples.stops else EVERY
-        steps = Returning(samples.steps(batch, self.progress, every=every))
+        steps = samples.batch(batch, self.progress, every=every)
         is_shown = self.ask.stream and not self.ask.suffix
         for tokens in steps:
             pieces = []
@@ -245,11 +244,11 @@ class Answer:
                 pieces = [(row.index, row.add(new)) for row, new in zip(rows, tokens, strict=True)]
             yield [part(index, piece) for index, piece in pieces if piece]
         for place, row in enumerate(rows):
-            stream, text = steps.value.streams[place], steps.value.texts[place]
+            stream, text = steps.written.streams[place], steps.written.texts[place]
             count = stream.length + stream.has_ended
             if stream.has_stopped and not stream.has_ended:
-                count = min(count, self._count(steps.value.generation.tokens[place], text))
-            tokens = steps.value.generation.tokens[place, :count].cpu()
+                count = min(count, self._count(steps.written.generation.tokens[place], text))
+            tokens = steps.written.generation.tokens[place, :count].cpu()
             self.new += count - row.given
             self.num_given += row.given * (row.index % self.ask.n == 0)
             stops = stream.has_stopped or bool(self.ask.suffix)

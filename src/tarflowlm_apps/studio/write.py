@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tarflowlm.data.prompts import BLANK, GAP, has_blanks, read_template, unescaped
 from tarflowlm.errors import UserError
-from tarflowlm.generation.inversion import Returning
 from tarflowlm.generation.texts import Samples, Written
 from tarflowlm.model import as_flow
 from tarflowlm.requests import Writing
@@ -102,11 +101,11 @@ def _samples(
     parts: list[list[int]] = []
 
     def work() -> Written:
-        steps = Returning(samples.steps(range(samples.total), job))
+        steps = samples.batch(range(samples.total), job)
         for tokens in steps:
             if not parts or samples.plans[0].end not in parts[-1]:
                 parts.append(tokens[0].tolist())
-        return steps.value
+        return steps.written
 
     def so_far() -> str:
         written = parts.copy()
