@@ -1,7 +1,7 @@
 """The baseline with another input: codes of tokens through the input map of a flow."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.transformer import Embedder
 from tarflowlm.model_config import BaselineConfig
-from tarflowlm.schema import Range, Whole
+from tarflowlm.schema import NotNegative, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class CodedConfig(BaselineConfig):
 
     family: ClassVar[str] = "ar-coded"
     model: ClassVar[str] = "reproduction.coded:CodedLM"
-    table: Annotated[float, Range(least=0)] = 1.0
+    table: NotNegative = 1.0
     """Factor of the embedding table E, and so also of its rate; 0: no table."""
     code_dim: Whole = 0
     """Channels d of a code, a mean of a flow's codebook that does not move; 0: no codes."""

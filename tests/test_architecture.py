@@ -113,7 +113,7 @@ def test_optional_packages_are_imported_where_used():
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     core = (
-        {name.split(">")[0] for name in project["dependencies"]}
+        {name.split(">")[0].replace("-", "_") for name in project["dependencies"]}
         | set(sys.stdlib_module_names)
         | {"tarflowlm", "tarflowlm_apps"}
     )

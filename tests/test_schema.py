@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 import numpy as np
 import pytest
 import torch
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from tarflowlm import config, model_config, requests
 from tarflowlm.errors import UserError
-from tarflowlm.schema import Checked, Count, Positive, Range, checked, from_dict, hints_of, to_dict
+from tarflowlm.schema import Checked, Count, Positive, checked, from_dict, hints_of, to_dict
 
 CHECKED = [
     config.DataConfig,
@@ -42,17 +43,26 @@ def parts_of(hint: Any) -> Iterator[Any]:
         yield from parts_of(one)
 
 
+def limits_of(hint: Any) -> Iterator[Any]:
+    """The limits of a type, one by one."""
+    for one in getattr(hint, "__metadata__", ()):
+        yield from one if isinstance(one, Interval) else [one]
+
+
 def refusals(cls: type) -> Iterator[tuple[str, object]]:
     """Every field with values that it refuses: NaN, just out of its range, another name."""
     for one in fields(cls):
         hint = hints_of(cls)[one.name]
         wrong: list[object] = []
         for part in parts_of(hint):
-            if isinstance(part, Range):
-                step = 1e-9 if float in parts_of(hint) else 1
-                wrong += [part.least - step] if part.least is not None else []
-                wrong += [part.most + max(step, 1)] if part.most is not None else []
-                wrong += [at for at in (part.above, part.below) if at is not None]
+            for limit in limits_of(part):
+                match limit:
+                    case Ge(least):
+                        wrong.append(least - (1e-9 if float in parts_of(hint) else 1))
+                    case Le(most):
+                        wrong.append(most + 1)
+                    case Gt(at) | Lt(at):
+                        wrong.append(at)
             if part is float:
                 wrong += [math.nan, math.inf, "1.5"]
             if part is int:
@@ -147,7 +157,7 @@ class Round(Shape):
 @dataclass(frozen=True, kw_only=True)
 class Cornered(Shape):
     form = "cornered"
-    corners: Annotated[int, Range(least=3)] = 3
+    corners: Annotated[int, Ge(3)] = 3
 
     def rules(self):
         if self.corners > self.size:
@@ -211,6 +221,6 @@ def test_scalars_become_numbers_of_python(number):
 
 
 def test_a_range_says_its_rule_and_the_remedy():
-    share = Annotated[float, Range(above=0, most=1, remedy="take 0.5")]
+    share = Annotated[float, Interval(gt=0, le=1), "take 0.5"]
     with pytest.raises(UserError, match=r"^share 0.0: must be above 0 and at most 1; take 0.5$"):
         checked(0, share, "share")

@@ -5,7 +5,7 @@ No torch here: the command line reads configurations without it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from tarflowlm.errors import UserError, counted
 from tarflowlm.model_config import BaselineConfig, FlowConfig
@@ -13,8 +13,8 @@ from tarflowlm.schema import (
     Below1,
     Checked,
     Count,
+    NotNegative,
     Positive,
-    Range,
     Seed,
     Share,
     TopP,
@@ -134,11 +134,11 @@ class OptimConfig(Checked):
     """muon: for the matrices of the Transformer, and AdamW for the rest."""
     lr: Positive = 6e-3
     """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so both use it."""
-    codebook_lr_scale: Annotated[float, Range(least=0)] = 0.05
+    codebook_lr_scale: NotNegative = 0.05
     """Learning rate of the codebook, as a multiple of `lr`; small, so that couplings which are not
     tied to it can follow.
     """
-    weight_decay: Annotated[float, Range(least=0)] = 0.1
+    weight_decay: NotNegative = 0.1
     """Decoupled weight decay, on matrices only."""
     beta2: Below1 = 0.98
     """AdamW's second-moment decay."""
@@ -165,7 +165,7 @@ class TrainConfig(Checked):
     """Optimiser steps of each stage: one entry per block when progressive, one otherwise; 0 adds
     no block. With `minutes`, shares of the time.
     """
-    minutes: Annotated[float, Range(least=0)] = 0.0
+    minutes: NotNegative = 0.0
     """Wall-clock time of the run, without compilation; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
     """Train one block after another on the frozen blocks below, or all blocks at once."""

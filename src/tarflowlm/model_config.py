@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
+from annotated_types import Ge
+
 from tarflowlm.errors import UserError
-from tarflowlm.schema import Below1, Checked, Count, Positive, Range, Whole, kinds_of
+from tarflowlm.schema import Below1, Checked, Count, Positive, Whole, kinds_of
 
 Coupling = TypeVar("Coupling")
 
@@ -69,7 +71,7 @@ class LanguageModelConfig(Checked):
     """What an evaluation gives: exact values, or upper bounds (elbo)."""
     vocab_size: Whole = 0
     """Token types V; 0 takes it from the tokenizer."""
-    context: Annotated[int, Range(least=2)] = 256
+    context: Annotated[int, Ge(2)] = 256
     """Tokens T per training sequence; longer texts are written in windows of as many."""
     patch: Count = 1
     """Tokens P per position; P divides the context."""

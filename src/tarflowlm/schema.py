@@ -1,17 +1,21 @@
 """Types, ranges and contradictions of dataclasses: configurations, requests, and JSON.
 
-A field says its range in its type, `Annotated[int, Range(least=1)]`. One walker, `checked`, reads
-such types, for fields, JSON values and arguments of functions. No torch here.
+A field says its range in its type, `Annotated[int, Ge(1)]`; a text after it is advice, if the rule
+needs any: `Annotated[float, Gt(0), "leave it out"]`. One walker, `checked`, reads such types, for
+fields, JSON values and arguments of functions. No torch here.
 """
 
 import dataclasses
 import functools
+import operator
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any, ClassVar, TypeVar
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from tarflowlm.errors import UserError, guess
 
@@ -25,43 +29,27 @@ _WORDS: dict[object, str] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Range:
-    """The values that a number of this type may have."""
+_RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
+"""The limits of `annotated_types`, in words and as comparisons."""
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    remedy: str = ""
-    """Advice after the rule, if it needs any."""
-
-    def check(self, value: Any, where: str) -> None:
-        """UserError, calling the value `where`, if it is out of range."""
-        limits = {
-            "at least": (self.least, self.least is None or value >= self.least),
-            "above": (self.above, self.above is None or value > self.above),
-            "at most": (self.most, self.most is None or value <= self.most),
-            "below": (self.below, self.below is None or value < self.below),
-        }
-        if not all(fits for _, fits in limits.values()):
-            rules = [f"{name} {at:,}" for name, (at, _) in limits.items() if at is not None]
-            remedy = self.remedy and f"; {self.remedy}"
-            raise UserError(f"{where} {value}: must be {' and '.join(rules)}{remedy}")
-
-
-Count = Annotated[int, Range(least=1)]
-Whole = Annotated[int, Range(least=0)]
-Seed = Annotated[int, Range(least=0, below=2**62)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Seed = Annotated[int, Interval(ge=0, lt=2**62)]
 """Generators keep the seeds of this range distinct."""
-Positive = Annotated[float, Range(above=0)]
-Share = Annotated[float, Range(least=0, most=1)]
-Below1 = Annotated[float, Range(least=0, below=1)]
-Length = Annotated[int, Range(least=1, most=10_000_000)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Below1 = Annotated[float, Interval(ge=0, lt=1)]
+Length = Annotated[int, Interval(ge=1, le=10_000_000)]
 """Tokens of a text that is written, or a number of texts."""
-Temperature = Annotated[float, Range(least=1e-30, remedy="top_k 1 takes the most probable token")]
+Temperature = Annotated[float, Ge(1e-30), "top_k 1 takes the most probable token"]
 """The least value is far above the numbers that float32 rounds to zero."""
-TopP = Annotated[float, Range(least=1e-30, most=1, remedy="top_k 1 takes the most probable token")]
+TopP = Annotated[float, Interval(ge=1e-30, le=1), "top_k 1 takes the most probable token"]
 
 
 def checked(value: Any, hint: object, where: str) -> Any:
@@ -74,9 +62,7 @@ def checked(value: Any, hint: object, where: str) -> Any:
     origin, kinds = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = checked(value, kinds[0], where)
-        for limits in kinds[1:]:
-            if isinstance(limits, Range) and value is not None:
-                limits.check(value, where)
+        _check_range(value, kinds[1:], where)
         return value
     if origin in (typing.Union, types.UnionType):
         return _one_of(value, kinds, where)
@@ -179,6 +165,21 @@ def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
     if not abs(plain) <= most:
         raise UserError(f"{where} {plain}: give a finite number, below 2^62 if it is an integer")
     return hint(plain)
+
+
+def _check_range(value: Any, notes: Sequence[object], where: str) -> None:
+    """UserError, with the remedy if there is one, for a number out of the limits of `notes`."""
+    limits = [
+        (words, fits, at)
+        for name, (words, fits) in _RULES.items()
+        for note in notes
+        if isinstance(note, (Ge, Gt, Le, Lt, Interval))
+        and (at := getattr(note, name, None)) is not None
+    ]
+    if not all(fits(value, at) for _, fits, at in limits):
+        rules = " and ".join(f"{words} {at:,}" for words, _, at in limits)
+        remedies = [rules, *(note for note in notes if isinstance(note, str))]
+        raise UserError(f"{where} {value}: must be {'; '.join(remedies)}")
 
 
 def check_type(value: object, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
@@ -22,12 +23,12 @@ from tarflowlm.evaluation.scores import score
 from tarflowlm.generation.texts import Samples
 from tarflowlm.requests import Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.schema import Checked, Count, Range, Seed, Share, TopP, Whole
+from tarflowlm.schema import Checked, Count, NotNegative, Seed, Share, TopP, Whole
 
 MOST = 65_536  # tokens of all texts of a request, given and new ones
 EVERY = 16  # tokens between two looks whether the client still waits, unless it gets a stream
 BLANK = "\ue000"  # for private use: no text has it
-NO_PENALTY = Range(least=0, most=0, remedy="there are no penalties, leave it out")
+NoPenalty = Annotated[float, Interval(ge=0, le=0), "there are no penalties, leave it out"]
 NOTHING = torch.zeros(0, dtype=torch.long)
 Part = dict[str, Any]
 """The next text of a choice; the last part has its `finish_reason`."""
@@ -45,19 +46,19 @@ class Completion(Checked):
     prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] = ""
     suffix: str = ""
     max_tokens: Whole = 16
-    temperature: Annotated[float, Range(least=0)] | None = None
+    temperature: NotNegative | None = None
     top_p: TopP | None = None
     top_k: Count | None = None
     min_p: Share | None = None
-    n: Annotated[int, Range(least=1, most=128)] = 1
+    n: Annotated[int, Interval(ge=1, le=128)] = 1
     stop: str | Sequence[str] = ()
     seed: Seed | None = None
     stream: bool = False
     stream_options: object = None
-    logprobs: Annotated[int, Range(least=0, most=20)] | None = None
+    logprobs: Annotated[int, Interval(ge=0, le=20)] | None = None
     echo: bool = False
-    presence_penalty: Annotated[float, NO_PENALTY] = 0.0
-    frequency_penalty: Annotated[float, NO_PENALTY] = 0.0
+    presence_penalty: NoPenalty = 0.0
+    frequency_penalty: NoPenalty = 0.0
 
     def rules(self) -> Iterator[tuple[str, str]]:
         if len(as_texts(self.stop)) > 16:
