@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
@@ -43,7 +42,6 @@ OWN = Path(os.devnull, "own")
 """The directory of a model that was not loaded. It is below a file, so nothing can be there."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
     """A model in eval mode with its tokenizer, as `load` returns it: a pair of both.
 
@@ -55,10 +53,6 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
     """
 
     model: Model
-    run: RunConfig = field(default=None)  # type: ignore[assignment]
-    """The configuration of its training; a model of your own gets one of its shape."""
-    info: dict[str, str] = field(default_factory=dict)
-    directory: Path = OWN
 
     def __new__(cls, model: Model, tokenizer: Tokenizer, *_rest: object, **_more: object) -> Self:
         return super().__new__(cls, (model, tokenizer))
@@ -66,19 +60,25 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
     def __getnewargs__(self) -> tuple[Model, Tokenizer]:
         return self.model, self.tokenizer  # of which `copy` makes another
 
-    def __post_init__(self) -> None:
-        check_type(self.model, "model", LanguageModel, "give a module of tarflowlm")
-        check_type(self.tokenizer, "tokenizer", Tokenizer, "give a tokenizer of tarflowlm.data")
-        ours = self.config.vocab_size
-        theirs = self.tokenizer.vocab_size
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        run: RunConfig | None = None,
+        info: dict[str, str] | None = None,
+        directory: Path = OWN,
+    ) -> None:
+        """`run` is the configuration of its training; a model of your own gets one of its shape."""
+        check_type(model, "model", LanguageModel, "give a module of tarflowlm")
+        check_type(tokenizer, "tokenizer", Tokenizer, "give a tokenizer of tarflowlm.data")
+        ours, theirs = model.config.vocab_size, tokenizer.vocab_size
         if ours != theirs:
             raise UserError(f"model of {ours} symbols, tokenizer of {theirs}: give the model's own")
-        self.model.eval()
-        if self.run is None:
-            check_finite(self.model.state_dict(), "model")
-            object.__setattr__(self, "run", _own_run(self.model, self.tokenizer))
-            object.__setattr__(self, "info", {"blocks": str(self.model.num_blocks)})
-        check_type(self.run, "run", RunConfig, "leave it out")
+        if run is None:
+            check_finite(model.state_dict(), "model")
+            run, info = _own_run(model, tokenizer), {"blocks": str(model.num_blocks)}
+        check_type(run, "run", RunConfig, "leave it out")
+        super().__init__(model.eval(), tokenizer, run, info or {}, directory)
 
     @property
     def config(self) -> LanguageModelConfig:
