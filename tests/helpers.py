@@ -29,7 +29,6 @@ from tarflowlm.model import LanguageModel, TarFlowLM, seeded
 from tarflowlm.model_config import BaselineConfig, BlockConfig, FlowConfig, TransformerConfig
 from tarflowlm.runs import WEIGHTS
 from tarflowlm.runs.checkpoint import write_run, write_weights
-from tarflowlm.schema import kinds_of
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -43,7 +42,7 @@ def stack(
     """
     blocks = []
     for name, depth, count in zip(couplings, layers, components, strict=True):
-        kind = kinds_of(BlockConfig)[name]
+        kind = BlockConfig.KINDS[name]
         names = {one.name for one in dataclasses.fields(kind)}
         given = fields | {"layers": depth, "components": count}
         blocks.append(kind(**{name: value for name, value in given.items() if name in names}))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from annotated_types import Ge
 
 from tarflowlm.errors import UserError
-from tarflowlm.schema import Below1, Checked, Count, Positive, Whole, kinds_of
+from tarflowlm.schema import Below1, Checked, Count, Positive, Whole
 
 Coupling = TypeVar("Coupling")
 
@@ -239,14 +239,13 @@ def coupling(
     def register(kind: type[Coupling]) -> type[Coupling]:
         if not hasattr(kind, "build"):
             raise UserError(f"coupling {name!r}: {kind!r:.40} has no `build` (docs/flow.md)")
-        known = kinds_of(BlockConfig).get(name)
+        known = BlockConfig.KINDS.get(name)
         # a notebook may run the cell that defines a class more than once
         if known and getattr(known.implementation, "__qualname__", "") != kind.__qualname__:
             raise UserError(f"coupling {name!r} exists already: choose another name")
         own = {"coupling": name, "implementation": kind}
         # where pickle finds it
         own |= {"__module__": kind.__module__, "__qualname__": f"{kind.__qualname__}.options"}
-        # the class keeps it alive, since a class knows its subclasses only weakly
         kind.options = type(options.__name__, (options,), own)  # type: ignore[attr-defined]
         return kind
 

@@ -5,6 +5,7 @@ needs any: `Annotated[float, Gt(0), "leave it out"]`. One walker, `checked`, rea
 fields, JSON values and arguments of functions. No torch here.
 """
 
+import copy
 import dataclasses
 import functools
 import operator
@@ -13,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
@@ -117,11 +118,10 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
     """
     cls = kinds[0]
     prefix = where and f"{where}."
-    known: dict[str, type] = {}
-    for kind in kinds:
-        known |= kinds_of(kind)
-    if known:
-        assert issubclass(cls, Checked)
+    if issubclass(cls, Checked) and cls.KINDS:
+        known = {
+            name: one for kind in kinds for name, one in cls.KINDS.items() if issubclass(one, kind)
+        }
         name = value.pop(cls.KEY, next(iter(known)) if len(known) == 1 else None)
         if not isinstance(name, str) or name not in known:
             remedy = f"choose one of {', '.join(known)}{cls.MORE_KINDS}"
@@ -143,15 +143,6 @@ def _structure(value: dict[str, object], kinds: Sequence[type], where: str) -> o
         # its rules do not know its place
         own = str(error).removeprefix(getattr(cls, "section", ""))
         raise UserError(f"{prefix}{own}") from None
-
-
-def kinds_of(cls: type[T]) -> dict[str, type[T]]:
-    """A class and its subclasses, by the names under which JSON values have them."""
-    key = getattr(cls, "KEY", "")
-    found = {vars(cls)[key]: cls} if key in vars(cls) else {}
-    for one in cls.__subclasses__():
-        found |= kinds_of(one)
-    return found
 
 
 def _scalar(value: Any, hint: type, where: str) -> int | float | bool:
@@ -248,6 +239,8 @@ class Checked:
     """The prefix of the names of its fields, with a dot at the end."""
     KEY: ClassVar[str] = ""
     """The class attribute whose value, under this key, is in JSON and tells classes apart."""
+    KINDS: ClassVar[dict[str, type[Any]]] = {}
+    """The classes that have a value of KEY, by this value; every KEY has a dict of its own."""
     MORE_KINDS: ClassVar[str] = ""
     """Where to find classes of other names."""
     NAMES: ClassVar[Mapping[str, str]] = {}
@@ -257,16 +250,29 @@ class Checked:
     NEEDS: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Fields that have no effect without one of these."""
 
+    def __init_subclass__(cls) -> None:
+        if "KEY" in vars(cls):
+            cls.KINDS = {}
+        if cls.KEY in vars(cls):
+            cls.KINDS[vars(cls)[cls.KEY]] = cls
+
     def __post_init__(self) -> None:
         self.check(self.section)
+
+    def unchecked(self, **changes: object) -> Self:
+        """A copy with other values, which may be right only after further changes."""
+        made = copy.copy(self)
+        vars(made).update(changes)
+        return made
 
     def check(self, section: str) -> None:
         """Convert the fields to their types. UserError names a wrong one after `section`."""
         label = functools.partial(self.label, section=section)
         hints = hints_of(typing.cast(typing.Hashable, type(self)))
-        for one in dataclasses.fields(self):
-            value = checked(getattr(self, one.name), hints[one.name], label(one.name))
-            object.__setattr__(self, one.name, value)
+        names = [one.name for one in dataclasses.fields(self)]
+        vars(self).update(
+            {name: checked(getattr(self, name), hints[name], label(name)) for name in names}
+        )
         given = self.given()
         for name, others in self.EXCLUSIVE.items():
             for other in others:

@@ -23,7 +23,6 @@ from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.model import seeded
 from tarflowlm.model_config import BlockConfig
 from tarflowlm.model_config import coupling as registering
-from tarflowlm.schema import kinds_of
 
 WIDTH, P, d, T = 6, 2, 2, 2
 C = P * d
@@ -75,7 +74,7 @@ def fills(patch: int) -> FillsIn:
 def documented():
     """The coupling of docs/flow.md, which registers itself."""
     exec(blocks(ROOT / "docs" / "flow.md", "python")[OWN], {"__name__": "my_couplings"})
-    return kinds_of(BlockConfig)["sinh-arcsinh"].implementation(channels=C, head=HEAD)
+    return BlockConfig.KINDS["sinh-arcsinh"].implementation(channels=C, head=HEAD)
 
 
 OWN = next(

@@ -1,6 +1,5 @@
 """`tarflowlm train PRESET`, `tarflowlm train --from MODEL` and `tarflowlm train --resume DIR`."""
 
-import copy
 import gc
 import re
 from dataclasses import dataclass
@@ -143,10 +142,7 @@ def _with_couplings(run: RunConfig, argv: list[str]) -> tuple[RunConfig, list[st
         options = {BlockConfig.KEY: coupling, "layers": blocks[index].layers}
         blocks[index] = from_dict(BlockConfig, options, f"model.blocks.{index}")
     if blocks:
-        model = copy.copy(run.model)
-        object.__setattr__(model, "blocks", tuple(blocks))
-        run = copy.copy(run)
-        object.__setattr__(run, "model", model)
+        run = run.unchecked(model=run.model.unchecked(blocks=tuple(blocks)))
     return run, others
 
 

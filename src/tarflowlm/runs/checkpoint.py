@@ -31,7 +31,7 @@ from tarflowlm.runs import (
     WEIGHTS,
 )
 from tarflowlm.runs.hub import check_model, fetch, folder_of, is_reference, released
-from tarflowlm.schema import from_dict, kinds_of, to_dict
+from tarflowlm.schema import from_dict, to_dict
 
 Summary = dict[str, Any]
 """The content of summary.json."""
@@ -89,7 +89,7 @@ def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
     is_run = isinstance(document, dict) and document.pop("model_type", None) == MODEL_TYPE
     if not is_run or not isinstance(imports := document.pop("imports", {}), dict):
         raise UserError(f"{path} is not the configuration of a run: train again, or restore it")
-    missing = {name: imports[name] for name in imports if name not in kinds_of(BlockConfig)}
+    missing = {name: imports[name] for name in imports if name not in BlockConfig.KINDS}
     for name, module in missing.items():
         if not is_shown:
             what = f"{directory} has the coupling {name!r} of your module {module}"
@@ -106,10 +106,13 @@ def read_run(directory: Path, *, is_shown: bool = False) -> RunConfig:
     except UserError as error:
         where = "" if str(path) in str(error) else f"{path}: "
         raise UserError(f"{where}{error}") from None
+    if not names:
+        return run
+    assert isinstance(run.model, FlowConfig)
+    blocks = list(run.model.blocks)
     for index, name in names.items():
-        assert isinstance(run.model, FlowConfig)
-        object.__setattr__(run.model.blocks[index], "coupling", name)
-    return run
+        blocks[index] = blocks[index].unchecked(coupling=name)
+    return replace(run, model=replace(run.model, blocks=tuple(blocks)))
 
 
 def read_summary(directory: Path) -> Summary | None:
