@@ -1,12 +1,12 @@
-"""What a preset should give: the curves that `tarflowlm train` shows, and the table of the FAQ.
+"""What a preset should give: the curves beside which a run is shown, and the table of the FAQ.
 
     python -m reproduction.published                      # of the records and the shipped models
     python -m reproduction.published runs/english-small   # and of finished runs, by their presets
 
-It writes src/tarflowlm/training/published.json and prints the tables of docs/faq.md and
-docs/leaderboard.md. A curve is the validation of
-seed 0: tokens, and bits per character. Of a run whose log is gone, only the ends of its stages are
-left. Memory and samples a second come from docs/reproduce/presets.csv (benchmarks/presets.py).
+It writes published.json, for `reproduction.beside`, and prints the tables of docs/faq.md and
+docs/leaderboard.md. A curve is the validation of seed 0: tokens, and bits per character. Of a run
+whose log is gone, only the ends of its stages are left. Memory and samples a second come from
+docs/reproduce/presets.csv (benchmarks/presets.py).
 """
 
 import csv
@@ -31,7 +31,7 @@ from tarflowlm.runs.hub import folder_of, released
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reproduce"
-CURVES = ROOT / "src" / "tarflowlm" / "training" / "published.json"
+CURVES = Path(__file__).with_name("published.json")
 MEASURED = FOLDER / "presets.csv"
 
 

@@ -1,13 +1,11 @@
-"""What a preset should give: the shipped curves, what training shows of them, and the table."""
+"""What a preset should give: the published curves, a run beside them, and the tables."""
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
-from helpers import metrics_of
+from reproduction.beside import beside, published
 from reproduction.published import (
     CURVES,
     ROOT,
@@ -17,10 +15,10 @@ from reproduction.published import (
     read_measured,
     table,
 )
+from tarflowlm.data import build_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.presets import preset, with_blocks
-from tarflowlm.terminal.bars import ProgressReporter
-from tarflowlm.training.log import MetricsLog, published
+from tarflowlm.runs.checkpoint import write_run
 from tarflowlm.training.resolve import settled
 
 
@@ -47,7 +45,7 @@ def test_the_tables_of_the_documents_are_made_of_them(found):
         assert "\n".join(lines) in page, f"{name}.md: python -m reproduction.published prints it"
 
 
-def test_a_run_of_a_preset_sees_the_published_one_and_a_changed_run_does_not(tmp_path):
+def test_a_run_of_a_preset_sees_the_published_one_and_a_changed_run_does_not():
     run = settled(preset("mini-ar"))
     run = replace(run, seed=3, model=replace(run.model, vocab_size=27))
     curve = published(run)
@@ -61,20 +59,6 @@ def test_a_run_of_a_preset_sees_the_published_one_and_a_changed_run_does_not(tmp
         replace(run, name="own"),
     ):
         assert published(changed) == {}
-    screen = io.StringIO()
-    reporter = ProgressReporter(console=Console(file=screen, width=200), clock=lambda: 0.0)
-    reporter.stage("stage 1/1", 2600)
-    log = MetricsLog(reporter)
-    log.open(tmp_path)
-    log.track(run, tmp_path, resume_at=0)
-    line = {"split": "valid", "step": 500, "tokens": 1_024_000, "bpc": 2.1}
-    log.write(line)
-    details = reporter.progress.tasks[-1].fields["details"]
-    assert details["valid"] == "valid 2.100 (published: 2.02 here)"
-    log.write(line | {"step": 600, "tokens": 1_228_800})
-    assert reporter.progress.tasks[-1].fields["details"]["valid"] == "valid 2.100"
-    log.close()
-    assert metrics_of(tmp_path)[0] == line  # the file of the run has only its own numbers
 
 
 def test_a_finished_run_gives_its_log(runs, tmp_path):
@@ -93,3 +77,21 @@ def test_runs_of_other_stages_have_no_published_curve():
     assert published(with_blocks(own, (0, 1))) == {}
     joint = replace(own.train, mode="joint", stage_steps=(7,))
     assert published(replace(own, train=joint, model=replace(own.model, starts="last"))) == {}
+
+
+def test_a_run_beside_the_published_one(tmp_path):
+    run = settled(preset("mini-ar"))
+    write_run(tmp_path, run, build_tokenizer(run.data.tokenizer))
+    points = {512_000: 2.2, 1_024_000: 2.1, 2_048_000: 1.95}
+    train = {"split": "train", "step": 1, "tokens": 2048, "block": 1, "bpc": 4.0}
+    lines = [train | {"tokens_per_second": 1000.0}]
+    lines += [
+        {"split": "valid", "step": at // 2048, "tokens": at, "bpc": bpc}
+        for at, bpc in points.items()
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert beside(tmp_path) == [(1_024_000, 2.1, 2.0165), (2_048_000, 1.95, 1.9128)]
+    write_run(tmp_path, replace(run, name="own"), build_tokenizer(run.data.tokenizer))
+    with pytest.raises(UserError, match="no published run"):
+        beside(tmp_path)

@@ -204,8 +204,6 @@ class ProgressReporter(Bars):
                 shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
             shown["valid"] = f"valid {record['bpc']:.3f}"
-            if "published" in record and self.is_wide:
-                shown["valid"] += f" (published: {record['published']:.2f} here)"
             if "text" in record:
                 self._quote(str(record["text"]))
         self._step = int(record["step"])

@@ -1,7 +1,6 @@
 """The log of a run: metrics.jsonl, one JSON object per line, and the trackers that also get it."""
 
 import io
-import json
 import logging
 import math
 import os
@@ -10,7 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TextIO, TypeVar
 
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import Progress, Record, check_package
 from tarflowlm.files import json_line
-from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs import METRICS
 from tarflowlm.schema import to_dict
 from tarflowlm.training.optim import norms, trained_parameters
-from tarflowlm.training.resolve import settled
 
 NAMED = 8
 """The most parameters that a message names."""
@@ -96,8 +93,6 @@ class MetricsLog:
     reporter: Progress
     window: Window = field(default_factory=Window)
     trackers: dict[str, Tracker] = field(default_factory=dict)
-    published: dict[int, float] = field(default_factory=dict)
-    """Tokens -> validation of the published run."""
     _file: TextIO | None = field(default=None, init=False)
 
     def open(self, directory: Path, *, resume_at: int = 0, window: Window | None = None) -> None:
@@ -147,9 +142,7 @@ class MetricsLog:
             self._file.write(json_line(record))
             self._file.flush()
         split, step = record["split"], record["step"]
-        theirs = self.published.get(int(record.get("tokens", 0))) if split == "valid" else None
-        shown = record if theirs is None else record | {"published": theirs}
-        self.reporter.record(shown)
+        self.reporter.record(record)
         numbers = {
             f"{split}/{name}": value
             for name, value in record.items()
@@ -165,10 +158,7 @@ class MetricsLog:
             self.attempt(name, end)
 
     def track(self, config: RunConfig, out: Path, *, resume_at: int) -> None:
-        """Open the trackers that `config` asks for, and find the published run to compare with.
-        `resume_at` is the step of the checkpoint.
-        """
-        self.published = published(config)
+        """Open the trackers that `config` asks for. `resume_at` is the step of the checkpoint."""
         for name in config.train.track:
             start = open_tensorboard if name == "tensorboard" else open_wandb
             if tracker := self.attempt(name, start, config, out, resume_at):
@@ -183,23 +173,6 @@ class MetricsLog:
             text = " ".join(str(error).split()) or type(error).__name__
             logger.warning("%s is dropped (%s); metrics.jsonl continues", name, text)
             return None
-
-
-def published(config: RunConfig) -> dict[int, float]:
-    """Tokens -> validation after them, in bits per character, of the published run of a preset.
-
-    Empty without one, and where `config` trains another model, text, length or schedule.
-    """
-    curves = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-    if config.name not in curves or config.name not in PRESETS:
-        return {}
-    own = settled(preset(config.name))
-    model = replace(config.model, vocab_size=own.model.vocab_size)  # which the text decides
-    names = ("stage_steps", "minutes", "mode", "batch_size", "dropout", "ema")
-    is_same = all(getattr(config.train, name) == getattr(own.train, name) for name in names)
-    asked = (model, config.data, config.optim, config.parent)
-    is_same &= asked == (own.model, own.data, own.optim, own.parent)
-    return dict(curves[config.name]) if is_same else {}
 
 
 def open_tensorboard(_config: RunConfig, out: Path, resume_at: int) -> Tracker:
