@@ -1,37 +1,26 @@
-"""The log of a run: metrics.jsonl, one JSON object per line, and the trackers that also get it."""
+"""The log of a run: metrics.jsonl, one JSON object per line, and whoever else gets its lines."""
 
-import io
-import logging
 import math
 import os
-import secrets
 import statistics
-import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor, nn
 
 from tarflowlm.config import RunConfig
-from tarflowlm.errors import Progress, Record, check_package
+from tarflowlm.errors import Progress, Record
 from tarflowlm.files import json_line
 from tarflowlm.runs import METRICS
-from tarflowlm.schema import to_dict
 from tarflowlm.training.optim import norms, trained_parameters
 
 NAMED = 8
 """The most parameters that a message names."""
-
-Tracker = tuple[Callable[[dict[str, int | float], int], None], Callable[[], None]]
-"""Two functions: one takes the numbers of a step, the other one closes the tracker."""
-
-T = TypeVar("T")
-
-logger = logging.getLogger("tarflowlm")
+TRACKERS = "tarflowlm_apps.trackers"
+"""The application behind `train.track`, which is started by its name, as commands are."""
 
 
 class PendingStep(NamedTuple):
@@ -92,7 +81,7 @@ class MetricsLog:
 
     reporter: Progress
     window: Window = field(default_factory=Window)
-    trackers: dict[str, Tracker] = field(default_factory=dict)
+    _trackers: Any = field(default=None, init=False)
     _file: TextIO | None = field(default=None, init=False)
 
     def open(self, directory: Path, *, resume_at: int = 0, window: Window | None = None) -> None:
@@ -106,6 +95,11 @@ class MetricsLog:
             kept = path.read_bytes()[:resume_at]
             os.truncate(path, kept.rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
+
+    def track(self, config: RunConfig, out: Path, *, resume_at: int) -> None:
+        """Open the trackers that `config` asks for. `resume_at` is the step of the checkpoint."""
+        if config.train.track:
+            self._trackers = import_module(TRACKERS).Trackers(config, out, resume_at)
 
     def position(self) -> int:
         """Bytes written so far; returns once they are on disk."""
@@ -141,83 +135,12 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json_line(record))
             self._file.flush()
-        split, step = record["split"], record["step"]
         self.reporter.record(record)
-        numbers = {
-            f"{split}/{name}": value
-            for name, value in record.items()
-            if name != "step" and not isinstance(value, str)
-        }
-        for name, (send, _) in [*self.trackers.items()]:
-            self.attempt(name, send, numbers, step)
+        if self._trackers is not None:
+            self._trackers.record(record)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        for name, (_, end) in [*self.trackers.items()]:
-            self.attempt(name, end)
-
-    def track(self, config: RunConfig, out: Path, *, resume_at: int) -> None:
-        """Open the trackers that `config` asks for. `resume_at` is the step of the checkpoint."""
-        for name in config.train.track:
-            start = open_tensorboard if name == "tensorboard" else open_wandb
-            if tracker := self.attempt(name, start, config, out, resume_at):
-                self.trackers[name] = tracker
-
-    def attempt(self, name: str, act: Callable[..., T], *args: object) -> T | None:
-        """Call a function of a tracker. One that fails is dropped with one notice."""
-        try:
-            return act(*args)
-        except Exception as error:
-            self.trackers.pop(name, None)
-            text = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("%s is dropped (%s); metrics.jsonl continues", name, text)
-            return None
-
-
-def open_tensorboard(_config: RunConfig, out: Path, resume_at: int) -> Tracker:
-    """Event files in `out`/tensorboard, flushed after every record."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    # TensorBoard hides the points of earlier files from `purge_step` on
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=resume_at + 1)
-    logger.info("tensorboard --logdir %s", out / "tensorboard")
-
-    def send(numbers: dict[str, int | float], step: int) -> None:
-        for tag, value in numbers.items():
-            writer.add_scalar(tag, value, step)
-        writer.flush()
-
-    return send, writer.close
-
-
-def open_wandb(config: RunConfig, out: Path, _resume_at: int) -> Tracker:
-    """A run of Weights & Biases. A resumed one continues under the identity in `out`/wandb.id."""
-    check_package("wandb", "track", "train.track wandb")
-    import wandb
-
-    file = out / "wandb.id"
-    if not file.exists():
-        file.write_text(secrets.token_hex(4), encoding="ascii")
-    identity = file.read_text(encoding="ascii")
-    with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
-        run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tarflowlm"),
-            name=f"{out.resolve().name}-{identity}",
-            id=identity,
-            resume="allow",
-            config=to_dict(config),
-            dir=str(out),
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def end() -> None:
-        with redirect_stdout(io.StringIO()):
-            # as failed, if an exception is on its way
-            run.finish(exit_code=int(sys.exc_info()[0] is not None))
-
-    def record(numbers: dict[str, int | float], step: int) -> None:
-        run.log(numbers, step=step)
-
-    return record, end
+        if self._trackers is not None:
+            self._trackers.close()
