@@ -45,7 +45,8 @@ from tarflowlm.generation import generate
 from tarflowlm.model import seeded
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training.optim import Muon, schedule
+from tarflowlm.training.muon import Muon
+from tarflowlm.training.optim import schedule
 
 BATCH, EVAL_BATCH = 64, 32
 TIMES = 4  # values of t per window in the bound of the masked flow, one from each quarter of [0, 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tarflowlm.training.optim import COEFFICIENTS, STEPS, Muon, orthogonalise
+from tarflowlm.training.muon import COEFFICIENTS, STEPS, Muon, orthogonalise
 
 SHAPES = [(6, 6), (12, 5), (5, 12), (33, 16)]
 
