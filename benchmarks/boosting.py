@@ -33,7 +33,7 @@ from tarflowlm.data import eval_windows, prepare_corpus
 from tarflowlm.evaluation import likelihood
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.terminal.bars import Bars
-from tarflowlm.training.resolve import tuning
+from tarflowlm.training.configure import tuning
 from tarflowlm.training.train import train
 
 LENGTH = 64  # tokens of the text of one noise

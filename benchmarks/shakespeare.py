@@ -40,7 +40,7 @@ from tarflowlm.data.windows import Array
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate, sign_of
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training.resolve import tuning
+from tarflowlm.training.configure import tuning
 from tarflowlm.training.train import train
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 4, 128, 4, 64, 12

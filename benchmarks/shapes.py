@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training.optim import build_optimizers, with_precision
+from tarflowlm.training.configure import with_precision
+from tarflowlm.training.optim import build_optimizers
 from tarflowlm_apps.transformers_export.checkpoint import save_causal_lm
 
 

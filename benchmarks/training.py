@@ -29,7 +29,7 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
 
     seeded = find("seeded", "model", "language_model")
     find("keep_freed_memory", "processes", "device")()  # as commands do
-    train = optim.with_precision(config.train, device)
+    train = find("with_precision", "training.configure", "training.optim")(config.train, device)
     with seeded(config.seed):
         model = config.model_of_stage(stage).build()
     if not processes or not processes[0].shards(train):
@@ -38,9 +38,10 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     alone = parallel.ALONE
     compiled = parallel.compiles(train, alone, device)
     bound = parallel.parallelise(model, train, *processes, frozen=stage, compiled=compiled)
-    # older checkouts take the optimiser and the model, too
-    needed = len(signature(optim.muon_precision).parameters)
-    precision = optim.muon_precision(*(config.optim, model, device)[-needed:])
+    # older checkouts have another name for it, and take the optimiser and the model, too
+    name = "muon_precision" if hasattr(optim, "muon_precision") else "native_precision"
+    native = find(name, "training.optim", "training.configure")
+    precision = native(*(config.optim, model, device)[-len(signature(native).parameters) :])
     optimizers = optim.build_optimizers(config.optim, model, precision)
     generator = torch.Generator(device=device).manual_seed(0)
 

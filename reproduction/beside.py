@@ -16,7 +16,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.runs.records import read_record
 from tarflowlm.terminal.bars import print_table
-from tarflowlm.training.resolve import settled
+from tarflowlm.training.configure import settled
 
 
 def published(config: RunConfig) -> dict[int, float]:

@@ -20,7 +20,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, replacing, sha256_of, waiting_lock
 from tarflowlm.runs import CONFIG, SUMMARY, WEIGHTS
 from tarflowlm.schema import flatten, from_dict, to_dict
-from tarflowlm.training.resolve import settled
+from tarflowlm.training.configure import settled
 
 RECORDS = "records.jsonl"
 

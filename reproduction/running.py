@@ -19,15 +19,10 @@ from tarflowlm.errors import Progress
 from tarflowlm.model import seeded
 from tarflowlm.processes import pick_device
 from tarflowlm.runs import SUMMARY
-from tarflowlm.training.optim import (
-    build_optimizers,
-    muon_precision,
-    norms,
-    take_step,
-    with_precision,
-)
+from tarflowlm.training.configure import native_precision, with_precision
+from tarflowlm.training.directory import check_same, is_begun
+from tarflowlm.training.optim import build_optimizers, norms, take_step
 from tarflowlm.training.parallel import parallelise
-from tarflowlm.training.resolve import check_same, is_begun
 from tarflowlm.training.train import StopRequests, accumulate_gradients
 from tarflowlm.training.train import train as train_run
 
@@ -166,7 +161,7 @@ def seconds_per_step(
     model.train_only(stage)
     train = with_precision(run.train, device)
     bound = parallelise(model, train, frozen=stage)
-    optimizers = build_optimizers(run.optim, model, muon_precision(device))
+    optimizers = build_optimizers(run.optim, model, native_precision(device))
     generator = torch.Generator(device=device).manual_seed(0)
     durations = []
     for _ in range(num_steps):

@@ -192,7 +192,7 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         This takes 10 minutes unless `minutes` or `steps` say otherwise. `unwrap` makes one line of
         each paragraph of the text. The run is written to `out`; repeated, the call continues it.
         """
-        from tarflowlm.training.resolve import tuning
+        from tarflowlm.training.configure import tuning
 
         run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed, unwrap=unwrap)
         return _trained(run, out, device, self)

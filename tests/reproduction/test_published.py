@@ -19,7 +19,7 @@ from tarflowlm.data import build_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.presets import preset, with_blocks
 from tarflowlm.runs.checkpoint import write_run
-from tarflowlm.training.resolve import settled
+from tarflowlm.training.configure import settled
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import checksum, load_checkpoint, locate, read_run
 from tarflowlm.sharing import model_card
-from tarflowlm.training.resolve import tuning
+from tarflowlm.training.configure import tuning
 from tarflowlm.training.train import train
 
 

@@ -51,7 +51,7 @@ def run(args: Args) -> None:
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.runs.records import read_record
     from tarflowlm.terminal.texts import print_samples, samples_to_json
-    from tarflowlm.training.resolve import is_begun
+    from tarflowlm.training.directory import is_begun
     from tarflowlm.training.train import train
 
     start = time.perf_counter()

@@ -174,7 +174,7 @@ def _trained(args: Args | TuneArgs | ResumeArgs, out: Path) -> "Summary | None":
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.processes import launched
     from tarflowlm.terminal.bars import ProgressReporter
-    from tarflowlm.training.resolve import tuning
+    from tarflowlm.training.configure import tuning
     from tarflowlm.training.train import train
 
     with launched(args.device) as processes, ProgressReporter() as reporter:

@@ -1,14 +1,13 @@
-"""How weights change: optimisers, the learning rate, precision, and averages of weights."""
+"""How weights change: optimisers, the learning rate, and averages of weights."""
 
 from collections import defaultdict
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from tarflowlm.config import OptimConfig, Precision, TrainConfig
+from tarflowlm.config import OptimConfig, Precision
 from tarflowlm.training.muon import Muon
 
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
@@ -117,29 +116,6 @@ def take_step(
             group["lr"] = lr * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-# precision
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16 natively; others emulate that slowly."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def with_precision(train: TrainConfig, device: torch.device) -> TrainConfig:
-    """`train` with the precision of `device` instead of auto: bfloat16 if it is native."""
-    if train.precision != "auto":
-        return train
-    return replace(train, precision="bfloat16" if has_bfloat16(device) else "float32")
-
-
-def muon_precision(device: torch.device) -> Precision:
-    """The faster precision for Muon's matrices on `device`: bfloat16 if it is native."""
-    return "bfloat16" if has_bfloat16(device) else "float32"
 
 
 # copies of weights

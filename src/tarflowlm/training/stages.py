@@ -32,8 +32,9 @@ from tarflowlm.training.checkpoint import (
     submit_weights,
     wait,
 )
+from tarflowlm.training.configure import native_precision
 from tarflowlm.training.log import Window
-from tarflowlm.training.optim import assign, build_optimizers, copy_of, muon_precision
+from tarflowlm.training.optim import assign, build_optimizers, copy_of
 from tarflowlm.training.optim import trained_parameters as trained
 from tarflowlm.training.parallel import first_blocks, parallelise, reshard
 from tarflowlm.training.sample import text_so_far
@@ -149,7 +150,7 @@ def enter_stage(run: Run, state: State) -> None:
     state.bound = parallelise(
         model, config.train, run.processes, frozen=stage, compiled=run.compiles
     )
-    precision = run.processes.from_first(muon_precision(run.device))
+    precision = run.processes.from_first(native_precision(run.device))
     state.optimizers = build_optimizers(config.optim, model, precision)
     state.copies = {}
     if config.train.ema:

@@ -26,15 +26,9 @@ from tarflowlm.processes import ALONE, Processes
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, finished_summary
 from tarflowlm.training import optim, parallel
 from tarflowlm.training.checkpoint import newest_state, save, stop, wait
+from tarflowlm.training.configure import complete
+from tarflowlm.training.directory import check_same, is_begun, only_writer, write_start
 from tarflowlm.training.log import MetricsLog, PendingStep, read_losses
-from tarflowlm.training.resolve import (
-    announce,
-    check_same,
-    is_begun,
-    only_writer,
-    resolve,
-    write_start,
-)
 from tarflowlm.training.stages import finish, leave_stage, load_state, new_state, validate
 from tarflowlm.training.state import Run, State, is_time_to_save, update_pace
 
@@ -84,7 +78,9 @@ def train(
         logger.info("%s is finished", out)
         return summary
 
-    config, corpus = resolve(asked if not begun else None, out, parent, device, processes, reporter)
+    config, corpus = complete(
+        asked if not begun else None, out, parent, device, processes, reporter
+    )
     compiles = parallel.compiles(config.train, processes, device)
     with only_writer(out, processes, begun=begun):
         folder = processes.from_first(newest_state(out) if processes.first and begun else None)
@@ -116,6 +112,15 @@ def train(
                 last_validation = train_stage(run, state)
                 leave_stage(run, state, last_validation)
             return finish(run, state)
+
+
+def announce(config: RunConfig, out: Path) -> None:
+    """Log the run, its text, its length and its directory."""
+    train = config.train
+    minutes = f"{round(train.minutes, 2):g} minutes"
+    length = minutes if train.minutes else f"{train.num_steps:,} steps"
+    tokens = f"{train.batch_size * config.model.context:,} tokens a step"
+    logger.info("%s on %s: %s, %s, into %s", config.name, config.data.source, length, tokens, out)
 
 
 def train_stage(run: Run, state: State) -> Likelihood:
