@@ -156,11 +156,11 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
     """A parameter of block 2 becomes NaN as its stage begins."""
     train_stage = training.train_stage
 
-    def poisoned(started, state):
-        for name, parameter in state.model.named_parameters():
+    def poisoned(started):
+        for name, parameter in started.model.named_parameters():
             if name == POISONED:
                 parameter.data.fill_(torch.nan)
-        return train_stage(started, state)
+        return train_stage(started)
 
     training.train_stage = poisoned
     run = replace(run, train=replace(run.train, stage_steps=(1, 1, 1)))

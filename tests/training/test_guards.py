@@ -9,7 +9,7 @@ import torch
 from training_cases import assert_same_run, go, read_metrics, resume, tiny_baseline, tiny_run
 
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training import optim
+from tarflowlm.training import optim, pace
 from tarflowlm.training import train as training
 
 JOINT = {"mode": "joint", "stage_steps": (20,), "evaluate_every": 100}
@@ -65,7 +65,7 @@ def test_nothing_is_saved_after_a_step_that_is_not_finite(
     tmp_path, corpus_file, poisoned, monkeypatch
 ):
     """Where the host reads the numbers of several steps at once, as with a GPU."""
-    monkeypatch.setitem(training.STEPS_BETWEEN_READS, "cpu", 4)
+    monkeypatch.setitem(pace.STEPS_BETWEEN_READS, "cpu", 4)
     poisoned({6}, math.nan)
     out = tmp_path / "run"
     with pytest.raises(FloatingPointError, match=r"step 6: .*: prior\.blocks\.0\.start"):
@@ -89,7 +89,7 @@ def test_run_that_ended_resumes_from_its_last_checkpoint(tmp_path, corpus_file, 
 def test_reading_seldom_changes_nothing(tmp_path, corpus_file, monkeypatch):
     run = tiny_run(corpus_file, log_every=3, stage_steps=(9, 4, 4))
     go(run, tmp_path / "often")
-    monkeypatch.setitem(training.STEPS_BETWEEN_READS, "cpu", 4)
+    monkeypatch.setitem(pace.STEPS_BETWEEN_READS, "cpu", 4)
     go(run, tmp_path / "seldom")
     assert read_metrics(tmp_path / "often") == read_metrics(tmp_path / "seldom")
     assert_same_run(tmp_path / "often", tmp_path / "seldom")
@@ -125,10 +125,10 @@ def test_loss_that_is_not_finite_ends_the_run_and_names_the_culprit(
 ):
     train_stage = training.train_stage
 
-    def begun_with_nan(run, state):
-        if state.counters.stage == stage:
-            dict(state.model.named_parameters())[name].data.fill_(math.nan)
-        return train_stage(run, state)
+    def begun_with_nan(run):
+        if run.counters.stage == stage:
+            dict(run.model.named_parameters())[name].data.fill_(math.nan)
+        return train_stage(run)
 
     monkeypatch.setattr(training, "train_stage", begun_with_nan)
     seldom = {"checkpoint_every": 100, "evaluate_every": 100}

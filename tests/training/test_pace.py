@@ -7,7 +7,8 @@ from training_cases import cut, resume, tiny_run
 
 from tarflowlm.config import TrainConfig
 from tarflowlm.runs.checkpoint import read_run
-from tarflowlm.training.state import Counters, measure_pace
+from tarflowlm.training.pace import measure_pace
+from tarflowlm.training.run import Counters
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run, write_manifest
-from tarflowlm.training import checkpoint, parallel
+from tarflowlm.training import checkpoint, parallel, writer
 from tarflowlm.training import train as training
 from tarflowlm.training.checkpoint import newest_state
 from tarflowlm.training.train import train
@@ -378,7 +378,7 @@ def test_failed_checkpoint_ends_the_run_at_the_next_line_of_the_log(
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(checkpoint, "save_shards", full)
-    monkeypatch.setattr(training, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(writer, "ThreadPoolExecutor", AtOnce)
     config = tiny_run(
         corpus_file, mode="joint", stage_steps=(9,), checkpoint_every=4, evaluate_every=9
     )
@@ -485,7 +485,7 @@ def test_two_writers_exclude_each_other(tmp_path, corpus_file):
 @pytest.mark.parametrize("at", [3, 13])
 def test_run_that_is_moved_away_ends_and_resumes_elsewhere(tmp_path, whole, monkeypatch, at):
     """Before its first state, or after one; the folder is not made again."""
-    monkeypatch.setattr(training, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(writer, "ThreadPoolExecutor", AtOnce)
     out, moved = tmp_path / "run", tmp_path / "moved"
     with pytest.raises(UserError, match=f"{out} was moved or removed .*--resume"):
         go(whole[0], out, Killer(at, lambda: out.rename(moved)))

@@ -7,8 +7,6 @@ undamaged one. Unlike weights, states are trusted data: reading one may unpickle
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,10 +31,11 @@ from tarflowlm.runs.checkpoint import (
     write_weights,
 )
 from tarflowlm.schema import to_dict
-from tarflowlm.training.log import NAMED
-from tarflowlm.training.optim import assign, copy_of, trained_parameters
+from tarflowlm.training.losses import NAMED
+from tarflowlm.training.optim import assign, averaged, trained_parameters
+from tarflowlm.training.pace import seconds
 from tarflowlm.training.parallel import whole_weights
-from tarflowlm.training.state import Run, State, seconds
+from tarflowlm.training.run import Run
 
 KEPT = 2
 """Number of training states that are kept: the newest one, and one more in case it is damaged."""
@@ -44,104 +43,84 @@ KEPT = 2
 logger = logging.getLogger("tarflowlm")
 
 
-def save(run: Run, state: State) -> None:
+def save(run: Run) -> None:
     """Copy a checkpoint for the thread to write, unless this step is saved. Collective."""
-    counters = state.counters
+    counters = run.counters
     if counters.saved_step == counters.step:
         return
-    wait(run)  # for the last checkpoint
-    counters.total = seconds(run, state)
-    weights = finite_weights(run, state)
+    run.writer.wait()  # for the last checkpoint
+    counters.total = seconds(run)
+    weights = finite_weights(run)
     counters.saved_step = counters.step
     saved = {
-        "config": to_dict(state.config),
+        "config": to_dict(run.config),
         "counters": asdict(counters),
         "metrics": run.log.position(),
         "window": asdict(run.log.window),
-        "sampler": state.sampler.state_dict(),
+        "sampler": run.sampler.state_dict(),
         "corpus": run.corpus.fingerprint,
     }
     # a copy, since training continues
-    tensors = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors_of(state))
-    run.writes.append(run.writer.submit(write_state, run, tensors, saved, weights))
+    tensors = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors_of(run))
+    run.writer.submit(write_state, run, tensors, saved, weights)
 
 
-def save_best(run: Run, state: State) -> None:
+def save_best(run: Run) -> None:
     """Save the weights of the best validation bound to best/, a run directory of its own."""
     best = run.out / BEST
     if run.processes.first and not (best / TOKENIZER).exists():
         best.mkdir(exist_ok=True)
-        write_run(best, state.config, run.corpus.tokenizer)
-    present = state.copies.get("average") or trained_parameters(state.model)
-    assign(state.copies.get("best", {}), present)
-    submit_weights(run, state, best)
+        write_run(best, run.config, run.corpus.tokenizer)
+    present = run.copies.get("average") or trained_parameters(run.model)
+    assign(run.copies.get("best", {}), present)
+    submit_weights(run, best)
 
 
-def wait(run: Run, *, until_done: bool = True) -> None:
-    """Return once everything that was saved is on disk, or at once; raises the thread's error."""
-    while run.writes and (until_done or run.writes[0].done()):
-        run.writes.pop(0).result()
-
-
-def stop(run: Run, state: State, reason: str) -> NoReturn:
+def stop(run: Run, reason: str) -> NoReturn:
     """Save the run and raise Stopped. Collective."""
-    save(run, state)
-    wait(run)
+    save(run)
+    run.writer.wait()
     remedy = f"continue with `{resume_command(run.out)}`"
-    raise Stopped(f"stopped by {reason} and saved at step {state.counters.step}; {remedy}")
+    raise Stopped(f"stopped by {reason} and saved at step {run.counters.step}; {remedy}")
 
 
 # weights
 
 
-@contextmanager
-def averaged(state: State) -> Iterator[None]:
-    """A context in which the model has its averaged weights, if it keeps them."""
-    weights = trained_parameters(state.model)
-    average = state.copies.get("average", {})
-    held = copy_of(weights) if average else {}
-    assign(weights, average)
-    try:
-        yield
-    finally:
-        assign(weights, held)
-
-
-def finite_weights(run: Run, state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
+def finite_weights(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A copy of the weights to evaluate, on the CPU of the first process, and for their header the
     counts of this step. Collective.
 
     FloatingPointError if they are not finite, so that such weights are never saved.
     """
-    with averaged(state):
-        weights = whole_weights(state.model, keep=run.processes.first)
+    with averaged(run.copies, run.model):
+        weights = whole_weights(run.model, keep=run.processes.first)
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken := run.processes.from_first(broken):
         where = f"parameters {', '.join(broken[:NAMED])} are not finite"
         remedy = "lower optim.lr in a new run; earlier checkpoints are kept"
-        raise FloatingPointError(f"{where} at step {state.counters.step}: {remedy}")
+        raise FloatingPointError(f"{where} at step {run.counters.step}: {remedy}")
     counts = {
-        "step": state.counters.step,
-        "tokens": state.counters.tokens,
-        "blocks": state.model.num_blocks,
+        "step": run.counters.step,
+        "tokens": run.counters.tokens,
+        "blocks": run.model.num_blocks,
     }
     return weights, {name: str(count) for name, count in counts.items()}
 
 
-def submit_weights(run: Run, state: State, *folders: Path) -> None:
+def submit_weights(run: Run, *folders: Path) -> None:
     """Let the thread write the `finite_weights` to the folders. Collective."""
-    weights = finite_weights(run, state)
+    weights = finite_weights(run)
     if run.processes.first:
         for folder in folders:
-            run.writes.append(run.writer.submit(write_weights, folder / WEIGHTS, *weights))
+            run.writer.submit(write_weights, folder / WEIGHTS, *weights)
 
 
-def submit_run(run: Run, state: State) -> None:
+def submit_run(run: Run) -> None:
     """Let the thread write config.json of the run, and of its best weights if there are any."""
     if run.processes.first:
         for folder in filter(Path.exists, (run.out, run.out / BEST)):
-            work = run.writer.submit(write_run, folder, state.config, run.corpus.tokenizer)
-            run.writes.append(work)
+            run.writer.submit(write_run, folder, run.config, run.corpus.tokenizer)
 
 
 # the training state
@@ -161,10 +140,7 @@ def write_state(
     root = run.out / STATE
     name = f"step-{saved['counters']['step']:08d}"
     temporary = root / f".{name}"
-    group = run.group
-    if run.device.type == "cuda" and run.device.index is not None:
-        # in this thread the first GPU is the current one: PyTorch would take memory there
-        torch.cuda.set_device(run.device)
+    group = run.writer.group
     try:
         # not the run's folder, which PyTorch would make again if it was moved away
         root.mkdir(exist_ok=True)
@@ -193,52 +169,52 @@ def write_state(
         write_weights(run.out / WEIGHTS, *weights)
 
 
-def tensors_of(state: State) -> dict[str, Any]:
+def tensors_of(run: Run) -> dict[str, Any]:
     """All tensors of a state: of model, optimisers and generator, and the copies of weights."""
-    model, optimizers = get_state_dict(state.model, state.optimizers)
-    reset_optimizers(state)
-    generator = state.generator.get_state()
-    return {"model": model, "optimizers": optimizers, "generator": generator, **state.copies}
+    model, optimizers = get_state_dict(run.model, run.optimizers)
+    reset_optimizers(run)
+    generator = run.generator.get_state()
+    return {"model": model, "optimizers": optimizers, "generator": generator, **run.copies}
 
 
-def reset_optimizers(state: State) -> None:
+def reset_optimizers(run: Run) -> None:
     """Empty the optimisers of a stage that has no step yet. To read or write their state, PyTorch
     takes a step with a rate of zero, which would count.
     """
-    if not state.counters.stage_step:
-        for optimizer in state.optimizers:
+    if not run.counters.stage_step:
+        for optimizer in run.optimizers:
             optimizer.state.clear()
 
 
-def load_tensors(run: Run, state: State, folder: Path) -> None:
+def load_tensors(run: Run, folder: Path) -> None:
     """Load the tensors in `folder`, from any number of processes, into a state built for the same
     stage. Collective.
 
     A generator of another kind of device cannot continue; it gets a seed of this step.
     """
-    tensors = tensors_of(state)
+    tensors = tensors_of(run)
     try:
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata["generator"]
         is_moved = saved.size != tensors["generator"].shape  # type: ignore[union-attr]
         if is_moved:
             del tensors["generator"]
-        load(tensors, checkpoint_id=folder, no_dist=run.group is None)
+        load(tensors, checkpoint_id=folder, no_dist=run.writer.group is None)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         what = f"{folder} does not fit this run ({reason})"
         raise UserError(f"{what}: restore the run's own state") from None
     set_state_dict(
-        state.model,
-        state.optimizers,
+        run.model,
+        run.optimizers,
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizers"],
     )
-    reset_optimizers(state)
+    reset_optimizers(run)
     if is_moved:
         logger.warning("%s is from another kind of device: the noise changes", folder.name)
-        state.generator.manual_seed((state.config.seed + 1_000_003 * state.counters.step) % 2**62)
+        run.generator.manual_seed((run.config.seed + 1_000_003 * run.counters.step) % 2**62)
     else:
-        state.generator.set_state(tensors["generator"])
+        run.generator.set_state(tensors["generator"])
 
 
 def newest_state(directory: Path) -> Path:

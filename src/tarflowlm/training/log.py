@@ -1,64 +1,19 @@
 """The log of a run: metrics.jsonl, one JSON object per line, and whoever else gets its lines."""
 
-import math
 import os
 import statistics
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
-
-import torch
-from torch import Tensor, nn
+from typing import Any, TextIO
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import Progress, Record
 from tarflowlm.files import json_line
 from tarflowlm.runs import METRICS
-from tarflowlm.training.optim import norms, trained_parameters
 
-NAMED = 8
-"""The most parameters that a message names."""
 TRACKERS = "tarflowlm_apps.trackers"
 """The application behind `train.track`, which is started by its name, as commands are."""
-
-
-class PendingStep(NamedTuple):
-    """A step whose numbers are still on the device."""
-
-    step: int
-    numbers: Tensor  # loss in nats per token and norm of the whole gradient, [2]
-    names: list[str]  # of the parameters with a gradient
-    norms: Tensor  # of their gradients
-
-
-def read_losses(
-    pending: list[PendingStep], model: nn.Module, step: int
-) -> list[tuple[float, float]]:
-    """Losses and gradient norms of the steps, which leave the list; one transfer from the device.
-
-    FloatingPointError for the first one that is not finite. It names the gradients that are not,
-    and such parameters, if they have not changed since: `step` is the newest step that has changed
-    the weights of `model`. Collective.
-    """
-    rows = torch.stack([each.numbers for each in pending]).tolist() if pending else []
-    for each, (loss, norm) in zip(pending, rows, strict=True):
-        if math.isfinite(loss + norm):
-            continue
-        culprits = {"gradients": dict(zip(each.names, each.norms.tolist(), strict=True))}
-        if each.step > step:
-            weights = trained_parameters(model)
-            culprits["parameters"] = dict(zip(weights, norms(weights).tolist(), strict=True))
-        found = [f"the loss is {loss:.4g}"]
-        for kind, sizes in culprits.items():
-            if broken := [name for name, size in sizes.items() if not math.isfinite(size)]:
-                found.append(f"{len(broken)} {kind} are not finite: {', '.join(broken[:NAMED])}")
-        remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
-        if step == 0:
-            remedy = "lower optim.lr, or check the values of model, which has learnt nothing yet"
-        raise FloatingPointError(f"the run ended at step {each.step}: {'; '.join(found)}; {remedy}")
-    pending.clear()
-    return [(loss, norm) for loss, norm in rows]
 
 
 @dataclass
@@ -107,17 +62,6 @@ class MetricsLog:
             return 0
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
-
-    def step(
-        self, read: list[tuple[float, float]], *, tokens: int, seconds: float, waited: float
-    ) -> None:
-        """Count a step. `read` are the losses and gradient norms that were read in it."""
-        window = self.window
-        window.losses += [loss for loss, _ in read]
-        window.norms += [norm for _, norm in read]
-        window.tokens += tokens
-        window.seconds += seconds
-        window.waited += waited
 
     def means(self) -> dict[str, float]:
         """The means over the window; the next step begins a new one."""

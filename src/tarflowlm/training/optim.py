@@ -1,6 +1,8 @@
 """How weights change: optimisers, the learning rate, and averages of weights."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +148,19 @@ def update_average(
     if average := copies.get("average"):
         kept = min(decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(_local(average), _local(trained_parameters(model)), 1 - kept)
+
+
+@contextmanager
+def averaged(copies: dict[str, dict[str, Tensor]], model: nn.Module) -> Iterator[None]:
+    """A context in which the model has its averaged weights, if there are any."""
+    weights = trained_parameters(model)
+    average = copies.get("average", {})
+    held = copy_of(weights) if average else {}
+    assign(weights, average)
+    try:
+        yield
+    finally:
+        assign(weights, held)
 
 
 def _local(tensors: dict[str, Tensor]) -> list[Tensor]:

@@ -5,14 +5,11 @@
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
@@ -25,15 +22,18 @@ from tarflowlm.model import LanguageModel
 from tarflowlm.processes import ALONE, Processes
 from tarflowlm.runs.checkpoint import Checkpoint, Summary, finished_summary
 from tarflowlm.training import optim, parallel
-from tarflowlm.training.checkpoint import newest_state, save, stop, wait
+from tarflowlm.training.checkpoint import newest_state, save, stop
 from tarflowlm.training.configure import complete
 from tarflowlm.training.directory import check_same, is_begun, only_writer, write_start
-from tarflowlm.training.log import MetricsLog, PendingStep, read_losses
-from tarflowlm.training.stages import finish, leave_stage, load_state, new_state, validate
-from tarflowlm.training.state import Run, State, is_time_to_save, update_pace
+from tarflowlm.training.evaluate import finish, validate
+from tarflowlm.training.log import MetricsLog
+from tarflowlm.training.losses import Losses
+from tarflowlm.training.pace import StepClock, find_due, update_pace
+from tarflowlm.training.run import Run
+from tarflowlm.training.stages import leave_stage
+from tarflowlm.training.start import begin_run, resume_run
+from tarflowlm.training.writer import Writer
 
-STEPS_BETWEEN_READS = {"cuda": 16}
-"""Steps after which the host waits for the losses of a device, and asks whether to stop."""
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context that yields a function: the reason why the run was asked to stop, or None."""
 
@@ -87,13 +87,11 @@ def train(
         if processes.first and folder is None:
             write_start(out, asked, config, corpus, parent)
         announce(config, out)
-        group = dist.new_group(backend="gloo") if processes.world > 1 else None
-        assert not isinstance(group, int), "every process is a member of the group"
         with (
             stop_requests() as stop_signal,
             parallel.compiling(compiles),
             closing(MetricsLog(reporter)) as log,
-            ThreadPoolExecutor(1) as writer,  # leaving waits until all is written
+            Writer(device, processes) as writer,
         ):
             run = Run(
                 out=out,
@@ -102,16 +100,17 @@ def train(
                 processes=processes,
                 compiles=compiles,
                 log=log,
-                stop_signal=stop_signal,
                 writer=writer,
-                writes=[],
-                group=group,
+                stop_signal=stop_signal,
+                config=config,
             )
-            state = new_state(run, config) if folder is None else load_state(run, config, folder)
-            while state.counters.stage < state.config.num_stages:
-                last_validation = train_stage(run, state)
-                leave_stage(run, state, last_validation)
-            return finish(run, state)
+            if folder is None:
+                begin_run(run)
+            else:
+                resume_run(run, folder)
+            while run.counters.stage < run.config.num_stages:
+                leave_stage(run, train_stage(run))
+            return finish(run)
 
 
 def announce(config: RunConfig, out: Path) -> None:
@@ -123,91 +122,74 @@ def announce(config: RunConfig, out: Path) -> None:
     logger.info("%s on %s: %s, %s, into %s", config.name, config.data.source, length, tokens, out)
 
 
-def train_stage(run: Run, state: State) -> Likelihood:
+def train_stage(run: Run) -> Likelihood:
     """Train until the steps or the time of the stage are used up; returns the last validation.
 
     With `train.patience`, it ends as soon as that many evaluations in a row were no better. Raises
     FloatingPointError, naming parameters, and Stopped, as `train` does. Collective.
     """
-    config, counters, model = state.config, state.counters, state.model
+    config, counters, model = run.config, run.counters, run.model
     train = config.train
-    every = STEPS_BETWEEN_READS.get(run.device.type, 1)
-    pending = list[PendingStep]()
-    may_compile = run.compiles
-    done, total = counters.progress(train)
-    run.log.reporter.stage(state.stage_name, total, done)
-
+    losses, clock = Losses(run), StepClock(run)
     while True:
         # Evaluate. This comes after the checkpoint of the step, so that a kill during a long
         # evaluation loses nothing; a resumed run starts with it.
         if counters.evaluation_is_due:
-            result = validate(run, state)
+            result = validate(run)
             if counters.stage_is_over or 0 < train.patience <= counters.stalled:
                 return result
 
-        # Compute the gradients of a batch.
-        start = time.perf_counter()
-        if run.processes.world > 1 and counters.stage_step % 1000 == 0:
-            gc.collect()  # by all processes at once, as none collects by itself
-        before_batch = time.perf_counter()
-        tokens = state.sampler.next()
-        waited = time.perf_counter() - before_batch
+        # Take a batch.
+        clock.start()
+        tokens = next_batch(run)
         num_tokens = tokens.numel() * run.processes.world
-        if run.device.type == "cuda":
-            # a copy from pageable memory would wait for all work queued there
-            tokens = tokens.pin_memory()
-        tokens = tokens.to(run.device, non_blocking=True)
-        loss = accumulate_gradients(
-            model, state.bound, tokens, state.generator, train, run.processes
-        )
-        trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
-        norms = optim.norms({n: p.grad for n, p in trained.items() if p.grad is not None})
-        norm = torch.linalg.vector_norm(norms)
+        clock.got_batch(num_tokens)
 
-        # Read the numbers of the step. If one is not finite, the run ends here, before any weight
-        # changes. A GPU is read only every 16 steps: weights may be bad by then, but are not saved.
-        numbers = torch.stack((loss, norm))
-        pending.append(PendingStep(counters.step + 1, numbers, [*trained], norms))
-        read = read_losses(pending, model, counters.step) if len(pending) >= every else []
+        # Compute its loss and the gradients. If they are not finite, the run ends here, before any
+        # weight changes.
+        loss = accumulate_gradients(model, run.bound, tokens, run.generator, train, run.processes)
+        trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+        norm = losses.add(loss, trained)
 
         # Change the weights.
         num_steps = max(counters.stage_step + 1, counters.expected_steps)
         lr = config.optim.lr * optim.schedule(config.optim, counters.stage_step, num_steps)
-        optim.take_step(state.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
+        optim.take_step(run.optimizers, trained, norm, lr=lr, grad_clip=config.optim.grad_clip)
         counters.step += 1
         counters.stage_step += 1
         counters.tokens += num_tokens
-        optim.update_average(state.copies, model, counters.stage_step, train.ema)
-        if may_compile:
+        optim.update_average(run.copies, model, counters.stage_step, train.ema)
+        if clock.is_compiling:
             # the first step of a stage compiles layers, which is not training time
-            read += read_losses(pending, model, counters.step)
-            state.began += time.perf_counter() - start
-            start, num_tokens, waited, may_compile = time.perf_counter(), 0, 0.0, False
+            losses.read()
+            clock.leave_out()
 
-        # Find what is due now. The numbers of a step are read before it is logged or saved.
-        update_pace(run, state)
-        why = run.stop_requested() if counters.step % every == 0 else None
-        counters.evaluation_is_due = (
-            counters.stage_is_over or counters.step % train.evaluate_every == 0
-        )
-        log_is_due = counters.evaluation_is_due or counters.step % train.log_every == 0
-        save_is_due = counters.evaluation_is_due or is_time_to_save(run, state)
-        if log_is_due or save_is_due or why is not None:
-            read += read_losses(pending, model, counters.step)
+        # Record it.
+        update_pace(run)
+        due = find_due(run)
+        if due.anything:
+            losses.read()
+        clock.stop()
+        if due.log:
+            write_line(run, lr)
+            run.writer.wait(until_done=False)
 
-        # Report, log, save.
-        before, (done, _) = done, counters.progress(train)
-        run.log.reporter.advance(done - before)
-        duration = time.perf_counter() - start
-        counters.training += duration
-        run.log.step(read, tokens=num_tokens, seconds=duration, waited=waited)
-        if log_is_due:
-            write_line(run, state, lr)
-            wait(run, until_done=False)
-        if save_is_due:
-            save(run, state)
-        if why is not None:
-            stop(run, state, why)
+        # Save it.
+        if due.save:
+            save(run)
+        if due.stop is not None:
+            stop(run, due.stop)
+
+
+def next_batch(run: Run) -> Int[Tensor, "B T"]:
+    """The rows of this process of the next batch, on its device."""
+    if run.processes.world > 1 and run.counters.stage_step % 1000 == 0:
+        gc.collect()  # by all processes at once, as none collects by itself
+    tokens = run.sampler.next()
+    if run.device.type == "cuda":
+        # a copy from pageable memory would wait for all work queued there
+        tokens = tokens.pin_memory()
+    return tokens.to(run.device, non_blocking=True)
 
 
 def accumulate_gradients(
@@ -240,9 +222,9 @@ def accumulate_gradients(
     return processes.gather(total[None]).mean()
 
 
-def write_line(run: Run, state: State, lr: float) -> None:
+def write_line(run: Run, lr: float) -> None:
     """Write a line of the log with the means over the steps since the last one."""
-    counters = state.counters
+    counters = run.counters
     means = run.log.means()
     characters = run.corpus.num_characters("train") / run.corpus.num_tokens("train")
     bpc = bits(means["nats_per_token"]) / characters
@@ -251,7 +233,7 @@ def write_line(run: Run, state: State, lr: float) -> None:
         record["memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 1e9
         torch.cuda.reset_peak_memory_stats(run.device)
         if peak := peak_flops(torch.cuda.get_device_name(run.device)):
-            model = state.config.model_of_stage(counters.stage)
+            model = run.config.model_of_stage(counters.stage)
             flops = training_flops(model, frozen=counters.stage) / model.context  # of a token
             record["mfu"] = means["tokens_per_second"] * flops / peak / run.processes.world
     run.log.write(record)
