@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tarflowlm.flow.channelwise import Mix1Coupling
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.plan import Order
+from tarflowlm.flow.order import Order
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.model_config import TransformerConfig
 

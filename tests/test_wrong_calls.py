@@ -127,7 +127,7 @@ REFUSED = [
     ('lm.tune("x", "y", lr="x")', ["lr 'x'", "number"]),
     ('tarflowlm.coupling("")', ["coupling ''", "name"]),
     ("tarflowlm.coupling(5)", ["coupling 5", "name"]),
-    ('tarflowlm.coupling("mine")(int)', ["'mine'", "build"]),
+    ('tarflowlm.coupling("mine")(int)', ["'mine'", "conditionals"]),
     ("tarflowlm.preset(5)", ["preset 5", "name"]),
     ("tarflowlm.FlowConfig(blocks=5)", ["model.blocks 5", "BlockConfig"]),
     ('flow("abc")', ["tokens 'abc'", "tokenizer.encode"]),

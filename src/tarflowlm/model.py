@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
+from tarflowlm.building import build_block
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.fills import FillsIn
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.plan import Order, block_shape
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.model_config import FlowConfig, LanguageModelConfig, MixD
 from tarflowlm.schema import check_integers, check_type
@@ -197,21 +197,7 @@ class TarFlowLM(LanguageModel):
     def append_block(self) -> FlowBlock:
         """Build the next block. A block with `certainty` below it then only fills in (eq. 9a)."""
         config, index = self.config, self.num_blocks
-        options = config.blocks[index]
-        shape = block_shape(config, index, self.codebook)
-        reads = config.reads_tokens and (index == 0 or config.fills_below(index))
-        block = FlowBlock(
-            trunk=config.trunk,
-            num_layers=options.layers,
-            order=Order(
-                shape.channels,
-                reverse=config.alternate and index % 2 == 1,
-                mix=index * config.mixes_channels,
-            ),
-            coupling=options.build(shape),
-            codebook=shape.components if reads else None,
-            is_linear=config.input_map == "linear",
-        )
+        block = build_block(config, index, self.codebook)
         below = config.blocks[index - 1] if index else None
         if isinstance(below, MixD) and below.certainty:
             filling = self.prior.block(index - 1)

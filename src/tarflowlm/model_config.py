@@ -141,8 +141,8 @@ class BlockConfig(Checked):
     MORE_KINDS: ClassVar[str] = ", or import your own (--import MODULE)"
     coupling: ClassVar[str]
     """The name of the coupling."""
-    implementation: ClassVar[Any]
-    """The class of the coupling, or its module:class."""
+    implementation: ClassVar[Any] = None
+    """The class of a coupling of your own."""
     layers: Count = 1
     """Transformer layers."""
 
@@ -153,11 +153,6 @@ class BlockConfig(Checked):
     def is_tied(self) -> bool:
         """Whether the components are tied to the encoder's codebook: they are tokens."""
         return False
-
-    def build(self, shape: Any) -> Any:
-        """The coupling for a block of this `flow.plan.BlockShape`."""
-        kind = self.implementation
-        return (resolve_name(kind) if isinstance(kind, str) else kind).build(self, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +173,6 @@ class Affine(ChannelBlock):
     """One Gaussian per channel."""
 
     coupling: ClassVar[str] = "affine"
-    implementation = "tarflowlm.flow.channelwise:AffineCoupling"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +180,6 @@ class TokenAffine(BlockConfig):
     """One Gaussian for all channels of a token."""
 
     coupling: ClassVar[str] = "token-affine"
-    implementation = "tarflowlm.flow.channelwise:AffineCoupling"
     sees_tokens: bool = True
     """Let the head of a token see the tokens before it in its patch; False: only the past."""
 
@@ -196,7 +189,6 @@ class Mix1(ChannelBlock):
     """A mixture per channel."""
 
     coupling: ClassVar[str] = "mix1"
-    implementation = "tarflowlm.flow.channelwise:Mix1Coupling"
     components: Count = 2
     """Mixture components K."""
 
@@ -206,7 +198,6 @@ class MixD(BlockConfig):
     """A mixture per token over one codebook."""
 
     coupling: ClassVar[str] = "mixd"
-    implementation = "tarflowlm.flow.mixd:MixDCoupling"
     components: Whole = 0
     """Mixture components K; 0 ties them to the encoder's codebook."""
     certainty: Below1 = 0.0
@@ -237,8 +228,8 @@ def coupling(
         raise UserError(f"coupling {name!r:.40}: give it a name, a str")
 
     def register(kind: type[Coupling]) -> type[Coupling]:
-        if not hasattr(kind, "build"):
-            raise UserError(f"coupling {name!r}: {kind!r:.40} has no `build` (docs/flow.md)")
+        if not hasattr(kind, "conditionals"):
+            raise UserError(f"coupling {name!r}: {kind!r:.40} has no `conditionals` (docs/flow.md)")
         known = BlockConfig.KINDS.get(name)
         # a notebook may run the cell that defines a class more than once
         if known and getattr(known.implementation, "__qualname__", "") != kind.__qualname__:

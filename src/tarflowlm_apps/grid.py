@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tarflowlm.flow.codebook import NoisyCodebook
 from tarflowlm.flow.numerics import component_finder
-from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.model import TarFlowLM
 from tarflowlm.terminal.texts import Kind, Row, Token
 

@@ -13,13 +13,12 @@ from tarflowlm import chunks
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
-from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.fills import FillsIn, complete
 from tarflowlm.flow.heads import HeadShape
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import log_standard_normal, standard_normal_log_prob
-from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.model import seeded
 from tarflowlm.model_config import BlockConfig
 from tarflowlm.model_config import coupling as registering

@@ -5,7 +5,7 @@ import torch
 
 from helpers import normal
 from tarflowlm.errors import UserError
-from tarflowlm.flow.plan import Order, Patch
+from tarflowlm.flow.order import Order, Patch
 
 T, C = 6, 5
 

@@ -4,8 +4,6 @@ Inside a position the forward map is parallel, and the inverse goes from group t
 """
 
 from abc import abstractmethod
-from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,21 +24,6 @@ from tarflowlm.flow.couplings import (
     OneLatent,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
-from tarflowlm.flow.plan import BlockShape
-from tarflowlm.model_config import ChannelBlock, TokenAffine
-
-
-def _arguments(options: ChannelBlock, shape: BlockShape) -> dict[str, Any]:
-    """The head of a coupling, and the options that are its own."""
-    # groups of d channels in the block's order, which are tokens unless channels are mixed
-    tokens = torch.arange(shape.channels) // shape.latent_dim
-    head = replace(
-        shape.head,
-        autoregressive=options.sees_channels,
-        tokens=None if options.sees_tokens else tokens,
-    )
-    names = {one.name for one in fields(options)} - {one.name for one in fields(ChannelBlock)}
-    return {name: getattr(options, name) for name in names} | {"head": head}
 
 
 class ChannelCoupling(Coupling):
@@ -53,10 +36,6 @@ class ChannelCoupling(Coupling):
 
     group = 1
     head: AutoregressiveHead
-
-    @classmethod
-    def build(cls, options: ChannelBlock, shape: BlockShape) -> Coupling:
-        return cls(channels=shape.channels, **_arguments(options, shape))
 
     @abstractmethod
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,14 +131,6 @@ class AffineCoupling(ChannelCoupling):
             log_std_last=True,
         )
 
-    @classmethod
-    def build(cls, options: ChannelBlock | TokenAffine, shape: BlockShape) -> Coupling:
-        if isinstance(options, ChannelBlock):
-            return super().build(options, shape)
-        hidden = shape.head.hidden * shape.latent_dim
-        head = replace(shape.head, hidden=hidden, autoregressive=options.sees_tokens)
-        return cls(channels=shape.channels, head=head, group=shape.latent_dim)
-
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = parameters
         return (z - mean) * torch.exp(-log_std), -log_std
@@ -197,11 +168,6 @@ class Mix1Coupling(ChannelCoupling):
         with torch.no_grad():
             self.head.biases[1].copy_(means.float().expand(channels, -1))
             self.head.biases[2].fill_(0.5 * variance.log())
-
-    @classmethod
-    def build(cls, options: ChannelBlock, shape: BlockShape) -> Coupling:
-        spread = 0.95 if shape.starts_wide else 0.3
-        return cls(channels=shape.channels, spread=spread, **_arguments(options, shape))
 
     def to_noise(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         u, log_slope = numerics.mixture_cdf(z[..., 0], *parameters, maps=self.maps)

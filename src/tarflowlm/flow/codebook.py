@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -141,3 +142,19 @@ class Codebook(nn.Module):
     def finder(self) -> Callable[[Tensor], Tensor]:
         """`decode` for many calls while the parameters stay as they are, which share one table."""
         return numerics.component_finder(self.mean, self.log_std)
+
+
+class NoisyCodebook:
+    """The components of a codebook and, last, N(0, I): the outputs of a block with `certainty`."""
+
+    def __init__(self, codebook: Codebook) -> None:
+        self.codebook = codebook
+        self.vocab_size = codebook.vocab_size + 1
+
+    @property
+    def mean(self) -> Float[Tensor, "K d"]:
+        return F.pad(self.codebook.mean, (0, 0, 0, 1))
+
+    @property
+    def log_std(self) -> Float[Tensor, " K"]:
+        return F.pad(self.codebook.log_std, (0, 1))

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.cache import Cache
-from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.packing import array, packed
-from tarflowlm.flow.plan import NoisyCodebook
 from tarflowlm.flow.transformer import Embedder, Transformer
 
 if TYPE_CHECKING:

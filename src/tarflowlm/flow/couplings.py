@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import REFERENCE, Maps, log_standard_normal
-from tarflowlm.flow.plan import BlockShape
 
 Latents = Float[Tensor, "B N C"]
 Features = Float[Tensor, "B N D"]
@@ -52,9 +50,10 @@ class Coupling(nn.Module):
 
     so the last block needs only `log_prob`. The code writes z for h, whatever the block.
 
-    To implement one, write `forward`, `conditionals` and `build`, and `log_prob` where the density
-    is cheaper than the noise. A coupling that acts channel by channel subclasses
-    `channelwise.ChannelCoupling`, which asks for less (docs/flow.md).
+    To implement one, write `forward` and `conditionals`, and `log_prob` where the density is
+    cheaper than the noise; `building.build_coupling` says what its `__init__` gets. A coupling that
+    acts channel by channel subclasses `channelwise.ChannelCoupling`, which asks for less
+    (docs/flow.md).
     """
 
     group: int
@@ -63,14 +62,6 @@ class Coupling(nn.Module):
     """Components K of a conditional, of which a draw chooses one; 0: a draw inverts noise."""
     maps: Maps = REFERENCE
     """The maps of mixtures where latents are on an accelerator."""
-
-    @classmethod
-    @abstractmethod
-    def build(cls, options: Any, shape: BlockShape) -> "Coupling":
-        """A new coupling of a block, with initial weights from PyTorch's global generator.
-
-        `options` is the block's own configuration, a `BlockConfig`.
-        """
 
     @abstractmethod
     def forward(self, z: Latents, features: Features) -> tuple[Latents, ByPosition]:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tarflowlm.flow import full_precision
+from tarflowlm.flow.codebook import NoisyCodebook
 from tarflowlm.flow.couplings import (
     AdjustWeights,
     Conditional,
@@ -18,7 +19,6 @@ from tarflowlm.flow.couplings import (
 )
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import LogWeights, standard_normal_log_prob
-from tarflowlm.flow.plan import NoisyCodebook
 
 
 class FillsIn(MixDCoupling):

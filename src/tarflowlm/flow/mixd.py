@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tarflowlm import chunks
 from tarflowlm.flow import numerics, widen
-from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import (
     AdjustWeights,
     ByPosition,
@@ -26,8 +26,6 @@ from tarflowlm.flow.couplings import (
     OneLatent,
 )
 from tarflowlm.flow.heads import Linear, TokenFeatures, map_linearly, token_head
-from tarflowlm.flow.plan import BlockShape, NoisyCodebook
-from tarflowlm.model_config import MixD
 
 
 class MixDCoupling(Coupling):
@@ -77,18 +75,6 @@ class MixDCoupling(Coupling):
         """Whether every token is a mixture of the encoder's codebook alone."""
         self.choices = book.vocab_size
         self.weight_head = token_head(width, self.choices, has_bias=has_bias)
-
-    @classmethod
-    def build(cls, options: MixD, shape: BlockShape) -> "MixDCoupling":
-        return cls(
-            width=shape.head.width,
-            patch=shape.patch,
-            latent_dim=shape.latent_dim,
-            components=options.components,
-            in_patch=options.in_patch == "autoregressive",
-            tied=shape.components if options.is_tied else None,
-            has_bias=shape.has_bias,
-        )
 
     @property
     def components(self) -> Codebook | NoisyCodebook:

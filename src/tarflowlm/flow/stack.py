@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from tarflowlm.flow import widen
 from tarflowlm.flow.cache import Cache
-from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.conditioner import Conditioner
 from tarflowlm.flow.couplings import ByPosition, Coupling, Features, Latents
 from tarflowlm.flow.inputs import InputMap
 from tarflowlm.flow.numerics import component_finder, log_standard_normal
-from tarflowlm.flow.plan import NoisyCodebook, Order, Patch
-from tarflowlm.flow.transformer import Embedder, Transformer
-from tarflowlm.model_config import TransformerConfig
+from tarflowlm.flow.order import Order, Patch
+from tarflowlm.flow.transformer import Embedder, Shape, Transformer
 
 
 class FlowBlock(Conditioner):
@@ -33,7 +32,7 @@ class FlowBlock(Conditioner):
     def __init__(
         self,
         *,
-        trunk: TransformerConfig,
+        trunk: Shape,
         num_layers: int,
         order: Order,
         coupling: Coupling,

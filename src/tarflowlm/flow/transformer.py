@@ -8,7 +8,7 @@ H heads have the width E = D / H.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,39 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.flow import widen
 from tarflowlm.flow.attention import attend_causally, rotate, rotations
-from tarflowlm.model_config import TransformerConfig
 
 Embedder = Callable[[Tensor], Tensor]
 """From latents [B, n, C], or tokens [B, n P], to inputs of a Transformer [B, n, D]."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of queries, keys and values [R, H, E] of R = B N rows, with scores q k^T: [R, D]."""
+
+
+class Shape(Protocol):
+    """The shape of a Transformer, but for the number of its layers (`TransformerConfig`)."""
+
+    @property
+    def width(self) -> int:
+        """Features D."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads H."""
+
+    @property
+    def head_width(self) -> int:
+        """Width E of a head."""
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width M of the MLP."""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate."""
+
+    @property
+    def input_taps(self) -> int:
+        """Positions that a convolution mixes into an input."""
 
 
 class LayerWeights(NamedTuple):
@@ -77,7 +104,7 @@ def layer(
 class Attention(nn.Module):
     """The weights of causal multi-head attention with layer-normalised queries and keys."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
@@ -93,7 +120,7 @@ class Layer(nn.Module):
     dropout = 0.0
     """Share of the outputs of attention and MLP that is dropped in training."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width, bias=False)
         self.attention = Attention(config)
@@ -157,7 +184,7 @@ class Transformer(nn.Module):
     Start: matrices are N(0, 1 / fan_in), but those that write to the residual stream are zero.
     """
 
-    def __init__(self, config: TransformerConfig, num_layers: int) -> None:
+    def __init__(self, config: Shape, num_layers: int) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(num_layers))

@@ -65,8 +65,8 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
     A coupling of a user's own comes with the name of its module, which is never imported from here.
     """
-    kinds = {block.coupling: block.implementation for block in getattr(run.model, "blocks", ())}
-    own = {name: kind.__module__ for name, kind in kinds.items() if isinstance(kind, type)}
+    blocks = [block for block in getattr(run.model, "blocks", ()) if block.implementation]
+    own = {block.coupling: block.implementation.__module__ for block in blocks}
     imports = {name: module for name, module in own.items() if module != "__main__"}
     head = {"model_type": MODEL_TYPE} | ({"imports": imports} if imports else {})
     write_json(directory / CONFIG, head | to_dict(run))
