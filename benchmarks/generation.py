@@ -157,12 +157,12 @@ def inverted_call(model: Any, index: int, draws: bool, num: int) -> Any:
     channels = len(block.order.channels)
     cache = block.allocate_cache(num, context, half=draws)
     block.features_of(cache, torch.zeros(num, context // 2 - 1, channels))
-    invert = block.coupling.inverter()
+    weights = block.coupling.present_weights()
     h, u = torch.randn(2, num, channels)
     numbers = None
     if draws:
         numbers = torch.randn(num, channels // block.coupling.group, block.coupling.choices)
-    return lambda: invert(u, block.features_at(cache, h), None, numbers)
+    return lambda: block.coupling.invert(u, block.features_at(cache, h), None, numbers, weights)
 
 
 def calls(model: Any) -> dict[str, Any]:

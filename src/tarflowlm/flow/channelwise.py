@@ -17,11 +17,8 @@ from tarflowlm.flow.couplings import (
     Conditionals,
     Coupling,
     Features,
-    Gumbel,
-    Inverter,
     Latents,
     OneFeature,
-    OneLatent,
 )
 from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
 
@@ -95,18 +92,8 @@ class ChannelCoupling(Coupling):
 
         return Conditional(forward, inverse)
 
-    def inverter(self) -> Inverter:
-        weights = HeadWeights(self.head)
-
-        def invert(
-            u: OneLatent,
-            features: OneFeature,
-            adjust: AdjustWeights | None = None,
-            gumbel: Gumbel | None = None,
-        ) -> OneLatent:
-            return self._walk(self.conditionals(features, weights), u, adjust, gumbel)
-
-        return invert
+    def present_weights(self) -> HeadWeights:
+        return HeadWeights(self.head)
 
 
 class AffineCoupling(ChannelCoupling):

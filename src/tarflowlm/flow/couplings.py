@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,9 +21,6 @@ Gumbel = Float[Tensor, "B G K"]
 
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights of tokens [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
-
-Inverter = Callable[..., Tensor]
-"""`Coupling.invert`, maybe with a copy of the weights that the network then had."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,12 @@ class Coupling(nn.Module):
         """Noise u, and log|det du_n/dz_n| of every position, in nats."""
 
     @abstractmethod
-    def conditionals(self, features: OneFeature) -> Conditionals:
-        """The conditionals of one position, group by group."""
+    def conditionals(self, features: OneFeature, weights: Any = None) -> Conditionals:
+        """The conditionals of one position, group by group; `weights` as in `invert`."""
+
+    def present_weights(self) -> Any:
+        """A copy of what the network now has, as `conditionals` reads it fastest, or None."""
+        return None
 
     def log_prob(self, z: Latents, features: Features) -> ByPosition:
         """log p(z_n | c_n) of every position, in nats."""
@@ -82,24 +84,16 @@ class Coupling(nn.Module):
         features: OneFeature,
         adjust: AdjustWeights | None = None,
         gumbel: Gumbel | None = None,
+        weights: Any = None,
     ) -> OneLatent:
-        """The latents z_n of one position, from its noise u_n and features c_n, or a draw."""
-        return self._walk(self.conditionals(features), u, adjust, gumbel)
+        """The latents z_n of one position, from its noise u_n and features c_n, or a draw.
 
-    def _walk(
-        self,
-        conditionals: Conditionals,
-        u: OneLatent,
-        adjust: AdjustWeights | None,
-        gumbel: Gumbel | None,
-    ) -> OneLatent:
+        `weights` are `present_weights`, for whoever inverts many positions.
+        """
+        conditionals = self.conditionals(features, weights)
         z: list[Tensor] = []
         with full_precision(u):
             for g, u_g in enumerate(u.split(self.group, -1)):
                 conditional = conditionals.send(z[-1] if z else None)
                 z.append(conditional.inverse(u_g, adjust, None if gumbel is None else gumbel[:, g]))
         return torch.cat(z, -1)
-
-    def inverter(self) -> Inverter:
-        """`invert` for many positions, with the present weights."""
-        return self.invert

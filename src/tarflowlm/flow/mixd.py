@@ -107,7 +107,7 @@ class MixDCoupling(Coupling):
         for _ in range(self.patch):
             z = yield linear(self.weight_head, walk.send(z))
 
-    def conditionals(self, features: OneFeature) -> Conditionals:
+    def conditionals(self, features: OneFeature, weights: None = None) -> Conditionals:
         walk = self.log_weights(features)
         z = None
         for _ in range(self.patch):
@@ -156,6 +156,7 @@ class MixDCoupling(Coupling):
         features: OneFeature,
         adjust: AdjustWeights | None = None,
         gumbel: Gumbel | None = None,
+        weights: None = None,
     ) -> OneLatent:
         rows = chunks.rows_at_once(self.choices, chunks.held(u.device))
         numbers = repeat(None) if gumbel is None else gumbel.split(rows)

@@ -92,11 +92,11 @@ class FlowBlock(Conditioner):
     def inverse(self, u: Latents) -> Latents:
         """h^(l-1) from h^(l) = u, position by position, without gradients."""
         cache = self.allocate_cache(len(u), u.shape[1])
-        invert = self.coupling.inverter()
+        weights = self.coupling.present_weights()
         h: list[Tensor] = []
         for u_n in self.order(u).unbind(1):
             features = self.features_at(cache, h[-1] if h else None)
-            h.append(invert(u_n, features, None))
+            h.append(self.coupling.invert(u_n, features, weights=weights))
         return self.order.inverse(torch.stack(h, dim=1))
 
 

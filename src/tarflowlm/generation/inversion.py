@@ -1,9 +1,11 @@
 """Noise becomes latents, position by position, and given latents become noise."""
 
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.couplings import Inverter
 from tarflowlm.flow.fills import complete
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock
@@ -20,8 +22,6 @@ class Inversion(Decoder):
     """
 
     source: FlowBlock
-    invert: Inverter | None = None
-    """The coupling's inverse; sweeps need none."""
     log_normaliser: Tensor | None = None
     """log sum_j N_j(z_t) of given tokens, [B, N, P], and 0 elsewhere; None: 0 everywhere."""
 
@@ -63,20 +63,26 @@ class Inversion(Decoder):
         features, is_known = self.next_features()
         here = self.there, self.at
         gumbel = None if self.gumbel is None else self.gumbel.at(*here)
+        coupling = self.source.coupling
         self.at += 1
         self.progress.advance()
         if is_known is None:
-            if self.invert is None:
-                self.invert = self.source.coupling.inverter()
-            self.values[here] = self.invert(self.noise[here], features, self.adjust, gumbel)
+            self.values[here] = coupling.invert(
+                self.noise[here], features, self.adjust, gumbel, self.weights
+            )
             return None
-        coupling, known = self.source.coupling, self.known[here]
+        known = self.known[here]
         self.values[here], self.noise[here], log_p = complete(
             coupling, self.noise[here], features, known, is_known, self.adjust, gumbel
         )
         if self.log_normaliser is not None:
             log_p = log_p - self.log_normaliser[here]
         return self.of_all(log_p.sum(-1))
+
+    @cached_property
+    def weights(self) -> Any:
+        """The coupling's, once there is a step."""
+        return self.source.coupling.present_weights()
 
     def take(self, order: Tensor) -> None:
         super().take(order)
