@@ -141,17 +141,17 @@ def test_git_keeps_the_whole_package():
 
 
 SPINE = [
-    "objective",
-    "model",
+    "flow.numerics.reference",
     "flow.codebook",
     "flow.couplings",
+    "flow.heads",
     "flow.channelwise",
     "flow.mixd",
+    "flow.transformer",
     "flow.stack",
-    "flow.numerics.reference",
-    "generation.plan",
-    "generation.write",
-    "evaluation.likelihood",
+    "model",
+    "objective",
+    "generation.decoder",
     "training.train",
 ]
 """The files that docs/tour.md says to read first."""

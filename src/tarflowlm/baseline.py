@@ -11,8 +11,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics, widen
 from tarflowlm.flow.cache import Cache
 from tarflowlm.flow.conditioner import Conditioner
-from tarflowlm.flow.heads import Linear, TokenFeatures, map_linearly, token_head
 from tarflowlm.flow.numerics.near import FEWEST
+from tarflowlm.flow.token_heads import Linear, TokenFeatures, map_linearly, token_head
 from tarflowlm.flow.transformer import Embedder, Transformer
 from tarflowlm.model import LanguageModel, check_tokens
 from tarflowlm.model_config import BaselineConfig

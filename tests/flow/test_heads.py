@@ -13,14 +13,15 @@ from torch.autograd.functional import jacobian
 
 from helpers import normal, randomise
 from tarflowlm import compiled
+from tarflowlm.flow.head_steps import CompiledHeadWeights, head_weights
 from tarflowlm.flow.heads import (
     LARGEST_LOG_STD,
     AutoregressiveHead,
     HeadShape,
     HeadWeights,
-    TokenFeatures,
     bounded_log_std,
 )
+from tarflowlm.flow.token_heads import TokenFeatures
 from tarflowlm.model import seeded
 
 WIDTH = 6
@@ -77,7 +78,7 @@ def test_groups_see_those_of_their_own_token_where_these_are_named(shape):
     assert torch.equal(
         by_z, torch.ones(5, 5, dtype=torch.bool).tril(-1) & (token[:, None] == token)
     )
-    walk, z_g = head.walk(features), None
+    walk, z_g = HeadWeights(head).walk(features), None
     for g, out in enumerate(head(features[:, None], z[:, None])[0]):
         torch.testing.assert_close(walk.send(z_g)[0], out[:, 0], rtol=1e-12, atol=1e-12)
         z_g = z[:, g : g + 1]
@@ -130,7 +131,7 @@ def test_walking_equals_the_parallel_pass(head):
     features, z = normal(B, WIDTH, seed=1), normal(B, C)
     parallel = head(features[:, None], z[:, None])
     known = z.split(head.channels, dim=-1)
-    walk, z_g = head.walk(features, HeadWeights(head)), None
+    walk, z_g = HeadWeights(head).walk(features), None
     for g in range(head.groups):
         for walked, out in zip(walk.send(z_g), parallel, strict=True):
             torch.testing.assert_close(walked, out[g, :, 0], rtol=1e-12, atol=1e-12)
@@ -146,9 +147,9 @@ def test_walking_by_compiled_functions_equals_it_alone_and_beside_others(head, r
     features, z = normal(B, WIDTH, seed=1).float(), normal(B, C).float()
     with torch.no_grad():
         parallel = head(features[:, None], z[:, None])
-        weights = HeadWeights(head)
-        assert weights.arrays is not None
-        walk, alone, z_g = head.walk(features, weights), head.walk(features[1:2], weights), None
+        weights = head_weights(head)
+        assert isinstance(weights, CompiledHeadWeights)
+        walk, alone, z_g = weights.walk(features), weights.walk(features[1:2]), None
         for g in range(head.groups):
             outputs = walk.send(z_g)
             own = alone.send(z_g if z_g is None else z_g[1:2])

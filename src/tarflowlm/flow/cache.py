@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tarflowlm.flow import full_precision, widen
 from tarflowlm.flow.attention import rotations
 from tarflowlm.flow.codebook import Codebook, NoisyCodebook
-from tarflowlm.flow.heads import map_linearly
 from tarflowlm.flow.inputs import InputMap
+from tarflowlm.flow.token_heads import map_linearly
 from tarflowlm.flow.transformer import Embedder, LayerWeights, Transformer, layer
 
 

@@ -20,7 +20,8 @@ from tarflowlm.flow.couplings import (
     Latents,
     OneFeature,
 )
-from tarflowlm.flow.heads import AutoregressiveHead, HeadShape, HeadWeights
+from tarflowlm.flow.head_steps import Weights, head_weights
+from tarflowlm.flow.heads import AutoregressiveHead, HeadShape
 
 
 class ChannelCoupling(Coupling):
@@ -71,10 +72,8 @@ class ChannelCoupling(Coupling):
         residual = u - mapped
         return torch.addcmul(z, residual, torch.exp(-log_slope)), residual
 
-    def conditionals(
-        self, features: OneFeature, weights: HeadWeights | None = None
-    ) -> Conditionals:
-        walk = self.head.walk(features, weights)
+    def conditionals(self, features: OneFeature, weights: Weights | None = None) -> Conditionals:
+        walk = (weights or head_weights(self.head, features)).walk(features)
         z = None
         for _ in range(self.head.groups):
             z = yield self._conditional(walk.send(z))
@@ -92,8 +91,8 @@ class ChannelCoupling(Coupling):
 
         return Conditional(forward, inverse)
 
-    def present_weights(self) -> HeadWeights:
-        return HeadWeights(self.head)
+    def present_weights(self) -> Weights:
+        return head_weights(self.head)
 
 
 class AffineCoupling(ChannelCoupling):

@@ -3,11 +3,9 @@
 Every group has M hidden units, A channels of its embedding, and O outputs.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -15,11 +13,9 @@ from torch import Tensor, nn
 
 from tarflowlm import flow
 from tarflowlm.flow import full_precision, widen
-from tarflowlm.flow.packing import array, is_loaded, packed
 
-if TYPE_CHECKING:
-    from tarflowlm.compiled.head import HeadArrays
-
+Walk = Generator[list[Tensor], Tensor | None, None]
+"""Yields the parameters of one group after the other; the caller sends the values of each."""
 LARGEST_LOG_STD = 8.0
 """Log-scales up to here are as the head gives them."""
 ROOM = 4.0
@@ -162,87 +158,12 @@ class AutoregressiveHead(nn.Module):
                     first = first + known @ evidence.flatten(1, 2)
         return [out.unflatten(1, (B, N)) for out in (first, *rest)]
 
-    def walk(
-        self, features: Float[Tensor, "B D"], weights: "HeadWeights | None" = None
-    ) -> Generator[list[Tensor], Tensor | None, None]:
-        """Yields the parameters [B, O] of each group in turn; the caller sends z_g [B, C/G]."""
-        weights = HeadWeights(self) if weights is None else weights
-        if weights.arrays is not None and not features.requires_grad:
-            yield from self._walk_compiled(features, weights.arrays)
-            return
-        shared = None if self.shared is None else self.shared(features)
-        values = embedded = features[:, :0]
-        for g, hidden in enumerate(self.context(features).split(self.hidden, -1)):
-            active = F.gelu(torch.addmm(hidden, embedded, weights.cross[g]))
-            outputs: list[Tensor] = []
-            for weight, bias in weights.outputs[g]:
-                if shared is not None and not outputs:
-                    bias = torch.addmm(bias + shared, values, weights.evidence[g])
-                outputs.append(torch.addmm(bias, active, weight))
-            if self.log_std_last:
-                outputs[-1] = bounded_log_std(outputs[-1])
-            z = yield outputs
-            assert z is not None
-            if g < self.num_known:
-                values = torch.cat((values, z), -1)
-                own = self.embedded(z, weights.embed[g], g)
-                embedded = torch.cat((embedded, own), -1)
-
-    def _walk_compiled(
-        self, features: Tensor, weights: "HeadArrays"
-    ) -> Generator[list[Tensor], Tensor | None, None]:
-        """`walk` by compiled functions."""
-        from tarflowlm.compiled.head import embed_group, group_outputs
-        from tarflowlm.compiled.step import affine
-
-        rows, c = len(features), array(features)
-        hidden = affine(c, weights.context, weights.context_bias)
-        shared = affine(c, weights.shared, np.zeros(weights.shared.shape[1], np.float32))
-        embedded = np.empty((rows, weights.cross.shape[1]), np.float32)
-        values = np.empty((rows, self.groups * self.channels), np.float32)
-        sizes = [bias.shape[-1] for bias in self.biases]
-        for g in range(self.groups):
-            found = group_outputs(g, weights, hidden, shared, embedded, values)
-            outputs = list(torch.from_numpy(found).split(sizes, -1))
-            if self.log_std_last:
-                outputs[-1] = bounded_log_std(outputs[-1])
-            z = yield outputs
-            assert z is not None
-            if g < self.num_known:
-                embed_group(g, weights, array(z), embedded, values)
-
-    def _arrays(self) -> "HeadArrays":
-        from tarflowlm.compiled.head import HeadArrays
-
-        cross, evidence = self.masked()
-        known, A = self.embed.shape[0], self.embed.shape[2]
-        width = self.context.weight.shape[1]
-        bias = self.embed_bias
-        return HeadArrays(
-            context=array(self.context.weight.T),
-            context_bias=array(self.context.bias),
-            shared=array(torch.empty(width, 0) if self.shared is None else self.shared.weight.T),
-            cross=array(cross.flatten(2).mT),
-            embed=array(self.embed),
-            embed_bias=array(torch.zeros(known, A) if bias is None else bias),
-            weights=array(torch.cat([*self.weights], -1)),
-            biases=array(torch.cat([*self.biases], -1)),
-            evidence=array(
-                torch.empty(self.groups, 0, 0) if evidence is None else evidence.flatten(1, 2)
-            ),
-        )
-
 
 class HeadWeights:
-    """The present weights of a head as `walk` reads them: [inputs, outputs], by group."""
-
-    arrays: "HeadArrays | None" = None
-    """The same for compiled functions, where they are used."""
+    """The present weights of a head, by group, as [inputs, outputs]."""
 
     def __init__(self, head: AutoregressiveHead) -> None:
-        if is_loaded(head.context.weight):
-            self.arrays = packed(head, head._arrays)
-            return
+        self.head = head
         outputs = zip(head.weights, head.biases, strict=True)
         # for every group one ([M, O], [O]) per output
         by_group = [zip(w.unbind(), b.unbind(), strict=True) for w, b in outputs]
@@ -254,72 +175,23 @@ class HeadWeights:
         self.cross = [cross[g, :, :g].flatten(1).T.contiguous() for g in groups]
         self.evidence = [] if evidence is None else [evidence[g, :g].flatten(0, 1) for g in groups]
 
-
-Linear = Callable[[nn.Linear, Tensor], Tensor]
-"""A linear map of rows [R, D], in float32 or wider."""
-
-
-def map_linearly(of: nn.Linear, x: Tensor) -> Tensor:
-    """The map `of` rows x; a `Cache` may have a compiled one."""
-    return widen(of(x))
-
-
-def token_head(width: int, choices: int, *, has_bias: bool) -> nn.Linear:
-    """The map of features [..., D] to log-weights of tokens [..., choices], at first zero.
-
-    Without a bias its bias is zero for good, and neither trained nor saved.
-    """
-    head = nn.Linear(width, choices)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    if not has_bias:
-        zeros = head.bias.detach()
-        del head.bias
-        head.register_buffer("bias", zeros, persistent=False)
-    return head
-
-
-class TokenFeatures(nn.Module):
-    """Features c_na of every token of a patch: [B, N, D] -> [B, N, P, D] (docs/math.md, eq. 16).
-
-    P = 1: the features c_n of the position. P > 1: a linear map per place a; with `in_patch` plus
-    an autoregressive head, through which place a sees the latents of the places before it.
-    """
-
-    def __init__(self, *, width: int, patch: int, latent_dim: int, in_patch: bool) -> None:
-        super().__init__()
-        self.patch = patch
-        self.head: AutoregressiveHead | None = None
-        self.place: nn.Linear | None = None
-        if patch == 1:
-            return
-        self.place = nn.Linear(width, patch * width, bias=False)
-        nn.init.normal_(self.place.weight, std=width**-0.5)
-        if in_patch:
-            shape = HeadShape(width=width, hidden=2 * width, features=width, linear_paths=False)
-            self.head = AutoregressiveHead(
-                shape, groups=patch, channels=latent_dim, outputs=(width,)
-            )
-
-    def forward(
-        self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]
-    ) -> Float[Tensor, "B N P D"]:
-        B, N, D = features.shape
-        if self.place is None:
-            return features[:, :, None]
-        places = self.place(features).view(B, N, self.patch, D)
-        if self.head is None:
-            return places
-        return places + self.head(features, z)[0].permute(1, 2, 0, 3)
-
-    def walk(
-        self, features: Float[Tensor, "B D"], linear: Linear = map_linearly
-    ) -> Generator[Tensor, Tensor | None, None]:
-        """Yields the features [B, D] of each token in turn; the caller sends its latents [B, d]."""
-        if self.place is None:
-            yield features
-            return
-        inner = None if self.head is None else self.head.walk(features)
-        z = None
-        for place in linear(self.place, features).view(len(features), self.patch, -1).unbind(1):
-            z = yield place if inner is None else place + inner.send(z)[0]
+    def walk(self, features: Float[Tensor, "B D"]) -> Walk:
+        """Yields the parameters [B, O] of each group in turn; the caller sends z_g [B, C/G]."""
+        head = self.head
+        shared = None if head.shared is None else head.shared(features)
+        values = embedded = features[:, :0]
+        for g, hidden in enumerate(head.context(features).split(head.hidden, -1)):
+            active = F.gelu(torch.addmm(hidden, embedded, self.cross[g]))
+            outputs: list[Tensor] = []
+            for weight, bias in self.outputs[g]:
+                if shared is not None and not outputs:
+                    bias = torch.addmm(bias + shared, values, self.evidence[g])
+                outputs.append(torch.addmm(bias, active, weight))
+            if head.log_std_last:
+                outputs[-1] = bounded_log_std(outputs[-1])
+            z = yield outputs
+            assert z is not None
+            if g < head.num_known:
+                values = torch.cat((values, z), -1)
+                own = head.embedded(z, self.embed[g], g)
+                embedded = torch.cat((embedded, own), -1)

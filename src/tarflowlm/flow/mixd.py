@@ -25,7 +25,7 @@ from tarflowlm.flow.couplings import (
     OneFeature,
     OneLatent,
 )
-from tarflowlm.flow.heads import Linear, TokenFeatures, map_linearly, token_head
+from tarflowlm.flow.token_heads import Linear, TokenFeatures, map_linearly, token_head
 
 
 class MixDCoupling(Coupling):
