@@ -2,7 +2,6 @@
 
 from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE
 from reproduction.bounds import BOUNDS
-from reproduction.cipher import CIPHER
 from reproduction.directions import DIRECTIONS
 from reproduction.geometry import FIG7
 from reproduction.inputs import INPUTS, YARDSTICK
@@ -34,7 +33,6 @@ RECIPES: dict[str, Recipe] = {
         PROGRESSIVE,
         PATCH_SIZES,
         IN_PATCH,
-        CIPHER,
         DIRECTIONS,
         YARDSTICK,
         INPUTS,

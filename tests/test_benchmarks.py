@@ -70,25 +70,6 @@ def test_benchmark_prints_its_rows(command, rows, tmp_path):
 
 
 @pytest.mark.nightly
-def test_boosting_compares_a_block_with_tuning(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the water of the people " * 400, encoding="utf-8")
-    words = ["english-mini-ar", str(text), "--steps", "1", "--windows", "1", "--layers", "1"]
-    argv = [sys.executable, str(FOLDER / "boosting.py"), *words]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    names = [row[0] for row in rows]
-    assert names[2:] == [
-        "| english-mini-ar",
-        "| all of the model tuned",
-        "| block 2, w' = its head",
-        "| block 2, w' = w times its head",
-    ]
-    assert all(float(row[4]) > 0 for row in rows[2:])
-
-
-@pytest.mark.nightly
 def test_the_first_hour_of_a_gpu_in_a_minute_on_a_cpu():
     argv = [sys.executable, str(FOLDER / "first_hour.py"), "--tiny", "--steps", "1"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

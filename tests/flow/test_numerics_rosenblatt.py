@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from numerics_cases import codebook_case
+from torch.autograd.functional import jacobian
 
 from tarflowlm import chunks, flow
 from tarflowlm.flow.numerics import (
@@ -76,6 +77,26 @@ def test_the_formula_itself(path, elements, dtype, bound, monkeypatch):
     )
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=100 * bound, atol=100 * bound)
+
+
+def test_a_map_redone_with_other_weights_is_triangular_and_has_their_density():
+    """u' = R_w'(R_w^-1(u)), eq. 12b of docs/math.md, where w and w' are functions of the z before."""
+    z, weights, mean, log_std = codebook_case(3, 4, 2, 0)
+    others = weights.roll(1, 0)
+
+    def law(z, weights):
+        return torch.nn.functional.pad(z, (0, 0, 1, 0))[:-1].cumsum(0) @ weights[:2] + weights[2]
+
+    def noise(z, weights):
+        return rosenblatt(z.view(3, 2), law(z.view(3, 2), weights), mean, log_std)[0].flatten()
+
+    first, both = (jacobian(lambda z, w=w: noise(z, w), z.flatten()) for w in (weights, others))
+    by_noise = both @ first.inverse()
+    assert by_noise.triu(1).abs().max() < 1e-9
+    found = torch.linalg.slogdet(both).logabsdet
+    found = found + standard_normal(noise(z, others))
+    expected = mixture_log_prob(z, law(z, others), mean, log_std).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_far_tails_in_log_space(monkeypatch):
