@@ -4,7 +4,6 @@ from reproduction.ablations import FIG2, FIG3, FIG4, PROGRESSIVE
 from reproduction.bounds import BOUNDS
 from reproduction.directions import DIRECTIONS
 from reproduction.geometry import FIG7
-from reproduction.inputs import INPUTS, YARDSTICK
 from reproduction.lengths import LENGTHS_RECIPE
 from reproduction.lottery import LOTTERY
 from reproduction.passes import FIG6, FRONTIER
@@ -34,8 +33,6 @@ RECIPES: dict[str, Recipe] = {
         PATCH_SIZES,
         IN_PATCH,
         DIRECTIONS,
-        YARDSTICK,
-        INPUTS,
         WORDED,
     )
 }

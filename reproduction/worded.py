@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 from reproduction import tables
-from reproduction.inputs import VALID, Place, baseline, of_seed
+from reproduction.coded import CodedConfig
 from reproduction.lengths import RATIO
 from reproduction.measures import SHORT_WINDOWS, gains, summary_row
 from reproduction.recipe import RUN_DETAILS, Finished, Recipe, Row, Training, trainings, without
@@ -30,11 +30,10 @@ def plan_worded(settings: Settings) -> list[Training]:
         label: _shortened(preset(f"paper-mini-{kind}")) for label, kind in tables.FAMILIES.items()
     }
     mixd = runs["Mix-d"]
-    coded = baseline(Place(text="letters", layers=6), "fixed", STEPS).run
     runs |= {
         "Mix-d, slow": _slow(mixd),
         "Mix-d, layers 1, 1, 4, slow": _slow(_with_layers(mixd, DEEP_ABOVE)),
-        CODED: replace(coded, train=runs["AR"].train),
+        CODED: _coded(runs["AR"]),
     }
     return trainings(settings, runs)
 
@@ -57,6 +56,17 @@ def _with_layers(run: RunConfig, layers: Sequence[int]) -> RunConfig:
     return replace(run, name=name, model=replace(model, blocks=blocks))
 
 
+def _coded(run: RunConfig) -> RunConfig:
+    """The baseline with fixed codes in the place of its embedding table."""
+    assert isinstance(run.model, BaselineConfig)
+    model = run.model
+    codes = CodedConfig(
+        context=model.context, trunk=model.trunk, layers=model.layers, table=0.0, code_dim=8
+    )
+    name = f"ar-letters-l6-fixed-x{STEPS}"
+    return replace(preset("mini-ar"), name=name, model=codes, train=run.train)
+
+
 def measure_worded(_settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Both bounds, what every block takes off, and the ratio to the baseline, ours and theirs."""
     rows = []
@@ -64,16 +74,16 @@ def measure_worded(_settings: Settings, finished: Sequence[Finished]) -> list[Ro
         row = summary_row(done) | tables.weighted_bound(done)
         stages = done.record.summary["stage_valid_bpc"]
         if len(stages) > 1:
-            row |= {f"{VALID} after block {number}": bpc for number, bpc in enumerate(stages, 1)}
+            row |= {f"valid bpc after block {number}": bpc for number, bpc in enumerate(stages, 1)}
         if not isinstance(done.training.run.model, BaselineConfig):
             row |= gains(done)
         rows.append(row)
-    own = [row for row in rows if row["model"] == "AR"]
+    own = {row["seed"]: row["test bpc"] for row in rows if row["model"] == "AR"}
     theirs = tables.PAPER_LIKELIHOOD["text8"]
     weighted = f"iw-{tables.SAMPLES}"
     for row in rows:
-        row[RATIO] = row["test bpc"] / of_seed(own, row)["test bpc"]
-        row[f"{weighted} {RATIO}"] = tables.tightened(row) / of_seed(own, row)["test bpc"]
+        row[RATIO] = row["test bpc"] / own[row["seed"]]
+        row[f"{weighted} {RATIO}"] = tables.tightened(row) / own[row["seed"]]
         label = row["model"].partition(",")[0]
         row[PAPER] = theirs[label] / theirs["AR"]
     return rows

@@ -23,7 +23,6 @@ sys.path.insert(0, str(HERE.parents[1]))  # `reproduction` lies beside the packa
 from reproduction import bounds, figures  # noqa: E402
 from reproduction.directions import ALTERNATING, ONE_WAY  # noqa: E402
 from reproduction.geometry import DOWN, UP, directions  # noqa: E402
-from reproduction.inputs import OVER_TABLE  # noqa: E402
 from reproduction.lengths import RATIO, TOKENS  # noqa: E402
 from reproduction.lottery import FIRST_STARTS, SHIPPED, work  # noqa: E402
 from reproduction.measures import JUDGED  # noqa: E402
@@ -36,6 +35,8 @@ SURE = 0.01  # bits per character
 WEIGHTED = f"iw-16 {RATIO}"
 PAIRS = 3.21
 """Bits of a letter of tales given the one before: what a table of pairs knows."""
+OVER_TABLE = "over the table"
+"""Part of a column of inputs."""
 BY_OTHER = "bits by `english-mini` (<=)"
 """The column of the control of figure 6."""
 ELSEWHERE = {"affine": {ALTERNATING: [2.894, 2.945], ONE_WAY: [3.010, 2.949]}}

@@ -80,7 +80,7 @@ def test_the_formula_itself(path, elements, dtype, bound, monkeypatch):
 
 
 def test_a_map_redone_with_other_weights_is_triangular_and_has_their_density():
-    """u' = R_w'(R_w^-1(u)), eq. 12b of docs/math.md, where w and w' are functions of the z before."""
+    """Eq. 12b of docs/math.md, where both weights are functions of the z before."""
     z, weights, mean, log_std = codebook_case(3, 4, 2, 0)
     others = weights.roll(1, 0)
 

@@ -337,7 +337,7 @@ def test_wrong_requests_are_named(refused, tmp_path):
     refused(*argv, "fig3", "--steps", "0", names=["steps 0"])
     refused("fig3", "--recipe", "mdlm", names=["--recipe mdlm", "--scale mini"])
     refused(*argv, "fig3", "--judge-data", "a.txt", names=["--judge-data a.txt", "no judge"])
-    refused(*argv, "inputs", "--scale", "paper", names=["inputs with --scale paper"])
+    refused(*argv, "lottery", "--scale", "paper", names=["lottery with --scale paper"])
     for recipe, option in (
         ("fig3", "--data"),
         ("table2", "--second-text"),
