@@ -157,13 +157,13 @@ def _tokens(row: Row, final: str) -> Iterator[Token]:
 
 
 CONTROL = "fig6-control"
-"""The table of `reproduction.written_back` among the figures."""
+"""The table of the control among the figures."""
 _CONTROL = """## A control
 
 Pass 2 of the model that fills in writes the letters that eq. 9a made noise, so it improves the text
-by construction. `python -m reproduction.written_back` takes samples of a baseline, puts noise where
-block 1 of that model is sure of a letter, and writes the letters back. Bits and edits fall as they
-do in the model. So these curves do not tell refining from filling gaps.
+by construction. `git checkout 0aee0b8e; python -m reproduction.written_back` takes samples of a
+baseline, puts noise where block 1 of that model is sure of a letter, and writes the letters back.
+Bits and edits fall as they do in the model. So these curves do not tell refining from filling gaps.
 """
 
 

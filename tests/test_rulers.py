@@ -121,19 +121,6 @@ def test_brier_lm_of_shipped_models(ruler, monkeypatch, capsys):
     assert float(lines[-1].split(" | ")[-1].split(" ±")[0]) > 20
 
 
-@pytest.mark.nightly
-@pytest.mark.slow
-def test_bits_before_and_after_tuning(ruler, tmp_path):
-    shakespeare = ruler("shakespeare")
-    text = "Hark, the good lady sings unto the moon, and all the court doth weep.\n" * 600
-    source = tmp_path / "text.txt"
-    source.write_text(text, encoding="utf-8")
-    last = text[len(text) * 9 // 10 :]
-    before, after = shakespeare.tuned_bits("english-small-ar", str(source), last, 0.05, 0)
-    assert after.bpc < before.bpc
-    assert before.characters == after.characters
-
-
 @pytest.mark.slow
 def test_the_models_of_peers_are_measured_beside_ours(ruler, table, tmp_path, capsys, monkeypatch):
     pytest.importorskip("transformers")
