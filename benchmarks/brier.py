@@ -19,7 +19,7 @@ bound, or the exact value, in bits per character, of the same contexts with thei
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def of_peers(folder: Path, lm: Pretrained, windows: Tensor) -> dict[str, tuple[D
     return found
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="weights of peers.py, like the first model")
     parser.add_argument("--contexts", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)  # of the peers
     generator = torch.Generator().manual_seed(args.seed)

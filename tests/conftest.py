@@ -6,8 +6,10 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +36,8 @@ def private_cache(tmp_path_factory):
     """No test reads or fills the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # where transformers copies the code of an exported model before it is run
+        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         # commands compile nothing beside their work
         patch.setattr(compiled, "start", lambda: None)
         patch.setattr("tarflowlm_apps.address.Serving.compile_steps", lambda args: None)
@@ -152,6 +156,33 @@ def runs(once, corpus_file) -> dict[str, Path]:
 
     root = once("runs", make)
     return {name: root / name for name in asked}
+
+
+@pytest.fixture
+def script(monkeypatch) -> Callable[[str], ModuleType]:
+    """script("benchmarks/blimp"): a script of a folder beside the package; it finds those beside
+    it.
+    """
+
+    def load(name: str) -> ModuleType:
+        folder, _, stem = name.rpartition("/")
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / folder)
+        return import_module(stem)
+
+    return load
+
+
+@pytest.fixture
+def local_tasks(monkeypatch) -> None:
+    """lm-evaluation-harness fetches nothing, and knows the tasks of the test alone."""
+    from lm_eval.tasks import TaskManager
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    # reading thousands of other tasks takes most of the time
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    # its log would be tied to the first test's stderr
+    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ commands.
 """
 
 import ast
+import importlib.util
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
@@ -24,6 +26,16 @@ COMMAND = re.compile(r"\btarflowlm ([a-z]+)\b((?:[^\n`|;&]|\\\n)*)")
 
 REPRODUCTION = re.compile(r"\bpython -m reproduction ([\w$-]+)([^\n`#]*)")
 """A recipe with its arguments."""
+
+
+def module_at(path: str) -> ModuleType:
+    """A file of the repository that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def name_of(document: Path) -> str:

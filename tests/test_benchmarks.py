@@ -144,16 +144,9 @@ def test_the_house_is_counted_beside_its_note(house):
     assert printed()["benchmarks"][-1] == "(+1)"
 
 
-@pytest.fixture
-def shapes(monkeypatch):
+def test_peers_have_our_shape_and_are_causal(script):
     pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(FOLDER)
-    import shapes
-
-    return shapes
-
-
-def test_peers_have_our_shape_and_are_causal(shapes):
+    shapes = script("benchmarks/shapes")
     trunk = TransformerConfig(width=24, num_heads=2, mlp_ratio=2)
     config = BaselineConfig(vocab_size=5, context=16, trunk=trunk, layers=2)
 

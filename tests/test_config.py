@@ -192,5 +192,6 @@ def test_steps_are_shared_out_among_the_stages(steps):
 
 
 def test_a_stage_without_steps_stays_without():
-    run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 0)))
-    assert with_steps(run, 16).train.stage_steps == (14, 2, 0)
+    for before, steps, after in (((1400, 200, 0), 16, (14, 2, 0)), ((3, 0, 0), 2, (2, 0, 0))):
+        run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=before))
+        assert with_steps(run, steps).train.stage_steps == after

@@ -37,17 +37,10 @@ def test_examples_print_what_they_show(module, name):
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture
-def example(monkeypatch):
-    """Imports a script of the folder `examples` by its name."""
-    monkeypatch.syspath_prepend(FOLDER)
-    return import_module
-
-
 @pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.py"))])
-def test_what_a_script_imports_is_there(example, name):
+def test_what_a_script_imports_is_there(script, name):
     try:
-        example(name)
+        script(f"examples/{name}")
     except ModuleNotFoundError as error:
         pytest.skip(f"{error.name} is missing")
 
@@ -74,9 +67,9 @@ def small_model(separation: float | None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("separation", "latents"), [(None, False), (12.0, False), (3.0, True)])
-def test_file_holds_the_text_in_the_bits_of_the_bound(example, separation, latents):
+def test_file_holds_the_text_in_the_bits_of_the_bound(script, separation, latents):
     """For codes that overlap as well, where neither x nor the component is certain given z."""
-    compress = example("compress")
+    compress = script("examples/compress")
     model = small_model(separation)
     tokens = torch.randint(27, (150,), generator=torch.Generator().manual_seed(1))
     coder = compress.Coder(model, latents=latents)
@@ -95,8 +88,8 @@ def test_file_holds_the_text_in_the_bits_of_the_bound(example, separation, laten
     assert abs(num_bits - stated.mean()) < 8 + 4 * stated.std()
 
 
-def test_damaged_file_is_refused(example):
-    coder = example("compress").Coder(small_model(12.0), latents=True)
+def test_damaged_file_is_refused(script):
+    coder = script("examples/compress").Coder(small_model(12.0), latents=True)
     file = bytearray(coder.encode(torch.arange(9)))
     file[-2] ^= 1
     with pytest.raises(UserError, match="damaged"):
@@ -104,8 +97,8 @@ def test_damaged_file_is_refused(example):
 
 
 @pytest.mark.slow
-def test_compressed_tale_is_read_back(example, tmp_path):
-    compress = example("compress")
+def test_compressed_tale_is_read_back(script, tmp_path):
+    compress = script("examples/compress")
     text = "once upon a time there was a king who had a daughter "
     (tmp_path / "text").write_text(text, encoding="utf-8")
     for latents in ([], ["latents"]):
@@ -116,9 +109,9 @@ def test_compressed_tale_is_read_back(example, tmp_path):
     assert paths[1].stat().st_size > 0
 
 
-def test_series_given_a_vector(example):
+def test_series_given_a_vector(script):
     """log p(x | c) = log p(c, x) - log p(c), in the places of x; the gap alone is filled."""
-    series = example("series")
+    series = script("examples/series")
     with seeded(0):
         model = series.Series(channels=3, given=4).double()
         x, c = torch.randn(2, 5, 3).double(), torch.randn(2, 4).double()
@@ -130,8 +123,8 @@ def test_series_given_a_vector(example):
     assert filled.isfinite().all()
 
 
-def test_density_of_the_process_is_the_known_one(example):
-    series = example("series")
+def test_density_of_the_process_is_the_known_one(script):
+    series = script("examples/series")
     with seeded(0):
         x, c = series.process(3)
     step = x[..., 0] - c[:, :1] * torch.nn.functional.pad(x[:, :-1, 0], (1, 0))
@@ -145,9 +138,9 @@ def test_density_of_the_process_is_the_known_one(example):
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_series_are_fitted_beside_zuko(example, capsys):
+def test_series_are_fitted_beside_zuko(script, capsys):
     pytest.importorskip("zuko")
     pytest.importorskip("sklearn")
-    example("series").main("0.01")
+    script("examples/series").main("0.01")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 7

@@ -1,6 +1,5 @@
 """What is published: the wheel, the source distribution, the citation and the release."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,18 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from docs_cases import ROOT
+from docs_cases import ROOT, module_at
 from tarflowlm.runs.hub import released
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def script(path: str):
-    """A file beside the package as a module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build(target: str, project: Path, out: Path) -> Path:
@@ -131,7 +122,7 @@ def test_the_citation_names_the_software_and_the_paper():
 def test_the_page_on_the_index_has_no_relative_links():
     pytest.importorskip("hatchling")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = script("hatch_build.py").with_absolute_links(readme, "https://x.org/a/b", "v1.2.3")
+    page = module_at("hatch_build.py").with_absolute_links(readme, "https://x.org/a/b", "v1.2.3")
     assert "](https://x.org/a/b/raw/v1.2.3/docs/passes.png)" in page
     assert "](https://x.org/a/b/blob/v1.2.3/docs/math.md)" in page
     targets = re.findall(r"\]\(([^)]+)\)", page)
@@ -149,7 +140,7 @@ def release(tmp_path):
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    return script(".ci/release.py"), tmp_path
+    return module_at(".ci/release.py"), tmp_path
 
 
 def test_a_release_has_the_notes_of_its_version(release):

@@ -12,7 +12,7 @@ from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.model import TarFlowLM
 from tarflowlm.model_config import FlowConfig, TransformerConfig
-from tarflowlm.presets import PRESETS, preset, with_fields, with_steps
+from tarflowlm.presets import PRESETS, preset, with_fields
 
 CORPORA = ("text8", "owt")
 VOCAB, CHANNELS, COMPONENTS = (
@@ -174,8 +174,3 @@ def test_a_coupling_is_a_field_of_a_block_alone():
     assert with_fields(preset("mini-mixd"), {"model.blocks.1.coupling": "affine"})
     with pytest.raises(UserError, match=r"^model\.coupling: unknown key"):
         with_fields(preset("mini-mixd"), {"model.coupling": "mix1"})
-
-
-def test_a_stage_without_steps_needs_none():
-    run = with_fields(preset("mini-mixd"), {"train.stage_steps": (3, 0, 0)})
-    assert with_steps(run, 2).train.stage_steps == (2, 0, 0)

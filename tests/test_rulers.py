@@ -2,7 +2,6 @@
 
 import json
 import lzma
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,13 +18,6 @@ PAIRS = [
 
 
 @pytest.fixture
-def ruler(monkeypatch):
-    """Imports a script of the folder `benchmarks` by its name."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return import_module
-
-
-@pytest.fixture
 def table(tmp_path) -> Path:
     lines = ["UID\tfield\tsentence_good\tsentence_bad", *("\t".join(pair) for pair in PAIRS)]
     path = tmp_path / "pairs.tsv.xz"
@@ -33,8 +25,8 @@ def table(tmp_path) -> Path:
     return path
 
 
-def test_pairs_are_read_and_equal_values_are_wrong(ruler, table, tmp_path):
-    blimp = ruler("blimp")
+def test_pairs_are_read_and_equal_values_are_wrong(script, table, tmp_path):
+    blimp = script("benchmarks/blimp")
     pairs = blimp.read_pairs(table, None)
     assert [tuple(pair) for pair in pairs] == PAIRS
     assert len(blimp.read_pairs(table, 1)) == 2
@@ -52,11 +44,9 @@ def test_pairs_are_read_and_equal_values_are_wrong(ruler, table, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_flow_has_an_exact_value_and_bounds(ruler, table, tmp_path, monkeypatch):
+def test_a_flow_has_an_exact_value_and_bounds(script, table):
     pytest.importorskip("transformers")
-    modules = str(tmp_path / "modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-    blimp = ruler("blimp")
+    blimp = script("benchmarks/blimp")
     pairs = blimp.read_pairs(table, None)
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
     exact, one, many = blimp.scores_of(load("english-small"), [1, 4]).values()
@@ -69,19 +59,12 @@ def test_a_flow_has_an_exact_value_and_bounds(ruler, table, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_the_tasks_of_lm_eval_read_local_pairs(ruler, table, tmp_path, run_json, monkeypatch):
-    if find_spec("lm_eval") is None:
-        pytest.skip("needs lm_eval")
-    from functools import partial
-
-    from lm_eval.tasks import TaskManager
-
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval")
+def test_the_tasks_of_lm_eval_read_local_pairs(
+    script, table, tmp_path, run_json, monkeypatch, local_tasks
+):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
-    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)
-    blimp = ruler("blimp")
+    blimp = script("benchmarks/blimp")
     blimp.write_tasks(blimp.read_pairs(table, None), tmp_path / "tasks")
     words = ["--tasks", "local_blimp", "--include_path", tmp_path / "tasks"]
     found = run_json("harness", "english-small-ar", *words)
@@ -89,8 +72,8 @@ def test_the_tasks_of_lm_eval_read_local_pairs(ruler, table, tmp_path, run_json,
     assert "acc,none" in found["results"]["local_blimp"]
 
 
-def test_two_samples_estimate_the_brier_score_without_bias(ruler):
-    brier = ruler("brier")
+def test_two_samples_estimate_the_brier_score_without_bias(script):
+    brier = script("benchmarks/brier")
     law = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     x, other = torch.multinomial(law, 80_000, replacement=True, generator=generator).view(2, -1, 2)
@@ -107,11 +90,9 @@ def test_two_samples_estimate_the_brier_score_without_bias(ruler):
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_brier_lm_of_shipped_models(ruler, monkeypatch, capsys):
-    brier = ruler("brier")
-    words = ["brier.py", "english-mini-ar", "english-mini", "--contexts", "32"]
-    monkeypatch.setattr("sys.argv", words)
-    brier.main()
+def test_brier_lm_of_shipped_models(script, capsys):
+    brier = script("benchmarks/brier")
+    brier.main(["english-mini-ar", "english-mini", "--contexts", "32"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| `english-mini-ar`",
@@ -122,9 +103,9 @@ def test_brier_lm_of_shipped_models(ruler, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_models_of_peers_are_measured_beside_ours(ruler, table, tmp_path, capsys, monkeypatch):
+def test_the_models_of_peers_are_measured_beside_ours(script, table, tmp_path, capsys):
     pytest.importorskip("transformers")
-    peers, blimp, brier = ruler("peers"), ruler("blimp"), ruler("brier")
+    peers, blimp, brier = (script(f"benchmarks/{name}") for name in ("peers", "blimp", "brier"))
     config = load("english-mini-ar").config
     with pytest.raises(SystemExit, match="no weights of peers"):
         peers.load_peers(tmp_path, config)
@@ -144,8 +125,6 @@ def test_the_models_of_peers_are_measured_beside_ours(ruler, table, tmp_path, ca
     (score,) = blimp.scores_of_peers(tmp_path, load("english-mini-ar"))["gpt2"].values()
     texts = [pair.good for pair in pairs]
     assert score(texts) == pytest.approx([score([text])[0] for text in texts], abs=1e-3)
-    words = ["brier.py", "english-mini-ar", "--peers", str(tmp_path), "--contexts", "2"]
-    monkeypatch.setattr("sys.argv", words)
-    brier.main()
+    brier.main(["english-mini-ar", "--peers", str(tmp_path), "--contexts", "2"])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == ["english-mini-ar", *found]

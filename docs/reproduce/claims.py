@@ -820,7 +820,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Write or compare the table, and the tables of `figures.PAGES`."""
     path = HERE / "claims.md"
     texts = {page: page.read_text(encoding="utf-8") for page in (path, *figures.PAGES)}
@@ -828,11 +828,11 @@ def main() -> None:
     after = rest.split(END)[1]
     written = {page: figures.written(texts[page]) for page in figures.PAGES}
     written[path] = f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
-    if "--check" in sys.argv:
+    if "--check" in words:
         sys.exit(int(written != texts))
     for page, text in written.items():
         page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

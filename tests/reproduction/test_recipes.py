@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import runpy
-import sys
 from dataclasses import replace
 from html import unescape
 from itertools import pairwise
@@ -289,10 +287,9 @@ def test_operations_of_the_baseline_are_those_of_appendix_h():
     assert geometry.baseline_flops(d, L, S) == 4 * d * S + body + 2 * d * V * S
 
 
-def test_verdicts_of_the_claims_are_those_of_the_tables(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--check"])
+def test_verdicts_of_the_claims_are_those_of_the_tables(script):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "docs" / "reproduce" / "claims.py"), run_name="__main__")
+        script("docs/reproduce/claims").main(["--check"])
     assert ended.value.code == 0
 
 

@@ -2,7 +2,6 @@
 elsewhere, and works by keyboard.
 """
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 
 import tarflowlm
 from browser import BROWSER, OPTIONS, PALE, need_browser
+from docs_cases import module_at
 from helpers import FILLS, tiny_flow
 from tarflowlm.data import CharTokenizer
 from tarflowlm.generation.sampling import Noise
@@ -20,17 +20,12 @@ from tarflowlm.generation.sampling import Noise
 need_browser("playwright")
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[2] / "site" / "passes" / "build.py"
 SEEDS = range(10)
 
 
 @pytest.fixture(scope="module")
 def build():
-    """The script as a module; it is in no package."""
-    spec = importlib.util.spec_from_file_location("build_passes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at("site/passes/build.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """The site shows what GitHub shows: links, lists, the notebook, docstrings."""
 
-import importlib.util
 import json
 import re
 from pathlib import PurePosixPath
 
 import pytest
 
-from docs_cases import ROOT
+from docs_cases import ROOT, module_at
 
 pytest.importorskip("mkdocstrings")
 pytest.importorskip("math_core")
@@ -15,17 +14,9 @@ pytest.importorskip("math_core")
 REPOSITORY = "https://x.org/a/b"
 
 
-def part(name: str):
-    """A file of the site as a module; it is in no package."""
-    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "site" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def hooks():
-    return part("hooks")
+    return module_at("site/hooks.py")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +129,7 @@ def test_the_api_has_every_public_name(hooks, monkeypatch):
 
 
 def test_docstrings_keep_their_signs_and_examples():
-    page = part("docstrings").markdown(
+    page = module_at("site/docstrings.py").markdown(
         "p(x_<t) * 2, see `load` and `x_y` (docs/math.md).\n\n    a_b * c\n\n"
         "Example:\n    >>> a_b\n    1\n\n    >>> 2\n    2\n"
     )

@@ -5,7 +5,6 @@ Importing it takes longer than a fast test may.
 
 import json
 import math
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -48,17 +47,9 @@ metric_list: [{metric: exact_match}]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, local_tasks):
     """A folder with the tasks and their documents."""
-    from lm_eval.tasks import TaskManager
-
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which lm-eval sets as well
-    # reading thousands of other tasks takes most of the time
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
-    # its log would be tied to the first test's stderr
-    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)
     data = tmp_path / "documents.jsonl"
     data.write_text(json.dumps({"text": TEXT, "start": "The king of"}) + "\n", encoding="utf-8")
     files = json.dumps({"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")})
@@ -108,12 +99,10 @@ def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_an_exported_model_needs_no_model_of_ours(folder, monkeypatch):
+def test_an_exported_model_needs_no_model_of_ours(folder):
     pytest.importorskip("accelerate", reason="which the model hf of lm-eval needs")
     from lm_eval import simple_evaluate, tasks
 
-    modules = str(folder / "modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     lm = tarflowlm.load("english-mini")
     text = TEXT[:240].strip()
     data = folder / "documents.jsonl"

@@ -296,14 +296,12 @@ def test_the_official_client(twin):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["twin", "flow", "pieces"])
-def test_lm_eval_gets_the_bits_of_score(name, request, tmp_path, monkeypatch):
+def test_lm_eval_gets_the_bits_of_score(name, request, tmp_path):
     if any(find_spec(package) is None for package in ("lm_eval", "tenacity", "transformers")):
         pytest.skip("needs lm_eval with tenacity, and transformers")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    modules = str(tmp_path / "modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     served = request.getfixturevalue(name)
     model = LocalCompletionsAPI(
         base_url=f"{served.url}/completions",

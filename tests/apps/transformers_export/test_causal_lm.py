@@ -38,15 +38,6 @@ OTHERS = {
 TEXTS = ["the king of", "the people of the land"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_modules(tmp_path_factory):
-    """The code of a checkpoint is copied there before it is run."""
-    with pytest.MonkeyPatch.context() as patch:
-        place = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", place)
-        yield
-
-
 def opened(folder: Path):
     """The model and the tokenizer of an exported folder."""
     import transformers
