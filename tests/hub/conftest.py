@@ -1,6 +1,7 @@
 """A hub in a folder that takes the place of the client's calls."""
 
 import fnmatch
+import hashlib
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ class Hub:
     """
 
     commit = "0123456789abcdef0123456789abcdef01234567"
-    """That of every revision."""
+    """The newest one, which every branch and tag means."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -31,14 +32,24 @@ class Hub:
     def snapshot_download(self, name, *, allow_patterns, revision) -> str:
         if self.error is not None:
             raise self.error
-        out = self.root / "cache" / name / self.commit
+        earlier = self.root / "earlier" / str(revision) / name
+        commit, files = self.commit, self.repository(name)
+        if earlier.exists():
+            commit, files = revision, earlier
+        out = self.root / "cache" / name / commit
         out.mkdir(parents=True, exist_ok=True)
-        for path in self.repository(name).iterdir():
+        for path in files.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
                 if not (out / path.name).exists():
                     shutil.copy(path, out / path.name)
                 self.downloaded.append(path.name)
         return str(out)
+
+    def push(self, name: str, file: str, content: bytes) -> None:
+        """A new commit of the repository, with another content of a file."""
+        shutil.copytree(self.repository(name), self.root / "earlier" / self.commit / name)
+        (self.repository(name) / file).write_bytes(content)
+        self.commit = hashlib.sha1(content).hexdigest()
 
     def create_repo(self, name, *, private, **_options) -> None:
         if not self.repository(name).exists() and private:

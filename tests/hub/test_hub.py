@@ -53,11 +53,18 @@ def test_only_the_files_of_a_model_are_fetched(shared):
     assert {path.name for path in folder.iterdir()} <= {*FILES, "README.md"}
 
 
-@pytest.mark.parametrize("revision", [None, "v1"])
-def test_all_files_are_of_one_commit_whatever_is_pushed_meanwhile(shared, revision):
-    fetch("hf:ada/tiny" if revision is None else f"hf:ada/tiny@{revision}")
-    asked = [call.kwargs["revision"] for call in huggingface_hub.snapshot_download.call_args_list]
-    assert asked == [revision, shared.commit]
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_all_files_are_of_one_commit_whatever_is_pushed_meanwhile(shared, monkeypatch, revision):
+    def download(*args: object, **options: object) -> str:
+        out = shared.snapshot_download(*args, **options)
+        for file in FILES:
+            shared.push("ada/tiny", file, f"{file} of {options}".encode())
+        return out
+
+    before = {file: (shared.repository("ada/tiny") / file).read_bytes() for file in FILES}
+    monkeypatch.setattr(huggingface_hub.snapshot_download, "side_effect", download)
+    folder = fetch(f"hf:ada/tiny{revision}")
+    assert {file: (folder / file).read_bytes() for file in FILES} == before
 
 
 def test_flipped_byte_is_refused_and_the_remedy_works(shared, refused):
