@@ -31,7 +31,7 @@ APPLICATIONS = modules_below(APPS)
 LAYERS = """
     errors chunks | files schema | compiled | flow | model_config | config | options presets |
     data | processes | building | model | baseline | objective | runs |
-    requests | generation | evaluation | editing | sharing | training |
+    requests | generation | evaluation | editing | training |
     terminal | pretrained | __init__ | cli | __main__
 """
 """Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour
@@ -103,7 +103,12 @@ def test_files_of_a_folder_do_not_import_in_circles(package):
     graphlib.TopologicalSorter(graph).prepare()
 
 
-OPTIONAL = {"studio": {"gradio"}, "serve": {"starlette"}, "compiled": {"numba"}}
+OPTIONAL = {
+    "studio": {"gradio"},
+    "serve": {"starlette"},
+    "compiled": {"numba"},
+    "hub": {"huggingface_hub"},
+}
 """Optional packages at the top of files of a folder, which is imported where used."""
 
 

@@ -41,7 +41,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_models_and_texts_and_nothing_of_the_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "tarflowlm/py.typed" in names
-    reports = ("grid.css", "report/page.css", "report/figures.mplstyle")
+    reports = ("grid.css", "hub/card.md", "report/page.css", "report/figures.mplstyle")
     looks = (*reports, "studio/studio.css", "studio/studio.js")
     assert {f"tarflowlm_apps/{file}" for file in looks} <= set(names)
     for model in released():

@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
 import torch
@@ -33,7 +35,6 @@ from tarflowlm.requests import Edit, Evaluation, Score, Writing, as_texts
 from tarflowlm.runs.checkpoint import Checkpoint, check_finite, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.schema import check_type
-from tarflowlm.sharing import push_to_hub, save_pretrained
 
 Model = TypeVar("Model", bound=LanguageModel, covariant=True)
 _PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
@@ -197,8 +198,37 @@ class Pretrained(Checkpoint, tuple[Model, Tokenizer]):
         run = tuning(self, str(data), minutes=minutes, steps=steps, lr=lr, seed=seed, unwrap=unwrap)
         return _trained(run, out, device, self)
 
-    save_pretrained = save_pretrained
-    push_to_hub = push_to_hub
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        half: bool = False,
+        licence: str | None = None,
+        repository: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the model with its tokenizer, configuration and a card into the new `folder`.
+
+        A README.md next to the weights becomes the card. Weights that have changed since they were
+        loaded get neither the card nor the figures of their directory. `half` as in `export`,
+        `licence` an identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card
+        is to name. `overwrite` replaces a saved model in the folder, but never a run with the log
+        of its training.
+        """
+        options = {"half": half, "licence": licence, "repository": repository}
+        return _sharing().save_pretrained(self, folder, overwrite=overwrite, **options)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        half: bool = False,
+        licence: str | None = None,
+    ) -> str:
+        """Upload the files of `save_pretrained` to OWNER/NAME; returns the address of the model."""
+        options = {"half": half, "licence": licence}
+        return _sharing().push_to_hub(self, repository, private=private, **options)
 
     def __repr__(self) -> str:
         kind = f"TarFlowLM of {self.model.num_blocks} blocks"
@@ -297,6 +327,11 @@ def _trained(
     with ProgressReporter() as reporter:
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
+
+
+def _sharing() -> ModuleType:
+    # the core starts an application by name
+    return import_module("tarflowlm_apps.hub.share")
 
 
 def _own_run(model: LanguageModel, tokenizer: Tokenizer) -> RunConfig:

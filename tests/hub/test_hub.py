@@ -127,7 +127,7 @@ def test_card_describes_the_model(finished, tmp_path):
     folder = tarflowlm.load(finished).save_pretrained(tmp_path / "mine", licence="cc0-1.0")
     card = (folder / "README.md").read_text(encoding="utf-8")
     for part in (
-        'license: "cc0-1.0"',
+        "license: cc0-1.0",
         "<= 1.9062 bits per character",
         "4,096 windows",
         "`./text.txt`",

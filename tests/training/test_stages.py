@@ -18,10 +18,10 @@ from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.runs.checkpoint import load_checkpoint, read_summary
 from tarflowlm.runs.records import read_record
-from tarflowlm.sharing import model_card
 from tarflowlm.training import optim
 from tarflowlm.training.parallel import parallelise
 from tarflowlm.training.train import accumulate_gradients
+from tarflowlm_apps.hub.card import model_card
 
 FILES = {
     "asked.json",

@@ -11,9 +11,9 @@ from helpers import metrics_of
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import checksum, load_checkpoint, locate, read_run
-from tarflowlm.sharing import model_card
 from tarflowlm.training.configure import tuning
 from tarflowlm.training.train import train
+from tarflowlm_apps.hub.card import model_card
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ COMMANDS = {
     "studio": "tarflowlm_apps.studio.command",
     "serve": "tarflowlm_apps.serve.command",
     "export": "tarflowlm.cli.export",
-    "push": "tarflowlm.cli.push",
+    "push": "tarflowlm_apps.hub.command",
     "harness": "tarflowlm_apps.lm_eval.command",
 }
 """The module of every command, and words that are put before the user's words.

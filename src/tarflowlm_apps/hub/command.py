@@ -32,7 +32,7 @@ class Args(Copying):
 
 
 def run(args: Args) -> None:
-    from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
+    from tarflowlm_apps.hub.share import checked_repository, push_folder, save_pretrained
 
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]

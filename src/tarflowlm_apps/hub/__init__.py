@@ -1,0 +1,1 @@
+"""The Hugging Face hub: a saved model with its card, uploaded (docs/hub.md)."""

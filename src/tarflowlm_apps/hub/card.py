@@ -1,0 +1,96 @@
+"""The model card, README.md of a saved model: what it is, how it was trained, and samples."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from tarflowlm.errors import UserError, counted
+from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.generation.texts import write_texts
+from tarflowlm.presets import PRESETS, preset
+from tarflowlm.requests import Writing
+from tarflowlm.runs import CARD
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, read_summary
+from tarflowlm.runs.hub import read_card
+from tarflowlm.schema import flatten
+
+FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a
+Gaussian in a learned codebook, and a stack of autoregressive Transformer flows models the latent
+vectors. Its bits and nats are upper bounds (<=)."""
+BASELINE = """A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is
+exact."""
+TEMPLATE = Path(__file__).with_suffix(".md")
+"""The card of a model that brings none, for Jinja."""
+
+
+def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
+    """The card of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
+
+    `origin` is the folder that it was made from; a README.md there is kept. `name` is its
+    OWNER/NAME or the name of its folder.
+    """
+    is_flow = not checkpoint.model.is_exact
+    head = ModelCardData(
+        library_name="tarflowlm",
+        pipeline_tag="text-generation",
+        license=licence,
+        tags=["tarflowlm", "normalizing-flows"] if is_flow else ["tarflowlm"],
+    )
+    written = read_card(origin)
+    if written.startswith("---\n"):
+        if licence is not None:
+            raise UserError(f"licence {licence!r}: {origin / CARD} has a head: state it there")
+        return written
+    if written:
+        return f"---\n{head}\n---\n\n{written}"
+    request = Writing(num=2, num_tokens=min(256, checkpoint.run.model.context))
+    card = ModelCard.from_template(
+        head,
+        template_path=str(TEMPLATE),
+        name=name,
+        what=FLOW if is_flow else BASELINE,
+        facts=_facts(checkpoint, origin, licence),
+        request=request,
+        samples=write_texts(request, checkpoint),
+    )
+    return f"{card}\n"
+
+
+def _facts(checkpoint: Checkpoint, origin: Path, licence: str | None) -> Iterator[tuple[str, str]]:
+    """The rows of the card's table."""
+    run = checkpoint.run
+    tokenizer = checkpoint.tokenizer
+    model = checkpoint.model
+    blocks = ", ".join(run.model.describe(block) for block in range(model.num_blocks))
+    size = f"{model.num_parameters:,} parameters, context {run.model.context}"
+    yield "model", f"preset `{run.name}`: {blocks}; {size}"
+    symbols = f"{tokenizer.vocab_size:,} ({tokenizer.kind})"
+    yield "symbols", f"{symbols}, normalisation {tokenizer.normalization}"
+    info = checkpoint.info
+    units = {"step": "step", "tokens": "token"}
+    counts = [counted(int(info[key]), unit) for key, unit in units.items() if key in info]
+    yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
+    if run.parent:
+        parent, _, weights = run.parent.partition("@")
+        yield "tuned from", f"`{parent}`, sha256 of its weights `{weights}`"
+    digest = corpus_digest(origin)
+    if digest is not None:
+        yield "tokens", f"sha256 of the hashes of their splits `{digest}`"
+    if run.name in PRESETS:
+        theirs = flatten(preset(run.name)) | {"data.source": run.data.source}
+        ours = flatten(replace(run, model=replace(run.model, vocab_size=0)))
+        changes = [f"`{name}` {ours[name]}" for name in ours if ours[name] != theirs.get(name)]
+        yield "other than the preset", ", ".join(changes) or "nothing"
+    test = (read_summary(origin) or {}).get("test")
+    result = "not recorded"
+    if test:
+        sign = sign_of(test["bound"])
+        nats = f"{test['nats_per_token']:.4f} nats per token"
+        if test["windows"] > 1:
+            nats += f" (standard error {test['stderr']:.4f})"
+        windows = f"{counted(test['windows'], 'window')} of the test split ({test['bound']})"
+        result = f"{sign} {test['bpc']:.4f} bits per character, {sign} {nats}, over {windows}"
+    yield "test", result
+    yield "licence", licence or "not stated by its owner"
